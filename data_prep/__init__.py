@@ -1,0 +1,1 @@
+"""Raw labelled images -> mask-and-prompt dataset."""

@@ -1,0 +1,138 @@
+"""`phantom_bus`: simulated breast ultrasound with exact masks (see `data_prep.phantom`), for tests and the backbone.
+
+Not a substitute for patients: use it where a dataset is needed that anyone may have, of any size, with known truth.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from data_prep import phantom
+from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.adapter import Options as BaseOptions
+
+MASK_MODES = ("1", "L", "RGB", "RGBA")
+FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
+
+
+class Options(BaseOptions):
+    """How many phantoms, and which."""
+
+    patients: int = Field(120, ge=1)
+    views: int = Field(3, ge=1, description="images a patient: the same anatomy from another place, with other speckle")
+    seed: int = Field(0, ge=0)
+    include_normal: bool = Field(True, description="every fifth patient has no lesion")
+    height: int = Field(256, ge=64, le=1024, description="pixels; the width follows from the scanner")
+
+
+class Adapter(DatasetAdapter):
+    """Phantoms made on the fly; nothing is read."""
+
+    Options = Options
+    options: Options
+    needs_raw_dir = False
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every phantom."""
+        return DatasetInfo(
+            modality="breast ultrasound",
+            channels=1,
+            mask_classes=("background", "lesion"),
+            palette=((0, 0, 0), (255, 80, 80)),
+            labels=phantom.LABELS if self.options.include_normal else phantom.LABELS[:2],
+            prompt_templates=(
+                "{modality}, {label}, {scanner}",
+                "{modality} with {finding}, {scanner}",
+                "{modality}, {size} {shape} {label} lesion, {place}, {scanner}",
+                "{scanner} {modality} of a {size} {label} lesion, {place}",
+            ),
+            licence="CC0-1.0 (simulated by this project)",
+            citation="MaskLoom breast ultrasound phantom (data_prep/phantom.py)",
+            homepage="",
+            find_near_duplicates=False,
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List patients in order, and the views of each."""
+        for number in range(self.options.patients):
+            label = label_of(number, self.options.include_normal)
+            scanner = phantom.patient(self.options.seed, number, label).scanner.name
+            for view in range(self.options.views):
+                yield RawItem(
+                    sample_id=f"phantom-{number:05d}-{view}",
+                    path=f"phantom_bus/{number:05d}/{view}",
+                    label=label,
+                    group=f"patient-{number:05d}",
+                    attributes={"scanner": scanner, "finding": FINDINGS[label]},
+                    key=(number, view, label),
+                )
+
+    def load(self, item: RawItem) -> RawImage:
+        """Render one view: image (H, W) uint8 and lesion mask."""
+        number, view, label = item.key
+        image, mask = _render(self.options.seed, number, view, label, self.options.height)
+        return RawImage(image=image, mask=mask)
+
+    def fingerprint(self) -> str:
+        """Return what the pixels depend on besides the options: the code that renders them."""
+        import hashlib
+
+        return hashlib.sha256(Path(str(phantom.__file__)).read_bytes()).hexdigest()
+
+
+def label_of(number: int, include_normal: bool) -> str:
+    """Return the class of a patient: benign and malignant in turn, every fifth normal where asked."""
+    if include_normal and number % 5 == 4:
+        return "normal"
+    return phantom.LABELS[number % 5 % 2] if include_normal else phantom.LABELS[number % 2]
+
+
+def write_raw(folder: Path, patients: int, views: int = 1, seed: int = 0, height: int = 256) -> list[Path]:
+    """Write phantoms as files in the layout of BUSI, with its quirks.
+
+    `Dataset_BUSI_with_GT/benign/benign (1).png`, `benign (1)_mask.png`; masks in modes 1, L, RGB and RGBA in turn; the lesion of
+    every third image that has one is cut in two, the second half in `_mask_1.png` (their union is the mask); masks of normal
+    images are all zero. Images are RGB, as there.
+
+    Returns:
+        the images, in the order written.
+    """
+    root = folder / "Dataset_BUSI_with_GT"
+    counts = dict.fromkeys(phantom.LABELS, 0)
+    written: list[Path] = []
+    for number in range(patients):
+        label = label_of(number, include_normal=True)
+        (root / label).mkdir(parents=True, exist_ok=True)
+        for view in range(views):
+            image, mask = _render(seed, number, view, label, height)
+            counts[label] += 1
+            written.append(root / label / f"{label} ({counts[label]}).png")
+            Image.fromarray(image).convert("RGB").save(written[-1])
+            _write_masks(written[-1], mask, MASK_MODES[len(written) % 4], halves=len(written) % 3 == 0)
+    return written
+
+
+def _write_masks(image_path: Path, mask: NDArray[np.uint8], mode: str, halves: bool) -> None:
+    """Write `… _mask.png`, and `… _mask_1.png` where the lesion is cut in two halves along its middle row."""
+    parts = [mask]
+    if halves and mask.any():
+        middle = int(np.flatnonzero(mask.any(axis=1)).mean())
+        lower = np.arange(mask.shape[0])[:, None] > middle
+        parts = [np.where(lower, 0, mask), np.where(lower, mask, 0)]
+    for suffix, part in zip(("_mask", "_mask_1"), parts, strict=False):
+        pixels = Image.fromarray((part * 255).astype(np.uint8))
+        pixels.convert(mode).save(image_path.with_name(f"{image_path.stem}{suffix}.png"))
+
+
+@lru_cache(maxsize=64)
+def _patient(seed: int, number: int, label: str) -> phantom.Patient:
+    return phantom.patient(seed, number, label)
+
+
+def _render(seed: int, number: int, view: int, label: str, height: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    return phantom.render(_patient(seed, number, label), seed, number, view, height)

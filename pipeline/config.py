@@ -1,0 +1,178 @@
+"""The configuration of an experiment: YAML -> `extends` -> command-line overrides -> checked models.
+
+Training keys bear the names of diffusers' own flags, so that a command line of `train_controlnet.py` carries over.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _as_height_width(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_as_height_width)]
+"""(height, width) in pixels; one number means a square."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Splits(Section):
+    """Shares of the groups in each split."""
+
+    train: float = Field(0.7, gt=0, le=1)
+    validation: float = Field(0.15, ge=0, lt=1)
+    test: float = Field(0.15, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sum_is_one(self) -> "Splits":
+        if abs(self.train + self.validation + self.test - 1) > 1e-6:
+            raise ValueError(f"the shares must sum to 1, not {self.train + self.validation + self.test:g}")
+        return self
+
+
+class DataConfig(Section):
+    """`prepare`: raw dataset -> mask-and-prompt dataset."""
+
+    dataset: str = Field(description="file name in data_prep/datasets")
+    raw_dir: Path | None = None
+    options: dict[str, Any] = Field(default_factory=dict, description="the adapter's own options")
+    image_size: Size = (512, 512)
+    resize_mode: Literal["pad", "crop", "stretch"] = "pad"
+    conditioning: Literal["mask", "edges", "both"] = "mask"
+    splits: Splits = Splits()
+    near_duplicate_correlation: float = Field(0.95, gt=0, le=1, description="alignment correlation that joins two images")
+    rows_per_shard: int = Field(512, ge=1)
+
+    @model_validator(mode="after")
+    def _sides_suit_the_vae(self) -> "DataConfig":
+        if any(side < 8 or side % 8 for side in self.image_size):
+            raise ValueError(f"image_size={self.image_size}: both sides must be positive multiples of 8 (the VAE's factor)")
+        return self
+
+
+class LoopConfig(Section):
+    """What the shared training loop needs, whatever is trained."""
+
+    train_batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_train_steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant_with_warmup"
+    lr_warmup_steps: int = Field(0, ge=0)
+    lr_num_cycles: int = Field(1, ge=1)
+    lr_power: float = 1.0
+    use_8bit_adam: bool = False
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    allow_tf32: bool = False
+    use_ema: bool = False
+    ema_decay: float = Field(0.9999, gt=0, lt=1)
+    checkpointing_steps: int = Field(500, ge=1)
+    checkpoints_total_limit: int | None = Field(2, ge=1)
+    resume_from_checkpoint: str | None = Field("latest", description="'latest', a checkpoint folder, or null to start afresh")
+    validation_steps: int = Field(500, ge=1)
+    logging_steps: int = Field(10, ge=1)
+    report_to: str | None = Field("tensorboard", description="tensorboard, wandb, comet_ml, all, or null")
+    tracker_project_name: str = "maskloom"
+    dataloader_num_workers: int = Field(0, ge=0)
+
+
+class TrainConfig(LoopConfig):
+    """`train`: a ControlNet on a frozen Stable Diffusion backbone."""
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+    controlnet_model_name_or_path: str | None = None
+    gradient_checkpointing: bool = Field(False, description="recompute the ControlNet's activations in the backward pass")
+    unet_gradient_checkpointing: bool = Field(False, description="recompute the frozen UNet's activations as well")
+    enable_xformers_memory_efficient_attention: bool = False
+    cache_latents: bool = True
+    proportion_empty_prompts: float = Field(0.0, ge=0, le=1)
+    snr_gamma: float | None = Field(None, gt=0)
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(None, description="null: as the backbone says")
+    num_validation_images: int = Field(4, ge=0)
+    validation_timestep_bins: int = Field(4, ge=1)
+    validation_samples: int = Field(64, ge=1, description="validation rows that the held-out loss is taken over")
+
+
+class WarpConfig(Section):
+    """How train masks are bent into new ones."""
+
+    rotation_degrees: float = Field(15.0, ge=0, le=180)
+    scale: tuple[float, float] = (0.85, 1.2)
+    shear_degrees: float = Field(5.0, ge=0, lt=45)
+    translation: float = Field(0.05, ge=0, lt=0.5, description="share of the image's side")
+    elastic_alpha: float = Field(0.03, ge=0, description="largest displacement, as a share of the image's side")
+    elastic_sigma: float = Field(0.08, gt=0, description="smoothness, as a share of the image's side")
+    flip_horizontal: bool = False
+    min_area_ratio: float = Field(0.5, gt=0, le=1, description="smallest allowed area of a class against the original")
+    max_area_ratio: float = Field(2.0, ge=1)
+    attempts: int = Field(20, ge=1, description="tries before a mask is given up and the reason is listed")
+
+
+class GenerateConfig(Section):
+    """`generate`: trained generator + mask source -> synthetic mask-and-prompt dataset."""
+
+    generators: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {"controlnet": {}, "text_only": {}}, description="file name in generate/generators -> its options"
+    )
+    mask_source: list[Literal["train", "warped"]] = Field(default_factory=lambda: ["train", "warped"])
+    num_images: int | None = Field(None, ge=1, description="in all, spread evenly over the classes; null: as many as train has")
+    images_per_class: dict[str, int] | None = Field(None, description="exact counts by class name; overrides num_images")
+    warp: WarpConfig = WarpConfig()
+    scheduler: Literal["unipc", "dpmsolver++", "ddim"] = "unipc"
+    num_inference_steps: int = Field(20, ge=1)
+    guidance_scale: float = Field(3.0, ge=0)
+    controlnet_conditioning_scale: float = Field(1.0, ge=0)
+    batch_size: int = Field(8, ge=1)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    enable_xformers_memory_efficient_attention: bool = False
+    rows_per_shard: int = Field(64, ge=1)
+
+
+class EvaluateConfig(Section):
+    """`evaluate`: the questions asked of every synthetic set."""
+
+    metrics: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {
+            "quality": {}, "faithfulness": {}, "memorisation": {}, "downstream_segmentation": {}, "downstream_classification": {},
+        },
+        description="file name in evaluate/metrics -> its options",
+    )
+
+
+class ReportConfig(Section):
+    """`report`: what the page shows."""
+
+    title: str | None = None
+    images_per_class: int = Field(4, ge=1)
+
+
+class ExperimentConfig(Section):
+    """One experiment, all stages."""
+
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: Path | None = None
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataConfig
+    train: TrainConfig
+    generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder: `run_dir`, by default `runs/EXPERIMENT`."""
+        return self.run_dir or Path("runs") / self.experiment

@@ -1,0 +1,341 @@
+"""The mask-and-prompt dataset: the one thing that passes between stages.
+
+A folder of Parquet shards that `datasets.load_dataset("PATH")` opens, a dataset card, a ledger of rejected inputs, and
+`contract.json`, written last: while it is missing, the dataset is not there. Nothing in this file imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import MaskLoomError, one_line
+from pipeline.files import atomic_path, file_digest, read_json, remove_folder, value_digest, write_json, write_text
+from pipeline.images import png_bytes
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+CONTRACT_FILE, LEDGER_FILE, PLAN_FILE = "contract.json", "rejected.jsonl", "plan.json"
+ROW_GROUP = 64
+
+
+class Producer(BaseModel):
+    """What wrote a dataset."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: str
+    git_sha: str
+    config_hash: str
+
+
+class Parent(BaseModel):
+    """The real dataset that a synthetic one was made from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    digest: str
+
+
+class SplitSummary(BaseModel):
+    """Size of a split, and a hash over its sample and group ids."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rows: int
+    groups: int
+    ids_hash: str
+
+
+class Description(BaseModel):
+    """What is true of the whole dataset, real or synthetic; see `data_prep.adapter.DatasetInfo` for the fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: str
+    origin: Literal["real", "synthetic"]
+    modality: str
+    channels: Literal[1, 3]
+    image_size: tuple[int, int]
+    mask_classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    labels: tuple[str, ...]
+    prompt_templates: tuple[str, ...]
+    conditioning: Literal["mask", "edges", "both"]
+    preprocessing: dict[str, Any]
+    licence: str
+    citation: str
+    homepage: str
+
+
+class Contract(BaseModel):
+    """The content of `contract.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int
+    description: Description
+    producer: Producer
+    parent: Parent | None
+    splits: dict[str, SplitSummary]
+    files: dict[str, str]
+    rejected: int
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: independent of the commit and of the place that wrote it."""
+        return value_digest([self.schema_version, self.description.model_dump(mode="json"), self.files])
+
+
+@dataclass
+class Sample:
+    """One row.
+
+    Attributes:
+        image: (H, W) or (H, W, 3) uint8.
+        mask: (H, W) uint8 class indices, 0 = background, or None.
+        conditioning_image: (H, W, 3) uint8.
+        text: the prompt.
+        label: index into the description's labels, or None.
+        sample_id, group_id: see DESIGN of the contract; a group lies in one split.
+        attributes: the values behind the prompt, so that it can be written anew for a warped mask.
+        parent_id, generator, seed: synthetic rows only.
+    """
+
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8] | None
+    conditioning_image: NDArray[np.uint8]
+    text: str
+    label: int | None
+    sample_id: str
+    group_id: str
+    source: str
+    origin: str
+    attributes: Mapping[str, str]
+    parent_id: str | None = None
+    generator: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of writing and of resuming: a run of rows of one split."""
+
+    split: str
+    index: int
+    of: int
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        """Path inside the dataset, in the form that `load_dataset` reads as a split."""
+        return f"data/{self.split}-{self.index:05d}-of-{self.of:05d}.parquet"
+
+
+def plan_shards(rows: Mapping[str, int], rows_per_shard: int) -> list[Shard]:
+    """Return the shards of each split, `rows` giving the number of rows by split; empty splits have none."""
+    shards = []
+    for split in SPLITS:
+        total = rows.get(split, 0)
+        count = -(-total // rows_per_shard)
+        shards += [
+            Shard(split, i, count, i * rows_per_shard, min((i + 1) * rows_per_shard, total)) for i in range(count)
+        ]
+    return shards
+
+
+def features(description: Description) -> datasets.Features:
+    """Return the columns of the contract as Hugging Face features."""
+    from datasets import ClassLabel, Features, Image, Value
+
+    return Features(
+        {
+            "image": Image(),
+            "mask": Image(),
+            "conditioning_image": Image(),
+            "text": Value("string"),
+            "label": ClassLabel(names=list(description.labels)) if description.labels else Value("int64"),
+            "sample_id": Value("string"),
+            "group_id": Value("string"),
+            "source": Value("string"),
+            "origin": Value("string"),
+            "attributes": Value("string"),
+            "parent_id": Value("string"),
+            "generator": Value("string"),
+            "seed": Value("int64"),
+        }
+    )
+
+
+class DatasetWriter:
+    """Writes a dataset shard by shard; an interrupted writing goes on where it stopped.
+
+    Each shard appears whole or not at all. Shards of an earlier, interrupted run are kept if its plan (inputs,
+    configuration, rows) had the same key, and thrown away otherwise.
+    """
+
+    def __init__(self, folder: Path, description: Description, shards: Sequence[Shard], key: str) -> None:
+        """Keep the plan. Nothing is touched before `prepare_folder`.
+
+        Args:
+            folder: the dataset's folder.
+            description: what is true of all rows.
+            shards: from `plan_shards`.
+            key: digest of everything that the bytes depend on.
+        """
+        self.folder, self.description, self.shards, self.key = folder, description, tuple(shards), key
+
+    def prepare_folder(self) -> None:
+        """Make the folder ready for this plan; call once, on one process."""
+        plan = self.folder / PLAN_FILE
+        known = read_json(plan, "delete it") if plan.is_file() else None
+        if known != {"key": self.key}:
+            remove_folder(self.folder)
+            write_json(plan, {"key": self.key})
+
+    def missing_shards(self) -> list[Shard]:
+        """Return the shards that are not on disk yet."""
+        return [shard for shard in self.shards if not (self.folder / shard.file).is_file()]
+
+    def write_shard(self, shard: Shard, samples: Iterable[Sample]) -> None:
+        """Write one shard atomically.
+
+        Raises:
+            ValueError: the number of samples is not the shard's (a bug in the caller).
+        """
+        import pyarrow.parquet as pq
+
+        schema = features(self.description).arrow_schema
+        written = 0
+        with atomic_path(self.folder / shard.file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            batch: list[Sample] = []
+            for sample in samples:
+                batch.append(sample)
+                if len(batch) == ROW_GROUP:
+                    writer.write_table(_table(batch, schema))
+                    written, batch = written + len(batch), []
+            if batch:
+                writer.write_table(_table(batch, schema))
+                written += len(batch)
+        if written != shard.stop - shard.start:
+            (self.folder / shard.file).unlink()
+            raise ValueError(f"{shard.file}: {written} samples for {shard.stop - shard.start} rows")
+
+    def finish(self, card: str, rejected: Iterable[Mapping[str, str]], config_hash: str, parent: Parent | None) -> Contract:
+        """Write card, ledger and, last, `contract.json`.
+
+        Args:
+            card: the dataset card (README.md).
+            rejected: ledger rows with at least `path` and `reason`.
+            config_hash: hash of the configuration that made the dataset.
+            parent: the real dataset behind a synthetic one.
+        """
+        from pipeline import __version__
+        from pipeline.provenance import git_sha
+
+        ledger = [json.dumps(dict(row), sort_keys=True, ensure_ascii=False) for row in rejected]
+        write_text(self.folder / LEDGER_FILE, "".join(line + "\n" for line in ledger))
+        write_text(self.folder / "README.md", card)
+        files = [shard.file for shard in self.shards] + [LEDGER_FILE, "README.md"]
+        contract = Contract(
+            schema_version=SCHEMA_VERSION,
+            description=self.description,
+            producer=Producer(version=__version__, git_sha=git_sha(), config_hash=config_hash),
+            parent=parent,
+            splits=summarise_splits(read_ids(self.folder, [shard.file for shard in self.shards])),
+            files={file: file_digest(self.folder / file) for file in files},
+            rejected=len(ledger),
+        )
+        write_json(self.folder / CONTRACT_FILE, contract.model_dump(mode="json"))
+        return contract
+
+
+def _table(samples: Sequence[Sample], schema: pyarrow.Schema) -> pyarrow.Table:
+    import pyarrow as pa
+
+    def image_cell(array: NDArray[np.uint8] | None) -> dict[str, Any] | None:
+        return None if array is None else {"bytes": png_bytes(array), "path": None}
+
+    columns: dict[str, list[Any]] = {
+        "image": [image_cell(s.image) for s in samples],
+        "mask": [image_cell(s.mask) for s in samples],
+        "conditioning_image": [image_cell(s.conditioning_image) for s in samples],
+        "attributes": [json.dumps(dict(s.attributes), sort_keys=True, ensure_ascii=False) for s in samples],
+    }
+    for name in schema.names:
+        if name not in columns:
+            columns[name] = [getattr(s, name) for s in samples]
+    return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+
+
+def read_ids(folder: Path, files: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+    """Return (sample_id, group_id) of every row by split, read without decoding images."""
+    import pyarrow.parquet as pq
+
+    ids: dict[str, list[tuple[str, str]]] = {}
+    for file in files:
+        split = Path(file).name.split("-")[0]
+        table = pq.read_table(folder / file, columns=["sample_id", "group_id"])
+        ids.setdefault(split, []).extend(zip(table["sample_id"].to_pylist(), table["group_id"].to_pylist(), strict=True))
+    return ids
+
+
+def summarise_splits(ids: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, SplitSummary]:
+    """Return rows, groups and a hash of ids for every split."""
+    return {
+        split: SplitSummary(rows=len(rows), groups=len({group for _, group in rows}), ids_hash=value_digest(sorted(rows)))
+        for split, rows in ids.items()
+    }
+
+
+def read_contract(folder: Path) -> Contract:
+    """Read `contract.json`.
+
+    Raises:
+        MaskLoomError: the dataset is missing, unfinished, of another schema version, or its contract was damaged.
+    """
+    if not folder.is_dir():
+        raise MaskLoomError(f"{folder}: no such dataset; run the stage that writes it first")
+    path = folder / CONTRACT_FILE
+    if not path.is_file():
+        raise MaskLoomError(f"{folder}: unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); run the stage that writes it again")
+    try:
+        contract = Contract.model_validate(read_json(path, "write the dataset again with --force"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MaskLoomError(f"{path}: {where}: {one_line(first['msg'])}; write the dataset again with --force") from None
+    if contract.schema_version != SCHEMA_VERSION:
+        raise MaskLoomError(f"{path}: schema version {contract.schema_version}, this MaskLoom reads {SCHEMA_VERSION}; write the dataset again")
+    return contract
+
+
+def open_split(folder: Path, split: str) -> datasets.Dataset:
+    """Return one split as a Hugging Face dataset (memory-mapped; images decode to PIL on access).
+
+    Raises:
+        MaskLoomError: the dataset has no such split.
+    """
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    contract = read_contract(folder)
+    files = sorted(str(folder / file) for file in contract.files if file.startswith(f"data/{split}-"))
+    if not files:
+        raise MaskLoomError(f"{folder}: the split {split!r} is empty; it has {', '.join(contract.splits)}")
+    disable_progress_bar()
+    return load_dataset("parquet", data_files={split: files}, split=split, features=features(contract.description))

@@ -1,0 +1,52 @@
+"""Errors that a user can act on.
+
+Everything a user can get wrong raises a `MaskLoomError`: one line that says what is wrong, where, and what to do.
+The command line prints that line and exits with code 2; anything else is a bug and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import NoReturn
+
+EXIT_CODE = 2
+
+
+class MaskLoomError(Exception):
+    """A mistake in the user's input, configuration or environment, told in one line."""
+
+
+class RejectedSample(Exception):
+    """One raw sample cannot be used; it goes to `rejected.jsonl` with this reason and the work goes on."""
+
+
+def one_line(text: object) -> str:
+    """Return `text` with all runs of white space (line breaks too) folded into single spaces."""
+    return " ".join(str(text).split())
+
+
+def nearest_name(unknown: str, known: list[str]) -> str:
+    """Return a sentence that names the nearest known name, if one is near, and all known names."""
+    near = get_close_matches(unknown, known, n=1, cutoff=0.5)
+    suggestion = f"did you mean {near[0]!r}? " if near else ""
+    return f"{suggestion}known: {', '.join(sorted(known)) or 'none'}"
+
+
+def exit_with(error: object) -> NoReturn:
+    """Print a one-line error to stderr and leave with exit code 2."""
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    raise SystemExit(EXIT_CODE)
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command line entry point; a user's mistake becomes one line and exit code 2.
+
+    A full disk and a missing permission are the user's to solve as well, so `OSError` is told in the same way.
+    """
+    try:
+        command()
+    except MaskLoomError as error:
+        exit_with(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        exit_with(f"{where}{error.strerror or error}; free space or fix the permissions, then run the same command again")

@@ -1,0 +1,110 @@
+"""Files that are whole or absent, and digests of what is in them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import MaskLoomError
+
+CHUNK_BYTES = 1 << 20
+WHOLE_HASH_BYTES = 64 << 20  # larger files (backbones of gigabytes) are told apart by size and time
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; it takes the name `path` only when the block ends without error.
+
+    The content is flushed to the disk before the rename, so that a crash leaves the old file, the new one, or none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder; it takes the name `path`, in place of an older one, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove_folder(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    remove_folder(path)
+    temporary.rename(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that no moment shows a half-deleted one under its own name."""
+    if path.is_dir():
+        doomed = path.with_name(f".{path.name}.{os.getpid()}.doomed")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys sorted, so that the same value gives the same bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        MaskLoomError: missing or not JSON; `remedy` says what to do.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MaskLoomError(f"{path}: no such file; {remedy}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MaskLoomError(f"{path}: not valid JSON ({error}); {remedy}") from None
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def value_digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON-able value (paths and other objects by their text), in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a digest over every visible file of a folder: names and contents (very large files: size and time)."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = path.relative_to(folder)
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        stat = path.stat()
+        content = file_digest(path) if stat.st_size <= WHOLE_HASH_BYTES else f"{stat.st_size}/{stat.st_mtime_ns}"
+        digest.update(f"{relative}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def model_digest(name_or_path: str, revision: str | None = None) -> str:
+    """Return what identifies a model: the content of a local folder, or the Hub id and revision as text."""
+    folder = Path(name_or_path)
+    return folder_digest(folder) if folder.is_dir() else f"{name_or_path}@{revision or 'main'}"

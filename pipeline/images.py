@@ -1,0 +1,20 @@
+"""Image codecs: arrays <-> PNG bytes, without loss."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def png_bytes(array: NDArray[np.uint8]) -> bytes:
+    """Encode (H, W) or (H, W, 3) uint8 as PNG; the same array gives the same bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def png_array(data: bytes) -> NDArray[np.uint8]:
+    """Decode PNG bytes of mode L or RGB to (H, W) or (H, W, 3) uint8."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)

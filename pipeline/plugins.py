@@ -1,0 +1,31 @@
+"""Plug-ins are found by file name: `data_prep/datasets/busi.py` is the dataset `busi`."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+from pipeline.errors import MaskLoomError, nearest_name
+
+
+def plugin_names(package: str) -> list[str]:
+    """Return the names of all plug-in modules in a package folder, sorted, without importing them."""
+    folder = Path(str(importlib.import_module(package).__file__)).parent
+    return sorted(info.name for info in pkgutil.iter_modules([str(folder)]) if not info.name.startswith("_"))
+
+
+def load_plugin(package: str, name: str, kind: str) -> ModuleType:
+    """Import one plug-in module by name.
+
+    Args:
+        package: dotted package that holds the plug-ins, such as `data_prep.datasets`.
+        name: the plug-in's file name without `.py`.
+        kind: what the user calls it, such as `dataset`; used in the error.
+
+    Raises:
+        MaskLoomError: no such plug-in; lists the known ones and the nearest.
+    """
+    known = plugin_names(package)
+    if name not in known:
+        raise MaskLoomError(f"unknown {kind} {name!r}: {nearest_name(name, known)}")
+    return importlib.import_module(f"{package}.{name}")

@@ -1,0 +1,158 @@
+"""Checks a mask-and-prompt dataset whole. Every stage runs the quick part before it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.contract import CONTRACT_FILE, HELD_OUT, SPLITS, Contract, features, read_contract, read_ids, summarise_splits
+from pipeline.errors import MaskLoomError, one_line
+from pipeline.files import file_digest
+from pipeline.images import png_array
+from pipeline.progress import progress
+
+REPAIR = "the dataset was changed after it was written: write it again with --force"
+
+
+def verify_quickly(folder: Path) -> Contract:
+    """Check hashes, schema, counts, unique ids, group leakage and the parents of synthetic rows; decode no image.
+
+    Returns:
+        The dataset's contract.
+
+    Raises:
+        MaskLoomError: the first problem found, with the file.
+    """
+    contract = read_contract(folder)
+    _check_files(folder, contract)
+    _check_schema(folder, contract)
+    ids = read_ids(folder, _data_files(contract))
+    _check_ids(folder, contract, ids)
+    if contract.parent is not None:
+        _check_parents(folder, contract)
+    return contract
+
+
+def verify_fully(folder: Path) -> Contract:
+    """Check everything that `verify_quickly` does, and every pixel: sizes, modes, mask values, prompts, labels.
+
+    Raises:
+        MaskLoomError: the first problem found, with the file and the sample.
+    """
+    contract = verify_quickly(folder)
+    total = sum(split.rows for split in contract.splits.values())
+    with progress("verifying", total, "rows") as advance:
+        for file in _data_files(contract):
+            for row in _rows(folder / file):
+                problem = _row_problem(row, contract)
+                if problem:
+                    raise MaskLoomError(f"{folder / file}: sample {row['sample_id']}: {problem}; {REPAIR}")
+                advance()
+    return contract
+
+
+def _data_files(contract: Contract) -> list[str]:
+    return [file for file in contract.files if file.startswith("data/")]
+
+
+def _check_files(folder: Path, contract: Contract) -> None:
+    for file, digest in contract.files.items():
+        path = folder / file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise MaskLoomError(f"{folder / CONTRACT_FILE}: the file {file!r} lies outside the dataset; {REPAIR}")
+        if not path.is_file():
+            raise MaskLoomError(f"{path}: missing although {CONTRACT_FILE} lists it; {REPAIR}")
+        if file_digest(path) != digest:
+            raise MaskLoomError(f"{path}: its SHA-256 differs from {CONTRACT_FILE}; {REPAIR}")
+    extra = sorted(str(p.relative_to(folder)) for p in (folder / "data").glob("*.parquet") if f"data/{p.name}" not in contract.files)
+    if extra:
+        raise MaskLoomError(f"{folder / extra[0]}: not listed in {CONTRACT_FILE}; {REPAIR}")
+
+
+def _check_schema(folder: Path, contract: Contract) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    expected = features(contract.description).arrow_schema
+    for file in _data_files(contract):
+        try:
+            schema = pq.read_schema(folder / file)
+        except pa.ArrowInvalid as error:
+            raise MaskLoomError(f"{folder / file}: not a Parquet file ({one_line(error)}); {REPAIR}") from None
+        if schema.names != expected.names or schema.types != expected.types:
+            raise MaskLoomError(f"{folder / file}: columns {schema.names} are not the contract's {expected.names}; {REPAIR}")
+
+
+def _check_ids(folder: Path, contract: Contract, ids: dict[str, list[tuple[str, str]]]) -> None:
+    unknown = set(ids) - set(SPLITS)
+    if unknown:
+        raise MaskLoomError(f"{folder}: unknown split {sorted(unknown)[0]!r}; a dataset has {', '.join(SPLITS)}")
+    if summarise_splits(ids) != contract.splits:
+        raise MaskLoomError(f"{folder / CONTRACT_FILE}: rows, groups or ids differ from the shards'; {REPAIR}")
+    counts = Counter(sample for rows in ids.values() for sample, _ in rows)
+    repeated = [sample for sample, count in counts.items() if count > 1]
+    if repeated:
+        raise MaskLoomError(f"{folder}: sample_id {repeated[0]!r} occurs {counts[repeated[0]]} times; ids must be unique")
+    split_of: dict[str, str] = {}
+    for split, rows in ids.items():
+        for _, group in rows:
+            if split_of.setdefault(group, split) != split:
+                raise MaskLoomError(f"{folder}: group {group!r} lies in both {split_of[group]} and {split}; a group must lie in one split")
+
+
+def _check_parents(folder: Path, contract: Contract) -> None:
+    """Every parent of a synthetic row must lie in the train split of the real dataset."""
+    import pyarrow.parquet as pq
+
+    assert contract.parent is not None
+    parent_folder = (folder / contract.parent.path).resolve()
+    parent = read_contract(parent_folder)
+    if parent.digest != contract.parent.digest:
+        raise MaskLoomError(f"{folder}: made from another version of {parent_folder}; run generate again")
+    rows = read_ids(parent_folder, _data_files(parent))
+    split_of = {sample: split for split, samples in rows.items() for sample, _ in samples}
+    for file in _data_files(contract):
+        for parent_id in pq.read_table(folder / file, columns=["parent_id"])["parent_id"].to_pylist():
+            split = split_of.get(parent_id)
+            if split in HELD_OUT:
+                raise MaskLoomError(f"{folder / file}: parent {parent_id!r} lies in the {split} split of {parent_folder}; masks may come from train only")
+            if parent_id is not None and split is None:
+                raise MaskLoomError(f"{folder / file}: parent {parent_id!r} is not in {parent_folder}; run generate again")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
+        yield from batch.to_pylist()
+
+
+def _row_problem(row: dict[str, Any], contract: Contract) -> str | None:
+    """Return what is wrong with a row, or None."""
+    about = contract.description
+    size = tuple(about.image_size)
+    try:
+        image, conditioning = png_array(row["image"]["bytes"]), png_array(row["conditioning_image"]["bytes"])
+        mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
+        return f"an image cannot be decoded ({one_line(error)})"
+    if image.shape != (size if about.channels == 1 else (*size, 3)) or image.dtype != np.uint8:
+        return f"image is {image.shape} {image.dtype}, the contract says {size} with {about.channels} channel(s)"
+    if conditioning.shape != (*size, 3):
+        return f"conditioning_image is {conditioning.shape}, the contract says {(*size, 3)}"
+    if mask is not None:
+        if mask.shape != size:
+            return f"mask is {mask.shape}, the image {size}"
+        if mask.max(initial=0) >= len(about.mask_classes):
+            return f"mask holds the value {mask.max()}, the classes end at {len(about.mask_classes) - 1}"
+    if row["label"] is not None and not 0 <= row["label"] < len(about.labels):
+        return f"label {row['label']} is not one of {len(about.labels)} labels"
+    if not row["text"]:
+        return "text is empty"
+    if row["origin"] != about.origin:
+        return f"origin is {row['origin']!r}, the contract says {about.origin!r}"
+    return None
