@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import atomic_path, file_digest, read_json, remove_folder, value_digest, write_json, write_text
+from pipeline.files import (
+    atomic_path,
+    file_digest,
+    read_json,
+    remove_folder,
+    remove_leftovers,
+    value_digest,
+    write_json,
+    write_text,
+)
 from pipeline.images import png_bytes
 
 if TYPE_CHECKING:
@@ -206,6 +215,7 @@ class DatasetWriter:
         if known != {"key": self.key}:
             remove_folder(self.folder)
             write_json(plan, {"key": self.key})
+        remove_leftovers(self.folder)
 
     def missing_shards(self) -> list[Shard]:
         """Return the shards that are not on disk yet."""
@@ -235,7 +245,9 @@ class DatasetWriter:
             (self.folder / shard.file).unlink()
             raise ValueError(f"{shard.file}: {written} samples for {shard.stop - shard.start} rows")
 
-    def finish(self, card: str, rejected: Iterable[Mapping[str, str]], config_hash: str, parent: Parent | None) -> Contract:
+    def finish(
+        self, card: str, rejected: Iterable[Mapping[str, str]], config_hash: str, parent: Parent | None
+    ) -> Contract:
         """Write card, ledger and, last, `contract.json`.
 
         Args:
@@ -290,14 +302,18 @@ def read_ids(folder: Path, files: Iterable[str]) -> dict[str, list[tuple[str, st
     for file in files:
         split = Path(file).name.split("-")[0]
         table = pq.read_table(folder / file, columns=["sample_id", "group_id"])
-        ids.setdefault(split, []).extend(zip(table["sample_id"].to_pylist(), table["group_id"].to_pylist(), strict=True))
+        ids.setdefault(split, []).extend(
+            zip(table["sample_id"].to_pylist(), table["group_id"].to_pylist(), strict=True)
+        )
     return ids
 
 
 def summarise_splits(ids: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, SplitSummary]:
     """Return rows, groups and a hash of ids for every split."""
     return {
-        split: SplitSummary(rows=len(rows), groups=len({group for _, group in rows}), ids_hash=value_digest(sorted(rows)))
+        split: SplitSummary(
+            rows=len(rows), groups=len({group for _, group in rows}), ids_hash=value_digest(sorted(rows))
+        )
         for split, rows in ids.items()
     }
 
@@ -312,15 +328,21 @@ def read_contract(folder: Path) -> Contract:
         raise MaskLoomError(f"{folder}: no such dataset; run the stage that writes it first")
     path = folder / CONTRACT_FILE
     if not path.is_file():
-        raise MaskLoomError(f"{folder}: unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); run the stage that writes it again")
+        raise MaskLoomError(
+            f"{folder}: unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); run the stage that writes it again"
+        )
     try:
         contract = Contract.model_validate(read_json(path, "write the dataset again with --force"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise MaskLoomError(f"{path}: {where}: {one_line(first['msg'])}; write the dataset again with --force") from None
+        raise MaskLoomError(
+            f"{path}: {where}: {one_line(first['msg'])}; write the dataset again with --force"
+        ) from None
     if contract.schema_version != SCHEMA_VERSION:
-        raise MaskLoomError(f"{path}: schema version {contract.schema_version}, this MaskLoom reads {SCHEMA_VERSION}; write the dataset again")
+        raise MaskLoomError(
+            f"{path}: schema version {contract.schema_version}, this MaskLoom reads {SCHEMA_VERSION}; write the dataset again"
+        )
     return contract
 
 

@@ -54,6 +54,15 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that killed runs left anywhere under `folder`."""
+    for path in sorted(p for pattern in (".*.tmp", ".*.doomed") for p in folder.rglob(pattern)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:

@@ -1,0 +1,68 @@
+# Everything starts here; the virtual environment makes itself.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LAUNCH := $(BIN)/accelerate launch
+
+.PHONY: help demo test lint format prepare train generate evaluate report all status backbone bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	@touch $@
+
+demo: $(READY) ## the whole pipeline on real MRI slices, no GPU, minutes: runs/demo/report.html
+	$(BIN)/python -m pipeline run --config configs/demo.yaml $(ARGS)
+
+test: $(READY) ## all tests (CPU, minutes)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(READY) ## ruff, types, import rules, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell pipeline data_prep train_controlnet generate evaluate configs tests benchmarks docs README.md CHANGELOG.md
+
+format: $(READY) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+prepare: $(READY) ## raw dataset -> mask-and-prompt dataset
+	$(BIN)/python -m data_prep --config $(CONFIG) $(ARGS)
+
+train: $(READY) ## fine-tune the ControlNet
+	$(LAUNCH) -m train_controlnet --config $(CONFIG) $(ARGS)
+
+generate: $(READY) ## weave the synthetic datasets
+	$(LAUNCH) -m generate --config $(CONFIG) $(ARGS)
+
+evaluate: $(READY) ## ask the questions
+	$(BIN)/python -m evaluate --config $(CONFIG) $(ARGS)
+
+report: $(READY) ## write report.html
+	$(BIN)/python -m pipeline report --config $(CONFIG) $(ARGS)
+
+all: $(READY) ## all stages
+	$(BIN)/python -m pipeline run --config $(CONFIG) $(ARGS)
+
+status: $(READY) ## what is done, stale or missing
+	$(BIN)/python -m pipeline status --config $(CONFIG) $(ARGS)
+
+backbone: $(READY) ## train assets/nano-sd anew (hours on two cores)
+	$(BIN)/python -m data_prep --config configs/backbone_mni152.yaml
+	$(BIN)/python -m data_prep --config configs/backbone_phantom.yaml
+	$(LAUNCH) -m train_controlnet.backbone --config configs/backbone.yaml $(ARGS)
+
+bench: $(READY) ## the measured comparisons
+	$(BIN)/python -m benchmarks.start_up
+	$(BIN)/python -m benchmarks.caching
+
+clean: ## delete the demo's run
+	rm -rf runs/demo

@@ -1,0 +1,170 @@
+"""Checkpoints that are whole or absent: `checkpoint-N/`, written beside and renamed."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.errors import MaskLoomError
+from pipeline.files import read_json, remove_folder, write_json
+from pipeline.progress import say
+
+LOOP_FILE = "loop.json"
+
+
+def checkpoint_steps(folder: Path) -> dict[int, Path]:
+    """Return the finished checkpoints in a folder by step, ascending."""
+    found = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+    return dict(sorted(found.items()))
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    emas: Mapping[str, EMAModel],
+    identity: Mapping[str, Any],
+    limit: int | None,
+) -> None:
+    """Write `checkpoint-STEP` with the state of all processes, then drop the oldest beyond the limit.
+
+    Args:
+        accelerator: holds models, optimizers, schedulers and each process's random state.
+        folder: where checkpoints live.
+        step: number of optimizer steps done.
+        emas: moving averages by network name.
+        identity: what the training depends on; `resume` refuses a checkpoint of another one.
+        limit: how many checkpoints stay; None keeps all.
+    """
+    final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        remove_folder(temporary)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        for name, ema in emas.items():
+            shadow = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(ema.shadow_params)}
+            save_file(shadow, temporary / f"ema_{name}.safetensors")
+        write_json(temporary / LOOP_FILE, {"step": step, "identity": dict(identity)})
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _flush(temporary)
+        remove_folder(final)
+        temporary.rename(final)
+        old = list(checkpoint_steps(folder).values())[: -limit if limit else 0]
+        for path in old:
+            remove_folder(path)
+    accelerator.wait_for_everyone()
+
+
+def resume(
+    accelerator: Accelerator,
+    folder: Path,
+    wanted: str | None,
+    emas: Mapping[str, EMAModel],
+    identity: Mapping[str, Any],
+) -> int:
+    """Load a checkpoint into the accelerator's objects and the averages.
+
+    Args:
+        accelerator: its models, optimizers, schedulers and random states are filled.
+        folder: where checkpoints live.
+        wanted: `latest`, a checkpoint folder's path, or None to start afresh.
+        emas: moving averages by network name.
+        identity: what the training depends on.
+
+    Returns:
+        The number of optimizer steps done; 0 where nothing was loaded.
+
+    Raises:
+        MaskLoomError: an explicit path is missing, or the checkpoint belongs to another configuration or dataset.
+    """
+    path = _wanted_checkpoint(folder, wanted)
+    if path is None:
+        return 0
+    record = read_json(path / LOOP_FILE, "the checkpoint is damaged: delete it and run again")
+    _check_identity(path, record["identity"], identity)
+    accelerator.load_state(str(path))
+    for name, ema in emas.items():
+        shadow = load_file(path / f"ema_{name}.safetensors")
+        for i, parameter in enumerate(ema.shadow_params):
+            parameter.data.copy_(shadow[str(i)])
+        ema.optimization_step = record["step"]
+    if accelerator.is_main_process:
+        say(f"resuming from {path}")
+    return int(record["step"])
+
+
+def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.Module]) -> None:
+    """Make the accelerator keep each network in a file or folder of its own name, as safetensors.
+
+    A diffusers model becomes a folder that `from_pretrained` loads; any other module becomes `NAME.safetensors`.
+    """
+    names = {id(accelerator.unwrap_model(module)): name for name, module in networks.items()}
+
+    def save_networks(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], output: str) -> None:
+        while weights:
+            weights.pop()
+        if accelerator.is_main_process:
+            for model in models:
+                module = accelerator.unwrap_model(model)
+                _save_network(module, Path(output), names[id(module)])
+
+    def load_networks(models: list[nn.Module], source: str) -> None:
+        while models:
+            module = accelerator.unwrap_model(models.pop())
+            module.load_state_dict(load_file(_weights_file(module, Path(source), names[id(module)])))
+
+    accelerator.register_save_state_pre_hook(save_networks)
+    accelerator.register_load_state_pre_hook(load_networks)
+
+
+def _save_network(module: nn.Module, folder: Path, name: str) -> None:
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained(folder / name, safe_serialization=True)
+    else:
+        save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, folder / f"{name}.safetensors")
+
+
+def _weights_file(module: nn.Module, folder: Path, name: str) -> Path:
+    if not hasattr(module, "save_pretrained"):
+        return folder / f"{name}.safetensors"
+    return next((folder / name).glob("*.safetensors"))
+
+
+def _wanted_checkpoint(folder: Path, wanted: str | None) -> Path | None:
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = list(checkpoint_steps(folder).values())
+        return found[-1] if found else None
+    path = Path(wanted)
+    if not (path / LOOP_FILE).is_file():
+        raise MaskLoomError(
+            f"train.resume_from_checkpoint={wanted}: no such checkpoint; give a checkpoint-N folder or 'latest'"
+        )
+    return path
+
+
+def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    keys = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
+    if keys:
+        differences = ", ".join(f"{key}: {found.get(key)} there, {expected.get(key)} now" for key in keys[:5])
+        raise MaskLoomError(
+            f"{path}: this checkpoint belongs to another training ({differences}); "
+            "restore the old settings, use another experiment name, or start afresh with --force"
+        )
+
+
+def _flush(folder: Path) -> None:
+    for file in (p for p in folder.rglob("*") if p.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())

@@ -1,0 +1,44 @@
+"""Training figures: to `metrics.jsonl` (for the report) and to the trackers (TensorBoard, W&B, …)."""
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from pipeline.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes one JSON object a line, keyed by step; a resumed run drops the lines after its first step."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, project: str, start: int) -> None:
+        """Open the log.
+
+        Args:
+            accelerator: its trackers are started.
+            folder: the stage's log folder.
+            project: the trackers' project name.
+            start: the step that the run starts or resumes from.
+        """
+        self.accelerator, self.path = accelerator, folder / METRICS_FILE
+        if accelerator.is_main_process:
+            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+        accelerator.init_trackers(project)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Log figures of a step; does nothing on processes other than the main one."""
+        if not figures or not self.accelerator.is_main_process:
+            return
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **figures}) + "\n")
+        self.accelerator.log(figures, step=step)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the whole lines of a log; a last line without its end was cut off and is left out."""
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8").split("\n")[:-1]

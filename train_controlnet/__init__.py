@@ -1,0 +1,1 @@
+"""ControlNet on a frozen Stable Diffusion backbone."""

@@ -1,0 +1,119 @@
+"""Held-out loss on fixed noise by timestep bin, and pictures: is the condition being learnt, and where?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionControlNetPipeline, UniPCMultistepScheduler
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import default_collate
+
+from pipeline.config import ExperimentConfig
+from pipeline.files import atomic_path
+from pipeline.randomness import Draws, keyed_generator
+from pipeline.runs import Run
+from train_controlnet.latent_cache import rgb_array
+
+if TYPE_CHECKING:
+    from train_controlnet.task import ControlNetTask
+
+PICTURE_STEPS = 20
+PICTURE_GUIDANCE = 3.0
+BATCH = 16
+
+
+class Validator:
+    """Asks the same questions of the network after every so many steps: same rows, same noise, same timesteps."""
+
+    def __init__(self, task: ControlNetTask, config: ExperimentConfig, run: Run, accelerator: Accelerator) -> None:
+        self.task, self.config, self.accelerator = task, config, accelerator
+        self.folder = run.logs("train") / "images"
+
+    @torch.no_grad()
+    def figures(self, step: int) -> dict[str, float]:
+        """Return `loss` and `loss_bin_K` on validation rows; write a grid of pictures. Empty without such rows."""
+        if self.task.validation_split is None:
+            return {}
+        wrapped = self.task.networks["controlnet"]
+        self.task.networks["controlnet"] = self.accelerator.unwrap_model(wrapped).eval()  # one process: no all-reduce
+        losses = [self._bin_loss(timestep) for timestep in self._bin_centres()]
+        if self.config.train.num_validation_images:
+            self._write_pictures(step)
+        self.task.networks["controlnet"] = wrapped.train()
+        return {"loss": float(np.mean(losses)), **{f"loss_bin_{i}": loss for i, loss in enumerate(losses)}}
+
+    def _bin_centres(self) -> list[int]:
+        """Timesteps in the middle of equal bins; bin 0 holds the least noise."""
+        bins, total = self.config.train.validation_timestep_bins, self.task.scheduler.config.num_train_timesteps
+        return [int((i + 0.5) * total / bins) for i in range(bins)]
+
+    def _bin_loss(self, timestep: int) -> float:
+        """Return the mean loss of the validation rows at one timestep, noise fixed for each row."""
+        rows = self.task.rows["validation"]
+        count = min(len(rows), self.config.train.validation_samples)
+        total = 0.0
+        for start in range(0, count, BATCH):
+            numbers = range(start, min(start + BATCH, count))
+            batch = {k: v.to(self.task.device) for k, v in default_collate([rows[i] for i in numbers]).items()}
+            draws = Draws(self.config.seed, numbers, self.task.device)
+            latents = self.task.latents(batch, draws)
+            noise = draws.normal(f"validation noise {timestep}", latents.shape[1:])
+            timesteps = torch.full((len(numbers),), timestep, device=self.task.device)
+            with self.accelerator.autocast():
+                losses = self.task.sample_losses(latents, noise, timesteps, batch["prompt"], batch["conditioning"])
+            total += float(losses.sum())
+        return total / count
+
+    def _write_pictures(self, step: int) -> None:
+        """Write a grid: one row a validation sample; columns conditioning, real, sample."""
+        assert self.task.validation_split is not None
+        count = min(self.config.train.num_validation_images, len(self.task.validation_split))
+        spread = np.linspace(0, len(self.task.validation_split) - 1, count).astype(int).tolist()
+        rows = [self.task.validation_split[i] for i in spread]
+        samples = self._samples([row["conditioning_image"] for row in rows], [row["text"] for row in rows])
+        lines = [
+            np.concatenate([rgb_array(row["conditioning_image"]), rgb_array(row["image"]), sample], axis=1)
+            for row, sample in zip(rows, samples, strict=True)
+        ]
+        grid = np.concatenate(lines, axis=0)
+        with atomic_path(self.folder / f"step-{step:06d}.png") as temporary:
+            Image.fromarray(grid).save(temporary, format="PNG")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("validation", grid, step, dataformats="HWC")
+
+    def _samples(self, conditioning: list[Image.Image], prompts: list[str]) -> list[NDArray[np.uint8]]:
+        """Return (H, W, 3) uint8 samples, each from its own fixed seed."""
+        task = self.task
+        task.vae.to(task.device)
+        task.text_encoder.to(task.device)
+        pipeline = StableDiffusionControlNetPipeline(
+            vae=task.vae,
+            text_encoder=task.text_encoder,
+            tokenizer=task.tokenizer,
+            unet=task.unet,
+            controlnet=task.networks["controlnet"],
+            scheduler=UniPCMultistepScheduler.from_config(task.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [keyed_generator(self.config.seed, "picture", i) for i in range(len(prompts))]
+        with self.accelerator.autocast():
+            images = pipeline(
+                prompts,
+                conditioning,
+                num_inference_steps=PICTURE_STEPS,
+                guidance_scale=PICTURE_GUIDANCE,
+                generator=generators,
+                output_type="np",
+            ).images
+        task.text_encoder.to("cpu")
+        if task.config.cache_latents:
+            task.vae.to("cpu")
+        return [(image * 255).round().astype(np.uint8) for image in images]
