@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -138,7 +138,6 @@ def train(
     Raises:
         MaskLoomError: a loss is not finite (names the step and the rows), or a checkpoint does not fit.
     """
-    set_seed(seed)
     if accelerator.is_main_process:
         remove_leftovers(folder)
     state = _prepare(task, config, accelerator)

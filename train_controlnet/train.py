@@ -36,6 +36,8 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     stage = _stage(config, run, contract)
     if stage.skips(force):
         return
+    from accelerate.utils import set_seed
+
     from pipeline.training import make_accelerator, train
     from train_controlnet.task import ControlNetTask
 
@@ -44,6 +46,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         if force and accelerator.is_main_process:
             remove_folder(run.generator)
         accelerator.wait_for_everyone()
+        set_seed(config.seed)  # the layers of a new ControlNet that are not copied from the UNet start at random
         task = ControlNetTask(config, run, contract, accelerator)
         train(task, config.train, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:

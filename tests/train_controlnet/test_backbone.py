@@ -1,0 +1,186 @@
+"""The backbone recipe end to end at a tiny size, and the weights that are committed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
+from transformers import CLIPTokenizer
+
+from pipeline.config_loading import load_config
+from pipeline.errors import MaskLoomError
+from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
+from train_controlnet.backbone.__main__ import main
+from train_controlnet.backbone.architecture import new_vae
+from train_controlnet.backbone.config import Architecture, BackboneConfig
+from train_controlnet.backbone.images import TrainImages, mirrored_text
+from train_controlnet.backbone.recipe import train_backbone
+from train_controlnet.backbone.vae import latent_statistics, normalise_vae, normalised_moments
+from train_controlnet.backbone.vocabulary import write_tokenizer
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "assets" / "nano-sd"
+MEGABYTE = 10**6
+TINY = {
+    "image_size": 32,
+    "vae_channels": (8, 8, 8, 8),
+    "vae_norm_groups": 4,
+    "text_width": 16,
+    "text_layers": 1,
+    "text_heads": 2,
+    "model_max_length": 16,
+    "unet_channels": (8, 16, 16),
+    "unet_head_dim": 8,
+    "unet_norm_groups": 4,
+}
+LOOP = {"train_batch_size": 2, "max_train_steps": 2, "report_to": None, "use_ema": True, "logging_steps": 1, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A prepared dataset of 6 train images of 48x48 pixels."""
+    folder = tmp_path / "dataset"
+    write_dataset(folder, tiny_description(48), {split: tiny_samples(split, 6, 48) for split in ("train", "validation")})
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, dataset: Path) -> BackboneConfig:
+    """Every phase for two steps, the discriminator from the second on."""
+    phase = {**LOOP, "pixels": 16, "crop": (20, 40), "adversarial_start": 2, "adversarial_ramp": 2}
+    return BackboneConfig.model_validate(
+        {
+            "experiment": "tiny",
+            "run_dir": tmp_path / "run",
+            "output_dir": tmp_path / "backbone",
+            "sources": [{"path": dataset, "copies": 2, "random_flip": True, "affine": True}],
+            "architecture": TINY,
+            "vae": [phase, {**phase, "pixels": 32, "crop": (40, 48), "adversarial_start": 0}],
+            "denoiser": LOOP,
+        }
+    )
+
+
+def test_recipe_writes_a_pipeline_that_loads_and_draws(config: BackboneConfig) -> None:
+    train_backbone(config, force=False)
+    pipe = StableDiffusionPipeline.from_pretrained(config.output_dir)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    assert not list(config.output_dir.rglob("*.bin"))
+    image = pipe("toy imaging of a disc", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (32, 32, 3)
+    card = (config.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "toy imaging of a disc" in card
+    assert (config.output_dir / "samples.png").is_file()
+
+
+def test_finished_recipe_writes_the_same_weights_again(config: BackboneConfig) -> None:
+    train_backbone(config, force=False)
+    files = sorted(config.output_dir.rglob("*.safetensors"))
+    before = [file.read_bytes() for file in files]
+    train_backbone(config, force=False)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_missing_dataset_is_told_in_one_line(
+    config: BackboneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(ROOT / "configs/backbone.yaml"), f"sources=[{{path: {tmp_path}/absent}}]"])
+    assert stop.value.code == 2
+    assert "absent: no such dataset" in capsys.readouterr().err
+
+
+def test_dataset_smaller_than_the_backbone_is_refused(config: BackboneConfig) -> None:
+    larger = config.model_copy(update={"architecture": Architecture(image_size=64)})
+    with pytest.raises(MaskLoomError, match="prepare it with a square data.image_size of 64 or more"):
+        train_backbone(larger, force=False)
+
+
+def test_configuration_in_the_repository_is_valid() -> None:
+    config = load_config(ROOT / "configs/backbone.yaml", [], BackboneConfig)
+    assert config.output_dir == Path("assets/nano-sd")
+
+
+def test_phases_of_unlike_precision_are_refused() -> None:
+    overrides = ["denoiser.mixed_precision=no"]
+    with pytest.raises(MaskLoomError, match="mixed_precision must be the same in all phases"):
+        load_config(ROOT / "configs/backbone.yaml", overrides, BackboneConfig)
+
+
+def test_every_prompt_word_is_one_token_and_unknown_words_are_spelled(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path, ["T1 brain MRI, superior axial slice", "Zebra"], 16)
+    assert tokenizer.tokenize("zebra superior") == ["zebra</w>", "superior</w>"]
+    assert "".join(tokenizer.tokenize("xylograph")) == "xylograph</w>"
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    assert again("axial", padding="max_length").input_ids == tokenizer("axial", padding="max_length").input_ids
+    assert again.model_max_length == 16
+
+
+def test_normalising_moves_latents_and_leaves_reconstructions() -> None:
+    torch.manual_seed(0)
+    vae = new_vae(Architecture.model_validate(TINY)).eval().requires_grad_(False)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    moments = vae.encode(images).latent_dist.parameters
+    before = vae.decode(moments.chunk(2, dim=1)[0]).sample
+    centre, spread = latent_statistics(moments)
+    normalise_vae(vae, centre, spread)
+    posterior = vae.encode(images).latent_dist
+    torch.testing.assert_close(posterior.parameters, normalised_moments(moments, centre, spread), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(vae.decode(posterior.mean).sample, before, rtol=1e-4, atol=1e-4)
+    centre, spread = latent_statistics(posterior.parameters)
+    torch.testing.assert_close(torch.cat([centre, spread]), torch.tensor([0.0] * 4 + [1.0] * 4), rtol=1e-3, atol=1e-3)
+
+
+def test_augmented_copies_are_stable_and_the_first_is_the_image(config: BackboneConfig) -> None:
+    images = TrainImages(config.sources)
+    assert len(images) == 12
+    first, text = images.copy(0, 48, seed=0)
+    torch.testing.assert_close(first, images[0]["image"] / 127.5 - 1)
+    assert text == "toy imaging of a disc"
+    bent, _ = images.copy(6, 48, seed=0)
+    assert not torch.equal(bent, first)
+    assert torch.equal(bent, images.copy(6, 48, seed=0)[0])
+
+
+def test_mirroring_changes_the_sides_in_the_prompt() -> None:
+    assert mirrored_text("a lesion, upper left, right of a leftover") == "a lesion, upper right, left of a leftover"
+
+
+@pytest.fixture(scope="module")
+def nano() -> StableDiffusionPipeline:
+    """The committed backbone."""
+    pipe = StableDiffusionPipeline.from_pretrained(NANO, local_files_only=True)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_committed_backbone_is_small_and_without_pickles() -> None:
+    files = [path for path in NANO.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12 * MEGABYTE
+    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".md", ".png"}
+
+
+def test_committed_backbone_draws_what_the_prompt_says(nano: StableDiffusionPipeline) -> None:
+    prompts = ["T1 brain MRI, axial slice, middle level", "breast ultrasound, benign, scanner A"]
+    brain, breast = (
+        nano(
+            prompt, num_inference_steps=8, guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="np"
+        ).images[0].mean(axis=-1)
+        for prompt in prompts
+    )
+    assert np.abs(brain - breast).mean() > 0.1
+    # A brain slice is bright in the middle on a black ground; an ultrasound image fills its frame.
+    assert brain[48:80, 48:80].mean() > 0.4
+    assert brain[:8, :8].mean() < 0.1
+    assert breast[:24].mean() > 0.2
+
+
+def test_committed_backbone_carries_a_controlnet(nano: StableDiffusionPipeline) -> None:
+    controlnet = ControlNetModel.from_unet(nano.unet)
+    pipe = StableDiffusionControlNetPipeline(**nano.components, controlnet=controlnet, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    control = torch.zeros(1, 3, 128, 128)
+    image = pipe("T1 brain MRI, axial slice", image=control, num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 128, 128, 3)
