@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch
 .PHONY: help demo test lint format prepare train generate evaluate report all status backbone bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z ]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 44
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,20 +34,8 @@ format: $(READY) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-prepare: $(READY) ## raw dataset -> mask-and-prompt dataset
-	$(BIN)/python -m data_prep --config $(CONFIG) $(ARGS)
-
-train: $(READY) ## fine-tune the ControlNet
-	$(LAUNCH) -m train_controlnet --config $(CONFIG) $(ARGS)
-
-generate: $(READY) ## weave the synthetic datasets
-	$(LAUNCH) -m generate --config $(CONFIG) $(ARGS)
-
-evaluate: $(READY) ## ask the questions
-	$(BIN)/python -m evaluate --config $(CONFIG) $(ARGS)
-
-report: $(READY) ## write report.html
-	$(BIN)/python -m pipeline report --config $(CONFIG) $(ARGS)
+prepare train generate evaluate report: $(READY) ## one stage of CONFIG
+	$(BIN)/python -m pipeline run --config $(CONFIG) --from $@ --to $@ $(ARGS)
 
 all: $(READY) ## all stages
 	$(BIN)/python -m pipeline run --config $(CONFIG) $(ARGS)

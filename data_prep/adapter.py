@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class DatasetInfo:
     """
 
     modality: str
-    channels: int
+    channels: Literal[1, 3]
     mask_classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     labels: tuple[str, ...]
@@ -105,7 +105,7 @@ class DatasetAdapter(ABC):
     Options: ClassVar[type[Options]] = Options
     needs_raw_dir: ClassVar[bool] = True
 
-    def __init__(self, raw_dir: Path | None, options: Options) -> None:
+    def __init__(self, raw_dir: Path | None, options: BaseModel) -> None:
         """Keep the folder and the options.
 
         Raises:
@@ -116,7 +116,9 @@ class DatasetAdapter(ABC):
             if raw_dir is None:
                 raise MaskLoomError("data.raw_dir is not set: give the folder of the raw dataset, data.raw_dir=PATH")
             if not raw_dir.is_dir():
-                raise MaskLoomError(f"data.raw_dir={raw_dir}: no such folder; give the folder that holds the raw dataset")
+                raise MaskLoomError(
+                    f"data.raw_dir={raw_dir}: no such folder; give the folder that holds the raw dataset"
+                )
         self.raw_dir = raw_dir
 
     @abstractmethod
@@ -133,7 +135,7 @@ class DatasetAdapter(ABC):
 
     @abstractmethod
     def load(self, item: RawItem) -> RawImage:
-        """Decode one sample.
+        """Decode one sample; may be called from several threads at once.
 
         Raises:
             RejectedSample: the sample is unreadable or inconsistent; the reason goes to `rejected.jsonl`.

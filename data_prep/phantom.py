@@ -10,13 +10,13 @@ speckle from all three.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 Array = NDArray[np.float32]
+Complex = NDArray[np.complexfloating]
 
 DEPTH_MM = 40.0
 SKIN, FAT, GLAND, RETRO_FAT, MUSCLE, CHEST = range(6)
@@ -133,7 +133,7 @@ def _lesion(rng: np.random.Generator, label: str, depth_mm: float) -> Lesion:
         [rng.uniform(0, 2 * np.pi, count), rng.uniform(0.25, 0.75, count), rng.uniform(0.07, 0.16, count)], axis=-1
     )
     cyst = not malignant and rng.random() < 0.5
-    between = partial(rng.uniform)
+    between = rng.uniform
     return Lesion(
         depth_mm=depth_mm,
         lateral_mm=float(between(-7.0, 7.0)),
@@ -149,11 +149,15 @@ def _lesion(rng: np.random.Generator, label: str, depth_mm: float) -> Lesion:
     )
 
 
-def render(subject: Patient, seed: int, number: int, view: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def render(
+    subject: Patient, seed: int, number: int, view: int, height: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return one view of a patient.
 
     Args:
         subject: what `patient(seed, number, …)` returned.
+        seed: that seed; with `number` and `view` it keys the speckle.
+        number: that patient.
         view: 0, 1, …: the same lesion from another place and angle, with other speckle.
         height: pixels; the width follows from the scanner's field of view.
 
@@ -205,7 +209,9 @@ def _tissue(
     ducts = _smooth_noise(rng, shape, (0.45 / pixel_mm, 1.6 / pixel_mm)) * 3.2
     fibres = _smooth_noise(rng, shape, (0.22 / pixel_mm, 4.5 / pixel_mm)) * 4.5
     fat = (layer == FAT) | (layer == RETRO_FAT)
-    echo_db += clouds + np.where(fat, septa, 0) + np.where(layer == GLAND, ducts, 0) + np.where(layer == MUSCLE, fibres, 0)
+    echo_db += (
+        clouds + np.where(fat, septa, 0) + np.where(layer == GLAND, ducts, 0) + np.where(layer == MUSCLE, fibres, 0)
+    )
     edges = np.abs(depth[None] - lower[:, None, :])
     fascia = np.exp(-((edges / 0.28) ** 2)) * np.array([4.0, 5.0, 7.0, 9.0, 14.0])[:, None, None]
     return (echo_db + fascia.sum(axis=0)).astype(np.float32), loss
@@ -258,7 +264,7 @@ def _gain_compensation(depth: Array) -> Array:
     return (0.88 * depth - 0.003 * depth**2).astype(np.float32)
 
 
-def _point_spread(field: NDArray[np.complexfloating], scanner: Scanner, depth_mm: Array, pixel_mm: float) -> NDArray[np.complexfloating]:
+def _point_spread(field: Complex, scanner: Scanner, depth_mm: Array, pixel_mm: float) -> Complex:
     """Return the scatterer field (rows, columns) seen through a Gaussian beam, at constant speckle power.
 
     The lateral width grows hyperbolically away from the focus, so each row has its own kernel: applied in Fourier space.
@@ -267,8 +273,8 @@ def _point_spread(field: NDArray[np.complexfloating], scanner: Scanner, depth_mm
     lateral = scanner.lateral_mm / pixel_mm * np.sqrt(1 + ((depth_mm - scanner.focus_mm) / 14.0) ** 2)
     frequency = np.fft.fftfreq(field.shape[1])
     transfer = np.exp(-2 * (np.pi * frequency[None] * lateral[:, None]) ** 2)
-    blurred = np.fft.ifft(np.fft.fft(field, axis=1) * transfer, axis=1)
-    blurred = ndimage.gaussian_filter1d(blurred.real, axial, axis=0) + 1j * ndimage.gaussian_filter1d(blurred.imag, axial, axis=0)
+    beam = np.fft.ifft(np.fft.fft(field, axis=1) * transfer, axis=1)
+    blurred = ndimage.gaussian_filter1d(beam, axial, axis=0)
     power = 1 / (2 * np.sqrt(np.pi) * axial) / (2 * np.sqrt(np.pi) * lateral)
     return blurred / np.sqrt(power)[:, None]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -128,14 +129,14 @@ def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.M
 
 
 def _save_network(module: nn.Module, folder: Path, name: str) -> None:
-    if hasattr(module, "save_pretrained"):
+    if isinstance(module, ModelMixin):
         module.save_pretrained(folder / name, safe_serialization=True)
     else:
         save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, folder / f"{name}.safetensors")
 
 
 def _weights_file(module: nn.Module, folder: Path, name: str) -> Path:
-    if not hasattr(module, "save_pretrained"):
+    if not isinstance(module, ModelMixin):
         return folder / f"{name}.safetensors"
     return next((folder / name).glob("*.safetensors"))
 

@@ -1,4 +1,4 @@
-"""The command line that all stages share: `python -m STAGE --config FILE [--force] [key=value ...]`."""
+"""The command line that all stages share: `python -m STAGE --config FILE [--force] [--check] [key=value ...]`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,32 @@ import typer
 from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
 from pipeline.errors import run_command
+from pipeline.runs import StageChecked, check_only
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")]
+CheckOption = Annotated[bool, typer.Option("--check", help="only print whether the outputs are done, stale or missing")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")
+]
 
 
-def run_stage_command(stage: Callable[[ExperimentConfig, bool], None], description: str, args: list[str] | None = None) -> None:
+StageFunction = Callable[[ExperimentConfig, bool], None]
+
+
+def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check: bool) -> None:
+    """Run a stage, or with `check` only print its state: `done`, `stale` or `missing`."""
+    if not check:
+        stage(config, force)
+        return
+    try:
+        with check_only():
+            stage(config, force)
+    except StageChecked as checked:
+        print(checked.state)
+
+
+def run_stage_command(stage: StageFunction, description: str, args: list[str] | None = None) -> None:
     """Parse a stage's command line and run it; a user's mistake becomes one line and exit code 2.
 
     Args:
@@ -26,7 +45,12 @@ def run_stage_command(stage: Callable[[ExperimentConfig, bool], None], descripti
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @app.command(help=description)
-    def command(config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False) -> None:
-        stage(load_experiment(config, overrides or []), force)
+    def command(
+        config: ConfigOption,
+        overrides: OverridesArgument = None,
+        force: ForceOption = False,
+        check: CheckOption = False,
+    ) -> None:
+        run_stage(stage, load_experiment(config, overrides or []), force, check)
 
     run_command(lambda: app(args=args))

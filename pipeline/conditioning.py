@@ -30,7 +30,9 @@ def conditioning_image(
     if mode == "edges":
         return np.repeat(edge_map(image)[..., None], 3, axis=2)
     if mask is None:
-        raise MaskLoomError(f"data.conditioning={mode} needs masks and this dataset has none; set data.conditioning=edges")
+        raise MaskLoomError(
+            f"data.conditioning={mode} needs masks and this dataset has none; set data.conditioning=edges"
+        )
     coloured = np.asarray(palette, dtype=np.uint8)[mask]
     if mode == "both":
         coloured[edge_map(image) > 0] = 255

@@ -47,13 +47,17 @@ class DataConfig(Section):
     resize_mode: Literal["pad", "crop", "stretch"] = "pad"
     conditioning: Literal["mask", "edges", "both"] = "mask"
     splits: Splits = Splits()
-    near_duplicate_correlation: float = Field(0.95, gt=0, le=1, description="alignment correlation that joins two images")
+    near_duplicate_correlation: float = Field(
+        0.55, gt=0, le=1, description="alignment correlation that joins two images"
+    )
     rows_per_shard: int = Field(512, ge=1)
 
     @model_validator(mode="after")
     def _sides_suit_the_vae(self) -> "DataConfig":
         if any(side < 8 or side % 8 for side in self.image_size):
-            raise ValueError(f"image_size={self.image_size}: both sides must be positive multiples of 8 (the VAE's factor)")
+            raise ValueError(
+                f"image_size={self.image_size}: both sides must be positive multiples of 8 (the VAE's factor)"
+            )
         return self
 
 
@@ -64,7 +68,9 @@ class LoopConfig(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_steps: int = Field(1000, ge=1)
     learning_rate: float = Field(1e-5, gt=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant_with_warmup"
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
     lr_warmup_steps: int = Field(0, ge=0)
     lr_num_cycles: int = Field(1, ge=1)
     lr_power: float = 1.0
@@ -80,7 +86,9 @@ class LoopConfig(Section):
     ema_decay: float = Field(0.9999, gt=0, lt=1)
     checkpointing_steps: int = Field(500, ge=1)
     checkpoints_total_limit: int | None = Field(2, ge=1)
-    resume_from_checkpoint: str | None = Field("latest", description="'latest', a checkpoint folder, or null to start afresh")
+    resume_from_checkpoint: str | None = Field(
+        "latest", description="'latest', a checkpoint folder, or null to start afresh"
+    )
     validation_steps: int = Field(500, ge=1)
     logging_steps: int = Field(10, ge=1)
     report_to: str | None = Field("tensorboard", description="tensorboard, wandb, comet_ml, all, or null")
@@ -95,7 +103,9 @@ class TrainConfig(LoopConfig):
     revision: str | None = None
     variant: str | None = None
     controlnet_model_name_or_path: str | None = None
-    gradient_checkpointing: bool = Field(False, description="recompute the ControlNet's activations in the backward pass")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the ControlNet's activations in the backward pass"
+    )
     unet_gradient_checkpointing: bool = Field(False, description="recompute the frozen UNet's activations as well")
     enable_xformers_memory_efficient_attention: bool = False
     cache_latents: bool = True
@@ -121,16 +131,50 @@ class WarpConfig(Section):
     max_area_ratio: float = Field(2.0, ge=1)
     attempts: int = Field(20, ge=1, description="tries before a mask is given up and the reason is listed")
 
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> "WarpConfig":
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)}: give the smallest and the largest factor, both above 0")
+        return self
+
+
+Plugins = dict[str, dict[str, Any]]
+"""Options by plug-in: file name -> its own options."""
+
+
+def _default_generators() -> Plugins:
+    return {"controlnet": {}, "text_only": {}}
+
+
+def _default_mask_source() -> list[Literal["train", "warped"]]:
+    return ["train", "warped"]
+
+
+def _default_metrics() -> Plugins:
+    names = (
+        "quality",
+        "vae_ceiling",
+        "faithfulness",
+        "memorisation",
+        "downstream_segmentation",
+        "downstream_classification",
+    )
+    return {name: {} for name in names}
+
 
 class GenerateConfig(Section):
     """`generate`: trained generator + mask source -> synthetic mask-and-prompt dataset."""
 
-    generators: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"controlnet": {}, "text_only": {}}, description="file name in generate/generators -> its options"
+    generators: Plugins = Field(
+        default_factory=_default_generators, description="file name in generate/generators -> its options"
     )
-    mask_source: list[Literal["train", "warped"]] = Field(default_factory=lambda: ["train", "warped"])
-    num_images: int | None = Field(None, ge=1, description="in all, spread evenly over the classes; null: as many as train has")
-    images_per_class: dict[str, int] | None = Field(None, description="exact counts by class name; overrides num_images")
+    mask_source: list[Literal["train", "warped"]] = Field(default_factory=_default_mask_source, min_length=1)
+    num_images: int | None = Field(
+        None, ge=1, description="in all, spread evenly over the classes; null: as many as train has"
+    )
+    images_per_class: dict[str, int] | None = Field(
+        None, description="exact counts by class name; overrides num_images"
+    )
     warp: WarpConfig = WarpConfig()
     scheduler: Literal["unipc", "dpmsolver++", "ddim"] = "unipc"
     num_inference_steps: int = Field(20, ge=1)
@@ -145,11 +189,8 @@ class GenerateConfig(Section):
 class EvaluateConfig(Section):
     """`evaluate`: the questions asked of every synthetic set."""
 
-    metrics: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {
-            "quality": {}, "faithfulness": {}, "memorisation": {}, "downstream_segmentation": {}, "downstream_classification": {},
-        },
-        description="file name in evaluate/metrics -> its options",
+    metrics: Plugins = Field(
+        default_factory=_default_metrics, description="file name in evaluate/metrics -> its options"
     )
 
 

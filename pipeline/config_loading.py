@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
@@ -59,7 +59,7 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> Any:
         values = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise MaskLoomError(f"{path}: not valid YAML: {one_line(error)}") from None
-    if not OmegaConf.is_dict(values):
+    if not isinstance(values, DictConfig):
         raise MaskLoomError(f"{path}: must hold a mapping of keys to values")
     parent = values.pop("extends", None)
     if parent is None:
@@ -80,7 +80,9 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: {nearest_name(str(first['loc'][-1]), _known_keys(model, first['loc'][:-1]))}{more}"
+        return (
+            f"unknown key {key!r}: {nearest_name(str(first['loc'][-1]), _known_keys(model, first['loc'][:-1]))}{more}"
+        )
     if first["type"] == "missing":
         return f"{key}: this key is required{more}"
     value = first["input"]

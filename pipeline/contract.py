@@ -7,8 +7,9 @@ A folder of Parquet shards that `datasets.load_dataset("PATH")` opens, a dataset
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -209,10 +210,13 @@ class DatasetWriter:
         self.folder, self.description, self.shards, self.key = folder, description, tuple(shards), key
 
     def prepare_folder(self) -> None:
-        """Make the folder ready for this plan; call once, on one process."""
+        """Make the folder ready for this plan; call once, on one process.
+
+        A finished dataset of the same plan that was edited since is thrown away: its shards are not this plan's any more.
+        """
         plan = self.folder / PLAN_FILE
         known = read_json(plan, "delete it") if plan.is_file() else None
-        if known != {"key": self.key}:
+        if known != {"key": self.key} or changed_file(self.folder) is not None:
             remove_folder(self.folder)
             write_json(plan, {"key": self.key})
         remove_leftovers(self.folder)
@@ -231,19 +235,13 @@ class DatasetWriter:
 
         schema = features(self.description).arrow_schema
         written = 0
-        with atomic_path(self.folder / shard.file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            batch: list[Sample] = []
-            for sample in samples:
-                batch.append(sample)
-                if len(batch) == ROW_GROUP:
+        with atomic_path(self.folder / shard.file) as temporary:
+            with pq.ParquetWriter(temporary, schema) as writer:
+                for batch in _batches(samples):
                     writer.write_table(_table(batch, schema))
-                    written, batch = written + len(batch), []
-            if batch:
-                writer.write_table(_table(batch, schema))
-                written += len(batch)
-        if written != shard.stop - shard.start:
-            (self.folder / shard.file).unlink()
-            raise ValueError(f"{shard.file}: {written} samples for {shard.stop - shard.start} rows")
+                    written += len(batch)
+            if written != shard.stop - shard.start:
+                raise ValueError(f"{shard.file}: {written} samples for {shard.stop - shard.start} rows")
 
     def finish(
         self, card: str, rejected: Iterable[Mapping[str, str]], config_hash: str, parent: Parent | None
@@ -274,6 +272,26 @@ class DatasetWriter:
         )
         write_json(self.folder / CONTRACT_FILE, contract.model_dump(mode="json"))
         return contract
+
+
+def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Yield the samples in lists of `ROW_GROUP`."""
+    remaining = iter(samples)
+    while batch := list(islice(remaining, ROW_GROUP)):
+        yield batch
+
+
+def changed_file(folder: Path) -> str | None:
+    """Return the first file of a finished dataset that is missing or differs from its contract; None where all is well.
+
+    An unfinished dataset (no contract) has nothing to differ from.
+    """
+    if not (folder / CONTRACT_FILE).is_file():
+        return None
+    files = read_contract(folder).files
+    return next(
+        (f for f, digest in files.items() if not (folder / f).is_file() or file_digest(folder / f) != digest), None
+    )
 
 
 def _table(samples: Sequence[Sample], schema: pyarrow.Schema) -> pyarrow.Table:

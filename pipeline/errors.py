@@ -49,4 +49,6 @@ def run_command(command: Callable[[], object]) -> None:
         exit_with(error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        exit_with(f"{where}{error.strerror or error}; free space or fix the permissions, then run the same command again")
+        exit_with(
+            f"{where}{error.strerror or error}; free space or fix the permissions, then run the same command again"
+        )

@@ -16,7 +16,8 @@ console = Console(stderr=True)
 class Advance(Protocol):
     """Counts finished units; `note` replaces the text after the bar."""
 
-    def __call__(self, count: int = 1, note: str = "") -> None: ...
+    def __call__(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units as finished."""
 
 
 class _RateColumn(ProgressColumn):
@@ -59,7 +60,14 @@ def progress(title: str, total: int, unit: str, done: int = 0, show: bool = True
         if show:
             say(f"{title}: {counted} {unit} in {seconds:.1f} s ({counted / max(seconds, 1e-9):.1f} {unit}/s)")
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(unit), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(title, total=total, completed=done, note="")
         yield lambda count=1, note="": bars.update(task, advance=count, **({"note": note} if note else {}))

@@ -68,7 +68,9 @@ def _size_word(foreground: NDArray[np.bool_]) -> str:
 
 
 def _place_words(foreground: NDArray[np.bool_]) -> str:
-    row, column = (float(c) / side for c, side in zip(ndimage.center_of_mass(foreground), foreground.shape, strict=True))
+    row, column = (
+        float(c) / side for c, side in zip(ndimage.center_of_mass(foreground), foreground.shape, strict=True)
+    )
     vertical, horizontal = ROWS[min(int(row * 3), 2)], COLUMNS[min(int(column * 3), 2)]
     return "central" if (vertical, horizontal) == ("central", "middle") else f"{vertical} {horizontal}"
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,26 @@ from pipeline.progress import say
 from pipeline.provenance import git_sha, package_versions, peak_memory_mb
 
 STAGES = ("prepare", "train", "generate", "evaluate", "report")
+_CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
+
+
+class StageChecked(Exception):
+    """Ends a stage that was only asked for its state, at the point where it would begin to compute."""
+
+    def __init__(self, state: str) -> None:
+        """Keep the state: `done`, `stale` or `missing`."""
+        super().__init__(state)
+        self.state = state
+
+
+@contextmanager
+def check_only() -> Iterator[None]:
+    """Inside the block, `Stage.skips` raises `StageChecked` and nothing is computed."""
+    token = _CHECK_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CHECK_ONLY.reset(token)
 
 
 @dataclass(frozen=True)
@@ -53,10 +74,12 @@ class Run:
 
 
 def open_run(config: ExperimentConfig) -> Run:
-    """Return the run of a configuration and keep the resolved configuration in it."""
+    """Return the run of a configuration; keep the resolved configuration in it unless only a state is asked for."""
     import yaml
 
     run = Run(config.run_folder)
+    if _CHECK_ONLY.get():
+        return run
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     path = run.folder / "config.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != resolved:
@@ -67,7 +90,7 @@ def open_run(config: ExperimentConfig) -> Run:
 class Stage:
     """Decides whether a stage must run, and records that it did.
 
-    A stage is skipped when its `stage.json` carries the key of the same inputs and configuration, and its outputs exist.
+    A stage is skipped when its `stage.json` has the key of the same inputs and configuration, and its outputs exist.
     """
 
     def __init__(self, run: Run, name: str, inputs: Mapping[str, str], config: Any, outputs: Sequence[Path]) -> None:
@@ -91,8 +114,18 @@ class Stage:
             return False
         return bool(read_json(self.path, "delete it").get("key") == self.key)
 
+    def state(self) -> str:
+        """Return `done`, `stale` (ran with other inputs or another configuration, or lost an output) or `missing`."""
+        return "done" if self.is_done() else "stale" if self.path.is_file() else "missing"
+
     def skips(self, force: bool) -> bool:
-        """Whether to leave the stage out; says so."""
+        """Whether to leave the stage out; says so.
+
+        Raises:
+            StageChecked: only the state was asked for (`--check`).
+        """
+        if _CHECK_ONLY.get():
+            raise StageChecked(self.state())
         if force or not self.is_done():
             return False
         say(f"{self.name}: up to date in {self.run.folder} (--force runs it again)")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.checkpoints import register_network_hooks, resume, save_checkpoint
 from pipeline.config import LoopConfig
+from pipeline.cpu_memory import keep_freed_memory
 from pipeline.errors import MaskLoomError
 from pipeline.files import remove_leftovers
 from pipeline.metrics_log import MetricsLog
@@ -109,6 +110,8 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
         raise MaskLoomError(
             "train.mixed_precision=fp16 needs a GPU and none was found; set train.mixed_precision=no (or bf16)"
         )
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return Accelerator(

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.contract import CONTRACT_FILE, HELD_OUT, SPLITS, Contract, features, read_contract, read_ids, summarise_splits
+from pipeline.contract import (
+    CONTRACT_FILE,
+    HELD_OUT,
+    SPLITS,
+    Contract,
+    features,
+    read_contract,
+    read_ids,
+    summarise_splits,
+)
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import file_digest
 from pipeline.images import png_array
@@ -68,7 +77,11 @@ def _check_files(folder: Path, contract: Contract) -> None:
             raise MaskLoomError(f"{path}: missing although {CONTRACT_FILE} lists it; {REPAIR}")
         if file_digest(path) != digest:
             raise MaskLoomError(f"{path}: its SHA-256 differs from {CONTRACT_FILE}; {REPAIR}")
-    extra = sorted(str(p.relative_to(folder)) for p in (folder / "data").glob("*.parquet") if f"data/{p.name}" not in contract.files)
+    extra = sorted(
+        str(p.relative_to(folder))
+        for p in (folder / "data").glob("*.parquet")
+        if f"data/{p.name}" not in contract.files
+    )
     if extra:
         raise MaskLoomError(f"{folder / extra[0]}: not listed in {CONTRACT_FILE}; {REPAIR}")
 
@@ -84,7 +97,9 @@ def _check_schema(folder: Path, contract: Contract) -> None:
         except pa.ArrowInvalid as error:
             raise MaskLoomError(f"{folder / file}: not a Parquet file ({one_line(error)}); {REPAIR}") from None
         if schema.names != expected.names or schema.types != expected.types:
-            raise MaskLoomError(f"{folder / file}: columns {schema.names} are not the contract's {expected.names}; {REPAIR}")
+            raise MaskLoomError(
+                f"{folder / file}: columns {schema.names} are not the contract's {expected.names}; {REPAIR}"
+            )
 
 
 def _check_ids(folder: Path, contract: Contract, ids: dict[str, list[tuple[str, str]]]) -> None:
@@ -96,12 +111,16 @@ def _check_ids(folder: Path, contract: Contract, ids: dict[str, list[tuple[str, 
     counts = Counter(sample for rows in ids.values() for sample, _ in rows)
     repeated = [sample for sample, count in counts.items() if count > 1]
     if repeated:
-        raise MaskLoomError(f"{folder}: sample_id {repeated[0]!r} occurs {counts[repeated[0]]} times; ids must be unique")
+        raise MaskLoomError(
+            f"{folder}: sample_id {repeated[0]!r} occurs {counts[repeated[0]]} times; ids must be unique"
+        )
     split_of: dict[str, str] = {}
     for split, rows in ids.items():
         for _, group in rows:
             if split_of.setdefault(group, split) != split:
-                raise MaskLoomError(f"{folder}: group {group!r} lies in both {split_of[group]} and {split}; a group must lie in one split")
+                raise MaskLoomError(
+                    f"{folder}: group {group!r} lies in both {split_of[group]} and {split}; a group must lie in one split"
+                )
 
 
 def _check_parents(folder: Path, contract: Contract) -> None:
@@ -119,9 +138,13 @@ def _check_parents(folder: Path, contract: Contract) -> None:
         for parent_id in pq.read_table(folder / file, columns=["parent_id"])["parent_id"].to_pylist():
             split = split_of.get(parent_id)
             if split in HELD_OUT:
-                raise MaskLoomError(f"{folder / file}: parent {parent_id!r} lies in the {split} split of {parent_folder}; masks may come from train only")
+                raise MaskLoomError(
+                    f"{folder / file}: parent {parent_id!r} lies in the {split} split of {parent_folder}; masks may come from train only"
+                )
             if parent_id is not None and split is None:
-                raise MaskLoomError(f"{folder / file}: parent {parent_id!r} is not in {parent_folder}; run generate again")
+                raise MaskLoomError(
+                    f"{folder / file}: parent {parent_id!r} is not in {parent_folder}; run generate again"
+                )
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

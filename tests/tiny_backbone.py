@@ -38,7 +38,7 @@ def build_tiny_backbone(folder: Path, seed: int = 0, prediction_type: str = "eps
 def build_tiny_controlnet(backbone: Path, folder: Path, seed: int = 0) -> Path:
     """Write a ControlNet for a tiny backbone and return its folder.
 
-    Its zero convolutions get small random weights: a ControlNet as it starts out would leave every image unchanged.
+    Its zero convolutions get random weights: a ControlNet as it starts out would leave every image unchanged.
     """
     unet = UNet2DConditionModel.from_pretrained(backbone, subfolder="unet", local_files_only=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -49,7 +49,7 @@ def build_tiny_controlnet(backbone: Path, folder: Path, seed: int = 0) -> Path:
             controlnet.controlnet_mid_block,
             controlnet.controlnet_cond_embedding.conv_out,
         ):
-            layer.weight.normal_(std=0.2)
+            layer.weight.normal_()
     controlnet.save_pretrained(folder)
     return folder
 

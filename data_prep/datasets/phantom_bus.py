@@ -20,7 +20,7 @@ MASK_MODES = ("1", "L", "RGB", "RGBA")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
 
 
-class Options(BaseOptions):
+class PhantomOptions(BaseOptions):
     """How many phantoms, and which."""
 
     patients: int = Field(120, ge=1)
@@ -33,8 +33,8 @@ class Options(BaseOptions):
 class Adapter(DatasetAdapter):
     """Phantoms made on the fly; nothing is read."""
 
-    Options = Options
-    options: Options
+    Options = PhantomOptions
+    options: PhantomOptions
     needs_raw_dir = False
 
     def info(self) -> DatasetInfo:

@@ -92,7 +92,11 @@ def run(folder: Path, task: Task, **changes: Any) -> dict[str, Tensor]:
     GradientState._reset_state()
     accelerator = make_accelerator(config, folder / "logs")
     train(task, config, accelerator, folder, 7, {"dataset": "points"})
-    return {f"{n}.{k}": v.clone() for n, net in task.networks.items() for k, v in accelerator.unwrap_model(net).state_dict().items()}
+    return {
+        f"{n}.{k}": v.clone()
+        for n, net in task.networks.items()
+        for k, v in accelerator.unwrap_model(net).state_dict().items()
+    }
 
 
 class Killed(Exception):

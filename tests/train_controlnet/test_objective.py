@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 
 def scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
-    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type)
+    return DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
+    )
 
 
 def test_latents_follow_the_posterior() -> None:
@@ -60,7 +62,7 @@ def test_targets_are_noise_or_velocity() -> None:
 
 
 def test_another_prediction_type_is_an_error() -> None:
-    with pytest.raises(MaskLoomError, match="train.prediction_type"):
+    with pytest.raises(MaskLoomError, match=r"train\.prediction_type"):
         prediction_target(scheduler("sample"), torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
 
@@ -68,30 +70,54 @@ def perturb_zero_convolutions(controlnet: ControlNetModel) -> None:
     """Zero convolutions stop nearly all gradients of a first step; give them something to pass on."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block, controlnet.controlnet_cond_embedding.conv_out):
+        for block in (
+            *controlnet.controlnet_down_blocks,
+            controlnet.controlnet_mid_block,
+            controlnet.controlnet_cond_embedding.conv_out,
+        ):
             block.weight.normal_(std=0.1, generator=generator)
 
 
-def reference_gradients(folder: str, rows: list[dict], draws: Draws, controlnet: ControlNetModel, snr_gamma: float | None) -> dict[str, Tensor]:
+def reference_gradients(
+    folder: str, rows: list[dict], draws: Draws, controlnet: ControlNetModel, snr_gamma: float | None
+) -> dict[str, Tensor]:
     """Return the gradients of a plain step written after diffusers' examples/controlnet: nothing cached, nothing shared."""
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    pixels = torch.stack([torch.from_numpy(np.array(r["image"].convert("RGB"))).permute(2, 0, 1) for r in rows]) / 255.0 * 2 - 1
-    condition = torch.stack([torch.from_numpy(np.array(r["conditioning_image"])).permute(2, 0, 1) for r in rows]) / 255.0
+    pixels = (
+        torch.stack([torch.from_numpy(np.array(r["image"].convert("RGB"))).permute(2, 0, 1) for r in rows]) / 255.0 * 2
+        - 1
+    )
+    condition = (
+        torch.stack([torch.from_numpy(np.array(r["conditioning_image"])).permute(2, 0, 1) for r in rows]) / 255.0
+    )
     with torch.no_grad():
         posterior: DiagonalGaussianDistribution = vae.encode(pixels).latent_dist
-        latents = (posterior.mean + posterior.std * draws.normal("posterior", posterior.mean.shape[1:])) * vae.config.scaling_factor
-        ids = tokenizer([r["text"] for r in rows], max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt")
+        latents = (
+            posterior.mean + posterior.std * draws.normal("posterior", posterior.mean.shape[1:])
+        ) * vae.config.scaling_factor
+        ids = tokenizer(
+            [r["text"] for r in rows],
+            max_length=tokenizer.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
         states = text_encoder(ids.input_ids, return_dict=False)[0]
     noise = draws.normal("noise", latents.shape[1:])
     timesteps = draws.integers("timestep", schedule.config.num_train_timesteps)
     noisy = schedule.add_noise(latents, noise, timesteps)
     down, mid = controlnet(noisy, timesteps, encoder_hidden_states=states, controlnet_cond=condition, return_dict=False)
     prediction = unet(
-        noisy, timesteps, encoder_hidden_states=states, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False
+        noisy,
+        timesteps,
+        encoder_hidden_states=states,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+        return_dict=False,
     )[0]
     target = noise if schedule.config.prediction_type == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
     if snr_gamma is None:
@@ -110,7 +136,12 @@ def reference_gradients(folder: str, rows: list[dict], draws: Draws, controlnet:
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_those_of_a_plain_step(
-    config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory, kind: str, cached: bool, snr_gamma: float | None, checkpointing: bool
+    config: ExperimentConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    cached: bool,
+    snr_gamma: float | None,
+    checkpointing: bool,
 ) -> None:
     folder = str(build_tiny_backbone(tmp_path_factory.mktemp(kind), prediction_type=kind))
     changes = {
@@ -132,10 +163,14 @@ def test_gradients_equal_those_of_a_plain_step(
     found = {name: p.grad.clone() for name, p in controlnet.named_parameters()}
     controlnet.zero_grad()
     split = open_split(run.dataset, "train")
-    expected = reference_gradients(folder, [split[p] for p in positions], Draws(0, positions, CPU), controlnet, snr_gamma)
+    expected = reference_gradients(
+        folder, [split[p] for p in positions], Draws(0, positions, CPU), controlnet, snr_gamma
+    )
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
-        assert float(gradient.norm()) > 0 or "conv_shortcut" in key or "attn1" in key, f"{key}: the reference gradient is zero"
+        assert float(gradient.norm()) > 0 or "conv_shortcut" in key or "attn1" in key, (
+            f"{key}: the reference gradient is zero"
+        )
         assert float((found[key] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-12, key
 
 

@@ -57,7 +57,9 @@ def test_the_output_loads_in_diffusers(config: ExperimentConfig, backbone: Path)
     assert {p.name for p in run.generator.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
 
 
-def test_an_unchanged_training_is_skipped_and_a_changed_one_refused(config: ExperimentConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unchanged_training_is_skipped_and_a_changed_one_refused(
+    config: ExperimentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     train_stage(config, force=False)
     train_stage(config, force=False)
     assert "up to date" in capsys.readouterr().err
@@ -117,7 +119,9 @@ def test_training_goes_on_from_given_weights(config: ExperimentConfig) -> None:
     folder = config.run_folder / "generator" / "controlnet"
     start = config.run_folder / "start"
     shutil.copytree(folder, start)
-    again = config.model_copy(update={"train": config.train.model_copy(update={"controlnet_model_name_or_path": str(start)})})
+    again = config.model_copy(
+        update={"train": config.train.model_copy(update={"controlnet_model_name_or_path": str(start)})}
+    )
     run = Run(config.run_folder)
     task = ControlNetTask(again, run, read_contract(run.dataset), Accelerator(cpu=True))
     expected = load_file(start / "diffusion_pytorch_model.safetensors")
@@ -125,7 +129,9 @@ def test_training_goes_on_from_given_weights(config: ExperimentConfig) -> None:
 
 
 @pytest.mark.parametrize("moments", [(1.0, 6.0), (6.5, 8.5)])
-def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path, dataset: Path, backbone: Path, moments: tuple[float, float]) -> None:
+def test_a_killed_training_ends_with_the_same_bytes(
+    tmp_path: Path, dataset: Path, backbone: Path, moments: tuple[float, float]
+) -> None:
     """Kill -9 while loading, caching or training, twice each, then let it end."""
     random.seed(sum(moments))
     runs = {name: tmp_path / name for name in ("whole", "killed")}
@@ -133,10 +139,14 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path, dataset: Pat
         run.mkdir()
         (run / "dataset").symlink_to(dataset)
     slow = {"max_train_steps": 40, "checkpointing_steps": 3, "validation_steps": 20}
-    configs = {name: write_config(tmp_path / f"{name}.yaml", tiny_values(run, backbone, **slow)) for name, run in runs.items()}
+    configs = {
+        name: write_config(tmp_path / f"{name}.yaml", tiny_values(run, backbone, **slow)) for name, run in runs.items()
+    }
     subprocess.run(command(configs["whole"]), cwd=ROOT, check=True, capture_output=True, timeout=200)
     for moment in moments:
-        process = subprocess.Popen(command(configs["killed"]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(configs["killed"]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(moment)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -156,7 +166,10 @@ def failing(config: Path, *arguments: str) -> str:
 
 def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path, dataset: Path, backbone: Path) -> None:
     (tmp_path / "dataset").symlink_to(dataset)
-    config = write_config(tmp_path / "c.yaml", tiny_values(tmp_path, backbone, learning_rate=1e30, lr_scheduler="constant", max_grad_norm=1e30))
+    config = write_config(
+        tmp_path / "c.yaml",
+        tiny_values(tmp_path, backbone, learning_rate=1e30, lr_scheduler="constant", max_grad_norm=1e30),
+    )
     line = failing(config)
     assert "not finite at step" in line
     assert "rows train-" in line
@@ -181,7 +194,9 @@ def test_a_damaged_backbone_is_named(config: ExperimentConfig, backbone: Path, t
     shutil.copytree(backbone, broken)
     for file in (broken / "unet").glob("*.safetensors"):
         file.write_bytes(b"cut off")
-    changed = config.model_copy(update={"train": config.train.model_copy(update={"pretrained_model_name_or_path": str(broken)})})
+    changed = config.model_copy(
+        update={"train": config.train.model_copy(update={"pretrained_model_name_or_path": str(broken)})}
+    )
     with pytest.raises(MaskLoomError, match="unet cannot be loaded"):
         train_stage(changed, force=False)
     shutil.rmtree(broken / "vae")
@@ -190,7 +205,9 @@ def test_a_damaged_backbone_is_named(config: ExperimentConfig, backbone: Path, t
 
 
 def test_xformers_that_is_not_there_is_named(config: ExperimentConfig) -> None:
-    changed = config.model_copy(update={"train": config.train.model_copy(update={"enable_xformers_memory_efficient_attention": True})})
+    changed = config.model_copy(
+        update={"train": config.train.model_copy(update={"enable_xformers_memory_efficient_attention": True})}
+    )
     with pytest.raises(MaskLoomError, match="enable_xformers_memory_efficient_attention"):
         train_stage(changed, force=False)
 

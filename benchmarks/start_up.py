@@ -1,0 +1,32 @@
+"""How long the command lines take to answer: whole processes, median of several runs."""
+
+import statistics
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+RUNS = 5
+MODULES = ("pipeline", "data_prep", "train_controlnet", "generate", "evaluate")
+
+
+def seconds_to_help(module: str) -> float:
+    """Return the wall time of one `python -m MODULE --help`, in seconds."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", module, "--help"], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print one row a command."""
+    table = Table("command", f"median of {RUNS} [s]", "fastest [s]", title="time to --help")
+    for module in MODULES:
+        times = [seconds_to_help(module) for _ in range(RUNS)]
+        table.add_row(f"python -m {module} --help", f"{statistics.median(times):.2f}", f"{min(times):.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""`busi`: Dataset of breast ultrasound images (Al-Dhabyani et al. 2020), as released and as curated copies lay it out.
+
+Two layouts are read, from their root or from the folder above it:
+
+    Dataset_BUSI_with_GT/benign/benign (1).png          benign/image/benign (1).png
+                         benign (1)_mask.png            benign/mask/benign (1)_mask.png (or benign (1).png)
+                         benign (1)_mask_1.png
+
+Several masks of one image are united. Masks come in modes 1, L, RGB and RGBA; any non-dark colour channel counts as lesion, the
+alpha channel does not. The release has no patient ids, so groups are found by content (`data_prep.near_duplicates`).
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from pipeline.errors import MaskLoomError, RejectedSample, one_line
+
+LABELS = ("benign", "malignant", "normal")
+FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
+ROOT = "Dataset_BUSI_with_GT"
+MASK_NAME = re.compile(r"(?P<image>.+)_mask(_\d+)?")
+MASK_THRESHOLD = 127
+
+
+class BusiOptions(Options):
+    """Which classes."""
+
+    include_normal: bool = Field(True, description="use the images without a lesion; their masks are all background")
+
+
+class Adapter(DatasetAdapter):
+    """Benign, malignant and normal breast ultrasound images with lesion masks."""
+
+    Options = BusiOptions
+    options: BusiOptions
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every image."""
+        return DatasetInfo(
+            modality="breast ultrasound",
+            channels=1,
+            mask_classes=("background", "lesion"),
+            palette=((0, 0, 0), (255, 80, 80)),
+            labels=self._labels(),
+            prompt_templates=(
+                "{modality} image, {label}",
+                "{modality} showing {finding}",
+                "{modality} of a {size} {shape} {label} lesion, {place}",
+                "{size} {label} lesion in a {modality} image, {place}",
+                "{label} {modality}, {shape} lesion, {size}, {place}",
+            ),
+            licence="CC-BY-4.0",
+            citation="Al-Dhabyani, Gomaa, Khaled, Fahmy: Dataset of breast ultrasound images, Data in Brief 28, 104863, 2020",
+            homepage="https://doi.org/10.1016/j.dib.2019.104863",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the images class by class in the order of their numbers, and every file that cannot be used.
+
+        Raises:
+            MaskLoomError: there is no class folder.
+        """
+        root = self._root()
+        for label in LABELS:
+            if (root / label).is_dir():
+                entries = _class_entries(root / label, label)
+                yield from entries if label in self._labels() else _left_out(entries)
+
+    def load(self, item: RawItem) -> RawImage:
+        """Decode an image to (H, W) uint8 and unite its masks.
+
+        Raises:
+            RejectedSample: a file is unreadable, a mask has another size, a lesion's mask is empty, or a normal image's is not.
+        """
+        image = np.asarray(_decoded(Path(item.path)).convert("L"))
+        mask = np.zeros(image.shape, dtype=np.uint8)
+        for path in map(Path, item.mask_paths):
+            part = _foreground(_decoded(path))
+            if part.shape != image.shape:
+                raise RejectedSample(f"mask {path.name} is {_shown(part)}, the image {_shown(image)} (width x height)")
+            mask |= part
+        if mask.any() == (item.label == "normal"):
+            raise RejectedSample(f"the mask of a {item.label} image is {'not ' if mask.any() else ''}empty")
+        return RawImage(image=image, mask=mask)
+
+    def _labels(self) -> tuple[str, ...]:
+        return LABELS if self.options.include_normal else LABELS[:2]
+
+    def _root(self) -> Path:
+        """Return the folder that holds the class folders: `raw_dir` or the tree one level below it."""
+        assert self.raw_dir is not None
+        candidates = [self.raw_dir, self.raw_dir / ROOT, *sorted(p for p in self.raw_dir.iterdir() if p.is_dir())]
+        for folder in candidates:
+            if any((folder / label).is_dir() for label in LABELS):
+                return folder
+        raise MaskLoomError(
+            f"data.raw_dir={self.raw_dir}: not BUSI: no folder {' / '.join(LABELS)} here, in {ROOT}, or one level below;"
+            " give the folder that holds them"
+        )
+
+
+def _class_entries(folder: Path, label: str) -> Iterator[RawItem | Reject]:
+    """List one class folder of either layout."""
+    separate = (folder / "image").is_dir()
+    files = _files(folder / "image" if separate else folder)
+    mask_files = _files(folder / "mask") if separate else [file for file in files if MASK_NAME.fullmatch(file.stem)]
+    images = [file for file in files if separate or not MASK_NAME.fullmatch(file.stem)]
+    masks: dict[str, list[Path]] = {image.stem: [] for image in images if image.suffix.lower() == ".png"}
+    for file in mask_files:
+        name = MASK_NAME.fullmatch(file.stem)
+        owner = masks.get(name["image"] if name else file.stem)
+        if owner is None:
+            yield Reject(str(file), "a mask without an image")
+        else:
+            owner.append(file)
+    for image in images:
+        if image.suffix.lower() != ".png":
+            yield Reject(str(image), "not a PNG file")
+        elif not masks[image.stem]:
+            yield Reject(str(image), "no mask file belongs to this image")
+        else:
+            yield _item(image, masks[image.stem], label)
+
+
+def _left_out(entries: Iterator[RawItem | Reject]) -> Iterator[Reject]:
+    for entry in entries:
+        yield (
+            entry
+            if isinstance(entry, Reject)
+            else Reject(entry.path, "normal images are left out (data.options.include_normal=false)")
+        )
+
+
+def _item(image: Path, masks: list[Path], label: str) -> RawItem:
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", image.stem).strip("-")
+    return RawItem(
+        sample_id=name if name.startswith(label) else f"{label}-{name}",
+        path=str(image),
+        mask_paths=tuple(str(mask) for mask in masks),
+        label=label,
+        attributes={"finding": FINDINGS[label]},
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the visible files of a folder, `benign (2)` before `benign (10)`; none where the folder is missing."""
+    if not folder.is_dir():
+        return []
+
+    def natural(file: Path) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", file.name)]
+
+    return sorted((f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")), key=natural)
+
+
+def _decoded(path: Path) -> Image.Image:
+    """Return a fully decoded image.
+
+    Raises:
+        RejectedSample: it is missing, truncated, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy()
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise RejectedSample(f"{path.name} cannot be decoded ({one_line(error)})") from error
+
+
+def _foreground(mask: Image.Image) -> NDArray[np.uint8]:
+    """Return (H, W) of 0 and 1: where any colour channel is bright; the alpha channel is not content."""
+    pixels = np.asarray(mask.convert("RGB")).max(axis=2)
+    return (pixels > (0 if pixels.max() <= 1 else MASK_THRESHOLD)).astype(np.uint8)
+
+
+def _shown(pixels: NDArray[np.uint8]) -> str:
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"

@@ -1,0 +1,82 @@
+"""Groups: what must lie in one split. Patients where the dataset knows them, near-duplicates where it does not, or both."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from scipy.cluster.hierarchy import DisjointSet
+
+from data_prep.adapter import RawItem, Reject
+from pipeline.contract import SPLITS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to be: a raw item and the name of its group."""
+
+    item: RawItem
+    group: str
+
+
+def consistent_rows(items: Sequence[RawItem], clusters: Sequence[int]) -> tuple[list[Row], list[Reject]]:
+    """Return the items, each with the name of its group, and those that contradict their group.
+
+    Left out are all images of a near-duplicate cluster that carries several labels (at least one label is wrong, and nothing says
+    which), and of a group that the dataset itself spreads over several splits, those outside the most held-out one.
+
+    Args:
+        items: the usable items.
+        clusters: near-duplicate cluster of each item.
+    """
+    agreeing, rejected = _without_label_conflicts(items, clusters)
+    links = [(f"cluster {cluster}", f"group {item.group}" if item.group else None) for item, cluster in agreeing]
+    kept: dict[str, Row] = {}
+    for members in _by(_joined(links)):
+        inside, outside = _without_split_conflicts([agreeing[index][0] for index in members])
+        kept |= {row.item.sample_id: row for row in inside}
+        rejected += outside
+    return [kept[item.sample_id] for item in items if item.sample_id in kept], rejected
+
+
+def _without_label_conflicts(
+    items: Sequence[RawItem], clusters: Sequence[int]
+) -> tuple[list[tuple[RawItem, int]], list[Reject]]:
+    kept, rejected = [], []
+    for members in _by(clusters):
+        labels = sorted({items[index].label or "none" for index in members})
+        if len(labels) == 1:
+            kept += [(items[index], clusters[index]) for index in members]
+            continue
+        names = ", ".join(items[index].sample_id for index in members)
+        reason = f"near-duplicates with different labels ({', '.join(labels)}): {names}"
+        rejected += [Reject(items[index].path, reason) for index in members]
+    return kept, rejected
+
+
+def _without_split_conflicts(items: Sequence[RawItem]) -> tuple[list[Row], list[Reject]]:
+    """Return a group's items, named, less those that the dataset puts in another split than its most held-out one."""
+    name = next((item.group for item in items if item.group), items[0].sample_id)
+    fixed = [item.split for item in items if item.split]
+    split = max(fixed, key=SPLITS.index) if fixed else None
+    inside = [Row(item, name) for item in items if item.split in (None, split)]
+    reason = f"group {name} also lies in the dataset's {split} split"
+    return inside, [Reject(item.path, reason) for item in items if item.split not in (None, split)]
+
+
+def _joined(keys: Sequence[tuple[Hashable, ...]]) -> list[int]:
+    """Return the component of each row, named by one of its rows; rows that share a key (other than None) are linked."""
+    sets = DisjointSet(range(len(keys)))
+    first: dict[Hashable, int] = {}
+    for row, of_row in enumerate(keys):
+        for key in of_row:
+            if key is not None:
+                sets.merge(first.setdefault(key, row), row)
+    return [sets[row] for row in range(len(keys))]
+
+
+def _by(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Return the indices that share a key, for each key in order of first appearance."""
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        members[key].append(index)
+    return list(members.values())

@@ -1,0 +1,192 @@
+"""Arms against the real-only baseline: figures, paired differences, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluate.arms import ARMS
+from evaluate.results import Cell, Interval, Table
+from evaluate.statistics import (
+    Bootstrap,
+    Statistic,
+    difference,
+    estimate,
+    holm_adjusted,
+    mean_statistic,
+    wilcoxon_p_value,
+)
+
+BASELINE = "real"
+FEW_GROUPS = 10
+FEW_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class ArmScores:
+    """What an arm's models reached on the test images.
+
+    Attributes:
+        statistics: for each seed, the statistic of each score by its name.
+        per_image: (seeds, N) what the signed-rank test compares, for each test image; NaN where not defined.
+    """
+
+    statistics: Sequence[Mapping[str, Statistic]]
+    per_image: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How arms are compared.
+
+    Attributes:
+        groups: the group of each of N test images.
+        primary: the score that the verdict is about; higher is better.
+        tested: what `ArmScores.per_image` holds, in words.
+        shown: scores in the table of changes; the values hold all.
+        resamples: bootstrap draws.
+        seed: of the draws.
+    """
+
+    groups: Sequence[str]
+    primary: str
+    tested: str
+    shown: Sequence[str]
+    resamples: int
+    seed: int
+
+
+@dataclass
+class Comparison:
+    """The finished comparison."""
+
+    verdict: str
+    tables: list[Table]
+    values: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def compare_arms(arms: Mapping[str, ArmScores], protocol: Protocol) -> Comparison:
+    """Return scores, paired differences to the baseline and the verdict.
+
+    Args:
+        arms: by name; must hold the baseline `real`.
+        protocol: how they are compared.
+    """
+    bootstrap = Bootstrap(protocol.groups, protocol.resamples, protocol.seed)
+    scores = {arm: _score_values(found, bootstrap) for arm, found in arms.items()}
+    changes = _all_changes(arms, protocol, bootstrap)
+    values = {
+        "n": bootstrap.count,
+        "groups": bootstrap.clusters,
+        "primary": protocol.primary,
+        "arms": scores,
+        "differences": changes,
+    }
+    tables = [_change_table(changes, protocol), _score_table(scores, bootstrap)]
+    return Comparison(_verdict(changes, protocol.primary), tables, values, _warnings(arms, bootstrap.clusters))
+
+
+def _score_values(scores: ArmScores, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+    """Return each score's interval over the mean of the seeds, and its value at each seed."""
+    return {
+        name: {
+            **bootstrap.interval(mean_statistic([by_name[name] for by_name in scores.statistics])).model_dump(),
+            "by_seed": [estimate(by_name[name], bootstrap.count) for by_name in scores.statistics],
+        }
+        for name in scores.statistics[0]
+    }
+
+
+def _all_changes(arms: Mapping[str, ArmScores], protocol: Protocol, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+    """Return, for every arm but the baseline, the change of each score, and the test of its images against the baseline's."""
+    others = [arm for arm in arms if arm != BASELINE]
+    p_values = [
+        wilcoxon_p_value((arms[arm].per_image - arms[BASELINE].per_image).mean(axis=0), protocol.groups)
+        for arm in others
+    ]
+    changes: dict[str, dict[str, Any]] = {}
+    for arm, p, adjusted in zip(others, p_values, holm_adjusted(p_values), strict=True):
+        changes[arm] = _changes(arms[arm], arms[BASELINE], bootstrap)
+        interval, by_seed = _interval_of(changes[arm][protocol.primary]), changes[arm][protocol.primary]["by_seed"]
+        changes[arm] |= {"finding": finding(interval, by_seed), "wilcoxon_p": p, "wilcoxon_p_holm": adjusted}
+    return changes
+
+
+def _changes(arm: ArmScores, baseline: ArmScores, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Return each score's change: interval over the mean of the seeds, paired by image and seed, and its value at each seed."""
+    found: dict[str, Any] = {}
+    for name in baseline.statistics[0]:
+        pairs = zip(arm.statistics, baseline.statistics, strict=True)
+        differences = [difference(left[name], right[name]) for left, right in pairs]
+        by_seed = [estimate(one, bootstrap.count) for one in differences]
+        found[name] = {**bootstrap.interval(mean_statistic(differences)).model_dump(), "by_seed": by_seed}
+    return found
+
+
+def _interval_of(values: Mapping[str, Any]) -> Interval:
+    return Interval(value=values["value"], low=values["low"], high=values["high"])
+
+
+def _change_table(changes: Mapping[str, Mapping[str, Any]], protocol: Protocol) -> Table:
+    rows: list[list[Cell]] = []
+    for arm, found in changes.items():
+        for name in protocol.shown:
+            by_seed = found[name]["by_seed"]
+            spread = f"{min(by_seed):+.3f} to {max(by_seed):+.3f}" if np.isfinite(by_seed).all() else None
+            tests: list[Cell] = [None, None]
+            if name == protocol.primary:
+                tests = [found["wilcoxon_p"], found["wilcoxon_p_holm"]]
+            rows.append([ARMS[arm].title, name, _interval_of(found[name]), spread, *tests])
+    note = (
+        "Arm minus real, same test images, same seeds. 95 % interval: paired bootstrap of groups over the mean of the seeds; left out "
+        "where a figure rests on one group. Wilcoxon signed-rank test over group means of "
+        f"{protocol.tested}, adjusted for the number of arms (Holm)."
+    )
+    columns = ["arm", "score", "change against real", "range over seeds", "Wilcoxon p", "p after Holm"]
+    return Table(title="Change against training on real images only", note=note, columns=columns, rows=rows)
+
+
+def _score_table(scores: Mapping[str, Mapping[str, Any]], bootstrap: Bootstrap) -> Table:
+    rows: list[list[Cell]] = [
+        [ARMS[arm].title, *(_interval_of(values) for values in found.values())] for arm, found in scores.items()
+    ]
+    note = (
+        f"Mean over seeds on {bootstrap.count} real test images in {bootstrap.clusters} groups, "
+        "with 95 % group-clustered bootstrap intervals."
+    )
+    return Table(title="Scores of each arm", note=note, columns=["arm", *scores[BASELINE]], rows=rows)
+
+
+def finding(interval: Interval, by_seed: Sequence[float]) -> str:
+    """Return `helped`, `hurt`, `no clear benefit`, or that it cannot be told.
+
+    A change counts only if its interval excludes zero and every seed agrees on its sign.
+    """
+    if interval.value is None or interval.low is None or interval.high is None:
+        return "too few test groups to tell"
+    if interval.low > 0 and min(by_seed) > 0:
+        return "helped"
+    if interval.high < 0 and max(by_seed) < 0:
+        return "hurt"
+    return "no clear benefit"
+
+
+def _verdict(changes: Mapping[str, Mapping[str, Any]], primary: str) -> str:
+    """Return the sentence for real + synthetic (or for the arm that comes first, where that was not trained)."""
+    arm = "real_synthetic" if "real_synthetic" in changes else next(iter(changes))
+    return f"{ARMS[arm].title} changed {primary} by {_interval_of(changes[arm][primary])}: {changes[arm]['finding']}."
+
+
+def _warnings(arms: Mapping[str, ArmScores], clusters: int) -> list[str]:
+    found = []
+    if clusters < FEW_GROUPS:
+        found.append(f"{clusters} test group(s) only: intervals are rough")
+    seeds = len(arms[BASELINE].statistics)
+    if seeds < FEW_SEEDS:
+        found.append(f"{seeds} seed(s) only: at least {FEW_SEEDS} are needed to tell chance from effect")
+    return found

@@ -1,0 +1,58 @@
+"""MS-SSIM between pairs: how alike the images of one set are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
+KERNEL = 11
+
+
+def usable_scales(size: tuple[int, int]) -> int:
+    """Return how many of the five scales fit: the smallest picture must still hold the 11-pixel window; 0 where none fits."""
+    return sum(min(size) // 2**level >= KERNEL for level in range(len(SCALE_WEIGHTS)))
+
+
+def random_pairs(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Return up to `count` different pairs of images of one class, (P, 2) indices, first index below the second.
+
+    Pairs across classes would measure how different the classes are.
+    """
+    random = np.random.default_rng(seed)
+    pairs: set[tuple[int, int]] = set()
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    members = [indices for indices in members if len(indices) > 1]
+    for _ in range(4 * count if members else 0):
+        chosen = random.choice(members[random.choice(len(members), p=_shares(members))], 2, replace=False)
+        pairs.add((int(chosen.min()), int(chosen.max())))
+        if len(pairs) == count:
+            break
+    return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
+
+
+def _shares(members: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    sizes = np.array([len(indices) for indices in members], dtype=np.float64)
+    return sizes / sizes.sum()
+
+
+def pair_similarities(images: NDArray[np.uint8], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return MS-SSIM of each pair, (P,) (Wang et al. 2003; MONAI, Gaussian window of 11 pixels, data range 255).
+
+    Args:
+        images: (N, H, W, C) uint8.
+        pairs: (P, 2) indices.
+    """
+    import torch
+    from monai.metrics.regression import MultiScaleSSIMMetric
+
+    weights = SCALE_WEIGHTS[: usable_scales((images.shape[1], images.shape[2]))]
+    metric = MultiScaleSSIMMetric(2, data_range=255.0, kernel_size=KERNEL, weights=[w / sum(weights) for w in weights])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    found = [
+        torch.as_tensor(metric(pixels[part[:, 0]].float(), pixels[part[:, 1]].float())).flatten()
+        for part in np.array_split(pairs, max(1, len(pairs) // 32))
+    ]
+    return np.asarray(torch.cat(found).double().numpy())

@@ -1,0 +1,179 @@
+"""What every metric reads: the real splits and the synthetic sets, opened only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.contract import Contract, open_split
+
+Images = NDArray[np.uint8]
+BATCH = 64
+
+
+@dataclass
+class ImageSet:
+    """One split of a mask-and-prompt dataset.
+
+    Attributes:
+        name: what tables call it, such as `real train` or a generator's name.
+        folder: the dataset.
+        contract: its contract, already verified.
+        split: `train`, `validation` or `test`.
+        group_of: group of each real sample id; gives synthetic images their parents' groups.
+    """
+
+    name: str
+    folder: Path
+    contract: Contract
+    split: str
+    group_of: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return the number of images; 0 where the dataset lacks the split."""
+        summary = self.contract.splits.get(self.split)
+        return 0 if summary is None else summary.rows
+
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """`sample_id`, `group_id`, `parent_id` and `label` of every row, read without decoding an image."""
+        import pyarrow.parquet as pq
+
+        names = ["sample_id", "group_id", "parent_id", "label"]
+        files = [self.folder / f for f in sorted(self.contract.files) if f.startswith(f"data/{self.split}-")]
+        tables = [pq.read_table(file, columns=names) for file in files]
+        return {name: [value for table in tables for value in table[name].to_pylist()] for name in names}
+
+    @property
+    def parents(self) -> list[str | None]:
+        """Sample id of the real image whose mask each synthetic image was drawn from; None for real images."""
+        return self.columns["parent_id"]
+
+    @property
+    def groups(self) -> list[str]:
+        """Group of each image: for a synthetic one its parent's, because siblings are not independent."""
+        pairs = zip(self.columns["parent_id"], self.columns["group_id"], strict=True)
+        return [self.group_of.get(parent, group) if parent else group for parent, group in pairs]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) index of each image's class, -1 where it has none."""
+        return np.array([-1 if label is None else label for label in self.columns["label"]], dtype=np.int64)
+
+    def batches(self, column: str, size: tuple[int, int] | None = None) -> Iterator[list[Images | None]]:
+        """Yield up to 64 images at a time, in the dataset's order, so that memory does not grow with the dataset.
+
+        Args:
+            column: `image` or `mask`.
+            size: (height, width) to resize to (images antialiased, masks nearest neighbour), or None.
+
+        Yields:
+            (H, W) or (H, W, 3) uint8 each; None where a row has no mask.
+        """
+        if not len(self):
+            return
+        rows = open_split(self.folder, self.split).select_columns([column])
+        for start in range(0, len(rows), BATCH):
+            pictures = rows[start : start + BATCH][column]
+            yield [None if picture is None else _resized(picture, size, column) for picture in pictures]
+
+    def images(self, size: tuple[int, int] | None = None) -> Images:
+        """Return all images, (N, H, W, C) uint8, C = 1 or 3."""
+        height, width = size or self.contract.description.image_size
+        arrays = [array for batch in self.batches("image", size) for array in batch]
+        return np.array(arrays, dtype=np.uint8).reshape(len(arrays), height, width, self.contract.description.channels)
+
+    def masks(self, size: tuple[int, int] | None = None) -> tuple[Images, NDArray[np.bool_]]:
+        """Return all masks, (N, H, W) uint8 class indices, and whether each image has one, (N,); zeros where not."""
+        blank = np.zeros(size or self.contract.description.image_size, dtype=np.uint8)
+        arrays = [array for batch in self.batches("mask", size) for array in batch]
+        stacked = np.array([blank if array is None else array for array in arrays], dtype=np.uint8)
+        return stacked.reshape(-1, *blank.shape), np.array([array is not None for array in arrays], dtype=bool)
+
+
+def _resized(picture: Image.Image, size: tuple[int, int] | None, column: str) -> Images:
+    if size is not None and picture.size != (size[1], size[0]):
+        method = Image.Resampling.NEAREST if column == "mask" else Image.Resampling.BICUBIC
+        picture = picture.resize((size[1], size[0]), method)
+    return np.asarray(picture)
+
+
+def in_batches(images: Images) -> Iterator[list[Images | None]]:
+    """Yield images that are already in memory, (N, H, W, C), as `ImageSet.batches` does."""
+    single = images[..., 0] if images.shape[3] == 1 else images
+    for start in range(0, len(images), BATCH):
+        yield list(single[start : start + BATCH])
+
+
+@dataclass
+class EvaluationInputs:
+    """All that a metric may look at.
+
+    Attributes:
+        real: the real dataset's contract.
+        train, validation, test: its splits.
+        synthetic: synthetic sets by generator name, in the configuration's order.
+        backbone: `train.pretrained_model_name_or_path`.
+        revision: the backbone's revision on the Hub.
+        seed: of everything random.
+    """
+
+    real: Contract
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    synthetic: dict[str, ImageSet]
+    backbone: str
+    revision: str | None
+    seed: int
+    _memo: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> str:
+        """`cuda` where there is one, else `cpu`."""
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the mask's classes; the first is the background."""
+        return self.real.description.mask_classes
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of images of every set by its name."""
+        sets = [self.train, self.validation, self.test, *self.synthetic.values()]
+        return {image_set.name: len(image_set) for image_set in sets}
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, computed once a key and kept for the metrics that follow."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+
+def open_inputs(
+    real_folder: Path,
+    real: Contract,
+    synthetic: dict[str, tuple[Path, Contract]],
+    backbone: str,
+    revision: str | None,
+    seed: int,
+) -> EvaluationInputs:
+    """Return the inputs over datasets that were verified."""
+    splits = {split: ImageSet(f"real {split}", real_folder, real, split) for split in ("train", "validation", "test")}
+    group_of = {
+        sample: group
+        for image_set in splits.values()
+        if len(image_set)
+        for sample, group in zip(image_set.columns["sample_id"], image_set.columns["group_id"], strict=True)
+    }
+    sets = {name: ImageSet(name, folder, contract, "train", group_of) for name, (folder, contract) in synthetic.items()}
+    return EvaluationInputs(real, splits["train"], splits["validation"], splits["test"], sets, backbone, revision, seed)

@@ -1,0 +1,52 @@
+"""Images with masks, as the segmenter wants them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluate.inputs import EvaluationInputs, ImageSet
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """The images of a set that have a mask.
+
+    Attributes:
+        images: (N, H, W, C) uint8.
+        masks: (N, H, W) uint8 class indices.
+        groups: group of each image.
+        parents: real sample behind each synthetic image; None for real ones.
+        without_mask: how many images of the set were left out because they have no mask.
+    """
+
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+    groups: list[str]
+    parents: list[str | None]
+    without_mask: int
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+
+def masked_images(inputs: EvaluationInputs, image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
+    """Return the images of a set that have a mask, at (height, width); read once."""
+    loaded: MaskedImages = inputs.once(("masked", image_set.name, size), lambda: _load(image_set, size))
+    return loaded
+
+
+def _load(image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
+    masks, present = image_set.masks(size)
+    kept = np.flatnonzero(present)
+    groups, parents = image_set.groups, image_set.parents
+    return MaskedImages(
+        image_set.images(size)[kept],
+        masks[kept],
+        [groups[i] for i in kept],
+        [parents[i] for i in kept],
+        int((~present).sum()),
+    )

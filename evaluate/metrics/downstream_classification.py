@@ -1,0 +1,137 @@
+"""Does the synthetic data help a classification model on real test images?
+
+The same classifier is trained on each arm for the same number of steps and with the same seeds. Nothing is chosen: the last step's
+weights are scored on the test images, once; the validation split is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, train_arms
+from evaluate.classification_scores import RECALL, classification_statistics
+from evaluate.classifier import ClassifierOptions, predicted_probabilities, train_classifier
+from evaluate.comparison import ArmScores, Protocol, compare_arms
+from evaluate.inputs import EvaluationInputs, ImageSet
+from evaluate.results import MetricResult, skipped_result
+from pipeline.fixed_steps import Augment
+
+VERSION = 1
+QUESTION = "Does the synthetic data help a classification model on real test images?"
+PRIMARY = "balanced accuracy"
+TESTED = "the probability of the true class"  # right or wrong alone would tie almost everywhere
+
+
+class Options(ClassifierOptions, ArmOptions):
+    """The classifier, its training, and the arms."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The images of a set that have a label: (N, H, W, C) uint8, (N,) class indices, and their groups."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    groups: list[str]
+
+
+def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
+    """Train every arm and compare each with training on real images only.
+
+    Raises:
+        MaskLoomError: the named generator has no set, or a training failed.
+    """
+    generator = chosen_generator(inputs, options.generator)
+    reason = _reason_to_skip(inputs, generator)
+    if generator is None or reason:
+        return skipped_result(QUESTION, reason)
+    real, synthetic, test = (labelled_images(one, options.image_size) for one in (inputs.train, generator, inputs.test))
+    rows = limited_rows(len(real.images), len(synthetic.images), options, inputs.seed)
+    arms = scored_arms(
+        inputs, options, (real.images, real.labels), (synthetic.images[rows], synthetic.labels[rows]), test
+    )
+    shown = [name for name in arms["real"].statistics[0] if not name.startswith(RECALL)]
+    comparison = compare_arms(arms, Protocol(test.groups, PRIMARY, TESTED, shown, options.resamples, inputs.seed))
+    return MetricResult(
+        question=QUESTION,
+        verdict=f"Classification: {comparison.verdict}",
+        headline=True,
+        tables=comparison.tables,
+        warnings=[
+            *comparison.warnings,
+            *_class_warnings(test, inputs.real.description.labels),
+            *_ceiling_warning(comparison.values["arms"]["real"][PRIMARY]["value"]),
+        ],
+        limits=[
+            f"Holds for {options.architecture}, {options.steps} steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
+            "Averages over classes take in the classes that have test images. AUROC: one class against the rest, averaged.",
+            "The interval covers other test patients, not other training sets or other trained generators.",
+        ],
+        values=comparison.values,
+        n={"real train": len(real.images), generator.name: len(rows), "real test": len(test.images)},
+        seeds=[inputs.seed + offset for offset in range(options.seeds)],
+    )
+
+
+def labelled_images(image_set: ImageSet, size: tuple[int, int]) -> LabelledImages:
+    """Return the images of a set that have a label, at (height, width)."""
+    kept = np.flatnonzero(image_set.labels >= 0)
+    return LabelledImages(image_set.images(size)[kept], image_set.labels[kept], [image_set.groups[i] for i in kept])
+
+
+def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str:
+    """Return why there is nothing to classify, or an empty text."""
+    if generator is None:
+        return "there is no synthetic set"
+    if len(inputs.real.description.labels) < 2:
+        return "the dataset has no image-level classes to tell apart"
+    for image_set in (inputs.train, generator, inputs.test):
+        if not len(image_set) or (image_set.labels < 0).all():
+            return f"no image of {image_set.name} has a label"
+    present = np.unique(inputs.train.labels[inputs.train.labels >= 0])
+    if len(present) < 2:
+        return f"all labelled train images are of one class ({inputs.real.description.labels[present[0]]})"
+    return ""
+
+
+def scored_arms(
+    inputs: EvaluationInputs, options: Options, real: Pair, synthetic: Pair, test: LabelledImages
+) -> dict[str, ArmScores]:
+    """Return the scores of every arm's models on the test images."""
+    names = inputs.real.description.labels
+
+    def train(data: Pair, seed: int, augment: Augment | None) -> NDArray[np.float64]:
+        labels = np.asarray(data[1], dtype=np.int64)
+        network = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
+        return predicted_probabilities(network, test.images, inputs.device)
+
+    probabilities = train_arms(options, real, synthetic, inputs.seed, train)
+    return {arm: arm_scores(by_seed, test.labels, names) for arm, by_seed in probabilities.items()}
+
+
+def arm_scores(
+    probabilities: Sequence[NDArray[np.float64]], labels: NDArray[np.int64], names: Sequence[str]
+) -> ArmScores:
+    """Return an arm's statistics, one set a seed, from its predicted probabilities (N, K)."""
+    statistics = [classification_statistics(labels, one, names) for one in probabilities]
+    return ArmScores(statistics, np.stack([one[np.arange(len(labels)), labels] for one in probabilities]))
+
+
+def _ceiling_warning(baseline: float | None) -> list[str]:
+    if baseline is None or baseline < 0.98:
+        return []
+    return [f"real images alone reach a {PRIMARY} of {baseline:.3f}: this task is too easy to show a benefit"]
+
+
+def _class_warnings(test: LabelledImages, names: Sequence[str]) -> list[str]:
+    """Return a warning for each class that too few test groups hold."""
+    found = []
+    for k, name in enumerate(names):
+        groups = {group for group, label in zip(test.groups, test.labels, strict=True) if label == k}
+        if len(groups) < 2:
+            found.append(f"{name}: all test images are of one group" if groups else f"{name}: no test image")
+    return found

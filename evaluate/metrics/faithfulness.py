@@ -1,0 +1,205 @@
+"""Does a synthetic image show the mask that it was made from?
+
+A segmenter that was trained on real images only reads the mask off each synthetic image; Dice and IoU with the mask that the image
+was conditioned on, beside the same segmenter on real test images: the gap is the finding. Masks come from train, and a segmenter
+knows its own training masks by heart, so the real groups are cut in folds and each synthetic image is read by the segmenters that
+did not see its parent's group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from evaluate.inputs import EvaluationInputs
+from evaluate.masked import MaskedImages, masked_images
+from evaluate.results import Cell, MetricResult, Table, skipped_result
+from evaluate.statistics import Bootstrap, group_index, weighted_mean
+from pipeline.progress import progress
+from pipeline.segmenter import EMPTY_RULE, SegmenterOptions, dice_scores, iou_scores, predicted_masks, train_segmenter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+VERSION = 1
+QUESTION = "Does each synthetic image show the mask that it was made from?"
+FEW_GROUPS = 10
+
+
+class Options(SegmenterOptions):
+    """Size and training of the segmenter, and how its scores are taken."""
+
+    folds: int = Field(
+        2,
+        ge=1,
+        le=10,
+        description="cross-fitting: no segmenter reads an image whose parent it was trained on; 1 turns it off",
+    )
+    shuffles: int = Field(5, ge=1, description="random pairings of images and masks behind the chance level")
+    resamples: int = Field(2000, ge=100)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A segmenter and the real groups that it was trained on."""
+
+    network: nn.Module
+    groups: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Scores of one set, each (N, classes - 1).
+
+    Attributes:
+        name: what the table calls the set.
+        dice, iou: against the image's own mask.
+        chance: Dice against masks of other images of the set.
+        groups: group of each image.
+    """
+
+    name: str
+    dice: NDArray[np.float64]
+    iou: NDArray[np.float64]
+    chance: NDArray[np.float64]
+    groups: list[str]
+
+
+def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
+    """Score every generator's images against their masks.
+
+    Raises:
+        MaskLoomError: the segmenter's training failed.
+    """
+    train = masked_images(inputs, inputs.train, options.image_size)
+    if not len(train) or len(inputs.classes) < 2:
+        return skipped_result(QUESTION, "the real train images have no masks")
+    readers = trained_readers(inputs, train, options)
+    readings = []
+    for image_set in (inputs.test, *inputs.synthetic.values()):
+        masked = masked_images(inputs, image_set, options.image_size)
+        if len(masked):
+            readings.append(read_set(image_set.name, masked, readers, inputs, options))
+    return _result(inputs, options, train, readings)
+
+
+def trained_readers(inputs: EvaluationInputs, train: MaskedImages, options: Options) -> list[Reader]:
+    """Return one segmenter a fold, each trained on all real groups but the fold's own."""
+    fold = group_index(train.groups)
+    folds = min(options.folds, int(fold.max()) + 1)
+    fold = np.random.default_rng(inputs.seed).permutation(int(fold.max()) + 1)[fold] % folds
+    readers = []
+    with progress("training segmenters on real images", folds, "segmenters") as advance:
+        for out in range(folds):
+            kept = np.flatnonzero(fold != out) if folds > 1 else np.arange(len(train))
+            network = train_segmenter(
+                train.images[kept], train.masks[kept], len(inputs.classes), options, inputs.seed + out, inputs.device
+            )
+            readers.append(Reader(network, frozenset(train.groups[i] for i in kept)))
+            advance()
+    return readers
+
+
+def read_set(
+    name: str, masked: MaskedImages, readers: list[Reader], inputs: EvaluationInputs, options: Options
+) -> Reading:
+    """Return a set's scores, each image's averaged over the segmenters that did not see its group (all, if all did)."""
+    seen = np.array([[group in reader.groups for reader in readers] for group in masked.groups])
+    weights = np.where(seen.all(axis=1, keepdims=True), 1.0, ~seen)
+    weights /= weights.sum(axis=1, keepdims=True)
+    predictions = [predicted_masks(reader.network, masked.images, inputs.device) for reader in readers]
+    classes = len(inputs.classes)
+    random = np.random.default_rng(inputs.seed)
+    others = [masked.masks[_derangement(len(masked), random)] for _ in range(options.shuffles)]
+
+    def mean_over_readers(scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        return np.einsum("nr,rnc->nc", weights, np.stack(scores))
+
+    dice = mean_over_readers([dice_scores(prediction, masked.masks, classes) for prediction in predictions])
+    iou = mean_over_readers([iou_scores(prediction, masked.masks, classes) for prediction in predictions])
+    chance = np.mean(
+        [mean_over_readers([dice_scores(p, other, classes) for p in predictions]) for other in others], axis=0
+    )
+    return Reading(name, dice, iou, chance, masked.groups)
+
+
+def _derangement(count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return a random cyclic permutation: no image keeps its own mask (unless it is the only one)."""
+    order = random.permutation(count)
+    partner = np.empty(count, dtype=np.int64)
+    partner[order] = np.roll(order, 1)
+    return partner
+
+
+def _result(inputs: EvaluationInputs, options: Options, train: MaskedImages, readings: list[Reading]) -> MetricResult:
+    table, values = _table(inputs, options, readings)
+    synthetic = [reading for reading in readings if reading.name in inputs.synthetic]
+    return MetricResult(
+        question=QUESTION,
+        verdict=_verdict(values, [reading.name for reading in synthetic], inputs.test.name),
+        tables=[table],
+        warnings=_warnings(inputs, train, readings),
+        limits=[
+            "The segmenter is itself imperfect and knows real images only: a low score may mean an image that misses its mask or one that looks unlike the real ones.",
+            "A good score says nothing about texture, pathology or diversity.",
+        ],
+        values=values,
+        n={"real train": len(train), **{reading.name: len(reading.groups) for reading in readings}},
+        seeds=[inputs.seed + fold for fold in range(options.folds)],
+    )
+
+
+def _table(
+    inputs: EvaluationInputs, options: Options, readings: list[Reading]
+) -> tuple[Table, dict[str, dict[str, object]]]:
+    """Return rows set x class, and the same figures for machines."""
+    names = ["mean of classes", *inputs.classes[1:]]
+    rows: list[list[Cell]] = []
+    values: dict[str, dict[str, object]] = {}
+    for reading in readings:
+        bootstrap = Bootstrap(reading.groups, options.resamples, inputs.seed)
+        values[reading.name] = {"n": len(reading.groups), "groups": len(set(reading.groups))}
+        for column, class_name in enumerate(names):
+            figures = {
+                kind: bootstrap.interval(weighted_mean(_of_class(scores, column)))
+                for kind, scores in (("dice", reading.dice), ("iou", reading.iou), ("chance_dice", reading.chance))
+            }
+            values[reading.name][class_name] = {kind: interval.model_dump() for kind, interval in figures.items()}
+            rows.append([reading.name, class_name, len(reading.groups), *figures.values()])
+    note = f"Means over images with 95 % intervals clustered by group. Chance: Dice with the mask of another image of the same set. {EMPTY_RULE}"
+    return Table(
+        title="Mask faithfulness", note=note, columns=["set", "class", "n", "Dice", "IoU", "Dice by chance"], rows=rows
+    ), values
+
+
+def _of_class(scores: NDArray[np.float64], column: int) -> NDArray[np.float64]:
+    return scores.mean(axis=1) if column == 0 else scores[:, column - 1]
+
+
+def _verdict(values: dict[str, dict[str, object]], generators: list[str], test_name: str) -> str:
+    def dice(name: str, kind: str = "dice") -> float:
+        mean: dict[str, dict[str, float]] = values[name]["mean of classes"]  # type: ignore[assignment]
+        return mean[kind]["value"]
+
+    if not generators:
+        return "No synthetic image has a mask, so faithfulness was not measured."
+    parts = [f"{name} {dice(name):.2f} (chance {dice(name, 'chance_dice'):.2f})" for name in generators]
+    beside = f"; on real test images the same segmenter reaches {dice(test_name):.2f}" if test_name in values else ""
+    return f"Mean Dice between the mask and what a segmenter trained on real images sees: {', '.join(parts)}{beside}."
+
+
+def _warnings(inputs: EvaluationInputs, train: MaskedImages, readings: list[Reading]) -> list[str]:
+    found = [
+        f"{reading.name}: {len(set(reading.groups))} groups only; its intervals are rough"
+        for reading in readings
+        if len(set(reading.groups)) < FEW_GROUPS
+    ]
+    if inputs.test.name not in {reading.name for reading in readings}:
+        found.append("no real test image has a mask: there is no real score to compare with")
+    if train.without_mask:
+        found.append(f"{train.without_mask} real train images have no mask and were left out")
+    return found

@@ -1,0 +1,231 @@
+"""Does the generator repeat its training images?
+
+How near each synthetic image lies to its nearest training image, in a network's features and pixel by pixel, judged by how near real
+images that the generator never saw (validation and test) lie to the training images: nearer than nearly all of those is flagged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from evaluate.features import Extractor, ExtractorOptions, load_extractor, set_features
+from evaluate.inputs import EvaluationInputs, ImageSet
+from evaluate.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
+from evaluate.pictures import coloured_mask, picture_grid
+from evaluate.results import Cell, Curve, MetricResult, Picture, Table, skipped_result
+from evaluate.statistics import share_interval
+
+VERSION = 1
+QUESTION = "Does the generator repeat its training images?"
+FEATURES, PIXELS = "features", "pixels"
+FEW_HELD_OUT = 100
+
+
+class Options(ExtractorOptions):
+    """The extractor, the threshold, and the pictures."""
+
+    percentile: float = Field(
+        5.0, gt=0, lt=50, description="of held-out real images' distances; synthetic images below it are flagged"
+    )
+    shown_pairs: int = Field(6, ge=0, description="nearest pairs that are shown of each generator")
+    picture_side: int = Field(128, ge=16, description="side of each shown image")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found of one generator.
+
+    Attributes:
+        image_set: its images.
+        nearest: by space, the nearest training image of each.
+        flagged: by space, (N,) whether it lies below the threshold.
+        parent_is_nearest: by space, (N,) whether the nearest training image is the one whose mask was used.
+    """
+
+    image_set: ImageSet
+    nearest: dict[str, Nearest]
+    flagged: dict[str, NDArray[np.bool_]]
+    parent_is_nearest: dict[str, NDArray[np.bool_]]
+
+    @property
+    def flagged_in_both(self) -> NDArray[np.bool_]:
+        """(N,) whether both spaces flag the image."""
+        return self.flagged[FEATURES] & self.flagged[PIXELS]
+
+
+def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
+    """Audit every generator.
+
+    Raises:
+        MaskLoomError: the extractor is unknown or cannot be loaded.
+    """
+    held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
+    generators = [one for one in inputs.synthetic.values() if len(one)]
+    if not held_out or not generators:
+        return skipped_result(
+            QUESTION,
+            "there is no synthetic image" if held_out else "there is no validation or test image to calibrate with",
+        )
+    extractor = load_extractor(inputs, options)
+    calibration = {
+        space: np.concatenate([nearest.distance for nearest in found])
+        for space, found in _by_space(inputs, extractor, held_out).items()
+    }
+    thresholds = {
+        space: float(np.percentile(distances, options.percentile)) for space, distances in calibration.items()
+    }
+    audits = [_audit(inputs, extractor, one, thresholds) for one in generators]
+    return _result(inputs, options, extractor, calibration, thresholds, audits)
+
+
+def _by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSet]) -> dict[str, list[Nearest]]:
+    """Return, by space, the nearest training image of every image of each set."""
+    train_features = set_features(inputs, extractor, inputs.train)
+    train_pixels = inputs.once("memorisation pixels", lambda: grey(inputs.train.images((SIDE, SIDE))))
+    return {
+        FEATURES: [nearest_features(set_features(inputs, extractor, one), train_features) for one in sets],
+        PIXELS: [nearest_pixels(grey(one.images((SIDE, SIDE))), train_pixels) for one in sets],
+    }
+
+
+def _audit(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSet, thresholds: dict[str, float]) -> Audit:
+    nearest = {space: found[0] for space, found in _by_space(inputs, extractor, [image_set]).items()}
+    train_ids = np.asarray(inputs.train.columns["sample_id"], dtype=object)
+    parents = np.asarray(image_set.parents, dtype=object)
+    return Audit(
+        image_set,
+        nearest,
+        {space: found.distance < thresholds[space] for space, found in nearest.items()},
+        {space: train_ids[found.index] == parents for space, found in nearest.items()},
+    )
+
+
+def _result(
+    inputs: EvaluationInputs,
+    options: Options,
+    extractor: Extractor,
+    calibration: dict[str, NDArray[np.float64]],
+    thresholds: dict[str, float],
+    audits: list[Audit],
+) -> MetricResult:
+    count = len(calibration[FEATURES])
+    table, values = _table(options, audits)
+    return MetricResult(
+        question=QUESTION,
+        verdict=_verdict(audits, options),
+        tables=[table],
+        curves=[_curve(space, calibration[space], audits) for space in (FEATURES, PIXELS)],
+        pictures=[_picture(inputs, options, audit) for audit in audits if options.shown_pairs],
+        warnings=[f"calibrated on {count} held-out real images only: the threshold is rough"]
+        if count < FEW_HELD_OUT
+        else [],
+        limits=[
+            "A passing audit is not a privacy guarantee: it sees near copies of whole images only, not rare attributes or parts.",
+            f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over mirrors and {CROP:.0%} crops of the synthetic image.",
+            "An image made from a training mask shares its anatomy with that mask's image: such a pair is expected to be near, and still counts.",
+        ],
+        values={"held_out": {"n": count, "thresholds": thresholds, "percentile": options.percentile}, **values},
+        n=inputs.counts(),
+    )
+
+
+def _table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str, Any]]:
+    rows: list[list[Cell]] = []
+    values: dict[str, Any] = {}
+    for audit in audits:
+        total, name = len(audit.image_set), audit.image_set.name
+        values[name] = {"n": total}
+        for space, flagged in (*audit.flagged.items(), ("both", audit.flagged_in_both)):
+            share = share_interval(int(flagged.sum()), total)
+            parent = audit.parent_is_nearest[FEATURES if space == "both" else space]
+            of_parent = share_interval(int((flagged & parent).sum()), int(flagged.sum()))
+            rows.append([name, space, total, int(flagged.sum()), share, of_parent])
+            values[name][space] = {
+                "flagged": int(flagged.sum()),
+                "share": share.model_dump(),
+                "parent_is_nearest": of_parent.model_dump(),
+            }
+    note = (
+        f"Flagged: nearer to a training image than {100 - options.percentile:g} % of the held-out real images are, so about {options.percentile:g} % "
+        "would be flagged in either space alone if synthetic images kept the distance of real ones. 95 % Wilson intervals. Last column: of the flagged, how many "
+        "have as nearest training image the one whose mask they were made from."
+    )
+    columns = ["set", "space", "N", "flagged", "share flagged", "nearest is the mask's own image"]
+    return Table(
+        title="Synthetic images that lie suspiciously near a training image", note=note, columns=columns, rows=rows
+    ), values
+
+
+def _curve(space: str, calibration: NDArray[np.float64], audits: list[Audit]) -> Curve:
+    """Return the share of images whose nearest training image is nearer than x."""
+    sets = {"held-out real": calibration, **{audit.image_set.name: audit.nearest[space].distance for audit in audits}}
+    shares = np.linspace(0, 1, 51)
+    series = {
+        name: [(float(x), float(y)) for x, y in zip(np.quantile(distances, shares), shares, strict=True)]
+        for name, distances in sets.items()
+    }
+    return Curve(
+        title=f"Distance to the nearest training image ({space})",
+        x_label="distance",
+        y_label="share of images below",
+        series=series,
+    )
+
+
+def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Picture:
+    """Show the synthetic images nearest to training: synthetic, nearest training image by features and by pixels, mask."""
+    rank = sum(
+        np.argsort(np.argsort(audit.nearest[space].distance, kind="stable"), kind="stable")
+        for space in (FEATURES, PIXELS)
+    )
+    worst = np.argsort(rank, kind="stable")[: options.shown_pairs]
+    size = (options.picture_side, options.picture_side)
+    synthetic, masks = audit.image_set.images(size), audit.image_set.masks(size)[0]
+    train = inputs.once(("memorisation pictures", size), lambda: inputs.train.images(size))
+    palette = inputs.real.description.palette
+    rows = [
+        [
+            synthetic[i],
+            train[audit.nearest[FEATURES].index[i]],
+            train[audit.nearest[PIXELS].index[i]],
+            coloured_mask(masks[i], palette),
+        ]
+        for i in worst
+    ]
+    return Picture(
+        title=f"{audit.image_set.name}: the images nearest to training",
+        caption="From left to right: synthetic image, nearest training image by features, nearest by pixels, the mask it was made from. Nearest pairs first.",
+        pixels=picture_grid(rows, options.picture_side),
+    )
+
+
+def _verdict(audits: list[Audit], options: Options) -> str:
+    """Return the share flagged in each space; a generator is named where the interval lies above what chance would flag."""
+    parts, near = [], []
+    for audit in audits:
+        shares = {space: share_interval(int(flagged.sum()), len(flagged)) for space, flagged in audit.flagged.items()}
+        figures = [
+            f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}] by {space}" for space, share in shares.items()
+        ]
+        parts.append(f"{audit.image_set.name} {' and '.join(figures)}")
+        if any((share.low or 0) > options.percentile / 100 for share in shares.values()):
+            near.append(
+                f"{audit.image_set.name} lies nearer to training images than unseen real images do{_share_of_parents(audit)}"
+            )
+    expected = f"of unseen real images {options.percentile:g} % would be"
+    finding = f"{'; '.join(near)}: look at the pairs" if near else "no sign of copying"
+    return (
+        f"Images flagged as suspiciously near to a training image ({expected}): {'; '.join(parts)}. Finding: {finding}."
+    )
+
+
+def _share_of_parents(audit: Audit) -> str:
+    """Return how often the near image is the one that lent its mask: likeness that a copy and a shared mask both explain."""
+    flagged = np.stack(list(audit.flagged.values()))
+    share = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
+    return f" (for {share:.0%} of the flagged that is the image whose mask was used)"

@@ -1,0 +1,80 @@
+"""How near each image lies to its nearest training image: in a network's features, and pixel by pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIDE = 64
+CROP = 0.9  # side of the small crops that are tried, as a share of the image's
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """For each of N images its nearest training image.
+
+    Attributes:
+        index: (N,) of the training image.
+        distance: (N,); smaller is nearer.
+    """
+
+    index: NDArray[np.int64]
+    distance: NDArray[np.float64]
+
+
+def nearest_features(features: NDArray[np.float64], train: NDArray[np.float64]) -> Nearest:
+    """Return the nearest training image by Euclidean distance between features, (N, D) against (T, D)."""
+    from scipy.spatial.distance import cdist
+
+    chunks = [cdist(features[start : start + CHUNK], train) for start in range(0, len(features), CHUNK)]
+    index = np.concatenate([chunk.argmin(axis=1) for chunk in chunks])
+    return Nearest(index, np.concatenate([chunk.min(axis=1) for chunk in chunks]))
+
+
+def nearest_pixels(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Nearest:
+    """Return the nearest training image by 1 - correlation of pixels, the best over flips and small crops.
+
+    Args:
+        images: (N, 64, 64) uint8 grey.
+        train: (T, 64, 64) uint8 grey.
+    """
+    targets = normalised_rows(train)
+    index, distance = [], []
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]
+        correlation = np.max([normalised_rows(variant) @ targets.T for variant in variants(chunk)], axis=0)
+        index.append(correlation.argmax(axis=1))
+        distance.append(1 - correlation.max(axis=1))
+    return Nearest(np.concatenate(index), np.concatenate(distance).astype(np.float64))
+
+
+def variants(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Yield (N, 64, 64) images as they are, mirrored, and cropped in the middle and at each corner, mirrored too."""
+    from skimage.transform import resize
+
+    edge = images.shape[1] - round(CROP * images.shape[1])
+    offsets = [(edge // 2, edge // 2), *((row, column) for row in (0, edge) for column in (0, edge))]
+    crops = [
+        images[:, row : row + images.shape[1] - edge, column : column + images.shape[2] - edge]
+        for row, column in offsets
+    ]
+    for variant in (images, *(resize(crop, images.shape, order=1, preserve_range=True) for crop in crops)):
+        yield variant
+        yield variant[:, :, ::-1]
+
+
+def normalised_rows(images: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return each image as a row of zero mean and unit length, (N, H W) float32; an even picture becomes zeros."""
+    rows = images.reshape(len(images), -1).astype(np.float32)
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+
+
+def grey(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return (N, H, W, C) images as (N, H, W), the channels' mean."""
+    return images.mean(axis=3).round().astype(np.uint8)

@@ -1,0 +1,1 @@
+"""Trained generator + mask source -> synthetic mask-and-prompt dataset."""

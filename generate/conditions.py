@@ -1,0 +1,106 @@
+"""Turns a planned row into what the generator sees: mask, conditioning image, prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from generate.generator import Condition
+from generate.planning import PlannedRow, TrainRow, group_by_label, replacement_parents
+from generate.warping import valid_warp
+from pipeline.conditioning import conditioning_image
+from pipeline.config import ExperimentConfig
+from pipeline.contract import Description, open_split
+from pipeline.errors import MaskLoomError, RejectedSample
+from pipeline.prompts import mask_attributes, render_prompt
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ResolvedRow:
+    """A planned row with everything that is made before its image.
+
+    Attributes:
+        parent: the train row whose mask it is; another than planned where that one could not be warped.
+        condition: what the generator sees.
+        attributes: the values behind the prompt.
+        rejected: masks that were tried and given up, as ledger rows.
+    """
+
+    planned: PlannedRow
+    parent: TrainRow
+    condition: Condition
+    attributes: Mapping[str, str]
+    rejected: Sequence[Mapping[str, str]]
+
+
+class ConditionReader:
+    """Reads masks (and, where edges are needed, images) of the train split, one row at a time."""
+
+    def __init__(
+        self, dataset: Path, description: Description, config: ExperimentConfig, parents: Sequence[TrainRow]
+    ) -> None:
+        """Open the train split; only the columns that are needed are ever decoded.
+
+        Args:
+            dataset: the real dataset.
+            description: its description.
+            config: warping limits and the seed.
+            parents: the rows of the train split.
+        """
+        self.description, self.config = description, config
+        self.by_label = group_by_label(parents)
+        self.needs_image = description.conditioning != "mask"
+        self.table = open_split(dataset, "train").select_columns(["mask", *(["image"] if self.needs_image else [])])
+
+    def resolve(self, row: PlannedRow) -> ResolvedRow:
+        """Return the row's condition; the same row always gives the same condition.
+
+        Raises:
+            MaskLoomError: no mask of the row's class can be warped within the limits.
+        """
+        rejected: list[Mapping[str, str]] = []
+        for tried, parent in enumerate(replacement_parents(row, self.by_label, self.config.seed)):
+            try:
+                mask, image = self._pictures(row, parent, tried)
+            except RejectedSample as problem:
+                rejected.append({"path": parent.sample_id, "reason": f"row {row.index}: {problem}"})
+                continue
+            return self._resolved(row, parent, mask, image, rejected)
+        raise MaskLoomError(
+            f"no mask like {row.parent.sample_id!r} can be warped: {rejected[-1]['reason']}; "
+            "loosen generate.warp or set generate.mask_source=[train]"
+        )
+
+    def _pictures(self, row: PlannedRow, parent: TrainRow, tried: int) -> tuple[Picture | None, Picture | None]:
+        """Return mask and image (each None where there is none or it is not needed), warped where the row says so."""
+        cells = self.table[parent.position]
+        mask = None if cells["mask"] is None else np.asarray(cells["mask"], dtype=np.uint8)
+        image = np.asarray(cells["image"], dtype=np.uint8) if self.needs_image else None
+        if row.source == "train" or (mask is None and image is None):
+            return mask, image
+        return valid_warp(mask, image, self.config.generate.warp, (self.config.seed, row.index, tried))
+
+    def _resolved(
+        self,
+        row: PlannedRow,
+        parent: TrainRow,
+        mask: Picture | None,
+        image: Picture | None,
+        rejected: Sequence[Mapping[str, str]],
+    ) -> ResolvedRow:
+        about = self.description
+        label = {} if parent.label is None or not about.labels else {"label": about.labels[parent.label]}
+        of_mask = mask_attributes(mask, about.mask_classes)
+        attributes = {"modality": about.modality, **label, **parent.attributes, **of_mask}
+        seen = conditioning_image(
+            mask, np.zeros(about.image_size, np.uint8) if image is None else image, about.conditioning, about.palette
+        )
+        # The template is chosen by the row, not by the parent: a mask that is used again gets other words as well.
+        text = render_prompt(about.prompt_templates, f"row-{row.index}", attributes)
+        return ResolvedRow(row, parent, Condition(text, mask, seen, parent.label, row.seed), attributes, rejected)

@@ -1,0 +1,311 @@
+"""The stage `generate`: for every generator of the configuration, one synthetic mask-and-prompt dataset.
+
+Verify the real dataset -> plan rows (counts, masks, seeds) -> for each generator: shards over the processes, batches within
+a shard, one image a row -> card, ledger, contract. A shard that is on disk is whole and is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from generate.card import dataset_card
+from generate.conditions import ConditionReader, ResolvedRow
+from generate.generator import ImageGenerator
+from generate.planning import PlannedRow, check_parents_are_train, label_counts, plan_rows, read_parents
+from pipeline import __version__
+from pipeline.config import ExperimentConfig
+from pipeline.config_loading import validated
+from pipeline.contract import (
+    CONTRACT_FILE,
+    Contract,
+    DatasetWriter,
+    Description,
+    Parent,
+    Sample,
+    Shard,
+    plan_shards,
+    read_contract,
+)
+from pipeline.errors import MaskLoomError
+from pipeline.files import remove_folder, value_digest, write_text
+from pipeline.plugins import load_plugin
+from pipeline.progress import Advance, progress, say
+from pipeline.runs import Run, Stage, open_run
+from pipeline.verification import verify_quickly
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+GENERATORS = "generate.generators"
+LONGEST_WAIT = timedelta(days=30)  # of a process for the others: a barrier must not time out while they still compute
+
+
+def generate(config: ExperimentConfig, force: bool) -> None:
+    """Run the stage.
+
+    Args:
+        config: the experiment.
+        force: make everything anew.
+
+    Raises:
+        MaskLoomError: the dataset or a generator's weights are missing or damaged, or an image comes out constant or not finite.
+    """
+    run = open_run(config)
+    contract = _real_contract(run.dataset)
+    generators = open_generators(config, run)
+    stage = _stage(config, run, contract, generators)
+    if stage.skips(force):
+        return
+    processes = _join_processes()
+    with stage.recorded(writes=processes.is_main_process) as results:
+        if processes.is_main_process:
+            verify_quickly(run.dataset)
+        for generator in generators.values():
+            generator.check()
+        weaving = _Weaving.planned(config, run, contract, stage.config_hash, processes)
+        for name, generator in generators.items():
+            results[name] = weaving.write_set(name, generator, force)
+
+
+def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenerator]:
+    """Return the configured generators by name, their weights not yet read.
+
+    Raises:
+        MaskLoomError: an unknown generator or option, or no generator at all.
+    """
+    if not config.generate.generators:
+        raise MaskLoomError(
+            "generate.generators is empty; name at least one, for example generate.generators={controlnet:{}}"
+        )
+    generators = {}
+    for name, values in config.generate.generators.items():
+        plugin = load_plugin(GENERATORS, name, "generator")
+        options = validated(values, plugin.Options, f"{GENERATORS}.{name}")
+        generators[name] = plugin.Generator(config, run, options)
+    return generators
+
+
+def _real_contract(dataset: Path) -> Contract:
+    contract = read_contract(dataset)
+    if contract.description.origin != "real":
+        raise MaskLoomError(f"{dataset}: a synthetic dataset; masks must come from a real one, run prepare")
+    return contract
+
+
+def _stage(config: ExperimentConfig, run: Run, contract: Contract, generators: Mapping[str, ImageGenerator]) -> Stage:
+    return Stage(
+        run,
+        "generate",
+        inputs={"dataset": contract.digest, **{f"weights of {name}": one.digest for name, one in generators.items()}},
+        config=[config.generate.model_dump(mode="json"), *_settings_of_other_sections(config)],
+        outputs=[run.synthetic / name / CONTRACT_FILE for name in generators],
+    )
+
+
+def _settings_of_other_sections(config: ExperimentConfig) -> list[Any]:
+    """Return what the images depend on outside `generate` and the weights' digests."""
+    return [config.seed, config.train.prediction_type, config.train.variant]
+
+
+def _join_processes() -> PartialState:
+    """Return accelerate's view of the processes: one, or as many as were launched."""
+    import torch
+    from accelerate import PartialState
+
+    # Without an accelerator it must be told so, or several processes on a CPU would not know of each other.
+    cpu = not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=LONGEST_WAIT) if "LOCAL_RANK" in os.environ else PartialState(cpu=cpu)
+
+
+@dataclass(frozen=True)
+class _Weaving:
+    """What all generators of a run share: the plan, the masks, the processes."""
+
+    config: ExperimentConfig
+    run: Run
+    contract: Contract
+    config_hash: str
+    processes: PartialState
+    rows: Sequence[PlannedRow]
+    reader: ConditionReader
+
+    @classmethod
+    def planned(
+        cls, config: ExperimentConfig, run: Run, contract: Contract, config_hash: str, processes: PartialState
+    ) -> _Weaving:
+        """Plan the rows once the dataset is verified."""
+        processes.wait_for_everyone()
+        parents = read_parents(run.dataset)
+        rows = plan_rows(parents, contract.description.labels, config.generate, config.seed)
+        check_parents_are_train(rows, run.dataset)
+        reader = ConditionReader(run.dataset, contract.description, config, parents)
+        return cls(config, run, contract, config_hash, processes, rows, reader)
+
+    def write_set(self, name: str, generator: ImageGenerator, force: bool) -> dict[str, Any]:
+        """Write one generator's dataset and return what `stage.json` keeps about it."""
+        settings = _settings(name, generator, self.config)
+        writer = self._writer(name, generator, settings)
+        if self.processes.is_main_process:
+            if force:
+                remove_folder(writer.folder)
+            writer.prepare_folder()
+        self.processes.wait_for_everyone()
+        missing = writer.missing_shards()
+        self.processes.wait_for_everyone()  # nobody writes before everybody has looked
+        seconds = self._write_shards(writer, missing, name, generator)
+        self.processes.wait_for_everyone()
+        rejected = _read_ledgers(writer)
+        if self.processes.is_main_process:
+            self._finish(writer, settings, rejected)
+        self.processes.wait_for_everyone()
+        made = sum(shard.stop - shard.start for shard in missing)
+        return {
+            "images": len(self.rows),
+            "made_now": made,
+            "images_per_second": round(made / max(seconds, 1e-9), 3),
+            "masks_rejected": len(rejected),
+            "processes": self.processes.num_processes,
+        }
+
+    def _writer(self, name: str, generator: ImageGenerator, settings: Mapping[str, Any]) -> DatasetWriter:
+        about = self.contract.description
+        preprocessing = {**about.preprocessing, "generation": dict(settings)}
+        description = about.model_copy(update={"origin": "synthetic", "preprocessing": preprocessing})
+        shared = self.config.generate.model_dump(mode="json", exclude={"generators"})
+        options = generator.options.model_dump(mode="json")
+        key = value_digest(
+            [
+                __version__,
+                self.contract.digest,
+                name,
+                generator.digest,
+                options,
+                shared,
+                *_settings_of_other_sections(self.config),
+            ]
+        )
+        shards = plan_shards({"train": len(self.rows)}, self.config.generate.rows_per_shard)
+        return DatasetWriter(self.run.synthetic / name, description, shards, key)
+
+    def _write_shards(
+        self, writer: DatasetWriter, missing: Sequence[Shard], name: str, generator: ImageGenerator
+    ) -> float:
+        """Write this process's part of the missing shards and return the seconds that it took."""
+        mine = missing[self.processes.process_index :: self.processes.num_processes]
+        if mine:
+            generator.load(self.processes.device, writer.description)
+        start = time.monotonic()
+        total = sum(shard.stop - shard.start for shard in mine)
+        part = f" on 1 of {self.processes.num_processes} processes" if self.processes.num_processes > 1 else ""
+        with progress(f"generating {name}{part}", total, "images", show=self.processes.is_main_process) as advance:
+            for shard in mine:
+                writer.write_shard(shard, self._shard_samples(writer, shard, name, generator, advance))
+        return time.monotonic() - start
+
+    def _shard_samples(
+        self, writer: DatasetWriter, shard: Shard, name: str, generator: ImageGenerator, advance: Advance
+    ) -> Iterator[Sample]:
+        """Yield a shard's samples. Batches start at the shard's first row, so a resumed run makes the same batches."""
+        rejected: list[Mapping[str, str]] = []
+        for start in range(shard.start, shard.stop, self.config.generate.batch_size):
+            planned = self.rows[start : min(start + self.config.generate.batch_size, shard.stop)]
+            resolved = [self.reader.resolve(row) for row in planned]
+            images = generator.images([row.condition for row in resolved])
+            for row, image in zip(resolved, images, strict=True):
+                rejected += row.rejected
+                yield _sample(row, image, name, generator, self.contract.description)
+            advance(len(planned))
+        # Before the shard takes its name: a shard that exists has its part of the ledger.
+        _write_ledger(writer, shard, rejected)
+
+    def _finish(
+        self, writer: DatasetWriter, settings: Mapping[str, Any], rejected: Sequence[Mapping[str, str]]
+    ) -> None:
+        parent = Parent(path=os.path.relpath(self.run.dataset, writer.folder), digest=self.contract.digest)
+        card = dataset_card(
+            writer.description, label_counts(self.rows, writer.description.labels), settings, len(rejected)
+        )
+        writer.finish(card, rejected, self.config_hash, parent)
+        if rejected:
+            say(f"{writer.folder}: {len(rejected)} masks could not be warped and were replaced, see rejected.jsonl")
+
+
+def _settings(name: str, generator: ImageGenerator, config: ExperimentConfig) -> dict[str, Any]:
+    """Return how the images are made, for the contract and the card: no path of this machine."""
+    keys = (
+        "mask_source",
+        "scheduler",
+        "num_inference_steps",
+        "guidance_scale",
+        "controlnet_conditioning_scale",
+        "mixed_precision",
+    )
+    return {
+        "generator": name,
+        "uses_mask": generator.uses_mask,
+        "weights": generator.digest,
+        "options": generator.options.model_dump(mode="json"),
+        "seed": config.seed,
+        **{key: getattr(config.generate, key) for key in keys},
+    }
+
+
+def _sample(
+    row: ResolvedRow, image: NDArray[np.float32], name: str, generator: ImageGenerator, about: Description
+) -> Sample:
+    sample_id = f"{name}-{row.planned.index:06d}"
+    return Sample(
+        image=checked_pixels(image, sample_id, row.planned.seed),
+        mask=row.condition.mask,
+        conditioning_image=row.condition.conditioning_image,
+        text=row.condition.text,
+        label=row.condition.label,
+        sample_id=sample_id,
+        group_id=row.parent.group_id,
+        source=about.dataset,
+        origin="synthetic",
+        attributes=row.attributes,
+        parent_id=row.parent.sample_id,
+        generator=generator.digest,
+        seed=row.planned.seed,
+    )
+
+
+def checked_pixels(image: NDArray[np.float32], sample_id: str, seed: int) -> NDArray[np.uint8]:
+    """Return an image of 0..1 as uint8.
+
+    Raises:
+        MaskLoomError: it holds values that are not finite, or one single value.
+    """
+    remedy = "try generate.mixed_precision=no, another generate.scheduler, or train again"
+    if not np.isfinite(image).all():
+        raise MaskLoomError(f"{sample_id} (seed {seed}): the image holds NaN or infinite values; {remedy}")
+    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    if pixels.min() == pixels.max():
+        raise MaskLoomError(f"{sample_id} (seed {seed}): every pixel of the image is {pixels.min()}; {remedy}")
+    return pixels
+
+
+def _ledger_path(writer: DatasetWriter, shard: Shard) -> Path:
+    """Hidden, so that `load_dataset` and an upload pass it by; it goes when the plan changes, like the shards."""
+    return writer.folder / ".rejected" / f"{Path(shard.file).stem}.json"
+
+
+def _write_ledger(writer: DatasetWriter, shard: Shard, rejected: Sequence[Mapping[str, str]]) -> None:
+    write_text(_ledger_path(writer, shard), json.dumps([dict(row) for row in rejected], ensure_ascii=False))
+
+
+def _read_ledgers(writer: DatasetWriter) -> list[Mapping[str, str]]:
+    return [
+        row for shard in writer.shards for row in json.loads(_ledger_path(writer, shard).read_text(encoding="utf-8"))
+    ]

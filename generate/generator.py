@@ -1,0 +1,101 @@
+"""What a generator plug-in provides: the identity of its weights, and images for conditions.
+
+To add a generator, write one file `generate/generators/NAME.py` with a class `Options` and a class
+`Generator(ImageGenerator)`. Nothing else needs an edit: the file's name is the generator's name in `generate.generators`, and the contract tests run over it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import ExperimentConfig, Section
+from pipeline.contract import Description
+from pipeline.runs import Run
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Options(Section):
+    """A generator's own options, `generate.generators.NAME` in the configuration; unknown keys are errors."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one image is made from; the same for every generator, so that their images can be compared in pairs.
+
+    Attributes:
+        text: the prompt.
+        mask: (H, W) uint8 class indices, or None where the dataset has no masks.
+        conditioning_image: (H, W, 3) uint8.
+        label: index into the description's labels, or None.
+        seed: of the image's noise, 0 .. 2**63 - 1.
+    """
+
+    text: str
+    mask: NDArray[np.uint8] | None
+    conditioning_image: NDArray[np.uint8]
+    label: int | None
+    seed: int
+
+
+class ImageGenerator(ABC):
+    """Makes images. Imports torch only in `load` and `images`: asking for the digest must stay fast.
+
+    Attributes:
+        uses_mask: whether the images follow the mask; evaluation reads it.
+    """
+
+    uses_mask: ClassVar[bool]
+
+    def __init__(self, config: ExperimentConfig, run: Run, options: Options) -> None:
+        """Keep the configuration; no weights are read."""
+        self.config, self.run, self.options = config, run, options
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the weights, computed once: gigabytes may have to be read for it."""
+        return self.weights_digest()
+
+    @abstractmethod
+    def weights_digest(self) -> str:
+        """Return the identity of the weights: a hash of their content, or the Hub id and revision.
+
+        Raises:
+            MaskLoomError: the weights are missing (says which stage to run, or which key to change).
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Find mistakes in the configuration of the weights; called before an older synthetic dataset is replaced.
+
+        Raises:
+            MaskLoomError: names the key to change.
+        """
+
+    @abstractmethod
+    def load(self, device: torch.device, description: Description) -> None:
+        """Read the weights onto a device; called once, before `images`.
+
+        Args:
+            device: where to compute.
+            description: of the dataset: image size, channels, classes.
+
+        Raises:
+            MaskLoomError: the weights cannot be read.
+        """
+
+    @abstractmethod
+    def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
+        """Return one image for each condition; the same conditions in the same order give the same values.
+
+        Returns:
+            (B, H, W) for one channel or (B, H, W, 3), float32 in 0..1. Values that are not finite are found by the caller.
+        """

@@ -1,0 +1,206 @@
+"""Which rows a synthetic dataset has: counts by class, the mask that each row starts from, and its seed.
+
+A plan depends on the dataset, the configuration and `seed`, never on the generator: every generator gets the same masks,
+prompts and seeds, and differences between their sets are differences between generators.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import GenerateConfig
+from pipeline.contract import HELD_OUT, open_split, read_contract, read_ids
+from pipeline.errors import MaskLoomError, nearest_name
+
+# Names of the independent random streams under the experiment's seed.
+PARENT_STREAM, NOISE_STREAM, REPLACEMENT_STREAM = 1, 2, 3
+MAX_PARENTS = 10  # tried for one row before its class is said to be unwarpable
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """A row of the train split that lends its mask.
+
+    Attributes:
+        position: in the train split.
+        label: index into the description's labels, or None.
+        attributes: the values behind its prompt.
+    """
+
+    position: int
+    sample_id: str
+    group_id: str
+    label: int | None
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row to make.
+
+    Attributes:
+        index: of the row, 0 .. number of rows - 1.
+        source: `train` (the mask as it is) or `warped`.
+        parent: the train row whose mask is used, or tried first.
+        seed: of the image's noise, 0 .. 2**63 - 1.
+    """
+
+    index: int
+    source: str
+    parent: TrainRow
+    seed: int
+
+
+def read_parents(dataset: Path, split: str = "train") -> list[TrainRow]:
+    """Return the rows whose masks may be used, without their images.
+
+    Raises:
+        MaskLoomError: `split` is held out (validation or test), or empty.
+    """
+    if split in HELD_OUT:
+        raise MaskLoomError(f"{dataset}: masks of the {split} split must not be seen by a generator; use train")
+    table = open_split(dataset, split).select_columns(["sample_id", "group_id", "label", "attributes"])
+    return [
+        TrainRow(position, row["sample_id"], row["group_id"], row["label"], json.loads(row["attributes"]))
+        for position, row in enumerate(table)
+    ]
+
+
+def plan_rows(
+    parents: Sequence[TrainRow], labels: Sequence[str], config: GenerateConfig, seed: int
+) -> list[PlannedRow]:
+    """Return every row to make, classes interleaved so that any run of rows has nearly the plan's class shares.
+
+    Args:
+        parents: the train rows.
+        labels: names of the image-level classes; empty where there are none.
+        config: counts and mask sources.
+        seed: the experiment's seed.
+
+    Raises:
+        MaskLoomError: a class is unknown, has no train mask, or its count is negative.
+    """
+    by_label = group_by_label(parents)
+    counts = rows_per_label(by_label, labels, config)
+    drafts = []
+    for label, count in counts.items():
+        stream = _stream_number(label)
+        for place, (source, parent) in enumerate(
+            _sources_and_parents(by_label[label], config.mask_source, count, seed, stream)
+        ):
+            drafts.append(((place + 0.5) / count, stream, source, parent))
+    drafts.sort(key=lambda draft: draft[:2])
+    return [PlannedRow(i, source, parent, noise_seed(seed, i)) for i, (_, _, source, parent) in enumerate(drafts)]
+
+
+def group_by_label(parents: Sequence[TrainRow]) -> dict[int | None, list[TrainRow]]:
+    """Return the train rows of each label, in the order of the labels; rows without a label come first."""
+    groups: dict[int | None, list[TrainRow]] = {}
+    for parent in sorted(parents, key=lambda row: (_stream_number(row.label), row.position)):
+        groups.setdefault(parent.label, []).append(parent)
+    return groups
+
+
+def rows_per_label(
+    by_label: Mapping[int | None, Sequence[TrainRow]], labels: Sequence[str], config: GenerateConfig
+) -> dict[int | None, int]:
+    """Return how many rows to make for each label: exact, spread evenly, or as in train.
+
+    Raises:
+        MaskLoomError: see `plan_rows`.
+    """
+    if config.images_per_class is not None:
+        return _exact_counts(config.images_per_class, by_label, labels)
+    if config.num_images is None:
+        return {label: len(rows) for label, rows in by_label.items()}
+    known: list[int | None] = [label for label in by_label if label is not None]
+    known = known or [None]
+    share, rest = divmod(config.num_images, len(known))
+    return {label: share + (place < rest) for place, label in enumerate(known)}
+
+
+def replacement_parents(
+    row: PlannedRow, by_label: Mapping[int | None, Sequence[TrainRow]], seed: int
+) -> Iterator[TrainRow]:
+    """Yield the row's parent, then others of its class in a random order, at most `MAX_PARENTS` in all."""
+    yield row.parent
+    others = [parent for parent in by_label[row.parent.label] if parent is not row.parent]
+    order = np.random.default_rng([seed, REPLACEMENT_STREAM, row.index]).permutation(len(others))
+    for place in order[: MAX_PARENTS - 1]:
+        yield others[place]
+
+
+def check_parents_are_train(rows: Sequence[PlannedRow], dataset: Path) -> None:
+    """Refuse a plan that uses the mask of a held-out row, or of a group that has one.
+
+    Raises:
+        MaskLoomError: names the row and its split.
+    """
+    ids = read_ids(dataset, [file for file in read_contract(dataset).files if file.startswith("data/")])
+    held_out = {name: split for split in HELD_OUT for pair in ids.get(split, []) for name in pair}
+    for row in rows:
+        for name in (row.parent.sample_id, row.parent.group_id):
+            if name in held_out:
+                raise MaskLoomError(
+                    f"{dataset}: the mask of {name!r} lies in the {held_out[name]} split; masks may come from train only"
+                )
+
+
+def noise_seed(seed: int, index: int) -> int:
+    """Return the seed of a row's noise, 0 .. 2**63 - 1, so that it fits the column's int64."""
+    return int(np.random.SeedSequence([seed, NOISE_STREAM, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _stream_number(label: int | None) -> int:
+    return 0 if label is None else label + 1
+
+
+def _exact_counts(
+    asked: Mapping[str, int], by_label: Mapping[int | None, Sequence[TrainRow]], labels: Sequence[str]
+) -> dict[int | None, int]:
+    counts: dict[int | None, int] = {}
+    for name, count in asked.items():
+        key = f"generate.images_per_class.{name}"
+        if name not in labels:
+            raise MaskLoomError(f"{key}: the dataset has no such class: {nearest_name(name, list(labels))}")
+        if count < 0:
+            raise MaskLoomError(f"{key}={count}: a count must not be negative")
+        label = list(labels).index(name)
+        if count and label not in by_label:
+            raise MaskLoomError(f"{key}={count}: no train row has this class, so there is no mask to start from")
+        if count:
+            counts[label] = count
+    if not counts:
+        raise MaskLoomError("generate.images_per_class: all counts are zero; ask for at least one image")
+    return counts
+
+
+def _sources_and_parents(
+    candidates: Sequence[TrainRow], sources: Sequence[str], count: int, seed: int, stream: int
+) -> Iterator[tuple[str, TrainRow]]:
+    """Yield `count` pairs: sources in turn; each source goes through all parents, shuffled anew each time."""
+    walks = [
+        _endless_walk(candidates, np.random.default_rng([seed, PARENT_STREAM, stream, place]))
+        for place in range(len(sources))
+    ]
+    for place in range(count):
+        turn = place % len(sources)
+        yield sources[turn], next(walks[turn])
+
+
+def _endless_walk(candidates: Sequence[TrainRow], rng: np.random.Generator) -> Iterator[TrainRow]:
+    while True:
+        for place in rng.permutation(len(candidates)):
+            yield candidates[place]
+
+
+def label_counts(rows: Sequence[PlannedRow], labels: Sequence[str]) -> dict[str, int]:
+    """Return the number of rows by class name; `none` counts rows without a label."""
+    counted = Counter("none" if row.parent.label is None else labels[row.parent.label] for row in rows)
+    return dict(sorted(counted.items()))

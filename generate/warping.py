@@ -1,0 +1,135 @@
+"""Bends a mask into a new, still plausible one: a random affine map and a smooth elastic displacement.
+
+The elastic field follows Simard et al., "Best practices for convolutional neural networks applied to visual document
+analysis" (ICDAR 2003): Gaussian-smoothed noise; here drawn on a coarse grid and interpolated, which is many times faster.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pipeline.config import WarpConfig
+from pipeline.errors import RejectedSample
+
+WARP_STREAM = 4  # name of this file's random stream under the experiment's seed
+CELLS_PER_SIGMA = 2.0  # resolution of the coarse grid that the elastic field is drawn on
+MAX_COMPONENT_FACTOR = 2  # a class may fall into at most this many times as many pieces
+
+
+def valid_warp(
+    mask: NDArray[np.uint8] | None, image: NDArray[np.uint8] | None, config: WarpConfig, key: Sequence[int]
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
+    """Return a mask and its image under one random warp that keeps the mask valid.
+
+    Args:
+        mask: (H, W) class indices, or None.
+        image: (H, W) or (H, W, 3), warped alike where given. At least one of the two must be given.
+        config: the ranges, the limits and the number of attempts.
+        key: integers that determine the randomness.
+
+    Returns:
+        The warped mask (nearest neighbour) and image (bilinear), each None where None was given.
+
+    Raises:
+        RejectedSample: no attempt gave a valid mask; the reason is the last attempt's.
+    """
+    shape = (image if mask is None else mask).shape[:2]  # type: ignore[union-attr]
+    reason = ""
+    for attempt in range(config.attempts):
+        rng = np.random.default_rng([*key, WARP_STREAM, attempt])
+        coordinates = warp_coordinates(shape, config, rng)
+        bent = None if mask is None else resample_mask(mask, coordinates)
+        reason = "" if mask is None or bent is None else warp_problem(mask, bent, config)
+        if not reason:
+            return bent, None if image is None else resample_image(image, coordinates)
+    raise RejectedSample(f"no valid warp in {config.attempts} attempts; the last one: {reason}")
+
+
+def warp_coordinates(shape: Sequence[int], config: WarpConfig, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return where each pixel of the warped picture comes from.
+
+    Args:
+        shape: (H, W) in pixels.
+        config: the ranges to draw from.
+        rng: source of randomness.
+
+    Returns:
+        (2, H, W): row and column in the original, in pixels; may lie outside it.
+    """
+    sides = np.array(shape, dtype=np.float64)[:, None, None]
+    centre = (sides - 1) / 2
+    grid = np.indices(tuple(shape), dtype=np.float64) - centre
+    shift = rng.uniform(-config.translation, config.translation, size=(2, 1, 1)) * sides
+    inverse = np.linalg.inv(affine_matrix(config, rng))
+    moved = np.einsum("ij,jhw->ihw", inverse, grid - shift) + centre
+    return moved + elastic_field(shape, config, rng)
+
+
+def affine_matrix(config: WarpConfig, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return a (2, 2) matrix, acting on (row, column) about the centre: rotation x shear x scale, perhaps mirrored."""
+    angle = np.deg2rad(rng.uniform(-config.rotation_degrees, config.rotation_degrees))
+    slant = np.tan(np.deg2rad(rng.uniform(-config.shear_degrees, config.shear_degrees)))
+    scale = rng.uniform(*config.scale)
+    mirror = -1.0 if config.flip_horizontal and rng.random() < 0.5 else 1.0
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return rotation @ np.array([[1.0, 0.0], [slant, 1.0]]) @ np.diag([scale, scale * mirror])
+
+
+def elastic_field(shape: Sequence[int], config: WarpConfig, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return a smooth displacement in pixels, (2, H, W), whose longest component is `elastic_alpha` of the shorter side."""
+    side = min(shape)
+    cell = max(config.elastic_sigma * side / CELLS_PER_SIGMA, 1.0)
+    coarse = tuple(int(np.ceil(length / cell)) + 1 for length in shape)
+    noise = rng.uniform(-1, 1, size=(2, *coarse))
+    sigma = config.elastic_sigma * side / cell
+    smooth = np.stack([ndimage.gaussian_filter(component, sigma) for component in noise])
+    smooth *= config.elastic_alpha * side / np.abs(smooth).max()
+    places = np.indices(tuple(shape), dtype=np.float64) / cell
+    return np.stack([ndimage.map_coordinates(component, places, order=3, mode="nearest") for component in smooth])
+
+
+def resample_mask(mask: NDArray[np.uint8], coordinates: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Return the mask at `coordinates` by nearest neighbour; outside, the border's class goes on."""
+    return ndimage.map_coordinates(mask, coordinates, order=0, mode="nearest")
+
+
+def resample_image(image: NDArray[np.uint8], coordinates: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Return the image, (H, W) or (H, W, 3), at `coordinates` by bilinear interpolation; outside, the border goes on."""
+    if image.ndim == 3:
+        return np.stack([resample_image(image[..., channel], coordinates) for channel in range(3)], axis=-1)
+    values = ndimage.map_coordinates(image.astype(np.float64), coordinates, order=1, mode="nearest")
+    return np.rint(values).astype(np.uint8)
+
+
+def warp_problem(original: NDArray[np.uint8], bent: NDArray[np.uint8], config: WarpConfig) -> str:
+    """Return why a warped mask is not plausible, or an empty string.
+
+    Every foreground class must survive with an area within the configured ratio, must not run into an image border that it did
+    not touch before, and must not fall into many more pieces.
+    """
+    for index in np.unique(original[original > 0]):
+        before, after = original == index, bent == index
+        ratio = after.sum() / before.sum()
+        if not config.min_area_ratio <= ratio <= config.max_area_ratio:
+            return f"class {index} has {ratio:.2f} times its area (allowed: {config.min_area_ratio:g} to {config.max_area_ratio:g})"
+        cut = [side for side, old, new in zip(SIDES, _touched(before), _touched(after), strict=True) if new and not old]
+        if cut:
+            return f"class {index} is cut by the {cut[0]} border"
+        pieces, more_pieces = _pieces(before), _pieces(after)
+        if more_pieces > MAX_COMPONENT_FACTOR * pieces:
+            return f"class {index} falls into {more_pieces} pieces, it had {pieces}"
+    return ""
+
+
+SIDES = ("upper", "lower", "left", "right")
+
+
+def _touched(region: NDArray[np.bool_]) -> tuple[bool, ...]:
+    return tuple(bool(line.any()) for line in (region[0], region[-1], region[:, 0], region[:, -1]))
+
+
+def _pieces(region: NDArray[np.bool_]) -> int:
+    """Return the number of 8-connected components."""
+    return int(ndimage.label(region, structure=np.ones((3, 3)))[1])

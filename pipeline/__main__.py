@@ -1,0 +1,105 @@
+"""`python -m pipeline run|status|report|verify`: the whole pipeline, and what it left behind.
+
+Every import of weight waits until its command runs, so that `--help` answers at once.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument
+from pipeline.errors import run_command
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipeline.runner import StageState
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__.splitlines()[0]
+)
+
+STATE_STYLES = {"done": "green", "stale": "yellow", "missing": "red"}
+DIGEST_LETTERS = 8
+
+
+@app.command()
+def run(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    force: ForceOption = False,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="the first stage to run")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="the last stage to run")] = None,
+    accelerate_config: Annotated[
+        Path | None, typer.Option(envvar="ACCELERATE_CONFIG_FILE", help="for accelerate launch, see configs/accelerate")
+    ] = None,
+) -> None:
+    """Run prepare, train, generate, evaluate and report; stages that are up to date skip themselves."""
+    from pipeline.config_loading import load_experiment
+    from pipeline.runner import run_stages, selected_stages
+
+    stages = selected_stages(first, last)
+    load_experiment(config, overrides or [])  # a mistake in it is told before anything starts
+    arguments = ["--config", str(config), *(overrides or []), *(["--force"] if force else [])]
+    raise typer.Exit(run_stages(stages, arguments, accelerate_config))
+
+
+@app.command()
+def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
+    """Show which stages are done, stale or missing, what they took and what they read."""
+    from rich.console import Console
+
+    from pipeline.config_loading import load_experiment
+    from pipeline.runner import stage_states
+    from pipeline.runs import Run
+
+    folder = load_experiment(config, overrides or []).run_folder
+    states = stage_states(Run(folder), ["--config", str(config), *(overrides or [])])
+    Console().print(_status_table(folder, states))
+
+
+@app.command()
+def report(
+    config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
+) -> None:
+    """Write the run's report.html from whatever is there."""
+    from pipeline.cli import run_stage
+    from pipeline.config_loading import load_experiment
+    from pipeline.report import write_report
+
+    run_stage(write_report, load_experiment(config, overrides or []), force, check)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset, such as runs/demo/dataset")]) -> None:
+    """Check a mask-and-prompt dataset whole: hashes, schema, splits, groups, parents and every pixel."""
+    from pipeline.contract import SPLITS
+    from pipeline.verification import verify_fully
+
+    contract = verify_fully(path)
+    rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in SPLITS if split in contract.splits)
+    print(f"{path}: valid ({rows} rows; {contract.rejected} rejected)")
+
+
+def _status_table(folder: Path, states: "list[StageState]") -> "Table":
+    """Return one row a stage."""
+    from datetime import datetime
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline.report.formatting import duration_text
+
+    table = Table("stage", "state", "took", "finished", "inputs / reason", title=str(folder))
+    for one in states:
+        took = duration_text(one.record["wall_seconds"]) if one.record else ""
+        finished = datetime.fromtimestamp(one.finished).strftime("%Y-%m-%d %H:%M") if one.finished else ""
+        inputs = ", ".join(f"{name} {digest[:DIGEST_LETTERS]}" for name, digest in one.record.get("inputs", {}).items())
+        state = Text(one.state, style=STATE_STYLES[one.state])
+        table.add_row(one.name, state, took, finished, Text(one.reason or inputs))
+    return table
+
+
+if __name__ == "__main__":
+    run_command(app)

@@ -1,0 +1,8 @@
+"""The report: one HTML file that shows a run to a reader without a network.
+
+It knows no dataset, generator or metric by name: it shows the datasets, evaluations and records that it finds.
+"""
+
+from pipeline.report.stage import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,109 @@
+"""Line charts as SVG, and the training curves behind them."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.evaluation import Curve
+
+POINTS = 200  # a longer series is averaged down to this many
+SIZE_INCHES = (5.6, 3.0)
+COLOURS = ("#1b5e9b", "#c25a1c", "#2f7d4f", "#8a3d8f", "#6b6b6b", "#b0922b", "#3aa0a8", "#a33a4a")
+STYLE: Any = {
+    "svg.hashsalt": "maskloom",  # ids in the drawing: the same every time
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "legend.frameon": False,
+    "axes.unicode_minus": True,
+}
+
+
+def line_chart(curve: Curve) -> str:
+    """Return a line chart as SVG text; the same curve gives the same text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        for index, (name, points) in enumerate(curve.series.items()):
+            xs, ys = [x for x, _ in points], [math.nan if y is None else y for _, y in points]
+            marker = "o" if len(points) <= POINTS // 10 else ""
+            axes.plot(
+                xs,
+                ys,
+                label=_plain(name),
+                color=COLOURS[index % len(COLOURS)],
+                linewidth=1.5,
+                marker=marker,
+                markersize=3,
+            )
+        axes.set_xlabel(_plain(curve.x_label))
+        axes.set_ylabel(_plain(curve.y_label))
+        if len(curve.series) > 1:
+            axes.legend(fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def training_curves(path: Path) -> tuple[list[Curve], int]:
+    """Return charts of every scalar in a `metrics.jsonl`, and the number of lines that could not be read.
+
+    Series of one kind share a chart: `loss` and `validation/loss`; `validation/loss_bin_0`, `validation/loss_bin_1`, …
+    """
+    charts: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    series, unreadable = _read_series(path)
+    for key in sorted(series):
+        chart = re.sub(r"_\d+$", "", key.rsplit("/", 1)[-1])
+        charts.setdefault(chart, {})[key] = averaged(sorted(series[key].items()))
+    return [
+        Curve(title=name.replace("_", " "), x_label="step", series=lines) for name, lines in charts.items()
+    ], unreadable
+
+
+def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float | None]]:
+    """Return the points, or where there are more than `POINTS`, the means of runs of equal length."""
+    kept = list(points)
+    run = -(-len(kept) // POINTS)
+    groups = [kept[start : start + run] for start in range(0, len(kept), run)] if kept else []
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _read_series(path: Path) -> tuple[dict[str, dict[float, float]], int]:
+    """Return step -> value for every scalar; a step that was logged twice (resumed training) keeps the later value."""
+    series: dict[str, dict[float, float]] = {}
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        values = _parsed(line)
+        if values is None:
+            unreadable += 1
+            continue
+        for key, value in values.items():
+            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(key, {})[values["step"]] = float(value)
+    return series, unreadable
+
+
+def _parsed(line: str) -> Mapping[str, float] | None:
+    """Return a line's values, or None where a killed process left half a line."""
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int | float) else None
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib does not take for mathematics or for a hidden legend entry."""
+    return text.replace("$", r"\$").lstrip("_")

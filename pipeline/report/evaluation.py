@@ -1,0 +1,119 @@
+"""Reads what `evaluate` wrote: one JSON a question."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import MaskLoomError, one_line
+from pipeline.files import read_json
+from pipeline.report.formatting import MISSING, interval_text, number_text
+
+REMEDY = "run evaluate again with --force"
+
+
+class _Part(BaseModel):
+    """Fields that the report does not show are the metric's own business, so unknown ones are no error."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Interval(_Part):
+    """A number with its interval, both ends included."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+Cell = bool | int | float | str | Interval | None
+
+
+class Table(_Part):
+    """A table of results."""
+
+    title: str
+    note: str | None = None
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+class Picture(_Part):
+    """An image file beside the JSON."""
+
+    title: str
+    caption: str | None = None
+    path: str
+
+
+class Curve(_Part):
+    """Named series of (x, y) points."""
+
+    title: str
+    x_label: str = ""
+    y_label: str = ""
+    series: dict[str, list[tuple[float, float | None]]]
+
+
+class Evaluation(_Part):
+    """The answer to one question."""
+
+    metric: str
+    version: str | int
+    question: str
+    verdict: str
+    headline: bool = False
+    skipped: str | None = None
+    tables: list[Table] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    limits: list[str] = Field(default_factory=list)
+    pictures: list[Picture] = Field(default_factory=list)
+    curves: list[Curve] = Field(default_factory=list)
+    n: Any = None
+    seeds: Any = None
+    inputs: Any = None
+    options: Any = None
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """Return every evaluation in a folder: headlines first, questions that were not measured last, else by file name.
+
+    Raises:
+        MaskLoomError: a file is not an evaluation (names the file and the field).
+    """
+    found = [_read(path) for path in evaluation_files(folder)]
+    return sorted(found, key=lambda one: (one.skipped is not None, not one.headline))
+
+
+def evaluation_files(folder: Path) -> list[Path]:
+    """Return the JSON files of a folder, sorted."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def _read(path: Path) -> Evaluation:
+    try:
+        return Evaluation.model_validate(read_json(path, REMEDY))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MaskLoomError(f"{path}: {where}: {one_line(first['msg'])}; {REMEDY}") from None
+
+
+def cell_text(cell: Cell) -> str:
+    """Return a cell as text: three significant digits, `0.712 [0.690, 0.731]`, a dash for nothing."""
+    if isinstance(cell, Interval):
+        return MISSING if cell.value is None else interval_text(cell.value, cell.low, cell.high)
+    if cell is None:
+        return MISSING
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return cell if isinstance(cell, str) else number_text(cell)
+
+
+def numeric_columns(table: Table) -> set[int]:
+    """Return the indices of the columns that hold numbers (and perhaps gaps), and so are set flush right."""
+    numbers = {
+        index for row in table.rows for index, cell in enumerate(row) if isinstance(cell, int | float | Interval)
+    }
+    words = {index for row in table.rows for index, cell in enumerate(row) if isinstance(cell, str | bool)}
+    return numbers - words

@@ -1,0 +1,207 @@
+"""Which images the report shows side by side: mask, real, synthetic from the same mask, nearest training image."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.contract import Contract
+from pipeline.images import png_array
+from pipeline.progress import progress
+
+Pixels = NDArray[np.uint8]
+PARENT_SPLIT = "train"
+NO_LABEL = "(no class)"
+NEAREST_SIDE = 32  # pixels that images are reduced to before they are compared
+BATCH_ROWS = 64
+
+
+@dataclass
+class Shown:
+    """A synthetic image in the grid.
+
+    Attributes:
+        image: (H, W) or (H, W, 3) uint8.
+        seed: of its noise.
+        same_parent: whether it was made from the mask of its grid row; false where the generator has no such image.
+        own_condition: its conditioning image where that differs from the row's (a warped mask), else None.
+        nearest_id, nearest, correlation: the training image most like it, see `find_nearest`.
+    """
+
+    image: Pixels
+    seed: int | None
+    same_parent: bool
+    own_condition: Pixels | None
+    nearest_id: str = ""
+    nearest: Pixels | None = None
+    correlation: float = -np.inf
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One training sample, and what each generator made of its mask (None: nothing of this class)."""
+
+    sample_id: str
+    text: str
+    condition: Pixels
+    real: Pixels
+    shown: Mapping[str, Shown | None]
+
+
+def image_grids(
+    real: tuple[Path, Contract], synthetic: Mapping[str, tuple[Path, Contract]], per_class: int
+) -> dict[str, list[GridRow]]:
+    """Return the grid rows of each class, in the order of the contract's labels.
+
+    Args:
+        real: folder and contract of the real dataset.
+        synthetic: folder and contract of each generator's dataset.
+        per_class: rows a class; samples that most generators have a synthetic image for come first.
+    """
+    heads = _heads(*real, split=PARENT_SPLIT)
+    children = {name: _heads(*pair) for name, pair in synthetic.items()}
+    made_from = [{row["parent_id"] for row in rows} for rows in children.values()]
+    by_class: dict[str, list[dict[str, Any]]] = {name: [] for name in real[1].description.labels}
+    for row in heads:
+        by_class.setdefault(row["label"], []).append(row)
+    chosen = {name: spread_choice(rows, made_from, per_class) for name, rows in by_class.items() if rows}
+    parents = _images(*real, ids=[row["sample_id"] for rows in chosen.values() for row in rows])
+    shown = {name: _shown(pair, children[name], chosen, parents) for name, pair in synthetic.items()}
+    grids = {
+        label: [
+            _grid_row(parents[row["sample_id"]], {name: shown[name].get(row["sample_id"]) for name in shown})
+            for row in rows
+        ]
+        for label, rows in chosen.items()
+    }
+    find_nearest(real, [one for images in shown.values() for one in images.values()])
+    return grids
+
+
+def spread_choice(rows: Sequence[dict[str, Any]], made_from: Sequence[set[str]], count: int) -> list[dict[str, Any]]:
+    """Return `count` rows (or all): those with most synthetic images first, evenly spread over equal ones by id.
+
+    Neighbours by id are often alike (slices of a volume, views of a patient), so an even spread shows more of the data.
+    """
+    merit: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        merit[sum(row["sample_id"] in parents for parents in made_from)].append(row)
+    chosen: list[dict[str, Any]] = []
+    for level in sorted(merit, reverse=True):
+        equal = sorted(merit[level], key=lambda row: row["sample_id"])
+        places = np.linspace(0, len(equal) - 1, min(count - len(chosen), len(equal))).round().astype(int)
+        chosen += [equal[place] for place in places]
+    return chosen
+
+
+def find_nearest(real: tuple[Path, Contract], shown: Sequence[Shown]) -> None:
+    """Fill in the training image nearest to each synthetic one.
+
+    Nearest by the correlation of pixels, both images reduced to 32 x 32 and brought to mean 0 and norm 1. The train
+    split is read once, in batches, so memory does not grow with it.
+    """
+    if not shown:
+        return
+    queries = np.stack([_normalised(one.image) for one in shown])
+    folder, contract = real
+    with progress("nearest training images", contract.splits[PARENT_SPLIT].rows, "images") as advance:
+        for rows in _batches(folder, _files(contract, PARENT_SPLIT), ["sample_id", "image"]):
+            images = [png_array(row["image"]["bytes"]) for row in rows]
+            correlations = queries @ np.stack([_normalised(image) for image in images]).T
+            for one, best, scores in zip(shown, correlations.argmax(axis=1), correlations, strict=True):
+                if scores[best] > one.correlation:
+                    one.correlation, one.nearest, one.nearest_id = (
+                        float(scores[best]),
+                        images[best],
+                        rows[best]["sample_id"],
+                    )
+            advance(len(rows))
+
+
+def _shown(
+    source: tuple[Path, Contract],
+    heads: Sequence[dict[str, Any]],
+    chosen: Mapping[str, Sequence[dict[str, Any]]],
+    parents: Mapping[str, dict[str, Any]],
+) -> dict[str, Shown]:
+    """Return the synthetic image for each chosen training sample that has one of its class."""
+    by_parent: dict[str | None, list[str]] = defaultdict(list)
+    by_class: dict[str, list[str]] = defaultdict(list)
+    for row in heads:
+        by_parent[row["parent_id"]].append(row["sample_id"])
+        by_class[row["label"]].append(row["sample_id"])
+    candidates = {}
+    for label, rows in chosen.items():
+        for index, row in enumerate(rows):
+            others = by_class[label][index : index + 1]
+            candidates[row["sample_id"]] = by_parent.get(row["sample_id"]) or others
+    images = _images(*source, ids=[sample for samples in candidates.values() for sample in samples])
+    return {
+        parent_id: _best_shown(parents[parent_id], [images[sample] for sample in samples])
+        for parent_id, samples in candidates.items()
+        if samples
+    }
+
+
+def _best_shown(parent: dict[str, Any], children: Sequence[dict[str, Any]]) -> Shown:
+    """Return the child whose conditioning image is the parent's own, else the first."""
+    alike = [np.array_equal(child["conditioning_image"], parent["conditioning_image"]) for child in children]
+    best = alike.index(True) if any(alike) else 0
+    child = children[best]
+    return Shown(
+        image=child["image"],
+        seed=child["seed"],
+        same_parent=child["parent_id"] == parent["sample_id"],
+        own_condition=None if alike[best] else child["conditioning_image"],
+    )
+
+
+def _grid_row(parent: dict[str, Any], shown: Mapping[str, Shown | None]) -> GridRow:
+    return GridRow(parent["sample_id"], parent["text"], parent["conditioning_image"], parent["image"], shown)
+
+
+def _normalised(image: Pixels) -> NDArray[np.float32]:
+    """Return the image reduced to 32 x 32, flattened, with mean 0 and norm 1."""
+    small = Image.fromarray(image).resize((NEAREST_SIDE, NEAREST_SIDE), Image.Resampling.BOX)
+    vector = np.asarray(small, dtype=np.float32).ravel()
+    vector -= vector.mean()
+    return vector / max(float(np.linalg.norm(vector)), 1e-6)
+
+
+def _files(contract: Contract, split: str | None = None) -> list[str]:
+    return [file for file in contract.files if file.startswith(f"data/{split}-" if split else "data/")]
+
+
+def _batches(folder: Path, files: Sequence[str], columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    import pyarrow.parquet as pq
+
+    for file in files:
+        for batch in pq.ParquetFile(folder / file).iter_batches(batch_size=BATCH_ROWS, columns=columns):
+            yield batch.to_pylist()
+
+
+def _heads(folder: Path, contract: Contract, split: str | None = None) -> list[dict[str, Any]]:
+    """Return id, parent and class name of every row, without images."""
+    labels = contract.description.labels
+    rows = [
+        row for batch in _batches(folder, _files(contract, split), ["sample_id", "parent_id", "label"]) for row in batch
+    ]
+    return [{**row, "label": NO_LABEL if row["label"] is None or not labels else labels[row["label"]]} for row in rows]
+
+
+def _images(folder: Path, contract: Contract, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return some rows by id, images decoded."""
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+
+    columns = ["sample_id", "parent_id", "seed", "text", "image", "conditioning_image"]
+    files = ds.dataset([str(folder / file) for file in _files(contract)], format="parquet")
+    rows = files.to_table(columns=columns, filter=pc.field("sample_id").isin(list(ids))).to_pylist()
+    for row in rows:
+        row.update({column: png_array(row[column]["bytes"]) for column in ("image", "conditioning_image")})
+    return {row["sample_id"]: row for row in rows}

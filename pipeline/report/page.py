@@ -1,0 +1,124 @@
+"""Fills the page's template."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.config import ExperimentConfig
+from pipeline.contract import Contract
+from pipeline.report.curves import line_chart, training_curves
+from pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_evaluations
+from pipeline.report.formatting import counts_text, duration_text, number_text
+from pipeline.report.gallery import NEAREST_SIDE, image_grids
+from pipeline.report.pictures import embedded_file, embedded_image, svg_uri
+from pipeline.report.sources import Sources, class_counts, rejection_counts
+
+TEMPLATE = "template.html.j2"
+PICTURE_SCALE = 4  # a picture of several panels may be this many times as wide as a grid's image
+VALIDATION_PICTURES = 4
+
+
+def page_renderer(config: ExperimentConfig, sources: Sources) -> Callable[[int], str]:
+    """Return a function from the longest side of an embedded image (pixels) to the page; reading happens only once."""
+    template = _environment().get_template(TEMPLATE)
+    context = _context(config, sources)
+
+    def render(side: int) -> str:
+        return template.render(
+            **context,
+            embed=partial(embedded_image, side=side),
+            picture=partial(embedded_file, side=side * PICTURE_SCALE),
+        )
+
+    return render
+
+
+def evenly_chosen(items: Sequence[Path], count: int) -> list[Path]:
+    """Return at most `count` items, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(
+        cell=cell_text, number=number_text, duration=duration_text, pretty=_pretty_json, counts=counts_text
+    )
+    environment.filters["numeric_columns"] = numeric_columns
+    environment.globals["chart"] = _chart
+    return environment
+
+
+def _chart(curve: Curve) -> str:
+    return svg_uri(line_chart(curve))
+
+
+def _pretty_json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
+    """Return what the template shows, by name."""
+    curves, unreadable_lines = training_curves(sources.metrics) if sources.metrics else ([], 0)
+    return {
+        "title": config.report.title or f"MaskLoom: {config.experiment}",
+        "config": config,
+        "missing": sources.missing(),
+        "evaluations": read_evaluations(sources.run.evaluation),
+        "evaluation_folder": sources.run.evaluation,
+        "grids": image_grids(sources.real, sources.synthetic, config.report.images_per_class) if sources.real else {},
+        "generators": list(sources.synthetic),
+        "maskless": [name for name, (_, contract) in sources.synthetic.items() if not _saw_masks(contract)],
+        "nearest_side": NEAREST_SIDE,
+        "about": sources.real[1].description if sources.real else None,
+        "curves": curves,
+        "unreadable_lines": unreadable_lines,
+        "validation_pictures": evenly_chosen(sources.validation_pictures, VALIDATION_PICTURES),
+        "datasets": _dataset_summaries(sources),
+        "records": sources.records,
+        "config_text": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _saw_masks(contract: Contract) -> bool:
+    """Whether a synthetic dataset says that its generator was given the masks; true where it does not say."""
+    return bool(contract.description.preprocessing.get("generation", {}).get("uses_mask", True))
+
+
+def _dataset_summaries(sources: Sources) -> list[dict[str, Any]]:
+    """Return counts and rejections of the real and then of each synthetic dataset."""
+    named = [(f"synthetic: {name}", *pair) for name, pair in sources.synthetic.items()]
+    if sources.real:
+        named.insert(0, ("real", *sources.real))
+    return [_dataset_summary(name, folder, contract) for name, folder, contract in named]
+
+
+def _dataset_summary(name: str, folder: Path, contract: Contract) -> dict[str, Any]:
+    counts = class_counts(folder, contract)
+    reasons, rarer = rejection_counts(folder)
+    return {
+        "name": name,
+        "contract": contract,
+        "counts": counts,
+        "classes": sorted({label for row in counts.values() for label in row}, key=_order_of(contract)),
+        "reasons": reasons,
+        "rarer": rarer,
+    }
+
+
+def _order_of(contract: Contract) -> Callable[[str], int]:
+    """Return a sort key: the contract's order of labels, rows without a class last."""
+    labels = contract.description.labels
+    return lambda name: labels.index(name) if name in labels else len(labels)

@@ -1,0 +1,46 @@
+"""The stage `report`: finds what a run holds and writes the page."""
+
+from pipeline.config import ExperimentConfig
+from pipeline.files import write_text
+from pipeline.progress import say
+from pipeline.report.page import page_renderer
+from pipeline.report.sources import Sources, find_sources
+from pipeline.runs import Stage, open_run
+from pipeline.verification import verify_quickly
+
+IMAGE_SIDES = (
+    256,
+    160,
+    96,
+)  # longest side of an embedded image in pixels; the largest that keeps the page small enough
+PAGE_BYTES = 5_000_000
+
+
+def write_report(config: ExperimentConfig, force: bool) -> None:
+    """Write `report.html` from whatever the run holds; parts that are missing are named on the page.
+
+    Raises:
+        MaskLoomError: a dataset, an evaluation or a record is there but damaged.
+    """
+    run = open_run(config)
+    sources = find_sources(run)
+    stage = Stage(run, "report", sources.digests(), config.model_dump(mode="json"), [run.report])
+    if stage.skips(force):
+        return
+    with stage.recorded() as results:
+        for folder, _ in [*([sources.real] if sources.real else []), *sources.synthetic.values()]:
+            verify_quickly(folder)
+        page = smallest_enough(config, sources)
+        write_text(run.report, page)
+        results["bytes"] = len(page.encode())
+    say(f"report: {run.report} ({results['bytes'] / 1e6:.1f} MB)")
+
+
+def smallest_enough(config: ExperimentConfig, sources: Sources) -> str:
+    """Return the page with images as large as `PAGE_BYTES` allows, or with the smallest if none fits."""
+    render = page_renderer(config, sources)
+    for side in IMAGE_SIDES:
+        page = render(side)
+        if len(page.encode()) <= PAGE_BYTES:
+            break
+    return page

@@ -1,0 +1,136 @@
+"""Runs the stages one after another, each as a process of its own, so that its memory is given back.
+
+Stages are known here by their command lines only; a stage that is up to date finds that out by itself and ends at once.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import MaskLoomError, nearest_name, one_line
+from pipeline.files import read_json
+from pipeline.runs import STAGES, Run
+
+MODULES = {
+    "prepare": ("data_prep",),
+    "train": ("train_controlnet",),
+    "generate": ("generate",),
+    "evaluate": ("evaluate",),
+    "report": ("pipeline", "report"),
+}
+DISTRIBUTED = ("train", "generate")
+ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+DEVICE_TOOLS = ("nvidia-smi", "rocm-smi", "xpu-smi")  # a machine with one of these may have several devices
+
+
+def selected_stages(first: str | None, last: str | None) -> tuple[str, ...]:
+    """Return the stages from `first` to `last`, both included; None means the first or last of all.
+
+    Raises:
+        MaskLoomError: an unknown stage, or `first` comes after `last`.
+    """
+    for option, name in (("--from", first), ("--to", last)):
+        if name is not None and name not in STAGES:
+            raise MaskLoomError(f"{option} {name}: unknown stage: {nearest_name(name, list(STAGES))}")
+    start, stop = STAGES.index(first or STAGES[0]), STAGES.index(last or STAGES[-1]) + 1
+    if start >= stop:
+        raise MaskLoomError(f"--from {first} --to {last}: the stages run in the order {', '.join(STAGES)}")
+    return STAGES[start:stop]
+
+
+def run_stages(stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None) -> int:
+    """Run stages in order; stop at the first that fails.
+
+    Args:
+        stages: names, from `selected_stages`.
+        arguments: what every stage's command line is given: `--config FILE`, overrides, `--force`.
+        accelerate_config: a file for `accelerate launch --config_file`, or None.
+
+    Returns:
+        the exit code of the failed stage (128 + N where signal N ended it), or 0. The stage has printed its own error.
+    """
+    for stage in stages:
+        command = [*stage_command(stage, accelerate_config), *arguments]
+        code = subprocess.run(command, check=False, preexec_fn=_end_with_the_runner).returncode
+        if code:
+            return code if code > 0 else 128 - code
+    return 0
+
+
+def _end_with_the_runner() -> None:
+    """Have the kernel end this stage when the runner is killed: the same command, given again, must not meet it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def stage_command(stage: str, accelerate_config: Path | None) -> list[str]:
+    """Return the start of a stage's command line."""
+    module = ["-m", *MODULES[stage]]
+    if stage not in DISTRIBUTED or not needs_launcher(accelerate_config):
+        return [sys.executable, *module]
+    config = ["--config_file", str(accelerate_config)] if accelerate_config else []
+    # --quiet: accelerate would print a traceback of its own below the stage's one-line error.
+    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config, *module]
+
+
+def needs_launcher(accelerate_config: Path | None) -> bool:
+    """Whether `accelerate launch` could start anything but one plain process.
+
+    Where it could not (no device tool, no configuration), the stage is started directly: the launcher takes seconds to
+    import and would hold a CPU process to one thread.
+    """
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    has_default = any((home / "accelerate" / f"default_config.{kind}").is_file() for kind in ("yaml", "yml", "json"))
+    return accelerate_config is not None or has_default or any(shutil.which(tool) for tool in DEVICE_TOOLS)
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What is known of a stage: `done`, `stale` or `missing`, why, and the record of its last run."""
+
+    name: str
+    state: str
+    reason: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+    finished: float | None = None  # seconds since the epoch
+
+
+def stage_states(run: Run, arguments: Sequence[str]) -> list[StageState]:
+    """Ask every stage for its state; a stage behind one that is not done is not done either.
+
+    Args:
+        run: the run that the configuration names.
+        arguments: `--config FILE` and overrides.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        states = list(pool.map(lambda name: _ask(run, name, arguments), STAGES))
+    blocker = ""
+    for index, one in enumerate(states):
+        if one.state == "done" and blocker:
+            states[index] = StageState(one.name, "stale", f"{blocker} must run first", one.record, one.finished)
+        elif one.state != "done":
+            blocker = blocker or one.name
+    return states
+
+
+def _ask(run: Run, name: str, arguments: Sequence[str]) -> StageState:
+    """Return a stage's own answer to `--check`; where it fails, its error is the reason."""
+    path = run.logs(name) / "stage.json"
+    record = read_json(path, "delete it") if path.is_file() else {}
+    finished = path.stat().st_mtime if record else None
+    command = [sys.executable, "-m", *MODULES[name], *arguments, "--check"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode == 0:
+        return StageState(name, answer.stdout.strip(), "", record, finished)
+    lines = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
+    reason = one_line(lines[-1]).removeprefix("error: ")
+    return StageState(name, "stale" if record else "missing", reason, record, finished)

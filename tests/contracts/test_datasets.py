@@ -1,0 +1,154 @@
+"""Runs over every dataset adapter found in `data_prep/datasets`; a new one is tested by existing.
+
+An adapter that needs a raw folder also needs a writer of tiny raw files, `tests/writers/NAME.py` with `write_raw(folder)`.
+"""
+
+import importlib
+import json
+import string
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+
+from data_prep.adapter import DatasetAdapter, RawItem, Reject
+from data_prep.prepare import PACKAGE, open_adapter, prepare
+from data_prep.survey import SAFE_ID, sample_problem
+from pipeline.contract import LEDGER_FILE, SPLITS
+from pipeline.errors import MaskLoomError, RejectedSample
+from pipeline.plugins import load_plugin, plugin_names
+from pipeline.prompts import template_keys
+from pipeline.verification import verify_fully
+from tests.data_prep.experiment import dataset_bytes, experiment
+
+pytestmark = pytest.mark.parametrize("name", plugin_names(PACKAGE))
+LOADED = 24  # samples decoded one by one
+MASK_WORDS = {"size", "place", "shape", "mask_classes"}
+
+
+@pytest.fixture
+def raw_dir(name, tmp_path):
+    """A tiny raw dataset, or None where the adapter needs none."""
+    if not load_plugin(PACKAGE, name, "dataset").Adapter.needs_raw_dir:
+        return None
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    importlib.import_module(f"tests.writers.{name}").write_raw(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(name, raw_dir):
+    return open_adapter(experiment(Path("unused"), dataset=name, raw_dir=raw_dir).data)
+
+
+def items_of(adapter: DatasetAdapter) -> list[RawItem]:
+    return [entry for entry in adapter.scan() if isinstance(entry, RawItem)]
+
+
+def spread(items):
+    """Some items from all over the list."""
+    return list(islice(items, 0, None, max(1, len(items) // LOADED)))
+
+
+def test_the_description_is_complete(adapter):
+    info = adapter.info()
+    assert info.channels in (1, 3) and info.modality
+    assert info.mask_classes[0] == "background" and len(info.palette) == len(info.mask_classes) == len(
+        set(info.palette)
+    )
+    assert all(len(colour) == 3 and all(0 <= value <= 255 for value in colour) for colour in info.palette)
+    assert len(set(info.labels)) == len(info.labels)
+    assert info.licence and info.citation and len(info.prompt_templates) > 1
+    assert all(
+        isinstance(part, tuple) for template in info.prompt_templates for part in string.Formatter().parse(template)
+    )
+
+
+def test_the_listing_is_stable_and_names_each_input_once(adapter):
+    entries = list(adapter.scan())
+    assert entries == list(adapter.scan())
+    items = [entry for entry in entries if isinstance(entry, RawItem)]
+    assert items
+    assert max(Counter(item.sample_id for item in items).values()) == 1
+    assert max(Counter(entry.path for entry in entries).values()) == 1
+    labels = adapter.info().labels
+    for item in items:
+        assert SAFE_ID.fullmatch(item.sample_id) and item.path
+        assert item.label in labels if labels else item.label is None
+        assert item.split in (*SPLITS, None)
+        assert all(isinstance(value, str) for value in item.attributes.values())
+    assert all(entry.path and entry.reason for entry in entries if isinstance(entry, Reject))
+
+
+def test_samples_fit_the_description(adapter):
+    info = adapter.info()
+    usable = 0
+    for item in spread(items_of(adapter)):
+        try:
+            raw = adapter.load(item)
+        except RejectedSample:
+            continue
+        usable += 1
+        assert sample_problem(raw, item, info) is None
+        assert raw.mask is None or raw.mask.dtype == np.uint8
+        again = adapter.load(item)
+        np.testing.assert_array_equal(raw.image, again.image)
+        if raw.mask is not None:
+            np.testing.assert_array_equal(raw.mask, again.mask)
+    assert usable
+
+
+def test_every_prompt_word_is_known_and_one_template_needs_no_mask(adapter):
+    info = adapter.info()
+    for item in items_of(adapter):
+        known = {"modality", *item.attributes} | ({"label"} if item.label is not None else set())
+        assert any(template_keys(template) <= known for template in info.prompt_templates)
+        assert all(template_keys(template) <= known | MASK_WORDS for template in info.prompt_templates)
+
+
+def test_the_fingerprint_follows_the_raw_files(adapter, raw_dir):
+    before = adapter.fingerprint()
+    assert before == adapter.fingerprint()
+    if raw_dir is not None:
+        (raw_dir / "another.file").write_bytes(b"1")
+        assert adapter.fingerprint() != before
+
+
+def test_it_says_what_raw_folder_it_needs(name, tmp_path):
+    adapter = load_plugin(PACKAGE, name, "dataset").Adapter
+    if not adapter.needs_raw_dir:
+        adapter(None, adapter.Options())
+        return
+    with pytest.raises(MaskLoomError, match=r"data\.raw_dir is not set"):
+        adapter(None, adapter.Options())
+    with pytest.raises(MaskLoomError, match="no such folder"):
+        adapter(tmp_path / "nowhere", adapter.Options())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MaskLoomError):
+        prepare(experiment(tmp_path / "run", dataset=name, raw_dir=tmp_path / "empty"), force=False)
+
+
+def test_prepared_it_loads_verifies_and_repeats(name, adapter, raw_dir, tmp_path):
+    # Few phantoms are as good as many, and quicker; an adapter without a knob for it is taken whole.
+    options = {"patients": 20, "views": 2, "height": 64} if name == "phantom_bus" else {}
+    for run in ("one", "two"):
+        config = experiment(tmp_path / run, dataset=name, raw_dir=raw_dir, options=options, rows_per_shard=100)
+        prepare(config, force=False)
+    assert dataset_bytes(tmp_path / "one" / "dataset") == dataset_bytes(tmp_path / "two" / "dataset")
+
+    contract = verify_fully(tmp_path / "one" / "dataset")
+    assert {"train", "validation", "test"} == set(contract.splits)
+    rows = load_dataset(str(tmp_path / "one" / "dataset"))
+    entries = list(open_adapter(config.data).scan())
+    ledger = (tmp_path / "one" / "dataset" / LEDGER_FILE).read_text(encoding="utf-8").splitlines()
+    left_out = {json.loads(line)["path"] for line in ledger}
+    ids = {sample_id for split in rows.values() for sample_id in split["sample_id"]}
+    shown = [str(Path(e.path).relative_to(raw_dir)) if raw_dir else e.path for e in entries]
+    for entry, path in zip(entries, shown, strict=True):
+        assert (isinstance(entry, RawItem) and entry.sample_id in ids) != (path in left_out)
+    groups = [set(split["group_id"]) for split in rows.values()]
+    assert not groups[0] & groups[1] and not groups[1] & groups[2] and not groups[0] & groups[2]

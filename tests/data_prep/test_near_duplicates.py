@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy.cluster.hierarchy import DisjointSet
+from scipy.ndimage import gaussian_filter
+
+from data_prep import near_duplicates
+from data_prep.adapter import RawItem
+from data_prep.datasets.busi import Adapter, BusiOptions
+from data_prep.grouping import consistent_rows
+from data_prep.near_duplicates import near_duplicate_clusters, signature, windows
+from tests.data_prep.experiment import BUSI, BUSI_ABSENT
+
+
+def picture(seed, size=(200, 240)):
+    """Return a picture with structure at several scales, (H, W) float32 in 0..1."""
+    random = np.random.default_rng(seed)
+    layers = [gaussian_filter(random.normal(size=size), sigma) * sigma for sigma in (1.5, 4, 10)]
+    values = np.sum(layers, axis=0)
+    return ((values - values.min()) / np.ptp(values)).astype(np.float32)
+
+
+def with_calipers(image):
+    drawn = Image.fromarray((image * 255).astype(np.uint8))
+    pen = ImageDraw.Draw(drawn)
+    for x, y in ((60, 70), (150, 120), (100, 40), (110, 150)):
+        pen.line((x - 5, y, x + 5, y), fill=255, width=2)
+        pen.line((x, y - 5, x, y + 5), fill=255, width=2)
+    pen.rectangle((2, 2, 70, 16), fill=0)
+    pen.text((4, 3), "D1 12.3 mm", fill=255)
+    return np.asarray(drawn, dtype=np.float32) / 255
+
+
+CHANGES = {
+    "calipers": with_calipers,
+    "gamma": lambda image: image**0.5,
+    "time gain": lambda image: (image * np.linspace(0.5, 1, len(image), dtype=np.float32)[:, None]).clip(0, 1),
+    "inverted": lambda image: 1 - image,
+    "cropped": lambda image: np.ascontiguousarray(image[12:-8, 20:-9]),
+    "cropped on one side": lambda image: np.ascontiguousarray(image[:, 40:]),
+    "rescaled": lambda image: np.asarray(Image.fromarray(image).resize((90, 110))),
+    "all at once": lambda image: np.ascontiguousarray(1 - with_calipers(image)[14:-9, 17:-12] ** 1.6),
+}
+
+
+def clusters(images, folder, digests=None, correlation=0.55):
+    path = folder / "signatures.bin"
+    path.write_bytes(b"".join(signature(np.asarray(image, dtype=np.float32)) for image in images))
+    return near_duplicate_clusters(path, digests or [str(i) for i in range(len(images))], correlation)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_copies_are_found_and_others_are_not(change, tmp_path):
+    originals = [picture(seed) for seed in range(6)]
+    found = clusters([*originals, *(CHANGES[change](image) for image in originals)], tmp_path)
+    assert found == [*range(6), *range(6)]
+
+
+def test_flat_images_resemble_nothing_unless_identical(tmp_path):
+    flat = np.full((50, 50), 0.5, np.float32)
+    assert clusters([flat, flat, flat * 0, picture(0)], tmp_path, ["a", "a", "b", "c"]) == [0, 0, 2, 3]
+
+
+def test_certain_duplicates_are_joined_whatever_the_threshold(tmp_path):
+    image = picture(0)
+    assert clusters([image, image**1.05, picture(1)], tmp_path, correlation=1.0) == [0, 0, 2]
+
+
+def test_blocks_do_not_change_the_result(tmp_path, monkeypatch):
+    images = [picture(seed) for seed in range(5)]
+    images += [CHANGES["cropped"](image) for image in images]
+    whole = clusters(images, tmp_path)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 3)
+    assert clusters(images, tmp_path) == whole
+
+
+def test_a_chain_of_weak_links_stops_at_a_believable_size():
+    count = 3 * near_duplicates.LARGEST_CLUSTER
+    sets = DisjointSet(range(count))
+    near_duplicates._merge_links(sets, [(-0.6, i, i + 1) for i in range(count - 1)], count)
+    assert max(map(len, sets.subsets())) == near_duplicates.LARGEST_CLUSTER
+
+
+def test_windows_lie_inside_the_image():
+    assert windows()[0] == (0, 0, 1, 1) and len(set(windows())) == len(windows())
+    assert all(0 <= t < b <= 1 + 1e-9 and 0 <= left < r <= 1 + 1e-9 for t, left, b, r in windows())
+
+
+def item(name, label="benign", **more):
+    return RawItem(sample_id=name, path=f"/raw/{name}.png", label=label, **more)
+
+
+def test_clusters_with_several_labels_are_rejected_whole():
+    items = [item("a"), item("b", "malignant"), item("c"), item("d")]
+    rows, rejected = consistent_rows(items, [0, 0, 2, 2])
+    assert [(row.item.sample_id, row.group) for row in rows] == [("c", "c"), ("d", "c")]
+    assert {r.path for r in rejected} == {"/raw/a.png", "/raw/b.png"}
+    assert {r.reason for r in rejected} == {"near-duplicates with different labels (benign, malignant): a, b"}
+
+
+def test_a_patient_may_have_lesions_of_several_classes():
+    items = [item("a", group="p1"), item("b", "malignant", group="p1")]
+    rows, rejected = consistent_rows(items, [0, 1])
+    assert [row.group for row in rows] == ["p1", "p1"] and not rejected
+
+
+def test_patients_that_share_a_near_duplicate_become_one_group():
+    items = [item("a", group="p1"), item("b", group="p1"), item("c", group="p2"), item("d", group="p3")]
+    rows, _ = consistent_rows(items, [0, 1, 1, 3])
+    assert [row.group for row in rows] == ["p1", "p1", "p1", "p3"]
+
+
+def test_duplicates_across_the_splits_of_a_dataset_stay_in_the_most_held_out_one():
+    items = [item("a", split="train"), item("b", split="test"), item("c", split="train")]
+    rows, rejected = consistent_rows(items, [0, 0, 2])
+    assert [row.item.sample_id for row in rows] == ["b", "c"]
+    assert [(r.path, r.reason) for r in rejected] == [("/raw/a.png", "group a also lies in the dataset's test split")]
+
+
+@pytest.mark.skipif(not BUSI.is_dir(), reason=BUSI_ABSENT)
+def test_real_busi_pairs_with_and_without_calipers(tmp_path):
+    busi = Adapter(BUSI, BusiOptions())
+    items = {entry.sample_id: entry for entry in busi.scan()}
+    # Same lesion: byte-identical across classes; another crop (128, 129; 95, 97); calipers (14, 123). The last three are unrelated.
+    names = ["benign-433", "malignant-145", "malignant-128", "malignant-129", "malignant-95", "malignant-97", "malignant-14",
+             "malignant-123", "benign-62", "malignant-1", "benign-184"]  # fmt: skip
+    images = [busi.load(items[name]).image / np.float32(255) for name in names]
+    assert clusters(images, tmp_path) == [0, 0, 2, 2, 4, 4, 6, 6, 8, 9, 10]

@@ -1,0 +1,176 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evaluate.evaluate import evaluate, open_question
+from pipeline.config import ExperimentConfig
+from pipeline.errors import MaskLoomError
+from pipeline.runs import StageChecked, check_only
+from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
+from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
+
+GENERATORS = {"controlnet": faithful, "text_only": noise}
+METRICS = ("quality", "faithfulness")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_tiny_run(tmp_path, GENERATORS)
+    return tmp_path
+
+
+def config(run: Path, *metrics: str, **options: Any) -> ExperimentConfig:
+    return tiny_config(run, {name: small_options(name, **options) for name in metrics or METRICS}, tuple(GENERATORS))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "evaluation").iterdir())}
+
+
+def test_answers_carry_what_a_reader_needs(run: Path) -> None:
+    evaluate(config(run, "memorisation"), force=False)
+    answer = json.loads((run / "evaluation" / "memorisation.json").read_text())
+    assert answer["metric"] == "memorisation"
+    assert answer["version"] == 1
+    assert set(answer["inputs"]) == {"real", "controlnet", "text_only"}
+    assert answer["options"]["percentile"] == 5
+    assert answer["n"]["real train"] == 24
+    assert all((run / "evaluation" / picture["path"]).is_file() for picture in answer["pictures"])
+    record = json.loads((run / "logs" / "evaluate" / "stage.json").read_text())
+    assert record["results"] == {"memorisation": answer["verdict"]}
+
+
+def test_same_inputs_give_the_same_bytes(run: Path) -> None:
+    evaluate(config(run, *METRICS, "memorisation"), force=False)
+    first = contents(run)
+    evaluate(config(run, *METRICS, "memorisation"), force=True)
+    assert contents(run) == first
+
+
+def test_up_to_date_evaluation_is_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(config(run), force=False)
+    before = {path: path.stat().st_mtime_ns for path in (run / "evaluation").iterdir()}
+    evaluate(config(run), force=False)
+    assert "up to date" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "evaluation").iterdir()}
+    with check_only(), pytest.raises(StageChecked, match="done"):
+        evaluate(config(run), force=False)
+    with check_only(), pytest.raises(StageChecked, match="stale"):
+        evaluate(config(run, "quality"), force=False)
+
+
+def test_interrupted_evaluation_keeps_finished_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = open_question("faithfulness", {}).module
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", lambda inputs, options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config(run), force=False)
+    kept = (run / "evaluation" / "quality.json").stat().st_mtime_ns
+    assert not (run / "logs" / "evaluate" / "stage.json").exists()
+    evaluate(config(run), force=False)
+    assert (run / "evaluation" / "quality.json").stat().st_mtime_ns == kept
+    assert (run / "evaluation" / "faithfulness.json").is_file()
+
+
+def test_only_what_changed_is_computed_again(run: Path) -> None:
+    evaluate(config(run), force=False)
+    before = {name: (run / "evaluation" / f"{name}.json").stat().st_mtime_ns for name in METRICS}
+    other = {"quality": small_options("quality"), "faithfulness": small_options("faithfulness", steps=5)}
+    evaluate(tiny_config(run, other, tuple(GENERATORS)), force=False)
+    after = {name: (run / "evaluation" / f"{name}.json").stat().st_mtime_ns for name in METRICS}
+    assert after["quality"] == before["quality"]
+    assert after["faithfulness"] > before["faithfulness"]
+
+
+def test_new_data_asks_every_question_again(run: Path) -> None:
+    evaluate(config(run, "quality"), force=False)
+    key = json.loads((run / "evaluation" / "quality.json").read_text())["key"]
+    write_tiny_run(run, {"controlnet": noise, "text_only": noise})
+    evaluate(config(run, "quality"), force=False)
+    assert json.loads((run / "evaluation" / "quality.json").read_text())["key"] != key
+
+
+def test_answers_that_are_no_longer_asked_for_go(run: Path) -> None:
+    evaluate(config(run, "quality", "memorisation"), force=False)
+    assert (run / "evaluation" / "memorisation-0.png").is_file()
+    evaluate(config(run, "quality"), force=False)
+    assert set(contents(run)) == {"quality.json"}
+
+
+def test_unknown_metric_names_the_nearest(run: Path) -> None:
+    with pytest.raises(MaskLoomError, match="unknown metric 'qualty': did you mean 'quality'"):
+        evaluate(tiny_config(run, {"qualty": {}}), force=False)
+
+
+def test_missing_synthetic_set(run: Path) -> None:
+    with pytest.raises(MaskLoomError, match="nothing: no such dataset"):
+        evaluate(tiny_config(run, {"quality": {}}, ("nothing",)), force=False)
+
+
+def test_missing_dataset(tmp_path: Path) -> None:
+    with pytest.raises(MaskLoomError, match="dataset: no such dataset"):
+        evaluate(tiny_config(tmp_path, {"quality": {}}), force=False)
+
+
+def test_synthetic_set_of_another_dataset(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other: Path = tmp_path_factory.mktemp("other")
+    write_tiny_run(other, GENERATORS, {"train": 4})
+    (run / "synthetic" / "controlnet").rename(run / "old")
+    (run / "synthetic" / "controlnet").symlink_to(other / "synthetic" / "controlnet")
+    with pytest.raises(MaskLoomError, match=r"controlnet: made from another version of .*dataset; run generate again"):
+        tiny_inputs(run, ("controlnet",))
+
+
+def test_edited_synthetic_set(run: Path) -> None:
+    shard = next((run / "synthetic" / "controlnet" / "data").iterdir())
+    shard.write_bytes(shard.read_bytes() + b" ")
+    with pytest.raises(MaskLoomError, match="its SHA-256 differs"):
+        evaluate(config(run), force=False)
+    assert not (run / "logs" / "evaluate" / "stage.json").exists()
+
+
+def test_empty_train_split(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "dataset", tiny_description(), {"test": tiny_samples("test", 4)})
+    with pytest.raises(MaskLoomError, match="train split is empty"):
+        evaluate(tiny_config(tmp_path, {"quality": {}}), force=False)
+
+
+def test_vae_that_is_not_there(run: Path) -> None:
+    missing = tiny_config(
+        run, {"vae_ceiling": small_options("vae_ceiling")}, (), pretrained_model_name_or_path="./nowhere"
+    )
+    with pytest.raises(MaskLoomError, match=r"pretrained_model_name_or_path=\./nowhere: no such folder"):
+        evaluate(missing, force=False)
+
+
+def test_command_line(run: Path) -> None:
+    """Runs, skips in under two seconds of processor time, and tells a user's mistake in one line."""
+    values = config(run, "memorisation").model_dump(mode="json")
+    path = run / "experiment.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "evaluate", "--config", str(path)]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    before = os.times().children_user
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "up to date" in again.stderr
+    assert os.times().children_user - before < 2
+    wrong = subprocess.run(
+        [*command, "evaluate.metrics.memorisation.percentile=90"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: evaluate.metrics.memorisation: percentile=90")
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_metrics_of_every_configuration_are_known() -> None:
+    paths = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+    asked = [yaml.safe_load(path.read_text()).get("evaluate", {}).get("metrics", {}) for path in paths]
+    questions = [open_question(name, options) for metrics in asked for name, options in metrics.items()]
+    assert {"downstream_segmentation", "faithfulness"} <= {question.name for question in questions}

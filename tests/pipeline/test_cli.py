@@ -1,0 +1,184 @@
+"""Command lines: what they print, how they end, and what they do not import."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import run_stage_command
+from pipeline.errors import MaskLoomError, RejectedSample, exit_with, nearest_name, one_line, run_command
+from pipeline.runs import Run, Stage
+from tests.pipeline import fake_run
+
+ROOT = Path(__file__).parents[2]
+DISK_REMEDY = "free space or fix the permissions, then run the same command again"
+HEAVY = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "monai",
+    "matplotlib",
+    "pyarrow",
+    "skimage",
+    "scipy",
+)
+
+
+def _pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["report", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys, runpy, json\n"
+        f"sys.argv = ['pipeline', *{arguments!r}]\n"
+        "try:\n    runpy.run_module('pipeline', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = set(json.loads(ended.stdout.splitlines()[-1]))
+    assert not imported & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["pipeline.contract", "pipeline.config_loading", "pipeline.runs", "pipeline.verification", "pipeline.report"],
+)
+def test_the_spine_imports_no_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_help_names_every_command():
+    text = _pipeline("--help").stdout
+    assert all(word in text for word in ("run", "status", "report", "verify"))
+
+
+def test_verify_says_what_a_valid_dataset_holds(tmp_path):
+    fake_run.write_real(Run(tmp_path))
+    ended = _pipeline("verify", str(tmp_path / "dataset"))
+    assert ended.returncode == 0
+    assert "valid (train 8, validation 3, test 3 rows; 3 rejected)" in ended.stdout
+
+
+def test_verify_of_a_missing_dataset_is_one_line(tmp_path):
+    ended = _pipeline("verify", str(tmp_path / "none"))
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [f"error: {tmp_path}/none: no such dataset; run the stage that writes it first"]
+
+
+def test_status_shows_every_stage(tmp_path):
+    config = fake_run.write_config(tmp_path)
+    ended = _pipeline("status", "--config", str(config), "seed=3")
+    assert ended.returncode == 0, ended.stderr
+    for stage in ("prepare", "train", "generate", "evaluate", "report"):
+        assert stage in ended.stdout
+    assert "missing" in ended.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seeed=1"], "unknown key 'seeed': did you mean 'seed'?"),
+        (["seed"], "override 'seed': write key=value"),
+        (["seed=-1"], "seed=-1"),
+        (["--from", "trayn"], "unknown stage"),
+    ],
+)
+def test_mistakes_in_a_run_are_told_before_anything_starts(tmp_path, arguments, message):
+    config = fake_run.write_config(tmp_path)
+    ended = _pipeline("run", "--config", str(config), *arguments)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def _run_stage(stage, config: Path, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        run_stage_command(stage, "A stage.", ["--config", str(config), *arguments])
+    return end.value.code
+
+
+def test_a_stage_is_given_its_configuration_and_force(tmp_path):
+    seen = []
+    config = fake_run.write_config(tmp_path)
+    assert _run_stage(lambda config, force: seen.append((config.seed, force)), config, "seed=5", "--force") == 0
+    assert _run_stage(lambda config, force: seen.append((config.seed, force)), config) == 0
+    assert seen == [(5, True), (0, False)]
+
+
+def test_check_prints_the_state_and_computes_nothing(tmp_path, capsys):
+    computed = []
+
+    def stage(config, force):
+        one = Stage(Run(config.run_folder), "prepare", {}, config.seed, [])
+        if not one.skips(force):
+            with one.recorded():
+                computed.append(config.seed)
+
+    config = fake_run.write_config(tmp_path)
+
+    def state(*arguments: str) -> str:
+        assert _run_stage(stage, config, *arguments, "--check") == 0
+        return capsys.readouterr().out.strip()
+
+    assert state() == "missing"
+    assert computed == []
+    _run_stage(stage, config)
+    assert state() == "done"
+    assert state("--force") == "done"
+    assert state("seed=1") == "stale"
+    assert computed == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MaskLoomError("a\n  b"), "error: a b"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/x"),
+            "error: /run/x: No space left on device; " + DISK_REMEDY,
+        ),
+        (OSError("odd"), "error: odd; " + DISK_REMEDY),
+    ],
+)
+def test_a_users_problem_is_one_line_and_exit_code_2(error, line, capsys):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_command(fail)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_bug_keeps_its_traceback():
+    def fail() -> None:
+        raise RejectedSample("a bug if it gets here")
+
+    with pytest.raises(RejectedSample):
+        run_command(fail)
+
+
+def test_exit_with_folds_lines(capsys):
+    with pytest.raises(SystemExit):
+        exit_with("two\nlines")
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_nearest_names():
+    assert nearest_name("sed", ["seed", "data"]) == "did you mean 'seed'? known: data, seed"
+    assert nearest_name("zzz", ["seed"]) == "known: seed"
+    assert nearest_name("zzz", []) == "known: none"
+    assert one_line(" a\n b\t c ") == "a b c"

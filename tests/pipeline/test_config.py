@@ -1,0 +1,176 @@
+"""Configuration: every file in configs/, inheritance, overrides, and what a mistake is told."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import ExperimentConfig
+from pipeline.config_loading import load_config, load_experiment, validated
+from pipeline.errors import MaskLoomError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Files of other programs, or of other models; their own tests load them.
+OTHERS = ("accelerate", "slurm")
+EXPERIMENTS = sorted(
+    path
+    for path in CONFIGS.rglob("*.yaml")
+    if path.relative_to(CONFIGS).parts[0] not in OTHERS and not path.name.startswith("backbone")
+)
+ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+MINIMAL = {
+    "experiment": "tiny",
+    "data": {"dataset": "phantom_bus"},
+    "train": {"pretrained_model_name_or_path": "nowhere"},
+}
+
+
+def _write(folder: Path, values: object, name: str = "one.yaml") -> Path:
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def _problem(path: Path, *overrides: str) -> str:
+    with pytest.raises(MaskLoomError) as error:
+        load_experiment(path, list(overrides))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_experiment_in_configs_loads(path):
+    config = load_experiment(path, [])
+    assert config.run_folder == Path("runs") / config.experiment
+
+
+def test_there_are_experiments():
+    assert CONFIGS / "demo.yaml" in EXPERIMENTS
+
+
+def test_every_accelerate_file_is_one_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in ACCELERATE:
+        assert load_config_from_file(str(path)).num_processes >= 1, path
+
+
+def test_defaults_and_the_run_folder(tmp_path):
+    config = load_experiment(_write(tmp_path, MINIMAL), [])
+    assert config.data.image_size == (512, 512)
+    assert config.run_folder == Path("runs/tiny")
+    assert load_experiment(_write(tmp_path, MINIMAL), [f"run_dir={tmp_path}"]).run_folder == tmp_path
+
+
+def test_one_number_is_a_square(tmp_path):
+    assert load_experiment(_write(tmp_path, MINIMAL), ["data.image_size=64"]).data.image_size == (64, 64)
+    assert load_experiment(_write(tmp_path, MINIMAL), ["data.image_size=[64,128]"]).data.image_size == (64, 128)
+
+
+def test_overrides_come_last(tmp_path):
+    _write(tmp_path, {**MINIMAL, "seed": 1, "report": {"images_per_class": 9}}, "parent.yaml")
+    child = _write(tmp_path, {"extends": "parent.yaml", "seed": 2})
+    assert load_experiment(child, []).seed == 2
+    assert load_experiment(child, []).report.images_per_class == 9
+    assert load_experiment(child, ["seed=3", "train.learning_rate=1e-5"]).seed == 3
+    assert load_experiment(child, ["train.learning_rate=1e-5"]).train.learning_rate == 1e-5
+
+
+def test_extends_is_relative_to_the_file_and_goes_on_upwards(tmp_path):
+    (tmp_path / "deep").mkdir()
+    _write(tmp_path, MINIMAL, "base.yaml")
+    _write(tmp_path / "deep", {"extends": "../base.yaml", "seed": 4}, "middle.yaml")
+    assert load_experiment(_write(tmp_path / "deep", {"extends": "middle.yaml"}, "leaf.yaml"), []).seed == 4
+
+
+def test_extends_in_a_circle(tmp_path):
+    _write(tmp_path, {"extends": "two.yaml"}, "one.yaml")
+    _write(tmp_path, {"extends": "one.yaml"}, "two.yaml")
+    assert "`extends` runs in a circle: one.yaml -> two.yaml -> one.yaml" in _problem(tmp_path / "one.yaml")
+
+
+def test_a_missing_file(tmp_path):
+    assert "none.yaml: no such configuration file" in _problem(tmp_path / "none.yaml")
+    child = _write(tmp_path, {"extends": "gone.yaml"})
+    assert "gone.yaml: no such configuration file" in _problem(child)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\ta: 1"])
+def test_a_file_that_is_not_yaml(tmp_path, text):
+    assert "one.yaml: not valid YAML" in _problem(_write(tmp_path, text))
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    assert "one.yaml: not valid YAML" in _problem(path)
+
+
+def test_a_file_that_is_not_a_mapping(tmp_path):
+    assert "must hold a mapping of keys to values" in _problem(_write(tmp_path, ["a", "b"]))
+
+
+def test_a_reference_to_a_key_that_is_not_there(tmp_path):
+    assert "one.yaml: " in _problem(_write(tmp_path, {**MINIMAL, "seed": "${sed}"}))
+
+
+@pytest.mark.parametrize("override", ["seed", "--seed=1", "-x"])
+def test_an_override_that_is_no_assignment(tmp_path, override):
+    assert f"override {override!r}: write key=value" in _problem(_write(tmp_path, MINIMAL), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sede=1", "unknown key 'sede': did you mean 'seed'?"),
+        ("train.learning_rat=1", "unknown key 'train.learning_rat': did you mean 'learning_rate'?"),
+        ("data.splits.trayn=1", "unknown key 'data.splits.trayn': did you mean 'train'?"),
+        ("generate.warp.scal=1", "unknown key 'generate.warp.scal': did you mean 'scale'?"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(tmp_path, override, message):
+    assert message in _problem(_write(tmp_path, MINIMAL), override)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    assert "experiment: this key is required (and 2 more)" in _problem(_write(tmp_path, {"seed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed=-1: "),
+        ("experiment=../up", "experiment='../up': "),
+        ("train.max_train_steps=0", "train.max_train_steps=0: "),
+        ("train.mixed_precision=fp8", "train.mixed_precision='fp8': "),
+        ("train.learning_rate=fast", "train.learning_rate='fast': "),
+        ("data.image_size=100", "both sides must be positive multiples of 8"),
+        ("data.image_size=0", "both sides must be positive multiples of 8"),
+        ("data.splits.train=0.5", "data.splits: the shares must sum to 1, not 0.8"),
+        ("data.resize_mode=zoom", "data.resize_mode='zoom': "),
+        ("data=none", "data='none': "),
+        ("generate.warp.scal.e=1", "unknown key 'generate.warp.scal'"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_its_key(tmp_path, override, message):
+    assert message in _problem(_write(tmp_path, MINIMAL), override)
+
+
+def test_values_do_not_change_after_loading(tmp_path):
+    config = load_experiment(_write(tmp_path, MINIMAL), [])
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_the_resolved_configuration_loads_to_itself(tmp_path):
+    config = load_experiment(_write(tmp_path, MINIMAL), ["seed=5"])
+    again = load_config(_write(tmp_path, config.model_dump(mode="json"), "two.yaml"), [], ExperimentConfig)
+    assert again == config
+
+
+def test_options_of_a_plug_in_are_checked_in_the_same_words():
+    from pipeline.config import WarpConfig
+
+    with pytest.raises(MaskLoomError, match=r"here: unknown key 'attemptz': did you mean 'attempts'\?"):
+        validated({"attemptz": 1}, WarpConfig, "here")

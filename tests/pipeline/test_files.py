@@ -1,0 +1,151 @@
+"""Files that are whole or absent, digests, and image codecs."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import UnidentifiedImageError
+
+from pipeline import files
+from pipeline.errors import MaskLoomError
+from pipeline.files import (
+    atomic_folder,
+    atomic_path,
+    file_digest,
+    folder_digest,
+    model_digest,
+    read_json,
+    remove_folder,
+    value_digest,
+    write_json,
+    write_text,
+)
+from pipeline.images import png_array, png_bytes
+
+
+def test_a_file_appears_whole(tmp_path):
+    with atomic_path(tmp_path / "deep" / "a.txt") as temporary:
+        temporary.write_text("half")
+        assert not (tmp_path / "deep" / "a.txt").exists()
+        temporary.write_text("whole")
+    assert (tmp_path / "deep" / "a.txt").read_text() == "whole"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.txt"]
+
+
+def _write_and_fail(path):
+    path.write_text("new")
+    raise RuntimeError
+
+
+def test_a_failed_writing_leaves_the_old_file(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.txt") as temporary:
+        _write_and_fail(temporary)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_folder_appears_whole_in_place_of_an_older_one(tmp_path):
+    for text in ("one", "two"):
+        with atomic_folder(tmp_path / "model") as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "w").write_text(text)
+    assert (tmp_path / "model" / "sub" / "w").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "w").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as temporary:
+        _write_and_fail(temporary / "w")
+    assert (tmp_path / "model" / "w").read_text() == "old"
+
+
+def test_what_an_interrupted_folder_left_is_cleared_away(tmp_path):
+    (tmp_path / ".model.tmp").mkdir()
+    (tmp_path / ".model.tmp" / "stray").touch()
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "w").touch()
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["w"]
+
+
+def test_folders_are_removed_with_their_content(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    remove_folder(tmp_path / "a")
+    remove_folder(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_has_the_same_bytes_for_the_same_value(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": "ä"})
+    write_json(tmp_path / "b.json", {"a": "ä", "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert read_json(tmp_path / "a.json", "") == {"a": "ä", "b": 1}
+
+
+def test_a_missing_json_says_what_to_do(tmp_path):
+    with pytest.raises(MaskLoomError, match=r"a\.json: no such file; make it"):
+        read_json(tmp_path / "a.json", "make it")
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b""])
+def test_a_damaged_json_says_what_to_do(tmp_path, data):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(MaskLoomError, match=r"a\.json: not valid JSON .*; make it"):
+        read_json(tmp_path / "a.json", "make it")
+
+
+def test_digests_of_values_do_not_depend_on_the_order_of_keys(tmp_path):
+    assert value_digest({"a": 1, "b": [tmp_path]}) == value_digest({"b": [tmp_path], "a": 1})
+    assert value_digest([1, 2]) != value_digest([2, 1])
+
+
+def test_digests_of_folders_see_names_and_contents_but_no_hidden_files(tmp_path):
+    (tmp_path / "a").write_text("1")
+    first = folder_digest(tmp_path)
+    (tmp_path / ".cache").write_text("hidden")
+    assert folder_digest(tmp_path) == first
+    (tmp_path / "a").write_text("2")
+    second = folder_digest(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({first, second, folder_digest(tmp_path)}) == 3
+
+
+def test_very_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WHOLE_HASH_BYTES", 2)
+    path = tmp_path / "large"
+    path.write_text("aaaa")
+    os.utime(path, ns=(1, 1))
+    first = folder_digest(tmp_path)
+    os.utime(path, ns=(1, 2))
+    assert folder_digest(tmp_path) != first
+
+
+def test_models_are_known_by_content_or_by_hub_id(tmp_path):
+    (tmp_path / "w").write_text("1")
+    assert model_digest(str(tmp_path)) == folder_digest(tmp_path)
+    assert model_digest("org/name") == "org/name@main"
+    assert model_digest("org/name", "v1") == "org/name@v1"
+
+
+def test_the_digest_of_a_file_is_its_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    assert file_digest(tmp_path / "a").startswith("e3b0c44298fc1c149afbf4c8996fb924")
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_png_keeps_every_pixel(shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert np.array_equal(png_array(png_bytes(array)), array)
+    assert png_bytes(array) == png_bytes(array.copy())
+
+
+def test_what_is_no_png_is_an_error():
+    with pytest.raises(UnidentifiedImageError):
+        png_array(b"no")
+
+
+def test_written_json_is_valid_json(tmp_path):
+    write_json(tmp_path / "a.json", [1.5, None, "x"])
+    assert json.loads((tmp_path / "a.json").read_text()) == [1.5, None, "x"]

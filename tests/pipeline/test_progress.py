@@ -1,0 +1,61 @@
+"""Progress: one closing line where there is no terminal, a bar where there is one."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.progress import progress, say
+
+ROOT = Path(__file__).parents[2]
+LONG_STEP = (
+    "from pipeline.progress import progress\n"
+    "with progress('weaving', 4, 'images') as advance:\n"
+    "    for i in range(4):\n"
+    "        advance(note=f'loss {i}')\n"
+)
+
+
+def test_elsewhere_one_line_tells_the_count_and_the_rate(capsys):
+    with progress("weaving", 5, "images") as advance:
+        advance()
+        advance(4, note="ignored")
+    err = capsys.readouterr().err
+    assert err.startswith("weaving: 5 images in ")
+    assert "images/s" in err
+    assert err.count("\n") == 1
+
+
+def test_silent_where_asked(capsys):
+    with progress("weaving", 5, "images", show=False) as advance:
+        advance(5)
+    assert capsys.readouterr().err == ""
+
+
+def test_news_go_to_stderr_as_they_are(capsys):
+    say("[bold] 12 [/x] " + "long " * 60)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("[bold] 12 [/x]")
+
+
+def test_on_a_terminal_there_is_a_bar_with_count_rate_and_note():
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen([sys.executable, "-c", LONG_STEP], cwd=ROOT, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # Linux: the other side of the terminal was closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=30) == 0
+    text = shown.decode()
+    assert "weaving" in text
+    assert "4/4" in text
+    assert "images/s" in text
+    assert "loss 3" in text

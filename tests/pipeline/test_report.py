@@ -1,0 +1,357 @@
+"""The report, from run folders written by the contract's own writer."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config_loading import load_experiment
+from pipeline.errors import MaskLoomError
+from pipeline.report import write_report
+from pipeline.report.curves import POINTS, averaged, line_chart, training_curves
+from pipeline.report.evaluation import Curve, Interval, Table, cell_text, numeric_columns
+from pipeline.report.formatting import counts_text, duration_text, interval_text, number_text
+from pipeline.report.gallery import image_grids, spread_choice
+from pipeline.report.page import evenly_chosen
+from pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
+from pipeline.report.sources import find_sources, rejection_counts
+from pipeline.report.stage import PAGE_BYTES, smallest_enough
+from pipeline.runs import Run
+from tests.pipeline import fake_run
+
+
+class _Page(HTMLParser):
+    """Collects what a page shows and what it would load."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.texts, self.tags, self.loaded, self.links = [], [], [], []
+        self.feed(html)
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.loaded += [values[key] for key in ("src", "srcset", "data", "poster") if key in values]
+        self.links += [values["href"]] if "href" in values else []
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def _report(config, force=False) -> tuple[str, _Page]:
+    write_report(config, force)
+    html = Run(config.run_folder).report.read_text(encoding="utf-8")
+    return html, _Page(html)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run and its page."""
+    run, config = fake_run.whole_run(tmp_path_factory.mktemp("whole"))
+    html, page = _report(config)
+    return run, config, html, page
+
+
+def test_the_page_loads_nothing_from_anywhere(whole):
+    _, _, html, page = whole
+    assert page.loaded
+    assert all(source.startswith("data:image/") for source in page.loaded)
+    assert all(link.startswith("#") for link in page.links)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "default-src 'none'" in html
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_the_page_is_small(whole):
+    assert len(whole[2].encode()) < PAGE_BYTES
+
+
+def test_verdicts_come_first_and_the_headline_before_the_others(whole):
+    text = whole[3].text
+    places = [
+        text.index(word)
+        for word in ("Verdict", "help: changed Dice", "copy: changed Dice", "Real and synthetic images", "Provenance")
+    ]
+    nav_end = text.index("Provenance") + 1
+    assert places[:4] == sorted(places[:4])
+    assert text.index("Dice by arm", nav_end) > places[3]
+
+
+def test_everything_from_data_is_escaped(whole):
+    _, _, html, page = whole
+    assert "oval <b>wide</b>" in page.text
+    assert "<b>" not in html
+    assert "real + <synthetic>" in page.text
+    assert "mask is <empty>" in page.text
+
+
+def test_numbers_carry_their_intervals(whole):
+    assert "0.701 [0.681, 0.720]" in whole[3].text
+
+
+def test_counts_ledger_limits_and_provenance_are_shown(whole):
+    text = whole[3].text
+    assert "3 left out:" in text
+    assert "One test set, one scanner." in text
+    assert "0123456789ab -dirty" in text or "0123456789ab-dirty" in text
+    assert "1 min 23 s" in text
+    assert "1 line(s) of the log could not be read" in text
+
+
+def test_both_kinds_of_synthetic_images_are_told_apart(whole):
+    text = whole[3].text
+    assert "for this mask, seed" in text
+    assert "for this mask, warped (inset), seed" in text
+    assert "for another mask of this class (inset), seed" in text or "none" in text
+
+
+def test_the_same_inputs_give_the_same_bytes_and_a_skip(whole, capsys):
+    run, config, html, _ = whole
+    before = run.report.stat().st_mtime_ns
+    write_report(config, force=False)
+    assert run.report.stat().st_mtime_ns == before
+    assert "up to date" in capsys.readouterr().err
+    assert _report(config, force=True)[0] == html
+
+
+def test_a_new_evaluation_makes_the_report_stale(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    _report(config)
+    path = run.evaluation / "b_help.json"
+    path.write_text(path.read_text().replace("no clear benefit", "a clear benefit"))
+    assert "a clear benefit" in _report(config)[1].text
+
+
+def test_an_empty_run_says_what_is_missing(tmp_path):
+    _, page = _report(load_experiment(fake_run.write_config(tmp_path), []))
+    for sentence in (
+        "nothing has been evaluated",
+        "The dataset has not been prepared.",
+        "There is no training log.",
+        "No stage has left a record.",
+    ):
+        assert sentence in page.text
+
+
+def test_a_run_that_was_generated_but_not_evaluated_shows_its_images(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    fake_run.write_synthetic(run, "controlnet", fake_run.write_real(run))
+    (run.synthetic / "half_done" / "data").mkdir(parents=True)
+    _, page = _report(config)
+    assert "There is no verdict yet" in page.text
+    assert "The synthetic dataset half_done is unfinished and is left out." in page.text
+    assert page.tags.count("img") > 8
+
+
+def test_generators_that_do_not_see_masks_are_marked(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    real = fake_run.write_real(run, preprocessing={"generation": {"uses_mask": False}})
+    fake_run.write_synthetic(run, "blind", real)
+    assert "blind, not shown the mask" in _report(config)[1].text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 3, "image_size": (48, 72)},
+        {"labels": ()},
+        {"conditioning": "edges"},
+        {"conditioning": "both", "homepage": ""},
+    ],
+    ids=["colour, not square", "no classes", "edges", "both"],
+)
+def test_other_kinds_of_datasets(tmp_path, changes):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    fake_run.write_synthetic(run, "controlnet", fake_run.write_real(run, **changes))
+    _, page = _report(config)
+    assert page.tags.count("img") >= 8
+    assert ("edges" in page.text) == (changes.get("conditioning") == "edges")
+
+
+def test_a_damaged_evaluation_is_one_line_that_names_the_file_and_the_field(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    folder = Run(config.run_folder).evaluation
+    folder.mkdir(parents=True)
+    (folder / "help.json").write_text(json.dumps({**fake_run.evaluation(), "tables": "none"}))
+    with pytest.raises(MaskLoomError, match=r"help\.json: tables: .*run evaluate again with --force"):
+        write_report(config, force=False)
+    (folder / "help.json").write_text("{")
+    with pytest.raises(MaskLoomError, match=r"help\.json: not valid JSON"):
+        write_report(config, force=False)
+
+
+def test_a_dataset_edited_by_hand_is_refused_and_no_report_is_left(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    fake_run.write_real(run)
+    (run.dataset / "README.md").write_text("edited")
+    with pytest.raises(MaskLoomError, match="SHA-256 differs"):
+        write_report(config, force=False)
+    assert not run.report.exists()
+
+
+def test_a_missing_picture_is_said_to_be_missing(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    (run.evaluation / "pictures" / "worst.png").unlink()
+    assert "This picture is missing or cannot be read: worst.png" in _report(config)[1].text
+
+
+def test_questions_that_were_not_measured_come_last(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    skipped = fake_run.evaluation("alpha", headline=True, skipped="no masks", verdict="Not measured: no masks.")
+    (run.evaluation / "a_alpha.json").write_text(json.dumps(skipped))
+    text = _report(config)[1].text
+    assert text.index("copy: changed") < text.index("Not measured")
+
+
+def test_the_nearest_training_image_of_a_copy_is_its_original(tmp_path):
+    run = Run(tmp_path)
+    real = fake_run.write_real(run)
+    synthetic = fake_run.write_synthetic(run, "copier", real)
+    grids = image_grids((run.dataset, real), {"copier": (run.synthetic / "copier", synthetic)}, per_class=8)
+    rows = [row for rows in grids.values() for row in rows]
+    assert len(rows) == fake_run.ROWS["train"]
+    for row in rows:
+        shown = row.shown["copier"]
+        assert shown.nearest_id == row.sample_id
+        assert shown.correlation > 0.99
+        assert np.array_equal(shown.nearest, row.real)
+
+
+def test_grid_rows_prefer_samples_that_were_generated_from():
+    rows = [{"sample_id": str(i)} for i in range(10)]
+    chosen = spread_choice(rows, [{"4", "9"}, {"4"}], 4)
+    assert [row["sample_id"] for row in chosen] == ["4", "9", "0", "8"]
+    assert [row["sample_id"] for row in spread_choice(rows[::-1], [], 3)] == ["0", "4", "9"]
+
+
+def test_pages_that_would_be_too_large_carry_smaller_images(whole, monkeypatch):
+    run, config, html, _ = whole
+    monkeypatch.setattr("pipeline.report.stage.PAGE_BYTES", 1000)
+    monkeypatch.setattr("pipeline.report.stage.IMAGE_SIDES", (256, 16))
+    assert len(smallest_enough(config, find_sources(run))) < len(html)
+
+
+def test_ledgers_are_summed_up_by_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.report.sources.REASONS_SHOWN", 1)
+    lines = [{"path": "a", "reason": "dark"}, {"path": "b", "reason": "torn"}, {"path": "c", "reason": "torn"}]
+    (tmp_path / "rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert rejection_counts(tmp_path) == ([("torn", 2)], 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.71234, "0.712"),
+        (45.97, "46.0"),
+        (12345, "12,345"),
+        (12345.0, "12,345"),
+        (1234.56, "1,235"),
+        (0, "0"),
+        (0.0, "0.00"),
+        (1.2e-5, "1.20e-05"),
+        (-0.0123, "-0.0123"),
+        (math.nan, "undefined"),
+        (math.inf, "undefined"),
+    ],
+)
+def test_numbers_have_three_significant_digits(value, text):
+    assert number_text(value) == text
+
+
+def test_interval_ends_have_the_decimals_of_their_value():
+    assert interval_text(0.70123, 0.6811, 0.7203) == "0.701 [0.681, 0.720]"
+    assert interval_text(45.97, 44.21, 148.0) == "46 [44, 148]"
+    assert interval_text(0.91, 0.8211, 1.0) == "0.910 [0.821, 1.000]"
+    assert interval_text(0.0123, -0.0041, 0.0274) == "0.012 [-0.004, 0.027]"
+    assert interval_text(-0.00012, -0.00031, 0.0001) == "-0.000120 [-0.000310, 0.000100]"
+    assert interval_text(-0.0, -1e-17, 0.0) == "0.000 [0.000, 0.000]"
+    assert interval_text(0.5, None, 0.7) == "0.500"
+    assert interval_text(0.5, math.nan, 0.7) == "0.500 [undefined, 0.700]"
+
+
+def test_cells():
+    cells = ["word", None, True, 3, Interval(value=None), Interval(value=0.5, low=0.25, high=0.75)]
+    assert [cell_text(cell) for cell in cells] == ["word", "–", "yes", "3", "–", "0.500 [0.250, 0.750]"]
+    table = Table(title="", columns=["a", "b", "c"], rows=[["x", None, 1], ["y", 2.0, "z"]])
+    assert numeric_columns(table) == {1}
+
+
+def test_durations_and_counts():
+    assert [duration_text(s) for s in (3.21, 250, 7500)] == ["3.2 s", "4 min 10 s", "2 h 05 min"]
+    assert [counts_text(c) for c in ({"train": 8}, [0, 1], 5)] == ["8 (train)", "0, 1", "5"]
+
+
+def test_training_curves_share_charts_by_kind(tmp_path):
+    run = Run(tmp_path)
+    fake_run.write_training_log(run)
+    curves, unreadable = training_curves(run.logs("train") / "metrics.jsonl")
+    assert unreadable == 1
+    assert {curve.title: sorted(curve.series) for curve in curves} == {
+        "loss": ["loss", "validation/loss"],
+        "loss bin": ["validation/loss_bin_0", "validation/loss_bin_1"],
+        "lr": ["lr"],
+    }
+
+
+def test_a_step_that_was_logged_twice_keeps_the_later_value(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 5}\n{"step": 1, "loss": 2, "note": "x", "bad": NaN}\n[]\n')
+    curves, unreadable = training_curves(path)
+    assert [curve.series for curve in curves] == [{"loss": [(1, 2.0)]}]
+    assert unreadable == 1
+
+
+def test_long_series_are_averaged():
+    points = averaged((float(x), float(x % 2)) for x in range(POINTS * 10))
+    assert len(points) == POINTS
+    assert {y for _, y in points} == {0.5}
+    assert averaged([]) == []
+
+
+def test_charts_are_the_same_bytes_every_time_and_draw_any_text():
+    curve = Curve(
+        title="t", x_label="$x", y_label="a < b", series={"_hidden $1": [(0, 1), (1, None), (2, 3)], "<b>": [(0, 2)]}
+    )
+    svg = line_chart(curve)
+    assert svg == line_chart(curve)
+    assert "hidden $1" in svg
+    assert "<b>" not in svg
+
+
+def test_masks_keep_their_colours_exactly_and_large_photographs_become_jpeg():
+    mask = np.zeros((512, 512, 3), dtype=np.uint8)
+    mask[100:300] = (0, 160, 255)
+    assert embedded_image(mask, 256, exact=True).uri.startswith("data:image/png")
+    photograph = np.random.default_rng(0).integers(0, 255, (512, 300), dtype=np.uint8)
+    assert embedded_image(photograph, 256).uri.startswith("data:image/jpeg")
+    assert embedded_image(photograph[:LOSSLESS_SIDE, :100], 256).uri.startswith("data:image/png")
+    assert embedded_image(photograph[:64, :64], 256).width == 128
+
+
+def test_picture_files_that_are_no_pictures_give_none(tmp_path):
+    (tmp_path / "no.png").write_text("no")
+    Image.new("L", (900, 30)).save(tmp_path / "yes.png")
+    assert embedded_file(tmp_path / "no.png", 100) is None
+    assert embedded_file(tmp_path / "missing.png", 100) is None
+    assert embedded_file(tmp_path / "yes.png", 100).width == 100
+
+
+def test_evenly_chosen_pictures_hold_the_first_and_the_last():
+    paths = [Path(str(i)) for i in range(9)]
+    assert [path.name for path in evenly_chosen(paths, 4)] == ["0", "3", "5", "8"]
+    assert evenly_chosen(paths[:2], 4) == paths[:2]
+
+
+def test_the_page_is_one_document(whole):
+    assert len(re.findall(r"</html>", whole[2])) == 1

@@ -1,0 +1,142 @@
+"""Run folders, skipping, the record that a stage writes last, and provenance."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import __version__, provenance
+from pipeline.config_loading import load_experiment
+from pipeline.errors import MaskLoomError
+from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run
+from tests.pipeline import fake_run
+
+
+def _stage(folder: Path, inputs=None, config=1, outputs=("out",)) -> Stage:
+    return Stage(Run(folder), "train", inputs or {"dataset": "a"}, config, [folder / name for name in outputs])
+
+
+def _run(stage: Stage) -> None:
+    with stage.recorded() as results:
+        for path in stage.outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("done")
+        results["rows"] = 3
+
+
+def test_the_parts_of_a_run_lie_in_its_folder(tmp_path):
+    run = Run(tmp_path)
+    parts = [
+        run.dataset,
+        run.generator,
+        run.synthetic,
+        run.evaluation,
+        run.report,
+        *(run.logs(stage) for stage in STAGES),
+    ]
+    assert all(part.is_relative_to(tmp_path) for part in parts)
+    assert len(set(parts)) == len(parts)
+
+
+def test_a_run_keeps_its_resolved_configuration(tmp_path):
+    path = fake_run.write_config(tmp_path)
+    run = open_run(load_experiment(path, ["seed=4"]))
+    kept = run.folder / "config.yaml"
+    assert yaml.safe_load(kept.read_text())["seed"] == 4
+    assert load_experiment(kept, []) == load_experiment(path, ["seed=4"])
+    before = kept.stat().st_mtime_ns
+    open_run(load_experiment(path, ["seed=4"]))
+    assert kept.stat().st_mtime_ns == before
+    open_run(load_experiment(path, []))
+    assert yaml.safe_load(kept.read_text())["seed"] == 0
+
+
+def test_a_stage_that_ran_is_skipped_until_something_changes(tmp_path, capsys):
+    assert not _stage(tmp_path).skips(force=False)
+    _run(_stage(tmp_path))
+    assert _stage(tmp_path).skips(force=False)
+    assert "train: up to date" in capsys.readouterr().err
+    assert not _stage(tmp_path).skips(force=True)
+    assert not _stage(tmp_path, inputs={"dataset": "b"}).skips(force=False)
+    assert not _stage(tmp_path, config=2).skips(force=False)
+    (tmp_path / "out").unlink()
+    assert not _stage(tmp_path).skips(force=False)
+
+
+def test_the_record_says_where_the_result_came_from(tmp_path):
+    _run(_stage(tmp_path))
+    record = json.loads((tmp_path / "logs" / "train" / "stage.json").read_text())
+    assert record["stage"] == "train"
+    assert record["inputs"] == {"dataset": "a"}
+    assert record["results"] == {"rows": 3}
+    assert record["maskloom"] == __version__
+    assert record["packages"]["python"] == sys.version.split()[0]
+    assert record["wall_seconds"] >= 0
+    assert record["peak_memory_mb"] > 1
+
+
+def test_a_stage_that_fails_is_not_done_and_neither_is_the_run_before_it(tmp_path):
+    _run(_stage(tmp_path))
+    with pytest.raises(RuntimeError), _stage(tmp_path).recorded():
+        raise RuntimeError
+    assert not _stage(tmp_path).is_done()
+
+
+def test_other_processes_leave_the_record_alone(tmp_path):
+    _run(_stage(tmp_path))
+    path = _stage(tmp_path).path
+    before = path.read_bytes()
+    with _stage(tmp_path).recorded(writes=False):
+        pass
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_record_is_told(tmp_path):
+    _run(_stage(tmp_path))
+    _stage(tmp_path).path.write_text("{")
+    with pytest.raises(MaskLoomError, match=r"stage\.json: not valid JSON .*; delete it"):
+        _stage(tmp_path).is_done()
+
+
+def test_asked_for_its_state_a_stage_ends_before_it_computes(tmp_path):
+    with check_only(), pytest.raises(StageChecked) as checked:
+        _stage(tmp_path).skips(force=True)
+    assert checked.value.state == "missing"
+    _run(_stage(tmp_path))
+    assert _stage(tmp_path).state() == "done"
+    assert _stage(tmp_path, config=2).state() == "stale"
+    assert _stage(tmp_path).skips(force=False)
+
+
+def test_asked_for_a_state_nothing_is_written(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    with check_only():
+        open_run(config)
+    assert not config.run_folder.exists()
+
+
+def test_the_commit_is_marked_where_tracked_files_were_changed(tmp_path, monkeypatch):
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "provenance.py").write_text("1")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "pipeline" / "provenance.py"))
+    fresh_sha = provenance.git_sha.__wrapped__
+    git("init")
+    assert fresh_sha() == "unknown"
+    git("add", ".")
+    git("commit", "-m", "one")
+    sha = fresh_sha()
+    assert len(sha) == 40
+    (tmp_path / "pipeline" / "provenance.py").write_text("2")
+    assert fresh_sha() == f"{sha}-dirty"
+
+
+def test_packages_that_are_not_installed_are_left_out(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "no-such-package"))
+    assert set(provenance.package_versions()) == {"python", "numpy"}

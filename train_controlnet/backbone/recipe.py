@@ -1,0 +1,154 @@
+"""The recipe, top to bottom: tokenizer, VAE in phases, latents, UNet with text encoder, pipeline folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from pipeline.config import LoopConfig
+from pipeline.contract import Contract
+from pipeline.errors import MaskLoomError
+from pipeline.files import remove_folder, value_digest
+from pipeline.metrics_log import METRICS_FILE
+from pipeline.progress import say
+from pipeline.training import Task, make_accelerator, train
+from pipeline.verification import verify_quickly
+from train_controlnet.backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
+from train_controlnet.backbone.config import BackboneConfig
+from train_controlnet.backbone.denoiser import DenoiserTask, LatentRows
+from train_controlnet.backbone.export import model_card, new_pipeline, sample_grid, sample_prompts, write_pipeline
+from train_controlnet.backbone.images import TrainImages
+from train_controlnet.backbone.vae import Autoencoder, VaeTask, latent_statistics, new_discriminator, normalise_vae
+from train_controlnet.backbone.vocabulary import write_tokenizer
+
+
+def train_backbone(config: BackboneConfig, force: bool) -> None:
+    """Train all parts and write `config.output_dir`; an interrupted run goes on from its checkpoints.
+
+    Args:
+        config: the recipe.
+        force: throw earlier checkpoints away.
+
+    Raises:
+        MaskLoomError: a dataset cannot be used, a setting does not fit, or a loss was not finite.
+    """
+    contracts = [_checked(verify_quickly(source.path), config) for source in config.sources]
+    if force:
+        remove_folder(config.run_folder)
+    images = TrainImages(config.sources)
+    tokenizer_folder = config.run_folder / "tokenizer"
+    texts = [text for texts in images.texts for text in texts]
+    tokenizer = write_tokenizer(tokenizer_folder, texts, config.architecture.model_max_length)
+    data = {f"dataset {number}": contract.digest for number, contract in enumerate(contracts)}
+    vae = train_vae(config, images, data)
+    unet, text_encoder = train_denoiser(config, images, vae, tokenizer, data)
+    if PartialState().is_main_process:
+        pipe = new_pipeline(config, vae.cpu().eval(), text_encoder.cpu().eval(), tokenizer, unet.cpu().eval())
+        prompts = sample_prompts(images.texts, [list(split["label"]) for split in images.splits])
+        facts = {**_sizes({"VAE": vae, "text encoder": text_encoder, "UNet": unet}), **_last_losses(config)}
+        card = model_card(config, contracts, prompts, facts)
+        write_pipeline(pipe, tokenizer_folder, config.output_dir, card, sample_grid(pipe, prompts, config.seed))
+        say(f"backbone: written to {config.output_dir}")
+
+
+def train_vae(config: BackboneConfig, images: TrainImages, data: Mapping[str, str]) -> AutoencoderKL:
+    """Return the trained VAE, before its latents are normalised; the phases follow each other on the same networks.
+
+    Args:
+        config: the recipe.
+        images: what is learnt.
+        data: digests of the datasets.
+    """
+    set_seed(config.seed)
+    autoencoder, discriminator = Autoencoder(new_vae(config.architecture)), new_discriminator()
+    inputs = {**data, "architecture": value_digest(config.architecture.model_dump(mode="json"))}
+    for number, phase in enumerate(config.vae, start=1):
+        name = f"vae-{number}"
+        accelerator = _accelerator(config, phase, name)
+        task = VaeTask(autoencoder, discriminator, images, phase, accelerator)
+        _train_part(config, task, phase, accelerator, name, inputs)
+        autoencoder, discriminator = (accelerator.unwrap_model(net, False) for net in task.networks.values())
+        inputs[name] = value_digest(phase.model_dump(mode="json"))
+    return autoencoder.vae
+
+
+def train_denoiser(
+    config: BackboneConfig, images: TrainImages, vae: AutoencoderKL, tokenizer: CLIPTokenizer, data: Mapping[str, str]
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Normalise the VAE's latents in place, then train UNet and text encoder on them and return both."""
+    accelerator = _accelerator(config, config.denoiser, "denoiser")
+    rows = LatentRows(images, config.architecture.image_size, config.seed)
+    rows.encode(vae, accelerator.device, accelerator.is_main_process)
+    centre, spread = latent_statistics(rows.moments)
+    normalise_vae(vae.cpu(), centre, spread)
+    rows.normalise(centre, spread)
+    rows.tokenise(tokenizer)
+    set_seed(config.seed)
+    text_encoder, unet = new_text_encoder(config.architecture, tokenizer), new_unet(config.architecture)
+    scheduler = DDPMScheduler.from_config(new_scheduler(config.architecture).config)
+    task = DenoiserTask(unet, text_encoder, tokenizer, scheduler, rows, config.denoiser)
+    recipe = config.model_dump(mode="json", include={"architecture", "vae", "sources"})
+    _train_part(config, task, config.denoiser, accelerator, "denoiser", {**data, "recipe": value_digest(recipe)})
+    unet, text_encoder = (accelerator.unwrap_model(network, False) for network in task.networks.values())
+    return unet, text_encoder
+
+
+def _train_part(
+    config: BackboneConfig,
+    task: Task,
+    phase: LoopConfig,
+    accelerator: Accelerator,
+    name: str,
+    inputs: Mapping[str, str],
+) -> None:
+    """Run the shared loop in a folder of the part's own; a part that is finished only loads its weights."""
+    say(f"backbone: {name}, {phase.max_train_steps} steps")
+    train(task, phase, accelerator, config.run_folder / name, config.seed, inputs)
+
+
+def _accelerator(config: BackboneConfig, phase: LoopConfig, name: str) -> Accelerator:
+    return make_accelerator(phase, _logs(config, name))
+
+
+def _logs(config: BackboneConfig, name: str) -> Path:
+    return config.run_folder / "logs" / name
+
+
+def _checked(contract: Contract, config: BackboneConfig) -> Contract:
+    """Return the contract of a dataset that can be learnt.
+
+    Raises:
+        MaskLoomError: it is synthetic, not square, or smaller than the backbone's images.
+    """
+    about, size = contract.description, config.architecture.image_size
+    if about.origin != "real":
+        raise MaskLoomError(
+            f"sources: {about.dataset} is a synthetic dataset; a backbone is trained on real images only"
+        )
+    height, width = about.image_size
+    if height != width or height < size:
+        raise MaskLoomError(
+            f"sources: {about.dataset} holds images of {height}x{width}; prepare it with a square data.image_size of {size} or more"
+        )
+    return contract
+
+
+def _sizes(networks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    """Return the number of parameters of each network, for the card."""
+    return {f"parameters, {name}": f"{sum(p.numel() for p in net.parameters()):,}" for name, net in networks.items()}
+
+
+def _last_losses(config: BackboneConfig) -> dict[str, str]:
+    """Return the last logged loss of each part, for the card."""
+    names = [f"vae-{number}" for number in range(1, len(config.vae) + 1)] + ["denoiser"]
+    losses = {}
+    for name in names:
+        lines = (_logs(config, name) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        figures = [json.loads(line) for line in lines]
+        losses[f"last loss, {name}"] = f"{[f['loss'] for f in figures if 'loss' in f][-1]:.4f}"
+    return losses
