@@ -115,6 +115,7 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or several processes on a CPU would not know of each other
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
