@@ -36,7 +36,7 @@ class Condition:
         mask: (H, W) uint8 class indices, or None where the dataset has no masks.
         conditioning_image: (H, W, 3) uint8.
         label: index into the description's labels, or None.
-        seed: of the image's noise, 0 .. 2**63 - 1.
+        seed: of the image's noise, 0 .. 2**32 - 1.
     """
 
     text: str

@@ -48,7 +48,7 @@ class PlannedRow:
         index: of the row, 0 .. number of rows - 1.
         source: `train` (the mask as it is) or `warped`.
         parent: the train row whose mask is used, or tried first.
-        seed: of the image's noise, 0 .. 2**63 - 1.
+        seed: of the image's noise, 0 .. 2**32 - 1.
     """
 
     index: int
@@ -153,8 +153,9 @@ def check_parents_are_train(rows: Sequence[PlannedRow], dataset: Path) -> None:
 
 
 def noise_seed(seed: int, index: int) -> int:
-    """Return the seed of a row's noise, 0 .. 2**63 - 1, so that it fits the column's int64."""
-    return int(np.random.SeedSequence([seed, NOISE_STREAM, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """Return the seed of a row's noise, 0 .. 2**32 - 1: short enough to read, and no two rows of a run share one."""
+    first = int(np.random.SeedSequence([seed, NOISE_STREAM]).generate_state(1, np.uint32)[0])
+    return (first + index) % 2**32
 
 
 def _stream_number(label: int | None) -> int:

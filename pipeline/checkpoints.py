@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.errors import MaskLoomError
+from pipeline.errors import MaskLoomError, told_when_unwritable
 from pipeline.files import read_json, remove_folder, write_json
 from pipeline.progress import say
 
@@ -49,12 +49,11 @@ def save_checkpoint(
         remove_folder(temporary)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
-        for name, ema in emas.items():
-            shadow = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(ema.shadow_params)}
-            save_file(shadow, temporary / f"ema_{name}.safetensors")
-        write_json(temporary / LOOP_FILE, {"step": step, "identity": dict(identity)})
+    with told_when_unwritable(temporary):
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            _save_averages(temporary, emas)
+            write_json(temporary / LOOP_FILE, {"step": step, "identity": dict(identity)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _flush(temporary)
@@ -126,6 +125,12 @@ def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.M
 
     accelerator.register_save_state_pre_hook(save_networks)
     accelerator.register_load_state_pre_hook(load_networks)
+
+
+def _save_averages(folder: Path, emas: Mapping[str, EMAModel]) -> None:
+    for name, ema in emas.items():
+        shadow = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(ema.shadow_params)}
+        save_file(shadow, folder / f"ema_{name}.safetensors")
 
 
 def _save_network(module: nn.Module, folder: Path, name: str) -> None:

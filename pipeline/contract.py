@@ -368,9 +368,10 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
     """Return one split as a Hugging Face dataset (memory-mapped; images decode to PIL on access).
 
     Raises:
-        MaskLoomError: the dataset has no such split.
+        MaskLoomError: the dataset has no such split, or its memory-mapped copy cannot be made.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
     from datasets.utils.logging import disable_progress_bar
 
     contract = read_contract(folder)
@@ -378,4 +379,10 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
     if not files:
         raise MaskLoomError(f"{folder}: the split {split!r} is empty; it has {', '.join(contract.splits)}")
     disable_progress_bar()
-    return load_dataset("parquet", data_files={split: files}, split=split, features=features(contract.description))
+    try:
+        return load_dataset("parquet", data_files={split: files}, split=split, features=features(contract.description))
+    except DatasetGenerationError as error:
+        raise MaskLoomError(
+            f"{folder}: the split {split!r} cannot be opened ({one_line(error.__cause__ or error)}); "
+            "free space where Hugging Face keeps its cache (HF_HOME), then run the same command again"
+        ) from None

@@ -5,8 +5,10 @@ The command line prints that line and exits with code 2; anything else is a bug 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 EXIT_CODE = 2
@@ -52,3 +54,21 @@ def run_command(command: Callable[[], object]) -> None:
         exit_with(
             f"{where}{error.strerror or error}; free space or fix the permissions, then run the same command again"
         )
+
+
+@contextmanager
+def told_when_unwritable(path: Path) -> Iterator[None]:
+    """Turn any failure of the block, which must do nothing but write `path`, into a line about the disk.
+
+    torch and safetensors do not raise `OSError` when a disk is full, but errors of their own.
+
+    Raises:
+        MaskLoomError: the block failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise MaskLoomError(
+            f"{path}: could not be written ({one_line(error)[:200]}); free space or fix the permissions, "
+            "then run the same command again: finished work is kept"
+        ) from error

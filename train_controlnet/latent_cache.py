@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.errors import told_when_unwritable
 from pipeline.files import atomic_path, remove_folder, remove_leftovers, value_digest
 from pipeline.progress import progress
 
@@ -75,7 +76,8 @@ def fill_moments(
                 span = range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, len(rows)))
                 batches = [span[i : i + ENCODE_BATCH] for i in range(0, len(span), ENCODE_BATCH)]
                 moments = torch.cat([encode(torch.stack([pixels(rows[i]["image"]) for i in b])).cpu() for b in batches])
-                with atomic_path(folder / _name(shard)) as temporary:
+                path = folder / _name(shard)
+                with told_when_unwritable(path), atomic_path(path) as temporary:
                     save_file({"moments": moments.contiguous()}, temporary)
                 advance()
     accelerator.wait_for_everyone()
@@ -88,7 +90,7 @@ def fill_embeddings(
     """Return the embeddings of unique prompts, (U, L, D), from the cache file, which is made if it is missing."""
     if not path.is_file() and accelerator.is_main_process:
         embeddings = [encode(list(prompts[i : i + 64])).cpu() for i in range(0, len(prompts), 64)]
-        with atomic_path(path) as temporary:
+        with told_when_unwritable(path), atomic_path(path) as temporary:
             save_file({"embeddings": torch.cat(embeddings).contiguous()}, temporary)
     accelerator.wait_for_everyone()
     return load_file(path)["embeddings"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
+from pipeline.errors import MaskLoomError, told_when_unwritable
 from pipeline.files import atomic_folder, folder_digest, model_digest, remove_folder
 from pipeline.runs import Run, Stage, open_run
 from pipeline.verification import verify_quickly
@@ -81,7 +81,8 @@ def _export(
     """Write the weights and the model card; the folder appears whole."""
     from train_controlnet.model_card import model_card
 
-    with atomic_folder(run.generator / WEIGHTS) as folder:
+    weights = run.generator / WEIGHTS
+    with told_when_unwritable(weights), atomic_folder(weights) as folder:
         accelerator.unwrap_model(task.networks[WEIGHTS]).save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").write_text(model_card(config, contract, _last_pictures(run)), encoding="utf-8")
         if picture := _last_pictures(run):

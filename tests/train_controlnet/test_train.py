@@ -176,6 +176,33 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path, dataset: Path
     assert not (tmp_path / "generator" / "controlnet").exists()
 
 
+@pytest.mark.parametrize(
+    ("limit", "named"), [(3_000, "'train' cannot be opened"), (300_000, "checkpoint-2.tmp: could not be written")]
+)
+def test_a_full_disk_stops_the_stage_and_nothing_half_written_stays(
+    tmp_path: Path, dataset: Path, backbone: Path, limit: int, named: str
+) -> None:
+    """A limit on the size of files stands for a full disk: writes fail in the middle of a file."""
+    (tmp_path / "dataset").symlink_to(dataset)
+    config = write_config(tmp_path / "c.yaml", tiny_values(tmp_path, backbone))
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "import runpy; sys.argv = ['train_controlnet', '--config', sys.argv[1]]; runpy.run_module('train_controlnet', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(config)], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr
+    assert "free space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "logs" / "train" / "stage.json").exists()
+    assert not list((tmp_path / "generator").glob("checkpoint-*"))
+    subprocess.run(command(config), cwd=ROOT, check=True, capture_output=True, timeout=200)
+    assert weights(tmp_path)
+
+
 def test_a_wrong_backbone_is_named(tmp_path: Path, dataset: Path) -> None:
     (tmp_path / "dataset").symlink_to(dataset)
     config = write_config(tmp_path / "c.yaml", tiny_values(tmp_path, Path("no/such/backbone")))
