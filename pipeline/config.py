@@ -91,7 +91,7 @@ class LoopConfig(Section):
     )
     validation_steps: int = Field(500, ge=1)
     logging_steps: int = Field(10, ge=1)
-    report_to: str | None = Field("tensorboard", description="tensorboard, wandb, comet_ml, all, or null")
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = "tensorboard"
     tracker_project_name: str = "maskloom"
     dataloader_num_workers: int = Field(0, ge=0)
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     """Return the accelerator of a training.
 
     Raises:
-        MaskLoomError: fp16 is asked for without a GPU.
+        MaskLoomError: fp16 is asked for without a GPU, or a tracker that is not installed.
     """
+    _check_tracker(config.report_to)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise MaskLoomError(
             "train.mixed_precision=fp16 needs a GPU and none was found; set train.mixed_precision=no (or bf16)"

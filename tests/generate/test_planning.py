@@ -78,7 +78,7 @@ def test_any_run_of_rows_is_nearly_balanced():
     assert label_counts(rows[:15], LABELS) == {"benign": 5, "malignant": 5, "normal": 5}
 
 
-def test_noise_seeds_fit_a_signed_column():
+def test_noise_seeds_are_short_and_distinct():
     assert all(0 <= noise_seed(0, index) < 2**32 for index in range(100))
     assert len({noise_seed(0, index) for index in range(1000)}) == 1000
 

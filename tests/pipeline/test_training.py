@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,13 @@ def test_fp16_without_a_gpu_is_an_error(tmp_path: Path) -> None:
         pytest.skip("there is a GPU here")
     with pytest.raises(MaskLoomError, match="needs a GPU"):
         make_accelerator(settings(mixed_precision="fp16"), tmp_path)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path) -> None:
+    if find_spec("comet_ml"):
+        pytest.skip("comet_ml is installed")
+    with pytest.raises(MaskLoomError, match="report_to=comet_ml"):
+        make_accelerator(settings(report_to="comet_ml"), tmp_path)
 
 
 def test_8bit_adam_without_bitsandbytes_is_an_error() -> None:

@@ -61,8 +61,7 @@ def dataset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, dataset: Path) -> BackboneConfig:
-    """Every phase for two steps, the discriminator from the second on."""
-    phase = {**LOOP, "pixels": 16, "crop": (20, 40), "adversarial_start": 2, "adversarial_ramp": 2}
+    """Both parts for two steps, the discriminator from the second on."""
     return BackboneConfig.model_validate(
         {
             "experiment": "tiny",
@@ -70,7 +69,7 @@ def config(tmp_path: Path, dataset: Path) -> BackboneConfig:
             "output_dir": tmp_path / "backbone",
             "sources": [{"path": dataset, "copies": 2, "random_flip": True, "affine": True}],
             "architecture": TINY,
-            "vae": [phase, {**phase, "pixels": 32, "crop": (40, 48), "adversarial_start": 0}],
+            "vae": {**LOOP, "pixels": 16, "crop": (20, 40), "adversarial_start": 2, "adversarial_ramp": 2},
             "denoiser": LOOP,
         }
     )
@@ -116,9 +115,9 @@ def test_configuration_in_the_repository_is_valid() -> None:
     assert config.output_dir == Path("assets/nano-sd")
 
 
-def test_phases_of_unlike_precision_are_refused() -> None:
+def test_parts_of_unlike_precision_are_refused() -> None:
     overrides = ["denoiser.mixed_precision=fp16"]
-    with pytest.raises(MaskLoomError, match="mixed_precision must be the same in all phases"):
+    with pytest.raises(MaskLoomError, match=r"denoiser\.mixed_precision must be the same"):
         load_config(ROOT / "configs/backbone.yaml", overrides, BackboneConfig)
 
 
