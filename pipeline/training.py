@@ -126,6 +126,11 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     )
 
 
+def _check_tracker(name: str | None) -> None:
+    if name in ("wandb", "comet_ml") and find_spec(name) is None:
+        raise MaskLoomError(f"train.report_to={name}: it is not installed; pip install -e .[track], or use tensorboard")
+
+
 def train(
     task: Task, config: LoopConfig, accelerator: Accelerator, folder: Path, seed: int, inputs: Mapping[str, str]
 ) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,11 +95,12 @@ def test_a_killed_runner_takes_its_stage_along(tmp_path):
         "runner.run_stages(['prepare'], [], None)\n"
     )
     running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    stage = int(running.stdout.readline())
+    assert running.stdout.readline().strip().isdigit()  # the stage is running
+    start = time.monotonic()
     running.kill()
     running.wait()
     assert running.stdout.read() == ""  # the pipe closes when its last writer, the stage, is gone
-    assert not Path(f"/proc/{stage}").exists() or "Z" in Path(f"/proc/{stage}/stat").read_text().split()[2]
+    assert time.monotonic() - start < 50  # not because the stage had slept to its end
 
 
 def test_accelerate_launch_starts_a_stage_and_its_failure_is_seen(tiny_stages, tmp_path):

@@ -34,10 +34,10 @@ class Architecture(Section):
     prediction_type: str = Field("epsilon", pattern="^(epsilon|v_prediction)$")
 
 
-class VaePhase(LoopConfig):
-    """One phase of training the VAE.
+class VaeConfig(LoopConfig):
+    """Training the VAE.
 
-    A VAE is convolutional, so that most of its training can use small crops, a few times cheaper than whole images.
+    It is convolutional, so it learns on crops, which are a few times cheaper than whole images.
     """
 
     pixels: int = Field(64, ge=16, multiple_of=8, description="side of what the network sees")
@@ -52,7 +52,7 @@ class VaePhase(LoopConfig):
     adversarial_ramp: int = Field(2400, ge=1, description="samples over which its weight grows to the full")
 
 
-class DenoiserPhase(LoopConfig):
+class DenoiserConfig(LoopConfig):
     """Training UNet and text encoder together on cached moments of the VAE."""
 
     snr_gamma: float | None = Field(5.0, gt=0)
@@ -68,14 +68,16 @@ class BackboneConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     sources: tuple[Source, ...] = Field(min_length=1)
     architecture: Architecture = Architecture()
-    vae: tuple[VaePhase, ...] = Field(min_length=1)
-    denoiser: DenoiserPhase
+    vae: VaeConfig
+    denoiser: DenoiserConfig
 
     @model_validator(mode="after")
     def _one_precision(self) -> "BackboneConfig":
-        precisions = {phase.mixed_precision for phase in (*self.vae, self.denoiser)}
-        if len(precisions) > 1:
-            raise ValueError(f"mixed_precision must be the same in all phases, not {' and '.join(sorted(precisions))}")
+        if self.vae.mixed_precision != self.denoiser.mixed_precision:
+            raise ValueError(
+                "vae.mixed_precision and denoiser.mixed_precision must be the same, "
+                f"not {self.vae.mixed_precision} and {self.denoiser.mixed_precision}"
+            )
         return self
 
     @property

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from pipeline.progress import progress
 from pipeline.randomness import Draws
 from pipeline.training import Task
-from train_controlnet.backbone.config import DenoiserPhase
+from train_controlnet.backbone.config import DenoiserConfig
 from train_controlnet.backbone.images import TrainImages
 from train_controlnet.backbone.vae import normalised_moments
 from train_controlnet.objective import denoising_loss, prediction_target, sample_latents
@@ -80,11 +80,11 @@ class DenoiserTask(Task):
         tokenizer: CLIPTokenizer,
         scheduler: DDPMScheduler,
         rows: LatentRows,
-        phase: DenoiserPhase,
+        config: DenoiserConfig,
     ) -> None:
         """Keep the parts. The VAE's scaling factor is 1: see `normalise_vae`."""
         self.networks = {"unet": unet, "text_encoder": text_encoder}
-        self.dataset, self.scheduler, self.phase = rows, scheduler, phase
+        self.dataset, self.scheduler, self.config = rows, scheduler, config
         self.empty_prompt = token_ids(tokenizer, [""])
 
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
@@ -98,13 +98,13 @@ class DenoiserTask(Task):
         latents = sample_latents(moments, draws.normal("posterior", shape), scaling_factor=1.0)
         noise = draws.normal("noise", shape)
         timesteps = draws.integers("timestep", self.scheduler.config.num_train_timesteps)
-        dropped = draws.uniform("empty prompt") < self.phase.proportion_empty_prompts
+        dropped = draws.uniform("empty prompt") < self.config.proportion_empty_prompts
         tokens = torch.where(dropped[:, None], self.empty_prompt.to(tokens), tokens)
         text = self.networks["text_encoder"](tokens)[0]
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.networks["unet"](noisy, timesteps, text).sample
         target = prediction_target(self.scheduler, latents, noise, timesteps)
-        yield "denoiser", denoising_loss(self.scheduler, prediction, target, timesteps, self.phase.snr_gamma).mean()
+        yield "denoiser", denoising_loss(self.scheduler, prediction, target, timesteps, self.config.snr_gamma).mean()
 
     def row_name(self, index: int) -> str:
         """Return the sample id of a training row."""

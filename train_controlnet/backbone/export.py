@@ -19,7 +19,7 @@ from train_controlnet.backbone.architecture import new_scheduler
 from train_controlnet.backbone.config import BackboneConfig
 from train_controlnet.backbone.vocabulary import CLIP_FILES
 
-SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_A_PROMPT = 20, 3.0, 4
+SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_A_PROMPT = 20, 3.0, 2
 MAX_PROMPTS = 12
 
 
@@ -126,10 +126,10 @@ def model_card(
         f"{c.splits['train'].groups} groups; {c.description.licence}. {c.description.citation}. Digest `{c.digest[:16]}`."
         for c in contracts
     )
-    phases = [(f"VAE, {phase.pixels} px", phase) for phase in config.vae] + [("UNet + text encoder", config.denoiser)]
+    parts = [(f"VAE, crops of {config.vae.pixels} px", config.vae), ("UNet + text encoder", config.denoiser)]
     steps = "\n".join(
-        f"| {name} | {phase.max_train_steps} | {phase.train_batch_size} | {phase.learning_rate:g} | {phase.mixed_precision} |"
-        for name, phase in phases
+        f"| {name} | {loop.max_train_steps} | {loop.train_batch_size} | {loop.learning_rate:g}, {loop.lr_scheduler} | {loop.mixed_precision} |"
+        for name, loop in parts
     )
     figures = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     legend = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, start=1))
@@ -145,7 +145,7 @@ about patients. For real work, give a full backbone: `train.pretrained_model_nam
 
 ![samples](samples.png)
 
-Samples from text alone, four a prompt, two prompts a line ({SAMPLE_STEPS} UniPC steps, guidance {SAMPLE_GUIDANCE:g}):
+Samples from text alone, two a prompt, two prompts a line ({SAMPLE_STEPS} UniPC steps, guidance {SAMPLE_GUIDANCE:g}):
 
 {legend}
 

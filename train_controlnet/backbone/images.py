@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from pipeline.contract import open_split
 from pipeline.randomness import Draws, keyed_generator
-from train_controlnet.backbone.config import Source, VaePhase
+from train_controlnet.backbone.config import Source, VaeConfig
 
 MAX_DEGREES, MAX_SCALE, MAX_STRETCH, MAX_SHIFT, MAX_GAIN = 6.0, 0.07, 0.03, 0.06, 0.05
 
@@ -74,26 +74,26 @@ def resampled(image: Tensor, size: int) -> Tensor:
     return functional.interpolate(image[None], (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
 
 
-def random_crops(images: Tensor, may_flip: Tensor, draws: Draws, phase: VaePhase) -> Tensor:
-    """Return a random crop of each image, resampled to `phase.pixels`, at another brightness, some mirrored.
+def random_crops(images: Tensor, may_flip: Tensor, draws: Draws, config: VaeConfig) -> Tensor:
+    """Return a random crop of each image, resampled to `config.pixels`, at another brightness, some mirrored.
 
     Args:
         images: (B, 3, S, S) uint8.
         may_flip: (B,) bool.
         draws: random numbers of the batch.
-        phase: range of crop sides and of brightness.
+        config: range of crop sides and of brightness.
 
     Returns:
         (B, 3, pixels, pixels) in [-1, 1].
     """
     side = images.shape[-1]
-    low, high = min(phase.crop[0], side), min(phase.crop[1], side)
+    low, high = min(config.crop[0], side), min(config.crop[1], side)
     sides = (low + draws.uniform("crop side") * (high - low + 1)).long()
     tops, lefts = (((side - sides + 1) * draws.uniform(f"crop {edge}")).long() for edge in ("top", "left"))
     flips = may_flip & (draws.uniform("flip") < 0.5)
-    gains = phase.brightness[0] + draws.uniform("brightness") * (phase.brightness[1] - phase.brightness[0])
+    gains = config.brightness[0] + draws.uniform("brightness") * (config.brightness[1] - config.brightness[0])
     crops = [
-        resampled(image[:, top : top + size, left : left + size].float(), phase.pixels)
+        resampled(image[:, top : top + size, left : left + size].float(), config.pixels)
         for image, size, top, left in zip(images, sides.tolist(), tops.tolist(), lefts.tolist(), strict=True)
     ]
     mirrored = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips.tolist(), strict=True)]

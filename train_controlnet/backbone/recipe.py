@@ -1,4 +1,4 @@
-"""The recipe, top to bottom: tokenizer, VAE in phases, latents, UNet with text encoder, pipeline folder."""
+"""The recipe, top to bottom: tokenizer, VAE, latents, UNet with text encoder, pipeline folder."""
 
 import json
 from collections.abc import Mapping
@@ -26,6 +26,8 @@ from train_controlnet.backbone.images import TrainImages
 from train_controlnet.backbone.vae import Autoencoder, VaeTask, latent_statistics, new_discriminator, normalise_vae
 from train_controlnet.backbone.vocabulary import write_tokenizer
 
+PARTS = ("vae", "denoiser")
+
 
 def train_backbone(config: BackboneConfig, force: bool) -> None:
     """Train all parts and write `config.output_dir`; an interrupted run goes on from its checkpoints.
@@ -38,26 +40,28 @@ def train_backbone(config: BackboneConfig, force: bool) -> None:
         MaskLoomError: a dataset cannot be used, a setting does not fit, or a loss was not finite.
     """
     contracts = [_checked(verify_quickly(source.path), config) for source in config.sources]
-    if force:
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    if force and processes.is_main_process:
         remove_folder(config.run_folder)
+    processes.wait_for_everyone()
     images = TrainImages(config.sources)
-    tokenizer_folder = config.run_folder / "tokenizer"
-    texts = [text for texts in images.texts for text in texts]
-    tokenizer = write_tokenizer(tokenizer_folder, texts, config.architecture.model_max_length)
+    with processes.main_process_first():
+        tokenizer = _tokenizer(config, images)
     data = {f"dataset {number}": contract.digest for number, contract in enumerate(contracts)}
     vae = train_vae(config, images, data)
     unet, text_encoder = train_denoiser(config, images, vae, tokenizer, data)
-    if PartialState().is_main_process:
+    if processes.is_main_process:
         pipe = new_pipeline(config, vae.cpu().eval(), text_encoder.cpu().eval(), tokenizer, unet.cpu().eval())
         prompts = sample_prompts(images.texts, [list(split["label"]) for split in images.splits])
         facts = {**_sizes({"VAE": vae, "text encoder": text_encoder, "UNet": unet}), **_last_losses(config)}
         card = model_card(config, contracts, prompts, facts)
-        write_pipeline(pipe, tokenizer_folder, config.output_dir, card, sample_grid(pipe, prompts, config.seed))
+        grid = sample_grid(pipe, prompts, config.seed)
+        write_pipeline(pipe, _tokenizer_folder(config), config.output_dir, card, grid)
         say(f"backbone: written to {config.output_dir}")
 
 
 def train_vae(config: BackboneConfig, images: TrainImages, data: Mapping[str, str]) -> AutoencoderKL:
-    """Return the trained VAE, before its latents are normalised; the phases follow each other on the same networks.
+    """Return the trained VAE, before its latents are normalised.
 
     Args:
         config: the recipe.
@@ -65,16 +69,11 @@ def train_vae(config: BackboneConfig, images: TrainImages, data: Mapping[str, st
         data: digests of the datasets.
     """
     set_seed(config.seed)
-    autoencoder, discriminator = Autoencoder(new_vae(config.architecture)), new_discriminator()
+    accelerator = _accelerator(config, config.vae, "vae")
+    task = VaeTask(Autoencoder(new_vae(config.architecture)), new_discriminator(), images, config.vae, accelerator)
     inputs = {**data, "architecture": value_digest(config.architecture.model_dump(mode="json"))}
-    for number, phase in enumerate(config.vae, start=1):
-        name = f"vae-{number}"
-        accelerator = _accelerator(config, phase, name)
-        task = VaeTask(autoencoder, discriminator, images, phase, accelerator)
-        _train_part(config, task, phase, accelerator, name, inputs)
-        autoencoder, discriminator = (accelerator.unwrap_model(net, False) for net in task.networks.values())
-        inputs[name] = value_digest(phase.model_dump(mode="json"))
-    return autoencoder.vae
+    _train_part(config, task, config.vae, accelerator, "vae", inputs)
+    return accelerator.unwrap_model(task.networks["vae"], False).vae
 
 
 def train_denoiser(
@@ -101,18 +100,28 @@ def train_denoiser(
 def _train_part(
     config: BackboneConfig,
     task: Task,
-    phase: LoopConfig,
+    loop: LoopConfig,
     accelerator: Accelerator,
     name: str,
     inputs: Mapping[str, str],
 ) -> None:
     """Run the shared loop in a folder of the part's own; a part that is finished only loads its weights."""
-    say(f"backbone: {name}, {phase.max_train_steps} steps")
-    train(task, phase, accelerator, config.run_folder / name, config.seed, inputs)
+    say(f"backbone: {name}, {loop.max_train_steps} steps")
+    train(task, loop, accelerator, config.run_folder / name, config.seed, inputs)
 
 
-def _accelerator(config: BackboneConfig, phase: LoopConfig, name: str) -> Accelerator:
-    return make_accelerator(phase, _logs(config, name))
+def _tokenizer_folder(config: BackboneConfig) -> Path:
+    return config.run_folder / "tokenizer"
+
+
+def _tokenizer(config: BackboneConfig, images: TrainImages) -> CLIPTokenizer:
+    """Return the tokenizer of the training prompts, written to the run's folder."""
+    prompts = [text for texts in images.texts for text in texts]
+    return write_tokenizer(_tokenizer_folder(config), prompts, config.architecture.model_max_length)
+
+
+def _accelerator(config: BackboneConfig, loop: LoopConfig, name: str) -> Accelerator:
+    return make_accelerator(loop, _logs(config, name))
 
 
 def _logs(config: BackboneConfig, name: str) -> Path:
@@ -145,9 +154,8 @@ def _sizes(networks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
 
 def _last_losses(config: BackboneConfig) -> dict[str, str]:
     """Return the last logged loss of each part, for the card."""
-    names = [f"vae-{number}" for number in range(1, len(config.vae) + 1)] + ["denoiser"]
     losses = {}
-    for name in names:
+    for name in PARTS:
         lines = (_logs(config, name) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
         figures = [json.loads(line) for line in lines]
         losses[f"last loss, {name}"] = f"{[f['loss'] for f in figures if 'loss' in f][-1]:.4f}"

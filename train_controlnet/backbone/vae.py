@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from pipeline.randomness import Draws
 from pipeline.training import Task
-from train_controlnet.backbone.config import VaePhase
+from train_controlnet.backbone.config import VaeConfig
 from train_controlnet.backbone.images import TrainImages, random_crops
 
 FEATURE_BLOCKS = (0, 2, 4, 5)  # after each: stride 2, 4, 8, 8
@@ -94,28 +94,28 @@ def new_discriminator() -> nn.Sequential:
 
 
 class VaeTask(Task):
-    """One phase; phases share the networks."""
+    """The autoencoder and, late, the discriminator against it: two optimizers."""
 
     def __init__(
         self,
         autoencoder: Autoencoder,
         discriminator: nn.Module,
         images: TrainImages,
-        phase: VaePhase,
+        config: VaeConfig,
         accelerator: Accelerator,
     ) -> None:
         """Keep the parts; the perceptual network is loaded from its package."""
         self.networks = {"vae": autoencoder, "discriminator": discriminator}
-        self.dataset, self.phase, self.accelerator = images, phase, accelerator
+        self.dataset, self.config, self.accelerator = images, config, accelerator
         self.distance = PerceptualDistance().to(accelerator.device)
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
         """Yield the autoencoder's loss and, once it takes part, the discriminator's (hinge)."""
-        images = random_crops(batch["image"], batch["may_flip"], draws, self.phase)
-        side = self.phase.pixels // 8
+        images = random_crops(batch["image"], batch["may_flip"], draws, self.config)
+        side = self.config.pixels // 8
         found, moments = self.networks["vae"](images, draws.normal("posterior", (4, side, side)))
         weight = self._adversarial_weight(draws.positions[0])
-        loss = self._likeness(found, images) + self.phase.kl_weight * kl_divergence(moments)
+        loss = self._likeness(found, images) + self.config.kl_weight * kl_divergence(moments)
         if weight is not None:
             loss = loss - weight * self._frozen_score(found)
         yield "vae", loss
@@ -129,14 +129,14 @@ class VaeTask(Task):
     def _likeness(self, found: Tensor, images: Tensor) -> Tensor:
         with self.accelerator.autocast():
             distance = self.distance(found, images)
-        return functional.l1_loss(found.float(), images) + self.phase.perceptual_weight * distance
+        return functional.l1_loss(found.float(), images) + self.config.perceptual_weight * distance
 
     def _adversarial_weight(self, samples: int) -> float | None:
         """Return the discriminator's weight after some samples, or None before it takes part."""
-        start = self.phase.adversarial_start
+        start = self.config.adversarial_start
         if start is None or samples < start:
             return None
-        return self.phase.adversarial_weight * min(1.0, (samples - start) / self.phase.adversarial_ramp)
+        return self.config.adversarial_weight * min(1.0, (samples - start) / self.config.adversarial_ramp)
 
     def _frozen_score(self, found: Tensor) -> Tensor:
         """Return the mean score of reconstructions; its gradient reaches the autoencoder only."""
