@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -47,8 +46,6 @@ def load_backbone(config: ExperimentConfig, device: torch.device, **parts: Any) 
         MaskLoomError: the backbone cannot be read, or xFormers is asked for and missing.
     """
     import torch
-
-    silence_loading()
     from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
     from pipeline.backbone import load_part, use_xformers
@@ -100,20 +97,6 @@ def fast_scheduler(backbone: Any, config: ExperimentConfig) -> Any:
     if config.train.prediction_type is not None:
         settings["prediction_type"] = config.train.prediction_type
     return kind.from_config(backbone, **settings)
-
-
-def silence_loading() -> None:
-    """Keep the libraries' progress bars, and their remark about a new name of an argument, out of the log.
-
-    Call before importing a pipeline.
-    """
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    # The older name is the one that every supported version of diffusers understands.
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
 
 
 class Sampler:

@@ -50,10 +50,10 @@ def run_command(command: Callable[[], object]) -> None:
     except MaskLoomError as error:
         exit_with(error)
     except OSError as error:
+        if error.errno is None:  # a library's, not the system's
+            exit_with(error)
         where = f"{error.filename}: " if error.filename else ""
-        exit_with(
-            f"{where}{error.strerror or error}; free space or fix the permissions, then run the same command again"
-        )
+        exit_with(f"{where}{error.strerror}; free space or fix the permissions, then run the same command again")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.backbone import DTYPES, load_part, use_xformers
+from pipeline.backbone import DTYPES, load_part, load_weights, use_xformers
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract, open_split
 from pipeline.files import model_digest
@@ -158,8 +158,9 @@ class ControlNetTask(Task):
     def _new_controlnet(self, config: TrainConfig) -> ControlNetModel:
         """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to go on from."""
         if config.controlnet_model_name_or_path:
-            controlnet = ControlNetModel.from_pretrained(
-                config.controlnet_model_name_or_path, torch_dtype=torch.float32
+            key = "train.controlnet_model_name_or_path"
+            controlnet = load_weights(
+                ControlNetModel, config.controlnet_model_name_or_path, key, torch_dtype=torch.float32
             )
         else:
             controlnet = ControlNetModel.from_unet(self.unet).float()

@@ -17,7 +17,6 @@ from generate.diffusion import (
     check_backbone_folder,
     control_tensor,
     load_backbone,
-    silence_loading,
     weight_dtype,
 )
 from generate.generator import Condition, ImageGenerator
@@ -71,6 +70,8 @@ class Generator(ImageGenerator):
         Raises:
             MaskLoomError: the ControlNet's files are damaged.
         """
+        from pipeline.backbone import silence_loading
+
         silence_loading()
         from diffusers import ControlNetModel
 

@@ -231,6 +231,15 @@ def test_a_damaged_backbone_is_named(config: ExperimentConfig, backbone: Path, t
         train_stage(changed, force=False)
 
 
+def test_missing_starting_weights_are_named(config: ExperimentConfig) -> None:
+    start = {"controlnet_model_name_or_path": "no/such/controlnet"}
+    changed = config.model_copy(update={"train": config.train.model_copy(update=start)})
+    with pytest.raises(
+        MaskLoomError, match=r"train\.controlnet_model_name_or_path: no/such/controlnet cannot be loaded"
+    ):
+        train_stage(changed, force=False)
+
+
 def test_xformers_that_is_not_there_is_named(config: ExperimentConfig) -> None:
     changed = config.model_copy(
         update={"train": config.train.model_copy(update={"enable_xformers_memory_efficient_attention": True})}
