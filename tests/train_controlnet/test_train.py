@@ -154,6 +154,23 @@ def test_a_killed_training_ends_with_the_same_bytes(
     assert weights(runs["killed"]) == weights(runs["whole"])
 
 
+def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, backbone: Path) -> None:
+    """Same global batch, half of it on each process: equal up to the order in which gradients are added."""
+    for name, batch in (("one", 4), ("two", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset").symlink_to(dataset)
+        write_config(tmp_path / f"{name}.yaml", tiny_values(tmp_path / name, backbone, train_batch_size=batch))
+    subprocess.run(command(tmp_path / "one.yaml"), cwd=ROOT, check=True, capture_output=True, timeout=200)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    both = [*launcher, *command(tmp_path / "two.yaml")[1:]]
+    subprocess.run(both, cwd=ROOT, check=True, capture_output=True, timeout=200)
+    one, two = (
+        load_file(tmp_path / n / "generator/controlnet/diffusion_pytorch_model.safetensors") for n in ("one", "two")
+    )
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
+
+
 def failing(config: Path, *arguments: str) -> str:
     """Run the stage, which must fail as users' mistakes do, and return its one line."""
     done = subprocess.run(command(config, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=200)
