@@ -161,7 +161,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, back
         (tmp_path / name / "dataset").symlink_to(dataset)
         write_config(tmp_path / f"{name}.yaml", tiny_values(tmp_path / name, backbone, train_batch_size=batch))
     subprocess.run(command(tmp_path / "one.yaml"), cwd=ROOT, check=True, capture_output=True, timeout=200)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     both = [*launcher, *command(tmp_path / "two.yaml")[1:]]
     subprocess.run(both, cwd=ROOT, check=True, capture_output=True, timeout=200)
     one, two = (
