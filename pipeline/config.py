@@ -17,6 +17,14 @@ Size = Annotated[tuple[int, int], BeforeValidator(_as_height_width)]
 """(height, width) in pixels; one number means a square."""
 
 
+def _as_precision(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads an unquoted `no` as false
+
+
+Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_as_precision)]
+"""Of the computation; accelerate's names."""
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change after loading."""
 
@@ -80,7 +88,7 @@ class LoopConfig(Section):
     adam_weight_decay: float = Field(1e-2, ge=0)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     allow_tf32: bool = False
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
@@ -181,7 +189,7 @@ class GenerateConfig(Section):
     guidance_scale: float = Field(3.0, ge=0)
     controlnet_conditioning_scale: float = Field(1.0, ge=0)
     batch_size: int = Field(8, ge=1)
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     enable_xformers_memory_efficient_attention: bool = False
     rows_per_shard: int = Field(64, ge=1)
 

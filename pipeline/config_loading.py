@@ -29,11 +29,12 @@ def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
 
 def load_config(path: Path, overrides: list[str], model: type[Model]) -> Model:
     """Return `model` filled from a YAML file and overrides. See `load_experiment`."""
-    merged = OmegaConf.merge(_with_parents(path, ()), _from_overrides(overrides))
+    file, changes = _with_parents(path, ()), _from_overrides(overrides)
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise MaskLoomError(f"{path}: {one_line(error)}") from None
+        values = OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:  # such as a list where the file has a mapping
+        changed = f" with {' '.join(overrides)}" if overrides else ""
+        raise MaskLoomError(f"{path}{changed}: {one_line(error)}") from None
     return validated(values, model, str(path))
 
 
@@ -71,7 +72,10 @@ def _from_overrides(overrides: list[str]) -> Any:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise MaskLoomError(f"override {override!r}: write key=value, for example train.learning_rate=1e-5")
-    return OmegaConf.from_dotlist(overrides)
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise MaskLoomError(f"override {' '.join(overrides)}: {one_line(error)}") from None
 
 
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:

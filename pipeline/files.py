@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import MaskLoomError
 
 CHUNK_BYTES = 1 << 20
+MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".bin"})  # not the card and its pictures
 WHOLE_HASH_BYTES = 64 << 20  # larger files (backbones of gigabytes) are told apart by size and time
 
 
@@ -100,11 +101,18 @@ def value_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def folder_digest(folder: Path) -> str:
-    """Return a digest over every visible file of a folder: names and contents (very large files: size and time)."""
+def folder_digest(folder: Path, suffixes: frozenset[str] | None = None) -> str:
+    """Return a digest over the visible files of a folder: names and contents (very large files: size and time).
+
+    Args:
+        folder: searched with all its subfolders.
+        suffixes: of the files that count, such as `.json`; None counts all.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         relative = path.relative_to(folder)
+        if suffixes is not None and path.suffix not in suffixes:
+            continue
         if any(part.startswith(".") for part in relative.parts):
             continue
         stat = path.stat()
@@ -116,4 +124,4 @@ def folder_digest(folder: Path) -> str:
 def model_digest(name_or_path: str, revision: str | None = None) -> str:
     """Return what identifies a model: the content of a local folder, or the Hub id and revision as text."""
     folder = Path(name_or_path)
-    return folder_digest(folder) if folder.is_dir() else f"{name_or_path}@{revision or 'main'}"
+    return folder_digest(folder, MODEL_SUFFIXES) if folder.is_dir() else f"{name_or_path}@{revision or 'main'}"

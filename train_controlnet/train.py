@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import atomic_folder, folder_digest, model_digest, remove_folder
+from pipeline.files import atomic_folder, model_digest, remove_folder
 from pipeline.runs import Run, Stage, open_run
 from pipeline.verification import verify_quickly
 
@@ -51,7 +51,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         train(task, config.train, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:
             _export(task, config, run, contract, accelerator)
-            results["weights_digest"] = folder_digest(run.generator / WEIGHTS)
+            results["weights_digest"] = model_digest(str(run.generator / WEIGHTS))
             results["trained_parameters"] = task.trained_parameters
 
 

@@ -12,6 +12,7 @@ of different planes still cross each other; no split of a single volume can avoi
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +46,10 @@ class Plane:
     levels: tuple[str, str, str]
 
 
+# `first` also says where slabs begin: moving it by a slice moves every split, away from what assets/nano-sd was trained on.
 PLANES = {
     "axial": Plane(2, 16, 145, ("inferior", "middle", "superior")),
-    "coronal": Plane(1, 37, 199, ("posterior", "middle", "anterior")),
+    "coronal": Plane(1, 36, 199, ("posterior", "middle", "anterior")),
     "sagittal": Plane(0, 32, 164, ("midline", "paramedian", "lateral")),
 }
 
@@ -107,15 +109,16 @@ class Adapter(DatasetAdapter):
         return RawImage(image=t1, mask=mask, value_range=(0.0, 1.0))
 
     def fingerprint(self) -> str:
-        """Return the version of the package that carries the template.
+        """Return what the slices depend on: the package that carries the template, and this file, which cuts it.
 
         Raises:
             MaskLoomError: nilearn is not installed.
         """
         _import_nilearn()
+        from hashlib import sha256
         from importlib.metadata import version
 
-        return f"nilearn {version('nilearn')}"
+        return f"nilearn {version('nilearn')}, {sha256(Path(__file__).read_bytes()).hexdigest()}"
 
 
 def tissue_mask(grey: NDArray[np.float32], white: NDArray[np.float32]) -> NDArray[np.uint8]:

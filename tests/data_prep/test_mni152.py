@@ -105,3 +105,10 @@ def test_without_nilearn_the_error_says_how_to_get_it(monkeypatch: pytest.Monkey
         mni152._volumes()
     with pytest.raises(MaskLoomError, match="needs nilearn"):
         mni152.Adapter(None, Options()).fingerprint()
+
+
+def test_slabs_are_those_that_the_committed_backbone_was_trained_on(entries: list[RawItem | Reject]) -> None:
+    held_out = {item.sample_id for item in items(entries) if item.split != "train"}
+    coronal = [sample for sample in sorted(held_out) if "coronal" in sample]
+    assert coronal[:7] == [f"mni152-coronal-{index:03d}" for index in (61, 62, 63, 64, 65, 66, 85)]
+    assert len(held_out) == 81

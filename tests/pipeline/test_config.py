@@ -174,3 +174,17 @@ def test_options_of_a_plug_in_are_checked_in_the_same_words():
 
     with pytest.raises(MaskLoomError, match=r"here: unknown key 'attemptz': did you mean 'attempts'\?"):
         validated({"attemptz": 1}, WarpConfig, "here")
+
+
+@pytest.mark.parametrize(
+    "override", ["data=[1]", "data.options=[{", "data.0.x=1", "seed=[1]", "train.mixed_precision=yes"]
+)
+def test_an_override_that_does_not_fit_is_told_in_one_line(tmp_path, override):
+    assert override.split("=")[0].removesuffix(".x") in _problem(_write(tmp_path, MINIMAL), override)
+
+
+def test_no_means_no_mixed_precision(tmp_path):
+    """YAML reads an unquoted `no` as false."""
+    path = _write(tmp_path, MINIMAL)
+    assert load_experiment(path, ["train.mixed_precision=no"]).train.mixed_precision == "no"
+    assert load_experiment(path, ["generate.mixed_precision=no"]).generate.mixed_precision == "no"

@@ -123,8 +123,12 @@ def test_very_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch)
 
 
 def test_models_are_known_by_content_or_by_hub_id(tmp_path):
-    (tmp_path / "w").write_text("1")
-    assert model_digest(str(tmp_path)) == folder_digest(tmp_path)
+    (tmp_path / "w.safetensors").write_text("1")
+    first = model_digest(str(tmp_path))
+    (tmp_path / "README.md").write_text("a card says nothing about the weights")
+    assert model_digest(str(tmp_path)) == first
+    (tmp_path / "config.json").write_text("{}")
+    assert model_digest(str(tmp_path)) != first
     assert model_digest("org/name") == "org/name@main"
     assert model_digest("org/name", "v1") == "org/name@v1"
 

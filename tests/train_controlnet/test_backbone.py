@@ -175,25 +175,28 @@ def test_committed_backbone_is_small_and_without_pickles() -> None:
     assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".md", ".png"}
 
 
+def drawn(nano: StableDiffusionPipeline, prompt: str) -> np.ndarray:
+    """Return three samples of a prompt as (3, 128, 128) in 0..1."""
+    generator = torch.Generator().manual_seed(0)
+    images = nano([prompt] * 3, num_inference_steps=8, guidance_scale=3.0, generator=generator, output_type="np").images
+    return images.mean(axis=-1)
+
+
 def test_committed_backbone_draws_what_the_prompt_says(nano: StableDiffusionPipeline) -> None:
-    prompts = ["T1 brain MRI, axial slice, middle level", "breast ultrasound, benign, scanner A"]
-    brain, breast = (
-        nano(
-            prompt,
-            num_inference_steps=8,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(0),
-            output_type="np",
-        )
-        .images[0]
-        .mean(axis=-1)
-        for prompt in prompts
-    )
+    brain = drawn(nano, "T1 brain MRI, axial slice, middle level")
+    breast = drawn(nano, "breast ultrasound, benign, scanner A")
     assert np.abs(brain - breast).mean() > 0.1
-    # A brain slice is bright in the middle on a black ground; an ultrasound image fills its frame.
-    assert brain[48:80, 48:80].mean() > 0.4
-    assert brain[:8, :8].mean() < 0.1
-    assert breast[:24].mean() > 0.2
+    # A brain slice is bright in the middle on a black ground; an ultrasound image fills its frame, with bright skin on top.
+    assert brain[:, 32:96, 32:96].mean() > 0.4
+    assert brain[:, :8, :8].mean() < 0.1
+    assert breast[:, :8].mean() > 0.4
+
+
+def test_committed_backbone_knows_levels(nano: StableDiffusionPipeline) -> None:
+    # In the template, brain covers 0.46..0.51 of a slice near the midline and at most 0.37 of a lateral one.
+    midline = drawn(nano, "T1 brain MRI, sagittal slice, midline level") > 0.2
+    lateral = drawn(nano, "T1 brain MRI, sagittal slice, lateral level") > 0.2
+    assert midline.mean() > 1.25 * lateral.mean()
 
 
 def test_committed_backbone_carries_a_controlnet(nano: StableDiffusionPipeline) -> None:
