@@ -141,7 +141,7 @@ class ControlNetTask(Task):
         where = {"revision": config.revision, "variant": config.variant}
         name = config.pretrained_model_name_or_path
         self.tokenizer = load_part(CLIPTokenizer, name, subfolder="tokenizer", revision=config.revision)
-        self.scheduler = load_part(DDPMScheduler, name, subfolder="scheduler")
+        self.scheduler = load_part(DDPMScheduler, name, subfolder="scheduler", revision=config.revision)
         if config.prediction_type:
             self.scheduler.register_to_config(prediction_type=config.prediction_type)
         self.text_encoder = load_part(CLIPTextModel, name, subfolder="text_encoder", dtype=self.dtype, **where)

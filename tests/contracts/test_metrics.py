@@ -80,7 +80,7 @@ def test_metrics_import_without_torch() -> None:
 def test_answer_can_be_shown_and_repeats(name: str, run: Path, backbone: str) -> None:
     results = [answer(inputs_of(run, backbone), name) for _ in range(2)]
     assert results[0].skipped is None
-    check(results[0])
+    check_answer(results[0])
     left, right = (json.dumps(result.as_json(), sort_keys=True) for result in results)
     assert left == right
     pictures = [[png_bytes(picture.pixels) for picture in result.pictures] for result in results]
@@ -91,7 +91,7 @@ def test_answer_can_be_shown_and_repeats(name: str, run: Path, backbone: str) ->
 @pytest.mark.parametrize("name", METRICS)
 def test_poor_data_gives_an_answer_or_a_reason(name: str, case: str, tmp_path: Path, backbone: str) -> None:
     write_tiny_run(tmp_path, GENERATORS, **CASES[case])
-    check(
+    check_answer(
         answer(
             inputs_of(tmp_path, backbone), name, **{key: 1 for key in ("seeds", "steps") if key in small_options(name)}
         )
@@ -101,7 +101,7 @@ def test_poor_data_gives_an_answer_or_a_reason(name: str, case: str, tmp_path: P
 def test_no_synthetic_set_at_all(run: Path, backbone: str) -> None:
     inputs = tiny_inputs(run, (), pretrained_model_name_or_path=backbone)
     for name in METRICS:
-        check(answer(inputs, name))
+        check_answer(answer(inputs, name))
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -114,7 +114,7 @@ def inputs_of(run: Path, backbone: str) -> EvaluationInputs:
     return tiny_inputs(run, tuple(GENERATORS), pretrained_model_name_or_path=backbone)
 
 
-def check(result: MetricResult) -> None:
+def check_answer(result: MetricResult) -> None:
     """The report must be able to show it, and a reader to judge it."""
     values = result.as_json()
     json.dumps(values, allow_nan=False)
