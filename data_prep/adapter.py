@@ -35,8 +35,11 @@ class DatasetInfo:
         labels: names of the image-level classes, in the order of their index; empty where there are none.
         prompt_templates: format strings over `{label}`, `{modality}`, `{size}`, `{place}`, `{shape}`, `{mask_classes}` and the
             keys of `RawItem.attributes`. See `pipeline.prompts`.
-        find_near_duplicates: whether near-duplicate clustering makes sense; false where neighbours are alike by
-            construction (slices of a volume) and `RawItem.group` already keeps them together.
+        duplicates: what is looked for before splitting. `near`: the same picture despite changes (`data_prep.near_duplicates`; time
+            grows with the square of the number of images); `identical`: the same pixels; `none`: nothing, where neighbours are alike by
+            construction (slices of a volume, tiles of a slide) and `RawItem.group` already keeps them together.
+        paired_image: what `RawImage.condition` shows, in words (`H&E stain`), where the dataset has a second image of every sample that
+            ControlNet can be conditioned on (`data.conditioning=image`); None where it has none.
     """
 
     modality: str
@@ -48,7 +51,8 @@ class DatasetInfo:
     licence: str
     citation: str
     homepage: str
-    find_near_duplicates: bool = True
+    duplicates: Literal["near", "identical", "none"] = "near"
+    paired_image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class RawItem:
 
     Attributes:
         sample_id: unique and stable across runs; letters, digits, `-`, `_`, `.` only.
-        path: the raw image file (or a pseudo path such as `mni152/axial/0090`); named in errors and in `rejected.jsonl`.
+        path: the raw image file, a place in one (`scan.nii.gz#slice=012`), or a pseudo path (`mni152/axial/0090`); unique; named in
+            errors and in `rejected.jsonl`.
         mask_paths: the raw mask files, if masks are files.
         label: image-level class name, or None.
         group: patient, lesion or slab id where the dataset knows it, else None (near-duplicates are then found by content).
@@ -92,18 +97,27 @@ class RawImage:
         image: (H, W) or (H, W, 3), uint8, or uint16/float in any range (`value_range` then says black and white).
         mask: (H, W) uint8 class indices with 0 = background, or None where the dataset has no masks.
         value_range: (black, white) for images that are not uint8; None takes the image's own minimum and maximum.
+        condition: (H, W) or (H, W, 3) uint8, of the image's height and width: the paired picture of `DatasetInfo.paired_image`.
     """
 
     image: NDArray[Any]
     mask: NDArray[np.uint8] | None
     value_range: tuple[float, float] | None = None
+    condition: NDArray[np.uint8] | None = None
 
 
 class DatasetAdapter(ABC):
-    """Reads one dataset's raw layout. Never writes; never imports torch."""
+    """Reads one dataset's raw layout. Never writes; never imports torch; can be pickled, for it works in several processes.
+
+    Attributes:
+        Options: the adapter's options.
+        needs_raw_dir: false where the data comes with a package or is computed.
+        items_per_part: how many scanned items are read, and kept for resuming, at a time; 1 where an item is a volume or a slide.
+    """
 
     Options: ClassVar[type[Options]] = Options
     needs_raw_dir: ClassVar[bool] = True
+    items_per_part: ClassVar[int] = 64
 
     def __init__(self, raw_dir: Path | None, options: BaseModel) -> None:
         """Keep the folder and the options.
@@ -121,21 +135,38 @@ class DatasetAdapter(ABC):
                 )
         self.raw_dir = raw_dir
 
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether a folder looks like this dataset, told from file and folder names alone (for `python -m data_prep inspect`)."""
+        return False
+
     @abstractmethod
     def info(self) -> DatasetInfo:
-        """Return what is true of every sample."""
+        """Return what is true of every sample.
+
+        Raises:
+            MaskLoomError: the raw data has to be read for it (class names), and cannot be.
+        """
 
     @abstractmethod
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List every raw image once, in a stable order, without decoding pixels.
+        """List every raw image, volume or slide once, in a stable order, without decoding pixels.
 
         Raises:
             MaskLoomError: the folder does not look like this dataset (says what was looked for).
         """
 
+    def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
+        """List the samples inside one scanned item, in order: the slices of a volume, the tiles of a slide. By default itself.
+
+        Raises:
+            RejectedSample: the whole item is unusable.
+        """
+        yield item
+
     @abstractmethod
     def load(self, item: RawItem) -> RawImage:
-        """Decode one sample; may be called from several threads at once.
+        """Decode one sample; called in the order of `expand`, in any process.
 
         Raises:
             RejectedSample: the sample is unreadable or inconsistent; the reason goes to `rejected.jsonl`.

@@ -109,7 +109,7 @@ def _usable_rows(
         signatures = scratch / "signatures.bin"
         survey = survey_samples(adapter, info, signatures)
         clusters = list(range(len(survey.items)))
-        if info.find_near_duplicates and survey.items:
+        if info.duplicates == "near" and survey.items:
             clusters = near_duplicate_clusters(signatures, survey.digests, data.near_duplicate_correlation)
     rows, inconsistent = consistent_rows(survey.items, clusters)
     rejected = survey.rejected + inconsistent
@@ -148,7 +148,7 @@ def _writer(folder: Path, info: DatasetInfo, config: ExperimentConfig, splits: S
 def _description(info: DatasetInfo, config: ExperimentConfig) -> Description:
     data = config.data
     near_duplicates = (
-        {"method": METHOD, "correlation": data.near_duplicate_correlation} if info.find_near_duplicates else None
+        {"method": METHOD, "correlation": data.near_duplicate_correlation} if info.duplicates == "near" else None
     )
     return Description(
         dataset=data.dataset,

@@ -47,7 +47,7 @@ def survey_samples(adapter: DatasetAdapter, info: DatasetInfo, signatures: Path)
     Raises:
         MaskLoomError: the adapter lists nothing.
     """
-    entries = list(adapter.scan())
+    entries = [entry for scanned in adapter.scan() for entry in _expanded(adapter, scanned)]
     if not entries:
         raise MaskLoomError(
             f"data.raw_dir={adapter.raw_dir}: no image found for data.dataset; give the folder of the raw dataset"
@@ -65,6 +65,15 @@ def survey_samples(adapter: DatasetAdapter, info: DatasetInfo, signatures: Path)
                 file.write(seen.signature)
             advance()
     return Survey(items, digests, rejected)
+
+
+def _expanded(adapter: DatasetAdapter, scanned: RawItem | Reject) -> list[RawItem | Reject]:
+    if isinstance(scanned, Reject):
+        return [scanned]
+    try:
+        return list(adapter.expand(scanned))
+    except RejectedSample as error:
+        return [Reject(scanned.path, str(error))]
 
 
 def _listed(entries: Sequence[RawItem | Reject]) -> tuple[list[Reject], list[RawItem]]:
@@ -118,7 +127,7 @@ def sample_problem(raw: RawImage, item: RawItem, info: DatasetInfo) -> str | Non
 
 
 def _summary(raw: RawImage, info: DatasetInfo) -> Seen:
-    if not info.find_near_duplicates:
+    if info.duplicates == "none":
         return Seen("", b"")
     digest = hashlib.sha256(repr((raw.image.shape, raw.image.dtype)).encode() + raw.image.tobytes()).hexdigest()
     return Seen(digest, signature(grey(raw)))

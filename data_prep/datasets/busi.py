@@ -11,23 +11,20 @@ alpha channel does not. The release has no patient ids, so groups are found by c
 """
 
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from pipeline.errors import MaskLoomError, RejectedSample, one_line
+from data_prep.readers import bright, decoded_image, files_in, portable_id, require_same_size
+from pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("benign", "malignant", "normal")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
 ROOT = "Dataset_BUSI_with_GT"
 MASK_NAME = re.compile(r"(?P<image>.+)_mask(_\d+)?")
-MASK_THRESHOLD = 127
 
 
 class BusiOptions(Options):
@@ -41,6 +38,12 @@ class Adapter(DatasetAdapter):
 
     Options = BusiOptions
     options: BusiOptions
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether there are folders benign and malignant with images and masks as either layout names them."""
+        root = _class_root(raw_dir)
+        return root is not None and all((root / label).is_dir() for label in LABELS[:2]) and any(_masks_below(root))
 
     def info(self) -> DatasetInfo:
         """Return what is true of every image."""
@@ -80,12 +83,11 @@ class Adapter(DatasetAdapter):
         Raises:
             RejectedSample: a file is unreadable, a mask has another size, a lesion's mask is empty, or a normal image's is not.
         """
-        image = np.asarray(_decoded(Path(item.path)).convert("L"))
+        image = np.asarray(decoded_image(Path(item.path)).convert("L"))
         mask = np.zeros(image.shape, dtype=np.uint8)
         for path in map(Path, item.mask_paths):
-            part = _foreground(_decoded(path))
-            if part.shape != image.shape:
-                raise RejectedSample(f"mask {path.name} is {_shown(part)}, the image {_shown(image)} (width x height)")
+            part = bright(decoded_image(path))
+            require_same_size(f"mask {path.name}", part, image)
             mask |= part
         if mask.any() == (item.label == "normal"):
             raise RejectedSample(f"the mask of a {item.label} image is {'not ' if mask.any() else ''}empty")
@@ -97,21 +99,31 @@ class Adapter(DatasetAdapter):
     def _root(self) -> Path:
         """Return the folder that holds the class folders: `raw_dir` or the tree one level below it."""
         assert self.raw_dir is not None
-        candidates = [self.raw_dir, self.raw_dir / ROOT, *sorted(p for p in self.raw_dir.iterdir() if p.is_dir())]
-        for folder in candidates:
-            if any((folder / label).is_dir() for label in LABELS):
-                return folder
-        raise MaskLoomError(
-            f"data.raw_dir={self.raw_dir}: not BUSI: no folder {' / '.join(LABELS)} here, in {ROOT}, or one level below;"
-            " give the folder that holds them"
-        )
+        root = _class_root(self.raw_dir)
+        if root is None:
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: not BUSI: no folder {' / '.join(LABELS)} here, in {ROOT}, or one level below;"
+                " give the folder that holds them"
+            )
+        return root
+
+
+def _class_root(raw_dir: Path) -> Path | None:
+    candidates = [raw_dir, raw_dir / ROOT, *sorted(p for p in raw_dir.iterdir() if p.is_dir())]
+    return next((folder for folder in candidates if any((folder / label).is_dir() for label in LABELS)), None)
+
+
+def _masks_below(root: Path) -> Iterator[Path]:
+    for label in LABELS[:2]:
+        yield from (root / label).glob("*_mask*.png")
+        yield from (root / label / "mask").glob("*.png")
 
 
 def _class_entries(folder: Path, label: str) -> Iterator[RawItem | Reject]:
     """List one class folder of either layout."""
     separate = (folder / "image").is_dir()
-    files = _files(folder / "image" if separate else folder)
-    mask_files = _files(folder / "mask") if separate else [file for file in files if MASK_NAME.fullmatch(file.stem)]
+    files = files_in(folder / "image" if separate else folder)
+    mask_files = files_in(folder / "mask") if separate else [file for file in files if MASK_NAME.fullmatch(file.stem)]
     images = [file for file in files if separate or not MASK_NAME.fullmatch(file.stem)]
     masks: dict[str, list[Path]] = {image.stem: [] for image in images if image.suffix.lower() == ".png"}
     for file in mask_files:
@@ -140,7 +152,7 @@ def _left_out(entries: Iterator[RawItem | Reject]) -> Iterator[Reject]:
 
 
 def _item(image: Path, masks: list[Path], label: str) -> RawItem:
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", image.stem).strip("-")
+    name = portable_id(image.stem)
     return RawItem(
         sample_id=name if name.startswith(label) else f"{label}-{name}",
         path=str(image),
@@ -148,38 +160,3 @@ def _item(image: Path, masks: list[Path], label: str) -> RawItem:
         label=label,
         attributes={"finding": FINDINGS[label]},
     )
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the visible files of a folder, `benign (2)` before `benign (10)`; none where the folder is missing."""
-    if not folder.is_dir():
-        return []
-
-    def natural(file: Path) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", file.name)]
-
-    return sorted((f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")), key=natural)
-
-
-def _decoded(path: Path) -> Image.Image:
-    """Return a fully decoded image.
-
-    Raises:
-        RejectedSample: it is missing, truncated, or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise RejectedSample(f"{path.name} cannot be decoded ({one_line(error)})") from error
-
-
-def _foreground(mask: Image.Image) -> NDArray[np.uint8]:
-    """Return (H, W) of 0 and 1: where any colour channel is bright; the alpha channel is not content."""
-    pixels = np.asarray(mask.convert("RGB")).max(axis=2)
-    return (pixels > (0 if pixels.max() <= 1 else MASK_THRESHOLD)).astype(np.uint8)
-
-
-def _shown(pixels: NDArray[np.uint8]) -> str:
-    return f"{pixels.shape[1]}x{pixels.shape[0]}"

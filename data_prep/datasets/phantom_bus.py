@@ -54,7 +54,7 @@ class Adapter(DatasetAdapter):
             licence="CC0-1.0 (simulated by this project)",
             citation="MaskLoom breast ultrasound phantom (data_prep/phantom.py)",
             homepage="",
-            find_near_duplicates=False,
+            duplicates="none",
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:

@@ -1,10 +1,12 @@
 """Runs over every dataset adapter found in `data_prep/datasets`; a new one is tested by existing.
 
-An adapter that needs a raw folder also needs a writer of tiny raw files, `tests/writers/NAME.py` with `write_raw(folder)`.
+An adapter that needs a raw folder also needs a writer of tiny raw files, `tests/writers/NAME.py`; see `tests/writers/__init__.py`.
 """
 
 import importlib
 import json
+import pickle
+import re
 import string
 from collections import Counter
 from itertools import islice
@@ -14,9 +16,9 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 
-from data_prep.adapter import DatasetAdapter, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, RawImage, RawItem, Reject
 from data_prep.prepare import PACKAGE, open_adapter, prepare
-from data_prep.survey import SAFE_ID, sample_problem
+from data_prep.survey import SAFE_ID, _listed, sample_problem
 from pipeline.contract import LEDGER_FILE, SPLITS
 from pipeline.errors import MaskLoomError, RejectedSample
 from pipeline.plugins import load_plugin, plugin_names
@@ -29,24 +31,74 @@ LOADED = 24  # samples decoded one by one
 MASK_WORDS = {"size", "place", "shape", "mask_classes"}
 
 
+def needs_raw_dir(name):
+    return load_plugin(PACKAGE, name, "dataset").Adapter.needs_raw_dir
+
+
+def writer_of(name):
+    return importlib.import_module(f"tests.writers.{name}")
+
+
+def options_of(name):
+    if not needs_raw_dir(name):
+        # Few phantoms are as good as many, and quicker; an adapter without a knob for it is taken whole.
+        return {"patients": 20, "views": 2, "height": 64} if name == "phantom_bus" else {}
+    return getattr(writer_of(name), "OPTIONS", {})
+
+
 @pytest.fixture
 def raw_dir(name, tmp_path):
     """A tiny raw dataset, or None where the adapter needs none."""
-    if not load_plugin(PACKAGE, name, "dataset").Adapter.needs_raw_dir:
+    if not needs_raw_dir(name):
         return None
     folder = tmp_path / "raw"
     folder.mkdir()
-    importlib.import_module(f"tests.writers.{name}").write_raw(folder)
+    writer_of(name).write_raw(folder)
     return folder
+
+
+def opened(name, raw_dir):
+    return open_adapter(experiment(Path("unused"), dataset=name, raw_dir=raw_dir, options=options_of(name)).data)
 
 
 @pytest.fixture
 def adapter(name, raw_dir):
-    return open_adapter(experiment(Path("unused"), dataset=name, raw_dir=raw_dir).data)
+    return opened(name, raw_dir)
+
+
+def entries_of(adapter: DatasetAdapter) -> list[RawItem | Reject]:
+    """Every sample, and every reject of scanning and of expanding."""
+    entries = []
+    for scanned in adapter.scan():
+        try:
+            entries += [scanned] if isinstance(scanned, Reject) else list(adapter.expand(scanned))
+        except RejectedSample as error:
+            entries.append(Reject(scanned.path, str(error)))
+    return entries
 
 
 def items_of(adapter: DatasetAdapter) -> list[RawItem]:
-    return [entry for entry in adapter.scan() if isinstance(entry, RawItem)]
+    return [entry for entry in entries_of(adapter) if isinstance(entry, RawItem)]
+
+
+def decoded(adapter: DatasetAdapter) -> tuple[dict[str, RawImage], list[str]]:
+    """Every usable sample by id, and the reasons of all rejects, those of the survey's checks included."""
+    usable, reasons = {}, []
+    info = adapter.info()
+    rejected, items = _listed(entries_of(adapter))
+    reasons += [reject.reason for reject in rejected]
+    for item in items:
+        try:
+            raw = adapter.load(item)
+        except RejectedSample as error:
+            reasons.append(str(error))
+            continue
+        problem = sample_problem(raw, item, info)
+        if problem is None:
+            usable[item.sample_id] = raw
+        else:
+            reasons.append(problem)
+    return usable, reasons
 
 
 def spread(items):
@@ -69,8 +121,9 @@ def test_the_description_is_complete(adapter):
 
 
 def test_the_listing_is_stable_and_names_each_input_once(adapter):
-    entries = list(adapter.scan())
-    assert entries == list(adapter.scan())
+    assert list(adapter.scan()) == list(adapter.scan())
+    entries = entries_of(adapter)
+    assert entries == entries_of(adapter)
     items = [entry for entry in entries if isinstance(entry, RawItem)]
     assert items
     assert max(Counter(item.sample_id for item in items).values()) == 1
@@ -123,18 +176,21 @@ def test_it_says_what_raw_folder_it_needs(name, tmp_path):
     if not adapter.needs_raw_dir:
         adapter(None, adapter.Options())
         return
+    options = adapter.Options(**options_of(name))
     with pytest.raises(MaskLoomError, match=r"data\.raw_dir is not set"):
-        adapter(None, adapter.Options())
+        adapter(None, options)
     with pytest.raises(MaskLoomError, match="no such folder"):
-        adapter(tmp_path / "nowhere", adapter.Options())
+        adapter(tmp_path / "nowhere", options)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MaskLoomError):
-        prepare(experiment(tmp_path / "run", dataset=name, raw_dir=tmp_path / "empty"), force=False)
+        prepare(
+            experiment(tmp_path / "run", dataset=name, raw_dir=tmp_path / "empty", options=options_of(name)),
+            force=False,
+        )
 
 
 def test_prepared_it_loads_verifies_and_repeats(name, adapter, raw_dir, tmp_path):
-    # Few phantoms are as good as many, and quicker; an adapter without a knob for it is taken whole.
-    options = {"patients": 20, "views": 2, "height": 64} if name == "phantom_bus" else {}
+    options = options_of(name)
     for run in ("one", "two"):
         config = experiment(tmp_path / run, dataset=name, raw_dir=raw_dir, options=options, rows_per_shard=100)
         prepare(config, force=False)
@@ -143,7 +199,7 @@ def test_prepared_it_loads_verifies_and_repeats(name, adapter, raw_dir, tmp_path
     contract = verify_fully(tmp_path / "one" / "dataset")
     assert {"train", "validation", "test"} == set(contract.splits)
     rows = load_dataset(str(tmp_path / "one" / "dataset"))
-    entries = list(open_adapter(config.data).scan())
+    entries = entries_of(open_adapter(config.data))
     ledger = (tmp_path / "one" / "dataset" / LEDGER_FILE).read_text(encoding="utf-8").splitlines()
     left_out = {json.loads(line)["path"] for line in ledger}
     ids = {sample_id for split in rows.values() for sample_id in split["sample_id"]}
@@ -152,3 +208,47 @@ def test_prepared_it_loads_verifies_and_repeats(name, adapter, raw_dir, tmp_path
         assert (isinstance(entry, RawItem) and entry.sample_id in ids) != (path in left_out)
     groups = [set(split["group_id"]) for split in rows.values()]
     assert not groups[0] & groups[1] and not groups[1] & groups[2] and not groups[0] & groups[2]
+
+
+def test_it_works_in_another_process(adapter):
+    copy = pickle.loads(pickle.dumps(adapter))
+    item = items_of(adapter)[0]
+    np.testing.assert_array_equal(copy.load(pickle.loads(pickle.dumps(item))).image, adapter.load(item).image)
+
+
+def test_it_recognises_its_own_layout_only(name, raw_dir, tmp_path):
+    adapter = load_plugin(PACKAGE, name, "dataset").Adapter
+    (tmp_path / "empty").mkdir()
+    assert not adapter.recognises(tmp_path / "empty")
+    if raw_dir is not None and not options_of(name):
+        known = [
+            other
+            for other in plugin_names(PACKAGE)
+            if load_plugin(PACKAGE, other, "dataset").Adapter.recognises(raw_dir)
+        ]
+        assert known == [name]
+
+
+def test_damage_is_told_and_never_gives_a_wrong_mask(name, raw_dir, tmp_path):
+    if raw_dir is None:
+        return
+    flaws = writer_of(name).FLAWS
+    assert len(flaws) >= 8
+    intact, before = decoded(opened(name, raw_dir))
+    for title, flaw in flaws.items():
+        damaged = tmp_path / f"{title} damaged"
+        damaged.mkdir()
+        writer_of(name).write_raw(damaged)
+        flaw.damage(damaged)
+        try:
+            usable, reasons = decoded(opened(name, damaged))
+        except MaskLoomError as error:
+            usable, reasons = {}, [str(error)]
+        if flaw.says is None:
+            assert len(usable) >= len(intact) and len(reasons) <= len(before), f"{title}: {set(reasons) - set(before)}"
+        else:
+            assert any(re.search(flaw.says, reason) for reason in reasons), f"{title}: {reasons}"
+        assert all("\n" not in reason for reason in reasons)
+        for sample_id in usable.keys() & intact.keys():
+            np.testing.assert_array_equal(usable[sample_id].mask, intact[sample_id].mask, err_msg=title)
+            np.testing.assert_array_equal(usable[sample_id].image, intact[sample_id].image, err_msg=title)

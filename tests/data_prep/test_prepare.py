@@ -344,6 +344,9 @@ class ListAdapter:
     def scan(self):
         return iter(self.entries)
 
+    def expand(self, item):
+        yield item
+
     def load(self, item):
         if item.key == "broken":
             raise RejectedSample("gone")

@@ -1,0 +1,193 @@
+"""Safe readers of the file formats that several datasets share.
+
+Raw files are not trusted: nothing here unpickles, expands XML entities, or allocates what a damaged header asks for. A decoder that is fed
+damaged bytes may raise anything at all, so each reader turns any failure of its decoder, and of nothing else, into `RejectedSample`.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.errors import MaskLoomError, RejectedSample, one_line
+
+MAX_PIXELS = 2**28  # of one image; a slide is read by tiles and never whole
+
+
+@contextmanager
+def unreadable_as_reject(path: Path) -> Iterator[None]:
+    """Turn any failure of the block, which must do nothing but decode `path`, into a reject.
+
+    Raises:
+        RejectedSample: the block failed; names the file and the decoder's reason.
+    """
+    try:
+        yield
+    except (RejectedSample, MaskLoomError):
+        raise
+    except Exception as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)[:200]
+        raise RejectedSample(f"{path.name} cannot be decoded ({reason or type(error).__name__})") from error
+
+
+@contextmanager
+def reject_as_error(path: Path, advice: str) -> Iterator[None]:
+    """Turn a reject into a user's error: for a file that the whole dataset hangs on, such as its table of labels.
+
+    Raises:
+        MaskLoomError: the block rejected; names the file in full and what to do.
+    """
+    try:
+        yield
+    except RejectedSample as error:
+        raise MaskLoomError(f"{path}: {error}; {advice}") from error
+
+
+def decoded_image(path: Path) -> Image.Image:
+    """Return a fully decoded image.
+
+    Raises:
+        RejectedSample: it is missing, truncated, too large, or not an image.
+    """
+    with unreadable_as_reject(path), Image.open(path) as image:
+        if math.prod(image.size) > MAX_PIXELS:
+            raise RejectedSample(f"{path.name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        image.load()
+        return image.copy()
+
+
+def bright(mask: Image.Image, threshold: int = 127) -> NDArray[np.uint8]:
+    """Return (H, W) of 0 and 1: where any colour channel is bright; the alpha channel is not content.
+
+    A mask of mode 1, L, P, RGB or RGBA; one that is drawn with 0 and 1 instead of 0 and 255 is understood as well.
+    """
+    pixels = np.asarray(mask.convert("RGB")).max(axis=2)
+    return (pixels > (0 if pixels.max(initial=0) <= 1 else threshold)).astype(np.uint8)
+
+
+def npy_array(path: Path, ndim: int, kinds: str = "biuf", memory_map: bool = False) -> NDArray[Any]:
+    """Return the array of an `.npy` file; object arrays are refused.
+
+    Args:
+        path: the file.
+        ndim: the number of axes that it must have.
+        kinds: the numpy kinds of dtype that it may have (`b` bool, `i` and `u` integers, `f` floats).
+        memory_map: read from disk on access instead of now.
+
+    Raises:
+        RejectedSample: it is missing, truncated, pickled, or of another dtype or number of axes.
+    """
+    with unreadable_as_reject(path):
+        # Mapped first: a header that claims more than the file holds is then an error and not an allocation.
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.dtype.kind not in kinds or array.ndim != ndim or array.size == 0:
+            raise RejectedSample(
+                f"{path.name} holds {array.dtype} of shape {array.shape}, expected {ndim} axes of "
+                f"{' / '.join(_KINDS[kind] for kind in kinds)}"
+            )
+        return array if memory_map else np.array(array)
+
+
+_KINDS = {"b": "bool", "i": "integers", "u": "unsigned integers", "f": "floats"}
+
+
+def csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with a header, values stripped; further columns are kept.
+
+    Args:
+        path: the file, UTF-8, with or without a byte order mark, separated by `,`, `;` or tab.
+        columns: names that the header must hold; upper and lower case are one.
+
+    Returns:
+        one mapping a row; the asked columns are keyed as asked, the others as the header has them.
+
+    Raises:
+        RejectedSample: it is missing, not text, or lacks a column (names those it has).
+    """
+    with unreadable_as_reject(path):
+        text = path.read_text(encoding="utf-8-sig")
+        first = text.split("\n", 1)[0]
+        delimiter = max(",;\t", key=first.count)
+        table = list(csv.reader(text.splitlines(), delimiter=delimiter, strict=True))
+    return table_rows(path.name, table, columns)
+
+
+def table_rows(name: str, table: Sequence[Sequence[Any]], columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows below the header of a table as mappings. See `csv_rows`.
+
+    Raises:
+        RejectedSample: there is no header, or it lacks a column.
+    """
+    header = [_cell(value) for value in table[0]] if table else []
+    asked = {column.lower(): column for column in columns}
+    missing = [column for column in columns if column.lower() not in {title.lower() for title in header}]
+    if missing:
+        raise RejectedSample(f"{name} has no column {missing[0]!r}; it has {', '.join(header) or 'none'}")
+    keys = [asked.get(title.lower(), title) for title in header]
+    rows = ([_cell(value) for value in row] for row in table[1:])
+    return [dict(zip(keys, row + [""] * len(keys), strict=False)) for row in rows if any(row)]
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def xml_root(path: Path) -> Element:
+    """Return the root of an XML file; entities and external references are refused (defusedxml).
+
+    Raises:
+        RejectedSample: it is missing, not well formed, or declares entities.
+    """
+    from defusedxml.ElementTree import parse
+
+    with unreadable_as_reject(path):
+        root = parse(path, forbid_dtd=True).getroot()
+        if root is None:
+            raise RejectedSample(f"{path.name} has no root element")
+        return root
+
+
+def files_in(folder: Path, suffixes: Sequence[str] = ()) -> list[Path]:
+    """Return the visible files of a folder, `benign (2)` before `benign (10)`; none where the folder is missing.
+
+    Args:
+        folder: the folder.
+        suffixes: endings in lower case, such as `.png`; all where empty.
+    """
+    if not folder.is_dir():
+        return []
+    files = (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    return sorted((f for f in files if not suffixes or f.name.lower().endswith(tuple(suffixes))), key=natural_order)
+
+
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Return a sort key under which the numbers in a file's name count as numbers."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def portable_id(text: str) -> str:
+    """Return `text` with every run of other characters than ASCII letters, digits, `_` and `.` replaced by a `-`."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")
+
+
+def shown_size(pixels: NDArray[Any]) -> str:
+    """Return `WIDTHxHEIGHT` of an array (H, W, …), as image viewers write it."""
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+
+
+def require_same_size(name: str, part: NDArray[Any], image: NDArray[Any]) -> None:
+    """Check that a mask (or a paired image) covers its image.
+
+    Raises:
+        RejectedSample: height or width differ.
+    """
+    if part.shape[:2] != image.shape[:2]:
+        raise RejectedSample(f"{name} is {shown_size(part)}, the image {shown_size(image)} (width x height)")
