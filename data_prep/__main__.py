@@ -1,36 +1,115 @@
-"""`python -m data_prep --config FILE [KEY=VALUE ...] [--force]`, and `python -m data_prep verify PATH`."""
+"""`python -m data_prep --config FILE [KEY=VALUE ...] [--force] [--shard I/N]`, and the commands `merge` and `verify`."""
 
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from data_prep.prepare import prepare
-from pipeline.cli import run_stage_command
+from data_prep.audit import NEAR_LIMIT, audit, indexed, open_datasets
+from data_prep.audit_tables import print_audit
+from data_prep.contact_sheet import contact_sheet_page
+from data_prep.prepare import Shard, prepare
+from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
+from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract
-from pipeline.errors import run_command
-from pipeline.verification import verify_fully
+from pipeline.errors import MaskLoomError, run_command
+from pipeline.files import write_json, write_text
 
 DESCRIPTION = (
-    "Write the mask-and-prompt dataset of an experiment from its raw dataset."
-    " `python -m data_prep verify PATH` checks a mask-and-prompt dataset whole."
+    "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help: `merge`"
+    " (write the dataset from what the shards have read) and `verify` (check a mask-and-prompt dataset whole)."
 )
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="read only the I-th of N shares (1/N to N/N) of the raw data; then `merge`"
+    ),
+]
 
 
 def main(args: list[str]) -> None:
-    """Prepare a dataset, or verify one."""
-    if args[:1] != ["verify"]:
-        run_stage_command(prepare, DESCRIPTION, args)
-        return
+    """Run the command that the first argument names; without one, prepare a dataset."""
+    name = args[0] if args and args[0] in COMMANDS else None
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(name="verify")(verify)
-    run_command(lambda: app(args=args[1:], prog_name="python -m data_prep verify"))
+    app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else prepare_dataset)
+    words = ["python -m data_prep", *([name] if name else [])]
+    run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)))
 
 
-def verify(path: Annotated[Path, typer.Argument(help="folder of a mask-and-prompt dataset")]) -> None:
-    """Check schema, hashes, pixels, labels, group leakage and parents; exit with 2 and one line on the first problem."""
-    print(summary(verify_fully(path)))
+def prepare_dataset(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    force: ForceOption = False,
+    check: CheckOption = False,
+    shard: ShardOption = None,
+) -> None:
+    """Read the raw dataset and write the mask-and-prompt dataset, or read one share of it."""
+    stage = partial(prepare, shard=None if shard is None else parsed_shard(shard))
+    run_stage(stage, load_experiment(config, overrides or []), force, check)
+
+
+def merge(config: ConfigOption, overrides: OverridesArgument = None) -> None:
+    """Write the mask-and-prompt dataset from the parts that the shards (`--shard`) have read; same configuration, same run folder."""
+    prepare(load_experiment(config, overrides or []), force=False, merge=True)
+
+
+def parsed_shard(text: str) -> Shard:
+    """Return the shard that `I/N` names.
+
+    Raises:
+        MaskLoomError: it is not of that form, or not among the N.
+    """
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise MaskLoomError(f"--shard {text}: write I/N with 1 <= I <= N, for example --shard 3/8")
+    return Shard(int(numbers[1]), int(numbers[2]))
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="folder of a mask-and-prompt dataset")],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="another one, in which none of its images should occur (external, synthetic); may be repeated"
+        ),
+    ] = None,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write an HTML page of images and outlines, class by class")
+    ] = None,
+    images_per_class: Annotated[int, typer.Option(min=1, help="on the contact sheet")] = 24,
+    near: Annotated[
+        bool | None,
+        typer.Option(
+            "--near/--no-near",
+            help=f"look for near-duplicates as well; by default in up to {NEAR_LIMIT} images (time grows with the square) whose"
+            " contract.json states preprocessing.near_duplicates",
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="write all findings as JSON")] = None,
+) -> None:
+    """Check a dataset whole: what its files say, then what its images show.
+
+    Exits with code 2 and one line on: files, hashes, rows or pixels that break the contract; a group in two splits; a synthetic row whose parent is
+    held out; identical images, or clear near-duplicates where groups were meant to catch them, in train or validation and in another split (identical
+    ones: also of a dataset given by --against); identical images with different labels.
+
+    Only tells: weaker near-duplicates, near-duplicates of another dataset or with different labels, the same image in two held-out splits, identical
+    images with different masks; classes, mask regions, grey levels and prompts of each split.
+    """
+    datasets = open_datasets([path, *(against or [])])
+    print(summary(datasets[0].contract))
+    with indexed(datasets, near) as index:
+        found = audit(datasets, index, near)
+        if contact_sheet:
+            write_text(contact_sheet, contact_sheet_page(*datasets[0], index, images_per_class))
+    print_audit(found)
+    if json:
+        write_json(json, found.as_json())
+    found.require_sound()
 
 
 def summary(contract: Contract) -> str:
@@ -42,6 +121,8 @@ def summary(contract: Contract) -> str:
     lines += [f"  {split}: {part.rows} rows in {part.groups} groups" for split, part in sorted(contract.splits.items())]
     return "\n".join([*lines, f"  rejected: {contract.rejected}"])
 
+
+COMMANDS: dict[str, Callable[..., None]] = {"merge": merge, "verify": verify}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -117,7 +117,7 @@ class DatasetAdapter(ABC):
 
     Options: ClassVar[type[Options]] = Options
     needs_raw_dir: ClassVar[bool] = True
-    items_per_part: ClassVar[int] = 64
+    items_per_part: ClassVar[int] = 32
 
     def __init__(self, raw_dir: Path | None, options: BaseModel) -> None:
         """Keep the folder and the options.

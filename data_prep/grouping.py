@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 from scipy.cluster.hierarchy import DisjointSet
 
-from data_prep.adapter import RawItem, Reject
+from data_prep.adapter import Reject
+from data_prep.parts import Found
 from pipeline.contract import SPLITS
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row to be: a raw item and the name of its group."""
+    """One row to be: a sample and the name of its group."""
 
-    item: RawItem
+    item: Found
     group: str
 
 
-def consistent_rows(items: Sequence[RawItem], clusters: Sequence[int]) -> tuple[list[Row], list[Reject]]:
+def consistent_rows(items: Sequence[Found], clusters: Sequence[int]) -> tuple[list[Row], list[Reject]]:
     """Return the items, each with the name of its group, and those that contradict their group.
 
     Left out are all images of a near-duplicate cluster that carries several labels (at least one label is wrong, and nothing says
@@ -38,9 +39,29 @@ def consistent_rows(items: Sequence[RawItem], clusters: Sequence[int]) -> tuple[
     return [kept[item.sample_id] for item in items if item.sample_id in kept], rejected
 
 
+def without_seen(samples: Sequence[Found], clusters: Sequence[int]) -> tuple[list[tuple[Found, int]], list[Reject]]:
+    """Return the samples whose cluster no earlier source has, each with its cluster, and the others as rejects.
+
+    An external test image that the main dataset holds as well would be no test.
+
+    Args:
+        samples: those of all sources, the main dataset's first.
+        clusters: near-duplicate cluster of each.
+    """
+    owner: dict[int, Found] = {}
+    kept, rejected = [], []
+    for sample, cluster in zip(samples, clusters, strict=True):
+        first = owner.setdefault(cluster, sample)
+        if first.source == sample.source:
+            kept.append((sample, cluster))
+        else:
+            rejected.append(Reject(sample.path, f"near-duplicate of an image of another source: {first.sample_id}"))
+    return kept, rejected
+
+
 def _without_label_conflicts(
-    items: Sequence[RawItem], clusters: Sequence[int]
-) -> tuple[list[tuple[RawItem, int]], list[Reject]]:
+    items: Sequence[Found], clusters: Sequence[int]
+) -> tuple[list[tuple[Found, int]], list[Reject]]:
     kept, rejected = [], []
     for members in _by(clusters):
         labels = sorted({items[index].label or "none" for index in members})
@@ -53,14 +74,19 @@ def _without_label_conflicts(
     return kept, rejected
 
 
-def _without_split_conflicts(items: Sequence[RawItem]) -> tuple[list[Row], list[Reject]]:
-    """Return a group's items, named, less those that the dataset puts in another split than its most held-out one."""
+def _without_split_conflicts(items: Sequence[Found]) -> tuple[list[Row], list[Reject]]:
+    """Return a group's items, named, less those that do not lie in the most held-out split that the dataset itself gives the group.
+
+    A published test split stays what it is: an image without a split that belongs to one of its groups does not join it.
+    """
     name = next((item.group for item in items if item.group), items[0].sample_id)
-    fixed = [item.split for item in items if item.split]
-    split = max(fixed, key=SPLITS.index) if fixed else None
-    inside = [Row(item, name) for item in items if item.split in (None, split)]
+    fixed = {item.split for item in items if item.split}
+    # An external set's images all have the same split, which is none of these.
+    split = max(fixed, key=SPLITS.index) if len(fixed) > 1 else next(iter(fixed), None)
+    allowed = (None, split) if split in (None, "train") else (split,)
+    inside = [Row(item, name) for item in items if item.split in allowed]
     reason = f"group {name} also lies in the dataset's {split} split"
-    return inside, [Reject(item.path, reason) for item in items if item.split not in (None, split)]
+    return inside, [Reject(item.path, reason) for item in items if item.split not in allowed]
 
 
 def _joined(keys: Sequence[tuple[Hashable, ...]]) -> list[int]:

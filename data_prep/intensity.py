@@ -22,7 +22,9 @@ def window_range(values: NDArray[Any], window: IntensityWindow) -> tuple[float, 
     if values.size == 0:
         return 0.0, 1.0
     if window.method == "percentile":
-        black, white = np.percentile(values, (window.lower, window.upper))
+        # numpy interpolates within the dtype: the difference of two int16 may not fit into int16.
+        exact: NDArray[Any] = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+        black, white = np.percentile(exact, (window.lower, window.upper))
         return float(black), float(white)
     mean, spread = float(np.mean(values, dtype=np.float64)), float(np.std(values, dtype=np.float64))
     return mean - window.deviations * spread, mean + window.deviations * spread

@@ -18,6 +18,7 @@ Other frames of the same sweep, which show the same lesion a little differently,
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from scipy.cluster.hierarchy import DisjointSet
 from scipy.ndimage import gaussian_filter
 from threadpoolctl import threadpool_limits
 
+from data_prep.parallel import parallel_results
 from pipeline.progress import progress
 
 METHOD = "aligned correlation of locally normalised textures"
@@ -38,7 +40,8 @@ CANDIDATE_CORRELATION = 0.45
 PLAIN_CORRELATION = 0.98
 STEPS = (6.0, 3.0, 1.5)  # of the alignment, in thumbnail pixels
 ROUNDS = 4
-BLOCK = 512
+BLOCK = 256
+PAIRS = 64  # aligned at a time
 # A chain of chance matches must not swallow a dataset: beyond this size only certain duplicates are added to a cluster.
 LARGEST_CLUSTER, LARGEST_SHARE = 50, 0.05
 
@@ -46,6 +49,12 @@ RECORD = np.dtype(
     [("plain", "f4", (PLAIN_SIDE**2,)), ("whole", "f4", (WINDOW_SIDE**2,)), ("texture", "f4", (SIDE, SIDE))]
 )
 """What is kept of an image, in a file of one record an image."""
+
+HIT = np.dtype([("whole", "i4"), ("windowed", "i4"), ("window", "u1")])
+"""An image whose whole resembles a window of another one."""
+
+CANDIDATE = np.dtype([("a", "i4"), ("b", "i4"), ("box_in_a", "u1"), ("box_in_b", "u1")])
+"""Two look-alikes, and the numbers of the windows where the alignment starts."""
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of the side
 
@@ -72,28 +81,39 @@ def texture(thumbnail: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(band / (contrast + NOISE), dtype=np.float32)
 
 
-def near_duplicate_clusters(signatures: Path, digests: Sequence[str], correlation: float) -> list[int]:
+def near_duplicate_clusters(
+    signatures: Path, digests: Sequence[str], correlation: float, workers: int = 1
+) -> list[int]:
     """Return the cluster of each image, named by the index of its first member.
+
+    Time grows with the square of the number of images. Memory holds the signatures of two blocks, and a few bytes a look-alike.
 
     Args:
         signatures: file of `signature` records, one an image.
         digests: digest of each image's pixels.
         correlation: aligned correlation from which two images are joined.
+        workers: number of processes.
     """
-    records = np.memmap(signatures, dtype=RECORD, mode="r", shape=(len(digests),))
     sets = DisjointSet(range(len(digests)))
     first: dict[str, int] = {}
     for index, digest in enumerate(digests):
         sets.merge(first.setdefault(digest, index), index)
-    certain, candidates = _candidates(records, min(CANDIDATE_CORRELATION, correlation))
-    for a, b in certain:
+    certain, candidates = _candidates(signatures, len(digests), min(CANDIDATE_CORRELATION, correlation), workers)
+    for a, b in certain.tolist():
         sets.merge(a, b)
+    parts = [candidates[start : start + PAIRS] for start in range(0, len(candidates), PAIRS)]
+    links: list[tuple[float, int, int]] = []
     with progress("aligning look-alikes", len(candidates), "pairs") as advance:
-        links = []
-        for (a, b), (box_in_a, box_in_b) in candidates.items():
-            links.append((-aligned_correlation(records["texture"][a], records["texture"][b], box_in_a, box_in_b), a, b))
-            advance()
-    _merge_links(sets, [link for link in sorted(links) if -link[0] >= correlation], len(digests))
+        for part, values in zip(
+            parts, parallel_results(partial(_aligned, signatures), parts, workers, True), strict=True
+        ):
+            links += [
+                (-value, int(pair["a"]), int(pair["b"]))
+                for pair, value in zip(part, values, strict=True)
+                if value >= correlation
+            ]
+            advance(len(part))
+    _merge_links(sets, sorted(links), len(digests))
     return [min(sets.subset(index)) for index in range(len(digests))]
 
 
@@ -151,42 +171,83 @@ def _moves(step: float) -> Iterator[NDArray[np.float64]]:
             yield move
 
 
-def _candidates(
-    records: NDArray[Any], least: float
-) -> tuple[list[tuple[int, int]], dict[tuple[int, int], tuple[Box, Box]]]:
+def _aligned(signatures: Path, pairs: NDArray[Any]) -> list[float]:
+    """Return the aligned correlation of each candidate pair."""
+    boxes = windows()
+    values = []
+    for pair in pairs:
+        a, b = (_records(signatures, slice(index, index + 1))["texture"][0] for index in (pair["a"], pair["b"]))
+        values.append(aligned_correlation(a, b, boxes[pair["box_in_a"]], boxes[pair["box_in_b"]]))
+    return values
+
+
+def _candidates(signatures: Path, count: int, least: float, workers: int) -> tuple[NDArray[np.int32], NDArray[Any]]:
     """Compare all pairs in blocks.
 
     Returns:
-        the pairs whose plain thumbnails are certain duplicates, and the other look-alikes, each with the best window in its first
-        and in its second image.
+        the pairs whose plain thumbnails are certain duplicates, (N, 2), and the other look-alikes as `CANDIDATE` records, each with the number
+        of the best window in its first and in its second image.
     """
-    boxes = windows()
-    certain: list[tuple[int, int]] = []
-    best: dict[tuple[int, int], dict[int, Box]] = {}
-    blocks = [slice(start, min(start + BLOCK, len(records))) for start in range(0, len(records), BLOCK)]
+    blocks = [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+    found_certain, found_hits = [np.zeros((0, 2), np.int32)], [np.zeros(0, HIT)]
+    with progress("comparing images", count, "images") as advance:
+        compare = partial(_compared, signatures, blocks, least)
+        for columns, (certain, hits) in zip(blocks, parallel_results(compare, blocks, workers, True), strict=True):
+            found_certain.append(certain)
+            found_hits.append(hits)
+            advance(columns.stop - columns.start)
+    certain = np.concatenate(found_certain)
+    return certain, _paired(np.concatenate(found_hits), certain)
+
+
+def _paired(hits: NDArray[Any], certain: NDArray[np.int32]) -> NDArray[Any]:
+    """Return the hits of both directions as pairs, each once, in order, less the certain ones."""
+    a, b = np.minimum(hits["whole"], hits["windowed"]), np.maximum(hits["whole"], hits["windowed"])
+    keys, place = np.unique(a.astype(np.int64) << 32 | b, return_inverse=True)
+    pairs = np.zeros(len(keys), CANDIDATE)  # box 0 is the whole image
+    pairs["a"], pairs["b"] = keys >> 32, keys & 0xFFFFFFFF
+    in_a = hits["windowed"] == a
+    pairs["box_in_a"][place[in_a]] = hits["window"][in_a]
+    pairs["box_in_b"][place[~in_a]] = hits["window"][~in_a]
+    known = certain[:, 0].astype(np.int64) << 32 | certain[:, 1]
+    return pairs[~np.isin(keys, known)]
+
+
+def _compared(
+    signatures: Path, blocks: Sequence[slice], least: float, columns: slice
+) -> tuple[NDArray[np.int32], NDArray[Any]]:
+    """Compare every image with the windows of one block: the certain pairs (N, 2), and the look-alikes as `HIT` records."""
+    part = _records(signatures, columns)
+    bank = [np.stack([_window(one, np.array(box) * SIDE, WINDOW_SIDE) for one in part["texture"]]) for box in windows()]
+    certain, hits = [np.zeros((0, 2), np.int32)], [np.zeros(0, HIT)]
     # One BLAS thread: products of this size gain little from more, and lose much where the cores are shared.
-    with progress("comparing images", len(records), "images") as advance, threadpool_limits(1):
-        for columns in blocks:
-            part = records[columns].copy()
-            bank = [
-                np.stack([_window(one, np.array(box) * SIDE, WINDOW_SIDE) for one in part["texture"]]) for box in boxes
-            ]
-            for rows in blocks:
-                if rows.start <= columns.start:
-                    plain = records["plain"][rows].copy() @ part["plain"].T
-                    certain += [(i, j) for i, j in _hits(plain > PLAIN_CORRELATION, rows, columns) if i < j]
-                score, window = _best_window(records["whole"][rows].copy(), bank)
-                for whole, windowed in _hits(score >= least, rows, columns):
-                    pair = min(whole, windowed), max(whole, windowed)
-                    best.setdefault(pair, {})[windowed] = boxes[window[whole - rows.start, windowed - columns.start]]
-            advance(len(part))
-    whole_box = boxes[0]
-    joined = set(certain)
-    return certain, {
-        pair: (found.get(pair[0], whole_box), found.get(pair[1], whole_box))
-        for pair, found in sorted(best.items())
-        if pair not in joined
-    }
+    with threadpool_limits(1):
+        for rows in blocks:
+            others = _records(signatures, rows, ("plain", "whole"))
+            if rows.start <= columns.start:
+                pairs = _hits(others["plain"] @ part["plain"].T > PLAIN_CORRELATION, rows, columns)
+                certain.append(pairs[pairs[:, 0] < pairs[:, 1]])
+            score, window = _best_window(others["whole"], bank)
+            found = _hits(score >= least, rows, columns)
+            block = np.zeros(len(found), HIT)
+            block["whole"], block["windowed"] = found.T
+            block["window"] = window[found[:, 0] - rows.start, found[:, 1] - columns.start]
+            hits.append(block)
+    return np.concatenate(certain), np.concatenate(hits)
+
+
+def _records(
+    signatures: Path, rows: slice, fields: Sequence[str] = RECORD.names or ()
+) -> dict[str, NDArray[np.float32]]:
+    """Return copies of some fields of some records; the file is mapped no longer than that, for mapped pages count as memory."""
+    records = np.memmap(
+        signatures,
+        dtype=RECORD,
+        mode="r",
+        offset=int(rows.start) * RECORD.itemsize,
+        shape=(int(rows.stop - rows.start),),
+    )
+    return {field: records[field].copy() for field in fields}
 
 
 def _best_window(
@@ -202,10 +263,10 @@ def _best_window(
     return score, window
 
 
-def _hits(hits: NDArray[np.bool_], rows: slice, columns: slice) -> list[tuple[int, int]]:
-    """Return the (row, column) indices of the hits, counted over the whole dataset, less each image with itself."""
-    found = ((int(i) + rows.start, int(j) + columns.start) for i, j in np.argwhere(hits))
-    return [(i, j) for i, j in found if i != j]
+def _hits(hits: NDArray[np.bool_], rows: slice, columns: slice) -> NDArray[np.int32]:
+    """Return the (row, column) indices of the hits, (N, 2), counted over the whole dataset, less each image with itself."""
+    found = (np.argwhere(hits) + np.array([rows.start, columns.start])).astype(np.int32)
+    return found[found[:, 0] != found[:, 1]]
 
 
 def _merge_links(sets: DisjointSet, links: Sequence[tuple[float, int, int]], count: int) -> None:

@@ -1,34 +1,42 @@
 """`prepare`: raw dataset -> mask-and-prompt dataset.
 
-Two passes over the raw images. The first decodes and checks each one and keeps a signature on disk; near-duplicates, groups and
-splits follow from that. The second writes the shards that are not there yet. Memory holds the list of images and the pixels of a few.
+First every raw image, volume and slide is read, in parts that are kept on disk (`data_prep.parts`), by several processes or by several jobs.
+Then near-duplicates, groups and splits follow from what was found, and the shards that are not there yet are written from the parts.
+Memory holds the list of samples and the pixels of a few.
 """
 
+import json
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from data_prep.card import dataset_card
-from data_prep.grouping import Row, consistent_rows
-from data_prep.near_duplicates import METHOD, near_duplicate_clusters
-from data_prep.parallel import ordered_map
-from data_prep.resizing import resized
+from data_prep.grouping import Row, consistent_rows, without_seen
+from data_prep.near_duplicates import METHOD, RECORD, near_duplicate_clusters
+from data_prep.parallel import parallel_results, worker_count
+from data_prep.parts import Found, Part, Reading, found_samples, read_part, row_sample, scanned_parts, without_taken_ids
 from data_prep.splitting import Group, split_of_groups
-from data_prep.survey import survey_samples
-from pipeline.conditioning import conditioning_image
-from pipeline.config import DataConfig, ExperimentConfig
+from data_prep.survey import Source
+from pipeline.config import DataConfig, ExperimentConfig, ExternalConfig
 from pipeline.config_loading import validated
-from pipeline.contract import CONTRACT_FILE, SPLITS, DatasetWriter, Description, Sample, plan_shards
-from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.files import remove_folder, value_digest
+from pipeline.contract import (
+    CONTRACT_FILE,
+    EXTERNAL_PREFIX,
+    SPLITS,
+    DatasetWriter,
+    Description,
+    Sample,
+    plan_shards,
+)
+from pipeline.errors import MaskLoomError
+from pipeline.files import file_digest, remove_folder, value_digest, write_text
 from pipeline.plugins import load_plugin
-from pipeline.progress import Advance, progress
-from pipeline.prompts import mask_attributes, render_prompt
+from pipeline.progress import Advance, progress, say
 from pipeline.runs import Run, Stage, open_run
 
 PACKAGE = "data_prep.datasets"
@@ -36,31 +44,54 @@ SCRATCH = ".prepare"
 Splits = Mapping[str, Sequence[Row]]
 
 
-def prepare(config: ExperimentConfig, force: bool) -> None:
+class Shard(NamedTuple):
+    """One of `of` jobs that share the reading; `number` counts from 1."""
+
+    number: int
+    of: int
+
+
+def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, merge: bool = False) -> None:
     """Write the mask-and-prompt dataset of an experiment to `RUN/dataset`.
 
+    Args:
+        config: the experiment.
+        force: read and write everything anew.
+        shard: read only this job's share of the parts, and write no dataset.
+        merge: read nothing; write the dataset from the parts that the shards have read.
+
     Raises:
-        MaskLoomError: the raw folder or an option is wrong, or no usable image remains.
+        MaskLoomError: the raw folder or an option is wrong, no usable image remains, or a shard has not finished.
     """
-    adapter = open_adapter(config.data)
-    info = adapter.info()
+    sources = open_sources(config.data)
     run = open_run(config)
-    stage = Stage(run, "prepare", {"raw": adapter.fingerprint()}, _settings(config), [run.dataset / CONTRACT_FILE])
+    stage = Stage(run, "prepare", _inputs(sources, config.data), _settings(config), [run.dataset / CONTRACT_FILE])
     if stage.skips(force):
         return
+    reading = Reading(run.folder / SCRATCH / stage.key[:16], sources, config.data)
+    if shard is not None:
+        _read_shard(reading, shard, force)
+        return
     with stage.recorded() as results:
-        _clear_leftovers(run)
-        rows, rejected = _usable_rows(adapter, info, config.data, run)
+        _clear_leftovers(run, reading.folder, keep_parts=merge or not force)
+        parts = scanned_parts(sources)
+        if merge:
+            _require_all(parts, reading.folder)
+        else:
+            _read_missing(reading, parts)
+        rows, rejected = _usable_rows(reading, parts)
         splits = _rows_by_split(rows, config)
-        writer = _writer(run.dataset, info, config, splits, stage.key)
+        writer = _writer(run.dataset, sources, config, splits, stage.key)
         writer.prepare_folder()
-        _write_shards(writer, adapter, info, splits)
-        ledger = [{"path": _shown_path(reject.path, adapter.raw_dir), "reason": reject.reason} for reject in rejected]
+        _write_shards(writer, reading, splits)
+        ledger = [{"path": _shown_path(reject.path, sources), "reason": reject.reason} for reject in rejected]
         card = dataset_card(
             writer.description, _label_counts(splits), _group_counts(splits), [row["reason"] for row in ledger]
         )
         contract = writer.finish(card, ledger, stage.config_hash, parent=None)
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
+        _note_items(run, reading, parts)
+        shutil.rmtree(run.folder / SCRATCH)
 
 
 def open_adapter(data: DataConfig) -> DatasetAdapter:
@@ -69,87 +100,235 @@ def open_adapter(data: DataConfig) -> DatasetAdapter:
     Raises:
         MaskLoomError: the dataset is unknown, an option is wrong, or the raw folder is missing.
     """
-    adapter: type[DatasetAdapter] = load_plugin(PACKAGE, data.dataset, "dataset").Adapter
-    return adapter(data.raw_dir, validated(data.options, adapter.Options, "data.options"))
+    return _adapter(data.dataset, data.raw_dir, data.options, "data.options")
+
+
+def open_sources(data: DataConfig) -> tuple[Source, ...]:
+    """Return the main dataset and the external ones.
+
+    Raises:
+        MaskLoomError: see `open_adapter`; or an external dataset's mask classes are not the main one's, or the conditioning needs what
+            the dataset does not have.
+    """
+    adapter = open_adapter(data)
+    info = adapter.info()
+    _check_conditioning(data, info)
+    main = Source(data.dataset, adapter, info, info.labels, data.duplicates or info.duplicates)
+    return (main, *(_external_source(name, section, main) for name, section in data.external.items()))
+
+
+def _adapter(name: str, raw_dir: Path | None, options: dict[str, Any], where: str) -> DatasetAdapter:
+    adapter: type[DatasetAdapter] = load_plugin(PACKAGE, name, "dataset").Adapter
+    return adapter(raw_dir, validated(options, adapter.Options, where))
+
+
+def _external_source(name: str, section: ExternalConfig, main: Source) -> Source:
+    where = f"data.external.{name}"
+    if name == main.name:
+        raise MaskLoomError(f"{where}: this is the main dataset; name another one")
+    try:
+        adapter = _adapter(name, section.raw_dir, section.options, f"{where}.options")
+    except MaskLoomError as error:
+        raise MaskLoomError(str(error).replace("data.raw_dir", f"{where}.raw_dir")) from None
+    info = adapter.info()
+    if info.mask_classes != main.info.mask_classes:
+        raise MaskLoomError(
+            f"{where}: its mask classes ({', '.join(info.mask_classes)}) are not those of {main.name} "
+            f"({', '.join(main.info.mask_classes)}); take it out, or prepare it as an experiment of its own"
+        )
+    return Source(name, adapter, info, main.labels, info.duplicates, f"{EXTERNAL_PREFIX}{name}")
+
+
+def _check_conditioning(data: DataConfig, info: DatasetInfo) -> None:
+    if data.conditioning in ("mask", "both") and len(info.mask_classes) < 2:
+        raise MaskLoomError(
+            f"data.conditioning={data.conditioning} needs masks and {data.dataset} has none; "
+            "set data.conditioning=edges or data.conditioning=foreground"
+        )
+    if data.conditioning == "image" and info.paired_image is None:
+        raise MaskLoomError(
+            f"data.conditioning=image needs a second image of every sample and {data.dataset} has none; "
+            "set data.conditioning=mask or data.conditioning=edges"
+        )
+
+
+def _inputs(sources: Sequence[Source], data: DataConfig) -> dict[str, str]:
+    """Return a digest of everything that is read."""
+    inputs = {source.split or "raw": source.adapter.fingerprint() for source in sources}
+    if data.stain is not None and data.stain.reference is not None:
+        path = data.stain.reference
+        if not path.is_file():
+            raise MaskLoomError(f"data.stain.reference={path}: no such file; give an image of the stain to imitate")
+        inputs["stain_reference"] = file_digest(path)
+    return inputs
 
 
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Return what the dataset depends on; not the place of the raw folder, whose content has a fingerprint."""
-    return {"data": config.data.model_dump(mode="json", exclude={"raw_dir"}), "seed": config.seed}
+    """Return what the dataset depends on; not where the raw files lie (their content has a fingerprint), nor how many read them."""
+    places = {"raw_dir": True, "num_workers": True, "stain": {"reference"}}
+    data = config.data.model_dump(mode="json", exclude=places)  # type: ignore[arg-type]
+    data["external"] = {name: section.options for name, section in config.data.external.items()}
+    return {"data": data, "seed": config.seed}
 
 
-def _clear_leftovers(run: Run) -> None:
+def _clear_leftovers(run: Run, parts_folder: Path, keep_parts: bool) -> None:
     """Remove what a killed run left beside the dataset, and a whole dataset: it is of other inputs, edited, or forced anew."""
     if (run.dataset / CONTRACT_FILE).is_file():
         remove_folder(run.dataset)
-    for folder in (*run.folder.glob(f".{run.dataset.name}.*.doomed"), run.folder / SCRATCH):
+    others = [folder for folder in (run.folder / SCRATCH).glob("*") if not (keep_parts and folder == parts_folder)]
+    for folder in (*run.folder.glob(f".{run.dataset.name}.*.doomed"), *others):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _scratch_folder(run: Run) -> Iterator[Path]:
-    """Yield an empty folder on the disk of the run, and delete it afterwards."""
-    folder = run.folder / SCRATCH
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+def _read_shard(reading: Reading, shard: Shard, force: bool) -> None:
+    """Read the parts of one job. Jobs run side by side: each removes nothing but its own."""
+    parts = scanned_parts(reading.sources)[shard.number - 1 :: shard.of]
+    if force:
+        for part in parts:
+            part.path(reading.folder, "jsonl").unlink(missing_ok=True)
+    _read_missing(reading, parts)
+    say(f"prepare: shard {shard.number}/{shard.of} has read its {len(parts)} part(s); `merge` writes the dataset")
 
 
-def _usable_rows(
-    adapter: DatasetAdapter, info: DatasetInfo, data: DataConfig, run: Run
-) -> tuple[list[Row], list[Reject]]:
+def _read_missing(reading: Reading, parts: Sequence[Part]) -> None:
+    """Read the parts that are not there yet, on several processes.
+
+    Raises:
+        MaskLoomError: nothing is listed.
+    """
+    reading.folder.mkdir(parents=True, exist_ok=True)
+    missing = [part for part in parts if not part.is_done(reading.folder)]
+    total, left = (sum(len(part.entries) for part in some) for some in (parts, missing))
+    workers = worker_count(len(missing), reading.data.num_workers)
+    samples = 0
+    with progress("reading raw images", total, "files", total - left) as advance:
+        for size, usable in parallel_results(partial(_read, reading), missing, workers):
+            samples += usable
+            advance(size, note=f"{samples} samples")
+
+
+def _read(reading: Reading, part: Part) -> tuple[int, int]:
+    """Read a part; return how many items it has, and how many usable samples they hold."""
+    return len(part.entries), read_part(reading, part)
+
+
+def _require_all(parts: Sequence[Part], folder: Path) -> None:
+    missing = [part.number for part in parts if not part.is_done(folder)]
+    if missing:
+        raise MaskLoomError(
+            f"{len(missing)} of {len(parts)} parts have not been read (the first: {missing[0]}), or were read with another "
+            "configuration or from other raw files; run the shards that did not finish again, or run without --shard to read the rest here"
+        )
+
+
+def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], list[Reject]]:
     """Return the rows of the dataset in scan order, each with its group, and everything that is left out.
 
     Raises:
         MaskLoomError: nothing is usable.
     """
-    with _scratch_folder(run) as scratch:
-        signatures = scratch / "signatures.bin"
-        survey = survey_samples(adapter, info, signatures)
-        clusters = list(range(len(survey.items)))
-        if info.duplicates == "near" and survey.items:
-            clusters = near_duplicate_clusters(signatures, survey.digests, data.near_duplicate_correlation)
-    rows, inconsistent = consistent_rows(survey.items, clusters)
-    rejected = survey.rejected + inconsistent
+    sources = reading.sources
+    found, rejected = found_samples(reading.folder, parts, sources)
+    found, taken = without_taken_ids(found)
+    main = [sample for sample in found if sample.source == 0]
+    clusters = _clusters(reading, main)
+    rows, inconsistent = consistent_rows(main, clusters)
+    rejected += taken + inconsistent
     if not rows:
-        first = rejected[0]
-        raise MaskLoomError(
-            f"no usable image among {len(rejected)}; the first, {first.path}: {first.reason}; check data.raw_dir"
-        )
+        raise _nothing_usable(sources[0], rejected)
+    if len(sources) > 1:
+        fresh, seen = without_seen(found, _clusters(reading, found))
+        rejected += seen
+        for index, source in enumerate(sources[1:], start=1):
+            members = [(sample, cluster) for sample, cluster in fresh if sample.source == index]
+            external, inconsistent = consistent_rows(*zip(*members, strict=True)) if members else ([], [])
+            rejected += inconsistent
+            if not external:
+                raise _nothing_usable(source, rejected)
+            rows += external
     return rows, rejected
+
+
+def _nothing_usable(source: Source, rejected: Sequence[Reject]) -> MaskLoomError:
+    where = f"data.external.{source.name}.raw_dir" if source.split else "data.raw_dir"
+    raw_dir = source.adapter.raw_dir
+    rejected = [reject for reject in rejected if not source.split or _lies_in(raw_dir, reject.path)]
+    if not rejected:
+        return MaskLoomError(f"{where}={raw_dir}: no image found for {source.name}; give the folder of the raw dataset")
+    first = rejected[0]
+    return MaskLoomError(
+        f"no usable image of {source.name} among {len(rejected)}; the first, {first.path}: {first.reason}; check {where}"
+    )
+
+
+def _clusters(reading: Reading, found: Sequence[Found]) -> list[int]:
+    """Return the cluster of each sample, named by the index of its first member: near-duplicates and identical pixels."""
+    clusters = list(range(len(found)))
+    near = [index for index, sample in enumerate(found) if sample.has_signature]
+    if near:
+        signatures = reading.folder / "signatures.bin"
+        _join_signatures(reading.folder, [found[index] for index in near], signatures)
+        digests = [found[index].digest for index in near]
+        workers = worker_count(len(near) // 100, reading.data.num_workers)
+        named = near_duplicate_clusters(signatures, digests, reading.data.near_duplicate_correlation, workers)
+        for index, name in zip(near, named, strict=True):
+            clusters[index] = near[name]
+    first: dict[str, int] = {}
+    for index, sample in enumerate(found):
+        if sample.digest and not sample.has_signature:
+            clusters[index] = first.setdefault(sample.digest, index)
+    return clusters
+
+
+def _join_signatures(folder: Path, found: Sequence[Found], signatures: Path) -> None:
+    """Write the signatures of some samples, in order, as one file."""
+    wanted: dict[int, set[int]] = defaultdict(set)
+    for sample in found:
+        wanted[sample.part].add(sample.record[0])
+    with signatures.open("wb") as joined:
+        for number, records in sorted(wanted.items()):
+            part = Part(number, 0, ())
+            with part.path(folder, "jsonl").open("rb") as lines, part.path(folder, "near").open("rb") as near:
+                offset = 0
+                for line in lines:
+                    if json.loads(line).get("near"):
+                        record = near.read(RECORD.itemsize)
+                        if offset in records:
+                            joined.write(record)
+                    offset += len(line)
 
 
 def _rows_by_split(rows: Sequence[Row], config: ExperimentConfig) -> dict[str, list[Row]]:
     """Return the rows of each split, in an order that mixes classes and sources and depends on nothing but the ids."""
-    members: dict[str, list[RawItem]] = defaultdict(list)
+    members: dict[str, list[Found]] = defaultdict(list)
     for row in rows:
-        members[row.group].append(row.item)
-    split_of = split_of_groups(
-        [_group(name, items) for name, items in members.items()], config.data.splits, config.seed
-    )
+        if row.item.source == 0:
+            members[row.group].append(row.item)
+    groups = [_group(name, items) for name, items in members.items()]
+    split_of = split_of_groups(groups, config.data.splits, config.seed)
+    split_of |= {row.group: row.item.split for row in rows if row.item.source and row.item.split}
     mixed = sorted(rows, key=lambda row: value_digest(row.item.sample_id))
-    return {split: [row for row in mixed if split_of[row.group] == split] for split in SPLITS}
+    names = [*SPLITS, *(f"{EXTERNAL_PREFIX}{name}" for name in config.data.external)]
+    return {split: [row for row in mixed if split_of[row.group] == split] for split in names}
 
 
-def _group(name: str, items: Sequence[RawItem]) -> Group:
+def _group(name: str, items: Sequence[Found]) -> Group:
     """Return a group for splitting; its class is the most frequent one (a patient may have lesions of several)."""
     label = Counter(item.label for item in items).most_common(1)[0][0]
     return Group(name, len(items), label, next((item.split for item in items if item.split), None))
 
 
-def _writer(folder: Path, info: DatasetInfo, config: ExperimentConfig, splits: Splits, stage_key: str) -> DatasetWriter:
+def _writer(
+    folder: Path, sources: Sequence[Source], config: ExperimentConfig, splits: Splits, stage_key: str
+) -> DatasetWriter:
     shards = plan_shards({split: len(rows) for split, rows in splits.items()}, config.data.rows_per_shard)
     ids = {split: [(row.item.sample_id, row.group) for row in rows] for split, rows in splits.items()}
-    return DatasetWriter(folder, _description(info, config), shards, value_digest([stage_key, ids]))
+    return DatasetWriter(folder, _description(sources, config), shards, value_digest([stage_key, ids]))
 
 
-def _description(info: DatasetInfo, config: ExperimentConfig) -> Description:
-    data = config.data
-    near_duplicates = (
-        {"method": METHOD, "correlation": data.near_duplicate_correlation} if info.duplicates == "near" else None
-    )
+def _description(sources: Sequence[Source], config: ExperimentConfig) -> Description:
+    data, main = config.data, sources[0]
+    info = main.info
     return Description(
         dataset=data.dataset,
         origin="real",
@@ -164,10 +343,16 @@ def _description(info: DatasetInfo, config: ExperimentConfig) -> Description:
         preprocessing={
             "resize_mode": data.resize_mode,
             "resampling": "image: antialiased bicubic; mask: nearest neighbour",
-            "near_duplicates": near_duplicates,
+            "intensity": _stated(data.intensity),
+            "stain": None if data.stain is None else {"method": data.stain.method, "reference": _reference(data)},
+            "duplicates": main.duplicates,
+            "near_duplicates": {"method": METHOD, "correlation": data.near_duplicate_correlation}
+            if main.duplicates == "near"
+            else None,
             "splits": data.splits.model_dump(),
             "seed": config.seed,
             "options": data.options,
+            **({"external": {source.name: _about(source) for source in sources[1:]}} if len(sources) > 1 else {}),
         },
         licence=info.licence,
         citation=info.citation,
@@ -175,14 +360,34 @@ def _description(info: DatasetInfo, config: ExperimentConfig) -> Description:
     )
 
 
-def _write_shards(writer: DatasetWriter, adapter: DatasetAdapter, info: DatasetInfo, splits: Splits) -> None:
+def _stated(intensity: Any) -> dict[str, Any] | str:
+    return "as the dataset says" if intensity is None else intensity.model_dump(mode="json", exclude_none=True)
+
+
+def _reference(data: DataConfig) -> str:
+    """Return what the stains were brought to: the digest of an image, for its path tells nothing elsewhere."""
+    assert data.stain is not None
+    path = data.stain.reference
+    return "published reference vectors" if path is None else f"{path.name} ({file_digest(path)[:16]})"
+
+
+def _about(source: Source) -> dict[str, str]:
+    info = source.info
+    return {"licence": info.licence, "citation": info.citation, "homepage": info.homepage}
+
+
+def _write_shards(writer: DatasetWriter, reading: Reading, splits: Splits) -> None:
     missing = writer.missing_shards()
     total = sum(len(rows) for rows in splits.values())
     done = total - sum(shard.stop - shard.start for shard in missing)
+    labels = reading.sources[0].labels
     with progress("writing rows", total, "rows", done) as advance:
         for shard in missing:
             rows = splits[shard.split][shard.start : shard.stop]
-            samples = ordered_map(partial(_sample, adapter, info, writer.description), rows)
+            samples = (
+                row_sample(reading.folder, reading.sources[row.item.source], labels, row.item, row.group)
+                for row in rows
+            )
             writer.write_shard(shard, _counted(samples, advance))
 
 
@@ -192,39 +397,38 @@ def _counted(samples: Iterator[Sample], advance: Advance) -> Iterator[Sample]:
         advance()
 
 
-def _sample(adapter: DatasetAdapter, info: DatasetInfo, about: Description, row: Row) -> Sample:
-    """Decode, resize and describe one row.
-
-    Raises:
-        MaskLoomError: the sample, readable before, no longer is.
-    """
-    item = row.item
-    try:
-        raw = adapter.load(item)
-    except RejectedSample as error:
-        raise MaskLoomError(
-            f"{item.path}: changed while it was being prepared ({error}); run the same command again"
-        ) from error
-    image, mask = resized(raw, about.image_size, about.preprocessing["resize_mode"], info.channels)
-    label = {"label": item.label} if item.label is not None else {}
-    values = {"modality": info.modality, **label, **mask_attributes(mask, info.mask_classes), **item.attributes}
-    return Sample(
-        image=image,
-        mask=mask,
-        conditioning_image=conditioning_image(mask, image, about.conditioning, info.palette),
-        text=render_prompt(info.prompt_templates, item.sample_id, values),
-        label=None if item.label is None else info.labels.index(item.label),
-        sample_id=item.sample_id,
-        group_id=row.group,
-        source=about.dataset,
-        origin=about.origin,
-        attributes=values,
-    )
+def _note_items(run: Run, reading: Reading, parts: Sequence[Part]) -> None:
+    """Keep, where raw items hold several samples (slides, volumes), what came of each: `logs/prepare/items.jsonl`."""
+    lines = []
+    for part in parts:
+        adapter = reading.sources[part.source].adapter
+        if adapter.items_per_part != 1:
+            continue
+        text = part.path(reading.folder, "jsonl").read_text(encoding="utf-8")
+        records = [json.loads(line) for line in text.splitlines()]
+        reasons = Counter(re.split(r"[:(]", record["reason"])[0].strip() for record in records if "reason" in record)
+        status = {
+            "path": _shown_path(part.entries[0].path, reading.sources),
+            "samples": len(records) - reasons.total(),
+            "rejected": dict(reasons),
+        }
+        lines.append(json.dumps(status, ensure_ascii=False, sort_keys=True) + "\n")
+    if lines:
+        write_text(run.logs("prepare") / "items.jsonl", "".join(lines))
 
 
-def _shown_path(path: str, raw_dir: Path | None) -> str:
-    """Return a raw path relative to the raw folder, so that a published ledger does not tell where the folder was."""
-    return str(Path(path).relative_to(raw_dir)) if raw_dir and Path(path).is_relative_to(raw_dir) else path
+def _shown_path(path: str, sources: Sequence[Source]) -> str:
+    """Return a raw path relative to its raw folder, so that a published ledger does not tell where the folder was."""
+    for source in sources:
+        raw_dir = source.adapter.raw_dir
+        if raw_dir and _lies_in(raw_dir, path):
+            relative = str(Path(path).relative_to(raw_dir))
+            return f"{source.name}/{relative}" if source.split else relative
+    return path
+
+
+def _lies_in(raw_dir: Path | None, path: str) -> bool:
+    return raw_dir is not None and Path(path).is_relative_to(raw_dir)
 
 
 def _label_counts(splits: Splits) -> dict[str, Counter[str]]:

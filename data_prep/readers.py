@@ -5,12 +5,14 @@ damaged bytes may raise anything at all, so each reader turns any failure of its
 """
 
 import csv
+import io
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -20,6 +22,9 @@ from PIL import Image
 from pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 MAX_PIXELS = 2**28  # of one image; a slide is read by tiles and never whole
+# Pillow tries every format it knows whatever a file's name says, and runs Ghostscript on PostScript.
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "WEBP", "JPEG2000")
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 @contextmanager
@@ -27,14 +32,15 @@ def unreadable_as_reject(path: Path) -> Iterator[None]:
     """Turn any failure of the block, which must do nothing but decode `path`, into a reject.
 
     Raises:
-        RejectedSample: the block failed; names the file and the decoder's reason.
+        RejectedSample: the block failed; names the file (not its folder, which is nobody else's concern) and the decoder's reason.
     """
     try:
         yield
     except (RejectedSample, MaskLoomError):
         raise
     except Exception as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)[:200]
+        told = one_line(error).replace(str(path), path.name).replace(os.path.realpath(path), path.name)
+        reason = "no such file" if isinstance(error, FileNotFoundError) else told[:200]
         raise RejectedSample(f"{path.name} cannot be decoded ({reason or type(error).__name__})") from error
 
 
@@ -57,7 +63,7 @@ def decoded_image(path: Path) -> Image.Image:
     Raises:
         RejectedSample: it is missing, truncated, too large, or not an image.
     """
-    with unreadable_as_reject(path), Image.open(path) as image:
+    with unreadable_as_reject(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         if math.prod(image.size) > MAX_PIXELS:
             raise RejectedSample(f"{path.name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
         image.load()
@@ -68,9 +74,23 @@ def bright(mask: Image.Image, threshold: int = 127) -> NDArray[np.uint8]:
     """Return (H, W) of 0 and 1: where any colour channel is bright; the alpha channel is not content.
 
     A mask of mode 1, L, P, RGB or RGBA; one that is drawn with 0 and 1 instead of 0 and 255 is understood as well.
+
+    Raises:
+        RejectedSample: it has more than 8 bits a channel.
     """
-    pixels = np.asarray(mask.convert("RGB")).max(axis=2)
+    pixels = eight_bit(mask, "RGB").max(axis=2)
     return (pixels > (0 if pixels.max(initial=0) <= 1 else threshold)).astype(np.uint8)
+
+
+def eight_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> NDArray[np.uint8]:
+    """Return the pixels of an image of 8 bits a channel, (H, W) for mode `L` and (H, W, 3) for `RGB`; the alpha channel is dropped.
+
+    Raises:
+        RejectedSample: it has more bits; Pillow would cut everything above 255 off.
+    """
+    if image.mode not in EIGHT_BIT_MODES:
+        raise RejectedSample(f"the picture is of mode {image.mode}, expected 8 bits a channel")
+    return np.asarray(image.convert(mode))
 
 
 def npy_array(path: Path, ndim: int, kinds: str = "biuf", memory_map: bool = False) -> NDArray[Any]:
@@ -110,13 +130,15 @@ def csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         one mapping a row; the asked columns are keyed as asked, the others as the header has them.
 
     Raises:
-        RejectedSample: it is missing, not text, or lacks a column (names those it has).
+        RejectedSample: it is missing, not text, lacks a column (names those it has), has it twice, or a row has more values
+            than the header has names.
     """
     with unreadable_as_reject(path):
         text = path.read_text(encoding="utf-8-sig")
         first = text.split("\n", 1)[0]
         delimiter = max(",;\t", key=first.count)
-        table = list(csv.reader(text.splitlines(), delimiter=delimiter, strict=True))
+        # Not str.splitlines, which also breaks rows at form feeds and other separators inside a value.
+        table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     return table_rows(path.name, table, columns)
 
 
@@ -124,15 +146,20 @@ def table_rows(name: str, table: Sequence[Sequence[Any]], columns: Sequence[str]
     """Return the rows below the header of a table as mappings. See `csv_rows`.
 
     Raises:
-        RejectedSample: there is no header, or it lacks a column.
+        RejectedSample: there is no header, it lacks a column or has it twice, or a row is longer than the header.
     """
     header = [_cell(value) for value in table[0]] if table else []
     asked = {column.lower(): column for column in columns}
-    missing = [column for column in columns if column.lower() not in {title.lower() for title in header}]
-    if missing:
-        raise RejectedSample(f"{name} has no column {missing[0]!r}; it has {', '.join(header) or 'none'}")
+    titles = [title.lower() for title in header]
+    for column in columns:
+        if titles.count(column.lower()) != 1:
+            has = "no column" if column.lower() not in titles else "more than one column"
+            raise RejectedSample(f"{name} has {has} {column!r}; it has {', '.join(header) or 'none'}")
     keys = [asked.get(title.lower(), title) for title in header]
-    rows = ([_cell(value) for value in row] for row in table[1:])
+    rows = [[_cell(value) for value in row] for row in table[1:]]
+    for number, row in enumerate(rows, start=2):
+        if any(row[len(keys) :]):  # a separator inside a value has moved the others
+            raise RejectedSample(f"{name} has {len(row)} values in row {number}, but {len(keys)} columns")
     return [dict(zip(keys, row + [""] * len(keys), strict=False)) for row in rows if any(row)]
 
 
@@ -165,7 +192,10 @@ def files_in(folder: Path, suffixes: Sequence[str] = ()) -> list[Path]:
     if not folder.is_dir():
         return []
     files = (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
-    return sorted((f for f in files if not suffixes or f.name.lower().endswith(tuple(suffixes))), key=natural_order)
+    chosen = (f for f in files if not suffixes or f.name.lower().endswith(tuple(suffixes)))
+    return sorted(
+        chosen, key=lambda file: (natural_order(file), file.name)
+    )  # the name decides between 1.png and 01.png
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:

@@ -1,122 +1,151 @@
-"""Pass 1: decode every raw sample once, keep what is usable, and note what near-duplicates are found by."""
+"""Reads one sample: decoded, checked, normalised, resized, described; what a part keeps of it (`data_prep.parts`)."""
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
+from data_prep.intensity import window_range
 from data_prep.near_duplicates import signature
-from data_prep.parallel import ordered_map
-from data_prep.resizing import grey
-from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.progress import progress
+from data_prep.resizing import grey, resized
+from pipeline.conditioning import conditioning_image
+from pipeline.config import DataConfig
+from pipeline.errors import RejectedSample
+from pipeline.prompts import mask_attributes, render_prompt
+
+if TYPE_CHECKING:
+    from data_prep.stains import StainNormaliser
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]+")
+Picture = NDArray[np.uint8]
 
 
-class Seen(NamedTuple):
-    """What is kept of one usable sample: SHA-256 of its pixels, and its near-duplicate signature."""
+@dataclass(frozen=True)
+class Source:
+    """A raw dataset that is read: the main one, or one that gives an external test split.
 
+    Attributes:
+        name: the dataset's.
+        adapter: reads it.
+        info: its description.
+        labels: class names of the main dataset, which an external one's must be among.
+        duplicates: what duplicates are looked for; see `DatasetInfo`.
+        split: `external_NAME`, or None for the main dataset.
+    """
+
+    name: str
+    adapter: DatasetAdapter
+    info: DatasetInfo
+    labels: tuple[str, ...]
+    duplicates: str
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """A sample that needs only its group and split to be a row.
+
+    Attributes:
+        image: (H, W) or (H, W, 3) uint8.
+        mask: (H, W) uint8 class indices, or None.
+        conditioning_image: (H, W, 3) uint8.
+        text: the prompt.
+        attributes: the values behind it.
+        digest: SHA-256 of the raw pixels, empty where no duplicates are looked for.
+        signature: near-duplicate signature, empty where none are looked for.
+    """
+
+    image: Picture
+    mask: Picture | None
+    conditioning_image: Picture
+    text: str
+    attributes: dict[str, str]
     digest: str
     signature: bytes
 
 
-@dataclass(frozen=True)
-class Survey:
-    """The usable items in scan order, the digest of each one's pixels, and what was left out."""
-
-    items: list[RawItem]
-    digests: list[str]
-    rejected: list[Reject]
-
-
-def survey_samples(adapter: DatasetAdapter, info: DatasetInfo, signatures: Path) -> Survey:
-    """Decode and check every sample; memory holds the list of samples, never their pixels.
+def prepared_sample(
+    source: Source, data: DataConfig, channels: int, palette: tuple[tuple[int, int, int], ...],
+    stains: "StainNormaliser | None", item: RawItem,
+) -> PreparedSample:  # fmt: skip
+    """Decode a sample and bring it to the form of the contract.
 
     Args:
-        adapter: reads the raw dataset.
-        info: its description.
-        signatures: file that receives one record a usable item, in order (see `near_duplicates`).
+        source: the dataset that it is of.
+        data: size, conditioning, intensity window.
+        channels: 1 or 3 of the result.
+        palette: colours of the conditioning image.
+        stains: the stain normalisation, or None.
+        item: the sample.
 
     Raises:
-        MaskLoomError: the adapter lists nothing.
+        RejectedSample: it is unreadable or inconsistent.
+        MaskLoomError: the configuration asks for what the dataset does not have (conditioning on masks where there are none).
     """
-    entries = [entry for scanned in adapter.scan() for entry in _expanded(adapter, scanned)]
-    if not entries:
-        raise MaskLoomError(
-            f"data.raw_dir={adapter.raw_dir}: no image found for data.dataset; give the folder of the raw dataset"
-        )
-    rejected, listed = _listed(entries)
-    items, digests = [], []
-    # Written as a plain file: on a full disk that is an error, where writing to a memory map would be a bus error.
-    with progress("reading raw images", len(listed), "images") as advance, signatures.open("wb") as file:
-        for item, seen in zip(listed, ordered_map(partial(_look, adapter, info), listed), strict=True):
-            if isinstance(seen, Reject):
-                rejected.append(seen)
-            else:
-                items.append(item)
-                digests.append(seen.digest)
-                file.write(seen.signature)
-            advance()
-    return Survey(items, digests, rejected)
+    raw = source.adapter.load(item)
+    problem = id_problem(item) or sample_problem(raw, item, replace(source.info, labels=source.labels))
+    if problem:
+        raise RejectedSample(problem)
+    # Duplicates are told by the raw pixels: another window or stain must not move an image to another split.
+    digest = pixel_digest(raw) if source.duplicates != "none" else ""
+    seen = signature(grey(raw)) if source.duplicates == "near" else b""
+    image, mask = resized(_normalised(raw, data, stains), data.image_size, data.resize_mode, channels)
+    label = {"label": item.label} if item.label is not None else {}
+    values = {
+        "modality": source.info.modality, **label, **mask_attributes(mask, source.info.mask_classes), **item.attributes
+    }  # fmt: skip
+    return PreparedSample(
+        image=image,
+        mask=mask,
+        conditioning_image=conditioning_image(mask, image, data.conditioning, palette, _paired(raw, data)),
+        text=render_prompt(source.info.prompt_templates, item.sample_id, values),
+        attributes=values,
+        digest=digest,
+        signature=seen,
+    )
 
 
-def _expanded(adapter: DatasetAdapter, scanned: RawItem | Reject) -> list[RawItem | Reject]:
-    if isinstance(scanned, Reject):
-        return [scanned]
-    try:
-        return list(adapter.expand(scanned))
-    except RejectedSample as error:
-        return [Reject(scanned.path, str(error))]
+def _normalised(raw: RawImage, data: DataConfig, stains: "StainNormaliser | None") -> RawImage:
+    """Return the sample in the configured intensity window and stains."""
+    if data.intensity is not None:
+        raw = replace(raw, value_range=window_range(raw.image, data.intensity))
+    return raw if stains is None else replace(raw, image=stains(raw.image))
 
 
-def _listed(entries: Sequence[RawItem | Reject]) -> tuple[list[Reject], list[RawItem]]:
-    """Return the rejected entries and the items; ids that are taken or not portable are rejected too."""
-    rejected, items = [], []
-    owner: dict[str, str] = {}
-    for entry in entries:
-        if isinstance(entry, Reject):
-            rejected.append(entry)
-        elif not SAFE_ID.fullmatch(entry.sample_id):
-            rejected.append(
-                Reject(
-                    entry.path,
-                    f"sample_id {entry.sample_id!r} has characters other than letters, digits, '-', '_', '.'",
-                )
-            )
-        elif owner.setdefault(entry.sample_id, entry.path) != entry.path:
-            rejected.append(
-                Reject(entry.path, f"its sample_id {entry.sample_id} is already that of {owner[entry.sample_id]}")
-            )
-        else:
-            items.append(entry)
-    return rejected, items
+def _paired(raw: RawImage, data: DataConfig) -> Picture | None:
+    """Return the paired picture, (H, W, 3), in the geometry of the image."""
+    if raw.condition is None:
+        return None
+    return resized(RawImage(raw.condition, None), data.image_size, data.resize_mode, 3)[0]
 
 
-def _look(adapter: DatasetAdapter, info: DatasetInfo, item: RawItem) -> Seen | Reject:
-    try:
-        raw = adapter.load(item)
-    except RejectedSample as error:
-        return Reject(item.path, str(error))
-    problem = sample_problem(raw, item, info)
-    return Reject(item.path, problem) if problem else _summary(raw, info)
+def pixel_digest(raw: RawImage) -> str:
+    """Return what identical images share: SHA-256 of size, dtype and pixels."""
+    return hashlib.sha256(repr((raw.image.shape, raw.image.dtype)).encode() + raw.image.tobytes()).hexdigest()
+
+
+def id_problem(item: RawItem) -> str | None:
+    """Return what is wrong with a sample's id, or None."""
+    if SAFE_ID.fullmatch(item.sample_id):
+        return None
+    return f"sample_id {item.sample_id!r} has characters other than letters, digits, '-', '_', '.'"
 
 
 def sample_problem(raw: RawImage, item: RawItem, info: DatasetInfo) -> str | None:
     """Return what is wrong with a decoded sample, or None."""
-    image, mask = raw.image, raw.mask
+    image, mask, condition = raw.image, raw.mask, raw.condition
     if image.size == 0 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
         return f"image has shape {image.shape}, expected (height, width) or (height, width, 3)"
     if not np.isfinite(image).all():
         return "image holds NaN or infinite values"
     if item.label is not None and item.label not in info.labels:
         return f"unknown label {item.label!r}; known: {', '.join(info.labels) or 'none'}"
+    if condition is not None and condition.shape[:2] != image.shape[:2]:
+        return f"paired image has shape {condition.shape}, the image {image.shape}"
     if mask is None:
         return None
     if mask.shape != image.shape[:2]:
@@ -124,10 +153,3 @@ def sample_problem(raw: RawImage, item: RawItem, info: DatasetInfo) -> str | Non
     if mask.max() >= len(info.mask_classes):
         return f"unknown label value {mask.max()} in the mask; the classes are 0..{len(info.mask_classes) - 1}"
     return None
-
-
-def _summary(raw: RawImage, info: DatasetInfo) -> Seen:
-    if info.duplicates == "none":
-        return Seen("", b"")
-    digest = hashlib.sha256(repr((raw.image.shape, raw.image.dtype)).encode() + raw.image.tobytes()).hexdigest()
-    return Seen(digest, signature(grey(raw)))

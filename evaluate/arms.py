@@ -111,7 +111,7 @@ def train_arms(
         real: real images (N, H, W, C) and their targets.
         synthetic: synthetic images and their targets.
         seed: the first seed.
-        train: trains one model and returns what it predicts on the test images.
+        train: trains one model and returns what came of it on the test images, external ones included.
     """
     augment = standard_augmentation(options.augmentation)
     outcomes: dict[str, list[Outcome]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,12 @@ from evaluate.statistics import (
 BASELINE = "real"
 FEW_GROUPS = 10
 FEW_SEEDS = 3
+TOO_FEW = "too few test groups to tell"
 
 
 @dataclass(frozen=True)
 class ArmScores:
-    """What an arm's models reached on the test images.
+    """What an arm's models reached on the images of a test set.
 
     Attributes:
         statistics: for each seed, the statistic of each score by its name.
@@ -50,6 +51,7 @@ class Protocol:
         shown: scores in the table of changes; the values hold all.
         resamples: bootstrap draws.
         seed: of the draws.
+        external: name of the external test set; None for the dataset's own test split.
     """
 
     groups: Sequence[str]
@@ -58,6 +60,12 @@ class Protocol:
     shown: Sequence[str]
     resamples: int
     seed: int
+    external: str | None = None
+
+    @property
+    def place(self) -> str:
+        """What titles add where the test set is an external one."""
+        return f" on the {self.external}" if self.external else ""
 
 
 @dataclass
@@ -68,6 +76,33 @@ class Comparison:
     tables: list[Table]
     values: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+
+
+def compare_on_test_sets(
+    arms: Mapping[str, Mapping[str, ArmScores]], protocol: Protocol, external_groups: Mapping[str, Sequence[str]]
+) -> Comparison:
+    """Return the comparison on the dataset's own test images, followed by the same on each external test set.
+
+    The verdict is the own test's; one more sentence for each external set says whether the same conclusion holds there.
+
+    Args:
+        arms: by test set, the dataset's own first, and arm.
+        protocol: how they are compared on the own test set.
+        external_groups: the group of each image of each external test set.
+    """
+    own = compare_arms(next(iter(arms.values())), protocol)
+    if not external_groups:
+        return own
+    external = {
+        name: compare_arms(arms[name], replace(protocol, groups=groups, external=name))
+        for name, groups in external_groups.items()
+    }
+    return Comparison(
+        verdict=" ".join([own.verdict, *(_external_sentence(name, one, own) for name, one in external.items())]),
+        tables=[table for one in (own, *external.values()) for table in one.tables],
+        values={**own.values, "external": {name: one.values for name, one in external.items()}},
+        warnings=[*own.warnings, *(f"{name}: {text}" for name, one in external.items() for text in one.warnings)],
+    )
 
 
 def compare_arms(arms: Mapping[str, ArmScores], protocol: Protocol) -> Comparison:
@@ -87,8 +122,10 @@ def compare_arms(arms: Mapping[str, ArmScores], protocol: Protocol) -> Compariso
         "arms": scores,
         "differences": changes,
     }
-    tables = [_change_table(changes, protocol), _score_table(scores, bootstrap)]
-    return Comparison(_verdict(changes, protocol.primary), tables, values, _warnings(arms, bootstrap.clusters))
+    tables = [_change_table(changes, protocol), _score_table(scores, protocol, bootstrap)]
+    return Comparison(
+        _verdict(changes, protocol.primary), tables, values, _warnings(arms, protocol, bootstrap.clusters)
+    )
 
 
 def _score_values(scores: ArmScores, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
@@ -148,18 +185,20 @@ def _change_table(changes: Mapping[str, Mapping[str, Any]], protocol: Protocol) 
         f"{protocol.tested}, adjusted for the number of arms (Holm)."
     )
     columns = ["arm", "score", "change against real", "range over seeds", "Wilcoxon p", "p after Holm"]
-    return Table(title="Change against training on real images only", note=note, columns=columns, rows=rows)
+    title = f"Change against training on real images only{protocol.place}"
+    return Table(title=title, note=note, columns=columns, rows=rows)
 
 
-def _score_table(scores: Mapping[str, Mapping[str, Any]], bootstrap: Bootstrap) -> Table:
+def _score_table(scores: Mapping[str, Mapping[str, Any]], protocol: Protocol, bootstrap: Bootstrap) -> Table:
     rows: list[list[Cell]] = [
         [ARMS[arm].title, *(_interval_of(values) for values in found.values())] for arm, found in scores.items()
     ]
+    images = f"images of the {protocol.external}" if protocol.external else "real test images"
     note = (
-        f"Mean over seeds on {bootstrap.count} real test images in {bootstrap.clusters} groups, "
+        f"Mean over seeds on {bootstrap.count} {images} in {bootstrap.clusters} groups, "
         "with 95 % group-clustered bootstrap intervals."
     )
-    return Table(title="Scores of each arm", note=note, columns=["arm", *scores[BASELINE]], rows=rows)
+    return Table(title=f"Scores of each arm{protocol.place}", note=note, columns=["arm", *scores[BASELINE]], rows=rows)
 
 
 def finding(interval: Interval, by_seed: Sequence[float]) -> str:
@@ -168,7 +207,7 @@ def finding(interval: Interval, by_seed: Sequence[float]) -> str:
     A change counts only if its interval excludes zero and every seed agrees on its sign.
     """
     if interval.value is None or interval.low is None or interval.high is None:
-        return "too few test groups to tell"
+        return TOO_FEW
     if interval.low > 0 and min(by_seed) > 0:
         return "helped"
     if interval.high < 0 and max(by_seed) < 0:
@@ -177,16 +216,33 @@ def finding(interval: Interval, by_seed: Sequence[float]) -> str:
 
 
 def _verdict(changes: Mapping[str, Mapping[str, Any]], primary: str) -> str:
-    """Return the sentence for real + synthetic (or for the arm that comes first, where that was not trained)."""
-    arm = "real_synthetic" if "real_synthetic" in changes else next(iter(changes))
+    """Return the sentence for the headline's arm."""
+    arm = _headline_arm(changes)
     return f"{ARMS[arm].title} changed {primary} by {_interval_of(changes[arm][primary])}: {changes[arm]['finding']}."
 
 
-def _warnings(arms: Mapping[str, ArmScores], clusters: int) -> list[str]:
+def _headline_arm(changes: Mapping[str, Any]) -> str:
+    """Return the arm that the verdict is about: real + synthetic, or the one that comes first where that was not trained."""
+    return "real_synthetic" if "real_synthetic" in changes else next(iter(changes))
+
+
+def _external_sentence(name: str, external: Comparison, own: Comparison) -> str:
+    """Return what the headline's arm did on an external test set, and whether that is the own test's conclusion."""
+    primary, arm = own.values["primary"], _headline_arm(own.values["differences"])
+    here, there = (one.values["differences"][arm] for one in (own, external))
+    conclusion = ", the same conclusion" if here["finding"] == there["finding"] else ", another conclusion"
+    told = TOO_FEW not in (here["finding"], there["finding"])
+    return (
+        f"On the {name} it changed {primary} by {_interval_of(there[primary])}: "
+        f"{there['finding']}{conclusion if told else ''}."
+    )
+
+
+def _warnings(arms: Mapping[str, ArmScores], protocol: Protocol, clusters: int) -> list[str]:
     found = []
     if clusters < FEW_GROUPS:
         found.append(f"{clusters} test group(s) only: intervals are rough")
     seeds = len(arms[BASELINE].statistics)
-    if seeds < FEW_SEEDS:
+    if seeds < FEW_SEEDS and not protocol.external:  # once is enough: the models are the same everywhere
         found.append(f"{seeds} seed(s) only: at least {FEW_SEEDS} are needed to tell chance from effect")
     return found

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.contract import Contract, open_split
+from pipeline.contract import EXTERNAL_PREFIX, Contract, open_split
 
 Images = NDArray[np.uint8]
 BATCH = 64
@@ -26,7 +26,7 @@ class ImageSet:
         name: what tables call it, such as `real train` or a generator's name.
         folder: the dataset.
         contract: its contract, already verified.
-        split: `train`, `validation` or `test`.
+        split: `train`, `validation`, `test` or `external_NAME`.
         group_of: group of each real sample id; gives synthetic images their parents' groups.
     """
 
@@ -123,6 +123,7 @@ class EvaluationInputs:
         backbone: `train.pretrained_model_name_or_path`.
         revision: the backbone's revision on the Hub.
         seed: of everything random.
+        externals: further test sets, by the name of the dataset that they come from; empty where there are none.
     """
 
     real: Contract
@@ -133,6 +134,7 @@ class EvaluationInputs:
     backbone: str
     revision: str | None
     seed: int
+    externals: dict[str, ImageSet] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -148,7 +150,7 @@ class EvaluationInputs:
         return self.real.description.mask_classes
 
     def counts(self) -> dict[str, int]:
-        """Return the number of images of every set by its name."""
+        """Return the number of images of every set by its name; not of external test sets, which only downstream models meet."""
         sets = [self.train, self.validation, self.test, *self.synthetic.values()]
         return {image_set.name: len(image_set) for image_set in sets}
 
@@ -176,4 +178,13 @@ def open_inputs(
         for sample, group in zip(image_set.columns["sample_id"], image_set.columns["group_id"], strict=True)
     }
     sets = {name: ImageSet(name, folder, contract, "train", group_of) for name, (folder, contract) in synthetic.items()}
-    return EvaluationInputs(real, splits["train"], splits["validation"], splits["test"], sets, backbone, revision, seed)
+    externals = {
+        split.removeprefix(EXTERNAL_PREFIX): ImageSet(
+            f"external test set {split.removeprefix(EXTERNAL_PREFIX)}", real_folder, real, split
+        )
+        for split in sorted(real.splits)
+        if split.startswith(EXTERNAL_PREFIX)
+    }
+    return EvaluationInputs(
+        real, splits["train"], splits["validation"], splits["test"], sets, backbone, revision, seed, externals
+    )

@@ -20,6 +20,16 @@ from pipeline.prompts import mask_attributes, render_prompt
 
 Picture = NDArray[np.uint8]
 
+# By `data.conditioning`: the column that a conditioning image is drawn from besides the mask. A train row's stored conditioning image
+# is the paired picture itself where that is what ControlNet sees.
+PICTURE_COLUMN: Mapping[str, str | None] = {
+    "mask": None,
+    "edges": "image",
+    "both": "image",
+    "foreground": "image",
+    "image": "conditioning_image",
+}
+
 
 @dataclass(frozen=True)
 class ResolvedRow:
@@ -40,7 +50,7 @@ class ResolvedRow:
 
 
 class ConditionReader:
-    """Reads masks (and, where edges are needed, images) of the train split, one row at a time."""
+    """Reads masks of the train split, and the pictures that conditioning images are drawn from, one row at a time."""
 
     def __init__(
         self, dataset: Path, description: Description, config: ExperimentConfig, parents: Sequence[TrainRow]
@@ -55,8 +65,10 @@ class ConditionReader:
         """
         self.description, self.config = description, config
         self.by_label = group_by_label(parents)
-        self.needs_image = description.conditioning != "mask"
-        self.table = open_split(dataset, "train").select_columns(["mask", *(["image"] if self.needs_image else [])])
+        self.drawn_from = PICTURE_COLUMN[description.conditioning]
+        self.table = open_split(dataset, "train").select_columns(
+            ["mask", *([self.drawn_from] if self.drawn_from else [])]
+        )
 
     def resolve(self, row: PlannedRow) -> ResolvedRow:
         """Return the row's condition; the same row always gives the same condition.
@@ -67,40 +79,43 @@ class ConditionReader:
         rejected: list[Mapping[str, str]] = []
         for tried, parent in enumerate(replacement_parents(row, self.by_label, self.config.seed)):
             try:
-                mask, image = self._pictures(row, parent, tried)
+                mask, picture = self._pictures(row, parent, tried)
             except RejectedSample as problem:
                 rejected.append({"path": parent.sample_id, "reason": f"row {row.index}: {problem}"})
                 continue
-            return self._resolved(row, parent, mask, image, rejected)
+            return self._resolved(row, parent, mask, picture, rejected)
         raise MaskLoomError(
             f"no mask like {row.parent.sample_id!r} can be warped: {rejected[-1]['reason']}; "
             "loosen generate.warp or set generate.mask_source=[train]"
         )
 
     def _pictures(self, row: PlannedRow, parent: TrainRow, tried: int) -> tuple[Picture | None, Picture | None]:
-        """Return mask and image (each None where there is none or it is not needed), warped where the row says so."""
+        """Return the mask and the picture that the conditioning image is drawn from, warped alike where the row says so.
+
+        Each is None where there is none or it is not needed. The picture is the train image, or its paired picture.
+        """
         cells = self.table[parent.position]
         mask = None if cells["mask"] is None else np.asarray(cells["mask"], dtype=np.uint8)
-        image = np.asarray(cells["image"], dtype=np.uint8) if self.needs_image else None
-        if row.source == "train" or (mask is None and image is None):
-            return mask, image
-        return valid_warp(mask, image, self.config.generate.warp, (self.config.seed, row.index, tried))
+        picture = np.asarray(cells[self.drawn_from], dtype=np.uint8) if self.drawn_from else None
+        if row.source == "train" or (mask is None and picture is None):
+            return mask, picture
+        return valid_warp(mask, picture, self.config.generate.warp, (self.config.seed, row.index, tried))
 
     def _resolved(
         self,
         row: PlannedRow,
         parent: TrainRow,
         mask: Picture | None,
-        image: Picture | None,
+        picture: Picture | None,
         rejected: Sequence[Mapping[str, str]],
     ) -> ResolvedRow:
         about = self.description
         label = {} if parent.label is None or not about.labels else {"label": about.labels[parent.label]}
         of_mask = mask_attributes(mask, about.mask_classes)
         attributes = {"modality": about.modality, **label, **parent.attributes, **of_mask}
-        seen = conditioning_image(
-            mask, np.zeros(about.image_size, np.uint8) if image is None else image, about.conditioning, about.palette
-        )
+        paired = picture if about.conditioning == "image" else None
+        image = np.zeros(about.image_size, np.uint8) if picture is None else picture
+        seen = conditioning_image(mask, image, about.conditioning, about.palette, paired)
         # The template is chosen by the row, not by the parent: a mask that is used again gets other words as well.
         text = render_prompt(about.prompt_templates, f"row-{row.index}", attributes)
         return ResolvedRow(row, parent, Condition(text, mask, seen, parent.label, row.seed), attributes, rejected)

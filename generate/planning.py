@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import GenerateConfig
-from pipeline.contract import HELD_OUT, open_split, read_contract, read_ids
+from pipeline.contract import open_split, read_contract, read_ids
 from pipeline.errors import MaskLoomError, nearest_name
 
 # Names of the independent random streams under the experiment's seed.
@@ -61,9 +61,9 @@ def read_parents(dataset: Path, split: str = "train") -> list[TrainRow]:
     """Return the rows whose masks may be used, without their images.
 
     Raises:
-        MaskLoomError: `split` is held out (validation or test), or empty.
+        MaskLoomError: `split` is held out (any but train: validation, test, external test sets), or empty.
     """
-    if split in HELD_OUT:
+    if split != "train":
         raise MaskLoomError(f"{dataset}: masks of the {split} split must not be seen by a generator; use train")
     table = open_split(dataset, split).select_columns(["sample_id", "group_id", "label", "attributes"])
     return [
@@ -143,7 +143,7 @@ def check_parents_are_train(rows: Sequence[PlannedRow], dataset: Path) -> None:
         MaskLoomError: names the row and its split.
     """
     ids = read_ids(dataset, [file for file in read_contract(dataset).files if file.startswith("data/")])
-    held_out = {name: split for split in HELD_OUT for pair in ids.get(split, []) for name in pair}
+    held_out = {name: split for split, pairs in ids.items() if split != "train" for pair in pairs for name in pair}
     for row in rows:
         for name in (row.parent.sample_id, row.parent.group_id):
             if name in held_out:

@@ -1,4 +1,4 @@
-"""What ControlNet sees: the mask in the palette's colours, Canny edges of the image, or both."""
+"""What ControlNet sees: the mask in the palette's colours, Canny edges of the image, both, its foreground, or a paired picture."""
 
 from collections.abc import Sequence
 
@@ -8,30 +8,47 @@ from numpy.typing import NDArray
 from pipeline.errors import MaskLoomError
 
 CANNY_SIGMA = 2.0
+SPECK = 0.001  # share of the image; smaller islands of the foreground, and smaller holes in it, are noise
 
 
 def conditioning_image(
-    mask: NDArray[np.uint8] | None, image: NDArray[np.uint8], mode: str, palette: Sequence[Sequence[int]]
+    mask: NDArray[np.uint8] | None,
+    image: NDArray[np.uint8],
+    mode: str,
+    palette: Sequence[Sequence[int]],
+    paired: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Return the conditioning image.
 
     Args:
         mask: (H, W) class indices, or None where the dataset has no masks.
-        image: (H, W) or (H, W, 3), 0..255; only its edges are used.
-        mode: `mask`, `edges` or `both` (edges drawn in white over the coloured mask).
+        image: (H, W) or (H, W, 3), 0..255; only its edges or its foreground are used.
+        mode: `mask`, `edges`, `both` (edges drawn in white over the coloured mask), `foreground` (white on black), or
+            `image` (the paired picture).
         palette: RGB colour of each class index.
+        paired: (H, W) or (H, W, 3), 0..255: the image's paired picture, or None where the dataset has none.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        MaskLoomError: the mode needs a mask and there is none.
+        MaskLoomError: the mode needs a mask or a paired picture and there is none.
     """
+    if mode == "image":
+        if paired is None:
+            raise MaskLoomError(
+                "data.conditioning=image needs a paired picture of every image, such as another stain of the same tissue, and this "
+                "dataset has none; set data.conditioning to mask, edges or foreground"
+            )
+        return _rgb(paired)
     if mode == "edges":
-        return np.repeat(edge_map(image)[..., None], 3, axis=2)
+        return _rgb(edge_map(image))
+    if mode == "foreground":
+        return _rgb(foreground_map(image))
     if mask is None:
         raise MaskLoomError(
-            f"data.conditioning={mode} needs masks and this dataset has none; set data.conditioning=edges"
+            f"data.conditioning={mode} needs masks and this dataset has none; set data.conditioning=edges or "
+            "data.conditioning=foreground, which are drawn from the image"
         )
     coloured = np.asarray(palette, dtype=np.uint8)[mask]
     if mode == "both":
@@ -43,5 +60,40 @@ def edge_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return Canny edges (Canny, 1986; scikit-image), (H, W) uint8 of 0 and 255, of a grey or RGB image."""
     from skimage.feature import canny
 
-    grey = image.mean(axis=2) if image.ndim == 3 else image
-    return (canny(grey.astype(np.float64) / 255, sigma=CANNY_SIGMA) * 255).astype(np.uint8)
+    return (canny(_grey(image) / 255, sigma=CANNY_SIGMA) * 255).astype(np.uint8)
+
+
+def foreground_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the foreground, (H, W) uint8 of 0 and 255, of a grey or RGB image: one side of Otsu's threshold (1979; scikit-image).
+
+    The foreground is the side that takes up less of the image's border: tissue on a bright slide, a head in dark air. Where both take
+    up half, it is the brighter side. Specks are removed from both sides; a constant image has no foreground.
+    """
+    from skimage.filters import threshold_otsu
+
+    grey = _grey(image)
+    if grey.min() == grey.max():
+        return np.zeros(grey.shape, dtype=np.uint8)
+    bright = grey > threshold_otsu(grey)
+    border = np.concatenate([bright[0], bright[-1], bright[1:-1, 0], bright[1:-1, -1]])
+    islands = _without_specks(bright if border.mean() <= 0.5 else ~bright)
+    filled = ~_without_specks(~islands)
+    return (filled * 255).astype(np.uint8)
+
+
+def _without_specks(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a region without its 8-connected parts that are smaller than `SPECK`."""
+    from scipy import ndimage
+
+    parts, _ = ndimage.label(region, structure=np.ones((3, 3)))
+    kept = np.bincount(parts.ravel()) >= SPECK * region.size
+    kept[0] = False  # what is not in the region
+    return np.asarray(kept[parts], dtype=np.bool_)
+
+
+def _grey(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return (image.mean(axis=2) if image.ndim == 3 else image).astype(np.float64)
+
+
+def _rgb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
-HELD_OUT = ("validation", "test")
+EXTERNAL_PREFIX = "external_"  # of the name of a split that another dataset's images fill: a further test
 CONTRACT_FILE, LEDGER_FILE, PLAN_FILE = "contract.json", "rejected.jsonl", "plan.json"
 ROW_GROUP = 64
 
@@ -84,7 +84,7 @@ class Description(BaseModel):
     palette: tuple[tuple[int, int, int], ...]
     labels: tuple[str, ...]
     prompt_templates: tuple[str, ...]
-    conditioning: Literal["mask", "edges", "both"]
+    conditioning: Literal["mask", "edges", "both", "foreground", "image"]
     preprocessing: dict[str, Any]
     licence: str
     citation: str
@@ -110,12 +110,15 @@ class Contract(BaseModel):
         return value_digest([self.schema_version, self.description.model_dump(mode="json"), self.files])
 
 
+Picture = NDArray[np.uint8] | bytes
+
+
 @dataclass
 class Sample:
     """One row.
 
     Attributes:
-        image: (H, W) or (H, W, 3) uint8.
+        image: (H, W) or (H, W, 3) uint8; like the other pictures, as an array or as PNG bytes.
         mask: (H, W) uint8 class indices, 0 = background, or None.
         conditioning_image: (H, W, 3) uint8.
         text: the prompt.
@@ -125,9 +128,9 @@ class Sample:
         parent_id, generator, seed: synthetic rows only.
     """
 
-    image: NDArray[np.uint8]
-    mask: NDArray[np.uint8] | None
-    conditioning_image: NDArray[np.uint8]
+    image: Picture
+    mask: Picture | None
+    conditioning_image: Picture
     text: str
     label: int | None
     sample_id: str
@@ -159,7 +162,7 @@ class Shard:
 def plan_shards(rows: Mapping[str, int], rows_per_shard: int) -> list[Shard]:
     """Return the shards of each split, `rows` giving the number of rows by split; empty splits have none."""
     shards = []
-    for split in SPLITS:
+    for split in (*SPLITS, *(name for name in rows if name not in SPLITS)):
         total = rows.get(split, 0)
         count = -(-total // rows_per_shard)
         shards += [
@@ -297,8 +300,10 @@ def changed_file(folder: Path) -> str | None:
 def _table(samples: Sequence[Sample], schema: pyarrow.Schema) -> pyarrow.Table:
     import pyarrow as pa
 
-    def image_cell(array: NDArray[np.uint8] | None) -> dict[str, Any] | None:
-        return None if array is None else {"bytes": png_bytes(array), "path": None}
+    def image_cell(picture: Picture | None) -> dict[str, Any] | None:
+        if picture is None:
+            return None
+        return {"bytes": picture if isinstance(picture, bytes) else png_bytes(picture), "path": None}
 
     columns: dict[str, list[Any]] = {
         "image": [image_cell(s.image) for s in samples],

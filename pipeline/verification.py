@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.contract import (
     CONTRACT_FILE,
-    HELD_OUT,
+    EXTERNAL_PREFIX,
     SPLITS,
     Contract,
     features,
@@ -103,9 +103,11 @@ def _check_schema(folder: Path, contract: Contract) -> None:
 
 
 def _check_ids(folder: Path, contract: Contract, ids: dict[str, list[tuple[str, str]]]) -> None:
-    unknown = set(ids) - set(SPLITS)
+    unknown = [split for split in sorted(ids) if split not in SPLITS and not split.startswith(EXTERNAL_PREFIX)]
     if unknown:
-        raise MaskLoomError(f"{folder}: unknown split {sorted(unknown)[0]!r}; a dataset has {', '.join(SPLITS)}")
+        raise MaskLoomError(
+            f"{folder}: unknown split {unknown[0]!r}; a dataset has {', '.join(SPLITS)} and {EXTERNAL_PREFIX}NAME"
+        )
     if summarise_splits(ids) != contract.splits:
         raise MaskLoomError(f"{folder / CONTRACT_FILE}: rows, groups or ids differ from the shards'; {REPAIR}")
     counts = Counter(sample for rows in ids.values() for sample, _ in rows)
@@ -137,7 +139,7 @@ def _check_parents(folder: Path, contract: Contract) -> None:
     for file in _data_files(contract):
         for parent_id in pq.read_table(folder / file, columns=["parent_id"])["parent_id"].to_pylist():
             split = split_of.get(parent_id)
-            if split in HELD_OUT:
+            if split not in ("train", None):
                 raise MaskLoomError(
                     f"{folder / file}: parent {parent_id!r} lies in the {split} split of {parent_folder}; masks may come from train only"
                 )

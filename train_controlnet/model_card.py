@@ -19,7 +19,8 @@ def model_card(config: ExperimentConfig, contract: Contract, pictures: Path | No
         "tags": ["stable-diffusion", "diffusers", "controlnet", "diffusers-training", "medical", "maskloom"],
         "inference": True,
     }
-    classes = ", ".join(f"{name} = rgb{colour}" for name, colour in zip(about.mask_classes, about.palette, strict=True))
+    colours = ", ".join(f"{name} = rgb{colour}" for name, colour in zip(about.mask_classes, about.palette, strict=True))
+    classes = f": {colours}" if about.conditioning in ("mask", "both") else ""
     rows = ", ".join(
         f"{split} {summary.rows} rows in {summary.groups} groups" for split, summary in contract.splits.items()
     )
@@ -31,7 +32,7 @@ def model_card(config: ExperimentConfig, contract: Contract, pictures: Path | No
 # ControlNet for {about.modality} ({about.dataset})
 
 A ControlNet trained by MaskLoom on the frozen backbone `{train.pretrained_model_name_or_path}`.
-The conditioning image is `{about.conditioning}`: {classes}.
+The conditioning image is `{about.conditioning}`{classes}.
 {grid}
 | | |
 |---|---|

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.readers import bright, decoded_image, files_in, portable_id, require_same_size
+from data_prep.readers import bright, decoded_image, eight_bit, files_in, portable_id, require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("benign", "malignant", "normal")
@@ -83,7 +83,7 @@ class Adapter(DatasetAdapter):
         Raises:
             RejectedSample: a file is unreadable, a mask has another size, a lesion's mask is empty, or a normal image's is not.
         """
-        image = np.asarray(decoded_image(Path(item.path)).convert("L"))
+        image = eight_bit(decoded_image(Path(item.path)), "L")
         mask = np.zeros(image.shape, dtype=np.uint8)
         for path in map(Path, item.mask_paths):
             part = bright(decoded_image(path))

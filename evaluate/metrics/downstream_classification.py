@@ -1,12 +1,12 @@
 """Does the synthetic data help a classification model on real test images?
 
 The same classifier is trained on each arm for the same number of steps and with the same seeds. Nothing is chosen: the last step's
-weights are scored on the test images, once; the validation split is not used.
+weights are scored on the test images, once, and on those of external test sets; the validation split is not used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, train_arms
 from evaluate.classification_scores import RECALL, classification_statistics
 from evaluate.classifier import ClassifierOptions, predicted_probabilities, train_classifier
-from evaluate.comparison import ArmScores, Protocol, compare_arms
+from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets
 from evaluate.inputs import EvaluationInputs, ImageSet
 from evaluate.results import MetricResult, skipped_result
 from pipeline.fixed_steps import Augment
 
-VERSION = 1
+VERSION = 2
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
 TESTED = "the probability of the true class"  # right or wrong alone would tie almost everywhere
@@ -38,6 +38,10 @@ class LabelledImages:
     labels: NDArray[np.int64]
     groups: list[str]
 
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     """Train every arm and compare each with training on real images only.
@@ -51,11 +55,16 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         return skipped_result(QUESTION, reason)
     real, synthetic, test = (labelled_images(one, options.image_size) for one in (inputs.train, generator, inputs.test))
     rows = limited_rows(len(real.images), len(synthetic.images), options, inputs.seed)
+    found = {one.name: labelled_images(one, options.image_size) for one in inputs.externals.values()}
+    externals = {name: part for name, part in found.items() if len(part)}
+    tests = {inputs.test.name: test, **externals}
     arms = scored_arms(
-        inputs, options, (real.images, real.labels), (synthetic.images[rows], synthetic.labels[rows]), test
+        inputs, options, (real.images, real.labels), (synthetic.images[rows], synthetic.labels[rows]), tests
     )
-    shown = [name for name in arms["real"].statistics[0] if not name.startswith(RECALL)]
-    comparison = compare_arms(arms, Protocol(test.groups, PRIMARY, TESTED, shown, options.resamples, inputs.seed))
+    shown = [name for name in arms[inputs.test.name]["real"].statistics[0] if not name.startswith(RECALL)]
+    protocol = Protocol(test.groups, PRIMARY, TESTED, shown, options.resamples, inputs.seed)
+    comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
+    labels = inputs.real.description.labels
     return MetricResult(
         question=QUESTION,
         verdict=f"Classification: {comparison.verdict}",
@@ -63,7 +72,9 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         tables=comparison.tables,
         warnings=[
             *comparison.warnings,
-            *_class_warnings(test, inputs.real.description.labels),
+            *_class_warnings(test, labels),
+            *(f"{name}: {text}" for name, part in externals.items() for text in _class_warnings(part, labels)),
+            *(f"{name}: no image has a label, so it is left out" for name in found if name not in externals),
             *_ceiling_warning(comparison.values["arms"]["real"][PRIMARY]["value"]),
         ],
         limits=[
@@ -72,7 +83,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             "The interval covers other test patients, not other training sets or other trained generators.",
         ],
         values=comparison.values,
-        n={"real train": len(real.images), generator.name: len(rows), "real test": len(test.images)},
+        n={
+            "real train": len(real),
+            generator.name: len(rows),
+            **{name: len(part) for name, part in tests.items()},
+        },
         seeds=[inputs.seed + offset for offset in range(options.seeds)],
     )
 
@@ -99,18 +114,21 @@ def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str
 
 
 def scored_arms(
-    inputs: EvaluationInputs, options: Options, real: Pair, synthetic: Pair, test: LabelledImages
-) -> dict[str, ArmScores]:
-    """Return the scores of every arm's models on the test images."""
+    inputs: EvaluationInputs, options: Options, real: Pair, synthetic: Pair, tests: Mapping[str, LabelledImages]
+) -> dict[str, dict[str, ArmScores]]:
+    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them."""
     names = inputs.real.description.labels
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> NDArray[np.float64]:
+    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, NDArray[np.float64]]:
         labels = np.asarray(data[1], dtype=np.int64)
         network = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
-        return predicted_probabilities(network, test.images, inputs.device)
+        return {name: predicted_probabilities(network, part.images, inputs.device) for name, part in tests.items()}
 
-    probabilities = train_arms(options, real, synthetic, inputs.seed, train)
-    return {arm: arm_scores(by_seed, test.labels, names) for arm, by_seed in probabilities.items()}
+    trained = train_arms(options, real, synthetic, inputs.seed, train)
+    return {
+        name: {arm: arm_scores([one[name] for one in by_seed], part.labels, names) for arm, by_seed in trained.items()}
+        for name, part in tests.items()
+    }
 
 
 def arm_scores(

@@ -1,18 +1,19 @@
 """Does the synthetic data help a segmentation model on real test images?
 
 The same U-Net is trained on each arm for the same number of steps and with the same seeds. Nothing is chosen: the last step's weights
-are scored on the test images, once; the validation split is not used.
+are scored on the test images, once, and on those of external test sets; the validation split is not used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, train_arms
-from evaluate.comparison import ArmScores, Protocol, compare_arms
+from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets
 from evaluate.inputs import EvaluationInputs
 from evaluate.masked import MaskedImages, masked_images
 from evaluate.results import MetricResult, skipped_result
@@ -20,9 +21,16 @@ from evaluate.statistics import Statistic, weighted_mean
 from pipeline.fixed_steps import Augment
 from pipeline.segmenter import EMPTY_RULE, SegmenterOptions, dice_scores, iou_scores, predicted_masks, train_segmenter
 
-VERSION = 1
+if TYPE_CHECKING:
+    from torch import nn
+
+VERSION = 2
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
 PRIMARY = "Dice"
+BATCH = 64  # images that are predicted and scored at a time
+
+Scores = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Dice and IoU of every image and foreground class, each (N, K - 1)."""
 
 
 class Options(SegmenterOptions, ArmOptions):
@@ -49,49 +57,76 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             QUESTION, f"no image of {missing[0]} has a mask" if missing else "there are no mask classes"
         )
     rows = limited_rows(len(real), len(synthetic), options, inputs.seed)
+    found = {one.name: masked_images(inputs, one, options.image_size) for one in inputs.externals.values()}
+    externals = {name: part for name, part in found.items() if len(part)}
+    tests = {inputs.test.name: test, **externals}
     arms = scored_arms(
-        inputs, options, (real.images, real.masks), (synthetic.images[rows], synthetic.masks[rows]), test
+        inputs, options, (real.images, real.masks), (synthetic.images[rows], synthetic.masks[rows]), tests
     )
-    shown = list(arms["real"].statistics[0])
-    comparison = compare_arms(arms, Protocol(test.groups, PRIMARY, PRIMARY, shown, options.resamples, inputs.seed))
+    shown = list(arms[inputs.test.name]["real"].statistics[0])
+    protocol = Protocol(test.groups, PRIMARY, PRIMARY, shown, options.resamples, inputs.seed)
+    comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
     return MetricResult(
         question=QUESTION,
         verdict=f"Segmentation: {comparison.verdict}",
         headline=True,
         tables=comparison.tables,
-        warnings=[*comparison.warnings, *_empty_warning(test, inputs.classes)],
+        warnings=[
+            *comparison.warnings,
+            *_empty_warning(test, inputs.classes),
+            *(f"{name}: {text}" for name, part in externals.items() for text in _empty_warning(part, inputs.classes)),
+            *(f"{name}: no image has a mask, so it is left out" for name in found if name not in externals),
+        ],
         limits=[
             f"Holds for this network, {options.steps} steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
             f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
             "The interval covers other test patients, not other training sets or other trained generators.",
         ],
         values=comparison.values,
-        n={"real train": len(real), f"{generator.name}": len(rows), "real test": len(test)},
+        n={
+            "real train": len(real),
+            f"{generator.name}": len(rows),
+            **{name: len(part) for name, part in tests.items()},
+        },
         seeds=[inputs.seed + offset for offset in range(options.seeds)],
     )
 
 
 def scored_arms(
-    inputs: EvaluationInputs, options: Options, real: Pair, synthetic: Pair, test: MaskedImages
-) -> dict[str, ArmScores]:
-    """Return the scores of every arm's models on the test images."""
+    inputs: EvaluationInputs, options: Options, real: Pair, synthetic: Pair, tests: Mapping[str, MaskedImages]
+) -> dict[str, dict[str, ArmScores]]:
+    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them."""
     count = len(inputs.classes)
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> NDArray[np.uint8]:
+    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, Scores]:
         masks = np.asarray(data[1], dtype=np.uint8)
         network = train_segmenter(data[0], masks, count, options, seed, inputs.device, augment)
-        return predicted_masks(network, test.images, inputs.device)
+        return {name: image_scores(network, part, count, inputs.device) for name, part in tests.items()}
 
-    predictions = train_arms(options, real, synthetic, inputs.seed, train)
-    return {arm: arm_scores(by_seed, test.masks, inputs.classes) for arm, by_seed in predictions.items()}
+    trained = train_arms(options, real, synthetic, inputs.seed, train)
+    return {
+        name: {
+            arm: arm_scores([scores[name] for scores in by_seed], inputs.classes) for arm, by_seed in trained.items()
+        }
+        for name in tests
+    }
 
 
-def arm_scores(predictions: Sequence[NDArray[np.uint8]], masks: NDArray[np.uint8], classes: Sequence[str]) -> ArmScores:
-    """Return an arm's statistics, one set a seed, from its predicted masks (N, H, W)."""
-    dice = [dice_scores(prediction, masks, len(classes)) for prediction in predictions]
-    iou = [iou_scores(prediction, masks, len(classes)) for prediction in predictions]
-    statistics = [_statistics(d, i, classes) for d, i in zip(dice, iou, strict=True)]
-    return ArmScores(statistics, np.stack([d.mean(axis=1) for d in dice]))
+def image_scores(network: nn.Module, test: MaskedImages, classes: int, device: str) -> Scores:
+    """Return a network's scores of every test image; no prediction is kept."""
+    dice, iou = [], []
+    for start in range(0, len(test), BATCH):
+        part = slice(start, start + BATCH)
+        predictions = predicted_masks(network, test.images[part], device)
+        dice.append(dice_scores(predictions, test.masks[part], classes))
+        iou.append(iou_scores(predictions, test.masks[part], classes))
+    return np.concatenate(dice), np.concatenate(iou)
+
+
+def arm_scores(by_seed: Sequence[Scores], classes: Sequence[str]) -> ArmScores:
+    """Return an arm's statistics, one set a seed."""
+    statistics = [_statistics(dice, iou, classes) for dice, iou in by_seed]
+    return ArmScores(statistics, np.stack([dice.mean(axis=1) for dice, _ in by_seed]))
 
 
 def _statistics(dice: NDArray[np.float64], iou: NDArray[np.float64], classes: Sequence[str]) -> dict[str, Statistic]:

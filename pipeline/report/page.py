@@ -21,6 +21,8 @@ from pipeline.report.sources import Sources, class_counts, rejection_counts
 TEMPLATE = "template.html.j2"
 PICTURE_SCALE = 4  # a picture of several panels may be this many times as wide as a grid's image
 VALIDATION_PICTURES = 4
+# What the page calls a conditioning image, by `data.conditioning`; any other is a mask.
+CONDITIONS = {"edges": "edge map", "foreground": "foreground map", "image": "paired image"}
 
 
 def page_renderer(config: ExperimentConfig, sources: Sources) -> Callable[[int], str]:
@@ -72,6 +74,8 @@ def _pretty_json(value: Any) -> str:
 def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
     """Return what the template shows, by name."""
     curves, unreadable_lines = training_curves(sources.metrics) if sources.metrics else ([], 0)
+    about = sources.real[1].description if sources.real else None
+    condition = CONDITIONS.get(about.conditioning, "mask") if about else "mask"
     return {
         "title": config.report.title or f"MaskLoom: {config.experiment}",
         "config": config,
@@ -82,7 +86,9 @@ def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
         "generators": list(sources.synthetic),
         "maskless": [name for name, (_, contract) in sources.synthetic.items() if not _saw_masks(contract)],
         "nearest_side": NEAREST_SIDE,
-        "about": sources.real[1].description if sources.real else None,
+        "about": about,
+        "condition": condition,
+        "drawn": condition != "paired image",  # in few, exact colours
         "curves": curves,
         "unreadable_lines": unreadable_lines,
         "validation_pictures": evenly_chosen(sources.validation_pictures, VALIDATION_PICTURES),

@@ -82,11 +82,12 @@ def find_sources(run: Run) -> Sources:
 
 
 def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:
-    """Return rows by split and class name."""
+    """Return rows by split and class name: train, validation, test, then external test sets."""
     import pyarrow.parquet as pq
 
     labels = contract.description.labels
-    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS if split in contract.splits}
+    splits = [*SPLITS, *sorted(set(contract.splits) - set(SPLITS))]
+    counts: dict[str, Counter[str]] = {split: Counter() for split in splits if split in contract.splits}
     for file in contract.files:
         if file.startswith("data/"):
             for label in pq.read_table(folder / file, columns=["label"])["label"].to_pylist():

@@ -17,8 +17,9 @@ import pytest
 from datasets import load_dataset
 
 from data_prep.adapter import DatasetAdapter, RawImage, RawItem, Reject
+from data_prep.parts import without_taken_ids
 from data_prep.prepare import PACKAGE, open_adapter, prepare
-from data_prep.survey import SAFE_ID, _listed, sample_problem
+from data_prep.survey import SAFE_ID, id_problem, sample_problem
 from pipeline.contract import LEDGER_FILE, SPLITS
 from pipeline.errors import MaskLoomError, RejectedSample
 from pipeline.plugins import load_plugin, plugin_names
@@ -85,15 +86,16 @@ def decoded(adapter: DatasetAdapter) -> tuple[dict[str, RawImage], list[str]]:
     """Every usable sample by id, and the reasons of all rejects, those of the survey's checks included."""
     usable, reasons = {}, []
     info = adapter.info()
-    rejected, items = _listed(entries_of(adapter))
-    reasons += [reject.reason for reject in rejected]
+    entries = entries_of(adapter)
+    items, taken = without_taken_ids([entry for entry in entries if isinstance(entry, RawItem)])
+    reasons += [entry.reason for entry in (*entries, *taken) if isinstance(entry, Reject)]
     for item in items:
         try:
             raw = adapter.load(item)
         except RejectedSample as error:
             reasons.append(str(error))
             continue
-        problem = sample_problem(raw, item, info)
+        problem = id_problem(item) or sample_problem(raw, item, info)
         if problem is None:
             usable[item.sample_id] = raw
         else:
@@ -190,9 +192,16 @@ def test_it_says_what_raw_folder_it_needs(name, tmp_path):
 
 
 def test_prepared_it_loads_verifies_and_repeats(name, adapter, raw_dir, tmp_path):
-    options = options_of(name)
+    info = adapter.info()
+    section = {
+        "dataset": name,
+        "raw_dir": raw_dir,
+        "options": options_of(name),
+        "conditioning": "image" if info.paired_image else "mask" if len(info.mask_classes) > 1 else "edges",
+        "rows_per_shard": 100,
+    }
     for run in ("one", "two"):
-        config = experiment(tmp_path / run, dataset=name, raw_dir=raw_dir, options=options, rows_per_shard=100)
+        config = experiment(tmp_path / run, **section)
         prepare(config, force=False)
     assert dataset_bytes(tmp_path / "one" / "dataset") == dataset_bytes(tmp_path / "two" / "dataset")
 

@@ -117,6 +117,13 @@ def test_duplicates_across_the_splits_of_a_dataset_stay_in_the_most_held_out_one
     assert [(r.path, r.reason) for r in rejected] == [("/raw/a.png", "group a also lies in the dataset's test split")]
 
 
+def test_an_image_without_a_split_does_not_join_a_published_test_split():
+    items = [item("a"), item("b", split="test"), item("c", split="train"), item("d")]
+    rows, rejected = consistent_rows(items, [0, 0, 2, 2])
+    assert [row.item.sample_id for row in rows] == ["b", "c", "d"]
+    assert [(r.path, r.reason) for r in rejected] == [("/raw/a.png", "group a also lies in the dataset's test split")]
+
+
 @pytest.mark.skipif(not BUSI.is_dir(), reason=BUSI_ABSENT)
 def test_real_busi_pairs_with_and_without_calipers(tmp_path):
     busi = Adapter(BUSI, BusiOptions())

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import random
@@ -16,13 +17,18 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
+import data_prep.prepare as prepare_module
 from data_prep.__main__ import main
 from data_prep.adapter import DatasetInfo, RawImage, RawItem, Reject
 from data_prep.card import dataset_card
-from data_prep.grouping import Row
-from data_prep.prepare import _sample, open_adapter, prepare
+from data_prep.datasets import phantom_bus
+from data_prep.datasets.busi import Adapter
+from data_prep.parallel import available_cores, worker_count
+from data_prep.parts import Reading, found_samples, read_part, scanned_parts, without_taken_ids
+from data_prep.prepare import open_adapter, prepare
 from data_prep.resizing import resized
-from data_prep.survey import sample_problem, survey_samples
+from data_prep.survey import Source, sample_problem
+from pipeline.config import DataConfig
 from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
 from pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
 from pipeline.verification import verify_fully
@@ -282,7 +288,7 @@ def test_nothing_usable(tmp_path, capsys):
     (tmp_path / "raw" / "benign" / "benign (1).png").write_bytes(b"x")
     (tmp_path / "raw" / "benign" / "benign (1)_mask.png").write_bytes(b"x")
     line = refused(capsys, command_line(tmp_path / "run", tmp_path / "raw"))
-    assert "no usable image among 1" in line and "benign (1).png cannot be decoded" in line
+    assert "no usable image of busi among 1" in line and "benign (1).png cannot be decoded" in line
     assert not (tmp_path / "run" / "dataset").exists()
 
 
@@ -344,8 +350,15 @@ class ListAdapter:
     def scan(self):
         return iter(self.entries)
 
+    items_per_part = 2
+
     def expand(self, item):
-        yield item
+        if item.key == "broken volume":
+            raise RejectedSample("no slices")
+        if isinstance(item.key, list):
+            yield from (RawItem(name, f"{item.path}#{name}") for name in item.key)
+        else:
+            yield item
 
     def load(self, item):
         if item.key == "broken":
@@ -353,24 +366,36 @@ class ListAdapter:
         return RawImage(GOOD, GOOD)
 
 
+def listed(*entries, folder):
+    """What one part of these entries keeps: the found samples, and the rejects' reasons by path."""
+    source = Source("list", ListAdapter(*entries), INFO, INFO.labels, "near")
+    data = DataConfig(dataset="list", image_size=8)
+    reading = Reading(folder, (source,), data)
+    parts = scanned_parts(reading.sources)
+    for part in parts:
+        read_part(reading, part)
+    found, rejected = found_samples(folder, parts, reading.sources)
+    found, taken = without_taken_ids(found)
+    return found, {reject.path: reject.reason for reject in rejected + taken}
+
+
 def test_ids_that_are_taken_or_not_portable_are_rejected(tmp_path):
     entries = (RawItem("a", "1.png"), RawItem("a", "2.png"), RawItem("b/c", "3.png"), Reject("4.png", "why"))
-    survey = survey_samples(ListAdapter(*entries), INFO, tmp_path / "signatures")
-    assert [item.path for item in survey.items] == ["1.png"]
-    reasons = {reject.path: reject.reason for reject in survey.rejected}
+    found, reasons = listed(*entries, folder=tmp_path)
+    assert [sample.path for sample in found] == ["1.png"]
     assert reasons["2.png"] == "its sample_id a is already that of 1.png" and reasons["4.png"] == "why"
     assert "characters other than" in reasons["3.png"]
 
 
-def test_nothing_listed(tmp_path):
-    with pytest.raises(MaskLoomError, match="no image found"):
-        survey_samples(ListAdapter(), INFO, tmp_path / "signatures")
-
-
-def test_a_file_that_vanishes_between_the_passes():
-    row = Row(RawItem("a", "/raw/a.png", key="broken"), "a")
-    with pytest.raises(MaskLoomError, match=r"/raw/a\.png: changed while it was being prepared \(gone\)"):
-        _sample(ListAdapter(), INFO, tiny_description(), row)
+def test_a_volume_is_expanded_and_an_unusable_one_is_one_reject(tmp_path):
+    entries = (
+        RawItem("v", "v.nii", key=["v-1", "v-2"]),
+        RawItem("w", "w.nii", key="broken volume"),
+        RawItem("x", "x.nii", key=[]),
+    )
+    found, reasons = listed(*entries, folder=tmp_path)
+    assert [sample.sample_id for sample in found] == ["v-1", "v-2"]
+    assert reasons == {"w.nii": "no slices"}
 
 
 # --- real BUSI ---------------------------------------------------------------------------------------------------------
@@ -389,3 +414,218 @@ def test_real_busi(tmp_path):
         assert abs(contract.splits[split].rows - share * rows) <= 3
     groups = sum(split.groups for split in contract.splits.values())
     assert 430 <= groups <= 460
+
+
+# --- several processes, several jobs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A BUSI of 200 small images, seven parts, and its run, prepared in this process."""
+    folder = tmp_path_factory.mktemp("many")
+    phantom_bus.write_raw(folder / "raw", patients=200, views=1, height=64)
+    run = folder / "run"
+    prepare(experiment(run, raw_dir=folder / "raw", rows_per_shard=50, num_workers=1), force=False)
+    return folder / "raw", dataset_bytes(run / "dataset")
+
+
+def test_two_processes_write_what_one_writes(many, tmp_path):
+    raw_dir, expected = many
+    prepare(experiment(tmp_path, raw_dir=raw_dir, rows_per_shard=50, num_workers=2), force=False)
+    assert dataset_bytes(tmp_path / "dataset") == expected
+
+
+def test_shards_in_any_order_then_merge_write_what_one_job_writes(many, tmp_path, capsys):
+    raw_dir, expected = many
+    resolved = experiment(tmp_path / "run", raw_dir=raw_dir, rows_per_shard=50, num_workers=1).model_dump(mode="json")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(resolved), encoding="utf-8")
+    config = ["--config", str(tmp_path / "a.yaml")]
+    assert "7 of 7 parts have not been read" in refused(capsys, ["merge", *config])
+    for shard in ("3/3", "1/3"):
+        done(main, [*config, "--shard", shard])
+    line = refused(capsys, ["merge", *config])
+    assert "2 of 7 parts have not been read (the first: 1)" in line and "run the shards" in line
+    assert not (tmp_path / "run" / "dataset").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob(".prepare/*/part-*")}
+    done(main, [*config, "--shard", "2/3"])
+    done(main, [*config, "--shard", "1/3"])  # once more: nothing left to read
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob(".prepare/*/part-*")}
+    assert before.items() < after.items() and len(after) == 21
+    done(main, ["merge", *config])
+    assert dataset_bytes(tmp_path / "run" / "dataset") == expected
+    assert not (tmp_path / "run" / ".prepare").exists()
+
+
+def done(command, arguments):
+    with pytest.raises(SystemExit) as leaving:
+        command(arguments)
+    assert leaving.value.code == 0
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "-1/2"])
+def test_a_shard_that_does_not_exist(shard, raw, tmp_path, capsys):
+    line = refused(capsys, command_line(tmp_path / "run", raw, f"--shard={shard}"))
+    assert f"--shard {shard}: write I/N with 1 <= I <= N" in line
+
+
+def test_a_part_that_was_read_is_not_read_again(many, tmp_path, monkeypatch):
+    raw_dir, expected = many
+    config = experiment(tmp_path, raw_dir=raw_dir, rows_per_shard=50, num_workers=1)
+    load, loaded = Adapter.load, []
+
+    def load_some(self, item):
+        if len(loaded) == 100:
+            raise KeyboardInterrupt
+        loaded.append(item.sample_id)
+        return load(self, item)
+
+    monkeypatch.setattr(Adapter, "load", load_some)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, force=False)
+    read = len(list(tmp_path.glob(".prepare/*/part-*.jsonl")))
+    assert read == 100 // Adapter.items_per_part
+    first, loaded = loaded, []
+
+    def load_others(self, item):
+        loaded.append(item.sample_id)
+        return load(self, item)
+
+    monkeypatch.setattr(Adapter, "load", load_others)
+    prepare(config, force=False)
+    assert len(loaded) == 200 - read * Adapter.items_per_part
+    assert not set(loaded) & set(first[: read * Adapter.items_per_part])
+    assert dataset_bytes(tmp_path / "dataset") == expected
+
+
+def test_an_orphaned_worker_stops(tmp_path):
+    code = f"from data_prep.parallel import _while_wanted; _while_wanted(1, open, {str(tmp_path / 'written')!r})"
+    wanted = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=False)
+    assert wanted.returncode == 1 and not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "wanted", "least", "most"), [(1, None, 1, 1), (3, None, 1, 1), (10_000, None, 1, 512), (1, 4, 4, 4)]
+)
+def test_workers_are_as_many_as_the_work_is_worth(tasks, wanted, least, most):
+    assert least <= worker_count(tasks, wanted) <= most
+    assert worker_count(tasks, None) <= available_cores()
+
+
+# --- external test sets, windows, stains -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """Another hospital: other phantoms in BUSI's layout, and one image of the first set, inverted."""
+    folder = tmp_path_factory.mktemp("second")
+    phantom_bus.write_raw(folder, patients=10, views=1, height=64, seed=7)
+    return folder
+
+
+@pytest.fixture
+def external_busi(monkeypatch):
+    """BUSI's adapter under a second name, as the adapter of another dataset."""
+    module = importlib.import_module("data_prep.datasets.busi")
+    monkeypatch.setitem(sys.modules, "data_prep.datasets.second_hospital", module)
+    names = prepare_module.load_plugin
+
+    def load_plugin(package, name, kind):
+        return module if name == "second_hospital" else names(package, name, kind)
+
+    monkeypatch.setattr(prepare_module, "load_plugin", load_plugin)
+
+
+@pytest.mark.usefixtures("external_busi")
+def test_an_external_set_is_a_split_of_its_own_and_moves_nothing_else(raw, prepared, second, tmp_path):
+    tree, seen = second / "Dataset_BUSI_with_GT" / "benign", raw / "Dataset_BUSI_with_GT" / "benign"
+    inverted = 255 - np.asarray(Image.open(seen / "benign (2).png").convert("L"))
+    Image.fromarray(inverted).save(tree / "benign (77).png")
+    Image.open(seen / "benign (2)_mask.png").convert("L").save(tree / "benign (77)_mask.png")
+    external = {"second_hospital": {"raw_dir": second}}
+    prepare(experiment(tmp_path, raw_dir=raw, external=external), force=False)
+    ours, alone = dataset_bytes(tmp_path / "dataset"), dataset_bytes(prepared / "dataset")
+    assert all(ours[file] == content for file, content in alone.items() if file.startswith("data/"))
+    contract = verify_fully(tmp_path / "dataset")
+    assert contract.splits["external_second_hospital"].rows == 10
+    split = load_dataset(str(tmp_path / "dataset"))["external_second_hospital"]
+    assert set(split["source"]) == {"second_hospital"}
+    assert all(name.startswith("second_hospital-") for name in split["sample_id"])
+    assert Counter(split["label"]) == {0: 4, 1: 4, 2: 2}
+    reason = ledger(tmp_path)["benign (77).png"]
+    assert reason == "near-duplicate of an image of another source: benign-2"
+    assert "second_hospital/Dataset_BUSI_with_GT/benign/benign (77).png" in ours["rejected.jsonl"].decode()
+    card = ours["README.md"].decode()
+    assert "| external_second_hospital | 10 |" in card and "external: second_hospital" in card
+
+
+@pytest.mark.parametrize(
+    ("external", "says"),
+    [
+        ({"busi": {}}, r"data\.external\.busi: this is the main dataset"),
+        (["second_hospital"], r"data\.external\.second_hospital\.raw_dir is not set"),
+        (
+            {"second_hospital": {"raw_dir": "nowhere"}},
+            r"data\.external\.second_hospital\.raw_dir=nowhere: no such folder",
+        ),
+        ({"second_hospital": {"options": {"x": 1}}}, r"data\.external\.second_hospital\.options: unknown key 'x'"),
+        (
+            {"mni152": {}},
+            r"data\.external\.mni152: its mask classes \(background, grey matter, white matter\) are not those",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("external_busi")
+def test_external_sets_that_do_not_fit(external, says, raw, tmp_path):
+    with pytest.raises(MaskLoomError, match=says):
+        prepare(experiment(tmp_path, raw_dir=raw, external=external), force=False)
+
+
+@pytest.mark.usefixtures("external_busi")
+def test_an_external_set_without_a_usable_image(raw, tmp_path):
+    (tmp_path / "raw" / "benign").mkdir(parents=True)
+    with pytest.raises(
+        MaskLoomError, match=r"data\.external\.second_hospital\.raw_dir=.*no image found for second_hospital"
+    ):
+        prepare(
+            experiment(tmp_path, raw_dir=raw, external={"second_hospital": {"raw_dir": tmp_path / "raw"}}), force=False
+        )
+
+
+def test_an_intensity_window_is_applied_and_recorded(raw, prepared, tmp_path):
+    window = {"method": "window", "center": 100, "width": 100}
+    prepare(experiment(tmp_path, raw_dir=raw, intensity=window), force=False)
+    about = read_contract(tmp_path / "dataset").description
+    assert about.preprocessing["intensity"] == window | {"lower": 1.0, "upper": 99.0, "deviations": 3.0}
+    plain = {row["sample_id"]: row for row in load_dataset(str(prepared / "dataset"))["train"]}
+    for row in load_dataset(str(tmp_path / "dataset"))["train"]:
+        before, after = (np.asarray(one["image"], dtype=float) for one in (plain[row["sample_id"]], row))
+        assert after.std() > before.std() and (after[before < 40] == 0).mean() > 0.9
+        np.testing.assert_array_equal(np.asarray(row["mask"]), np.asarray(plain[row["sample_id"]]["mask"]))
+
+
+def test_conditioning_that_the_dataset_cannot_give(raw, tmp_path):
+    with pytest.raises(
+        MaskLoomError, match=r"data\.conditioning=image needs a second image of every sample and busi has none"
+    ):
+        prepare(experiment(tmp_path, raw_dir=raw, conditioning="image"), force=False)
+
+
+def test_duplicates_as_the_configuration_says(raw, tmp_path):
+    prepare(experiment(tmp_path / "identical", raw_dir=raw, duplicates="identical"), force=False)
+    reason = ledger(tmp_path / "identical")["benign (8).png"]
+    assert reason == "near-duplicates with different labels (benign, malignant): benign-8, malignant-8"
+    prepare(experiment(tmp_path / "none", raw_dir=raw, duplicates="none"), force=False)
+    assert "benign (8).png" not in ledger(tmp_path / "none")
+
+
+def test_the_slurm_script_reads_in_an_array_and_merges_afterwards(many, tmp_path):
+    raw_dir, expected = many
+    resolved = experiment(tmp_path / "run", raw_dir=raw_dir, rows_per_shard=50, num_workers=1).model_dump(mode="json")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(resolved), encoding="utf-8")
+    command = ["bash", "configs/slurm/prepare.sh", str(tmp_path / "a.yaml"), "seed=0"]
+    environment = {**os.environ, "PYTHON": sys.executable, "SLURM_ARRAY_TASK_COUNT": "2"}
+    for task in ("1", "2"):
+        subprocess.run(command, cwd=CHECKOUT, env={**environment, "SLURM_ARRAY_TASK_ID": task}, check=True)
+    assert not (tmp_path / "run" / "dataset").exists()
+    subprocess.run(command, cwd=CHECKOUT, env=environment, check=True)
+    assert dataset_bytes(tmp_path / "run" / "dataset") == expected

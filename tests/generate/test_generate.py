@@ -13,6 +13,7 @@ from pipeline.config_loading import load_experiment
 from pipeline.contract import CONTRACT_FILE, read_contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import read_json, write_json
+from pipeline.images import png_array
 from pipeline.verification import verify_fully
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import Bench, content, run_command, start_stage
@@ -100,18 +101,52 @@ def test_colour_datasets_get_colour_images(make_bench: MakeBench):
 
 
 @pytest.mark.parametrize("with_masks", [True, False])
-def test_edges_of_warped_train_images_where_the_conditioning_is_edges(make_bench: MakeBench, with_masks: bool):
+@pytest.mark.parametrize("mode", ["edges", "foreground"])
+def test_what_is_drawn_from_the_image_is_drawn_from_the_warped_one(make_bench: MakeBench, mode: str, with_masks: bool):
     def without_mask(sample: Sample) -> None:
         if not with_masks:
             sample.mask = None
 
-    about = tiny_description().model_copy(update={"conditioning": "edges"})
+    about = tiny_description().model_copy(update={"conditioning": mode})
     bench = make_bench(description=about, change=without_mask)
     generate(bench.config(mask_source=["warped"]), force=False)
     verify_fully(bench.run.synthetic / "controlnet")
     rows = rows_of(bench, "controlnet")
     assert all((row["mask"] is not None) == with_masks for row in rows)
     assert len({row["conditioning_image"]["bytes"] for row in rows}) == len(rows)
+    if mode == "foreground" and with_masks:  # the tiny images are bright where their mask is, and dim elsewhere
+        for row in rows:
+            mask, seen = png_array(row["mask"]["bytes"]), png_array(row["conditioning_image"]["bytes"])
+            assert ((seen[..., 0] > 0) == (mask > 0)).mean() > 0.97
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_a_paired_picture_is_the_condition_and_is_warped_with_its_mask(make_bench: MakeBench, with_masks: bool):
+    """The paired picture shows the mask in two greys, so that it tells whether it went the mask's way."""
+
+    def pair(sample: Sample) -> None:
+        assert isinstance(sample.mask, np.ndarray)
+        sample.conditioning_image = np.repeat((40 + 160 * sample.mask)[..., None], 3, axis=2).astype(np.uint8)
+        sample.mask = sample.mask if with_masks else None
+
+    about = tiny_description().model_copy(update={"conditioning": "image"})
+    bench = make_bench(description=about, change=pair)
+    generate(bench.config(mask_source=["train", "warped"], generators={"controlnet": {}}), force=False)
+    verify_fully(bench.run.synthetic / "controlnet")
+    before = content(bench.run.synthetic)
+    real = {row["sample_id"]: row for row in pq.read_table(bench.run.dataset / "data").to_pylist()}
+    rows = rows_of(bench, "controlnet")
+    same = [row["conditioning_image"] == real[row["parent_id"]]["conditioning_image"] for row in rows]
+    assert sum(same) == 4  # of three rows a class, two are of the first source
+    for row in rows:
+        seen = png_array(row["conditioning_image"]["bytes"])
+        assert seen.shape == (32, 32, 3)
+        assert seen.min() >= 40
+        if with_masks:
+            mask = png_array(row["mask"]["bytes"])
+            assert ((seen[..., 0] > 120) == (mask > 0)).mean() > 0.97
+    generate(bench.config(mask_source=["train", "warped"], generators={"controlnet": {}}), force=True)
+    assert content(bench.run.synthetic) == before
 
 
 def test_masks_that_cannot_be_warped_are_replaced_and_listed(make_bench: MakeBench):

@@ -106,17 +106,28 @@ def test_impossible_counts(asked: dict[str, int], message: str):
         plan_rows(parents("01"), LABELS, GenerateConfig(images_per_class=asked), 0)
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+COUNTS = {"train": 4, "validation": 2, "test": 2, "external_other": 2}
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "external_other"])
 def test_held_out_masks_are_refused(tmp_path: Path, split: str):
-    write_tiny_run(tmp_path, {}, {"train": 4, "validation": 2, "test": 2})
+    write_tiny_run(tmp_path, {}, COUNTS)
     with pytest.raises(MaskLoomError, match=f"masks of the {split} split must not be seen"):
         read_parents(tmp_path / "dataset", split)
 
 
+@pytest.mark.parametrize("split", ["validation", "test", "external_other"])
 @pytest.mark.parametrize("name", ["sample", "group"])
-def test_a_planned_row_of_a_held_out_sample_or_group_is_refused(tmp_path: Path, name: str):
-    write_tiny_run(tmp_path, {}, {"train": 4, "validation": 2, "test": 2})
-    sample, group = ("test-0000", "x") if name == "sample" else ("x", "test-group-0000")
+def test_a_planned_row_of_a_held_out_sample_or_group_is_refused(tmp_path: Path, name: str, split: str):
+    write_tiny_run(tmp_path, {}, COUNTS)
+    sample, group = (f"{split}-0000", "x") if name == "sample" else ("x", f"{split}-group-0000")
     rows = plan_rows([TrainRow(0, sample, group, 0, {})], LABELS, GenerateConfig(), 0)
-    with pytest.raises(MaskLoomError, match=r"the mask of 'test-.*0000' lies in the test split"):
+    with pytest.raises(MaskLoomError, match=rf"the mask of '{split}-.*0000' lies in the {split} split"):
         check_parents_are_train(rows, tmp_path / "dataset")
+
+
+def test_rows_of_the_train_split_pass(tmp_path: Path):
+    write_tiny_run(tmp_path, {}, COUNTS)
+    rows = plan_rows(read_parents(tmp_path / "dataset"), LABELS, GenerateConfig(num_images=8), 0)
+    assert {row.parent.sample_id.split("-")[0] for row in rows} == {"train"}
+    check_parents_are_train(rows, tmp_path / "dataset")

@@ -60,7 +60,7 @@ def sample(sample_id: str, number: int, about: Description, **changes: Any) -> S
     fields: dict[str, Any] = {
         "image": image,
         "mask": mask,
-        "conditioning_image": conditioning_image(mask, image, about.conditioning, about.palette),
+        "conditioning_image": conditioning_image(mask, image, about.conditioning, about.palette, paired=255 - image),
         "text": render_prompt(about.prompt_templates, sample_id, values),
         "label": number % 2 if about.labels else None,
         "sample_id": sample_id,

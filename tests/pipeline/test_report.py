@@ -19,7 +19,7 @@ from pipeline.report.formatting import counts_text, duration_text, interval_text
 from pipeline.report.gallery import image_grids, spread_choice
 from pipeline.report.page import evenly_chosen
 from pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
-from pipeline.report.sources import find_sources, rejection_counts
+from pipeline.report.sources import class_counts, find_sources, rejection_counts
 from pipeline.report.stage import PAGE_BYTES, smallest_enough
 from pipeline.runs import Run
 from tests.pipeline import fake_run
@@ -166,16 +166,37 @@ def test_generators_that_do_not_see_masks_are_marked(tmp_path):
         {"labels": ()},
         {"conditioning": "edges"},
         {"conditioning": "both", "homepage": ""},
+        {"conditioning": "foreground"},
+        {"conditioning": "image", "channels": 3},
     ],
-    ids=["colour, not square", "no classes", "edges", "both"],
+    ids=["colour, not square", "no classes", "edges", "both", "foreground", "paired"],
 )
 def test_other_kinds_of_datasets(tmp_path, changes):
     config = load_experiment(fake_run.write_config(tmp_path), [])
     run = Run(config.run_folder)
     fake_run.write_synthetic(run, "controlnet", fake_run.write_real(run, **changes))
-    _, page = _report(config)
+    html, page = _report(config)
     assert page.tags.count("img") >= 8
-    assert ("edges" in page.text) == (changes.get("conditioning") == "edges")
+    words = {"edges": "edge map", "foreground": "foreground map", "image": "paired image"}
+    seen = words.get(changes.get("conditioning"), "mask")
+    assert f"Its {seen} is what the generators were given" in page.text
+    assert f"for this {seen}, seed" in page.text
+    assert ('class="swatch"' in html) == (seen == "mask")  # the legend of colours
+
+
+def test_external_test_sets_are_listed_after_the_own_splits(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    about = fake_run.description()
+    splits = {"external_abroad": 2, "train": 4, "test": 3}
+    rows = {
+        split: [fake_run.sample(f"{split}-{i}", 100 * len(split) + i, about) for i in range(count)]
+        for split, count in splits.items()
+    }
+    real = fake_run.write_dataset(run.dataset, about, rows)
+    assert list(class_counts(run.dataset, real)) == ["train", "test", "external_abroad"]
+    text = _report(config)[1].text
+    assert "external_abroad 1 1 2 2" in text  # a row of each class, two images, two groups
 
 
 def test_a_damaged_evaluation_is_one_line_that_names_the_file_and_the_field(tmp_path):

@@ -1,0 +1,160 @@
+"""One pass over prepared datasets that keeps on disk what an audit asks for: a row's ids and digests, measures of its mask, its look.
+
+The rows go to an SQLite file, so that duplicates, quantiles and counts are queries and memory holds a batch of images however large
+the datasets are. Where near-duplicates are asked for, two files receive a record an image: the signatures of `near_duplicates`
+(86 kB each) and plain 64 x 64 thumbnails.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_prep.near_duplicates import signature
+from pipeline.contract import SPLITS, Contract
+from pipeline.images import png_array
+from pipeline.progress import progress
+
+Pixels = NDArray[np.uint8]
+
+BATCH_ROWS = 64
+PLAIN_SIDE = 64
+# Grey levels up to this are padding: zeros where a real image was padded, some noise around them where a generator learnt to.
+BLACK = 16
+TOUCHING = np.ones((3, 3), dtype=bool)  # regions that meet at a corner are one component
+
+SCHEMA = """
+CREATE TABLE images (
+    id INTEGER PRIMARY KEY,  -- position of its records in the two files
+    dataset INTEGER, split TEXT, sample TEXT, grp TEXT, label TEXT,
+    image BLOB, mask BLOB,   -- digests of the pixels; no mask: NULL
+    flat INTEGER,            -- one grey level only
+    foreground REAL,         -- share of the mask's area; no mask: NULL
+    text TEXT, grey_mean REAL, grey_std REAL
+);
+CREATE TABLE regions (       -- one row for each mask and each foreground class in it
+    dataset INTEGER, split TEXT, label TEXT, class INTEGER, share REAL, components INTEGER
+);
+"""
+
+
+class AuditIndex:
+    """What is kept of the rows of one or several datasets.
+
+    Attributes:
+        rows: the SQLite file; see `SCHEMA`.
+        signatures, thumbnails: files of one record an image, in the order of `id`; absent unless asked for.
+        size: number of images so far.
+    """
+
+    def __init__(self, folder: Path, near: bool) -> None:
+        """Start an empty index.
+
+        Args:
+            folder: an existing, empty folder for its files.
+            near: whether signatures and thumbnails are kept.
+        """
+        self.rows = sqlite3.connect(folder / "rows.sqlite")
+        self.rows.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
+        self.signatures, self.thumbnails = folder / "signatures.bin", folder / "thumbnails.bin"
+        self.near, self.size = near, 0
+
+    def add(self, dataset: int, folder: Path, contract: Contract) -> None:
+        """Read a dataset whole and keep its rows under the number `dataset`."""
+        total = sum(split.rows for split in contract.splits.values())
+        columns = ["image", "mask", "text", "label", "sample_id", "group_id"]
+        with (
+            self.signatures.open("ab") as signatures,
+            self.thumbnails.open("ab") as thumbnails,
+            progress(f"auditing {contract.description.dataset}", total, "rows") as advance,
+            self.rows,
+        ):
+            for split, row in stored_rows(folder, contract, columns):
+                image = png_array(row["image"]["bytes"])
+                mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
+                self._add_row(dataset, split, row, _label_name(row, contract), image, mask)
+                if self.near:
+                    _keep_look(image, signatures, thumbnails)
+                self.size += 1
+                advance()
+
+    def close_pass(self) -> None:
+        """Call when all datasets are in: makes the questions about duplicates fast."""
+        self.rows.execute("CREATE INDEX images_by_pixels ON images (image)")
+
+    def _add_row(
+        self, dataset: int, split: str, row: dict[str, Any], label: str | None, image: Pixels, mask: Pixels | None
+    ) -> None:
+        foreground = None if mask is None else float((mask > 0).mean())
+        values = (
+            self.size, dataset, split, row["sample_id"], row["group_id"], label, pixel_digest(image),
+            None if mask is None else pixel_digest(mask), bool(image.min() == image.max()), foreground, row["text"],
+            float(image.mean()), float(image.std()),
+        )  # fmt: skip
+        self.rows.execute(f"INSERT INTO images VALUES ({', '.join('?' * len(values))})", values)
+        if foreground and mask is not None:
+            self.rows.executemany(
+                "INSERT INTO regions VALUES (?, ?, ?, ?, ?, ?)",
+                [(dataset, split, label, *region) for region in mask_regions(mask)],
+            )
+
+
+def stored_rows(folder: Path, contract: Contract, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every row of a dataset with the name of its split, a batch in memory at a time."""
+    import pyarrow.parquet as pq
+
+    for file in contract.files:
+        if file.startswith("data/"):
+            split = Path(file).name.split("-")[0]
+            for batch in pq.ParquetFile(folder / file).iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                yield from ((split, row) for row in batch.to_pylist())
+
+
+def split_order(split: str) -> tuple[int, str]:
+    """Return a sort key: train, validation, test, then any others by name."""
+    return (SPLITS.index(split) if split in SPLITS else len(SPLITS)), split
+
+
+def pixel_digest(pixels: Pixels) -> bytes:
+    """Return a digest (16 bytes) of an image's shape and values."""
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+
+
+def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
+    """Return (class, share of the area, number of connected components) of each foreground class of a mask (H, W)."""
+    from scipy.ndimage import label
+
+    counts = np.bincount(mask.ravel())
+    return [
+        (int(value), float(counts[value] / mask.size), int(label(mask == value, TOUCHING)[1]))
+        for value in np.flatnonzero(counts)
+        if value > 0
+    ]
+
+
+def without_padding(grey: Pixels) -> Pixels:
+    """Return the image (H, W) less the black rows and columns around it; the image itself where all is black.
+
+    Padding is the same in every image of one aspect: its edges would make strangers look alike.
+    """
+    content = grey > BLACK
+    rows, columns = np.flatnonzero(content.any(axis=1)), np.flatnonzero(content.any(axis=0))
+    if not len(rows):
+        return grey
+    return np.ascontiguousarray(grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+
+
+def _keep_look(image: Pixels, signatures: BinaryIO, thumbnails: BinaryIO) -> None:
+    grey = without_padding(np.asarray(Image.fromarray(image).convert("L")))
+    signatures.write(signature((grey / np.float32(255)).astype(np.float32)))
+    small = Image.fromarray(grey).resize((PLAIN_SIDE, PLAIN_SIDE), Image.Resampling.BOX)
+    thumbnails.write(np.asarray(small).tobytes())
+
+
+def _label_name(row: dict[str, Any], contract: Contract) -> str | None:
+    return None if row["label"] is None else contract.description.labels[row["label"]]

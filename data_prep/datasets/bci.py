@@ -1,0 +1,163 @@
+"""`bci`: Breast Cancer Immunohistochemical image generation (Liu et al. 2022), registered pairs of an H&E and a HER2 stain.
+
+Read from its root or from the folder above it; the challenge's archives have the two levels the other way round (`train/HE/…`):
+
+    BCI_dataset/HE/train/00000_train_1+.png      BCI_dataset/IHC/train/00000_train_1+.png
+                HE/test/00000_test_2+.png                    IHC/test/00000_test_2+.png
+
+4873 pairs of 1024 x 1024 pixels, 3896 to train and 977 to test. A pair has one name in both stains: number, split, HER2 level (0, 1+, 2+, 3+).
+
+- The immunohistochemistry (IHC) image is what a generator learns, the H&E image what it sees (`data.conditioning=image`). No masks.
+- The level is that of the whole slide, not of the crop (the release's README): prompts speak of the specimen, never of the staining seen.
+- Splits: test is the release's; validation is drawn from its train images.
+- Groups: none. The crops come from 51 pairs of slides, and neither slide nor patient is published, so crops of one slide lie in
+  train, validation and test alike, in the release's own split too: scores tell of known slides, not of new patients. Content cannot bring the slides
+  back, because crops of one slide are different places, and tissue is alike everywhere. Only identical pixels are therefore looked for;
+  `data.duplicates=near` also joins crops that overlap, with a threshold that was never measured on stained tissue.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.readers import decoded_image, files_in, require_same_size
+from pipeline.errors import MaskLoomError, RejectedSample
+
+SPLITS = ("train", "test")
+NAME = re.compile(r"(?P<number>\d+)_(?P<split>train|test)_(?P<level>0|1\+|2\+|3\+)\.png")
+# American Society of Clinical Oncology / College of American Pathologists: 0 and 1+ negative, 2+ equivocal, 3+ positive.
+STATUS = {"0": "negative", "1+": "negative", "2+": "equivocal", "3+": "positive"}
+
+
+class Adapter(DatasetAdapter):
+    """HER2 immunohistochemistry of breast cancer, each image with the H&E stain of the same place."""
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether there is an H&E image that is named as the release names them, and a folder of the other stain."""
+        root = _root(raw_dir)
+        if root is None:
+            return False
+        images = (file for split in SPLITS for file in files_in(_folder(root, "HE", split)))
+        return any(NAME.fullmatch(file.name) for file in images)
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every pair."""
+        return DatasetInfo(
+            modality="HER2 immunohistochemistry of breast cancer",
+            channels=3,
+            mask_classes=("background",),
+            palette=((0, 0, 0),),
+            labels=tuple(f"HER2 {level}" for level in STATUS),
+            prompt_templates=(
+                "{modality}, specimen scored {label}",
+                "{modality}, HER2-{status} specimen ({label})",
+                "breast carcinoma of a {label} specimen, immunohistochemistry with hematoxylin counterstain",
+                "{modality}, slide of {label}, brightfield microscopy",
+            ),
+            licence="BCI licence: non-commercial use only, with reference to the dataset",
+            citation="Liu, Zhu, Xu, Jia, Shi, Jin: BCI: Breast Cancer Immunohistochemical Image Generation through Pyramid"
+            " Pix2pix, CVPR Workshops, 2022",
+            homepage="https://bupt-ai-cz.github.io/BCI/",
+            duplicates="identical",
+            paired_image="H&E stain",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the pairs by split and number, and every file that has no partner or another name.
+
+        Raises:
+            MaskLoomError: there is no folder of each stain.
+        """
+        assert self.raw_dir is not None
+        root = _root(self.raw_dir)
+        if root is None:
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: not BCI: no folders HE and IHC with train or test in them, here or one level"
+                " below; give the folder that holds HE and IHC"
+            )
+        for split in SPLITS:
+            yield from _split_entries(root, split)
+
+    def load(self, item: RawItem) -> RawImage:
+        """Decode a pair.
+
+        Returns:
+            the IHC image, and the H&E image as condition, both (H, W, 3) uint8.
+
+        Raises:
+            RejectedSample: a file is unreadable or not in colour, or the two differ in size.
+        """
+        ihc, he = _colour_image(Path(item.path)), _colour_image(Path(item.key))
+        require_same_size(f"the H&E image {Path(item.key).name}", he, ihc)
+        return RawImage(image=ihc, mask=None, condition=he)
+
+
+def _root(raw_dir: Path) -> Path | None:
+    """Return the folder with both stains: `raw_dir` or one directly below it."""
+    candidates = [raw_dir, *sorted(folder for folder in raw_dir.iterdir() if folder.is_dir())]
+    return next((folder for folder in candidates if _has_both_stains(folder)), None)
+
+
+def _has_both_stains(folder: Path) -> bool:
+    return all(any(_folder(folder, stain, split).is_dir() for split in SPLITS) for stain in ("HE", "IHC"))
+
+
+def _folder(root: Path, stain: str, split: str) -> Path:
+    """Return the folder of one stain and split, in either order of the two levels."""
+    by_split = root / split / stain
+    return by_split if by_split.is_dir() else root / stain / split
+
+
+def _split_entries(root: Path, split: str) -> Iterator[RawItem | Reject]:
+    he_folder, ihc_folder = _folder(root, "HE", split), _folder(root, "IHC", split)
+    he_names, ihc_names = ({file.name for file in files_in(folder)} for folder in (he_folder, ihc_folder))
+    for ihc in files_in(ihc_folder):
+        name = NAME.fullmatch(ihc.name)
+        problem = _name_problem(ihc.name, split)
+        if name is None or problem:
+            yield Reject(str(ihc), problem)
+        elif ihc.name not in he_names:
+            yield Reject(str(ihc), f"an IHC image without an H&E image of the same name in HE/{split}")
+        else:
+            yield _item(ihc, he_folder / ihc.name, name)
+    for he in files_in(he_folder):
+        problem = _name_problem(he.name, split)
+        if problem or he.name not in ihc_names:
+            yield Reject(str(he), problem or f"an H&E image without an IHC image of the same name in IHC/{split}")
+
+
+def _name_problem(file_name: str, split: str) -> str:
+    """Return why a file cannot be a pair's, or nothing."""
+    name = NAME.fullmatch(file_name)
+    if name is None:
+        return "not named NUMBER_train_LEVEL.png or NUMBER_test_LEVEL.png with a HER2 level of 0, 1+, 2+ or 3+"
+    return "" if name["split"] == split else f"lies in {split}, and its name says {name['split']}"
+
+
+def _item(ihc: Path, he: Path, name: re.Match[str]) -> RawItem:
+    level = name["level"]
+    return RawItem(
+        sample_id=f"{name['split']}-{name['number']}-{level.replace('+', 'plus')}",
+        path=str(ihc),
+        label=f"HER2 {level}",
+        split="test" if name["split"] == "test" else None,
+        attributes={"status": STATUS[level]},
+        key=str(he),
+    )
+
+
+def _colour_image(path: Path) -> NDArray[np.uint8]:
+    """Return (H, W, 3) uint8.
+
+    Raises:
+        RejectedSample: it is unreadable, or grey.
+    """
+    image = decoded_image(path)
+    if image.mode not in ("RGB", "RGBA"):
+        raise RejectedSample(f"{path.name} is an image of mode {image.mode}, expected RGB")
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,357 @@
+"""`brats`: Brain Tumor Segmentation challenges 2017-2021 and 2023: four MRI sequences of gliomas, one sample an axial slice.
+
+A case is a folder, at most four levels below `data.raw_dir`, in one of two schemes; `.nii` is read as well as `.nii.gz`:
+
+    BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz                     2021: 1 necrotic core, 2 oedema, 4 enhancing tumour
+    MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_….nii     2020, the same names and values
+    HGG/Brats18_2013_2_1/…, LGG/BraTS19_TMC_06290_1/…                                 2017-2019, the same; by tumour grade
+    BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii.gz              2023: 3 enhancing tumour; BraTS-SSA likewise
+
+The mask's classes are the same for all: 0 background, 1 necrotic core (to 2020 also non-enhancing tumour), 2 oedema, 3 enhancing tumour. The
+scheme says which values a segmentation may hold, and a case with others is left out. Quirks: the segmentation of `BraTS20_Training_355`
+is named `W39_1998.09.19_Segm.nii`; the last number of a 2023 case is the time point, so the patient, which is the group, is the name without it;
+validation cases have no segmentation and are left out.
+
+Releases share patients under other names, so one raw folder must hold one release only.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.nifti import (
+    AXIAL,
+    Volume,
+    contrast_range,
+    file_version,
+    nifti_file,
+    read_labels,
+    read_volume,
+    require_same_grid,
+)
+from data_prep.readers import natural_order
+from pipeline.config import IntensityWindow
+from pipeline.errors import MaskLoomError, RejectedSample
+
+Modality = Literal["t1", "t1ce", "t2", "flair"]
+WORDS: dict[Modality, str] = {"t1": "T1", "t1ce": "contrast-enhanced T1", "t2": "T2", "flair": "FLAIR"}
+MASK_CLASSES = ("background", "necrotic core", "oedema", "enhancing tumour")
+GRADES = {"HGG": "high-grade glioma", "LGG": "low-grade glioma"}
+MISNAMED = {"BraTS20_Training_355": "W39_1998.09.19_Segm"}
+LEVELS = ("inferior", "middle", "superior")
+DEPTH = 4  # BraTS2020_TrainingData/MICCAI_BraTS2020_TrainingData/HGG/CASE
+HEALTHY_BRAIN = 0.5  # of the fullest slice's brain: what a slice without tumour must show
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the files of a case are named and what its segmentation holds.
+
+    Attributes:
+        case: pattern of a case's name, with the groups `patient` and, where one scheme spans several releases, `release`.
+        convention: the scheme's name.
+        separator: between the case's name and the sequence's.
+        suffixes: the name of each sequence.
+        codes: class index of each value.
+    """
+
+    case: re.Pattern[str]
+    convention: str
+    separator: str
+    suffixes: Mapping[Modality, str]
+    codes: Mapping[int, int]
+
+
+SCHEMES = (
+    Scheme(
+        case=re.compile(r"(?P<patient>BraTS(?P<release>17|18|19|20|2021)_(\w+_)?\d+)", re.IGNORECASE | re.ASCII),
+        convention="BraTS 2017-2021",
+        separator="_",
+        suffixes={"t1": "t1", "t1ce": "t1ce", "t2": "t2", "flair": "flair"},
+        codes={0: 0, 1: 1, 2: 2, 4: 3},
+    ),
+    Scheme(
+        case=re.compile(r"(?P<patient>BraTS-(GLI|SSA)-\d+)-\d+", re.ASCII),
+        convention="BraTS 2023",
+        separator="-",
+        suffixes={"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"},
+        codes={0: 0, 1: 1, 2: 2, 3: 3},
+    ),
+)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _one_or_three(value: tuple[Modality, ...]) -> tuple[Modality, ...]:
+    if len(value) not in (1, 3):
+        raise ValueError("give one sequence, or a list of three that become red, green and blue")
+    return value
+
+
+class BratsOptions(Options):
+    """Which sequences and which slices."""
+
+    modality: Annotated[tuple[Modality, ...], BeforeValidator(_as_list), AfterValidator(_one_or_three)] = Field(
+        ("flair",), description="t1, t1ce, t2, flair, or a list of three that become red, green and blue"
+    )
+    slices_per_volume: int | None = Field(8, ge=1, description="slices with tumour of each case; null: all")
+    selection: Literal["spread", "largest"] = Field(
+        "spread", description="which: evenly spread over those with enough tumour, or those with the most"
+    )
+    min_tumour_area_mm2: float = Field(100.0, ge=0, description="slices with less tumour, but some, are left out")
+    healthy_slices_per_volume: int = Field(
+        0, ge=0, description="further slices without tumour, evenly spread over those that show much brain"
+    )
+    window: IntensityWindow = Field(
+        IntensityWindow(), description="over the voxels of the volume that are not 0, one by one for each sequence"
+    )
+
+
+class Adapter(DatasetAdapter):
+    """Axial slices of gliomas with necrotic core, oedema and enhancing tumour."""
+
+    Options = BratsOptions
+    options: BratsOptions
+    items_per_part = 1
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether there is a folder named as a case."""
+        return next(_cases(raw_dir), None) is not None
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every slice; the modality's words follow the option."""
+        names = [WORDS[modality] for modality in self.options.modality]
+        channels = f"{names[0]}, {names[1]} and {names[2]} in red, green and blue" if len(names) == 3 else ""
+        return DatasetInfo(
+            modality=f"multi-sequence brain MRI ({channels})" if channels else f"{names[0]} brain MRI",
+            channels=3 if channels else 1,
+            mask_classes=MASK_CLASSES,
+            palette=((0, 0, 0), (255, 80, 80), (80, 200, 80), (255, 220, 60)),
+            labels=(),
+            prompt_templates=(
+                "axial {modality}, {level} third of the brain, {finding}",
+                "{modality}, axial slice, {finding}, {level} third of the brain",
+                "axial {modality} of a {size} {shape} {tumour}, {place}, with {mask_classes}",
+                "{size} {tumour} in an axial {modality}, {place}, {level} third of the brain",
+                "axial {modality} showing {mask_classes} of a {tumour}, {place}",
+            ),
+            licence="CC-BY-4.0 (2021, The Cancer Imaging Archive); the other releases: data usage agreement of the challenge",
+            citation="Baid et al.: The RSNA-ASNR-MICCAI BraTS 2021 Benchmark on Brain Tumor Segmentation and Radiogenomic Classification, "
+            "arXiv:2107.02314, 2021; Menze et al.: The Multimodal Brain Tumor Image Segmentation Benchmark (BRATS), IEEE Transactions on "
+            "Medical Imaging 34(10), 1993-2024, 2015; Bakas et al.: Advancing The Cancer Genome Atlas glioma MRI collections with expert "
+            "segmentation labels and radiomic features, Scientific Data 4, 170117, 2017",
+            homepage="https://doi.org/10.7937/jc8x-9874",
+            duplicates="none",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the cases, and those that lack a file.
+
+        Raises:
+            MaskLoomError: there is no case, or there are cases of several releases.
+        """
+        assert self.raw_dir is not None
+        cases = list(_cases(self.raw_dir))
+        if not cases:
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: not BraTS: no folder such as BraTS20_Training_001, BraTS2021_00000 or "
+                f"BraTS-GLI-00000-000 here or up to {DEPTH} levels below; give the folder that holds the cases"
+            )
+        releases = {case.release: case for case in cases}
+        if len(releases) > 1:
+            examples = " and ".join(case.folder.name for _, case in sorted(releases.items()))
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: cases of several releases ({examples}), which share patients under other names; give the "
+                "folder of one release"
+            )
+        seen: dict[str, Path] = {}
+        for case in cases:
+            first = seen.setdefault(case.folder.name, case.folder)
+            yield (
+                self._case_entry(case)
+                if first is case.folder
+                else Reject(str(case.folder), f"{case.folder.name} is already read from {first.parent.name}")
+            )
+
+    def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
+        """List the chosen slices of a case, from the feet to the head.
+
+        Raises:
+            RejectedSample: a file is unusable, they do not fit, or no slice holds enough tumour.
+        """
+        volumes = self._volumes(item.key, item.mask_paths[0])
+        area = _voxels_by_slice(volumes.mask) * float(np.prod(volumes.mask.pixel_mm(AXIAL)))
+        brain = _voxels_by_slice(volumes.images[0])
+        chosen = self._chosen_slices(area, brain)
+        if not chosen:
+            raise RejectedSample(
+                f"no slice of {volumes.mask.name} holds {self.options.min_tumour_area_mm2:g} mm2 of tumour "
+                f"(data.options.min_tumour_area_mm2); the most is {area.max():.0f}"
+            )
+        for index in chosen:
+            yield RawItem(
+                sample_id=f"{item.sample_id}-{index:03d}",
+                path=f"{item.key[0]}#slice={index:03d}",
+                mask_paths=item.mask_paths,
+                group=item.group,
+                attributes={
+                    **item.attributes,
+                    "level": _level(brain, index),
+                    "finding": item.attributes["tumour"] if area[index] else "no visible tumour",
+                },
+                key=(item.key, index),
+            )
+
+    def load(self, item: RawItem) -> RawImage:
+        """Cut one slice.
+
+        Returns:
+            image (H, W) as stored with the window of its volume, or (H, W, 3) float32 with each channel's window brought to 0..1; and its mask.
+
+        Raises:
+            RejectedSample: a file is unusable, or they do not fit.
+        """
+        images, index = item.key
+        volumes = self._volumes(images, item.mask_paths[0])
+        mask = volumes.mask.picture(AXIAL, index)
+        planes = [volume.picture(AXIAL, index) for volume in volumes.images]
+        if len(planes) == 1:
+            return RawImage(image=planes[0], mask=mask, value_range=volumes.value_ranges[0])
+        channels = [_unit_range(*pair) for pair in zip(planes, volumes.value_ranges, strict=True)]
+        return RawImage(image=np.stack(channels, axis=-1), mask=mask, value_range=(0.0, 1.0))
+
+    def _case_entry(self, case: "Case") -> RawItem | Reject:
+        """Return a case as an item, or what it lacks."""
+        images = []
+        for modality in self.options.modality:
+            stem = f"{case.folder.name}{case.scheme.separator}{case.scheme.suffixes[modality]}"
+            image = nifti_file(case.folder, stem)
+            if image is None:
+                return Reject(str(case.folder), f"no {stem}.nii.gz")
+            images.append(str(image))
+        stem = f"{case.folder.name}{case.scheme.separator}seg"
+        mask = nifti_file(case.folder, stem)
+        if mask is None and case.folder.name in MISNAMED:
+            mask = nifti_file(case.folder, MISNAMED[case.folder.name])
+        if mask is None:
+            return Reject(str(case.folder), f"no segmentation {stem}.nii.gz: a case of the validation set?")
+        return RawItem(
+            sample_id=case.folder.name,
+            path=str(case.folder),
+            mask_paths=(str(mask),),
+            group=case.patient,
+            attributes={"tumour": GRADES.get(case.folder.parent.name, "glioma")},
+            key=tuple(images),
+        )
+
+    def _volumes(self, images: tuple[str, ...], mask: str) -> "Volumes":
+        versions = tuple(file_version(Path(path)) for path in (*images, mask))
+        return _volumes(images, mask, self.options.window, versions)
+
+    def _chosen_slices(self, area: NDArray[np.floating[Any]], brain: NDArray[np.int64]) -> list[int]:
+        """Return the indices of the slices to use, rising; none where no slice has enough tumour.
+
+        Args:
+            area: tumour in each slice, in mm2.
+            brain: voxels of brain in each slice.
+        """
+        holds_tumour = np.flatnonzero((area > 0) & (area >= self.options.min_tumour_area_mm2)).tolist()
+        if not holds_tumour:
+            return []
+        count = min(self.options.slices_per_volume or len(holds_tumour), len(holds_tumour))
+        if self.options.selection == "largest":
+            chosen = sorted(holds_tumour, key=lambda index: -area[index])[:count]
+        else:
+            chosen = _spread(holds_tumour, count)
+        healthy = np.flatnonzero((area == 0) & (brain >= HEALTHY_BRAIN * brain.max())).tolist()
+        return sorted(chosen + _spread(healthy, min(self.options.healthy_slices_per_volume, len(healthy))))
+
+
+class Case(NamedTuple):
+    """A folder that is named as a case: its scheme, its release (a year) and its patient."""
+
+    folder: Path
+    scheme: Scheme
+    release: str
+    patient: str
+
+
+class Volumes(NamedTuple):
+    """The asked sequences of a case, the raw values that become black and white in each, and the mask, all on one grid."""
+
+    images: tuple[Volume, ...]
+    value_ranges: tuple[tuple[float, float], ...]
+    mask: Volume
+
+
+@lru_cache(maxsize=1)
+def _volumes(
+    images: tuple[str, ...], mask: str, window: IntensityWindow, versions: tuple[tuple[int, int], ...]
+) -> Volumes:
+    """Return the volumes of a case; its slices are asked for one after the other, and decoded once.
+
+    Raises:
+        RejectedSample: a file is unusable, two do not fit, or a sequence is empty or has no contrast.
+    """
+    case = _case(Path(mask).parent)
+    assert case is not None  # it was listed
+    segmentation = read_labels(Path(mask), case.scheme.codes, case.scheme.convention)
+    volumes, ranges = [], []
+    for path in images:
+        volume = read_volume(Path(path))
+        require_same_grid(segmentation, volume)
+        brain = volume.values[volume.values != 0]
+        if brain.size == 0:
+            raise RejectedSample(f"{volume.name} is empty: all voxels are 0")
+        volumes.append(volume)
+        ranges.append(contrast_range(volume.name, brain, window))
+    return Volumes(tuple(volumes), tuple(ranges), segmentation)
+
+
+def _cases(folder: Path, depth: int = DEPTH) -> Iterator[Case]:
+    """Yield the cases among a folder and those below it, in the order of their numbers."""
+    if case := _case(folder):
+        yield case
+    elif depth:
+        for below in sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: (natural_order(p), p.name)):
+            yield from _cases(below, depth - 1)
+
+
+def _case(folder: Path) -> Case | None:
+    for scheme in SCHEMES:
+        if name := scheme.case.fullmatch(folder.name):
+            return Case(folder, scheme, name.groupdict().get("release", "2023"), name["patient"])
+    return None
+
+
+def _voxels_by_slice(volume: Volume) -> NDArray[np.int64]:
+    """Return the number of voxels that are not 0 in each axial slice."""
+    return np.count_nonzero(volume.values, axis=(0, 1)).astype(np.int64)
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """Return `count` of the indices, the middle ones of as many equal parts."""
+    return [indices[(2 * part + 1) * len(indices) // (2 * count)] for part in range(count)]
+
+
+def _level(brain: NDArray[np.int64], index: int) -> str:
+    """Return the word for the third of the brain's height that a slice lies in."""
+    slices = np.flatnonzero(brain)
+    first, last = int(slices[0]), int(slices[-1])
+    return LEVELS[min(max((2 * (index - first) + 1) * 3 // (2 * (last - first + 1)), 0), 2)]
+
+
+def _unit_range(plane: NDArray[Any], value_range: tuple[float, float]) -> NDArray[np.float32]:
+    black, white = value_range
+    return np.clip((plane.astype(np.float32) - black) / (white - black), 0, 1).astype(np.float32)

@@ -1,0 +1,291 @@
+"""`busbra`: BUS-BRA, breast ultrasound images of biopsied lesions with BI-RADS categories (Gómez-Flores et al. 2024).
+
+Read from its root or from the folder above it:
+
+    BUSBRA/Images/bus_0001-l.png      -l, -r: two views of a case; -s: a single one
+           Masks/mask_0001-l.png      the lesion
+           bus_data.csv               ID, Case, Histology, Pathology, BIRADS, Device, Width, Height, Side, BBOX
+           5-fold-cv.csv              ID, Pathology, kFold (1..5), valid_1..valid_5
+           10-fold-cv.csv
+
+1875 images of 1064 patients, 722 benign and 342 malignant cases. The group is `Case`, the patient. `Side` (left, right, single) is not
+documented to be the side of the body, and the two views of a case show like lesions in like places: prompts call it a view, and only
+where `attributes` asks for it. Labels, classes and colours are those of `busi`, which it can test.
+
+`folds: 5` (or 10) and `test_fold: 1` take the split that comes with the dataset: images with `kFold` 1 are the test split, and of the
+others those with `valid_1` 0 validation and those with 1 train (as the authors' code reads that column). `validation_fold: 2` makes the
+images with `kFold` 2 the validation split instead. The folds keep cases whole; should a copy's not, `prepare` leaves out the images of
+a case that lie outside its most held-out split, and lists them.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
+from data_prep.readers import csv_rows, files_in, portable_id, reject_as_error
+from pipeline.errors import MaskLoomError, RejectedSample, one_line
+
+ROOT, TABLE = "BUSBRA", "bus_data.csv"
+IMAGE_NAME = re.compile(r"bus_(.+\.png)")
+FOLD_TITLES = ("kfold", "fold", "k fold", "k-fold", "k_fold")
+BIRADS, SIDES = ("2", "3", "4", "5"), ("left", "right", "single")
+LONGEST_WORDS = 60
+Row = Mapping[str, str]
+Attribute = Literal["birads", "device", "histology", "side"]
+COLUMN_OF: Mapping[Attribute, str] = {
+    "birads": "BIRADS", "device": "Device", "histology": "Histology", "side": "Side"
+}  # fmt: skip
+TEMPLATES_WITH: Mapping[Attribute, tuple[str, ...]] = {
+    "birads": (
+        "BI-RADS {birads} {modality} image, {label} lesion",
+        "{modality}, BI-RADS {birads}: {size} {shape} {label} lesion, {place}",
+    ),
+    "device": ("{modality} image of a {label} lesion, {device} scanner",),
+    "histology": ("{modality} image of a {label} lesion, histology: {histology}",),
+    "side": ("{modality} image of a {label} lesion, {side} view",),
+}
+
+
+class BusbraOptions(Options):
+    """Which official split, and which words in prompts."""
+
+    folds: Literal[5, 10] | None = Field(
+        None, description="take the splits of 5-fold-cv.csv or 10-fold-cv.csv; null: own ones"
+    )
+    test_fold: int | None = Field(None, description="fold that is the test split")
+    validation_fold: int | None = Field(
+        None, description="fold that is the validation split; null: as the file says for this test fold"
+    )
+    attributes: list[Attribute] = Field(
+        default=["birads", "device"], description="columns of bus_data.csv that prompts speak of"
+    )
+
+    @model_validator(mode="after")
+    def _folds_exist(self) -> "BusbraOptions":
+        if self.folds is None:
+            if self.test_fold is not None or self.validation_fold is not None:
+                raise ValueError("test_fold and validation_fold need folds=5 or folds=10")
+            return self
+        if self.test_fold is None:
+            raise ValueError(f"folds={self.folds} needs test_fold, 1..{self.folds}")
+        for fold in (self.test_fold, self.validation_fold):
+            if fold is not None and not 1 <= fold <= self.folds:
+                raise ValueError(f"there is no fold {fold}: folds={self.folds} has 1..{self.folds}")
+        if self.test_fold == self.validation_fold:
+            raise ValueError(f"test_fold and validation_fold are both {self.test_fold}; they must differ")
+        return self
+
+
+class Adapter(DatasetAdapter):
+    """Breast ultrasound images of biopsied lesions with masks, pathology and BI-RADS."""
+
+    Options = BusbraOptions
+    options: BusbraOptions
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether there are folders Images and Masks and the table bus_data.csv."""
+        root = _root_of(raw_dir)
+        return root is not None and (root / TABLE).is_file()
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every image."""
+        return DatasetInfo(
+            modality=MODALITY,
+            channels=1,
+            mask_classes=MASK_CLASSES,
+            palette=PALETTE,
+            labels=LABELS,
+            prompt_templates=(
+                *PROMPT_TEMPLATES, *(text for name in dict.fromkeys(self.options.attributes) for text in TEMPLATES_WITH[name])
+            ),
+            licence="CC-BY-4.0",
+            citation="Gómez-Flores, Gregorio-Calas, Coelho de Albuquerque Pereira: BUS-BRA: A breast ultrasound dataset for assessing "
+            "computer-aided diagnosis systems, Medical Physics 51(4), 3110-3123, 2024",
+            homepage="https://doi.org/10.5281/zenodo.8231412",
+            duplicates="identical",
+        )  # fmt: skip
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the images in the order of their numbers, then the masks and the rows of the table that have no image.
+
+        Raises:
+            MaskLoomError: a folder or a table is missing, or a table cannot be understood.
+        """
+        root = self._root()
+        rows = _rows_by_id(
+            root / TABLE, ("ID", "Case", "Pathology", *(COLUMN_OF[name] for name in self.options.attributes))
+        )
+        splits = self._splits_by_id(root)
+        images = files_in(root / "Images")
+        masks = {file.name: file for file in files_in(root / "Masks")}
+        for image in images:
+            try:
+                mask = masks.pop(_mask_name(image), None)
+                yield self._item(image, mask, rows.pop(image.stem, None), splits)
+            except RejectedSample as error:
+                yield Reject(str(image), str(error))
+        for mask in masks.values():
+            yield Reject(str(mask), "a mask without an image")
+        for identity in rows:
+            yield Reject(str(root / "Images" / f"{identity}.png"), f"listed in {TABLE}, but there is no such image")
+
+    def load(self, item: RawItem) -> RawImage:
+        """Decode an image (H, W) uint8 and its mask.
+
+        Raises:
+            RejectedSample: a file is unreadable, or the mask has another size or is empty.
+        """
+        return image_with_lesion(Path(item.path), Path(item.mask_paths[0]))
+
+    def _item(
+        self, image: Path, mask: Path | None, row: Row | None, splits: Mapping[str, str | None] | None
+    ) -> RawItem:
+        """Describe one image.
+
+        Raises:
+            RejectedSample: it has no mask, no row, no fold, or values that are not known.
+        """
+        if not IMAGE_NAME.fullmatch(image.name):
+            raise RejectedSample("not named bus_CASE-VIEW.png")
+        if mask is None:
+            raise RejectedSample(f"there is no Masks/{_mask_name(image)}")
+        if row is None:
+            raise RejectedSample(f"{TABLE} has no row for this image")
+        if splits is not None and image.stem not in splits:
+            raise RejectedSample(f"{self.options.folds}-fold-cv.csv has no row for this image")
+        if not row["Case"]:
+            raise RejectedSample(f"{TABLE} names no Case for this image, so nothing says whose it is")
+        words = {name: _words(row, name) for name in self.options.attributes}
+        return RawItem(
+            sample_id=portable_id(image.stem),
+            path=str(image),
+            mask_paths=(str(mask),),
+            label=_one_of(LABELS, row["Pathology"], "Pathology"),
+            group=f"case-{row['Case']}",
+            split=None if splits is None else splits[image.stem],
+            attributes={name: word for name, word in words.items() if word},
+        )
+
+    def _splits_by_id(self, root: Path) -> dict[str, str | None] | None:
+        """Return the split of each image as the chosen folds say, None where they leave it open; None without folds.
+
+        Raises:
+            MaskLoomError: the file of the folds is missing or cannot be understood.
+        """
+        options = self.options
+        if options.folds is None:
+            return None
+        path = root / f"{options.folds}-fold-cv.csv"
+        rows = _rows_by_id(path, ("ID",))
+        titles = {title.lower(): title for row in rows.values() for title in row}
+        title = next((titles[title] for title in FOLD_TITLES if title in titles), None)
+        if title is None:
+            raise MaskLoomError(f"{path}: no column kFold; it has {', '.join(titles.values()) or 'no rows'}")
+        folds = {identity: _number_in(row, title, range(1, options.folds + 1), path) for identity, row in rows.items()}
+        absent = {options.test_fold, options.validation_fold} - {None, *folds.values()}
+        if absent:
+            raise MaskLoomError(f"{path}: no image is in fold {absent.pop()}; restore the file from the dataset")
+        valid_title = titles.get(f"valid_{options.test_fold}")
+        return {identity: self._split(folds[identity], row, valid_title, path) for identity, row in rows.items()}
+
+    def _split(self, fold: int, row: Row, valid_title: str | None, path: Path) -> str | None:
+        if fold == self.options.test_fold:
+            return "test"
+        if self.options.validation_fold is not None:
+            return "validation" if fold == self.options.validation_fold else "train"
+        if valid_title is None:
+            return None
+        return "train" if _number_in(row, valid_title, range(2), path) else "validation"
+
+    def _root(self) -> Path:
+        assert self.raw_dir is not None
+        root = _root_of(self.raw_dir)
+        if root is None:
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: not BUS-BRA: no folders Images and Masks with {TABLE} here or in {ROOT}; "
+                "give the folder that holds them"
+            )
+        return root
+
+
+def _root_of(raw_dir: Path) -> Path | None:
+    folders = (raw_dir, raw_dir / ROOT, *sorted(path for path in raw_dir.iterdir() if path.is_dir()))
+    return next(
+        (f for f in folders if (f / "Masks").is_dir() and (f / "Images").is_dir() and (f / TABLE).is_file()), None
+    )
+
+
+def _mask_name(image: Path) -> str:
+    return IMAGE_NAME.sub(r"mask_\1", image.name)
+
+
+def _rows_by_id(path: Path, columns: Sequence[str]) -> dict[str, Row]:
+    """Return the rows of a table by image id.
+
+    Raises:
+        MaskLoomError: it is missing, unreadable, lacks a column, or names an image twice.
+    """
+    with reject_as_error(path, "restore the file from the dataset"):
+        rows = csv_rows(path, columns)
+    of_id: dict[str, Row] = {}
+    for row in rows:
+        identity = row["ID"].removesuffix(".png")
+        if identity in of_id:
+            raise MaskLoomError(f"{path}: ID {identity!r} is listed more than once; restore the file from the dataset")
+        of_id[identity] = row
+    return of_id
+
+
+def _number_in(row: Row, title: str, allowed: range, path: Path) -> int:
+    """Return a whole number of a table, which MATLAB may have written as `1.0`.
+
+    Raises:
+        MaskLoomError: it is none, or not allowed.
+    """
+    number = _whole(row[title])
+    if number is None or number not in allowed:
+        raise MaskLoomError(
+            f"{path}: {title} of {row['ID']} is {row[title]!r}, expected {allowed[0]}..{allowed[-1]}; "
+            "restore the file from the dataset"
+        )
+    return number
+
+
+def _whole(text: str) -> int | None:
+    return int(text.split(".")[0]) if re.fullmatch(r"[0-9]{1,9}(\.0+)?", text) else None
+
+
+def _words(row: Row, name: Attribute) -> str:
+    """Return what prompts say of a column, empty where its cell is.
+
+    Raises:
+        RejectedSample: the value is not known, or no words.
+    """
+    column = COLUMN_OF[name]
+    text = one_line(row[column])
+    if not text:
+        return ""
+    if name == "birads":
+        return _one_of(BIRADS, str(_whole(text)), column, text)
+    if name == "side":
+        return _one_of(SIDES, text, column)
+    if len(text) > LONGEST_WORDS or not text.isprintable():
+        raise RejectedSample(f"{column} in {TABLE} is no short text: {text[:20]!r}")
+    return text.lower() if name == "histology" else text
+
+
+def _one_of(known: Sequence[str], value: str, column: str, shown: str | None = None) -> str:
+    """Return a value in lower case.
+
+    Raises:
+        RejectedSample: it is not known.
+    """
+    if value.lower() not in known:
+        raise RejectedSample(f"unknown {column} {shown or value!r} in {TABLE}; known: {', '.join(known)}")
+    return value.lower()

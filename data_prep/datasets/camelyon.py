@@ -1,0 +1,412 @@
+"""`camelyon`: CAMELYON16 and CAMELYON17, whole slides of lymph node sections with outlined metastases, cut into tiles.
+
+Slides, annotations and tables are found by their names anywhere below the raw folder, so one root may hold either dataset or both:
+
+    CAMELYON16/training/normal/normal_001.tif        CAMELYON17/training/center_0/patient_004_node_4.tif
+               training/tumor/tumor_001.tif                     lesion_annotations/patient_004_node_4.xml
+               training/lesion_annotations/tumor_001.xml        stage_labels.csv (or stages.csv)
+               testing/images/test_001.tif
+               testing/lesion_annotations/test_001.xml
+               testing/reference.csv
+
+    reference.csv     test_001,Tumor,IDC,Macro            with or without a header; the second column counts: Normal, Tumor
+    stage_labels.csv  patient,stage                       patient_004.zip,pN1mi (not used) and
+                      patient_004_node_4.tif,macro        negative, itc, micro, macro
+
+Annotations are ASAP polygons in pixels of level 0 (`data_prep.asap`): groups Tumor, _0, _1 and metastases are tumour; _2 and normal are holes.
+Files whose name ends in `_mask` are rendered annotations and are not read.
+
+A slide is a negative only if its name, its table and its annotations say so. Left out, with the reason: slides with metastases but without
+an XML file, slides whose label is unknown, slides whose label and annotations contradict each other, slides that are there twice, and
+
+- test_049, the duplicate of another slide (`keep_duplicate=true` keeps it);
+- normal_086, which shows tumour and was renamed to tumor_111, and normal_144, which holds unmarked tumour (arXiv:1703.02442);
+- slides that are not annotated exhaustively: 20 of CAMELYON16 and test_114 (its README), and CAMELYON17 nodes with isolated tumour cells
+  (its data page). With `incomplete=tumour_tiles` they give the tiles in which tumour is marked, and never a normal one.
+
+An annotation that encloses no area (one or two points) is listed and changes nothing; any other oddity in an XML file rejects the slide, for
+the mask would not be the one that was drawn. A tile is `tumour` where `min_tumour` of its pixels or more are tumour, `normal` where none are;
+the tiles between the two are not used. Groups are patients in CAMELYON17 and slides in CAMELYON16, which has no patient ids. Slides of
+the CAMELYON16 test set are test; all others are free.
+"""
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from scipy import ndimage
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.asap import Annotations, drawn, read_annotations
+from data_prep.readers import csv_rows, natural_order, reject_as_error, unreadable_as_reject
+from data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
+from data_prep.tiles import (
+    TileGrid,
+    mask_shares,
+    polygon_shares,
+    sampled,
+    saturation,
+    tile_grid,
+    tissue_threshold,
+    without_specks,
+)
+from pipeline.errors import MaskLoomError, RejectedSample
+
+SLIDE = re.compile(r"(?P<kind>normal|tumor|test)_\d{3}|(?P<patient>patient_\d{3})_node_\d")
+TUMOUR_GROUPS, HOLE_GROUPS = ("tumor", "_0", "_1", "metastases"), ("_2", "normal")
+REFERENCE, STAGES = "reference.csv", ("stage_labels.csv", "stages.csv")
+TEST_LABELS = {"normal": "normal", "tumor": "tumour", "tumour": "tumour"}
+NODE_LABELS = {"negative": "normal", "itc": "itc", "micro": "tumour", "macro": "tumour"}
+DIAGNOSIS_OF_KIND = {"normal": "normal", "tumor": "tumour"}
+EXAMPLES = "normal_001.tif, tumor_001.tif, test_001.tif, patient_004_node_4.tif"
+TUMOUR_TILES_ONLY = "tumour tiles only"  # `RawItem.key` of a slide on which tumour may be unmarked
+DUPLICATE = "test_049"
+MISLABELLED = {
+    "normal_086": "it shows tumour and was renamed to tumor_111 (README of CAMELYON16)",
+    "normal_144": "it holds tumour that is not marked (Liu et al. 2017, arXiv:1703.02442)",
+}
+NOT_EXHAUSTIVE = {"test_114"} | {
+    f"tumor_{n:03}" for n in (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110)
+}
+FINDINGS = {"normal": "no metastasis", "tumour": "metastatic breast carcinoma"}
+DEFAULT_MPP = 0.5  # about 20x
+SPECK = 0.1  # tissue of less than this share of a tile's area is dirt
+SMOOTHING = 1 / 64  # of a tile's side: nuclei and cracks are not the outline of tissue
+
+
+class CamelyonOptions(Options):
+    """Which slides, tiles and masks."""
+
+    tile_size: int = Field(512, ge=32, le=4096, description="side of a tile, in pixels of the resolution asked for")
+    mpp: float | None = Field(
+        None, gt=0, description="microns per pixel; 0.5, about 20x, where level is not given either"
+    )
+    level: int | None = Field(None, ge=0, description="a level of the slide's pyramid, instead of mpp")
+    stride: int | None = Field(None, ge=1, description="distance between tiles, in the same pixels; null: tile_size")
+    min_tissue: float = Field(0.5, ge=0, le=1, description="share of a tile that must be tissue")
+    min_tumour: float = Field(0.05, ge=0, le=1, description="share of tumour pixels from which a tile is a tumour tile")
+    max_tiles_per_slide: int | None = Field(100, ge=1, description="null: all")
+    tumour_tiles: float = Field(0.5, ge=0, le=1, description="share of that number that is for tumour tiles")
+    tissue: Literal["otsu", "all"] = Field("otsu", description="all: take glass for tissue as well")
+    mask: Literal["tumour", "tissue_tumour"] = Field("tumour", description="tissue_tumour: three classes")
+    incomplete: Literal["leave_out", "tumour_tiles"] = Field(
+        "leave_out", description="what to take from slides whose metastases are not all annotated"
+    )
+    keep_duplicate: bool = Field(False, description=f"use {DUPLICATE}, which is the duplicate of another slide")
+    seed: int = Field(0, description="of the choice of tiles")
+
+    @model_validator(mode="after")
+    def _has_one_resolution(self) -> "CamelyonOptions":
+        if self.mpp is not None and self.level is not None:
+            raise ValueError("give mpp or level, not both")
+        return self
+
+
+class Place(NamedTuple):
+    """Where a tile is on its slide; `RawItem.key`.
+
+    Attributes:
+        x: of its corner, on level 0.
+        y: of its corner, on level 0.
+        downsample: side of one of its pixels in pixels of level 0.
+        threshold: saturation of the slide above which there is tissue.
+    """
+
+    x: int
+    y: int
+    downsample: float
+    threshold: int
+
+
+class Adapter(DatasetAdapter):
+    """Tiles of H&E slides of sentinel lymph nodes, with masks of the metastases."""
+
+    Options = CamelyonOptions
+    options: CamelyonOptions
+    items_per_part: ClassVar[int] = 1
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether a slide with a name of CAMELYON lies somewhere below."""
+        return any(SLIDE.fullmatch(path.stem.lower()) for path in raw_dir.rglob("*.tif"))
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every tile."""
+        with_tissue = self.options.mask == "tissue_tumour"
+        return DatasetInfo(
+            modality="H&E-stained histopathology",
+            channels=3,
+            mask_classes=("background", "tissue", "tumour") if with_tissue else ("background", "tumour"),
+            palette=((0, 0, 0), (80, 160, 255), (255, 80, 80)) if with_tissue else ((0, 0, 0), (255, 80, 80)),
+            labels=("normal", "tumour"),
+            prompt_templates=(
+                "{modality} of a sentinel lymph node, {finding}",
+                "{label} lymph node tissue, {modality}",
+                "{modality} of a lymph node section showing {finding}",
+                *(
+                    ("{modality} of a lymph node with {finding}, regions of {mask_classes}",)
+                    if with_tissue
+                    else (
+                        "{modality} of a lymph node with a {size} {shape} region of {finding}, {place}",
+                        "{size} region of {finding}, {place}, in a {modality} image of a lymph node",
+                    )
+                ),
+            ),
+            licence="CC0-1.0",
+            citation="Litjens et al.: 1399 H&E-stained sentinel lymph node sections of breast cancer patients: the CAMELYON dataset,"
+            " GigaScience 7(6), giy065, 2018",
+            homepage="https://camelyon17.grand-challenge.org/Data/",
+            duplicates="none",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the slides in the order of their names, then annotations without a slide.
+
+        Raises:
+            MaskLoomError: there is no slide, or a table is damaged or has an unknown label.
+        """
+        slides, annotations, tables = self._files()
+        labels = _diagnoses(tables)
+        for name in sorted(slides, key=lambda name: natural_order(Path(name))):
+            yield from self._slide_entries(name, slides[name], annotations.pop(name, []), labels)
+        for path in sorted(path for paths in annotations.values() for path in paths):
+            yield Reject(str(path), f"an annotation without a slide {path.stem}.tif")
+
+    def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
+        """List the chosen tiles of a slide row by row, after its annotations that enclose no area.
+
+        Raises:
+            RejectedSample: slide or annotation cannot be read or do not belong together, or no tile qualifies.
+        """
+        path = Path(item.path)
+        slide = opened_slide(path)
+        grid = self._grid(item)
+        annotations = _annotations(item)
+        _check_annotations(item, annotations, slide.dimensions)
+        threshold, tissue = self._tissue_shares(item, grid)
+        wanted = tissue >= self.options.min_tissue
+        shares = polygon_shares(grid, annotations.polygons, wanted)
+        tumour = wanted & (shares > 0) & (shares >= self.options.min_tumour)
+        normal = wanted & (shares == 0) & (item.key != TUMOUR_TILES_ONLY)
+        tumour_corners, normal_corners = ([grid.corner(*at) for at in np.argwhere(kind)] for kind in (tumour, normal))
+        if not tumour_corners and not normal_corners:
+            raise RejectedSample(
+                f"{path.name}: none of {grid.shape[1]}x{grid.shape[0]} tiles of {grid.span:.0f} pixels of level 0 has"
+                f" data.options.min_tissue={self.options.min_tissue:g} and is clearly tumour or normal"
+            )
+        yield from (Reject(f"{item.path}#annotation={n}", reason) for n, reason in annotations.stray.items())
+        seed = f"{item.sample_id}/{self.options.seed}"
+        chosen = sampled(
+            tumour_corners, normal_corners, self.options.max_tiles_per_slide, self.options.tumour_tiles, seed
+        )
+        with_tumour = set(tumour_corners)
+        for x, y in chosen:
+            label = "tumour" if (x, y) in with_tumour else "normal"
+            yield RawItem(
+                sample_id=f"{item.sample_id}_x{x}_y{y}",
+                path=f"{item.path}#x={x},y={y}",
+                mask_paths=item.mask_paths,
+                label=label,
+                group=item.group,
+                split=item.split,
+                attributes={"finding": FINDINGS[label]},
+                key=Place(x, y, grid.downsample, threshold),
+            )
+
+    def load(self, item: RawItem) -> RawImage:
+        """Decode one tile, (tile_size, tile_size, 3) uint8, and draw its mask.
+
+        Raises:
+            RejectedSample: the part of the slide is damaged.
+        """
+        place, size = Place(*item.key), self.options.tile_size
+        path = Path(item.path.rpartition("#")[0])
+        image = tile_image(opened_slide(path), path, (place.x, place.y), place.downsample, size)
+        tumour = drawn(_annotations(item).polygons, place.x, place.y, place.downsample, (size, size))
+        if self.options.mask == "tumour":
+            return RawImage(image=image, mask=tumour.astype(np.uint8))
+        smooth = ndimage.gaussian_filter(saturation(image), size * SMOOTHING)
+        return RawImage(image=image, mask=np.where(tumour, 2, smooth > place.threshold).astype(np.uint8))
+
+    def _files(self) -> tuple[dict[str, list[Path]], dict[str, list[Path]], dict[str, list[Path]]]:
+        """Return slides and annotations by slide id, and tables by name.
+
+        Raises:
+            MaskLoomError: there is no slide.
+        """
+        assert self.raw_dir is not None
+        found: dict[str, dict[str, list[Path]]] = {suffix: defaultdict(list) for suffix in (".tif", ".xml", ".csv")}
+        for path in sorted(self.raw_dir.rglob("*")):
+            name = path.stem.lower()
+            if path.suffix.lower() in found and not path.name.startswith(".") and not name.endswith("_mask"):
+                found[path.suffix.lower()][name].append(path)
+        if not any(SLIDE.fullmatch(name) for name in found[".tif"]):
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: not CAMELYON: no slide named like {EXAMPLES} below;"
+                " give the folder that holds them"
+            )
+        return found[".tif"], found[".xml"], found[".csv"]
+
+    def _slide_entries(
+        self, name: str, paths: list[Path], annotations: list[Path], labels: Mapping[str, str]
+    ) -> Iterator[RawItem | Reject]:
+        """List one slide, or every file of that name with the reason why it cannot be used."""
+        parts = SLIDE.fullmatch(name)
+        if parts is None:
+            yield from (Reject(str(path), f"not named like a slide of CAMELYON ({EXAMPLES})") for path in paths)
+            return
+        diagnosis = DIAGNOSIS_OF_KIND.get(parts["kind"]) or labels.get(name)
+        reason = _several(name, paths, annotations) or self._reason_to_leave_out(name, diagnosis, bool(annotations))
+        if reason is not None:
+            yield from (Reject(str(path), reason) for path in paths)
+            return
+        yield RawItem(
+            sample_id=name,
+            path=str(paths[0]),
+            mask_paths=tuple(str(path) for path in annotations),
+            label="tumour" if diagnosis == "itc" else diagnosis,
+            group=parts["patient"] or name,
+            split="test" if parts["kind"] == "test" else None,
+            key=TUMOUR_TILES_ONLY if _is_incomplete(name, diagnosis) else None,
+        )
+
+    def _reason_to_leave_out(self, name: str, diagnosis: str | None, annotated: bool) -> str | None:
+        if name in MISLABELLED:
+            return f"left out: {MISLABELLED[name]}"
+        if name == DUPLICATE and not self.options.keep_duplicate:
+            return "left out: the duplicate of another slide (data.options.keep_duplicate=false)"
+        if _is_incomplete(name, diagnosis) and self.options.incomplete == "leave_out":
+            return "left out: not all of its tumour is annotated (data.options.incomplete=leave_out)"
+        if annotated or diagnosis == "normal":
+            return None
+        missing = f"{name}.xml is not there, and a tumour slide without annotation is not a negative"
+        tables = STAGES if name.startswith("patient") else (REFERENCE,)
+        return missing if diagnosis else f"neither {name}.xml nor a label in {' or '.join(tables)} is there"
+
+    def _grid(self, item: RawItem) -> TileGrid:
+        """Return the tiles of a slide at the resolution asked for."""
+        path, options = Path(item.path), self.options
+        slide = opened_slide(path)
+        if options.level is not None:
+            downsample = downsample_of_level(slide, path, options.level)
+        else:
+            downsample = downsample_of_mpp(slide, path, options.mpp or DEFAULT_MPP)
+        unit = max(1, round(slide.level_downsamples[slide.get_best_level_for_downsample(downsample)]))
+        return tile_grid(slide.dimensions, downsample, unit, options.tile_size, options.stride or options.tile_size)
+
+    def _tissue_shares(self, item: RawItem, grid: TileGrid) -> tuple[int, NDArray[np.float64]]:
+        """Return the saturation above which there is tissue, and the share of tissue of each tile."""
+        if self.options.tissue == "all":
+            return -1, np.ones(grid.shape)
+        path = Path(item.path)
+        slide = opened_slide(path)
+        colours = saturation(overview(slide, path))
+        threshold = tissue_threshold(colours)
+        width, height = slide.dimensions
+        scale = width / colours.shape[1], height / colours.shape[0]
+        mask = without_specks(colours > threshold, SPECK * grid.span**2 / (scale[0] * scale[1]))
+        return threshold, mask_shares(grid, mask, scale)
+
+
+def _is_incomplete(name: str, diagnosis: str | None) -> bool:
+    return name in NOT_EXHAUSTIVE or diagnosis == "itc"
+
+
+def _several(name: str, slides: Sequence[Path], annotations: Sequence[Path]) -> str | None:
+    """Return a reason where a slide or its annotation is there more than once: which of them holds is not ours to say."""
+    for what, paths in (("slide", slides), ("annotation", annotations)):
+        if len(paths) > 1:
+            folders = ", ".join(sorted({path.parent.name for path in paths}))
+            return f"the {what} {name} is there {len(paths)} times ({folders}); keep one"
+    return None
+
+
+def _diagnoses(tables: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """Return what the tables say of slides, by slide id: `normal`, `tumour` or `itc`.
+
+    Raises:
+        MaskLoomError: a table is damaged, has an unknown label, or contradicts itself or another.
+    """
+    found: dict[str, str] = {}
+    for path in tables.get(Path(REFERENCE).stem, []):
+        _add_diagnoses(found, path, _reference_rows(path), TEST_LABELS)
+    for path in (path for name in STAGES for path in tables.get(Path(name).stem, [])):
+        with reject_as_error(path, "restore the table of CAMELYON17, or remove it to use annotated slides only"):
+            rows = csv_rows(path, ("patient", "stage"))
+        nodes = [(row["patient"], row["stage"]) for row in rows if "node" in row["patient"].lower()]
+        _add_diagnoses(found, path, nodes, NODE_LABELS)
+    return found
+
+
+def _reference_rows(path: Path) -> list[tuple[str, str]]:
+    """Return slide and label of the rows of the CAMELYON16 table, which is published without a header."""
+    with reject_as_error(path, "restore the table of CAMELYON16, or remove it to use annotated slides only"):
+        with unreadable_as_reject(path):
+            table = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True))
+        rows = [[cell.strip() for cell in row] for row in table if any(row)]
+        if rows and not rows[0][0].lower().startswith("test_"):
+            rows = rows[1:]
+        if any(len(row) < 2 for row in rows) or not rows:
+            raise RejectedSample("has no rows of the form test_001,Tumor")
+    return [(row[0], row[1]) for row in rows]
+
+
+def _add_diagnoses(
+    found: dict[str, str], path: Path, rows: Iterable[tuple[str, str]], meaning: Mapping[str, str]
+) -> None:
+    for slide, label in rows:
+        name = slide.lower().removesuffix(".tif")
+        if label.lower() not in meaning:
+            raise MaskLoomError(
+                f"{path}: {slide}: unknown label {label!r}, expected one of {', '.join(meaning)}; correct the table"
+            )
+        if found.setdefault(name, meaning[label.lower()]) != meaning[label.lower()]:
+            raise MaskLoomError(f"{path}: {slide}: label {label!r} contradicts an earlier row; correct the table")
+
+
+def _annotations(item: RawItem) -> Annotations:
+    """Return the annotations of a slide, or none where it has no file.
+
+    Raises:
+        RejectedSample: they cannot be read.
+    """
+    if not item.mask_paths:
+        return Annotations((), {})
+    path = Path(item.mask_paths[0])
+    with unreadable_as_reject(path):
+        stat = path.stat()
+    return _read_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _read_once(path: Path, size: int, mtime_ns: int) -> Annotations:
+    return read_annotations(path, TUMOUR_GROUPS, HOLE_GROUPS)
+
+
+def _check_annotations(item: RawItem, annotations: Annotations, dimensions: tuple[int, int]) -> None:
+    """Check that annotations fit the slide and what is said of it.
+
+    Raises:
+        RejectedSample: one lies beside the slide, or there is tumour in a negative slide, or none in another one.
+    """
+    width, height = dimensions
+    for polygon in annotations.polygons:
+        left, top, right, bottom = polygon.box
+        if right <= 0 or bottom <= 0 or left >= width or top >= height:
+            raise RejectedSample(
+                f"annotation {polygon.name!r} of {item.sample_id} lies outside the slide of {width}x{height} pixels:"
+                " it belongs to another one"
+            )
+    marked = any(not polygon.hole for polygon in annotations.polygons)
+    if marked and item.label == "normal":
+        raise RejectedSample(f"{item.sample_id} is said to be normal, but its annotations mark tumour")
+    if not marked and item.label != "normal":
+        raise RejectedSample(f"{item.sample_id} is not known to be normal, but its annotations mark no tumour")

@@ -1,0 +1,259 @@
+"""`folder`: your own images and masks, found by patterns or listed in a table. Nothing is guessed; every option is explained below.
+
+By patterns (the defaults, and what the options say for other trees):
+
+    images/a.png                     images: "images/**/*"               masks: "masks/{stem}.png"
+    masks/a.png
+
+    scans/benign/p01_1.png           images: "scans/*/*.png"             masks: "{folder}/{stem}_mask*.png"    label_from: parent
+    scans/benign/p01_1_mask.png      group_pattern: '(p\\d+)_[^/]*$'
+
+    p01/images/1.png                 images: "*/images/*.png"            masks: "{grandparent}/masks/{stem}.png"
+    p01/masks/1.png                  group_pattern: '^(p\\d+)/'
+
+By a table (CSV or XLSX), one row an image; paths in it are relative to `data.raw_dir`:
+
+    labels.csv                       table: labels.csv                   image_column: file   mask_column: mask   label_column: dx
+    file,mask,dx,patient             group_column: patient               images: "{image}" (default), or "part_*/{image}.jpg"
+
+Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bit, float) or `.npy` arrays (H, W) or (H, W, 3). Masks are black and one bright colour,
+or a map of values or colours named by `mask_values`. Several masks of one image are united where there is one foreground class. A mask may
+be empty (no lesion); an image without a mask file is left out where `masks` are asked for, and so are all images that one mask file
+fits. Files that are masks of another image are no images. Links that lead out of `data.raw_dir` are refused, linked folders not followed.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.file_patterns import Confined, placeholder_values
+from data_prep.folder_listing import Candidate, is_read, listed_candidates, shown_path
+from data_prep.folder_options import FolderOptions
+from data_prep.image_files import JPEG_SUFFIXES, READ_SUFFIXES, image_pixels, mask_pixels
+from data_prep.label_maps import binary_mask, class_mask, distinct_palette, label_map
+from data_prep.readers import portable_id, require_same_size
+from pipeline.errors import MaskLoomError, RejectedSample
+from pipeline.files import value_digest
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+class Adapter(DatasetAdapter):
+    """Images and masks of any folder, as the options describe it."""
+
+    Options = FolderOptions
+    options: FolderOptions
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every image.
+
+        Raises:
+            MaskLoomError: class names have to be found, and the folder or the table does not fit the options.
+        """
+        options = self.options
+        return DatasetInfo(
+            modality=options.modality,
+            channels=options.channels,
+            mask_classes=options.mask_classes,
+            palette=options.colours or distinct_palette(len(options.mask_classes)),
+            labels=self._labels,
+            prompt_templates=options.prompts or _templates(bool(self._labels), options.has_masks),
+            licence=options.licence,
+            citation=options.citation,
+            homepage="",
+            duplicates="identical" if options.group_column or options.group_pattern else "near",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the images in the order of their paths, or of the table, and every file or row that cannot be used.
+
+        Raises:
+            MaskLoomError: nothing fits the options, or the table is not as they say.
+        """
+        labels = self._labels
+        candidates, rejects = self._listing
+        yield from rejects
+        owners: dict[str, list[str]] = defaultdict(list)
+        for candidate in candidates:
+            for mask in candidate.masks:
+                owners[mask].append(candidate.file)
+        confined = Confined(self._root)
+        for candidate in candidates:
+            try:
+                yield self._item(candidate, owners, labels, confined)
+            except RejectedSample as error:
+                yield Reject(shown_path(self._root, candidate.file), str(error))
+
+    def load(self, item: RawItem) -> RawImage:
+        """Decode an image and its masks.
+
+        Raises:
+            RejectedSample: a file is unreadable, a mask has another size than its image, or a value that no class is named for.
+        """
+        image = image_pixels(Path(item.path))
+        if not item.mask_paths:
+            return RawImage(image, None)
+        mask = np.zeros(image.shape[:2], dtype=np.uint8)
+        for path in map(Path, item.mask_paths):
+            part = self._mask(path)
+            require_same_size(f"mask {path.name}", part, image)
+            mask = np.maximum(mask, part)
+        return RawImage(image, mask)
+
+    def _mask(self, path: Path) -> NDArray[np.uint8]:
+        if self.options.mask_values is None:
+            return binary_mask(mask_pixels(path, coloured=True), path.name, path.suffix.lower() in JPEG_SUFFIXES)
+        classes = label_map(self.options.mask_values)
+        return class_mask(mask_pixels(path, classes.coloured), classes, path.name)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the listing behind: a process that loads samples has no use for it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_listing"}
+
+    @property
+    def _root(self) -> Path:
+        assert self.raw_dir is not None
+        return self.raw_dir
+
+    @cached_property
+    def _labels(self) -> tuple[str, ...]:
+        """The class names in order: as the options give them, or those that are found."""
+        if self.options.label_source is None:
+            return ()
+        images = [candidate for candidate in self._listing[0] if is_read(candidate.file) and _is_text(candidate.file)]
+        found = sorted({label for image in images if (label := self._label(image))})
+        unused = [label for label in self.options.labels or () if label not in found]
+        if images and (unused or not found):  # without images, the rejects say why
+            key = "labels" if unused else "label_column" if self.options.label_column else "label_from"
+            missing = f"no image has the label {unused[0]!r}" if unused else "no image has a label"
+            raise MaskLoomError(f"data.options.{key}: {missing}; found: {', '.join(found) or 'none'}")
+        return self.options.labels or tuple(found)
+
+    @cached_property
+    def _listing(self) -> tuple[list[Candidate], list[Reject]]:
+        return listed_candidates(self._root, self.options)
+
+    def _item(
+        self, candidate: Candidate, owners: dict[str, list[str]], labels: Sequence[str], confined: Confined
+    ) -> RawItem:
+        """Return the item of a candidate.
+
+        Raises:
+            RejectedSample: the file, its masks, or one of its values cannot be used.
+        """
+        for file in (candidate.file, *candidate.masks):
+            if not is_read(file):
+                raise RejectedSample(
+                    f"{PurePosixPath(file).name} is none of the formats that are read ({', '.join(READ_SUFFIXES)})"
+                )
+            if not _is_text(file):
+                raise RejectedSample("its name is not valid UTF-8; rename it")
+            confined.check(file)
+        if self.options.has_masks:
+            self._check_masks(candidate, owners)
+        label = self._label(candidate)
+        if label is not None and label not in labels:
+            raise RejectedSample(
+                f"its label {label!r} is none of data.options.labels ({', '.join(labels)})"
+                if label
+                else "it has no label"
+            )
+        return RawItem(
+            sample_id=_sample_id(candidate.file),
+            path=shown_path(self._root, candidate.file),
+            mask_paths=tuple(shown_path(self._root, mask) for mask in candidate.masks),
+            label=label,
+            group=self._value(candidate, "group", self.options.group_pattern),
+            split=self._split(candidate),
+        )
+
+    def _check_masks(self, candidate: Candidate, owners: dict[str, list[str]]) -> None:
+        masks = candidate.masks
+        if not masks:
+            raise RejectedSample(f"no mask file fits data.options.masks={self.options.mask_pattern!r}")
+        if candidate.file in masks:
+            raise RejectedSample("data.options.masks fits the image itself")
+        if len(masks) > 1 and len(self.options.mask_classes) > 2:
+            raise RejectedSample(
+                f"{len(masks)} label maps fit this image ({', '.join(masks[:3])}); maps of several classes are not united"
+            )
+        for mask in masks:
+            others = [file for file in owners[mask] if file != candidate.file]
+            if others and "mask" not in candidate.row:  # a table may give one mask to two images, a pattern may not
+                raise RejectedSample(
+                    f"mask {mask} also fits {others[0]}; make data.options.masks or .images tell them apart"
+                )
+
+    def _label(self, candidate: Candidate) -> str | None:
+        """Return an image's class name; empty where it should have one and has none."""
+        if self.options.label_source == "table":
+            return candidate.row["label"]
+        return placeholder_values(candidate.file)[self.options.label_source] if self.options.label_source else None
+
+    def _split(self, candidate: Candidate) -> str | None:
+        value = self._value(candidate, "split", self.options.split_pattern)
+        if value is not None and value.lower() not in SPLIT_NAMES:
+            raise RejectedSample(f"unknown split {value!r}; known: {', '.join(SPLIT_NAMES)}")
+        return None if value is None else SPLIT_NAMES[value.lower()]
+
+    def _value(self, candidate: Candidate, meaning: str, pattern: str | None) -> str | None:
+        """Return what a column or a regular expression over the path says, or None where neither is given.
+
+        Raises:
+            RejectedSample: it says nothing for this image.
+        """
+        if pattern is not None:
+            found = re.search(pattern, candidate.file)
+            value = found[meaning if meaning in found.re.groupindex else 1] if found else None
+            source = f"data.options.{meaning}_pattern={pattern!r} finds"
+        elif meaning in candidate.row:
+            value, source = candidate.row[meaning], f"column {self.options.columns[meaning]!r} has"
+        else:
+            return None
+        if not value:
+            raise RejectedSample(f"{source} no {meaning} for it")
+        return value
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is text, and not bytes that merely came through as such."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _sample_id(file: str) -> str:
+    """Return a portable id; where a path has other characters, a digest of it keeps two of them apart."""
+    name = str(PurePosixPath(file).with_suffix(""))
+    portable = portable_id(name)
+    return portable if portable == name.replace("/", "-") else f"{portable}-{value_digest(file)[:8]}".lstrip("-")
+
+
+def _templates(with_label: bool, with_masks: bool) -> tuple[str, ...]:
+    """Return prompts that fit any dataset."""
+    if with_label:
+        plain = (
+            "{modality} image, {label}",
+            "{label}, {modality}",
+            "{modality} showing {label}",
+            "{modality}: {label}",
+        )
+        masked = (
+            "{modality} of {label}, {size} {shape} {mask_classes}, {place}",
+            "{label} in {modality}, {mask_classes}, {size}, {place}",
+        )
+    else:
+        plain = ("{modality}", "{modality} image", "an image of {modality}", "one {modality} image")
+        masked = (
+            "{modality} with {mask_classes}, {size}, {shape}, {place}",
+            "{size} {shape} {mask_classes} in {modality}, {place}",
+        )
+    return plain + masked if with_masks else plain

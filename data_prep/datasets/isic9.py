@@ -1,0 +1,206 @@
+"""`isic9`: Kaggle's "Skin cancer ISIC", dermoscopic images of nine classes from the ISIC Archive; no masks.
+
+Read from its root or from the folder above it:
+
+    Skin cancer ISIC The International Skin Imaging Collaboration/Train/melanoma/ISIC_0000139.jpg
+                                                                  Test/melanoma/ISIC_0000002.jpg
+
+2239 images in Train and 118 in Test; a folder a class (upper or lower case, with spaces, `_` or `-`). Test is the test split; validation
+is drawn from Train. An image that lies in both is used in Test, one that lies in several classes not at all. JPEG files are RGB; grey and
+CMYK ones become RGB.
+
+The dataset has no patient or lesion ids: several images of one lesion are found by content (`data_prep.near_duplicates`); what resembles
+a Test image follows it into the test split. Lesions that look unlike each other in two images need the archive's metadata: `metadata:
+NAME.csv`, a file in `data.raw_dir` with the columns `image`, `isic_id` or `image_id`, and `lesion_id`, makes the lesion the group.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.readers import csv_rows, decoded_image, eight_bit, files_in, portable_id, reject_as_error
+from pipeline.errors import MaskLoomError
+
+LABELS = (
+    "actinic keratosis",
+    "basal cell carcinoma",
+    "dermatofibroma",
+    "melanoma",
+    "nevus",
+    "pigmented benign keratosis",
+    "seborrheic keratosis",
+    "squamous cell carcinoma",
+    "vascular lesion",
+)
+ROOT = "Skin cancer ISIC The International Skin Imaging Collaboration"
+SPLIT_OF = {"Train": None, "Test": "test"}
+SUFFIXES = (".jpg", ".jpeg")
+ID_COLUMNS = ("image", "isic_id", "image_id", "image_name")
+SHRUNK = "_downsampled"  # what the ISIC 2019 metadata add to the names of images that it made smaller
+
+
+class Isic9Options(Options):
+    """Where groups come from."""
+
+    metadata: str | None = Field(None, description="CSV file in data.raw_dir with a lesion_id for each image id")
+
+    @field_validator("metadata")
+    @classmethod
+    def _lies_in_the_raw_folder(cls, name: str | None) -> str | None:
+        if name is not None and (PurePath(name).is_absolute() or ".." in PurePath(name).parts):
+            raise ValueError(f"{name!r} leads out of data.raw_dir; give a file in it by its relative name")
+        return name
+
+
+class Adapter(DatasetAdapter):
+    """Dermoscopic images of nine kinds of skin lesion."""
+
+    Options = Isic9Options
+    options: Isic9Options
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether there are folders Train and Test and all folders in Train are named after classes."""
+        root = _root_of(raw_dir)
+        if root is None:
+            return False
+        names = [folder.name for folder in (root / "Train").iterdir() if folder.is_dir()]
+        return len(names) > 1 and all(_label_of(name) for name in names)
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every image."""
+        return DatasetInfo(
+            modality="dermoscopy",
+            channels=3,
+            mask_classes=("background",),
+            palette=((0, 0, 0),),
+            labels=LABELS,
+            prompt_templates=(
+                "dermoscopic image of {finding}",
+                "{modality} image of the skin, {label}",
+                "close-up {modality} of {finding}",
+                "skin lesion under the dermatoscope: {label}",
+            ),
+            licence="that of each image in the ISIC Archive (CC0, CC-BY or CC-BY-NC)",
+            citation="Katanskiy: Skin cancer ISIC, Kaggle, 2019; images of the International Skin Imaging Collaboration (ISIC) Archive",
+            homepage="https://www.kaggle.com/datasets/nodoubttome/skin-cancer9-classesisic",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List Train and then Test, class by class, in the order of the images' numbers.
+
+        Raises:
+            MaskLoomError: there are no folders Train and Test, or the metadata cannot be used.
+        """
+        root = self._root()
+        lesions = self._lesions()
+        files = [
+            (half, folder, file) for half in SPLIT_OF for folder in _folders(root / half) for file in files_in(folder)
+        ]
+        places: dict[str, list[Path]] = defaultdict(list)
+        for _, folder, file in files:
+            places[file.stem].append(folder)
+        for half, folder, file in files:
+            label = _label_of(folder.name)
+            problem = _problem(file, half, places[file.stem])
+            if label is None:
+                yield Reject(
+                    str(file), f"its folder {folder.name!r} is not named after a class; known: {', '.join(LABELS)}"
+                )
+            elif problem is not None:
+                yield Reject(str(file), problem)
+            else:
+                yield RawItem(
+                    sample_id=portable_id(file.stem),
+                    path=str(file),
+                    label=label,
+                    group=lesions.get(file.stem.removesuffix(SHRUNK)),
+                    split=SPLIT_OF[half],
+                    attributes={"finding": f"{'an' if label[0] in 'aeiou' else 'a'} {label}"},
+                )
+
+    def load(self, item: RawItem) -> RawImage:
+        """Decode an image to (H, W, 3) uint8.
+
+        Raises:
+            RejectedSample: it is unreadable, or has more than 8 bits a channel.
+        """
+        return RawImage(image=np.array(eight_bit(decoded_image(Path(item.path)), "RGB")), mask=None)
+
+    def _lesions(self) -> dict[str, str]:
+        """Return the lesion of each image id, as far as the metadata know it.
+
+        Raises:
+            MaskLoomError: they are missing, lack a column, or give an image two lesions.
+        """
+        if self.options.metadata is None:
+            return {}
+        assert self.raw_dir is not None
+        path = self.raw_dir / self.options.metadata
+        with reject_as_error(path, "give another file as data.options.metadata, or none"):
+            rows = csv_rows(path, ("lesion_id",))
+        id_column = _id_column(path, rows)
+        lesions: dict[str, str] = {}
+        for row in rows:
+            identity, lesion = PurePath(row[id_column]).name.removesuffix(".jpg").removesuffix(SHRUNK), row["lesion_id"]
+            if lesion and lesions.setdefault(identity, lesion) != lesion:
+                raise MaskLoomError(
+                    f"{path}: {id_column} {identity} has the lesion_id {lesions[identity]} and {lesion}; remove the wrong row"
+                )
+        return lesions
+
+    def _root(self) -> Path:
+        assert self.raw_dir is not None
+        root = _root_of(self.raw_dir)
+        if root is None:
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: not ISIC 9 classes: no folders Train and Test here or one level below; "
+                f"give the folder {ROOT!r}"
+            )
+        return root
+
+
+def _root_of(raw_dir: Path) -> Path | None:
+    folders = (raw_dir, *sorted(path for path in raw_dir.iterdir() if path.is_dir()))
+    return next((folder for folder in folders if all((folder / half).is_dir() for half in SPLIT_OF)), None)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _label_of(folder_name: str) -> str | None:
+    words = " ".join(folder_name.lower().replace("_", " ").replace("-", " ").split())
+    return words if words in LABELS else None
+
+
+def _problem(file: Path, half: str, places: Sequence[Path]) -> str | None:
+    """Return why an image is left out, or None.
+
+    Args:
+        file: the image.
+        half: `Train` or `Test`.
+        places: the class folders that hold an image of this name.
+    """
+    if file.suffix.lower() not in SUFFIXES:
+        return "not a JPEG file"
+    classes = sorted({_label_of(folder.name) or folder.name for folder in places})
+    if len(classes) > 1:
+        return f"{file.stem} lies in several classes: {', '.join(classes)}"
+    if half == "Train" and any(folder.parent.name == "Test" for folder in places):
+        return f"{file.stem} also lies in Test"
+    return None
+
+
+def _id_column(path: Path, rows: Sequence[Mapping[str, str]]) -> str:
+    titles = {title.lower(): title for row in rows[:1] for title in row}
+    for name in ID_COLUMNS:
+        if name in titles:
+            return titles[name]
+    raise MaskLoomError(
+        f"{path}: no column {' or '.join(ID_COLUMNS)}; it has {', '.join(titles.values()) or 'no rows'}"
+    )

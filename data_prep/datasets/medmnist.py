@@ -1,0 +1,428 @@
+"""`medmnist`: the 12 two-dimensional sets of MedMNIST v2 and MedMNIST+ (Yang et al. 2023), each one `.npz` file of standardised images.
+
+    pathmnist.npz          pathmnist_64.npz  pathmnist_128.npz  pathmnist_224.npz       (28 x 28 has no number)
+      train_images  (N, S, S) or (N, S, S, 3) uint8        val_images, test_images
+      train_labels  (N, 1) integers; chestmnist (N, 14) of 0 and 1        val_labels, test_labels
+
+The folder may hold files of several sets and sizes; `data.options.flag` and `data.options.size` choose one. Files are looked for in
+the raw folder and one level below. They are read row by row (`data_prep.npz_rows`): the train images of pathmnist_224 are 13.5 GB.
+Listing first unpacks each array once to compare its checksum, so that a damaged download is told before anything is made of it.
+
+Splits: the file's own (`val` is validation). No patient, slide or volume ids, hence no groups: what the makers let cross a split, crosses it.
+Labels: `SETS`; names are those of the package medmnist 3.0.2 (`medmnist/info.py`), put into words where they are numbers or lists.
+No masks: use `data.conditioning=edges`.
+
+Known faults of the sets themselves:
+  - dermamnist: its random split puts images of one lesion, and identical ones, into several splits (Abhishek et al., Scientific Data 12, 196, 2025,
+    who give DermaMNIST-C instead). Identical pixels are found here; for the others set `data.duplicates=near`, or use HAM10000 with lesion ids.
+  - breastmnist is BUSI (dataset `busi`), normal and benign as one class; 0 is malignant. Do not test on one what was trained on the other.
+  - retinamnist: the package names the grades 0..4 only; the words are those of the international clinical scale, by which its source DeepDRiD
+    grades.
+  - chestmnist: labels were mined from reports; several findings an image, or none.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.npz_rows import check_npz_array, npz_header, npz_row, npz_table
+from data_prep.readers import files_in, reject_as_error
+from pipeline.errors import MaskLoomError, RejectedSample
+
+DOWNLOAD = "https://zenodo.org/records/10519652"
+MEDMNIST = (
+    "Yang, Shi, Wei, Liu, Zhao, Ke, Pfister, Ni: MedMNIST v2 - A large-scale lightweight benchmark for 2D and 3D biomedical image "
+    "classification, Scientific Data 10, 41, 2023"
+)
+KERMANY = "Kermany et al.: Identifying medical diagnoses and treatable diseases by image-based deep learning, Cell 172(5), 1122-1131, 2018"
+LITS = (
+    "Bilic et al.: The Liver Tumor Segmentation Benchmark (LiTS), Medical Image Analysis 84, 102680, 2023; "
+    "Xu, Zhou, Liu, Fu, Bai: Efficient multiple organ localization in CT image using 3D region proposal network, "
+    "IEEE Transactions on Medical Imaging 38(8), 1885-1898, 2019"
+)
+SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test"}
+MULTI_LABEL = "chestmnist"
+
+
+@dataclass(frozen=True)
+class MedSet:
+    """What is true of one set.
+
+    Attributes:
+        modality: words for the imaging method.
+        channels: 1 or 3.
+        classes: class name -> words for it in a prompt, in the order of the label values.
+        source: citation of the images' source.
+        licence: as `medmnist/info.py` states it.
+    """
+
+    modality: str
+    channels: Literal[1, 3]
+    classes: dict[str, str]
+    source: str
+    licence: str = "CC-BY-4.0"
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+ORGANS = {
+    "bladder": "the bladder",
+    "left femur": "the left femur",
+    "right femur": "the right femur",
+    "heart": "the heart",
+    "left kidney": "the left kidney",
+    "right kidney": "the right kidney",
+    "liver": "the liver",
+    "left lung": "the left lung",
+    "right lung": "the right lung",
+    "pancreas": "the pancreas",
+    "spleen": "the spleen",
+}
+
+# Order of the classes, channels and licences: medmnist 3.0.2, medmnist/info.py.
+SETS = {
+    "pathmnist": MedSet(
+        "H&E histology of colorectal tissue",
+        3,
+        {
+            "adipose": "adipose tissue",
+            "background": "background without tissue",
+            "debris": "debris",
+            "lymphocytes": "lymphocytes",
+            "mucus": "mucus",
+            "smooth muscle": "smooth muscle",
+            "normal colon mucosa": "normal colon mucosa",
+            "cancer-associated stroma": "cancer-associated stroma",
+            "colorectal adenocarcinoma epithelium": "colorectal adenocarcinoma epithelium",
+        },
+        "Kather et al.: Predicting survival from colorectal cancer histology slides using deep learning, PLOS Medicine 16(1), e1002730, 2019",
+    ),
+    "chestmnist": MedSet(
+        "frontal chest X-ray",
+        1,
+        _same(
+            "atelectasis",
+            "cardiomegaly",
+            "effusion",
+            "infiltration",
+            "mass",
+            "nodule",
+            "pneumonia",
+            "pneumothorax",
+            "consolidation",
+            "edema",
+            "emphysema",
+            "fibrosis",
+            "pleural thickening",  # `pleural` in the package
+            "hernia",
+        ),
+        "Wang et al.: ChestX-ray8: Hospital-scale chest X-ray database and benchmarks, CVPR, 2097-2106, 2017",
+    ),
+    "dermamnist": MedSet(
+        "dermatoscopic image",
+        3,
+        {
+            "actinic keratosis or intraepithelial carcinoma": "an actinic keratosis or intraepithelial carcinoma",
+            "basal cell carcinoma": "a basal cell carcinoma",
+            "benign keratosis-like lesion": "a benign keratosis-like lesion",
+            "dermatofibroma": "a dermatofibroma",
+            "melanoma": "a melanoma",
+            "melanocytic nevus": "a melanocytic nevus",
+            "vascular lesion": "a vascular skin lesion",
+        },
+        "Tschandl, Rosendahl, Kittler: The HAM10000 dataset, Scientific Data 5, 180161, 2018; Codella et al.: Skin lesion analysis toward "
+        "melanoma detection 2018, arXiv:1902.03368, 2019",
+        licence="CC-BY-NC-4.0",
+    ),
+    "octmnist": MedSet(
+        "retinal OCT scan",
+        1,
+        {**_same("choroidal neovascularization", "diabetic macular edema", "drusen"), "normal": "a normal retina"},
+        KERMANY,
+    ),
+    "pneumoniamnist": MedSet("pediatric chest X-ray", 1, {"normal": "normal lungs", "pneumonia": "pneumonia"}, KERMANY),
+    "retinamnist": MedSet(
+        "retinal fundus photograph",
+        3,
+        _same(
+            "no diabetic retinopathy",
+            "mild nonproliferative diabetic retinopathy",
+            "moderate nonproliferative diabetic retinopathy",
+            "severe nonproliferative diabetic retinopathy",
+            "proliferative diabetic retinopathy",
+        ),
+        "Liu et al.: DeepDRiD: Diabetic retinopathy - grading and image quality estimation challenge, Patterns 3(6), 100512, 2022",
+    ),
+    "breastmnist": MedSet(
+        "breast ultrasound",
+        1,
+        {"malignant": "a malignant lesion", "normal or benign": "no lesion or a benign lesion"},
+        "Al-Dhabyani, Gomaa, Khaled, Fahmy: Dataset of breast ultrasound images, Data in Brief 28, 104863, 2020",
+    ),
+    "bloodmnist": MedSet(
+        "microscopy of a peripheral blood smear",
+        3,
+        {
+            "basophil": "a basophil",
+            "eosinophil": "an eosinophil",
+            "erythroblast": "an erythroblast",
+            "immature granulocyte": "an immature granulocyte",  # myelocytes, metamyelocytes and promyelocytes
+            "lymphocyte": "a lymphocyte",
+            "monocyte": "a monocyte",
+            "neutrophil": "a neutrophil",
+            "platelet": "a platelet",
+        },
+        "Acevedo et al.: A dataset of microscopic peripheral blood cell images for development of automatic recognition systems, "
+        "Data in Brief 30, 105474, 2020",
+    ),
+    "tissuemnist": MedSet(
+        "fluorescence microscopy of human kidney cortex",
+        1,
+        {
+            "collecting duct or connecting tubule": "a cell of a collecting duct or connecting tubule",
+            "distal convoluted tubule": "a cell of a distal convoluted tubule",
+            "glomerular endothelial cell": "a glomerular endothelial cell",
+            "interstitial endothelial cell": "an interstitial endothelial cell",
+            "leukocyte": "a leukocyte",
+            "podocyte": "a podocyte",
+            "proximal tubule segment": "a cell of a proximal tubule segment",
+            "thick ascending limb": "a cell of a thick ascending limb",
+        },
+        "Ljosa, Sokolnicki, Carpenter: Annotated high-throughput microscopy image sets for validation (BBBC051), Nature Methods 9, 637, 2012; "
+        "Woloshuk et al.: In situ classification of cell types in human kidney tissue using 3D nuclear staining, Cytometry A 99(7), 707-721, 2021",
+    ),
+    "organamnist": MedSet("axial CT slice", 1, ORGANS, LITS),
+    "organcmnist": MedSet("coronal CT slice", 1, ORGANS, LITS),
+    "organsmnist": MedSet("sagittal CT slice", 1, ORGANS, LITS),
+}
+Flag = Literal[
+    "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist",
+    "tissuemnist", "organamnist", "organcmnist", "organsmnist",
+]  # fmt: skip
+Finding = Literal[
+    "atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
+    "consolidation", "edema", "emphysema", "fibrosis", "pleural thickening", "hernia",
+]  # fmt: skip
+FILE_NAME = re.compile(rf"(?P<flag>{'|'.join(SETS)})(_(?P<size>64|128|224))?\.npz")
+CLASS_TEMPLATES = (
+    "{modality} showing {finding}",
+    "{modality}, {finding}",
+    "{finding}, {modality}",
+    "{modality}: {label}",
+)
+FINDING_TEMPLATES = (
+    "{modality} showing {label}",
+    "{modality} with {label}",
+    "{label}, {modality}",
+    "{modality}: {label}",
+)
+MULTI_LABEL_TEMPLATES = (
+    "{modality} showing {findings}",
+    "{modality} with {findings}",
+    "{findings}, {modality}",
+    "{modality}: {findings}",
+)
+
+
+class MedMNISTOptions(Options):
+    """Which set, at which size."""
+
+    flag: Flag | None = Field(None, description="name of the set; null: that of the only file of the size")
+    size: Literal[28, 64, 128, 224] = Field(28, description="height and width of the images, pixels")
+    finding: Finding | None = Field(
+        None, description="chestmnist only: classify this finding, yes or no; null: all findings, in the prompt alone"
+    )
+
+
+class Row(NamedTuple):
+    """Where the pixels of an item are: file, name of the array, row."""
+
+    file: str
+    array: str
+    row: int
+
+
+class MedFile(NamedTuple):
+    """A file of a set, and what its name says."""
+
+    path: Path
+    flag: str
+    size: int
+
+
+class Adapter(DatasetAdapter):
+    """One set of MedMNIST at one size: images with class names, and no masks."""
+
+    Options = MedMNISTOptions
+    options: MedMNISTOptions
+    items_per_part = 512  # small images; each process unpacks the file from its begin to its own parts
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether a file of any of the sets lies here or one level below."""
+        return bool(_files_of(raw_dir))
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every image of the chosen set.
+
+        Raises:
+            MaskLoomError: no set is named and the folder does not say which; or an option does not suit the set.
+        """
+        flag = self.options.flag or self._file().flag
+        about = SETS[flag]
+        return DatasetInfo(
+            modality=about.modality,
+            channels=about.channels,
+            mask_classes=("background",),
+            palette=((0, 0, 0),),
+            labels=self._labels(flag),
+            prompt_templates=self._templates(flag),
+            licence=about.licence,
+            citation=f"{MEDMNIST}; {about.source}",
+            homepage="https://medmnist.com",
+            duplicates="identical",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the rows of the train, validation and test arrays in order, after checking all of them.
+
+        Raises:
+            MaskLoomError: there is no such file, or several; it is damaged or not of this set; or an option does not suit the set.
+        """
+        file = self._file()
+        self._labels(file.flag)  # refuses options that do not suit the set
+        with reject_as_error(file.path, f"download {file.path.name} again from {DOWNLOAD}"):
+            labels = {name: _checked_labels(file, name) for name in SPLIT_NAMES}
+        for name, rows in labels.items():
+            yield from self._entries(file, name, rows)
+
+    def load(self, item: RawItem) -> RawImage:
+        """Return a row's image, (S, S) or (S, S, 3) uint8.
+
+        Raises:
+            RejectedSample: the file has changed since it was listed, and cannot be read.
+        """
+        place = Row(*item.key)
+        image = npz_row(Path(place.file), place.array, place.row)
+        if image.dtype != np.uint8:
+            raise RejectedSample(f"{place.array} holds {image.dtype}, expected uint8")
+        return RawImage(image=image, mask=None)
+
+    def _labels(self, flag: str) -> tuple[str, ...]:
+        if self.options.finding is None:
+            return () if flag == MULTI_LABEL else tuple(SETS[flag].classes)
+        if flag != MULTI_LABEL:
+            raise MaskLoomError(
+                f"data.options.finding={self.options.finding}: only {MULTI_LABEL} has findings, not {flag}; take it out"
+            )
+        return f"no {self.options.finding}", self.options.finding
+
+    def _templates(self, flag: str) -> tuple[str, ...]:
+        if self.options.finding is not None:
+            return FINDING_TEMPLATES
+        return MULTI_LABEL_TEMPLATES if flag == MULTI_LABEL else CLASS_TEMPLATES
+
+    def _file(self) -> MedFile:
+        """Return the only file that the options fit."""
+        assert self.raw_dir is not None
+        files, flag, size = _files_of(self.raw_dir), self.options.flag, self.options.size
+        fitting = [file for file in files if file.size == size and flag in (None, file.flag)]
+        if len(fitting) == 1:
+            return fitting[0]
+        shown = ", ".join(str(file.path.relative_to(self.raw_dir)) for file in (fitting or files)) or "none"
+        if fitting:
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: {len(fitting)} files of {size}x{size} images fit ({shown}); "
+                "choose one: data.options.flag=NAME, and only one copy of it"
+            )
+        wanted = f"{flag or 'NAME'}{'' if size == 28 else f'_{size}'}.npz"
+        raise MaskLoomError(
+            f"data.raw_dir={self.raw_dir}: not MedMNIST: no file {wanted} here or one level below (MedMNIST files found: {shown}); "
+            f"set data.options.flag and data.options.size to one that is there, or download {wanted} from {DOWNLOAD}"
+        )
+
+    def _entries(self, file: MedFile, name: str, rows: NDArray[Any]) -> Iterator[RawItem | Reject]:
+        """List the rows of one split."""
+        split, array = SPLIT_NAMES[name], f"{name}_images"
+        for row, values in enumerate(rows.tolist()):
+            path = f"{file.path}#{array}={row}"
+            problem = _label_problem(file.flag, name, values)
+            if problem:
+                yield Reject(path, problem)
+                continue
+            label, attributes = self._described(file.flag, values)
+            yield RawItem(
+                sample_id=f"{file.flag}-{split}-{row:06d}",
+                path=path,
+                label=label,
+                split=split,
+                attributes=attributes,
+                key=Row(str(file.path), array, row),
+            )
+
+    def _described(self, flag: str, values: list[int]) -> tuple[str | None, dict[str, str]]:
+        """Return the class name and the words of an image with these label values."""
+        names = list(SETS[flag].classes)
+        if flag != MULTI_LABEL:
+            name = names[values[0]]
+            return name, {"finding": SETS[flag].classes[name]}
+        present = [name for name, value in zip(names, values, strict=True) if value]
+        finding = self.options.finding
+        label = None if finding is None else self._labels(flag)[finding in present]
+        return label, {"findings": _enumeration(present) or "no finding"}
+
+
+def _files_of(raw_dir: Path) -> list[MedFile]:
+    """Return the files of MedMNIST in a folder, or else in those one level below."""
+    here = _files_in(raw_dir)
+    below = sorted(folder for folder in raw_dir.iterdir() if folder.is_dir()) if not here else []
+    return here + [file for folder in below for file in _files_in(folder)]
+
+
+def _files_in(folder: Path) -> list[MedFile]:
+    named = ((path, FILE_NAME.fullmatch(path.name)) for path in files_in(folder, (".npz",)))
+    return [MedFile(path, name["flag"], int(name["size"] or 28)) for path, name in named if name]
+
+
+def _checked_labels(file: MedFile, name: str) -> NDArray[Any]:
+    """Return the labels of a split, (N, 1) or (N, findings), after checking them against the split's images.
+
+    Raises:
+        RejectedSample: shapes, dtypes or checksums are not as they must be.
+    """
+    path, about = file.path, SETS[file.flag]
+    images = npz_header(path, f"{name}_images")
+    shape = (file.size, file.size) if about.channels == 1 else (file.size, file.size, 3)
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise RejectedSample(
+            f"{path.name}: {name}_images holds {images.dtype} of shape {images.shape}, expected uint8 of shape {('N', *shape)}"
+        )
+    labels = npz_table(path, f"{name}_labels")
+    width = len(about.classes) if file.flag == MULTI_LABEL else 1
+    if labels.dtype.kind not in "iu" or labels.shape != (images.shape[0], width):
+        raise RejectedSample(
+            f"{path.name}: {name}_labels holds {labels.dtype} of shape {labels.shape}, expected integers of shape "
+            f"{(images.shape[0], width)} for the {images.shape[0]} images of {name}_images"
+        )
+    check_npz_array(path, f"{name}_images")
+    return labels
+
+
+def _label_problem(flag: str, name: str, values: list[int]) -> str | None:
+    last = 1 if flag == MULTI_LABEL else len(SETS[flag].classes) - 1
+    unknown = [value for value in values if not 0 <= value <= last]
+    return f"unknown label value {unknown[0]} in {name}_labels; those of {flag} are 0..{last}" if unknown else None
+
+
+def _enumeration(words: list[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

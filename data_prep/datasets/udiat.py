@@ -1,0 +1,242 @@
+"""`udiat`: breast ultrasound dataset B of the UDIAT Diagnostic Centre (Yap et al. 2018), one lesion an image.
+
+Read from its root or from the folder above it:
+
+    original/000001.png
+    GT/000001.png          lesion mask of the image of that number
+    DatasetB.xlsx          a row an image: `Image` (1, 000001 or 000001.png), `Type` (Benign, Malignant); or DatasetB.csv
+
+163 images, 110 benign and 53 malignant. The columns of the table are found by their titles, or, where these are others, by what is in
+them; classes may be abbreviated (`B`, `M`) or Spanish or Portuguese (`Benigno`, `Maligna`). Copies that sort the images into
+`original/benign` and `original/malignant` (and the masks likewise, or not) need no table. There are no patient ids, so groups are found
+by content (`data_prep.near_duplicates`), and no official splits. Labels, classes and colours are those of `busi`, which it can test.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
+from data_prep.readers import csv_rows, files_in, portable_id, reject_as_error
+from data_prep.spreadsheets import xlsx_rows
+from pipeline.errors import MaskLoomError
+
+IMAGES, MASKS = ("original", "Original"), ("GT", "gt")
+TABLES = ("DatasetB.xlsx", "datasetB.xlsx", "DatasetB.csv", "datasetB.csv")
+ID_TITLES = (
+    "image",
+    "image id",
+    "image name",
+    "id",
+    "filename",
+    "file name",
+    "file",
+    "name",
+    "number",
+    "imagem",
+    "imagen",
+)
+CLASS_TITLES = ("type", "class", "label", "pathology", "diagnosis", "tumor type", "classe", "clase", "tipo")
+CLASS_WORDS = {
+    **dict.fromkeys(("benign", "b", "benigno", "benigna"), "benign"),
+    **dict.fromkeys(("malignant", "m", "maligno", "maligna"), "malignant"),
+}
+
+
+class Adapter(DatasetAdapter):
+    """Benign and malignant breast ultrasound images with lesion masks."""
+
+    @classmethod
+    def recognises(cls, raw_dir: Path) -> bool:
+        """Whether there are folders original and GT, and a table or class folders that say which lesions are malignant."""
+        root = _root_of(raw_dir)
+        if root is None:
+            return False
+        return _present(root, TABLES) is not None or any(_class_folders(root / name) for name in IMAGES)
+
+    def info(self) -> DatasetInfo:
+        """Return what is true of every image."""
+        return DatasetInfo(
+            modality=MODALITY,
+            channels=1,
+            mask_classes=MASK_CLASSES,
+            palette=PALETTE,
+            labels=LABELS,
+            prompt_templates=PROMPT_TEMPLATES,
+            licence="research use under an agreement with its owner, who is asked for it; no open licence",
+            citation="Yap, Pons, Martí, Ganau, Sentís, Zwiggelaar, Davison, Martí: Automated breast ultrasound lesions detection using "
+            "convolutional neural networks, IEEE Journal of Biomedical and Health Informatics 22(4), 1218-1226, 2018",
+            homepage="https://helward.mmu.ac.uk/STAFF/M.Yap/dataset.php",
+        )
+
+    def scan(self) -> Iterator[RawItem | Reject]:
+        """List the images in the order of their numbers, then the masks and the rows of the table that have no image.
+
+        Raises:
+            MaskLoomError: a folder or the table is missing, or the table cannot be understood.
+        """
+        root, images_folder, masks_folder = self._folders()
+        images, masks = _files_by_class(images_folder), _files_by_class(masks_folder)
+        classes = {} if images and all(word for word, _ in images) else _classes_by_id(root)
+        images_of, masks_of = _by_id(images), _by_id(masks)
+        for word, image in images:
+            number = image_id(image.name)
+            yield _entry(image, images_of[number], masks_of.get(number, []), word or classes.get(number))
+        for _, mask in masks:
+            if image_id(mask.name) not in images_of:
+                yield Reject(str(mask), "a mask without an image")
+        for number in classes:
+            if number not in images_of:
+                yield Reject(
+                    str(images_folder / f"{number:0>6}.png"), "listed in the table, but there is no such image"
+                )
+
+    def load(self, item: RawItem) -> RawImage:
+        """Decode an image (H, W) uint8 and its mask.
+
+        Raises:
+            RejectedSample: a file is unreadable, or the mask has another size or is empty.
+        """
+        return image_with_lesion(Path(item.path), Path(item.mask_paths[0]))
+
+    def _folders(self) -> tuple[Path, Path, Path]:
+        """Return the root and in it the folders of images and of masks."""
+        assert self.raw_dir is not None
+        root = _root_of(self.raw_dir)
+        if root is None:
+            raise MaskLoomError(
+                f"data.raw_dir={self.raw_dir}: not UDIAT dataset B: no folders original and GT here or one level below;"
+                " give the folder that holds them and DatasetB.xlsx"
+            )
+        images, masks = _present(root, IMAGES), _present(root, MASKS)
+        assert images is not None  # _root_of looked
+        assert masks is not None
+        return root, images, masks
+
+
+def image_id(text: str) -> str:
+    """Return what `1`, `1.0`, `000001` and `000001.png` have in common, the number; text that is none as it is."""
+    number = re.fullmatch(
+        r"0*([0-9]+)(\.png|\.bmp|\.jpg|\.0+)?", text.strip(), re.IGNORECASE
+    )  # 1.0: a number as pandas writes it
+    return number[1] if number else text.strip()
+
+
+def _root_of(raw_dir: Path) -> Path | None:
+    candidates = [raw_dir, *sorted(path for path in raw_dir.iterdir() if path.is_dir())]
+    return next((folder for folder in candidates if _present(folder, IMAGES) and _present(folder, MASKS)), None)
+
+
+def _present(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.lower() in CLASS_WORDS)
+
+
+def _files_by_class(folder: Path) -> list[tuple[str | None, Path]]:
+    """Return the files of a folder, and those of its class folders, each of these with that folder's name."""
+    loose: list[tuple[str | None, Path]] = [(None, file) for file in files_in(folder)]
+    return loose + [(inner.name, file) for inner in _class_folders(folder) for file in files_in(inner)]
+
+
+def _by_id(files: Sequence[tuple[str | None, Path]]) -> dict[str, list[Path]]:
+    of_id: dict[str, list[Path]] = defaultdict(list)
+    for _, file in files:
+        of_id[image_id(file.name)].append(file)
+    return dict(of_id)
+
+
+def _entry(image: Path, same_id: Sequence[Path], masks: Sequence[Path], class_word: str | None) -> RawItem | Reject:
+    problem = _problem(image, same_id, masks, class_word)
+    if problem is not None:
+        return Reject(str(image), problem)
+    assert class_word is not None
+    return RawItem(
+        sample_id=portable_id(image.stem),
+        path=str(image),
+        mask_paths=(str(masks[0]),),
+        label=CLASS_WORDS[class_word.lower()],
+    )
+
+
+def _problem(image: Path, same_id: Sequence[Path], masks: Sequence[Path], class_word: str | None) -> str | None:
+    if image.suffix.lower() != ".png":
+        return "not a PNG file"
+    if len(same_id) > 1:
+        return f"{len(same_id)} images have this number: {_names(same_id)}"
+    if len(masks) != 1:
+        return (
+            f"several masks belong to this image: {_names(masks)}" if masks else "no mask in GT belongs to this image"
+        )
+    if class_word is None:
+        return "DatasetB has no row for this image"
+    if class_word.lower() not in CLASS_WORDS:
+        return f"unknown class {class_word!r} in DatasetB; known: {', '.join(LABELS)}"
+    return None
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(f"{file.parent.name}/{file.name}" for file in files)
+
+
+def _classes_by_id(root: Path) -> dict[str, str]:
+    """Return the class word of each image id of the table.
+
+    Raises:
+        MaskLoomError: there is no table, or it is unreadable, lacks a column, or names an image twice.
+    """
+    path = _present(root, TABLES)
+    if path is None:
+        raise MaskLoomError(
+            f"{root}: no DatasetB.xlsx (or DatasetB.csv), which says what is benign and what malignant; put it beside original and GT"
+        )
+    with reject_as_error(path, "restore the file from the dataset"):
+        rows = xlsx_rows(path) if path.suffix == ".xlsx" else csv_rows(path, ())
+    id_column = _column(path, rows, ID_TITLES, _is_number, "image numbers")
+    class_column = _column(path, rows, CLASS_TITLES, _is_class, "classes")
+    classes: dict[str, str] = {}
+    for row in rows:
+        number = image_id(row[id_column])
+        if number in classes:
+            raise MaskLoomError(
+                f"{path}: {id_column} {row[id_column]!r} is listed more than once; remove the wrong row"
+            )
+        if row[id_column]:
+            classes[number] = row[class_column]
+    return classes
+
+
+def _column(
+    path: Path, rows: Sequence[Mapping[str, str]], titles: Sequence[str], fits: Callable[[str], bool], content: str
+) -> str:
+    """Return the column with the first of the titles that any column has, else the only one whose values all fit.
+
+    Raises:
+        MaskLoomError: there is no such column, or several fit.
+    """
+    columns = list(rows[0]) if rows else []
+    titled = {column.lower().replace("_", " "): column for column in columns if any(fits(row[column]) for row in rows)}
+    for title in titles:
+        if title in titled:
+            return titled[title]
+    fitting = [column for column in columns if all(fits(row[column]) for row in rows)]
+    if len(fitting) != 1:
+        raise MaskLoomError(
+            f"{path}: {'no' if not fitting else 'more than one'} column of {content} among {', '.join(columns) or 'none'}; "
+            f"name it {titles[0]!r}"
+        )
+    return fitting[0]
+
+
+def _is_number(value: str) -> bool:
+    return image_id(value).isdecimal()
+
+
+def _is_class(value: str) -> bool:
+    return value.lower() in CLASS_WORDS

@@ -1,0 +1,118 @@
+"""Which files of a folder are images, and which masks fit each: by patterns, or by the rows of a table. Pixels are not read."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.adapter import Reject
+from data_prep.file_patterns import Confined, FilePool, placeholder_values
+from data_prep.folder_options import FolderOptions
+from data_prep.image_files import READ_SUFFIXES
+from data_prep.readers import csv_rows, reject_as_error
+from data_prep.spreadsheets import xlsx_rows
+from pipeline.errors import MaskLoomError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image to be.
+
+    Attributes:
+        file: its path relative to the raw folder, with forward slashes.
+        row: its row of the table, keyed by what the columns mean (image, mask, label, group, split); empty without a table.
+        masks: the mask files that fit it, likewise relative.
+    """
+
+    file: str
+    row: dict[str, str]
+    masks: tuple[str, ...] = ()
+
+
+def listed_candidates(root: Path, options: FolderOptions) -> tuple[list[Candidate], list[Reject]]:
+    """Return every image with the masks that fit it, and the files and rows that are not even that.
+
+    Args:
+        root: the raw folder.
+        options: how it is laid out.
+
+    Raises:
+        MaskLoomError: nothing fits the options, or the table is missing, damaged or empty.
+    """
+    images, rejects = _table_images(root, options) if options.table else _pattern_images(root, options)
+    if options.has_masks:
+        pool = FilePool(root, options.mask_pattern)
+        images = [_with_masks(image, pool) for image in images]
+        if not options.table:
+            images, alone = _without_masks_as_images(images, pool.files)
+            rejects += [Reject(shown_path(root, file), "a mask without an image") for file in alone]
+    if not images and not rejects:
+        raise MaskLoomError(
+            f"data.options.images={options.image_pattern!r}: no file in data.raw_dir={root} fits;"
+            f" `python -m data_prep inspect {root}` shows what is there"
+        )
+    return images, rejects
+
+
+def is_read(file: str) -> bool:
+    """Whether a file is of a format that images and masks are read from."""
+    return file.lower().endswith(READ_SUFFIXES)
+
+
+def shown_path(root: Path, file: str) -> str:
+    """Return a path in full; bytes of a name that are not UTF-8, which no ledger could hold, as escapes."""
+    return str(root / file).encode(errors="backslashreplace").decode()
+
+
+def _with_masks(image: Candidate, pool: FilePool) -> Candidate:
+    values = {**placeholder_values(image.file), "mask": image.row.get("mask", "")}
+    return Candidate(image.file, image.row, tuple(pool.matching(values)))
+
+
+def _without_masks_as_images(images: Sequence[Candidate], pool: Sequence[str]) -> tuple[list[Candidate], list[str]]:
+    """Return the images that are not masks of another one, and the files that could be masks but belong to no image."""
+    masks = {mask for image in images for mask in image.masks if mask != image.file}
+    images = [image for image in images if image.file not in masks]
+    taken = masks | {image.file for image in images}
+    return images, [file for file in pool if file not in taken and is_read(file)]
+
+
+def _pattern_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], list[Reject]]:
+    pool = FilePool(root, options.image_pattern)
+    reason = "a linked folder is not followed; copy its files into data.raw_dir"
+    return [Candidate(file, {}) for file in pool.files], [
+        Reject(shown_path(root, link), reason) for link in pool.linked_folders
+    ]
+
+
+def _table_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], list[Reject]]:
+    """Return the images that the table names, and a reject for each row that names none or several, and each image with several rows."""
+    rows = _table_rows(root, options)
+    pool = FilePool(root, options.image_pattern)
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    rejects = []
+    for number, row in enumerate(rows, start=1):
+        found = pool.matching({"image": row["image"]})
+        if len(found) == 1:
+            rows_of[found[0]].append(number)
+        else:
+            told = f"fits several files ({', '.join(found[:3])})" if found else "fits no file in data.raw_dir"
+            place = f"{shown_path(root, str(options.table))}#row={number}"
+            rejects.append(Reject(place, f"{options.image_column} {row['image']!r} {told}"))
+    for file, numbers in rows_of.items():
+        if len(numbers) > 1:
+            reason = f"{options.table} has several rows for this image: {', '.join(map(str, numbers))}"
+            rejects.append(Reject(shown_path(root, file), reason))
+    return [Candidate(file, rows[first - 1]) for file, (first, *more) in rows_of.items() if not more], rejects
+
+
+def _table_rows(root: Path, options: FolderOptions) -> list[dict[str, str]]:
+    """Return the rows of the table, keyed by what the columns mean."""
+    path = root / str(options.table)
+    names = list(dict.fromkeys(options.columns.values()))
+    with reject_as_error(path, "correct data.options.table, or the key (image_column and so on) that names the column"):
+        Confined(root).check(str(options.table))
+        rows = xlsx_rows(path, names) if path.suffix.lower() == ".xlsx" else csv_rows(path, names)
+    if not rows:
+        raise MaskLoomError(f"{path}: the table has no rows; correct data.options.table")
+    return [{meaning: row[name].removeprefix("./") for meaning, name in options.columns.items()} for row in rows]

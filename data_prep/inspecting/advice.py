@@ -1,0 +1,119 @@
+"""Advice on the configuration, from what an adapter lists and what a sample of it holds."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_prep.adapter import DatasetInfo
+from data_prep.inspecting.observation import Listing, Sample
+from pipeline.config import DataConfig
+
+MANY = 20_000  # images, from which comparing all pairs takes long
+UNEVEN = 3  # images of the most frequent class for one of the rarest
+MANY_REJECTS = 0.05
+VAE_FACTOR = 8
+SMALL_LESIONS = 0.25  # share of masks
+LARGEST_SIDE, STEP = 512, 64
+
+
+def advice_for(info: DatasetInfo, listing: Listing, sample: Sample, data: DataConfig) -> list[str]:
+    """Return sentences that a user should read before preparing.
+
+    Args:
+        info: the dataset's description.
+        listing: what is listed.
+        sample: what some of it holds.
+        data: the configuration that would be used.
+    """
+    found = [
+        _on_rejects(listing, sample),
+        _on_size(sample, data),
+        _on_lesions(sample, data),
+        _on_masks(info, sample, data),
+        _on_classes(listing),
+        _on_groups(listing),
+        _on_duplicates(info, listing, data),
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def fitting_side(sizes: Sequence[tuple[int, int]]) -> int:
+    """Return an image size for sizes (height, width): the median of the longer side, as a multiple of 64, at most 512."""
+    longer = float(np.median([max(size) for size in sizes])) if sizes else LARGEST_SIDE
+    return int(min(LARGEST_SIDE, max(STEP, round(longer / STEP) * STEP)))
+
+
+def _on_rejects(listing: Listing, sample: Sample) -> str | None:
+    listed, read = len(listing.items) + len(listing.rejects), len(sample.items) + len(sample.rejects)
+    worst = max((len(listing.rejects), listed), (len(sample.rejects), read), key=lambda pair: pair[0] / max(1, pair[1]))
+    if worst[0] <= MANY_REJECTS * worst[1]:
+        return None
+    return f"{worst[0]} of {worst[1]} are left out: see the reasons above, and correct the files or the options"
+
+
+def _on_size(sample: Sample, data: DataConfig) -> str | None:
+    if not sample.sizes:
+        return None
+    longer, asked = float(np.median([max(size) for size in sample.sizes])), max(data.image_size)
+    if asked >= 2 * longer:
+        return (
+            f"images are small: image_size {asked} enlarges the median image {asked / longer:.1f} times;"
+            f" data.image_size={fitting_side(sample.sizes)} would cost less and show as much"
+        )
+    return None
+
+
+def _on_lesions(sample: Sample, data: DataConfig) -> str | None:
+    """Advise where marked areas would be smaller than what one latent pixel covers."""
+    height, width = data.image_size
+    cell = VAE_FACTOR**2 / (height * width)
+    tiny = float(np.mean([part < cell for part in sample.foreground])) if sample.foreground else 0.0
+    if tiny < SMALL_LESIONS:
+        return None
+    return (
+        f"{tiny:.0%} of the marked areas are smaller than one latent pixel ({VAE_FACTOR}x{VAE_FACTOR}) at image_size"
+        f" {height}x{width}: the generator cannot draw them; use a larger data.image_size, or crop the images"
+    )
+
+
+def _on_masks(info: DatasetInfo, sample: Sample, data: DataConfig) -> str | None:
+    if sample.items and not sample.masks and data.conditioning in ("mask", "both", "foreground"):
+        other = "image" if info.paired_image else "edges"
+        return f"there are no masks: use data.conditioning={other}"
+    missing = [name for index, name in enumerate(info.mask_classes) if index and index not in sample.class_pixels]
+    if sample.masks and missing:
+        return f"no mask of the sample holds {', '.join(missing)}: rare, or a mask value that was named wrongly"
+    return None
+
+
+def _on_classes(listing: Listing) -> str | None:
+    classes = Counter(item.label for item in listing.items if item.label is not None)
+    if len(classes) < 2:
+        return None
+    (most, many), (least, few) = classes.most_common()[0], classes.most_common()[-1]
+    if many < UNEVEN * few:
+        return None
+    return (
+        f"classes are uneven: {many / few:.0f} images of {most} for one of {least}; generate.images_per_class can even"
+        " out the synthetic set"
+    )
+
+
+def _on_groups(listing: Listing) -> str | None:
+    groups = Counter(item.group for item in listing.items if item.group is not None)
+    if len(groups) == 1 and not any(item.split for item in listing.items):
+        return "all images are of one group, so they cannot be split: see how groups are told"
+    return None
+
+
+def _on_duplicates(info: DatasetInfo, listing: Listing, data: DataConfig) -> str | None:
+    kind = data.duplicates or info.duplicates
+    if kind == "near" and len(listing.items) > MANY:
+        return (
+            f"{len(listing.items)} images are compared pair by pair for near-duplicates, which takes long; data.duplicates=identical"
+            " compares digests, and is enough where patients are known"
+        )
+    if kind != "near" and not listing.volumes and not any(item.group for item in listing.items):
+        return "no patient ids are known: data.duplicates=near keeps pictures of one lesion in one split, at the price of time"
+    return None

@@ -1,0 +1,49 @@
+"""What names of files, folders and columns tell: masks, splits, patients, classes; and the patterns that fit files."""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+MASK_WORDS = r"(?:masks?|labels?|labelmaps?|gts?|ground[-_ ]?truths?|annotations?|segmentations?|segs?|manual)"
+MASK_FOLDER = re.compile(rf"(?:.*[-_ ])?{MASK_WORDS}(?:[-_ ].*)?", re.IGNORECASE)
+MASK_SUFFIX = re.compile(rf"(?P<base>.+?)(?P<mark>[-_ .]{MASK_WORDS})(?P<number>[-_ ]?\d+)?", re.IGNORECASE)
+MASK_PREFIX = re.compile(rf"(?P<mark>{MASK_WORDS}[-_ ])(?P<base>.+)", re.IGNORECASE)
+IMAGE_FOLDER = re.compile(r"(?:images?|imgs?|pictures?|scans?|data|png|jpe?g|tiff?)", re.IGNORECASE)
+SPLIT_FOLDER = re.compile(r"(?:train|training|val|valid|validation|dev|test|testing)", re.IGNORECASE)
+PATIENT_IN_NAME = r"(?i)(?:^|/)((?:patient|pat|case|subject|subj|sub|pt|p|id|lidc-idri|lesion|slide)[-_]?\d+)[^/]*$"
+
+
+def is_mask(file: str) -> bool:
+    """Whether the name of a file, or of one of its folders, says mask, label, segmentation or the like."""
+    path = PurePosixPath(file)
+    named = MASK_SUFFIX.fullmatch(path.stem) or MASK_PREFIX.fullmatch(path.stem)
+    return named is not None or any(MASK_FOLDER.fullmatch(part) for part in path.parts[:-1])
+
+
+def pattern_of(files: Sequence[str]) -> str:
+    """Return a pattern that fits files: the folders that they share by name, the others as `*`, and their ending if it is one."""
+    folder = folder_pattern(files)
+    endings = {PurePosixPath(file).suffix for file in files}
+    return f"{folder}{'*' + literal(endings.pop()) if len(endings) == 1 else '*'}"
+
+
+def folder_pattern(files: Sequence[str]) -> str:
+    """Return the folders' part of such a pattern, with its last slash."""
+    folders = sorted({PurePosixPath(file).parent.parts for file in files})
+    if len({len(folder) for folder in folders}) == 1:
+        levels = [set(level) for level in zip(*folders, strict=True)]
+        return "".join(f"{literal(level.pop()) if len(level) == 1 else '*'}/" for level in levels)
+    shared = 0
+    while all(len(folder) > shared for folder in folders) and len({folder[shared] for folder in folders}) == 1:
+        shared += 1
+    return "".join(f"{literal(part)}/" for part in folders[0][:shared]) + "**/"
+
+
+def literal(name: str) -> str:
+    """Return a name in which nothing is a wildcard or a placeholder; `?` stands for what would be one."""
+    return re.sub(r"[*?\[\]{}\\]", "?", name)
+
+
+def names_masks(column: str) -> bool:
+    """Whether the title of a column says mask, segmentation or the like."""
+    return re.search(rf"(?:^|[-_ ]){MASK_WORDS}(?:$|[-_ ])", column, re.IGNORECASE) is not None

@@ -1,0 +1,240 @@
+"""`python -m data_prep inspect RAW`: what a raw folder is, what would come of it, and the command that prepares it."""
+
+import io
+import shlex
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
+from data_prep.inspecting.advice import advice_for, fitting_side
+from data_prep.inspecting.layout import Guess, guessed_options
+from data_prep.inspecting.observation import Listing, Sample, listing_of, sample_of
+from data_prep.inspecting.raw_tree import known_formats, tables_of, tree_of
+from data_prep.inspecting.text import Page, counted, quantiles, share
+from data_prep.inspecting.yaml_text import configuration_text
+from data_prep.prepare import PACKAGE
+from pipeline.config import DataConfig
+from pipeline.config_loading import load_experiment, validated
+from pipeline.errors import MaskLoomError
+from pipeline.plugins import load_plugin, plugin_names
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+REASONS, PATHS, FOLDERS = 8, 3, 12  # shown
+
+
+def inspect_folder(raw_dir: Path, samples: int) -> None:
+    """Print what a raw folder is.
+
+    Args:
+        raw_dir: the folder.
+        samples: how many samples to decode, at most.
+
+    Raises:
+        MaskLoomError: it is missing, not a folder, unreadable or empty.
+    """
+    _check_readable(raw_dir)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
+    with Page() as page, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # decoders' remarks on odd files
+        page.title(str(raw_dir))
+        names = recognised(raw_dir, page)
+        for name in names:
+            _describe_dataset(name, raw_dir, samples, page)
+        if not names:
+            _describe_unknown(raw_dir, samples, page)
+
+
+def recognised(raw_dir: Path, page: Page) -> list[str]:
+    """Return the datasets whose layout the folder has, that with the narrowest layout first, and say so."""
+    names = []
+    for name in plugin_names(PACKAGE):
+        try:
+            if load_plugin(PACKAGE, name, "dataset").Adapter.recognises(raw_dir):
+                names.append(name)
+        except OSError as error:
+            page.line(f"{name}: cannot tell ({error.strerror}: {error.filename})")
+    # An adapter of a file format (named FORMAT_folder) fits whatever has such files; one of a dataset knows more.
+    names.sort(key=lambda name: (name.endswith("_folder"), name))
+    page.line(f"looks like: {', '.join(names)}" if names else "none of the datasets that have an adapter of their own")
+    return names
+
+
+def _check_readable(raw_dir: Path) -> None:
+    if not raw_dir.is_dir():
+        what = "is a file; give the folder that holds it" if raw_dir.exists() else "no such folder"
+        raise MaskLoomError(f"{raw_dir}: {what}")
+    try:
+        empty = not any(raw_dir.iterdir())
+    except OSError as error:
+        raise MaskLoomError(f"{raw_dir}: cannot be read ({error.strerror}); fix the permissions") from None
+    if empty:
+        raise MaskLoomError(f"{raw_dir}: the folder is empty")
+
+
+def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> None:
+    """Print what the adapter of a known dataset makes of the folder, and how to prepare it."""
+    page.title(f"{name}: {_first_line(load_plugin(PACKAGE, name, 'dataset').__doc__)}")
+    path = CONFIGS / f"{name}.yaml"
+    try:
+        data = load_experiment(path, []).data if path.is_file() else DataConfig(dataset=name)
+        _describe(_opened(raw_dir, data, page), raw_dir, samples, data, page)
+    except MaskLoomError as error:
+        page.section("Problem")
+        page.line(str(error))
+    page.section("To prepare it")
+    where = f"configs/{name}.yaml"
+    if path.is_file():
+        page.fact("configuration", where)
+    page.command(f"python -m data_prep --config {where} {shlex.quote(f'data.raw_dir={raw_dir}')}")
+
+
+def _opened(raw_dir: Path, data: DataConfig, page: Page) -> DatasetAdapter:
+    """Return an adapter with its default options, or where some are required, with those of its configuration."""
+    adapter: type[DatasetAdapter] = load_plugin(PACKAGE, data.dataset, "dataset").Adapter
+    try:
+        options = adapter.Options()
+    except ValidationError:
+        options = validated(data.options, adapter.Options, "data.options")
+        page.line(f"with the options of configs/{data.dataset}.yaml")
+    return adapter(raw_dir, options)
+
+
+def _describe(adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataConfig, page: Page) -> Sample:
+    """Print what an adapter lists, what a sample holds, what is wrong, and advice; return the sample."""
+    info, listing = adapter.info(), listing_of(adapter)
+    _print_listing(info, listing, page)
+    sample = sample_of(adapter, info, listing, samples)
+    _print_sample(info, listing, sample, page)
+    _print_problems([*listing.rejects, *sample.rejects], raw_dir, page)
+    advice = advice_for(info, listing, sample, data)
+    if advice:
+        page.section("Advice")
+        for line in advice:
+            page.bullet(line)
+    return sample
+
+
+def _print_listing(info: DatasetInfo, listing: Listing, page: Page) -> None:
+    page.section("Listed")
+    kind = "volumes or slides" if listing.volumes else "images"
+    page.fact(kind, f"{len(listing.items)} usable by name, {len(listing.rejects)} left out")
+    page.fact("licence", info.licence)
+    if any(item.label for item in listing.items):
+        page.fact("classes", counted(Counter(item.label or "none" for item in listing.items)))
+    groups = Counter(item.group for item in listing.items if item.group is not None)
+    if groups:
+        page.fact("groups", f"{len(groups)}; {kind} in each: {quantiles(list(groups.values()))}")
+    else:
+        page.fact("groups", "no patient ids known")
+    splits = Counter(item.split or "not fixed" for item in listing.items)
+    page.fact("official splits", counted(splits) if set(splits) - {"not fixed"} else "none; drawn by data.splits")
+
+
+def _print_sample(info: DatasetInfo, listing: Listing, sample: Sample, page: Page) -> None:
+    opened = f" of {sample.inside} in {sample.opened} volumes or slides" if listing.volumes else ""
+    page.section(f"In a sample of {len(sample.items)} images{opened}{'' if sample.in_time else ' (time was up)'}")
+    if not sample.items:
+        page.line("none could be read")
+        return
+    if listing.volumes and any(item.label for item in sample.items):
+        page.fact("classes", counted(Counter(item.label or "none" for item in sample.items)))
+    by_area = sorted(sample.sizes, key=lambda size: (size[0] * size[1], size))
+    shown = [f"{width} x {height}" for height, width in (by_area[0], by_area[len(by_area) // 2], by_area[-1])]
+    sizes = len(set(by_area))
+    page.fact(
+        "width x height", shown[0] if sizes == 1 else f"{shown[0]} to {shown[2]}, median {shown[1]}; {sizes} sizes"
+    )
+    page.fact("pixels", f"{counted(sample.kinds)}; values {sample.low:g} to {sample.high:g}")
+    if sample.file_modes:
+        page.fact("files", counted(sample.file_modes))
+    if not sample.masks:
+        page.fact("masks", "none")
+        return
+    total = sample.class_pixels.total()
+    page.fact(
+        "mask pixels",
+        ", ".join(f"{name} {share(sample.class_pixels[i] / total)}" for i, name in enumerate(info.mask_classes)),
+    )
+    empty = sample.masks - len(sample.foreground)
+    page.fact("empty masks", f"{empty} of {sample.masks} ({share(empty / sample.masks)})")
+    if sample.foreground:
+        page.fact(
+            "marked area", f"{quantiles([100 * part for part in sample.foreground])} % of the image, empty masks aside"
+        )
+
+
+def _print_problems(rejects: Sequence[Reject], raw_dir: Path, page: Page) -> None:
+    """Print the most frequent reasons, each with a few paths."""
+    paths: dict[str, list[str]] = {}
+    for reject in rejects:
+        path = Path(reject.path)
+        shown = str(path.relative_to(raw_dir)) if path.is_relative_to(raw_dir) else str(path)
+        paths.setdefault(reject.reason.replace(path.name, "FILE"), []).append(shown)
+    if not paths:
+        return
+    page.section(f"Left out: {len(rejects)}")
+    for reason, places in sorted(paths.items(), key=lambda entry: -len(entry[1]))[:REASONS]:
+        page.fact(str(len(places)), reason)
+        page.fact("", f"{', '.join(places[:PATHS])}{', …' if len(places) > PATHS else ''}")
+    if len(paths) > REASONS:
+        page.line(f"and {len(paths) - REASONS} other reasons; all are listed in rejected.jsonl once it is prepared")
+
+
+def _describe_unknown(raw_dir: Path, samples: int, page: Page) -> None:
+    """Print what lies in an unknown folder, and a configuration of the dataset `folder` that fits it."""
+    tree = tree_of(raw_dir)
+    page.section(f"Files: {len(tree.files)}{'' if tree.complete else ' and more; only these were looked at'}")
+    kinds = tree.kinds_by_folder()
+    for folder, counts in kinds[:FOLDERS]:
+        page.fact(folder, counted(counts))
+    if len(kinds) > FOLDERS:
+        page.line(f"and {len(kinds) - FOLDERS} other folders")
+    tables, unreadable = tables_of(raw_dir, tree)
+    if tables or unreadable:
+        page.section("Tables")
+        for table in tables:
+            page.fact(table.file, f"{len(table.rows)} rows; columns {', '.join(table.columns) or 'none'}")
+        for file, reason in unreadable:
+            page.fact(file, reason)
+    formats = known_formats(raw_dir, tree)
+    if formats:
+        page.section("Formats")
+        for name, count, advice in formats:
+            page.fact(name, f"{count} files; {advice}")
+    guess = guessed_options(raw_dir, tree, tables)
+    if guess is not None:
+        _describe_guess(guess, raw_dir, samples, page)
+    elif not formats:
+        page.section("Problem")
+        page.line(
+            "no image of a format that is read (PNG, JPEG, BMP, TIFF, npy); see docs/extending.md for an adapter of your own"
+        )
+
+
+def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> None:
+    if guess.mask_values:
+        page.section("Masks")
+        page.fact("values", guess.mask_values)
+    page.title("folder: with the options guessed below")
+    adapter: type[DatasetAdapter] = load_plugin(PACKAGE, "folder", "dataset").Adapter
+    sizes: list[tuple[int, int]] = []
+    try:
+        opened = adapter(raw_dir, validated({"modality": "images", **guess.options}, adapter.Options, "data.options"))
+        sizes = _describe(opened, raw_dir, samples, DataConfig(dataset="folder"), page).sizes
+    except MaskLoomError as error:
+        page.section("Problem")
+        page.line(str(error))
+    page.section("To prepare it: save this as configs/my_data.yaml, replace TODO, check what was guessed")
+    page.block(configuration_text(guess, raw_dir, fitting_side(sizes)))
+    page.section("Then")
+    page.command("python -m data_prep --config configs/my_data.yaml")
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().split("\n")[0].partition(": ")[2]

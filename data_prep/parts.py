@@ -1,0 +1,271 @@
+"""Parts: runs of raw items that are read at a time, kept on disk until the dataset is written.
+
+A part is a slide, a volume, or some dozens of images. Reading one needs nothing of the others, so parts are read by several processes, by
+several jobs of a cluster (`--shard i/n`), and never twice: a part's records appear, whole, when it is done. Three files a part:
+
+    part-00012.jsonl   one record a sample: ids, prompt, where its pixels are; or a reject with its reason
+    part-00012.bin     the samples' pictures, as PNG, one after the other
+    part-00012.near    their near-duplicate signatures, one after the other
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+from data_prep.adapter import RawItem, Reject
+from data_prep.survey import PreparedSample, Source, prepared_sample
+from pipeline.config import DataConfig, StainConfig
+from pipeline.contract import Sample
+from pipeline.errors import RejectedSample
+from pipeline.files import atomic_path
+from pipeline.images import png_bytes
+
+if TYPE_CHECKING:
+    from data_prep.stains import StainNormaliser
+
+PICTURES = ("image", "mask", "conditioning_image")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some scanned items of one source.
+
+    Attributes:
+        number: position among all parts; parts in order give the scan's order.
+        source: index of its source.
+        entries: what `DatasetAdapter.scan` listed.
+    """
+
+    number: int
+    source: int
+    entries: tuple[RawItem | Reject, ...]
+
+    def path(self, folder: Path, suffix: str) -> Path:
+        """Return the path of one of the part's files."""
+        return folder / f"part-{self.number:06d}.{suffix}"
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether it has been read."""
+        return self.path(folder, "jsonl").is_file()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What all parts are read by.
+
+    Attributes:
+        folder: where parts are kept.
+        sources: the datasets; the first is the main one, whose channels, labels and palette hold for all.
+        data: the `data` section of the configuration.
+    """
+
+    folder: Path
+    sources: tuple[Source, ...]
+    data: DataConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is kept in memory of one usable sample: enough to group and split, and the place of its record.
+
+    Attributes:
+        source: index of its source.
+        has_signature: whether the part's `.near` file holds a record of it.
+        part: number of its part.
+        record: (offset, length) of its line in the part's `.jsonl`, in bytes.
+    """
+
+    sample_id: str
+    path: str
+    label: str | None
+    group: str | None
+    split: str | None
+    digest: str
+    source: int
+    has_signature: bool
+    part: int
+    record: tuple[int, int]
+
+
+def scanned_parts(sources: Sequence[Source]) -> list[Part]:
+    """List every source's raw items and cut the lists into parts."""
+    parts: list[Part] = []
+    for index, source in enumerate(sources):
+        entries = list(source.adapter.scan())
+        size = source.adapter.items_per_part
+        for start in range(0, len(entries), size):
+            parts.append(Part(len(parts), index, tuple(entries[start : start + size])))
+    return parts
+
+
+def read_part(reading: Reading, part: Part) -> int:
+    """Read one part and keep it; return its number of usable samples.
+
+    Raises:
+        MaskLoomError: the configuration does not suit the dataset.
+    """
+    usable = 0
+    with ExitStack() as files:
+        # Renamed in the reverse of this order: the records last, for they say that the part is whole.
+        records, pictures, signatures = (
+            files.enter_context(files.enter_context(atomic_path(part.path(reading.folder, suffix))).open("wb"))
+            for suffix in ("jsonl", "bin", "near")
+        )
+        for entry in _samples(reading, part):
+            if isinstance(entry, Reject):
+                record: dict[str, Any] = {"path": entry.path, "reason": entry.reason}
+            else:
+                usable += 1
+                item, sample = entry
+                signatures.write(sample.signature)
+                record = _record(item, sample, pictures)
+            records.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    return usable
+
+
+def _samples(reading: Reading, part: Part) -> Iterator[tuple[RawItem, PreparedSample] | Reject]:
+    """Yield every sample of a part, read, or why it cannot be."""
+    for item in _expanded(reading.sources[part.source], part.entries):
+        yield item if isinstance(item, Reject) else _read(reading, reading.sources[part.source], item)
+
+
+def _expanded(source: Source, entries: Sequence[RawItem | Reject]) -> Iterator[RawItem | Reject]:
+    for entry in entries:
+        if isinstance(entry, Reject):
+            yield entry
+            continue
+        try:
+            yield from source.adapter.expand(entry)
+        except RejectedSample as error:
+            yield Reject(entry.path, str(error))
+
+
+def _read(reading: Reading, source: Source, item: RawItem) -> tuple[RawItem, PreparedSample] | Reject:
+    main = reading.sources[0].info
+    try:
+        return item, prepared_sample(
+            source, reading.data, main.channels, main.palette, _stains(reading.data.stain), item
+        )
+    except RejectedSample as error:
+        return Reject(item.path, str(error))
+
+
+@lru_cache(maxsize=1)
+def _stains(config: StainConfig | None) -> "StainNormaliser | None":
+    """Return the process's stain normaliser, fitted once."""
+    if config is None:
+        return None
+    from data_prep.stains import stain_normaliser
+
+    return stain_normaliser(config)
+
+
+def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[str, Any]:
+    """Write a sample's pictures and return its record."""
+    places = {}
+    for name in PICTURES:
+        pixels = getattr(sample, name)
+        if pixels is not None:
+            start = pictures.tell()
+            places[name] = [start, pictures.write(png_bytes(pixels))]
+    return {
+        "sample_id": item.sample_id,
+        "path": item.path,
+        "label": item.label,
+        "group": item.group,
+        "split": item.split,
+        "digest": sample.digest,
+        "near": bool(sample.signature),
+        "text": sample.text,
+        "attributes": sample.attributes,
+        "pictures": places,
+    }
+
+
+def found_samples(folder: Path, parts: Sequence[Part], sources: Sequence[Source]) -> tuple[list[Found], list[Reject]]:
+    """Return the samples of all parts in scan order, and what was left out.
+
+    An external source's ids and groups are prefixed with its name, and its samples lie in its split.
+    """
+    found: list[Found] = []
+    rejected: list[Reject] = []
+    for part in parts:
+        source = sources[part.source]
+        with part.path(folder, "jsonl").open("rb") as lines:
+            offset = 0
+            for line in lines:
+                record = json.loads(line)
+                if "reason" in record:
+                    rejected.append(Reject(record["path"], record["reason"]))
+                else:
+                    found.append(_found(record, part, source, (offset, len(line))))
+                offset += len(line)
+    return found, rejected
+
+
+def _found(record: dict[str, Any], part: Part, source: Source, place: tuple[int, int]) -> Found:
+    prefix = f"{source.name}-" if source.split else ""
+    return Found(
+        sample_id=f"{prefix}{record['sample_id']}",
+        path=record["path"],
+        label=record["label"],
+        group=None if record["group"] is None else f"{prefix}{record['group']}",
+        split=source.split or record["split"],
+        digest=record["digest"],
+        source=part.source,
+        has_signature=record["near"],
+        part=part.number,
+        record=place,
+    )
+
+
+Identified = TypeVar("Identified", RawItem, Found)
+
+
+def without_taken_ids(samples: Sequence[Identified]) -> tuple[list[Identified], list[Reject]]:
+    """Return the samples whose id no earlier one has, and the others as rejects."""
+    owner: dict[str, str] = {}
+    kept, rejected = [], []
+    for sample in samples:
+        if sample.sample_id in owner:
+            # The name alone: the ledger is published, and does not tell where the raw folder was.
+            first = Path(owner[sample.sample_id]).name
+            reason = f"its sample_id {sample.sample_id} is already that of {first}"
+            rejected.append(Reject(sample.path, reason))
+        else:
+            owner[sample.sample_id] = sample.path
+            kept.append(sample)
+    return kept, rejected
+
+
+def row_sample(folder: Path, source: Source, labels: Sequence[str], found: Found, group: str) -> Sample:
+    """Return a found sample as a row of the dataset, its pictures as the PNG files they are kept as."""
+    part = Part(found.part, found.source, ())
+    record = json.loads(_bytes_at(part.path(folder, "jsonl"), *found.record))
+    pictures = {name: _bytes_at(part.path(folder, "bin"), *place) for name, place in record["pictures"].items()}
+    return Sample(
+        image=pictures["image"],
+        mask=pictures.get("mask"),
+        conditioning_image=pictures["conditioning_image"],
+        text=record["text"],
+        label=None if found.label is None else labels.index(found.label),
+        sample_id=found.sample_id,
+        group_id=group,
+        source=source.name,
+        origin="real",
+        attributes=record["attributes"],
+    )
+
+
+def _bytes_at(path: Path, offset: int, length: int) -> bytes:
+    """Return a stretch of a file. Rows are mixed over all parts, so this is one short read of many files; none is kept open."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, length, offset)
+    finally:
+        os.close(descriptor)
