@@ -1,4 +1,4 @@
-"""`python -m data_prep --config FILE [KEY=VALUE ...] [--force] [--shard I/N]`, and the commands `merge` and `verify`."""
+"""`python -m data_prep --config FILE [KEY=VALUE ...] [--force] [--shard I/N]`, and the commands `inspect`, `merge` and `verify`."""
 
 import re
 import sys
@@ -12,6 +12,7 @@ import typer
 from data_prep.audit import NEAR_LIMIT, audit, indexed, open_datasets
 from data_prep.audit_tables import print_audit
 from data_prep.contact_sheet import contact_sheet_page
+from data_prep.inspection import inspect_folder
 from data_prep.prepare import Shard, prepare
 from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
 from pipeline.config_loading import load_experiment
@@ -20,8 +21,8 @@ from pipeline.errors import MaskLoomError, run_command
 from pipeline.files import write_json, write_text
 
 DESCRIPTION = (
-    "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help: `merge`"
-    " (write the dataset from what the shards have read) and `verify` (check a mask-and-prompt dataset whole)."
+    "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help:"
+    " `inspect` (say what a raw folder is, and how to prepare it), `merge` (write the dataset from what the shards have read) and `verify` (check a mask-and-prompt dataset whole)."
 )
 ShardOption = Annotated[
     str | None,
@@ -57,6 +58,14 @@ def merge(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     prepare(load_experiment(config, overrides or []), force=False, merge=True)
 
 
+def inspect(
+    raw_dir: Annotated[Path, typer.Argument(metavar="RAW", help="folder of a raw dataset")],
+    samples: Annotated[int, typer.Option(min=1, help="images to decode at most, spread over the dataset")] = 200,
+) -> None:
+    """Say which dataset a raw folder is, what its images and masks hold, what is wrong with them, and how to prepare it."""
+    inspect_folder(raw_dir, samples)
+
+
 def parsed_shard(text: str) -> Shard:
     """Return the shard that `I/N` names.
 
@@ -85,20 +94,28 @@ def verify(
         bool | None,
         typer.Option(
             "--near/--no-near",
-            help=f"look for near-duplicates as well; by default in up to {NEAR_LIMIT} images (time grows with the square) whose"
-            " contract.json states preprocessing.near_duplicates",
+            help="look for near-duplicates, or do not; by default where the contract says that groups keep them together, in up to"
+            f" {NEAR_LIMIT} images (time grows with the square)",
         ),
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="write all findings as JSON")] = None,
 ) -> None:
     """Check a dataset whole: what its files say, then what its images show.
 
-    Exits with code 2 and one line on: files, hashes, rows or pixels that break the contract; a group in two splits; a synthetic row whose parent is
-    held out; identical images, or clear near-duplicates where groups were meant to catch them, in train or validation and in another split (identical
-    ones: also of a dataset given by --against); identical images with different labels.
+    It fails, with one line and exit code 2, on
 
-    Only tells: weaker near-duplicates, near-duplicates of another dataset or with different labels, the same image in two held-out splits, identical
-    images with different masks; classes, mask regions, grey levels and prompts of each split.
+    - files, hashes, rows or pixels that break the contract
+
+    - a group in two splits, a synthetic row whose parent is held out
+
+    - identical images in train or validation and in another split, or in such splits of a dataset given by --against
+
+    - clear near-duplicates in such splits, where groups were meant to catch them
+
+    - identical images with different labels
+
+    It only tells: weaker near-duplicates, near-duplicates of another dataset or with different labels, images in two held-out splits, identical images with
+    different masks, and what each split holds: classes, mask regions, grey levels, prompts.
     """
     datasets = open_datasets([path, *(against or [])])
     print(summary(datasets[0].contract))
@@ -118,11 +135,12 @@ def summary(contract: Contract) -> str:
     lines = [
         f"{about.dataset} ({about.origin}): sound, {about.image_size[0]}x{about.image_size[1]}, {about.channels} channel(s)"
     ]
-    lines += [f"  {split}: {part.rows} rows in {part.groups} groups" for split, part in sorted(contract.splits.items())]
+    parts = {split: contract.splits[split] for split in contract.split_names}
+    lines += [f"  {split}: {part.rows} rows in {part.groups} groups" for split, part in parts.items()]
     return "\n".join([*lines, f"  rejected: {contract.rejected}"])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"merge": merge, "verify": verify}
+COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "merge": merge, "verify": verify}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -4,6 +4,7 @@ To add a dataset, write one file `data_prep/datasets/NAME.py` with a class `Adap
 needs an edit: the file's name is the dataset's name, and the contract tests run over it.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,5 +182,6 @@ class DatasetAdapter(ABC):
         digest = hashlib.sha256()
         for path in sorted(p for p in self.raw_dir.rglob("*") if p.is_file()):
             stat = path.stat()
-            digest.update(f"{path.relative_to(self.raw_dir)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            name = os.fsencode(path.relative_to(self.raw_dir))  # not every file name is UTF-8
+            digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()

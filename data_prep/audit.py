@@ -109,14 +109,14 @@ class Audit:
 
     Attributes:
         datasets: the audited one, and those that it was compared with.
-        near: what was done about near-duplicates, in words.
+        notes: what was looked for, and what could not be found.
         findings: failures first, at most `KEPT_FINDINGS` of each kind.
         counts: number of all findings by problem and likeness.
         failed: number of all failures.
     """
 
     datasets: list[str]
-    near: str
+    notes: list[str]
     findings: list[Finding]
     counts: dict[str, dict[str, int]]
     failed: int
@@ -186,14 +186,20 @@ def near_plan(datasets: Sequence[Dataset], near: bool | None) -> tuple[bool, str
     total = sum(dataset.rows for dataset in datasets)
     threshold = near_threshold(datasets)
     if near:
-        return True, f"looked for among {total} images, aligned correlation from {threshold}"
+        return True, f"near-duplicates: looked for among {total} images, aligned correlation from {threshold}"
     if near is False:
-        return False, "not looked for (--no-near)"
+        return False, "near-duplicates: not looked for (--no-near)"
     if all(dataset.near_correlation is None for dataset in datasets):
-        return False, "not looked for: the contract's preprocessing.near_duplicates is empty; --near looks all the same"
+        return (
+            False,
+            "near-duplicates: not looked for: the contract's preprocessing.near_duplicates is empty; --near looks all the same",
+        )
     if total > NEAR_LIMIT:
-        return False, f"not looked for: {total} images are more than {NEAR_LIMIT}; --near looks all the same"
-    return True, f"looked for among {total} images, aligned correlation from {threshold}"
+        return (
+            False,
+            f"near-duplicates: not looked for: {total} images are more than {NEAR_LIMIT}; --near looks all the same",
+        )
+    return True, f"near-duplicates: looked for among {total} images, aligned correlation from {threshold}"
 
 
 def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> Audit:
@@ -210,7 +216,7 @@ def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> 
     splits = [content for number in range(len(datasets)) for content in _split_contents(index, datasets, number)]
     return Audit(
         datasets=[str(dataset.folder) for dataset in datasets],
-        near=near_plan(datasets, near)[1],
+        notes=[near_plan(datasets, near)[1], *_size_notes(datasets)],
         findings=findings.in_order(),
         counts=findings.counts(),
         failed=findings.failed,
@@ -218,6 +224,17 @@ def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> 
         regions=[sizes for number in range(len(datasets)) for sizes in _region_sizes(index, datasets, number)],
         shifts=class_shifts({s.split: s.labels for s in splits if s.dataset == str(datasets[0].folder)}),
     )
+
+
+def _size_notes(datasets: Sequence[Dataset]) -> list[str]:
+    """Name the datasets in which identical images cannot be recognised."""
+    looks = [(one.contract.description.image_size, one.contract.description.channels) for one in datasets]
+    return [
+        f"{other.folder}: its images have another size or number of channels, so an image of both is identical in neither; "
+        "only the search for near-duplicates finds it"
+        for other, look in zip(datasets[1:], looks[1:], strict=True)
+        if look != looks[0]
+    ]
 
 
 def class_shifts(labels: Mapping[str, Mapping[str, int]]) -> list[ClassShift]:

@@ -5,7 +5,6 @@ formed groups, so a pair fails only where the images still match at `MARGIN` abo
 prepared at 128 x 128 and 64 x 64): the same 107 clusters as in the raw images, all inside a group; at 32 x 32 one more, below the margin.
 """
 
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
@@ -122,7 +121,7 @@ def _contradicts(datasets: Sequence[Dataset], a: _Member, b: _Member) -> bool:
 def identical_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Finding]:
     """Yield what identical images have in common that they should not; images of one grey level are all alike and mean nothing."""
     query = (
-        f"SELECT {MEMBER} FROM images WHERE NOT flat AND image IN"
+        f"SELECT {MEMBER} FROM images WHERE image IN"
         " (SELECT image FROM images WHERE NOT flat GROUP BY image HAVING COUNT(*) > 1) ORDER BY image, id"
     )
     for _, rows in groupby(map(_Member._make, index.rows.execute(query)), key=lambda member: member.image):
@@ -163,14 +162,16 @@ def _set_findings(datasets: Sequence[Dataset], members: Iterable[_Member]) -> It
 
 def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Finding]:
     """Yield pairs of near-duplicates that lie in two splits, in two datasets, or carry two labels."""
-    clusters = _clusters(index, range(index.size), near_threshold(datasets))
-    suspects = [members for members in clusters if _suspicious(datasets, members)]
+    threshold = near_threshold(datasets)
+    suspects = [members for members in _clusters(index, range(index.size), threshold) if _suspicious(datasets, members)]
+    if not suspects:
+        return
     ids = sorted(member.id for members in suspects for member in members)
-    clear = _clusters(index, ids, min(1.0, near_threshold(datasets) + MARGIN))
-    thumbnails = np.memmap(index.thumbnails, np.uint8, "r", shape=(index.size, PLAIN_SIDE**2)) if ids else None
+    clear = _clusters(index, ids, min(1.0, threshold + MARGIN))
     clear_of = {member.id: number for number, members in enumerate(clear) for member in members}
+    thumbnails = np.memmap(index.thumbnails, np.uint8, "r", shape=(index.size, PLAIN_SIDE**2))
     for members in suspects:
-        correlations = plain_correlations(np.stack([thumbnails[member.id] for member in members]))  # type: ignore[index]
+        correlations = plain_correlations(np.stack([thumbnails[member.id] for member in members]))
         yield from _cluster_findings(datasets, members, correlations, clear_of)
 
 
@@ -235,26 +236,30 @@ def _suspicious(datasets: Sequence[Dataset], members: Sequence[_Member]) -> bool
 
 def _clusters(index: AuditIndex, ids: Sequence[int], correlation: float) -> list[list[_Member]]:
     """Return the near-duplicate clusters of several images among some of the index."""
-    if not ids:
-        return []
-    signatures = index.signatures
-    if len(ids) < index.size:
-        signatures = signatures.with_name("chosen.bin")
-        with index.signatures.open("rb") as source, signatures.open("wb") as chosen:
-            for number in ids:
-                source.seek(number * RECORD.itemsize)
-                chosen.write(source.read(RECORD.itemsize))
-    members = [_member(index.rows, number) for number in ids]
+    rows = (index.rows.execute("SELECT image, flat FROM images WHERE id = ?", (number,)).fetchone() for number in ids)
     # Images of one grey level are alike without being duplicates; they get digests of their own.
-    digests = [f"flat {member.id}" if member.flat else member.image.hex() for member in members]
-    by_cluster: dict[int, list[_Member]] = {}
-    for member, cluster in zip(members, near_duplicate_clusters(signatures, digests, correlation), strict=True):
-        by_cluster.setdefault(cluster, []).append(member)
-    return [members for members in by_cluster.values() if len(members) > 1]
+    digests = [f"flat {number}" if flat else image.hex() for number, (image, flat) in zip(ids, rows, strict=True)]
+    by_cluster: dict[int, list[int]] = {}
+    found = near_duplicate_clusters(_signatures(index, ids), digests, correlation)
+    for number, cluster in zip(ids, found, strict=True):
+        by_cluster.setdefault(cluster, []).append(number)
+    return [[_member(index, number) for number in numbers] for numbers in by_cluster.values() if len(numbers) > 1]
 
 
-def _member(rows: sqlite3.Connection, number: int) -> _Member:
-    return _Member._make(rows.execute(f"SELECT {MEMBER} FROM images WHERE id = ?", (number,)).fetchone())
+def _signatures(index: AuditIndex, ids: Sequence[int]) -> Path:
+    """Return a file of the signatures of some images, in the order of their ids."""
+    if len(ids) == index.size:
+        return index.signatures
+    path = index.signatures.with_name("chosen.bin")
+    with index.signatures.open("rb") as source, path.open("wb") as chosen:
+        for number in ids:
+            source.seek(number * RECORD.itemsize)
+            chosen.write(source.read(RECORD.itemsize))
+    return path
+
+
+def _member(index: AuditIndex, number: int) -> _Member:
+    return _Member._make(index.rows.execute(f"SELECT {MEMBER} FROM images WHERE id = ?", (number,)).fetchone())
 
 
 def near_threshold(datasets: Sequence[Dataset]) -> float:

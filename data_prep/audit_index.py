@@ -71,7 +71,7 @@ class AuditIndex:
         with (
             self.signatures.open("ab") as signatures,
             self.thumbnails.open("ab") as thumbnails,
-            progress(f"auditing {contract.description.dataset}", total, "rows") as advance,
+            progress("auditing", total, "rows") as advance,
             self.rows,
         ):
             for split, row in stored_rows(folder, contract, columns):
@@ -105,14 +105,13 @@ class AuditIndex:
 
 
 def stored_rows(folder: Path, contract: Contract, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every row of a dataset with the name of its split, a batch in memory at a time."""
+    """Yield every row of a dataset with the name of its split, train first, a batch in memory at a time."""
     import pyarrow.parquet as pq
 
-    for file in contract.files:
-        if file.startswith("data/"):
-            split = Path(file).name.split("-")[0]
-            for batch in pq.ParquetFile(folder / file).iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield from ((split, row) for row in batch.to_pylist())
+    shards = [(Path(file).name.split("-")[0], file) for file in contract.files if file.startswith("data/")]
+    for split, file in sorted(shards, key=lambda shard: (split_order(shard[0]), shard[1])):
+        for batch in pq.ParquetFile(folder / file).iter_batches(batch_size=BATCH_ROWS, columns=columns):
+            yield from ((split, row) for row in batch.to_pylist())
 
 
 def split_order(split: str) -> tuple[int, str]:

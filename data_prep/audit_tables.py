@@ -38,7 +38,8 @@ def print_audit(audit: Audit) -> None:
         found = [finding for finding in audit.findings if finding.problem == problem]
         if found:
             console.print(_findings_table(title, found, sum(audit.counts[problem].values()), len(audit.datasets) > 1))
-    console.print(Text(f"near-duplicates: {audit.near}"))
+    for note in audit.notes:
+        console.print(Text(note))
     console.print(Text(f"duplicates and conflicts: {_verdict(audit)}"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
-from data_prep.inspecting.advice import advice_for, fitting_side
+from data_prep.inspecting.advice import advice_for, fitting_configuration
 from data_prep.inspecting.layout import Guess, guessed_options
 from data_prep.inspecting.observation import Listing, Sample, listing_of, sample_of
 from data_prep.inspecting.raw_tree import known_formats, tables_of, tree_of
@@ -44,9 +44,8 @@ def inspect_folder(raw_dir: Path, samples: int) -> None:
         warnings.simplefilter("ignore")  # decoders' remarks on odd files
         page.title(str(raw_dir))
         names = recognised(raw_dir, page)
-        for name in names:
-            _describe_dataset(name, raw_dir, samples, page)
-        if not names:
+        read = [_describe_dataset(name, raw_dir, samples, page) for name in names]
+        if not any(read):
             _describe_unknown(raw_dir, samples, page)
 
 
@@ -77,8 +76,8 @@ def _check_readable(raw_dir: Path) -> None:
         raise MaskLoomError(f"{raw_dir}: the folder is empty")
 
 
-def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> None:
-    """Print what the adapter of a known dataset makes of the folder, and how to prepare it."""
+def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> bool:
+    """Print what the adapter of a known dataset makes of the folder, and how to prepare it; return whether it could read it."""
     page.title(f"{name}: {_first_line(load_plugin(PACKAGE, name, 'dataset').__doc__)}")
     path = CONFIGS / f"{name}.yaml"
     try:
@@ -87,11 +86,13 @@ def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> Non
     except MaskLoomError as error:
         page.section("Problem")
         page.line(str(error))
+        return False
     page.section("To prepare it")
     where = f"configs/{name}.yaml"
     if path.is_file():
         page.fact("configuration", where)
     page.command(f"python -m data_prep --config {where} {shlex.quote(f'data.raw_dir={raw_dir}')}")
+    return True
 
 
 def _opened(raw_dir: Path, data: DataConfig, page: Page) -> DatasetAdapter:
@@ -100,30 +101,42 @@ def _opened(raw_dir: Path, data: DataConfig, page: Page) -> DatasetAdapter:
     try:
         options = adapter.Options()
     except ValidationError:
-        options = validated(data.options, adapter.Options, "data.options")
         page.line(f"with the options of configs/{data.dataset}.yaml")
+        options = validated(data.options, adapter.Options, "data.options")
     return adapter(raw_dir, options)
 
 
-def _describe(adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataConfig, page: Page) -> Sample:
-    """Print what an adapter lists, what a sample holds, what is wrong, and advice; return the sample."""
+def _describe(adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataConfig | None, page: Page) -> DataConfig:
+    """Print what an adapter lists, what a sample holds, what is wrong, and advice on a configuration.
+
+    Args:
+        adapter: reads the folder.
+        raw_dir: the folder.
+        samples: how many samples to decode, at most.
+        data: the configuration; None for one that suits the sample.
+        page: where to print.
+
+    Returns:
+        that configuration.
+    """
     info, listing = adapter.info(), listing_of(adapter)
     _print_listing(info, listing, page)
     sample = sample_of(adapter, info, listing, samples)
     _print_sample(info, listing, sample, page)
     _print_problems([*listing.rejects, *sample.rejects], raw_dir, page)
+    data = data or fitting_configuration(sample)
     advice = advice_for(info, listing, sample, data)
     if advice:
         page.section("Advice")
         for line in advice:
             page.bullet(line)
-    return sample
+    return data
 
 
 def _print_listing(info: DatasetInfo, listing: Listing, page: Page) -> None:
     page.section("Listed")
-    kind = "volumes or slides" if listing.volumes else "images"
-    page.fact(kind, f"{len(listing.items)} usable by name, {len(listing.rejects)} left out")
+    kind = listing.kind
+    page.fact(kind, f"{len(listing.items)} listed, {len(listing.rejects)} left out")
     page.fact("licence", info.licence)
     if any(item.label for item in listing.items):
         page.fact("classes", counted(Counter(item.label or "none" for item in listing.items)))
@@ -137,12 +150,12 @@ def _print_listing(info: DatasetInfo, listing: Listing, page: Page) -> None:
 
 
 def _print_sample(info: DatasetInfo, listing: Listing, sample: Sample, page: Page) -> None:
-    opened = f" of {sample.inside} in {sample.opened} volumes or slides" if listing.volumes else ""
+    opened = f" of {sample.inside} in {sample.opened} {listing.kind}" if listing.kind != "images" else ""
     page.section(f"In a sample of {len(sample.items)} images{opened}{'' if sample.in_time else ' (time was up)'}")
     if not sample.items:
         page.line("none could be read")
         return
-    if listing.volumes and any(item.label for item in sample.items):
+    if listing.kind != "images" and any(item.label for item in sample.items):
         page.fact("classes", counted(Counter(item.label or "none" for item in sample.items)))
     by_area = sorted(sample.sizes, key=lambda size: (size[0] * size[1], size))
     shown = [f"{width} x {height}" for height, width in (by_area[0], by_area[len(by_area) // 2], by_area[-1])]
@@ -223,15 +236,15 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
         page.fact("values", guess.mask_values)
     page.title("folder: with the options guessed below")
     adapter: type[DatasetAdapter] = load_plugin(PACKAGE, "folder", "dataset").Adapter
-    sizes: list[tuple[int, int]] = []
+    data = DataConfig(dataset="folder")
     try:
         opened = adapter(raw_dir, validated({"modality": "images", **guess.options}, adapter.Options, "data.options"))
-        sizes = _describe(opened, raw_dir, samples, DataConfig(dataset="folder"), page).sizes
+        data = _describe(opened, raw_dir, samples, None, page)
     except MaskLoomError as error:
         page.section("Problem")
         page.line(str(error))
     page.section("To prepare it: save this as configs/my_data.yaml, replace TODO, check what was guessed")
-    page.block(configuration_text(guess, raw_dir, fitting_side(sizes)))
+    page.block(configuration_text(guess, raw_dir, data))
     page.section("Then")
     page.command("python -m data_prep --config configs/my_data.yaml")
 

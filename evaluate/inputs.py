@@ -182,7 +182,7 @@ def open_inputs(
         split.removeprefix(EXTERNAL_PREFIX): ImageSet(
             f"external test set {split.removeprefix(EXTERNAL_PREFIX)}", real_folder, real, split
         )
-        for split in sorted(real.splits)
+        for split in real.split_names
         if split.startswith(EXTERNAL_PREFIX)
     }
     return EvaluationInputs(

@@ -77,7 +77,7 @@ def verify(path: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset,
     from pipeline.verification import verify_fully
 
     contract = verify_fully(path)
-    rows = ", ".join(f"{split} {summary.rows}" for split, summary in contract.splits.items())
+    rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
     print(f"{path}: valid ({rows} rows; {contract.rejected} rejected)")
 
 

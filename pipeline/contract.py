@@ -105,6 +105,11 @@ class Contract(BaseModel):
     rejected: int
 
     @property
+    def split_names(self) -> list[str]:
+        """The splits that have rows: train, validation, test, then external test sets by name."""
+        return [name for name in (*SPLITS, *sorted(self.splits.keys() - set(SPLITS))) if name in self.splits]
+
+    @property
     def digest(self) -> str:
         """Identity of the content: independent of the commit and of the place that wrote it."""
         return value_digest([self.schema_version, self.description.model_dump(mode="json"), self.files])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from data_prep.image_files import IMAGE_SUFFIXES
+from data_prep.parts import without_taken_ids
 from data_prep.readers import IMAGE_FORMATS
 from data_prep.survey import id_problem, sample_problem
 from pipeline.errors import RejectedSample
@@ -30,12 +31,12 @@ class Listing:
     Attributes:
         items: the images, volumes or slides.
         rejects: what is left out already.
-        volumes: whether an item may hold several samples.
+        kind: what an item is: `images`, `files` that may hold several images, or `volumes or slides`, which take long.
     """
 
     items: list[RawItem]
     rejects: list[Reject]
-    volumes: bool
+    kind: str
 
 
 @dataclass
@@ -96,11 +97,12 @@ def listing_of(adapter: DatasetAdapter) -> Listing:
         MaskLoomError: the folder does not fit the adapter or its options.
     """
     entries = list(adapter.scan())
-    return Listing(
-        [entry for entry in entries if isinstance(entry, RawItem)],
-        [entry for entry in entries if isinstance(entry, Reject)],
-        type(adapter).expand is not DatasetAdapter.expand,
-    )
+    items = [entry for entry in entries if isinstance(entry, RawItem)]
+    rejects = [entry for entry in entries if isinstance(entry, Reject)]
+    if type(adapter).expand is DatasetAdapter.expand:
+        items, taken = without_taken_ids(items)
+        return Listing(items, [*rejects, *taken], "images")
+    return Listing(items, rejects, "volumes or slides" if adapter.items_per_part == 1 else "files")
 
 
 def sample_of(adapter: DatasetAdapter, info: DatasetInfo, listing: Listing, count: int) -> Sample:
@@ -114,14 +116,14 @@ def sample_of(adapter: DatasetAdapter, info: DatasetInfo, listing: Listing, coun
     """
     sample = Sample()
     until = time.monotonic() + SECONDS
-    items = spread(listing.items, VOLUMES if listing.volumes else count)
+    items = spread(listing.items, VOLUMES if listing.kind == "volumes or slides" else count)
     share = -(-count // max(1, len(items)))
-    with progress("looking at samples", len(items), "volumes" if listing.volumes else "images") as advance:
+    with progress("looking at samples", len(items), listing.kind) as advance:
         for item in items:
             if time.monotonic() > until:
                 sample.in_time = False
                 break
-            for inner in spread(_inside(adapter, item, sample), share) if listing.volumes else [item]:
+            for inner in spread(_inside(adapter, item, sample), share) if listing.kind != "images" else [item]:
                 if time.monotonic() > until:
                     sample.in_time = False
                     break

@@ -46,7 +46,7 @@ class Page:
 
     def line(self, text: str) -> None:
         """Print one indented paragraph."""
-        self._row(("  ", printable(text)))
+        self._row((" ", printable(text)))
 
     def bullet(self, text: str) -> None:
         """Print one point of a list."""
@@ -66,7 +66,7 @@ class Page:
         self._flush()
         table = Table.grid(padding=(0, 1))
         table.add_row(*map(Text, cells))
-        self._console.print(table)
+        self._print(table)
 
     def _flush(self) -> None:
         if not self._facts:
@@ -77,8 +77,14 @@ class Page:
         table.add_column(overflow="fold")
         for name, value in self._facts:
             table.add_row("", Text(name), Text(value))
-        self._console.print(table)
+        self._print(table)
         self._facts.clear()
+
+    def _print(self, table: Table) -> None:
+        """Print a table without the blanks that rich fills its last column with."""
+        with self._console.capture() as captured:
+            self._console.print(table)
+        self._console.out("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_prep.inspecting.layout import Guess
 from data_prep.inspecting.text import printable
+from pipeline.config import DataConfig
 
 ORDER = (
     "channels", "images", "masks", "mask_values", "table", "image_column", "mask_column", "label_column", "group_column",
@@ -13,29 +14,28 @@ ORDER = (
 )  # fmt: skip
 
 
-def configuration_text(guess: Guess, raw_dir: Path, image_size: int) -> str:
+def configuration_text(guess: Guess, raw_dir: Path, data: DataConfig) -> str:
     """Return the text of a configuration that extends configs/folder.yaml.
 
     Args:
         guess: options, and what they rest on.
         raw_dir: the raw folder.
-        image_size: side of the prepared images.
+        data: the rest of its section `data`.
     """
-    conditioning = "mask" if {"masks", "mask_column"} & guess.options.keys() else "edges"
     lines = [
         "extends: folder.yaml",
         "experiment: my_data",
         "data:",
         f"  raw_dir: {_quoted(str(raw_dir.resolve()))}",
-        f"  image_size: {image_size}",
-        f"  conditioning: {conditioning}",
+        f"  image_size: {data.image_size[0]}",
+        f"  conditioning: {data.conditioning}",
         "  options:",
         "    modality: TODO  # the words for the imaging method in prompts, such as breast ultrasound",
     ]
     for key in ORDER:
         if key in guess.options:
             lines += _entry(key, guess.options[key], guess.why.get(key, ""))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _entry(key: str, value: Any, why: str) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, SPLITS, Contract, read_contract
+from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, Contract, read_contract
 from pipeline.files import file_digest, folder_digest, read_json
 from pipeline.report.evaluation import evaluation_files
 from pipeline.runs import STAGES, Run
@@ -86,8 +86,7 @@ def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:
     import pyarrow.parquet as pq
 
     labels = contract.description.labels
-    splits = [*SPLITS, *sorted(set(contract.splits) - set(SPLITS))]
-    counts: dict[str, Counter[str]] = {split: Counter() for split in splits if split in contract.splits}
+    counts: dict[str, Counter[str]] = {split: Counter() for split in contract.split_names}
     for file in contract.files:
         if file.startswith("data/"):
             for label in pq.read_table(folder / file, columns=["label"])["label"].to_pylist():
