@@ -51,6 +51,7 @@ backbone: $(READY) ## train assets/nano-sd anew (hours on two cores)
 bench: $(READY) ## the measured comparisons
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.caching
+	$(BIN)/python -m benchmarks.data_prep
 
 clean: ## delete the demo's run
 	rm -rf runs/demo

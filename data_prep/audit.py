@@ -360,10 +360,9 @@ def _region_sizes(index: AuditIndex, datasets: Sequence[Dataset], number: int) -
 def _told(finding: Finding) -> str:
     """Return a failure in words."""
     a, b = finding.first, finding.second
+    alike = "identical images" if finding.likeness == "identical" else "near-duplicates"
     if finding.problem == "labels":
-        return (
-            f"{finding.likeness} images {a.sample_id} ({a.label}) and {b.sample_id} ({b.label}) carry different labels"
-        )
+        return f"{alike} with different labels: {a.sample_id} ({a.label}) and {b.sample_id} ({b.label})"
     if finding.problem == "datasets":
-        return f"{finding.likeness} images in both datasets: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split} of {b.dataset})"
-    return f"{finding.likeness} images in two splits: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split})"
+        return f"{alike} in both datasets: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split} of {b.dataset})"
+    return f"{alike} in two splits: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split})"

@@ -166,9 +166,11 @@ def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Fi
     suspects = [members for members in _clusters(index, range(index.size), threshold) if _suspicious(datasets, members)]
     if not suspects:
         return
-    ids = sorted(member.id for members in suspects for member in members)
-    clear = _clusters(index, ids, min(1.0, threshold + MARGIN))
-    clear_of = {member.id: number for number, members in enumerate(clear) for member in members}
+    clear_of: dict[int, int] = {}
+    if datasets[0].near_correlation is not None:  # else no near-duplicate fails
+        ids = sorted(member.id for members in suspects for member in members)
+        clear = _clusters(index, ids, min(1.0, threshold + MARGIN))
+        clear_of = {member.id: number for number, members in enumerate(clear) for member in members}
     thumbnails = np.memmap(index.thumbnails, np.uint8, "r", shape=(index.size, PLAIN_SIDE**2))
     for members in suspects:
         correlations = plain_correlations(np.stack([thumbnails[member.id] for member in members]))
@@ -187,7 +189,7 @@ def _cluster_findings(
         datasets: the audited one first.
         members: of the cluster.
         correlations: (n, n), plain correlation of all pairs.
-        clear_of: cluster at the stricter threshold, by id.
+        clear_of: cluster at the stricter threshold, by id; empty where groups were not meant to catch near-duplicates.
     """
 
     def is_clear(a: _Member, b: _Member) -> bool:
@@ -208,11 +210,10 @@ def _cluster_findings(
             else:
                 rank = is_clear(a, b), abs(float(correlations[i, j]))
                 best[key] = max(best.get(key, (rank, i, j)), (rank, i, j))
-    grouped = datasets[0].near_correlation is not None
     for key, ((clear, _), i, j) in best.items():
         if key not in told:
             a, b = members[i], members[j]
-            fails = key[0] == "splits" and clear and grouped and _measured_on_itself(a.where, b.where)
+            fails = key[0] == "splits" and clear and _measured_on_itself(a.where, b.where)
             yield Finding(
                 key[0], "near", float(correlations[i, j]), len(members), fails, _place(datasets, a), _place(datasets, b)
             )

@@ -1,7 +1,7 @@
 """An audit as tables on the standard output."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -24,12 +24,14 @@ TITLES = {
 def print_audit(audit: Audit) -> None:
     """Print every table that has something to say."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+    numbers = {dataset: f" [{number}]" for number, dataset in enumerate(audit.datasets)} if audit.datasets[1:] else {}
+    for dataset, number in numbers.items():
+        console.print(Text(f"{number.strip()} {dataset}"))
     for dataset in audit.datasets:
         contents = [content for content in audit.splits if content.dataset == dataset]
-        about = "" if len(audit.datasets) == 1 else f" of {dataset}"
-        console.print(_splits_table(f"Splits{about}", contents))
+        console.print(_splits_table(f"Splits{numbers.get(dataset, '')}", contents))
         if any(content.labels for content in contents):
-            console.print(_labels_table(f"Classes{about}", contents))
+            console.print(_labels_table(f"Classes{numbers.get(dataset, '')}", contents))
     if audit.shifts:
         console.print(_shifts_table(audit))
     if regions := [one for one in audit.regions if one.dataset == audit.datasets[0]]:
@@ -37,7 +39,7 @@ def print_audit(audit: Audit) -> None:
     for problem, title in TITLES.items():
         found = [finding for finding in audit.findings if finding.problem == problem]
         if found:
-            console.print(_findings_table(title, found, sum(audit.counts[problem].values()), len(audit.datasets) > 1))
+            console.print(_findings_table(title, found, sum(audit.counts[problem].values()), numbers))
     for note in audit.notes:
         console.print(Text(note))
     console.print(Text(f"duplicates and conflicts: {_verdict(audit)}"))
@@ -130,7 +132,7 @@ def _regions_table(regions: Sequence[RegionSizes]) -> Table:
     return _table(title, columns, rows, left={0, 1, 2}, more=len(regions) - SHOWN_REGIONS)
 
 
-def _findings_table(title: str, found: Sequence[Finding], total: int, several: bool) -> Table:
+def _findings_table(title: str, found: Sequence[Finding], total: int, numbers: Mapping[str, str]) -> Table:
     rows = (
         [
             "fails" if one.fails else "look",
@@ -142,7 +144,7 @@ def _findings_table(title: str, found: Sequence[Finding], total: int, several: b
                 for place in (one.first, one.second)
                 for cell in (
                     place.sample_id,
-                    f"{place.split} of {place.dataset}" if several else place.split,
+                    place.split + numbers.get(place.dataset, ""),
                     place.group_id,
                     place.label or "-",
                 )

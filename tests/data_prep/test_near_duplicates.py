@@ -133,3 +133,14 @@ def test_real_busi_pairs_with_and_without_calipers(tmp_path):
              "malignant-123", "benign-62", "malignant-1", "benign-184"]  # fmt: skip
     images = [busi.load(items[name]).image / np.float32(255) for name in names]
     assert clusters(images, tmp_path) == [0, 0, 2, 2, 4, 4, 6, 6, 8, 9, 10]
+
+
+@pytest.mark.skipif(not BUSI.is_dir(), reason=BUSI_ABSENT)
+def test_real_busi_pairs_of_high_plain_correlation_lie_in_one_group(tmp_path):
+    paths = [entry.path for entry in Adapter(BUSI, BusiOptions()).scan() if isinstance(entry, RawItem)]
+    raw = [Image.open(path).convert("L") for path in paths]
+    small = [np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR), dtype=float).ravel() for image in raw]
+    pairs = np.argwhere(np.triu(np.corrcoef(small) > 0.98, k=1))
+    found = clusters([np.asarray(image) / np.float32(255) for image in raw], tmp_path)
+    assert len(pairs) > 50
+    assert [(paths[i], paths[j]) for i, j in pairs if found[i] != found[j]] == []
