@@ -21,13 +21,13 @@ from pipeline.contract import read_contract
 from pipeline.cpu_memory import keep_freed_memory
 from pipeline.randomness import Draws
 from pipeline.runs import Run
-from train_controlnet.task import ControlNetTask
+from train_controlnet.task import DiffusionTask
 
 STEPS = 10
 WARM_UP = 3
 
 
-def seconds_a_step(task: ControlNetTask, optimizer: torch.optim.Optimizer, batch: int, round_number: int) -> float:
+def seconds_a_step(task: DiffusionTask, optimizer: torch.optim.Optimizer, batch: int, round_number: int) -> float:
     """Return the median time of a training step, rows and their decoding included, in seconds."""
     times = []
     for step in range(WARM_UP + STEPS):
@@ -59,7 +59,7 @@ def main(config: Annotated[Path, typer.Option()] = Path("configs/demo.yaml"), ro
             changed = experiment.model_copy(
                 update={"train": experiment.train.model_copy(update={"cache_latents": cached})}
             )
-            tasks[cached] = ControlNetTask(changed, run, read_contract(run.dataset), Accelerator())
+            tasks[cached] = DiffusionTask(changed, run, read_contract(run.dataset), Accelerator())
         optimizers = {
             cached: torch.optim.AdamW(task.networks["controlnet"].parameters()) for cached, task in tasks.items()
         }

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import ModelMixin
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pipeline.averages import Averages
 from pipeline.errors import MaskLoomError, told_when_unwritable
 from pipeline.files import read_json, remove_folder, write_json
 from pipeline.progress import say
@@ -30,7 +31,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    emas: Mapping[str, EMAModel],
+    averages: Averages,
     identity: Mapping[str, Any],
     limit: int | None,
 ) -> None:
@@ -40,7 +41,7 @@ def save_checkpoint(
         accelerator: holds models, optimizers, schedulers and each process's random state.
         folder: where checkpoints live.
         step: number of optimizer steps done.
-        emas: moving averages by network name.
+        averages: the weights kept besides the trained ones.
         identity: what the training depends on; `resume` refuses a checkpoint of another one.
         limit: how many checkpoints stay; None keeps all.
     """
@@ -52,8 +53,8 @@ def save_checkpoint(
     with told_when_unwritable(temporary):
         accelerator.save_state(str(temporary))
         if accelerator.is_main_process:
-            _save_averages(temporary, emas)
-            write_json(temporary / LOOP_FILE, {"step": step, "identity": dict(identity)})
+            kept = averages.save(temporary)
+            write_json(temporary / LOOP_FILE, {"step": step, "averages": kept, "identity": dict(identity)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _flush(temporary)
@@ -69,7 +70,7 @@ def resume(
     accelerator: Accelerator,
     folder: Path,
     wanted: str | None,
-    emas: Mapping[str, EMAModel],
+    averages: Averages,
     identity: Mapping[str, Any],
 ) -> int:
     """Load a checkpoint into the accelerator's objects and the averages.
@@ -78,7 +79,7 @@ def resume(
         accelerator: its models, optimizers, schedulers and random states are filled.
         folder: where checkpoints live.
         wanted: `latest`, a checkpoint folder's path, or None to start afresh.
-        emas: moving averages by network name.
+        averages: the weights kept besides the trained ones.
         identity: what the training depends on.
 
     Returns:
@@ -93,21 +94,20 @@ def resume(
     record = read_json(path / LOOP_FILE, "the checkpoint is damaged: delete it and run again")
     _check_identity(path, record["identity"], identity)
     accelerator.load_state(str(path))
-    for name, ema in emas.items():
-        shadow = load_file(path / f"ema_{name}.safetensors")
-        for i, parameter in enumerate(ema.shadow_params):
-            parameter.data.copy_(shadow[str(i)])
-        ema.optimization_step = record["step"]
+    averages.load(path, record["averages"])
     if accelerator.is_main_process:
         say(f"resuming from {path}")
     return int(record["step"])
 
 
 def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.Module]) -> None:
-    """Make the accelerator keep each network in a file or folder of its own name, as safetensors.
+    """Make the accelerator keep each network under its own name, as safetensors.
 
-    A diffusers model becomes a folder that `from_pretrained` loads; any other module becomes `NAME.safetensors`.
+    A diffusers model that is trained itself becomes a folder that `from_pretrained` loads; of any other module, and of a network with adapters,
+    the trained weights become `NAME.safetensors`. Engines that shard weights keep their own files.
     """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
     names = {id(accelerator.unwrap_model(module)): name for name, module in networks.items()}
 
     def save_networks(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], output: str) -> None:
@@ -121,29 +121,37 @@ def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.M
     def load_networks(models: list[nn.Module], source: str) -> None:
         while models:
             module = accelerator.unwrap_model(models.pop())
-            module.load_state_dict(load_file(_weights_file(module, Path(source), names[id(module)])))
+            _load_network(module, Path(source), names[id(module)])
 
     accelerator.register_save_state_pre_hook(save_networks)
     accelerator.register_load_state_pre_hook(load_networks)
 
 
-def _save_averages(folder: Path, emas: Mapping[str, EMAModel]) -> None:
-    for name, ema in emas.items():
-        shadow = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(ema.shadow_params)}
-        save_file(shadow, folder / f"ema_{name}.safetensors")
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a network is kept as diffusers keeps models; one with adapters keeps what is trained of it."""
+    return isinstance(module, ModelMixin) and not hasattr(module, "peft_config")
 
 
-def _save_network(module: nn.Module, folder: Path, name: str) -> None:
-    if isinstance(module, ModelMixin):
+def _save_network(module: Any, folder: Path, name: str) -> None:
+    if _is_whole(module):
         module.save_pretrained(folder / name, safe_serialization=True)
     else:
-        save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, folder / f"{name}.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in _kept(module).items()}, folder / f"{name}.safetensors")
 
 
-def _weights_file(module: nn.Module, folder: Path, name: str) -> Path:
-    if not isinstance(module, ModelMixin):
-        return folder / f"{name}.safetensors"
-    return next((folder / name).glob("*.safetensors"))
+def _load_network(module: nn.Module, folder: Path, name: str) -> None:
+    if _is_whole(module):
+        module.load_state_dict(load_file(next((folder / name).glob("*.safetensors"))))
+    else:
+        kept = load_file(folder / f"{name}.safetensors")
+        for key, value in _kept(module).items():
+            value.copy_(kept[key])
+
+
+def _kept(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trained weights and the buffers of a network."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
 def _wanted_checkpoint(folder: Path, wanted: str | None) -> Path | None:

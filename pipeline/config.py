@@ -128,10 +128,12 @@ class DataConfig(Section):
 class LoopConfig(Section):
     """What the shared training loop needs, whatever is trained."""
 
-    train_batch_size: int = Field(4, ge=1)
+    train_batch_size: int = Field(4, ge=1, description="samples a process and micro-batch")
     gradient_accumulation_steps: int = Field(1, ge=1)
-    max_train_steps: int = Field(1000, ge=1)
+    max_train_steps: int = Field(1000, ge=1, description="optimizer steps")
+    num_train_epochs: int | None = Field(None, ge=1, description="train so many epochs instead of max_train_steps")
     learning_rate: float = Field(1e-5, gt=0)
+    scale_lr: bool = Field(False, description="multiply learning_rate by the global batch")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
@@ -146,6 +148,8 @@ class LoopConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     mixed_precision: Precision = "no"
     allow_tf32: bool = False
+    torch_compile: bool = Field(False, description="compile the networks' repeated blocks (torch.compile, regional)")
+    channels_last: bool = Field(False, description="keep convolutions' tensors channels-last")
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
     checkpointing_steps: int = Field(500, ge=1)
@@ -154,31 +158,140 @@ class LoopConfig(Section):
         "latest", description="'latest', a checkpoint folder, or null to start afresh"
     )
     validation_steps: int = Field(500, ge=1)
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without a lower loss, and keep the best weights"
+    )
     logging_steps: int = Field(10, ge=1)
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = "tensorboard"
     tracker_project_name: str = "maskloom"
     dataloader_num_workers: int = Field(0, ge=0)
 
 
+class AugmentConfig(Section):
+    """How an image, its mask and its conditioning image are changed alike while training."""
+
+    variants: int = Field(
+        4, ge=1, description="changed copies of each row besides the row itself; all of them are cached"
+    )
+    random_flip: bool = Field(True, description="mirror left and right in half of the copies")
+    rotation_degrees: float = Field(5.0, ge=0, le=180)
+    scale: tuple[float, float] = (0.95, 1.05)
+    translation: float = Field(0.03, ge=0, lt=0.5, description="share of the image's side")
+    brightness: float = Field(0.05, ge=0, lt=1, description="largest shift, as a share of the grey range; image only")
+    contrast: float = Field(0.1, ge=0, lt=1, description="largest relative change; image only")
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> "AugmentConfig":
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)}: give the smallest and the largest factor, both above 0")
+        return self
+
+
+class AdherenceConfig(Section):
+    """Mask adherence while training: a small U-Net, trained on real images, reads the mask off sampled images."""
+
+    num_images: int = Field(16, ge=2, description="validation masks that images are sampled for")
+    num_inference_steps: int = Field(12, ge=1)
+    guidance_scale: float = Field(1.0, ge=0)
+    image_size: Size = (128, 128)
+    steps: int = Field(300, ge=1, description="training steps of the U-Net")
+
+
+class DecoderConfig(Section):
+    """Fine-tuning of the VAE's decoder before the ControlNet: lifts the ceiling that a frozen VAE sets on texture."""
+
+    max_train_steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    train_batch_size: int = Field(4, ge=1)
+    crop: int = Field(
+        256, ge=64, multiple_of=64, description="side of the training crops in pixels; a decoder is convolutional"
+    )
+
+
+LoraTarget = Literal["unet", "text_encoder", "controlnet"]
+
+
 class TrainConfig(LoopConfig):
-    """`train`: a ControlNet on a frozen Stable Diffusion backbone."""
+    """`train`: a ControlNet, adapters (LoRA), or both, on a Stable Diffusion backbone."""
 
     pretrained_model_name_or_path: str
     revision: str | None = None
     variant: str | None = None
-    controlnet_model_name_or_path: str | None = None
+    tokenizer_name: str | None = Field(None, description="null: the backbone's")
+    controlnet_model_name_or_path: str | None = Field(
+        None, description="weights to go on from; null: the UNet's encoder"
+    )
+    max_train_samples: int | None = Field(None, ge=1, description="train on the first so many rows only")
+
+    controlnet: Literal["full", "shallow", "zero_convs", "frozen", "none"] = Field(
+        "full",
+        description="which of the ControlNet's weights are trained; shallow: the first controlnet_blocks blocks and all zero "
+        "convolutions; zero_convs: these and the conditioning's embedding; none: there is no ControlNet",
+    )
+    controlnet_blocks: int = Field(2, ge=1, description="for controlnet=shallow")
+    sd_locked: bool = Field(True, description="false: the UNet's decoder is trained as well")
+    lora: list[LoraTarget] = Field(default_factory=list, description="which networks get adapters on their attention")
+    rank: int = Field(4, ge=1, description="of the adapters")
+    lora_alpha: float | None = Field(None, gt=0, description="null: the rank")
+    vae_decoder: DecoderConfig | None = None
+
     gradient_checkpointing: bool = Field(
         False, description="recompute the ControlNet's activations in the backward pass"
     )
-    unet_gradient_checkpointing: bool = Field(False, description="recompute the frozen UNet's activations as well")
+    unet_gradient_checkpointing: bool = Field(False, description="recompute the UNet's activations as well")
     enable_xformers_memory_efficient_attention: bool = False
     cache_latents: bool = True
-    proportion_empty_prompts: float = Field(0.0, ge=0, le=1)
-    snr_gamma: float | None = Field(None, gt=0)
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(None, description="null: as the backbone says")
+
+    augment: AugmentConfig | None = None
+    proportion_empty_prompts: float = Field(0.0, ge=0, le=1, description="1: trained on masks only")
+    proportion_empty_conditioning: float = Field(0.0, ge=0, le=1, description="1: trained on prompts only")
+    shuffle_conditioning: bool = Field(
+        False,
+        description="a control experiment: every row gets another row's conditioning image, so none can be followed",
+    )
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weights")
+    debiased_estimation_loss: bool = Field(False, description="weights 1/sqrt(SNR)")
+    lesion_loss_weight: float = Field(1.0, ge=1, description="weight of the mask's foreground against the background")
+    noise_offset: float = Field(0.0, ge=0)
+    rescale_betas_zero_snr: bool = Field(False, description="zero terminal SNR; needs v_prediction")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        None, description="null: as the backbone says"
+    )
+
     num_validation_images: int = Field(4, ge=0)
     validation_timestep_bins: int = Field(4, ge=1)
     validation_samples: int = Field(64, ge=1, description="validation rows that the held-out loss is taken over")
+    adherence: AdherenceConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "TrainConfig":
+        adapted, own = set(self.lora), self.controlnet in ("full", "shallow", "zero_convs")
+        if not (own or adapted or not self.sd_locked):
+            raise ValueError(
+                f"controlnet={self.controlnet} with sd_locked=true and no lora trains nothing; "
+                "set lora=[unet], sd_locked=false, or controlnet=full"
+            )
+        if len(adapted) < len(self.lora):
+            raise ValueError(f"lora={self.lora}: name each network once")
+        if "controlnet" in adapted and self.controlnet not in ("zero_convs", "frozen"):
+            raise ValueError(
+                f"lora=[controlnet] adapts weights that stay as they are; set controlnet=zero_convs (or frozen), not {self.controlnet}"
+            )
+        if self.controlnet == "frozen" and self.controlnet_model_name_or_path is None:
+            raise ValueError("controlnet=frozen needs controlnet_model_name_or_path: a fresh one says nothing")
+        if "unet" in adapted and not self.sd_locked:
+            raise ValueError("lora=[unet] with sd_locked=false trains the UNet twice over; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_is_one(self) -> "TrainConfig":
+        if self.snr_gamma is not None and self.debiased_estimation_loss:
+            raise ValueError("snr_gamma and debiased_estimation_loss are two weightings of the loss; choose one")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr leaves no signal at the last step, where the noise says nothing; set prediction_type=v_prediction"
+            )
+        return self
 
 
 class WarpConfig(Section):

@@ -1,4 +1,4 @@
-"""The diffusion objective: noisy latents, target, and min-SNR weights."""
+"""The diffusion objective: latents, target, and the weights of samples and of latent cells."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import MaskLoomError
+
+MAX_SNR = 1000.0  # of the debiased weights, as in sd-scripts: the first timesteps would get none otherwise
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
@@ -27,7 +29,7 @@ def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Ten
 
 
 def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the UNet should predict: the noise, or the velocity (Salimans & Ho, 2022), (B, C, h, w).
+    """Return what the UNet should predict, (B, C, h, w): the noise, the velocity (Salimans & Ho, 2022), or the latents.
 
     Raises:
         MaskLoomError: the scheduler has another prediction type.
@@ -37,27 +39,55 @@ def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps:
         return noise
     if kind == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
+    if kind == "sample":
+        return latents
     raise MaskLoomError(
-        f"the backbone's prediction type {kind!r} is not supported; set train.prediction_type to epsilon or v_prediction"
+        f"the backbone's prediction type {kind!r} is not supported; set train.prediction_type to epsilon, v_prediction or sample"
     )
 
 
-def denoising_loss(
-    scheduler: Any, prediction: Tensor, target: Tensor, timesteps: Tensor, snr_gamma: float | None
-) -> Tensor:
-    """Return the loss of each sample, (B,), float32.
+def denoising_losses(prediction: Tensor, target: Tensor, cell_weights: Tensor | None = None) -> Tensor:
+    """Return the mean squared error of each sample, (B,), float32.
+
+    Args:
+        prediction: the UNet's output, (B, C, h, w).
+        target: what it should have been, (B, C, h, w).
+        cell_weights: (B, 1, h, w), mean 1 over each sample; None: all cells count alike.
+    """
+    errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+    return (errors if cell_weights is None else errors * cell_weights).mean(dim=(1, 2, 3))
+
+
+def lesion_weights(foreground: Tensor, weight: float, size: tuple[int, int]) -> Tensor:
+    """Return how much each latent cell counts, (B, 1, h, w), mean 1 over each sample.
+
+    Args:
+        foreground: (B, H, W) of 0 and 1.
+        weight: of a foreground cell against a background cell.
+        size: (h, w) of the latents.
+    """
+    share = functional.adaptive_avg_pool2d(foreground.float().unsqueeze(1), size)
+    weights = 1 + (weight - 1) * share
+    return weights / weights.mean(dim=(2, 3), keepdim=True)
+
+
+def timestep_weights(scheduler: Any, timesteps: Tensor, snr_gamma: float | None, debiased: bool) -> Tensor:
+    """Return the weight of each sample's loss, (B,), float32.
 
     Args:
         scheduler: holds the noise schedule and the prediction type.
-        prediction: the UNet's output, (B, C, h, w).
-        target: what it should have been, (B, C, h, w).
         timesteps: (B,) int64.
-        snr_gamma: weight each sample by min(SNR, gamma)/SNR, or by min(SNR, gamma)/(SNR + 1) for velocities
-            (Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023); None: no weights.
+        snr_gamma: min(SNR, gamma) in terms of the error of the latents (Hang et al., Efficient Diffusion Training via Min-SNR Weighting
+            Strategy, 2023), that is divided by SNR for noise and by SNR + 1 for velocities; None: no such weights.
+        debiased: 1/sqrt(SNR) for noise (Yu et al., Unmasking Bias in Diffusion Model Training, 2023), 1/(SNR + 1) for velocities as in
+            sd-scripts; the latents themselves get none.
     """
-    losses = functional.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is None:
-        return losses
-    snr = compute_snr(scheduler, timesteps)
-    divisor = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr
-    return losses * snr.clamp(max=snr_gamma) / divisor
+    if snr_gamma is None and not debiased:
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    kind, snr = scheduler.config.prediction_type, compute_snr(scheduler, timesteps).float()
+    if snr_gamma is not None:
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
+        return snr.clamp(max=snr_gamma) / divisor
+    if kind == "sample":
+        return torch.ones_like(snr)
+    return 1 / (snr + 1) if kind == "v_prediction" else snr.clamp(max=MAX_SNR).rsqrt()

@@ -1,193 +1,229 @@
-"""ControlNet training as a task of the shared loop."""
+"""Training of a ControlNet, adapters, or both, as a task of the shared loop."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.backbone import DTYPES, load_part, load_weights, use_xformers
-from pipeline.config import ExperimentConfig, TrainConfig
+from pipeline.backbone import DTYPES
+from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract, open_split
-from pipeline.files import model_digest
+from pipeline.files import model_digest, value_digest
 from pipeline.randomness import Draws
 from pipeline.runs import Run
 from pipeline.training import Task
-from train_controlnet.latent_cache import (
-    MomentCache,
-    cache_folder,
-    drop_stale_caches,
-    fill_embeddings,
-    fill_moments,
-    pixels,
-    rgb_array,
+from train_controlnet.latent_cache import cache_folder, drop_stale_caches, fill_embeddings, fill_moments
+from train_controlnet.networks import load_networks
+from train_controlnet.objective import (
+    denoising_losses,
+    lesion_weights,
+    prediction_target,
+    sample_latents,
+    timestep_weights,
 )
-from train_controlnet.objective import denoising_loss, prediction_target, sample_latents
+from train_controlnet.prompts import view_prompts
+from train_controlnet.rows import TrainingRows, Views
 from train_controlnet.validation import Validator
 
-
-class ControlNetRows(Dataset[dict[str, Any]]):
-    """A split as training rows: moments (or pixels), conditioning, and the number of the prompt's embedding."""
-
-    def __init__(self, rows: datasets.Dataset, moments: MomentCache | None, prompt_numbers: dict[str, int]) -> None:
-        """Keep the parts.
-
-        Args:
-            rows: contract rows.
-            moments: the cache, or None to hand out pixels.
-            prompt_numbers: row of each prompt in the embeddings.
-        """
-        columns = ["conditioning_image", "text"] + ([] if moments else ["image"])
-        self.rows, self.moments, self.prompt_numbers = rows.select_columns(columns), moments, prompt_numbers
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        image = {"pixels": pixels(row["image"])} if self.moments is None else {"moments": self.moments[index]}
-        conditioning = torch.from_numpy(rgb_array(row["conditioning_image"])).permute(2, 0, 1)
-        return {**image, "conditioning": conditioning, "prompt": self.prompt_numbers[row["text"]]}
+OPTIMIZER = "denoiser"
 
 
-class ControlNetTask(Task):
-    """Zhang et al., Adding Conditional Control to Text-to-Image Diffusion Models (2023), on a frozen UNet."""
+class DiffusionTask(Task):
+    """Zhang et al., Adding Conditional Control to Text-to-Image Diffusion Models (2023); Hu et al., LoRA (2021)."""
 
     def __init__(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
-        """Load the backbone, fill the caches, and make the rows.
+        """Load the networks, fill the caches, and make the rows.
 
         Raises:
             MaskLoomError: a part of the backbone cannot be loaded, or a switch needs a package that is missing.
         """
         self.config, self.device = config.train, accelerator.device
         self.dtype = DTYPES[config.train.mixed_precision]
-        self._load_backbone(self.config)
-        self.networks = {"controlnet": self._new_controlnet(self.config)}
-        self.trained_parameters = sum(p.numel() for p in self.networks["controlnet"].parameters())
-        self._fill_caches(run, contract, accelerator)
-        self.validator = Validator(self, config, run, accelerator)
+        self.parts = load_networks(config.train, self.device)
+        self.scheduler = self.parts.scheduler
+        self.networks = self.parts.trained()
+        self.trained_parameters = sum(p.numel() for p in self.parameters()[OPTIMIZER])
+        self._fill_caches(config, run, contract, accelerator)
+        self.validator = Validator(self, config, run, contract, accelerator)
+
+    def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Return all trained weights as one optimizer's."""
+        return {OPTIMIZER: [p for net in self.networks.values() for p in net.parameters() if p.requires_grad]}
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        """Yield the ControlNet's loss; see `Task.losses`."""
+        """Yield the weighted denoising loss; see `Task.losses`."""
         latents = self.latents(batch, draws)
-        noise = draws.normal("noise", latents.shape[1:])
+        noise = self._noise(latents, draws)
         timesteps = draws.integers("timestep", self.scheduler.config.num_train_timesteps)
-        dropped = draws.uniform("empty prompt") < self.config.proportion_empty_prompts
-        prompts = torch.where(dropped, torch.zeros_like(batch["prompt"]), batch["prompt"])
-        per_sample = self.sample_losses(latents, noise, timesteps, prompts, batch["conditioning"])
-        yield "controlnet", per_sample.mean()
+        without_prompt = draws.uniform("empty prompt") < self.config.proportion_empty_prompts
+        prompts = batch["prompt"].masked_fill(without_prompt, 0)
+        conditioning = batch.get("conditioning")
+        if conditioning is not None and self.config.proportion_empty_conditioning:
+            without_mask = draws.uniform("empty conditioning") < self.config.proportion_empty_conditioning
+            conditioning = conditioning * ~without_mask[:, None, None, None]
+        losses = self.sample_losses(latents, noise, timesteps, prompts, conditioning, batch.get("foreground"))
+        weights = timestep_weights(
+            self.scheduler, timesteps, self.config.snr_gamma, self.config.debiased_estimation_loss
+        )
+        yield OPTIMIZER, (losses * weights).mean()
 
     def latents(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """Return (B, C, h, w) float32 latents: a fresh draw from the posterior of each image."""
         moments = batch["moments"] if "moments" in batch else self.encode(batch["pixels"])
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        return sample_latents(moments.float(), draws.normal("posterior", shape), self.vae.config.scaling_factor)
+        return sample_latents(moments.float(), draws.normal("posterior", shape), self.parts.vae.config.scaling_factor)
 
     def sample_losses(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: Tensor, conditioning: Tensor
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        prompts: Tensor,
+        conditioning: Tensor | None,
+        foreground: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of each sample, (B,).
+        """Return the loss of each sample, (B,), before its timestep's weight.
 
         Args:
             latents: (B, C, h, w) float32.
             noise: (B, C, h, w) float32 standard normal.
             timesteps: (B,) int64.
-            prompts: (B,) rows of the embeddings; 0 is the empty prompt.
-            conditioning: (B, 3, H, W) uint8.
+            prompts: (B,) numbers of the prompts; 0 is the empty prompt.
+            conditioning: (B, 3, H, W) uint8; None without a ControlNet.
+            foreground: (B, H, W) of 0 and 1 where the mask's foreground counts more; None: all counts alike.
         """
-        noisy = self.scheduler.add_noise(latents, noise, timesteps).to(self.dtype)
-        text = self.embeddings[prompts.cpu()].to(self.device, self.dtype)
-        control = conditioning.to(self.dtype) / 255
-        down, mid = self.networks["controlnet"](
-            noisy, timesteps, encoder_hidden_states=text, controlnet_cond=control, return_dict=False
-        )
-        prediction = self.unet(
-            noisy,
-            timesteps,
-            encoder_hidden_states=text,
-            down_block_additional_residuals=[residual.to(self.dtype) for residual in down],
-            mid_block_additional_residual=mid.to(self.dtype),
-            return_dict=False,
-        )[0]
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prediction = self.prediction(noisy, timesteps, prompts, conditioning)
         target = prediction_target(self.scheduler, latents, noise, timesteps)
-        return denoising_loss(self.scheduler, prediction, target, timesteps, self.config.snr_gamma)
+        if foreground is None:
+            return denoising_losses(prediction, target)
+        return denoising_losses(
+            prediction,
+            target,
+            lesion_weights(foreground, self.config.lesion_loss_weight, (latents.shape[2], latents.shape[3])),
+        )
+
+    def prediction(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, conditioning: Tensor | None) -> Tensor:
+        """Return the UNet's output, (B, C, h, w), led by the ControlNet if there is one; arguments as in `sample_losses`."""
+        noisy, text = noisy.to(self.dtype), self._text_states(prompts)
+        residuals: dict[str, Any] = {}
+        if self.parts.controlnet is not None:
+            assert conditioning is not None
+            down, mid = self._network("controlnet")(
+                noisy,
+                timesteps,
+                encoder_hidden_states=text,
+                controlnet_cond=conditioning.to(self.dtype) / 255,
+                return_dict=False,
+            )
+            residuals = {
+                "down_block_additional_residuals": [residual.to(self.dtype) for residual in down],
+                "mid_block_additional_residual": mid.to(self.dtype),
+            }
+        return self._network("unet")(noisy, timesteps, encoder_hidden_states=text, return_dict=False, **residuals)[0]
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return the held-out loss by timestep bin, and write sample pictures."""
+        """Return the held-out loss by timestep bin and more, and write sample pictures."""
         return self.validator.figures(step)
 
     def row_name(self, index: int) -> str:
         """Return the sample id of a training row."""
-        return str(self.sample_ids[index])
+        return self.views["train"].sample_id(index)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return the moments (B, 2C, h, w) of (B, 3, H, W) images in [-1, 1]."""
-        return self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist.parameters
+        vae = self.parts.vae
+        return vae.encode(images.to(self.device, vae.dtype)).latent_dist.parameters
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Tensor:
         """Return the text encoder's last hidden states, (B, L, D)."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+        return self.parts.text_encoder(self._tokens(prompts).to(self.device))[0]
 
-    def _load_backbone(self, config: TrainConfig) -> None:
-        where = {"revision": config.revision, "variant": config.variant}
-        name = config.pretrained_model_name_or_path
-        self.tokenizer = load_part(CLIPTokenizer, name, subfolder="tokenizer", revision=config.revision)
-        self.scheduler = load_part(DDPMScheduler, name, subfolder="scheduler", revision=config.revision)
-        if config.prediction_type:
-            self.scheduler.register_to_config(prediction_type=config.prediction_type)
-        self.text_encoder = load_part(CLIPTextModel, name, subfolder="text_encoder", dtype=self.dtype, **where)
-        self.vae = load_part(AutoencoderKL, name, subfolder="vae", torch_dtype=self.dtype, **where)
-        self.unet = load_part(UNet2DConditionModel, name, subfolder="unet", torch_dtype=self.dtype, **where)
-        for frozen in (self.text_encoder, self.vae, self.unet):
-            frozen.requires_grad_(False).eval().to(self.device)
-        if config.enable_xformers_memory_efficient_attention:
-            use_xformers(self.unet)
-        if config.unet_gradient_checkpointing:
-            self.unet.train()  # diffusers recomputes activations in training mode only; SD's UNet has no dropout
-            self.unet.enable_gradient_checkpointing()
+    def _network(self, name: str) -> Any:
+        """Return a network as the loop prepared it, or as it is where it is not trained."""
+        return self.networks[name] if name in self.networks else getattr(self.parts, name)
 
-    def _new_controlnet(self, config: TrainConfig) -> ControlNetModel:
-        """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to go on from."""
-        if config.controlnet_model_name_or_path:
-            key = "train.controlnet_model_name_or_path"
-            controlnet = load_weights(
-                ControlNetModel, config.controlnet_model_name_or_path, key, torch_dtype=torch.float32
-            )
-        else:
-            controlnet = ControlNetModel.from_unet(self.unet).float()
-        if config.enable_xformers_memory_efficient_attention:
-            use_xformers(controlnet)
-        if config.gradient_checkpointing:
-            controlnet.enable_gradient_checkpointing()
-        return controlnet.train()
+    def _noise(self, latents: Tensor, draws: Draws) -> Tensor:
+        """Return (B, C, h, w) noise, with a constant offset a channel where asked (Guttenberg, Diffusion with Offset Noise, 2023)."""
+        noise = draws.normal("noise", latents.shape[1:])
+        if self.config.noise_offset:
+            noise = noise + self.config.noise_offset * draws.normal("noise offset", (latents.shape[1], 1, 1))
+        return noise
 
-    def _fill_caches(self, run: Run, contract: Contract, accelerator: Accelerator) -> None:
+    def _text_states(self, prompts: Tensor) -> Tensor:
+        """Return (B, L, D): looked up, or computed where the text encoder is trained."""
+        if "text_encoder" in self.networks:
+            return self.networks["text_encoder"](self.text[prompts])[0].to(self.dtype)
+        return self.text[prompts]
+
+    def _tokens(self, prompts: list[str]) -> Tensor:
+        tokenizer = self.parts.tokenizer
+        return tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    def _fill_caches(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
         """Make training and validation rows; VAE and text encoder leave the device when the caches hold their work."""
-        splits = {name: open_split(run.dataset, name) for name in ("train", "validation") if name in contract.splits}
-        backbone = model_digest(self.config.pretrained_model_name_or_path, self.config.revision)
-        folder = cache_folder(run.generator / "cache", [contract.digest, backbone, str(self.dtype)])
+        self.views = self._open_views(config, run, contract)
+        folder = self._cache_folder(config, run.generator / "cache", contract)
         if accelerator.is_main_process:
-            drop_stale_caches(run.generator / "cache", folder)
+            drop_stale_caches(folder.parent, folder)
         accelerator.wait_for_everyone()
-        prompts = ["", *sorted({text for rows in splits.values() for text in rows["text"]} - {""})]
-        self.embeddings = fill_embeddings(folder / "prompts.safetensors", prompts, self.embed, accelerator)
-        numbers = {text: i for i, text in enumerate(prompts)}
+        prompts = view_prompts(folder / "prompts.json", self.views, accelerator)
+        if "text_encoder" in self.networks:
+            self.text = self._tokens(prompts.unique).to(self.device)
+        else:
+            embeddings = fill_embeddings(folder / "prompts.safetensors", prompts.unique, self.embed, accelerator)
+            self.text = embeddings.to(self.device, self.dtype)
+            self.parts.text_encoder.to("cpu")
         self.rows = {}
-        for name, rows in splits.items():
-            moments = fill_moments(folder / name, rows, self.encode, accelerator) if self.config.cache_latents else None
-            self.rows[name] = ControlNetRows(rows, moments, numbers)
+        for name, views in self.views.items():
+            cached = self.config.cache_latents
+            moments = fill_moments(folder / name, views, self.encode, accelerator) if cached else None
+            self.rows[name] = TrainingRows(
+                views,
+                moments,
+                prompts.numbers[name],
+                with_conditioning=self.parts.controlnet is not None,
+                with_foreground=self.config.lesion_loss_weight > 1,
+                shuffled_by=config.seed if self.config.shuffle_conditioning and name == "train" else None,
+            )
         self.dataset = self.rows["train"]
-        self.sample_ids = splits["train"]["sample_id"]
-        self.validation_split = splits.get("validation")
-        self.text_encoder.to("cpu")
         if self.config.cache_latents:
-            self.vae.to("cpu")
+            self.parts.vae.to("cpu")
+
+    def _open_views(self, config: ExperimentConfig, run: Run, contract: Contract) -> dict[str, Views]:
+        """Return the views of the train split, with changed copies, and of the validation split if there is one."""
+        views: dict[str, Views] = {}
+        for name in ("train", "validation"):
+            if name not in contract.splits:
+                continue
+            rows = open_split(run.dataset, name)
+            if name == "train" and self.config.max_train_samples:
+                rows = rows.select(range(min(self.config.max_train_samples, len(rows))))
+            augment = self.config.augment if name == "train" else None
+            views[name] = Views(rows, contract.description, augment, config.seed)
+        return views
+
+    def _cache_folder(self, config: ExperimentConfig, parent: Path, contract: Contract) -> Path:
+        """Return the cache's folder, named by all that the cached content depends on."""
+        train = config.train
+        augment = train.augment and {"seed": config.seed, **train.augment.model_dump(mode="json")}
+        backbone = model_digest(train.pretrained_model_name_or_path, train.revision)
+        made_from = [
+            contract.digest,
+            backbone,
+            str(train.tokenizer_name),
+            str(self.dtype),
+            str(train.max_train_samples),
+        ]
+        return cache_folder(parent, [*made_from, value_digest(augment)])

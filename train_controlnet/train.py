@@ -1,23 +1,14 @@
-"""The train stage: real dataset + frozen backbone -> ControlNet."""
+"""The train stage: real dataset + backbone -> ControlNet, adapters, or both."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pipeline.config import ExperimentConfig
+from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import atomic_folder, model_digest, remove_folder
+from pipeline.errors import MaskLoomError
+from pipeline.files import model_digest, remove_folder, value_digest
 from pipeline.runs import Run, Stage, open_run
 from pipeline.verification import verify_quickly
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from train_controlnet.task import ControlNetTask
-
-WEIGHTS = "controlnet"
+from train_controlnet.outputs import exported_names
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
@@ -32,26 +23,27 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     """
     run = open_run(config)
     contract = verify_quickly(run.dataset)
-    _check_trainable(run, contract)
+    _check_trainable(run, contract, config.train)
     stage = _stage(config, run, contract)
     if stage.skips(force):
         return
     from accelerate.utils import set_seed
 
     from pipeline.training import make_accelerator, train
-    from train_controlnet.task import ControlNetTask
+    from train_controlnet.export import export
+    from train_controlnet.task import DiffusionTask
 
     accelerator = make_accelerator(config.train, run.logs("train"))
     with stage.recorded(accelerator.is_main_process) as results:
         if force and accelerator.is_main_process:
             remove_folder(run.generator)
         accelerator.wait_for_everyone()
-        set_seed(config.seed)  # the layers of a new ControlNet that are not copied from the UNet start at random
-        task = ControlNetTask(config, run, contract, accelerator)
+        set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
+        task = DiffusionTask(config, run, contract, accelerator)
         train(task, config.train, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:
-            _export(task, config, run, contract, accelerator)
-            results["weights_digest"] = model_digest(str(run.generator / WEIGHTS))
+            names = export(task, config, run, contract, accelerator)
+            results["weights_digest"] = value_digest([model_digest(str(run.generator / name)) for name in names])
             results["trained_parameters"] = task.trained_parameters
 
 
@@ -63,32 +55,23 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     if config.train.controlnet_model_name_or_path:
         inputs["controlnet"] = model_digest(config.train.controlnet_model_name_or_path)
     settings = {"train": config.train.model_dump(mode="json"), "seed": config.seed}
-    return Stage(run, "train", inputs, settings, [run.generator / WEIGHTS / "config.json"])
+    outputs = [run.generator / name / "README.md" for name in exported_names(config.train)]
+    return Stage(run, "train", inputs, settings, outputs)
 
 
-def _check_trainable(run: Run, contract: Contract) -> None:
+def _check_trainable(run: Run, contract: Contract, config: TrainConfig) -> None:
+    """Tell what the dataset cannot be used for.
+
+    Raises:
+        MaskLoomError: it is synthetic, its train split is empty, or it has no masks and the loss asks for them.
+    """
     if contract.description.origin != "real":
         raise MaskLoomError(f"{run.dataset}: a synthetic dataset; a generator is trained on real images only")
     if "train" not in contract.splits:
         raise MaskLoomError(
             f"{run.dataset}: the train split is empty; lower data.splits.validation and data.splits.test"
         )
-
-
-def _export(
-    task: ControlNetTask, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator
-) -> None:
-    """Write the weights and the model card; the folder appears whole."""
-    from train_controlnet.model_card import model_card
-
-    weights = run.generator / WEIGHTS
-    with told_when_unwritable(weights), atomic_folder(weights) as folder:
-        accelerator.unwrap_model(task.networks[WEIGHTS]).save_pretrained(folder, safe_serialization=True)
-        (folder / "README.md").write_text(model_card(config, contract, _last_pictures(run)), encoding="utf-8")
-        if picture := _last_pictures(run):
-            (folder / "samples.png").write_bytes(picture.read_bytes())
-
-
-def _last_pictures(run: Run) -> Path | None:
-    """Return the newest grid of validation pictures, if any was made."""
-    return max((run.logs("train") / "images").glob("step-*.png"), default=None)
+    if config.lesion_loss_weight > 1 and not contract.description.mask_classes:
+        raise MaskLoomError(
+            f"train.lesion_loss_weight={config.lesion_loss_weight:g} weighs a mask's foreground, and {run.dataset} has no masks; set it to 1"
+        )

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionControlNetPipeline, UniPCMultistepScheduler
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import default_collate
 
 from pipeline.config import ExperimentConfig
+from pipeline.contract import Contract
 from pipeline.files import atomic_path
 from pipeline.randomness import Draws, keyed_generator
 from pipeline.runs import Run
 from train_controlnet.latent_cache import rgb_array
 
 if TYPE_CHECKING:
-    from train_controlnet.task import ControlNetTask
+    from train_controlnet.task import DiffusionTask
 
 PICTURE_STEPS = 20
 PICTURE_GUIDANCE = 3.0
@@ -29,22 +32,33 @@ BATCH = 16
 class Validator:
     """Asks the same questions of the network after every so many steps: same rows, same noise, same timesteps."""
 
-    def __init__(self, task: ControlNetTask, config: ExperimentConfig, run: Run, accelerator: Accelerator) -> None:
-        self.task, self.config, self.accelerator = task, config, accelerator
+    def __init__(
+        self, task: DiffusionTask, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator
+    ) -> None:
+        self.task, self.config, self.contract, self.accelerator = task, config, contract, accelerator
         self.folder = run.logs("train") / "images"
 
     @torch.no_grad()
     def figures(self, step: int) -> dict[str, float]:
         """Return `loss` and `loss_bin_K` on validation rows; write a grid of pictures. Empty without such rows."""
-        if self.task.validation_split is None:
+        if "validation" not in self.task.rows:
             return {}
-        wrapped = self.task.networks["controlnet"]
-        self.task.networks["controlnet"] = self.accelerator.unwrap_model(wrapped).eval()  # one process: no all-reduce
-        losses = [self._bin_loss(timestep) for timestep in self._bin_centres()]
-        if self.config.train.num_validation_images:
-            self._write_pictures(step)
-        self.task.networks["controlnet"] = wrapped.train()
+        with self._single_process():
+            losses = [self._bin_loss(timestep) for timestep in self._bin_centres()]
+            if self.config.train.num_validation_images:
+                self._write_pictures(step)
         return {"loss": float(np.mean(losses)), **{f"loss_bin_{i}": loss for i, loss in enumerate(losses)}}
+
+    @contextmanager
+    def _single_process(self) -> Iterator[None]:
+        """Let the task use its networks without the other processes for the block: no all-reduce would be answered."""
+        prepared = dict(self.task.networks)
+        modes = {name: network.training for name, network in prepared.items()}
+        for name, network in prepared.items():
+            self.task.networks[name] = self.accelerator.unwrap_model(network).eval()
+        yield
+        for name, network in prepared.items():
+            self.task.networks[name] = network.train(modes[name])
 
     def _bin_centres(self) -> list[int]:
         """Timesteps in the middle of equal bins; bin 0 holds the least noise."""
@@ -64,16 +78,15 @@ class Validator:
             noise = draws.normal(f"validation noise {timestep}", latents.shape[1:])
             timesteps = torch.full((len(numbers),), timestep, device=self.task.device)
             with self.accelerator.autocast():
-                losses = self.task.sample_losses(latents, noise, timesteps, batch["prompt"], batch["conditioning"])
+                losses = self.task.sample_losses(latents, noise, timesteps, batch["prompt"], batch.get("conditioning"))
             total += float(losses.sum())
         return total / count
 
     def _write_pictures(self, step: int) -> None:
         """Write a grid: one row a validation sample; columns conditioning, real, sample."""
-        assert self.task.validation_split is not None
-        count = min(self.config.train.num_validation_images, len(self.task.validation_split))
-        spread = np.linspace(0, len(self.task.validation_split) - 1, count).astype(int).tolist()
-        rows = [self.task.validation_split[i] for i in spread]
+        split = self.task.views["validation"].rows
+        count = min(self.config.train.num_validation_images, len(split))
+        rows = [split[i] for i in np.linspace(0, len(split) - 1, count).astype(int).tolist()]
         samples = self._samples([row["conditioning_image"] for row in rows], [row["text"] for row in rows])
         lines = [
             np.concatenate([rgb_array(row["conditioning_image"]), rgb_array(row["image"]), sample], axis=1)
@@ -88,32 +101,37 @@ class Validator:
 
     def _samples(self, conditioning: list[Image.Image], prompts: list[str]) -> list[NDArray[np.uint8]]:
         """Return (H, W, 3) uint8 samples, each from its own fixed seed."""
-        task = self.task
-        task.vae.to(task.device)
-        task.text_encoder.to(task.device)
-        pipeline = StableDiffusionControlNetPipeline(
-            vae=task.vae,
-            text_encoder=task.text_encoder,
-            tokenizer=task.tokenizer,
-            unet=task.unet,
-            controlnet=task.networks["controlnet"],
-            scheduler=UniPCMultistepScheduler.from_config(task.scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        task, parts = self.task, self.task.parts
+        parts.vae.to(task.device)
+        parts.text_encoder.to(task.device)
+        shared = {
+            "vae": parts.vae,
+            "text_encoder": parts.text_encoder,
+            "tokenizer": parts.tokenizer,
+            "unet": parts.unet,
+            "scheduler": UniPCMultistepScheduler.from_config(task.scheduler.config),
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+        if parts.controlnet is None:
+            pipeline, led = StableDiffusionPipeline(**shared), {}
+        else:
+            pipeline = StableDiffusionControlNetPipeline(**shared, controlnet=parts.controlnet)
+            led = {"image": conditioning}
         pipeline.set_progress_bar_config(disable=True)
         generators = [keyed_generator(self.config.seed, "picture", i) for i in range(len(prompts))]
         with self.accelerator.autocast():
             images = pipeline(
                 prompts,
-                conditioning,
                 num_inference_steps=PICTURE_STEPS,
                 guidance_scale=PICTURE_GUIDANCE,
                 generator=generators,
                 output_type="np",
+                **led,
             ).images
-        task.text_encoder.to("cpu")
+        if "text_encoder" not in task.networks:
+            parts.text_encoder.to("cpu")
         if task.config.cache_latents:
-            task.vae.to("cpu")
+            parts.vae.to("cpu")
         return [(image * 255).round().astype(np.uint8) for image in images]

@@ -17,8 +17,8 @@ from pipeline.errors import MaskLoomError
 from pipeline.randomness import Draws
 from pipeline.runs import Run
 from tests.tiny_backbone import build_tiny_backbone
-from train_controlnet.objective import denoising_loss, prediction_target, sample_latents
-from train_controlnet.task import ControlNetTask
+from train_controlnet.objective import denoising_losses, prediction_target, sample_latents, timestep_weights
+from train_controlnet.task import DiffusionTask
 
 CPU = torch.device("cpu")
 
@@ -41,13 +41,13 @@ def test_min_snr_weights_are_those_of_the_paper(kind: str) -> None:
     schedule = scheduler(kind)
     timesteps = torch.tensor([10, 300, 900])
     prediction, target = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    found = denoising_loss(schedule, prediction, target, timesteps, 5.0)
+    found = denoising_losses(prediction, target) * timestep_weights(schedule, timesteps, 5.0, debiased=False)
     for i, t in enumerate(timesteps.tolist()):
         alpha = float(schedule.alphas_cumprod[t])
         snr = alpha / (1 - alpha)
         weight = min(snr, 5.0) / (snr + 1 if kind == "v_prediction" else snr)
         assert float(found[i]) == pytest.approx(weight * float((prediction[i] - target[i]).square().mean()), rel=1e-4)
-    plain = denoising_loss(schedule, prediction, target, timesteps, None)
+    plain = denoising_losses(prediction, target) * timestep_weights(schedule, timesteps, None, debiased=False)
     torch.testing.assert_close(plain, (prediction - target).square().mean(dim=(1, 2, 3)))
 
 
@@ -63,7 +63,7 @@ def test_targets_are_noise_or_velocity() -> None:
 
 def test_another_prediction_type_is_an_error() -> None:
     with pytest.raises(MaskLoomError, match=r"train\.prediction_type"):
-        prediction_target(scheduler("sample"), torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        prediction_target(scheduler("flow"), torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
 
 def perturb_zero_convolutions(controlnet: ControlNetModel) -> None:
@@ -151,14 +151,14 @@ def test_gradients_equal_those_of_a_plain_step(
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     run = Run(config.run_folder)
     torch.manual_seed(0)
-    task = ControlNetTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = DiffusionTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
     controlnet = task.networks["controlnet"]
     assert isinstance(controlnet, ControlNetModel)
     perturb_zero_convolutions(controlnet)
     positions = [3, 1, 7]
     batch = default_collate([task.dataset[p] for p in positions])
     ((name, loss),) = task.losses(batch, Draws(0, positions, CPU))
-    assert name == "controlnet"
+    assert name == "denoiser"
     loss.backward()
     found = {name: p.grad.clone() for name, p in controlnet.named_parameters()}
     controlnet.zero_grad()
@@ -176,7 +176,7 @@ def test_gradients_equal_those_of_a_plain_step(
 
 def test_the_backbone_stays_frozen(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
-    task = ControlNetTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = DiffusionTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
     ((_, loss),) = task.losses(default_collate([task.dataset[0]]), Draws(0, [0], CPU))
     loss.backward()
-    assert all(p.grad is None for part in (task.unet, task.vae, task.text_encoder) for p in part.parameters())
+    assert all(p.grad is None for part in (task.parts.unet, task.parts.vae, task.parts.text_encoder) for p in part.parameters())

@@ -15,7 +15,7 @@ from pipeline.training import Task
 from train_controlnet.backbone.config import DenoiserConfig
 from train_controlnet.backbone.images import TrainImages
 from train_controlnet.backbone.vae import normalised_moments
-from train_controlnet.objective import denoising_loss, prediction_target, sample_latents
+from train_controlnet.objective import denoising_losses, prediction_target, sample_latents, timestep_weights
 
 ENCODE_BATCH = 16
 
@@ -104,7 +104,8 @@ class DenoiserTask(Task):
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.networks["unet"](noisy, timesteps, text).sample
         target = prediction_target(self.scheduler, latents, noise, timesteps)
-        yield "denoiser", denoising_loss(self.scheduler, prediction, target, timesteps, self.config.snr_gamma).mean()
+        weights = timestep_weights(self.scheduler, timesteps, self.config.snr_gamma, debiased=False)
+        yield "denoiser", (denoising_losses(prediction, target) * weights).mean()
 
     def row_name(self, index: int) -> str:
         """Return the sample id of a training row."""

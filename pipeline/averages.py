@@ -1,0 +1,106 @@
+"""Weights kept besides the trained ones: a moving average, and those of the best validation (early stopping)."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Parameters = Mapping[str, Sequence[nn.Parameter]]
+BEST_FILE = "best.safetensors"
+
+
+class Averages:
+    """Moving averages (Morales-Brotons et al., Exponential Moving Average of Weights in Deep Learning, 2024) and the best weights so far.
+
+    Early stopping: Prechelt, Early Stopping - But When? (1998), patience counted in validations.
+    """
+
+    def __init__(self, parameters: Parameters, decay: float | None, patience: int | None) -> None:
+        """Start from the given weights.
+
+        Args:
+            parameters: the trained weights by optimizer.
+            decay: of the moving averages; None: there are none.
+            patience: validations without a lower loss after which the training stops; None: it does not.
+        """
+        self.parameters, self.patience = parameters, patience
+        self.emas = {name: EMAModel(group, decay=decay) for name, group in parameters.items() if decay is not None}
+        self.best_loss, self.best_step, self.waited = math.inf, 0, 0
+        self._best = _copies(parameters) if patience else {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether early stopping's patience is at its end."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def step(self, name: str) -> None:
+        """Take the weights of an optimizer into their average."""
+        if name in self.emas:
+            self.emas[name].step(self.parameters[name])
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lend the networks their averaged weights for the block, if averages are kept."""
+        for name, ema in self.emas.items():
+            ema.store(self.parameters[name])
+            ema.copy_to(self.parameters[name])
+        yield
+        for name, ema in self.emas.items():
+            ema.restore(self.parameters[name])
+
+    def see(self, loss: float, step: int) -> None:
+        """Take note of a validation; where its loss is the lowest so far, keep the networks' present weights."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.waited, self._best = loss, step, 0, _copies(self.parameters)
+        else:
+            self.waited += 1
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the networks with their best weights, or else with their averaged ones."""
+        for name, ema in self.emas.items():
+            ema.copy_to(self.parameters[name])
+        for key, (name, i) in _keys(self.parameters).items():
+            if key in self._best:
+                self.parameters[name][i].copy_(self._best[key])
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the weights into a checkpoint's folder; return the rest of the state for its record."""
+        for name, ema in self.emas.items():
+            shadow = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(ema.shadow_params)}
+            save_file(shadow, folder / f"ema_{name}.safetensors")
+        if self._best:
+            save_file(self._best, folder / BEST_FILE)
+        updates = {name: ema.optimization_step for name, ema in self.emas.items()}
+        best = None if math.isinf(self.best_loss) else self.best_loss
+        return {"ema_updates": updates, "best_loss": best, "best_step": self.best_step, "waited": self.waited}
+
+    def load(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Take up what `save` wrote."""
+        for name, ema in self.emas.items():
+            shadow = load_file(folder / f"ema_{name}.safetensors")
+            for i, parameter in enumerate(ema.shadow_params):
+                parameter.data.copy_(shadow[str(i)])
+            ema.optimization_step = record["ema_updates"][name]
+        if self._best:
+            self._best = load_file(folder / BEST_FILE)
+        self.best_loss = math.inf if record["best_loss"] is None else record["best_loss"]
+        self.best_step, self.waited = record["best_step"], record["waited"]
+
+
+def _copies(parameters: Parameters) -> dict[str, Tensor]:
+    return {
+        key: parameters[name][i].detach().to("cpu", copy=True).contiguous()
+        for key, (name, i) in _keys(parameters).items()
+    }
+
+
+def _keys(parameters: Parameters) -> dict[str, tuple[str, int]]:
+    """Return a file's key for each weight: optimizer and number."""
+    return {f"{name}.{i}": (name, i) for name, group in parameters.items() for i in range(len(group))}

@@ -1,0 +1,201 @@
+"""The backbone, and which of its weights (or of a ControlNet's, or of adapters') are trained."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from pipeline.backbone import DTYPES, load_part, load_weights, use_xformers
+from pipeline.config import TrainConfig
+from pipeline.errors import MaskLoomError
+
+# The attention's projections, as in diffusers' LoRA scripts; CLIP names its own otherwise.
+LORA_TARGETS = {
+    "unet": ["to_k", "to_q", "to_v", "to_out.0"],
+    "controlnet": ["to_k", "to_q", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+
+
+@dataclass
+class Networks:
+    """The parts of Stable Diffusion, and a ControlNet.
+
+    Attributes:
+        controlnet: None where there is none.
+    """
+
+    tokenizer: CLIPTokenizer
+    scheduler: DDPMScheduler
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    controlnet: ControlNetModel | None
+
+    def trained(self) -> dict[str, nn.Module]:
+        """Return the networks that hold trained weights, by name."""
+        parts = {"controlnet": self.controlnet, "unet": self.unet, "text_encoder": self.text_encoder}
+        return {
+            name: part
+            for name, part in parts.items()
+            if part is not None and any(p.requires_grad for p in part.parameters())
+        }
+
+
+def load_networks(config: TrainConfig, device: torch.device) -> Networks:
+    """Return the networks on the device; trained weights are float32, frozen ones of `mixed_precision`.
+
+    Weights that start at random (a fresh ControlNet's, the adapters') follow torch's global seed.
+
+    Raises:
+        MaskLoomError: a part cannot be loaded, or a switch needs a package that is missing.
+    """
+    dtype = DTYPES[config.mixed_precision]
+    name, where = config.pretrained_model_name_or_path, {"revision": config.revision, "variant": config.variant}
+    unet = load_part(UNet2DConditionModel, name, subfolder="unet", torch_dtype=dtype, **where)
+    networks = Networks(
+        _tokenizer(config),
+        _scheduler(config),
+        load_part(CLIPTextModel, name, subfolder="text_encoder", dtype=dtype, **where),
+        load_part(AutoencoderKL, name, subfolder="vae", torch_dtype=dtype, **where),
+        unet,
+        _controlnet(config, unet),
+    )
+    _choose_trained(networks, config)
+    for module in (networks.text_encoder, networks.vae, networks.unet, networks.controlnet):
+        if module is not None:
+            module.to(device)
+    _apply_switches(networks, config)
+    return networks
+
+
+def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
+    if config.tokenizer_name:
+        return load_weights(CLIPTokenizer, config.tokenizer_name, "train.tokenizer_name", revision=config.revision)
+    return load_part(
+        CLIPTokenizer, config.pretrained_model_name_or_path, subfolder="tokenizer", revision=config.revision
+    )
+
+
+def _scheduler(config: TrainConfig) -> DDPMScheduler:
+    """Return the backbone's noise schedule with the configured changes.
+
+    Raises:
+        MaskLoomError: zero terminal SNR with a backbone that predicts noise.
+    """
+    name = config.pretrained_model_name_or_path
+    scheduler = load_part(DDPMScheduler, name, subfolder="scheduler", revision=config.revision)
+    if config.prediction_type:
+        scheduler.register_to_config(prediction_type=config.prediction_type)
+    if not config.rescale_betas_zero_snr:
+        return scheduler
+    if scheduler.config.prediction_type == "epsilon":
+        raise MaskLoomError(
+            f"train.rescale_betas_zero_snr: {name} predicts noise, which says nothing where no signal is left; "
+            "set train.prediction_type=v_prediction"
+        )
+    return DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+
+
+def _controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel | None:
+    """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to go on from."""
+    if config.controlnet == "none":
+        return None
+    if not config.controlnet_model_name_or_path:
+        return ControlNetModel.from_unet(unet).float()
+    return load_weights(
+        ControlNetModel,
+        config.controlnet_model_name_or_path,
+        "train.controlnet_model_name_or_path",
+        torch_dtype=torch.float32,
+    )
+
+
+def _choose_trained(networks: Networks, config: TrainConfig) -> None:
+    """Freeze everything, then let go of what the configuration trains; add the adapters."""
+    for part in (networks.text_encoder, networks.vae, networks.unet, networks.controlnet):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    for name in config.lora:
+        adapters = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.lora_alpha or config.rank,  # type: ignore[arg-type]
+            init_lora_weights="gaussian",
+            target_modules=LORA_TARGETS[name],
+        )
+        getattr(networks, name).add_adapter(adapters)
+    for module in _trained_modules(networks, config):  # after the adapters: adding them freezes all other weights
+        module.requires_grad_(True)
+    # A gradient scaler refuses gradients in half precision, and small updates would be lost in it.
+    cast_training_params(list(networks.trained().values()))
+
+
+def _trained_modules(networks: Networks, config: TrainConfig) -> list[nn.Module]:
+    """Return the modules whose own weights are trained."""
+    modules: list[nn.Module] = []
+    if networks.controlnet is not None:
+        modules += _trained_controlnet_modules(networks.controlnet, config)
+    if not config.sd_locked:  # as in ControlNet's own code: the output blocks, not the encoder that it copied
+        modules += [networks.unet.up_blocks, networks.unet.conv_norm_out, networks.unet.conv_out]
+    return modules
+
+
+def _trained_controlnet_modules(controlnet: ControlNetModel, config: TrainConfig) -> list[nn.Module]:
+    """Return the trained part of a ControlNet.
+
+    Raises:
+        MaskLoomError: `train.controlnet_blocks` is larger than the ControlNet.
+    """
+    if config.controlnet == "full":
+        return [controlnet]
+    if config.controlnet == "frozen":
+        return []
+    connections = [
+        controlnet.controlnet_cond_embedding,
+        controlnet.controlnet_down_blocks,
+        controlnet.controlnet_mid_block,
+    ]
+    if config.controlnet == "zero_convs":
+        return connections
+    depth = len(controlnet.down_blocks)
+    if config.controlnet_blocks > depth:
+        raise MaskLoomError(
+            f"train.controlnet_blocks={config.controlnet_blocks}: this ControlNet has {depth} blocks; give a smaller number, "
+            "or train.controlnet=full"
+        )
+    return [*connections, controlnet.conv_in, *controlnet.down_blocks[: config.controlnet_blocks]]
+
+
+def _apply_switches(networks: Networks, config: TrainConfig) -> None:
+    """Set attention, activation checkpointing, memory format and compilation."""
+    denoisers: list[Any] = [part for part in (networks.unet, networks.controlnet) if part is not None]
+    if config.enable_xformers_memory_efficient_attention:
+        use_xformers(*denoisers)
+    # diffusers recomputes activations in training mode only; Stable Diffusion has no dropout that it would switch on.
+    if config.unet_gradient_checkpointing:
+        networks.unet.train()
+        networks.unet.enable_gradient_checkpointing()
+    if config.gradient_checkpointing and networks.controlnet is not None:
+        networks.controlnet.enable_gradient_checkpointing()
+    if networks.controlnet is not None:
+        networks.controlnet.train()
+    for part in denoisers:
+        if config.channels_last:
+            part.to(memory_format=torch.channels_last)
+        if config.torch_compile:
+            compile_repeated_blocks(part)
+
+
+def compile_repeated_blocks(network: nn.Module) -> None:
+    """Compile each residual and attention block of a denoiser (regional compilation): equal blocks share one compilation.
+
+    diffusers' own `compile_repeated_blocks` knows no blocks of a ControlNet, and leaves residual blocks out.
+    """
+    for module in network.modules():
+        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+            module.compile()
