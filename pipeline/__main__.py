@@ -1,4 +1,4 @@
-"""`python -m pipeline run|status|report|verify`: the whole pipeline, and what it left behind.
+"""`python -m pipeline run|status|report|push|verify`: the whole pipeline, and what it left behind.
 
 Every import of weight waits until its command runs, so that `--help` answers at once.
 """
@@ -69,6 +69,36 @@ def report(
     from pipeline.report import write_report
 
     run_stage(write_report, load_experiment(config, overrides or []), force, check)
+
+
+@app.command()
+def push(
+    config: ConfigOption,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WHAT|KEY=VALUE]...",
+            help="dataset, generator (default), generator:KIND, synthetic:NAME; and overrides of the configuration",
+        ),
+    ] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="NAMESPACE/NAME, or NAME in your own; default: named after the experiment")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public/--private", help="who may see a new repository")] = False,
+    may_publish: Annotated[
+        bool, typer.Option("--i-have-the-right", help="publish although the data's licence does not plainly allow it")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what would go")] = False,
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="branch to push to; made if missing")] = "main",
+) -> None:
+    """Push the dataset, the trained weights or synthetic datasets to the Hugging Face Hub; private by default."""
+    from pipeline import hub
+    from pipeline.config_loading import load_experiment
+
+    words = what or []
+    loaded = load_experiment(config, [word for word in words if "=" in word])
+    options = hub.PushOptions(repo_id, public, may_publish, dry_run, revision)
+    hub.push(loaded, [word for word in words if "=" not in word], options)
 
 
 @app.command()

@@ -190,11 +190,18 @@ class AugmentConfig(Section):
 class AdherenceConfig(Section):
     """Mask adherence while training: a small U-Net, trained on real images, reads the mask off sampled images."""
 
-    num_images: int = Field(16, ge=2, description="validation masks that images are sampled for")
+    num_images: int = Field(16, ge=8, description="validation masks that images are sampled for; fewer tell nothing")
     num_inference_steps: int = Field(12, ge=1)
-    guidance_scale: float = Field(1.0, ge=0)
-    image_size: Size = (128, 128)
+    guidance_scale: float = Field(1.0, ge=0, description="of the words; 1: as trained, in half the time")
+    controlnet_conditioning_scale: float = Field(1.0, ge=0)
+    image_size: Size = Field((128, 128), description="that the U-Net sees")
     steps: int = Field(300, ge=1, description="training steps of the U-Net")
+
+    @model_validator(mode="after")
+    def _size_suits_the_levels(self) -> "AdherenceConfig":
+        if any(side < 16 or side % 8 for side in self.image_size):
+            raise ValueError(f"image_size={list(self.image_size)}: both sides must be multiples of 8, and at least 16")
+        return self
 
 
 class DecoderConfig(Section):
@@ -258,7 +265,11 @@ class TrainConfig(LoopConfig):
         None, description="null: as the backbone says"
     )
 
-    num_validation_images: int = Field(4, ge=0)
+    num_validation_images: int = Field(4, ge=0, description="rows of the validation split in each grid of pictures")
+    validation_prompt: list[str] = Field(default_factory=list, description="further pictures: their prompts, …")
+    validation_image: list[Path] = Field(
+        default_factory=list, description="… and their conditioning images, one a prompt, at the dataset's image size"
+    )
     validation_timestep_bins: int = Field(4, ge=1)
     validation_samples: int = Field(64, ge=1, description="validation rows that the held-out loss is taken over")
     adherence: AdherenceConfig | None = None
@@ -281,6 +292,16 @@ class TrainConfig(LoopConfig):
             raise ValueError("controlnet=frozen needs controlnet_model_name_or_path: a fresh one says nothing")
         if "unet" in adapted and not self.sd_locked:
             raise ValueError("lora=[unet] with sd_locked=false trains the UNet twice over; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _further_pictures_are_pairs(self) -> "TrainConfig":
+        prompts, images = len(self.validation_prompt), len(self.validation_image)
+        if images != (0 if self.controlnet == "none" else prompts):
+            raise ValueError(
+                f"{prompts} validation_prompt and {images} validation_image with controlnet={self.controlnet}: give one image a prompt, "
+                "and none without a ControlNet"
+            )
         return self
 
     @model_validator(mode="after")

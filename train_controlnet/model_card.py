@@ -1,47 +1,59 @@
-"""The card that is saved beside the weights."""
+"""The card that is saved beside the weights; `python -m pipeline push` completes it with figures and provenance."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from pipeline.config import ExperimentConfig
+from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
+from pipeline.files import model_digest
+from pipeline.hub_cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
 from pipeline.provenance import git_sha
 
+TITLES = {"controlnet": "ControlNet", "lora": "LoRA adapters", "unet": "UNet", "vae": "VAE"}
+"""By weights folder."""
 
-def model_card(config: ExperimentConfig, contract: Contract, pictures: Path | None) -> str:
-    """Return the README.md of a trained ControlNet, with the metadata that the Hub reads."""
+
+def model_card(config: ExperimentConfig, contract: Contract, pictures: Path | None, kind: str = "controlnet") -> str:
+    """Return the README.md of trained weights, with the metadata that the Hub reads. It names no path of this machine.
+
+    Args:
+        config: the experiment.
+        contract: the real dataset's.
+        pictures: the grid of sample pictures, if there is one (`samples.png` beside the card).
+        kind: the weights' folder, one of `TITLES`.
+    """
     about, train = contract.description, config.train
-    metadata = {
-        "license": "other",
-        "license_name": about.licence,
-        "base_model": train.pretrained_model_name_or_path,
-        "tags": ["stable-diffusion", "diffusers", "controlnet", "diffusers-training", "medical", "maskloom"],
-        "inference": True,
-    }
+    backbone = model_digest(train.pretrained_model_name_or_path, train.revision)
+    base_model = hub_base_model(backbone)
     colours = ", ".join(f"{name} = rgb{colour}" for name, colour in zip(about.mask_classes, about.palette, strict=True))
     classes = f": {colours}" if about.conditioning in ("mask", "both") else ""
+    conditioning = f"\nThe conditioning image is `{about.conditioning}`{classes}." if kind == "controlnet" else ""
     rows = ", ".join(
-        f"{split} {summary.rows} rows in {summary.groups} groups" for split, summary in contract.splits.items()
+        f"{split} {contract.splits[split].rows} rows in {contract.splits[split].groups} groups"
+        for split in contract.split_names
     )
     grid = "\n![conditioning | real | samples](samples.png)\n" if pictures else ""
     return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
+{yaml.safe_dump(_metadata(contract, kind, base_model), sort_keys=False).strip()}
 ---
 
-# ControlNet for {about.modality} ({about.dataset})
+# {TITLES[kind]} for {about.modality} ({about.dataset})
 
-A ControlNet trained by MaskLoom on the frozen backbone `{train.pretrained_model_name_or_path}`.
-The conditioning image is `{about.conditioning}`{classes}.
+Trained by MaskLoom on {f"`{base_model}`" if base_model else "a Stable Diffusion backbone of the digest below"}.{conditioning}
 {grid}
 | | |
 |---|---|
 | data | {about.dataset}, {about.licence}; {rows} |
 | image size | {about.image_size[0]} x {about.image_size[1]}, {about.channels} channel(s) |
+| trained | {_trained(train)} |
 | steps | {train.max_train_steps} of {train.train_batch_size} x {train.gradient_accumulation_steps} samples a process |
 | learning rate | {train.learning_rate:g}, {train.lr_scheduler}, warm-up {train.lr_warmup_steps} |
 | objective | {train.prediction_type or "the backbone's prediction type"}, min-SNR gamma {train.snr_gamma}, empty prompts {train.proportion_empty_prompts:g} |
 | precision | {train.mixed_precision} |
+| seed | {config.seed} |
+| backbone | `{backbone}` |
 | dataset digest | `{contract.digest}` |
 | code | `{git_sha()}` |
 
@@ -49,3 +61,22 @@ Citation of the data: {about.citation}
 
 The model can only show what its training data shows, may repeat training images, and is not a medical device.
 """
+
+
+def _metadata(contract: Contract, kind: str, base_model: str | None) -> dict[str, Any]:
+    return {
+        **licence_metadata(contract.description),
+        **({"base_model": base_model} if base_model else {}),
+        "library_name": "diffusers",
+        "tags": [*TAGS, kind, TRAINING_TAG, "medical", "maskloom"],
+        "inference": True,
+    }
+
+
+def _trained(train: TrainConfig) -> str:
+    """Return which networks learn, in words."""
+    parts = [] if train.controlnet in ("none", "frozen") else [f"ControlNet ({train.controlnet})"]
+    parts += [f"LoRA of rank {train.rank} on {', '.join(train.lora)}"] if train.lora else []
+    parts += [] if train.sd_locked else ["the UNet's decoder"]
+    parts += ["the VAE's decoder"] if train.vae_decoder else []
+    return "; ".join(parts)
