@@ -23,6 +23,7 @@ HUB_LICENCES = {
     "mit",
     "apache-2.0",
 }
+FILE_NAME = re.compile(r"\S+\.[A-Za-z][A-Za-z0-9]{1,4}(\.gz)?\b")
 SIZE_CATEGORIES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -100,7 +101,8 @@ def _reasons_table(reasons: Sequence[str]) -> str:
     """Count the reasons by their words before any detail (names, numbers); the ledger has them in full."""
     if not reasons:
         return "Nothing.\n"
-    counts = Counter(re.split(r"[:(]", reason)[0].strip() for reason in reasons)
+    # A reason may begin with a raw file's name, which may be a patient's: the card travels, the ledger stays.
+    counts = Counter(FILE_NAME.sub("a file", re.split(r"[:(]", reason)[0].strip()) for reason in reasons)
     lines = "".join(f"| {reason} | {count} |\n" for reason, count in counts.most_common())
     return f"{len(reasons)} inputs; `{LEDGER_FILE}` lists each with its reason.\n\n| reason | inputs |\n| --- | --- |\n{lines}"
 

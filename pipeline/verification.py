@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.contract import (
     CONTRACT_FILE,
+    LEDGER_FILE,
     EXTERNAL_PREFIX,
     SPLITS,
     Contract,
@@ -73,6 +74,8 @@ def _check_files(folder: Path, contract: Contract) -> None:
         path = folder / file
         if not path.resolve().is_relative_to(folder.resolve()):
             raise MaskLoomError(f"{folder / CONTRACT_FILE}: the file {file!r} lies outside the dataset; {REPAIR}")
+        if file == LEDGER_FILE and not path.is_file():
+            continue  # it names raw files and does not travel with a published dataset
         if not path.is_file():
             raise MaskLoomError(f"{path}: missing although {CONTRACT_FILE} lists it; {REPAIR}")
         if file_digest(path) != digest:

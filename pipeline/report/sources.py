@@ -97,7 +97,8 @@ def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:
 
 def rejection_counts(folder: Path) -> tuple[list[tuple[str, int]], int]:
     """Return the commonest reasons of a dataset's ledger with their counts, and how many inputs have a rarer reason."""
-    lines = (folder / LEDGER_FILE).read_text(encoding="utf-8").splitlines()
+    ledger = folder / LEDGER_FILE  # a dataset from the Hub comes without it
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     reasons = Counter(json.loads(line)["reason"] for line in lines)
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return ordered[:REASONS_SHOWN], sum(count for _, count in ordered[REASONS_SHOWN:])

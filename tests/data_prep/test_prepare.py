@@ -151,6 +151,13 @@ def test_an_unknown_licence_is_named_in_full():
     assert front["size_categories"] == ["1K<n<10K"] and "Nothing." in card
 
 
+def test_a_card_counts_reasons_without_the_names_of_raw_files():
+    reasons = ["Smith_John.nii.gz is cut short", "Doe.nii.gz is cut short", "no mask (Doe.png)"]
+    card = dataset_card(tiny_description(labels=()), {"train": Counter({"none": 1})}, {"train": 1}, reasons)
+    assert "| a file is cut short | 2 |" in card and "| no mask | 1 |" in card
+    assert "Smith" not in card and "Doe" not in card
+
+
 def test_another_run_gives_the_same_bytes(raw, prepared, tmp_path):
     prepare(experiment(tmp_path / "again", raw_dir=raw / "Dataset_BUSI_with_GT"), force=False)
     ours, again = dataset_bytes(prepared / "dataset"), dataset_bytes(tmp_path / "again" / "dataset")

@@ -61,7 +61,7 @@ def test_the_spine_imports_no_torch(module):
 
 def test_help_names_every_command():
     text = _pipeline("--help").stdout
-    assert all(word in text for word in ("run", "status", "report", "verify"))
+    assert all(word in text for word in ("run", "status", "report", "verify", "push"))
 
 
 def test_verify_says_what_a_valid_dataset_holds(tmp_path):

@@ -77,6 +77,11 @@ def test_a_missing_shard(folder):
         verify_quickly(folder)
 
 
+def test_a_published_dataset_comes_without_its_ledger(folder):
+    (folder / "rejected.jsonl").unlink()
+    assert verify_fully(folder).splits["train"].rows == 8
+
+
 def test_an_extra_shard(folder):
     (folder / "data" / "train-00009-of-00010.parquet").write_bytes((folder / TEST).read_bytes())
     with pytest.raises(MaskLoomError, match=r"train-00009-of-00010\.parquet: not listed"):
