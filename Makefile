@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch
 
-.PHONY: help demo test lint format prepare train generate evaluate report all status backbone bench clean
+.PHONY: help demo test lint format prepare train generate evaluate report all status plan push backbone bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z ]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 44
@@ -42,6 +42,12 @@ all: $(READY) ## all stages
 
 status: $(READY) ## what is done, stale or missing
 	$(BIN)/python -m pipeline status --config $(CONFIG) $(ARGS)
+
+plan: $(READY) ## does CONFIG fit a GPU of 24, 16, 12 GB
+	$(BIN)/python -m train_controlnet plan --config $(CONFIG) $(ARGS)
+
+push: $(READY) ## the trained weights of CONFIG to the Hugging Face Hub, private; ARGS=--dry-run shows what would go
+	$(BIN)/python -m pipeline push --config $(CONFIG) $(ARGS)
 
 backbone: $(READY) ## train assets/nano-sd anew (hours on two cores)
 	$(BIN)/python -m data_prep --config configs/backbone_mni152.yaml

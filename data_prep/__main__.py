@@ -133,7 +133,7 @@ def summary(contract: Contract) -> str:
     """Return one line a split, and one for the rejects."""
     about = contract.description
     lines = [
-        f"{about.dataset} ({about.origin}): sound, {about.image_size[0]}x{about.image_size[1]}, {about.channels} channel(s)"
+        f"{about.dataset} ({about.origin}): sound, {' or '.join(f'{height}x{width}' for height, width in about.sizes)}, {about.channels} channel(s)"
     ]
     parts = {split: contract.splits[split] for split in contract.split_names}
     lines += [f"  {split}: {part.rows} rows in {part.groups} groups" for split, part in parts.items()]

@@ -228,7 +228,7 @@ def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> 
 
 def _size_notes(datasets: Sequence[Dataset]) -> list[str]:
     """Name the datasets in which identical images cannot be recognised."""
-    looks = [(one.contract.description.image_size, one.contract.description.channels) for one in datasets]
+    looks = [(one.contract.description.sizes, one.contract.description.channels) for one in datasets]
     return [
         f"{other.folder}: its images have another size or number of channels, so an image of both is identical in neither; "
         "only the search for near-duplicates finds it"

@@ -45,7 +45,7 @@ def dataset_card(
     sections = (
         f"---\n{front}---\n",
         f"# {about.dataset}: mask-and-prompt dataset\n",
-        f"{about.modality.capitalize()}, {about.origin} images of {about.image_size[0]} x {about.image_size[1]} pixels (height x width), prepared by"
+        f"{about.modality.capitalize()}, {about.origin} images of {' or '.join(f'{height} x {width}' for height, width in about.sizes)} pixels (height x width), prepared by"
         " MaskLoom. `image` is what a generator learns, `conditioning_image` what a ControlNet sees, `mask` holds class indices,"
         " `text` is the prompt. A `group_id` (patient, lesion or cluster of near-duplicates) lies in one split.\n",
         "## Rows\n",

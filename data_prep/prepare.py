@@ -168,6 +168,8 @@ def _settings(config: ExperimentConfig) -> dict[str, Any]:
     places = {"raw_dir": True, "num_workers": True, "stain": {"reference"}}
     data = config.data.model_dump(mode="json", exclude=places)  # type: ignore[arg-type]
     data["external"] = {name: section.options for name, section in config.data.external.items()}
+    if not config.data.buckets:  # as before there were any: a dataset of one size stays up to date
+        del data["buckets"]
     return {"data": data, "seed": config.seed}
 
 
@@ -335,6 +337,7 @@ def _description(sources: Sequence[Source], config: ExperimentConfig) -> Descrip
         modality=info.modality,
         channels=info.channels,
         image_size=data.image_size,
+        buckets=tuple(data.sizes[1:]),
         mask_classes=info.mask_classes,
         palette=info.palette,
         labels=info.labels,

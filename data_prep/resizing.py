@@ -5,6 +5,8 @@ lose steps. Resampling is Pillow's: its antialiased bicubic (the support grows w
 read the same source box, with pixel centres at half integers, so image and mask stay aligned to a fraction of a pixel.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +54,25 @@ def resized(
     image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     mask = None if raw.mask is None else _placed(raw.mask, geometry, size, Image.Resampling.NEAREST)
     return (image[..., 0] if channels == 1 else image), mask
+
+
+def nearest_size(source: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size of the nearest aspect ratio (aspect-ratio bucketing: NovelAI, 2022; sd-scripts, BucketManager).
+
+    Ratios are compared as such, 2:1 being as far from 1:1 as 1:2; among equal ones the area nearest to the source's wins, then the first.
+
+    Args:
+        source: (height, width) of the raw image.
+        sizes: to choose from.
+    """
+    height, width = source
+    return min(
+        sizes,
+        key=lambda size: (
+            round(abs(math.log(size[0] / size[1] * width / height)), 9),
+            abs(math.log(size[0] * size[1] / (height * width))),
+        ),
+    )
 
 
 def fitted_geometry(source: tuple[int, int], target: tuple[int, int], mode: str) -> Geometry:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
 from data_prep.intensity import window_range
 from data_prep.near_duplicates import signature
-from data_prep.resizing import grey, resized
+from data_prep.resizing import grey, nearest_size, resized
 from pipeline.conditioning import conditioning_image
 from pipeline.config import DataConfig
 from pipeline.errors import RejectedSample
@@ -93,7 +93,8 @@ def prepared_sample(
     # Duplicates are told by the raw pixels: another window or stain must not move an image to another split.
     digest = pixel_digest(raw) if source.duplicates != "none" else ""
     seen = signature(grey(raw)) if source.duplicates == "near" else b""
-    image, mask = resized(_normalised(raw, data, stains), data.image_size, data.resize_mode, channels)
+    size = nearest_size((raw.image.shape[0], raw.image.shape[1]), data.sizes)
+    image, mask = resized(_normalised(raw, data, stains), size, data.resize_mode, channels)
     label = {"label": item.label} if item.label is not None else {}
     values = {
         "modality": source.info.modality, **label, **mask_attributes(mask, source.info.mask_classes), **item.attributes
@@ -101,7 +102,7 @@ def prepared_sample(
     return PreparedSample(
         image=image,
         mask=mask,
-        conditioning_image=conditioning_image(mask, image, data.conditioning, palette, _paired(raw, data)),
+        conditioning_image=conditioning_image(mask, image, data.conditioning, palette, _paired(raw, data, size)),
         text=render_prompt(source.info.prompt_templates, item.sample_id, values),
         attributes=values,
         digest=digest,
@@ -116,11 +117,11 @@ def _normalised(raw: RawImage, data: DataConfig, stains: "StainNormaliser | None
     return raw if stains is None else replace(raw, image=stains(raw.image))
 
 
-def _paired(raw: RawImage, data: DataConfig) -> Picture | None:
+def _paired(raw: RawImage, data: DataConfig, size: tuple[int, int]) -> Picture | None:
     """Return the paired picture, (H, W, 3), in the geometry of the image."""
     if raw.condition is None:
         return None
-    return resized(RawImage(raw.condition, None), data.image_size, data.resize_mode, 3)[0]
+    return resized(RawImage(raw.condition, None), size, data.resize_mode, 3)[0]
 
 
 def pixel_digest(raw: RawImage) -> str:

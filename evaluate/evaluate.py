@@ -51,6 +51,9 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     run = open_run(config)
     digests = {name: contract.digest for name, contract in _contracts(run, config).items()}
     backbone = model_digest(config.train.pretrained_model_name_or_path, config.train.revision)
+    tuned = run.generator / "vae"
+    if tuned.is_dir():  # a fine-tuned decoder, which `vae_ceiling` looks at
+        digests["vae"] = model_digest(str(tuned))
     settings = {"seed": config.seed, "questions": [question.identity for question in questions]}
     stage = Stage(
         run, "evaluate", {**digests, "backbone": backbone}, settings, [_answer_file(run, q.name) for q in questions]

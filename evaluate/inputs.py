@@ -72,13 +72,16 @@ class ImageSet:
 
         Args:
             column: `image` or `mask`.
-            size: (height, width) to resize to (images antialiased, masks nearest neighbour), or None.
+            size: (height, width) to resize to (images antialiased, masks nearest neighbour), or None: as they are, but where the dataset has
+                buckets; then the dataset's `image_size`.
 
         Yields:
             (H, W) or (H, W, 3) uint8 each; None where a row has no mask.
         """
         if not len(self):
             return
+        if size is None and self.contract.description.buckets:
+            size = self.contract.description.image_size
         rows = open_split(self.folder, self.split).select_columns([column])
         for start in range(0, len(rows), BATCH):
             pictures = rows[start : start + BATCH][column]

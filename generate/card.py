@@ -1,5 +1,6 @@
 """The dataset card of a synthetic dataset."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,15 +45,16 @@ def _front_matter(description: Description) -> Sequence[str]:
     return [
         "---",
         "license: other",
-        f"license_name: {_quoted(description.licence)}",
+        f"license_name: {_licence_id(description.licence)}",
         "tags: [synthetic, medical, maskloom]",
         "---",
         "",
     ]
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _licence_id(licence: str) -> str:
+    """Return a licence's name as the Hub takes it: an id in small letters."""
+    return re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")
 
 
 def _summary(description: Description, settings: Mapping[str, Any]) -> str:

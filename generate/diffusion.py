@@ -1,18 +1,22 @@
-"""What the Stable Diffusion generators share: reading a backbone, and sampling from it in batches."""
+"""What the Stable Diffusion generators share: reading a backbone and what was trained on it, and sampling in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from generate.generator import Condition
-from pipeline.config import ExperimentConfig, GenerateConfig
+from pipeline.config import ExperimentConfig, GenerateConfig, TrainConfig
 from pipeline.contract import Description
-from pipeline.files import model_digest
+from pipeline.errors import MaskLoomError, one_line
+from pipeline.files import file_digest, model_digest, value_digest
+from pipeline.runs import Run
+from pipeline.trained_parts import exported_names
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +27,35 @@ CACHED_PROMPTS = 512
 SLICED_DECODING_PIXELS = 512 * 512  # from here on the VAE decodes image by image: a batch's activations would not fit
 
 
-def backbone_digest(config: ExperimentConfig) -> str:
-    """Return the identity of the backbone."""
-    return model_digest(config.train.pretrained_model_name_or_path, config.train.revision)
+MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+def trained_parts(config: ExperimentConfig, run: Run, wanted: Sequence[str]) -> dict[str, Path]:
+    """Return the folders of those `wanted` weights that this configuration trains, by name (`pipeline.trained_parts`)."""
+    return {name: run.generator / name for name in exported_names(config.train) if name in wanted}
+
+
+def weights_digest(config: ExperimentConfig, parts: Mapping[str, Path]) -> str:
+    """Return the identity of the backbone and of the content of trained parts.
+
+    Args:
+        config: names the backbone.
+        parts: from `trained_parts`.
+
+    Raises:
+        MaskLoomError: a part has not been trained yet.
+    """
+    files = [folder / name for part, folder in parts.items() for name in _files(part)]
+    for file in files:
+        if not file.is_file():
+            raise MaskLoomError(f"{file}: missing; run train first (make train)")
+    backbone = model_digest(config.train.pretrained_model_name_or_path, config.train.revision)
+    return value_digest([backbone, *(file_digest(file) for file in files)]) if files else backbone
+
+
+def _files(part: str) -> Sequence[str]:
+    return (ADAPTER_FILE,) if part == "lora" else MODEL_FILES
 
 
 def check_backbone_folder(config: ExperimentConfig) -> None:
@@ -39,11 +69,16 @@ def check_backbone_folder(config: ExperimentConfig) -> None:
     check_backbone(config.train.pretrained_model_name_or_path)
 
 
-def load_backbone(config: ExperimentConfig, device: torch.device, **parts: Any) -> Pipeline:
+def load_backbone(config: ExperimentConfig, device: torch.device, parts: Mapping[str, Path]) -> Pipeline:
     """Return a Stable Diffusion pipeline ready to sample; a ControlNet pipeline where `parts` holds a `controlnet`.
 
+    Args:
+        config: names the backbone and the scheduler.
+        device: where to compute.
+        parts: trained weights that take the place of the backbone's, or are added to it; from `trained_parts`.
+
     Raises:
-        MaskLoomError: the backbone cannot be read, or xFormers is asked for and missing.
+        MaskLoomError: the backbone or a part cannot be read, or xFormers is asked for and missing.
     """
     import torch
     from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
@@ -60,16 +95,61 @@ def load_backbone(config: ExperimentConfig, device: torch.device, **parts: Any) 
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        **parts,
+        **_models(config, parts),
     )
-    pipe.scheduler = fast_scheduler(pipe.scheduler.config, config)
+    pipe.scheduler = fast_scheduler(pipe.scheduler.config, config, trained=bool(parts))
     pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    if "lora" in parts:
+        _add_adapters(pipe, parts["lora"])
     if config.generate.enable_xformers_memory_efficient_attention:
         use_xformers(pipe)
     torch.backends.cudnn.deterministic = True
     if device.type == "cpu":
         keep_freed_memory()
-    return pipe.to(device)
+    return pipe
+
+
+def _models(config: ExperimentConfig, parts: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the trained parts that are whole networks.
+
+    Raises:
+        MaskLoomError: a part's files are damaged.
+    """
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+
+    from pipeline.backbone import silence_loading
+
+    silence_loading()
+    kinds: dict[str, Any] = {"controlnet": ControlNetModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    models = {}
+    for name, folder in parts.items():
+        if name in kinds:
+            try:
+                models[name] = kinds[name].from_pretrained(
+                    folder, torch_dtype=weight_dtype(config.generate), local_files_only=True
+                )
+            except Exception as error:  # whatever the readers inside raise, the remedy is the same
+                raise _unreadable(folder, kinds[name].__name__, error) from error
+    return models
+
+
+def _add_adapters(pipe: Pipeline, folder: Path) -> None:
+    """Add adapters (LoRA) to the weights that they adapt: sampling then costs what it costs without them.
+
+    Raises:
+        MaskLoomError: the file is damaged, or made for another backbone.
+    """
+    try:
+        pipe.load_lora_weights(folder, weight_name=ADAPTER_FILE, local_files_only=True)
+    except Exception as error:
+        raise _unreadable(folder, "LoRA of this backbone", error) from error
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()  # the wrappers around the layers; their weights keep the sum
+
+
+def _unreadable(folder: Path, kind: str, error: Exception) -> MaskLoomError:
+    return MaskLoomError(f"{folder}: cannot be read as {kind}: {one_line(error)}; run train again with --force")
 
 
 def weight_dtype(config: GenerateConfig) -> torch.dtype:
@@ -79,12 +159,14 @@ def weight_dtype(config: GenerateConfig) -> torch.dtype:
     return DTYPES[config.mixed_precision]
 
 
-def fast_scheduler(backbone: Any, config: ExperimentConfig) -> Any:
-    """Return the configured scheduler with the noise schedule of the backbone's own.
+def fast_scheduler(backbone: Any, config: ExperimentConfig, trained: bool) -> Any:
+    """Return the configured scheduler with the noise schedule that the networks were trained on.
 
     Args:
         backbone: the configuration of the backbone's scheduler.
-        config: names the scheduler and, where set, corrects the backbone's prediction type.
+        config: names the scheduler, and how training changed the backbone's schedule.
+        trained: whether trained weights take part. Without them the backbone's own schedule holds, but for a prediction type that
+            was set while the UNet stayed frozen: it can only correct what the backbone says.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -94,9 +176,17 @@ def fast_scheduler(backbone: Any, config: ExperimentConfig) -> Any:
         "ddim": (DDIMScheduler, {}),
     }
     kind, settings = kinds[config.generate.scheduler]
-    if config.train.prediction_type is not None:
-        settings["prediction_type"] = config.train.prediction_type
+    train = config.train
+    if train.prediction_type is not None and (trained or unet_is_frozen(train)):
+        settings["prediction_type"] = train.prediction_type
+    if trained and train.rescale_betas_zero_snr:  # sampling must start where no signal is left, as training did
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return kind.from_config(backbone, **settings)
+
+
+def unet_is_frozen(train: TrainConfig) -> bool:
+    """Return whether training leaves the UNet as the backbone has it."""
+    return train.sd_locked and "unet" not in train.lora
 
 
 class Sampler:
@@ -108,25 +198,25 @@ class Sampler:
         Args:
             pipe: from `load_backbone`.
             config: steps and guidance.
-            description: image size and channels of the dataset.
+            description: channels and usual image size of the dataset.
             negative_prompt: what unconditional guidance sees.
         """
         self.pipe, self.config, self.description, self.negative_prompt = pipe, config, description, negative_prompt
         # One prompt at a time, so that an embedding does not depend on which other prompts share its batch.
         self.embedding = lru_cache(maxsize=CACHED_PROMPTS)(self._embedding)
-        if np.prod(description.image_size) >= SLICED_DECODING_PIXELS:
+        if max(map(np.prod, description.sizes)) >= SLICED_DECODING_PIXELS:
             pipe.vae.enable_slicing()
 
     def images(self, conditions: Sequence[Condition], **control: Any) -> NDArray[np.float32]:
-        """Return images, (B, H, W) or (B, H, W, 3), in 0..1.
+        """Return images, (B, H, W) or (B, H, W, 3), in 0..1, of the conditioning images' size.
 
         Args:
-            conditions: prompts and seeds.
+            conditions: prompts, seeds and, all of one size, conditioning images.
             control: further arguments of the pipeline's call.
         """
         import torch
 
-        height, width = self.description.image_size
+        height, width = conditions[0].conditioning_image.shape[:2]
         # Noise is drawn on the CPU: the same seed then gives the same picture on every device.
         noise = [torch.Generator("cpu").manual_seed(condition.seed) for condition in conditions]
         with torch.inference_mode():

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from generate.card import dataset_card
 from generate.conditions import ConditionReader, ResolvedRow
+from generate.diffusion import unet_is_frozen
 from generate.generator import ImageGenerator
 from generate.planning import PlannedRow, check_parents_are_train, label_counts, plan_rows, read_parents
 from pipeline import __version__
@@ -114,7 +115,9 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract, generators: M
 
 def _settings_of_other_sections(config: ExperimentConfig) -> list[Any]:
     """Return what the images depend on outside `generate` and the weights' digests."""
-    return [config.seed, config.train.prediction_type, config.train.variant]
+    train = config.train
+    prediction = train.prediction_type and [train.prediction_type, unet_is_frozen(train)]
+    return [config.seed, prediction, train.rescale_betas_zero_snr, train.variant]
 
 
 def _join_processes() -> PartialState:
@@ -220,7 +223,7 @@ class _Weaving:
         for start in range(shard.start, shard.stop, self.config.generate.batch_size):
             planned = self.rows[start : min(start + self.config.generate.batch_size, shard.stop)]
             resolved = [self.reader.resolve(row) for row in planned]
-            images = generator.images([row.condition for row in resolved])
+            images = _images(generator, resolved)
             for row, image in zip(resolved, images, strict=True):
                 rejected += row.rejected
                 yield _sample(row, image, name, generator, self.contract.description)
@@ -238,6 +241,17 @@ class _Weaving:
         writer.finish(card, rejected, self.config_hash, parent)
         if rejected:
             say(f"{writer.folder}: {len(rejected)} masks could not be warped and were replaced, see rejected.jsonl")
+
+
+def _images(generator: ImageGenerator, rows: Sequence[ResolvedRow]) -> list[NDArray[np.float32]]:
+    """Return one image a row; rows of one size are generated together."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.condition.conditioning_image.shape, []).append(place)
+    images: dict[int, NDArray[np.float32]] = {}
+    for some in places.values():
+        images |= dict(zip(some, generator.images([rows[place].condition for place in some]), strict=True))
+    return [images[place] for place in range(len(rows))]
 
 
 def _settings(name: str, generator: ImageGenerator, config: ExperimentConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,10 +50,10 @@ class ImageGenerator(ABC):
     """Makes images. Imports torch only in `load` and `images`: asking for the digest must stay fast.
 
     Attributes:
-        uses_mask: whether the images follow the mask; evaluation reads it.
+        uses_mask: whether the images follow the mask; set by the class, or by the options. Kept in the dataset's description.
     """
 
-    uses_mask: ClassVar[bool]
+    uses_mask: bool
 
     def __init__(self, config: ExperimentConfig, run: Run, options: Options) -> None:
         """Keep the configuration; no weights are read."""

@@ -32,7 +32,7 @@ class Averages:
         self.parameters, self.patience = parameters, patience
         self.emas = {name: EMAModel(group, decay=decay) for name, group in parameters.items() if decay is not None}
         self.best_loss, self.best_step, self.waited = math.inf, 0, 0
-        self._best = _copies(parameters) if patience else {}
+        self._best: dict[str, Tensor] = {}
 
     @property
     def exhausted(self) -> bool:
@@ -66,9 +66,9 @@ class Averages:
         """Leave the networks with their best weights, or else with their averaged ones."""
         for name, ema in self.emas.items():
             ema.copy_to(self.parameters[name])
-        for key, (name, i) in _keys(self.parameters).items():
+        for key, parameter in _keyed(self.parameters).items():
             if key in self._best:
-                self.parameters[name][i].copy_(self._best[key])
+                parameter.copy_(self._best[key])
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the weights into a checkpoint's folder; return the rest of the state for its record."""
@@ -88,19 +88,16 @@ class Averages:
             for i, parameter in enumerate(ema.shadow_params):
                 parameter.data.copy_(shadow[str(i)])
             ema.optimization_step = record["ema_updates"][name]
-        if self._best:
-            self._best = load_file(folder / BEST_FILE)
         self.best_loss = math.inf if record["best_loss"] is None else record["best_loss"]
+        self._best = {} if record["best_loss"] is None else load_file(folder / BEST_FILE)
         self.best_step, self.waited = record["best_step"], record["waited"]
 
 
 def _copies(parameters: Parameters) -> dict[str, Tensor]:
-    return {
-        key: parameters[name][i].detach().to("cpu", copy=True).contiguous()
-        for key, (name, i) in _keys(parameters).items()
-    }
+    keyed = _keyed(parameters).items()
+    return {key: parameter.detach().to("cpu", copy=True).contiguous() for key, parameter in keyed}
 
 
-def _keys(parameters: Parameters) -> dict[str, tuple[str, int]]:
-    """Return a file's key for each weight: optimizer and number."""
-    return {f"{name}.{i}": (name, i) for name, group in parameters.items() for i in range(len(group))}
+def _keyed(parameters: Parameters) -> dict[str, nn.Parameter]:
+    """Return the weights by their keys in a file: optimizer and number."""
+    return {f"{name}.{i}": parameter for name, group in parameters.items() for i, parameter in enumerate(group)}

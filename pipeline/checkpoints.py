@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.averages import Averages
-from pipeline.errors import MaskLoomError, told_when_unwritable
+from pipeline.errors import MaskLoomError, one_line, told_when_unwritable
 from pipeline.files import read_json, remove_folder, write_json
 from pipeline.progress import say
 
@@ -52,11 +52,12 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     with told_when_unwritable(temporary):
         accelerator.save_state(str(temporary))
-        if accelerator.is_main_process:
-            kept = averages.save(temporary)
-            write_json(temporary / LOOP_FILE, {"step": step, "averages": kept, "identity": dict(identity)})
+        kept = averages.save(temporary) if accelerator.is_main_process else {}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        record = {"step": step, "averages": kept, "identity": dict(identity), "files": _sizes(temporary)}
+        with told_when_unwritable(temporary):
+            write_json(temporary / LOOP_FILE, record)
         _flush(temporary)
         remove_folder(final)
         temporary.rename(final)
@@ -86,15 +87,22 @@ def resume(
         The number of optimizer steps done; 0 where nothing was loaded.
 
     Raises:
-        MaskLoomError: an explicit path is missing, or the checkpoint belongs to another configuration or dataset.
+        MaskLoomError: an explicit path is missing, or the checkpoint is damaged or belongs to another configuration or dataset.
     """
     path = _wanted_checkpoint(folder, wanted)
     if path is None:
         return 0
-    record = read_json(path / LOOP_FILE, "the checkpoint is damaged: delete it and run again")
+    remedy = f"the checkpoint is damaged: delete {path} and run again, which goes on from the one before it"
+    record = read_json(path / LOOP_FILE, remedy)
+    if not {"step", "averages", "identity", "files"} <= record.keys():
+        raise MaskLoomError(f"{path / LOOP_FILE}: has not all entries; {remedy}")
     _check_identity(path, record["identity"], identity)
-    accelerator.load_state(str(path))
-    averages.load(path, record["averages"])
+    _check_whole(path, record["files"], remedy)
+    try:
+        accelerator.load_state(str(path))
+        averages.load(path, record["averages"])
+    except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
+        raise MaskLoomError(f"{path}: cannot be read ({one_line(error)[:200]}); {remedy}") from error
     if accelerator.is_main_process:
         say(f"resuming from {path}")
     return int(record["step"])
@@ -176,6 +184,21 @@ def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str,
             f"{path}: this checkpoint belongs to another training ({differences}); "
             "restore the old settings, use another experiment name, or start afresh with --force"
         )
+
+
+def _check_whole(path: Path, sizes: Mapping[str, int], remedy: str) -> None:
+    """Tell a file that is missing or cut off: a missing random state would not stop accelerate."""
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            raise MaskLoomError(f"{file}: no such file; {remedy}")
+        if file.stat().st_size != size:
+            raise MaskLoomError(f"{file}: {file.stat().st_size} bytes, not {size}; {remedy}")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file under a folder by its relative name."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _flush(folder: Path) -> None:

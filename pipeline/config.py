@@ -99,6 +99,10 @@ class DataConfig(Section):
     raw_dir: Path | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the adapter's own options")
     image_size: Size = (512, 512)
+    buckets: list[Size] = Field(
+        default_factory=list,
+        description="sizes besides image_size; each image goes to the one of the nearest aspect ratio",
+    )
     resize_mode: Literal["pad", "crop", "stretch"] = "pad"
     conditioning: Literal["mask", "edges", "both", "foreground", "image"] = "mask"
     intensity: IntensityWindow | None = Field(None, description="null: as the dataset says")
@@ -118,11 +122,16 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _sides_suit_the_vae(self) -> "DataConfig":
-        if any(side < 8 or side % 8 for side in self.image_size):
-            raise ValueError(
-                f"image_size={self.image_size}: both sides must be positive multiples of 8 (the VAE's factor)"
-            )
+        for size in self.sizes:
+            if any(side < 8 or side % 8 for side in size):
+                key = "image_size" if size == self.image_size else "buckets"
+                raise ValueError(f"{key}={size}: both sides must be positive multiples of 8 (the VAE's factor)")
         return self
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """All sizes that images are brought to, `image_size` first."""
+        return list(dict.fromkeys([self.image_size, *self.buckets]))
 
 
 class LoopConfig(Section):
@@ -168,7 +177,11 @@ class LoopConfig(Section):
 
 
 class AugmentConfig(Section):
-    """How an image, its mask and its conditioning image are changed alike while training."""
+    """How an image, its mask and its conditioning image are changed alike while training.
+
+    Words of the prompt that are read off the mask follow it (a lesion on the left is on the right after a flip). All other words stay as
+    they are: where a report's words or a label tell left from right, set `random_flip=false`.
+    """
 
     variants: int = Field(
         4, ge=1, description="changed copies of each row besides the row itself; all of them are cached"
@@ -205,7 +218,7 @@ class AdherenceConfig(Section):
 
 
 class DecoderConfig(Section):
-    """Fine-tuning of the VAE's decoder before the ControlNet: lifts the ceiling that a frozen VAE sets on texture."""
+    """Fine-tuning of the VAE's decoder before the ControlNet: structures come out truer than from a frozen VAE, texture smoother."""
 
     max_train_steps: int = Field(1000, ge=1)
     learning_rate: float = Field(1e-4, gt=0)

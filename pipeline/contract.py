@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import (
@@ -71,7 +71,10 @@ class SplitSummary(BaseModel):
 
 
 class Description(BaseModel):
-    """What is true of the whole dataset, real or synthetic; see `data_prep.adapter.DatasetInfo` for the fields."""
+    """What is true of the whole dataset, real or synthetic; see `data_prep.adapter.DatasetInfo` for the fields.
+
+    A row's pictures are of `image_size`, or of one of the further sizes `buckets`, where there are any.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,6 +83,7 @@ class Description(BaseModel):
     modality: str
     channels: Literal[1, 3]
     image_size: tuple[int, int]
+    buckets: tuple[tuple[int, int], ...] = ()
     mask_classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     labels: tuple[str, ...]
@@ -89,6 +93,16 @@ class Description(BaseModel):
     licence: str
     citation: str
     homepage: str
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every (height, width) that a row may have, `image_size` first."""
+        return (self.image_size, *self.buckets)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_buckets(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dataset of one size says nothing of buckets, as before there were any: its digest stays."""
+        return {name: value for name, value in serialise(self).items() if name != "buckets" or value}
 
 
 class Contract(BaseModel):

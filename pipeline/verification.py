@@ -11,8 +11,8 @@ import numpy as np
 
 from pipeline.contract import (
     CONTRACT_FILE,
-    LEDGER_FILE,
     EXTERNAL_PREFIX,
+    LEDGER_FILE,
     SPLITS,
     Contract,
     features,
@@ -162,16 +162,21 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _row_problem(row: dict[str, Any], contract: Contract) -> str | None:
     """Return what is wrong with a row, or None."""
     about = contract.description
-    size = tuple(about.image_size)
     try:
         image, conditioning = png_array(row["image"]["bytes"]), png_array(row["conditioning_image"]["bytes"])
         mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
     except (OSError, SyntaxError, TypeError, ValueError) as error:
         return f"an image cannot be decoded ({one_line(error)})"
-    if image.shape != (size if about.channels == 1 else (*size, 3)) or image.dtype != np.uint8:
-        return f"image is {image.shape} {image.dtype}, the contract says {size} with {about.channels} channel(s)"
+    size = image.shape[:2]
+    if (
+        size not in about.sizes
+        or image.shape != (size if about.channels == 1 else (*size, 3))
+        or image.dtype != np.uint8
+    ):
+        sizes = " or ".join(map(str, about.sizes))
+        return f"image is {image.shape} {image.dtype}, the contract says {sizes} with {about.channels} channel(s)"
     if conditioning.shape != (*size, 3):
-        return f"conditioning_image is {conditioning.shape}, the contract says {(*size, 3)}"
+        return f"conditioning_image is {conditioning.shape}, beside this image it must be {(*size, 3)}"
     if mask is not None:
         if mask.shape != size:
             return f"mask is {mask.shape}, the image {size}"

@@ -1,7 +1,64 @@
-"""`accelerate launch -m train_controlnet --config configs/demo.yaml [--force] [key=value ...]`."""
+"""`accelerate launch -m train_controlnet --config FILE [--force] [KEY=VALUE ...]`, and the commands `plan` and `find-lr`."""
 
-from pipeline.cli import run_stage_command
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
 from pipeline.config import ExperimentConfig
+from pipeline.config_loading import load_experiment
+from pipeline.errors import run_command
+
+DESCRIPTION = (
+    "Train a ControlNet, adapters, or both, on a Stable Diffusion backbone. Further commands, each with its own --help:"
+    " `plan` (parameters, memory and disk, before anything is loaded) and `find-lr` (a learning-rate range test)."
+)
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures as JSON as well")]
+
+
+def main(args: list[str]) -> None:
+    """Run the command that the first argument names; without one, train."""
+    name = args[0] if args and args[0] in COMMANDS else None
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else train)
+    words = ["python -m train_controlnet", *([name] if name else [])]
+    run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)))
+
+
+def train(
+    config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
+) -> None:
+    """Train, or only say whether there is anything to do."""
+    run_stage(_stage, load_experiment(config, overrides or []), force, check)
+
+
+def plan(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs, each with one process (DDP)")] = 1,
+    json: JsonOption = None,
+) -> None:
+    """Say what a training needs, and which switches would make it fit 24, 16 and 12 GB; reads no weights, needs no GPU and no dataset."""
+    from train_controlnet.plan_text import print_plan
+
+    print_plan(load_experiment(config, overrides or []), processes, json)
+
+
+def find_lr(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    steps: Annotated[int, typer.Option(min=20, help="optimizer steps")] = 100,
+    min_lr: Annotated[float, typer.Option(help="learning rate of the first step")] = 1e-7,
+    max_lr: Annotated[float, typer.Option(help="learning rate of the last step")] = 1e-1,
+    json: JsonOption = None,
+) -> None:
+    """Raise the learning rate from step to step, watch the loss, and suggest a rate; the run keeps nothing of it but the caches."""
+    from train_controlnet.lr_finder import RangeTest, print_range_test
+
+    print_range_test(load_experiment(config, overrides or []), RangeTest(steps, min_lr, max_lr), json)
 
 
 def _stage(config: ExperimentConfig, force: bool) -> None:
@@ -10,5 +67,7 @@ def _stage(config: ExperimentConfig, force: bool) -> None:
     train_stage(config, force)
 
 
+COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "find-lr": find_lr}
+
 if __name__ == "__main__":
-    run_stage_command(_stage, "Train a ControlNet on a frozen Stable Diffusion backbone.")
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """Changes an image, its mask and its conditioning image alike, and writes the prompt anew where the mask's words change.
 
-A copy is keyed to (seed, sample, number), so that its moments can be cached like those of the image itself.
+A copy is keyed to (seed, sample, number): every process makes the same one, in any order, so its moments can be cached like the row's own.
 """
 
 import json
@@ -15,65 +15,99 @@ from PIL import Image
 from pipeline.conditioning import conditioning_image
 from pipeline.config import AugmentConfig
 from pipeline.contract import Description
-from pipeline.prompts import mask_attributes, render_prompt
+from pipeline.prompts import mask_attributes, render_prompt, template_keys
 
 Picture = NDArray[np.uint8]
-MASK_WORDS = ("size", "place", "shape", "mask_classes")  # of `mask_attributes`
+AffineMap = tuple[float, ...]
+MASK_WORDS = frozenset({"size", "place", "shape", "mask_classes"})  # of `mask_attributes`
+ATTEMPTS = 10  # movements that are tried until no class of the mask leaves the picture
+UNMOVED: AffineMap = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
-class View:
-    """A row as it is trained on.
+class Pictures:
+    """What of a row is seen in training.
 
     Attributes:
         image: (H, W) or (H, W, 3) uint8.
         mask: (H, W) uint8 class indices, or None.
         conditioning: (H, W, 3) uint8.
-        text: the prompt.
     """
 
     image: Picture
     mask: Picture | None
     conditioning: Picture
-    text: str
 
 
-def original_view(row: Mapping[str, Any]) -> View:
-    """Return a contract row as it is."""
-    mask = None if row["mask"] is None else np.asarray(row["mask"])
-    return View(np.asarray(row["image"]), mask, np.asarray(row["conditioning_image"]), row["text"])
+def changed_pictures(
+    row: Mapping[str, Any], about: Description, config: AugmentConfig, seed: int, copy: int
+) -> Pictures:
+    """Return the pictures of the changed copy number `copy` (from 1) of a contract row.
 
-
-def augmented_view(row: Mapping[str, Any], about: Description, config: AugmentConfig, seed: int, copy: int) -> View:
-    """Return the changed copy number `copy` (from 1) of a contract row.
-
-    The image is resampled bilinearly, the mask by nearest neighbour under the same map; what lies outside is black, background.
-    The conditioning image is drawn from the changed mask and image; a paired picture is changed like the image.
+    The image is resampled bilinearly, the mask by nearest neighbour under the same map; what lies outside is black, background. A map that
+    moves a class out of the picture is drawn again, at last given up: the prompt and the label may speak of it. The conditioning image is
+    drawn from the changed mask and image; a paired picture is changed like the image. Brightness and contrast change in the image only.
 
     Args:
         row: a contract row with its pictures decoded.
-        about: the dataset's description: palette, conditioning, prompt templates.
+        about: the dataset's description: palette and conditioning.
         config: ranges to draw from.
         seed: the experiment's.
         copy: which copy.
     """
-    plain = original_view(row)
+    plain = np.asarray(row["image"])
     rng = np.random.default_rng([seed, copy, *row["sample_id"].encode()])
-    inverse = _inverse_map(plain.image.shape[:2], config, rng)
-    image = _moved(plain.image, inverse, Image.Resampling.BILINEAR)
-    mask = None if plain.mask is None else _moved(plain.mask, inverse, Image.Resampling.NEAREST)
-    paired = _moved(plain.conditioning, inverse, Image.Resampling.BILINEAR) if about.conditioning == "image" else None
+    inverse, mask = _movement(None if row["mask"] is None else np.asarray(row["mask"]), plain.shape[:2], config, rng)
+    image = _moved(plain, inverse, Image.Resampling.BILINEAR)
+    paired = None
+    if about.conditioning == "image":  # the conditioning image is the paired picture itself
+        paired = _moved(np.asarray(row["conditioning_image"]), inverse, Image.Resampling.BILINEAR)
     seen = conditioning_image(mask, image, about.conditioning, about.palette, paired)
-    return View(_other_contrast(image, config, rng), mask, seen, _text(row, mask, about))
+    return Pictures(_other_contrast(image, config, rng), mask, seen)
 
 
-def _text(row: Mapping[str, Any], mask: Picture | None, about: Description) -> str:
-    """Return the row's prompt with the words of another mask."""
-    values = {key: value for key, value in json.loads(row["attributes"]).items() if key not in MASK_WORDS}
-    return render_prompt(about.prompt_templates, row["sample_id"], values | mask_attributes(mask, about.mask_classes))
+def uses_mask_words(templates: tuple[str, ...]) -> bool:
+    """Whether another mask may ask for another prompt."""
+    return any(template_keys(template) & MASK_WORDS for template in templates)
 
 
-def _inverse_map(shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> tuple[float, ...]:
+def changed_prompt(
+    row: Mapping[str, Any], about: Description, before: Mapping[str, str], after: Mapping[str, str]
+) -> str:
+    """Return a row's prompt with the words of another mask. Words that did not come from the mask stay, such as a finding's side in a report.
+
+    Args:
+        row: a contract row; only its id, label and attributes are read.
+        about: the dataset's description.
+        before: `mask_attributes` of the row's own mask.
+        after: those of the other mask.
+    """
+    label = {} if row["label"] is None or not about.labels else {"label": about.labels[row["label"]]}
+    values = {"modality": about.modality, **label, **json.loads(row["attributes"])}
+    own = {name: word for name, word in values.items() if before.get(name) != word}
+    return render_prompt(about.prompt_templates, row["sample_id"], {**after, **own})
+
+
+def mask_words(mask: Picture | None, about: Description) -> dict[str, str]:
+    """Return the words that a mask is described by."""
+    return mask_attributes(mask, about.mask_classes)
+
+
+def _movement(
+    mask: Picture | None, shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator
+) -> tuple[AffineMap, Picture | None]:
+    """Return a map that keeps every class of the mask in the picture, and the mask under it."""
+    for _ in range(ATTEMPTS):
+        inverse = _inverse_map(shape, config, rng)
+        if mask is None:
+            return inverse, None
+        moved = _moved(mask, inverse, Image.Resampling.NEAREST)
+        if set(np.unique(mask[mask > 0])) == set(np.unique(moved[moved > 0])):
+            return inverse, moved
+    return UNMOVED, mask
+
+
+def _inverse_map(shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> AffineMap:
     """Return PIL's six numbers: where in the original each pixel (x, y) of the copy comes from."""
     height, width = shape
     angle = np.deg2rad(rng.uniform(-config.rotation_degrees, config.rotation_degrees))
@@ -87,7 +121,7 @@ def _inverse_map(shape: tuple[int, ...], config: AugmentConfig, rng: np.random.G
     return (*inverse[0], offset[0], *inverse[1], offset[1])
 
 
-def _moved(picture: Picture, inverse: tuple[float, ...], resample: Image.Resampling) -> Picture:
+def _moved(picture: Picture, inverse: AffineMap, resample: Image.Resampling) -> Picture:
     source = Image.fromarray(picture)
     return np.asarray(source.transform(source.size, Image.Transform.AFFINE, inverse, resample))
 
@@ -96,5 +130,5 @@ def _other_contrast(image: Picture, config: AugmentConfig, rng: np.random.Genera
     """Return the image with another brightness and contrast, about its own mean."""
     gain = 1 + rng.uniform(-config.contrast, config.contrast)
     shift = 255 * rng.uniform(-config.brightness, config.brightness)
-    mean = image.mean()
-    return ((image.astype(np.float64) - mean) * gain + mean + shift).round().clip(0, 255).astype(np.uint8)
+    values, mean = np.arange(256), image.mean()
+    return ((values - mean) * gain + mean + shift).round().clip(0, 255).astype(np.uint8)[image]

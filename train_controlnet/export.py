@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
-from pipeline.config import ExperimentConfig
+from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import told_when_unwritable
 from pipeline.files import atomic_folder
 from pipeline.runs import Run
+from pipeline.trained_parts import exported_names
 from train_controlnet.model_card import model_card
-from train_controlnet.outputs import exported_names
+from train_controlnet.networks import Networks, load_networks
 
 if TYPE_CHECKING:
     from train_controlnet.task import DiffusionTask
@@ -28,13 +32,17 @@ if TYPE_CHECKING:
 def export(
     task: DiffusionTask, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator
 ) -> list[str]:
-    """Write every folder of `exported_names`, each whole or not at all, and return their names."""
+    """Write every folder of `exported_names`, each whole or not at all, and return their names.
+
+    All but `vae`: it was written when its decoder had been trained.
+    """
     names = exported_names(config.train)
-    for name in names:
+    parts = task.parts if task.whole_weights is None else _gathered_parts(task.whole_weights, config.train)
+    for name in (name for name in names if name != "vae"):
         with told_when_unwritable(run.generator / name), atomic_folder(run.generator / name) as folder:
-            _save(name, task, folder)
+            _save(name, parts, folder)
             picture = last_pictures(run)
-            (folder / "README.md").write_text(model_card(config, contract, picture), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(config, contract, picture, name), encoding="utf-8")
             if picture:
                 (folder / "samples.png").write_bytes(picture.read_bytes())
     return names
@@ -45,29 +53,47 @@ def last_pictures(run: Run) -> Path | None:
     return max((run.logs("train") / "images").glob("step-*.png"), default=None)
 
 
-def _save(name: str, task: DiffusionTask, folder: Path) -> None:
+def _gathered_parts(weights: Mapping[str, dict[str, Tensor]], config: TrainConfig) -> Networks:
+    """Return the networks anew, with trained weights that an engine had spread over the processes."""
+    parts = load_networks(config, torch.device("cpu"))
+    for name, network in parts.trained().items():
+        network.load_state_dict(weights[name])
+    return parts
+
+
+def _save(name: str, parts: Networks, folder: Path) -> None:
     if name == "lora":
-        adapters = {f"{part}_lora_layers": _adapters(getattr(task.parts, part)) for part in ("unet", "text_encoder")}
+        adapters = {f"{part}_lora_layers": _adapters(part, getattr(parts, part)) for part in ("unet", "text_encoder")}
         StableDiffusionPipeline.save_lora_weights(folder, **adapters)
     else:
-        _without_adapters(getattr(task.parts, name)).save_pretrained(folder, safe_serialization=True)
+        _whole(getattr(parts, name)).save_pretrained(folder, safe_serialization=True)
 
 
-def _adapters(network: Any) -> dict[str, Any] | None:
-    """Return a network's adapters under diffusers' names, or None where it has none."""
+def _adapters(name: str, network: Any) -> dict[str, Tensor] | None:
+    """Return a network's adapters under diffusers' names, or None where it has none.
+
+    The second matrix is multiplied by alpha / rank: a file without alpha, which all programs read, means alpha = rank.
+    """
     if not hasattr(network, "peft_config"):
         return None
-    return convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    settings = network.peft_config["default"]
+    adapters = {
+        key: weight * (settings.lora_alpha / settings.r) if "lora_B" in key else weight
+        for key, weight in get_peft_model_state_dict(network, save_embedding_layers=False).items()
+    }
+    # transformers 5 dropped a level of names that LoRA files have, and that all versions of diffusers read.
+    if name == "text_encoder" and not hasattr(network, "text_model"):
+        adapters = {f"text_model.{key}": weight for key, weight in adapters.items()}
+    return convert_state_dict_to_diffusers(adapters)
 
 
-def _without_adapters(network: Any) -> Any:
-    """Return a network with its adapters merged into the weights: `from_pretrained` knows no adapters."""
-    if not hasattr(network, "peft_config"):
-        return network
-    merged = deepcopy(network)
-    for module in merged.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    recurse_remove_peft_layers(merged)
-    del merged.peft_config
-    return merged
+def _whole(network: Any) -> Any:
+    """Return a copy of a network in float32 with its adapters merged into the weights: `from_pretrained` knows no adapters."""
+    whole = deepcopy(network).float()
+    if hasattr(whole, "peft_config"):
+        for module in whole.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+        recurse_remove_peft_layers(whole)
+        del whole.peft_config
+    return whole

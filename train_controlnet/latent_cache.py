@@ -1,52 +1,128 @@
-"""The VAE's moments and the prompts' embeddings, computed once and kept on disk.
+"""The VAE's moments, changed copies and the prompts' embeddings, computed once and kept on disk.
 
-The cache's name is a digest of all that its content depends on (dataset and its size, backbone, precision, augmentation), so
-a stale cache is noticed and never read. It keeps the posterior's mean and log-variance, not one sample of it: each step draws a fresh sample, which
-leaves the training distribution as it is without a cache. Shards appear whole; an interrupted caching goes on.
+The cache's name is a digest of all that its content depends on (dataset and its sizes, backbone, precision, augmentation), so
+a stale cache is noticed and never read. It keeps the posterior's mean and log-variance, not one sample of it: each step draws a fresh sample,
+which leaves the training distribution as it is without a cache. Files appear whole and carry a checksum: an interrupted caching goes on,
+and a damaged file is made again.
 """
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from itertools import groupby
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import told_when_unwritable
-from pipeline.files import atomic_path, remove_folder, remove_leftovers, value_digest
+from pipeline.config import ExperimentConfig
+from pipeline.errors import MaskLoomError, told_when_unwritable
+from pipeline.files import atomic_path, model_digest, remove_folder, remove_leftovers, value_digest
+from pipeline.images import png_array, png_bytes
 from pipeline.progress import progress, say
 
+if TYPE_CHECKING:
+    from train_controlnet.rows import Views
+
 Picture = NDArray[np.uint8]
-ROWS_PER_SHARD = 128
+VIEWS_PER_SHARD = 128
 ENCODE_BATCH = 8
+PROMPT_BATCH = 64
 
 
-class MomentCache:
-    """Moments of every view of a split, read lazily from memory-mapped shards."""
+class ViewCache:
+    """What was made of a split's views ahead of the training, read lazily from memory-mapped shards.
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        self.folder, self.rows = folder, rows
+    A shard holds the moments of each of its views and, of those that are changed copies, conditioning image and mask as PNG files and the
+    prompt.
+    """
+
+    def __init__(self, folder: Path, views: int) -> None:
+        """Open the cache of a split, filled or not.
+
+        Args:
+            folder: the split's.
+            views: how many there are.
+        """
+        self.folder, self.views = folder, views
+        self._open: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # each worker of a data loader opens its own
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.views // VIEWS_PER_SHARD)
+
+    def path(self, shard: int) -> Path:
+        """Return a shard's file."""
+        return self.folder / f"views-{shard:05d}.safetensors"
+
+    def span(self, shard: int) -> range:
+        """Return the views of a shard."""
+        return range(shard * VIEWS_PER_SHARD, min((shard + 1) * VIEWS_PER_SHARD, self.views))
 
     def __getitem__(self, index: int) -> Tensor:
         """Return (2C, h, w) moments of a view."""
-        return _shard(str(self.folder / _name(index // ROWS_PER_SHARD))).get_tensor(str(index))
+        return self._tensor(index, f"{index}.moments")
 
-    def missing(self) -> list[int]:
-        """Return the numbers of the shards that are not on disk."""
-        return [i for i in range(-(-self.rows // ROWS_PER_SHARD)) if not (self.folder / _name(i)).is_file()]
+    def conditioning(self, index: int) -> Picture:
+        """Return (H, W, 3) uint8 of a copy."""
+        return png_array(self._tensor(index, f"{index}.conditioning").numpy().tobytes()).copy()
+
+    def mask(self, index: int) -> Picture | None:
+        """Return (H, W) uint8 of a copy, or None where its row has no mask."""
+        name = f"{index}.mask"
+        if name not in self._shard(index // VIEWS_PER_SHARD).keys():  # noqa: SIM118 (a file, not a dictionary)
+            return None
+        return png_array(self._tensor(index, name).numpy().tobytes())
+
+    def prompts(self) -> dict[int, str]:
+        """Return the prompts of all copies by view."""
+        texts: dict[int, str] = {}
+        for shard in range(self.shards):
+            notes = _notes(self._shard(shard))
+            texts |= {int(index): text for index, text in notes["prompts"].items()}
+        return texts
+
+    def _tensor(self, index: int, name: str) -> Tensor:
+        return self._shard(index // VIEWS_PER_SHARD).get_tensor(name)
+
+    def _shard(self, shard: int) -> Any:
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.path(shard), framework="pt")
+        return self._open[shard]
 
 
-def cache_folder(parent: Path, depends_on: Sequence[str]) -> Path:
-    """Return the cache's folder under `parent`, named by a digest of what its content depends on."""
-    return parent / value_digest(list(depends_on))[:16]
+def cache_folder(parent: Path, config: ExperimentConfig, dataset: str) -> Path:
+    """Return the cache's folder under `parent`, named by a digest of what its content depends on.
+
+    Args:
+        parent: holds the caches of a run.
+        config: backbone, precision, number of rows, augmentation.
+        dataset: the digest of its content, sizes and conditioning included.
+    """
+    train = config.train
+    depends_on = [
+        dataset,
+        model_digest(train.pretrained_model_name_or_path, train.revision),
+        train.variant,
+        train.tokenizer_name and model_digest(train.tokenizer_name, train.revision),
+        train.mixed_precision,
+        train.max_train_samples,
+        train.cache_latents,
+        train.augment and [config.seed, train.augment.model_dump(mode="json")],
+    ]
+    return parent / value_digest(depends_on)[:16]
 
 
 def drop_stale_caches(parent: Path, current: Path) -> None:
@@ -58,57 +134,126 @@ def drop_stale_caches(parent: Path, current: Path) -> None:
             remove_folder(folder)
 
 
-def fill_moments(
-    folder: Path, images: Any, encode: Callable[[Tensor], Tensor], accelerator: Accelerator
-) -> MomentCache:
-    """Encode what is missing, spread over the processes, and return the cache.
+def fill_views(
+    folder: Path, views: Views, encode: Callable[[Tensor], Tensor] | None, accelerator: Accelerator
+) -> ViewCache:
+    """Make the shards that are missing or damaged, spread over the processes, and return the cache.
 
     Args:
         folder: the split's cache folder.
-        images: a sequence of views; `.image` is (H, W) or (H, W, 3) uint8.
-        encode: (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w) moments.
+        views: the split.
+        encode: (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w) moments; None keeps the copies' prompts only.
         accelerator: tells the processes apart.
+
+    Raises:
+        MaskLoomError: an image's moments are not finite, or the disk is full.
     """
-    cache = MomentCache(folder, len(images))
-    missing = cache.missing()
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    cache = ViewCache(folder, len(views))
+    # Which shards are a process's own depends on their numbers alone: what is missing changes while others write.
+    own = range(accelerator.process_index, cache.shards, accelerator.num_processes)
+    missing = [shard for shard in own if not _is_whole(cache.path(shard), cache.span(shard))]
     if missing:
-        with progress(f"caching {folder.name}", len(mine), "shards", show=accelerator.is_main_process) as advance:
-            for shard in mine:
-                span = range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, len(images)))
-                path = folder / _name(shard)
-                with told_when_unwritable(path), atomic_path(path) as temporary:
-                    save_file(_encoded(span, images, encode), temporary)
+        with progress(f"caching {folder.name}", len(missing), "shards", show=accelerator.is_main_process) as advance:
+            for shard in missing:
+                tensors, texts = _made(cache.span(shard), views, encode)
+                _save(cache.path(shard), tensors, {"of": str(cache.span(shard)), "prompts": texts})
                 advance()
     accelerator.wait_for_everyone()
     return cache
 
 
-def _encoded(span: range, images: Any, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Return the moments of the views of a span by their number; runs of images of one size are encoded together."""
-    moments: dict[str, Tensor] = {}
-    for start in range(0, len(span), ENCODE_BATCH):
-        batch = [(index, pixels(images[index].image)) for index in span[start : start + ENCODE_BATCH]]
-        for _, same_size in groupby(batch, key=lambda item: item[1].shape):
-            numbers, pictures = zip(*same_size, strict=True)
-            found = encode(torch.stack(pictures)).cpu()
-            moments |= {
-                str(number): row.clone(memory_format=torch.contiguous_format)
-                for number, row in zip(numbers, found, strict=True)
-            }
-    return moments
+def _made(
+    span: range, views: Views, encode: Callable[[Tensor], Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a shard's tensors by name, and the prompts of its copies."""
+    tensors: dict[str, Tensor] = {}
+    prompts: dict[str, str] = {}
+    for numbers in views.batches(span if encode else filter(views.is_copy, span), ENCODE_BATCH):
+        images: list[Picture] = []
+        for index in numbers:
+            if not views.is_copy(index):
+                images.append(views.image(index))
+                continue
+            pictures = views.pictures(index)
+            prompts[str(index)] = views.prompt(index, pictures.mask)
+            images.append(pictures.image)
+            if encode:
+                tensors[f"{index}.conditioning"] = _file(pictures.conditioning)
+                tensors |= {} if pictures.mask is None else {f"{index}.mask": _file(pictures.mask)}
+        if encode:
+            moments = encode(torch.stack([pixels(image) for image in images])).cpu()
+            _check_finite(moments, numbers, views)
+            names = [f"{index}.moments" for index in numbers]
+            # A row of its own memory, as the file holds it; a channels-last VAE would leave its own order in it.
+            rows = [row.clone(memory_format=torch.contiguous_format) for row in moments]
+            tensors |= dict(zip(names, rows, strict=True))
+    return tensors, prompts
+
+
+def _file(picture: Picture) -> Tensor:
+    """Return a picture as the bytes of its PNG file."""
+    return torch.frombuffer(bytearray(png_bytes(picture)), dtype=torch.uint8)
+
+
+def _check_finite(moments: Tensor, numbers: Sequence[int], views: Views) -> None:
+    for index, row in zip(numbers, moments, strict=True):
+        if not torch.isfinite(row).all():
+            raise MaskLoomError(
+                f"sample {views.sample_id(index)}: the VAE's output holds NaN or infinite values in {row.dtype}; "
+                "set train.mixed_precision=bf16 or no, or use another VAE"
+            )
 
 
 def fill_embeddings(
     path: Path, prompts: Sequence[str], encode: Callable[[list[str]], Tensor], accelerator: Accelerator
 ) -> Tensor:
-    """Return the embeddings of unique prompts, (U, L, D), from the cache file, which is made if it is missing."""
-    if not path.is_file() and accelerator.is_main_process:
-        embeddings = [encode(list(prompts[i : i + 64])).cpu() for i in range(0, len(prompts), 64)]
-        with told_when_unwritable(path), atomic_path(path) as temporary:
-            save_file({"embeddings": torch.cat(embeddings).contiguous()}, temporary)
+    """Return the embeddings of unique prompts, (U, L, D), from the cache file, which is made if it is missing or damaged."""
+    made_from = value_digest(list(prompts))
+    if accelerator.is_main_process and not _is_whole(path, made_from):
+        embeddings = [encode(list(prompts[i : i + PROMPT_BATCH])).cpu() for i in range(0, len(prompts), PROMPT_BATCH)]
+        _save(path, {"embeddings": torch.cat(embeddings).contiguous()}, {"of": made_from})
     accelerator.wait_for_everyone()
     return load_file(path)["embeddings"]
+
+
+def _save(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Write a file of the cache atomically, with its checksum."""
+    notes = {**notes, "crc32": _checksum(tensors.items(), notes)}
+    with told_when_unwritable(path), atomic_path(path) as temporary:
+        # One entry: safetensors writes several in any order, and the same content shall give the same bytes.
+        save_file(tensors, temporary, metadata={"notes": json.dumps(notes, ensure_ascii=False)})
+
+
+def _notes(file: Any) -> dict[str, Any]:
+    """Return what a file of the cache says of itself; nothing where it is another kind of file."""
+    return json.loads((file.metadata() or {}).get("notes", "{}"))
+
+
+def _is_whole(path: Path, of: range | str) -> bool:
+    """Whether a file of the cache is there, of these views (or prompts), and as it was written; tells where it is not.
+
+    Cut files do not open; changed ones differ from their checksum. Reading all of a cache is quick beside one epoch.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = _notes(file)
+            found = _checksum(((name, file.get_tensor(name)) for name in file.keys()), notes)  # noqa: SIM118
+    except (SafetensorError, ValueError):
+        whole = False
+    else:
+        whole = notes.get("of") == str(of) and notes.get("crc32") == found
+    if not whole:
+        say(f"{path}: damaged; making it again")
+    return whole
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]], notes: dict[str, Any]) -> str:
+    """Return a checksum over tensors, in any order, and the other notes."""
+    sums = [zlib.crc32(tensor.view(torch.uint8).numpy().data, zlib.crc32(name.encode())) for name, tensor in tensors]
+    rest = {name: note for name, note in notes.items() if name != "crc32"}
+    return f"{zlib.crc32(json.dumps([sorted(sums), rest], sort_keys=True).encode()):08x}"
 
 
 def pixels(image: Picture | Image.Image) -> Tensor:
@@ -120,12 +265,3 @@ def rgb_array(image: Picture | Image.Image) -> Picture:
     """Return a grey or RGB image as (H, W, 3) uint8; grey becomes three equal channels."""
     array = np.asarray(image)
     return np.array(array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2))
-
-
-def _name(shard: int) -> str:
-    return f"moments-{shard:05d}.safetensors"
-
-
-@lru_cache(maxsize=64)
-def _shard(path: str) -> Any:
-    return safe_open(path, framework="pt")

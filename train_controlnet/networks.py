@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -14,12 +13,16 @@ from pipeline.backbone import DTYPES, load_part, load_weights, use_xformers
 from pipeline.config import TrainConfig
 from pipeline.errors import MaskLoomError
 
+# Blocks of one class share their code, and beyond so many shapes of them torch would go on uncompiled; its default of 8 is too few.
+MOST_BLOCK_SHAPES = 64
 # The attention's projections, as in diffusers' LoRA scripts; CLIP names its own otherwise.
 LORA_TARGETS = {
     "unet": ["to_k", "to_q", "to_v", "to_out.0"],
     "controlnet": ["to_k", "to_q", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
+# What a ControlNet's inputs and residuals have in common with the UNet that they are added to.
+SHARED_SIZES = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
 
 
 @dataclass
@@ -37,14 +40,19 @@ class Networks:
     unet: UNet2DConditionModel
     controlnet: ControlNetModel | None
 
+    def loaded(self) -> dict[str, nn.Module]:
+        """Return the networks that there are, by name."""
+        parts = {
+            "controlnet": self.controlnet,
+            "unet": self.unet,
+            "text_encoder": self.text_encoder,
+            "vae": self.vae,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
     def trained(self) -> dict[str, nn.Module]:
         """Return the networks that hold trained weights, by name."""
-        parts = {"controlnet": self.controlnet, "unet": self.unet, "text_encoder": self.text_encoder}
-        return {
-            name: part
-            for name, part in parts.items()
-            if part is not None and any(p.requires_grad for p in part.parameters())
-        }
+        return {name: part for name, part in self.loaded().items() if any(p.requires_grad for p in part.parameters())}
 
 
 def load_networks(config: TrainConfig, device: torch.device) -> Networks:
@@ -53,11 +61,12 @@ def load_networks(config: TrainConfig, device: torch.device) -> Networks:
     Weights that start at random (a fresh ControlNet's, the adapters') follow torch's global seed.
 
     Raises:
-        MaskLoomError: a part cannot be loaded, or a switch needs a package that is missing.
+        MaskLoomError: a part cannot be loaded or does not fit the others, or a switch needs a package that is missing.
     """
     dtype = DTYPES[config.mixed_precision]
     name, where = config.pretrained_model_name_or_path, {"revision": config.revision, "variant": config.variant}
-    unet = load_part(UNet2DConditionModel, name, subfolder="unet", torch_dtype=dtype, **where)
+    # In float32 at first: weights that go on to be trained, or are copied to be, must not begin rounded.
+    unet = load_part(UNet2DConditionModel, name, subfolder="unet", torch_dtype=torch.float32, **where)
     networks = Networks(
         _tokenizer(config),
         _scheduler(config),
@@ -66,10 +75,15 @@ def load_networks(config: TrainConfig, device: torch.device) -> Networks:
         unet,
         _controlnet(config, unet),
     )
+    return prepared_networks(networks, config, device)
+
+
+def prepared_networks(networks: Networks, config: TrainConfig, device: torch.device) -> Networks:
+    """Return the networks as they are trained: what is trained chosen, precisions, device and switches set."""
     _choose_trained(networks, config)
-    for module in (networks.text_encoder, networks.vae, networks.unet, networks.controlnet):
-        if module is not None:
-            module.to(device)
+    for network in networks.loaded().values():
+        _set_precision(network, DTYPES[config.mixed_precision])
+        network.to(device)
     _apply_switches(networks, config)
     return networks
 
@@ -103,24 +117,31 @@ def _scheduler(config: TrainConfig) -> DDPMScheduler:
 
 
 def _controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel | None:
-    """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to go on from."""
+    """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to go on from.
+
+    Raises:
+        MaskLoomError: the given weights cannot be loaded, or belong to another kind of backbone.
+    """
     if config.controlnet == "none":
         return None
-    if not config.controlnet_model_name_or_path:
-        return ControlNetModel.from_unet(unet).float()
-    return load_weights(
-        ControlNetModel,
-        config.controlnet_model_name_or_path,
-        "train.controlnet_model_name_or_path",
-        torch_dtype=torch.float32,
-    )
+    name, key = config.controlnet_model_name_or_path, "train.controlnet_model_name_or_path"
+    if not name:
+        return ControlNetModel.from_unet(unet)
+    controlnet = load_weights(ControlNetModel, name, key, torch_dtype=torch.float32)
+    unlike = [size for size in SHARED_SIZES if controlnet.config[size] != unet.config[size]]
+    if unlike:
+        differences = ", ".join(f"{size} {controlnet.config[size]}, not {unet.config[size]}" for size in unlike)
+        raise MaskLoomError(
+            f"{key}={name}: made for another backbone than {config.pretrained_model_name_or_path} ({differences}); "
+            "give a ControlNet of this backbone, or null to start from its UNet"
+        )
+    return controlnet
 
 
 def _choose_trained(networks: Networks, config: TrainConfig) -> None:
     """Freeze everything, then let go of what the configuration trains; add the adapters."""
-    for part in (networks.text_encoder, networks.vae, networks.unet, networks.controlnet):
-        if part is not None:
-            part.requires_grad_(False).eval()
+    for part in networks.loaded().values():
+        part.requires_grad_(False).eval()
     for name in config.lora:
         adapters = LoraConfig(
             r=config.rank,
@@ -131,8 +152,12 @@ def _choose_trained(networks: Networks, config: TrainConfig) -> None:
         getattr(networks, name).add_adapter(adapters)
     for module in _trained_modules(networks, config):  # after the adapters: adding them freezes all other weights
         module.requires_grad_(True)
-    # A gradient scaler refuses gradients in half precision, and small updates would be lost in it.
-    cast_training_params(list(networks.trained().values()))
+
+
+def _set_precision(network: nn.Module, frozen: torch.dtype) -> None:
+    """Give frozen weights their precision, and trained ones float32: small updates would be lost in half of it."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
 
 
 def _trained_modules(networks: Networks, config: TrainConfig) -> list[nn.Module]:
@@ -196,6 +221,7 @@ def compile_repeated_blocks(network: nn.Module) -> None:
 
     diffusers' own `compile_repeated_blocks` knows no blocks of a ControlNet, and leaves residual blocks out.
     """
+    torch._dynamo.config.recompile_limit = MOST_BLOCK_SHAPES
     for module in network.modules():
         if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
             module.compile()

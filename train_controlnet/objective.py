@@ -79,8 +79,8 @@ def timestep_weights(scheduler: Any, timesteps: Tensor, snr_gamma: float | None,
         timesteps: (B,) int64.
         snr_gamma: min(SNR, gamma) in terms of the error of the latents (Hang et al., Efficient Diffusion Training via Min-SNR Weighting
             Strategy, 2023), that is divided by SNR for noise and by SNR + 1 for velocities; None: no such weights.
-        debiased: 1/sqrt(SNR) for noise (Yu et al., Unmasking Bias in Diffusion Model Training, 2023), 1/(SNR + 1) for velocities as in
-            sd-scripts; the latents themselves get none.
+        debiased: 1/sqrt(SNR) for noise (Yu et al., Unmasking Bias in Diffusion Model Training, 2023), 1/(SNR + 1) for velocities, both with
+            SNR at most `MAX_SNR`, as in sd-scripts (library/custom_train_functions.py); the latents themselves get none.
     """
     if snr_gamma is None and not debiased:
         return torch.ones(timesteps.shape, device=timesteps.device)
@@ -90,4 +90,5 @@ def timestep_weights(scheduler: Any, timesteps: Tensor, snr_gamma: float | None,
         return snr.clamp(max=snr_gamma) / divisor
     if kind == "sample":
         return torch.ones_like(snr)
-    return 1 / (snr + 1) if kind == "v_prediction" else snr.clamp(max=MAX_SNR).rsqrt()
+    snr = snr.clamp(max=MAX_SNR)
+    return 1 / (snr + 1) if kind == "v_prediction" else snr.rsqrt()

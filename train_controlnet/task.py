@@ -1,7 +1,6 @@
 """Training of a ControlNet, adapters, or both, as a task of the shared loop."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from pipeline.backbone import DTYPES
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract, open_split
-from pipeline.files import model_digest, value_digest
 from pipeline.randomness import Draws
 from pipeline.runs import Run
 from pipeline.training import Task
-from train_controlnet.latent_cache import cache_folder, drop_stale_caches, fill_embeddings, fill_moments
+from train_controlnet.decoder import load_decoder
+from train_controlnet.latent_cache import cache_folder, drop_stale_caches, fill_embeddings, fill_views
 from train_controlnet.networks import load_networks
 from train_controlnet.objective import (
     denoising_losses,
@@ -24,8 +23,8 @@ from train_controlnet.objective import (
     sample_latents,
     timestep_weights,
 )
-from train_controlnet.prompts import view_prompts
-from train_controlnet.rows import TrainingRows, Views
+from train_controlnet.prompts import numbered_prompts
+from train_controlnet.rows import TrainingRows, Views, size_buckets
 from train_controlnet.validation import Validator
 
 OPTIMIZER = "denoiser"
@@ -43,6 +42,8 @@ class DiffusionTask(Task):
         self.config, self.device = config.train, accelerator.device
         self.dtype = DTYPES[config.train.mixed_precision]
         self.parts = load_networks(config.train, self.device)
+        if config.train.vae_decoder is not None:  # for pictures and adherence; the encoder is the backbone's
+            load_decoder(self.parts.vae, run)
         self.scheduler = self.parts.scheduler
         self.networks = self.parts.trained()
         self.trained_parameters = sum(p.numel() for p in self.parameters()[OPTIMIZER])
@@ -58,17 +59,22 @@ class DiffusionTask(Task):
         latents = self.latents(batch, draws)
         noise = self._noise(latents, draws)
         timesteps = draws.integers("timestep", self.scheduler.config.num_train_timesteps)
+        prompts, conditioning = self.led_by(batch, draws)
+        losses = self.sample_losses(latents, noise, timesteps, prompts, conditioning, batch.get("foreground"))
+        weights = timestep_weights(
+            self.scheduler, timesteps, self.config.snr_gamma, self.config.debiased_estimation_loss
+        )
+        yield OPTIMIZER, (losses * weights).mean()
+
+    def led_by(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Return numbers of prompts and conditioning images, some of each left out, independently: the empty prompt, a black image."""
         without_prompt = draws.uniform("empty prompt") < self.config.proportion_empty_prompts
         prompts = batch["prompt"].masked_fill(without_prompt, 0)
         conditioning = batch.get("conditioning")
         if conditioning is not None and self.config.proportion_empty_conditioning:
             without_mask = draws.uniform("empty conditioning") < self.config.proportion_empty_conditioning
             conditioning = conditioning * ~without_mask[:, None, None, None]
-        losses = self.sample_losses(latents, noise, timesteps, prompts, conditioning, batch.get("foreground"))
-        weights = timestep_weights(
-            self.scheduler, timesteps, self.config.snr_gamma, self.config.debiased_estimation_loss
-        )
-        yield OPTIMIZER, (losses * weights).mean()
+        return prompts, conditioning
 
     def latents(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """Return (B, C, h, w) float32 latents: a fresh draw from the posterior of each image."""
@@ -174,31 +180,37 @@ class DiffusionTask(Task):
     def _fill_caches(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
         """Make training and validation rows; VAE and text encoder leave the device when the caches hold their work."""
         self.views = self._open_views(config, run, contract)
-        folder = self._cache_folder(config, run.generator / "cache", contract)
+        folder = cache_folder(run.generator / "cache", config, contract.digest)
         if accelerator.is_main_process:
             drop_stale_caches(folder.parent, folder)
         accelerator.wait_for_everyone()
-        prompts = view_prompts(folder / "prompts.json", self.views, accelerator)
+        cached = self.config.cache_latents
+        caches = {
+            name: fill_views(folder / name, views, self.encode if cached else None, accelerator)
+            for name, views in self.views.items()
+            if cached or views.copies > 1
+        }
+        made = {name: cache.prompts() for name, cache in caches.items()}
+        prompts = numbered_prompts({name: views.prompts(made.get(name, {})) for name, views in self.views.items()})
         if "text_encoder" in self.networks:
             self.text = self._tokens(prompts.unique).to(self.device)
         else:
             embeddings = fill_embeddings(folder / "prompts.safetensors", prompts.unique, self.embed, accelerator)
             self.text = embeddings.to(self.device, self.dtype)
             self.parts.text_encoder.to("cpu")
-        self.rows = {}
-        for name, views in self.views.items():
-            cached = self.config.cache_latents
-            moments = fill_moments(folder / name, views, self.encode, accelerator) if cached else None
-            self.rows[name] = TrainingRows(
+        self.rows = {
+            name: TrainingRows(
                 views,
-                moments,
+                caches[name] if cached else None,
                 prompts.numbers[name],
                 with_conditioning=self.parts.controlnet is not None,
                 with_foreground=self.config.lesion_loss_weight > 1,
                 shuffled_by=config.seed if self.config.shuffle_conditioning and name == "train" else None,
             )
-        self.dataset = self.rows["train"]
-        if self.config.cache_latents:
+            for name, views in self.views.items()
+        }
+        self.dataset, self.buckets = self.rows["train"], size_buckets(self.views["train"])
+        if cached:
             self.parts.vae.to("cpu")
 
     def _open_views(self, config: ExperimentConfig, run: Run, contract: Contract) -> dict[str, Views]:
@@ -213,17 +225,3 @@ class DiffusionTask(Task):
             augment = self.config.augment if name == "train" else None
             views[name] = Views(rows, contract.description, augment, config.seed)
         return views
-
-    def _cache_folder(self, config: ExperimentConfig, parent: Path, contract: Contract) -> Path:
-        """Return the cache's folder, named by all that the cached content depends on."""
-        train = config.train
-        augment = train.augment and {"seed": config.seed, **train.augment.model_dump(mode="json")}
-        backbone = model_digest(train.pretrained_model_name_or_path, train.revision)
-        made_from = [
-            contract.digest,
-            backbone,
-            str(train.tokenizer_name),
-            str(self.dtype),
-            str(train.max_train_samples),
-        ]
-        return cache_folder(parent, [*made_from, value_digest(augment)])

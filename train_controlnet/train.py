@@ -7,8 +7,8 @@ from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import model_digest, remove_folder, value_digest
 from pipeline.runs import Run, Stage, open_run
+from pipeline.trained_parts import exported_names
 from pipeline.verification import verify_quickly
-from train_controlnet.outputs import exported_names
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
@@ -23,13 +23,14 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     """
     run = open_run(config)
     contract = verify_quickly(run.dataset)
-    _check_trainable(run, contract, config.train)
+    check_trainable(run, contract, config.train)
     stage = _stage(config, run, contract)
     if stage.skips(force):
         return
     from accelerate.utils import set_seed
 
     from pipeline.training import make_accelerator, train
+    from train_controlnet.decoder import train_decoder
     from train_controlnet.export import export
     from train_controlnet.task import DiffusionTask
 
@@ -38,6 +39,8 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         if force and accelerator.is_main_process:
             remove_folder(run.generator)
         accelerator.wait_for_everyone()
+        if config.train.vae_decoder is not None:
+            results["vae_decoder"] = train_decoder(config, run, contract, accelerator, stage.inputs)
         set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
         task = DiffusionTask(config, run, contract, accelerator)
         train(task, config.train, accelerator, run.generator, config.seed, stage.inputs)
@@ -59,7 +62,7 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     return Stage(run, "train", inputs, settings, outputs)
 
 
-def _check_trainable(run: Run, contract: Contract, config: TrainConfig) -> None:
+def check_trainable(run: Run, contract: Contract, config: TrainConfig) -> None:
     """Tell what the dataset cannot be used for.
 
     Raises:

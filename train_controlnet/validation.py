@@ -1,4 +1,4 @@
-"""Held-out loss on fixed noise by timestep bin, and pictures: is the condition being learnt, and where?"""
+"""Is the condition being learnt, and where? Held-out loss on fixed noise by timestep bin, with the right and with a wrong mask; mask adherence; pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import default_collate
@@ -17,16 +16,22 @@ from torch.utils.data import default_collate
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
 from pipeline.files import atomic_path
-from pipeline.randomness import Draws, keyed_generator
+from pipeline.metrics_log import METRICS_FILE
+from pipeline.progress import say
+from pipeline.randomness import Draws
 from pipeline.runs import Run
+from pipeline.training import total_steps
+from train_controlnet.adherence import AdherenceMeter
 from train_controlnet.latent_cache import rgb_array
+from train_controlnet.pictures import Sampling, Wish, further_wishes, grid, sampled_images, show_in_trackers
+from train_controlnet.rows import TrainingRows
+from train_controlnet.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 
 if TYPE_CHECKING:
     from train_controlnet.task import DiffusionTask
 
-PICTURE_STEPS = 20
-PICTURE_GUIDANCE = 3.0
 BATCH = 16
+Losses = NDArray[np.float64]
 
 
 class Validator:
@@ -35,19 +40,57 @@ class Validator:
     def __init__(
         self, task: DiffusionTask, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator
     ) -> None:
-        self.task, self.config, self.contract, self.accelerator = task, config, contract, accelerator
-        self.folder = run.logs("train") / "images"
+        """Keep the parts; train the reader of masks where adherence is measured.
+
+        Raises:
+            MaskLoomError: adherence cannot be measured (see `AdherenceMeter`), or a `train.validation_image` cannot be used.
+        """
+        self.task, self.config, self.accelerator = task, config, accelerator
+        self.logs = run.logs("train")
+        self.further = further_wishes(config.train, contract.description.sizes)
+        self.meter = None
+        if config.train.adherence and accelerator.is_main_process:  # the others never validate
+            self.meter = AdherenceMeter(task.views, config, run, contract, task.device)
+        rows = task.rows.get("validation")
+        self.rows, self.others = rows, None
+        if rows is not None and rows.with_conditioning and len(rows) > 1:
+            self.others = TrainingRows(rows.views, rows.moments, rows.prompts, True, False, config.seed)
 
     @torch.no_grad()
     def figures(self, step: int) -> dict[str, float]:
-        """Return `loss` and `loss_bin_K` on validation rows; write a grid of pictures. Empty without such rows."""
-        if "validation" not in self.task.rows:
+        """Return the held-out figures, write a grid of pictures, and tell whether masks are followed. Empty without validation rows.
+
+        `loss` and `loss_bin_K`; with a ControlNet `condition_gain` and `condition_gain_bin_K`: the share of the loss with another row's
+        conditioning image that the right one takes away; with `train.adherence` the figures of `Reading`; with a ControlNet
+        `condition_followed` and `condition_ignored`, 0 or 1.
+        """
+        if self.rows is None:
             return {}
         with self._single_process():
-            losses = [self._bin_loss(timestep) for timestep in self._bin_centres()]
-            if self.config.train.num_validation_images:
-                self._write_pictures(step)
-        return {"loss": float(np.mean(losses)), **{f"loss_bin_{i}": loss for i, loss in enumerate(losses)}}
+            right = np.stack([self._losses(self.rows, timestep) for timestep in self._bin_centres()])
+            figures = _bin_figures("loss", right.mean(axis=1), right.mean())
+            wrong = reading = None
+            if self.others is not None:
+                wrong = np.stack([self._losses(self.others, timestep) for timestep in self._bin_centres()])
+                gains = 1 - right.mean(axis=1) / wrong.mean(axis=1)
+                figures |= _bin_figures("condition_gain", gains, 1 - right.mean() / wrong.mean())
+            if self.meter is not None:
+                meter, seed = self.meter, self.config.seed
+                reading = meter.reading(sampled_images(self.task, self.accelerator, meter.wishes, meter.sampling, seed))
+                figures |= reading.figures()
+            self._write_pictures(step)
+        if wrong is not None:
+            in_images = None if reading is None else clearly_above(reading.asked, reading.shuffled)
+            figures |= verdict(gains_from(right, wrong), in_images)
+            self._tell(step, figures)
+        return figures
+
+    def _tell(self, step: int, figures: dict[str, float]) -> None:
+        """Say it where masks begin to be followed, or are ignored though half of the steps are done."""
+        total = total_steps(self.config.train, len(self.task.rows["train"]), self.accelerator.num_processes)
+        line = news(step, total, figures, earlier_verdicts(self.logs / METRICS_FILE, step), self.config.train)
+        if line:
+            say(line)
 
     @contextmanager
     def _single_process(self) -> Iterator[None]:
@@ -65,73 +108,42 @@ class Validator:
         bins, total = self.config.train.validation_timestep_bins, self.task.scheduler.config.num_train_timesteps
         return [int((i + 0.5) * total / bins) for i in range(bins)]
 
-    def _bin_loss(self, timestep: int) -> float:
-        """Return the mean loss of the validation rows at one timestep, noise fixed for each row."""
-        rows = self.task.rows["validation"]
+    def _losses(self, rows: TrainingRows, timestep: int) -> Losses:
+        """Return the loss of each validation row, (N,), at one timestep, noise fixed for each row."""
         count = min(len(rows), self.config.train.validation_samples)
-        total = 0.0
-        for start in range(0, count, BATCH):
-            numbers = range(start, min(start + BATCH, count))
+        losses = np.empty(count)
+        for numbers in rows.views.batches(range(count), BATCH):
             batch = {k: v.to(self.task.device) for k, v in default_collate([rows[i] for i in numbers]).items()}
             draws = Draws(self.config.seed, numbers, self.task.device)
             latents = self.task.latents(batch, draws)
             noise = draws.normal(f"validation noise {timestep}", latents.shape[1:])
             timesteps = torch.full((len(numbers),), timestep, device=self.task.device)
             with self.accelerator.autocast():
-                losses = self.task.sample_losses(latents, noise, timesteps, batch["prompt"], batch.get("conditioning"))
-            total += float(losses.sum())
-        return total / count
+                found = self.task.sample_losses(latents, noise, timesteps, batch["prompt"], batch.get("conditioning"))
+            losses[numbers] = found.double().cpu().numpy()
+        return losses
 
     def _write_pictures(self, step: int) -> None:
-        """Write a grid: one row a validation sample; columns conditioning, real, sample."""
+        """Write a grid: a line for each of the fixed validation rows, then for each further picture; columns conditioning, real, sample.
+
+        They are sampled as the stage `generate` is configured to.
+        """
         split = self.task.views["validation"].rows
         count = min(self.config.train.num_validation_images, len(split))
         rows = [split[i] for i in np.linspace(0, len(split) - 1, count).astype(int).tolist()]
-        samples = self._samples([row["conditioning_image"] for row in rows], [row["text"] for row in rows])
-        lines = [
-            np.concatenate([rgb_array(row["conditioning_image"]), rgb_array(row["image"]), sample], axis=1)
-            for row, sample in zip(rows, samples, strict=True)
-        ]
-        grid = np.concatenate(lines, axis=0)
-        with atomic_path(self.folder / f"step-{step:06d}.png") as temporary:
-            Image.fromarray(grid).save(temporary, format="PNG")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image("validation", grid, step, dataformats="HWC")
+        wishes = [Wish(rgb_array(row["conditioning_image"]), row["text"]) for row in rows] + self.further
+        if not wishes:
+            return
+        how = self.config.generate
+        sampling = Sampling("picture", how.num_inference_steps, how.guidance_scale, how.controlnet_conditioning_scale)
+        real = [rgb_array(row["image"]) for row in rows] + [None] * len(self.further)
+        samples = sampled_images(self.task, self.accelerator, wishes, sampling, self.config.seed)
+        picture = grid(list(zip([wish.conditioning for wish in wishes], real, samples, strict=True)))
+        with atomic_path(self.logs / "images" / f"step-{step:06d}.png") as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG")
+        show_in_trackers(self.accelerator, picture, step)
 
-    def _samples(self, conditioning: list[Image.Image], prompts: list[str]) -> list[NDArray[np.uint8]]:
-        """Return (H, W, 3) uint8 samples, each from its own fixed seed."""
-        task, parts = self.task, self.task.parts
-        parts.vae.to(task.device)
-        parts.text_encoder.to(task.device)
-        shared = {
-            "vae": parts.vae,
-            "text_encoder": parts.text_encoder,
-            "tokenizer": parts.tokenizer,
-            "unet": parts.unet,
-            "scheduler": UniPCMultistepScheduler.from_config(task.scheduler.config),
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-        if parts.controlnet is None:
-            pipeline, led = StableDiffusionPipeline(**shared), {}
-        else:
-            pipeline = StableDiffusionControlNetPipeline(**shared, controlnet=parts.controlnet)
-            led = {"image": conditioning}
-        pipeline.set_progress_bar_config(disable=True)
-        generators = [keyed_generator(self.config.seed, "picture", i) for i in range(len(prompts))]
-        with self.accelerator.autocast():
-            images = pipeline(
-                prompts,
-                num_inference_steps=PICTURE_STEPS,
-                guidance_scale=PICTURE_GUIDANCE,
-                generator=generators,
-                output_type="np",
-                **led,
-            ).images
-        if "text_encoder" not in task.networks:
-            parts.text_encoder.to("cpu")
-        if task.config.cache_latents:
-            parts.vae.to("cpu")
-        return [(image * 255).round().astype(np.uint8) for image in images]
+
+def _bin_figures(name: str, bins: Losses, overall: float) -> dict[str, float]:
+    """Return `name` and `name_bin_K`."""
+    return {name: float(overall), **{f"{name}_bin_{i}": float(value) for i, value in enumerate(bins)}}

@@ -1,10 +1,14 @@
-"""`controlnet`: the backbone steered by the ControlNet that the stage `train` wrote (Zhang et al., arXiv:2302.05543)."""
+"""`controlnet`: the backbone steered by the ControlNet that the stage `train` wrote (Zhang et al., arXiv:2302.05543).
+
+Whatever else was trained takes part: adapters, the UNet's decoder, the VAE's decoder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,21 +17,21 @@ from pydantic import Field
 from generate import generator
 from generate.diffusion import (
     Sampler,
-    backbone_digest,
     check_backbone_folder,
     control_tensor,
     load_backbone,
+    trained_parts,
     weight_dtype,
+    weights_digest,
 )
 from generate.generator import Condition, ImageGenerator
+from pipeline.config import ExperimentConfig
 from pipeline.contract import Description
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import file_digest, value_digest
+from pipeline.errors import MaskLoomError
+from pipeline.runs import Run
 
 if TYPE_CHECKING:
     import torch
-
-FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 class Options(generator.Options):
@@ -36,66 +40,78 @@ class Options(generator.Options):
     negative_prompt: str = ""
     control_guidance_start: float = Field(0.0, ge=0, lt=1)
     control_guidance_end: float = Field(1.0, gt=0, le=1)
+    empty_conditioning: bool = Field(
+        False, description="an ablation: a black conditioning image, as `train.proportion_empty_conditioning` shows"
+    )
+    empty_prompt: bool = Field(
+        False, description="an ablation: the empty prompt, as `train.proportion_empty_prompts` shows"
+    )
 
 
 class Generator(ImageGenerator):
     """Stable Diffusion with a ControlNet that sees the conditioning image."""
 
     options: Options
-    uses_mask: ClassVar[bool] = True
+    uses_mask = True
+
+    def __init__(self, config: ExperimentConfig, run: Run, options: Options) -> None:
+        """Keep the configuration; no weights are read."""
+        super().__init__(config, run, options)
+        self.uses_mask = not options.empty_conditioning
 
     @property
-    def folder(self) -> Path:
-        """Where the stage `train` leaves the ControlNet."""
-        return self.run.generator / "controlnet"
-
-    def weights_digest(self) -> str:
-        """Return the identity of the backbone and of the ControlNet's weights.
+    def parts(self) -> dict[str, Path]:
+        """The trained weights, by name.
 
         Raises:
-            MaskLoomError: the ControlNet has not been trained yet.
+            MaskLoomError: this configuration trains without a ControlNet.
         """
-        for file in FILES:
-            if not (self.folder / file).is_file():
-                raise MaskLoomError(f"{self.folder / file}: missing; run train first (make train)")
-        return value_digest([backbone_digest(self.config), *(file_digest(self.folder / file) for file in FILES)])
+        if self.config.train.controlnet == "none":
+            raise MaskLoomError(
+                "generate.generators.controlnet: train.controlnet=none trains without a ControlNet; "
+                "set generate.generators={lora: {}, text_only: {}}"
+            )
+        return trained_parts(self.config, self.run, ("controlnet", "unet", "lora", "vae"))
+
+    def weights_digest(self) -> str:
+        """Return the identity of the backbone and of the trained weights.
+
+        Raises:
+            MaskLoomError: a part has not been trained yet, or never will be.
+        """
+        return weights_digest(self.config, self.parts)
 
     def check(self) -> None:
         """Look for the backbone."""
         check_backbone_folder(self.config)
 
     def load(self, device: torch.device, description: Description) -> None:
-        """Read backbone and ControlNet.
+        """Read the backbone and the trained weights.
 
         Raises:
-            MaskLoomError: the ControlNet's files are damaged.
+            MaskLoomError: files are damaged.
         """
-        from pipeline.backbone import silence_loading
-
-        silence_loading()
-        from diffusers import ControlNetModel
-
-        try:
-            controlnet = ControlNetModel.from_pretrained(
-                self.folder, torch_dtype=weight_dtype(self.config.generate), local_files_only=True
-            )
-        except Exception as error:  # whatever the readers inside raise, the remedy is the same
-            raise MaskLoomError(
-                f"{self.folder}: cannot be read as a ControlNet: {one_line(error)}; run train again with --force"
-            ) from error
-        embed_once(controlnet.controlnet_cond_embedding)
-        pipe = load_backbone(self.config, device, controlnet=controlnet)
+        pipe = load_backbone(self.config, device, self.parts)
+        embed_once(pipe.controlnet.controlnet_cond_embedding)
         self.sampler = Sampler(pipe, self.config.generate, description, self.options.negative_prompt)
 
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
-        """Return images that follow the prompts and the conditioning images."""
+        """Return images that follow the prompts and the conditioning images, less what an ablation takes away."""
+        seen = [self._seen(condition) for condition in conditions]
         return self.sampler.images(
-            conditions,
-            image=control_tensor(conditions, weight_dtype(self.config.generate)),
+            seen,
+            image=control_tensor(seen, weight_dtype(self.config.generate)),
             controlnet_conditioning_scale=self.config.generate.controlnet_conditioning_scale,
             control_guidance_start=self.options.control_guidance_start,
             control_guidance_end=self.options.control_guidance_end,
         )
+
+    def _seen(self, condition: Condition) -> Condition:
+        if self.options.empty_prompt:
+            condition = replace(condition, text="")
+        if self.options.empty_conditioning:
+            condition = replace(condition, conditioning_image=np.zeros_like(condition.conditioning_image))
+        return condition
 
 
 def embed_once(embedding: torch.nn.Module) -> None:

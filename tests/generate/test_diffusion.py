@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from generate.diffusion import Sampler, fast_scheduler, load_backbone
+from generate.diffusion import Sampler, load_backbone
 from generate.generate import open_generators
 from generate.generator import Condition
 from pipeline.errors import MaskLoomError
-from tests.generate.workbench import Bench
+from tests.generate.workbench import PLAIN, Bench
 from tests.tiny_datasets import tiny_description
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def condition(seed: int, text: str = "a disc") -> Condition:
 )
 def test_schedulers_keep_the_noise_schedule_of_the_backbone(bench: Bench, name: str, kind: str):
     config = bench.config(scheduler=name)
-    pipe = load_backbone(config, CPU)
+    pipe = load_backbone(config, CPU, {})
     assert type(pipe.scheduler).__name__ == kind
     assert pipe.scheduler.config.beta_schedule == "scaled_linear"
     assert pipe.scheduler.config.prediction_type == "epsilon"
@@ -39,15 +39,9 @@ def test_schedulers_keep_the_noise_schedule_of_the_backbone(bench: Bench, name: 
     assert images.shape == (1, 32, 32)
 
 
-def test_the_configuration_may_correct_the_prediction_type(bench: Bench):
-    config = bench.config(["train.prediction_type=v_prediction"])
-    assert load_backbone(config, CPU).scheduler.config.prediction_type == "v_prediction"
-    assert fast_scheduler({}, config).config.prediction_type == "v_prediction"
-
-
 def test_an_image_is_that_of_its_seed_and_prompt(bench: Bench):
     config = bench.config()
-    sampler = Sampler(load_backbone(config, CPU), config.generate, tiny_description(), "")
+    sampler = Sampler(load_backbone(config, CPU, {}), config.generate, tiny_description(), "")
     first, again, seed, text = sampler.images([condition(1), condition(1), condition(2), condition(1, "square")])
     np.testing.assert_allclose(first, again, atol=1e-5)
     assert abs(first - seed).max() > 0.01
@@ -56,14 +50,14 @@ def test_an_image_is_that_of_its_seed_and_prompt(bench: Bench):
 
 def test_the_mean_of_the_channels_is_grey(bench: Bench):
     config = bench.config()
-    pipe = load_backbone(config, CPU)
+    pipe = load_backbone(config, CPU, {})
     grey = Sampler(pipe, config.generate, tiny_description(), "").images([condition(1)])
     colour = Sampler(pipe, config.generate, tiny_description(channels=3), "").images([condition(1)])
     np.testing.assert_allclose(grey, colour.mean(axis=-1), atol=1e-6)
 
 
 def test_the_control_follows_its_scale(bench: Bench):
-    config = bench.config(generators={"controlnet": {}, "text_only": {}}, controlnet_conditioning_scale=0.0)
+    config = bench.config(PLAIN, generators={"controlnet": {}, "text_only": {}}, controlnet_conditioning_scale=0.0)
     generators = open_generators(config, bench.run).values()
     for one in generators:
         one.load(CPU, tiny_description())
@@ -72,13 +66,13 @@ def test_the_control_follows_its_scale(bench: Bench):
 
 
 def test_bfloat16_weights(bench: Bench):
-    pipe = load_backbone(bench.config(mixed_precision="bf16"), CPU)
+    pipe = load_backbone(bench.config(mixed_precision="bf16"), CPU, {})
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 
 def test_large_images_are_decoded_one_by_one(bench: Bench):
     config = bench.config()
-    pipe = load_backbone(config, CPU)
+    pipe = load_backbone(config, CPU, {})
     Sampler(pipe, config.generate, tiny_description(size=512), "")
     assert pipe.vae.use_slicing
 
@@ -95,9 +89,9 @@ def test_conditioning_images_are_embedded_once_a_batch(bench: Bench):
     assert (first != second).any()
 
 
-@pytest.mark.parametrize("name", ["controlnet", "text_only"])
+@pytest.mark.parametrize("name", ["controlnet", "lora", "text_only"])
 def test_a_mistyped_backbone_is_told_before_anything_is_written(bench: Bench, name: str):
-    config = bench.config([f"{KEY}={bench.folder}/nowhere"])
+    config = bench.config([f"{KEY}={bench.folder}/nowhere"], generators={name: {}})
     with pytest.raises(MaskLoomError, match=f"{KEY}=.*nowhere: no such folder"):
         open_generators(config, bench.run)[name].check()
 
@@ -106,20 +100,9 @@ def test_a_damaged_backbone(bench: Bench, tmp_path: Path):
     shutil.copytree(bench.backbone, tmp_path / "damaged")
     (tmp_path / "damaged/unet/diffusion_pytorch_model.safetensors").write_bytes(b"short")
     with pytest.raises(MaskLoomError, match=f"{KEY}: .*damaged"):
-        load_backbone(bench.config([f"{KEY}={tmp_path}/damaged"]), CPU)
-
-
-def test_a_controlnet_that_was_not_trained_or_is_damaged(bench: Bench):
-    generator = open_generators(bench.config(), bench.run)["controlnet"]
-    weights = bench.run.generator / "controlnet/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(b"short")
-    with pytest.raises(MaskLoomError, match=r"cannot be read as a ControlNet: .* run train again"):
-        generator.load(CPU, tiny_description())
-    weights.unlink()
-    with pytest.raises(MaskLoomError, match=r"safetensors: missing; run train first"):
-        _ = generator.digest
+        load_backbone(bench.config([f"{KEY}={tmp_path}/damaged"]), CPU, {})
 
 
 def test_xformers_where_it_is_not_installed(bench: Bench):
     with pytest.raises(MaskLoomError, match=r"enable_xformers_memory_efficient_attention: .*xformers"):
-        load_backbone(bench.config(enable_xformers_memory_efficient_attention=True), CPU)
+        load_backbone(bench.config(enable_xformers_memory_efficient_attention=True), CPU, {})

@@ -1,4 +1,4 @@
-"""A run folder with a tiny dataset, backbone and ControlNet: everything that `generate` reads."""
+"""A run folder with a tiny dataset, a backbone and all that can be trained on it: everything that `generate` reads."""
 
 import hashlib
 import multiprocessing
@@ -10,7 +10,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import CLIPTextModel
 
 from generate.generate import generate
 from pipeline.config import ExperimentConfig
@@ -21,23 +26,29 @@ from tests.tiny_datasets import write_tiny_run
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 32
 COUNTS = {"train": 7, "validation": 2, "test": 2}  # four discs and three squares to train on
+PLAIN = ["train.lora=[]", "train.vae_decoder=null"]
+"""Overrides after which the ControlNet is all that was trained."""
 
 
 class Bench:
-    """One experiment in a folder of its own."""
+    """One experiment in a folder of its own: a ControlNet, adapters and a VAE's decoder have been trained."""
 
     def __init__(self, folder: Path, models: Path, **dataset: Any) -> None:
-        """Lay a tiny dataset and a trained ControlNet into `folder/run`.
+        """Lay a tiny dataset and trained weights into `folder/run`.
 
         Args:
             folder: of the experiment.
-            models: holds `backbone` and `controlnet`.
+            models: holds `backbone` and `controlnet`; `lora` and `vae` are built beside them once.
             dataset: changes to `write_tiny_run`.
         """
         self.folder, self.backbone = folder, models / "backbone"
         self.run = Run(folder / "run")
         write_tiny_run(self.run.folder, {}, **{"counts": COUNTS, "size": SIDE, **dataset})
-        shutil.copytree(models / "controlnet", self.run.generator / "controlnet")
+        if not (models / "vae").is_dir():
+            build_tiny_lora(self.backbone, models / "lora")
+            build_tiny_vae(self.backbone, models / "vae")
+        for part in ("controlnet", "lora", "vae"):
+            shutil.copytree(models / part, self.run.generator / part)
 
     def config_file(self, **generate: Any) -> Path:
         """Write a configuration with changes to the section `generate` and return its path."""
@@ -46,7 +57,11 @@ class Bench:
             "run_dir": str(self.run.folder),
             "seed": 7,
             "data": {"dataset": "tiny", "image_size": SIDE},
-            "train": {"pretrained_model_name_or_path": str(self.backbone)},
+            "train": {
+                "pretrained_model_name_or_path": str(self.backbone),
+                "lora": ["unet", "text_encoder"],
+                "vae_decoder": {},
+            },
             "generate": {"num_images": 6, "num_inference_steps": 2, "batch_size": 2, "rows_per_shard": 3, **generate},
         }
         path = self.folder / "tiny.yaml"
@@ -58,6 +73,37 @@ class Bench:
         config = load_experiment(self.config_file(**generate), list(overrides))
         open_run(config)
         return config
+
+
+def build_tiny_lora(backbone: Path, folder: Path, seed: int = 0) -> Path:
+    """Write adapters on the attention of a tiny backbone's UNet and text encoder; trained ones change every image."""
+    unet = UNet2DConditionModel.from_pretrained(backbone, subfolder="unet", local_files_only=True)
+    text_encoder = CLIPTextModel.from_pretrained(backbone, subfolder="text_encoder", local_files_only=True)
+    adapters = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, network, layers in (
+            ("unet", unet, ["to_q", "to_v"]),
+            ("text_encoder", text_encoder, ["q_proj", "v_proj"]),
+        ):
+            network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
+            weights = get_peft_model_state_dict(network, save_embedding_layers=False)
+            # LoRA files have a level of names that transformers 5 dropped.
+            level = "text_model." if name == "text_encoder" and not hasattr(network, "text_model") else ""
+            named = {level + key: value for key, value in weights.items()}
+            adapters[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(named)
+    StableDiffusionPipeline.save_lora_weights(folder, **adapters)
+    return folder
+
+
+def build_tiny_vae(backbone: Path, folder: Path, seed: int = 0) -> Path:
+    """Write the VAE of a tiny backbone with another last layer of the decoder, as fine-tuning leaves one."""
+    vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae", local_files_only=True)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        vae.decoder.conv_out.weight += 0.1 * torch.randn_like(vae.decoder.conv_out.weight)
+    vae.save_pretrained(folder)
+    return folder
 
 
 def run_command(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

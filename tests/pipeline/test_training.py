@@ -1,6 +1,7 @@
 """The shared loop: exact resume, accumulation, averages, several optimizers, and its errors."""
 
 import json
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,53 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from pipeline.checkpoints import checkpoint_steps
-from pipeline.config import LoopConfig
 from pipeline.errors import MaskLoomError
 from pipeline.randomness import Draws
-from pipeline.training import Positioned, Task, make_accelerator, make_optimizer, train
-
-
-class Points(Dataset[dict[str, Any]]):
-    """Ten points on a noisy line."""
-
-    def __init__(self) -> None:
-        self.x = torch.linspace(-1, 1, 10)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"x": self.x[index].reshape(1), "y": (3 * self.x[index] + 1).reshape(1)}
-
-
-class LineTask(Task):
-    """A line fitted to the points, with input noise keyed like a diffusion's."""
-
-    def __init__(self, bad_row: int | None = None) -> None:
-        torch.manual_seed(0)
-        self.networks = {"line": nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))}
-        self.dataset = Points()
-        self.bad_row = bad_row
-        self.validated: list[int] = []
-
-    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        x = batch["x"] + 0.01 * draws.normal("input", (1,))
-        loss = (self.networks["line"](x) - batch["y"]).square().mean()
-        if self.bad_row is not None and (batch["x"] == self.dataset.x[self.bad_row]).any():
-            loss = loss * float("nan")
-        yield "line", loss
-
-    def validate(self, step: int) -> dict[str, float]:
-        self.validated.append(step)
-        return {"loss": 0.5}
-
-    def row_name(self, index: int) -> str:
-        return f"point-{index}"
+from pipeline.training import make_accelerator, make_optimizer, train
+from tests.pipeline.line_task import LineTask, flat, forget_accelerator, fresh_accelerator, run, settings
 
 
 class DuelTask(LineTask):
@@ -66,38 +27,22 @@ class DuelTask(LineTask):
         self.seen: list[tuple[float, float]] = []
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        before = float(self.networks["first"].weight)
+        before = float(self.networks["first"].weight.detach())
         yield "first", (self.networks["first"](batch["x"]) - batch["y"]).square().mean()
-        self.seen.append((before, float(self.networks["first"].weight)))
+        self.seen.append((before, float(self.networks["first"].weight.detach())))
         yield "second", (self.networks["second"](batch["x"]) + batch["y"]).square().mean()
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
 
 
-def settings(**changes: Any) -> LoopConfig:
-    values = {
-        "train_batch_size": 3, "gradient_accumulation_steps": 2, "max_train_steps": 8, "learning_rate": 0.05, "lr_scheduler": "cosine",
-        "use_ema": True, "ema_decay": 0.9, "checkpointing_steps": 2, "validation_steps": 4, "logging_steps": 2, "report_to": None,
-    }  # fmt: skip
-    return LoopConfig(**{**values, **changes})
-
-
-def run(folder: Path, task: Task, **changes: Any) -> dict[str, Tensor]:
-    config = settings(**changes)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    accelerator = make_accelerator(config, folder / "logs")
-    train(task, config, accelerator, folder, 7, {"dataset": "points"})
-    return {
-        f"{n}.{k}": v.clone()
-        for n, net in task.networks.items()
-        for k, v in accelerator.unwrap_model(net).state_dict().items()
-    }
+def logged(folder: Path, key: str) -> dict[int, float]:
+    """Return a logged figure by step."""
+    rows = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
 
 
 class Killed(Exception):
@@ -167,15 +112,8 @@ def test_figures_are_logged_once_a_step_after_a_resume(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path, CrashingTask(14))
     run(tmp_path, LineTask())
-    rows = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8]
-    assert [row["step"] for row in rows if "validation/loss" in row] == [4, 8]
-
-
-def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path: Path) -> None:
-    with pytest.raises(MaskLoomError, match=r"not finite at step \d+ .*point-4.*learning_rate"):
-        run(tmp_path, LineTask(bad_row=4))
-    assert len(checkpoint_steps(tmp_path)) <= 1
+    assert [*logged(tmp_path, "loss")] == [2, 4, 6, 8]
+    assert [*logged(tmp_path, "validation/loss")] == [4, 8]
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -214,17 +152,9 @@ def test_8bit_adam_without_bitsandbytes_is_an_error() -> None:
         import bitsandbytes  # noqa: F401
     except ImportError:
         with pytest.raises(MaskLoomError, match="bitsandbytes"):
-            make_optimizer([nn.Parameter(torch.zeros(1))], settings(use_8bit_adam=True), torch.device("cpu"))
+            make_optimizer([nn.Parameter(torch.zeros(1))], settings(use_8bit_adam=True), 1e-3)
     else:
         pytest.skip("bitsandbytes is installed")
-
-
-def test_every_epoch_sees_every_row_once_in_another_order() -> None:
-    stream = Positioned(Points(), seed=3)
-    epochs = [[stream.index(epoch * 10 + i) for i in range(10)] for epoch in range(3)]
-    assert all(sorted(order) == list(range(10)) for order in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[1] == [Positioned(Points(), seed=3).index(10 + i) for i in range(10)]
 
 
 def test_draws_depend_on_position_and_purpose_alone() -> None:
@@ -235,3 +165,131 @@ def test_draws_depend_on_position_and_purpose_alone() -> None:
     assert not torch.equal(both[1], Draws(2, [6], device).normal("noise", (4,))[0])
     assert 0 <= float(Draws(1, [9], device).uniform("u")) < 1
     assert 0 <= int(Draws(1, [9], device).integers("t", 10)) < 10
+
+
+class DroppingTask(LineTask):
+    """A network with dropout, which draws from torch's own generator."""
+
+    def __init__(self, after: int | None = None) -> None:
+        super().__init__()
+        self.networks = {"line": nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))}
+        self.left = after
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
+        if self.left == 0:
+            raise Killed
+        self.left = None if self.left is None else self.left - 1
+        yield from super().losses(batch, draws)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_dropout_goes_on_as_if_never_interrupted(tmp_path: Path, workers: int) -> None:
+    changes = {"use_ema": False, "dataloader_num_workers": workers}
+    whole = run(tmp_path / "whole", DroppingTask(), **changes)
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", DroppingTask(after=9), **changes)
+    found = run(tmp_path / "broken", DroppingTask(), **changes)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "expected"),
+    [
+        ("constant", {}, [1, 1, 1, 1, 1, 1]),
+        ("constant_with_warmup", {"lr_warmup_steps": 4}, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]),
+        ("linear", {"lr_warmup_steps": 2}, [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4, 0]),
+        ("cosine", {}, [cosine(step, 6) for step in range(1, 7)]),
+        ("cosine_with_restarts", {"lr_num_cycles": 2}, [cosine(1, 3), cosine(2, 3), 1, cosine(1, 3), cosine(2, 3), 0]),
+        ("polynomial", {"lr_power": 2.0}, [(1 - step / 6) ** 2 * (1 - 1e-7 / 0.05) + 1e-7 / 0.05 for step in range(1, 7)]),
+    ],
+)  # fmt: skip
+def test_learning_rates_follow_their_schedule(
+    tmp_path: Path, scheduler: str, changes: dict[str, Any], expected: list[float]
+) -> None:
+    run(tmp_path, LineTask(), lr_scheduler=scheduler, max_train_steps=6, logging_steps=1, **changes)
+    assert [*logged(tmp_path, "lr").values()] == pytest.approx([0.05 * share for share in expected], abs=1e-12)
+
+
+def test_the_rate_can_be_scaled_by_the_global_batch(tmp_path: Path) -> None:
+    scaled = run(tmp_path / "a", LineTask(), scale_lr=True, learning_rate=0.01, lr_scheduler="constant")
+    assert set(logged(tmp_path / "a", "lr").values()) == {0.06}  # 3 samples, 2 micro-batches, 1 process
+    plain = run(tmp_path / "b", LineTask(), learning_rate=0.06, lr_scheduler="constant")
+    assert all(torch.equal(scaled[name], plain[name]) for name in plain)
+
+
+def test_epochs_set_the_steps_and_the_schedules_length(tmp_path: Path) -> None:
+    run(tmp_path, LineTask(), num_train_epochs=3, max_train_steps=999, lr_scheduler="linear", logging_steps=1)
+    rates = logged(tmp_path, "lr")
+    assert [*rates] == [1, 2, 3, 4, 5]  # 30 rows, 6 a step
+    assert [*rates.values()] == pytest.approx([0.04, 0.03, 0.02, 0.01, 0.0], abs=1e-12)
+    assert max(checkpoint_steps(tmp_path)) == 5
+
+
+LOSSES = {2: 0.9, 4: 0.4, 6: 0.7, 8: 0.4, 10: 0.3}  # 0.4 again is no better
+STOPPING = {
+    "max_train_steps": 20,
+    "validation_steps": 2,
+    "early_stopping_patience": 2,
+    "checkpointing_steps": 3,
+    "logging_steps": 5,
+}
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_patience_ends_a_training_and_the_best_weights_stay(tmp_path: Path, use_ema: bool) -> None:
+    task = LineTask(validation_losses=LOSSES)
+    run(tmp_path, task, use_ema=use_ema, **STOPPING)
+    assert [*task.validated] == [2, 4, 6, 8]
+    assert torch.equal(flat(task), task.validated[4])
+    assert [*logged(tmp_path, "loss")] == [5, 8]
+    assert [*checkpoint_steps(tmp_path)] == [6, 8]
+    again = LineTask(validation_losses=LOSSES)
+    run(tmp_path, again, use_ema=use_ema, **STOPPING)
+    assert again.validated == {}  # it is over: nothing more is trained
+    assert torch.equal(flat(again), task.validated[4])
+
+
+@pytest.mark.parametrize("after", [5, 7, 11, 13])
+def test_an_interrupted_training_loses_neither_patience_nor_best_weights(tmp_path: Path, after: int) -> None:
+    whole = LineTask(validation_losses=LOSSES)
+    run(tmp_path / "whole", whole, **STOPPING)
+    broken = CrashingTask(after)
+    broken.validation_losses = LOSSES
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", broken, **STOPPING)
+    resumed = LineTask(validation_losses=LOSSES)
+    run(tmp_path / "broken", resumed, **STOPPING)
+    assert max(resumed.validated) == 8
+    assert torch.equal(flat(resumed), flat(whole))
+
+
+def test_without_patience_the_last_weights_stay(tmp_path: Path) -> None:
+    task = LineTask(validation_losses=LOSSES)
+    run(tmp_path, task, use_ema=False, **{**STOPPING, "early_stopping_patience": None, "max_train_steps": 10})
+    assert [*task.validated] == [2, 4, 6, 8, 10]
+    assert torch.equal(flat(task), task.validated[10])
+
+
+class UnjudgedTask(LineTask):
+    def validate(self, step: int) -> dict[str, float]:
+        return {}
+
+
+def test_patience_without_a_validation_loss_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MaskLoomError, match=r"early_stopping_patience needs a validation split"):
+        run(tmp_path, UnjudgedTask(), **STOPPING)
+
+
+def test_two_trainings_in_one_process_keep_their_own_accumulation(tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone", LineTask())
+    config = settings()
+    accelerator = fresh_accelerator(tmp_path / "second", config)
+    other = settings(gradient_accumulation_steps=3, max_train_steps=2)
+    train(LineTask(), other, make_accelerator(other, tmp_path / "first" / "logs"), tmp_path / "first", 7, {})
+    task = LineTask()
+    train(task, config, accelerator, tmp_path / "second", 7, {"dataset": "points"})
+    assert torch.equal(flat(task), torch.cat([value.flatten() for value in alone.values()]))

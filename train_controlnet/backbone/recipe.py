@@ -132,13 +132,15 @@ def _checked(contract: Contract, config: BackboneConfig) -> Contract:
     """Return the contract of a dataset that can be learnt.
 
     Raises:
-        MaskLoomError: it is synthetic, not square, or smaller than the backbone's images.
+        MaskLoomError: it is synthetic, not square, of several sizes, or smaller than the backbone's images.
     """
     about, size = contract.description, config.architecture.image_size
     if about.origin != "real":
         raise MaskLoomError(
             f"sources: {about.dataset} is a synthetic dataset; a backbone is trained on real images only"
         )
+    if about.buckets:
+        raise MaskLoomError(f"sources: {about.dataset} holds images of several sizes; prepare it without data.buckets")
     height, width = about.image_size
     if height != width or height < size:
         raise MaskLoomError(

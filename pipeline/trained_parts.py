@@ -7,7 +7,7 @@ def exported_names(config: TrainConfig) -> list[str]:
     """Return the folders' names, each one that a diffusers user loads by itself.
 
     `controlnet` (`ControlNetModel.from_pretrained`), `unet` (`UNet2DConditionModel.from_pretrained`; where its decoder was trained), `lora`
-    (`pipe.load_lora_weights`).
+    (`pipe.load_lora_weights`), `vae` (`AutoencoderKL.from_pretrained`; where its decoder was fine-tuned).
     """
     names = []
     if config.controlnet != "none":
@@ -16,4 +16,6 @@ def exported_names(config: TrainConfig) -> list[str]:
         names.append("unet")
     if {"unet", "text_encoder"} & set(config.lora):
         names.append("lora")
+    if config.vae_decoder is not None:
+        names.append("vae")
     return names

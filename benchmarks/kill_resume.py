@@ -1,0 +1,333 @@
+"""One training, killed with `kill -9` at random moments and started again each time: does it end with the bytes of one that never stopped?
+
+`python -m benchmarks.kill_resume [--kills 20] [--processes 2] [--config FILE] [--json] [train.use_ema=true ...]`. Without a configuration: a
+ControlNet on nano-sd and simulated images of 64 x 64, a checkpoint every two steps, so that many kills hit the writing of one. Every fourth
+moment, from the first on, is counted from the start (loading, caching), the others from the first step of that start. A kill ends the command
+and all processes that it started.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import psutil
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.checkpoints import LOOP_FILE, checkpoint_steps
+from pipeline.metrics_log import METRICS_FILE
+
+TRAINING = {
+    "experiment": "kill-resume",
+    "data": {
+        "dataset": "phantom_bus",
+        "image_size": 64,
+        "options": {"patients": 30, "height": 64},
+        "splits": {"train": 0.9, "validation": 0.1, "test": 0.0},
+    },
+    "train": {
+        "pretrained_model_name_or_path": "assets/nano-sd",
+        "train_batch_size": 2,
+        "max_train_steps": 200,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "checkpointing_steps": 2,
+        "validation_steps": 100,
+        "validation_samples": 4,
+        "num_validation_images": 0,
+        "augment": {"variants": 4},
+        "report_to": None,
+    },
+}
+EARLY = 4  # one kill in so many has its moment counted from the start
+PROGRESS = 0.5  # share of the training's time that the others are to see between them
+POLL_SECONDS = 0.01
+WEIGHTS = ("controlnet", "unet", "lora", "vae")
+
+
+@dataclass
+class Kill:
+    """What one kill hit.
+
+    Attributes:
+        seconds: after the start of the command.
+        phase: loading, caching, training, writing a checkpoint, deleting a checkpoint, or exporting.
+        step: last step that was finished; 0 where the training had not begun.
+        checkpoint: step of the newest checkpoint left; 0 where there is none.
+        lost: steps that had been done since that checkpoint.
+        damaged: checkpoints under their final name that are not whole.
+    """
+
+    seconds: float
+    phase: str
+    step: int
+    checkpoint: int
+    lost: int
+    damaged: int
+
+
+@dataclass
+class Result:
+    """The kills, and what came of it all."""
+
+    checkpointing_steps: int
+    steps: int
+    uninterrupted_seconds: float
+    kills: list[Kill] = field(default_factory=list)
+    failed_restarts: list[str] = field(default_factory=list)
+    same_bytes: bool = False
+    same_losses: bool = False
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures that the benchmark is about."""
+        return {
+            "kills": len(self.kills),
+            "phases": dict(Counter(kill.phase for kill in self.kills)),
+            "kills before the first checkpoint": sum(kill.checkpoint == 0 for kill in self.kills),
+            "most steps lost": max((kill.lost for kill in self.kills), default=0),
+            "steps lost in all": sum(kill.lost for kill in self.kills),
+            "damaged checkpoints": sum(kill.damaged for kill in self.kills),
+            "failed restarts": len(self.failed_restarts),
+            "same losses": self.same_losses,
+            "same bytes": self.same_bytes,
+        }
+
+    def passed(self) -> bool:
+        """Whether nothing was damaged, no more than a checkpoint's interval was ever lost, and the weights are the same."""
+        lost = max((kill.lost for kill in self.kills), default=0)
+        harmed = self.failed_restarts or any(kill.damaged for kill in self.kills)
+        return not harmed and lost <= self.checkpointing_steps and self.same_bytes and self.same_losses
+
+
+@dataclass(frozen=True)
+class Training:
+    """A command that trains, and the run that it writes to."""
+
+    run: Path
+    command: list[str]
+
+    @property
+    def generator(self) -> Path:
+        """Where checkpoints, caches and weights are."""
+        return self.run / "generator"
+
+    @property
+    def metrics(self) -> Path:
+        """The log of figures."""
+        return self.run / "logs" / "train" / METRICS_FILE
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the command with one thread a process; its last words go to a file in the run."""
+        with (self.run / "stderr.txt").open("wb") as errors:
+            return subprocess.Popen(self.command, stdout=errors, stderr=errors, env=one_thread())
+
+    def last_words(self) -> str:
+        """Return the end of what the command last printed."""
+        return (self.run / "stderr.txt").read_text(encoding="utf-8", errors="replace")[-500:]
+
+    def losses(self) -> dict[int, float]:
+        """Return the loss of each logged step; a line that was cut off is left out."""
+        if not self.metrics.is_file():
+            return {}
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
+        return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
+
+    def weights(self) -> dict[str, bytes]:
+        """Return the weights files that the training left, by folder and name."""
+        files = (path for name in WEIGHTS for path in (self.generator / name).glob("*.safetensors"))
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+
+    def cache_files(self) -> set[str]:
+        """Return the names of the finished files of the caches."""
+        return {path.name for path in self.generator.glob("cache/**/*") if path.is_file() and path.name[0] != "."}
+
+    def leftovers(self) -> set[tuple[str, int]]:
+        """Return (name, inode) of every file and folder that a kill left half-made or half-deleted."""
+        found = (path for pattern in (".*.tmp", ".*.doomed") for path in self.generator.rglob(pattern))
+        return {(str(path.relative_to(self.generator)), path.stat().st_ino) for path in found}
+
+
+def one_thread() -> dict[str, str]:
+    """Return the environment with one thread a process: sums then have one order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def whole_seconds(training: Training) -> tuple[float, float]:
+    """Let a training run to its end; return the seconds until its first step was logged, and in all.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    begin = time.monotonic()
+    process, first = training.start(), 0.0
+    while process.poll() is None:
+        if not first and training.losses():
+            first = time.monotonic() - begin
+        time.sleep(POLL_SECONDS)
+    if process.returncode:
+        raise RuntimeError(training.last_words())
+    return first, time.monotonic() - begin
+
+
+def kill_moments(kills: int, seed: int, first: float, total: float) -> Iterator[tuple[bool, float]]:
+    """Yield for each kill whether its moment is counted from the first step, and the seconds that it comes after."""
+    chance = random.Random(seed)
+    span = 2 * PROGRESS * (total - first) / (kills * (1 - 1 / EARLY))
+    for number in range(kills):
+        yield (False, chance.uniform(0, first)) if number % EARLY == 0 else (True, chance.uniform(0, span))
+
+
+def killed(training: Training, from_first_step: bool, seconds: float, complete_cache: set[str]) -> Kill | None:
+    """Start a training, kill it at a moment of `kill_moments`, and return what that hit; None where it had ended before."""
+    log = training.metrics
+    left_before, log_before = training.leftovers(), log.stat().st_ino if log.is_file() else 0
+
+    def began() -> bool:  # the log is written anew when the first step is near
+        return log.is_file() and log.stat().st_ino != log_before
+
+    start = time.monotonic()
+    process = training.start()
+    if from_first_step:
+        known = max(checkpoint_steps(training.generator), default=0)
+        while process.poll() is None and not (began() and max(training.losses(), default=0) > known):
+            time.sleep(POLL_SECONDS)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill_family(process)
+    else:
+        return None
+    step = max(training.losses(), default=0) if began() else 0
+    checkpoints = checkpoint_steps(training.generator)
+    newest = max(checkpoints, default=0)
+    left = {name for name, _ in training.leftovers() - left_before}
+    return Kill(
+        seconds=round(time.monotonic() - start, 2),
+        phase=_phase(left, began(), complete_cache <= training.cache_files()),
+        step=step,
+        checkpoint=newest,
+        lost=max(step - newest, 0),
+        damaged=sum(not is_whole(folder) for folder in checkpoints.values()),
+    )
+
+
+def kill_family(process: subprocess.Popen[bytes]) -> None:
+    """Kill -9 a process and all its descendants, as a machine does that goes down."""
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family)
+    process.wait()
+
+
+def _phase(left: set[str], began: bool, cached: bool) -> str:
+    if any(name.startswith(".checkpoint-") and name.endswith(".tmp") for name in left):
+        return "writing a checkpoint"
+    if any(name.startswith(".checkpoint-") for name in left):
+        return "deleting a checkpoint"
+    if any(name == f".{weights}.tmp" for name in left for weights in WEIGHTS):
+        return "exporting"
+    if began:
+        return "training"
+    return "loading" if cached else "caching"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint has the size that its record says."""
+    try:
+        sizes = json.loads((checkpoint / LOOP_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)
+
+
+def commands(config: Path, overrides: list[str], processes: int, folder: Path) -> tuple[Training, Training]:
+    """Prepare the dataset; return the training that is left alone and the one that is killed."""
+    trainings = []
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    for name in ("whole", "killed"):
+        run = folder / name
+        run.mkdir()
+        settings = ["--config", str(config), f"run_dir={run}", "train.logging_steps=1", *overrides]
+        command = [sys.executable, "-m", *(launcher if processes > 1 else []), "train_controlnet", *settings]
+        trainings.append(Training(run, command))
+    whole, other = trainings
+    prepare = [sys.executable, "-m", "data_prep", "--config", str(config), f"run_dir={whole.run}", *overrides]
+    subprocess.run(prepare, check=True, env=one_thread(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (other.run / "dataset").symlink_to(whole.run / "dataset")
+    return whole, other
+
+
+def measure(whole: Training, other: Training, kills: int, seed: int, console: Console) -> Result:
+    """Run both trainings and return what came of it."""
+    first, total = whole_seconds(whole)
+    settings = yaml.safe_load((whole.run / "config.yaml").read_text(encoding="utf-8"))["train"]
+    result = Result(settings["checkpointing_steps"], max(whole.losses()), round(total, 1))
+    console.print(f"uninterrupted: first step after {first:.1f} s, {result.steps} steps in {total:.1f} s")
+    for number, moment in enumerate(kill_moments(kills, seed, first, total), start=1):
+        kill = killed(other, *moment, whole.cache_files())
+        if kill is None:
+            if other.weights():
+                console.print(f"it ended before kill {number}")
+                break
+            result.failed_restarts.append(other.last_words())
+            continue
+        result.kills.append(kill)
+        console.print(
+            f"kill {number} after {kill.seconds:.1f} s: {kill.phase}, step {kill.step}, checkpoint {kill.checkpoint}, {kill.lost} lost"
+        )
+    process = other.start()
+    if process.wait():
+        result.failed_restarts.append(other.last_words())
+    result.same_losses = other.losses() == whole.losses()
+    result.same_bytes = bool(whole.weights()) and other.weights() == whole.weights()
+    return result
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    kills: Annotated[int, typer.Option(min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="of the moments")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="of the training; above 1 with torch's launcher")] = 1,
+    config: Annotated[Path | None, typer.Option(help="an experiment; its run_dir is not touched")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON in place of the table")] = False,
+) -> None:
+    """Kill a training again and again; exit code 1 where anything was lost that should not be."""
+    console = Console(stderr=True)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if config is None:
+            config = folder / "config.yaml"
+            config.write_text(yaml.safe_dump(TRAINING), encoding="utf-8")
+        result = measure(*commands(config, overrides or [], processes, folder), kills, seed, console)
+    for words in result.failed_restarts:
+        console.print(words, markup=False)
+    if as_json:
+        print(json.dumps({**asdict(result), "summary": result.summary()}, indent=2))
+    else:
+        title = f"{result.steps} steps, a checkpoint every {result.checkpointing_steps}, {processes} process(es)"
+        table = Table("", "", title=title, title_justify="left", show_header=False)
+        for name, value in result.summary().items():
+            shown = ", ".join(f"{k} {n}" for k, n in value.items()) if isinstance(value, dict) else str(value)
+            table.add_row(name, shown)
+        Console().print(table)
+    raise typer.Exit(0 if result.passed() else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train on one node of a SLURM cluster, on all the GPUs that the job gets. From the checkout:
+#   sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml [KEY=VALUE ...]
+#   ENGINE=fsdp sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml        (a file of configs/accelerate)
+# Before its time is up, or when it is preempted, the job goes back to the queue and then on from its last checkpoint, to the bit:
+# at most train.checkpointing_steps steps are done again.
+#SBATCH --job-name=maskloom-train
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=64G
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+set -euo pipefail
+python=${PYTHON:-.venv/bin/python}
+gpus=${SLURM_GPUS_ON_NODE:-1}
+engine=${ENGINE:-$([[ $gpus -gt 1 ]] && echo ddp || echo single)}
+
+requeue() {
+    echo "asked to stop: back to the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+trap requeue USR1
+
+"$python" -m accelerate.commands.launch --config_file "configs/accelerate/$engine.yaml" --num_processes "$gpus" \
+    --main_process_port $((20000 + SLURM_JOB_ID % 20000)) -m train_controlnet --config "$@" &
+wait $!

@@ -1,0 +1,106 @@
+"""The VAE's ceiling: the backbone's VAE, and a fine-tuned decoder beside it on the same images."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from evaluate.metrics.vae_ceiling import BACKBONE, TUNED, through_vae
+from evaluate.results import Interval, MetricResult
+from pipeline.errors import MaskLoomError
+from tests.evaluate.runs import answer, tiny_inputs
+from tests.tiny_backbone import build_tiny_backbone
+from tests.tiny_datasets import tiny_picture, write_tiny_run
+
+COLUMNS = ["VAE", "N", "Fréchet distance", "PSNR in dB", "SSIM"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_tiny_run(tmp_path, {})
+    return tmp_path
+
+
+def ceiling(run: Path, backbone: Path) -> MetricResult:
+    return answer(tiny_inputs(run, (), pretrained_model_name_or_path=str(backbone)), "vae_ceiling")
+
+
+def leave_tuned_vae(run: Path, backbone: Path) -> None:
+    """Write a VAE that paints the train images' mean grey: better than random weights, and easily so."""
+    vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 0.05
+        vae.decoder.conv_out.bias.fill_(-0.45)
+    vae.save_pretrained(run / "generator" / "vae")
+
+
+def test_without_a_tuned_decoder_there_is_one_row(run: Path, backbone: Path) -> None:
+    result = ceiling(run, backbone)
+    (table,) = result.tables
+    assert table.columns == COLUMNS
+    assert [row[:2] for row in table.rows] == [[BACKBONE, 12]]
+    assert set(result.values) == {"n", BACKBONE}
+    assert "the backbone's VAE keep a PSNR" in result.verdict
+
+
+def test_a_tuned_decoder_stands_beside_the_backbones(run: Path, backbone: Path) -> None:
+    before = ceiling(run, backbone)
+    leave_tuned_vae(run, backbone)
+    result = ceiling(run, backbone)
+    rows = {row[0]: row for row in result.tables[0].rows}
+    assert list(rows) == [BACKBONE, TUNED, "difference, image by image"]
+    assert rows[BACKBONE] == before.tables[0].rows[0]
+    gain = rows["difference, image by image"]
+    assert gain[2] is None  # a distance between sets has no value an image
+    for column in (3, 4):
+        old, new, gained = (row[column] for row in (rows[BACKBONE], rows[TUNED], gain))
+        assert isinstance(old, Interval)
+        assert isinstance(new, Interval)
+        assert isinstance(gained, Interval)
+        assert gained.value == pytest.approx(new.value - old.value)
+        assert gained.low <= gained.value <= gained.high
+    assert gain[3].low > 3  # dB
+    assert result.values["gain"]["PSNR in dB"]["value"] == gain[3].value
+    assert "fine-tuned decoder keep a PSNR" in result.verdict
+    assert "with the backbone's own decoder" in result.verdict
+    assert any("smooth texture" in limit for limit in result.limits)
+    assert result.pictures[0].pixels.shape[0] > before.pictures[0].pixels.shape[0]
+    assert (
+        "real test images; the same after the backbone's VAE, and after the fine-tuned decoder"
+        in result.pictures[0].caption
+    )
+
+
+def test_the_same_weights_gain_nothing(run: Path, backbone: Path) -> None:
+    shutil.copytree(backbone / "vae", run / "generator" / "vae")
+    result = ceiling(run, backbone)
+    assert result.values[TUNED] == result.values[BACKBONE]
+    assert result.values["gain"]["SSIM"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_damaged_tuned_vae_is_named(run: Path, backbone: Path) -> None:
+    leave_tuned_vae(run, backbone)
+    (run / "generator/vae/diffusion_pytorch_model.safetensors").write_bytes(b"short")
+    with pytest.raises(
+        MaskLoomError, match=r"generator/vae: cannot be read as AutoencoderKL: .*train again with --force"
+    ):
+        ceiling(run, backbone)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_keep_their_shape_and_batches_do_not_matter(backbone: Path, channels: int) -> None:
+    vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae").eval()
+    picture = tiny_picture(0, 32, 0, seed=1)[0]
+    images = np.stack([np.repeat(np.roll(picture, i, axis=1)[:24, :, None], channels, axis=2) for i in range(3)])
+    whole = through_vae(vae, images, 3, "cpu")
+    assert whole.shape == images.shape == (3, 24, 32, channels)
+    single = np.concatenate([through_vae(vae, images[i : i + 1], 1, "cpu") for i in range(3)])
+    assert abs(whole.astype(int) - single).max() <= 1

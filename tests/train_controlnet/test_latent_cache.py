@@ -1,0 +1,321 @@
+"""The cache: named by its content, whole or made again, shared by processes, and never read where it is stale or damaged."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
+from pipeline.contract import open_split, read_contract
+from pipeline.errors import MaskLoomError
+from pipeline.runs import Run
+from tests.tiny_backbone import build_tiny_backbone
+from tests.tiny_datasets import write_tiny_run
+from tests.train_controlnet.test_rows import SIZES, encoded, write_sized
+from train_controlnet import latent_cache
+from train_controlnet.latent_cache import ViewCache, cache_folder, drop_stale_caches, fill_embeddings, fill_views
+from train_controlnet.rows import Views
+from train_controlnet.task import DiffusionTask
+
+AUGMENT = AugmentConfig(variants=1)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_cache, "VIEWS_PER_SHARD", 5)
+
+
+@pytest.fixture
+def views(dataset: Path) -> Views:
+    return Views(open_split(dataset, "train"), read_contract(dataset).description, AUGMENT, 0)
+
+
+class Encoder:
+    """Stand for a VAE and count its images."""
+
+    def __init__(self, breaks_after: int = 10**6) -> None:
+        self.images, self.breaks_after = 0, breaks_after
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        if self.images > self.breaks_after:
+            raise KeyboardInterrupt
+        return encoded(images)
+
+
+def fill(folder: Path, views: Views, encoder: Any, rank: int = 0, processes: int = 1) -> ViewCache:
+    place = SimpleNamespace(
+        process_index=rank, num_processes=processes, is_main_process=rank == 0, wait_for_everyone=lambda: None
+    )
+    return fill_views(folder, views, encoder, place)  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def changed(config: ExperimentConfig, **train: Any) -> ExperimentConfig:
+    return config.model_copy(
+        update={
+            "train": TrainConfig.model_validate({**config.train.model_dump(), **train}),
+            "seed": train.get("seed", 0),
+        }
+    )
+
+
+def test_moments_are_those_of_the_view(views: Views, tmp_path: Path) -> None:
+    cache = fill(tmp_path, views, encoded)
+    assert len(views) == 24
+    assert len(content(tmp_path)) == cache.shards == 5
+    for index in range(24):
+        expected = encoded(latent_cache.pixels(views.image(index))[None])[0]
+        torch.testing.assert_close(cache[index], expected, rtol=0, atol=1e-6)
+        assert cache[index].is_contiguous()
+
+
+def test_the_moments_of_a_copy_equal_encoding_it_freshly(config: ExperimentConfig) -> None:
+    run = Run(config.run_folder)
+    task = DiffusionTask(changed(config, augment=AUGMENT), run, read_contract(run.dataset), Accelerator(cpu=True))
+    for index in (0, 1, 7, 23):
+        expected = task.encode(latent_cache.pixels(task.views["train"].image(index))[None])[0]
+        torch.testing.assert_close(task.dataset[index]["moments"], expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(task.dataset[0]["moments"], task.dataset[1]["moments"])
+
+
+def test_sizes_share_a_shard(tmp_path: Path) -> None:
+    write_sized(tmp_path, [SIZES[i % 3] for i in range(9)])
+    dataset = tmp_path / "dataset"
+    views = Views(open_split(dataset, "train"), read_contract(dataset).description, AUGMENT, 0)
+    cache = fill(tmp_path / "cache", views, encoded)
+    for index in range(len(views)):
+        height, width = views.size(index)
+        assert cache[index].shape == (6, height // 8, width // 8)
+        torch.testing.assert_close(
+            cache[index], encoded(latent_cache.pixels(views.image(index))[None])[0], rtol=0, atol=1e-6
+        )
+        if views.is_copy(index):
+            assert np.array_equal(cache.conditioning(index), views.conditioning(index))
+            assert np.array_equal(cache.mask(index), views.mask(index))
+
+
+def test_a_filled_cache_is_not_filled_again(views: Views, tmp_path: Path) -> None:
+    fill(tmp_path, views, encoded)
+    before, encoder = content(tmp_path), Encoder()
+    fill(tmp_path, views, encoder)
+    assert encoder.images == 0
+    assert content(tmp_path) == before
+
+
+def test_an_interrupted_caching_goes_on(views: Views, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "a", views, Encoder(breaks_after=13))
+    assert sorted(content(tmp_path / "a")) == ["views-00000.safetensors", "views-00001.safetensors"]
+    encoder = Encoder()
+    fill(tmp_path / "a", views, encoder)
+    assert encoder.images == 24 - 10
+    fill(tmp_path / "b", views, encoded)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_processes_share_the_work_whenever_they_look(views: Views, tmp_path: Path) -> None:
+    """The second process begins when the first has ended: it must not take what is missing then for all that there was."""
+    encoders = [Encoder(), Encoder()]
+    for rank in (0, 1):
+        fill(tmp_path / "two", views, encoders[rank], rank, 2)
+    assert [encoder.images for encoder in encoders] == [5 + 5 + 4, 5 + 5]
+    fill(tmp_path / "one", views, encoded)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_two_real_processes_fill_one_cache(dataset: Path, views: Views, tmp_path: Path) -> None:
+    script = tmp_path / "fill.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nimport torch\nfrom accelerate import Accelerator\n"
+        "from pipeline.config import AugmentConfig\nfrom pipeline.contract import open_split, read_contract\n"
+        "from train_controlnet import latent_cache\nfrom train_controlnet.rows import Views\n"
+        "latent_cache.VIEWS_PER_SHARD = 5\nfolder, cache = map(Path, sys.argv[1:])\n"
+        "def encoded(images):\n    means = torch.nn.functional.avg_pool2d(images, 8)\n    return torch.cat([means, -means], dim=1)\n"
+        "views = Views(open_split(folder, 'train'), read_contract(folder).description, AugmentConfig(variants=1), 0)\n"
+        "filled = latent_cache.fill_views(cache, views, encoded, Accelerator(cpu=True))\n"
+        "assert sum(len(filled[i]) for i in range(len(views))) == 6 * len(views)\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [str(script), str(dataset), str(tmp_path / "two")]
+    done = subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=250
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    fill(tmp_path / "one", views, encoded)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def scramble(path: Path) -> None:
+    path.write_bytes(b"not a cache" * 50)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def without_notes(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path)
+
+
+def as_another_shard(path: Path) -> None:
+    if path.name.startswith("views"):
+        path.write_bytes(path.with_name("views-00000.safetensors").read_bytes())
+    else:
+        cut(path)
+
+
+DAMAGES = [cut, empty, scramble, flip_a_bit, without_notes, as_another_shard]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_told_and_made_again(
+    views: Views, tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path, views, encoded)
+    before, encoder = content(tmp_path), Encoder()
+    damage(tmp_path / "views-00002.safetensors")
+    assert content(tmp_path) != before
+    capsys.readouterr()
+    fill(tmp_path, views, encoder)
+    assert "views-00002.safetensors: damaged; making it again" in capsys.readouterr().err
+    assert encoder.images == 5
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_embeddings_are_told_and_made_again(
+    tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, asked = tmp_path / "prompts.safetensors", []
+
+    def encode(prompts: list[str]) -> Tensor:
+        asked.extend(prompts)
+        return torch.tensor([[[float(len(prompt))]] for prompt in prompts])
+
+    def embeddings(prompts: list[str]) -> list[float]:
+        return fill_embeddings(path, prompts, encode, Accelerator(cpu=True)).flatten().tolist()
+
+    prompts = ["", *("x" * i for i in range(1, 100))]
+    assert embeddings(prompts) == embeddings(prompts) == [float(i) for i in range(100)]
+    assert asked == prompts
+    damage(path)
+    assert embeddings(prompts) == [float(i) for i in range(100)]
+    assert "damaged" in capsys.readouterr().err
+    assert embeddings(["", "yy"]) == [0, 2]  # of other prompts: never read
+
+
+def test_a_damaged_cache_does_not_stop_a_task(config: ExperimentConfig) -> None:
+    run = Run(config.run_folder)
+    contract = read_contract(run.dataset)
+    whole = DiffusionTask(config, run, contract, Accelerator(cpu=True))
+    rows, text = [whole.dataset[i]["moments"].clone() for i in range(12)], whole.text.clone()
+    for file in (run.generator / "cache").rglob("*.safetensors"):
+        cut(file)
+    again = DiffusionTask(config, run, contract, Accelerator(cpu=True))
+    assert all(torch.equal(again.dataset[i]["moments"], row) for i, row in enumerate(rows))
+    assert torch.equal(again.text, text)
+
+
+def test_moments_that_are_not_finite_are_an_error(views: Views, tmp_path: Path) -> None:
+    def overflowing(images: Tensor) -> Tensor:
+        return encoded(images).half() / torch.zeros(1)
+
+    with pytest.raises(MaskLoomError, match=r"sample train-0000: the VAE's output holds NaN .* train\.mixed_precision"):
+        fill(tmp_path, views, overflowing)
+    assert not tmp_path.joinpath("views-00000.safetensors").exists()
+
+
+def test_half_precision_is_kept(views: Views, tmp_path: Path) -> None:
+    cache = fill(tmp_path, views, lambda images: encoded(images).bfloat16())
+    assert cache[3].dtype == torch.bfloat16
+    encoder = Encoder()
+    fill(tmp_path, views, encoder)
+    assert encoder.images == 0
+
+
+def test_without_latents_only_the_words_of_copies_are_kept(views: Views, tmp_path: Path) -> None:
+    cache = fill(tmp_path, views, None)
+    assert set(cache.prompts()) == {i for i in range(24) if i % 2}
+    assert sum(len(data) for data in content(tmp_path).values()) < 5000
+
+
+def test_a_cache_travels_to_a_worker(views: Views, tmp_path: Path) -> None:
+    cache = fill(tmp_path, views, encoded)
+    first = cache[0].clone()
+    assert torch.equal(pickle.loads(pickle.dumps(cache))[0], first)
+
+
+def test_its_name_follows_all_that_it_depends_on(config: ExperimentConfig, tmp_path: Path) -> None:
+    other = build_tiny_backbone(tmp_path / "other", seed=1)
+    own = Path(config.train.pretrained_model_name_or_path)
+    augmented = changed(config, augment=AUGMENT)
+    names = [
+        cache_folder(tmp_path, one, dataset)
+        for one, dataset in (
+            (config, "data"),
+            (config, "other data"),
+            (changed(config, pretrained_model_name_or_path=str(other)), "data"),
+            (changed(config, revision="abc", pretrained_model_name_or_path="a/b"), "data"),
+            (changed(config, variant="fp16"), "data"),
+            (changed(config, tokenizer_name=str(own / "tokenizer")), "data"),
+            (changed(config, mixed_precision="bf16"), "data"),
+            (changed(config, max_train_samples=5), "data"),
+            (changed(config, cache_latents=False), "data"),
+            (augmented, "data"),
+            (augmented.model_copy(update={"seed": 1}), "data"),
+            (changed(config, augment=AugmentConfig(variants=1, rotation_degrees=6)), "data"),
+        )
+    ]
+    assert len(set(names)) == len(names)
+    same = [
+        changed(config, learning_rate=1.0),
+        config.model_copy(update={"seed": 1}),
+        changed(config, snr_gamma=5.0),
+        changed(config, lora=["unet"]),
+    ]
+    assert {cache_folder(tmp_path, one, "data") for one in same} == {names[0]}
+
+
+def test_other_sizes_are_other_datasets(tmp_path: Path) -> None:
+    for size in (32, 40):
+        write_tiny_run(tmp_path / str(size), {}, {"train": 4}, size)
+    one, other = (read_contract(tmp_path / size / "dataset").digest for size in ("32", "40"))
+    assert one != other
+
+
+def test_a_stale_cache_is_told_and_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("stale", "current"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "current" / ".views-00000.safetensors.7.tmp").write_text("half")
+    drop_stale_caches(tmp_path, tmp_path / "current")
+    assert [path.name for path in tmp_path.iterdir()] == ["current"]
+    assert not list((tmp_path / "current").iterdir())
+    assert "stale: made for other data, augmentation, precision or backbone" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""Images sampled while training, and the grid in which they are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
+from PIL import Image
+
+from pipeline.config import TrainConfig
+from pipeline.errors import MaskLoomError, one_line
+from pipeline.randomness import keyed_generator
+from train_controlnet.augmentation import Picture
+
+if TYPE_CHECKING:
+    from train_controlnet.task import DiffusionTask
+
+
+@dataclass(frozen=True)
+class Wish:
+    """An image to be sampled.
+
+    Attributes:
+        conditioning: (H, W, 3) uint8 for the ControlNet; not looked at where there is none.
+        prompt: what the text encoder reads.
+    """
+
+    conditioning: Picture
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled.
+
+    Attributes:
+        purpose: keys the starting noise; the same purpose means the same noise for the same place in a list.
+        steps: of UniPC.
+        guidance_scale: of the words; up to 1 there is none, and sampling takes half the time.
+        controlnet_conditioning_scale: of the conditioning.
+    """
+
+    purpose: str
+    steps: int
+    guidance_scale: float
+    controlnet_conditioning_scale: float
+
+
+def further_wishes(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> list[Wish]:
+    """Return the pictures of `train.validation_prompt` and `train.validation_image`.
+
+    Args:
+        config: the training's.
+        sizes: (height, width) that images may have; prompts without an image get the first.
+
+    Raises:
+        MaskLoomError: an image cannot be read, or has another size.
+    """
+    blank = np.full((*sizes[0], 3), 255, dtype=np.uint8)
+    if config.controlnet == "none":
+        return [Wish(blank, prompt) for prompt in config.validation_prompt]
+    pairs = zip(config.validation_image, config.validation_prompt, strict=True)
+    return [Wish(_conditioning_file(path, sizes), prompt) for path, prompt in pairs]
+
+
+def _conditioning_file(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
+    try:
+        with Image.open(path) as image:
+            picture = np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise MaskLoomError(
+            f"train.validation_image: {path} cannot be read ({one_line(error)}); give an image file"
+        ) from None
+    if picture.shape[:2] not in sizes:
+        height, width = picture.shape[:2]
+        wanted = " or ".join(f"{rows} x {columns}" for rows, columns in sizes)
+        raise MaskLoomError(
+            f"train.validation_image: {path} is {height} x {width}, the dataset {wanted}; resize it (masks by nearest neighbour)"
+        )
+    return picture
+
+
+def sampled_images(
+    task: DiffusionTask, accelerator: Accelerator, wishes: Sequence[Wish], how: Sampling, seed: int
+) -> list[Picture]:
+    """Return (H, W, 3) uint8 images, each from its own fixed noise; the networks stay as they are.
+
+    Batches are as large as those of the training: what has memory for a step has memory for these.
+    """
+    task.parts.vae.to(task.device)
+    task.parts.text_encoder.to(task.device)
+    pipeline = _pipeline(task)
+    images: dict[int, Any] = {}
+    for numbers in _batches_of_one_size(wishes, task.config.train_batch_size):
+        batch = [wishes[number] for number in numbers]
+        generators = [keyed_generator(seed, how.purpose, number) for number in numbers]
+        with accelerator.autocast():
+            found = pipeline(
+                [wish.prompt for wish in batch],
+                num_inference_steps=how.steps,
+                guidance_scale=how.guidance_scale,
+                generator=generators,
+                output_type="np",
+                **_led(task, batch, how),
+            ).images
+        images |= dict(zip(numbers, found, strict=True))
+    if "text_encoder" not in task.networks:
+        task.parts.text_encoder.to("cpu")
+    if task.config.cache_latents:
+        task.parts.vae.to("cpu")
+    return [(images[number] * 255).round().astype(np.uint8) for number in range(len(wishes))]
+
+
+def _batches_of_one_size(wishes: Sequence[Wish], most: int) -> Iterator[list[int]]:
+    """Yield the numbers of wishes of one size, at most so many at a time."""
+
+    def size(number: int) -> tuple[int, ...]:
+        return wishes[number].conditioning.shape
+
+    for _, group in groupby(sorted(range(len(wishes)), key=size), key=size):
+        numbers = list(group)
+        yield from (numbers[i : i + most] for i in range(0, len(numbers), most))
+
+
+def _pipeline(task: DiffusionTask) -> Any:
+    parts = task.parts
+    shared = {
+        "vae": parts.vae,
+        "text_encoder": parts.text_encoder,
+        "tokenizer": parts.tokenizer,
+        "unet": parts.unet,
+        "scheduler": UniPCMultistepScheduler.from_config(task.scheduler.config),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    if parts.controlnet is None:
+        pipeline = StableDiffusionPipeline(**shared)
+    else:
+        pipeline = StableDiffusionControlNetPipeline(**shared, controlnet=parts.controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _led(task: DiffusionTask, batch: Sequence[Wish], how: Sampling) -> dict[str, Any]:
+    """Return the arguments that only a pipeline with a ControlNet takes, or the size that it reads off the conditioning."""
+    if task.parts.controlnet is None:
+        height, width = batch[0].conditioning.shape[:2]
+        return {"height": height, "width": width}
+    conditioning = torch.from_numpy(np.stack([wish.conditioning for wish in batch])).permute(0, 3, 1, 2) / 255
+    return {"image": conditioning, "controlnet_conditioning_scale": how.controlnet_conditioning_scale}
+
+
+def grid(lines: Sequence[Sequence[Picture | None]]) -> Picture:
+    """Return tiles, (H, W, 3) uint8, in lines of one length; a missing tile, and what a smaller one leaves of its place, is white."""
+    height, width = np.max([tile.shape[:2] for line in lines for tile in line if tile is not None], axis=0)
+    page = np.full((len(lines), height, len(lines[0]), width, 3), 255, dtype=np.uint8)
+    for row, line in enumerate(lines):
+        for column, tile in enumerate(line):
+            if tile is not None:
+                page[row, : tile.shape[0], column, : tile.shape[1]] = tile
+    return page.reshape(len(lines) * height, -1, 3)
+
+
+def show_in_trackers(accelerator: Accelerator, picture: Picture, step: int) -> None:
+    """Send an (H, W, 3) uint8 picture to TensorBoard and W&B, where they are used."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": picture[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": [picture]}, step=step)
