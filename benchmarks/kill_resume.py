@@ -2,8 +2,8 @@
 
 `python -m benchmarks.kill_resume [--kills 20] [--processes 2] [--config FILE] [--json] [train.use_ema=true ...]`. Without a configuration: a
 ControlNet on nano-sd and simulated images of 64 x 64, a checkpoint every two steps, so that many kills hit the writing of one. Every fourth
-moment, from the first on, is counted from the start (loading, caching), the others from the first step of that start. A kill ends the command
-and all processes that it started.
+kill, from the first on, comes before the first step (loading, caching), the others somewhere in the time between two checkpoints after a
+random number of steps. A kill ends the command and all processes that it started.
 """
 
 import json
@@ -50,8 +50,8 @@ TRAINING = {
         "report_to": None,
     },
 }
-EARLY = 4  # one kill in so many has its moment counted from the start
-PROGRESS = 0.5  # share of the training's time that the others are to see between them
+EARLY = 4  # one kill in so many comes before the first step
+PROGRESS = 0.6  # share of the training's steps that the others are to see between them
 POLL_SECONDS = 0.01
 WEIGHTS = ("controlnet", "unet", "lora", "vae")
 
@@ -180,30 +180,55 @@ def whole_seconds(training: Training) -> tuple[float, float]:
     return first, time.monotonic() - begin
 
 
-def kill_moments(kills: int, seed: int, first: float, total: float) -> Iterator[tuple[bool, float]]:
-    """Yield for each kill whether its moment is counted from the first step, and the seconds that it comes after."""
+@dataclass(frozen=True)
+class Moment:
+    """When a kill comes: `seconds` after a number of `steps` of that start; 0 steps: after the start, but not after the first step."""
+
+    steps: int
+    seconds: float
+
+
+def kill_moments(kills: int, seed: int, first: float, interval: float, steps: int) -> Iterator[Moment]:
+    """Yield the moments.
+
+    Args:
+        kills: how many.
+        seed: of the moments.
+        first: seconds until the first step.
+        interval: seconds from a checkpoint to the next.
+        steps: of the training.
+    """
     chance = random.Random(seed)
-    span = 2 * PROGRESS * (total - first) / (kills * (1 - 1 / EARLY))
+    most = max(1, round(2 * PROGRESS * steps / (kills * (1 - 1 / EARLY))))
     for number in range(kills):
-        yield (False, chance.uniform(0, first)) if number % EARLY == 0 else (True, chance.uniform(0, span))
+        early = number % EARLY == 0
+        yield (
+            Moment(0, chance.uniform(0, first))
+            if early
+            else Moment(chance.randint(1, most), chance.uniform(0, interval))
+        )
 
 
-def killed(training: Training, from_first_step: bool, seconds: float, complete_cache: set[str]) -> Kill | None:
-    """Start a training, kill it at a moment of `kill_moments`, and return what that hit; None where it had ended before."""
+def killed(training: Training, moment: Moment, complete_cache: set[str]) -> Kill | None:
+    """Start a training, kill it at a moment, and return what that hit; None where it had ended before."""
     log = training.metrics
     left_before, log_before = training.leftovers(), log.stat().st_ino if log.is_file() else 0
+    known = max(checkpoint_steps(training.generator), default=0)
 
     def began() -> bool:  # the log is written anew when the first step is near
         return log.is_file() and log.stat().st_ino != log_before
 
+    def steps_done() -> int:
+        return max(training.losses(), default=0) - known if began() else 0
+
     start = time.monotonic()
     process = training.start()
-    if from_first_step:
-        known = max(checkpoint_steps(training.generator), default=0)
-        while process.poll() is None and not (began() and max(training.losses(), default=0) > known):
-            time.sleep(POLL_SECONDS)
+    while process.poll() is None and steps_done() < max(moment.steps, 1):
+        if moment.steps == 0 and time.monotonic() - start > moment.seconds:
+            break
+        time.sleep(POLL_SECONDS)
     try:
-        process.wait(seconds)
+        process.wait(moment.seconds if moment.steps else 0)
     except subprocess.TimeoutExpired:
         kill_family(process)
     else:
@@ -276,11 +301,12 @@ def commands(config: Path, overrides: list[str], processes: int, folder: Path) -
 def measure(whole: Training, other: Training, kills: int, seed: int, console: Console) -> Result:
     """Run both trainings and return what came of it."""
     first, total = whole_seconds(whole)
-    settings = yaml.safe_load((whole.run / "config.yaml").read_text(encoding="utf-8"))["train"]
-    result = Result(settings["checkpointing_steps"], max(whole.losses()), round(total, 1))
+    every = yaml.safe_load((whole.run / "config.yaml").read_text(encoding="utf-8"))["train"]["checkpointing_steps"]
+    result = Result(every, max(whole.losses()), round(total, 1))
+    interval = every * (total - first) / result.steps
     console.print(f"uninterrupted: first step after {first:.1f} s, {result.steps} steps in {total:.1f} s")
-    for number, moment in enumerate(kill_moments(kills, seed, first, total), start=1):
-        kill = killed(other, *moment, whole.cache_files())
+    for number, moment in enumerate(kill_moments(kills, seed, first, interval, result.steps), start=1):
+        kill = killed(other, moment, whole.cache_files())
         if kill is None:
             if other.weights():
                 console.print(f"it ended before kill {number}")

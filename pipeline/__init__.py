@@ -6,8 +6,10 @@ import sys
 __version__ = "0.1.0"
 
 # Set before any of the libraries is imported.
-# OpenMP's threads spin while they wait, unless told not to: on a shared machine they then take the cores from the work.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads spin between two parallel regions, by default for so long that on a shared machine they take the cores from the work;
+# not at all (OMP_WAIT_POLICY=PASSIVE), and each of a step's thousand regions waits for them to wake. A short while serves both.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 # The libraries talk while they load; a stage's own lines should stand out.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ class Averages:
             patience: validations without a lower loss after which the training stops; None: it does not.
         """
         self.parameters, self.patience = parameters, patience
-        self.emas = {name: EMAModel(group, decay=decay) for name, group in parameters.items() if decay is not None}
+        self.emas = {} if decay is None else _moving_averages(parameters, decay)
         self.best_loss, self.best_step, self.waited = math.inf, 0, 0
         self._best: dict[str, Tensor] = {}
 
@@ -91,6 +90,12 @@ class Averages:
         self.best_loss = math.inf if record["best_loss"] is None else record["best_loss"]
         self._best = {} if record["best_loss"] is None else load_file(folder / BEST_FILE)
         self.best_step, self.waited = record["best_step"], record["waited"]
+
+
+def _moving_averages(parameters: Parameters, decay: float) -> dict[str, Any]:
+    from diffusers.training_utils import EMAModel  # it loads much that other trainings do not need
+
+    return {name: EMAModel(group, decay=decay) for name, group in parameters.items()}
 
 
 def _copies(parameters: Parameters) -> dict[str, Tensor]:

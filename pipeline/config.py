@@ -245,8 +245,8 @@ class TrainConfig(LoopConfig):
 
     controlnet: Literal["full", "shallow", "zero_convs", "frozen", "none"] = Field(
         "full",
-        description="which of the ControlNet's weights are trained; shallow: the first controlnet_blocks blocks and all zero "
-        "convolutions; zero_convs: these and the conditioning's embedding; none: there is no ControlNet",
+        description="which of the ControlNet's weights are trained; shallow: the first controlnet_blocks blocks, all zero "
+        "convolutions and what embeds the inputs; zero_convs: these and the conditioning's embedding; none: there is no ControlNet",
     )
     controlnet_blocks: int = Field(2, ge=1, description="for controlnet=shallow")
     sd_locked: bool = Field(True, description="false: the UNet's decoder is trained as well")

@@ -40,9 +40,10 @@ FREE_SETTINGS = frozenset(
     {
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "logging_steps",
         "report_to", "tracker_project_name", "dataloader_num_workers", "num_validation_images", "validation_samples",
-        "validation_timestep_bins", "adherence", "vae_decoder", "gradient_checkpointing", "unet_gradient_checkpointing",
+        "validation_timestep_bins", "adherence", "vae_decoder", "validation_prompt", "validation_image", "gradient_checkpointing", "unet_gradient_checkpointing",
     }
 )  # fmt: skip
+DECIDING_SETTINGS = frozenset({"validation_steps", "validation_samples", "validation_timestep_bins"})
 
 
 @dataclass
@@ -81,7 +82,11 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(logs), logging_dir=str(logs)),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,  # no second copy of gradients
+                # Without it gradients are exchanged in another order from the second step on, and a resumed run's second step is another one.
+                find_unused_parameters=not torch.cuda.is_available(),
+            ),
             InitProcessGroupKwargs(timeout=PATIENCE_WITH_OTHERS),
         ],
     )
@@ -331,4 +336,6 @@ def _shared_loss(figures: Mapping[str, float], accelerator: Accelerator) -> floa
 
 
 def _fixed_settings(config: LoopConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_SETTINGS}
+    # With early stopping, what is validated and when decides which weights are kept.
+    free = FREE_SETTINGS - DECIDING_SETTINGS if config.early_stopping_patience else FREE_SETTINGS
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in free}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -140,15 +140,12 @@ class AdherenceMeter:
             batch_size=8,
             learning_rate=5e-3,
         )
-        key = value_digest([dataset, seed, options.model_dump(mode="json")])
+        key = value_digest([dataset, len(rows), seed, options.model_dump(mode="json")])
         channels, classes = self.about.channels, len(self.about.mask_classes)
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                known = (file.metadata() or {}).get("key") == key
-            if known:
-                reader = build_segmenter(options, channels, classes, seed)
-                reader.load_state_dict(load_file(path))
-                return reader.to(self.device).eval()
+        if _key(path) == key:
+            reader = build_segmenter(options, channels, classes, seed)
+            reader.load_state_dict(load_file(path))
+            return reader.to(self.device).eval()
         most = options.steps * options.batch_size  # no more are ever seen
         numbers = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int).tolist()
         images, masks = self._pictures(rows, numbers)
@@ -176,6 +173,17 @@ class AdherenceMeter:
         kind = "L" if self.about.channels == 1 else "RGB"
         resized = np.asarray(image.convert(kind).resize((width, height), Image.Resampling.BILINEAR))
         return resized.reshape(height, width, self.about.channels)
+
+
+def _key(path: Path) -> str | None:
+    """Return what a reader's file says that it was trained on, or None where there is no readable one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("key")
+    except SafetensorError:
+        return None
 
 
 def _asked_rows(rows: datasets.Dataset, count: int, seed: int) -> list[int]:

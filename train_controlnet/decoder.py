@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
-from monai.losses.ssim_loss import SSIMLoss
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -259,6 +258,8 @@ def likeness_loss(found: Tensor, images: Tensor) -> Tensor:
 
 def _dissimilarity(found: Tensor, images: Tensor) -> Tensor:
     """Return 1 - SSIM (Gaussian window of 11 pixels, sigma 1.5), averaged over the batch."""
+    from monai.losses.ssim_loss import SSIMLoss
+
     return SSIMLoss(spatial_dims=2, data_range=1.0)(_unit_range(found.float()), _unit_range(images))
 
 

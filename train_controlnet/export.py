@@ -11,9 +11,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from pipeline.config import ExperimentConfig, TrainConfig
@@ -76,6 +73,8 @@ def _adapters(name: str, network: Any) -> dict[str, Tensor] | None:
     """
     if not hasattr(network, "peft_config"):
         return None
+    from peft.utils import get_peft_model_state_dict
+
     settings = network.peft_config["default"]
     adapters = {
         key: weight * (settings.lora_alpha / settings.r) if "lora_B" in key else weight
@@ -88,9 +87,15 @@ def _adapters(name: str, network: Any) -> dict[str, Tensor] | None:
 
 
 def _whole(network: Any) -> Any:
-    """Return a copy of a network in float32 with its adapters merged into the weights: `from_pretrained` knows no adapters."""
+    """Return a network in float32 with its adapters merged into the weights: `from_pretrained` knows no adapters."""
+    has_adapters = hasattr(network, "peft_config")
+    if not has_adapters and all(tensor.dtype == torch.float32 for tensor in network.parameters()):
+        return network
     whole = deepcopy(network).float()
-    if hasattr(whole, "peft_config"):
+    if has_adapters:
+        from diffusers.utils.peft_utils import recurse_remove_peft_layers
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         for module in whole.modules():
             if isinstance(module, BaseTunerLayer):
                 module.merge()

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -143,6 +142,8 @@ def _choose_trained(networks: Networks, config: TrainConfig) -> None:
     for part in networks.loaded().values():
         part.requires_grad_(False).eval()
     for name in config.lora:
+        from peft import LoraConfig
+
         adapters = LoraConfig(
             r=config.rank,
             lora_alpha=config.lora_alpha or config.rank,  # type: ignore[arg-type]

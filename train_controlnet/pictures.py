@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -101,7 +102,7 @@ def sampled_images(
     for numbers in _batches_of_one_size(wishes, task.config.train_batch_size):
         batch = [wishes[number] for number in numbers]
         generators = [keyed_generator(seed, how.purpose, number) for number in numbers]
-        with accelerator.autocast():
+        with accelerator.autocast(), _residuals_as_trained(task):
             found = pipeline(
                 [wish.prompt for wish in batch],
                 num_inference_steps=how.steps,
@@ -127,6 +128,22 @@ def _batches_of_one_size(wishes: Sequence[Wish], most: int) -> Iterator[list[int
     for _, group in groupby(sorted(range(len(wishes)), key=size), key=size):
         numbers = list(group)
         yield from (numbers[i : i + most] for i in range(0, len(numbers), most))
+
+
+@contextmanager
+def _residuals_as_trained(task: DiffusionTask) -> Iterator[None]:
+    """Hand the ControlNet's float32 output to the UNet in the UNet's precision, as the training does and diffusers' pipeline does not."""
+    if task.parts.controlnet is None:
+        yield
+        return
+
+    def cast(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        down, mid = output
+        return [residual.to(task.dtype) for residual in down], mid.to(task.dtype)
+
+    hook = task.parts.controlnet.register_forward_hook(cast)
+    yield
+    hook.remove()
 
 
 def _pipeline(task: DiffusionTask) -> Any:

@@ -1,5 +1,6 @@
 """The networks of a training on torch's meta device, built from their `config.json`; no weights are read."""
 
+import warnings
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,11 @@ def _settings(part: type[Any], subfolder: str | None, name: str, revision: str |
     """
     silence_loading()
     try:
-        return part.load_config(name, subfolder=subfolder, revision=revision, local_files_only=Path(name).is_dir())
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # about an old argument that diffusers hands to the Hub's library
+            return part.load_config(name, subfolder=subfolder, revision=revision, local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         raise _unreadable(part, subfolder, name, key, error) from None
 
@@ -93,9 +98,9 @@ def _unreadable(part: type[Any], subfolder: str | None, name: str, key: str, err
     where = "/".join(filter(None, (name, subfolder)))
     if Path(name).is_dir():
         return MaskLoomError(
-            f"{key}: {where} holds no settings of a {part.__name__} ({one_line(error)[:200]}); give a folder in diffusers format"
+            f"{key}: {where} holds no settings that {part.__name__} reads ({one_line(error)[:200]}); give a folder in diffusers format"
         )
     return MaskLoomError(
-        f"{key}={name}: the settings of its {subfolder or 'ControlNet'} are neither in the Hub's cache nor to be had from the Hub "
-        f"({one_line(error)[:200]}); connect to the network once, correct the name, or give a local folder"
+        f"{key}={name}: the settings of its {subfolder or 'ControlNet'} are neither in the Hub's cache nor to be had from the Hub; "
+        "connect to the network once, correct the name, or give a local folder"
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import wilcoxon
 
 from pipeline.config import TrainConfig
 
@@ -19,6 +18,8 @@ SIGNIFICANCE = 0.01  # not 0.05: many validations are looked at, and one of them
 
 def clearly_above(values: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
     """Whether paired values are larger, and not by luck: Wilcoxon's signed-rank test (1945), one-sided, at 1 %."""
+    from scipy.stats import wilcoxon
+
     differences = values - others
     return bool(differences.any()) and bool(wilcoxon(differences, alternative="greater").pvalue < SIGNIFICANCE)
 

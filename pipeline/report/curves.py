@@ -60,12 +60,13 @@ def line_chart(curve: Curve) -> str:
 def training_curves(path: Path) -> tuple[list[Curve], int]:
     """Return charts of every scalar in a `metrics.jsonl`, and the number of lines that could not be read.
 
-    Series of one kind share a chart: `loss` and `validation/loss`; `validation/loss_bin_0`, `validation/loss_bin_1`, …
+    Series of one kind share a chart: `loss` and `validation/loss`; `validation/loss_bin_0`, `validation/loss_bin_1`, …; a figure and
+    what it is compared with, such as `adherence`, `adherence_shuffled`, `adherence_real`.
     """
     charts: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
     series, unreadable = _read_series(path)
     for key in sorted(series):
-        chart = re.sub(r"_\d+$", "", key.rsplit("/", 1)[-1])
+        chart = re.sub(r"_(\d+|shuffled|real|followed|ignored)$", "", key.rsplit("/", 1)[-1])
         charts.setdefault(chart, {})[key] = averaged(sorted(series[key].items()))
     return [
         Curve(title=name.replace("_", " "), x_label="step", series=lines) for name, lines in charts.items()

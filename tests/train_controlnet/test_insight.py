@@ -20,6 +20,7 @@ from pipeline.config import AdherenceConfig, ExperimentConfig
 from pipeline.config_loading import validated
 from pipeline.contract import open_split, read_contract
 from pipeline.errors import MaskLoomError
+from pipeline.report.curves import training_curves
 from pipeline.runs import Run
 from tests.tiny_backbone import build_tiny_controlnet
 from tests.tiny_datasets import tiny_description, write_tiny_run
@@ -144,6 +145,8 @@ def test_the_reader_is_trained_once(tmp_path: Path, data: Path, backbone: Path) 
     written = file.stat().st_mtime_ns
     assert task_of(config).validate(2) == figures
     assert file.stat().st_mtime_ns == written
+    file.write_bytes(file.read_bytes()[:-8])  # damaged: made again
+    assert task_of(config).validate(3) == figures
     longer = {"adherence": AdherenceConfig(**{**ADHERENCE, "steps": 31})}
     before = load_file(file)
     task_of(config.model_copy(update={"train": config.train.model_copy(update=longer)}))
@@ -205,6 +208,15 @@ def test_sizes_that_the_reader_cannot_halve_are_refused(size: Any) -> None:
         validated({"image_size": size}, AdherenceConfig, "c.yaml")
 
 
+def test_images_are_sampled_in_half_precision(tmp_path: Path, data: Path, backbone: Path) -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    config = experiment(tmp_path, data, backbone, adherence=ADHERENCE, mixed_precision="bf16", **QUICK)
+    task = task_of(config, accelerator)
+    figures = task.validate(1)
+    assert np.isfinite(list(figures.values())).all()
+    assert not task.parts.controlnet._forward_hooks
+
+
 # What is trained is not touched
 
 
@@ -242,12 +254,12 @@ def test_the_trained_weights_do_not_depend_on_validation(
 def test_a_resumed_training_logs_the_same(
     tmp_path: Path, data: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 1, "checkpoints_total_limit": None}
-    config = experiment(tmp_path, data, backbone, adherence=ADHERENCE, **steps)
+    steps = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 1, "num_validation_images": 0}
+    config = experiment(tmp_path, data, backbone, adherence=ADHERENCE, **{**QUICK, **steps})
     train_stage(config, force=False)
     log, said, bytes_before = logged(tmp_path), capsys.readouterr().err, weights(tmp_path)
-    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
-    for path in ("logs/train/stage.json", "generator/checkpoint-6", "generator/controlnet"):
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    for path in ("logs/train/stage.json", "generator/checkpoint-4", "generator/controlnet"):
         doomed = tmp_path / path
         shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
     train_stage(config, force=False)
@@ -398,7 +410,7 @@ def test_tensorboard_gets_the_grid(tmp_path: Path, data: Path, backbone: Path) -
 
 
 def test_wandb_gets_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B itself needs an account or a server of its own; accelerate's tracker is the real one."""
+    """W&B is an extra and may be missing; accelerate's tracker, which calls it, is the real one."""
     sent: list[Any] = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Image=lambda picture: ("image", picture.shape)))
     tracker = WandBTracker("maskloom")
@@ -407,6 +419,22 @@ def test_wandb_gets_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator.trackers = [tracker]
     show_in_trackers(accelerator, np.zeros((4, 6, 3), dtype=np.uint8), 7)
     assert sent == [({"validation": [("image", (4, 6, 3))]}, 7)]
+
+
+def test_the_report_draws_a_figure_beside_what_it_is_compared_with(tmp_path: Path) -> None:
+    names = ("adherence", "adherence_shuffled", "adherence_real", "condition_gain", "condition_gain_bin_0")
+    names += ("condition_followed", "condition_ignored", "loss")
+    line = {"step": 1, "loss_scale": 1.0, **{f"validation/{name}": 0.5 for name in names}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    charts, _ = training_curves(tmp_path / "metrics.jsonl")
+    assert {chart.title: len(chart.series) for chart in charts} == {
+        "adherence": 3,
+        "condition": 2,
+        "condition gain": 1,
+        "condition gain bin": 1,
+        "loss": 1,
+        "loss scale": 1,
+    }
 
 
 # The whole of it
