@@ -2,7 +2,7 @@
 # Train on one node of a SLURM cluster, on all the GPUs that the job gets. From the checkout:
 #   sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml [KEY=VALUE ...]
 #   ENGINE=fsdp sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml        (a file of configs/accelerate)
-# Before its time is up, or when it is preempted, the job goes back to the queue and then on from its last checkpoint, to the bit:
+# Before its time is up, or when it is preempted, the job goes back to the queue and then on from its last checkpoint:
 # at most train.checkpointing_steps steps are done again.
 #SBATCH --job-name=maskloom-train
 #SBATCH --nodes=1

@@ -3,7 +3,7 @@
 # all nodes see, with the run folder:
 #   sbatch --nodes=2 --gpus-per-node=4 configs/slurm/train_multinode.sh configs/busi.yaml [KEY=VALUE ...]
 #   ENGINE=fsdp sbatch --nodes=2 --gpus-per-node=4 configs/slurm/train_multinode.sh configs/busi.yaml        (a file of configs/accelerate)
-# Before its time is up, or when it is preempted, the job goes back to the queue and then on from its last checkpoint, to the bit:
+# Before its time is up, or when it is preempted, the job goes back to the queue and then on from its last checkpoint:
 # at most train.checkpointing_steps steps are done again.
 #SBATCH --job-name=maskloom-train
 #SBATCH --nodes=2

@@ -22,6 +22,7 @@ from train_controlnet.train import train_stage
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE, SLURM = ROOT / "configs" / "accelerate", ROOT / "configs" / "slurm"
+LEARNING_RATE = 1e-3
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -49,6 +50,17 @@ def exported(run: Path) -> dict[str, Tensor]:
     }
 
 
+def assert_equal_up_to_rounding(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Float32 gradients are added in another order: on average a thousandth of a step of Adam (the learning rate) at most.
+
+    Adam divides a gradient by its size, so where all of it is rounding a step goes anywhere; such weights are few.
+    """
+    assert found.keys() == expected.keys()
+    difference = torch.cat([(found[key] - expected[key]).abs().flatten() for key in expected])
+    assert float(difference.mean()) < 1e-3 * LEARNING_RATE
+    assert float(difference.max()) < LEARNING_RATE
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "lora": {"controlnet": "none", "lora": ["unet", "text_encoder"], "num_validation_images": 0},
@@ -58,14 +70,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, backbone: Path, name: str) -> None:
-    """Same global batch with averages and accumulation; equal up to the order in which float32 gradients are added.
-
-    Adam divides gradients by their size: where one is all rounding, so is the step; hence a twentieth of the learning rate.
-    """
+    """Same global batch, with averages and accumulation."""
     shared = {
         "gradient_accumulation_steps": 2,
         "max_train_steps": 4,
-        "learning_rate": 1e-3,
+        "learning_rate": LEARNING_RATE,
         "use_ema": True,
         **SETTINGS[name],
     }
@@ -73,12 +82,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, back
     train_stage(tiny_config(one, backbone, train_batch_size=2, **shared), force=False)
     config = write_config(tmp_path / "two.yaml", tiny_values(two, backbone, train_batch_size=1, **shared))
     on_two_processes("train_controlnet", "--config", str(config))
-    alone, together = exported(one), exported(two)
-    assert alone.keys() == together.keys()
-    for key, value in alone.items():
-        torch.testing.assert_close(
-            together[key], value, rtol=1e-4, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_equal_up_to_rounding(exported(two), exported(one))
     checkpoint = two / "generator" / "checkpoint-4"
     assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}
     assert json.loads((checkpoint / "loop.json").read_text())["identity"]["processes"] == 2
@@ -86,17 +90,12 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, back
 
 def test_sharded_weights_become_whole_files(tmp_path: Path, dataset: Path, backbone: Path) -> None:
     """FSDP on two CPU processes, which accelerate itself offers on GPUs only."""
-    shared = {"max_train_steps": 4, "use_ema": False, "checkpointing_steps": 2}
+    shared = {"max_train_steps": 4, "learning_rate": LEARNING_RATE, "use_ema": False, "checkpointing_steps": 2}
     one, two = (run_folder(tmp_path / number, dataset) for number in ("one", "two"))
     train_stage(tiny_config(one, backbone, train_batch_size=2, **shared), force=False)
     config = write_config(tmp_path / "two.yaml", tiny_values(two, backbone, train_batch_size=1, **shared))
     on_two_processes("tests.train_controlnet.ranks", str(config))
-    alone, together = exported(one), exported(two)
-    assert alone.keys() == together.keys()
-    for key, value in alone.items():
-        torch.testing.assert_close(
-            together[key], value, rtol=1e-4, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_equal_up_to_rounding(exported(two), exported(one))
     assert (two / "generator" / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir()
 
 
