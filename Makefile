@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch
 
-.PHONY: help demo test lint format prepare train generate evaluate report all status plan push backbone bench clean
+.PHONY: help demo test lint format prepare train baselines generate evaluate report all status plan push backbone bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z ]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 44
@@ -28,13 +28,13 @@ lint: $(READY) ## ruff, types, import rules, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell pipeline data_prep train_controlnet generate evaluate configs tests benchmarks docs README.md CHANGELOG.md
+	$(BIN)/codespell pipeline data_prep train_controlnet train_baselines generate evaluate configs tests benchmarks docs README.md CHANGELOG.md
 
 format: $(READY) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-prepare train generate evaluate report: $(READY) ## one stage of CONFIG
+prepare train baselines generate evaluate report: $(READY) ## one stage of CONFIG
 	$(BIN)/python -m pipeline run --config $(CONFIG) --from $@ --to $@ $(ARGS)
 
 all: $(READY) ## all stages

@@ -50,7 +50,8 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     questions = [open_question(name, options) for name, options in config.evaluate.metrics.items()]
     run = open_run(config)
     digests = {name: contract.digest for name, contract in _contracts(run, config).items()}
-    backbone = model_digest(config.train.pretrained_model_name_or_path, config.train.revision)
+    train = config.train
+    backbone = "none" if train is None else model_digest(train.pretrained_model_name_or_path, train.revision)
     tuned = run.generator / "vae"
     if tuned.is_dir():  # a fine-tuned decoder, which `vae_ceiling` looks at
         digests["vae"] = model_digest(str(tuned))
@@ -99,8 +100,10 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
         if contract.parent is not None and contract.parent.digest != real.digest:
             raise MaskLoomError(f"{folder}: made from another version of {run.dataset}; run generate again")
         synthetic[name] = (folder, contract)
-    train = config.train
-    return open_inputs(run.dataset, real, synthetic, train.pretrained_model_name_or_path, train.revision, config.seed)
+    backbone, revision = None, None
+    if config.train is not None:
+        backbone, revision = config.train.pretrained_model_name_or_path, config.train.revision
+    return open_inputs(run.dataset, real, synthetic, backbone, revision, config.seed)
 
 
 def _contracts(run: Run, config: ExperimentConfig) -> dict[str, Contract]:

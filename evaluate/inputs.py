@@ -123,7 +123,7 @@ class EvaluationInputs:
         real: the real dataset's contract.
         train, validation, test: its splits.
         synthetic: synthetic sets by generator name, in the configuration's order.
-        backbone: `train.pretrained_model_name_or_path`.
+        backbone: `train.pretrained_model_name_or_path`; None where no backbone is fine-tuned.
         revision: the backbone's revision on the Hub.
         seed: of everything random.
         externals: further test sets, by the name of the dataset that they come from; empty where there are none.
@@ -134,7 +134,7 @@ class EvaluationInputs:
     validation: ImageSet
     test: ImageSet
     synthetic: dict[str, ImageSet]
-    backbone: str
+    backbone: str | None
     revision: str | None
     seed: int
     externals: dict[str, ImageSet] = field(default_factory=dict)
@@ -168,7 +168,7 @@ def open_inputs(
     real_folder: Path,
     real: Contract,
     synthetic: dict[str, tuple[Path, Contract]],
-    backbone: str,
+    backbone: str | None,
     revision: str | None,
     seed: int,
 ) -> EvaluationInputs:

@@ -33,7 +33,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 def trained_parts(config: ExperimentConfig, run: Run, wanted: Sequence[str]) -> dict[str, Path]:
     """Return the folders of those `wanted` weights that this configuration trains, by name (`pipeline.trained_parts`)."""
-    return {name: run.generator / name for name in exported_names(config.train) if name in wanted}
+    return {name: run.generator / name for name in exported_names(config.fine_tuning) if name in wanted}
 
 
 def weights_digest(config: ExperimentConfig, parts: Mapping[str, Path]) -> str:
@@ -50,7 +50,7 @@ def weights_digest(config: ExperimentConfig, parts: Mapping[str, Path]) -> str:
     for file in files:
         if not file.is_file():
             raise MaskLoomError(f"{file}: missing; run train first (make train)")
-    backbone = model_digest(config.train.pretrained_model_name_or_path, config.train.revision)
+    backbone = model_digest(config.fine_tuning.pretrained_model_name_or_path, config.fine_tuning.revision)
     return value_digest([backbone, *(file_digest(file) for file in files)]) if files else backbone
 
 
@@ -66,7 +66,7 @@ def check_backbone_folder(config: ExperimentConfig) -> None:
     """
     from pipeline.backbone import check_backbone
 
-    check_backbone(config.train.pretrained_model_name_or_path)
+    check_backbone(config.fine_tuning.pretrained_model_name_or_path)
 
 
 def load_backbone(config: ExperimentConfig, device: torch.device, parts: Mapping[str, Path]) -> Pipeline:
@@ -88,9 +88,9 @@ def load_backbone(config: ExperimentConfig, device: torch.device, parts: Mapping
 
     pipe = load_part(
         StableDiffusionControlNetPipeline if "controlnet" in parts else StableDiffusionPipeline,
-        config.train.pretrained_model_name_or_path,
-        revision=config.train.revision,
-        variant=config.train.variant,
+        config.fine_tuning.pretrained_model_name_or_path,
+        revision=config.fine_tuning.revision,
+        variant=config.fine_tuning.variant,
         torch_dtype=weight_dtype(config.generate),
         safety_checker=None,
         feature_extractor=None,
@@ -176,7 +176,7 @@ def fast_scheduler(backbone: Any, config: ExperimentConfig, trained: bool) -> An
         "ddim": (DDIMScheduler, {}),
     }
     kind, settings = kinds[config.generate.scheduler]
-    train = config.train
+    train = config.fine_tuning
     if train.prediction_type is not None and (trained or unet_is_frozen(train)):
         settings["prediction_type"] = train.prediction_type
     if trained and train.rescale_betas_zero_snr:  # sampling must start where no signal is left, as training did

@@ -116,6 +116,8 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract, generators: M
 def _settings_of_other_sections(config: ExperimentConfig) -> list[Any]:
     """Return what the images depend on outside `generate` and the weights' digests."""
     train = config.train
+    if train is None:
+        return [config.seed]
     prediction = train.prediction_type and [train.prediction_type, unet_is_frozen(train)]
     return [config.seed, prediction, train.rescale_betas_zero_snr, train.variant]
 

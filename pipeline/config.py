@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipeline.errors import MaskLoomError
+
 
 def _as_height_width(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
@@ -139,14 +141,23 @@ class LoopConfig(Section):
 
     train_batch_size: int = Field(4, ge=1, description="samples a process and micro-batch")
     gradient_accumulation_steps: int = Field(1, ge=1)
-    max_train_steps: int = Field(1000, ge=1, description="optimizer steps")
+    max_train_steps: int = Field(1000, ge=0, description="optimizer steps; 0 leaves the networks as they start")
     num_train_epochs: int | None = Field(None, ge=1, description="train so many epochs instead of max_train_steps")
     learning_rate: float = Field(1e-5, gt=0)
     scale_lr: bool = Field(False, description="multiply learning_rate by the global batch")
     lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant_then_linear",
     ] = "constant_with_warmup"
     lr_warmup_steps: int = Field(0, ge=0)
+    lr_decay_start: float = Field(
+        0.5, ge=0, lt=1, description="constant_then_linear: share of the steps before the fall"
+    )
     lr_num_cycles: int = Field(1, ge=1)
     lr_power: float = 1.0
     use_8bit_adam: bool = False
@@ -349,7 +360,11 @@ class WarpConfig(Section):
         return self
 
 
-Plugins = dict[str, dict[str, Any]]
+def _with_empty_options(value: Any) -> Any:
+    return {name: options or {} for name, options in value.items()} if isinstance(value, dict) else value
+
+
+Plugins = Annotated[dict[str, dict[str, Any]], BeforeValidator(_with_empty_options)]
 """Options by plug-in: file name -> its own options."""
 
 
@@ -419,7 +434,10 @@ class ExperimentConfig(Section):
     run_dir: Path | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig
-    train: TrainConfig
+    train: TrainConfig | None = Field(None, description="null: no backbone is fine-tuned")
+    baselines: Plugins = Field(
+        default_factory=dict, description="generators besides it: file name in train_baselines/families -> its options"
+    )
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
@@ -428,3 +446,17 @@ class ExperimentConfig(Section):
     def run_folder(self) -> Path:
         """The run's folder: `run_dir`, by default `runs/EXPERIMENT`."""
         return self.run_dir or Path("runs") / self.experiment
+
+    @property
+    def fine_tuning(self) -> TrainConfig:
+        """The section `train`, for what cannot do without.
+
+        Raises:
+            MaskLoomError: there is none.
+        """
+        if self.train is None:
+            raise MaskLoomError(
+                "the configuration has no section `train`, which names the backbone; give train.pretrained_model_name_or_path, "
+                "or leave out the generators (controlnet, lora, text_only) that need it"
+            )
+        return self.train

@@ -22,11 +22,12 @@ from pipeline.runs import STAGES, Run
 MODULES = {
     "prepare": ("data_prep",),
     "train": ("train_controlnet",),
+    "baselines": ("train_baselines",),
     "generate": ("generate",),
     "evaluate": ("evaluate",),
     "report": ("pipeline", "report"),
 }
-DISTRIBUTED = ("train", "generate")
+DISTRIBUTED = ("train", "baselines", "generate")
 ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 DEVICE_TOOLS = ("nvidia-smi", "rocm-smi", "xpu-smi")  # a machine with one of these may have several devices

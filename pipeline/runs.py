@@ -14,7 +14,7 @@ from pipeline.files import read_json, value_digest, write_json, write_text
 from pipeline.progress import say
 from pipeline.provenance import git_sha, package_versions, peak_memory_mb
 
-STAGES = ("prepare", "train", "generate", "evaluate", "report")
+STAGES = ("prepare", "train", "baselines", "generate", "evaluate", "report")
 _CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
 
 
@@ -54,6 +54,11 @@ class Run:
         return self.folder / "generator"
 
     @property
+    def baselines(self) -> Path:
+        """Checkpoints and weights of the other generator families, a folder each."""
+        return self.folder / "baselines"
+
+    @property
     def synthetic(self) -> Path:
         """One synthetic dataset a generator."""
         return self.folder / "synthetic"
@@ -87,6 +92,17 @@ def open_run(config: ExperimentConfig) -> Run:
     return run
 
 
+def skip_empty_stage(name: str, reason: str) -> None:
+    """Say that a stage has nothing to do.
+
+    Raises:
+        StageChecked: only the state was asked for (`--check`): it is done.
+    """
+    if _CHECK_ONLY.get():
+        raise StageChecked("done")
+    say(f"{name}: nothing to do, {reason}")
+
+
 class Stage:
     """Decides whether a stage must run, and records that it did.
 
@@ -113,6 +129,11 @@ class Stage:
         if not self.path.is_file() or not all(path.exists() for path in self.outputs):
             return False
         return bool(read_json(self.path, "delete it").get("key") == self.key)
+
+    def record(self) -> dict[str, Any]:
+        """Return `stage.json`; the stage must have run."""
+        record: dict[str, Any] = read_json(self.path, "run the stage again")
+        return record
 
     def state(self) -> str:
         """Return `done`, `stale` (ran with other inputs or another configuration, or lost an output) or `missing`."""

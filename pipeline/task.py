@@ -1,7 +1,7 @@
 """What is trained, as the loop sees it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ class Task(ABC):
         The loop runs backward and, at the end of an accumulation, that optimizer's step before it asks for the next
         loss: a GAN yields its discriminator's loss, then computes its generator's loss with the updated discriminator.
         """
+
+    def notes(self) -> Mapping[str, Tensor]:
+        """Return scalars of the micro-batch just trained besides its losses; the loop averages and logs them."""
+        return {}
 
     def validate(self, step: int) -> dict[str, float]:
         """Return held-out figures after `step` optimizer steps; called on the main process, with averaged weights if any."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from pipeline.averages import Averages
@@ -26,6 +25,7 @@ from pipeline.finite import FiniteWatch
 from pipeline.metrics_log import MetricsLog
 from pipeline.progress import progress
 from pipeline.randomness import Draws, keyed_generator
+from pipeline.schedules import learning_rate_schedule
 from pipeline.stream import Positioned, batches, global_batch, total_steps
 from pipeline.task import Task
 from pipeline.throughput import Throughput
@@ -191,17 +191,7 @@ def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: P
     )  # all accelerators of a process share it
     rate = config.learning_rate * (global_batch(config, accelerator.num_processes) if config.scale_lr else 1)
     optimizers = {name: make_optimizer(group, config, rate) for name, group in task.parameters().items()}
-    schedulers = {
-        name: get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-        )
-        for name, optimizer in optimizers.items()
-    }
+    schedulers = {name: learning_rate_schedule(optimizer, config, steps) for name, optimizer in optimizers.items()}
     prepared = list(accelerator.prepare(*task.networks.values(), *optimizers.values(), *schedulers.values()))
     for group in (task.networks, optimizers, schedulers):
         group.update({name: prepared.pop(0) for name in group})
@@ -264,6 +254,8 @@ def _micro_step(
                 if not _makes_step(optimizer, accelerator):
                     skipped.add(name)
             optimizer.zero_grad(set_to_none=True)
+        for key, value in task.notes().items():
+            _add(state, key, value.detach())
     return skipped
 
 

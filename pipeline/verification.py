@@ -47,6 +47,20 @@ def verify_quickly(folder: Path) -> Contract:
     return contract
 
 
+def verify_for_training(folder: Path) -> Contract:
+    """Verify a dataset quickly and check that a generator may be trained on it.
+
+    Raises:
+        MaskLoomError: see `verify_quickly`; or it is synthetic, or its train split is empty.
+    """
+    contract = verify_quickly(folder)
+    if contract.description.origin != "real":
+        raise MaskLoomError(f"{folder}: a synthetic dataset; a generator is trained on real images only")
+    if "train" not in contract.splits:
+        raise MaskLoomError(f"{folder}: the train split is empty; lower data.splits.validation and data.splits.test")
+    return contract
+
+
 def verify_fully(folder: Path) -> Contract:
     """Check everything that `verify_quickly` does, and every pixel: sizes, modes, mask values, prompts, labels.
 

@@ -93,9 +93,9 @@ class AdherenceMeter:
         Raises:
             MaskLoomError: see `check_adherence`; or too few validation images have a mask with a foreground.
         """
-        check_adherence(config.train, contract)
-        assert config.train.adherence is not None
-        self.options, self.about, self.device = config.train.adherence, contract.description, str(device)
+        check_adherence(config.fine_tuning, contract)
+        assert config.fine_tuning.adherence is not None
+        self.options, self.about, self.device = config.fine_tuning.adherence, contract.description, str(device)
         rows = views["validation"].rows if "validation" in views else None
         asked = [] if rows is None else _asked_rows(rows, self.options.num_images, config.seed)
         if rows is None or len(asked) < LEAST_IMAGES:

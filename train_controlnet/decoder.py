@@ -60,10 +60,10 @@ def train_decoder(
     Raises:
         MaskLoomError: the VAE cannot be loaded, the loss was not finite, a checkpoint does not fit, or an engine shards weights.
     """
-    decoder = config.train.vae_decoder
+    decoder = config.fine_tuning.vae_decoder
     assert decoder is not None
     _check_engine(accelerator.distributed_type)
-    loop = decoder_loop(config.train)
+    loop = decoder_loop(config.fine_tuning)
     own = make_accelerator(loop, run.logs("train") / "vae_decoder")  # a second training needs hooks of its own
     task = DecoderTask(config, run, contract, own)
     before: dict[str, float] = {}
@@ -74,7 +74,9 @@ def train_decoder(
         train(task, loop, own, run.generator / CHECKPOINTS, config.seed, {**inputs, "crop": str(decoder.crop)})
     except MaskLoomError as error:
         raise MaskLoomError(f"train.vae_decoder, whose own learning_rate counts: {error}") from error
-    accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps  # accelerators share this number
+    accelerator.gradient_accumulation_steps = (
+        config.fine_tuning.gradient_accumulation_steps
+    )  # accelerators share this number
     figures: dict[str, float] = {}
     if own.is_main_process:
         figures = _before_and_after(before, task.validate(loop.max_train_steps))
@@ -167,7 +169,7 @@ class DecoderTask(Task):
         Raises:
             MaskLoomError: the VAE cannot be loaded.
         """
-        train = config.train
+        train = config.fine_tuning
         assert train.vae_decoder is not None
         self.crop, self.accelerator = train.vae_decoder.crop, accelerator
         self.validation_samples = train.validation_samples
@@ -219,7 +221,7 @@ def _open_views(config: ExperimentConfig, run: Run, contract: Contract) -> dict[
     views: dict[str, Views] = {}
     for name in ("train", "validation"):
         if name in contract.splits:
-            rows, most = open_split(run.dataset, name), config.train.max_train_samples
+            rows, most = open_split(run.dataset, name), config.fine_tuning.max_train_samples
             kept = rows.select(range(min(most, len(rows)))) if name == "train" and most else rows
             views[name] = Views(kept, contract.description, None, config.seed)
     return views
@@ -282,7 +284,7 @@ def _before_and_after(before: dict[str, float], after: dict[str, float]) -> dict
 def _export(vae: AutoencoderKL, config: ExperimentConfig, loop: LoopConfig, contract: Contract, target: Path) -> None:
     """Write the VAE whole or not at all, in float32, with its card."""
     own = {"controlnet": "none", "lora": [], "sd_locked": True, **loop.model_dump(exclude={"mixed_precision"})}
-    as_trained = config.model_copy(update={"train": config.train.model_copy(update=own)})
+    as_trained = config.model_copy(update={"train": config.fine_tuning.model_copy(update=own)})
     vae.register_to_config(_name_or_path="")  # where the backbone lies is a matter of this machine
     with told_when_unwritable(target), atomic_folder(target) as folder:
         vae.save_pretrained(folder, safe_serialization=True)

@@ -33,8 +33,8 @@ def export(
 
     All but `vae`: it was written when its decoder had been trained.
     """
-    names = exported_names(config.train)
-    parts = task.parts if task.whole_weights is None else _gathered_parts(task.whole_weights, config.train)
+    names = exported_names(config.fine_tuning)
+    parts = task.parts if task.whole_weights is None else _gathered_parts(task.whole_weights, config.fine_tuning)
     for name in (name for name in names if name != "vae"):
         with told_when_unwritable(run.generator / name), atomic_folder(run.generator / name) as folder:
             _save(name, parts, folder)

@@ -111,7 +111,7 @@ def cache_folder(parent: Path, config: ExperimentConfig, dataset: str) -> Path:
         config: backbone, precision, number of rows, augmentation.
         dataset: the digest of its content, sizes and conditioning included.
     """
-    train = config.train
+    train = config.fine_tuning
     depends_on = [
         dataset,
         model_digest(train.pretrained_model_name_or_path, train.revision),

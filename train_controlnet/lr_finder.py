@@ -112,7 +112,7 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
             f"find-lr runs on one process, and {processes} were started; use python -m train_controlnet find-lr, "
             "and raise train.gradient_accumulation_steps to keep the images a step"
         )
-    train = config.train.model_copy(update=WITHOUT)
+    train = config.fine_tuning.model_copy(update=WITHOUT)
     run = Run(config.run_folder)
     contract = verify_quickly(run.dataset)
     check_trainable(run, contract, train)
@@ -274,7 +274,7 @@ def _conclusions(config: ExperimentConfig, test: RangeTest, result: RangeResult)
     )
     if result.suggestion is None:
         return [f"No rate lowers the loss ({fall} at best); {end}. Give it more --steps."]
-    rate, train = result.suggestion, config.train
+    rate, train = result.suggestion, config.fine_tuning
     note = ""
     if train.scale_lr:
         rate, note = rate / result.images, f", multiplied by {result.images} images a step because of scale_lr"

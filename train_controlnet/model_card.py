@@ -24,7 +24,7 @@ def model_card(config: ExperimentConfig, contract: Contract, pictures: Path | No
         pictures: the grid of sample pictures, if there is one (`samples.png` beside the card).
         kind: the weights' folder, one of `TITLES`.
     """
-    about, train = contract.description, config.train
+    about, train = contract.description, config.fine_tuning
     backbone = model_digest(train.pretrained_model_name_or_path, train.revision)
     base_model = hub_base_model(backbone)
     colours = ", ".join(f"{name} = rgb{colour}" for name, colour in zip(about.mask_classes, about.palette, strict=True))

@@ -20,8 +20,8 @@ def print_plan(config: ExperimentConfig, processes: int, json: Path | None) -> N
         MaskLoomError: a network's settings cannot be read, or do not fit the configuration.
     """
     planner = Planner(config, processes)
-    plan = planner.plan(config.train)
-    fits = {size: cheapest_fit(planner, config.train, size * GIB) for size in GPUS_GIB}
+    plan = planner.plan(config.fine_tuning)
+    fits = {size: cheapest_fit(planner, config.fine_tuning, size * GIB) for size in GPUS_GIB}
     print(plan_text(config, plan, fits, processes))
     if json:
         answers = {
@@ -43,15 +43,15 @@ def plan_text(config: ExperimentConfig, plan: Plan, fits: dict[int, Fit], proces
     sections = [
         [_headline(config, plan, processes)],
         _network_lines(plan),
-        _memory_lines(plan, config.train),
-        _disk_lines(plan, config.train),
+        _memory_lines(plan, config.fine_tuning),
+        _disk_lines(plan, config.fine_tuning),
         [_fit_line(size, plan, fit) for size, fit in fits.items()],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
 def _headline(config: ExperimentConfig, plan: Plan, processes: int) -> str:
-    train, (height, width) = config.train, plan.image_size
+    train, (height, width) = config.fine_tuning, plan.image_size
     images = train.train_batch_size * train.gradient_accumulation_steps * processes
     return (
         f"{config.experiment}: images {height} x {width}, {images} a step ({train.train_batch_size} a micro-batch, "

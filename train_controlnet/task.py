@@ -39,10 +39,10 @@ class DiffusionTask(Task):
         Raises:
             MaskLoomError: a part of the backbone cannot be loaded, or a switch needs a package that is missing.
         """
-        self.config, self.device = config.train, accelerator.device
-        self.dtype = DTYPES[config.train.mixed_precision]
-        self.parts = load_networks(config.train, self.device)
-        if config.train.vae_decoder is not None:  # for pictures and adherence; the encoder is the backbone's
+        self.config, self.device = config.fine_tuning, accelerator.device
+        self.dtype = DTYPES[config.fine_tuning.mixed_precision]
+        self.parts = load_networks(config.fine_tuning, self.device)
+        if config.fine_tuning.vae_decoder is not None:  # for pictures and adherence; the encoder is the backbone's
             load_decoder(self.parts.vae, run)
         self.scheduler = self.parts.scheduler
         self.networks = self.parts.trained()

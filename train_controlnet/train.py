@@ -6,9 +6,9 @@ from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import model_digest, remove_folder, value_digest
-from pipeline.runs import Run, Stage, open_run
+from pipeline.runs import Run, Stage, open_run, skip_empty_stage
 from pipeline.trained_parts import exported_names
-from pipeline.verification import verify_quickly
+from pipeline.verification import verify_for_training
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
@@ -22,8 +22,11 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         MaskLoomError: the dataset, the backbone or a setting cannot be used; the loss was not finite.
     """
     run = open_run(config)
-    contract = verify_quickly(run.dataset)
-    check_trainable(run, contract, config.train)
+    if config.train is None:
+        skip_empty_stage("train", "the configuration has no section `train`")
+        return
+    contract = verify_for_training(run.dataset)
+    check_loss(run, contract, config.train)
     stage = _stage(config, run, contract)
     if stage.skips(force):
         return
@@ -34,16 +37,16 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     from train_controlnet.export import export
     from train_controlnet.task import DiffusionTask
 
-    accelerator = make_accelerator(config.train, run.logs("train"))
+    accelerator = make_accelerator(config.fine_tuning, run.logs("train"))
     with stage.recorded(accelerator.is_main_process) as results:
         if force and accelerator.is_main_process:
             remove_folder(run.generator)
         accelerator.wait_for_everyone()
-        if config.train.vae_decoder is not None:
+        if config.fine_tuning.vae_decoder is not None:
             results["vae_decoder"] = train_decoder(config, run, contract, accelerator, stage.inputs)
         set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
         task = DiffusionTask(config, run, contract, accelerator)
-        train(task, config.train, accelerator, run.generator, config.seed, stage.inputs)
+        train(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:
             names = export(task, config, run, contract, accelerator)
             results["weights_digest"] = value_digest([model_digest(str(run.generator / name)) for name in names])
@@ -53,27 +56,21 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
 def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     inputs = {
         "dataset": contract.digest,
-        "backbone": model_digest(config.train.pretrained_model_name_or_path, config.train.revision),
+        "backbone": model_digest(config.fine_tuning.pretrained_model_name_or_path, config.fine_tuning.revision),
     }
-    if config.train.controlnet_model_name_or_path:
-        inputs["controlnet"] = model_digest(config.train.controlnet_model_name_or_path)
-    settings = {"train": config.train.model_dump(mode="json"), "seed": config.seed}
-    outputs = [run.generator / name / "README.md" for name in exported_names(config.train)]
+    if config.fine_tuning.controlnet_model_name_or_path:
+        inputs["controlnet"] = model_digest(config.fine_tuning.controlnet_model_name_or_path)
+    settings = {"train": config.fine_tuning.model_dump(mode="json"), "seed": config.seed}
+    outputs = [run.generator / name / "README.md" for name in exported_names(config.fine_tuning)]
     return Stage(run, "train", inputs, settings, outputs)
 
 
-def check_trainable(run: Run, contract: Contract, config: TrainConfig) -> None:
-    """Tell what the dataset cannot be used for.
+def check_loss(run: Run, contract: Contract, config: TrainConfig) -> None:
+    """Tell what the dataset lacks for the loss.
 
     Raises:
-        MaskLoomError: it is synthetic, its train split is empty, or it has no masks and the loss asks for them.
+        MaskLoomError: it has no masks and the loss asks for them.
     """
-    if contract.description.origin != "real":
-        raise MaskLoomError(f"{run.dataset}: a synthetic dataset; a generator is trained on real images only")
-    if "train" not in contract.splits:
-        raise MaskLoomError(
-            f"{run.dataset}: the train split is empty; lower data.splits.validation and data.splits.test"
-        )
     if config.lesion_loss_weight > 1 and not contract.description.mask_classes:
         raise MaskLoomError(
             f"train.lesion_loss_weight={config.lesion_loss_weight:g} weighs a mask's foreground, and {run.dataset} has no masks; set it to 1"

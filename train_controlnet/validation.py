@@ -47,9 +47,9 @@ class Validator:
         """
         self.task, self.config, self.accelerator = task, config, accelerator
         self.logs = run.logs("train")
-        self.further = further_wishes(config.train, contract.description.sizes)
+        self.further = further_wishes(config.fine_tuning, contract.description.sizes)
         self.meter = None
-        if config.train.adherence and accelerator.is_main_process:  # the others never validate
+        if config.fine_tuning.adherence and accelerator.is_main_process:  # the others never validate
             self.meter = AdherenceMeter(task.views, config, run, contract, task.device)
         rows = task.rows.get("validation")
         self.rows, self.others = rows, None
@@ -87,8 +87,8 @@ class Validator:
 
     def _tell(self, step: int, figures: dict[str, float]) -> None:
         """Say it where masks begin to be followed, or are ignored though half of the steps are done."""
-        total = total_steps(self.config.train, len(self.task.rows["train"]), self.accelerator.num_processes)
-        line = news(step, total, figures, earlier_verdicts(self.logs / METRICS_FILE, step), self.config.train)
+        total = total_steps(self.config.fine_tuning, len(self.task.rows["train"]), self.accelerator.num_processes)
+        line = news(step, total, figures, earlier_verdicts(self.logs / METRICS_FILE, step), self.config.fine_tuning)
         if line:
             say(line)
 
@@ -105,12 +105,12 @@ class Validator:
 
     def _bin_centres(self) -> list[int]:
         """Timesteps in the middle of equal bins; bin 0 holds the least noise."""
-        bins, total = self.config.train.validation_timestep_bins, self.task.scheduler.config.num_train_timesteps
+        bins, total = self.config.fine_tuning.validation_timestep_bins, self.task.scheduler.config.num_train_timesteps
         return [int((i + 0.5) * total / bins) for i in range(bins)]
 
     def _losses(self, rows: TrainingRows, timestep: int) -> Losses:
         """Return the loss of each validation row, (N,), at one timestep, noise fixed for each row."""
-        count = min(len(rows), self.config.train.validation_samples)
+        count = min(len(rows), self.config.fine_tuning.validation_samples)
         losses = np.empty(count)
         for numbers in rows.views.batches(range(count), BATCH):
             batch = {k: v.to(self.task.device) for k, v in default_collate([rows[i] for i in numbers]).items()}
@@ -129,7 +129,7 @@ class Validator:
         They are sampled as the stage `generate` is configured to.
         """
         split = self.task.views["validation"].rows
-        count = min(self.config.train.num_validation_images, len(split))
+        count = min(self.config.fine_tuning.num_validation_images, len(split))
         rows = [split[i] for i in np.linspace(0, len(split) - 1, count).astype(int).tolist()]
         wishes = [Wish(rgb_array(row["conditioning_image"]), row["text"]) for row in rows] + self.further
         if not wishes:

@@ -66,7 +66,7 @@ class Generator(ImageGenerator):
         Raises:
             MaskLoomError: this configuration trains without a ControlNet.
         """
-        if self.config.train.controlnet == "none":
+        if self.config.fine_tuning.controlnet == "none":
             raise MaskLoomError(
                 "generate.generators.controlnet: train.controlnet=none trains without a ControlNet; "
                 "set generate.generators={lora: {}, text_only: {}}"

@@ -1,0 +1,123 @@
+"""What the generators that the stage `baselines` trained share: where their weights lie, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from generate.generator import Condition, ImageGenerator
+from pipeline.contract import Description
+from pipeline.errors import MaskLoomError, one_line
+from pipeline.files import model_digest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class BaselineGenerator(ImageGenerator):
+    """Reads `baselines/FAMILY/weights` of the run; the plug-in's file bears the family's name.
+
+    Attributes:
+        family: the folder in `baselines`.
+    """
+
+    family: ClassVar[str]
+
+    @property
+    def folder(self) -> Path:
+        """Where the trained weights lie.
+
+        Raises:
+            MaskLoomError: they are not there.
+        """
+        if self.family not in self.config.baselines:
+            raise MaskLoomError(
+                f"generate.generators.{self.family}: the section `baselines` does not train it; add baselines.{self.family}={{}}"
+            )
+        folder = self.run.baselines / self.family / "weights"
+        if not folder.is_dir():
+            raise MaskLoomError(f"{folder}: missing; run baselines first (make baselines)")
+        return folder
+
+    def weights_digest(self) -> str:
+        """Return a hash of the weights' content.
+
+        Raises:
+            MaskLoomError: the family has not been trained.
+        """
+        return model_digest(str(self.folder))
+
+    def check(self) -> None:
+        """Look for the weights.
+
+        Raises:
+            MaskLoomError: they are missing.
+        """
+        _ = self.folder
+
+    def load_network(self, kind: type[Any], name: str, device: torch.device, **settings: Any) -> Any:
+        """Return a network of the family, ready to sample.
+
+        Args:
+            kind: has diffusers' `from_pretrained`.
+            name: the folder in `weights`.
+            device: where to compute.
+            **settings: passed on.
+
+        Raises:
+            MaskLoomError: the files are damaged.
+        """
+        from pipeline.backbone import silence_loading
+
+        silence_loading()
+        folder = self.folder / name
+        try:
+            network = kind.from_pretrained(folder, local_files_only=True, **settings)
+        except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
+            raise MaskLoomError(
+                f"{folder}: cannot be read as {kind.__name__}: {one_line(error)}; run baselines again with --force"
+            ) from error
+        return network.eval().requires_grad_(False).to(device)
+
+
+def seeded_noise(conditions: Sequence[Condition], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return (B, *shape) of standard normal numbers, each row from its condition's seed; drawn on the CPU, so all devices see the same."""
+    import torch
+
+    rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(c.seed)) for c in conditions]
+    return torch.stack(rows).to(device)
+
+
+def class_tensor(conditions: Sequence[Condition], device: torch.device) -> Tensor:
+    """Return (B,) int64 classes; 0 where the dataset has none."""
+    import torch
+
+    return torch.tensor([condition.label or 0 for condition in conditions], device=device)
+
+
+def mask_tensor(conditions: Sequence[Condition], size: Sequence[int], device: torch.device) -> Tensor:
+    """Return masks, (B, H, W) uint8, brought to a network's (height, width) by nearest neighbour."""
+    import torch
+    from torch.nn import functional
+
+    masks = torch.from_numpy(np.stack([np.asarray(condition.mask) for condition in conditions])).to(device)
+    if tuple(masks.shape[1:]) != tuple(size):
+        masks = functional.interpolate(masks[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].byte()
+    return masks
+
+
+def unit_images(planes: Tensor, description: Description) -> NDArray[np.float32]:
+    """Return images of [-1, 1], (B, C, h, w), as the contract has them: the dataset's size, 0..1, (B, H, W) or (B, H, W, 3)."""
+    from torch.nn import functional
+
+    size = tuple(description.image_size)
+    planes = planes.float().cpu()
+    if tuple(planes.shape[2:]) != size:
+        planes = functional.interpolate(planes, size, mode="bicubic", antialias=True)
+    batch: NDArray[np.float32] = ((planes.clamp(-1, 1) + 1) / 2).numpy()
+    return batch[:, 0] if description.channels == 1 else np.moveaxis(batch, 1, -1)

@@ -1,0 +1,1 @@
+"""Networks that training and generation both need, one architecture a file, kept as diffusers keeps models (`from_pretrained`)."""

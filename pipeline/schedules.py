@@ -1,0 +1,31 @@
+"""How the learning rate runs over a training: diffusers' schedules, and the one of GANs."""
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from pipeline.config import LoopConfig
+
+
+def learning_rate_schedule(optimizer: torch.optim.Optimizer, config: LoopConfig, steps: int) -> LRScheduler:
+    """Return the schedule of an optimizer over a training of `steps` steps.
+
+    `constant_then_linear` (Isola et al. 2017, section 6.2 of the arXiv version; Zhu et al. 2017): after the warm-up constant until
+    `lr_decay_start`, a share of the steps, then straight down to zero.
+    """
+    if config.lr_scheduler != "constant_then_linear":
+        return get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    first = config.lr_decay_start * steps
+    warmup = max(1, config.lr_warmup_steps)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 1.0, (steps - step) / max(1.0, steps - first))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,196 @@
+"""What the GANs share: two networks with an optimizer each, their losses and penalties, and a look at the balance between them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+
+from pipeline.progress import say
+from pipeline.randomness import Draws
+from train_baselines.diff_augment import Policy, augmented
+from train_baselines.family import Family, FamilyOptions
+
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"
+WINS = 0.98
+"""Share of right answers, of real and of drawn samples alike, from which on the discriminator has won."""
+
+
+class GanOptions(FamilyOptions):
+    """Options of every GAN; the defaults of the loop are those of DCGAN (Radford et al. 2016)."""
+
+    train_batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    adam_beta1: float = Field(0.5, ge=0, lt=1)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = "constant"  # type: ignore[assignment]
+    gan_loss: Literal["bce", "hinge"] = "bce"
+    r1_gamma: float = Field(0.0, ge=0, description="weight of the R1 penalty; 0: none")
+    spectral_norm: bool = Field(False, description="of the discriminator's layers")
+    diff_augment: list[Policy] = Field(
+        default_factory=list, description="for small data: [brightness, translation, cutout]"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_to_stop_by(self) -> GanOptions:
+        if self.early_stopping_patience is not None:
+            raise ValueError("early_stopping_patience waits for a lower validation loss, which a GAN does not have")
+        return self
+
+
+class Gan(Family):
+    """Goodfellow et al., Generative Adversarial Nets (2014). In each step the discriminator learns first, then the generator.
+
+    Subclasses build `generator` and `discriminator` and call `compete`.
+    """
+
+    options: Any
+    generator: Any
+    discriminator: Any
+
+    def compete(self) -> None:
+        """Prepare the two networks for the loop."""
+        if self.options.spectral_norm:
+            add_spectral_norm(self.discriminator)
+        self.generator, self.discriminator = self.placed(self.generator), self.placed(self.discriminator)
+        self.networks = {DISCRIMINATOR: self.discriminator, GENERATOR: self.generator}
+        self._notes: dict[str, Tensor] = {}
+        self._right: dict[str, Tensor] = {}
+        self._seen_batches = 0
+
+    @abstractmethod
+    def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the discriminator sees of real rows, (B, planes, H, W): images first."""
+
+    @abstractmethod
+    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Return what the discriminator sees of drawn samples for the same classes or masks, with gradients to the generator."""
+
+    def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
+        """Return the discriminator's logits; a family whose discriminator is given the classes passes them on."""
+        return network(planes)
+
+    def further_losses(self, drawn: Tensor, real: Tensor) -> Mapping[str, Tensor]:
+        """Return what the generator's loss gains besides the adversarial term, by name."""
+        return {}
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
+        """Yield the discriminator's loss, then the generator's against the discriminator that has learnt from it."""
+        batch = self.flipped(batch, draws)
+        labels, real = batch["label"], self.real_planes(batch)
+        drawn = self.drawn_planes(batch, draws)
+        yield DISCRIMINATOR, self._discriminator_loss(real, drawn.detach(), labels, draws)
+        with frozen(self.discriminator):
+            logits = self.judged(self.discriminator, self._seen(drawn, draws, "generator"), labels)
+        further = self.further_losses(drawn, real)
+        self._notes |= {key: value.detach() for key, value in further.items()}
+        yield GENERATOR, generator_loss(logits, self.options.gan_loss) + sum(further.values())
+
+    def notes(self) -> Mapping[str, Tensor]:
+        """Return the discriminator's share of right answers, and the parts of the generator's loss."""
+        return self._notes
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Write previews; warn where the samples or the balance of the two networks tell of a failure."""
+        figures = super().validate(step)
+        right = {key: float(total) / self._seen_batches for key, total in self._right.items()}
+        if right and min(right.values()) > WINS:
+            say(
+                f"step {step}: the discriminator is right in {min(right.values()):.0%} of all cases, so the generator learns little from it. "
+                "Lower learning_rate, or use r1_gamma, spectral_norm or diff_augment"
+            )
+        self._right, self._seen_batches = {}, 0
+        return figures
+
+    def weights(self) -> Mapping[str, Any]:
+        """Return the generator: the discriminator is of no use without training."""
+        return {GENERATOR: self.generator}
+
+    def _discriminator_loss(self, real: Tensor, drawn: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        network, penalised = self.networks[DISCRIMINATOR], self.options.r1_gamma > 0
+        seen = self._seen(real, draws, "discriminator").requires_grad_(penalised)
+        on_real = self.judged(network, seen, labels)
+        on_drawn = self.judged(network, self._seen(drawn, draws, "discriminator"), labels)
+        self._see_answers(on_real, on_drawn)
+        loss = discriminator_loss(on_real, on_drawn, self.options.gan_loss)
+        if penalised:
+            loss = loss + self.options.r1_gamma / 2 * r1_penalty(on_real, seen)
+        return loss
+
+    def _seen(self, planes: Tensor, draws: Draws, purpose: str) -> Tensor:
+        return augmented(planes, self.description.channels, self.options.diff_augment, draws, purpose)
+
+    def _see_answers(self, on_real: Tensor, on_drawn: Tensor) -> None:
+        right = {"real": (on_real > 0).float().mean(), "drawn": (on_drawn < 0).float().mean()}
+        self._notes = {f"right/{key}": value.detach() for key, value in right.items()}
+        for key, value in right.items():
+            self._right[key] = self._right.get(key, torch.zeros_like(value)) + value.detach()
+        self._seen_batches += 1
+
+
+def discriminator_loss(on_real: Tensor, on_drawn: Tensor, kind: str) -> Tensor:
+    """Return the mean of both sides' losses, from logits of any shape.
+
+    Args:
+        on_real: logits of real samples.
+        on_drawn: logits of drawn samples.
+        kind: `bce` (Goodfellow et al. 2014) or `hinge` (Lim and Ye, Geometric GAN, 2017).
+    """
+    if kind == "hinge":
+        return (functional.relu(1 - on_real).mean() + functional.relu(1 + on_drawn).mean()) / 2
+    ones, zeros = torch.ones_like(on_real), torch.zeros_like(on_drawn)
+    with_logits = functional.binary_cross_entropy_with_logits
+    return (with_logits(on_real, ones) + with_logits(on_drawn, zeros)) / 2
+
+
+def generator_loss(on_drawn: Tensor, kind: str) -> Tensor:
+    """Return the generator's adversarial loss: non-saturating for `bce`, linear for `hinge`."""
+    if kind == "hinge":
+        return -on_drawn.mean()
+    return functional.binary_cross_entropy_with_logits(on_drawn, torch.ones_like(on_drawn))
+
+
+def r1_penalty(on_real: Tensor, real: Tensor) -> Tensor:
+    """Return the mean squared norm of the discriminator's gradient at real samples.
+
+    Mescheder et al., Which Training Methods for GANs do actually Converge? (2018), before the factor gamma / 2.
+
+    Args:
+        on_real: logits, in whose graph `real` stands.
+        real: (B, C, H, W), requiring gradients.
+    """
+    (gradient,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
+    return gradient.float().square().flatten(1).sum(dim=1).mean()
+
+
+def add_spectral_norm(network: nn.Module) -> None:
+    """Hold the largest singular value of every linear and convolutional layer at 1 (Miyato et al. 2018)."""
+    for layer in list(network.modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            spectral_norm(layer)
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a network for the block without being kept for its weights."""
+    network.requires_grad_(False)
+    yield
+    network.requires_grad_(True)
+
+
+def normal_start(network: nn.Module) -> None:
+    """Draw the weights as DCGAN does: normal with deviation 0.02, those of batch norm around 1; biases 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+            nn.init.zeros_(layer.bias)

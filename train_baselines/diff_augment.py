@@ -1,0 +1,60 @@
+"""Differentiable augmentation: what the discriminator sees is changed alike for real and drawn samples, so that few images last longer.
+
+Zhao et al., Differentiable Augmentation for Data-Efficient GAN Training (2020): brightness, translation and cutout, with the ranges of their
+code; here each sample's numbers are keyed to (seed, position), and real and drawn samples get the same.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.randomness import Draws
+
+Policy = Literal["brightness", "translation", "cutout"]
+TRANSLATION = 1 / 8  # largest shift, as a share of the side
+CUTOUT = 1 / 2  # side of the square that is blanked, as a share of the side
+
+
+def augmented(planes: Tensor, image_channels: int, policies: list[Policy], draws: Draws, purpose: str) -> Tensor:
+    """Return changed samples; gradients pass.
+
+    Args:
+        planes: (B, C, H, W), images in the first `image_channels` planes, masks behind them.
+        image_channels: brightness changes these alone.
+        policies: what is changed.
+        draws: of the batch.
+        purpose: keys the numbers; the same purpose means the same change.
+    """
+    if "brightness" in policies:
+        shift = (draws.uniform(f"{purpose} brightness") - 0.5).view(-1, 1, 1, 1)
+        planes = torch.cat([planes[:, :image_channels] + shift, planes[:, image_channels:]], dim=1)
+    if "translation" in policies:
+        planes = _translated(planes, draws, purpose)
+    if "cutout" in policies:
+        planes = planes * _outside_of_squares(planes, draws, purpose)
+    return planes
+
+
+def _translated(planes: Tensor, draws: Draws, purpose: str) -> Tensor:
+    """Return samples shifted by whole pixels; what comes in is 0, as in the paper's code."""
+    margins = [round(side * TRANSLATION) for side in planes.shape[2:]]
+    top, left = (
+        (draws.uniform(f"{purpose} {name}") * (2 * margin + 1)).long().tolist()
+        for name, margin in zip(("rows", "columns"), margins, strict=True)
+    )
+    height, width = planes.shape[2:]
+    padded = functional.pad(planes, (margins[1], margins[1], margins[0], margins[0]))
+    windows = zip(padded, top, left, strict=True)
+    return torch.stack([sample[:, y : y + height, x : x + width] for sample, y, x in windows])
+
+
+def _outside_of_squares(planes: Tensor, draws: Draws, purpose: str) -> Tensor:
+    """Return (B, 1, H, W): 0 inside a square of half the side, placed anywhere, also across the border; 1 outside."""
+    near = []
+    for name, side in zip(("cut row", "cut column"), planes.shape[2:], strict=True):
+        centre = (draws.uniform(f"{purpose} {name}") * side).floor()[:, None]
+        near.append((torch.arange(side, device=planes.device) - centre).abs() < side * CUTOUT / 2)
+    inside = near[0][:, :, None] & near[1][:, None, :]
+    return (~inside)[:, None].to(planes.dtype)

@@ -1,0 +1,113 @@
+"""`pix2pix`: masks to images by a U-Net against a patch discriminator.
+
+Isola et al., Image-to-Image Translation with Conditional Adversarial Networks (2017), with SSIM in the loss as a lung-CT project has it: 100 L1 +
+5 (1 - SSIM) + the adversarial term; 128 x 128, batches of 64, 200 epochs, the rate falling from epoch 100 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from monai.losses.ssim_loss import SSIMLoss
+from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.networks.mask_planes import encoded_masks
+from pipeline.networks.mask_to_image import MaskToImageUNet
+from pipeline.randomness import Draws
+from train_baselines.adversarial import Gan, GanOptions, normal_start
+from train_baselines.family import Samples
+
+
+class Options(GanOptions):
+    """Options of `pix2pix`."""
+
+    train_batch_size: int = Field(64, ge=1)
+    num_train_epochs: int | None = Field(200, ge=1)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = (
+        "constant_then_linear"
+    )
+    logging_epochs: int | None = Field(1, ge=1)
+    validation_epochs: int | None = Field(10, ge=1)
+    checkpointing_epochs: int | None = Field(10, ge=1)
+    channels: tuple[int, ...] = Field((64, 128, 256, 512, 512, 512), min_length=4, description="of the U-Net's levels")
+    dropout: float = Field(0.5, ge=0, lt=1, description="in the first three upward blocks")
+    mask_encoding: Literal["grey", "one_hot"] = Field("grey", description="one plane of grey levels, or one a class")
+    l1_weight: float = Field(100.0, ge=0)
+    ssim_weight: float = Field(5.0, ge=0)
+
+    @model_validator(mode="after")
+    def _size_suits_the_levels(self) -> Options:
+        factor = 2 ** len(self.channels)
+        if self.image_size and any(side % factor or side < 2 * factor for side in self.image_size):
+            raise ValueError(
+                f"image_size={list(self.image_size)}: both sides must be multiples of {factor} for {len(self.channels)} levels, "
+                f"and at least {2 * factor}; change it, or give fewer channels"
+            )
+        return self
+
+
+class PatchCritic(nn.Module):
+    """MONAI's patch discriminator, 2-64-128-256-512-1: (B, planes, H, W) to a map of logits."""
+
+    def __init__(self, planes: int, channels: int) -> None:
+        super().__init__()
+        self.net = PatchDiscriminator(2, channels, planes, out_channels=1, num_layers_d=3, norm="INSTANCE", bias=True)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """Return the logits of the patches, (B, 1, h, w)."""
+        return self.net(planes)[-1]
+
+
+class Trained(Gan):
+    """The U-Net and its critic, which sees the mask beside the image."""
+
+    options: Options
+    needs_masks = True
+    given_masks = True
+
+    def __init__(self, *args: Any) -> None:
+        """Build the two networks."""
+        super().__init__(*args)
+        self.mask_classes = len(self.description.mask_classes)
+        self.planes = 1 if self.options.mask_encoding == "grey" else self.mask_classes
+        channels = self.description.channels
+        self.generator = MaskToImageUNet(
+            self.planes, channels, self.options.channels, self.options.dropout, self.rows.size
+        )
+        self.discriminator = PatchCritic(channels + self.planes, self.options.channels[0])
+        normal_start(self.generator)
+        normal_start(self.discriminator)
+        self.similarity = SSIMLoss(spatial_dims=2, data_range=2.0)
+        self.compete()
+
+    def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return images and masks."""
+        return torch.cat([batch["image"], self._encoded(batch["mask"])], dim=1)
+
+    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Return images drawn from the masks, and the masks."""
+        masks = self._encoded(batch["mask"])
+        return torch.cat([self.networks["generator"](masks).float(), masks], dim=1)
+
+    def further_losses(self, drawn: Tensor, real: Tensor) -> Mapping[str, Tensor]:
+        """Return weighted L1 and SSIM between drawn and real images."""
+        drawn, real = drawn[:, : self.description.channels], real[:, : self.description.channels]
+        dissimilarity = self.similarity(drawn, real)
+        self._notes["ssim"] = 1 - dissimilarity.detach()
+        return {
+            "l1": self.options.l1_weight * functional.l1_loss(drawn, real),
+            "dissimilarity": self.options.ssim_weight * dissimilarity,
+        }
+
+    def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
+        """Return images of the masks; there is no noise but dropout, which samples are drawn without."""
+        assert masks is not None
+        return Samples(self.generator(self._encoded(masks)), None)
+
+    def _encoded(self, masks: Tensor) -> Tensor:
+        return encoded_masks(masks, self.mask_classes, self.planes)

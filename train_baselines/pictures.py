@@ -1,0 +1,49 @@
+"""The grid of previews: a column a sample, classes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.contract import Description
+
+if TYPE_CHECKING:
+    from train_baselines.family import Family, Samples
+
+GAP = 2
+Picture = NDArray[np.uint8]
+
+
+def preview_grid(rows: Mapping[str, Tensor], drawn: Samples, family: Family) -> Picture:
+    """Return (H, W, 3) uint8: for each row of the batch a column of the mask it was drawn from, the sample, the mask drawn with it, and
+    the real image behind a given mask; those that there are.
+    """
+    about = family.description
+    columns = []
+    for number in range(len(drawn.images)):
+        cells = [_image(drawn.images[number])]
+        if family.given_masks:
+            cells = [_mask(rows["mask"][number], about), *cells, _image(rows["image"][number])]
+        if drawn.masks is not None:
+            cells.append(_mask(drawn.masks[number], about))
+        columns.append(np.concatenate([_framed(cell) for cell in cells], axis=0))
+    return np.concatenate(columns, axis=1)
+
+
+def _image(tensor: Tensor) -> Picture:
+    """Return a (C, H, W) image of [-1, 1] as (H, W, 3) uint8."""
+    pixels = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+
+def _mask(mask: Tensor, about: Description) -> Picture:
+    """Return a mask in its palette's colours."""
+    return np.asarray(about.palette, dtype=np.uint8)[mask.numpy()]
+
+
+def _framed(cell: Picture) -> Picture:
+    return np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=255)

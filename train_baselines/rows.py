@@ -1,0 +1,95 @@
+"""What a family learns from: images, masks and classes of one split, at one size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.contract import Description, open_split
+from pipeline.errors import MaskLoomError
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Rows of a split, decoded when they are asked for.
+
+    A row is `{"image": (C, H, W) float32 in [-1, 1], "mask": (H, W) uint8 class indices, "label": int64}`; without `mask` where it is not
+    needed, and with label 0 where the dataset has no labels: a single class.
+    """
+
+    def __init__(
+        self, dataset: Path, split: str, description: Description, size: tuple[int, int], with_mask: bool
+    ) -> None:
+        """Open the split; rows without a class, or without a mask where one is needed, are left out.
+
+        Raises:
+            MaskLoomError: no row is left.
+        """
+        self.description, self.size, self.with_mask = description, size, with_mask
+        rows = open_split(dataset, split)
+        kept = _usable_rows(dataset, rows, description, with_mask)
+        if not kept:
+            wanted = " and ".join([*(["a mask"] if with_mask else []), *(["a label"] if description.labels else [])])
+            raise MaskLoomError(f"{dataset}: no row of the {split} split has {wanted}, and this family needs it")
+        self.left_out = len(rows) - len(kept)
+        self.table = rows.select(kept)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        cells = self.table[index]
+        row = {
+            "image": image_tensor(cells["image"], self.description.channels, self.size),
+            "label": torch.tensor(cells["label"] or 0),
+        }
+        if self.with_mask:
+            mask = cells["mask"]
+            row["mask"] = torch.from_numpy(np.asarray(_resized(mask, self.size, Image.Resampling.NEAREST)).copy())
+        return row
+
+    def sample_id(self, index: int) -> str:
+        """Return a row's name."""
+        return str(self.table[index]["sample_id"])
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of every row; 0 where the dataset has none."""
+        return [label or 0 for label in self.table["label"]]
+
+
+def _usable_rows(dataset: Path, rows: Any, description: Description, with_mask: bool) -> list[int]:
+    """Return the numbers of the rows that have all that is needed; pictures are not decoded for it."""
+    if with_mask and not description.mask_classes:
+        raise MaskLoomError(f"{dataset}: the dataset has no masks, and this family learns from them; use class_gan")
+    columns = rows.select_columns(["mask", "label"]).with_format("arrow")
+    masks, labels = columns[:]["mask"].is_valid().to_pylist(), columns[:]["label"].is_valid().to_pylist()
+    return [
+        number
+        for number, (has_mask, has_label) in enumerate(zip(masks, labels, strict=True))
+        if (has_mask or not with_mask) and (has_label or not description.labels)
+    ]
+
+
+def image_tensor(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
+    """Return an image as (C, H, W) float32 in [-1, 1]."""
+    picture = _resized(image.convert("L" if channels == 1 else "RGB"), size, Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(picture).reshape(*size, channels).copy())
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _resized(picture: Image.Image, size: tuple[int, int], method: Image.Resampling) -> Image.Image:
+    """Return a picture at (height, width)."""
+    wanted = (size[1], size[0])
+    return picture if picture.size == wanted else picture.resize(wanted, method)
+
+
+def stacked(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return rows as one batch."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

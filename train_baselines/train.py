@@ -1,0 +1,167 @@
+"""The stage `baselines`: real dataset -> a trained generator of each family of the configuration.
+
+Each family is a stage of its own below this one: another family, or a changed option of one, leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import ExperimentConfig, LoopConfig
+from pipeline.config_loading import validated
+from pipeline.contract import Contract
+from pipeline.errors import MaskLoomError, nearest_name
+from pipeline.files import remove_folder
+from pipeline.plugins import load_plugin
+from pipeline.progress import say
+from pipeline.runs import Run, Stage, open_run, skip_empty_stage
+from pipeline.verification import verify_for_training
+
+if TYPE_CHECKING:
+    from train_baselines.family import Family, FamilyOptions
+
+PACKAGE = "train_baselines.families"
+NAME = "baselines"
+
+
+def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[str] | None = None) -> None:
+    """Train every family of `baselines`, or leave out those that are up to date.
+
+    Args:
+        config: the experiment.
+        force: throw earlier checkpoints away and train from the start.
+        families: train these only; None: all.
+
+    Raises:
+        MaskLoomError: an unknown family or option, or the dataset cannot be used; a loss was not finite.
+    """
+    run = open_run(config)
+    if not config.baselines:
+        skip_empty_stage(NAME, "the configuration has no section `baselines`")
+        return
+    chosen = _chosen(config, families)
+    contract = verify_for_training(run.dataset)
+    if contract.description.buckets:
+        raise MaskLoomError(f"{run.dataset}: images of several sizes, and the baselines draw one; set data.buckets=[]")
+    options = {name: family_options(config, name) for name in config.baselines}
+    _check_one_precision(options)
+    stages = {name: _family_stage(config, run, contract, name, options[name]) for name in chosen}
+    if families:
+        for name, stage in stages.items():
+            _train_unless_done(config, run, contract, name, stage, force)
+        return
+    whole = _whole_stage(config, run, contract, options)
+    if whole.skips(force):
+        return
+    main = os.environ.get("RANK", "0") == "0"
+    with whole.recorded(main) as results:
+        for name, stage in stages.items():
+            _train_unless_done(config, run, contract, name, stage, force)
+            if main:
+                results[name] = stage.record()
+
+
+def family_options(config: ExperimentConfig, name: str) -> FamilyOptions:
+    """Return the checked options of a family.
+
+    Raises:
+        MaskLoomError: an unknown family or option, or a value that does not fit.
+    """
+    return validated(config.baselines[name], load_plugin(PACKAGE, name, "family").Options, f"{NAME}.{name}")
+
+
+def in_steps(options: FamilyOptions, epoch_length: int, processes: int) -> FamilyOptions:
+    """Return the options with the cadences in epochs brought to optimizer steps."""
+    samples = options.train_batch_size * options.gradient_accumulation_steps * processes
+    cadences = {"logging": "logging_steps", "validation": "validation_steps", "checkpointing": "checkpointing_steps"}
+    changed = {
+        steps: max(1, round(epochs * epoch_length / samples))
+        for kind, steps in cadences.items()
+        if (epochs := getattr(options, f"{kind}_epochs")) is not None
+    }
+    return options.model_copy(update=changed)
+
+
+def weights_folder(run: Run, name: str) -> Path:
+    """Return where a family's trained weights lie."""
+    return run.baselines / name / "weights"
+
+
+def _chosen(config: ExperimentConfig, families: Sequence[str] | None) -> list[str]:
+    for name in families or ():
+        if name not in config.baselines:
+            raise MaskLoomError(f"--family {name}: not in `baselines`: {nearest_name(name, list(config.baselines))}")
+    return list(families or config.baselines)
+
+
+def _check_one_precision(options: Mapping[str, LoopConfig]) -> None:
+    """Families are trained one after another in one process, which computes in one precision.
+
+    Raises:
+        MaskLoomError: they ask for several.
+    """
+    precisions = {one.mixed_precision for one in options.values()}
+    if len(precisions) > 1:
+        raise MaskLoomError(f"baselines: mixed_precision must be the same for all families, not {sorted(precisions)}")
+
+
+def _family_stage(config: ExperimentConfig, run: Run, contract: Contract, name: str, options: FamilyOptions) -> Stage:
+    settings = [options.model_dump(mode="json"), config.seed]
+    return Stage(run, f"{NAME}/{name}", {"dataset": contract.digest}, settings, [weights_folder(run, name)])
+
+
+def _whole_stage(config: ExperimentConfig, run: Run, contract: Contract, options: Mapping[str, FamilyOptions]) -> Stage:
+    settings = [{name: one.model_dump(mode="json") for name, one in options.items()}, config.seed]
+    return Stage(run, NAME, {"dataset": contract.digest}, settings, [weights_folder(run, name) for name in options])
+
+
+def _train_unless_done(
+    config: ExperimentConfig, run: Run, contract: Contract, name: str, stage: Stage, force: bool
+) -> None:
+    if not stage.skips(force):
+        _train_family(config, run, contract, name, stage, force)
+
+
+def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: str, stage: Stage, force: bool) -> None:
+    """Train one family, resuming where an earlier run stopped, and keep its weights."""
+    from accelerate.utils import set_seed
+
+    from pipeline.training import make_accelerator, total_steps, train
+    from train_baselines.export import export
+
+    options, folder = family_options(config, name), run.baselines / name
+    accelerator = make_accelerator(options, run.logs(stage.name))
+    main = accelerator.is_main_process
+    with stage.recorded(main) as results:
+        if force and main:
+            remove_folder(folder)
+        accelerator.wait_for_everyone()
+        set_seed(config.seed)
+        family = _family(load_plugin(PACKAGE, name, "family"), options, run, contract, config.seed, accelerator)
+        options = in_steps(options, len(family.rows), accelerator.num_processes)
+        if main:
+            say(f"baselines: {name}, {total_steps(options, len(family.rows), accelerator.num_processes)} steps")
+        train(family, options, accelerator, folder, config.seed, stage.inputs)
+        if main:
+            results |= export(family, name, config, contract, weights_folder(run, name))
+    accelerator.free_memory()
+
+
+def _family(
+    plugin: ModuleType, options: FamilyOptions, run: Run, contract: Contract, seed: int, accelerator: Any
+) -> Family:
+    """Open the rows and build a family's networks."""
+    from train_baselines.rows import Rows
+
+    about, kind = contract.description, plugin.Trained
+    size = options.image_size or about.image_size
+    rows = Rows(run.dataset, "train", about, size, kind.needs_masks)
+    if rows.left_out and accelerator.is_main_process:
+        say(f"baselines: {rows.left_out} train rows without a mask or label are left out")
+    has_validation = "validation" in contract.splits
+    previews = Rows(run.dataset, "validation", about, size, kind.needs_masks) if has_validation else rows
+    return kind(options, rows, previews, seed, accelerator)
