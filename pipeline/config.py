@@ -267,7 +267,7 @@ class TrainConfig(LoopConfig):
     vae_decoder: DecoderConfig | None = None
 
     gradient_checkpointing: bool = Field(
-        False, description="recompute the ControlNet's activations in the backward pass"
+        False, description="recompute activations in the backward pass: the ControlNet's, or without one the UNet's"
     )
     unet_gradient_checkpointing: bool = Field(False, description="recompute the UNet's activations as well")
     enable_xformers_memory_efficient_attention: bool = False
@@ -297,6 +297,11 @@ class TrainConfig(LoopConfig):
     validation_timestep_bins: int = Field(4, ge=1)
     validation_samples: int = Field(64, ge=1, description="validation rows that the held-out loss is taken over")
     adherence: AdherenceConfig | None = None
+
+    @property
+    def recomputes_unet(self) -> bool:
+        """Whether the UNet's activations are recomputed in the backward pass."""
+        return self.unet_gradient_checkpointing or (self.gradient_checkpointing and self.controlnet == "none")
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> "TrainConfig":

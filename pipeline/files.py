@@ -47,6 +47,29 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.rename(path)
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process during the block; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        MaskLoomError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise MaskLoomError(
+            f"{folder}: another process is writing there; wait for it, or end it (a killed launcher can leave its workers running)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder so that no moment shows a half-deleted one under its own name."""
     if path.is_dir():

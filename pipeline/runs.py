@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.config import ExperimentConfig
-from pipeline.files import read_json, value_digest, write_json, write_text
+from pipeline.files import read_json, sole_writer, value_digest, write_json, write_text
 from pipeline.progress import say
 from pipeline.provenance import git_sha, package_versions, peak_memory_mb
 
@@ -158,13 +158,18 @@ class Stage:
 
         Args:
             writes: false on processes other than the main one.
+
+        Raises:
+            MaskLoomError: another process is at work on this stage of this run.
         """
-        if writes:
-            self.path.unlink(missing_ok=True)
         start = time.monotonic()
         results: dict[str, Any] = {}
-        yield results
-        if writes:
+        if not writes:
+            yield results
+            return
+        with sole_writer(self.path.parent):
+            self.path.unlink(missing_ok=True)
+            yield results
             record = {
                 "stage": self.name,
                 "key": self.key,

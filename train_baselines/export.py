@@ -53,7 +53,7 @@ def _card(
     about, options = contract.description, family.options
     metadata = {**licence_metadata(about), "tags": ["medical", "maskloom", name.replace("_", "-")]}
     height, width = family.rows.size
-    changed = {key: value for key, value in options.model_dump(mode="json", exclude_defaults=True).items()}
+    changed = options.model_dump(mode="json", exclude_defaults=True)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---

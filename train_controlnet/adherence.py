@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.config import ExperimentConfig, TrainConfig
+from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError, told_when_unwritable
 from pipeline.files import atomic_path, value_digest
@@ -33,12 +33,12 @@ from pipeline.segmenter import SegmenterOptions, build_segmenter, dice_scores, p
 from train_controlnet.augmentation import Picture
 from train_controlnet.latent_cache import rgb_array
 from train_controlnet.pictures import Sampling, Wish
+from train_controlnet.verdict import LEAST_IMAGES, check_adherence, too_few_images
 
 if TYPE_CHECKING:
     from train_controlnet.rows import Views
 
 READER_FILE = "adherence.safetensors"
-LEAST_IMAGES = 8  # among fewer, a single one that does not follow its mask would leave no clear verdict
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,6 @@ class Reading:
         }
 
 
-def check_adherence(config: TrainConfig, contract: Contract) -> None:
-    """Tell at the start why adherence cannot be measured.
-
-    Raises:
-        MaskLoomError: the dataset has no masks, or there is no ControlNet.
-    """
-    if config.adherence is None:
-        return
-    if not contract.description.mask_classes:
-        raise MaskLoomError(
-            f"train.adherence: dataset {contract.description.dataset} has no masks to follow; set train.adherence=null"
-        )
-    if config.controlnet == "none":
-        raise MaskLoomError(
-            "train.adherence: without a ControlNet (train.controlnet=none) no image can follow a mask; set train.adherence=null"
-        )
-
-
 class AdherenceMeter:
     """Asks for the same masks, with the same words and from the same noise, whenever it is asked."""
 
@@ -99,10 +81,7 @@ class AdherenceMeter:
         rows = views["validation"].rows if "validation" in views else None
         asked = [] if rows is None else _asked_rows(rows, self.options.num_images, config.seed)
         if rows is None or len(asked) < LEAST_IMAGES:
-            raise MaskLoomError(
-                f"train.adherence: {len(asked)} validation images have a mask with a foreground, and fewer than {LEAST_IMAGES} tell "
-                "nothing; raise data.splits.validation, or set train.adherence=null"
-            )
+            raise MaskLoomError(too_few_images(len(asked)))
         words = [rows[i]["text"] for i in np.roll(asked, 1).tolist()]
         seen = [rgb_array(rows[i]["conditioning_image"]) for i in asked]
         self.wishes = [Wish(*wish) for wish in zip(seen, words, strict=True)]

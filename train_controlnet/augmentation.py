@@ -15,11 +15,10 @@ from PIL import Image
 from pipeline.conditioning import conditioning_image
 from pipeline.config import AugmentConfig
 from pipeline.contract import Description
-from pipeline.prompts import mask_attributes, render_prompt, template_keys
+from pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
 
 Picture = NDArray[np.uint8]
 AffineMap = tuple[float, ...]
-MASK_WORDS = frozenset({"size", "place", "shape", "mask_classes"})  # of `mask_attributes`
 ATTEMPTS = 10  # movements that are tried until no class of the mask leaves the picture
 UNMOVED: AffineMap = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 

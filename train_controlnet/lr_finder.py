@@ -27,9 +27,9 @@ from pipeline.progress import progress
 from pipeline.randomness import Draws
 from pipeline.runs import Run
 from pipeline.training import Positioned, make_accelerator, make_optimizer
-from pipeline.verification import verify_quickly
+from pipeline.verification import verify_for_training
 from train_controlnet.task import OPTIMIZER, DiffusionTask
-from train_controlnet.train import check_trainable
+from train_controlnet.train import check_dataset
 
 WATCHED_ROWS, WATCHED_BATCH = 32, 16
 DIVERGED = 4.0  # times the lowest loss, as in fastai and Lightning
@@ -114,8 +114,8 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
         )
     train = config.fine_tuning.model_copy(update=WITHOUT)
     run = Run(config.run_folder)
-    contract = verify_quickly(run.dataset)
-    check_trainable(run, contract, train)
+    contract = verify_for_training(run.dataset)
+    check_dataset(run, contract, train)
     accelerator = make_accelerator(train, run.logs("train"))
     set_seed(config.seed)
     task = DiffusionTask(config.model_copy(update={"train": train}), run, contract, accelerator)

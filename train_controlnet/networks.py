@@ -203,7 +203,7 @@ def _apply_switches(networks: Networks, config: TrainConfig) -> None:
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(*denoisers)
     # diffusers recomputes activations in training mode only; Stable Diffusion has no dropout that it would switch on.
-    if config.unet_gradient_checkpointing:
+    if config.recomputes_unet:
         networks.unet.train()
         networks.unet.enable_gradient_checkpointing()
     if config.gradient_checkpointing and networks.controlnet is not None:

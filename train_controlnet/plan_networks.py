@@ -49,7 +49,7 @@ def planned_networks(config: TrainConfig) -> Networks:
 def recompute_on_gpu(networks: Networks, config: TrainConfig, gpu: OnGpu) -> None:
     """Have activation checkpointing call the layers again as they are called on a GPU: a backward pass suspends `gpu`."""
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (torch.enable_grad(), gpu))
-    if config.unet_gradient_checkpointing:
+    if config.recomputes_unet:
         networks.unet.enable_gradient_checkpointing(again)
     if config.gradient_checkpointing and networks.controlnet is not None:
         networks.controlnet.enable_gradient_checkpointing(again)

@@ -61,7 +61,7 @@ def _checkpointing(train: TrainConfig) -> Switches:
 
 
 def _unet_checkpointing(train: TrainConfig) -> Switches:
-    return {} if train.unet_gradient_checkpointing else {"unet_gradient_checkpointing": True}
+    return {} if train.recomputes_unet else {"unet_gradient_checkpointing": True}
 
 
 def _eight_bit_adam(train: TrainConfig) -> Switches:

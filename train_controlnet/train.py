@@ -9,6 +9,7 @@ from pipeline.files import model_digest, remove_folder, value_digest
 from pipeline.runs import Run, Stage, open_run, skip_empty_stage
 from pipeline.trained_parts import exported_names
 from pipeline.verification import verify_for_training
+from train_controlnet.verdict import check_adherence
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
@@ -26,7 +27,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         skip_empty_stage("train", "the configuration has no section `train`")
         return
     contract = verify_for_training(run.dataset)
-    check_loss(run, contract, config.train)
+    check_dataset(run, contract, config.train)
     stage = _stage(config, run, contract)
     if stage.skips(force):
         return
@@ -65,12 +66,13 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     return Stage(run, "train", inputs, settings, outputs)
 
 
-def check_loss(run: Run, contract: Contract, config: TrainConfig) -> None:
-    """Tell what the dataset lacks for the loss.
+def check_dataset(run: Run, contract: Contract, config: TrainConfig) -> None:
+    """Tell what the dataset lacks for the loss and for measuring adherence, before caches are filled.
 
     Raises:
-        MaskLoomError: it has no masks and the loss asks for them.
+        MaskLoomError: it has no masks, or too few validation images, and they are asked for.
     """
+    check_adherence(config, contract)
     if config.lesion_loss_weight > 1 and not contract.description.mask_classes:
         raise MaskLoomError(
             f"train.lesion_loss_weight={config.lesion_loss_weight:g} weighs a mask's foreground, and {run.dataset} has no masks; set it to 1"

@@ -8,12 +8,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import TrainConfig
+from pipeline.contract import Contract
+from pipeline.errors import MaskLoomError
 
 FOLLOWED, IGNORED = "condition_followed", "condition_ignored"
 LEAST_GAIN = (
     1e-3  # of the loss; training on masks of other rows gave 1e-6, now and then with the same sign in most rows
 )
 SIGNIFICANCE = 0.01  # not 0.05: many validations are looked at, and one of them would soon meet that by luck
+
+LEAST_IMAGES = 8  # among fewer, a single one that does not follow its mask would leave no clear verdict
+
+
+def check_adherence(config: TrainConfig, contract: Contract) -> None:
+    """Tell at the start why adherence cannot be measured.
+
+    Raises:
+        MaskLoomError: the dataset has no masks, too few validation images, or there is no ControlNet.
+    """
+    if config.adherence is None:
+        return
+    if not contract.description.mask_classes:
+        raise MaskLoomError(
+            f"train.adherence: dataset {contract.description.dataset} has no masks to follow; set train.adherence=null"
+        )
+    rows = contract.splits["validation"].rows if "validation" in contract.splits else 0
+    if rows < LEAST_IMAGES:
+        raise MaskLoomError(too_few_images(rows))
+    if config.controlnet == "none":
+        raise MaskLoomError(
+            "train.adherence: without a ControlNet (train.controlnet=none) no image can follow a mask; set train.adherence=null"
+        )
+
+
+def too_few_images(images: int) -> str:
+    """Return what to tell where so many validation images can be asked for."""
+    return (
+        f"train.adherence: {images} validation images have a mask with a foreground, and fewer than {LEAST_IMAGES} tell nothing; "
+        "raise data.splits.validation, or set train.adherence=null"
+    )
 
 
 def clearly_above(values: NDArray[np.float64], others: NDArray[np.float64]) -> bool:

@@ -11,7 +11,7 @@ import yaml
 from pipeline import __version__, provenance
 from pipeline.config_loading import load_experiment
 from pipeline.errors import MaskLoomError
-from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run
+from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run, skip_empty_stage
 from tests.pipeline import fake_run
 
 
@@ -140,3 +140,35 @@ def test_the_commit_is_marked_where_tracked_files_were_changed(tmp_path, monkeyp
 def test_packages_that_are_not_installed_are_left_out(monkeypatch):
     monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "no-such-package"))
     assert set(provenance.package_versions()) == {"python", "numpy"}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.files import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_stage_that_another_process_is_at_work_on_is_refused_until_that_one_ends_however_it_ends(tmp_path):
+    stage = _stage(tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(stage.path.parent)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(MaskLoomError, match="another process is writing there") as error:
+        _run(stage)
+    assert str(stage.path.parent) in str(error.value)
+    assert not stage.path.exists()
+    holder.kill()
+    holder.wait()
+    _run(stage)
+    assert stage.is_done()
+
+
+def test_an_empty_stage_says_so_and_counts_as_done(capsys):
+    skip_empty_stage("train", "the configuration has no section `train`")
+    assert "train: nothing to do" in capsys.readouterr().err
+    with check_only(), pytest.raises(StageChecked, match="done"):
+        skip_empty_stage("train", "none")

@@ -110,6 +110,13 @@ def test_dataset_smaller_than_the_backbone_is_refused(config: BackboneConfig) ->
         train_backbone(larger, force=False)
 
 
+def test_images_of_several_sizes_are_refused(config: BackboneConfig, dataset: Path) -> None:
+    about = tiny_description(48).model_copy(update={"buckets": ((48, 64),)})
+    write_dataset(dataset, about, {"train": tiny_samples("train", 6, 48)})
+    with pytest.raises(MaskLoomError, match="tiny holds images of several sizes; prepare it without"):
+        train_backbone(config, force=False)
+
+
 def test_configuration_in_the_repository_is_valid() -> None:
     config = load_config(ROOT / "configs/backbone.yaml", [], BackboneConfig)
     assert config.output_dir == Path("assets/nano-sd")

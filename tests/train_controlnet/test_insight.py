@@ -196,6 +196,13 @@ def test_adherence_with_few_masks_is_refused(tmp_path: Path, backbone: Path, val
         task_of(tiny_config(tmp_path, backbone, adherence=ADHERENCE))
 
 
+def test_what_adherence_lacks_is_told_before_the_caches_fill(tmp_path: Path, backbone: Path) -> None:
+    write_tiny_run(tmp_path, {}, {"train": 4, "validation": 7})
+    with pytest.raises(MaskLoomError, match=r"train\.adherence: 7 validation images"):
+        train_stage(tiny_config(tmp_path, backbone, adherence=ADHERENCE), force=False)
+    assert not (tmp_path / "generator").exists()
+
+
 def test_adherence_without_a_controlnet_is_refused(tmp_path: Path, data: Path, backbone: Path) -> None:
     config = experiment(tmp_path, data, backbone, adherence=ADHERENCE, controlnet="none", lora=["unet"])
     with pytest.raises(MaskLoomError, match=r"train\.adherence: without a ControlNet"):
