@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from generate.generator import Condition
+from generate.generator import Condition, ImageGenerator, Options
 from pipeline.config import ExperimentConfig, GenerateConfig, TrainConfig
 from pipeline.contract import Description
 from pipeline.errors import MaskLoomError, one_line
@@ -248,3 +248,45 @@ def control_tensor(conditions: Sequence[Condition], dtype: torch.dtype) -> torch
 
     stacked = np.stack([condition.conditioning_image for condition in conditions])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).to(dtype) / 255
+
+
+class BackboneOptions(Options):
+    """Options of every generator on a Stable Diffusion backbone."""
+
+    negative_prompt: str = ""
+
+
+class BackboneGenerator(ImageGenerator):
+    """Stable Diffusion with the trained weights that `parts` names; plug-ins differ in these and in what they show it."""
+
+    options: Any
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """The trained weights that take part, by name; from `trained_parts`."""
+        return {}
+
+    def weights_digest(self) -> str:
+        """Return the identity of the backbone and of the trained weights.
+
+        Raises:
+            MaskLoomError: a part has not been trained yet, or never will be.
+        """
+        return weights_digest(self.config, self.parts)
+
+    def check(self) -> None:
+        """Look for the backbone."""
+        check_backbone_folder(self.config)
+
+    def load(self, device: torch.device, description: Description) -> None:
+        """Read the backbone and the trained weights.
+
+        Raises:
+            MaskLoomError: files are damaged.
+        """
+        pipe = load_backbone(self.config, device, self.parts)
+        self.sampler = Sampler(pipe, self.config.generate, description, self.options.negative_prompt)
+
+    def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
+        """Return images of the prompts; masks are not looked at."""
+        return self.sampler.images(conditions)

@@ -14,17 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from generate import generator
-from generate.diffusion import (
-    Sampler,
-    check_backbone_folder,
-    control_tensor,
-    load_backbone,
-    trained_parts,
-    weight_dtype,
-    weights_digest,
-)
-from generate.generator import Condition, ImageGenerator
+from generate.diffusion import BackboneGenerator, BackboneOptions, control_tensor, trained_parts, weight_dtype
+from generate.generator import Condition
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Description
 from pipeline.errors import MaskLoomError
@@ -34,10 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 
-class Options(generator.Options):
+class Options(BackboneOptions):
     """Options of `controlnet`; shares of the steps as in diffusers' pipeline."""
 
-    negative_prompt: str = ""
     control_guidance_start: float = Field(0.0, ge=0, lt=1)
     control_guidance_end: float = Field(1.0, gt=0, le=1)
     empty_conditioning: bool = Field(
@@ -48,10 +38,9 @@ class Options(generator.Options):
     )
 
 
-class Generator(ImageGenerator):
+class Generator(BackboneGenerator):
     """Stable Diffusion with a ControlNet that sees the conditioning image."""
 
-    options: Options
     uses_mask = True
 
     def __init__(self, config: ExperimentConfig, run: Run, options: Options) -> None:
@@ -73,27 +62,14 @@ class Generator(ImageGenerator):
             )
         return trained_parts(self.config, self.run, ("controlnet", "unet", "lora", "vae"))
 
-    def weights_digest(self) -> str:
-        """Return the identity of the backbone and of the trained weights.
-
-        Raises:
-            MaskLoomError: a part has not been trained yet, or never will be.
-        """
-        return weights_digest(self.config, self.parts)
-
-    def check(self) -> None:
-        """Look for the backbone."""
-        check_backbone_folder(self.config)
-
     def load(self, device: torch.device, description: Description) -> None:
         """Read the backbone and the trained weights.
 
         Raises:
             MaskLoomError: files are damaged.
         """
-        pipe = load_backbone(self.config, device, self.parts)
-        embed_once(pipe.controlnet.controlnet_cond_embedding)
-        self.sampler = Sampler(pipe, self.config.generate, description, self.options.negative_prompt)
+        super().load(device, description)
+        embed_once(self.sampler.pipe.controlnet.controlnet_cond_embedding)
 
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
         """Return images that follow the prompts and the conditioning images, less what an ablation takes away."""
