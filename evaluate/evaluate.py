@@ -88,9 +88,13 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     """Return the inputs of all metrics, after verifying every dataset.
 
     Raises:
-        MaskLoomError: a dataset is missing, damaged, leaks groups, or was made from another real dataset.
+        MaskLoomError: a dataset is missing, damaged, leaks groups, was made from another real dataset, or the real one is not real.
     """
     real = verify_quickly(run.dataset)
+    if real.description.origin != "real":
+        raise MaskLoomError(
+            f"{run.dataset}: a {real.description.origin} dataset; synthetic images are compared with a real one"
+        )
     if not real.splits.get("train"):
         raise MaskLoomError(f"{run.dataset}: the train split is empty; nothing can be compared with it")
     synthetic = {}

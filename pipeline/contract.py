@@ -52,7 +52,7 @@ class Producer(BaseModel):
 
 
 class Parent(BaseModel):
-    """The real dataset that a synthetic one was made from."""
+    """The real dataset that a synthetic or combined one was made from."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,13 +73,14 @@ class SplitSummary(BaseModel):
 class Description(BaseModel):
     """What is true of the whole dataset, real or synthetic; see `data_prep.adapter.DatasetInfo` for the fields.
 
-    A row's pictures are of `image_size`, or of one of the further sizes `buckets`, where there are any.
+    A row's pictures are of `image_size`, or of one of the further sizes `buckets`, where there are any. A `combined` dataset
+    (`pipeline.combining`) holds every row of a real one and synthetic rows in its train split; each row tells its own origin.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     dataset: str
-    origin: Literal["real", "synthetic"]
+    origin: Literal["real", "synthetic", "combined"]
     modality: str
     channels: Literal[1, 3]
     image_size: tuple[int, int]
@@ -122,6 +123,10 @@ class Contract(BaseModel):
     def split_names(self) -> list[str]:
         """The splits that have rows: train, validation, test, then external test sets by name."""
         return [name for name in (*SPLITS, *sorted(self.splits.keys() - set(SPLITS))) if name in self.splits]
+
+    def shard_files(self, split: str) -> list[str]:
+        """Return the shards of a split in the order of their rows, as paths inside the dataset."""
+        return sorted(file for file in self.files if file.startswith(f"data/{split}-"))
 
     @property
     def digest(self) -> str:
@@ -334,6 +339,20 @@ def _table(samples: Sequence[Sample], schema: pyarrow.Schema) -> pyarrow.Table:
         if name not in columns:
             columns[name] = [getattr(s, name) for s in samples]
     return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+
+
+def stored_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a shard as they are stored, a few in memory at a time; pictures are PNG bytes and are not decoded.
+
+    Args:
+        file: the Parquet file.
+        columns: names of those to read; a dot leads into one (`mask.path`); None reads all.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=ROW_GROUP, columns=columns):
+            yield from batch.to_pylist()
 
 
 def read_ids(folder: Path, files: Iterable[str]) -> dict[str, list[tuple[str, str]]]:

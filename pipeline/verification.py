@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pipeline.contract import (
     features,
     read_contract,
     read_ids,
+    stored_rows,
     summarise_splits,
 )
 from pipeline.errors import MaskLoomError, one_line
@@ -44,6 +44,8 @@ def verify_quickly(folder: Path) -> Contract:
     _check_ids(folder, contract, ids)
     if contract.parent is not None:
         _check_parents(folder, contract)
+    if contract.description.origin == "combined":
+        _check_combination(folder, contract)
     return contract
 
 
@@ -51,11 +53,13 @@ def verify_for_training(folder: Path) -> Contract:
     """Verify a dataset quickly and check that a generator may be trained on it.
 
     Raises:
-        MaskLoomError: see `verify_quickly`; or it is synthetic, or its train split is empty.
+        MaskLoomError: see `verify_quickly`; or it holds synthetic rows, or its train split is empty.
     """
     contract = verify_quickly(folder)
     if contract.description.origin != "real":
-        raise MaskLoomError(f"{folder}: a synthetic dataset; a generator is trained on real images only")
+        raise MaskLoomError(
+            f"{folder}: a {contract.description.origin} dataset; a generator is trained on real images only"
+        )
     if "train" not in contract.splits:
         raise MaskLoomError(f"{folder}: the train split is empty; lower data.splits.validation and data.splits.test")
     return contract
@@ -71,7 +75,7 @@ def verify_fully(folder: Path) -> Contract:
     total = sum(split.rows for split in contract.splits.values())
     with progress("verifying", total, "rows") as advance:
         for file in _data_files(contract):
-            for row in _rows(folder / file):
+            for row in stored_rows(folder / file):
                 problem = _row_problem(row, contract)
                 if problem:
                     raise MaskLoomError(f"{folder / file}: sample {row['sample_id']}: {problem}; {REPAIR}")
@@ -150,7 +154,8 @@ def _check_parents(folder: Path, contract: Contract) -> None:
     parent_folder = (folder / contract.parent.path).resolve()
     parent = read_contract(parent_folder)
     if parent.digest != contract.parent.digest:
-        raise MaskLoomError(f"{folder}: made from another version of {parent_folder}; run generate again")
+        again = "combine" if contract.description.origin == "combined" else "generate"
+        raise MaskLoomError(f"{folder}: made from another version of {parent_folder}; run {again} again")
     rows = read_ids(parent_folder, _data_files(parent))
     split_of = {sample: split for split, samples in rows.items() for sample, _ in samples}
     for file in _data_files(contract):
@@ -166,11 +171,25 @@ def _check_parents(folder: Path, contract: Contract) -> None:
                 )
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
-        yield from batch.to_pylist()
+def _check_combination(folder: Path, contract: Contract) -> None:
+    """Its real rows must be those of the real dataset, split by split, and synthetic rows lie in train only."""
+    if contract.parent is None:
+        raise MaskLoomError(f"{folder / CONTRACT_FILE}: a combined dataset must name its real one; run combine again")
+    parent_folder = (folder / contract.parent.path).resolve()
+    parent = read_contract(parent_folder)
+    for split in sorted(contract.splits.keys() | parent.splits.keys()):
+        origins = {
+            row["sample_id"]: row["origin"]
+            for file in contract.shard_files(split)
+            for row in stored_rows(folder / file, ["sample_id", "origin"])
+        }
+        if split != "train" and "synthetic" in origins.values():
+            raise MaskLoomError(f"{folder}: the {split} split holds synthetic rows; they may lie in train only")
+        real = {sample for sample, _ in read_ids(parent_folder, parent.shard_files(split)).get(split, [])}
+        if {sample for sample, origin in origins.items() if origin == "real"} != real:
+            raise MaskLoomError(
+                f"{folder}: the real rows of its {split} split are not those of {parent_folder}; run combine again"
+            )
 
 
 def _row_problem(row: dict[str, Any], contract: Contract) -> str | None:
@@ -200,6 +219,6 @@ def _row_problem(row: dict[str, Any], contract: Contract) -> str | None:
         return f"label {row['label']} is not one of {len(about.labels)} labels"
     if not row["text"]:
         return "text is empty"
-    if row["origin"] != about.origin:
+    if row["origin"] not in (("real", "synthetic") if about.origin == "combined" else (about.origin,)):
         return f"origin is {row['origin']!r}, the contract says {about.origin!r}"
     return None

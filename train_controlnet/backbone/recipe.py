@@ -137,7 +137,7 @@ def _checked(contract: Contract, config: BackboneConfig) -> Contract:
     about, size = contract.description, config.architecture.image_size
     if about.origin != "real":
         raise MaskLoomError(
-            f"sources: {about.dataset} is a synthetic dataset; a backbone is trained on real images only"
+            f"sources: {about.dataset} is a {about.origin} dataset; a backbone is trained on real images only"
         )
     if about.buckets:
         raise MaskLoomError(f"sources: {about.dataset} holds images of several sizes; prepare it without data.buckets")

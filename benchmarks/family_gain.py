@@ -1,0 +1,96 @@
+"""What training did for each family: the Fréchet distance of its images to the real train images, against its own untrained self.
+
+The untrained networks start from the same seed and are asked the same things. `text_only` is what an untrained ControlNet draws: its zero
+convolutions add nothing to the backbone. Needs a finished run (generate and its stages before it):
+
+    python -m benchmarks.family_gain --config configs/experiments/generators.yaml
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from evaluate.evaluate import verified_inputs
+from evaluate.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
+from evaluate.frechet import frechet_distance
+from generate.conditions import ConditionReader
+from generate.generate import open_generators
+from generate.generator import JointGenerator
+from generate.planning import plan_rows, read_parents
+from pipeline.config import ExperimentConfig
+from pipeline.config_loading import load_experiment
+from pipeline.contract import read_contract
+from pipeline.runs import Run
+from train_baselines.train import train_baselines
+
+Features = NDArray[np.float64]
+
+
+def untrained_features(config: ExperimentConfig, run: Run, name: str, extractor: Extractor) -> Features:
+    """Return features (N, D) of what a family draws before its first step, for the rows of the configuration's plan."""
+    with TemporaryDirectory() as scratch:
+        Path(scratch, "dataset").symlink_to(run.dataset.resolve())
+        start = {**config.baselines[name], "max_train_steps": 0, "num_train_epochs": None}
+        untrained = config.model_copy(update={"run_dir": Path(scratch), "baselines": {name: start}})
+        train_baselines(untrained, force=False)
+        batches = _drawn_batches(untrained, Run(Path(scratch)), name)
+        return batch_features(extractor, batches, "cpu")
+
+
+def _drawn_batches(config: ExperimentConfig, run: Run, name: str) -> list[list[NDArray[np.uint8] | None]]:
+    about, parents = read_contract(run.dataset).description, read_parents(run.dataset)
+    generators = config.generate.model_copy(update={"generators": {name: config.generate.generators[name]}})
+    generator = open_generators(config.model_copy(update={"generate": generators}), run)[name]
+    generator.load(torch.device("cpu"), about)
+    reader = ConditionReader(run.dataset, about, config, parents)
+    rows = plan_rows(parents, about.labels, config.generate, config.seed)
+    batches: list[list[NDArray[np.uint8] | None]] = []
+    for start in range(0, len(rows), config.generate.batch_size):
+        conditions = [reader.resolve(row).condition for row in rows[start : start + config.generate.batch_size]]
+        images = (
+            generator.pairs(conditions)[0] if isinstance(generator, JointGenerator) else generator.images(conditions)
+        )
+        batches.append([np.rint(image.clip(0, 1) * 255).astype(np.uint8) for image in images])
+    return batches
+
+
+def main(
+    config: Annotated[Path, typer.Option()],
+    run_dir: Annotated[Path | None, typer.Option(help="by default the configuration's")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Print a row a generator."""
+    experiment = load_experiment(config, [] if run_dir is None else [f"run_dir={run_dir}"])
+    run = Run(experiment.run_folder)
+    inputs = verified_inputs(run, experiment)
+    quality = experiment.evaluate.metrics["quality"]
+    options = {key: quality[key] for key in ExtractorOptions.model_fields if key in quality}
+    extractor = load_extractor(inputs, ExtractorOptions.model_validate(options))
+    train = set_features(inputs, extractor, inputs.train)
+    distances: dict[str, dict[str, float]] = {}
+    for name, drawn in inputs.synthetic.items():
+        trained = frechet_distance(set_features(inputs, extractor, drawn), train)
+        distances[name] = {"trained": trained}
+        if name in experiment.baselines:
+            before = frechet_distance(untrained_features(experiment, run, name, extractor), train)
+            distances[name] |= {"untrained": before, "ratio": before / trained}
+    table = Table(
+        "generator", "untrained", "trained", "ratio", title=f"Fréchet distance to {len(train)} real train images"
+    )
+    for name, row in distances.items():
+        table.add_row(name, *(f"{row[key]:.1f}" if key in row else "" for key in ("untrained", "trained", "ratio")))
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(distances, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
