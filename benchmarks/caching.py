@@ -49,6 +49,7 @@ def main(config: Annotated[Path, typer.Option()] = Path("configs/demo.yaml"), ro
     """Alternate cached and uncached rounds and print both, with their ratio."""
     keep_freed_memory()
     experiment = load_experiment(config, [])
+    train = experiment.fine_tuning
     real = Run(experiment.run_folder)
     results: dict[bool, list[float]] = {True: [], False: []}
     with TemporaryDirectory() as scratch:
@@ -56,25 +57,21 @@ def main(config: Annotated[Path, typer.Option()] = Path("configs/demo.yaml"), ro
         (run.folder / "dataset").symlink_to(real.dataset.resolve())
         tasks = {}
         for cached in results:
-            changed = experiment.model_copy(
-                update={"train": experiment.train.model_copy(update={"cache_latents": cached})}
-            )
+            changed = experiment.model_copy(update={"train": train.model_copy(update={"cache_latents": cached})})
             tasks[cached] = DiffusionTask(changed, run, read_contract(run.dataset), Accelerator())
         optimizers = {
             cached: torch.optim.AdamW(task.networks["controlnet"].parameters()) for cached, task in tasks.items()
         }
         for number in range(rounds):
             for cached, task in tasks.items():
-                results[cached].append(
-                    seconds_a_step(task, optimizers[cached], experiment.train.train_batch_size, number)
-                )
+                results[cached].append(seconds_a_step(task, optimizers[cached], train.train_batch_size, number))
     ratio = statistics.median(u / c for c, u in zip(results[True], results[False], strict=True))
-    batch = experiment.train.train_batch_size
+    batch = train.train_batch_size
     table = Table(
         "latents",
         "seconds a step",
         "samples a second",
-        title=f"{tasks[True].device}, batch {batch}, {experiment.train.pretrained_model_name_or_path}",
+        title=f"{tasks[True].device}, batch {batch}, {train.pretrained_model_name_or_path}",
     )
     for cached, times in results.items():
         middle = statistics.median(times)

@@ -64,11 +64,11 @@ def _drawn_batches(config: ExperimentConfig, run: Run, name: str) -> list[list[N
 
 def main(
     config: Annotated[Path, typer.Option()],
-    run_dir: Annotated[Path | None, typer.Option(help="by default the configuration's")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Print a row a generator."""
-    experiment = load_experiment(config, [] if run_dir is None else [f"run_dir={run_dir}"])
+    experiment = load_experiment(config, overrides or [])
     run = Run(experiment.run_folder)
     inputs = verified_inputs(run, experiment)
     quality = experiment.evaluate.metrics["quality"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -19,6 +19,7 @@ from pipeline.progress import progress
 
 Pair = tuple[NDArray[np.uint8], NDArray[np.generic]]
 ArmName = Literal["real", "real_augmented", "real_synthetic", "real_synthetic_augmented", "synthetic"]
+WITH_SYNTHETIC = "real_synthetic"
 PREFERRED_GENERATOR = "controlnet"
 Outcome = TypeVar("Outcome")
 
@@ -52,6 +53,10 @@ class ArmOptions(Section):
     generator: str | None = Field(
         None, description="whose images; null: controlnet where there is one, else the first generator"
     )
+    every_generator: bool = Field(
+        False,
+        description="also train real + synthetic with each other generator's images, and compare it in the same way",
+    )
     synthetic_per_real: float | None = Field(
         None, gt=0, description="most synthetic images for each real one; null: all there are"
     )
@@ -81,6 +86,17 @@ def chosen_generator(inputs: EvaluationInputs, name: str | None) -> ImageSet | N
     ]
 
 
+def other_generators(inputs: EvaluationInputs, options: ArmOptions, chosen: ImageSet) -> list[ImageSet]:
+    """Return the synthetic sets besides the chosen one that an arm is trained with: all or none."""
+    return [one for one in inputs.synthetic.values() if options.every_generator and one.name != chosen.name]
+
+
+def arm_title(name: str) -> str:
+    """Return an arm's name for readers; one with another generator's images is called `real_synthetic:GENERATOR`."""
+    kind, _, generator = name.partition(":")
+    return f"{ARMS[kind].title} by {generator}" if generator else ARMS[kind].title
+
+
 def limited_rows(real: int, synthetic: int, options: ArmOptions, seed: int) -> NDArray[np.int64]:
     """Return which synthetic images are used, in order: all, or a random part that keeps to `synthetic_per_real`."""
     most = (
@@ -100,7 +116,7 @@ def arm_data(arm: Arm, real: Pair, synthetic: Pair) -> Pair:
 def train_arms(
     options: ArmOptions,
     real: Pair,
-    synthetic: Pair,
+    woven: Mapping[str, Pair],
     seed: int,
     train: Callable[[Pair, int, Augment | None], Outcome],
 ) -> dict[str, list[Outcome]]:
@@ -109,18 +125,21 @@ def train_arms(
     Args:
         options: the arms and the number of seeds.
         real: real images (N, H, W, C) and their targets.
-        synthetic: synthetic images and their targets.
+        woven: synthetic images and their targets by generator; the first is the one that `options.arms` are about, each other one is an arm
+            of its own with the real images.
         seed: the first seed.
         train: trains one model and returns what came of it on the test images, external ones included.
     """
     augment = standard_augmentation(options.augmentation)
+    (_, chosen), *others = woven.items()
+    arms: dict[str, tuple[Arm, Pair]] = {name: (ARMS[name], chosen) for name in options.arms}
+    arms |= {f"{WITH_SYNTHETIC}:{name}": (ARMS[WITH_SYNTHETIC], pair) for name, pair in others}
     outcomes: dict[str, list[Outcome]] = {}
-    with progress("training downstream models", len(options.arms) * options.seeds, "models") as advance:
-        for name in options.arms:
-            arm = ARMS[name]
-            data = arm_data(arm, real, synthetic)
+    with progress("training downstream models", len(arms) * options.seeds, "models") as advance:
+        for name, (arm, images) in arms.items():
+            data = arm_data(arm, real, images)
             for offset in range(options.seeds):
-                advance(0, note=f"{arm.title}, seed {seed + offset}")
+                advance(0, note=f"{arm_title(name)}, seed {seed + offset}")
                 outcomes.setdefault(name, []).append(train(data, seed + offset, augment if arm.augmented else None))
                 advance()
     return outcomes

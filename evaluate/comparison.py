@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.arms import ARMS
-from evaluate.results import Cell, Interval, Table
+from evaluate.arms import WITH_SYNTHETIC, arm_title
+from evaluate.results import REAL, Cell, Figure, Interval, Table
 from evaluate.statistics import (
     Bootstrap,
     Statistic,
@@ -178,7 +178,7 @@ def _change_table(changes: Mapping[str, Mapping[str, Any]], protocol: Protocol) 
             tests: list[Cell] = [None, None]
             if name == protocol.primary:
                 tests = [found["wilcoxon_p"], found["wilcoxon_p_holm"]]
-            rows.append([ARMS[arm].title, name, _interval_of(found[name]), spread, *tests])
+            rows.append([arm_title(arm), name, _interval_of(found[name]), spread, *tests])
     note = (
         "Arm minus real, same test images, same seeds. 95 % interval: paired bootstrap of groups over the mean of the seeds; left out "
         "where a figure rests on one group. Wilcoxon signed-rank test over group means of "
@@ -191,7 +191,7 @@ def _change_table(changes: Mapping[str, Mapping[str, Any]], protocol: Protocol) 
 
 def _score_table(scores: Mapping[str, Mapping[str, Any]], protocol: Protocol, bootstrap: Bootstrap) -> Table:
     rows: list[list[Cell]] = [
-        [ARMS[arm].title, *(_interval_of(values) for values in found.values())] for arm, found in scores.items()
+        [arm_title(arm), *(_interval_of(values) for values in found.values())] for arm, found in scores.items()
     ]
     images = f"images of the {protocol.external}" if protocol.external else "real test images"
     note = (
@@ -199,6 +199,25 @@ def _score_table(scores: Mapping[str, Mapping[str, Any]], protocol: Protocol, bo
         "with 95 % group-clustered bootstrap intervals."
     )
     return Table(title=f"Scores of each arm{protocol.place}", note=note, columns=["arm", *scores[BASELINE]], rows=rows)
+
+
+def generator_figures(comparison: Comparison, generator: str) -> list[Figure]:
+    """Return what models reach with each generator's images added to the real ones, how much that changes, and what real images alone reach.
+
+    Args:
+        comparison: the finished one.
+        generator: whose images the arm `real_synthetic` has; every other arm of this kind bears its generator's name.
+    """
+    primary, arms = comparison.values["primary"], comparison.values["arms"]
+    reached = [Figure(of=REAL, name=primary, better="higher", **_interval_of(arms[BASELINE][primary]).model_dump())]
+    changed = []
+    for arm, found in comparison.values["differences"].items():
+        kind, _, other = arm.partition(":")
+        if kind == WITH_SYNTHETIC:
+            score, change = (_interval_of(one[primary]).model_dump() for one in (arms[arm], found))
+            reached.append(Figure(of=other or generator, name=primary, better="higher", **score))
+            changed.append(Figure(of=other or generator, name=f"change of {primary}", better="higher", **change))
+    return reached + changed
 
 
 def finding(interval: Interval, by_seed: Sequence[float]) -> str:
@@ -218,12 +237,12 @@ def finding(interval: Interval, by_seed: Sequence[float]) -> str:
 def _verdict(changes: Mapping[str, Mapping[str, Any]], primary: str) -> str:
     """Return the sentence for the headline's arm."""
     arm = _headline_arm(changes)
-    return f"{ARMS[arm].title} changed {primary} by {_interval_of(changes[arm][primary])}: {changes[arm]['finding']}."
+    return f"{arm_title(arm)} changed {primary} by {_interval_of(changes[arm][primary])}: {changes[arm]['finding']}."
 
 
 def _headline_arm(changes: Mapping[str, Any]) -> str:
     """Return the arm that the verdict is about: real + synthetic, or the one that comes first where that was not trained."""
-    return "real_synthetic" if "real_synthetic" in changes else next(iter(changes))
+    return WITH_SYNTHETIC if WITH_SYNTHETIC in changes else next(iter(changes))
 
 
 def _external_sentence(name: str, external: Comparison, own: Comparison) -> str:

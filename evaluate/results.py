@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+
+REAL = "real images"
+"""Where the table of generators has a row for what real images reach by the same measure."""
 
 
 class Part(BaseModel):
@@ -30,6 +33,20 @@ class Interval(Part):
         if self.low is None or self.high is None:
             return f"{self.value:+.3f} [no interval]"
         return f"{self.value:+.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Figure(Interval):
+    """One figure of one generator, for the table that puts generators side by side.
+
+    Attributes:
+        of: the generator's name, or `REAL`.
+        name: the column; a few words.
+        better: which way is good; None for a figure that is only there to be compared with.
+    """
+
+    of: str
+    name: str
+    better: Literal["lower", "higher"] | None = None
 
 
 Cell = str | int | float | Interval | None
@@ -73,6 +90,7 @@ class MetricResult(Part):
         tables, curves, pictures: how to show the figures.
         warnings: what makes these figures weaker than they look.
         limits: what they cannot say even at their best.
+        figures: the main ones by generator, in the order of the columns that they make.
         values: every figure with its n, for machines.
         n: number of images by set.
         seeds: seeds of the trainings behind the figures; empty where nothing random was trained.
@@ -87,6 +105,7 @@ class MetricResult(Part):
     pictures: list[Picture] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
     limits: list[str] = Field(default_factory=list)
+    figures: list[Figure] = Field(default_factory=list)
     values: dict[str, Any] = Field(default_factory=dict)
     n: dict[str, int] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=list)

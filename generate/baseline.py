@@ -72,17 +72,20 @@ class BaselineGenerator(ImageGenerator):
         Raises:
             MaskLoomError: the files are damaged.
         """
+        return self.load_part(kind, name, **settings).eval().requires_grad_(False).to(device)
+
+    def load_part(self, kind: type[Any], name: str, **settings: Any) -> Any:
+        """Return what a folder in `weights` holds, a network or a noise schedule; see `load_network`."""
         from pipeline.backbone import silence_loading
 
         silence_loading()
         folder = self.folder / name
         try:
-            network = kind.from_pretrained(folder, local_files_only=True, **settings)
+            return kind.from_pretrained(folder, local_files_only=True, **settings)
         except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
             raise MaskLoomError(
                 f"{folder}: cannot be read as {kind.__name__}: {one_line(error)}; run baselines again with --force"
             ) from error
-        return network.eval().requires_grad_(False).to(device)
 
 
 def seeded_noise(conditions: Sequence[Condition], shape: Sequence[int], device: torch.device) -> Tensor:
@@ -121,3 +124,19 @@ def unit_images(planes: Tensor, description: Description) -> NDArray[np.float32]
         planes = functional.interpolate(planes, size, mode="bicubic", antialias=True)
     batch: NDArray[np.float32] = ((planes.clamp(-1, 1) + 1) / 2).numpy()
     return batch[:, 0] if description.channels == 1 else np.moveaxis(batch, 1, -1)
+
+
+def class_masks(planes: Tensor, description: Description) -> NDArray[np.uint8]:
+    """Return the masks that drawn planes of [-1, 1], (B, P, h, w), stand for: class indices, (B, H, W), at the dataset's size.
+
+    The planes are brought to that size before a class is chosen, so borders stay as smooth as they were drawn.
+    """
+    from torch.nn import functional
+
+    from pipeline.networks.mask_planes import decoded_masks
+
+    size = tuple(description.image_size)
+    planes = planes.float().cpu()
+    if tuple(planes.shape[2:]) != size:
+        planes = functional.interpolate(planes, size, mode="bilinear", antialias=True)
+    return decoded_masks(planes, len(description.mask_classes)).numpy()

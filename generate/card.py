@@ -4,11 +4,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from generate.joint import MaskFigures
 from pipeline.contract import Description
 
 
 def dataset_card(
-    description: Description, counts: Mapping[str, int], settings: Mapping[str, Any], rejected: int
+    description: Description,
+    counts: Mapping[str, int],
+    settings: Mapping[str, Any],
+    rejected: int,
+    figures: MaskFigures,
 ) -> str:
     """Return a Hugging Face dataset card.
 
@@ -17,17 +22,20 @@ def dataset_card(
         counts: rows by class name.
         settings: how the images were made.
         rejected: number of masks in `rejected.jsonl`.
+        figures: of the drawn masks; those of no rows where masks were not drawn.
     """
     lines = [
         *_front_matter(description),
         f"# {description.dataset}: synthetic images by `{settings['generator']}`",
         "",
-        _summary(description, settings),
+        _summary(description, settings, drawn=figures.rows > 0),
         "",
     ]
     lines += ["| class | images |", "|---|---|", *(f"| {name} | {count} |" for name, count in counts.items()), ""]
     lines += ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items()), ""]
-    lines += [f"Masks given up while warping, listed in `rejected.jsonl` with the reason: {rejected}.", ""]
+    given_up = "because they were empty" if figures.rows else "while warping"
+    lines += [f"Masks given up {given_up}, listed in `rejected.jsonl` with the reason: {rejected}.", ""]
+    lines += [f"The masks are drawn, not annotated: {figures.sentence()}.", ""] if figures.rows else []
     lines += [
         "## The real dataset behind it",
         "",
@@ -57,13 +65,19 @@ def _licence_id(licence: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")
 
 
-def _summary(description: Description, settings: Mapping[str, Any]) -> str:
+def _summary(description: Description, settings: Mapping[str, Any], drawn: bool) -> str:
+    return (
+        f"Synthetic {description.modality} images in MaskLoom's mask-and-prompt format. {_masks_and_images(settings, drawn)}. "
+        "Synthetic images are not patients: do not use them for diagnosis."
+    )
+
+
+def _masks_and_images(settings: Mapping[str, Any], drawn: bool) -> str:
+    if drawn:
+        return "Images and masks are drawn together, by a network that was trained on the train split only; no row has a parent"
     follows = (
         "follow their masks"
         if settings["uses_mask"]
         else "do not follow their masks: masks and prompts are those of the other generators, for comparison in pairs"
     )
-    return (
-        f"Synthetic {description.modality} images in MaskLoom's mask-and-prompt format. Masks come from the train split only (`parent_id` names each); "
-        f"the images {follows}. Synthetic images are not patients: do not use them for diagnosis."
-    )
+    return f"Masks come from the train split only (`parent_id` names each); the images {follows}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +37,14 @@ class ResolvedRow:
     """A planned row with everything that is made before its image.
 
     Attributes:
-        parent: the train row whose mask it is; another than planned where that one could not be warped.
-        condition: what the generator sees.
+        parent: the train row whose mask it is; another than planned where that one could not be warped, None where it was drawn.
+        condition: what the generator sees, or what was made from the drawn mask.
         attributes: the values behind the prompt.
         rejected: masks that were tried and given up, as ledger rows.
     """
 
     planned: PlannedRow
-    parent: TrainRow
+    parent: TrainRow | None
     condition: Condition
     attributes: Mapping[str, str]
     rejected: Sequence[Mapping[str, str]]
@@ -69,6 +70,20 @@ class ConditionReader:
         self.table = open_split(dataset, "train").select_columns(
             ["mask", *([self.drawn_from] if self.drawn_from else [])]
         )
+        self._may_be_empty: dict[int | None, bool] = {}
+
+    @cached_property
+    def labels_with_masks(self) -> set[int | None]:
+        """The labels of rows that have a mask."""
+        has_mask = self.table.with_format("arrow")[:]["mask"].is_valid().to_pylist()
+        return {label for label, rows in self.by_label.items() if any(has_mask[row.position] for row in rows)}
+
+    def may_be_empty(self, label: int | None) -> bool:
+        """Return whether some mask of a label's rows has no foreground; read when first asked for."""
+        if label not in self._may_be_empty:
+            masks = (self.table[row.position]["mask"] for row in self.by_label[label])
+            self._may_be_empty[label] = any(mask is not None and not np.asarray(mask).any() for mask in masks)
+        return self._may_be_empty[label]
 
     def resolve(self, row: PlannedRow) -> ResolvedRow:
         """Return the row's condition; the same row always gives the same condition.

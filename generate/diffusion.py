@@ -168,6 +168,17 @@ def fast_scheduler(backbone: Any, config: ExperimentConfig, trained: bool) -> An
         trained: whether trained weights take part. Without them the backbone's own schedule holds, but for a prediction type that
             was set while the UNet stayed frozen: it can only correct what the backbone says.
     """
+    kind, settings = solver(config.generate)
+    train = config.fine_tuning
+    if train.prediction_type is not None and (trained or unet_is_frozen(train)):
+        settings["prediction_type"] = train.prediction_type
+    if trained and train.rescale_betas_zero_snr:  # sampling must start where no signal is left, as training did
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return kind.from_config(backbone, **settings)
+
+
+def solver(config: GenerateConfig) -> tuple[Any, dict[str, Any]]:
+    """Return diffusers' class for `generate.scheduler`, and the settings that it needs besides those of a noise schedule."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -175,13 +186,7 @@ def fast_scheduler(backbone: Any, config: ExperimentConfig, trained: bool) -> An
         "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
         "ddim": (DDIMScheduler, {}),
     }
-    kind, settings = kinds[config.generate.scheduler]
-    train = config.fine_tuning
-    if train.prediction_type is not None and (trained or unet_is_frozen(train)):
-        settings["prediction_type"] = train.prediction_type
-    if trained and train.rescale_betas_zero_snr:  # sampling must start where no signal is left, as training did
-        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return kind.from_config(backbone, **settings)
+    return kinds[config.scheduler]
 
 
 def unet_is_frozen(train: TrainConfig) -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from generate.card import dataset_card
 from generate.conditions import ConditionReader, ResolvedRow
 from generate.diffusion import unet_is_frozen
-from generate.generator import ImageGenerator
+from generate.generator import ImageGenerator, JointGenerator
+from generate.joint import Drawn, JointRows, MaskFigures, check_joint
+from generate.pixels import checked_pixels
 from generate.planning import PlannedRow, check_parents_are_train, label_counts, plan_rows, read_parents
 from pipeline import __version__
 from pipeline.config import ExperimentConfig
@@ -99,7 +101,9 @@ def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenera
 def _real_contract(dataset: Path) -> Contract:
     contract = read_contract(dataset)
     if contract.description.origin != "real":
-        raise MaskLoomError(f"{dataset}: a synthetic dataset; masks must come from a real one, run prepare")
+        raise MaskLoomError(
+            f"{dataset}: a {contract.description.origin} dataset; masks must come from a real one, run prepare"
+        )
     return contract
 
 
@@ -158,6 +162,8 @@ class _Weaving:
 
     def write_set(self, name: str, generator: ImageGenerator, force: bool) -> dict[str, Any]:
         """Write one generator's dataset and return what `stage.json` keeps about it."""
+        if isinstance(generator, JointGenerator):
+            check_joint(name, self.contract.description, self.rows, self.reader)
         settings = _settings(name, generator, self.config)
         writer = self._writer(name, generator, settings)
         if self.processes.is_main_process:
@@ -169,9 +175,9 @@ class _Weaving:
         self.processes.wait_for_everyone()  # nobody writes before everybody has looked
         seconds = self._write_shards(writer, missing, name, generator)
         self.processes.wait_for_everyone()
-        rejected = _read_ledgers(writer)
+        rejected, figures = _read_ledgers(writer)
         if self.processes.is_main_process:
-            self._finish(writer, settings, rejected)
+            self._finish(writer, settings, rejected, figures)
         self.processes.wait_for_everyone()
         made = sum(shard.stop - shard.start for shard in missing)
         return {
@@ -180,6 +186,7 @@ class _Weaving:
             "images_per_second": round(made / max(seconds, 1e-9), 3),
             "masks_rejected": len(rejected),
             "processes": self.processes.num_processes,
+            **(figures.per_mask() if figures.rows else {}),
         }
 
     def _writer(self, name: str, generator: ImageGenerator, settings: Mapping[str, Any]) -> DatasetWriter:
@@ -222,26 +229,37 @@ class _Weaving:
     ) -> Iterator[Sample]:
         """Yield a shard's samples. Batches start at the shard's first row, so a resumed run makes the same batches."""
         rejected: list[Mapping[str, str]] = []
+        joint = None
+        if isinstance(generator, JointGenerator):
+            joint = JointRows(name, generator, self.reader, self.config.seed)
         for start in range(shard.start, shard.stop, self.config.generate.batch_size):
             planned = self.rows[start : min(start + self.config.generate.batch_size, shard.stop)]
-            resolved = [self.reader.resolve(row) for row in planned]
-            images = _images(generator, resolved)
-            for row, image in zip(resolved, images, strict=True):
+            for row, image in joint.drawn(planned) if joint else self._paired(planned, generator):
                 rejected += row.rejected
                 yield _sample(row, image, name, generator, self.contract.description)
             advance(len(planned))
         # Before the shard takes its name: a shard that exists has its part of the ledger.
-        _write_ledger(writer, shard, rejected)
+        _write_ledger(writer, shard, rejected, joint.figures if joint else MaskFigures())
+
+    def _paired(self, planned: Sequence[PlannedRow], generator: ImageGenerator) -> Iterator[Drawn]:
+        """Return each row, its mask taken from the train split, with the image that was made for it."""
+        resolved = [self.reader.resolve(row) for row in planned]
+        return zip(resolved, _images(generator, resolved), strict=True)
 
     def _finish(
-        self, writer: DatasetWriter, settings: Mapping[str, Any], rejected: Sequence[Mapping[str, str]]
+        self,
+        writer: DatasetWriter,
+        settings: Mapping[str, Any],
+        rejected: Sequence[Mapping[str, str]],
+        figures: MaskFigures,
     ) -> None:
         parent = Parent(path=os.path.relpath(self.run.dataset, writer.folder), digest=self.contract.digest)
-        card = dataset_card(
-            writer.description, label_counts(self.rows, writer.description.labels), settings, len(rejected)
-        )
+        counts = label_counts(self.rows, writer.description.labels)
+        card = dataset_card(writer.description, counts, settings, len(rejected), figures)
         writer.finish(card, rejected, self.config_hash, parent)
-        if rejected:
+        if figures.rows:
+            say(f"{writer.folder}: {figures.sentence()}{', see rejected.jsonl' if rejected else ''}")
+        elif rejected:
             say(f"{writer.folder}: {len(rejected)} masks could not be warped and were replaced, see rejected.jsonl")
 
 
@@ -273,6 +291,7 @@ def _settings(name: str, generator: ImageGenerator, config: ExperimentConfig) ->
         "options": generator.options.model_dump(mode="json"),
         "seed": config.seed,
         **{key: getattr(config.generate, key) for key in keys},
+        **({"mask_source": "drawn"} if isinstance(generator, JointGenerator) else {}),
     }
 
 
@@ -281,35 +300,20 @@ def _sample(
 ) -> Sample:
     sample_id = f"{name}-{row.planned.index:06d}"
     return Sample(
-        image=checked_pixels(image, sample_id, row.planned.seed),
+        image=checked_pixels(image, sample_id, row.condition.seed),
         mask=row.condition.mask,
         conditioning_image=row.condition.conditioning_image,
         text=row.condition.text,
         label=row.condition.label,
         sample_id=sample_id,
-        group_id=row.parent.group_id,
+        group_id=row.parent.group_id if row.parent else sample_id,
         source=about.dataset,
         origin="synthetic",
         attributes=row.attributes,
-        parent_id=row.parent.sample_id,
+        parent_id=row.parent.sample_id if row.parent else None,
         generator=generator.digest,
-        seed=row.planned.seed,
+        seed=row.condition.seed,
     )
-
-
-def checked_pixels(image: NDArray[np.float32], sample_id: str, seed: int) -> NDArray[np.uint8]:
-    """Return an image of 0..1 as uint8.
-
-    Raises:
-        MaskLoomError: it holds values that are not finite, or one single value.
-    """
-    remedy = "try generate.mixed_precision=no, another generate.scheduler, or train again"
-    if not np.isfinite(image).all():
-        raise MaskLoomError(f"{sample_id} (seed {seed}): the image holds NaN or infinite values; {remedy}")
-    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    if pixels.min() == pixels.max():
-        raise MaskLoomError(f"{sample_id} (seed {seed}): every pixel of the image is {pixels.min()}; {remedy}")
-    return pixels
 
 
 def _ledger_path(writer: DatasetWriter, shard: Shard) -> Path:
@@ -317,11 +321,19 @@ def _ledger_path(writer: DatasetWriter, shard: Shard) -> Path:
     return writer.folder / ".rejected" / f"{Path(shard.file).stem}.json"
 
 
-def _write_ledger(writer: DatasetWriter, shard: Shard, rejected: Sequence[Mapping[str, str]]) -> None:
-    write_text(_ledger_path(writer, shard), json.dumps([dict(row) for row in rejected], ensure_ascii=False))
+def _write_ledger(
+    writer: DatasetWriter, shard: Shard, rejected: Sequence[Mapping[str, str]], figures: MaskFigures
+) -> None:
+    ledger = {"rejected": [dict(row) for row in rejected], "figures": asdict(figures)}
+    write_text(_ledger_path(writer, shard), json.dumps(ledger, ensure_ascii=False))
 
 
-def _read_ledgers(writer: DatasetWriter) -> list[Mapping[str, str]]:
-    return [
-        row for shard in writer.shards for row in json.loads(_ledger_path(writer, shard).read_text(encoding="utf-8"))
-    ]
+def _read_ledgers(writer: DatasetWriter) -> tuple[list[Mapping[str, str]], MaskFigures]:
+    """Return the rejected masks of all shards, and what their drawn masks were like."""
+    rejected: list[Mapping[str, str]] = []
+    figures = MaskFigures()
+    for shard in writer.shards:
+        ledger = json.loads(_ledger_path(writer, shard).read_text(encoding="utf-8"))
+        rejected += ledger["rejected"]
+        figures.add(MaskFigures(**ledger["figures"]))
+    return rejected, figures

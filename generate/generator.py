@@ -2,6 +2,7 @@
 
 To add a generator, write one file `generate/generators/NAME.py` with a class `Options` and a class
 `Generator(ImageGenerator)`. Nothing else needs an edit: the file's name is the generator's name in `generate.generators`, and the contract tests run over it.
+One that draws masks as well has `Options(JointOptions)` and `Generator(JointGenerator)`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pipeline.config import ExperimentConfig, Section
 from pipeline.contract import Description
@@ -25,6 +27,18 @@ if TYPE_CHECKING:
 
 class Options(Section):
     """A generator's own options, `generate.generators.NAME` in the configuration; unknown keys are errors."""
+
+
+class JointOptions(Options):
+    """How drawn masks are cleaned, and how often an empty one is drawn again."""
+
+    components: int | None = Field(
+        None,
+        ge=1,
+        description="largest pieces that are kept of each foreground class; null: one where there is one such class, else all",
+    )
+    min_area: float = Field(0.001, ge=0, lt=1, description="share of the image; smaller pieces and holes are noise")
+    attempts: int = Field(10, ge=1, description="draws of a mask before its class is said to come out empty")
 
 
 @dataclass(frozen=True)
@@ -99,3 +113,26 @@ class ImageGenerator(ABC):
         Returns:
             (B, H, W) for one channel or (B, H, W, 3), float32 in 0..1. Values that are not finite are found by the caller.
         """
+
+
+class JointGenerator(ImageGenerator):
+    """Draws images and masks together: it is given a class and a seed, the rest of a condition is not looked at.
+
+    What becomes of the masks is `generate.joint`'s business: they are cleaned, and words and conditioning images are made from them.
+    """
+
+    options: JointOptions
+    uses_mask = True
+
+    @abstractmethod
+    def pairs(self, conditions: Sequence[Condition]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Return an image and its mask for each condition's `label` and `seed`; the same conditions give the same values.
+
+        Returns:
+            images: as `images` returns them.
+            masks: (B, H, W) uint8 class indices, of the dataset's size.
+        """
+
+    def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
+        """Return the images of the pairs."""
+        return self.pairs(conditions)[0]

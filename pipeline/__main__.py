@@ -1,4 +1,4 @@
-"""`python -m pipeline run|status|report|push|verify`: the whole pipeline, and what it left behind.
+"""`python -m pipeline run|sweep|status|report|push|verify|export|combine`: the whole pipeline, and what it left behind.
 
 Every import of weight waits until its command runs, so that `--help` answers at once.
 """
@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument
 from pipeline.errors import run_command
+from pipeline.plugins import plugin_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +47,21 @@ def run(
 
 
 @app.command()
+def sweep(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    force: ForceOption = False,
+    accelerate_config: Annotated[
+        Path | None, typer.Option(envvar="ACCELERATE_CONFIG_FILE", help="for accelerate launch, see configs/accelerate")
+    ] = None,
+) -> None:
+    """Train, generate and evaluate every generator, or every variant of `sweep.variants`, and print one table."""
+    from pipeline import sweep as sweeping
+
+    sweeping.sweep(config, overrides or [], force, accelerate_config)
+
+
+@app.command()
 def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     """Show which stages are done, stale or missing, what they took and what they read."""
     from rich.console import Console
@@ -78,7 +94,7 @@ def push(
         list[str] | None,
         typer.Argument(
             metavar="[WHAT|KEY=VALUE]...",
-            help="dataset, generator (default), generator:KIND, synthetic:NAME; and overrides of the configuration",
+            help="dataset, generator (default), generator:KIND, baseline:FAMILY, synthetic:NAME; and overrides of the configuration",
         ),
     ] = None,
     repo_id: Annotated[
@@ -109,6 +125,44 @@ def verify(path: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset,
     contract = verify_fully(path)
     rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
     print(f"{path}: valid ({rows} rows; {contract.rejected} rejected)")
+
+
+@app.command()
+def export(
+    dataset: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset, such as runs/demo/synthetic/controlnet")],
+    layout: Annotated[str, typer.Option("--format", help=f"one of {', '.join(plugin_names('pipeline.exporters'))}")],
+    output: Annotated[Path, typer.Option(help="a new or empty folder")],
+    values: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's options, such as dataset_id=502")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="a split to export; may be repeated; default: all")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export of something else")] = False,
+) -> None:
+    """Write a dataset in the layout of another tool."""
+    from pipeline.export import ExportOptions, export
+
+    export(dataset, ExportOptions(layout, output, split or [], values or [], force))
+
+
+@app.command()
+def combine(
+    real: Annotated[Path, typer.Option(help="the real dataset; all its rows are kept")],
+    synthetic: Annotated[list[Path], typer.Option(help="a dataset that was generated from it; may be repeated")],
+    output: Annotated[Path, typer.Option(help="a new or empty folder")],
+    ratio: Annotated[
+        float | None, typer.Option(help="synthetic rows for each real train row; default: all, or as --balance needs")
+    ] = None,
+    balance: Annotated[bool, typer.Option("--balance", help="the same number of train rows in every class")] = False,
+    schedule: Annotated[
+        int | None, typer.Option(metavar="K", help="write stage-1 to stage-K, from no synthetic rows to all of them")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the choice of synthetic rows")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="replace another combination")] = False,
+) -> None:
+    """Add synthetic rows to the train split of a real dataset; held-out splits stay as they are."""
+    from pipeline.combining import CombineOptions, combine
+
+    combine(real, synthetic, CombineOptions(output, ratio, balance, schedule, seed, force))
 
 
 def _status_table(folder: Path, states: "list[StageState]") -> "Table":

@@ -186,6 +186,11 @@ class LoopConfig(Section):
     tracker_project_name: str = "maskloom"
     dataloader_num_workers: int = Field(0, ge=0)
 
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether every step gives every weight a gradient."""
+        return True
+
 
 class AugmentConfig(Section):
     """How an image, its mask and its conditioning image are changed alike while training.

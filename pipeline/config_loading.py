@@ -1,5 +1,6 @@
 """Reads configuration files: YAML, `extends`, overrides, and errors that name the key."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -29,13 +30,26 @@ def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
 
 def load_config(path: Path, overrides: list[str], model: type[Model]) -> Model:
     """Return `model` filled from a YAML file and overrides. See `load_experiment`."""
+    return validated(read_values(path, overrides), model, str(path))
+
+
+def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | None = None) -> Any:
+    """Return what a YAML file, the files that it extends and overrides say together, unchecked.
+
+    Args:
+        path: see `load_experiment`.
+        overrides: likewise.
+        between: values that come over the file's and under the overrides.
+
+    Raises:
+        MaskLoomError: the file is missing or not YAML, or the parts do not fit together.
+    """
     file, changes = _with_parents(path, ()), _from_overrides(overrides)
     try:
-        values = OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)
+        return OmegaConf.to_container(OmegaConf.merge(file, dict(between or {}), changes), resolve=True)
     except (OmegaConfBaseException, TypeError, ValueError) as error:  # such as a list where the file has a mapping
         changed = f" with {' '.join(overrides)}" if overrides else ""
         raise MaskLoomError(f"{path}{changed}: {one_line(error)}") from None
-    return validated(values, model, str(path))
 
 
 def validated(values: Any, model: type[Model], where: str) -> Model:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import networks
 from pipeline.contract import CONTRACT_FILE, Contract, Description, read_contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest
-from pipeline.report.evaluation import Cell, Evaluation, Interval, Table, cell_text, read_evaluations
-from pipeline.report.formatting import duration_text
+from pipeline.files import file_digest, read_json
+from pipeline.report.evaluation import Cell, Evaluation, Interval, Table, cell_text, is_about, read_evaluations
+from pipeline.report.formatting import duration_text, markdown_table
 from pipeline.runs import Run
+from pipeline.trainings import training_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -33,7 +36,8 @@ LOADING = {
     "vae": ("AutoencoderKL", 'vae = AutoencoderKL.from_pretrained("{repo_id}")'),
 }
 """By weights folder: the diffusers class that loads it, and how."""
-TASK = "text-to-image"
+TEXT_TO_IMAGE = "text-to-image"
+LIBRARY = "diffusers"
 SHOWN_TABLES = 1  # of each question: the metric's main one
 SPREAD = "standard deviation"  # a column of this name belongs to the figure beside it and is none of its own
 
@@ -64,64 +68,90 @@ def hub_base_model(identity: str) -> str | None:
     return name if at else None
 
 
-def completed_card(text: str, kind: str, repo_id: str, run: Run, record: dict[str, Any], notes: list[str]) -> str:
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights that become a model repository.
+
+    Attributes:
+        name: one of `LOADING`, or a family of the stage `baselines`.
+        folder: where they lie.
+        stage: that trained them, `train` or `baselines/FAMILY`.
+        record: its `stage.json`.
+    """
+
+    name: str
+    folder: Path
+    stage: str
+    record: Mapping[str, Any]
+
+    @property
+    def base_model(self) -> str | None:
+        """The Hub id of the backbone; None where there is none, or only a local one."""
+        return hub_base_model(self.record["inputs"].get("backbone", ""))
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What the Hub finds them by."""
+        return (*TAGS, self.name, TRAINING_TAG) if self.name in LOADING else (LIBRARY, self.name.replace("_", "-"))
+
+    def files(self) -> list[Path]:
+        """Return the files of weights."""
+        return sorted(self.folder.rglob("*.safetensors"))
+
+
+def completed_card(text: str, weights: Weights, repo_id: str, run: Run, notes: list[str]) -> str:
     """Return the README.md of a model repository.
 
     Args:
         text: the card that was written beside the weights.
-        kind: the weights' folder, one of `LOADING`.
-        repo_id: where it goes.
+        weights: the weights.
+        repo_id: where they go.
         run: the run.
-        record: the training's `stage.json`.
         notes: gains a sentence where the run's evaluation is left out.
     """
     from huggingface_hub import ModelCard
 
     contract = read_contract(run.dataset)
-    base_model = hub_base_model(record["inputs"].get("backbone", ""))
     try:
         card = ModelCard(text)
     except ValueError as error:
         raise MaskLoomError(
-            f"{run.generator / kind / 'README.md'}: its metadata cannot be read ({error}); run train again"
+            f"{weights.folder / 'README.md'}: its metadata cannot be read ({error}); run {weights.stage.split('/')[0]} again"
         ) from None
     metadata = {
         **licence_metadata(contract.description),
-        "base_model": base_model,
-        "library_name": "diffusers",
-        "tags": list(dict.fromkeys([*TAGS, kind, TRAINING_TAG, *card.data.get("tags", [])])),
+        "base_model": weights.base_model,
+        "library_name": LIBRARY,
+        "tags": list(dict.fromkeys([*weights.tags, *card.data.get("tags", [])])),
     }
-    evaluations, own_sets = current_evaluations(run, run.generator / kind, record, contract, notes)
-    if results := eval_results(evaluations, own_sets, contract.description.dataset):
+    evaluations, own_sets = current_evaluations(run, weights, contract, notes)
+    if results := eval_results(evaluations, own_sets, contract.description.dataset, _task(run, weights)):
         metadata |= {"model_name": repo_id.split("/")[-1], "eval_results": results}
     for key, value in metadata.items():
         card.data[key] = value
     sections = [
         card.text.strip(),
-        _usage(kind, repo_id, base_model),
+        _usage(weights, repo_id),
         *([_evaluation_section(evaluations)] if evaluations else []),
-        _provenance_section(record, run.generator / kind),
+        _provenance_section(weights),
     ]
     card.text = "\n" + "\n\n".join(sections) + "\n"
     return str(card)
 
 
 def current_evaluations(
-    run: Run, weights: Path, record: dict[str, Any], real: Contract, notes: list[str]
+    run: Run, weights: Weights, real: Contract, notes: list[str]
 ) -> tuple[list[Evaluation], list[str]]:
     """Return what was measured on images of these very weights, and the names of the synthetic sets that they made.
 
-    A set was made by what was trained if its weights are not the backbone's alone. Figures of other images, or of images
-    older than the weights, are left out.
+    Figures of other images, or of images older than the weights, are left out.
     """
     sets = {p.parent.name: read_contract(p.parent) for p in sorted(run.synthetic.glob(f"*/{CONTRACT_FILE}"))}
     measured = [one for one in read_evaluations(run.evaluation) if not one.skipped]
     digests = {"real": real.digest, **{name: contract.digest for name, contract in sets.items()}}
-    fitting = [
-        one for one in measured if isinstance(one.inputs, dict) and one.inputs and one.inputs.items() <= digests.items()
-    ]
-    own = [name for name, contract in sets.items() if _made_by_training(contract, record)]
-    newest = max(path.stat().st_mtime for path in weights.glob("*.safetensors"))
+    fitting = [one for one in measured if is_about(one, digests)]
+    own = [name for name, contract in sets.items() if training_of(run, name, contract) == weights.stage]
+    newest = max(path.stat().st_mtime for path in weights.files())
     made = min(((run.synthetic / name / CONTRACT_FILE).stat().st_mtime for name in own), default=0.0)
     if measured and (not fitting or made < newest):
         notes.append(
@@ -131,19 +161,29 @@ def current_evaluations(
     return fitting, own
 
 
-def _made_by_training(contract: Contract, record: dict[str, Any]) -> bool:
-    backbone = record["inputs"].get("backbone")
-    generation = contract.description.preprocessing.get("generation") or {}
-    return generation.get("weights", backbone) != backbone
+def _task(run: Run, weights: Weights) -> str:
+    """Return the Hub's name for what they do: with a backbone they read words, a family draws from masks or from noise."""
+    if weights.name in LOADING:
+        return TEXT_TO_IMAGE
+    folder = run.synthetic / weights.name
+    about = read_contract(folder).description.preprocessing if (folder / CONTRACT_FILE).is_file() else {}
+    how = about.get("generation") or {}
+    return (
+        "image-to-image"
+        if how.get("uses_mask") and how.get("mask_source") != "drawn"
+        else "unconditional-image-generation"
+    )
 
 
-def eval_results(evaluations: Iterable[Evaluation], own_sets: Sequence[str], dataset: str) -> list[EvalResult]:
+def eval_results(
+    evaluations: Iterable[Evaluation], own_sets: Sequence[str], dataset: str, task: str
+) -> list[EvalResult]:
     """Return the figures of the shown tables' rows that name one of the sets, for the Hub's `model-index`."""
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type=dataset,
             dataset_name=dataset,
             metric_type=_slug(column),
@@ -175,10 +215,31 @@ def _figures(table: Table, row: Sequence[Cell]) -> Iterable[tuple[str, float, di
             yield column, cell, None
 
 
-def _usage(kind: str, repo_id: str, base_model: str | None) -> str:
-    name, line = LOADING[kind]
-    base = f'"{base_model}"' if base_model else "BACKBONE"
-    return f"## Use\n\n```python\nfrom diffusers import {name}\n\n{line.format(repo_id=repo_id, base=base)}\n```"
+def _usage(weights: Weights, repo_id: str) -> str:
+    if weights.name in LOADING:
+        name, line = LOADING[weights.name]
+        base = f'"{weights.base_model}"' if weights.base_model else "BACKBONE"
+        lines = [f"from diffusers import {name}", "", line.format(repo_id=repo_id, base=base)]
+    else:
+        found = {path.parent.name: _class_name(path) for path in sorted(weights.folder.glob("*/config.json"))}
+        lines = [
+            *(f"from {_module(name)} import {name}" for name in dict.fromkeys(found.values())),
+            "",
+            *(f'{part} = {name}.from_pretrained("{repo_id}", subfolder="{part}")' for part, name in found.items()),
+        ]
+    return "\n".join(["## Use", "", "```python", *lines, "```"])
+
+
+def _class_name(config: Path) -> str:
+    return str(read_json(config, "run baselines again with --force")["_class_name"])
+
+
+def _module(class_name: str) -> str:
+    """Return where a network's class comes from: this project's networks, else diffusers."""
+    for path in sorted(Path(networks.__path__[0]).glob("*.py")):
+        if re.search(rf"^class {class_name}\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            return f"{networks.__name__}.{path.stem}"
+    return LIBRARY
 
 
 def _evaluation_section(evaluations: Sequence[Evaluation]) -> str:
@@ -187,29 +248,29 @@ def _evaluation_section(evaluations: Sequence[Evaluation]) -> str:
     for one in evaluations:
         lines += ["", f"### {one.question}", "", one.verdict, *(f"\nWarning: {warning}" for warning in one.warnings)]
         for table in one.tables[:SHOWN_TABLES]:
-            lines += ["", *_markdown(table.columns, [[cell_text(cell) for cell in row] for row in table.rows])]
+            lines += ["", *markdown_table(table.columns, [[cell_text(cell) for cell in row] for row in table.rows])]
             lines += ["", table.note] if table.note else []
     return "\n".join(lines)
 
 
-def _provenance_section(record: dict[str, Any], weights: Path) -> str:
+def _provenance_section(weights: Weights) -> str:
+    record = weights.record
+    digests = [
+        [f"SHA-256 of `{path.relative_to(weights.folder).as_posix()}`", f"`{file_digest(path)}`"]
+        for path in weights.files()
+    ]
     rows = [
         ["code", f"MaskLoom {record['maskloom']}, commit `{record['git_sha']}`"],
         ["configuration", f"`{record['config_hash']}`"],
         *([name, f"`{value}`"] for name, value in record["inputs"].items()),
         ["packages", ", ".join(f"{name} {version}" for name, version in record["packages"].items())],
         ["training", f"{duration_text(record['wall_seconds'])}, peak memory {record['peak_memory_mb']:.0f} MB"],
-        *([f"SHA-256 of `{path.name}`", f"`{file_digest(path)}`"] for path in sorted(weights.glob("*.safetensors"))),
+        *digests,
     ]
-    return "\n".join(["## Provenance", "", *_markdown(["", ""], rows)])
+    return "\n".join(["## Provenance", "", *markdown_table(["", ""], rows)])
 
 
 def _slug(text: str) -> str:
     """Return text in small ASCII letters, digits, dots and hyphens, as the Hub's identifiers are."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9.]+", "-", plain.lower()).strip("-.")
-
-
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]

@@ -17,6 +17,7 @@ SMALL_SHARE, LARGE_SHARE = 0.03, 0.12  # of the image's area
 ROUND_RATIO, OVAL_RATIO = 1.3, 2.0  # long axis / short axis
 IRREGULAR_SOLIDITY = 0.9  # area / convex area (below: not convex)
 ROWS, COLUMNS = ("upper", "central", "lower"), ("left", "middle", "right")
+MASK_WORDS = frozenset({"size", "place", "shape", "mask_classes"})  # of `mask_attributes`
 
 
 def mask_attributes(mask: NDArray[np.uint8] | None, mask_classes: Sequence[str]) -> dict[str, str]:

@@ -85,7 +85,7 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
             DistributedDataParallelKwargs(
                 gradient_as_bucket_view=True,  # no second copy of gradients
                 # Without it gradients are exchanged in another order from the second step on, and a resumed run's second step is another one.
-                find_unused_parameters=not torch.cuda.is_available(),
+                find_unused_parameters=not torch.cuda.is_available() or not config.trains_all_weights,
             ),
             InitProcessGroupKwargs(timeout=PATIENCE_WITH_OTHERS),
         ],
@@ -101,8 +101,8 @@ def _check_tracker(name: str | None) -> None:
 
 def train(
     task: Task, config: LoopConfig, accelerator: Accelerator, folder: Path, seed: int, inputs: Mapping[str, str]
-) -> None:
-    """Train a task to its last step, resuming where an earlier run stopped.
+) -> int:
+    """Train a task to its last step, resuming where an earlier run stopped, and return how many samples it has seen since its start.
 
     The networks end up with their averaged weights where `use_ema` is set, with their best ones where `early_stopping_patience` is.
 
@@ -132,11 +132,12 @@ def train(
     rows = batches(stream, config, accelerator, start, steps)
     with progress("training", steps, "steps", done=start, show=accelerator.is_main_process) as advance:
         state.throughput.start()
-        logged = start
+        logged = done = start
         for step in range(start + 1, steps + 1):
             if state.averages.exhausted:
                 break
             _step(task, rows, config, state, seed, step)
+            done = step
             every = (config.validation_steps, config.logging_steps, config.checkpointing_steps)
             validates, logs, saves = (step % n == 0 or step == steps for n in every)
             if validates or logs or saves:
@@ -155,6 +156,7 @@ def train(
     keep_whole_weights(task, accelerator)
     for tracker in accelerator.trackers:  # the processes stay together: another training, or the export, may follow
         tracker.finish()
+    return done * global_batch(config, processes)
 
 
 def make_optimizer(

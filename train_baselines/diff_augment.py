@@ -39,22 +39,25 @@ def augmented(planes: Tensor, image_channels: int, policies: list[Policy], draws
 
 def _translated(planes: Tensor, draws: Draws, purpose: str) -> Tensor:
     """Return samples shifted by whole pixels; what comes in is 0, as in the paper's code."""
-    margins = [round(side * TRANSLATION) for side in planes.shape[2:]]
-    top, left = (
-        (draws.uniform(f"{purpose} {name}") * (2 * margin + 1)).long().tolist()
-        for name, margin in zip(("rows", "columns"), margins, strict=True)
+    sides = planes.shape[2:]
+    margins = [round(side * TRANSLATION) for side in sides]
+    rows, columns = (
+        (draws.uniform(f"{purpose} {name}") * (2 * margin + 1)).long()[:, None]
+        + torch.arange(side, device=planes.device)
+        for name, margin, side in zip(("rows", "columns"), margins, sides, strict=True)
     )
-    height, width = planes.shape[2:]
-    padded = functional.pad(planes, (margins[1], margins[1], margins[0], margins[0]))
-    windows = zip(padded, top, left, strict=True)
-    return torch.stack([sample[:, y : y + height, x : x + width] for sample, y, x in windows])
+    padded = functional.pad(planes, (margins[1], margins[1], margins[0], margins[0])).movedim(1, -1)
+    sample = torch.arange(len(planes), device=planes.device)[:, None, None]
+    return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def _outside_of_squares(planes: Tensor, draws: Draws, purpose: str) -> Tensor:
     """Return (B, 1, H, W): 0 inside a square of half the side, placed anywhere, also across the border; 1 outside."""
     near = []
     for name, side in zip(("cut row", "cut column"), planes.shape[2:], strict=True):
-        centre = (draws.uniform(f"{purpose} {name}") * side).floor()[:, None]
-        near.append((torch.arange(side, device=planes.device) - centre).abs() < side * CUTOUT / 2)
+        cut = round(side * CUTOUT)
+        centre = (draws.uniform(f"{purpose} {name}") * (side + 1 - cut % 2)).floor()[:, None]
+        place = torch.arange(side, device=planes.device) - centre + cut // 2
+        near.append((place >= 0) & (place < cut))
     inside = near[0][:, :, None] & near[1][:, None, :]
     return (~inside)[:, None].to(planes.dtype)

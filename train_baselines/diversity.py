@@ -12,6 +12,8 @@ COLLAPSED = 0.3
 def diversity(images: Tensor, labels: Tensor) -> float:
     """Return the mean distance between pooled images of the same class, per pixel; 0 where no class has two.
 
+    It tells one picture from many. A generator that draws two pictures in turn keeps half of what many different ones have.
+
     Args:
         images: (N, C, H, W) in [-1, 1].
         labels: (N,) classes.

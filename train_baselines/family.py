@@ -26,8 +26,6 @@ from train_baselines.diversity import COLLAPSED, diversity
 from train_baselines.pictures import preview_grid
 from train_baselines.rows import Rows, stacked
 
-DIVERSITY_SAMPLES = 64
-
 
 class FamilyOptions(LoopConfig):
     """Options of every family, `baselines.NAME` in the configuration: those of the shared loop, and these.
@@ -43,6 +41,13 @@ class FamilyOptions(LoopConfig):
     validation_epochs: int | None = Field(None, ge=1, description="previews and their diversity")
     checkpointing_epochs: int | None = Field(None, ge=1)
     preview_images_per_class: int = Field(4, ge=1)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Look whether the networks can draw images of (height, width); asked before anything is trained.
+
+        Raises:
+            ValueError: they cannot; says which sizes they can draw, or which option to change.
+        """
 
 
 class Samples(NamedTuple):
@@ -63,10 +68,16 @@ class Family(Task):
     Attributes:
         needs_masks: whether it learns from masks.
         given_masks: whether its samples are drawn from masks that it is given.
+        diversity_samples: how many are drawn, over all classes, to see how diverse they are.
+        collapse_remedy: what to try where they are not.
     """
 
     needs_masks: ClassVar[bool]
     given_masks: ClassVar[bool] = False
+    diversity_samples: ClassVar[int] = 64
+    collapse_remedy: ClassVar[str] = (
+        "Train on from an earlier checkpoint with a lower learning_rate, or with diff_augment, r1_gamma or spectral_norm"
+    )
 
     def __init__(self, options: Any, rows: Rows, previews: Rows, seed: int, accelerator: Accelerator) -> None:
         """Keep what the training needs; subclasses build their networks, in float32, on the accelerator's device.
@@ -126,13 +137,15 @@ class Family(Task):
     def validate(self, step: int) -> dict[str, float]:
         """Write a grid of previews; return how diverse samples are against as many real images, and warn of a collapse."""
         self._write_previews(step)
-        reals = self._rows_of_each_class(self.rows, max(2, DIVERSITY_SAMPLES // self.classes))
-        drawn = self._drawn(reals, "diversity")
-        ratio = diversity(drawn.images, reals["label"]) / diversity(reals["image"], reals["label"])
+        reals = self._rows_of_each_class(self.rows, max(2, self.diversity_samples // self.classes))
+        of_reals = diversity(reals["image"], reals["label"])
+        if not of_reals:  # no class has two images
+            return {}
+        ratio = diversity(self._drawn(reals, "diversity").images, reals["label"]) / of_reals
         if ratio < COLLAPSED:
             say(
                 f"step {step}: samples of a class differ {ratio:.2f} times as much as real images do: the generator may have collapsed. "
-                "Train on from an earlier checkpoint with a lower learning_rate, or with diff_augment, r1_gamma or spectral_norm"
+                + self.collapse_remedy
             )
         return {"diversity": ratio}
 

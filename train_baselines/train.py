@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig, LoopConfig
 from pipeline.config_loading import validated
-from pipeline.contract import Contract
+from pipeline.contract import Contract, Description
 from pipeline.errors import MaskLoomError, nearest_name
 from pipeline.files import remove_folder
 from pipeline.plugins import load_plugin
@@ -49,6 +49,7 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
         raise MaskLoomError(f"{run.dataset}: images of several sizes, and the baselines draw one; set data.buckets=[]")
     options = {name: family_options(config, name) for name in config.baselines}
     _check_one_precision(options)
+    _check_sizes(options, contract.description)
     stages = {name: _family_stage(config, run, contract, name, options[name]) for name in chosen}
     if families:
         for name, stage in stages.items():
@@ -109,6 +110,21 @@ def _check_one_precision(options: Mapping[str, LoopConfig]) -> None:
         raise MaskLoomError(f"baselines: mixed_precision must be the same for all families, not {sorted(precisions)}")
 
 
+def _check_sizes(options: Mapping[str, FamilyOptions], about: Description) -> None:
+    """Find sizes that a family cannot draw before another one has trained for hours.
+
+    Raises:
+        MaskLoomError: names the family and the size.
+    """
+    for name, one in options.items():
+        size = one.image_size or about.image_size
+        try:
+            one.check_size(size)
+        except ValueError as error:
+            whose = "" if one.image_size else " (the dataset's)"
+            raise MaskLoomError(f"{NAME}.{name}.image_size={list(size)}{whose}: {error}") from error
+
+
 def _family_stage(config: ExperimentConfig, run: Run, contract: Contract, name: str, options: FamilyOptions) -> Stage:
     settings = [options.model_dump(mode="json"), config.seed]
     return Stage(run, f"{NAME}/{name}", {"dataset": contract.digest}, settings, [weights_folder(run, name)])
@@ -145,8 +161,9 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
         options = in_steps(options, len(family.rows), accelerator.num_processes)
         if main:
             say(f"baselines: {name}, {total_steps(options, len(family.rows), accelerator.num_processes)} steps")
-        train(family, options, accelerator, folder, config.seed, stage.inputs)
+        seen = train(family, options, accelerator, folder, config.seed, stage.inputs)
         if main:
+            results["samples_seen"] = seen
             results |= export(family, name, config, contract, weights_folder(run, name))
     accelerator.free_memory()
 

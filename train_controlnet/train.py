@@ -47,11 +47,12 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
             results["vae_decoder"] = train_decoder(config, run, contract, accelerator, stage.inputs)
         set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
         task = DiffusionTask(config, run, contract, accelerator)
-        train(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs)
+        seen = train(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:
             names = export(task, config, run, contract, accelerator)
             results["weights_digest"] = value_digest([model_digest(str(run.generator / name)) for name in names])
             results["trained_parameters"] = task.trained_parameters
+            results["samples_seen"] = seen
 
 
 def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, train_arms
+from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
 from evaluate.classification_scores import RECALL, classification_statistics
 from evaluate.classifier import ClassifierOptions, predicted_probabilities, train_classifier
-from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets
+from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
 from evaluate.inputs import EvaluationInputs, ImageSet
 from evaluate.results import MetricResult, skipped_result
 from pipeline.fixed_steps import Augment
@@ -54,13 +54,18 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     if generator is None or reason:
         return skipped_result(QUESTION, reason)
     real, synthetic, test = (labelled_images(one, options.image_size) for one in (inputs.train, generator, inputs.test))
-    rows = limited_rows(len(real.images), len(synthetic.images), options, inputs.seed)
+    others = {
+        one.name: labelled_images(one, options.image_size) for one in other_generators(inputs, options, generator)
+    }
+    woven = {
+        name: _limited(part, len(real), options, inputs.seed)
+        for name, part in {generator.name: synthetic, **others}.items()
+        if len(part)
+    }
     found = {one.name: labelled_images(one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    arms = scored_arms(
-        inputs, options, (real.images, real.labels), (synthetic.images[rows], synthetic.labels[rows]), tests
-    )
+    arms = scored_arms(inputs, options, (real.images, real.labels), woven, tests)
     shown = [name for name in arms[inputs.test.name]["real"].statistics[0] if not name.startswith(RECALL)]
     protocol = Protocol(test.groups, PRIMARY, TESTED, shown, options.resamples, inputs.seed)
     comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
@@ -82,10 +87,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             "Averages over classes take in the classes that have test images. AUROC: one class against the rest, averaged.",
             "The interval covers other test patients, not other training sets or other trained generators.",
         ],
+        figures=generator_figures(comparison, generator.name),
         values=comparison.values,
         n={
             "real train": len(real),
-            generator.name: len(rows),
+            **{name: len(images) for name, (images, _) in woven.items()},
             **{name: len(part) for name, part in tests.items()},
         },
         seeds=[inputs.seed + offset for offset in range(options.seeds)],
@@ -113,10 +119,28 @@ def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str
     return ""
 
 
+def _limited(part: LabelledImages, real: int, options: Options, seed: int) -> Pair:
+    """Return the images and labels of a synthetic set that an arm is given, where there are `real` real ones."""
+    rows = limited_rows(real, len(part), options, seed)
+    return part.images[rows], part.labels[rows]
+
+
 def scored_arms(
-    inputs: EvaluationInputs, options: Options, real: Pair, synthetic: Pair, tests: Mapping[str, LabelledImages]
+    inputs: EvaluationInputs,
+    options: Options,
+    real: Pair,
+    woven: Mapping[str, Pair],
+    tests: Mapping[str, LabelledImages],
 ) -> dict[str, dict[str, ArmScores]]:
-    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them."""
+    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them.
+
+    Args:
+        inputs: the evaluation's.
+        options: the metric's.
+        real: real train images and labels.
+        woven: the same of synthetic sets, see `train_arms`.
+        tests: test sets by name.
+    """
     names = inputs.real.description.labels
 
     def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, NDArray[np.float64]]:
@@ -124,7 +148,7 @@ def scored_arms(
         network = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
         return {name: predicted_probabilities(network, part.images, inputs.device) for name, part in tests.items()}
 
-    trained = train_arms(options, real, synthetic, inputs.seed, train)
+    trained = train_arms(options, real, woven, inputs.seed, train)
     return {
         name: {arm: arm_scores([one[name] for one in by_seed], part.labels, names) for arm, by_seed in trained.items()}
         for name, part in tests.items()

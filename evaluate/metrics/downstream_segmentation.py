@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, train_arms
-from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets
+from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
+from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
 from evaluate.inputs import EvaluationInputs
 from evaluate.masked import MaskedImages, masked_images
 from evaluate.results import MetricResult, skipped_result
@@ -56,13 +56,18 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         return skipped_result(
             QUESTION, f"no image of {missing[0]} has a mask" if missing else "there are no mask classes"
         )
-    rows = limited_rows(len(real), len(synthetic), options, inputs.seed)
+    others = {
+        one.name: masked_images(inputs, one, options.image_size) for one in other_generators(inputs, options, generator)
+    }
+    woven = {
+        name: _limited(part, len(real), options, inputs.seed)
+        for name, part in {generator.name: synthetic, **others}.items()
+        if len(part)
+    }
     found = {one.name: masked_images(inputs, one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    arms = scored_arms(
-        inputs, options, (real.images, real.masks), (synthetic.images[rows], synthetic.masks[rows]), tests
-    )
+    arms = scored_arms(inputs, options, (real.images, real.masks), woven, tests)
     shown = list(arms[inputs.test.name]["real"].statistics[0])
     protocol = Protocol(test.groups, PRIMARY, PRIMARY, shown, options.resamples, inputs.seed)
     comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
@@ -82,20 +87,39 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
             "The interval covers other test patients, not other training sets or other trained generators.",
         ],
+        figures=generator_figures(comparison, generator.name),
         values=comparison.values,
         n={
             "real train": len(real),
-            f"{generator.name}": len(rows),
+            **{name: len(images) for name, (images, _) in woven.items()},
             **{name: len(part) for name, part in tests.items()},
         },
         seeds=[inputs.seed + offset for offset in range(options.seeds)],
     )
 
 
+def _limited(part: MaskedImages, real: int, options: Options, seed: int) -> Pair:
+    """Return the images and masks of a synthetic set that an arm is given, where there are `real` real ones."""
+    rows = limited_rows(real, len(part), options, seed)
+    return part.images[rows], part.masks[rows]
+
+
 def scored_arms(
-    inputs: EvaluationInputs, options: Options, real: Pair, synthetic: Pair, tests: Mapping[str, MaskedImages]
+    inputs: EvaluationInputs,
+    options: Options,
+    real: Pair,
+    woven: Mapping[str, Pair],
+    tests: Mapping[str, MaskedImages],
 ) -> dict[str, dict[str, ArmScores]]:
-    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them."""
+    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them.
+
+    Args:
+        inputs: the evaluation's.
+        options: the metric's.
+        real: real train images and masks.
+        woven: the same of synthetic sets, see `train_arms`.
+        tests: test sets by name.
+    """
     count = len(inputs.classes)
 
     def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, Scores]:
@@ -103,7 +127,7 @@ def scored_arms(
         network = train_segmenter(data[0], masks, count, options, seed, inputs.device, augment)
         return {name: image_scores(network, part, count, inputs.device) for name, part in tests.items()}
 
-    trained = train_arms(options, real, synthetic, inputs.seed, train)
+    trained = train_arms(options, real, woven, inputs.seed, train)
     return {
         name: {
             arm: arm_scores([scores[name] for scores in by_seed], inputs.classes) for arm, by_seed in trained.items()

@@ -9,7 +9,7 @@ did not see its parent's group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from evaluate.inputs import EvaluationInputs
 from evaluate.masked import MaskedImages, masked_images
-from evaluate.results import Cell, MetricResult, Table, skipped_result
+from evaluate.results import REAL, Cell, Figure, MetricResult, Table, skipped_result
 from evaluate.statistics import Bootstrap, group_index, weighted_mean
 from pipeline.progress import progress
 from pipeline.segmenter import EMPTY_RULE, SegmenterOptions, dice_scores, iou_scores, predicted_masks, train_segmenter
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 VERSION = 1
 QUESTION = "Does each synthetic image show the mask that it was made from?"
 FEW_GROUPS = 10
+MEAN = "mean of classes"
+COLUMNS: tuple[tuple[str, str, Literal["higher"] | None], ...] = (
+    ("dice", "Dice with the mask", "higher"),
+    ("chance_dice", "by chance", None),
+)
 
 
 class Options(SegmenterOptions):
@@ -147,6 +152,7 @@ def _result(inputs: EvaluationInputs, options: Options, train: MaskedImages, rea
             "The segmenter is itself imperfect and knows real images only: a low score may mean an image that misses its mask or one that looks unlike the real ones.",
             "A good score says nothing about texture, pathology or diversity.",
         ],
+        figures=_figures(values, {inputs.test.name: REAL, **{reading.name: reading.name for reading in synthetic}}),
         values=values,
         n={"real train": len(train), **{reading.name: len(reading.groups) for reading in readings}},
         seeds=[inputs.seed + fold for fold in range(options.folds)],
@@ -155,11 +161,11 @@ def _result(inputs: EvaluationInputs, options: Options, train: MaskedImages, rea
 
 def _table(
     inputs: EvaluationInputs, options: Options, readings: list[Reading]
-) -> tuple[Table, dict[str, dict[str, object]]]:
+) -> tuple[Table, dict[str, dict[str, Any]]]:
     """Return rows set x class, and the same figures for machines."""
-    names = ["mean of classes", *inputs.classes[1:]]
+    names = [MEAN, *inputs.classes[1:]]
     rows: list[list[Cell]] = []
-    values: dict[str, dict[str, object]] = {}
+    values: dict[str, dict[str, Any]] = {}
     for reading in readings:
         bootstrap = Bootstrap(reading.groups, options.resamples, inputs.seed)
         values[reading.name] = {"n": len(reading.groups), "groups": len(set(reading.groups))}
@@ -176,14 +182,23 @@ def _table(
     ), values
 
 
+def _figures(values: dict[str, dict[str, Any]], rows: dict[str, str]) -> list[Figure]:
+    """Return Dice and its chance level of each set that was read; `rows` gives its row in the table of generators."""
+    return [
+        Figure(of=row, name=column, better=better, **values[name][MEAN][kind])
+        for name, row in rows.items()
+        if name in values
+        for kind, column, better in COLUMNS
+    ]
+
+
 def _of_class(scores: NDArray[np.float64], column: int) -> NDArray[np.float64]:
     return scores.mean(axis=1) if column == 0 else scores[:, column - 1]
 
 
-def _verdict(values: dict[str, dict[str, object]], generators: list[str], test_name: str) -> str:
+def _verdict(values: dict[str, dict[str, Any]], generators: list[str], test_name: str) -> str:
     def dice(name: str, kind: str = "dice") -> float:
-        mean: dict[str, dict[str, float]] = values[name]["mean of classes"]  # type: ignore[assignment]
-        return mean[kind]["value"]
+        return float(values[name][MEAN][kind]["value"])
 
     if not generators:
         return "No synthetic image has a mask, so faithfulness was not measured."

@@ -17,7 +17,7 @@ from evaluate.features import Extractor, ExtractorOptions, load_extractor, set_f
 from evaluate.inputs import EvaluationInputs, ImageSet
 from evaluate.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
 from evaluate.pictures import coloured_mask, picture_grid
-from evaluate.results import Cell, Curve, MetricResult, Picture, Table, skipped_result
+from evaluate.results import REAL, Cell, Curve, Figure, MetricResult, Picture, Table, skipped_result
 from evaluate.statistics import share_interval
 
 VERSION = 1
@@ -129,6 +129,7 @@ def _result(
             f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over mirrors and {CROP:.0%} crops of the synthetic image.",
             "An image made from a training mask shares its anatomy with that mask's image: such a pair is expected to be near, and still counts.",
         ],
+        figures=_figures(options, audits),
         values={"held_out": {"n": count, "thresholds": thresholds, "percentile": options.percentile}, **values},
         n=inputs.counts(),
     )
@@ -159,6 +160,18 @@ def _table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str, Any]
     return Table(
         title="Synthetic images that lie suspiciously near a training image", note=note, columns=columns, rows=rows
     ), values
+
+
+def _figures(options: Options, audits: list[Audit]) -> list[Figure]:
+    """Return the share flagged in each space, and what it is of unseen real images by the threshold's making."""
+    found = []
+    for space in (FEATURES, PIXELS):
+        column, expected = f"near copies by {space}", options.percentile / 100
+        found.append(Figure(of=REAL, name=column, better="lower", value=expected))
+        for audit in audits:
+            share = share_interval(int(audit.flagged[space].sum()), len(audit.image_set))
+            found.append(Figure(of=audit.image_set.name, name=column, better="lower", **share.model_dump()))
+    return found
 
 
 def _curve(space: str, calibration: NDArray[np.float64], audits: list[Audit]) -> Curve:

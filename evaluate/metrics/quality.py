@@ -15,7 +15,7 @@ from evaluate.frechet import frechet_distance, frechet_interval
 from evaluate.inputs import EvaluationInputs, ImageSet
 from evaluate.kernel_distance import kernel_distance, squared_discrepancy
 from evaluate.manifold import manifold_scores
-from evaluate.results import Cell, MetricResult, Table
+from evaluate.results import REAL, Cell, Figure, MetricResult, Table
 from evaluate.statistics import Bootstrap, weighted_mean
 
 VERSION = 1
@@ -75,6 +75,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             f"Distances hold for this extractor only: {extractor.title}. It was trained on photographs; small medical differences may escape it.",
             "The Fréchet distance is biased upwards where images are few: compare rows of equal N only.",
         ],
+        figures=_figures(values, list(inputs.synthetic)),
         values={"extractor": {"name": extractor.name, "digest": extractor.digest, "side": extractor.side}, **values},
         n=inputs.counts(),
     )
@@ -253,10 +254,9 @@ def _warnings(inputs: EvaluationInputs) -> list[str]:
 
 def _verdict(values: dict[str, Any], generators: list[str], test_name: str) -> str:
     """Return the Fréchet distances at equal N that hold every generator measured."""
-    rounds = [one for one in values.get("equal_n", {}).get("rounds", []) if any(name in one for name in generators)]
-    if not rounds:
+    equal = _round_of_most(values, generators)
+    if equal is None:
         return "Too few images to measure a distance at equal N."
-    equal = max(rounds, key=lambda one: sum(name in one for name in generators))
     parts = [
         f"{name} {equal[name]['frechet_distance']['value']:.1f}" for name in (*generators, test_name) if name in equal
     ]
@@ -264,3 +264,28 @@ def _verdict(values: dict[str, Any], generators: list[str], test_name: str) -> s
         f"Fréchet distance to real train images at N = {equal['n']}: {', '.join(parts)}; "
         f"two halves of the real images differ by {equal[FLOOR]['frechet_distance']['value']:.1f}."
     )
+
+
+def _round_of_most(values: dict[str, Any], generators: list[str]) -> dict[str, Any] | None:
+    """Return the comparison at equal N that holds most generators; None where none holds one."""
+    rounds = [one for one in values.get("equal_n", {}).get("rounds", []) if any(name in one for name in generators)]
+    return max(rounds, key=lambda one: sum(name in one for name in generators), default=None)
+
+
+def _figures(values: dict[str, Any], generators: list[str]) -> list[Figure]:
+    """Return each generator's distances and manifold scores, and for real images what two halves of them differ by."""
+    whole, equal = values.get("all", {}), _round_of_most(values, generators) or {}
+    found = []
+    for name in (name for name in generators if name in whole):
+        one = whole[name]
+        found += [
+            Figure(of=name, name="Fréchet distance", better="lower", **one["frechet_distance"]),
+            Figure(of=name, name="KID", better="lower", value=one["kernel_distance"]["value"]),
+            Figure(of=name, name="precision", better="higher", value=one["precision"]),
+            Figure(of=name, name="recall", better="higher", value=one["recall"]),
+        ]
+    for row, name in [*((name, name) for name in generators), (REAL, FLOOR)]:
+        if name in equal:
+            distance = equal[name]["frechet_distance"]["value"]
+            found.append(Figure(of=row, name="Fréchet distance at equal N", better="lower", value=distance))
+    return found

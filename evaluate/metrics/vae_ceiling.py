@@ -53,10 +53,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     Raises:
         MaskLoomError: a VAE or the extractor cannot be loaded.
     """
+    if inputs.backbone is None:
+        return skipped_result(QUESTION, "no backbone is fine-tuned, so no image passes through a VAE")
     if len(inputs.test) < FEWEST:
         return skipped_result(QUESTION, f"there are fewer than {FEWEST} real test images")
     images = inputs.test.images()
-    vaes = {BACKBONE: _backbone_vae(inputs)}
+    vaes = {BACKBONE: _backbone_vae(inputs, inputs.backbone)}
     folder = _tuned_folder(inputs)
     if folder.is_dir():
         vaes[TUNED] = _tuned_vae(folder, inputs.device)
@@ -86,12 +88,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     )
 
 
-def _backbone_vae(inputs: EvaluationInputs) -> Any:
+def _backbone_vae(inputs: EvaluationInputs, name: str) -> Any:
     from diffusers import AutoencoderKL
 
     from pipeline.backbone import load_part
 
-    vae = load_part(AutoencoderKL, inputs.backbone, subfolder="vae", revision=inputs.revision)
+    vae = load_part(AutoencoderKL, name, subfolder="vae", revision=inputs.revision)
     return vae.eval().to(inputs.device)
 
 

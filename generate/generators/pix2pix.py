@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from generate import generator
 from generate.baseline import BaselineGenerator, mask_tensor, unit_images
@@ -15,15 +16,21 @@ from pipeline.contract import Description
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 class Options(generator.Options):
-    """Options of `pix2pix`: none. It draws without noise, so one mask gives one image."""
+    """Options of `pix2pix`."""
+
+    dropout_noise: bool = Field(
+        True, description="drop features as in training, by the image's seed; false: one mask gives one image"
+    )
 
 
 class Generator(BaselineGenerator):
-    """One U-Net pass a batch of masks."""
+    """One U-Net pass a batch of masks. Its only noise is dropout, which the paper keeps on while sampling."""
 
+    options: Options
     family = "pix2pix"
     uses_mask = True
 
@@ -33,10 +40,16 @@ class Generator(BaselineGenerator):
         Raises:
             MaskLoomError: its files are damaged.
         """
+        from torch import nn
+
         from pipeline.networks.mask_to_image import MaskToImageUNet
 
         self.device, self.description = device, description
         self.network = self.load_network(MaskToImageUNet, "generator", device)
+        if self.options.dropout_noise:
+            for layer in self.network.modules():
+                if isinstance(layer, nn.Dropout):
+                    layer.register_forward_hook(self._dropped)
 
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
         """Return images of the masks."""
@@ -46,6 +59,18 @@ class Generator(BaselineGenerator):
 
         masks = mask_tensor(conditions, self.network.config.sample_size, self.device)
         planes = encoded_masks(masks, len(self.description.mask_classes), self.network.config.in_channels)
+        self.noise = [torch.Generator().manual_seed(condition.seed) for condition in conditions]
         with torch.inference_mode():
             drawn = self.network(planes)
         return unit_images(drawn, self.description)
+
+    def _dropped(self, layer: Any, inputs: Any, features: Tensor) -> Tensor:
+        """Return (B, C, H, W) features of which each image's seed blanks a share, as `nn.Dropout` does in training.
+
+        Drawn on the CPU, a row an image: neither the device nor the other images of the batch matter.
+        """
+        import torch
+
+        drawn = torch.stack([torch.rand(features.shape[1:], generator=generator) for generator in self.noise])
+        kept = (drawn >= layer.p).to(features.device, features.dtype)
+        return features * kept / (1 - layer.p)

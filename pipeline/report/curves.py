@@ -61,16 +61,24 @@ def training_curves(path: Path) -> tuple[list[Curve], int]:
     """Return charts of every scalar in a `metrics.jsonl`, and the number of lines that could not be read.
 
     Series of one kind share a chart: `loss` and `validation/loss`; `validation/loss_bin_0`, `validation/loss_bin_1`, …; a figure and
-    what it is compared with, such as `adherence`, `adherence_shuffled`, `adherence_real`.
+    what it is compared with, such as `adherence`, `adherence_shuffled`, `adherence_real`; the gradients of all networks. The losses of several
+    networks differ in size, and have a chart each; that of a single one is the `loss`.
     """
     charts: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
     series, unreadable = _read_series(path)
-    for key in sorted(series):
-        chart = re.sub(r"_(\d+|shuffled|real|followed|ignored)$", "", key.rsplit("/", 1)[-1])
-        charts.setdefault(chart, {})[key] = averaged(sorted(series[key].items()))
-    return [
-        Curve(title=name.replace("_", " "), x_label="step", series=lines) for name, lines in charts.items()
-    ], unreadable
+    parts = {key for key in series if key.startswith("loss/")}
+    for key in sorted(series.keys() - (parts if len(parts) == 1 else set())):
+        charts.setdefault(_chart_title(key), {})[key] = averaged(sorted(series[key].items()))
+    return [Curve(title=name, x_label="step", series=lines) for name, lines in charts.items()], unreadable
+
+
+def _chart_title(key: str) -> str:
+    kind, _, rest = key.partition("/")
+    if kind == "loss" and rest:
+        title = f"loss of {rest}"
+    else:
+        title = re.sub(r"_(\d+|shuffled|real|followed|ignored)$", "", rest if kind == "validation" else kind)
+    return title.replace("_", " ")
 
 
 def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float | None]]:

@@ -1,7 +1,8 @@
 """Reads what `evaluate` wrote: one JSON a question."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -9,6 +10,7 @@ from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import read_json
 from pipeline.report.formatting import MISSING, interval_text, number_text
 
+TUNED_VAE = "vae"  # an evaluation's input that is no dataset
 REMEDY = "run evaluate again with --force"
 
 
@@ -55,6 +57,14 @@ class Curve(_Part):
     series: dict[str, list[tuple[float, float | None]]]
 
 
+class Figure(Interval):
+    """A figure of one set of images, for the table that puts generators side by side."""
+
+    of: str
+    name: str
+    better: Literal["lower", "higher"] | None = None
+
+
 class Evaluation(_Part):
     """The answer to one question."""
 
@@ -69,6 +79,7 @@ class Evaluation(_Part):
     limits: list[str] = Field(default_factory=list)
     pictures: list[Picture] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
+    figures: list[Figure] = Field(default_factory=list)
     n: Any = None
     seeds: Any = None
     inputs: Any = None
@@ -88,6 +99,12 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 def evaluation_files(folder: Path) -> list[Path]:
     """Return the JSON files of a folder, sorted."""
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def is_about(one: Evaluation, digests: Mapping[str, str]) -> bool:
+    """Whether an evaluation is of these datasets, by the digest of the real one (`real`) and of each synthetic one by its name."""
+    inputs = {name: digest for name, digest in (one.inputs or {}).items() if name != TUNED_VAE}
+    return bool(inputs) and inputs.items() <= digests.items()
 
 
 def _read(path: Path) -> Evaluation:

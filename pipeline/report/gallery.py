@@ -29,6 +29,7 @@ class Shown:
         image: (H, W) or (H, W, 3) uint8.
         seed: of its noise.
         same_parent: whether it was made from the mask of its grid row; false where the generator has no such image.
+        drew_mask: whether the generator drew a mask of its own instead of following one.
         own_condition: its conditioning image where that differs from the row's (a warped mask), else None.
         nearest_id, nearest, correlation: the training image most like it, see `find_nearest`.
     """
@@ -36,6 +37,7 @@ class Shown:
     image: Pixels
     seed: int | None
     same_parent: bool
+    drew_mask: bool
     own_condition: Pixels | None
     nearest_id: str = ""
     nearest: Pixels | None = None
@@ -157,6 +159,7 @@ def _best_shown(parent: dict[str, Any], children: Sequence[dict[str, Any]]) -> S
         image=child["image"],
         seed=child["seed"],
         same_parent=child["parent_id"] == parent["sample_id"],
+        drew_mask=child["parent_id"] is None,
         own_condition=None if alike[best] else child["conditioning_image"],
     )
 

@@ -16,7 +16,7 @@ from pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_e
 from pipeline.report.formatting import counts_text, duration_text, number_text
 from pipeline.report.gallery import NEAREST_SIDE, image_grids
 from pipeline.report.pictures import embedded_file, embedded_image, svg_uri
-from pipeline.report.sources import Sources, class_counts, rejection_counts
+from pipeline.report.sources import Sources, Training, class_counts, rejection_counts
 
 TEMPLATE = "template.html.j2"
 PICTURE_SCALE = 4  # a picture of several panels may be this many times as wide as a grid's image
@@ -73,7 +73,6 @@ def _pretty_json(value: Any) -> str:
 
 def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
     """Return what the template shows, by name."""
-    curves, unreadable_lines = training_curves(sources.metrics) if sources.metrics else ([], 0)
     about = sources.real[1].description if sources.real else None
     condition = CONDITIONS.get(about.conditioning, "mask") if about else "mask"
     return {
@@ -89,13 +88,18 @@ def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
         "about": about,
         "condition": condition,
         "drawn": condition != "paired image",  # in few, exact colours
-        "curves": curves,
-        "unreadable_lines": unreadable_lines,
-        "validation_pictures": evenly_chosen(sources.validation_pictures, VALIDATION_PICTURES),
+        "trainings": {stage: _training_summary(stage, one) for stage, one in sources.trainings.items()},
         "datasets": _dataset_summaries(sources),
         "records": sources.records,
         "config_text": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     }
+
+
+def _training_summary(stage: str, training: Training) -> dict[str, Any]:
+    """Return a training's curves and some of its pictures: over its course for `train`, of its end for the many families."""
+    curves, unreadable = training_curves(training.metrics) if training.metrics else ([], 0)
+    pictures = evenly_chosen(training.pictures, VALIDATION_PICTURES) if stage == "train" else training.pictures[-1:]
+    return {"curves": curves, "unreadable_lines": unreadable, "pictures": pictures}
 
 
 def _saw_masks(contract: Contract) -> bool:

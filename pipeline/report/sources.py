@@ -17,6 +17,19 @@ NO_LABEL_COUNT = "no class"
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a training left to look at.
+
+    Attributes:
+        metrics: its log, or None.
+        pictures: that it drew, in the order of their steps.
+    """
+
+    metrics: Path | None
+    pictures: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class Sources:
     """What was found in a run folder.
 
@@ -24,8 +37,7 @@ class Sources:
         real: the real dataset, or None.
         synthetic: finished synthetic datasets by the name of their folder.
         unfinished: names of synthetic folders without a contract.
-        metrics: the training log, or None.
-        validation_pictures: pictures that training drew, in the order of their steps.
+        trainings: by the name of their stage, `train` first, then `baselines/FAMILY`.
         records: each stage's `stage.json`.
     """
 
@@ -33,8 +45,7 @@ class Sources:
     real: tuple[Path, Contract] | None
     synthetic: Mapping[str, tuple[Path, Contract]]
     unfinished: tuple[str, ...]
-    metrics: Path | None
-    validation_pictures: tuple[Path, ...]
+    trainings: Mapping[str, Training]
     records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def digests(self) -> dict[str, str]:
@@ -44,8 +55,8 @@ class Sources:
         digests |= {f"synthetic/{name}": "unfinished" for name in self.unfinished}
         if self.run.evaluation.is_dir():
             digests["evaluation"] = folder_digest(self.run.evaluation)
-        files = [self.metrics] if self.metrics else []
-        files += [*self.validation_pictures, *(self.run.logs(stage) / "stage.json" for stage in self.records)]
+        files = [path for one in self.trainings.values() for path in (one.metrics, *one.pictures) if path]
+        files += [self.run.logs(stage) / "stage.json" for stage in self.records]
         return digests | {str(path.relative_to(self.run.folder)): file_digest(path) for path in files}
 
     def missing(self) -> list[str]:
@@ -53,7 +64,7 @@ class Sources:
         parts = {
             "The dataset has not been prepared.": self.real,
             "No synthetic images have been generated.": self.synthetic,
-            "There is no training log.": self.metrics,
+            "There is no training log.": any(one.metrics for one in self.trainings.values()),
             "Nothing has been evaluated.": evaluation_files(self.run.evaluation),
         }
         unfinished = [f"The synthetic dataset {name} is unfinished and is left out." for name in self.unfinished]
@@ -68,17 +79,22 @@ def find_sources(run: Run) -> Sources:
     """
     folders = sorted(p for p in run.synthetic.glob("*") if p.is_dir() and not p.name.startswith("."))
     finished = [folder for folder in folders if (folder / CONTRACT_FILE).is_file()]
-    metrics = run.logs("train") / "metrics.jsonl"
+    families = sorted(path.name for path in run.logs("baselines").glob("*") if path.is_dir())
+    trainings = {stage: _training(run.logs(stage)) for stage in ("train", *(f"baselines/{name}" for name in families))}
     records = {stage: run.logs(stage) / "stage.json" for stage in STAGES if stage != "report"}
     return Sources(
         run=run,
         real=(run.dataset, read_contract(run.dataset)) if (run.dataset / CONTRACT_FILE).is_file() else None,
         synthetic={folder.name: (folder, read_contract(folder)) for folder in finished},
         unfinished=tuple(folder.name for folder in folders if folder not in finished),
-        metrics=metrics if metrics.is_file() else None,
-        validation_pictures=tuple(sorted((run.logs("train") / "images").glob("*.png"))),
+        trainings={stage: one for stage, one in trainings.items() if one.metrics or one.pictures},
         records={stage: read_json(path, "delete it") for stage, path in records.items() if path.is_file()},
     )
+
+
+def _training(logs: Path) -> Training:
+    metrics = logs / "metrics.jsonl"
+    return Training(metrics if metrics.is_file() else None, tuple(sorted((logs / "images").glob("*.png"))))
 
 
 def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:

@@ -11,7 +11,7 @@ import pytest
 
 from evaluate.evaluate import PACKAGE, open_question
 from evaluate.inputs import EvaluationInputs
-from evaluate.results import MetricResult
+from evaluate.results import REAL, MetricResult
 from pipeline.config import Section
 from pipeline.images import png_bytes
 from pipeline.plugins import load_plugin, plugin_names
@@ -85,6 +85,24 @@ def test_answer_can_be_shown_and_repeats(name: str, run: Path, backbone: str) ->
     assert left == right
     pictures = [[png_bytes(picture.pixels) for picture in result.pictures] for result in results]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_its_figures_stand_side_by_side(name: str, run: Path, backbone: str) -> None:
+    """The table of generators takes its columns from here: the same ones for every generator."""
+    options = (
+        {"every_generator": True}
+        if "every_generator" in load_plugin(PACKAGE, name, "metric").Options.model_fields
+        else {}
+    )
+    figures = answer(inputs_of(run, backbone), name, **options).figures
+    columns = {of: [one.name for one in figures if one.of == of] for of in {one.of for one in figures}}
+    for of, names in columns.items():
+        assert of in {*GENERATORS, REAL}
+        assert len(set(names)) == len(names)
+    assert [columns.get(generator) for generator in GENERATORS] == [columns.get("controlnet")] * len(GENERATORS)
+    assert {one.name: one.better for one in figures} == dict({(one.name, one.better) for one in figures})
+    assert all(one.value is not None for one in figures)
 
 
 @pytest.mark.parametrize("case", CASES)

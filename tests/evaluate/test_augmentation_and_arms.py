@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.arms import ARMS, ArmOptions, arm_data, chosen_generator, limited_rows, train_arms
+from evaluate.arms import (
+    ARMS,
+    ArmOptions,
+    arm_data,
+    arm_title,
+    chosen_generator,
+    limited_rows,
+    other_generators,
+    train_arms,
+)
 from evaluate.augmentation import AugmentationOptions, random_matrices, standard_augmentation
 from pipeline.config_loading import validated
 from pipeline.errors import MaskLoomError
@@ -67,8 +76,24 @@ def test_arms_hold_what_they_say() -> None:
 def test_every_arm_is_trained_with_every_seed() -> None:
     real = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int64)
     options = ArmOptions(arms=["real", "real_augmented"], seeds=2)
-    trained = train_arms(options, real, real, 5, lambda data, seed, augment: (seed, augment is not None))
+    trained = train_arms(options, real, {"gan": real}, 5, lambda data, seed, augment: (seed, augment is not None))
     assert trained == {"real": [(5, False), (6, False)], "real_augmented": [(5, True), (6, True)]}
+
+
+def test_each_other_generator_is_one_more_arm() -> None:
+    real, first, second = ((np.full((n, 2, 2, 1), n, np.uint8), np.full(n, n)) for n in (3, 2, 5))
+    options = ArmOptions(arms=["real", "synthetic"], seeds=1)
+    trained = train_arms(options, real, {"gan": first, "pix2pix": second}, 0, lambda data, *_: data[1].tolist())
+    assert trained == {"real": [[3] * 3], "synthetic": [[2] * 2], "real_synthetic:pix2pix": [[3] * 3 + [5] * 5]}
+    assert arm_title("real_synthetic:pix2pix") == "real + synthetic by pix2pix"
+
+
+def test_other_generators_are_asked_for(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"text_only": noise, "controlnet": faithful}, {"train": 4})
+    inputs = tiny_inputs(tmp_path, ("text_only", "controlnet"))
+    chosen = inputs.synthetic["controlnet"]
+    assert other_generators(inputs, ArmOptions(), chosen) == []
+    assert other_generators(inputs, ArmOptions(every_generator=True), chosen) == [inputs.synthetic["text_only"]]
 
 
 def test_synthetic_share_is_limited() -> None:

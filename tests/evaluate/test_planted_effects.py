@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from evaluate.arms import ARMS
-from evaluate.comparison import ArmScores, Comparison, Protocol, compare_arms
+from evaluate.comparison import ArmScores, Comparison, Protocol, compare_arms, generator_figures
 from evaluate.inputs import EvaluationInputs
+from evaluate.results import REAL
 from evaluate.statistics import weighted_mean
 from tests.evaluate.runs import answer, copied, faithful, noise, tiny_inputs, unfaithful
 from tests.tiny_datasets import write_tiny_run
@@ -103,6 +104,24 @@ def test_verdict_says_what_was_planted(gain: float, expected: str) -> None:
     assert comparison.verdict.endswith(f": {expected}.")
     assert comparison.values["differences"]["synthetic"]["finding"] == "hurt"
     assert comparison.values["differences"]["synthetic"]["wilcoxon_p_holm"] < 0.001
+
+
+def test_figures_tell_generators_and_real_images_apart() -> None:
+    arms = {"real": 0.5, "real_synthetic": 0.6, "synthetic": 0.2, "real_synthetic:gan": 0.4}
+    scores = {arm: np.full((1, 4), value) for arm, value in arms.items()}
+    named = {arm: ArmScores([{"Dice": weighted_mean(one[0])}], one) for arm, one in scores.items()}
+    comparison = compare_arms(named, Protocol(["a", "b", "c", "d"], "Dice", "Dice", ["Dice"], 100, 0))
+    found = {(one.of, one.name): one.value for one in generator_figures(comparison, "pix2pix")}
+    assert found == pytest.approx(
+        {
+            (REAL, "Dice"): 0.5,
+            ("pix2pix", "Dice"): 0.6,
+            ("gan", "Dice"): 0.4,
+            ("pix2pix", "change of Dice"): 0.1,
+            ("gan", "change of Dice"): -0.1,
+        }
+    )
+    assert any(row[0] == "real + synthetic by gan" for row in comparison.tables[0].rows)
 
 
 def test_seeds_that_disagree_are_no_clear_benefit() -> None:

@@ -1,6 +1,7 @@
 """The VAE's ceiling: the backbone's VAE, and a fine-tuned decoder beside it on the same images."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ def run(tmp_path: Path) -> Path:
 
 def ceiling(run: Path, backbone: Path) -> MetricResult:
     return answer(tiny_inputs(run, (), pretrained_model_name_or_path=str(backbone)), "vae_ceiling")
+
+
+def test_without_a_backbone_it_says_so(run: Path) -> None:
+    inputs = tiny_inputs(run, ())
+    result = answer(replace(inputs, backbone=None), "vae_ceiling")
+    assert result.skipped == "no backbone is fine-tuned, so no image passes through a VAE"
+    assert result.verdict == f"Not measured: {result.skipped}."
 
 
 def leave_tuned_vae(run: Path, backbone: Path) -> None:

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from generate.generate import checked_pixels, generate, open_generators
+from generate.generate import generate, open_generators
+from generate.pixels import checked_pixels
 from pipeline.config_loading import load_experiment
 from pipeline.contract import CONTRACT_FILE, read_contract
 from pipeline.errors import MaskLoomError

@@ -1,4 +1,7 @@
-"""A run folder with a tiny dataset, a backbone and all that can be trained on it: everything that `generate` reads."""
+"""A run folder with a tiny dataset, a backbone and all that can be trained on it: everything that `generate` reads.
+
+Generator families of `train_baselines` are trained there for a few steps, whichever there are, with the options of their `configs/tiny/NAME.yaml`.
+"""
 
 import hashlib
 import multiprocessing
@@ -20,12 +23,18 @@ from transformers import CLIPTextModel
 from generate.generate import generate
 from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
+from pipeline.contract import read_contract
+from pipeline.plugins import plugin_names
 from pipeline.runs import Run, open_run
+from tests.pipeline.line_task import forget_accelerator
 from tests.tiny_datasets import write_tiny_run
+from train_baselines.train import PACKAGE, train_baselines
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 32
 COUNTS = {"train": 7, "validation": 2, "test": 2}  # four discs and three squares to train on
+FAMILIES = plugin_names(PACKAGE)
+FAMILY_STEPS = 3  # images are noise then, but not constant
 PLAIN = ["train.lora=[]", "train.vae_decoder=null"]
 """Overrides after which the ControlNet is all that was trained."""
 
@@ -41,7 +50,7 @@ class Bench:
             models: holds `backbone` and `controlnet`; `lora` and `vae` are built beside them once.
             dataset: changes to `write_tiny_run`.
         """
-        self.folder, self.backbone = folder, models / "backbone"
+        self.folder, self.models, self.backbone = folder, models, models / "backbone"
         self.run = Run(folder / "run")
         write_tiny_run(self.run.folder, {}, **{"counts": COUNTS, "size": SIDE, **dataset})
         if not (models / "vae").is_dir():
@@ -50,8 +59,20 @@ class Bench:
         for part in ("controlnet", "lora", "vae"):
             shutil.copytree(models / part, self.run.generator / part)
 
+    def train_family(self, name: str) -> None:
+        """Train a family of `train_baselines` on the bench's dataset; weights for a dataset seen before are taken from then."""
+        kept = self.models / f"{name} {read_contract(self.run.dataset).digest}"
+        if not kept.is_dir():
+            train_baselines(self.config(generators={name: {}}), force=False)
+            forget_accelerator()
+            shutil.copytree(self.run.baselines / name / "weights", kept)
+        shutil.copytree(kept, self.run.baselines / name / "weights", dirs_exist_ok=True)
+
     def config_file(self, **generate: Any) -> Path:
-        """Write a configuration with changes to the section `generate` and return its path."""
+        """Write a configuration with changes to the section `generate` and return its path.
+
+        Families among its generators are in the section `baselines` too.
+        """
         values = {
             "experiment": "tiny",
             "run_dir": str(self.run.folder),
@@ -62,6 +83,7 @@ class Bench:
                 "lora": ["unet", "text_encoder"],
                 "vae_decoder": {},
             },
+            "baselines": {name: family_options(name) for name in generate.get("generators", {}) if name in FAMILIES},
             "generate": {"num_images": 6, "num_inference_steps": 2, "batch_size": 2, "rows_per_shard": 3, **generate},
         }
         path = self.folder / "tiny.yaml"
@@ -73,6 +95,22 @@ class Bench:
         config = load_experiment(self.config_file(**generate), list(overrides))
         open_run(config)
         return config
+
+
+def family_options(name: str) -> dict[str, Any]:
+    """Return the options of a family's tiny configuration, for a few steps at the bench's size; lengths in samples are those of its own training."""
+    tiny = load_experiment(ROOT / f"configs/tiny/{name}.yaml", []).baselines[name]
+    found = {key: value for key, value in tiny.items() if not key.endswith("_samples")}
+    found.pop("growth_samples", None)  # a few steps are not enough to grow in
+    epochs = {f"{kind}_epochs": None for kind in ("num_train", "logging", "validation", "checkpointing")}
+    return {
+        **found,
+        **epochs,
+        "image_size": SIDE,
+        "train_batch_size": 4,
+        "max_train_steps": FAMILY_STEPS,
+        "report_to": None,
+    }
 
 
 def build_tiny_lora(backbone: Path, folder: Path, seed: int = 0) -> Path:

@@ -100,14 +100,19 @@ def write_real(run: Run, **changes: Any) -> Contract:
 
 
 def write_synthetic(
-    run: Run, name: str, real: Contract, parents: Sequence[int] = range(ROWS["train"]), warped: bool = False
+    run: Run,
+    name: str,
+    real: Contract,
+    parents: Sequence[int] = range(ROWS["train"]),
+    warped: bool = False,
+    own_masks: bool = False,
 ) -> Contract:
-    """Write a synthetic dataset; `warped` gives each row another mask than its parent's."""
+    """Write a synthetic dataset; `warped` gives each row another mask than its parent's, `own_masks` one that has no parent."""
     about = real.description.model_copy(update={"origin": "synthetic"})
     rows = []
     for i in parents:
-        number = 100 * len("train") + i + (1000 if warped else 0)
-        made = {"parent_id": f"train-{i}", "generator": "f" * 64, "seed": 7000 + i}
+        number = 100 * len("train") + i + (1000 if warped or own_masks else 0)
+        made = {"parent_id": None if own_masks else f"train-{i}", "generator": "f" * 64, "seed": 7000 + i}
         one = sample(f"{name}-{i}", number, about, **made)
         one.image = (
             np.ascontiguousarray(one.image[:, ::-1])
@@ -120,9 +125,9 @@ def write_synthetic(
     )
 
 
-def write_training_log(run: Run, steps: int = 400) -> None:
-    """Write metrics.jsonl and validation pictures, with a repeated step and a half-written last line."""
-    folder = run.logs("train")
+def write_training_log(run: Run, steps: int = 400, stage: str = "train") -> None:
+    """Write metrics.jsonl and pictures of a training, with a repeated step and a half-written last line."""
+    folder = run.logs(stage)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for step in range(10, steps + 1, 10):

@@ -8,6 +8,7 @@ import yaml
 from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_config, load_experiment, validated
 from pipeline.errors import MaskLoomError
+from pipeline.sweep import SweepConfig, planned_variants
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Files of other programs, or of other models; their own tests load them.
@@ -17,6 +18,7 @@ EXPERIMENTS = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.relative_to(CONFIGS).parts[0] not in OTHERS and not path.name.startswith("backbone")
 )
+SWEEPS = [path for path in EXPERIMENTS if path.parent.name == "experiments" or path.stem == "sweep"]
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 MINIMAL = {
     "experiment": "tiny",
@@ -41,8 +43,16 @@ def _problem(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_experiment_in_configs_loads(path):
-    config = load_experiment(path, [])
+    config = load_config(path, [], SweepConfig if path in SWEEPS else ExperimentConfig)
     assert config.run_folder == Path("runs") / config.experiment
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_variant_of_a_sweep_in_configs_loads(path):
+    config = load_config(path, [], SweepConfig)
+    variants = planned_variants(path, [], config)
+    assert [one.name for one in variants] == (list(config.sweep.variants) or [""])
+    assert len({one.config.run_folder for one in variants}) == len(variants)
 
 
 def test_there_are_experiments():
@@ -134,7 +144,7 @@ def test_an_unknown_key_is_named_with_the_nearest(tmp_path, override, message):
 
 
 def test_a_missing_key_is_named(tmp_path):
-    assert "experiment: this key is required (and 2 more)" in _problem(_write(tmp_path, {"seed": 1}))
+    assert "experiment: this key is required (and 1 more)" in _problem(_write(tmp_path, {"seed": 1}))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +152,7 @@ def test_a_missing_key_is_named(tmp_path):
     [
         ("seed=-1", "seed=-1: "),
         ("experiment=../up", "experiment='../up': "),
-        ("train.max_train_steps=0", "train.max_train_steps=0: "),
+        ("train.max_train_steps=-1", "train.max_train_steps=-1: "),
         ("train.mixed_precision=fp8", "train.mixed_precision='fp8': "),
         ("train.learning_rate=fast", "train.learning_rate='fast': "),
         ("data.image_size=100", "both sides must be positive multiples of 8"),

@@ -24,8 +24,10 @@ from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract, Parent, read_contract
 from pipeline.errors import run_command
 from pipeline.files import file_digest, read_json, write_json
-from pipeline.hub import ABSOLUTE_PATH, OPEN_LICENCE, Hub, PushOptions, push
+from pipeline.hub import push
 from pipeline.hub_cards import hub_base_model, licence_metadata
+from pipeline.hub_client import Hub, PushOptions
+from pipeline.hub_parcels import ABSOLUTE_PATH, OPEN_LICENCE
 from pipeline.runs import Run
 from tests.hub_server import TOKEN, USER, HubState, Repo, running_hub, sha256
 from tests.pipeline import fake_run
@@ -437,7 +439,7 @@ def test_one_name_for_two_repositories_is_refused(hub, world, pushed):
 def test_weights_must_be_whole_and_finished(hub, world, pushed):
     whole = (world.weights / WEIGHTS).read_bytes()
     (world.weights / WEIGHTS).write_bytes(whole[:-4])
-    assert re.search(f"{WEIGHTS}: damaged weights .*; run train again", error_of(pushed()))
+    assert re.search(f"{WEIGHTS}: damaged weights .*; run its training again", error_of(pushed()))
     (world.weights / WEIGHTS).unlink()
     assert error_of(pushed()).endswith("controlnet: no weights to push (*.safetensors); run train again")
     (world.run.logs("train") / "stage.json").unlink()

@@ -325,6 +325,64 @@ def test_training_curves_share_charts_by_kind(tmp_path):
     }
 
 
+def test_the_losses_of_two_networks_have_a_chart_each_and_their_gradients_share_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    keys = (
+        "loss",
+        "loss/generator",
+        "loss/discriminator",
+        "grad_norm/generator",
+        "grad_norm/discriminator",
+        "right/real",
+    )
+    path.write_text(json.dumps({"step": 1, **dict.fromkeys(keys, 1.0)}) + "\n")
+    titles = {curve.title: sorted(curve.series) for curve in training_curves(path)[0]}
+    assert titles == {
+        "loss": ["loss"],
+        "loss of generator": ["loss/generator"],
+        "loss of discriminator": ["loss/discriminator"],
+        "grad norm": ["grad_norm/discriminator", "grad_norm/generator"],
+        "right": ["right/real"],
+    }
+    path.write_text('{"step": 1, "loss": 1.0, "loss/controlnet": 1.0}\n')
+    assert [curve.title for curve in training_curves(path)[0]] == ["loss"]
+
+
+def test_every_family_shows_its_curves_and_its_newest_previews(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path, train=None, baselines={"gan": {}, "other": {}}), [])
+    run = Run(config.run_folder)
+    fake_run.write_training_log(run, stage="baselines/gan")
+    fake_run.write_training_log(run, steps=200, stage="baselines/other")
+    fake_run.write_records(run, ("baselines",))
+    page = _report(config)[1]
+    sources = find_sources(run)
+    assert list(sources.trainings) == ["baselines/gan", "baselines/other"]
+    text = page.text[page.text.index("Training", page.text.index("Results")) :]
+    assert (
+        text.index("baselines/gan")
+        < text.index("step-000400")
+        < text.index("baselines/other")
+        < text.index("step-000200")
+    )
+    assert "step-000300" not in text
+    assert "There is no training log" not in text
+    assert "baselines: packages, hashes and results" in text
+    before = sources.digests()
+    (run.logs("baselines/other") / "metrics.jsonl").write_text("")
+    assert find_sources(run).digests() != before
+
+
+def test_masks_that_a_generator_drew_are_told_from_those_it_was_given(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    real = fake_run.write_real(run)
+    fake_run.write_synthetic(run, "joint", real, own_masks=True)
+    text = _report(config)[1].text
+    assert "drawn with this mask (inset), seed" in text
+    assert "for another mask" not in text
+    assert "for this mask" not in text
+
+
 def test_a_step_that_was_logged_twice_keeps_the_later_value(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 5}\n{"step": 1, "loss": 2, "note": "x", "bad": NaN}\n[]\n')

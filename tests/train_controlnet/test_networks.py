@@ -272,7 +272,12 @@ def test_a_tokenizer_of_its_own_is_used_and_a_missing_one_told(config: Experimen
 def test_activation_checkpointing_is_switched_on_where_asked(config: ExperimentConfig) -> None:
     both = {"gradient_checkpointing": True, "unet_gradient_checkpointing": True}
     alone = {"controlnet": "none", "lora": ["unet"]}
-    for settings in ({}, both, {"unet_gradient_checkpointing": True, **alone}, {"gradient_checkpointing": True, **alone}):
+    for settings in (
+        {},
+        both,
+        {"unet_gradient_checkpointing": True, **alone},
+        {"gradient_checkpointing": True, **alone},
+    ):
         parts = load_networks(config.train.model_copy(update=settings), CPU)
         assert parts.unet.is_gradient_checkpointing == bool(settings)
         if parts.controlnet is not None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from monai.losses.ssim_loss import SSIMLoss
 from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,15 +40,14 @@ class Options(GanOptions):
     l1_weight: float = Field(100.0, ge=0)
     ssim_weight: float = Field(5.0, ge=0)
 
-    @model_validator(mode="after")
-    def _size_suits_the_levels(self) -> Options:
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See `FamilyOptions.check_size`."""
         factor = 2 ** len(self.channels)
-        if self.image_size and any(side % factor or side < 2 * factor for side in self.image_size):
+        if any(side % factor or side < 2 * factor for side in size):
             raise ValueError(
-                f"image_size={list(self.image_size)}: both sides must be multiples of {factor} for {len(self.channels)} levels, "
-                f"and at least {2 * factor}; change it, or give fewer channels"
+                f"both sides must be multiples of {factor} for {len(self.channels)} levels, and at least {2 * factor}; "
+                "change it, or give fewer channels"
             )
-        return self
 
 
 class PatchCritic(nn.Module):

@@ -1,0 +1,51 @@
+"""`class_gan`: images of a class by the GAN that the stage `baselines` trained (Mirza and Osindero, arXiv:1411.1784). It sees no masks.
+
+The plan's masks stay in the dataset, as they do for `text_only`, so that images can be compared in pairs; they do not describe these images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from generate import generator
+from generate.baseline import BaselineGenerator, class_tensor, seeded_noise, unit_images
+from generate.generator import Condition
+from pipeline.contract import Description
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Options(generator.Options):
+    """Options of `class_gan`: none."""
+
+
+class Generator(BaselineGenerator):
+    """One pass of the generator a batch of classes."""
+
+    family = "class_gan"
+    uses_mask = False
+
+    def load(self, device: torch.device, description: Description) -> None:
+        """Read the generator.
+
+        Raises:
+            MaskLoomError: its files are damaged.
+        """
+        from pipeline.networks.class_generator import ClassGenerator
+
+        self.device, self.description = device, description
+        self.network = self.load_network(ClassGenerator, "generator", device)
+
+    def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
+        """Return images of the classes; masks are not looked at."""
+        import torch
+
+        noise = seeded_noise(conditions, [self.network.config.latent_dim], self.device)
+        with torch.inference_mode():
+            drawn = self.network(noise, class_tensor(conditions, self.device))
+        return unit_images(drawn, self.description)

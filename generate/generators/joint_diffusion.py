@@ -1,0 +1,68 @@
+"""`joint_diffusion`: the denoiser of images and masks that the stage `baselines` trained, with classifier-free guidance.
+
+`generate.scheduler` and `generate.num_inference_steps` say how it is sampled. Guidance has an option of its own here: `generate.guidance_scale`
+is that of words, and a good value for them is too much for one of a few classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
+from generate.diffusion import solver, weight_dtype
+from generate.generator import Condition, JointGenerator, JointOptions
+from pipeline.contract import Description
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Options(JointOptions):
+    """Options of `joint_diffusion`."""
+
+    guidance_scale: float = Field(1.5, ge=0, description="of the class; 1: as trained, in half the time")
+
+
+class Generator(BaselineGenerator, JointGenerator):
+    """Draws image and mask from noise in a few steps of a solver."""
+
+    options: Options
+    family = "joint_diffusion"
+
+    def load(self, device: torch.device, description: Description) -> None:
+        """Read the denoiser and its noise schedule.
+
+        Raises:
+            MaskLoomError: their files are damaged.
+        """
+        from diffusers import UNet2DConditionModel
+
+        self.device, self.description = device, description
+        dtype = weight_dtype(self.config.generate)
+        self.unet = self.load_network(UNet2DConditionModel, "unet", device, torch_dtype=dtype)
+        kind, settings = solver(self.config.generate)
+        self.scheduler = self.load_part(kind, "scheduler", **settings)
+
+    def pairs(self, conditions: Sequence[Condition]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Return images and masks of the conditions' classes."""
+        import torch
+        from torch.nn import functional
+
+        from pipeline.networks.guided_denoiser import sampled
+        from pipeline.networks.mask_planes import drawn_planes
+
+        about = self.unet.config
+        noise = seeded_noise(conditions, (about.in_channels, *about.sample_size), self.device)
+        labels, steps = class_tensor(conditions, self.device), self.config.generate.num_inference_steps
+        with torch.inference_mode():
+            folded = sampled(self.unet, self.scheduler, noise, labels, steps, self.options.guidance_scale)
+        channels = self.description.channels
+        patch = math.isqrt(about.in_channels // (channels + drawn_planes(len(self.description.mask_classes))))
+        planes = functional.pixel_shuffle(folded, patch)
+        return unit_images(planes[:, :channels], self.description), class_masks(planes[:, channels:], self.description)

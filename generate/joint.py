@@ -1,0 +1,184 @@
+"""Rows of a generator that draws image and mask together.
+
+The plan gives a row its class and seed; mask, conditioning image and prompt come from what was drawn. Masks are cleaned, and one without
+foreground is drawn again with another seed, unless train masks of its class are empty as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from generate.cleaning import cleaned
+from generate.conditions import ConditionReader, ResolvedRow
+from generate.generator import Condition, JointGenerator
+from generate.pixels import checked_pixels
+from generate.planning import PlannedRow
+from pipeline.conditioning import conditioning_image
+from pipeline.contract import Description
+from pipeline.errors import MaskLoomError
+from pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
+
+REDRAW_STREAM = 5  # name of this file's random stream under the experiment's seed
+Drawn = tuple[ResolvedRow, NDArray[np.float32]]
+
+
+@dataclass
+class MaskFigures:
+    """What the first draw of every row was like; later draws replace empty ones and would flatter the generator.
+
+    Attributes:
+        rows: how many there are.
+        empty: masks without foreground after cleaning.
+        removed_components, removed_pixels, filled_pixels: see `generate.cleaning.CleanedMask`.
+    """
+
+    rows: int = 0
+    empty: int = 0
+    removed_components: int = 0
+    removed_pixels: int = 0
+    filled_pixels: int = 0
+
+    def add(self, other: MaskFigures) -> None:
+        """Count other rows in."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def per_mask(self) -> dict[str, float]:
+        """Return the share of empty masks, and means over all masks."""
+        names = ("removed_components", "removed_pixels", "filled_pixels")
+        means = {f"{name}_per_mask": round(getattr(self, name) / self.rows, 3) for name in names}
+        return {"empty_mask_rate": round(self.empty / self.rows, 4), **means}
+
+    def sentence(self) -> str:
+        """Return the figures in words."""
+        per_mask = self.per_mask()
+        return (
+            f"{self.empty} of {self.rows} masks ({per_mask['empty_mask_rate']:.1%}) had no foreground when they were first drawn and cleaned; "
+            f"cleaning removed {per_mask['removed_components_per_mask']:.2f} pieces ({per_mask['removed_pixels_per_mask']:.1f} pixels) a mask "
+            f"and filled holes of {per_mask['filled_pixels_per_mask']:.1f} pixels"
+        )
+
+
+def check_joint(name: str, description: Description, rows: Sequence[PlannedRow], reader: ConditionReader) -> None:
+    """Find out before anything is drawn whether a joint generator can make the planned rows.
+
+    Raises:
+        MaskLoomError: the conditioning image is a paired picture, or no train row of a planned class has a mask to learn from.
+    """
+    if description.conditioning == "image":
+        raise MaskLoomError(
+            f"generate.generators.{name}: it draws image and mask, but no paired picture, and data.conditioning=image needs one; "
+            "set data.conditioning=mask and prepare again, or leave this generator out"
+        )
+    with_masks = reader.labels_with_masks
+    for label in dict.fromkeys(row.parent.label for row in rows):
+        if label not in with_masks:
+            raise MaskLoomError(
+                f"generate.generators.{name}: it learns from rows with a mask, and no train row of {_class_words(label, description)} has one; "
+                "set that class to 0 in generate.images_per_class, or leave this generator out"
+            )
+
+
+@dataclass
+class JointRows:
+    """Draws the rows of one shard, batch after batch."""
+
+    name: str
+    generator: JointGenerator
+    reader: ConditionReader
+    seed: int
+    figures: MaskFigures = field(default_factory=MaskFigures)
+
+    def drawn(self, planned: Sequence[PlannedRow]) -> list[Drawn]:
+        """Return every planned row with its image; the same rows give the same values.
+
+        Raises:
+            MaskLoomError: masks of a class come out empty again and again, or an image is constant or not finite.
+        """
+        rejected: dict[int, list[Mapping[str, str]]] = {row.index: [] for row in planned}
+        done: dict[int, Drawn] = {}
+        for attempt in range(self.generator.options.attempts):
+            waiting = [row for row in planned if row.index not in done]
+            if not waiting:
+                break
+            conditions = [self._asked(row, attempt) for row in waiting]
+            for row, condition, image, mask in zip(waiting, conditions, *self.generator.pairs(conditions), strict=True):
+                clean = self._clean(mask, first=attempt == 0)
+                if clean.any() or self.reader.may_be_empty(row.parent.label):
+                    done[row.index] = self._resolved(row, condition, image, clean, rejected[row.index]), image
+                else:
+                    reason = f"draw {attempt + 1} (seed {condition.seed}): its mask has no foreground after cleaning"
+                    rejected[row.index].append({"path": self._sample_id(row), "reason": reason})
+        for row in planned:
+            if row.index not in done:
+                raise MaskLoomError(self._given_up(row))
+        return [done[row.index] for row in planned]
+
+    def _asked(self, row: PlannedRow, attempt: int) -> Condition:
+        """Return what the generator is told: class and seed."""
+        blank = np.zeros((*self.reader.description.image_size, 3), np.uint8)
+        seed = row.seed if attempt == 0 else redraw_seed(self.seed, row.index, attempt)
+        return Condition("", None, blank, row.parent.label, seed)
+
+    def _clean(self, mask: NDArray[np.uint8], first: bool) -> NDArray[np.uint8]:
+        clean, components, pixels, filled = cleaned(
+            mask, len(self.reader.description.mask_classes), self.generator.options
+        )
+        if first:
+            self.figures.add(MaskFigures(1, int(not clean.any()), components, pixels, filled))
+        return clean
+
+    def _resolved(
+        self,
+        row: PlannedRow,
+        condition: Condition,
+        image: NDArray[np.float32],
+        mask: NDArray[np.uint8],
+        rejected: Sequence[Mapping[str, str]],
+    ) -> ResolvedRow:
+        about = self.reader.description
+        pixels = checked_pixels(image, self._sample_id(row), condition.seed)
+        seen = conditioning_image(mask, pixels, about.conditioning, about.palette)
+        attributes = drawn_attributes(row, mask, about)
+        text = render_prompt(about.prompt_templates, f"row-{row.index}", attributes)
+        return ResolvedRow(
+            row, None, Condition(text, mask, seen, condition.label, condition.seed), attributes, rejected
+        )
+
+    def _sample_id(self, row: PlannedRow) -> str:
+        return f"{self.name}-{row.index:06d}"
+
+    def _given_up(self, row: PlannedRow) -> str:
+        attempts, key = self.generator.options.attempts, f"generate.generators.{self.name}"
+        return (
+            f"{self._sample_id(row)}: {attempts} masks of {_class_words(row.parent.label, self.reader.description)} in a row have no foreground "
+            f"after cleaning, and {self.figures.empty} of {self.figures.rows} first draws of this shard ({self.figures.empty / self.figures.rows:.0%}); "
+            f"train longer, raise {key}.attempts, or set {key}.min_area=0"
+        )
+
+
+def redraw_seed(seed: int, index: int, attempt: int) -> int:
+    """Return the seed of a row's next draw, 0 .. 2**32 - 1."""
+    return int(np.random.SeedSequence([seed, REDRAW_STREAM, index, attempt]).generate_state(1, np.uint32)[0])
+
+
+def drawn_attributes(row: PlannedRow, mask: NDArray[np.uint8], about: Description) -> Mapping[str, str]:
+    """Return the words of a drawn row: modality, class, and what its mask shows.
+
+    Nothing else is known of it. Only where no template does without a further word (a scanner, a level) are the words of the row's
+    train row taken, one of its class that the plan chose.
+    """
+    label = {} if row.parent.label is None or not about.labels else {"label": about.labels[row.parent.label]}
+    known = {"modality": about.modality, **label, **mask_attributes(mask, about.mask_classes)}
+    if any(template_keys(template) <= known.keys() for template in about.prompt_templates):
+        return known
+    lent = {name: word for name, word in row.parent.attributes.items() if name not in MASK_WORDS}
+    return {**lent, **known}
+
+
+def _class_words(label: int | None, about: Description) -> str:
+    return "the dataset" if label is None or not about.labels else f"the class {about.labels[label]}"

@@ -1,0 +1,21 @@
+"""From what a generator returns to the pixels of a dataset."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import MaskLoomError
+
+
+def checked_pixels(image: NDArray[np.float32], sample_id: str, seed: int) -> NDArray[np.uint8]:
+    """Return an image of 0..1 as uint8.
+
+    Raises:
+        MaskLoomError: it holds values that are not finite, or one single value.
+    """
+    remedy = "try generate.mixed_precision=no, another generate.scheduler, or train again"
+    if not np.isfinite(image).all():
+        raise MaskLoomError(f"{sample_id} (seed {seed}): the image holds NaN or infinite values; {remedy}")
+    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    if pixels.min() == pixels.max():
+        raise MaskLoomError(f"{sample_id} (seed {seed}): every pixel of the image is {pixels.min()}; {remedy}")
+    return pixels

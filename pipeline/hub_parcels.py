@@ -1,0 +1,245 @@
+"""What of a run goes to the Hub: which files, under which licence, and what must stay at home.
+
+What goes is listed here by name; nothing else of a run ever does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import ExperimentConfig
+from pipeline.contract import CONTRACT_FILE, Contract, read_contract, read_ids
+from pipeline.errors import MaskLoomError, nearest_name, one_line
+from pipeline.files import read_json
+from pipeline.hub_cards import LOADING, Weights, completed_card
+from pipeline.progress import say
+from pipeline.runs import Run
+from pipeline.verification import verify_quickly
+
+CARD, PICTURES = "README.md", "samples.png"
+RepoType = Literal["model", "dataset"]
+WEIGHTS_FILE = r"(?:diffusion_pytorch_model|pytorch_lora_weights)[\w.-]*\.safetensors(?:\.index\.json)?"
+SCHEDULER_FILE = r"scheduler_config\.json"
+NETWORK = r"(?:\w+/)?"
+"""A family has a folder for each of its networks."""
+SHARD_FILE = r"data/\w+-\d{5}-of-\d{5}\.parquet"
+SENT: dict[RepoType, re.Pattern[str]] = {
+    "model": re.compile(
+        rf"{re.escape(CARD)}|{re.escape(PICTURES)}|{NETWORK}(?:config\.json|{SCHEDULER_FILE}|{WEIGHTS_FILE})"
+    ),
+    "dataset": re.compile(rf"{re.escape(CARD)}|{re.escape(CONTRACT_FILE)}|{SHARD_FILE}"),
+}
+"""All that may go, by its path in the repository."""
+REPLACED: dict[RepoType, re.Pattern[str]] = {
+    "model": re.compile(NETWORK + WEIGHTS_FILE),
+    "dataset": re.compile(SHARD_FILE),
+}
+"""What is removed from the repository where it is no part of the new state: an old shard would be read with the new ones."""
+LOCAL_KEYS = ("_name_or_path", "base_model_name_or_path")  # of config.json and adapters: where weights were loaded from
+OPEN_LICENCE = re.compile(
+    r"(cc0(-1\.0)?|cc-by(-sa)?-\d\.\d|mit|apache-2\.0|pddl(-1\.0)?|odc-by(-1\.0)?|cdla-permissive-\d\.\d)( \([^()]*\))?",
+    re.IGNORECASE,
+)
+"""Licences, with or without a remark in brackets, that let anyone pass the data on for any purpose. Any other is asked about."""
+ABSOLUTE_PATH = re.compile(r"(?<![\w:/.<~)\]}*?+-])/[\w.@+-]+(?:/[\w.@+-]+)+|\b[A-Za-z]:\\+\w+|file://")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One part of a run that becomes one repository: `dataset`, `generator:KIND`, `baseline:FAMILY` or `synthetic:NAME`."""
+
+    part: Literal["dataset", "generator", "baseline", "synthetic"]
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.part}:{self.name}" if self.name else self.part
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether it was trained."""
+        return self.part in ("generator", "baseline")
+
+    @property
+    def repo_type(self) -> RepoType:
+        """The kind of repository on the Hub."""
+        return "model" if self.is_weights else "dataset"
+
+    def repo_name(self, experiment: str) -> str:
+        """Return the repository's name without its namespace."""
+        return "-".join([experiment, *([] if self.is_weights else [self.part]), *filter(None, [self.name])])
+
+    def folder(self, run: Run) -> Path:
+        """Return where it lies."""
+        if self.part == "baseline":
+            return run.baselines / self.name / "weights"
+        return {"dataset": run.folder, "generator": run.generator, "synthetic": run.synthetic}[self.part] / (
+            self.name or "dataset"
+        )
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What goes into one repository.
+
+    Attributes:
+        files: a file, or the bytes themselves, by path in the repository.
+        licences: of the data behind it.
+        notes: sentences for the user.
+    """
+
+    target: Target
+    repo_id: str
+    files: Mapping[str, Path | bytes]
+    licences: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def find_targets(run: Run, words: Sequence[str]) -> list[Target]:
+    """Return what the words name, each once; `generator` names every folder of trained weights.
+
+    Raises:
+        MaskLoomError: a word names nothing, or what it names is not there.
+    """
+    kinds = [kind for kind in LOADING if (run.generator / kind).is_dir()]
+    families = [path.parent.name for path in sorted(run.baselines.glob("*/weights"))]
+    sets = [path.parent.name for path in sorted(run.synthetic.glob(f"*/{CONTRACT_FILE}"))]
+    known = {"dataset": [Target("dataset")], "generator": [Target("generator", kind) for kind in kinds]}
+    known |= {str(target): [target] for target in known["generator"]}
+    known |= {f"baseline:{name}": [Target("baseline", name)] for name in families}
+    known |= {f"synthetic:{name}": [Target("synthetic", name)] for name in sets}
+    found: dict[Target, None] = {}
+    for word in words:
+        if word.partition(":")[0] == "generator" and not kinds:
+            raise MaskLoomError(f"{run.generator}: nothing has been trained yet; run train first")
+        if word.partition(":")[0] == "baseline" and not families:
+            raise MaskLoomError(f"{run.baselines}: no other generator has been trained yet; run baselines first")
+        if word.partition(":")[0] == "synthetic" and not sets:
+            raise MaskLoomError(f"{run.synthetic}: nothing has been generated yet; run generate first")
+        if word not in known:
+            raise MaskLoomError(f"{word}: no such part of {run.folder}; {nearest_name(word, list(known))}")
+        found |= dict.fromkeys(known[word])
+    return list(found)
+
+
+def pack(config: ExperimentConfig, run: Run, target: Target, repo_id: str) -> Parcel:
+    """Return what of a target goes, checked.
+
+    Raises:
+        MaskLoomError: it is unfinished or damaged.
+    """
+    return _packed_weights(run, target, repo_id) if target.is_weights else _packed_set(run, target, repo_id)
+
+
+def _packed_set(run: Run, target: Target, repo_id: str) -> Parcel:
+    folder = target.folder(run)
+    contract = verify_quickly(folder)
+    files: dict[str, Path | bytes] = {
+        name: folder / name for name in (*contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)
+    }
+    shards = [name for name in files if name.startswith("data/")]
+    if not shards:
+        raise MaskLoomError(f"{folder}: there are no rows to push; write the dataset again with --force")
+    sample, group = next(iter(read_ids(folder, shards[:1]).values()))[0]
+    note = f"rows are named like sample_id {sample!r}, group_id {group!r}: make sure that such names tell no patient"
+    return Parcel(target, repo_id, files, _licences(contract), (note,))
+
+
+def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
+    folder = target.folder(run)
+    contract = read_contract(run.dataset)
+    stage, again = ("train", "train") if target.part == "generator" else (f"baselines/{target.name}", "baselines")
+    record = read_json(run.logs(stage) / "stage.json", f"the training has not ended; run {again} again")
+    if record["inputs"].get("dataset") != contract.digest:
+        raise MaskLoomError(f"{folder}: trained on another dataset than {run.dataset} is now; run {again} again")
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [path for path in paths if SENT["model"].fullmatch(path)]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise MaskLoomError(f"{folder}: no weights to push (*.safetensors); run {again} again")
+    files: dict[str, Path | bytes] = {name: _without_local_keys(folder / name) for name in names}
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo_id.split('/')[-1]}\n"
+    if PICTURES not in files and (pictures := max((run.logs(stage) / "images").glob("step-*.png"), default=None)):
+        files[PICTURES] = pictures
+    if PICTURES in files and PICTURES not in text:
+        text = f"{text.rstrip()}\n\n![conditioning | real | samples]({PICTURES})\n"
+    notes: list[str] = []
+    weights = Weights(target.name, folder, stage, record)
+    files[CARD] = completed_card(text, weights, repo_id, run, notes).encode()
+    return Parcel(target, repo_id, files, _licences(contract), tuple(notes))
+
+
+def _without_local_keys(path: Path) -> Path | bytes:
+    """Return a JSON file without the keys that say where weights were loaded from; any other file as it is."""
+    if path.suffix != ".json":
+        return path
+    values = read_json(path, "run its training again")
+    kept = {key: value for key, value in values.items() if key not in LOCAL_KEYS}
+    return path if kept == values else (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _licences(contract: Contract) -> tuple[str, ...]:
+    """Return the licence of the data and those of the external test sets in it."""
+    external = contract.description.preprocessing.get("external") or {}
+    return tuple(dict.fromkeys([contract.description.licence, *(str(about["licence"]) for about in external.values())]))
+
+
+def check_licence(parcel: Parcel, public: bool, may_publish: bool) -> None:
+    """Say the data's licences; refuse to publish where they do not plainly allow it.
+
+    Weights count as well: their sample pictures show real images, and they may have learnt some by heart.
+
+    Raises:
+        MaskLoomError: it would be public, and the user has not said that it may be.
+    """
+    closed = [licence for licence in parcel.licences if not OPEN_LICENCE.fullmatch(licence.strip())]
+    if closed and public and not may_publish:
+        raise MaskLoomError(
+            f"{parcel.target}: the licence of its data does not plainly let everyone pass it on: {closed[0]!r}; "
+            "push without --public, or add --i-have-the-right if you may publish it"
+        )
+    say(f"{parcel.target}: licence of the data: {'; '.join(parcel.licences)}")
+    if closed and not public:
+        say(f"{parcel.target}: who may see the private repository must be allowed to have the data")
+
+
+def check_leaks(parcel: Parcel, config: ExperimentConfig, run: Run) -> None:
+    """Refuse any text that names a place on this machine.
+
+    Raises:
+        MaskLoomError: names the file and the path.
+    """
+    places = [Path.home(), Path.cwd(), run.folder.absolute(), run.folder.resolve(), config.data.raw_dir]
+    known = [str(place) for place in places if place is not None and place.is_absolute() and len(place.parts) > 2]
+    for name, source in parcel.files.items():
+        text = _text_of(name, source)
+        found = next((place for place in known if place in text), None) or ABSOLUTE_PATH.search(text)
+        if found:
+            shown = found if isinstance(found, str) else found[0]
+            raise MaskLoomError(
+                f"{parcel.target.folder(run) / name}: names a path of this machine, {shown!r}, which must not be published; "
+                "give it relative, or take it out of the configuration, and write the folder again"
+            )
+
+
+def _text_of(name: str, source: Path | bytes) -> str:
+    """Return what a file says in words: a text file whole, of weights the metadata.
+
+    Raises:
+        MaskLoomError: weights are cut short or are none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if isinstance(source, Path) and source.suffix == ".safetensors":
+        try:
+            with safe_open(source, framework="numpy") as tensors:
+                return json.dumps(tensors.metadata() or {}, ensure_ascii=False)
+        except SafetensorError as error:
+            raise MaskLoomError(f"{source}: damaged weights ({one_line(error)}); run its training again") from None
+    if not name.endswith((".md", ".json")):
+        return ""
+    return (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8", "replace")

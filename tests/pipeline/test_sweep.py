@@ -1,0 +1,322 @@
+"""Sweeps: variants of one experiment through the real stages, and the table that puts them side by side."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.prepare import prepare
+from evaluate.evaluate import evaluate
+from generate.generate import generate
+from pipeline import sweep as sweeping
+from pipeline.config_loading import load_config, load_experiment
+from pipeline.errors import EXIT_CODE, MaskLoomError
+from pipeline.files import read_json, write_json
+from pipeline.report import write_report
+from pipeline.report.evaluation import Interval
+from pipeline.runs import Run
+from pipeline.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
+from pipeline.sweep_table import Column, Row, columns_of, print_table, variant_rows, write_table
+from tests.pipeline import fake_run
+from train_baselines.train import train_baselines
+from train_controlnet.train import train_stage
+
+SMALL = {"patients": 12, "views": 1}
+PIX2PIX = {
+    "train_batch_size": 4,
+    "num_train_epochs": None,
+    "max_train_steps": 2,
+    "channels": [4, 8, 8, 8],
+    "logging_epochs": None,
+    "validation_epochs": None,
+    "checkpointing_epochs": None,
+    "logging_steps": 1,
+    "report_to": None,
+}
+MEMORISATION = {"extractor_size": 32, "shown_pairs": 1, "picture_side": 32}
+
+
+def write_sweep(folder: Path, variants: dict[str, object], **sections: object) -> Path:
+    values = {
+        "experiment": "small",
+        "run_dir": str(folder / "run"),
+        "data": {"dataset": "phantom_bus", "image_size": 32, "options": SMALL},
+        "baselines": {"pix2pix": PIX2PIX},
+        "generate": {"generators": {"pix2pix": {}}, "num_images": 4},
+        "evaluate": {"metrics": {"memorisation": MEMORISATION}},
+        "sweep": {"variants": variants},
+        **sections,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def variants_of(path: Path, *overrides: str) -> list[Variant]:
+    return planned_variants(path, list(overrides), load_config(path, list(overrides), SweepConfig))
+
+
+def problem(path: Path, *overrides: str) -> str:
+    with pytest.raises(MaskLoomError) as error:
+        variants_of(path, *overrides)
+    return str(error.value)
+
+
+def run_here(stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None) -> int:
+    """Run real stages as the runner does, but in this process: starting one for each takes longer than all they do here."""
+    config, force = load_experiment(Path(arguments[1]), []), "--force" in arguments
+    families = list(arguments[arguments.index("--family") + 1 :]) if "--family" in arguments else None
+    functions = {
+        "prepare": lambda: prepare(config, force),
+        "train": lambda: train_stage(config, force),
+        "baselines": lambda: train_baselines(config, force, families),
+        "generate": lambda: generate(config, force),
+        "evaluate": lambda: evaluate(config, force),
+        "report": lambda: write_report(config, force),
+    }
+    try:
+        for stage in stages:
+            functions[stage]()
+    except MaskLoomError:
+        return EXIT_CODE
+    return 0
+
+
+def test_two_variants_run_side_by_side_and_share_their_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The whole of it; the second variant fails, and is told of at the end."""
+    monkeypatch.setattr(sweeping, "run_stages", run_here)
+    path = write_sweep(tmp_path, {"trained": {}, "broken": {"baselines": {"pix2pix": {"l1_weight": -1}}}})
+    with pytest.raises(MaskLoomError, match=r"^1 of 2 runs failed \(broken at baselines\); mend that and run"):
+        sweep(path, [], False, None)
+    run = tmp_path / "run"
+    first, second = Run(run / "trained"), Run(run / "broken")
+    shards = [sorted((one.dataset / "data").iterdir()) for one in (first, second)]
+    assert [one.samefile(other) for one, other in zip(*shards, strict=True)] == [True] * 3
+    assert first.report.is_file()
+    assert yaml.safe_load((run / "sweep" / "trained.yaml").read_text())["experiment"] == "small-trained"
+    table = json.loads((run / "table.json").read_text())
+    assert table["failed"] == {"broken": "baselines"}
+    assert [(row["variant"], row["of"]) for row in table["rows"]] == [
+        ("trained", "pix2pix"),
+        ("trained", "real images"),
+    ]
+    figures = table["rows"][0]["figures"]
+    assert figures["cost"]["samples seen"]["value"] == 8
+    assert figures["cost"]["training seconds"]["value"] > 0
+    assert figures["memorisation"]["near copies by pixels"]["better"] == "lower"
+    assert "pix2pix" in capsys.readouterr().out
+
+
+def test_what_cannot_be_a_variant_is_said_before_anything_starts(tmp_path: Path):
+    assert "'../up' is no name of a folder" in problem(write_sweep(tmp_path, {"../up": {}}))
+    assert "'sweep' is no name of a folder" in problem(write_sweep(tmp_path, {"sweep": {}}))
+    assert "a: run_dir is the sweep's own; take it out" in problem(write_sweep(tmp_path, {"a": {"run_dir": "x"}}))
+    told = problem(write_sweep(tmp_path, {"a": {}, "b": {"generate": {"num_image": 1}}}))
+    assert "sweep.variants.b: unknown key 'generate.num_image'" in told
+    assert "unknown key 'sweep.variant'" in problem(write_sweep(tmp_path, {}, sweep={"variant": {}}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_variants_lie_over_the_file_and_overrides_over_both(tmp_path: Path):
+    path = write_sweep(tmp_path, {"a": {"seed": 3}, "b": {"seed": 4, "generate": {"num_images": 9}}}, seed=2)
+    first, second = variants_of(path)
+    assert [first.config.seed, second.config.seed] == [3, 4]
+    assert [first.config.generate.num_images, second.config.generate.num_images] == [4, 9]
+    assert [one.config.run_folder for one in (first, second)] == [tmp_path / "run" / name for name in "ab"]
+    assert {one.config.seed for one in variants_of(path, "seed=7")} == {7}
+
+
+def test_variants_of_the_same_data_and_seed_share_it(tmp_path: Path):
+    changes = {"same": {"generate": {"num_images": 5}}, "seed": {"seed": 1}, "size": {"data": {"image_size": 64}}}
+    same, *others = variants_of(write_sweep(tmp_path, {"plain": {}, **changes}))[1:]
+    plain = variants_of(write_sweep(tmp_path, {"plain": {}}))[0]
+    assert same.data_key == plain.data_key
+    assert len({plain.data_key, *(one.data_key for one in others)}) == 3
+
+
+def test_without_variants_the_sweep_is_one_run_in_its_own_folder(tmp_path: Path):
+    (only,) = variants_of(write_sweep(tmp_path, {}))
+    assert (only.name, only.config.run_folder, only.config.experiment) == ("", tmp_path / "run", "small")
+    assert only.path == tmp_path / "run" / "sweep" / "small.yaml"
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[list[str]]:
+    """Write stages down instead of running them."""
+    calls: list[list[str]] = []
+
+    def write_down(stages: list[str], arguments: list[str], accelerate: Path | None) -> int:
+        calls.append([*stages, *arguments[2:]])
+        return 3 if stages == [failing] else 0
+
+    monkeypatch.setattr(sweeping, "run_stages", write_down)
+    return calls
+
+
+def test_every_family_is_trained_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = calls_of(monkeypatch)
+    path = write_sweep(tmp_path, {}, baselines={"pix2pix": {}, "class_gan": {}})
+    assert sweeping.run_variant(variants_of(path)[0], {}, True, None) == ""
+    assert calls == [
+        ["prepare", "--force"],
+        ["train", "--force"],
+        ["baselines", "--force", "--family", "pix2pix"],
+        ["baselines", "--force", "--family", "class_gan"],
+        ["baselines"],
+        ["generate", "--force"],
+        ["evaluate", "--force"],
+        ["report", "--force"],
+    ]
+
+
+@pytest.mark.parametrize(("failing", "count"), [("prepare", 1), ("baselines", 3), ("generate", 5)])
+def test_a_variant_ends_at_the_stage_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, count: int
+):
+    calls = calls_of(monkeypatch, failing)
+    prepared: dict[str, Variant] = {}
+    variant = variants_of(write_sweep(tmp_path, {}))[0]
+    assert sweeping.run_variant(variant, prepared, False, None) == failing
+    assert len(calls) == count
+    assert bool(prepared) == (failing != "prepare")
+
+
+def test_a_dataset_is_shared_again_only_where_it_is_another_one(tmp_path: Path):
+    source, target = Run(tmp_path / "a"), Run(tmp_path / "b")
+    fake_run.write_real(source)
+    fake_run.write_records(source, ("prepare",))
+    (target.dataset / "data").mkdir(parents=True)
+    (target.dataset / "data" / "old.parquet").write_bytes(b"old")
+    share_dataset(source, target)
+    assert not (target.dataset / "data" / "old.parquet").exists()
+    contract = target.dataset / "contract.json"
+    assert contract.samefile(source.dataset / "contract.json")
+    (target.dataset / "mark").touch()
+    share_dataset(source, target)
+    assert (target.dataset / "mark").exists()
+    record = source.logs("prepare") / "stage.json"
+    write_json(record, {**read_json(record, ""), "key": "another"})
+    share_dataset(source, target)
+    assert not (target.dataset / "mark").exists()
+    assert read_json(target.logs("prepare") / "stage.json", "")["key"] == "another"
+
+
+def test_files_are_copied_where_links_are_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: str) -> None:
+        raise PermissionError
+
+    source, target = Run(tmp_path / "a"), Run(tmp_path / "b")
+    fake_run.write_real(source)
+    fake_run.write_records(source, ("prepare",))
+    monkeypatch.setattr(os, "link", refuse)
+    share_dataset(source, target)
+    one, other = (run.dataset / "contract.json" for run in (source, target))
+    assert one.read_bytes() == other.read_bytes()
+    assert not one.samefile(other)
+
+
+def figure(of: str, name: str, value: float, **more: object) -> dict[str, object]:
+    return {"of": of, "name": name, "value": value, "low": None, "high": None, "better": "lower", **more}
+
+
+def test_rows_hold_figures_of_these_images_and_what_their_training_took(tmp_path: Path):
+    config = load_config(
+        fake_run.write_config(
+            tmp_path,
+            baselines={"gan": {}},
+            generate={"generators": {"controlnet": {}, "text_only": {}, "gan": {}, "late": {}}},
+            evaluate={"metrics": {"second": {}, "first": {}, "nothing": {}, "stale": {}}},
+        ),
+        [],
+        SweepConfig,
+    )
+    run = Run(config.run_folder)
+    real = fake_run.write_real(run)
+    digests = {"real": real.digest}
+    for name in ("controlnet", "text_only", "gan"):
+        digests[name] = fake_run.write_synthetic(run, name, real).digest
+    answers = {
+        "first": {
+            "figures": [figure("gan", "distance", 3.0, low=2.0, high=4.0), figure("real images", "distance", 1.0)]
+        },
+        "second": {"figures": [figure("gan", "share", 0.5, better=None)], "headline": True},
+        "nothing": {"skipped": "there is nothing to see", "figures": []},
+        "stale": {"figures": [figure("gan", "other", 1.0)], "inputs": {"real": "old"}},
+        "unasked": {"figures": [figure("gan", "unasked", 1.0)]},
+    }
+    for name, changes in answers.items():
+        write_json(run.evaluation / f"{name}.json", fake_run.evaluation(name, **{"inputs": digests, **changes}))
+    fake_run.write_records(run, ("baselines/gan", "generate"))
+    for stage, results in {
+        "baselines/gan": {"trained_parameters": {"generator": 5, "discriminator": 2}, "samples_seen": 80},
+        "generate": {
+            "gan": {"made_now": 4, "images_per_second": 2.5},
+            "text_only": {"made_now": 0, "images_per_second": 0},
+        },
+    }.items():
+        path = run.logs(stage) / "stage.json"
+        write_json(path, {**read_json(path, ""), "results": results})
+    log = [
+        {"step": 4, "samples_per_second": 10.0, "peak_memory_mb": 50.0},
+        {"step": 8, "validation/loss": 1.0},
+        {"step": 8, "samples_per_second": 20.0, "peak_memory_mb": 70.0},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in log) + '{"step": 9, "half'
+    (run.logs("baselines/gan") / "metrics.jsonl").write_text(text)
+
+    rows = variant_rows("a", run, config)
+    assert [row.of for row in rows] == ["controlnet", "gan", "text_only", "real images"]
+    by_name = {row.of: {(c.group, c.name): cell.value for c, cell in row.cells.items()} for row in rows}
+    assert by_name["text_only"] == {("cost", "trained parameters"): 0}
+    assert by_name["gan"] == {
+        ("first", "distance"): 3.0,
+        ("second", "share"): 0.5,
+        ("cost", "trained parameters"): 7,
+        ("cost", "samples seen"): 80,
+        ("cost", "training seconds"): 4 * 10 / 10.0 + 4 * 10 / 20.0,
+        ("cost", "peak memory in MB"): 70.0,
+        ("cost", "images a second"): 2.5,
+    }
+    assert rows[0].skipped == {"nothing": "there is nothing to see"}
+    assert [column.group for column in columns_of(rows)] == ["first", "second", *["cost"] * 5]
+
+
+def rows_of_two_variants() -> list[Row]:
+    distance, count = Column("quality", "distance", "lower"), Column("cost", "samples seen")
+    return [
+        Row("a", "gan", {distance: Interval(value=1.5, low=1.25, high=1.75), count: Interval(value=1200)}),
+        Row("b", "gan", {distance: Interval(value=2.5)}, {"faithfulness": "there are no masks"}),
+    ]
+
+
+def test_the_table_is_written_as_text_and_as_numbers(tmp_path: Path):
+    write_table(tmp_path, "small", rows_of_two_variants(), {"c": "train"})
+    text = (tmp_path / "table.md").read_text()
+    assert "| variant | images by | quality: distance ↓ | cost: samples seen |" in text
+    assert "| a | gan | 1.500 [1.250, 1.750] | 1,200 |" in text
+    assert "| b | gan | 2.50 | – |" in text
+    assert "- c: failed at train." in text
+    assert "- b: faithfulness not measured: there are no masks." in text
+    with (tmp_path / "table.csv").open() as handle:
+        first, second = csv.DictReader(handle)
+    assert first["quality: distance (low)"] == "1.25"
+    assert second["quality: distance (low)"] == second["cost: samples seen"] == ""
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_table(tmp_path, "small", rows_of_two_variants(), {"c": "train"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("width", "tables"), [("200", 1), ("40", 2)])
+def test_a_narrow_terminal_gets_a_table_a_metric(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: str, tables: int
+):
+    monkeypatch.setenv("COLUMNS", width)
+    print_table("small", rows_of_two_variants())
+    printed = capsys.readouterr().out
+    assert printed.count("┏") == tables
+    assert "[1.250,\u00a01.750]" in printed

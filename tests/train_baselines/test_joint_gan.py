@@ -1,0 +1,196 @@
+"""`joint_gan`: the published layers and counts at 256 x 256, what its discriminator sees, and a training at full size."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from generate.generate import open_generators
+from generate.generator import Condition, JointGenerator
+from pipeline.config_loading import load_experiment
+from pipeline.errors import MaskLoomError
+from pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
+from pipeline.networks.mask_planes import encoded_masks
+from pipeline.randomness import Draws
+from pipeline.runs import Run
+from tests.generate.workbench import ROOT, family_options
+from tests.tiny_datasets import tiny_description, write_tiny_run
+from tests.train_baselines.workbench import IN_STEPS, tensors
+from train_baselines.families.joint_gan import JointCritic, Options, Trained
+from train_baselines.train import family_options as checked_options
+from train_baselines.train import train_baselines
+
+MakeRun = Callable[..., Path]
+LAYERS = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
+
+
+def layers(network: nn.Module) -> list[tuple[str, int, int, int]]:
+    """Return kind, what comes in and goes out, and the kernel of every layer with weights but norms and embeddings, in order."""
+    return [
+        (type(m).__name__, *((m.in_features, m.out_features, 1) if isinstance(m, nn.Linear) else (m.in_channels, m.out_channels, m.kernel_size[0])))
+        for m in network.modules()
+        if isinstance(m, LAYERS)
+    ]  # fmt: skip
+
+
+def count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_the_generator_is_the_published_one():
+    """Noise and embedding to 4 x 4 x 512, five blocks to 128 x 128 x 16, and two heads of one block and a 3 x 3 convolution."""
+    network = JointImageMaskGenerator().eval()
+    head = [("ConvTranspose2d", 16, 8, 4), ("Conv2d", 8, 1, 3)]
+    assert layers(network) == [
+        ("Linear", 200, 512 * 4 * 4, 1),
+        *(("ConvTranspose2d", a, b, 4) for a, b in ((512, 256), (256, 128), (128, 64), (64, 32), (32, 16))),
+        *head,
+        *head,
+    ]
+    dense = 2 * 100 + (200 * 8192 + 8192) + 2 * 8192  # embedding, linear layer, batch norm
+    trunk = sum(4 * 4 * a * b + b + 2 * b for a, b in ((512, 256), (256, 128), (128, 64), (64, 32), (32, 16)))
+    heads = 2 * ((4 * 4 * 16 * 8 + 8 + 2 * 8) + (3 * 3 * 8 + 1))
+    assert count(network) == dense + trunk + heads == 4_462_426
+    norms = [m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert norms == [8192, 256, 128, 64, 32, 16, 8, 8]
+    assert [type(head[-1]) for head in (network.image_head, network.mask_head)] == [nn.Tanh, nn.Tanh]
+    sides: list[int] = []
+    for block in network.trunk:
+        block.register_forward_hook(lambda module, inputs, output: sides.append(output.shape[-1]))
+    with torch.no_grad():
+        image, mask = network(torch.zeros(1, 100), torch.tensor([1]))
+    assert sides == [8, 16, 32, 64, 128]
+    assert image.shape == mask.shape == (1, 1, 256, 256)
+
+
+def test_the_discriminator_is_the_published_one():
+    """Image, mask and class plane through five halvings to 8 x 8 x 1024, then one logit; batch norm from the second on."""
+    network = JointCritic(2, 2, 64, (256, 256)).eval()
+    widths = ((3, 64), (64, 128), (128, 256), (256, 512), (512, 1024))
+    assert layers(network) == [*(("Conv2d", a, b, 4) for a, b in widths), ("Conv2d", 1024, 1, 8)]
+    expected = 2 * 256 * 256 + sum(16 * a * b + b for a, b in widths) + 2 * (128 + 256 + 512 + 1024) + (64 * 1024 + 1)
+    assert count(network) == expected == 11_346_625
+    assert [m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d)] == [128, 256, 512, 1024]
+    assert {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
+    with torch.no_grad():
+        assert network(torch.zeros(1, 2, 256, 256), torch.tensor([0])).shape == (1, 1)
+
+
+def test_the_defaults_are_the_published_settings():
+    found = Options().model_dump()
+    expected = {
+        "image_size": (256, 256), "train_batch_size": 8, "num_train_epochs": 200, "learning_rate": 2e-4, "latent_dim": 100,
+        "validation_epochs": 20, "checkpointing_epochs": 20, "logging_epochs": 1, "gan_loss": "bce", "r1_gamma": 0,
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_the_full_configuration_says_the_defaults_and_the_published_counts():
+    config = load_experiment(ROOT / "configs/joint_gan_busi.yaml", [])
+    free = {"checkpoints_total_limit": None, "dataloader_num_workers": 2}
+    assert checked_options(config, "joint_gan") == Options(**free)
+    assert config.generate.images_per_class == {"benign": 175, "malignant": 89}
+    assert tuple(config.data.image_size or ()) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("size", "times", "start", "left"),
+    [((256, 256), 6, (4, 4), (8, 8)), ((64, 64), 4, (4, 4), (8, 8)), ((16, 16), 2, (4, 4), (8, 8)), ((96, 128), 4, (6, 8), (12, 16)),
+     ((512, 256), 6, (8, 4), (16, 8))],
+)  # fmt: skip
+def test_depth_follows_from_the_size(size: tuple[int, int], times: int, start: tuple[int, int], left: tuple[int, int]):
+    assert doublings(size) == times
+    generator, critic = JointImageMaskGenerator(3, 3, 4, 7, 16, size).eval(), JointCritic(7, 3, 4, size).eval()
+    assert generator.start[1:] == start
+    assert critic.net[-2].kernel_size == left
+    with torch.no_grad():
+        images, planes = generator(torch.zeros(2, 7), torch.tensor([0, 2]))
+        assert (images.shape, planes.shape) == ((2, 3, *size), (2, 4, *size))
+        assert critic(torch.cat([images, planes], 1), torch.tensor([0, 2])).shape == (2, 1)
+
+
+@pytest.mark.parametrize(("size", "factor"), [([100, 128], 16), ([8, 8], 4), ([24, 12], 4), ([250, 256], 32)])
+def test_sizes_that_do_not_suit_the_layers_are_told(tmp_path: Path, size: list[int], factor: int):
+    write_tiny_run(tmp_path, {}, {"train": 4})
+    config = tiny_config(tmp_path, image_size=size)
+    told = rf"baselines\.joint_gan\.image_size=\[{size[0]}, {size[1]}\]: both sides must be multiples of {factor}, and at least 16"
+    with pytest.raises(MaskLoomError, match=told):
+        train_baselines(config, force=False)
+
+
+def tiny_config(run: Path, **options: Any) -> Any:
+    overrides = [
+        f"run_dir={run}",
+        "data.dataset=tiny",
+        *(f"baselines.joint_gan.{key}={value}" for key, value in options.items()),
+    ]
+    return load_experiment(ROOT / "configs/tiny/joint_gan.yaml", overrides)
+
+
+def opened(run: Path, **changes: Any) -> Trained:
+    """Return the family before its training, over the run's dataset."""
+    from pipeline.contract import read_contract
+    from pipeline.training import make_accelerator
+    from train_baselines.rows import Rows
+
+    options = Options(**{**family_options("joint_gan"), **changes})
+    about = read_contract(run / "dataset").description
+    rows = Rows(run / "dataset", "train", about, (32, 32), with_mask=True)
+    torch.manual_seed(0)
+    return Trained(options, rows, rows, 3, make_accelerator(options, run / "logs"))
+
+
+def test_the_discriminator_sees_image_mask_and_class_of_both_sides_alike(make_run: MakeRun):
+    family = opened(make_run(), diff_augment=[])
+    rows = [family.rows[n] for n in (0, 1)]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in ("image", "mask", "label")}
+    real = family.real_planes(batch)
+    torch.testing.assert_close(real[:, :1], batch["image"])
+    torch.testing.assert_close(real[:, 1:], encoded_masks(batch["mask"], 2, 1))
+    drawn = family.drawn_planes(batch, Draws(0, [0, 1], torch.device("cpu")))
+    assert drawn.shape == real.shape
+    assert drawn.requires_grad
+    first, second = (family.judged(family.discriminator.eval(), real, torch.full((2,), label)) for label in (0, 1))
+    assert (first != second).all()
+    other = family.drawn_planes(batch, Draws(0, [2, 3], torch.device("cpu")))
+    assert (other != drawn).any()
+
+
+def test_each_class_and_each_noise_draws_another_pair(make_run: MakeRun):
+    family = opened(make_run())
+    family.generator.eval()
+    with torch.no_grad():
+        found = [family.samples(torch.tensor([label]), None, seed) for label, seed in ((0, 1), (1, 1), (0, 2), (0, 1))]
+    torch.testing.assert_close(found[0].images, found[3].images, rtol=0, atol=0)
+    assert all((found[0].images != one.images).any() for one in found[1:3])
+    assert found[0].masks is not None
+    assert (found[0].masks.dtype, found[0].masks.shape) == (torch.uint8, (1, 32, 32))
+
+
+def test_it_trains_and_samples_at_full_size(tmp_path: Path):
+    """256 x 256 with all channels, two steps of two rows."""
+    write_tiny_run(tmp_path, {}, {"train": 4}, size=256, description=tiny_description(256))
+    steps = {
+        **IN_STEPS,
+        "max_train_steps": 2,
+        "checkpointing_steps": 2,
+        "preview_images_per_class": 1,
+        "learning_rate": 2e-4,
+    }
+    values = {"baselines": {"joint_gan": steps}, "generate": {"generators": {"joint_gan": {}}}}
+    about = {"experiment": "full", "run_dir": str(tmp_path), "data": {"dataset": "tiny", "image_size": 256}}
+    config = load_experiment(ROOT / "configs/tiny/dataset.yaml", []).model_validate({**about, **values})
+    train_baselines(config, force=False)
+    trained = tensors(tmp_path, "joint_gan")
+    assert trained["generator/trunk.0.0.weight"].shape == (512, 256, 4, 4)
+    generator = open_generators(config, Run(tmp_path))["joint_gan"]
+    assert isinstance(generator, JointGenerator)
+    generator.load(torch.device("cpu"), tiny_description(256))
+    blank = np.zeros((256, 256, 3), np.uint8)
+    images, masks = generator.pairs([Condition("", None, blank, label, seed=label) for label in (0, 1)])
+    assert images.shape == masks.shape == (2, 256, 256)
+    assert images.min() < images.max()

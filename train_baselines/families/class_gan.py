@@ -1,0 +1,200 @@
+"""`class_gan`: images of a class from noise, without masks.
+
+Mirza and Osindero, Conditional Generative Adversarial Nets (2014), with the layers and settings of a project for dermoscopic images of nine
+classes: 64 x 64, noise 100, batches of 16, Adam 2e-4 with beta1 0.5, binary cross-entropy. Its "100000 epochs at batch 16" in 8 h 45 min on a
+P100 can only be 100000 batches, and so it is taken here. Options beyond it: self-attention (Zhang et al. 2019), progressive growing (Karras et
+al. 2018), spectral norm, sizes up to 256 and above, and what all GANs have (`train_baselines.adversarial`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.config import Size
+from pipeline.errors import MaskLoomError
+from pipeline.networks.class_generator import SLOPE, ClassGenerator, attention_level, doublings, level_widths
+from pipeline.networks.self_attention import SelfAttention
+from pipeline.randomness import Draws
+from pipeline.stream import global_batch, total_steps
+from train_baselines.adversarial import GENERATOR, Gan, GanOptions, normal_start
+from train_baselines.family import Samples
+
+
+class Options(GanOptions):
+    """Options of `class_gan`."""
+
+    image_size: Size | None = Field((64, 64), description="null: the dataset's")
+    train_batch_size: int = Field(16, ge=2, description="batch norm compares samples")
+    max_train_steps: int = Field(100_000, ge=0)
+    logging_steps: int = Field(100, ge=1)
+    validation_steps: int = Field(1000, ge=1)
+    checkpointing_steps: int = Field(5000, ge=1)
+    latent_dim: int = Field(100, ge=1, description="length of the noise")
+    base_channels: int = Field(64, ge=1, description="of the layers next to the image; the page's: 64")
+    self_attention: bool = Field(False, description="at 32 x 32, in both networks")
+    growth_samples: int | None = Field(
+        None,
+        ge=1,
+        description="progressive growing from 8 x 8: samples for which each size fades in, and for which it is held; null: full size at once",
+    )
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Layers of sizes to come wait while the networks grow."""
+        return self.growth_samples is None
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See `FamilyOptions.check_size`."""
+        doublings(size)
+
+
+class Phase(NamedTuple):
+    """Where progressive growing stands.
+
+    Attributes:
+        level: of the images; 0 is 8 x 8, each level doubles the sides.
+        alpha: 0..1, how far this level has taken over from the one below.
+    """
+
+    level: int
+    alpha: float
+
+
+def phase_at(seen: int, growth_samples: int | None, last_level: int) -> Phase:
+    """Return the phase after `seen` samples: level 0 held, level 1 faded in, level 1 held, and so on, each for `growth_samples`.
+
+    It depends on the samples' number alone, so a resumed training goes on in the same phase.
+    """
+    if growth_samples is None or seen >= (2 * last_level) * growth_samples:
+        return Phase(last_level, 1.0)
+    number, within = divmod(seen, growth_samples)
+    return Phase((number + 1) // 2, within / growth_samples if number % 2 else 1.0)
+
+
+class ClassCritic(nn.Module):
+    """Images (B, channels, H, W) of any level and their classes to logits (B, 1).
+
+    The class is one more plane of the image, learnt, as large as the image. At 64 x 64: 64 at 32 x 32, 128 at 16 x 16, 256 at 8 x 8, dense to 1;
+    kernels of 4 with stride 2, batch norm from the second layer on, LeakyReLU 0.2. Its levels are those of `ClassGenerator`.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, size: tuple[int, int], base_channels: int, attends: bool, grows: bool
+    ) -> None:
+        super().__init__()
+        self.size, self.levels = size, doublings(size)
+        widths = level_widths(self.levels, base_channels)
+        self.class_planes = nn.Embedding(num_classes, size[0] * size[1])
+        ends = [*widths, channels + 1]
+        stages = [
+            _down_block(ends[level + 1], width, norm=level < self.levels - 1) for level, width in enumerate(widths)
+        ]
+        if attends:
+            attending = attention_level(size)
+            stages[attending].append(SelfAttention(widths[attending]))
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(_head(channels + 1, width) for width in widths if grows)
+        cells = (size[0] >> self.levels) * (size[1] >> self.levels)
+        self.last = nn.Linear(widths[0] * cells, 1)
+
+    def forward(self, images: Tensor, labels: Tensor, alpha: Tensor | None = None) -> Tensor:
+        """Return the logits; `alpha` as in `ClassGenerator.forward`."""
+        classes = self.class_planes(labels).unflatten(1, (1, *self.size))
+        classes = functional.adaptive_avg_pool2d(classes, (images.shape[2], images.shape[3]))
+        planes = torch.cat([images, classes.to(images.dtype)], dim=1)
+        level = self.levels - (self.size[0] // images.shape[2]).bit_length() + 1
+        features = planes if level == self.levels else self.heads[level](planes)
+        for below in range(level - 1, -1, -1):  # stage n leads from level n + 1 to level n
+            features = self.stages[below](features)
+            if alpha is not None and below == level - 1:
+                coarse = self.heads[below](functional.avg_pool2d(planes, 2))
+                features = torch.lerp(coarse, features, alpha.to(features.dtype))
+        return self.last(features.flatten(1))
+
+
+def _down_block(before: int, after: int, norm: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(before, after, 4, 2, 1)]
+    layers += [nn.BatchNorm2d(after)] if norm else []
+    return nn.Sequential(*layers, nn.LeakyReLU(SLOPE))
+
+
+def _head(planes: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(planes, width, 1), nn.LeakyReLU(SLOPE))
+
+
+class Trained(Gan):
+    """The two networks, both of which are given the class."""
+
+    options: Options
+    needs_masks = False
+
+    def __init__(self, *args: Any) -> None:
+        """Build the two networks.
+
+        Raises:
+            MaskLoomError: the training ends before they have grown.
+        """
+        super().__init__(*args)
+        options, channels, size = self.options, self.description.channels, self.rows.size
+        self.levels = doublings(size)
+        self._check_growth()
+        grows = options.growth_samples is not None
+        self.generator = ClassGenerator(
+            self.classes, channels, options.latent_dim, size, options.base_channels, options.self_attention, grows
+        )
+        self.discriminator = ClassCritic(
+            channels, self.classes, size, options.base_channels, options.self_attention, grows
+        )
+        normal_start(self.generator)
+        normal_start(self.discriminator)
+        self.compete()
+        self._enter_phase(0)
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
+        """Yield the two losses at the size that the networks have grown to."""
+        self._enter_phase(min(draws.positions))
+        yield from super().losses(batch, draws)
+
+    def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the images at the present size; while it fades in, blended with what the size below holds of them."""
+        factor = 1 << (self.levels - self.phase.level)
+        images = functional.avg_pool2d(batch["image"], factor) if factor > 1 else batch["image"]
+        if self.alpha is None:
+            return images
+        coarse = functional.interpolate(functional.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
+        return torch.lerp(coarse, images, self.alpha)
+
+    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Return images of the same classes."""
+        noise = draws.normal("latent", [self.options.latent_dim])
+        return self.networks[GENERATOR](noise, batch["label"], self.phase.level, self.alpha).float()
+
+    def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
+        """Return the discriminator's logits for images said to be of the classes."""
+        return network(planes, labels, self.alpha)
+
+    def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
+        """Return images of the classes, enlarged to full size while the networks grow."""
+        noise = torch.randn(len(labels), self.options.latent_dim, generator=torch.Generator().manual_seed(seed))
+        images = self.generator(noise.to(self.device), labels, self.phase.level, self.alpha)
+        return Samples(functional.interpolate(images, self.rows.size, mode="nearest"), None)
+
+    def _enter_phase(self, seen: int) -> None:
+        self.phase = phase_at(seen, self.options.growth_samples, self.levels)
+        self.alpha = torch.tensor(self.phase.alpha, device=self.device) if self.phase.alpha < 1 else None
+
+    def _check_growth(self) -> None:
+        options, processes = self.options, self.accelerator.num_processes
+        steps = total_steps(options, len(self.rows), processes)
+        seen = steps * global_batch(options, processes)
+        if options.growth_samples and steps and seen <= 2 * self.levels * options.growth_samples:
+            raise MaskLoomError(
+                f"baselines.class_gan.growth_samples={options.growth_samples}: {self.levels} doublings take {2 * self.levels} times as many "
+                f"samples, and the training ends after {seen}; give at most {max(1, (seen - 1) // (2 * self.levels))}, or train longer"
+            )

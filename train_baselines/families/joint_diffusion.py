@@ -1,0 +1,214 @@
+"""`joint_diffusion`: one denoiser draws an image and its mask together, for a class.
+
+MedSegDiff-V2-inspired: the published MedSegDiff-V2 (Wu et al. 2024, arXiv:2301.11798) segments a given image by a diffusion with transformer
+blocks; this one has its transformer blocks and its schedule, but denoises image planes and mask planes side by side, so that it draws both.
+The mask's classes are real numbers -1 and 1 to the diffusion (Chen et al., Analog Bits, 2022). The class is left out of some of the training samples,
+for classifier-free guidance (Ho and Salimans 2022). Patches may be folded into channels (Hoogeboom et al., simple diffusion, 2023). Defaults: 256 x 256, 128 channels, transformers of 6 blocks with 8 heads, T = 1000, betas from
+1e-4 to 0.02, AdamW at 1e-4 along a cosine, batches of 8, 100 epochs.
+
+The network is diffusers' `UNet2DConditionModel`, kept with its `DDPMScheduler`: both load without this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import gcd
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.networks.guided_denoiser import class_tokens, sampled
+from pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
+from pipeline.randomness import Draws
+from train_baselines.family import Family, FamilyOptions, Samples
+from train_baselines.rows import stacked
+
+UNET = "unet"
+VALIDATION_SAMPLES = 64
+
+
+class Options(FamilyOptions):
+    """Options of `joint_diffusion`."""
+
+    train_batch_size: int = Field(8, ge=1)
+    num_train_epochs: int | None = Field(100, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "cosine"
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    use_ema: bool = True
+    validation_epochs: int | None = Field(10, ge=1)
+    checkpointing_epochs: int | None = Field(10, ge=1)
+    model_channels: int = Field(128, ge=8, multiple_of=8)
+    channel_multipliers: tuple[int, ...] = Field(
+        (1, 1, 2, 2, 2), min_length=1, description="of model_channels, by level"
+    )
+    layers_per_block: int = Field(2, ge=1, description="residual blocks a level")
+    attention_side: int = Field(32, ge=1, description="levels of at most so many pixels a side have transformers")
+    transformer_depth: int = Field(6, ge=1, description="blocks of each transformer")
+    num_heads: int = Field(8, ge=1)
+    patch_size: int = Field(
+        1,
+        ge=1,
+        description="squares of so many pixels a side are folded into channels before the first layer: cheaper, coarser",
+    )
+    num_train_timesteps: int = Field(1000, ge=2)
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    class_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of the samples that are trained on without their class"
+    )
+    preview_steps: int = Field(20, ge=1, description="of UniPC, for previews; they are drawn without guidance")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+    @model_validator(mode="after")
+    def _heads_share_the_channels(self) -> Options:
+        for multiplier in self.channel_multipliers:
+            if self.model_channels * multiplier % self.num_heads:
+                raise ValueError(
+                    f"num_heads={self.num_heads} does not divide the {self.model_channels * multiplier} channels of a level; "
+                    "change it, or model_channels"
+                )
+        return self
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See `FamilyOptions.check_size`."""
+        factor = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+        if any(side % factor for side in size):
+            raise ValueError(
+                f"both sides must be multiples of {factor} for {len(self.channel_multipliers)} levels and patch_size={self.patch_size}; "
+                "give fewer channel_multipliers"
+            )
+
+
+class Trained(Family):
+    """The denoiser of images and masks."""
+
+    options: Options
+    needs_masks = True
+    diversity_samples = 16  # each takes many passes
+    collapse_remedy = (
+        "Early in a training this is usual; later, train longer, or take another learning_rate or prediction_type"
+    )
+
+    def __init__(self, *args: Any) -> None:
+        """Build the denoiser."""
+        super().__init__(*args)
+        self.channels = self.description.channels
+        self.mask_classes = len(self.description.mask_classes)
+        self.mask_planes = drawn_planes(self.mask_classes)
+        self.scheduler = noise_schedule(self.options)
+        self.patch = self.options.patch_size
+        planes = (self.channels + self.mask_planes) * self.patch**2
+        size = (self.rows.size[0] // self.patch, self.rows.size[1] // self.patch)
+        self.shape = (planes, *size)
+        self.unet: Any = denoiser(self.options, planes, self.classes, size)
+        if self.options.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.networks = {UNET: self.placed(self.unet)}
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
+        """Yield the denoising loss at random timesteps."""
+        batch = self.flipped(batch, draws)
+        clean = self._planes(batch)
+        noise = draws.normal("noise", self.shape)
+        timesteps = draws.integers("timestep", self.options.num_train_timesteps)
+        dropped = draws.uniform("class dropout") < self.options.class_dropout
+        labels = torch.where(dropped, self.classes, batch["label"])
+        yield UNET, self._errors(self.networks[UNET], clean, noise, timesteps, labels).mean()
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        """Write previews; return their diversity, and the loss of validation rows for the same noise every time."""
+        figures = super().validate(step)
+        return figures if self.previews is self.rows else figures | {"loss": self._held_out_loss()}
+
+    def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
+        """Return pairs drawn without guidance."""
+        noise = torch.randn(len(labels), *self.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        scheduler = UniPCMultistepScheduler.from_config(self.scheduler.config)
+        folded = sampled(self.unet, scheduler, noise, labels, self.options.preview_steps, guidance_scale=1)
+        planes = functional.pixel_shuffle(folded, self.patch)
+        images, mask_planes = planes.split([self.channels, self.mask_planes], dim=1)
+        return Samples(images, decoded_masks(mask_planes, self.mask_classes))
+
+    def weights(self) -> Mapping[str, Any]:
+        """Return the denoiser and its noise schedule."""
+        return {UNET: self.unet, "scheduler": self.scheduler}
+
+    def _planes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return images and masks as the denoiser sees them, (B, *shape)."""
+        planes = torch.cat([batch["image"], encoded_masks(batch["mask"], self.mask_classes, self.mask_planes)], dim=1)
+        return functional.pixel_unshuffle(planes, self.patch)
+
+    def _errors(self, network: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return each sample's mean squared error, (B,), of what the network predicts: the noise, or the velocity (Salimans and Ho 2022)."""
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        found = network(noisy, timesteps, class_tokens(labels, self.classes), class_labels=labels).sample.float()
+        in_velocity = self.options.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(clean, noise, timesteps) if in_velocity else noise
+        return functional.mse_loss(found, target, reduction="none").mean(dim=(1, 2, 3))
+
+    def _held_out_loss(self) -> float:
+        """Return the mean error of validation rows, whose timesteps are spread evenly."""
+        count, batch_size = min(VALIDATION_SAMPLES, len(self.previews)), self.options.train_batch_size
+        draws = Draws(self.seed, range(count), self.device)
+        noise = draws.normal("validation noise", self.shape)
+        timesteps = (torch.arange(count, device=self.device) + 0.5) / count * self.options.num_train_timesteps
+        errors = []
+        for start in range(0, count, batch_size):
+            some = range(start, min(start + batch_size, count))
+            batch = {key: value.to(self.device) for key, value in stacked([self.previews[n] for n in some]).items()}
+            part = slice(some.start, some.stop)
+            errors.append(
+                self._errors(self.unet, self._planes(batch), noise[part], timesteps[part].long(), batch["label"])
+            )
+        return float(torch.cat(errors).mean())
+
+
+def denoiser(options: Options, planes: int, classes: int, size: tuple[int, int]) -> UNet2DConditionModel:
+    """Return the untrained network.
+
+    Args:
+        options: the family's.
+        planes: of a sample, image and mask together, folded.
+        classes: of the dataset; one more stands for none.
+        size: (height, width), folded.
+    """
+    channels = [options.model_channels * multiplier for multiplier in options.channel_multipliers]
+    attends = [max(size) / 2**level <= options.attention_side for level in range(len(channels))]
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=planes,
+        out_channels=planes,
+        block_out_channels=channels,
+        down_block_types=["CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends],
+        up_block_types=["CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)],
+        layers_per_block=options.layers_per_block,
+        norm_num_groups=gcd(32, options.model_channels // 4),  # of four channels at least
+        transformer_layers_per_block=options.transformer_depth,
+        attention_head_dim=options.num_heads,  # of this class it is the number of heads, for all its name
+        cross_attention_dim=classes + 1,
+        num_class_embeds=classes + 1,
+    )
+
+
+def noise_schedule(options: Options) -> DDPMScheduler:
+    """Return the noise schedule; whatever solver is built from it starts at full noise and keeps its estimates of the sample in -1 to 1."""
+    return DDPMScheduler(
+        num_train_timesteps=options.num_train_timesteps,
+        beta_start=options.beta_start,
+        beta_end=options.beta_end,
+        beta_schedule="linear",
+        prediction_type=options.prediction_type,
+        thresholding=True,
+        sample_max_value=1.0,
+        timestep_spacing="trailing",
+    )

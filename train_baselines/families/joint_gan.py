@@ -1,0 +1,112 @@
+"""`joint_gan`: image and mask together from noise and a class, judged together.
+
+The architecture and settings are those of a conditional GAN for breast ultrasound (BUSI): 256 x 256, noise of 100, batches of 8, 200 epochs at a
+rate of 2e-4, a checkpoint and previews every 20 epochs. Conditional as in Mirza and Osindero (2014), convolutional as in Radford et al. (2016).
+Masks lie in [-1, 1] here like images, so their head ends in tanh where that project has a sigmoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.config import Size
+from pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
+from pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
+from pipeline.randomness import Draws
+from train_baselines.adversarial import GENERATOR, Gan, GanOptions, normal_start
+from train_baselines.family import Samples
+
+SLOPE = 0.2
+
+
+class Options(GanOptions):
+    """Options of `joint_gan`."""
+
+    image_size: Size | None = Field((256, 256), description="what the networks see and draw; null: the dataset's")
+    train_batch_size: int = Field(8, ge=2, description="batch norm compares samples")
+    num_train_epochs: int | None = Field(200, ge=1)
+    logging_epochs: int | None = Field(1, ge=1)
+    validation_epochs: int | None = Field(20, ge=1)
+    checkpointing_epochs: int | None = Field(20, ge=1)
+    latent_dim: int = Field(100, ge=1, description="length of the noise, and of a class's embedding")
+    channels: int = Field(
+        512, ge=8, description="of the generator's first grid; halved with every doubling of the size"
+    )
+    discriminator_channels: int = Field(64, ge=1, description="of the first layer; doubled with every halving")
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See `FamilyOptions.check_size`."""
+        doublings(size)
+
+
+class JointCritic(nn.Module):
+    """Judges image, mask and class together: (B, planes, H, W) and (B,) to (B, 1) logits.
+
+    The class is a learnt plane beside the others. At 256: 64-128-256-512-1024 channels, batch norm from the second layer on, then 8 x 8 to one.
+    """
+
+    def __init__(self, planes: int, classes: int, channels: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+        self.embedding = nn.Embedding(classes, size[0] * size[1])
+        halvings = doublings(size) - 1
+        widths = [planes + 1, *(channels << level for level in range(halvings))]
+        blocks = [_halving(before, after, norm=level > 0) for level, (before, after) in enumerate(pairwise(widths))]
+        left = (size[0] >> halvings, size[1] >> halvings)
+        self.net = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, left), nn.Flatten())
+
+    def forward(self, planes: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits."""
+        of_class = self.embedding(labels).view(-1, 1, *self.size)
+        return self.net(torch.cat([planes, of_class], dim=1))
+
+
+class Trained(Gan):
+    """The generator with its two heads, and its critic."""
+
+    options: Options
+    needs_masks = True
+
+    def __init__(self, *args: Any) -> None:
+        """Build the two networks."""
+        super().__init__(*args)
+        options, channels, size = self.options, self.description.channels, self.rows.size
+        self.mask_classes = len(self.description.mask_classes)
+        self.planes = drawn_planes(self.mask_classes)
+        self.generator = JointImageMaskGenerator(
+            self.classes, channels, self.planes, options.latent_dim, options.channels, size
+        )
+        self.discriminator = JointCritic(channels + self.planes, self.classes, options.discriminator_channels, size)
+        normal_start(self.generator)
+        normal_start(self.discriminator)
+        self.compete()
+
+    def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return images and masks."""
+        return torch.cat([batch["image"], encoded_masks(batch["mask"], self.mask_classes, self.planes)], dim=1)
+
+    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Return images and masks drawn for the rows' classes."""
+        noise = draws.normal("noise", (self.options.latent_dim,))
+        return torch.cat([part.float() for part in self.networks[GENERATOR](noise, batch["label"])], dim=1)
+
+    def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits of image, mask and class."""
+        return network(planes, labels)
+
+    def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
+        """Return images with their masks."""
+        noise = torch.randn(len(labels), self.options.latent_dim, generator=torch.Generator().manual_seed(seed))
+        images, planes = self.generator(noise.to(self.device), labels)
+        return Samples(images, decoded_masks(planes, self.mask_classes))
+
+
+def _halving(before: int, after: int, norm: bool) -> nn.Sequential:
+    norms = [nn.BatchNorm2d(after)] if norm else []
+    return nn.Sequential(nn.Conv2d(before, after, 4, 2, 1), *norms, nn.LeakyReLU(SLOPE))
