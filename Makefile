@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch
 
-.PHONY: help demo test lint format prepare train baselines generate evaluate report all status plan push backbone bench clean
+.PHONY: help demo test lint format prepare train baselines generate evaluate report all sweep status plan push backbone bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z ]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 44
@@ -39,6 +39,9 @@ prepare train baselines generate evaluate report: $(READY) ## one stage of CONFI
 
 all: $(READY) ## all stages
 	$(BIN)/python -m pipeline run --config $(CONFIG) $(ARGS)
+
+sweep: $(READY) ## every generator family, or every variant of CONFIG, in one table
+	$(BIN)/python -m pipeline sweep --config $(if $(filter command line,$(origin CONFIG)),$(CONFIG),configs/experiments/generators.yaml) $(ARGS)
 
 status: $(READY) ## what is done, stale or missing
 	$(BIN)/python -m pipeline status --config $(CONFIG) $(ARGS)

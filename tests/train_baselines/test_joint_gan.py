@@ -20,7 +20,7 @@ from pipeline.runs import Run
 from tests.generate.workbench import ROOT, family_options
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_baselines.workbench import IN_STEPS, tensors
-from train_baselines.families.joint_gan import JointCritic, Options, Trained
+from train_baselines.families.joint_gan import JointCritic, Options, Trained, softened
 from train_baselines.train import family_options as checked_options
 from train_baselines.train import train_baselines
 
@@ -145,7 +145,7 @@ def opened(run: Path, **changes: Any) -> Trained:
 
 
 def test_the_discriminator_sees_image_mask_and_class_of_both_sides_alike(make_run: MakeRun):
-    family = opened(make_run(), diff_augment=[])
+    family = opened(make_run(), diff_augment=[], soft_edges=0)
     rows = [family.rows[n] for n in (0, 1)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in ("image", "mask", "label")}
     real = family.real_planes(batch)
@@ -194,3 +194,25 @@ def test_it_trains_and_samples_at_full_size(tmp_path: Path):
     images, masks = generator.pairs([Condition("", None, blank, label, seed=label) for label in (0, 1)])
     assert images.shape == masks.shape == (2, 256, 256)
     assert images.min() < images.max()
+
+
+def test_soft_edges_run_over_so_many_pixels_and_leave_a_straight_edge_where_it_was():
+    mask = torch.full((1, 1, 12, 12), -1.0)
+    mask[..., 6:] = 1.0
+    soft = softened(mask, 5)
+    np.testing.assert_allclose(soft[0, 0, 6].numpy(), [-1, -1, -1, -1, -0.6, -0.2, 0.2, 0.6, 1, 1, 1, 1], atol=1e-6)
+    assert ((soft > 0) == (mask > 0)).all()
+    assert torch.equal(softened(mask, 0), mask)
+    noise = torch.rand(2, 3, 9, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    corner = noise[1, 2, :3, :3].mean()  # of the 5 x 5 around it, what lies in the image
+    assert torch.isclose(softened(noise, 5)[1, 2, 0, 0], corner)
+
+
+def test_the_discriminator_sees_soft_edges_of_real_masks_alone(make_run: MakeRun):
+    run = make_run()
+    hard, soft = (opened(run, soft_edges=pixels) for pixels in (0, 3))
+    batch = {"image": torch.zeros(1, 1, 32, 32), "mask": torch.zeros(1, 32, 32, dtype=torch.uint8)}
+    batch["mask"][0, 8:20, 8:20] = 1
+    planes = hard.real_planes(batch)[:, 1:]
+    assert set(planes.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(soft.real_planes(batch)[:, 1:], softened(planes, 3))

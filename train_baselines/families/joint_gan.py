@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.config import Size
 from pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
@@ -39,6 +40,12 @@ class Options(GanOptions):
         512, ge=8, description="of the generator's first grid; halved with every doubling of the size"
     )
     discriminator_channels: int = Field(64, ge=1, description="of the first layer; doubled with every halving")
+    soft_edges: int = Field(
+        0,
+        ge=0,
+        description="pixels over which the edges of real masks run from one class to the other for the discriminator, "
+        "which else knows them by being hard, as drawn ones never are",
+    )
 
     def check_size(self, size: tuple[int, int]) -> None:
         """See `FamilyOptions.check_size`."""
@@ -89,7 +96,8 @@ class Trained(Gan):
 
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return images and masks."""
-        return torch.cat([batch["image"], encoded_masks(batch["mask"], self.mask_classes, self.planes)], dim=1)
+        masks = encoded_masks(batch["mask"], self.mask_classes, self.planes)
+        return torch.cat([batch["image"], softened(masks, self.options.soft_edges)], dim=1)
 
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return images and masks drawn for the rows' classes."""
@@ -105,6 +113,12 @@ class Trained(Gan):
         noise = torch.randn(len(labels), self.options.latent_dim, generator=torch.Generator().manual_seed(seed))
         images, planes = self.generator(noise.to(self.device), labels)
         return Samples(images, decoded_masks(planes, self.mask_classes))
+
+
+def softened(planes: Tensor, pixels: int) -> Tensor:
+    """Return mask planes averaged over squares of 2 * (pixels // 2) + 1 pixels a side: straight edges stay where they are."""
+    reach = pixels // 2
+    return functional.avg_pool2d(planes, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
 
 
 def _halving(before: int, after: int, norm: bool) -> nn.Sequential:
