@@ -356,7 +356,9 @@ def test_damaged_files_are_told_and_never_a_traceback(tmp_path, capsys, seed):
             if data:
                 data[chance.randrange(min(64, len(data)))] = chance.randrange(256)
         path.write_bytes(bytes(data))
-    inspected(capsys, tmp_path)
+    text = inspected(capsys, tmp_path)
+    assert "cannot be decoded" in text
+    assert "Traceback" not in text
 
 
 class Slides(DatasetAdapter):
