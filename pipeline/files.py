@@ -13,6 +13,7 @@ from pipeline.errors import MaskLoomError
 
 CHUNK_BYTES = 1 << 20
 MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".bin"})  # not the card and its pictures
+LOCK_FILE = ".lock"
 WHOLE_HASH_BYTES = 64 << 20  # larger files (backbones of gigabytes) are told apart by size and time
 
 
@@ -51,19 +52,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def sole_writer(folder: Path) -> Iterator[None]:
     """Hold a folder for this process during the block; the system lets go of it when the process ends, however it ends.
 
+    Where the file system knows no locks nothing is held.
+
     Raises:
         MaskLoomError: another process holds it.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise MaskLoomError(
             f"{folder}: another process is writing there; wait for it, or end it (a killed launcher can leave its workers running)"
         ) from None
+    except (
+        NotImplementedError,
+        OSError,
+    ):  # a file system without locks, as some clusters have: the work goes on unguarded
+        pass
     try:
         yield
     finally:

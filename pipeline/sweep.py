@@ -20,7 +20,7 @@ from pipeline.config import ExperimentConfig, Section
 from pipeline.config_loading import load_config, read_values, validated
 from pipeline.contract import CONTRACT_FILE
 from pipeline.errors import MaskLoomError
-from pipeline.files import atomic_folder, read_json, value_digest, write_text
+from pipeline.files import LOCK_FILE, atomic_folder, read_json, value_digest, write_text
 from pipeline.progress import say
 from pipeline.runner import run_stages
 from pipeline.runs import STAGES, Run
@@ -191,7 +191,8 @@ def share_dataset(source: Run, target: Run) -> None:
     own.unlink(missing_ok=True)  # between two datasets the run has none
     for name in ("dataset", "logs/prepare"):
         with atomic_folder(target.folder / name) as folder:
-            shutil.copytree(source.folder / name, folder, copy_function=_linked, dirs_exist_ok=True)
+            own_locks = shutil.ignore_patterns(LOCK_FILE)  # linked, they would hold both runs at once
+            shutil.copytree(source.folder / name, folder, ignore=own_locks, copy_function=_linked, dirs_exist_ok=True)
 
 
 def _key(record: Path) -> Any:

@@ -11,6 +11,7 @@ import yaml
 from pipeline import __version__, provenance
 from pipeline.config_loading import load_experiment
 from pipeline.errors import MaskLoomError
+from pipeline.files import LOCK_FILE
 from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run, skip_empty_stage
 from tests.pipeline import fake_run
 
@@ -163,6 +164,13 @@ def test_a_stage_that_another_process_is_at_work_on_is_refused_until_that_one_en
     assert not stage.path.exists()
     holder.kill()
     holder.wait()
+    _run(stage)
+    assert stage.is_done()
+
+
+def test_where_no_lock_can_be_had_the_stage_runs_without(tmp_path):
+    stage = _stage(tmp_path)
+    (stage.path.parent / LOCK_FILE).mkdir(parents=True)  # cannot be opened as a file
     _run(stage)
     assert stage.is_done()
 

@@ -15,7 +15,7 @@ from generate.generate import generate
 from pipeline import sweep as sweeping
 from pipeline.config_loading import load_config, load_experiment
 from pipeline.errors import EXIT_CODE, MaskLoomError
-from pipeline.files import read_json, write_json
+from pipeline.files import LOCK_FILE, read_json, write_json
 from pipeline.report import write_report
 from pipeline.report.evaluation import Interval
 from pipeline.runs import Run
@@ -190,12 +190,14 @@ def test_a_dataset_is_shared_again_only_where_it_is_another_one(tmp_path: Path):
     source, target = Run(tmp_path / "a"), Run(tmp_path / "b")
     fake_run.write_real(source)
     fake_run.write_records(source, ("prepare",))
+    (source.logs("prepare") / LOCK_FILE).touch()
     (target.dataset / "data").mkdir(parents=True)
     (target.dataset / "data" / "old.parquet").write_bytes(b"old")
     share_dataset(source, target)
     assert not (target.dataset / "data" / "old.parquet").exists()
     contract = target.dataset / "contract.json"
     assert contract.samefile(source.dataset / "contract.json")
+    assert not (target.logs("prepare") / LOCK_FILE).exists()
     (target.dataset / "mark").touch()
     share_dataset(source, target)
     assert (target.dataset / "mark").exists()
