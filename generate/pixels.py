@@ -12,7 +12,10 @@ def checked_pixels(image: NDArray[np.float32], sample_id: str, seed: int) -> NDA
     Raises:
         MaskLoomError: it holds values that are not finite, or one single value.
     """
-    remedy = "try generate.mixed_precision=no, another generate.scheduler, or train again"
+    remedy = (
+        "try generate.mixed_precision=no, another generate.scheduler, or train again; "
+        "to go on with the other generators, take this one out of generate.generators"
+    )
     if not np.isfinite(image).all():
         raise MaskLoomError(f"{sample_id} (seed {seed}): the image holds NaN or infinite values; {remedy}")
     pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)

@@ -171,7 +171,7 @@ def _wanted_checkpoint(folder: Path, wanted: str | None) -> Path | None:
     path = Path(wanted)
     if not (path / LOOP_FILE).is_file():
         raise MaskLoomError(
-            f"train.resume_from_checkpoint={wanted}: no such checkpoint; give a checkpoint-N folder or 'latest'"
+            f"resume_from_checkpoint={wanted}: no such checkpoint; give a checkpoint-N folder or 'latest'"
         )
     return path
 

@@ -187,6 +187,11 @@ class LoopConfig(Section):
     dataloader_num_workers: int = Field(0, ge=0)
 
     @property
+    def section(self) -> str:
+        """Where these values stand in the configuration, for messages."""
+        return "train"
+
+    @property
     def trains_all_weights(self) -> bool:
         """Whether every step gives every weight a gradient."""
         return True

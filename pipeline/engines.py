@@ -48,10 +48,12 @@ def check_engine(task: Task, config: LoopConfig, accelerator: Accelerator) -> No
             "FSDP version 1 is not supported; use configs/accelerate/fsdp.yaml, which asks for version 2"
         )
     if config.mixed_precision == "fp16":
-        raise MaskLoomError(f"train.mixed_precision=fp16 does not go with FSDP; set it to bf16, or {ONE_FOR_EACH}")
+        raise MaskLoomError(
+            f"{config.section}.mixed_precision=fp16 does not go with FSDP; set it to bf16, or {ONE_FOR_EACH}"
+        )
     if config.use_ema or config.early_stopping_patience:
         raise MaskLoomError(
-            "train.use_ema and train.early_stopping_patience keep whole weights, and FSDP gives each process a part of them; "
+            f"{config.section}: use_ema and early_stopping_patience keep whole weights, and FSDP gives each process a part of them; "
             f"switch them off, or {ONE_FOR_EACH}"
         )
 

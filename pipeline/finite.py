@@ -78,11 +78,12 @@ class FiniteWatch:
 
     def _stop(self, what: str, step: int, positions: list[int]) -> None:
         rows = [self.task.row_name(self.stream.index(position)) for position in positions[:MOST_ROWS_NAMED]]
+        section = self.config.section
         more = ", …" if len(positions) > MOST_ROWS_NAMED else ""
         raise MaskLoomError(
             f"{what} at step {step} (rows {', '.join(rows)}{more}); no checkpoint of it was kept: look at these rows, "
-            f"lower train.learning_rate ({self.config.learning_rate:g}) or train.max_grad_norm ({self.config.max_grad_norm:g}), "
-            "or use train.mixed_precision=bf16 or no"
+            f"lower {section}.learning_rate ({self.config.learning_rate:g}) or {section}.max_grad_norm ({self.config.max_grad_norm:g}), "
+            f"or use {section}.mixed_precision=bf16 or no"
         )
 
 

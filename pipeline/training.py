@@ -65,10 +65,10 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     Raises:
         MaskLoomError: fp16 is asked for without a GPU, or a tracker that is not installed.
     """
-    _check_tracker(config.report_to)
+    _check_tracker(config)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise MaskLoomError(
-            "train.mixed_precision=fp16 needs a GPU and none was found; set train.mixed_precision=no (or bf16)"
+            f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
         )
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -94,9 +94,12 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     return accelerator
 
 
-def _check_tracker(name: str | None) -> None:
+def _check_tracker(config: LoopConfig) -> None:
+    name = config.report_to
     if name in ("wandb", "comet_ml") and find_spec(name) is None:
-        raise MaskLoomError(f"train.report_to={name}: it is not installed; pip install -e .[track], or use tensorboard")
+        raise MaskLoomError(
+            f"{config.section}.report_to={name}: it is not installed; pip install -e .[track], or use tensorboard"
+        )
 
 
 def train(
@@ -179,7 +182,7 @@ def make_optimizer(
         import bitsandbytes
     except ImportError:
         raise MaskLoomError(
-            "train.use_8bit_adam needs bitsandbytes: pip install -e .[gpu], or set train.use_8bit_adam=false"
+            f"{config.section}.use_8bit_adam needs bitsandbytes: pip install -e .[gpu], or set it to false"
         ) from None
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
@@ -323,8 +326,8 @@ def _shared_loss(figures: Mapping[str, float], accelerator: Accelerator) -> floa
     shared = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), reduction="sum"))
     if math.isnan(shared):
         raise MaskLoomError(
-            "train.early_stopping_patience needs a validation split, and this dataset has none (or its loss is not a number); "
-            "raise data.splits.validation, or set train.early_stopping_patience=null"
+            "early_stopping_patience needs a validation split, and this dataset has none (or its loss is not a number); "
+            "raise data.splits.validation, or set early_stopping_patience to null"
         )
     return shared
 

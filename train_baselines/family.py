@@ -42,6 +42,11 @@ class FamilyOptions(LoopConfig):
     checkpointing_epochs: int | None = Field(None, ge=1)
     preview_images_per_class: int = Field(4, ge=1)
 
+    @property
+    def section(self) -> str:
+        """See `LoopConfig.section`; a family's file bears its name."""
+        return f"baselines.{type(self).__module__.rpartition('.')[2]}"
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Look whether the networks can draw images of (height, width); asked before anything is trained.
 

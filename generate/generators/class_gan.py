@@ -45,7 +45,7 @@ class Generator(BaselineGenerator):
         """Return images of the classes; masks are not looked at."""
         import torch
 
-        noise = seeded_noise(conditions, [self.network.config.latent_dim], self.device)
+        noise = seeded_noise(conditions, [self.network.noise_length], self.device)
         with torch.inference_mode():
             drawn = self.network(noise, class_tensor(conditions, self.device))
         return unit_images(drawn, self.description)

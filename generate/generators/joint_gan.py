@@ -41,7 +41,7 @@ class Generator(BaselineGenerator, JointGenerator):
         """Return images and masks of the conditions' classes."""
         import torch
 
-        noise = seeded_noise(conditions, (self.network.config.latent_dim,), self.device)
+        noise = seeded_noise(conditions, (self.network.noise_length,), self.device)
         with torch.inference_mode():
             images, planes = self.network(noise, class_tensor(conditions, self.device))
         return unit_images(images, self.description), class_masks(planes, self.description)

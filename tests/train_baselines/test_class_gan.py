@@ -113,10 +113,40 @@ def test_each_doubling_of_the_size_puts_a_wider_layer_at_8_x_8_and_leaves_those_
     assert critic((side, side))(images, LABELS[:2]).shape == (2, 1)
 
 
+def test_without_norms_the_discriminator_has_the_same_other_layers():
+    plain = ClassCritic(3, 9, (64, 64), 64, False, False, norms=False, compares=True)
+    layers = (torch.nn.Conv2d, torch.nn.Linear)
+    images = torch.randn(3, 3, 64, 64)
+    assert shapes(plain, layers, images, LABELS) == shapes(critic(), layers, images, LABELS)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in plain.modules())
+    assert count(plain) == 713_921 - 2 * (128 + 256) + 8 * 8  # the plane of deviations
+
+
 def test_sides_may_differ_and_widths_be_scaled():
     network = generator((32, 48), base_channels=4, out_channels=1)
     assert shapes(network, (torch.nn.ConvTranspose2d,), noise(), LABELS) == [(4, 16, 24), (1, 32, 48)]
     assert critic((32, 48), 4)(torch.randn(3, 3, 32, 48), LABELS).shape == (3, 1)
+
+
+def test_planes_of_noise_bring_a_feature_map_as_large_as_the_image():
+    network = generator(noise_planes=2)
+    kinds = (torch.nn.Unflatten, torch.nn.ConvTranspose2d, torch.nn.Conv2d)
+    assert network.noise_length == 100 + 2 * (16 * 16 + 32 * 32 + 64 * 64)
+    assert shapes(network, kinds, noise(length=network.noise_length), LABELS) == [
+        (256, 8, 8),
+        (128, 16, 16), (128, 16, 16), (64, 32, 32), (64, 32, 32), (32, 64, 64), (32, 64, 64), (3, 64, 64),
+    ]  # fmt: skip
+    assert generator().noise_length == 100
+
+
+def test_noise_of_a_size_changes_the_image_there_and_nowhere_else():
+    network = generator((32, 48), base_channels=4, noise_planes=1).eval()
+    rows = noise(2, network.noise_length)
+    rows[1] = rows[0]
+    rows[1, -1] += 5.0  # the last pixel of the noise that is as fine as the image
+    first, second = network(rows, LABELS[:1].expand(2))
+    differs = (first != second).any(dim=0).nonzero()
+    assert len(differs) and differs.min(dim=0).values.tolist() == [30, 46]  # a 3 x 3 convolution reaches one pixel
 
 
 @pytest.mark.parametrize("size", [(8, 8), (48, 48), (64, 100), (4, 64)])
@@ -286,6 +316,14 @@ def test_only_growth_leaves_weights_without_a_gradient():
         {"spectral_norm": True, "self_attention": True, "gan_loss": "hinge", "use_ema": True},
         {"growth_samples": 2, "image_size": 32, "self_attention": True, "spectral_norm": True, "r1_gamma": 1.0},
         {"channels_last": True, "random_flip": True, "mixed_precision": "bf16", "r1_gamma": 1.0},
+        {
+            "noise_planes": 2,
+            "discriminator_norm": False,
+            "batch_deviation": True,
+            "r1_gamma": 1.0,
+            "image_size": 32,
+            "growth_samples": 2,
+        },
     ],
     ids=lambda changes: ",".join(changes) or "defaults",
 )
@@ -297,12 +335,14 @@ def test_every_option_trains(make_run, changes):
     assert after.keys() == {f"generator/{key}" for key in checkpoint}
     assert all(value.isfinite().all() for value in after.values())
     learnt = [key for key in checkpoint if not torch.equal(after[f"generator/{key}"], checkpoint[key])]
-    assert "stages.0.0.weight" in learnt and "last.0.weight" in learnt
+    assert "start.0.weight" in learnt and "last.0.weight" in learnt
 
 
 def test_a_training_that_was_cut_off_while_it_grew_ends_with_the_same_bytes(tmp_path, make_run):
     """The checkpoint of step 2 lies in the first fade-in; layers of the last size have no optimizer state yet."""
-    options = {"image_size": 32, "growth_samples": 2, "self_attention": True, "checkpoints_total_limit": None}
+    options = {
+        "image_size": 32, "growth_samples": 2, "self_attention": True, "noise_planes": 1, "batch_deviation": True, "checkpoints_total_limit": None
+    }  # fmt: skip
     whole = make_run("whole")
     expected = trained(whole, "class_gan", **options)
     resumed = cut_back(whole, tmp_path / "resumed", "class_gan", 2)

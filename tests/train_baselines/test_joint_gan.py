@@ -57,7 +57,7 @@ def test_the_generator_is_the_published_one():
     assert count(network) == dense + trunk + heads == 4_462_426
     norms = [m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert norms == [8192, 256, 128, 64, 32, 16, 8, 8]
-    assert [type(head[-1]) for head in (network.image_head, network.mask_head)] == [nn.Tanh, nn.Tanh]
+    assert [type(head.last[-1]) for head in (network.image_head, network.mask_head)] == [nn.Tanh, nn.Tanh]
     sides: list[int] = []
     for block in network.trunk:
         block.register_forward_hook(lambda module, inputs, output: sides.append(output.shape[-1]))
@@ -171,6 +171,20 @@ def test_each_class_and_each_noise_draws_another_pair(make_run: MakeRun):
     assert (found[0].masks.dtype, found[0].masks.shape) == (torch.uint8, (1, 32, 32))
 
 
+def test_planes_of_noise_reach_the_image_at_its_finest_and_not_the_mask(make_run: MakeRun):
+    network = JointImageMaskGenerator(2, 1, 1, 5, 16, (32, 48), noise_planes=3).eval()
+    assert network.noise_length == 5 + 3 * (8 * 12 + 16 * 24 + 32 * 48)
+    rows = torch.randn(1, network.noise_length).expand(2, -1).clone()
+    rows[1, -3 * 32 * 48 :] += 1.0
+    with torch.no_grad():
+        images, masks = network(rows, torch.tensor([1, 1]))
+    assert (images[0] != images[1]).any()
+    torch.testing.assert_close(masks[0], masks[1])
+    family = opened(make_run(), noise_planes=2, discriminator_norm=False, batch_deviation=True)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in family.discriminator.modules())
+    assert family.samples(torch.tensor([0, 1]), None, 0).images.shape == (2, 1, 32, 32)
+
+
 def test_it_trains_and_samples_at_full_size(tmp_path: Path):
     """256 x 256 with all channels, two steps of two rows."""
     write_tiny_run(tmp_path, {}, {"train": 4}, size=256, description=tiny_description(256))
@@ -186,7 +200,7 @@ def test_it_trains_and_samples_at_full_size(tmp_path: Path):
     config = load_experiment(ROOT / "configs/tiny/dataset.yaml", []).model_validate({**about, **values})
     train_baselines(config, force=False)
     trained = tensors(tmp_path, "joint_gan")
-    assert trained["generator/trunk.0.0.weight"].shape == (512, 256, 4, 4)
+    assert trained["generator/trunk.0.up.weight"].shape == (512, 256, 4, 4)
     generator = open_generators(config, Run(tmp_path))["joint_gan"]
     assert isinstance(generator, JointGenerator)
     generator.load(torch.device("cpu"), tiny_description(256))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.errors import MaskLoomError, run_command
@@ -149,6 +150,15 @@ def test_a_mistake_is_told_in_one_line(
     values["baselines"] = {name: {**TINY.get(name, {}), **changes} for name, changes in families.items()}
     config = write_config(tmp_path / "tiny.yaml", values)
     assert expected in told(capsys, ["--config", str(config), *arguments])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU was found")
+def test_the_loop_names_the_familys_own_key(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_values(make_run(), {"pix2pix": {"mixed_precision": "fp16"}})
+    errors = told(capsys, ["--config", str(write_config(tmp_path / "tiny.yaml", values))])
+    assert "baselines.pix2pix.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)" in errors
 
 
 def test_without_families_there_is_nothing_to_do(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,7 +206,7 @@ def test_a_given_checkpoint_is_taken_and_a_missing_one_told(tmp_path: Path, whol
     assert losses(run) == losses(whole)
     (run / "logs" / "train" / "stage.json").unlink()
     absent = str(run / "generator" / "checkpoint-3")
-    with pytest.raises(MaskLoomError, match=r"train\.resume_from_checkpoint=.*checkpoint-3: no such checkpoint; give"):
+    with pytest.raises(MaskLoomError, match=r"resume_from_checkpoint=.*checkpoint-3: no such checkpoint; give"):
         trained(run, backbone, use_ema=True, resume_from_checkpoint=absent)
 
 

@@ -18,15 +18,16 @@ from torch.nn import functional
 
 from pipeline.config import Size
 from pipeline.errors import MaskLoomError
-from pipeline.networks.class_generator import SLOPE, ClassGenerator, attention_level, doublings, level_widths
+from pipeline.networks.class_generator import ClassGenerator, attention_level, doublings, level_widths
 from pipeline.networks.self_attention import SelfAttention
 from pipeline.randomness import Draws
 from pipeline.stream import global_batch, total_steps
-from train_baselines.adversarial import GENERATOR, Gan, GanOptions, normal_start
+from train_baselines.adversarial import GENERATOR, Gan, normal_start
 from train_baselines.family import Samples
+from train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions
 
 
-class Options(GanOptions):
+class Options(FromNoiseOptions):
     """Options of `class_gan`."""
 
     image_size: Size | None = Field((64, 64), description="null: the dataset's")
@@ -85,7 +86,15 @@ class ClassCritic(nn.Module):
     """
 
     def __init__(
-        self, channels: int, num_classes: int, size: tuple[int, int], base_channels: int, attends: bool, grows: bool
+        self,
+        channels: int,
+        num_classes: int,
+        size: tuple[int, int],
+        base_channels: int,
+        attends: bool,
+        grows: bool,
+        norms: bool = True,
+        compares: bool = False,
     ) -> None:
         super().__init__()
         self.size, self.levels = size, doublings(size)
@@ -93,7 +102,8 @@ class ClassCritic(nn.Module):
         self.class_planes = nn.Embedding(num_classes, size[0] * size[1])
         ends = [*widths, channels + 1]
         stages = [
-            _down_block(ends[level + 1], width, norm=level < self.levels - 1) for level, width in enumerate(widths)
+            _down_block(ends[level + 1], width, norm=norms and level < self.levels - 1)
+            for level, width in enumerate(widths)
         ]
         if attends:
             attending = attention_level(size)
@@ -101,7 +111,8 @@ class ClassCritic(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(_head(channels + 1, width) for width in widths if grows)
         cells = (size[0] >> self.levels) * (size[1] >> self.levels)
-        self.last = nn.Linear(widths[0] * cells, 1)
+        last = nn.Linear((widths[0] + compares) * cells, 1)
+        self.last = nn.Sequential(*([BatchDeviation()] if compares else []), nn.Flatten(), last)
 
     def forward(self, images: Tensor, labels: Tensor, alpha: Tensor | None = None) -> Tensor:
         """Return the logits; `alpha` as in `ClassGenerator.forward`."""
@@ -115,7 +126,7 @@ class ClassCritic(nn.Module):
             if alpha is not None and below == level - 1:
                 coarse = self.heads[below](functional.avg_pool2d(planes, 2))
                 features = torch.lerp(coarse, features, alpha.to(features.dtype))
-        return self.last(features.flatten(1))
+        return self.last(features)
 
 
 def _down_block(before: int, after: int, norm: bool) -> nn.Sequential:
@@ -146,13 +157,28 @@ class Trained(Gan):
         self._check_growth()
         grows = options.growth_samples is not None
         self.generator = ClassGenerator(
-            self.classes, channels, options.latent_dim, size, options.base_channels, options.self_attention, grows
+            self.classes,
+            channels,
+            options.latent_dim,
+            size,
+            options.base_channels,
+            options.self_attention,
+            grows,
+            options.noise_planes,
         )
+        self.noise_length = self.generator.noise_length
         self.discriminator = ClassCritic(
-            channels, self.classes, size, options.base_channels, options.self_attention, grows
+            channels,
+            self.classes,
+            size,
+            options.base_channels,
+            options.self_attention,
+            grows,
+            options.discriminator_norm,
+            options.batch_deviation,
         )
         normal_start(self.generator)
-        normal_start(self.discriminator)
+        options.start(self.discriminator)
         self.compete()
         self._enter_phase(0)
 
@@ -172,7 +198,7 @@ class Trained(Gan):
 
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return images of the same classes."""
-        noise = draws.normal("latent", [self.options.latent_dim])
+        noise = draws.normal("latent", [self.noise_length])
         return self.networks[GENERATOR](noise, batch["label"], self.phase.level, self.alpha).float()
 
     def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
@@ -181,7 +207,7 @@ class Trained(Gan):
 
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
         """Return images of the classes, enlarged to full size while the networks grow."""
-        noise = torch.randn(len(labels), self.options.latent_dim, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(len(labels), self.noise_length, generator=torch.Generator().manual_seed(seed))
         images = self.generator(noise.to(self.device), labels, self.phase.level, self.alpha)
         return Samples(functional.interpolate(images, self.rows.size, mode="nearest"), None)
 

@@ -20,13 +20,12 @@ from pipeline.config import Size
 from pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
 from pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
 from pipeline.randomness import Draws
-from train_baselines.adversarial import GENERATOR, Gan, GanOptions, normal_start
+from train_baselines.adversarial import GENERATOR, Gan, normal_start
 from train_baselines.family import Samples
+from train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions
 
-SLOPE = 0.2
 
-
-class Options(GanOptions):
+class Options(FromNoiseOptions):
     """Options of `joint_gan`."""
 
     image_size: Size | None = Field((256, 256), description="what the networks see and draw; null: the dataset's")
@@ -58,15 +57,26 @@ class JointCritic(nn.Module):
     The class is a learnt plane beside the others. At 256: 64-128-256-512-1024 channels, batch norm from the second layer on, then 8 x 8 to one.
     """
 
-    def __init__(self, planes: int, classes: int, channels: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        planes: int,
+        classes: int,
+        channels: int,
+        size: tuple[int, int],
+        norms: bool = True,
+        compares: bool = False,
+    ) -> None:
         super().__init__()
         self.size = size
         self.embedding = nn.Embedding(classes, size[0] * size[1])
         halvings = doublings(size) - 1
         widths = [planes + 1, *(channels << level for level in range(halvings))]
-        blocks = [_halving(before, after, norm=level > 0) for level, (before, after) in enumerate(pairwise(widths))]
+        blocks = [
+            _halving(before, after, norms and level > 0) for level, (before, after) in enumerate(pairwise(widths))
+        ]
         left = (size[0] >> halvings, size[1] >> halvings)
-        self.net = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, left), nn.Flatten())
+        further = [BatchDeviation()] if compares else []
+        self.net = nn.Sequential(*blocks, *further, nn.Conv2d(widths[-1] + compares, 1, left), nn.Flatten())
 
     def forward(self, planes: Tensor, labels: Tensor) -> Tensor:
         """Return the logits."""
@@ -87,11 +97,19 @@ class Trained(Gan):
         self.mask_classes = len(self.description.mask_classes)
         self.planes = drawn_planes(self.mask_classes)
         self.generator = JointImageMaskGenerator(
-            self.classes, channels, self.planes, options.latent_dim, options.channels, size
+            self.classes, channels, self.planes, options.latent_dim, options.channels, size, options.noise_planes
         )
-        self.discriminator = JointCritic(channels + self.planes, self.classes, options.discriminator_channels, size)
+        self.noise_length = self.generator.noise_length
+        self.discriminator = JointCritic(
+            channels + self.planes,
+            self.classes,
+            options.discriminator_channels,
+            size,
+            options.discriminator_norm,
+            options.batch_deviation,
+        )
         normal_start(self.generator)
-        normal_start(self.discriminator)
+        options.start(self.discriminator)
         self.compete()
 
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -101,7 +119,7 @@ class Trained(Gan):
 
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return images and masks drawn for the rows' classes."""
-        noise = draws.normal("noise", (self.options.latent_dim,))
+        noise = draws.normal("noise", (self.noise_length,))
         return torch.cat([part.float() for part in self.networks[GENERATOR](noise, batch["label"])], dim=1)
 
     def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
@@ -110,7 +128,7 @@ class Trained(Gan):
 
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
         """Return images with their masks."""
-        noise = torch.randn(len(labels), self.options.latent_dim, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(len(labels), self.noise_length, generator=torch.Generator().manual_seed(seed))
         images, planes = self.generator(noise.to(self.device), labels)
         return Samples(images, decoded_masks(planes, self.mask_classes))
 
