@@ -97,8 +97,12 @@ class ClassGenerator(ModelMixin, ConfigMixin):
         )
         self.attending = attention_level(sample_size)
         self.attention = SelfAttention(widths[self.attending]) if self_attention else None
-        last = nn.Conv2d(features[-1], out_channels, 3, 1, 1) if noise_planes else None
-        self.last = nn.Sequential(last or nn.ConvTranspose2d(features[-1], out_channels, 4, 2, 1), nn.Tanh())
+        last: nn.Module
+        if noise_planes:
+            last = nn.Conv2d(features[-1], out_channels, 3, 1, 1)
+        else:
+            last = nn.ConvTranspose2d(features[-1], out_channels, 4, 2, 1)
+        self.last = nn.Sequential(last, nn.Tanh())
         self.heads = nn.ModuleList(_head(width, out_channels) for width in widths if progressive_growing)
 
     @property

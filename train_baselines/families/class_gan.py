@@ -83,6 +83,7 @@ class ClassCritic(nn.Module):
 
     The class is one more plane of the image, learnt, as large as the image. At 64 x 64: 64 at 32 x 32, 128 at 16 x 16, 256 at 8 x 8, dense to 1;
     kernels of 4 with stride 2, batch norm from the second layer on, LeakyReLU 0.2. Its levels are those of `ClassGenerator`.
+    `norms` and `compares` are the options discriminator_norm and batch_deviation.
     """
 
     def __init__(

@@ -55,6 +55,7 @@ class JointCritic(nn.Module):
     """Judges image, mask and class together: (B, planes, H, W) and (B,) to (B, 1) logits.
 
     The class is a learnt plane beside the others. At 256: 64-128-256-512-1024 channels, batch norm from the second layer on, then 8 x 8 to one.
+    `norms` and `compares` are the options discriminator_norm and batch_deviation.
     """
 
     def __init__(
