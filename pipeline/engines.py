@@ -53,7 +53,7 @@ def check_engine(task: Task, config: LoopConfig, accelerator: Accelerator) -> No
         )
     if config.use_ema or config.early_stopping_patience:
         raise MaskLoomError(
-            f"{config.section}: use_ema and early_stopping_patience keep whole weights, and FSDP gives each process a part of them; "
+            f"{config.section}.use_ema and {config.section}.early_stopping_patience keep whole weights, and FSDP gives each process a part of them; "
             f"switch them off, or {ONE_FOR_EACH}"
         )
 
