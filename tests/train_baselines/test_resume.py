@@ -30,6 +30,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"r1_gamma": 1.0, "spectral_norm": True, "gan_loss": "hinge", "lr_warmup_steps": 2},
     ),
     "workers, bf16": ("pix2pix", {"dataloader_num_workers": 2, "mixed_precision": "bf16"}),
+    "joint GAN": ("joint_gan", {"soft_edges": 3}),
+    "joint GAN, noise, no norms": (
+        "joint_gan",
+        {"noise_planes": 2, "discriminator_norm": False, "batch_deviation": True, "r1_gamma": 0.2},
+    ),
     "joint diffusion": ("joint_diffusion", {}),
     "joint diffusion, accumulation, flips": (
         "joint_diffusion",

@@ -23,6 +23,7 @@ IN_STEPS = {
 }  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
     "class_gan": {**IN_STEPS, "image_size": 16, "base_channels": 4, "latent_dim": 8},
+    "joint_gan": {**IN_STEPS, "image_size": 32, "channels": 16, "discriminator_channels": 4, "latent_dim": 8},
     "pix2pix": {**IN_STEPS, "channels": [4, 8, 8, 8]},
     "joint_diffusion": {
         **IN_STEPS, "model_channels": 8, "num_heads": 2, "channel_multipliers": [1, 2], "layers_per_block": 1, "attention_side": 16,
