@@ -49,9 +49,11 @@ class Averages:
         for name, ema in self.emas.items():
             ema.store(self.parameters[name])
             ema.copy_to(self.parameters[name])
-        yield
-        for name, ema in self.emas.items():
-            ema.restore(self.parameters[name])
+        try:
+            yield
+        finally:
+            for name, ema in self.emas.items():
+                ema.restore(self.parameters[name])
 
     def see(self, loss: float, step: int) -> None:
         """Take note of a validation; where its loss is the lowest so far, keep the networks' present weights."""

@@ -102,10 +102,12 @@ def weights_gathered(task: Task, accelerator: Accelerator) -> Iterator[None]:
     for part in sharded:
         part.unshard()
         part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
-    yield
-    for part, (before, after) in zip(sharded, hooks, strict=True):
-        part._forward_pre_hooks, part._forward_hooks = before, after
-        part.reshard()
+    try:
+        yield
+    finally:
+        for part, (before, after) in zip(sharded, hooks, strict=True):
+            part._forward_pre_hooks, part._forward_hooks = before, after
+            part.reshard()
 
 
 def keep_whole_weights(task: Task, accelerator: Accelerator) -> None:

@@ -58,9 +58,11 @@ class Throughput:
         """Leave the block's time out: validation and checkpoints are no training."""
         _wait(self.device)
         began = time.monotonic()
-        yield
-        _wait(self.device)
-        self._since += time.monotonic() - began
+        try:
+            yield
+        finally:
+            _wait(self.device)
+            self._since += time.monotonic() - began
 
     @contextmanager
     def micro_batch(self, samples: int, kind: Hashable = None) -> Iterator[None]:

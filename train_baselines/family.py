@@ -7,7 +7,8 @@ a network that generation needs as well goes to `pipeline/networks/`, and `gener
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -53,6 +54,19 @@ class FamilyOptions(LoopConfig):
         Raises:
             ValueError: they cannot; says which sizes they can draw, or which option to change.
         """
+
+
+@contextmanager
+def evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Put networks in evaluation mode for the block; afterwards each is in the mode that it was in."""
+    modes = {network: network.training for network in networks}
+    try:
+        for network in modes:
+            network.eval()
+        yield
+    finally:
+        for network, mode in modes.items():
+            network.train(mode)
 
 
 class Samples(NamedTuple):
@@ -174,16 +188,12 @@ class Family(Task):
 
     def _drawn(self, rows: Mapping[str, Tensor], purpose: str) -> Samples:
         """Return samples of the rows' classes (and masks), on the CPU, in batches no larger than the training's."""
-        modes = {network: network.training for network in self.networks.values()}
-        for network in modes:
-            network.eval()
         parts = []
-        for start in range(0, len(rows["label"]), self.options.train_batch_size):
-            some = slice(start, start + self.options.train_batch_size)
-            masks = rows["mask"][some].to(self.device) if self.given_masks else None
-            noise = int(keyed_generator(self.seed, purpose, start).initial_seed())
-            parts.append(self.samples(rows["label"][some].to(self.device), masks, noise))
-        for network, mode in modes.items():
-            network.train(mode)
+        with evaluation_mode(self.networks.values()):
+            for start in range(0, len(rows["label"]), self.options.train_batch_size):
+                some = slice(start, start + self.options.train_batch_size)
+                masks = rows["mask"][some].to(self.device) if self.given_masks else None
+                noise = int(keyed_generator(self.seed, purpose, start).initial_seed())
+                parts.append(self.samples(rows["label"][some].to(self.device), masks, noise))
         masks = None if parts[0].masks is None else torch.cat([part.masks.cpu() for part in parts])  # type: ignore[union-attr]
         return Samples(torch.cat([part.images.float().cpu() for part in parts]), masks)

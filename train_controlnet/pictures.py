@@ -142,8 +142,10 @@ def _residuals_as_trained(task: DiffusionTask) -> Iterator[None]:
         return [residual.to(task.dtype) for residual in down], mid.to(task.dtype)
 
     hook = task.parts.controlnet.register_forward_hook(cast)
-    yield
-    hook.remove()
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _pipeline(task: DiffusionTask) -> Any:

@@ -99,9 +99,11 @@ class Validator:
         modes = {name: network.training for name, network in prepared.items()}
         for name, network in prepared.items():
             self.task.networks[name] = self.accelerator.unwrap_model(network).eval()
-        yield
-        for name, network in prepared.items():
-            self.task.networks[name] = network.train(modes[name])
+        try:
+            yield
+        finally:
+            for name, network in prepared.items():
+                self.task.networks[name] = network.train(modes[name])
 
     def _bin_centres(self) -> list[int]:
         """Timesteps in the middle of equal bins; bin 0 holds the least noise."""

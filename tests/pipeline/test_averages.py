@@ -42,6 +42,16 @@ def test_an_average_follows_its_formula() -> None:
     assert now(parameters) == [pytest.approx(expected, rel=1e-6)]
 
 
+def test_the_trained_weights_come_back_even_if_the_block_fails() -> None:
+    parameters = weights(1.0, 2.0)
+    averages = Averages(parameters, decay=0.5, patience=None)
+    set_to(parameters, 5.0, 6.0)
+    with pytest.raises(KeyError), averages.lent():
+        assert now(parameters) == [1.0, 2.0]
+        raise KeyError
+    assert now(parameters) == [5.0, 6.0]
+
+
 def test_each_optimizer_has_an_average_of_its_own() -> None:
     parameters = weights(0.0, 0.0)
     averages = Averages(parameters, decay=0.5, patience=None)

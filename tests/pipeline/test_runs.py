@@ -112,6 +112,19 @@ def test_asked_for_its_state_a_stage_ends_before_it_computes(tmp_path):
     assert _stage(tmp_path).skips(force=False)
 
 
+def test_after_a_failure_stages_compute_again(tmp_path):
+    with pytest.raises(KeyError), check_only():
+        raise KeyError
+    assert not _stage(tmp_path).skips(force=False)
+
+
+def test_a_stage_that_fails_lets_go_of_its_folder(tmp_path):
+    with pytest.raises(KeyError), _stage(tmp_path).recorded():
+        raise KeyError
+    _run(_stage(tmp_path))
+    assert _stage(tmp_path).is_done()
+
+
 def test_asked_for_a_state_nothing_is_written(tmp_path):
     config = load_experiment(fake_run.write_config(tmp_path), [])
     with check_only():

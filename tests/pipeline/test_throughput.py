@@ -57,6 +57,18 @@ def test_rates_are_of_training_time_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert throughput.figures(processes=1)["samples_per_second"] == pytest.approx(4.0)
 
 
+def test_a_pause_that_fails_is_left_out_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    throughput, clock = measured(monkeypatch)
+    throughput.start()
+    with throughput.micro_batch(4):
+        pass
+    clock.now += 2
+    with pytest.raises(KeyError), throughput.paused():
+        clock.now += 1000
+        raise KeyError
+    assert throughput.figures(processes=1)["samples_per_second"] == pytest.approx(2.0)
+
+
 def test_micro_batches_of_other_sizes_are_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     throughput, clock = measured(monkeypatch)
     for size in (2, 4, 2):

@@ -6,6 +6,7 @@ import torch
 
 from tests.train_baselines.toys import made
 from train_baselines.diversity import COLLAPSED, diversity
+from train_baselines.family import evaluation_mode
 
 ONE_CLASS = torch.zeros(4, dtype=torch.long)
 
@@ -66,3 +67,12 @@ def test_a_dataset_without_two_images_of_a_class_tells_no_diversity(tmp_path, ca
 def test_two_pictures_in_turn_keep_about_half_of_what_many_have():
     many, labels = random_images(32, 16), torch.zeros(32, dtype=torch.long)
     assert diversity(many[[0, 1] * 16], labels) / diversity(many, labels) == pytest.approx(16 / 31, rel=0.1)
+
+
+def test_networks_learn_again_after_a_preview_even_if_that_fails():
+    learning, resting = torch.nn.Dropout(), torch.nn.Dropout().eval()
+    with pytest.raises(KeyError), evaluation_mode([learning, resting]):
+        assert not learning.training
+        raise KeyError
+    assert learning.training
+    assert not resting.training

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -21,7 +22,7 @@ from train_controlnet.backbone.architecture import new_vae
 from train_controlnet.backbone.config import Architecture, BackboneConfig
 from train_controlnet.backbone.images import TrainImages, mirrored_text
 from train_controlnet.backbone.recipe import train_backbone
-from train_controlnet.backbone.vae import latent_statistics, normalise_vae, normalised_moments
+from train_controlnet.backbone.vae import VaeTask, latent_statistics, normalise_vae, normalised_moments
 from train_controlnet.backbone.vocabulary import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,23 @@ def test_normalising_moves_latents_and_leaves_reconstructions() -> None:
     torch.testing.assert_close(vae.decode(posterior.mean).sample, before, rtol=1e-4, atol=1e-4)
     centre, spread = latent_statistics(posterior.parameters)
     torch.testing.assert_close(torch.cat([centre, spread]), torch.tensor([0.0] * 4 + [1.0] * 4), rtol=1e-3, atol=1e-3)
+
+
+class Failing(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise KeyError
+
+
+def test_the_discriminator_learns_again_even_if_its_score_fails() -> None:
+    task = VaeTask.__new__(VaeTask)
+    task.networks, task.accelerator = {"discriminator": Failing()}, Accelerator(cpu=True)
+    with pytest.raises(KeyError):
+        task._frozen_score(torch.ones(1))
+    assert task.networks["discriminator"].weight.requires_grad
 
 
 def test_augmented_copies_are_stable_and_the_first_is_the_image(config: BackboneConfig) -> None:

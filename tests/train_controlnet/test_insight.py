@@ -246,6 +246,24 @@ def test_validation_leaves_no_trace(tmp_path: Path, data: Path, backbone: Path) 
     assert sorted((tmp_path / "generator/cache").rglob("*")) == cache
 
 
+def test_networks_are_as_before_even_if_a_validation_fails(
+    tmp_path: Path, data: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What raises here is the sampling of pictures, the innermost of the blocks that change something."""
+    task = task_of(experiment(tmp_path, data, backbone))
+    networks, hooks = dict(task.networks), len(task.parts.controlnet._forward_hooks)
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(task.parts.vae, "decode", failing)
+    with pytest.raises(KeyError):
+        task.validate(1)
+    assert task.networks == networks
+    assert all(module.training for network in networks.values() for module in network.modules())
+    assert len(task.parts.controlnet._forward_hooks) == hooks
+
+
 @pytest.mark.parametrize("lora", [[], ["text_encoder"]])
 def test_the_trained_weights_do_not_depend_on_validation(
     tmp_path: Path, data: Path, backbone: Path, lora: list[str]

@@ -142,10 +142,11 @@ class VaeTask(Task):
         """Return the mean score of reconstructions; its gradient reaches the autoencoder only."""
         network = self.accelerator.unwrap_model(self.networks["discriminator"])
         network.requires_grad_(False)
-        with self.accelerator.autocast():
-            score = network(found).float().mean()
-        network.requires_grad_(True)
-        return score
+        try:
+            with self.accelerator.autocast():
+                return network(found).float().mean()
+        finally:
+            network.requires_grad_(True)
 
     def _hinge(self, real: Tensor, found: Tensor) -> Tensor:
         network = self.networks["discriminator"]
