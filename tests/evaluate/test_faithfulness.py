@@ -1,0 +1,89 @@
+"""Cross-fitting: no segmenter may read an image whose mask it was trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evaluate.masked import MaskedImages, masked_images
+from evaluate.metrics.faithfulness import Options, Reader, Reading, read_set, trained_readers
+from tests.evaluate.runs import answer, copied, small_options, tiny_inputs
+from tests.tiny_datasets import Sample, write_tiny_run
+
+HALF = 16
+
+
+def of_noise(sample: Sample) -> None:
+    """Make the image noise and its mask one half of the picture by chance: the image does not tell which."""
+    number = int(sample.sample_id[-4:])
+    random = np.random.default_rng([number, len(sample.sample_id)])
+    sample.image = random.integers(0, 256, (2 * HALF, 2 * HALF), dtype=np.uint8)
+    sample.mask = np.zeros((2 * HALF, 2 * HALF), np.uint8)
+    start = HALF * int(random.integers(2))
+    sample.mask[:, start : start + HALF] = 1
+
+
+def test_masks_known_by_heart_do_not_pass_for_faithfulness(tmp_path: Path) -> None:
+    """Copies of training images are read right only by a segmenter that was trained on them."""
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 16, "test": 4}, change=of_noise)
+    inputs = tiny_inputs(tmp_path, ("copied",))
+    dice = {
+        folds: answer(inputs, "faithfulness", folds=folds, steps=100, channels=[16, 32]).values["copied"]
+        for folds in (1, 2)
+    }
+    assert dice[1]["mean of classes"]["dice"]["value"] > 0.75
+    found = dice[2]["mean of classes"]
+    assert found["dice"]["value"] == pytest.approx(found["chance_dice"]["value"], abs=0.1)
+
+
+def test_segmenters_share_out_the_groups_and_each_leaves_its_own_out(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {}, {"train": 12})
+    inputs = tiny_inputs(tmp_path, ())
+    options = Options(**small_options("faithfulness", steps=1, folds=3))
+    train = masked_images(inputs, inputs.train, options.image_size)
+    readers = trained_readers(inputs, train, options)
+    left_out = [set(train.groups) - reader.groups for reader in readers]
+    assert [len(groups) for groups in left_out] == [2, 2, 2]
+    assert set.union(*left_out) == set(train.groups)
+
+
+class Constant(nn.Module):
+    """Sees one class everywhere."""
+
+    def __init__(self, seen: int) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(images), 2, *images.shape[2:])
+        logits[:, self.seen] = 1
+        return logits
+
+
+def read(tmp_path: Path, groups: list[str], readers: list[Reader], masks: Any = None) -> Reading:
+    write_tiny_run(tmp_path, {}, {"train": 2})
+    count = len(groups)
+    images = np.zeros((count, 8, 8, 1), np.uint8)
+    masks = np.ones((count, 8, 8), np.uint8) if masks is None else masks
+    masked = MaskedImages(images, masks, groups, [None] * count, 0)
+    return read_set("one", masked, readers, tiny_inputs(tmp_path, ()), Options(shuffles=3))
+
+
+def test_each_image_is_read_by_those_that_did_not_see_its_group(tmp_path: Path) -> None:
+    """All masks are full: the one that sees lesions everywhere has Dice 1, the other 0."""
+    readers = [Reader(Constant(1), frozenset({"a", "both"})), Reader(Constant(0), frozenset({"b", "both"}))]
+    found = read(tmp_path, ["a", "b", "neither", "both"], readers)
+    assert found.dice[:, 0].tolist() == [0, 1, 0.5, 0.5]
+    assert found.iou[:, 0].tolist() == [0, 1, 0.5, 0.5]
+    assert found.chance[:, 0].tolist() == [0, 1, 0.5, 0.5]
+
+
+def test_chance_is_the_mask_of_another_image(tmp_path: Path) -> None:
+    """Of two images each gets the other's mask: what is full against an empty one is no match."""
+    masks = np.stack([np.ones((8, 8), np.uint8), np.zeros((8, 8), np.uint8)])
+    found = read(tmp_path, ["a", "b"], [Reader(Constant(1), frozenset())], masks)
+    assert found.dice[:, 0].tolist() == [1, 0]
+    assert found.chance[:, 0].tolist() == [0, 1]
