@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pipeline.stream import Positioned, micro_batch
 from tests.pipeline.line_task import LineTask, Points, forget_accelerator, run
+from tests.processes import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
+SCENARIOS = "tests.pipeline.ranks"
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +26,10 @@ def fresh_accelerate() -> Iterator[None]:
     forget_accelerator()
 
 
-def launch(engine: str, scenario: str, folder: Path) -> None:
-    """Run a scenario on two processes."""
+def torchrun(module: str, arguments: list[str]) -> None:
+    """Run a module on two processes as users do: with torch's own launcher and new interpreters."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "tests.pipeline.ranks", engine, scenario, str(folder)]
+    command = [*launcher, "-m", module, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,10 +39,12 @@ def saved(file: Path) -> dict[str, Tensor]:
     return torch.load(file)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_learns_and_resume_to_the_bit(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "launch"), [("ddp", torchrun), ("fsdp", run_on_ranks)])
+def test_two_processes_learn_what_one_learns_and_resume_to_the_bit(
+    tmp_path: Path, engine: str, launch: Callable[[str, list[str]], None]
+) -> None:
     """Equal up to the rounding of sums: a few units in the last place of float32."""
-    launch(engine, "learn", tmp_path)
+    launch(SCENARIOS, [engine, "learn", str(tmp_path)])
     whole, resumed = (saved(tmp_path / f"{name}.pt") for name in ("whole", "broken"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     alone = run(tmp_path / "alone", LineTask(), train_batch_size=4, use_ema=engine == "ddp", validation_steps=2)
@@ -55,7 +59,7 @@ def test_two_processes_learn_what_one_learns_and_resume_to_the_bit(tmp_path: Pat
 
 
 def test_a_loss_that_is_no_number_on_one_process_stops_both_with_its_own_rows(tmp_path: Path) -> None:
-    launch("ddp", "stumble", tmp_path)
+    run_on_ranks(SCENARIOS, ["ddp", "stumble", str(tmp_path)])
     stream = Positioned(Points(), 7, batch=4)
     number, bad = next(
         (number, rows)
@@ -71,7 +75,7 @@ def test_a_loss_that_is_no_number_on_one_process_stops_both_with_its_own_rows(tm
 
 
 def test_what_a_sharding_engine_cannot_do_is_said_before_it_fails(tmp_path: Path) -> None:
-    launch("fsdp", "refuse", tmp_path)
+    run_on_ranks(SCENARIOS, ["fsdp", "refuse", str(tmp_path)])
     says = {file.stem: file.read_text() for file in tmp_path.glob("*.txt")}
     assert says.keys() == {"networks", "averages", "patience"}
     assert (

@@ -1,10 +1,7 @@
 """A training that was cut off and goes on writes the same bytes as one that never stopped: a GAN and the joint diffusion."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,10 @@ import pytest
 
 from pipeline.checkpoints import LOOP_FILE, checkpoint_steps
 from pipeline.errors import MaskLoomError
+from tests.processes import Command
 from tests.train_baselines.workbench import tiny_values, trained, weights, write_config
 from tests.train_controlnet.test_resume import kill_when
 
-ROOT = Path(__file__).parents[2]
 MakeRun = Callable[..., Path]
 AUGMENTED = ["brightness", "translation", "cutout"]
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -108,10 +105,8 @@ def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(tmp_path: Path, 
     run = make_run("killed")
     config = write_config(tmp_path / "killed.yaml", tiny_values(run, {family: settings}))
     folder = run / "baselines" / family
-    command = [sys.executable, "-m", "train_baselines", "--config", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    kill_when(process, (folder / ".checkpoint-4.tmp").exists)
+    command = Command("train_baselines", ["--config", str(config)])
+    kill_when(command, (folder / ".checkpoint-4.tmp").exists)
     assert 2 in checkpoint_steps(folder)
     assert not weights(run, family)
     assert trained(run, family, **settings) == expected

@@ -1,9 +1,6 @@
 """Families on two processes (gloo, on the CPU): all run, and those without batch norm learn what one process learns."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.processes import run_on_ranks
 from tests.train_baselines.workbench import tensors, tiny_config, tiny_values, write_config
 from train_baselines.train import train_baselines
 
-ROOT = Path(__file__).parents[2]
 LEARNING_RATE = 1e-3
 SHARED = {"max_train_steps": 3, "validation_steps": 3, "checkpointing_steps": 3, "learning_rate": LEARNING_RATE}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,16 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> tuple[Path,
     alone = {name: {**values, "train_batch_size": 4} for name, values in SETTINGS.items() if name != BATCH_NORM}
     train_baselines(tiny_config(one, alone), force=False)
     config = write_config(folder / "two.yaml", tiny_values(two, SETTINGS))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*launcher, "train_baselines", "--config", str(config)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_on_ranks("train_baselines", ["--config", str(config)])
     return one, two
 
 

@@ -1,9 +1,6 @@
 """The cache: named by its content, whole or made again, shared by processes, and never read where it is stale or damaged."""
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +17,7 @@ from pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
 from pipeline.contract import open_split, read_contract
 from pipeline.errors import MaskLoomError
 from pipeline.runs import Run
+from tests.processes import run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.test_rows import SIZES, encoded, write_sized
@@ -29,7 +27,6 @@ from train_controlnet.rows import Views
 from train_controlnet.task import DiffusionTask
 
 AUGMENT = AugmentConfig(variants=1)
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -140,23 +137,7 @@ def test_processes_share_the_work_whenever_they_look(views: Views, tmp_path: Pat
 
 
 def test_two_real_processes_fill_one_cache(dataset: Path, views: Views, tmp_path: Path) -> None:
-    script = tmp_path / "fill.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nimport torch\nfrom accelerate import Accelerator\n"
-        "from pipeline.config import AugmentConfig\nfrom pipeline.contract import open_split, read_contract\n"
-        "from train_controlnet import latent_cache\nfrom train_controlnet.rows import Views\n"
-        "latent_cache.VIEWS_PER_SHARD = 5\nfolder, cache = map(Path, sys.argv[1:])\n"
-        "def encoded(images):\n    means = torch.nn.functional.avg_pool2d(images, 8)\n    return torch.cat([means, -means], dim=1)\n"
-        "views = Views(open_split(folder, 'train'), read_contract(folder).description, AugmentConfig(variants=1), 0)\n"
-        "filled = latent_cache.fill_views(cache, views, encoded, Accelerator(cpu=True))\n"
-        "assert sum(len(filled[i]) for i in range(len(views))) == 6 * len(views)\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [str(script), str(dataset), str(tmp_path / "two")]
-    done = subprocess.run(
-        [*launcher, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=250
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_on_ranks("tests.train_controlnet.cache_ranks", [str(dataset), str(tmp_path / "two")])
     fill(tmp_path / "one", views, encoded)
     assert content(tmp_path / "two") == content(tmp_path / "one")
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +13,12 @@ import pytest
 from pipeline.checkpoints import LOOP_FILE, checkpoint_steps
 from pipeline.cli import run_stage_command
 from pipeline.errors import MaskLoomError
+from tests.processes import Command, run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 from train_controlnet.train import train_stage
 
-ROOT = Path(__file__).parents[2]
 PLAIN = {"use_ema": False, "num_validation_images": 0, "validation_samples": 2, "validation_timestep_bins": 1}
 BOTH = ["unet", "text_encoder"]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -210,26 +208,17 @@ def test_a_given_checkpoint_is_taken_and_a_missing_one_told(tmp_path: Path, whol
         trained(run, backbone, use_ema=True, resume_from_checkpoint=absent)
 
 
-def started(arguments: list[str], processes: int = 1) -> subprocess.Popen[bytes]:
-    """Start the stage as a user does."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "train_controlnet", *arguments]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=ROOT, **quiet)
-
-
-def kill_when(process: subprocess.Popen[bytes], seen: Callable[[], bool]) -> None:
+def kill_when(command: Command, seen: Callable[[], bool]) -> None:
     """Kill -9 a process and its children, as a machine that goes down, at the moment when something is seen."""
     end = time.monotonic() + 200
-    while not seen() and process.poll() is None and time.monotonic() < end:
+    while not seen() and command.poll() is None and time.monotonic() < end:
         time.sleep(0.001)
-    assert process.poll() is None, "it ended before it could be killed"
-    parent = psutil.Process(process.pid)
-    family = [parent, *parent.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.wait()
+    assert command.poll() is None, "it ended before it could be killed"
+    children = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children)
 
 
 def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(tmp_path: Path, dataset: Path, backbone: Path) -> None:
@@ -239,7 +228,7 @@ def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(tmp_path: Path, 
     run = prepared(tmp_path / "killed", dataset)
     arguments = command_line(run, backbone, tmp_path, **settings, checkpoints_total_limit=None, logging_steps=1)
     generator = run / "generator"
-    kill_when(started(arguments), (generator / ".checkpoint-4.tmp").exists)
+    kill_when(Command("train_controlnet", arguments), (generator / ".checkpoint-4.tmp").exists)
     assert 2 in checkpoint_steps(generator)
     assert not weights(run)
     assert trained(run, backbone, **settings) == expected
@@ -249,10 +238,10 @@ def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(tmp_path: Path, 
 def test_two_processes_resume_together_and_refuse_to_be_one(tmp_path: Path, dataset: Path, backbone: Path) -> None:
     settings = {"lora": ["unet"], "checkpoints_total_limit": None, "logging_steps": 1}
     whole = prepared(tmp_path / "whole", dataset)
-    assert started(command_line(whole, backbone, tmp_path, **settings), processes=2).wait(200) == 0
+    run_on_ranks("train_controlnet", command_line(whole, backbone, tmp_path, **settings))
     resumed = cut_back(whole, tmp_path / "resumed", 2)
     with pytest.raises(MaskLoomError, match=r"processes: 2 there, 1 now"):
         trained(resumed, backbone, **settings)
-    assert started(command_line(resumed, backbone, tmp_path, **settings), processes=2).wait(200) == 0
+    run_on_ranks("train_controlnet", command_line(resumed, backbone, tmp_path, **settings))
     assert weights(resumed) == weights(whole)
     assert losses(resumed) == losses(whole)

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.processes import run_on_ranks
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 from train_controlnet.train import train_stage
 
@@ -24,13 +25,6 @@ ROOT = Path(__file__).parents[2]
 ACCELERATE, SLURM = ROOT / "configs" / "accelerate", ROOT / "configs" / "slurm"
 LEARNING_RATE = 1e-3
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def on_two_processes(*words: str) -> None:
-    """Run a module on two CPU processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run([*launcher, *words], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[:6000]
 
 
 def run_folder(folder: Path, dataset: Path) -> Path:
@@ -81,7 +75,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, back
     one, two = (run_folder(tmp_path / number, dataset) for number in ("one", "two"))
     train_stage(tiny_config(one, backbone, train_batch_size=2, **shared), force=False)
     config = write_config(tmp_path / "two.yaml", tiny_values(two, backbone, train_batch_size=1, **shared))
-    on_two_processes("train_controlnet", "--config", str(config))
+    run_on_ranks("train_controlnet", ["--config", str(config)])
     assert_equal_up_to_rounding(exported(two), exported(one))
     checkpoint = two / "generator" / "checkpoint-4"
     assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}
@@ -94,7 +88,7 @@ def test_sharded_weights_become_whole_files(tmp_path: Path, dataset: Path, backb
     one, two = (run_folder(tmp_path / number, dataset) for number in ("one", "two"))
     train_stage(tiny_config(one, backbone, train_batch_size=2, **shared), force=False)
     config = write_config(tmp_path / "two.yaml", tiny_values(two, backbone, train_batch_size=1, **shared))
-    on_two_processes("tests.train_controlnet.ranks", str(config))
+    run_on_ranks("tests.train_controlnet.ranks", [str(config)])
     assert_equal_up_to_rounding(exported(two), exported(one))
     assert (two / "generator" / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir()
 

@@ -1,12 +1,10 @@
 """The train stage as a user runs it: outputs, caches, resume after a kill, and errors."""
 
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
 from pipeline.randomness import Draws
 from pipeline.runs import Run
+from tests.processes import Command, finished, limit_file_size, run_on_ranks
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 from train_controlnet.task import DiffusionTask
@@ -29,10 +28,6 @@ from train_controlnet.train import train_stage
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-def command(config: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "train_controlnet", "--config", str(config), *arguments]
 
 
 def weights(run: Path) -> bytes:
@@ -128,12 +123,11 @@ def test_training_goes_on_from_given_weights(config: ExperimentConfig) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in task.networks["controlnet"].state_dict().items())
 
 
-@pytest.mark.parametrize("moments", [(1.0, 6.0), (6.5, 8.5)])
+@pytest.mark.parametrize("moments", [(0.1, 0.4), (0.6, 0.8)])
 def test_a_killed_training_ends_with_the_same_bytes(
     tmp_path: Path, dataset: Path, backbone: Path, moments: tuple[float, float]
 ) -> None:
-    """Kill -9 while loading, caching or training, twice each, then let it end."""
-    random.seed(sum(moments))
+    """Kill -9 while loading, caching or training, twice each (shares of a whole training's seconds), then let it end."""
     runs = {name: tmp_path / name for name in ("whole", "killed")}
     for run in runs.values():
         run.mkdir()
@@ -142,16 +136,20 @@ def test_a_killed_training_ends_with_the_same_bytes(
     configs = {
         name: write_config(tmp_path / f"{name}.yaml", tiny_values(run, backbone, **slow)) for name, run in runs.items()
     }
-    subprocess.run(command(configs["whole"]), cwd=ROOT, check=True, capture_output=True, timeout=200)
+    start = time.monotonic()
+    finish(configs["whole"])
+    seconds = time.monotonic() - start
     for moment in moments:
-        process = subprocess.Popen(
-            command(configs["killed"]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(moment)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command(configs["killed"]), cwd=ROOT, check=True, capture_output=True, timeout=200)
+        killed = Command("train_controlnet", ["--config", str(configs["killed"])])
+        time.sleep(moment * seconds)
+        killed.kill()
+    finish(configs["killed"])
     assert weights(runs["killed"]) == weights(runs["whole"])
+
+
+def finish(config: Path) -> None:
+    code, text = finished("train_controlnet", ["--config", str(config)])
+    assert code == 0, text
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, backbone: Path) -> None:
@@ -160,10 +158,8 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, back
         (tmp_path / name).mkdir()
         (tmp_path / name / "dataset").symlink_to(dataset)
         write_config(tmp_path / f"{name}.yaml", tiny_values(tmp_path / name, backbone, train_batch_size=batch))
-    subprocess.run(command(tmp_path / "one.yaml"), cwd=ROOT, check=True, capture_output=True, timeout=200)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    both = [*launcher, *command(tmp_path / "two.yaml")[1:]]
-    subprocess.run(both, cwd=ROOT, check=True, capture_output=True, timeout=200)
+    finish(tmp_path / "one.yaml")
+    run_on_ranks("train_controlnet", ["--config", str(tmp_path / "two.yaml")])
     one, two = (
         load_file(tmp_path / n / "generator/controlnet/diffusion_pytorch_model.safetensors") for n in ("one", "two")
     )
@@ -173,11 +169,11 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, back
 
 def failing(config: Path, *arguments: str) -> str:
     """Run the stage, which must fail as users' mistakes do, and return its one line."""
-    done = subprocess.run(command(config, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    code, text = finished("train_controlnet", ["--config", str(config), *arguments])
+    assert code == 2, text
+    lines = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in text
     return lines[0]
 
 
@@ -202,28 +198,25 @@ def test_a_full_disk_stops_the_stage_and_nothing_half_written_stays(
     """A limit on the size of files stands for a full disk: writes fail in the middle of a file."""
     (tmp_path / "dataset").symlink_to(dataset)
     config = write_config(tmp_path / "c.yaml", tiny_values(tmp_path, backbone))
-    program = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
-        "import runpy; sys.argv = ['train_controlnet', '--config', sys.argv[1]]; runpy.run_module('train_controlnet', run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(config)], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 2, done.stderr
-    assert named in done.stderr
-    assert "free space" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, text = finished("train_controlnet", ["--config", str(config)], before=partial(limit_file_size, limit))
+    assert code == 2, text
+    assert named in text
+    assert "free space" in text
+    assert "Traceback" not in text
     assert not (tmp_path / "logs" / "train" / "stage.json").exists()
     assert not list((tmp_path / "generator").glob("checkpoint-*"))
-    subprocess.run(command(config), cwd=ROOT, check=True, capture_output=True, timeout=200)
+    finish(config)
     assert weights(tmp_path)
 
 
 def test_a_wrong_backbone_is_named(tmp_path: Path, dataset: Path) -> None:
     (tmp_path / "dataset").symlink_to(dataset)
     config = write_config(tmp_path / "c.yaml", tiny_values(tmp_path, Path("no/such/backbone")))
-    line = failing(config)
+    command = [sys.executable, "-m", "train_controlnet", "--config", str(config)]  # a whole interpreter, once
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
     assert "train.pretrained_model_name_or_path=no/such/backbone" in line
 
 

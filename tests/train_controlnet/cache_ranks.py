@@ -1,0 +1,19 @@
+"""One of several processes that fill a cache together: `torchrun -m tests.train_controlnet.cache_ranks DATASET CACHE`."""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from pipeline.config import AugmentConfig
+from pipeline.contract import open_split, read_contract
+from tests.train_controlnet.test_rows import encoded
+from train_controlnet import latent_cache
+from train_controlnet.rows import Views
+
+if __name__ == "__main__":
+    dataset, cache = map(Path, sys.argv[1:])
+    latent_cache.VIEWS_PER_SHARD = 5
+    views = Views(open_split(dataset, "train"), read_contract(dataset).description, AugmentConfig(variants=1), 0)
+    filled = latent_cache.fill_views(cache, views, encoded, Accelerator(cpu=True))
+    assert sum(len(filled[i]) for i in range(len(views))) == 6 * len(views)
