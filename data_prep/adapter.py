@@ -13,15 +13,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
+from pipeline.config import Section
 from pipeline.errors import MaskLoomError
 
 
-class Options(BaseModel):
+class Options(Section):
     """The adapter's own options, `data.options` in the configuration; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from evaluate.augmentation import AugmentationOptions, standard_augmentation
 from evaluate.inputs import EvaluationInputs, ImageSet
+from pipeline.bounds import Repeats, Trainings
 from pipeline.config import Section
 from pipeline.errors import MaskLoomError, nearest_name
 from pipeline.fixed_steps import Augment
@@ -49,7 +50,7 @@ class ArmOptions(Section):
     """Which arms are compared, and how."""
 
     arms: tuple[ArmName, ...] = ("real", "real_augmented", "real_synthetic", "synthetic")
-    seeds: int = Field(3, ge=1, description="trainings of each arm; 5 for a headline")
+    seeds: Trainings = Field(3, ge=1, description="trainings of each arm; 5 for a headline")
     generator: str | None = Field(
         None, description="whose images; null: controlnet where there is one, else the first generator"
     )
@@ -60,7 +61,7 @@ class ArmOptions(Section):
     synthetic_per_real: float | None = Field(
         None, gt=0, description="most synthetic images for each real one; null: all there are"
     )
-    resamples: int = Field(2000, ge=100)
+    resamples: Repeats = Field(2000, ge=100)
     augmentation: AugmentationOptions = AugmentationOptions()
 
     @field_validator("arms")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.bounds import Channels
 from pipeline.config import Size
 from pipeline.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
 
@@ -22,7 +23,7 @@ class ClassifierOptions(FixedSteps):
 
     image_size: Size = (256, 256)
     architecture: Literal["resnet10", "resnet18", "densenet121"] = "resnet18"
-    width: int = Field(64, ge=4, description="channels of a ResNet's first stage; each next stage doubles them")
+    width: Channels = Field(64, ge=4, description="channels of a ResNet's first stage; each next stage doubles them")
 
 
 def build_classifier(options: ClassifierOptions, image_channels: int, classes: int, seed: int) -> nn.Module:

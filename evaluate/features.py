@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evaluate.inputs import EvaluationInputs, Images, ImageSet
+from pipeline.bounds import Side
 from pipeline.config import Section
 from pipeline.plugins import load_plugin
 
@@ -24,7 +25,7 @@ class ExtractorOptions(Section):
     """Which network looks at the images, and at what size."""
 
     extractor: str = Field("efficientnet_lite0", description="file name in evaluate/extractors")
-    extractor_size: int | None = Field(
+    extractor_size: Side | None = Field(
         None, ge=32, description="side in pixels; null: the size that the network was trained at"
     )
 

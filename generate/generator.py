@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.bounds import Tries
 from pipeline.config import ExperimentConfig, Section
 from pipeline.contract import Description
 from pipeline.runs import Run
@@ -38,7 +39,7 @@ class JointOptions(Options):
         description="largest pieces that are kept of each foreground class; null: one where there is one such class, else all",
     )
     min_area: float = Field(0.001, ge=0, lt=1, description="share of the image; smaller pieces and holes are noise")
-    attempts: int = Field(10, ge=1, description="draws of a mask before its class is said to come out empty")
+    attempts: Tries = Field(10, ge=1, description="draws of a mask before its class is said to come out empty")
 
 
 @dataclass(frozen=True)

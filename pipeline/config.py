@@ -4,18 +4,38 @@ Training keys bear the names of diffusers' own flags, so that a command line of 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipeline.bounds import (
+    Accumulation,
+    BatchSize,
+    Copies,
+    Epochs,
+    Layers,
+    Rank,
+    Rows,
+    Shown,
+    Side,
+    Steps,
+    Timesteps,
+    Tries,
+    Workers,
+    unbounded_number,
+)
 from pipeline.errors import MaskLoomError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NOTHING_TO_DROP = "{name}=false takes out an inherited entry, and none of this name is inherited"
+MAX_NAME = 128  # file systems end at 255 bytes, and names get suffixes
 
 
 def _as_height_width(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
-Size = Annotated[tuple[int, int], BeforeValidator(_as_height_width)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(_as_height_width)]
 """(height, width) in pixels; one number means a square."""
 
 
@@ -27,10 +47,34 @@ Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_as_precisi
 """Of the computation; accelerate's names."""
 
 
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types that an annotation is made of, those of a union and of `Annotated` too."""
+    return {annotation}.union(
+        *(_kinds(part) for part in get_args(annotation) if isinstance(part, type) or get_args(part))
+    )
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, numbers are finite and bounded, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flags_are_no_numbers(cls, values: Any) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic would take for 1."""
+        for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
+            kinds = _kinds(field.annotation)
+            if isinstance(values.get(name), bool) and kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name}={values[name]}: a flag where a number belongs")
+        return values
+
+    @model_validator(mode="after")
+    def _numbers_are_bounded(self) -> Self:
+        for key, value in self:
+            if (number := unbounded_number(value)) is not None:
+                raise ValueError(f"{key}: {number:.3g} is larger than anything that can be computed with here")
+        return self
 
 
 class Splits(Section):
@@ -91,6 +135,8 @@ class ExternalConfig(Section):
 def _as_external(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return {name: {} for name in value}
+    if isinstance(value, dict) and (dropped := next((name for name in value if value[name] is False), None)):
+        raise ValueError(NOTHING_TO_DROP.format(name=dropped))
     return value
 
 
@@ -117,8 +163,8 @@ class DataConfig(Section):
     external: Annotated[dict[str, ExternalConfig], BeforeValidator(_as_external)] = Field(
         default_factory=dict, description="file names in data_prep/datasets; each becomes the split external_NAME"
     )
-    rows_per_shard: int = Field(512, ge=1)
-    num_workers: int | None = Field(
+    rows_per_shard: Rows = Field(512, ge=1)
+    num_workers: Workers | None = Field(
         None, ge=1, description="processes that read; null: one a core, fewer for few images"
     )
 
@@ -139,10 +185,10 @@ class DataConfig(Section):
 class LoopConfig(Section):
     """What the shared training loop needs, whatever is trained."""
 
-    train_batch_size: int = Field(4, ge=1, description="samples a process and micro-batch")
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    max_train_steps: int = Field(1000, ge=0, description="optimizer steps; 0 leaves the networks as they start")
-    num_train_epochs: int | None = Field(None, ge=1, description="train so many epochs instead of max_train_steps")
+    train_batch_size: BatchSize = Field(4, ge=1, description="samples a process and micro-batch")
+    gradient_accumulation_steps: Accumulation = Field(1, ge=1)
+    max_train_steps: Steps = Field(1000, ge=0, description="optimizer steps; 0 leaves the networks as they start")
+    num_train_epochs: Epochs | None = Field(None, ge=1, description="train so many epochs instead of max_train_steps")
     learning_rate: float = Field(1e-5, gt=0)
     scale_lr: bool = Field(False, description="multiply learning_rate by the global batch")
     lr_scheduler: Literal[
@@ -154,11 +200,11 @@ class LoopConfig(Section):
         "polynomial",
         "constant_then_linear",
     ] = "constant_with_warmup"
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_steps: Steps = Field(0, ge=0)
     lr_decay_start: float = Field(
         0.5, ge=0, lt=1, description="constant_then_linear: share of the steps before the fall"
     )
-    lr_num_cycles: int = Field(1, ge=1)
+    lr_num_cycles: Steps = Field(1, ge=1)
     lr_power: float = 1.0
     use_8bit_adam: bool = False
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -172,19 +218,19 @@ class LoopConfig(Section):
     channels_last: bool = Field(False, description="keep convolutions' tensors channels-last")
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
-    checkpointing_steps: int = Field(500, ge=1)
-    checkpoints_total_limit: int | None = Field(2, ge=1)
+    checkpointing_steps: Steps = Field(500, ge=1)
+    checkpoints_total_limit: Steps | None = Field(2, ge=1)
     resume_from_checkpoint: str | None = Field(
         "latest", description="'latest', a checkpoint folder, or null to start afresh"
     )
-    validation_steps: int = Field(500, ge=1)
-    early_stopping_patience: int | None = Field(
+    validation_steps: Steps = Field(500, ge=1)
+    early_stopping_patience: Steps | None = Field(
         None, ge=1, description="stop after so many validations without a lower loss, and keep the best weights"
     )
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: Steps = Field(10, ge=1)
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = "tensorboard"
-    tracker_project_name: str = "maskloom"
-    dataloader_num_workers: int = Field(0, ge=0)
+    tracker_project_name: str = Field("maskloom", pattern=NAME_PATTERN, max_length=MAX_NAME)
+    dataloader_num_workers: Workers = Field(0, ge=0)
 
     @property
     def section(self) -> str:
@@ -204,7 +250,7 @@ class AugmentConfig(Section):
     they are: where a report's words or a label tell left from right, set `random_flip=false`.
     """
 
-    variants: int = Field(
+    variants: Copies = Field(
         4, ge=1, description="changed copies of each row besides the row itself; all of them are cached"
     )
     random_flip: bool = Field(True, description="mirror left and right in half of the copies")
@@ -224,12 +270,12 @@ class AugmentConfig(Section):
 class AdherenceConfig(Section):
     """Mask adherence while training: a small U-Net, trained on real images, reads the mask off sampled images."""
 
-    num_images: int = Field(16, ge=8, description="validation masks that images are sampled for; fewer tell nothing")
-    num_inference_steps: int = Field(12, ge=1)
+    num_images: Rows = Field(16, ge=8, description="validation masks that images are sampled for; fewer tell nothing")
+    num_inference_steps: Timesteps = Field(12, ge=1)
     guidance_scale: float = Field(1.0, ge=0, description="of the words; 1: as trained, in half the time")
     controlnet_conditioning_scale: float = Field(1.0, ge=0)
     image_size: Size = Field((128, 128), description="that the U-Net sees")
-    steps: int = Field(300, ge=1, description="training steps of the U-Net")
+    steps: Steps = Field(300, ge=1, description="training steps of the U-Net")
 
     @model_validator(mode="after")
     def _size_suits_the_levels(self) -> "AdherenceConfig":
@@ -241,10 +287,10 @@ class AdherenceConfig(Section):
 class DecoderConfig(Section):
     """Fine-tuning of the VAE's decoder before the ControlNet: structures come out truer than from a frozen VAE, texture smoother."""
 
-    max_train_steps: int = Field(1000, ge=1)
+    max_train_steps: Steps = Field(1000, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    train_batch_size: int = Field(4, ge=1)
-    crop: int = Field(
+    train_batch_size: BatchSize = Field(4, ge=1)
+    crop: Side = Field(
         256, ge=64, multiple_of=64, description="side of the training crops in pixels; a decoder is convolutional"
     )
 
@@ -262,17 +308,17 @@ class TrainConfig(LoopConfig):
     controlnet_model_name_or_path: str | None = Field(
         None, description="weights to go on from; null: the UNet's encoder"
     )
-    max_train_samples: int | None = Field(None, ge=1, description="train on the first so many rows only")
+    max_train_samples: Rows | None = Field(None, ge=1, description="train on the first so many rows only")
 
     controlnet: Literal["full", "shallow", "zero_convs", "frozen", "none"] = Field(
         "full",
         description="which of the ControlNet's weights are trained; shallow: the first controlnet_blocks blocks, all zero "
         "convolutions and what embeds the inputs; zero_convs: these and the conditioning's embedding; none: there is no ControlNet",
     )
-    controlnet_blocks: int = Field(2, ge=1, description="for controlnet=shallow")
+    controlnet_blocks: Layers = Field(2, ge=1, description="for controlnet=shallow")
     sd_locked: bool = Field(True, description="false: the UNet's decoder is trained as well")
     lora: list[LoraTarget] = Field(default_factory=list, description="which networks get adapters on their attention")
-    rank: int = Field(4, ge=1, description="of the adapters")
+    rank: Rank = Field(4, ge=1, description="of the adapters")
     lora_alpha: float | None = Field(None, gt=0, description="null: the rank")
     vae_decoder: DecoderConfig | None = None
 
@@ -299,13 +345,13 @@ class TrainConfig(LoopConfig):
         None, description="null: as the backbone says"
     )
 
-    num_validation_images: int = Field(4, ge=0, description="rows of the validation split in each grid of pictures")
+    num_validation_images: Shown = Field(4, ge=0, description="rows of the validation split in each grid of pictures")
     validation_prompt: list[str] = Field(default_factory=list, description="further pictures: their prompts, …")
     validation_image: list[Path] = Field(
         default_factory=list, description="… and their conditioning images, one a prompt, at the dataset's image size"
     )
-    validation_timestep_bins: int = Field(4, ge=1)
-    validation_samples: int = Field(64, ge=1, description="validation rows that the held-out loss is taken over")
+    validation_timestep_bins: Timesteps = Field(4, ge=1)
+    validation_samples: Rows = Field(64, ge=1, description="validation rows that the held-out loss is taken over")
     adherence: AdherenceConfig | None = None
 
     @property
@@ -366,7 +412,7 @@ class WarpConfig(Section):
     flip_horizontal: bool = False
     min_area_ratio: float = Field(0.5, gt=0, le=1, description="smallest allowed area of a class against the original")
     max_area_ratio: float = Field(2.0, ge=1)
-    attempts: int = Field(20, ge=1, description="tries before a mask is given up and the reason is listed")
+    attempts: Tries = Field(20, ge=1, description="tries before a mask is given up and the reason is listed")
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> "WarpConfig":
@@ -375,16 +421,39 @@ class WarpConfig(Section):
         return self
 
 
-def _with_empty_options(value: Any) -> Any:
-    return {name: options or {} for name, options in value.items()} if isinstance(value, dict) else value
+def _plugins(*defaults: str) -> BeforeValidator:
+    """Return what fills in empty options, and takes out of the `defaults` what is `false` where nothing else is named."""
+
+    def entries(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        dropped = [name for name, options in value.items() if options is False]
+        unknown = [name for name in dropped if name not in defaults or len(dropped) < len(value)]
+        if unknown:
+            raise ValueError(NOTHING_TO_DROP.format(name=unknown[0]))
+        if dropped:
+            return {name: {} for name in defaults if name not in dropped}
+        return {name: {} if options is None else options for name, options in value.items()}
+
+    return BeforeValidator(entries)
 
 
-Plugins = Annotated[dict[str, dict[str, Any]], BeforeValidator(_with_empty_options)]
+Plugins = dict[str, dict[str, Any]]
 """Options by plug-in: file name -> its own options."""
+
+DEFAULT_GENERATORS = ("controlnet", "text_only")
+DEFAULT_METRICS = (
+    "quality",
+    "vae_ceiling",
+    "faithfulness",
+    "memorisation",
+    "downstream_segmentation",
+    "downstream_classification",
+)
 
 
 def _default_generators() -> Plugins:
-    return {"controlnet": {}, "text_only": {}}
+    return {name: {} for name in DEFAULT_GENERATORS}
 
 
 def _default_mask_source() -> list[Literal["train", "warped"]]:
@@ -392,45 +461,37 @@ def _default_mask_source() -> list[Literal["train", "warped"]]:
 
 
 def _default_metrics() -> Plugins:
-    names = (
-        "quality",
-        "vae_ceiling",
-        "faithfulness",
-        "memorisation",
-        "downstream_segmentation",
-        "downstream_classification",
-    )
-    return {name: {} for name in names}
+    return {name: {} for name in DEFAULT_METRICS}
 
 
 class GenerateConfig(Section):
     """`generate`: trained generator + mask source -> synthetic mask-and-prompt dataset."""
 
-    generators: Plugins = Field(
+    generators: Annotated[Plugins, _plugins(*DEFAULT_GENERATORS)] = Field(
         default_factory=_default_generators, description="file name in generate/generators -> its options"
     )
     mask_source: list[Literal["train", "warped"]] = Field(default_factory=_default_mask_source, min_length=1)
-    num_images: int | None = Field(
+    num_images: Rows | None = Field(
         None, ge=1, description="in all, spread evenly over the classes; null: as many as train has"
     )
-    images_per_class: dict[str, int] | None = Field(
+    images_per_class: dict[str, Rows] | None = Field(
         None, description="exact counts by class name; overrides num_images"
     )
     warp: WarpConfig = WarpConfig()
     scheduler: Literal["unipc", "dpmsolver++", "ddim"] = "unipc"
-    num_inference_steps: int = Field(20, ge=1)
+    num_inference_steps: Timesteps = Field(20, ge=1)
     guidance_scale: float = Field(3.0, ge=0)
     controlnet_conditioning_scale: float = Field(1.0, ge=0)
-    batch_size: int = Field(8, ge=1)
+    batch_size: BatchSize = Field(8, ge=1)
     mixed_precision: Precision = "no"
     enable_xformers_memory_efficient_attention: bool = False
-    rows_per_shard: int = Field(64, ge=1)
+    rows_per_shard: Rows = Field(64, ge=1)
 
 
 class EvaluateConfig(Section):
     """`evaluate`: the questions asked of every synthetic set."""
 
-    metrics: Plugins = Field(
+    metrics: Annotated[Plugins, _plugins(*DEFAULT_METRICS)] = Field(
         default_factory=_default_metrics, description="file name in evaluate/metrics -> its options"
     )
 
@@ -439,18 +500,18 @@ class ReportConfig(Section):
     """`report`: what the page shows."""
 
     title: str | None = None
-    images_per_class: int = Field(4, ge=1)
+    images_per_class: Shown = Field(4, ge=1)
 
 
 class ExperimentConfig(Section):
     """One experiment, all stages."""
 
-    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    experiment: str = Field(pattern=NAME_PATTERN, max_length=MAX_NAME)
     run_dir: Path | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig
     train: TrainConfig | None = Field(None, description="null: no backbone is fine-tuned")
-    baselines: Plugins = Field(
+    baselines: Annotated[Plugins, _plugins()] = Field(
         default_factory=dict, description="generators besides it: file name in train_baselines/families -> its options"
     )
     generate: GenerateConfig = GenerateConfig()

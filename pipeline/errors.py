@@ -4,6 +4,7 @@ Everything a user can get wrong raises a `MaskLoomError`: one line that says wha
 The command line prints that line and exits with code 2; anything else is a bug and keeps its traceback.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 EXIT_CODE = 2
+DISK_REMEDY = "free space or fix the permissions, then run the same command again"
+PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY})
+PATH_REMEDY = "something else has this name, or none can have it; give another path"
+SHOWN = 200  # characters of a message that is not this program's
 
 
 class MaskLoomError(Exception):
@@ -52,8 +57,9 @@ def run_command(command: Callable[[], object]) -> None:
     except OSError as error:
         if error.errno is None:  # a library's, not the system's
             exit_with(error)
-        where = f"{error.filename}: " if error.filename else ""
-        exit_with(f"{where}{error.strerror}; free space or fix the permissions, then run the same command again")
+        where = f"{str(error.filename)[:SHOWN]}: " if error.filename else ""
+        remedy = PATH_REMEDY if error.errno in PATH_ERRORS else DISK_REMEDY
+        exit_with(f"{where}{error.strerror}; {remedy}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.bounds import BatchSize, Steps
 from pipeline.config import Section
 from pipeline.errors import MaskLoomError
 
@@ -27,8 +28,8 @@ Augment = Callable[["Tensor", "Tensor", "torch.Generator"], tuple["Tensor", "Ten
 class FixedSteps(Section):
     """How long and how fast to train."""
 
-    steps: int = Field(2000, ge=1, description="optimizer steps, the same for every arm")
-    batch_size: int = Field(16, ge=2)
+    steps: Steps = Field(2000, ge=1, description="optimizer steps, the same for every arm")
+    batch_size: BatchSize = Field(16, ge=2)
     learning_rate: float = Field(1e-3, gt=0, description="peak of a one-cycle schedule")
     weight_decay: float = Field(1e-4, ge=0)
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pipeline.bounds import BatchSize
 from pipeline.progress import say
 from pipeline.randomness import Draws
 from train_baselines.diff_augment import Policy, augmented
@@ -29,7 +30,7 @@ WINS = 0.98
 class GanOptions(FamilyOptions):
     """Options of every GAN; the defaults of the loop are those of DCGAN (Radford et al. 2016)."""
 
-    train_batch_size: int = Field(16, ge=1)
+    train_batch_size: BatchSize = Field(16, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
     adam_beta1: float = Field(0.5, ge=0, lt=1)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = "constant"

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline.bounds import Epochs, Shown
 from pipeline.config import LoopConfig, Size
 from pipeline.images import png_bytes
 from pipeline.progress import say
@@ -37,11 +38,11 @@ class FamilyOptions(LoopConfig):
     image_size: Size | None = Field(None, description="what the networks see and draw; null: the dataset's")
     random_flip: bool = Field(False, description="mirror half of the samples left and right, image and mask alike")
     adam_weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(float("inf"), gt=0, description=".inf: gradients are not clipped")
-    logging_epochs: int | None = Field(None, ge=1)
-    validation_epochs: int | None = Field(None, ge=1, description="previews and their diversity")
-    checkpointing_epochs: int | None = Field(None, ge=1)
-    preview_images_per_class: int = Field(4, ge=1)
+    max_grad_norm: float = Field(float("inf"), gt=0, allow_inf_nan=True, description=".inf: gradients are not clipped")
+    logging_epochs: Epochs | None = Field(None, ge=1)
+    validation_epochs: Epochs | None = Field(None, ge=1, description="previews and their diversity")
+    checkpointing_epochs: Epochs | None = Field(None, ge=1)
+    preview_images_per_class: Shown = Field(4, ge=1)
 
     @property
     def section(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline.bounds import Channels
 from train_baselines.adversarial import GanOptions, normal_start
 
 SLOPE = 0.2
@@ -20,7 +21,7 @@ SMALLEST_VARIANCE = 1e-8
 class FromNoiseOptions(GanOptions):
     """Options of the GANs that draw from noise."""
 
-    noise_planes: int = Field(
+    noise_planes: Channels = Field(
         0, ge=0, description="planes of noise that the generator adds at every size, for texture such as speckle"
     )
     discriminator_norm: bool = Field(

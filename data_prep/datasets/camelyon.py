@@ -87,10 +87,10 @@ class CamelyonOptions(Options):
 
     tile_size: int = Field(512, ge=32, le=4096, description="side of a tile, in pixels of the resolution asked for")
     mpp: float | None = Field(
-        None, gt=0, description="microns per pixel; 0.5, about 20x, where level is not given either"
+        None, ge=0.05, le=100, description="microns per pixel; 0.5, about 20x, where level is not given either"
     )
     level: int | None = Field(None, ge=0, description="a level of the slide's pyramid, instead of mpp")
-    stride: int | None = Field(None, ge=1, description="distance between tiles, in the same pixels; null: tile_size")
+    stride: int | None = Field(None, ge=8, description="distance between tiles, in the same pixels; null: tile_size")
     min_tissue: float = Field(0.5, ge=0, le=1, description="share of a tile that must be tissue")
     min_tumour: float = Field(0.05, ge=0, le=1, description="share of tumour pixels from which a tile is a tumour tile")
     max_tiles_per_slide: int | None = Field(100, ge=1, description="null: all")

@@ -15,6 +15,7 @@ from pydantic import Field
 from data_prep import phantom
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from data_prep.adapter import Options as BaseOptions
+from pipeline.bounds import Copies, Rows
 
 MASK_MODES = ("1", "L", "RGB", "RGBA")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
@@ -23,8 +24,10 @@ FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "nor
 class PhantomOptions(BaseOptions):
     """How many phantoms, and which."""
 
-    patients: int = Field(120, ge=1)
-    views: int = Field(3, ge=1, description="images a patient: the same anatomy from another place, with other speckle")
+    patients: Rows = Field(120, ge=1)
+    views: Copies = Field(
+        3, ge=1, description="images a patient: the same anatomy from another place, with other speckle"
+    )
     seed: int = Field(0, ge=0)
     include_normal: bool = Field(True, description="every fifth patient has no lesion")
     height: int = Field(256, ge=64, le=1024, description="pixels; the width follows from the scanner")

@@ -47,6 +47,6 @@ def _entry(key: str, value: Any, why: str) -> list[str]:
 
 
 def _quoted(value: Any) -> str:
-    """Return a YAML scalar: JSON is YAML, and what OmegaConf would take for an interpolation is escaped."""
+    """Return a YAML scalar: JSON is YAML, and what would be taken for a variable is escaped."""
     text = json.dumps(value, ensure_ascii=not str(value).isprintable())
     return text.replace("${", "\\\\${") if isinstance(value, str) else text

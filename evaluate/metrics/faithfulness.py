@@ -19,6 +19,7 @@ from evaluate.inputs import EvaluationInputs
 from evaluate.masked import MaskedImages, masked_images
 from evaluate.results import REAL, Cell, Figure, MetricResult, Table, skipped_result
 from evaluate.statistics import Bootstrap, group_index, weighted_mean
+from pipeline.bounds import Repeats
 from pipeline.progress import progress
 from pipeline.segmenter import EMPTY_RULE, SegmenterOptions, dice_scores, iou_scores, predicted_masks, train_segmenter
 
@@ -44,8 +45,8 @@ class Options(SegmenterOptions):
         le=10,
         description="cross-fitting: no segmenter reads an image whose parent it was trained on; 1 turns it off",
     )
-    shuffles: int = Field(5, ge=1, description="random pairings of images and masks behind the chance level")
-    resamples: int = Field(2000, ge=100)
+    shuffles: Repeats = Field(5, ge=1, description="random pairings of images and masks behind the chance level")
+    resamples: Repeats = Field(2000, ge=100)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from evaluate.nearest import CROP, SIDE, Nearest, grey, nearest_features, neares
 from evaluate.pictures import coloured_mask, picture_grid
 from evaluate.results import REAL, Cell, Curve, Figure, MetricResult, Picture, Table, skipped_result
 from evaluate.statistics import share_interval
+from pipeline.bounds import Shown, Side
 
 VERSION = 1
 QUESTION = "Does the generator repeat its training images?"
@@ -32,8 +33,8 @@ class Options(ExtractorOptions):
     percentile: float = Field(
         5.0, gt=0, lt=50, description="of held-out real images' distances; synthetic images below it are flagged"
     )
-    shown_pairs: int = Field(6, ge=0, description="nearest pairs that are shown of each generator")
-    picture_side: int = Field(128, ge=16, description="side of each shown image")
+    shown_pairs: Shown = Field(6, ge=0, description="nearest pairs that are shown of each generator")
+    picture_side: Side = Field(128, ge=16, description="side of each shown image")
 
 
 @dataclass(frozen=True)

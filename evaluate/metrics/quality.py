@@ -17,6 +17,7 @@ from evaluate.kernel_distance import kernel_distance, squared_discrepancy
 from evaluate.manifold import manifold_scores
 from evaluate.results import REAL, Cell, Figure, MetricResult, Table
 from evaluate.statistics import Bootstrap, weighted_mean
+from pipeline.bounds import Repeats, Side
 
 VERSION = 1
 QUESTION = "Do the synthetic images look like the real ones, and are they as varied?"
@@ -28,12 +29,12 @@ RECOMMENDED = 2048  # images, below which the Fréchet distance says more about 
 class Options(ExtractorOptions):
     """The extractor, and how much is drawn."""
 
-    neighbours: int = Field(5, ge=1, description="k of precision, recall, density, coverage")
-    subsets: int = Field(100, ge=2, description="subsets behind the kernel distance and its standard deviation")
-    jackknife_blocks: int = Field(20, ge=2, description="blocks behind the interval of the Fréchet distance")
-    draws: int = Field(5, ge=1, description="random draws of the comparison at equal N")
-    pairs: int = Field(500, ge=1, description="pairs of images of one class behind the diversity of a set")
-    diversity_size: int = Field(256, ge=16, description="largest side at which pairs are compared")
+    neighbours: Repeats = Field(5, ge=1, description="k of precision, recall, density, coverage")
+    subsets: Repeats = Field(100, ge=2, description="subsets behind the kernel distance and its standard deviation")
+    jackknife_blocks: Repeats = Field(20, ge=2, description="blocks behind the interval of the Fréchet distance")
+    draws: Repeats = Field(5, ge=1, description="random draws of the comparison at equal N")
+    pairs: Repeats = Field(500, ge=1, description="pairs of images of one class behind the diversity of a set")
+    diversity_size: Side = Field(256, ge=16, description="largest side at which pairs are compared")
 
 
 @dataclass(frozen=True)

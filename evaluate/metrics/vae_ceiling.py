@@ -20,6 +20,7 @@ from evaluate.inputs import EvaluationInputs, in_batches
 from evaluate.pictures import picture_grid
 from evaluate.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
 from evaluate.statistics import Bootstrap, difference, weighted_mean
+from pipeline.bounds import BatchSize, Shown
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.fixed_steps import normalised
 from pipeline.runs import Run
@@ -34,8 +35,8 @@ BACKBONE, TUNED = "the backbone's VAE", "fine-tuned decoder"
 class Options(ExtractorOptions):
     """The extractor, and how the images pass through the VAE."""
 
-    batch_size: int = Field(8, ge=1)
-    shown_images: int = Field(4, ge=0)
+    batch_size: BatchSize = Field(8, ge=1)
+    shown_images: Shown = Field(4, ge=0)
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,10 @@ def test_check_prints_the_state_and_computes_nothing(tmp_path, capsys):
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/x"),
             "error: /run/x: No space left on device; " + DISK_REMEDY,
         ),
+        (
+            OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 300),
+            f"error: {'x' * 200}: File name too long; something else has this name, or none can have it; give another path",
+        ),
         (OSError("odd"), "error: odd"),
     ],
 )

@@ -114,18 +114,110 @@ def test_a_file_that_is_not_yaml(tmp_path, text):
 def test_a_file_that_is_not_text(tmp_path):
     path = tmp_path / "one.yaml"
     path.write_bytes(b"\xff\xfe\x00\x81")
-    assert "one.yaml: not valid YAML" in _problem(path)
+    assert "one.yaml: not valid YAML: not UTF-8 text (byte 0); save it as UTF-8" in _problem(path)
 
 
 def test_a_file_that_is_not_a_mapping(tmp_path):
     assert "must hold a mapping of keys to values" in _problem(_write(tmp_path, ["a", "b"]))
 
 
-def test_a_reference_to_a_key_that_is_not_there(tmp_path):
-    assert "one.yaml: " in _problem(_write(tmp_path, {**MINIMAL, "seed": "${sed}"}))
+@pytest.mark.parametrize("text", ["${sed}", "${oc.env:HOME}", "${oc.decode:1}"])
+def test_a_variable_is_not_looked_up(tmp_path, text):
+    problem = _problem(_write(tmp_path, {**MINIMAL, "run_dir": text}))
+    assert f"one.yaml: not valid YAML: '{text}': variables are not looked up" in problem
+    problem = _problem(_write(tmp_path, MINIMAL), f"run_dir={text}")
+    assert f"override run_dir={text}: '{text}': variables are not looked up" in problem
 
 
-@pytest.mark.parametrize("override", ["seed", "--seed=1", "-x"])
+@pytest.mark.parametrize(
+    ("extends", "problem"),
+    [
+        (5, "extends=5: give the name of one file"),
+        (True, "extends=True: give the name of one file"),
+        (["a.yaml"], "extends=['a.yaml']: give the name of one file"),
+        ({"a": "b"}, "extends={'a': 'b'}: give the name of one file"),
+        ("", "extends='': give the name of one file"),
+        ("a\0b", "holds a zero byte"),
+        ("${oc.env:NONE}", "variables are not looked up"),
+        (".", "no such configuration file"),
+        ("x" * 5000, "no such configuration file"),
+        ("one.yaml", "runs in a circle"),
+        ("list.yaml", "data: a mapping cannot be laid over a list ([1, 2]); give a list"),
+    ],
+)
+def test_extends_may_be_anything_and_ends_in_one_line(tmp_path, extends, problem):
+    _write(tmp_path, {"data": [1, 2]}, "list.yaml")
+    assert problem in _problem(_write(tmp_path, {**MINIMAL, "extends": extends}))
+
+
+def _drops(tmp_path: Path, *overrides: str) -> ExperimentConfig:
+    parent = {
+        **MINIMAL,
+        "baselines": {"pix2pix": {}, "class_gan": {"latent_dim": 5}},
+        "generate": {"generators": {"controlnet": {}, "pix2pix": {}}},
+        "data": {"dataset": "phantom_bus", "external": {"busi": {}, "udiat": {}}},
+    }
+    _write(tmp_path, parent, "parent.yaml")
+    child = {"baselines": {"pix2pix": False}, "generate": {"generators": {"pix2pix": False, "class_gan": {}}}}
+    path = _write(tmp_path, {"extends": "parent.yaml", **child, "data": {"external": {"udiat": False}}})
+    return load_experiment(path, list(overrides))
+
+
+def test_false_takes_an_inherited_entry_out(tmp_path):
+    config = _drops(tmp_path, "generate.generators.controlnet=false")
+    assert config.baselines == {"class_gan": {"latent_dim": 5}}
+    assert list(config.generate.generators) == ["class_gan"]
+    assert list(config.data.external) == ["busi"]
+
+
+def test_false_takes_an_entry_of_the_default_out(tmp_path):
+    path = _write(tmp_path, MINIMAL)
+    config = load_experiment(path, ["generate.generators.text_only=false", "evaluate.metrics={quality: false}"])
+    assert list(config.generate.generators) == ["controlnet"]
+    assert "quality" not in config.evaluate.metrics and len(config.evaluate.metrics) == 5
+
+
+def test_the_last_inherited_entry_can_go(tmp_path):
+    assert _drops(tmp_path, "baselines.class_gan=false").baselines == {}
+
+
+@pytest.mark.parametrize("key", ["generate.generators.text_onyl", "baselines.lora", "data.external.bus"])
+def test_false_where_nothing_is_inherited(tmp_path, key):
+    name = key.rpartition(".")[2]
+    with pytest.raises(MaskLoomError, match=f"{name}=false takes out an inherited entry, and none of this name is"):
+        _drops(tmp_path, f"{key}=false")
+
+
+def test_an_entry_without_options_has_the_default_ones(tmp_path):
+    config = load_experiment(_write(tmp_path, MINIMAL), ["generate.generators={controlnet}"])
+    assert config.generate.generators == {"controlnet": {}}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("*/images/*.png", "*/images/*.png"),
+        ("{grandparent}/masks/{stem}.png", "{grandparent}/masks/{stem}.png"),
+        ("a #b", "a #b"),
+        ("|", "|"),
+        ("%a", "%a"),
+        ("!a", "!a"),
+        ("'a #b'", "a #b"),
+        ('"{stem}"', "{stem}"),
+    ],
+)
+def test_an_override_that_yaml_cannot_read_is_text(tmp_path, value, text):
+    config = load_experiment(_write(tmp_path, MINIMAL), [f"data.options.images={value}"])
+    assert config.data.options == {"images": text}
+
+
+def test_a_mapping_where_text_belongs_says_that_quotes_are_missing(tmp_path):
+    assert "train.revision={'stem': None}: Input should be a valid string; in quotes a value is text" in _problem(
+        _write(tmp_path, MINIMAL), "train.revision={stem}"
+    )
+
+
+@pytest.mark.parametrize("override", ["seed", "--seed=1", "-x", "=1", "a..b=1", ".=1", "data.=1"])
 def test_an_override_that_is_no_assignment(tmp_path, override):
     assert f"override {override!r}: write key=value" in _problem(_write(tmp_path, MINIMAL), override)
 
@@ -161,6 +253,23 @@ def test_a_missing_key_is_named(tmp_path):
         ("data.resize_mode=zoom", "data.resize_mode='zoom': "),
         ("data=none", "data='none': "),
         ("generate.warp.scal.e=1", "unknown key 'generate.warp.scal'"),
+        ("train.learning_rate=.nan", "train.learning_rate=nan: Input should be a finite number"),
+        ("train.learning_rate=1e999", "train.learning_rate=inf: Input should be a finite number"),
+        ("train.noise_offset=1e300", "train: noise_offset: 1e+300 is larger than anything that can be computed with"),
+        ("generate.warp.scale=[.nan, 1]", "generate.warp.scale.0=nan: Input should be a finite number"),
+        ("data.intensity={method: window, center: .nan, width: 1}", "data.intensity.center=nan"),
+        ("data.intensity={method: window, center: 0, width: .inf}", "data.intensity.width=inf"),
+        ("data.image_size=1000000000", "at most 8192: one image of that side fills the memory"),
+        ("data.buckets=[[64, 1000000000]]", "data.buckets.0.1=1000000000: at most 8192"),
+        ("train.train_batch_size=1000000", "train.train_batch_size=1000000: at most 16384"),
+        ("train.train_batch_size=yes", "train: train_batch_size=True: a flag where a number belongs"),
+        ("train.num_train_epochs=on", "train: num_train_epochs=True: a flag where a number belongs"),
+        ("seed=yes", "one.yaml: seed=True: a flag where a number belongs"),
+        (f"seed={'9' * 5000}", "Unable to parse input string as an integer"),
+        ("generate.images_per_class={a: 99999999999}", "generate.images_per_class.a=99999999999: at most 10000000"),
+        ("train.tracker_project_name=../../up", "train.tracker_project_name='../../up': "),
+        (f"experiment={'x' * 200}", "at most 128 characters"),
+        ("data.dataset.x=1", "data.dataset: a mapping cannot be laid over one value ('phantom_bus')"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_its_key(tmp_path, override, message):

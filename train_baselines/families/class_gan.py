@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.bounds import BatchSize, Channels, Steps
 from pipeline.config import Size
 from pipeline.errors import MaskLoomError
 from pipeline.networks.class_generator import ClassGenerator, attention_level, doublings, level_widths
@@ -31,13 +32,13 @@ class Options(FromNoiseOptions):
     """Options of `class_gan`."""
 
     image_size: Size | None = Field((64, 64), description="null: the dataset's")
-    train_batch_size: int = Field(16, ge=2, description="batch norm compares samples")
-    max_train_steps: int = Field(100_000, ge=0)
-    logging_steps: int = Field(100, ge=1)
-    validation_steps: int = Field(1000, ge=1)
-    checkpointing_steps: int = Field(5000, ge=1)
-    latent_dim: int = Field(100, ge=1, description="length of the noise")
-    base_channels: int = Field(64, ge=1, description="of the layers next to the image; the page's: 64")
+    train_batch_size: BatchSize = Field(16, ge=2, description="batch norm compares samples")
+    max_train_steps: Steps = Field(100_000, ge=0)
+    logging_steps: Steps = Field(100, ge=1)
+    validation_steps: Steps = Field(1000, ge=1)
+    checkpointing_steps: Steps = Field(5000, ge=1)
+    latent_dim: Channels = Field(100, ge=1, description="length of the noise")
+    base_channels: Channels = Field(64, ge=1, description="of the layers next to the image; the page's: 64")
     self_attention: bool = Field(False, description="at 32 x 32, in both networks")
     growth_samples: int | None = Field(
         None,

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
 from pipeline.networks.guided_denoiser import class_tokens, sampled
 from pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
 from pipeline.randomness import Draws
@@ -34,8 +35,8 @@ VALIDATION_SAMPLES = 64
 class Options(FamilyOptions):
     """Options of `joint_diffusion`."""
 
-    train_batch_size: int = Field(8, ge=1)
-    num_train_epochs: int | None = Field(100, ge=1)
+    train_batch_size: BatchSize = Field(8, ge=1)
+    num_train_epochs: Epochs | None = Field(100, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -43,29 +44,29 @@ class Options(FamilyOptions):
     adam_weight_decay: float = Field(1e-2, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     use_ema: bool = True
-    validation_epochs: int | None = Field(10, ge=1)
-    checkpointing_epochs: int | None = Field(10, ge=1)
-    model_channels: int = Field(128, ge=8, multiple_of=8)
-    channel_multipliers: tuple[int, ...] = Field(
+    validation_epochs: Epochs | None = Field(10, ge=1)
+    checkpointing_epochs: Epochs | None = Field(10, ge=1)
+    model_channels: Channels = Field(128, ge=8, multiple_of=8)
+    channel_multipliers: tuple[Layers, ...] = Field(
         (1, 1, 2, 2, 2), min_length=1, description="of model_channels, by level"
     )
-    layers_per_block: int = Field(2, ge=1, description="residual blocks a level")
-    attention_side: int = Field(32, ge=1, description="levels of at most so many pixels a side have transformers")
-    transformer_depth: int = Field(6, ge=1, description="blocks of each transformer")
-    num_heads: int = Field(8, ge=1)
-    patch_size: int = Field(
+    layers_per_block: Layers = Field(2, ge=1, description="residual blocks a level")
+    attention_side: Side = Field(32, ge=1, description="levels of at most so many pixels a side have transformers")
+    transformer_depth: Layers = Field(6, ge=1, description="blocks of each transformer")
+    num_heads: Channels = Field(8, ge=1)
+    patch_size: Side = Field(
         1,
         ge=1,
         description="squares of so many pixels a side are folded into channels before the first layer: cheaper, coarser",
     )
-    num_train_timesteps: int = Field(1000, ge=2)
+    num_train_timesteps: Timesteps = Field(1000, ge=2)
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     class_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of the samples that are trained on without their class"
     )
-    preview_steps: int = Field(20, ge=1, description="of UniPC, for previews; they are drawn without guidance")
+    preview_steps: Timesteps = Field(20, ge=1, description="of UniPC, for previews; they are drawn without guidance")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.bounds import BatchSize, Channels, Epochs, Side
 from pipeline.config import Size
 from pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
 from pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
@@ -29,17 +30,17 @@ class Options(FromNoiseOptions):
     """Options of `joint_gan`."""
 
     image_size: Size | None = Field((256, 256), description="what the networks see and draw; null: the dataset's")
-    train_batch_size: int = Field(8, ge=2, description="batch norm compares samples")
-    num_train_epochs: int | None = Field(200, ge=1)
-    logging_epochs: int | None = Field(1, ge=1)
-    validation_epochs: int | None = Field(20, ge=1)
-    checkpointing_epochs: int | None = Field(20, ge=1)
-    latent_dim: int = Field(100, ge=1, description="length of the noise, and of a class's embedding")
-    channels: int = Field(
+    train_batch_size: BatchSize = Field(8, ge=2, description="batch norm compares samples")
+    num_train_epochs: Epochs | None = Field(200, ge=1)
+    logging_epochs: Epochs | None = Field(1, ge=1)
+    validation_epochs: Epochs | None = Field(20, ge=1)
+    checkpointing_epochs: Epochs | None = Field(20, ge=1)
+    latent_dim: Channels = Field(100, ge=1, description="length of the noise, and of a class's embedding")
+    channels: Channels = Field(
         512, ge=8, description="of the generator's first grid; halved with every doubling of the size"
     )
-    discriminator_channels: int = Field(64, ge=1, description="of the first layer; doubled with every halving")
-    soft_edges: int = Field(
+    discriminator_channels: Channels = Field(64, ge=1, description="of the first layer; doubled with every halving")
+    soft_edges: Side = Field(
         0,
         ge=0,
         description="pixels over which the edges of real masks run from one class to the other for the discriminator, "

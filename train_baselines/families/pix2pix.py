@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.bounds import BatchSize, Channels, Epochs
 from pipeline.networks.mask_planes import encoded_masks
 from pipeline.networks.mask_to_image import MaskToImageUNet
 from pipeline.randomness import Draws
@@ -26,15 +27,17 @@ from train_baselines.family import Samples
 class Options(GanOptions):
     """Options of `pix2pix`."""
 
-    train_batch_size: int = Field(64, ge=1)
-    num_train_epochs: int | None = Field(200, ge=1)
+    train_batch_size: BatchSize = Field(64, ge=1)
+    num_train_epochs: Epochs | None = Field(200, ge=1)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = (
         "constant_then_linear"
     )
-    logging_epochs: int | None = Field(1, ge=1)
-    validation_epochs: int | None = Field(10, ge=1)
-    checkpointing_epochs: int | None = Field(10, ge=1)
-    channels: tuple[int, ...] = Field((64, 128, 256, 512, 512, 512), min_length=4, description="of the U-Net's levels")
+    logging_epochs: Epochs | None = Field(1, ge=1)
+    validation_epochs: Epochs | None = Field(10, ge=1)
+    checkpointing_epochs: Epochs | None = Field(10, ge=1)
+    channels: tuple[Channels, ...] = Field(
+        (64, 128, 256, 512, 512, 512), min_length=4, description="of the U-Net's levels"
+    )
     dropout: float = Field(0.5, ge=0, lt=1, description="in the first three upward blocks")
     mask_encoding: Literal["grey", "one_hot"] = Field("grey", description="one plane of grey levels, or one a class")
     l1_weight: float = Field(100.0, ge=0)

@@ -4,14 +4,15 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from pipeline.config import LoopConfig, Section
+from pipeline.bounds import Channels, Copies, Layers, Side
+from pipeline.config import MAX_NAME, NAME_PATTERN, LoopConfig, Section
 
 
 class Source(Section):
     """A prepared mask-and-prompt dataset whose train split is learnt."""
 
     path: Path
-    copies: int = Field(1, ge=1, description="times each image is seen an epoch, each time otherwise augmented")
+    copies: Copies = Field(1, ge=1, description="times each image is seen an epoch, each time otherwise augmented")
     random_flip: bool = Field(
         False, description="mirror half of the copies; `left` and `right` change places in prompts"
     )
@@ -21,16 +22,16 @@ class Source(Section):
 class Architecture(Section):
     """Sizes of the three networks; see `train_controlnet.backbone.architecture`."""
 
-    image_size: int = Field(128, ge=16, multiple_of=8)
-    vae_channels: tuple[int, int, int, int] = (32, 64, 64, 64)
-    vae_norm_groups: int = 16
-    text_width: int = 96
-    text_layers: int = 2
-    text_heads: int = 6
-    model_max_length: int = Field(32, ge=8, description="tokens a prompt is padded or cut to")
-    unet_channels: tuple[int, int, int] = (64, 96, 96)
-    unet_head_dim: int = 16
-    unet_norm_groups: int = 16
+    image_size: Side = Field(128, ge=16, multiple_of=8)
+    vae_channels: tuple[Channels, Channels, Channels, Channels] = (32, 64, 64, 64)
+    vae_norm_groups: Channels = 16
+    text_width: Channels = 96
+    text_layers: Layers = 2
+    text_heads: Channels = 6
+    model_max_length: Channels = Field(32, ge=8, description="tokens a prompt is padded or cut to")
+    unet_channels: tuple[Channels, Channels, Channels] = (64, 96, 96)
+    unet_head_dim: Channels = 16
+    unet_norm_groups: Channels = 16
     prediction_type: str = Field("epsilon", pattern="^(epsilon|v_prediction)$")
 
 
@@ -40,8 +41,8 @@ class VaeConfig(LoopConfig):
     It is convolutional, so it learns on crops, which are a few times cheaper than whole images.
     """
 
-    pixels: int = Field(64, ge=16, multiple_of=8, description="side of what the network sees")
-    crop: tuple[int, int] = Field((72, 120), description="smallest and largest side cut from a prepared image")
+    pixels: Side = Field(64, ge=16, multiple_of=8, description="side of what the network sees")
+    crop: tuple[Side, Side] = Field((72, 120), description="smallest and largest side cut from a prepared image")
     brightness: tuple[float, float] = (0.85, 1.1)
     kl_weight: float = Field(5e-4, ge=0)
     perceptual_weight: float = Field(1.0, ge=0)
@@ -62,7 +63,7 @@ class DenoiserConfig(LoopConfig):
 class BackboneConfig(Section):
     """The whole recipe."""
 
-    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    experiment: str = Field(pattern=NAME_PATTERN, max_length=MAX_NAME)
     run_dir: Path | None = Field(None, description="checkpoints and logs; by default runs/EXPERIMENT")
     output_dir: Path = Field(description="the StableDiffusionPipeline folder that is written at the end")
     seed: int = Field(0, ge=0, lt=2**31)

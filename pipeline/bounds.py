@@ -1,0 +1,70 @@
+"""Upper bounds of configured numbers, each with its reason: a slip (an exponent too many) is a line, not a full memory hours later."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+LARGEST_INT = 2**31 - 1  # what a 32-bit counter of the libraries holds
+LARGEST_FLOAT = 1e18  # its square is still a 32-bit float
+
+
+def at_most(limit: int, reason: str) -> AfterValidator:
+    """Return a check for `Annotated` that a whole number is not above `limit`; its error tells the reason."""
+    return AfterValidator(_check(limit, reason))
+
+
+def _check(limit: int, reason: str) -> Callable[[int], int]:
+    def check(value: int) -> int:
+        if value > limit:
+            raise ValueError(f"at most {limit}: {reason}")
+        return value
+
+    return check
+
+
+Side = Annotated[int, at_most(8192, "one image of that side fills the memory of a training by itself")]
+"""Pixels of an image's side."""
+BatchSize = Annotated[int, at_most(16_384, "no device holds a larger batch")]
+"""Samples that a device holds at once."""
+Accumulation = Annotated[int, at_most(16_384, "an optimizer step would take days")]
+"""Micro-batches of an optimizer step."""
+Steps = Annotated[int, at_most(100_000_000, "a hundred million steps of 0.1 s take four months")]
+"""Optimizer steps."""
+Epochs = Annotated[int, at_most(1_000_000, "a million epochs of a minute take two years")]
+"""Passes over a dataset."""
+Workers = Annotated[int, at_most(1024, "no machine has more cores, and each process takes memory")]
+"""Processes."""
+Rows = Annotated[int, at_most(10_000_000, "the list of so many rows alone fills gigabytes")]
+"""Images or rows of a dataset."""
+Rank = Annotated[int, at_most(2048, "no attention layer of a Stable Diffusion backbone is wider")]
+"""Rank of adapters."""
+Channels = Annotated[int, at_most(8192, "the weights of a layer that wide fill gigabytes")]
+"""Width of a network's layer."""
+Layers = Annotated[int, at_most(256, "no device holds the activations of so many")]
+"""Depth of a network."""
+Timesteps = Annotated[int, at_most(10_000, "a noise schedule has a thousand timesteps")]
+"""Steps of a diffusion process."""
+Repeats = Annotated[int, at_most(1_000_000, "more change no digit that is shown")]
+"""Bootstrap resamples, random draws and the like."""
+Trainings = Annotated[int, at_most(1000, "each is a training of its own")]
+"""Networks that are trained to answer one question."""
+Copies = Annotated[int, at_most(1000, "each copy of each image is kept on disk")]
+"""Changed copies of an image."""
+Tries = Annotated[int, at_most(100_000, "what has failed so often does not come")]
+"""Attempts before something is given up."""
+Shown = Annotated[int, at_most(1000, "a page with more images does not open")]
+"""Images on a page or in a grid."""
+
+
+def unbounded_number(value: Any) -> int | float | None:
+    """Return a number in a value, or in a list, tuple or mapping of values, that no computation here can take; None where there is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value if abs(value) > LARGEST_INT else None
+    if isinstance(value, float):
+        return value if math.isfinite(value) and abs(value) > LARGEST_FLOAT else None
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((found for part in parts if (found := unbounded_number(part)) is not None), None)

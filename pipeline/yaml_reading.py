@@ -1,0 +1,125 @@
+"""Reads YAML strictly: plain values, each key once, no variables, bounded in size and depth."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from yaml import SafeLoader, YAMLError, load
+from yaml.constructor import ConstructorError
+from yaml.nodes import MappingNode, ScalarNode
+
+from pipeline.errors import MaskLoomError, one_line
+
+MAX_BYTES = 1 << 20  # the largest configuration here has 5 kB
+MAX_DEPTH = 50
+MAX_VALUES = 100_000  # after anchors are expanded: a few lines of them can stand for billions of values
+MAX_BITS = 64
+SHOWN = 200  # characters of a parser's message
+VARIABLE = re.compile(r"(?<!\\)\$\{")
+
+
+class NotYaml(ValueError):
+    """The text is not YAML, or its values are none that YAML's types can hold."""
+
+
+class _Loader(SafeLoader):
+    """PyYAML's safe loader, which takes `1e-5` for a number, dates, times and `010` for text, and no key twice."""
+
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise ConstructorError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
+    for letter, resolvers in SafeLoader.yaml_implicit_resolvers.items()
+}
+# Numbers as YAML 1.2 has them. In YAML 1.1, PyYAML's, `1e-5` is text, `010` is 8, and `1:30` is 90.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds: mappings, lists, text, numbers, flags and null.
+
+    Raises:
+        MaskLoomError: it is too large, not UTF-8, not YAML, or holds what `parsed_yaml` refuses.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise MaskLoomError(f"{path}: {path.stat().st_size} bytes, more than a configuration has; give a YAML file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MaskLoomError(f"{path}: not valid YAML: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    try:
+        return parsed_yaml(text)
+    except ValueError as error:
+        raise MaskLoomError(f"{path}: not valid YAML: {error}") from None
+
+
+def parsed_yaml(text: str) -> Any:
+    r"""Return the value of a YAML text. Nothing is looked up: `${name}` is refused, and `\${name}` is the text `${name}`.
+
+    Raises:
+        NotYaml: it cannot be read.
+        ValueError: it holds what is refused; both say in one line what.
+    """
+    try:
+        value = load(text, _Loader)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    except (YAMLError, ValueError, TypeError, OverflowError) as error:  # such as a number of thousands of digits
+        raise NotYaml(one_line(error).replace('in "<unicode string>", ', "in ")[:SHOWN]) from None
+    return _checked(value, [MAX_VALUES], 0)
+
+
+def _checked(value: Any, left: list[int], depth: int) -> Any:
+    """Return a copy in which no part is shared, its text unescaped; `left` counts down the values that may follow."""
+    left[0] -= 1
+    if left[0] < 0 or depth > MAX_DEPTH:
+        limit = f"more than {MAX_VALUES} values" if left[0] < 0 else f"nested deeper than {MAX_DEPTH} levels"
+        raise ValueError(f"{limit}; write out what its anchors stand for")
+    if isinstance(value, dict):
+        return {_checked(k, left, depth + 1): _checked(v, left, depth + 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_checked(one, left, depth + 1) for one in value]
+    if isinstance(value, str):
+        return plain_text(value)
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ValueError(f"a whole number of {value.bit_length()} bits; at most {MAX_BITS} can be computed with")
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise ValueError(f"{one_line(value)[:SHOWN]!r} is no text, number, flag, list or mapping")  # such as !!binary
+
+
+def plain_text(text: str) -> str:
+    r"""Return a text with `\${` for `${`.
+
+    Raises:
+        ValueError: it names a variable, holds a zero byte, or bytes that are not UTF-8.
+    """
+    if VARIABLE.search(text):
+        raise ValueError(
+            f"{text[:SHOWN]!r}: variables are not looked up; write the value itself (or \\${{ for these two characters)"
+        )
+    if "\0" in text:
+        raise ValueError(f"{text[:SHOWN]!r} holds a zero byte; take it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text[:SHOWN]!a} is not UTF-8 text; rename what it names") from None
+    return text.replace("\\" + "${", "${")
