@@ -28,6 +28,7 @@ from pipeline.contract import (
     CONTRACT_FILE,
     EXTERNAL_PREFIX,
     SPLITS,
+    Contract,
     DatasetWriter,
     Description,
     Sample,
@@ -91,7 +92,21 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         contract = writer.finish(card, ledger, stage.config_hash, parent=None)
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
         _note_items(run, reading, parts)
+        _tell_cut_prompts(config, run.dataset, contract)
         shutil.rmtree(run.folder / SCRATCH)
+
+
+def _tell_cut_prompts(config: ExperimentConfig, dataset: Path, contract: Contract) -> None:
+    """Say which prompts the configured backbone's text encoder would not read whole, where it lies on this machine."""
+    if config.train is None or not Path(config.train.pretrained_model_name_or_path).is_dir():
+        return
+    from pipeline.prompt_encoding import load_prompt_encoder, tell_cuts, training_prompts
+
+    try:
+        encoder = load_prompt_encoder(config.train)
+    except MaskLoomError:  # the dataset is whole; what is wrong with the backbone is the training's to say
+        return
+    tell_cuts("prepare", encoder, training_prompts(dataset, contract))
 
 
 def open_adapter(data: DataConfig) -> DatasetAdapter:

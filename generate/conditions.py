@@ -17,7 +17,7 @@ from pipeline.conditioning import conditioning_image
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Description, open_split
 from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.prompts import mask_attributes, render_prompt
+from pipeline.prompts import mask_attributes, render_prompt, template_keys
 
 Picture = NDArray[np.uint8]
 
@@ -104,6 +104,23 @@ class ConditionReader:
             "loosen generate.warp or set generate.mask_source=[train]"
         )
 
+    def prompts(self, rows: Sequence[PlannedRow]) -> list[str]:
+        """Return the prompts of planned rows with the words of the masks as they are in the train split; decodes no mask."""
+        about = self.description
+        attributes = [{**self._known(row.parent), **row.parent.attributes} for row in rows]
+        usable = [
+            (row, values)
+            for row, values in zip(rows, attributes, strict=True)
+            if any(template_keys(template) <= values.keys() for template in about.prompt_templates)
+        ]
+        return [render_prompt(about.prompt_templates, f"row-{row.index}", values) for row, values in usable]
+
+    def _known(self, parent: TrainRow) -> dict[str, str]:
+        """Return the values of a prompt that no mask is needed for."""
+        about = self.description
+        label = {} if parent.label is None or not about.labels else {"label": about.labels[parent.label]}
+        return {"modality": about.modality, **label}
+
     def _pictures(self, row: PlannedRow, parent: TrainRow, tried: int) -> tuple[Picture | None, Picture | None]:
         """Return the mask and the picture that the conditioning image is drawn from, warped alike where the row says so.
 
@@ -125,9 +142,8 @@ class ConditionReader:
         rejected: Sequence[Mapping[str, str]],
     ) -> ResolvedRow:
         about = self.description
-        label = {} if parent.label is None or not about.labels else {"label": about.labels[parent.label]}
         of_mask = mask_attributes(mask, about.mask_classes)
-        attributes = {"modality": about.modality, **label, **parent.attributes, **of_mask}
+        attributes = {**self._known(parent), **parent.attributes, **of_mask}
         paired = picture if about.conditioning == "image" else None
         image = np.zeros(about.image_size, np.uint8) if picture is None else picture
         seen = conditioning_image(mask, image, about.conditioning, about.palette, paired)

@@ -197,7 +197,14 @@ def unet_is_frozen(train: TrainConfig) -> bool:
 class Sampler:
     """Samples batches from a pipeline, with a noise seed for every image."""
 
-    def __init__(self, pipe: Pipeline, config: GenerateConfig, description: Description, negative_prompt: str) -> None:
+    def __init__(
+        self,
+        pipe: Pipeline,
+        config: GenerateConfig,
+        description: Description,
+        negative_prompt: str,
+        prompt_chunks: int | None = None,
+    ) -> None:
         """Keep the pipeline.
 
         Args:
@@ -205,7 +212,11 @@ class Sampler:
             config: steps and guidance.
             description: channels and usual image size of the dataset.
             negative_prompt: what unconditional guidance sees.
+            prompt_chunks: `train.prompt_chunks`.
         """
+        from pipeline.prompt_encoding import PromptEncoder
+
+        self.prompt_encoder = PromptEncoder.of(pipe.tokenizer, pipe.text_encoder.config, prompt_chunks)
         self.pipe, self.config, self.description, self.negative_prompt = pipe, config, description, negative_prompt
         # One prompt at a time, so that an embedding does not depend on which other prompts share its batch.
         self.embedding = lru_cache(maxsize=CACHED_PROMPTS)(self._embedding)
@@ -239,8 +250,10 @@ class Sampler:
         return self._in_dataset_channels(batch.float().cpu().numpy())
 
     def _embedding(self, text: str) -> torch.Tensor:
-        """Return the text encoder's states of one prompt, (1, tokens, width)."""
-        return self.pipe.encode_prompt(text, self.pipe.device, 1, do_classifier_free_guidance=False)[0]
+        """Return the text encoder's states of one prompt, (1, tokens, width), read as in training."""
+        from pipeline.prompt_encoding import text_states
+
+        return text_states(self.pipe.text_encoder, self.prompt_encoder.tokens([text]).to(self.pipe.device))
 
     def _in_dataset_channels(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return (B, 3, H, W) as (B, H, W, 3), or as (B, H, W) by the mean of the channels for grey datasets."""
@@ -290,7 +303,8 @@ class BackboneGenerator(ImageGenerator):
             MaskLoomError: files are damaged.
         """
         pipe = load_backbone(self.config, device, self.parts)
-        self.sampler = Sampler(pipe, self.config.generate, description, self.options.negative_prompt)
+        chunks = self.config.fine_tuning.prompt_chunks
+        self.sampler = Sampler(pipe, self.config.generate, description, self.options.negative_prompt, chunks)
 
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
         """Return images of the prompts; masks are not looked at."""

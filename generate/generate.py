@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from generate.card import dataset_card
 from generate.conditions import ConditionReader, ResolvedRow
-from generate.diffusion import unet_is_frozen
+from generate.diffusion import BackboneGenerator, unet_is_frozen
 from generate.generator import ImageGenerator, JointGenerator
 from generate.joint import Drawn, JointRows, MaskFigures, check_joint
 from generate.pixels import checked_pixels
@@ -36,6 +36,7 @@ from pipeline.contract import (
     Parent,
     Sample,
     Shard,
+    open_split,
     plan_shards,
     read_contract,
 )
@@ -76,8 +77,15 @@ def generate(config: ExperimentConfig, force: bool) -> None:
         for generator in generators.values():
             generator.check()
         weaving = _Weaving.planned(config, run, contract, stage.config_hash, processes)
+        told = (
+            _tell_cut_prompts(config, generators, weaving.reader.prompts(weaving.rows))
+            if processes.is_main_process
+            else True
+        )
         for name, generator in generators.items():
             results[name] = weaving.write_set(name, generator, force)
+        if not told:  # a warped mask's words may be longer than its parent's
+            _tell_cut_prompts(config, generators, _written_prompts(run, generators))
 
 
 def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenerator]:
@@ -123,7 +131,27 @@ def _settings_of_other_sections(config: ExperimentConfig) -> list[Any]:
     if train is None:
         return [config.seed]
     prediction = train.prediction_type and [train.prediction_type, unet_is_frozen(train)]
-    return [config.seed, prediction, train.rescale_betas_zero_snr, train.variant]
+    chunks = [train.prompt_chunks] if train.prompt_chunks else []  # sets made without them keep their key
+    return [config.seed, prediction, train.rescale_betas_zero_snr, train.variant, *chunks]
+
+
+def _tell_cut_prompts(
+    config: ExperimentConfig, generators: Mapping[str, ImageGenerator], prompts: Sequence[str]
+) -> bool:
+    """Say which prompts the text encoder does not read whole; return whether there are any."""
+    readers = {name: one for name, one in generators.items() if isinstance(one, BackboneGenerator)}
+    if not readers:
+        return False
+    from pipeline.prompt_encoding import load_prompt_encoder, tell_cuts
+
+    negative = [one.options.negative_prompt for one in readers.values()]
+    return tell_cuts("generate", load_prompt_encoder(config.fine_tuning), [*prompts, *negative])
+
+
+def _written_prompts(run: Run, generators: Mapping[str, ImageGenerator]) -> list[str]:
+    """Return the prompts of one of the written sets; they all have the same, but for those that draw their masks."""
+    name = next((name for name, one in generators.items() if isinstance(one, BackboneGenerator)), None)
+    return [] if name is None else open_split(run.synthetic / name, "train")["text"]
 
 
 def _join_processes() -> PartialState:

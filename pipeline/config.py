@@ -295,6 +295,8 @@ class DecoderConfig(Section):
     )
 
 
+MOST_PROMPT_CHUNKS = 8
+"""600 tokens of Stable Diffusion; the cost of cross-attention grows with them."""
 LoraTarget = Literal["unet", "text_encoder", "controlnet"]
 
 
@@ -305,6 +307,12 @@ class TrainConfig(LoopConfig):
     revision: str | None = None
     variant: str | None = None
     tokenizer_name: str | None = Field(None, description="null: the backbone's")
+    prompt_chunks: int | None = Field(
+        None,
+        ge=2,
+        le=MOST_PROMPT_CHUNKS,
+        description="read prompts beyond the text encoder's limit in this many pieces; null: what exceeds it is cut",
+    )
     controlnet_model_name_or_path: str | None = Field(
         None, description="weights to go on from; null: the UNet's encoder"
     )

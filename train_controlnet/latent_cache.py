@@ -121,6 +121,7 @@ def cache_folder(parent: Path, config: ExperimentConfig, dataset: str) -> Path:
         train.max_train_samples,
         train.cache_latents,
         train.augment and [config.seed, train.augment.model_dump(mode="json")],
+        *filter(None, [train.prompt_chunks]),  # caches of trainings without it keep their name
     ]
     return parent / value_digest(depends_on)[:16]
 

@@ -9,10 +9,32 @@ from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.files import model_digest
 from pipeline.hub_cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
+from pipeline.prompt_encoding import MARKS, load_prompt_encoder
 from pipeline.provenance import git_sha
 
 TITLES = {"controlnet": "ControlNet", "lora": "LoRA adapters", "unet": "UNet", "vae": "VAE"}
 """By weights folder."""
+PROMPT_PIECES = """## Prompts
+
+Prompts were read in {chunks} pieces of {room} tokens, and must be for sampling; `pipe(prompt)` would cut them:
+
+```python
+import torch
+
+def prompt_embeds(text):
+    ids = pipe.tokenizer(text, add_special_tokens=False).input_ids
+    pieces = [ids[i : i + {room}] for i in range(0, {chunks} * {room}, {room})]
+    marked = [[pipe.tokenizer.bos_token_id, *piece, pipe.tokenizer.eos_token_id] for piece in pieces]
+    padded = [piece + [pipe.tokenizer.pad_token_id] * ({length} - len(piece)) for piece in marked]
+    with torch.no_grad():
+        return pipe.text_encoder(torch.tensor(padded, device=pipe.device))[0].flatten(0, 1)[None]
+
+image = pipe(prompt_embeds=prompt_embeds(prompt), negative_prompt_embeds=prompt_embeds("")).images[0]
+```
+
+ComfyUI, AUTOMATIC1111 and compel (`truncate_long_prompts=False`) join pieces too, but only as many as a prompt fills.
+
+"""
 
 
 def model_card(config: ExperimentConfig, contract: Contract, pictures: Path | None, kind: str = "controlnet") -> str:
@@ -57,10 +79,19 @@ Trained by MaskLoom on {f"`{base_model}`" if base_model else "a Stable Diffusion
 | dataset digest | `{contract.digest}` |
 | code | `{git_sha()}` |
 
-Citation of the data: {about.citation}
+{_usage(config, kind)}Citation of the data: {about.citation}
 
 The model can only show what its training data shows, may repeat training images, and is not a medical device.
 """
+
+
+def _usage(config: ExperimentConfig, kind: str) -> str:
+    """Return what a user must know to sample as the training did; empty where diffusers' defaults do."""
+    chunks = config.fine_tuning.prompt_chunks
+    if chunks is None or kind == "vae":
+        return ""
+    length = load_prompt_encoder(config.fine_tuning).length
+    return PROMPT_PIECES.format(chunks=chunks, room=length - MARKS, length=length)
 
 
 def _metadata(contract: Contract, kind: str, base_model: str | None) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def sampled_images(
         generators = [keyed_generator(seed, how.purpose, number) for number in numbers]
         with accelerator.autocast(), _residuals_as_trained(task):
             found = pipeline(
-                [wish.prompt for wish in batch],
+                prompt_embeds=task.embed([wish.prompt for wish in batch]),
+                negative_prompt_embeds=task.embed([""] * len(batch)),
                 num_inference_steps=how.steps,
                 guidance_scale=how.guidance_scale,
                 generator=generators,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.backbone import DTYPES
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import CONTRACT_FILE, Contract, read_contract
+from pipeline.prompt_encoding import training_prompts
 from pipeline.runs import Run
 from train_controlnet.networks import Networks
 from train_controlnet.plan_networks import planned_networks
@@ -224,23 +225,14 @@ class Planner:
             view_bytes=2 * channels * prod(rest) * item if train.cache_latents else 0,
             prompt_bytes=0
             if "text_encoder" in train.lora
-            else settings.max_position_embeddings * settings.hidden_size * item,
+            else (train.prompt_chunks or 1) * settings.max_position_embeddings * settings.hidden_size * item,
             views=None if self.contract is None else _views(self.contract, train),
             prompts=None if self.contract is None else self._prompts(self.contract, train),
         )
 
     def _prompts(self, contract: Contract, train: TrainConfig) -> int:
         """Return how many unique prompts the rows have, and the empty one; those of changed copies are not known yet."""
-        import pyarrow.parquet as pq
-
-        unique = {""}
-        for split in ("train", "validation"):
-            files = sorted(file for file in contract.files if file.startswith(f"data/{split}-"))
-            texts = [
-                t for file in files for t in pq.read_table(self.dataset / file, columns=["text"])["text"].to_pylist()
-            ]
-            unique.update(texts[: train.max_train_samples] if split == "train" else texts)
-        return len(unique)
+        return len({"", *training_prompts(self.dataset, contract, train.max_train_samples)})
 
 
 def _views(contract: Contract, train: TrainConfig) -> int:

@@ -43,11 +43,11 @@ class Rehearsal(DiffusionTask):
         self.config, self.device, self.dtype = config, META, DTYPES[config.mixed_precision]
         self.parts, self.scheduler, self.networks = networks, networks.scheduler, networks.trained()
         settings = networks.text_encoder.config
-        length = settings.max_position_embeddings  # what CLIP's tokenizers pad to
+        length, chunks = settings.max_position_embeddings, config.prompt_chunks or 1  # what CLIP's tokenizers pad to
         if "text_encoder" in self.networks:
-            self.text = torch.empty(PROMPTS, length, dtype=torch.int64, device=META)
+            self.text = torch.empty(PROMPTS, chunks, length, dtype=torch.int64, device=META)
         else:
-            self.text = torch.empty(PROMPTS, length, settings.hidden_size, dtype=self.dtype, device=META)
+            self.text = torch.empty(PROMPTS, chunks * length, settings.hidden_size, dtype=self.dtype, device=META)
 
 
 def step_memory(config: TrainConfig, networks: Networks, size: tuple[int, int], gradients_stay: bool) -> StepMemory:

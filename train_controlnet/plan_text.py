@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig, TrainConfig
+from pipeline.contract import Contract
+from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
+from pipeline.prompt_encoding import load_prompt_encoder, training_prompts
 from train_controlnet.plan import GIB, Plan, Planner
 from train_controlnet.plan_switches import Switches, cheapest_fit
 
@@ -23,6 +26,8 @@ def print_plan(config: ExperimentConfig, processes: int, json: Path | None) -> N
     plan = planner.plan(config.fine_tuning)
     fits = {size: cheapest_fit(planner, config.fine_tuning, size * GIB) for size in GPUS_GIB}
     print(plan_text(config, plan, fits, processes))
+    if planner.contract is not None:
+        print("\n" + "\n".join(_prompt_lines(config.fine_tuning, planner.dataset, planner.contract)))
     if json:
         answers = {
             str(size): None if fit is None else {"switches": fit[0], "needed": fit[1].needed}
@@ -116,6 +121,17 @@ def _disk_lines(plan: Plan, train: TrainConfig) -> list[str]:
     if plan.best_on_cpu:
         lines.append(f"memory of the machine: {size_text(plan.best_on_cpu)} for the weights of the best validation")
     return lines
+
+
+def _prompt_lines(train: TrainConfig, dataset: Path, contract: Contract) -> list[str]:
+    """Return whether the prompts are read whole, as they are written; those of changed copies are not known yet."""
+    try:
+        encoder = load_prompt_encoder(train)
+    except MaskLoomError as error:
+        return [f"prompts: not looked at ({error})"]
+    cuts = encoder.cuts([*training_prompts(dataset, contract, train.max_train_samples), *train.validation_prompt])
+    whole = f"all {cuts.prompts} are read whole, at most {cuts.longest} of {cuts.room} tokens"
+    return [f"prompts: {line}" for line in cuts.lines() or [whole]]
 
 
 def _fit_line(size: int, plan: Plan, fit: Fit) -> str:

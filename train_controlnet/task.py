@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.backbone import DTYPES
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract, open_split
+from pipeline.prompt_encoding import PromptEncoder, tell_cuts, text_states
 from pipeline.randomness import Draws
 from pipeline.runs import Run
 from pipeline.training import Task
@@ -45,6 +46,9 @@ class DiffusionTask(Task):
         if config.fine_tuning.vae_decoder is not None:  # for pictures and adherence; the encoder is the backbone's
             load_decoder(self.parts.vae, run)
         self.scheduler = self.parts.scheduler
+        self.prompt_encoder = PromptEncoder.of(
+            self.parts.tokenizer, self.parts.text_encoder.config, config.fine_tuning.prompt_chunks
+        )
         self.networks = self.parts.trained()
         self.trained_parameters = sum(p.numel() for p in self.parameters()[OPTIMIZER])
         self._fill_caches(config, run, contract, accelerator)
@@ -147,8 +151,8 @@ class DiffusionTask(Task):
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Tensor:
-        """Return the text encoder's last hidden states, (B, L, D)."""
-        return self.parts.text_encoder(self._tokens(prompts).to(self.device))[0]
+        """Return the text encoder's last hidden states, (B, L, D); L counts the tokens of all pieces of a prompt."""
+        return text_states(self.parts.text_encoder, self.prompt_encoder.tokens(prompts).to(self.device))
 
     def _network(self, name: str) -> Any:
         """Return a network as the loop prepared it, or as it is where it is not trained."""
@@ -164,18 +168,8 @@ class DiffusionTask(Task):
     def _text_states(self, prompts: Tensor) -> Tensor:
         """Return (B, L, D): looked up, or computed where the text encoder is trained."""
         if "text_encoder" in self.networks:
-            return self.networks["text_encoder"](self.text[prompts])[0].to(self.dtype)
+            return text_states(self.networks["text_encoder"], self.text[prompts]).to(self.dtype)
         return self.text[prompts]
-
-    def _tokens(self, prompts: list[str]) -> Tensor:
-        tokenizer = self.parts.tokenizer
-        return tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
 
     def _fill_caches(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
         """Make training and validation rows; VAE and text encoder leave the device when the caches hold their work."""
@@ -192,8 +186,10 @@ class DiffusionTask(Task):
         }
         made = {name: cache.prompts() for name, cache in caches.items()}
         prompts = numbered_prompts({name: views.prompts(made.get(name, {})) for name, views in self.views.items()})
+        if accelerator.is_main_process:
+            tell_cuts("train", self.prompt_encoder, [*prompts.unique, *self.config.validation_prompt])
         if "text_encoder" in self.networks:
-            self.text = self._tokens(prompts.unique).to(self.device)
+            self.text = self.prompt_encoder.tokens(prompts.unique).to(self.device)
         else:
             embeddings = fill_embeddings(folder / "prompts.safetensors", prompts.unique, self.embed, accelerator)
             self.text = embeddings.to(self.device, self.dtype)

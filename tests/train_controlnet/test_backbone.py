@@ -21,7 +21,7 @@ from train_controlnet.backbone.__main__ import main
 from train_controlnet.backbone.architecture import new_vae
 from train_controlnet.backbone.config import Architecture, BackboneConfig
 from train_controlnet.backbone.images import TrainImages, mirrored_text
-from train_controlnet.backbone.recipe import train_backbone
+from train_controlnet.backbone.recipe import _tokenizer, train_backbone
 from train_controlnet.backbone.vae import VaeTask, latent_statistics, normalise_vae, normalised_moments
 from train_controlnet.backbone.vocabulary import write_tokenizer
 
@@ -94,6 +94,19 @@ def test_finished_recipe_writes_the_same_weights_again(config: BackboneConfig) -
     before = [file.read_bytes() for file in files]
     train_backbone(config, force=False)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_prompts_beyond_the_limit_are_told(config: BackboneConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    short = config.architecture.model_copy(update={"model_max_length": 5})
+    _tokenizer(config.model_copy(update={"architecture": short}), TrainImages(config.sources), told=True)
+    said = capsys.readouterr().err
+    assert (
+        "backbone: 2 of 2 different prompts are longer than the text encoder reads (3 tokens; the longest has 5)"
+        in said
+    )
+    assert "Shorten the prompts, or raise architecture.model_max_length" in said
+    _tokenizer(config, TrainImages(config.sources), told=True)
+    assert "different prompts" not in capsys.readouterr().err
 
 
 def test_missing_dataset_is_told_in_one_line(

@@ -16,6 +16,7 @@ from pipeline.errors import MaskLoomError
 from pipeline.files import remove_folder, value_digest
 from pipeline.metrics_log import METRICS_FILE
 from pipeline.progress import say
+from pipeline.prompt_encoding import PromptEncoder, tell_cuts
 from pipeline.training import Task, make_accelerator, train
 from pipeline.verification import verify_quickly
 from train_controlnet.backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
@@ -46,7 +47,7 @@ def train_backbone(config: BackboneConfig, force: bool) -> None:
     processes.wait_for_everyone()
     images = TrainImages(config.sources)
     with processes.main_process_first():
-        tokenizer = _tokenizer(config, images)
+        tokenizer = _tokenizer(config, images, told=processes.is_main_process)
     data = {f"dataset {number}": contract.digest for number, contract in enumerate(contracts)}
     vae = train_vae(config, images, data)
     unet, text_encoder = train_denoiser(config, images, vae, tokenizer, data)
@@ -114,10 +115,13 @@ def _tokenizer_folder(config: BackboneConfig) -> Path:
     return config.run_folder / "tokenizer"
 
 
-def _tokenizer(config: BackboneConfig, images: TrainImages) -> CLIPTokenizer:
-    """Return the tokenizer of the training prompts, written to the run's folder."""
-    prompts = [text for texts in images.texts for text in texts]
-    return write_tokenizer(_tokenizer_folder(config), prompts, config.architecture.model_max_length)
+def _tokenizer(config: BackboneConfig, images: TrainImages, told: bool) -> CLIPTokenizer:
+    """Return the tokenizer of the training prompts, written to the run's folder; say, if `told`, which are longer than it allows."""
+    prompts, length = [text for texts in images.texts for text in texts], config.architecture.model_max_length
+    tokenizer = write_tokenizer(_tokenizer_folder(config), prompts, length)
+    if told:
+        tell_cuts("backbone", PromptEncoder(tokenizer, length), prompts, "raise architecture.model_max_length")
+    return tokenizer
 
 
 def _accelerator(config: BackboneConfig, loop: LoopConfig, name: str) -> Accelerator:
