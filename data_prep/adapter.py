@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from data_prep.file_names import is_text, is_visible, printable
 from pipeline.config import Section
 from pipeline.errors import MaskLoomError
 
@@ -83,10 +84,15 @@ class RawItem:
 
 @dataclass(frozen=True)
 class Reject:
-    """A raw input that `scan` leaves out, with the reason."""
+    """A raw input that `scan` leaves out, with the reason; both are made printable, whatever the names of files in them."""
 
     path: str
     reason: str
+
+    def __post_init__(self) -> None:
+        """Escape what no ledger could hold."""
+        object.__setattr__(self, "path", printable(self.path))
+        object.__setattr__(self, "reason", printable(self.reason))
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,10 @@ class DatasetAdapter(ABC):
         if self.needs_raw_dir:
             if raw_dir is None:
                 raise MaskLoomError("data.raw_dir is not set: give the folder of the raw dataset, data.raw_dir=PATH")
+            if not is_text(str(raw_dir)):
+                raise MaskLoomError(
+                    f"data.raw_dir={printable(str(raw_dir))}: a name in it is not valid UTF-8; rename it"
+                )
             if not raw_dir.is_dir():
                 raise MaskLoomError(
                     f"data.raw_dir={raw_dir}: no such folder; give the folder that holds the raw dataset"
@@ -173,13 +183,13 @@ class DatasetAdapter(ABC):
         """
 
     def fingerprint(self) -> str:
-        """Return a string that changes when the raw data changes; by default every file's path, size and time."""
+        """Return a string that changes when the raw data changes; by default every visible file's path, size and time."""
         import hashlib
 
         if self.raw_dir is None:
             return "no raw folder"
         digest = hashlib.sha256()
-        for path in sorted(p for p in self.raw_dir.rglob("*") if p.is_file()):
+        for path in sorted(p for p in self.raw_dir.rglob("*") if is_visible(p, self.raw_dir) and p.is_file()):
             stat = path.stat()
             name = os.fsencode(path.relative_to(self.raw_dir))  # not every file name is UTF-8
             digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())

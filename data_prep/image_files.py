@@ -7,11 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.readers import IMAGE_FORMATS, MAX_PIXELS, decoded_image, eight_bit, unreadable_as_reject
+from data_prep.readers import IMAGE_FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, decoded_image, eight_bit, unreadable_as_reject
 from pipeline.errors import RejectedSample
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
-IMAGE_SUFFIXES = (".png", *JPEG_SUFFIXES, ".bmp", ".tif", ".tiff")
 READ_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 GREY_MODES = ("1", "L", "LA")
 DEEP_MODES = ("I", "F")  # and the 16-bit ones, which begin with `I;`

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from data_prep.adapter import RawItem, Reject
+from data_prep.file_names import as_seen, printable
 from data_prep.survey import PreparedSample, Source, prepared_sample
 from pipeline.config import DataConfig, StainConfig
 from pipeline.contract import Sample
@@ -175,7 +176,7 @@ def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[s
             places[name] = [start, pictures.write(png_bytes(pixels))]
     return {
         "sample_id": item.sample_id,
-        "path": item.path,
+        "path": printable(item.path),
         "label": item.label,
         "group": item.group,
         "split": item.split,
@@ -235,7 +236,9 @@ def without_taken_ids(samples: Sequence[Identified]) -> tuple[list[Identified], 
         if sample.sample_id in owner:
             # The name alone: the ledger is published, and does not tell where the raw folder was.
             first = Path(owner[sample.sample_id]).name
-            reason = f"its sample_id {sample.sample_id} is already that of {first}"
+            alike = as_seen(first) == as_seen(Path(sample.path).name)
+            same = ", whose name looks the same; rename one of them" if alike else ""
+            reason = f"its sample_id {sample.sample_id} is already that of {ascii(first) if alike else first}{same}"
             rejected.append(Reject(sample.path, reason))
         else:
             owner[sample.sample_id] = sample.path

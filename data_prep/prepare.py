@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from data_prep.card import dataset_card
+from data_prep.file_names import printable
 from data_prep.grouping import Row, consistent_rows, without_seen
+from data_prep.left_out import told_left_out
 from data_prep.near_duplicates import METHOD, RECORD, near_duplicate_clusters
 from data_prep.parallel import parallel_results, worker_count
 from data_prep.parts import Found, Part, Reading, found_samples, read_part, row_sample, scanned_parts, without_taken_ids
@@ -27,6 +29,7 @@ from pipeline.config_loading import validated
 from pipeline.contract import (
     CONTRACT_FILE,
     EXTERNAL_PREFIX,
+    LEDGER_FILE,
     SPLITS,
     Contract,
     DatasetWriter,
@@ -94,6 +97,9 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         _note_items(run, reading, parts)
         _tell_cut_prompts(config, run.dataset, contract)
         shutil.rmtree(run.folder / SCRATCH)
+    rows_written = sum(part.rows for part in contract.splits.values())
+    if told := told_left_out([Reject(**row) for row in ledger], rows_written, run.dataset / LEDGER_FILE):
+        say(told)
 
 
 def _tell_cut_prompts(config: ExperimentConfig, dataset: Path, contract: Contract) -> None:
@@ -440,13 +446,13 @@ def _shown_path(path: str, sources: Sequence[Source]) -> str:
     for source in sources:
         raw_dir = source.adapter.raw_dir
         if raw_dir and _lies_in(raw_dir, path):
-            relative = str(Path(path).relative_to(raw_dir))
+            relative = str(Path(printable(path)).relative_to(printable(str(raw_dir))))
             return f"{source.name}/{relative}" if source.split else relative
-    return path
+    return printable(path)
 
 
 def _lies_in(raw_dir: Path | None, path: str) -> bool:
-    return raw_dir is not None and Path(path).is_relative_to(raw_dir)
+    return raw_dir is not None and Path(printable(path)).is_relative_to(printable(str(raw_dir)))
 
 
 def _label_counts(splits: Splits) -> dict[str, Counter[str]]:

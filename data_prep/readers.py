@@ -5,6 +5,7 @@ damaged bytes may raise anything at all, so each reader turns any failure of its
 """
 
 import csv
+import hashlib
 import io
 import math
 import os
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_prep.file_names import as_seen, is_system_name
 from pipeline.errors import MaskLoomError, RejectedSample, one_line
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 2**28  # of one image; a slide is read by tiles and never whole
 # Pillow tries every format it knows whatever a file's name says, and runs Ghostscript on PostScript.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "WEBP", "JPEG2000")
@@ -32,15 +35,19 @@ def unreadable_as_reject(path: Path) -> Iterator[None]:
     """Turn any failure of the block, which must do nothing but decode `path`, into a reject.
 
     Raises:
-        RejectedSample: the block failed; names the file (not its folder, which is nobody else's concern) and the decoder's reason.
+        RejectedSample: the block failed; names the file (not its folder, which is nobody else's concern) and the decoder's reason. Or
+            the path is no file: reading a named pipe would wait forever.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise RejectedSample(f"{path.name} is a {'folder' if path.is_dir() else 'pipe or a device'}, not a file")
         yield
     except (RejectedSample, MaskLoomError):
         raise
     except Exception as error:
         told = one_line(error).replace(str(path), path.name).replace(os.path.realpath(path), path.name)
-        reason = "no such file" if isinstance(error, FileNotFoundError) else told[:200]
+        absent = "a link to nothing" if path.is_symlink() else "no such file"
+        reason = absent if isinstance(error, FileNotFoundError) else told[:200]
         raise RejectedSample(f"{path.name} cannot be decoded ({reason or type(error).__name__})") from error
 
 
@@ -185,17 +192,23 @@ def xml_root(path: Path) -> Element:
 def files_in(folder: Path, suffixes: Sequence[str] = ()) -> list[Path]:
     """Return the visible files of a folder, `benign (2)` before `benign (10)`; none where the folder is missing.
 
+    Links to nothing, pipes and folders that are named as an image are among them, so that whoever reads them says what they are.
+
     Args:
         folder: the folder.
         suffixes: endings in lower case, such as `.png`; all where empty.
     """
     if not folder.is_dir():
         return []
-    files = (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    files = (f for f in folder.iterdir() if not is_system_name(f.name) and not _is_plain_folder(f))
     chosen = (f for f in files if not suffixes or f.name.lower().endswith(tuple(suffixes)))
     return sorted(
         chosen, key=lambda file: (natural_order(file), file.name)
     )  # the name decides between 1.png and 01.png
+
+
+def _is_plain_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:
@@ -204,8 +217,17 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
 
 
 def portable_id(text: str) -> str:
-    """Return `text` with every run of other characters than ASCII letters, digits, `_` and `.` replaced by a `-`."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")
+    """Return `text` with every run of other characters than ASCII letters, digits, `_` and `.` replaced by a `-`.
+
+    A digest keeps names apart that differ in other letters than these (`Müller`, `Möller`); names that look the same get the same id.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", as_seen(text)).strip("-.")
+    return name if text.isascii() else f"{name}-{name_digest(text)}".lstrip("-")
+
+
+def name_digest(text: str) -> str:
+    """Return eight hexadecimal digits that names share which look the same."""
+    return hashlib.sha256(as_seen(text).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def shown_size(pixels: NDArray[Any]) -> str:

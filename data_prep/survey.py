@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
+from data_prep.file_names import NO_TEXT, is_text
 from data_prep.intensity import window_range
 from data_prep.near_duplicates import signature
 from data_prep.resizing import grey, nearest_size, resized
@@ -86,9 +87,11 @@ def prepared_sample(
         RejectedSample: it is unreadable or inconsistent.
         MaskLoomError: the configuration asks for what the dataset does not have (conditioning on masks where there are none).
     """
-    raw = source.adapter.load(item)
-    problem = id_problem(item) or sample_problem(raw, item, replace(source.info, labels=source.labels))
-    if problem:
+    problem = id_problem(item)
+    if problem is None:
+        raw = source.adapter.load(item)
+        problem = sample_problem(raw, item, replace(source.info, labels=source.labels))
+    if problem is not None:
         raise RejectedSample(problem)
     # Duplicates are told by the raw pixels: another window or stain must not move an image to another split.
     digest = pixel_digest(raw) if source.duplicates != "none" else ""
@@ -130,7 +133,10 @@ def pixel_digest(raw: RawImage) -> str:
 
 
 def id_problem(item: RawItem) -> str | None:
-    """Return what is wrong with a sample's id, or None."""
+    """Return what is wrong with a sample's id, or with a name that it stems from, or None."""
+    names = (item.path, *item.mask_paths, item.label or "", item.group or "", *item.attributes.values())
+    if not all(map(is_text, names)):
+        return NO_TEXT
     if SAFE_ID.fullmatch(item.sample_id):
         return None
     return f"sample_id {item.sample_id!r} has characters other than letters, digits, '-', '_', '.'"
