@@ -3,12 +3,11 @@ import json
 import os
 import random
 import re
-import resource
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_co
 from pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
 from pipeline.verification import verify_fully
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
+from tests.processes import Command, finished, limit_file_size, start_server
 from tests.tiny_datasets import tiny_description
 from tests.writers.busi import write_raw
 
@@ -75,14 +75,6 @@ def command_line(run, raw_dir, *more):
     resolved = experiment(run, raw_dir=raw_dir).model_dump(mode="json")
     config.write_text(yaml.safe_dump(resolved), encoding="utf-8")
     return ["--config", str(config), *more]
-
-
-def started(arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "data_prep", *arguments], cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
 
 
 def test_every_image_is_in_the_dataset_or_in_the_ledger(raw, prepared):
@@ -208,18 +200,17 @@ def test_torch_is_not_imported():
 def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(raw, prepared, tmp_path):
     expected = dataset_bytes(prepared / "dataset")
     arguments = command_line(tmp_path / "run", raw)
+    start_server()
     start = time.monotonic()
-    assert started(arguments).wait() == 0
+    assert finished("data_prep", arguments)[0] == 0
     whole = time.monotonic() - start
     assert dataset_bytes(tmp_path / "run" / "dataset") == expected
     moments = random.Random(0)
     for attempt in range(4):
         run = tmp_path / f"killed-{attempt}"
-        process = started(command_line(run, raw))
-        # Start-up (imports) is most of so short a run; the work is in the rest.
-        time.sleep(whole * moments.uniform(0.5, 1.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        command = Command("data_prep", command_line(run, raw))
+        time.sleep(whole * moments.uniform(0.1, 1.0))
+        command.kill()
         prepare(experiment(run, raw_dir=raw), force=False)
         assert dataset_bytes(run / "dataset") == expected
         assert not [path for path in run.iterdir() if path.name.startswith((".prepare", ".dataset"))]
@@ -249,19 +240,13 @@ def test_killed_between_shards_it_goes_on_where_it_stopped(raw, prepared, tmp_pa
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written_counts(raw, prepared, tmp_path):
-    def small_files_only():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
     arguments = command_line(tmp_path / "run", raw)
-    process = started(arguments, preexec_fn=small_files_only)
-    _, errors = process.communicate()
-    assert process.returncode == EXIT_CODE
+    code, errors = finished("data_prep", arguments, before=partial(limit_file_size, 20_000))
+    assert code == EXIT_CODE
     assert "Traceback" not in errors and errors.strip().splitlines()[-1].startswith("error: ")
     assert "free space" in errors
     assert not (tmp_path / "run" / "dataset" / CONTRACT_FILE).exists()
-    main_ok = started(arguments)
-    assert main_ok.wait() == 0
+    assert finished("data_prep", arguments)[0] == 0
     assert dataset_bytes(tmp_path / "run" / "dataset") == dataset_bytes(prepared / "dataset")
 
 
@@ -428,9 +413,17 @@ def test_real_busi(tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A BUSI of 200 small images, seven parts, and its run, prepared in this process."""
+    """A BUSI of 200 small images, seven parts, and its run, prepared in this process; every tenth is its neighbour, shifted."""
     folder = tmp_path_factory.mktemp("many")
-    phantom_bus.write_raw(folder / "raw", patients=200, views=1, height=64)
+    random, texture = np.random.default_rng(0), Image.new("L", (16, 16))
+    for number, path in enumerate(phantom_bus.write_raw(folder / "raw", patients=200, views=1, height=64)):
+        # Phantoms are all so much alike that comparing them would take most of the time.
+        if number % 10 < 9:
+            texture = Image.fromarray(random.integers(0, 200, (16, 16), dtype=np.uint8))
+        with Image.open(path) as image:
+            size = image.size
+        pixels = np.roll(np.asarray(texture.resize(size)), number % 20 // 4, axis=1)
+        Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(path)
     run = folder / "run"
     prepare(experiment(run, raw_dir=folder / "raw", rows_per_shard=50, num_workers=1), force=False)
     return folder / "raw", dataset_bytes(run / "dataset")

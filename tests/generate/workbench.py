@@ -4,7 +4,6 @@ Generator families of `train_baselines` are trained there for a few steps, which
 """
 
 import hashlib
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from pipeline.contract import read_contract
 from pipeline.plugins import plugin_names
 from pipeline.runs import Run, open_run
 from tests.pipeline.line_task import forget_accelerator
+from tests.processes import FORKS
 from tests.tiny_datasets import write_tiny_run
 from train_baselines.train import PACKAGE, train_baselines
 
@@ -149,16 +149,11 @@ def run_command(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-# Forks processes from a server that has imported the libraries once, so that killing and launching takes no minutes.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["accelerate", "datasets", "generate.generate", "tests.tiny_backbone"])
-
-
 def start_stage(config: Path, rank: int = 0, of: int = 1, port: int = 0) -> BaseProcess:
     """Start the stage in a process of its own; with `of` > 1 as one of the ranks of `accelerate launch`."""
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
     environment = {key: str(value) for key, value in launched.items()} if of > 1 else {}
-    process = PROCESSES.Process(target=_run_stage, args=(config, {"MASTER_ADDR": "127.0.0.1", **environment}))
+    process = FORKS.Process(target=_run_stage, args=(config, {"MASTER_ADDR": "127.0.0.1", **environment}))
     process.start()
     return process
 

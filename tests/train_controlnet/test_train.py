@@ -20,7 +20,7 @@ from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
 from pipeline.randomness import Draws
 from pipeline.runs import Run
-from tests.processes import Command, finished, limit_file_size, run_on_ranks
+from tests.processes import Command, finished, limit_file_size, run_on_ranks, start_server
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 from train_controlnet.task import DiffusionTask
@@ -136,6 +136,7 @@ def test_a_killed_training_ends_with_the_same_bytes(
     configs = {
         name: write_config(tmp_path / f"{name}.yaml", tiny_values(run, backbone, **slow)) for name, run in runs.items()
     }
+    start_server()
     start = time.monotonic()
     finish(configs["whole"])
     seconds = time.monotonic() - start
