@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.adapter import RawImage
 from data_prep.readers import bright, decoded_image, eight_bit, require_same_size
 from pipeline.errors import RejectedSample
@@ -31,4 +29,4 @@ def image_with_lesion(image_path: Path, mask_path: Path) -> RawImage:
     require_same_size(f"mask {mask_path.name}", mask, image)
     if not mask.any():
         raise RejectedSample(f"mask {mask_path.name} is empty: an image of this dataset has a lesion")
-    return RawImage(image=np.array(image), mask=mask)
+    return RawImage(image=image, mask=mask)

@@ -1,38 +1,48 @@
 """Images and masks as single files of common formats, decoded without silent conversion."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from data_prep.readers import IMAGE_FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, decoded_image, eight_bit, unreadable_as_reject
+from data_prep.decoding import MAX_PIXELS
+from data_prep.readers import IMAGE_SUFFIXES, decoded_image, unreadable_as_reject
 from pipeline.errors import RejectedSample
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 READ_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
-GREY_MODES = ("1", "L", "LA")
-DEEP_MODES = ("I", "F")  # and the 16-bit ones, which begin with `I;`
-ORIENTATION = 0x0112  # Exif
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedMask:
+    """What a mask file holds.
+
+    Attributes:
+        values: (H, W) grey values or palette indices, or (H, W, 3) colours; 1-bit masks count as 0 and 255. Transparent pixels are 0.
+        transparent: (H, W), where the mask is transparent; None where it is nowhere.
+        lossy: whether its compression changes values, as JPEG does.
+    """
+
+    values: NDArray[Any]
+    transparent: NDArray[np.bool_] | None = None
+    lossy: bool = False
 
 
 def image_pixels(path: Path) -> NDArray[Any]:
-    """Return an image, (H, W) or (H, W, 3): uint8, or the file's own type where it is deeper. Transparency is left out.
+    """Return an image, (H, W) or (H, W, 3): uint8, or the file's own type where it is deeper. Transparency shows black.
 
     Raises:
         RejectedSample: it is unreadable, has several pages, is stored turned, or is an array of another shape.
     """
     if path.suffix.lower() == ".npy":
         return _array(path, "uif")
-    image = _single_page(path)
-    if _deep(image):
-        return _native(np.asarray(image))
-    return eight_bit(image, "L" if image.mode in GREY_MODES else "RGB")
+    return decoded_image(path).over_black()
 
 
-def mask_pixels(path: Path, coloured: bool) -> NDArray[Any]:
-    """Return the values of a mask, (H, W) or (H, W, 3); 1-bit masks count as 0 and 255. Transparency is left out.
+def decoded_mask(path: Path, coloured: bool) -> DecodedMask:
+    """Return what a mask file holds.
 
     Args:
         path: the file.
@@ -42,39 +52,19 @@ def mask_pixels(path: Path, coloured: bool) -> NDArray[Any]:
         RejectedSample: as `image_pixels`.
     """
     if path.suffix.lower() == ".npy":
-        return _array(path, "buif")
-    image = _single_page(path)
-    if _deep(image):
-        return _native(np.asarray(image))
-    if image.mode == "P" and not coloured:
-        return np.asarray(image)
-    return eight_bit(image, "L" if image.mode in GREY_MODES else "RGB")
+        return DecodedMask(_array(path, "buif"))
+    image = decoded_image(path)
+    values = image.pixels if coloured or image.indices is None else image.indices
+    transparent = image.transparent()
+    if transparent is not None:
+        values = values.copy()
+        values[transparent] = 0
+    return DecodedMask(values, transparent, image.lossy)
 
 
-def _single_page(path: Path) -> Image.Image:
-    """Decode an image file that holds one upright picture."""
-    with unreadable_as_reject(path), Image.open(path, formats=IMAGE_FORMATS) as image:
-        pages = getattr(image, "n_frames", 1)
-        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) not in (
-            0,
-            1,
-        )  # Pillow turns a TIFF itself
-    if pages > 1:
-        raise RejectedSample(f"{path.name} has {pages} pages; save each as a file of its own")
-    if turned:
-        raise RejectedSample(
-            f"{path.name} is stored turned (Exif orientation), so its mask may not fit; save it upright"
-        )
-    return decoded_image(path)
-
-
-def _deep(image: Image.Image) -> bool:
-    return image.mode in DEEP_MODES or image.mode.startswith("I;")
-
-
-def _native(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return a copy in memory, in the machine's byte order, which resampling expects."""
-    return np.array(pixels, dtype=pixels.dtype.newbyteorder("="))
+def mask_pixels(path: Path, coloured: bool) -> NDArray[Any]:
+    """Return the values of a mask alone. See `decoded_mask`."""
+    return decoded_mask(path, coloured).values
 
 
 def _array(path: Path, kinds: str) -> NDArray[Any]:
@@ -90,4 +80,5 @@ def _array(path: Path, kinds: str) -> NDArray[Any]:
             )
         if array.shape[0] * array.shape[1] > MAX_PIXELS:
             raise RejectedSample(f"{path.name} has {array.shape[1]}x{array.shape[0]} pixels, more than {MAX_PIXELS}")
-        return _native(array)
+        # A copy in memory, in the machine's byte order, which resampling expects.
+        return np.array(array, dtype=array.dtype.newbyteorder("="))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from data_prep.readers import BLACK_ON_TRANSPARENT, JPEG_NOISE
 from pipeline.errors import RejectedSample
 
 Colour = tuple[int, int, int]
@@ -21,7 +22,6 @@ MAX_CLASSES = 256  # indices of uint8
 ON_VALUES = (1, 255, 65535)  # what marks the foreground of a two-valued mask, by its depth
 THRESHOLD = 127  # of an 8-bit mask; above is bright
 NEARLY_WHITE = 240
-JPEG_NOISE = 32  # how far JPEG may move black or white
 SHOWN_VALUES = 6
 COLOURS: tuple[Colour, ...] = (
     (255, 80, 80),
@@ -106,13 +106,16 @@ def distinct_palette(classes: int) -> tuple[Colour, ...]:
     return tuple(found)[:classes]
 
 
-def class_mask(pixels: NDArray[Any], classes: LabelMap, name: str) -> NDArray[np.uint8]:
+def class_mask(
+    pixels: NDArray[Any], classes: LabelMap, name: str, transparent: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
     """Return (H, W) uint8 class indices.
 
     Args:
         pixels: (H, W) or (H, W, 3) of integers, or of floats that are whole.
         classes: what its values mean.
         name: of the file, for messages.
+        transparent: (H, W), pixels that are background whatever their value.
 
     Raises:
         RejectedSample: a value has no class (names it and the known ones), or values and colours do not suit each other.
@@ -124,6 +127,11 @@ def class_mask(pixels: NDArray[Any], classes: LabelMap, name: str) -> NDArray[np
         here = codes == code
         mask[here] = index
         known |= here
+    if transparent is not None:
+        mask[transparent] = 0
+        known |= transparent
+        if not mask.any():
+            raise RejectedSample(f"{name}: {BLACK_ON_TRANSPARENT}")
     if not known.all():
         raise RejectedSample(
             f"{name} holds {_listed(np.unique(codes[~known]), classes.coloured)}, which data.options.mask_values does not name;"
@@ -132,25 +140,34 @@ def class_mask(pixels: NDArray[Any], classes: LabelMap, name: str) -> NDArray[np
     return mask
 
 
-def binary_mask(pixels: NDArray[Any], name: str, lossy: bool = False) -> NDArray[np.uint8]:
+def binary_mask(
+    pixels: NDArray[Any], name: str, lossy: bool = False, transparent: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
     """Return (H, W) of 0 and 1 from a mask of black and one bright colour; smooth edges are cut at half brightness.
 
     Args:
-        pixels: (H, W) or (H, W, 3) uint8, or (H, W) of another type that holds 0 and one of 1, 255 and 65535.
+        pixels: (H, W) or (H, W, 3) uint8, or of another type that holds 0 and one of 1, 255 and 65535.
         name: of the file, for messages.
         lossy: a JPEG, which blurs black and white.
+        transparent: (H, W), pixels that are background whatever their value.
 
     Raises:
-        RejectedSample: the mask holds areas of some other value: it may have several classes, which only its owner can name.
+        RejectedSample: the mask holds areas of some other value: it may have several classes, which only its owner can name. Or it is
+            black on transparent.
     """
+    if transparent is not None:
+        pixels = np.where(transparent if pixels.ndim == 2 else transparent[..., None], 0, pixels).astype(pixels.dtype)
+        if not pixels.any():
+            raise RejectedSample(f"{name}: {BLACK_ON_TRANSPARENT}")
     advice = "say what its values mean in data.options.mask_values"
+    brightness = pixels if pixels.ndim == 2 else pixels.max(axis=2)
     if pixels.dtype != np.uint8:
-        grey = _codes_of_grey(pixels, name)
-        values = np.unique(_whole(grey, name))
+        values = np.unique(_whole(pixels, name))
         if not any(set(values.tolist()) <= {0, on} for on in ON_VALUES):
             raise RejectedSample(f"{name} holds {_listed(values, False)}, not 0 and one of 1, 255, 65535; {advice}")
-        return (grey > 0).astype(np.uint8)
-    brightness = pixels if pixels.ndim == 2 else pixels.max(axis=2)
+        if pixels.ndim == 3 and len(np.unique(pixels[brightness > 0], axis=0)) > 1:
+            raise RejectedSample(f"{name} has several colours, not one bright colour on black; {advice}")
+        return (brightness > 0).astype(np.uint8)
     if brightness.max(initial=0) <= 1:
         return brightness
     if brightness.max() <= THRESHOLD:
@@ -185,9 +202,20 @@ def _code(key: str) -> tuple[int, bool]:
 def _codes(pixels: NDArray[Any], coloured: bool, name: str) -> NDArray[Any]:
     if not coloured:
         return _whole(_codes_of_grey(pixels, name), name)
-    if pixels.dtype != np.uint8:
-        raise RejectedSample(f"{name} holds {pixels.dtype}, and data.options.mask_values names 8-bit colours")
-    return packed(pixels)
+    return packed(_eight_bit_colours(pixels, name))
+
+
+def _eight_bit_colours(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """Return colours of 16 bits as those of 8 bits that they stand for: drawn with the same numbers, or stretched (255 became 65535).
+
+    Raises:
+        RejectedSample: they stand for none.
+    """
+    if pixels.dtype.kind == "u" and pixels.max(initial=0) <= 255:
+        return pixels.astype(np.uint8)
+    if pixels.dtype == np.uint16 and not (pixels % 257).any():
+        return (pixels // 257).astype(np.uint8)
+    raise RejectedSample(f"{name} holds {pixels.dtype}, and data.options.mask_values names 8-bit colours")
 
 
 def _codes_of_grey(pixels: NDArray[Any], name: str) -> NDArray[Any]:

@@ -7,7 +7,6 @@ damaged bytes may raise anything at all, so each reader turns any failure of its
 import csv
 import hashlib
 import io
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_prep.decoding import DecodedImage, decode
 from data_prep.file_names import as_seen, is_system_name
 from pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 2**28  # of one image; a slide is read by tiles and never whole
-# Pillow tries every format it knows whatever a file's name says, and runs Ghostscript on PostScript.
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "WEBP", "JPEG2000")
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+JPEG_NOISE = 32  # how far JPEG may move black or white
+BLACK_ON_TRANSPARENT = (
+    "what the mask shows is black on transparent, so which of the two is meant is not known: draw it in white on black"
+)
 
 
 @contextmanager
@@ -64,40 +64,56 @@ def reject_as_error(path: Path, advice: str) -> Iterator[None]:
         raise MaskLoomError(f"{path}: {error}; {advice}") from error
 
 
-def decoded_image(path: Path) -> Image.Image:
-    """Return a fully decoded image.
+def decoded_image(path: Path, turn: bool = False) -> DecodedImage:
+    """Return a fully decoded image, with all of its depth. See `data_prep.decoding`.
+
+    Args:
+        path: the file.
+        turn: turn a picture that is stored turned (Exif), instead of rejecting it: for images without masks.
 
     Raises:
-        RejectedSample: it is missing, truncated, too large, or not an image.
+        RejectedSample: it is missing, truncated, too large, stored turned, of several pictures, or not an image.
     """
-    with unreadable_as_reject(path), Image.open(path, formats=IMAGE_FORMATS) as image:
-        if math.prod(image.size) > MAX_PIXELS:
-            raise RejectedSample(f"{path.name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-        image.load()
-        return image.copy()
+    with unreadable_as_reject(path):
+        return decode(path, turn)
 
 
-def bright(mask: Image.Image, threshold: int = 127) -> NDArray[np.uint8]:
-    """Return (H, W) of 0 and 1: where any colour channel is bright; the alpha channel is not content.
+def bright(mask: DecodedImage, threshold: int = 127) -> NDArray[np.uint8]:
+    """Return (H, W) of 0 and 1: where a mask of 8 bits a channel is bright in any of them; transparent pixels are background.
 
-    A mask of mode 1, L, P, RGB or RGBA; one that is drawn with 0 and 1 instead of 0 and 255 is understood as well.
+    One that is drawn with 0 and 1 instead of 0 and 255 is understood as well.
 
     Raises:
-        RejectedSample: it has more than 8 bits a channel.
+        RejectedSample: it has more than 8 bits a channel, is drawn, but not brightly, or is transparent where it is not black.
     """
-    pixels = eight_bit(mask, "RGB").max(axis=2)
-    return (pixels > (0 if pixels.max(initial=0) <= 1 else threshold)).astype(np.uint8)
+    _require_eight_bits(mask)
+    pixels = mask.pixels if mask.pixels.ndim == 2 else mask.pixels.max(axis=2)
+    transparent = mask.transparent()
+    if transparent is not None:
+        pixels = np.where(transparent, np.uint8(0), pixels)
+        if not pixels.any():
+            raise RejectedSample(BLACK_ON_TRANSPARENT)
+    highest = int(pixels.max(initial=0))
+    if 1 < highest <= threshold and not (mask.lossy and highest <= JPEG_NOISE):
+        raise RejectedSample(
+            f"the mask has values up to {highest}, none of them bright: draw it with 0 and 1, or 0 and 255"
+        )
+    return (pixels > (0 if highest <= 1 else threshold)).astype(np.uint8)
 
 
-def eight_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> NDArray[np.uint8]:
-    """Return the pixels of an image of 8 bits a channel, (H, W) for mode `L` and (H, W, 3) for `RGB`; the alpha channel is dropped.
+def eight_bit(image: DecodedImage, mode: Literal["L", "RGB"]) -> NDArray[np.uint8]:
+    """Return the pixels of an image of 8 bits a channel, (H, W) for mode `L` and (H, W, 3) for `RGB`, as they show on black.
 
     Raises:
-        RejectedSample: it has more bits; Pillow would cut everything above 255 off.
+        RejectedSample: it has more bits; everything above 255 would be cut off.
     """
-    if image.mode not in EIGHT_BIT_MODES:
-        raise RejectedSample(f"the picture is of mode {image.mode}, expected 8 bits a channel")
-    return np.asarray(image.convert(mode))
+    _require_eight_bits(image)
+    return np.array(Image.fromarray(image.over_black()).convert(mode))
+
+
+def _require_eight_bits(image: DecodedImage) -> None:
+    if image.pixels.dtype != np.uint8:
+        raise RejectedSample(f"the picture holds {image.pixels.dtype}, expected 8 bits a channel")
 
 
 def npy_array(path: Path, ndim: int, kinds: str = "biuf", memory_map: bool = False) -> NDArray[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from data_prep.readers import decoded_image
+from data_prep.readers import decoded_image, eight_bit
 from pipeline.config import StainConfig
 from pipeline.errors import MaskLoomError, RejectedSample, one_line
 
@@ -81,7 +81,7 @@ def stain_normaliser(config: StainConfig) -> StainNormaliser:
 
 
 def _reference_pixels(path: Path) -> NDArray[np.uint8]:
-    return np.asarray(decoded_image(path).convert("RGB"))
+    return eight_bit(decoded_image(path), "RGB")
 
 
 def _unfitted(method: str) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from data_prep.readers import decoded_image, files_in, require_same_size
+from data_prep.readers import decoded_image, eight_bit, files_in, require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
 
 SPLITS = ("train", "test")
@@ -155,9 +155,9 @@ def _colour_image(path: Path) -> NDArray[np.uint8]:
     """Return (H, W, 3) uint8.
 
     Raises:
-        RejectedSample: it is unreadable, or grey.
+        RejectedSample: it is unreadable, grey, or has a palette.
     """
     image = decoded_image(path)
-    if image.mode not in ("RGB", "RGBA"):
-        raise RejectedSample(f"{path.name} is an image of mode {image.mode}, expected RGB")
-    return np.asarray(image.convert("RGB"))
+    if image.pixels.ndim == 2 or image.indices is not None:
+        raise RejectedSample(f"{path.name} is grey or has a palette, expected RGB")
+    return eight_bit(image, "RGB")

@@ -41,7 +41,8 @@ from pydantic import Field, model_validator
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
 from data_prep.dicom import Header, is_dicom, read_header, read_picture
-from data_prep.readers import decoded_image, require_same_size
+from data_prep.image_files import decoded_mask
+from data_prep.readers import BLACK_ON_TRANSPARENT, require_same_size
 from pipeline.config import IntensityWindow
 from pipeline.errors import MaskLoomError, RejectedSample, run_command
 
@@ -370,24 +371,26 @@ def _mask(path: Path, classes: int) -> NDArray[np.uint8]:
     """Return (H, W) of class indices; the reasons do not name the file.
 
     Raises:
-        RejectedSample: it is missing, unreadable, not grey or indexed of 8 bits, or holds an unknown value.
+        RejectedSample: it is missing, unreadable, not grey or indexed, or holds an unknown value.
     """
     if not path.is_file():
         raise RejectedSample("no mask file belongs to this image in data.options.masks")
     try:
-        picture = decoded_image(path)
+        decoded = decoded_mask(path, coloured=False)
     except RejectedSample:
         raise RejectedSample("its mask cannot be decoded") from None
-    if picture.mode not in ("1", "L", "P"):
-        raise RejectedSample(f"its mask is of mode {picture.mode}, expected grey (L) or indexed (P) with class indices")
-    mask = np.asarray(picture).astype(np.uint8)
-    if classes == 1 and mask.max(initial=0) == 255:
-        mask, unknown = mask // 255, mask[(mask != 0) & (mask != 255)]
-    else:
-        unknown = mask[mask > classes]
+    stored = decoded.values
+    if stored.ndim == 3 or stored.dtype.kind not in "iu":
+        raise RejectedSample(
+            f"its mask is {'coloured' if stored.ndim == 3 else stored.dtype}, expected grey or indexed with class indices"
+        )
+    if decoded.transparent is not None and not stored.any():
+        raise RejectedSample(f"its mask: {BLACK_ON_TRANSPARENT}")
+    on = next((on for on in (255, 65535) if classes == 1 and stored.max(initial=0) == on), 1)
+    unknown = stored[(stored < 0) | (stored % on != 0) | (stored > classes * on)]
     if unknown.size:
         raise RejectedSample(f"its mask holds the value {unknown[0]}; data.options.mask_classes names 1 to {classes}")
-    return mask
+    return (stored // on).astype(np.uint8)
 
 
 def print_names(raw_dir: Path) -> None:

@@ -35,7 +35,7 @@ from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Re
 from data_prep.file_patterns import Confined, placeholder_values
 from data_prep.folder_listing import Candidate, is_read, listed_candidates, shown_path
 from data_prep.folder_options import FolderOptions
-from data_prep.image_files import JPEG_SUFFIXES, READ_SUFFIXES, image_pixels, mask_pixels
+from data_prep.image_files import READ_SUFFIXES, decoded_mask, image_pixels
 from data_prep.label_maps import binary_mask, class_mask, distinct_palette, label_map
 from data_prep.readers import portable_id, require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
@@ -112,9 +112,11 @@ class Adapter(DatasetAdapter):
 
     def _mask(self, path: Path) -> NDArray[np.uint8]:
         if self.options.mask_values is None:
-            return binary_mask(mask_pixels(path, coloured=True), path.name, path.suffix.lower() in JPEG_SUFFIXES)
+            mask = decoded_mask(path, coloured=True)
+            return binary_mask(mask.values, path.name, mask.lossy, mask.transparent)
         classes = label_map(self.options.mask_values)
-        return class_mask(mask_pixels(path, classes.coloured), classes, path.name)
+        mask = decoded_mask(path, classes.coloured)
+        return class_mask(mask.values, classes, path.name, mask.transparent)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the listing behind: a process that loads samples has no use for it."""

@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
-import numpy as np
 from pydantic import Field, field_validator
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
@@ -129,7 +128,7 @@ class Adapter(DatasetAdapter):
         Raises:
             RejectedSample: it is unreadable, or has more than 8 bits a channel.
         """
-        return RawImage(image=np.array(eight_bit(decoded_image(Path(item.path)), "RGB")), mask=None)
+        return RawImage(image=eight_bit(decoded_image(Path(item.path), turn=True), "RGB"), mask=None)
 
     def _lesions(self) -> dict[str, str]:
         """Return the lesion of each image id, as far as the metadata know it.

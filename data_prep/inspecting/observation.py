@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.decoding import IMAGE_FORMATS
 from data_prep.parts import without_taken_ids
-from data_prep.readers import IMAGE_FORMATS, IMAGE_SUFFIXES
+from data_prep.readers import IMAGE_SUFFIXES
 from data_prep.survey import id_problem, sample_problem
 from pipeline.errors import RejectedSample
 from pipeline.progress import progress

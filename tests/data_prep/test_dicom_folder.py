@@ -524,8 +524,8 @@ def test_each_frame_has_its_mask(tmp_path):
         (BLOB * 2, None, ["lesion"], r"its mask holds the value 2; data\.options\.mask_classes names 1 to 1"),
         (BLOB * 255 + BLOB.T, None, ["lesion"], "its mask holds the value 1;"),
         (BLOB * 255, None, ["lung", "tumour"], "its mask holds the value 255; .* names 1 to 2"),
-        (BLOB, "RGB", ["lesion"], "its mask is of mode RGB"),
-        (BLOB, "I;16", ["lesion"], "its mask is of mode I;16"),
+        (BLOB, "RGB", ["lesion"], "its mask is coloured, expected grey or indexed"),
+        (BLOB * np.uint16(300), None, ["lesion"], "its mask holds the value 300"),
     ],
 )
 def test_masks_that_do_not_fit_are_rejected(tmp_path, mask, mode, classes, expected):
@@ -533,6 +533,28 @@ def test_masks_that_do_not_fit_are_rejected(tmp_path, mask, mode, classes, expec
     (item,) = listed(tmp_path, **options)[0]
     with pytest.raises(RejectedSample, match=expected):
         adapter(tmp_path, **options).load(item)
+
+
+def test_masks_of_other_depths_and_with_transparency(tmp_path):
+    options = masked(tmp_path, BLOB)
+    path = tmp_path / "masks" / "ward" / "a.png"
+    (item,) = listed(tmp_path, **options)[0]
+
+    def read():
+        return adapter(tmp_path, **options).load(item).mask
+
+    for on in (1, 255, 65535):
+        Image.fromarray(BLOB.astype(np.uint16) * on).save(path)
+        np.testing.assert_array_equal(read(), BLOB)
+    white = np.full_like(BLOB, 255)
+    Image.fromarray(np.stack([white, BLOB * 255], axis=-1), "LA").save(path)
+    np.testing.assert_array_equal(read(), BLOB)
+    Image.fromarray(np.stack([white * 0, BLOB * 255], axis=-1), "LA").save(path)
+    with pytest.raises(RejectedSample, match="black on transparent"):
+        read()
+    Image.fromarray(BLOB * np.float32(0.5)).save(path, format="TIFF")
+    with pytest.raises(RejectedSample, match="its mask is float32, expected grey or indexed"):
+        read()
 
 
 def test_missing_and_damaged_masks_and_masks_without_images(tmp_path):

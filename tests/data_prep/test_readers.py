@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import readers
+from data_prep import decoding
+from data_prep.decoding import DecodedImage, decoded_picture
 from data_prep.readers import (
     bright,
     csv_rows,
@@ -101,7 +102,7 @@ def test_images_are_decoded_whole(tmp_path, name):
     Image.fromarray(PIXELS).save(tmp_path / name, **options)
     image = decoded_image(tmp_path / name)
     (tmp_path / name).unlink()  # nothing is read later
-    assert np.abs(np.asarray(image.convert("L")).astype(int) - PIXELS).max() <= (8 if name == "a.jpg" else 0)
+    assert np.abs(eight_bit(image, "L").astype(int) - PIXELS).max() <= (8 if name == "a.jpg" else 0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_missing_image_is_rejected(tmp_path):
 
 
 def test_an_image_that_is_too_large_is_rejected_before_its_pixels_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_PIXELS", 11)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 11)
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     with pytest.raises(RejectedSample, match=r"^a\.png has 4x3 pixels, more than 11$"):
@@ -139,7 +140,7 @@ def test_an_image_that_is_too_large_is_rejected_before_its_pixels_are_read(tmp_p
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_pixels_of_eight_bits(mode):
     black_and_white = np.where(PIXELS > 100, 255, 0).astype(np.uint8)
-    image = Image.fromarray(black_and_white).convert(mode)
+    image = decoded_picture(Image.fromarray(black_and_white).convert(mode))
     grey, colour = eight_bit(image, "L"), eight_bit(image, "RGB")
     np.testing.assert_array_equal(grey, black_and_white)
     np.testing.assert_array_equal(colour, np.repeat(black_and_white[..., None], 3, axis=2))
@@ -148,31 +149,57 @@ def test_pixels_of_eight_bits(mode):
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_deeper_pixels_are_not_cut(mode):
-    image = Image.new(mode, (4, 3), 300)
+    image = decoded_picture(Image.new(mode, (4, 3), 300))
     for read in (lambda: eight_bit(image, "L"), lambda: bright(image)):
-        with pytest.raises(RejectedSample, match=f"^the picture is of mode {mode}, expected 8 bits a channel$"):
+        with pytest.raises(
+            RejectedSample, match=r"^the picture holds (uint16|int32|float32), expected 8 bits a channel$"
+        ):
             read()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
 def test_bright_masks_of_every_mode(mode):
-    mask = bright(Image.fromarray(np.where(PIXELS > 100, 255, 0).astype(np.uint8)).convert(mode))
+    mask = bright(decoded_picture(Image.fromarray(np.where(PIXELS > 100, 255, 0).astype(np.uint8)).convert(mode)))
     np.testing.assert_array_equal(mask, PIXELS > 100)
     assert mask.dtype == np.uint8 and mask.max() == 1
 
 
-def test_bright_thresholds_any_channel_and_ignores_alpha():
-    pixels = np.zeros((1, 5, 4), np.uint8)
-    pixels[..., 3] = 255
-    pixels[0, 1, 0], pixels[0, 2, 2], pixels[0, 3, 1], pixels[0, 4, 1] = 255, 128, 127, 200
-    pixels[0, 4, 3] = 0
-    assert bright(Image.fromarray(pixels)).tolist() == [[0, 1, 1, 0, 1]]
-    assert bright(Image.fromarray(pixels), threshold=200).tolist() == [[0, 1, 0, 0, 0]]
+def test_bright_thresholds_any_channel():
+    pixels = np.zeros((1, 4, 3), np.uint8)
+    pixels[0, 1, 0], pixels[0, 2, 2], pixels[0, 3, 1] = 255, 128, 127
+    image = decoded_picture(Image.fromarray(pixels))
+    assert bright(image).tolist() == [[0, 1, 1, 0]]
+    assert bright(image, threshold=200).tolist() == [[0, 1, 0, 0]]
 
 
 def test_bright_understands_zeros_and_ones_and_nothing():
-    assert bright(Image.fromarray(np.array([[0, 1]], np.uint8))).tolist() == [[0, 1]]
-    assert bright(Image.new("L", (2, 1))).tolist() == [[0, 0]]
+    assert bright(decoded_picture(Image.fromarray(np.array([[0, 1]], np.uint8)))).tolist() == [[0, 1]]
+    assert bright(decoded_picture(Image.new("L", (2, 1)))).tolist() == [[0, 0]]
+
+
+def test_a_drawn_mask_that_is_nowhere_bright_is_not_taken_for_an_empty_one():
+    pixels = np.array([[0, 100]], np.uint8)
+    with pytest.raises(RejectedSample, match="values up to 100, none of them bright"):
+        bright(DecodedImage(pixels))
+    assert bright(DecodedImage(pixels // 4, lossy=True)).tolist() == [[0, 0]]  # what JPEG makes of black
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_transparent_pixels_of_a_mask_are_background(value):
+    pixels = np.full((1, 4), value, np.uint8)
+    assert bright(DecodedImage(pixels, np.array([[0, 100, 155, 255]], np.uint8))).tolist() == [[0, 0, 1, 1]]
+    # An overlay that was exported at two fifths of full opacity.
+    assert bright(DecodedImage(pixels, np.array([[0, 20, 90, 102]], np.uint8))).tolist() == [[0, 0, 1, 1]]
+
+
+def test_a_mask_that_is_black_on_transparent_is_rejected():
+    with pytest.raises(RejectedSample, match="black on transparent"):
+        bright(DecodedImage(np.array([[0, 255]], np.uint8), np.array([[255, 0]], np.uint8)))
+
+
+def test_an_image_shows_its_transparency_on_black():
+    image = DecodedImage(np.full((1, 3), 200, np.uint8), np.array([[255, 51, 0]], np.uint8))
+    assert eight_bit(image, "L").tolist() == [[200, 40, 0]]
 
 
 # npy_array
