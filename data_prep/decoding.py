@@ -103,7 +103,7 @@ def decode(path: Path, turn: bool = False) -> DecodedImage:
         _require_size(path.name, image.width, image.height)
         pictures = getattr(image, "n_frames", 1)
         if pictures > 1:
-            raise RejectedSample(f"{path.name} holds {pictures} pictures; save each as a file of its own")
+            raise RejectedSample(f"{path.name} has {pictures} pages; save each as a file of its own")
         if image.getexif().get(ORIENTATION, 1) not in UPRIGHT and not turn:
             raise _turned(path.name)
         _require_depth_kept(path, image)
@@ -186,7 +186,7 @@ def _decoded_tiff(path: Path) -> DecodedImage:
         if pictures == 1 and not (file.is_ndpi or file.is_svs):  # some writers put a stack into one page
             pictures = max(1, math.prod(file.series[0].shape) // max(1, math.prod(page.shape)))
         if pictures > 1:
-            raise RejectedSample(f"{path.name} holds {pictures} pictures; save each as a file of its own")
+            raise RejectedSample(f"{path.name} has {pictures} pages; save each as a file of its own")
         _require_size(path.name, page.imagewidth, page.imagelength)
         if page.tags.valueof(ORIENTATION, 1) not in UPRIGHT:
             raise _turned(path.name)

@@ -321,17 +321,17 @@ def test_tiff_files_that_are_not_understood(tmp_path, pixels, options, reason):
 def test_stacks_are_rejected_however_they_are_stored(tmp_path, dtype, metadata):
     stack = np.stack([values(dtype)] * 3)
     tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack", **metadata)
-    rejected(tmp_path / "a.tif", "holds 3 pictures")
+    rejected(tmp_path / "a.tif", "has 3 pages")
     if "imagej" in metadata:  # all planes behind one page, as ImageJ stores what is larger than 4 GB
         tifffile.imwrite(tmp_path / "b.tif", stack, photometric="minisblack", truncate=True, **metadata)
-        rejected(tmp_path / "b.tif", "holds 3 pictures")
+        rejected(tmp_path / "b.tif", "has 3 pages")
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
 def test_animations_are_rejected(tmp_path, name):
     frames = [Image.fromarray(values(np.uint8) // (index + 1)) for index in range(3)]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    rejected(tmp_path / name, "holds 3 pictures")
+    rejected(tmp_path / name, "has 3 pages")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "deep.tif"])

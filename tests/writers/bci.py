@@ -73,10 +73,12 @@ FLAWS = {
         lambda f: _redraw(at(f, "HE"), lambda image: image.resize((20, 30))),
         r"the H&E image 00000_train_0\.png is 20x30, the image 48x48",
     ),
-    "grey image": Flaw(lambda f: _redraw(at(f, "IHC"), lambda image: image.convert("L")), "of mode L, expected RGB"),
+    "grey image": Flaw(
+        lambda f: _redraw(at(f, "IHC"), lambda image: image.convert("L")), "is grey or has a palette, expected RGB"
+    ),
     "16-bit image": Flaw(
         lambda f: _redraw(at(f, "HE"), lambda image: image.convert("L").convert("I").convert("I;16")),
-        "of mode I;16, expected RGB",
+        "is grey or has a palette, expected RGB",
     ),
     "IHC without H&E": Flaw(lambda f: at(f, "HE").unlink(), "an IHC image without an H&E image"),
     "H&E without IHC": Flaw(lambda f: at(f, "IHC").unlink(), "an H&E image without an IHC image"),

@@ -153,7 +153,9 @@ FLAWS = {
     "truncated mask": Flaw(lambda f: _truncate(f / MASK), r"^mask_0002-r\.png cannot be decoded"),
     "mask of another size": Flaw(lambda f: _redraw(f / MASK, (5, 7), 255), r"is 5x7, the image \d+x64"),
     "empty mask": Flaw(lambda f: _redraw(f / MASK, _size(f / IMAGE), 0), r"mask mask_0002-r\.png is empty"),
-    "deep image": Flaw(lambda f: Image.new("I;16", _size(f / MASK), 900).save(f / IMAGE), "mode I;16, expected 8 bits"),
+    "deep image": Flaw(
+        lambda f: Image.new("I;16", _size(f / MASK), 900).save(f / IMAGE), "holds uint16, expected 8 bits"
+    ),
     "image without mask": Flaw(lambda f: (f / MASK).unlink(), r"there is no Masks/mask_0002-r\.png"),
     "mask without image": Flaw(lambda f: (f / IMAGE).unlink(), "a mask without an image"),
     "row without image": Flaw(lambda f: (f / IMAGE).unlink(), r"listed in bus_data\.csv, but there is no such image"),

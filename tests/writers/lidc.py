@@ -161,7 +161,7 @@ FLAWS = {
     ),
     "mask without slice": Flaw(lambda f: _image(f).unlink(), "a mask without a slice"),
     "16-bit slice": Flaw(
-        lambda f: Image.new("I;16", (SIDE, SIDE), 9000).save(_image(f)), "of mode I;16, expected 8 bits"
+        lambda f: Image.new("I;16", (SIDE, SIDE), 9000).save(_image(f)), "holds uint16, expected 8 bits"
     ),
     "slice that is clean and is not": Flaw(
         lambda f: _copy_slice(f, "train", "clean"), "listed both with_nodules and clean"

@@ -132,7 +132,7 @@ FLAWS = {
         lambda f: _redraw(f / MASK, (5, 7), 255), r"mask 000003\.png is 5x7, the image \d+x64"
     ),
     "empty mask": Flaw(lambda f: _redraw(f / MASK, _size(f / IMAGE), 0), r"mask 000003\.png is empty"),
-    "16-bit image": Flaw(lambda f: _redraw(f / IMAGE, _size(f / MASK), 900, "I;16"), "mode I;16, expected 8 bits"),
+    "16-bit image": Flaw(lambda f: _redraw(f / IMAGE, _size(f / MASK), 900, "I;16"), "holds uint16, expected 8 bits"),
     "image without mask": Flaw(lambda f: (f / MASK).unlink(), "no mask in GT belongs to this image"),
     "mask without image": Flaw(lambda f: (f / IMAGE).unlink(), "a mask without an image"),
     "a number that is taken": Flaw(
