@@ -6,7 +6,6 @@ prompts and seeds, and differences between their sets are differences between ge
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from pipeline.config import GenerateConfig
 from pipeline.contract import open_split, read_contract, read_ids
 from pipeline.errors import MaskLoomError, nearest_name
+from pipeline.reading import row_attributes
 
 # Names of the independent random streams under the experiment's seed.
 PARENT_STREAM, NOISE_STREAM, REPLACEMENT_STREAM = 1, 2, 3
@@ -67,7 +67,13 @@ def read_parents(dataset: Path, split: str = "train") -> list[TrainRow]:
         raise MaskLoomError(f"{dataset}: masks of the {split} split must not be seen by a generator; use train")
     table = open_split(dataset, split).select_columns(["sample_id", "group_id", "label", "attributes"])
     return [
-        TrainRow(position, row["sample_id"], row["group_id"], row["label"], json.loads(row["attributes"]))
+        TrainRow(
+            position,
+            row["sample_id"],
+            row["group_id"],
+            row["label"],
+            row_attributes(row["attributes"], f"sample {row['sample_id']}"),
+        )
         for position, row in enumerate(table)
     ]
 

@@ -8,7 +8,6 @@ larger share contains a smaller one, and the stages of a schedule are nested.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -38,6 +37,7 @@ from pipeline.contract import (
 from pipeline.errors import MaskLoomError
 from pipeline.files import read_json, remove_folder, value_digest
 from pipeline.progress import say
+from pipeline.reading import row_attributes
 from pipeline.verification import verify_fully
 
 ROWS_PER_SHARD = 512
@@ -418,7 +418,7 @@ def _samples(
 
 def _sample(row: Mapping[str, Any], prefix: str) -> Sample:
     pictures = {name: row[name] and row[name]["bytes"] for name in ("image", "mask", "conditioning_image")}
-    attributes = json.loads(row["attributes"])
+    attributes = row_attributes(row["attributes"], f"sample {row['sample_id']}")
     return Sample(**{**row, **pictures, "attributes": attributes, "sample_id": prefix + row["sample_id"]})
 
 

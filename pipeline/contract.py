@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from pipeline.bounds import LARGEST_INT, Side
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import (
     atomic_path,
@@ -29,6 +30,7 @@ from pipeline.files import (
     write_text,
 )
 from pipeline.images import png_bytes
+from pipeline.reading import Record, checked, inside, read_object
 
 if TYPE_CHECKING:
     import datasets
@@ -39,54 +41,54 @@ SPLITS = ("train", "validation", "test")
 EXTERNAL_PREFIX = "external_"  # of the name of a split that another dataset's images fill: a further test
 CONTRACT_FILE, LEDGER_FILE, PLAN_FILE = "contract.json", "rejected.jsonl", "plan.json"
 ROW_GROUP = 64
+REMEDY = "write the dataset again with --force"
 
 
-class Producer(BaseModel):
+Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+Pixels = Annotated[Side, Field(ge=1)]
+Level = Annotated[int, Field(ge=0, le=255)]
+FileName = Annotated[str, inside("dataset")]
+SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,200}$")]
+
+
+class Producer(Record):
     """What wrote a dataset."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: str
     git_sha: str
     config_hash: str
 
 
-class Parent(BaseModel):
+class Parent(Record):
     """The real dataset that a synthetic or combined one was made from."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str
     digest: str
 
 
-class SplitSummary(BaseModel):
+class SplitSummary(Record):
     """Size of a split, and a hash over its sample and group ids."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    rows: int
-    groups: int
+    rows: Count
+    groups: Count
     ids_hash: str
 
 
-class Description(BaseModel):
+class Description(Record):
     """What is true of the whole dataset, real or synthetic; see `data_prep.adapter.DatasetInfo` for the fields.
 
     A row's pictures are of `image_size`, or of one of the further sizes `buckets`, where there are any. A `combined` dataset
     (`pipeline.combining`) holds every row of a real one and synthetic rows in its train split; each row tells its own origin.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     dataset: str
     origin: Literal["real", "synthetic", "combined"]
     modality: str
     channels: Literal[1, 3]
-    image_size: tuple[int, int]
-    buckets: tuple[tuple[int, int], ...] = ()
-    mask_classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    image_size: tuple[Pixels, Pixels]
+    buckets: tuple[tuple[Pixels, Pixels], ...] = ()
+    mask_classes: Annotated[tuple[str, ...], Field(max_length=256)]
+    palette: tuple[tuple[Level, Level, Level], ...]
     labels: tuple[str, ...]
     prompt_templates: tuple[str, ...]
     conditioning: Literal["mask", "edges", "both", "foreground", "image"]
@@ -94,6 +96,12 @@ class Description(BaseModel):
     licence: str
     citation: str
     homepage: str
+
+    @model_validator(mode="after")
+    def _every_class_has_a_colour(self) -> Self:
+        if len(self.palette) != len(self.mask_classes):
+            raise ValueError(f"{len(self.palette)} colours in the palette for {len(self.mask_classes)} mask classes")
+        return self
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -106,18 +114,25 @@ class Description(BaseModel):
         return {name: value for name, value in serialise(self).items() if name != "buckets" or value}
 
 
-class Contract(BaseModel):
+class LedgerRow(Record):
+    """One line of `rejected.jsonl`: an input that was left out, and why; further keys are the stage's own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    path: str
+    reason: str
+
+
+class Contract(Record):
     """The content of `contract.json`."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: int
+    schema_version: Count
     description: Description
     producer: Producer
     parent: Parent | None
-    splits: dict[str, SplitSummary]
-    files: dict[str, str]
-    rejected: int
+    splits: dict[SplitName, SplitSummary]
+    files: dict[FileName, str]
+    rejected: Count
 
     @property
     def split_names(self) -> list[str]:
@@ -392,19 +407,13 @@ def read_contract(folder: Path) -> Contract:
         raise MaskLoomError(
             f"{folder}: unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); run the stage that writes it again"
         )
-    try:
-        contract = Contract.model_validate(read_json(path, "write the dataset again with --force"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+    values = read_object(path, REMEDY)
+    version = values.get("schema_version", SCHEMA_VERSION)
+    if isinstance(version, int) and version != SCHEMA_VERSION:
         raise MaskLoomError(
-            f"{path}: {where}: {one_line(first['msg'])}; write the dataset again with --force"
-        ) from None
-    if contract.schema_version != SCHEMA_VERSION:
-        raise MaskLoomError(
-            f"{path}: schema version {contract.schema_version}, this MaskLoom reads {SCHEMA_VERSION}; write the dataset again"
+            f"{path}: schema version {version}, this MaskLoom reads {SCHEMA_VERSION}; write the dataset again"
         )
-    return contract
+    return checked(values, Contract, str(path), REMEDY)
 
 
 def open_split(folder: Path, split: str) -> datasets.Dataset:

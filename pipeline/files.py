@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MaskLoomError
+from pipeline.errors import MaskLoomError, one_line
 
 CHUNK_BYTES = 1 << 20
 MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".bin"})  # not the card and its pictures
@@ -107,17 +108,40 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Read a JSON file.
+    """Read a JSON file of any shape; see `pipeline.reading` for files of a known one.
 
     Raises:
         MaskLoomError: missing or not JSON; `remedy` says what to do.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parsed_json(path.read_bytes())
     except FileNotFoundError:
         raise MaskLoomError(f"{path}: no such file; {remedy}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MaskLoomError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    except IsADirectoryError:
+        raise MaskLoomError(f"{path}: a folder where a file belongs; {remedy}") from None
+    except ValueError as error:
+        raise MaskLoomError(f"{path}: not valid JSON ({one_line(error)}); {remedy}") from None
+
+
+def parsed_json(text: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: it is no JSON, nested without end, or holds NaN, an infinity or a whole number of thousands of digits.
+    """
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=_refused_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refused_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refused_number(text)
 
 
 def file_digest(path: Path) -> str:

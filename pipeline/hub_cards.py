@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field
+
 from pipeline import networks
 from pipeline.contract import CONTRACT_FILE, Contract, Description, read_contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest, read_json
+from pipeline.files import file_digest
+from pipeline.reading import read_model
 from pipeline.report.evaluation import Cell, Evaluation, Interval, Table, cell_text, is_about, read_evaluations
 from pipeline.report.formatting import duration_text, markdown_table
 from pipeline.runs import Run
@@ -230,8 +233,14 @@ def _usage(weights: Weights, repo_id: str) -> str:
     return "\n".join(["## Use", "", "```python", *lines, "```"])
 
 
+class NetworkConfig(BaseModel):
+    """What of a network's `config.json` is shown."""
+
+    class_name: str = Field(alias="_class_name", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+
 def _class_name(config: Path) -> str:
-    return str(read_json(config, "run baselines again with --force")["_class_name"])
+    return read_model(config, NetworkConfig, "run baselines again with --force").class_name
 
 
 def _module(class_name: str) -> str:

@@ -18,6 +18,7 @@ from pipeline.errors import MaskLoomError, nearest_name, one_line
 from pipeline.files import read_json
 from pipeline.hub_cards import LOADING, Weights, completed_card
 from pipeline.progress import say
+from pipeline.reading import read_object
 from pipeline.runs import Run
 from pipeline.verification import verify_quickly
 
@@ -177,7 +178,7 @@ def _without_local_keys(path: Path) -> Path | bytes:
     """Return a JSON file without the keys that say where weights were loaded from; any other file as it is."""
     if path.suffix != ".json":
         return path
-    values = read_json(path, "run its training again")
+    values = read_object(path, "run its training again")
     kept = {key: value for key, value in values.items() if key not in LOCAL_KEYS}
     return path if kept == values else (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
 

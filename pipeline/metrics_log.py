@@ -6,8 +6,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from pipeline.files import write_text
+from pipeline.reading import LogLine, read_line
 
 METRICS_FILE = "metrics.jsonl"
+REMEDY = "delete the line, or the file: only the report's curves need it"
 
 
 class MetricsLog:
@@ -24,7 +26,9 @@ class MetricsLog:
         """
         self.accelerator, self.path = accelerator, folder / METRICS_FILE
         if accelerator.is_main_process:
-            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
+            lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []  # without a cut last line
+            steps = [read_line(line, LogLine, f"{self.path}:{i}", REMEDY).step for i, line in enumerate(lines, start=1)]
+            kept = [line.decode() for line, step in zip(lines, steps, strict=True) if step <= start]
             write_text(self.path, "".join(line + "\n" for line in kept))
         accelerator.init_trackers(project)
 
@@ -35,10 +39,3 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **figures}) + "\n")
         self.accelerator.log(figures, step=step)
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the whole lines of a log; a last line without its end was cut off and is left out."""
-    if not path.is_file():
-        return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.contract import Contract
 from pipeline.files import read_json
+from pipeline.reading import LogLine, read_lines
 from pipeline.runs import Run
 
 STAGE_FILE, METRICS_FILE = "stage.json", "metrics.jsonl"
@@ -75,4 +75,4 @@ def _lines(path: Path) -> list[dict[str, float]]:
     """Return the whole lines of a training's log; a killed process may have left half a line at the end."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [line.model_dump() for line in read_lines(path, LogLine, "delete it, or train again")]

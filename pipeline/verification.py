@@ -24,6 +24,7 @@ from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import file_digest
 from pipeline.images import png_array
 from pipeline.progress import progress
+from pipeline.reading import row_attributes
 
 REPAIR = "the dataset was changed after it was written: write it again with --force"
 
@@ -219,6 +220,10 @@ def _row_problem(row: dict[str, Any], contract: Contract) -> str | None:
         return f"label {row['label']} is not one of {len(about.labels)} labels"
     if not row["text"]:
         return "text is empty"
+    try:
+        row_attributes(row["attributes"], "")
+    except MaskLoomError:
+        return "attributes are no JSON object of texts"
     if row["origin"] not in (("real", "synthetic") if about.origin == "combined" else (about.origin,)):
         return f"origin is {row['origin']!r}, the contract says {about.origin!r}"
     return None

@@ -3,7 +3,6 @@
 A copy is keyed to (seed, sample, number): every process makes the same one, in any order, so its moments can be cached like the row's own.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from pipeline.conditioning import conditioning_image
 from pipeline.config import AugmentConfig
 from pipeline.contract import Description
 from pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
+from pipeline.reading import row_attributes
 
 Picture = NDArray[np.uint8]
 AffineMap = tuple[float, ...]
@@ -82,7 +82,7 @@ def changed_prompt(
         after: those of the other mask.
     """
     label = {} if row["label"] is None or not about.labels else {"label": about.labels[row["label"]]}
-    values = {"modality": about.modality, **label, **json.loads(row["attributes"])}
+    values = {"modality": about.modality, **label, **row_attributes(row["attributes"], f"sample {row['sample_id']}")}
     own = {name: word for name, word in values.items() if before.get(name) != word}
     return render_prompt(about.prompt_templates, row["sample_id"], {**after, **own})
 

@@ -1,6 +1,5 @@
 """Is the condition followed, or ignored? Decided from one validation and the log of the earlier ones, so that a resumed run says the same."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from pipeline.config import TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
+from pipeline.reading import LogLine, read_lines
 
 FOLLOWED, IGNORED = "condition_followed", "condition_ignored"
 LEAST_GAIN = (
@@ -81,7 +81,7 @@ def verdict(gains: bool, in_images: bool | None) -> dict[str, float]:
 
 def earlier_verdicts(log: Path, step: int) -> list[dict[str, float]]:
     """Return `step` and the verdict of each validation before a step, from the training log."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    lines = [line.model_dump() for line in read_lines(log, LogLine, "delete the line")] if log.is_file() else []
     keys = {"step": "step", **{f"validation/{name}": name for name in (FOLLOWED, IGNORED)}}
     return [
         {name: line[key] for key, name in keys.items()}

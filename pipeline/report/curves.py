@@ -1,13 +1,16 @@
 """Line charts as SVG, and the training curves behind them."""
 
 import io
-import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from pipeline.reading import LogLine
 from pipeline.report.evaluation import Curve
 
 POINTS = 200  # a longer series is averaged down to this many
@@ -26,6 +29,12 @@ STYLE: Any = {
     "legend.frameon": False,
     "axes.unicode_minus": True,
 }
+
+
+class _AnyLine(LogLine):
+    """A line whose further values may be anything: only numbers are drawn."""
+
+    __pydantic_extra__: dict[str, Any]
 
 
 def line_chart(curve: Curve) -> str:
@@ -93,24 +102,23 @@ def _read_series(path: Path) -> tuple[dict[str, dict[float, float]], int]:
     """Return step -> value for every scalar; a step that was logged twice (resumed training) keeps the later value."""
     series: dict[str, dict[float, float]] = {}
     unreadable = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         values = _parsed(line)
         if values is None:
             unreadable += 1
             continue
         for key, value in values.items():
-            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+            if key != "step" and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
                 series.setdefault(key, {})[values["step"]] = float(value)
     return series, unreadable
 
 
-def _parsed(line: str) -> Mapping[str, float] | None:
+def _parsed(line: bytes) -> Mapping[str, Any] | None:
     """Return a line's values, or None where a killed process left half a line."""
     try:
-        values = json.loads(line)
-    except json.JSONDecodeError:
+        return _AnyLine.model_validate_json(line).model_dump()
+    except ValidationError:
         return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int | float) else None
 
 
 def _plain(text: str) -> str:

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import read_json
+from pipeline.reading import inside, read_model
 from pipeline.report.formatting import MISSING, interval_text, number_text
 
 TUNED_VAE = "vae"  # an evaluation's input that is no dataset
@@ -17,7 +16,7 @@ REMEDY = "run evaluate again with --force"
 class _Part(BaseModel):
     """Fields that the report does not show are the metric's own business, so unknown ones are no error."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
 class Interval(_Part):
@@ -45,7 +44,7 @@ class Picture(_Part):
 
     title: str
     caption: str | None = None
-    path: str
+    path: Annotated[str, inside("folder of the evaluation")]
 
 
 class Curve(_Part):
@@ -82,7 +81,7 @@ class Evaluation(_Part):
     figures: list[Figure] = Field(default_factory=list)
     n: Any = None
     seeds: Any = None
-    inputs: Any = None
+    inputs: dict[str, str] | None = None
     options: Any = None
 
 
@@ -108,12 +107,7 @@ def is_about(one: Evaluation, digests: Mapping[str, str]) -> bool:
 
 
 def _read(path: Path) -> Evaluation:
-    try:
-        return Evaluation.model_validate(read_json(path, REMEDY))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MaskLoomError(f"{path}: {where}: {one_line(first['msg'])}; {REMEDY}") from None
+    return read_model(path, Evaluation, REMEDY)
 
 
 def cell_text(cell: Cell) -> str:

@@ -1,14 +1,14 @@
 """Everything of a run that the report shows, as far as it is there."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, Contract, read_contract
+from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, REMEDY, Contract, LedgerRow, read_contract
 from pipeline.files import file_digest, folder_digest, read_json
+from pipeline.reading import read_lines
 from pipeline.report.evaluation import evaluation_files
 from pipeline.runs import STAGES, Run
 
@@ -114,7 +114,7 @@ def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:
 def rejection_counts(folder: Path) -> tuple[list[tuple[str, int]], int]:
     """Return the commonest reasons of a dataset's ledger with their counts, and how many inputs have a rarer reason."""
     ledger = folder / LEDGER_FILE  # a dataset from the Hub comes without it
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
-    reasons = Counter(json.loads(line)["reason"] for line in lines)
+    rows = read_lines(ledger, LedgerRow, REMEDY) if ledger.is_file() else ()
+    reasons = Counter(row.reason for row in rows)
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return ordered[:REASONS_SHOWN], sum(count for _, count in ordered[REASONS_SHOWN:])

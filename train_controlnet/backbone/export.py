@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from pipeline.contract import Contract
 from pipeline.files import atomic_folder
 from pipeline.provenance import git_sha
+from pipeline.reading import read_object
 from train_controlnet.backbone.architecture import new_scheduler
 from train_controlnet.backbone.config import BackboneConfig
 from train_controlnet.backbone.vocabulary import CLIP_FILES
@@ -172,6 +173,6 @@ VAE: L1, features of EfficientNet-Lite0, KL, patch discriminator; latents brough
 
 def _ask_for_float32(path: Path) -> None:
     """Make transformers load the text encoder in float32 like the other parts; it would follow the file's fp16 otherwise."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_object(path, "run the recipe again")
     settings["dtype"] = "float32"
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """The recipe, top to bottom: tokenizer, VAE, latents, UNet with text encoder, pipeline folder."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipeline.files import remove_folder, value_digest
 from pipeline.metrics_log import METRICS_FILE
 from pipeline.progress import say
 from pipeline.prompt_encoding import PromptEncoder, tell_cuts
+from pipeline.reading import LogLine, read_lines
 from pipeline.training import Task, make_accelerator, train
 from pipeline.verification import verify_quickly
 from train_controlnet.backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
@@ -162,7 +162,7 @@ def _last_losses(config: BackboneConfig) -> dict[str, str]:
     """Return the last logged loss of each part, for the card."""
     losses = {}
     for name in PARTS:
-        lines = (_logs(config, name) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        figures = [json.loads(line) for line in lines]
+        log = _logs(config, name) / METRICS_FILE
+        figures = [line.model_dump() for line in read_lines(log, LogLine, "train again with --force")]
         losses[f"last loss, {name}"] = f"{[f['loss'] for f in figures if 'loss' in f][-1]:.4f}"
     return losses
