@@ -1,18 +1,21 @@
 """Finds the files that a pattern names below a folder, and those that belong to one image.
 
 A pattern is a path with `*`, `?`, `[abc]` and `**/` (any number of folders), and with placeholders such as `{stem}` that each image fills
-in. Hidden files are left out. Patterns cannot leave the folder; a link that does is told by `Confined`.
+in. It fits names as they look, upper or lower case: `images/*.png` also finds `Images/1.PNG`. Hidden files are left out. Patterns cannot leave
+the folder; a link that does is told by `Confined`.
 """
 
 import os
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from data_prep.readers import natural_order
+from data_prep.file_names import as_seen, comparable, is_system_name
+from data_prep.readers import IMAGE_SUFFIXES, natural_order
 from pipeline.errors import RejectedSample
 
 TOKENS = re.compile(r"(\{folder\}/|\{[^{}]*\}|\*\*/|\*|\?|\[!?[^\]]+\])")
@@ -71,17 +74,11 @@ class FilePool:
             folder: where to look.
             pattern: a pattern that `check_pattern` passed.
         """
-        self.pattern = pattern
-        expression = _expression(pattern, {})
-        found, self.linked_folders = _walked(folder, _literal_folder(pattern))
-        self.files = sorted((file for file in found if expression.fullmatch(file)), key=_file_order)
-        self._known = set(self.files)
-        self._names_in: dict[str, list[str]] = defaultdict(list)
-        self._with_stem: dict[str, list[str]] = defaultdict(list)
-        for file in sorted(self.files):
-            path = PurePosixPath(file)
-            self._names_in[str(path.parent)].append(path.name)
-            self._with_stem[path.stem].append(file)
+        expression = _expression(pattern, {}, loosely=True)
+        found, self.linked_folders = _walked(folder, _literal_folders(pattern))
+        self.files = sorted((file for file in found if expression.fullmatch(as_seen(file))), key=_file_order)
+        self._pattern = pattern
+        self._as_written = _Index(self.files, pattern, loosely=False)
 
     def matching(self, values: Mapping[str, str]) -> list[str]:
         """Return the files of one image, `2.png` before `10.png`.
@@ -89,23 +86,53 @@ class FilePool:
         Args:
             values: what its placeholders stand for; a pattern without placeholders means the files of the same `stem`.
         """
-        if "{" not in self.pattern:
-            return list(self._with_stem.get(values["stem"], []))
-        if not _wildcards(self.pattern):
-            file = _filled(self.pattern, values)
-            return [file] if file in self._known else []
-        folder, _, name = self.pattern.rpartition("/")
+        return self._as_written.matching(values)
+
+    def looking_like(self, values: Mapping[str, str]) -> list[str]:
+        """Return the files that would be those of one image if accents, spaces and letter case were written alike; see `matching`."""
+        return self._as_seen.matching(values)
+
+    @cached_property
+    def _as_seen(self) -> "_Index":
+        return _Index(self.files, self._pattern, loosely=True)
+
+
+class _Index:
+    """Files by path, stem and folder: by their names as they are, or loosely, as `data_prep.file_names` compares them."""
+
+    def __init__(self, files: Sequence[str], pattern: str, loosely: bool) -> None:
+        self._pattern, self._loosely = pattern, loosely
+        self._key: Callable[[str], str] = comparable if loosely else str
+        self._with_path: dict[str, list[str]] = defaultdict(list)
+        self._with_stem: dict[str, list[str]] = defaultdict(list)
+        names_in: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for file in sorted(files):
+            path = PurePosixPath(file)
+            self._with_path[self._key(file)].append(file)
+            self._with_stem[self._key(path.stem)].append(file)
+            names_in[self._start(str(path.parent))].append((self._start(path.name), file))
+        self._names_in = {folder: sorted(names) for folder, names in names_in.items()}
+
+    def matching(self, values: Mapping[str, str]) -> list[str]:
+        """See `FilePool.matching`."""
+        pattern = self._pattern
+        if "{" not in pattern:
+            return list(self._with_stem.get(self._key(values["stem"]), []))
+        if not has_wildcards(pattern):
+            return list(self._with_path.get(self._key(_filled(pattern, values)), []))
+        folder, _, name = pattern.rpartition("/")
         place, _, start = _filled(
-            FIRST_WILDCARD.split(name if _wildcards(folder) else self.pattern)[0], values
+            FIRST_WILDCARD.split(name if has_wildcards(folder) else pattern)[0], values
         ).rpartition("/")
-        folders = list(self._names_in) if _wildcards(folder) else [place or "."]
-        candidates = (
-            other if one == "." else f"{one}/{other}"
-            for one in folders
-            for other in _beginning(self._names_in.get(one, []), start)
-        )
-        expression = _expression(self.pattern, values)
-        return sorted((file for file in candidates if expression.fullmatch(file)), key=_file_order)
+        folders = list(self._names_in) if has_wildcards(folder) else [self._start(place or ".")]
+        candidates = (file for one in folders for file in _beginning(self._names_in.get(one, []), self._start(start)))
+        expression = _expression(pattern, values, self._loosely)
+        fitting = (file for file in candidates if expression.fullmatch(as_seen(file) if self._loosely else file))
+        return sorted(fitting, key=_file_order)
+
+    def _start(self, name: str) -> str:
+        """Return a name in which equal beginnings are equal."""
+        return as_seen(name).casefold() if self._loosely else name
 
 
 class Confined:
@@ -124,7 +151,8 @@ class Confined:
         """
         path = self._folder / name
         parent = self._resolved.get(path.parent) or self._resolved.setdefault(path.parent, path.parent.resolve())
-        place = path.resolve() if path.is_symlink() else parent / path.name
+        # Unlike Path.resolve, realpath takes a link to itself for what it is.
+        place = Path(os.path.realpath(path)) if path.is_symlink() else parent / path.name
         if not place.is_relative_to(self._root):
             raise RejectedSample(f"{name} is a link that leads out of data.raw_dir; copy the file into it")
 
@@ -144,29 +172,43 @@ def _file_order(file: str) -> list[list[tuple[int, str]]]:
     return [natural_order(Path(part)) for part in file.split("/")]
 
 
-def _walked(root: Path, start: str) -> tuple[list[str], list[str]]:
-    """Return the visible files and the linked folders below `root/start`, relative to `root`."""
+def _walked(root: Path, parts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the visible files and the linked folders below some nested folders of `root`, relative to `root`.
+
+    Links to nothing, pipes and folders that are named as an image count as files, so that whoever reads them says what they are.
+    """
     files, links = [], []
-    for place, folders, names in os.walk(root / start):
-        here = Path(place).relative_to(root)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        links += [(here / name).as_posix() for name in folders if (root / here / name).is_symlink()]
-        files += [
-            (here / name).as_posix() for name in names if not name.startswith(".") and (root / here / name).is_file()
-        ]
+    for start in _folders_named(root, parts):
+        for place, folders, names in os.walk(start):
+            here = Path(place).relative_to(root)
+            folders[:] = sorted(name for name in folders if not is_system_name(name))
+            linked = [name for name in folders if (root / here / name).is_symlink()]
+            links += [(here / name).as_posix() for name in linked]
+            named_as_images = [n for n in folders if n.lower().endswith(IMAGE_SUFFIXES) and n not in linked]
+            files += [(here / name).as_posix() for name in (*names, *named_as_images) if not is_system_name(name)]
     return files, links
 
 
-def _literal_folder(pattern: str) -> str:
+def _folders_named(root: Path, parts: Sequence[str]) -> list[Path]:
+    """Return the folders that nested names lead to, compared as they look."""
+    folders = [root]
+    for part in parts:
+        below = (entry for folder in folders for entry in sorted(folder.iterdir()) if entry.is_dir())
+        folders = [entry for entry in below if comparable(entry.name) == comparable(part)]
+    return folders
+
+
+def _literal_folders(pattern: str) -> list[str]:
     """Return the folders that a pattern begins with, up to the first wildcard or placeholder."""
-    return "/".join(takewhile(lambda part: not _special(part), pattern.split("/")[:-1]))
+    return list(takewhile(lambda part: not _special(part), pattern.split("/")[:-1]))
 
 
 def _special(pattern: str) -> bool:
-    return "{" in pattern or _wildcards(pattern)
+    return "{" in pattern or has_wildcards(pattern)
 
 
-def _wildcards(pattern: str) -> bool:
+def has_wildcards(pattern: str) -> bool:
+    """Whether a pattern may name several files of one image."""
     return FIRST_WILDCARD.search(pattern) is not None
 
 
@@ -177,17 +219,22 @@ def _filled(pattern: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{([^{}]*)\}", lambda match: values[match[1]], pattern)
 
 
-def _beginning(names: list[str], start: str) -> list[str]:
-    """Return the names, of a sorted list, that begin so."""
-    first = bisect_left(names, start)
-    last = first
-    while last < len(names) and names[last].startswith(start):
-        last += 1
-    return names[first:last]
+def _beginning(names: list[tuple[str, str]], start: str) -> list[str]:
+    """Return the files whose names, the first of each pair in a sorted list, begin so."""
+    first = bisect_left(names, (start,))
+    return [file for _, file in takewhile(lambda pair: pair[0].startswith(start), names[first:])]
 
 
-def _expression(pattern: str, values: Mapping[str, str]) -> re.Pattern[str]:
-    """Return the regular expression of a pattern for one image, or, without values, for any image."""
+def _expression(pattern: str, values: Mapping[str, str], loosely: bool = False) -> re.Pattern[str]:
+    """Return the regular expression of a pattern for one image, or, without values, for any image.
+
+    Args:
+        pattern: the pattern.
+        values: what its placeholders stand for.
+        loosely: fit names as they are seen, upper or lower case; a set such as `[A-Z]` stays what it is.
+    """
+    if loosely:
+        pattern, values = as_seen(pattern), {key: as_seen(value) for key, value in values.items()}
 
     def translated(token: str) -> str:
         if token in ANYTHING:
@@ -195,7 +242,8 @@ def _expression(pattern: str, values: Mapping[str, str]) -> re.Pattern[str]:
         if token.startswith("{"):
             return re.escape(_filled(token, values)) if values else ANY_VALUE.get(token, "[^/]+")
         if len(token) > 2 and token[0] == "[" and token[-1] == "]":
-            return "[^" + token[2:] if token[1] == "!" else token
+            characters = "[^" + token[2:] if token[1] == "!" else token
+            return f"(?-i:{characters})" if loosely else characters
         return re.escape(token)
 
-    return re.compile("".join(map(translated, TOKENS.split(pattern))))
+    return re.compile("".join(map(translated, TOKENS.split(pattern))), re.IGNORECASE if loosely else re.NOFLAG)

@@ -22,11 +22,13 @@ class Candidate:
         file: its path relative to the raw folder, with forward slashes.
         row: its row of the table, keyed by what the columns mean (image, mask, label, group, split); empty without a table.
         masks: the mask files that fit it, likewise relative.
+        patterns: for each of these, which of the options' mask patterns it fits.
     """
 
     file: str
     row: dict[str, str]
     masks: tuple[str, ...] = ()
+    patterns: tuple[int, ...] = ()
 
 
 def listed_candidates(root: Path, options: FolderOptions) -> tuple[list[Candidate], list[Reject]]:
@@ -41,10 +43,10 @@ def listed_candidates(root: Path, options: FolderOptions) -> tuple[list[Candidat
     """
     images, rejects = _table_images(root, options) if options.table else _pattern_images(root, options)
     if options.has_masks:
-        pool = FilePool(root, options.mask_pattern)
-        images = [_with_masks(image, pool) for image in images]
+        pools = [FilePool(root, pattern) for pattern in options.mask_patterns]
+        images = _with_masks(images, pools)
         if not options.table:
-            images, alone = _without_masks_as_images(images, pool.files)
+            images, alone = _without_masks_as_images(images, [file for pool in pools for file in pool.files])
             rejects += [Reject(shown_path(root, file), "a mask without an image") for file in alone]
     if not images and not rejects:
         raise MaskLoomError(
@@ -60,13 +62,45 @@ def is_read(file: str) -> bool:
 
 
 def shown_path(root: Path, file: str) -> str:
-    """Return a path in full; bytes of a name that are not UTF-8, which no ledger could hold, as escapes."""
-    return str(root / file).encode(errors="backslashreplace").decode()
+    """Return a path in full."""
+    return str(root / file)
 
 
-def _with_masks(image: Candidate, pool: FilePool) -> Candidate:
-    values = {**placeholder_values(image.file), "mask": image.row.get("mask", "")}
-    return Candidate(image.file, image.row, tuple(pool.matching(values)))
+def _with_masks(images: Sequence[Candidate], pools: Sequence[FilePool]) -> list[Candidate]:
+    wanted = [
+        [{**placeholder_values(image.file), "mask": mask} for mask in _spellings(image.row.get("mask", ""))]
+        for image in images
+    ]
+    by_image = zip(*(_fitting(pool, wanted) for pool in pools), strict=True)
+    return [
+        Candidate(
+            image.file,
+            image.row,
+            tuple(file for files in found for file in files),
+            tuple(number for number, files in enumerate(found) for _ in files),
+        )
+        for image, found in zip(images, by_image, strict=True)
+    ]
+
+
+def _fitting(pool: FilePool, wanted: Sequence[Sequence[dict[str, str]]]) -> list[list[str]]:
+    """Return the files of each image: those that its values name as they are written, else those that look like them.
+
+    Args:
+        pool: the files that a pattern can name.
+        wanted: for each image, what the placeholders stand for, in the ways in which it may have been written.
+    """
+    found = [next(filter(None, map(pool.matching, ways)), []) for ways in wanted]
+    taken = {file for files in found for file in files}  # a file that is named exactly is nobody else's
+    return [
+        files or [file for file in next(filter(None, map(pool.looking_like, ways)), []) if file not in taken]
+        for files, ways in zip(found, wanted, strict=True)
+    ]
+
+
+def _spellings(path: str) -> list[str]:
+    r"""Return how a table may mean a path: as it stands, and where it was written on Windows, `images\1.png`, with slashes."""
+    return list(dict.fromkeys((path, path.replace("\\", "/").removeprefix("./"))))
 
 
 def _without_masks_as_images(images: Sequence[Candidate], pool: Sequence[str]) -> tuple[list[Candidate], list[str]]:
@@ -91,8 +125,8 @@ def _table_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], 
     pool = FilePool(root, options.image_pattern)
     rows_of: dict[str, list[int]] = defaultdict(list)
     rejects = []
-    for number, row in enumerate(rows, start=1):
-        found = pool.matching({"image": row["image"]})
+    found_by_row = _fitting(pool, [[{"image": image} for image in _spellings(row["image"])] for row in rows])
+    for number, (row, found) in enumerate(zip(rows, found_by_row, strict=True), start=1):
         if len(found) == 1:
             rows_of[found[0]].append(number)
         else:

@@ -2,13 +2,15 @@
 
 import re
 import string
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data_prep.adapter import Options
+from data_prep.file_names import canonical, comparable
 from data_prep.file_patterns import check_pattern
-from data_prep.label_maps import BACKGROUND, Colour, colour, label_map
+from data_prep.label_maps import BACKGROUND, MAX_CLASSES, Colour, colour, label_map
 
 MASK_WORDS = ("size", "place", "shape", "mask_classes")
 PATH_PLACEHOLDERS = ("stem", "parent", "grandparent", "folder")
@@ -24,10 +26,11 @@ class FolderOptions(Options):
         None,
         description="pattern of the images, default `images/**/*`; with a table, where its {image} is found, default `{image}`",
     )
-    masks: str | None = Field(
+    masks: str | dict[str, str] | None = Field(
         None,
         description="pattern of an image's masks over {stem} (its name without ending), {parent} and {grandparent} (names of its folders),"
-        " {folder} (path of its folder) and, with a table, {mask}; without placeholders: the files of the same stem; null: no masks",
+        " {folder} (path of its folder) and, with a table, {mask}; without placeholders: the files of the same stem; or, where each class has"
+        " black-and-white files of its own, a mapping from class to pattern; null: no masks",
     )
     table: str | None = Field(None, description="CSV or XLSX file that lists the images, relative to data.raw_dir")
     image_column: str | None = Field(None, description="column of the image's path")
@@ -70,9 +73,9 @@ class FolderOptions(Options):
         return self.images or ("{image}" if self.table else "images/**/*")
 
     @property
-    def mask_pattern(self) -> str:
-        """The pattern that masks are found by; only where `has_masks`."""
-        return self.masks or "{mask}"
+    def mask_patterns(self) -> tuple[str, ...]:
+        """The patterns that masks are found by: one, or one for each class; only where `has_masks`."""
+        return tuple(self.masks.values()) if isinstance(self.masks, dict) else (self.masks or "{mask}",)
 
     @property
     def has_masks(self) -> bool:
@@ -82,6 +85,8 @@ class FolderOptions(Options):
     @property
     def mask_classes(self) -> tuple[str, ...]:
         """The name of each mask index."""
+        if isinstance(self.masks, dict):
+            return (BACKGROUND, *self.masks)
         return label_map(self.mask_values).classes if self.mask_values else (BACKGROUND, "lesion")
 
     @property
@@ -136,9 +141,40 @@ class FolderOptions(Options):
             label_map(values)
         return values
 
+    @field_validator("masks", mode="before")
+    @classmethod
+    def _masks_are_patterns(cls, masks: Any) -> Any:
+        if not isinstance(masks, dict):
+            return masks
+        if not masks or not all(isinstance(text, str) and text.strip() for pair in masks.items() for text in pair):
+            raise ValueError(
+                "give a pattern, or a mapping from class to pattern, such as {disc: 'masks/{stem}_disc.png'}"
+            )
+        named = {canonical(name): pattern for name, pattern in masks.items()}
+        if comparable(BACKGROUND) in map(comparable, named) or len(set(map(comparable, named))) < len(masks):
+            raise ValueError(f"name each class once, and not {BACKGROUND}, which is where no mask is white")
+        if len(named) >= MAX_CLASSES:
+            raise ValueError(f"names {len(named)} classes; at most {MAX_CLASSES - 1} fit a mask")
+        return named
+
+    @field_validator("mask_values", "palette", mode="before")
+    @classmethod
+    def _names_are_canonical(cls, named: Any, info: ValidationInfo) -> Any:
+        """Write the names of classes in one way, so that two that look the same are one."""
+        if not isinstance(named, dict):
+            return named
+        if info.field_name == "palette":
+            return {canonical(key) if isinstance(key, str) else key: value for key, value in named.items()}
+        named = {key: canonical(value) if isinstance(value, str) else value for key, value in named.items()}
+        names = {name for name in named.values() if isinstance(name, str)}
+        if clash := case_clash(names):
+            raise ValueError(f"{clash}; write them in one way, or give them names that differ in more")
+        return named
+
     @field_validator("labels")
     @classmethod
     def _labels_are_a_list(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        labels = None if labels is None else tuple(map(canonical, labels))
         if labels is not None and (not labels or not all(labels) or len(set(labels)) < len(labels)):
             raise ValueError("name each class once")
         return labels
@@ -184,19 +220,22 @@ class FolderOptions(Options):
     def _check_patterns(self) -> None:
         image_placeholders = ("image",) if self.table else ()
         mask_placeholders = (*PATH_PLACEHOLDERS, *(("mask",) if self.mask_column else ()))
-        for key, pattern, placeholders in (
-            ("images", self.image_pattern, image_placeholders),
-            ("masks", self.masks, mask_placeholders),
-        ):
+        masks = (
+            {f"masks.{name}": pattern for name, pattern in self.masks.items()} if isinstance(self.masks, dict) else {}
+        )
+        if isinstance(self.masks, str):
+            masks = {"masks": self.masks}
+        for key, pattern in {"images": self.image_pattern, **masks}.items():
             try:
-                if pattern is not None:
-                    check_pattern(pattern, placeholders)
+                check_pattern(pattern, image_placeholders if key == "images" else mask_placeholders)
             except ValueError as error:
                 raise ValueError(f"{key}={pattern!r}: {error}") from None
         if self.table and "{image}" not in self.image_pattern:
             raise ValueError(
                 f"images={self.images!r}: with a table, say with {{image}} where its images are, as in 'images/{{image}}.png'"
             )
+        if isinstance(self.masks, dict) and self.mask_column:
+            raise ValueError("masks by class and mask_column are both given; use one of them")
         if self.masks and self.mask_column and "{mask}" not in self.masks:
             raise ValueError(
                 f"masks={self.masks!r}: with mask_column, say with {{mask}} where its masks are, or leave one of them out"
@@ -209,6 +248,8 @@ class FolderOptions(Options):
             )
         if any("label" in _placeholders(prompt) for prompt in self.prompts or ()) and self.label_source is None:
             raise ValueError("prompts use {label}, but the images have no classes: set label_from or label_column")
+        if isinstance(self.masks, dict) and self.mask_values:
+            raise ValueError("masks by class are black and white, and mask_values is given; leave it out")
         if not self.has_masks and (self.mask_values or self.palette):
             raise ValueError(
                 f"{'mask_values' if self.mask_values else 'palette'} is given, but no masks: set masks or mask_column"
@@ -226,6 +267,16 @@ class FolderOptions(Options):
             raise ValueError(f"palette: {error}") from None
         if len(colours) < len(foreground) or (0, 0, 0) in colours:
             raise ValueError("palette: the colours must differ from each other and from black, the background's")
+
+
+def case_clash(names: Iterable[str]) -> str:
+    """Return which two names differ in letter case or spaces only, in words; nothing where none do."""
+    first: dict[str, str] = {}
+    for name in sorted(names):
+        other = first.setdefault(comparable(name), name)
+        if other != name:
+            return f"the classes {other!r} and {name!r} differ in letter case only"
+    return ""
 
 
 def _placeholders(prompt: str) -> set[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from scipy.cluster.hierarchy import DisjointSet
 
 from data_prep.adapter import Reject
+from data_prep.file_names import comparable
 from data_prep.parts import Found
 from pipeline.contract import SPLITS
 
@@ -30,7 +31,9 @@ def consistent_rows(items: Sequence[Found], clusters: Sequence[int]) -> tuple[li
         clusters: near-duplicate cluster of each item.
     """
     agreeing, rejected = _without_label_conflicts(items, clusters)
-    links = [(f"cluster {cluster}", f"group {item.group}" if item.group else None) for item, cluster in agreeing]
+    links = [
+        (f"cluster {cluster}", f"group {comparable(item.group)}" if item.group else None) for item, cluster in agreeing
+    ]
     kept: dict[str, Row] = {}
     for members in _by(_joined(links)):
         inside, outside = _without_split_conflicts([agreeing[index][0] for index in members])

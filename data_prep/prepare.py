@@ -191,7 +191,15 @@ def _settings(config: ExperimentConfig) -> dict[str, Any]:
     data["external"] = {name: section.options for name, section in config.data.external.items()}
     if not config.data.buckets:  # as before there were any: a dataset of one size stays up to date
         del data["buckets"]
+    data["options"] = {name: _ordered(value) for name, value in data["options"].items()}
     return {"data": data, "seed": config.seed}
+
+
+def _ordered(option: Any) -> Any:
+    """Return an option so that the order of its keys, which is the order of mask classes, changes its digest."""
+    if not isinstance(option, dict) or list(map(str, option)) == sorted(map(str, option)):
+        return option
+    return [[str(key), value] for key, value in option.items()]
 
 
 def _clear_leftovers(run: Run, parts_folder: Path, keep_parts: bool) -> None:

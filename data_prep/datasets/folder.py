@@ -11,13 +11,16 @@ By patterns (the defaults, and what the options say for other trees):
     p01/images/1.png                 images: "*/images/*.png"            masks: "{grandparent}/masks/{stem}.png"
     p01/masks/1.png                  group_pattern: '^(p\\d+)/'
 
+    images/a.png                     masks: {disc: "masks/{stem}_disc.png", cup: "masks/{stem}_cup.png"}
+    masks/a_disc.png, a_cup.png      (a black-and-white file for each class; the cup lies over the disc)
+
 By a table (CSV or XLSX), one row an image; paths in it are relative to `data.raw_dir`:
 
     labels.csv                       table: labels.csv                   image_column: file   mask_column: mask   label_column: dx
     file,mask,dx,patient             group_column: patient               images: "{image}" (default), or "part_*/{image}.jpg"
 
 Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bit, float) or `.npy` arrays (H, W) or (H, W, 3). Masks are black and one bright colour,
-or a map of values or colours named by `mask_values`. Several masks of one image are united where there is one foreground class. A mask may
+or a map of values or colours named by `mask_values`. Names are compared as they look (`data_prep.file_names`). Several masks of one image are united where there is one foreground class. A mask may
 be empty (no lesion); an image without a mask file is left out where `masks` are asked for, and so are all images that one mask file
 fits. Files that are masks of another image are no images. Links that lead out of `data.raw_dir` are refused, linked folders not followed.
 """
@@ -32,12 +35,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from data_prep.file_patterns import Confined, placeholder_values
+from data_prep.file_names import NO_TEXT, as_seen, canonical, comparable, is_text
+from data_prep.file_patterns import Confined, has_wildcards, placeholder_values
 from data_prep.folder_listing import Candidate, is_read, listed_candidates, shown_path
-from data_prep.folder_options import FolderOptions
+from data_prep.folder_options import FolderOptions, case_clash
 from data_prep.image_files import READ_SUFFIXES, decoded_mask, image_pixels
 from data_prep.label_maps import binary_mask, class_mask, distinct_palette, label_map
-from data_prep.readers import portable_id, require_same_size
+from data_prep.readers import require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
 from pipeline.files import value_digest
 
@@ -104,10 +108,11 @@ class Adapter(DatasetAdapter):
         if not item.mask_paths:
             return RawImage(image, None)
         mask = np.zeros(image.shape[:2], dtype=np.uint8)
-        for path in map(Path, item.mask_paths):
+        for path, pattern in zip(map(Path, item.mask_paths), item.key, strict=True):
             part = self._mask(path)
             require_same_size(f"mask {path.name}", part, image)
-            mask = np.maximum(mask, part)
+            # Of masks by class the patterns are in the order of the classes, and later ones lie over earlier ones.
+            mask = np.maximum(mask, part * np.uint8(pattern + 1))
         return RawImage(image, mask)
 
     def _mask(self, path: Path) -> NDArray[np.uint8]:
@@ -132,9 +137,14 @@ class Adapter(DatasetAdapter):
         """The class names in order: as the options give them, or those that are found."""
         if self.options.label_source is None:
             return ()
-        images = [candidate for candidate in self._listing[0] if is_read(candidate.file) and _is_text(candidate.file)]
+        images = [candidate for candidate in self._listing[0] if is_read(candidate.file) and is_text(candidate.file)]
         found = sorted({label for image in images if (label := self._label(image))})
         unused = [label for label in self.options.labels or () if label not in found]
+        if self.options.labels is None and (clash := case_clash(found)):
+            key = "label_column" if self.options.label_column else "label_from"
+            raise MaskLoomError(
+                f"data.options.{key}: {clash}; name the classes in data.options.labels, whose spelling then counts"
+            )
         if images and (unused or not found):  # without images, the rejects say why
             key = "labels" if unused else "label_column" if self.options.label_column else "label_from"
             missing = f"no image has the label {unused[0]!r}" if unused else "no image has a label"
@@ -158,8 +168,8 @@ class Adapter(DatasetAdapter):
                 raise RejectedSample(
                     f"{PurePosixPath(file).name} is none of the formats that are read ({', '.join(READ_SUFFIXES)})"
                 )
-            if not _is_text(file):
-                raise RejectedSample("its name is not valid UTF-8; rename it")
+            if not is_text(file):
+                raise RejectedSample(NO_TEXT)
             confined.check(file)
         if self.options.has_masks:
             self._check_masks(candidate, owners)
@@ -174,6 +184,7 @@ class Adapter(DatasetAdapter):
             sample_id=_sample_id(candidate.file),
             path=shown_path(self._root, candidate.file),
             mask_paths=tuple(shown_path(self._root, mask) for mask in candidate.masks),
+            key=candidate.patterns,
             label=label,
             group=self._value(candidate, "group", self.options.group_pattern),
             split=self._split(candidate),
@@ -182,10 +193,20 @@ class Adapter(DatasetAdapter):
     def _check_masks(self, candidate: Candidate, owners: dict[str, list[str]]) -> None:
         masks = candidate.masks
         if not masks:
-            raise RejectedSample(f"no mask file fits data.options.masks={self.options.mask_pattern!r}")
+            raise RejectedSample(f"no mask file fits data.options.masks={self.options.masks or '{mask}'!r}")
         if candidate.file in masks:
             raise RejectedSample("data.options.masks fits the image itself")
-        if len(masks) > 1 and len(self.options.mask_classes) > 2:
+        by_class = len(self.options.mask_patterns) > 1
+        for number, pattern in enumerate(self.options.mask_patterns):
+            fitting = [mask for mask, of in zip(masks, candidate.patterns, strict=True) if of == number]
+            if len(fitting) > 1 and "{" in pattern and not has_wildcards(pattern):
+                raise RejectedSample(
+                    f"{len(fitting)} mask files look like {pattern!r} ({', '.join(map(ascii, fitting[:2]))}); rename one of them"
+                )
+        if len(set(masks)) < len(masks):
+            twice = next(mask for mask in masks if masks.count(mask) > 1)
+            raise RejectedSample(f"mask {twice} fits several classes; make data.options.masks tell them apart")
+        if len(masks) > 1 and len(self.options.mask_classes) > 2 and not by_class:
             raise RejectedSample(
                 f"{len(masks)} label maps fit this image ({', '.join(masks[:3])}); maps of several classes are not united"
             )
@@ -197,16 +218,20 @@ class Adapter(DatasetAdapter):
                 )
 
     def _label(self, candidate: Candidate) -> str | None:
-        """Return an image's class name; empty where it should have one and has none."""
-        if self.options.label_source == "table":
-            return candidate.row["label"]
-        return placeholder_values(candidate.file)[self.options.label_source] if self.options.label_source else None
+        """Return an image's class name as the options spell it, else as it is seen; empty where it should have one and has none."""
+        source = self.options.label_source
+        if source is None:
+            return None
+        found = canonical(candidate.row["label"] if source == "table" else placeholder_values(candidate.file)[source])
+        labels = self.options.labels or ()
+        alike = [label for label in labels if comparable(label) == comparable(found)]
+        return alike[0] if found not in labels and len(alike) == 1 else found
 
     def _split(self, candidate: Candidate) -> str | None:
         value = self._value(candidate, "split", self.options.split_pattern)
-        if value is not None and value.lower() not in SPLIT_NAMES:
+        if value is not None and comparable(value) not in SPLIT_NAMES:
             raise RejectedSample(f"unknown split {value!r}; known: {', '.join(SPLIT_NAMES)}")
-        return None if value is None else SPLIT_NAMES[value.lower()]
+        return None if value is None else SPLIT_NAMES[comparable(value)]
 
     def _value(self, candidate: Candidate, meaning: str, pattern: str | None) -> str | None:
         """Return what a column or a regular expression over the path says, or None where neither is given.
@@ -227,16 +252,13 @@ class Adapter(DatasetAdapter):
         return value
 
 
-def _is_text(name: str) -> bool:
-    """Whether a file's name is text, and not bytes that merely came through as such."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
 def _sample_id(file: str) -> str:
     """Return a portable id; where a path has other characters, a digest of it keeps two of them apart."""
     name = str(PurePosixPath(file).with_suffix(""))
-    portable = portable_id(name)
-    return portable if portable == name.replace("/", "-") else f"{portable}-{value_digest(file)[:8]}".lstrip("-")
+    portable = re.sub(r"[^A-Za-z0-9_.]+", "-", as_seen(name)).strip("-.")
+    if portable == name.replace("/", "-"):
+        return portable
+    return f"{portable}-{value_digest(as_seen(file))[:8]}".lstrip("-")
 
 
 def _templates(with_label: bool, with_masks: bool) -> tuple[str, ...]:
