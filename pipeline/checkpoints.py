@@ -19,6 +19,8 @@ from pipeline.files import read_json, remove_folder, write_json
 from pipeline.progress import say
 
 LOOP_FILE = "loop.json"
+LENGTH_SETTINGS = frozenset({"max_train_steps", "num_train_epochs"})
+"""How far a training goes is not what it is: a checkpoint may be of a shorter or longer one."""
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -108,6 +110,28 @@ def resume(
     return int(record["step"])
 
 
+def checkpoint_to_resume(folder: Path, wanted: str | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record of the checkpoint that `resume` would load, or None where it would start afresh; loads and changes nothing.
+
+    Args:
+        folder: where checkpoints live.
+        wanted: as for `resume`.
+        identity: what the training depends on.
+
+    Raises:
+        MaskLoomError: an explicit path is missing, its record is damaged, or it belongs to another configuration or dataset.
+    """
+    path = _wanted_checkpoint(folder, wanted)
+    if path is None:
+        return None
+    remedy = f"the checkpoint is damaged: delete {path} and run again, which goes on from the one before it"
+    record: dict[str, Any] = read_json(path / LOOP_FILE, remedy)
+    if not {"step", "identity"} <= record.keys():
+        raise MaskLoomError(f"{path / LOOP_FILE}: has not all entries; {remedy}")
+    _check_identity(path, record["identity"], identity)
+    return record
+
+
 def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.Module]) -> None:
     """Make the accelerator keep each network under its own name, as safetensors.
 
@@ -177,7 +201,8 @@ def _wanted_checkpoint(folder: Path, wanted: str | None) -> Path | None:
 
 
 def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    keys = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
+    fixed = sorted({*found, *expected} - LENGTH_SETTINGS)
+    keys = [key for key in fixed if found.get(key) != expected.get(key)]
     if keys:
         differences = ", ".join(f"{key}: {found.get(key)} there, {expected.get(key)} now" for key in keys[:5])
         raise MaskLoomError(

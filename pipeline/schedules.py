@@ -1,10 +1,31 @@
 """How the learning rate runs over a training: diffusers' schedules, and the one of GANs."""
 
+from typing import Any
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pipeline.config import LoopConfig
+
+ENDLESS = frozenset({"constant", "constant_with_warmup"})
+"""Schedules that do not depend on how many steps a training has."""
+
+
+def recompute_rate(scheduler: Any) -> tuple[float, float]:
+    """Give the optimizer of a loaded schedule the rate that the schedule has now, and return the rate before and after.
+
+    A checkpoint holds the rate of its next step, which another number of steps in all changes.
+    """
+    schedule: LambdaLR = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    before = float(schedule.get_last_lr()[0])
+    rates = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+    return before, float(rates[0])
 
 
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, config: LoopConfig, steps: int) -> LRScheduler:

@@ -10,12 +10,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    get_int_from_env,
+)
 from torch import Tensor, nn
 
 from pipeline.averages import Averages
 from pipeline.backbone import DTYPES
-from pipeline.checkpoints import register_network_hooks, resume, save_checkpoint
+from pipeline.checkpoints import (
+    LENGTH_SETTINGS,
+    checkpoint_to_resume,
+    register_network_hooks,
+    resume,
+    save_checkpoint,
+)
 from pipeline.config import LoopConfig
 from pipeline.cpu_memory import keep_freed_memory
 from pipeline.engines import check_engine, clipped_norm, fill_deepspeed_settings, keep_whole_weights, weights_gathered
@@ -23,9 +34,9 @@ from pipeline.errors import MaskLoomError
 from pipeline.files import remove_leftovers
 from pipeline.finite import FiniteWatch
 from pipeline.metrics_log import MetricsLog
-from pipeline.progress import progress
+from pipeline.progress import progress, say
 from pipeline.randomness import Draws, keyed_generator
-from pipeline.schedules import learning_rate_schedule
+from pipeline.schedules import ENDLESS, learning_rate_schedule, recompute_rate
 from pipeline.stream import Positioned, batches, global_batch, total_steps
 from pipeline.task import Task
 from pipeline.throughput import Throughput
@@ -63,13 +74,9 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     """Return the accelerator of a training.
 
     Raises:
-        MaskLoomError: fp16 is asked for without a GPU, or a tracker that is not installed.
+        MaskLoomError: see `check_machine`.
     """
-    _check_tracker(config)
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise MaskLoomError(
-            f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
-        )
+    check_machine(config)
     if not torch.cuda.is_available():
         keep_freed_memory()
     if config.allow_tf32:
@@ -94,12 +101,46 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     return accelerator
 
 
-def _check_tracker(config: LoopConfig) -> None:
+def check_machine(config: LoopConfig) -> None:
+    """Look whether this machine has what the loop asks for.
+
+    Raises:
+        MaskLoomError: fp16 is asked for without a GPU, or a tracker or 8-bit Adam that is not installed.
+    """
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise MaskLoomError(
+            f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
+        )
+    if config.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise _no_bitsandbytes(config)
     name = config.report_to
     if name in ("wandb", "comet_ml") and find_spec(name) is None:
         raise MaskLoomError(
             f"{config.section}.report_to={name}: it is not installed; pip install -e .[track], or use tensorboard"
         )
+
+
+def launched_processes() -> int:
+    """Return how many processes were started, as accelerate finds out, without joining them."""
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+
+def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping[str, str]) -> None:
+    """Refuse what `train` would refuse of the checkpoint that it would go on from; nothing is loaded or changed.
+
+    Args:
+        config: the loop's settings.
+        folder: where checkpoints go.
+        seed: as for `train`.
+        inputs: likewise.
+
+    Raises:
+        MaskLoomError: the checkpoint belongs to another training, has more steps than are asked for, or is not there.
+    """
+    identity = _identity(config, seed, inputs, launched_processes())
+    earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity)
+    if earlier and config.num_train_epochs is None:
+        _check_steps_left(config, int(earlier["step"]), config.max_train_steps)
 
 
 def train(
@@ -121,16 +162,22 @@ def train(
         MaskLoomError: a loss or gradient is not finite (names the step and the rows), trained weights are in half precision, the engine
             cannot do what is asked, or a checkpoint does not fit.
     """
-    if accelerator.is_main_process:
-        remove_leftovers(folder)
     processes = accelerator.num_processes
     stream = Positioned(task.dataset, seed, task.buckets, config.train_batch_size * processes)
     steps = total_steps(config, stream.epoch_length, processes)
+    identity = _identity(config, seed, inputs, processes)
+    earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity)
+    if earlier:
+        _check_steps_left(config, int(earlier["step"]), steps)
+    if accelerator.is_main_process:
+        remove_leftovers(folder)
     state = _prepare(task, config, accelerator, stream, steps)
     # For dropout alone, different on every process; all else draws its own numbers.
     torch.manual_seed(keyed_generator(seed, "process", accelerator.process_index).initial_seed())
-    identity = {**inputs, "seed": seed, "processes": processes, **_fixed_settings(config)}
     start = resume(accelerator, folder, config.resume_from_checkpoint, state.averages, identity)
+    if earlier:
+        before = config.model_copy(update={key: earlier["identity"].get(key) for key in LENGTH_SETTINGS})
+        _change_length(state, config, start, total_steps(before, stream.epoch_length, processes), steps)
     log = MetricsLog(accelerator, Path(accelerator.project_dir), config.tracker_project_name, start)
     rows = batches(stream, config, accelerator, start, steps)
     with progress("training", steps, "steps", done=start, show=accelerator.is_main_process) as advance:
@@ -181,10 +228,67 @@ def make_optimizer(
     try:
         import bitsandbytes
     except ImportError:
-        raise MaskLoomError(
-            f"{config.section}.use_8bit_adam needs bitsandbytes: pip install -e .[gpu], or set it to false"
-        ) from None
+        raise _no_bitsandbytes(config) from None
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def _no_bitsandbytes(config: LoopConfig) -> MaskLoomError:
+    return MaskLoomError(
+        f"{config.section}.use_8bit_adam needs bitsandbytes: pip install -e .[gpu], or set it to false"
+    )
+
+
+def _identity(config: LoopConfig, seed: int, inputs: Mapping[str, str], processes: int) -> dict[str, Any]:
+    """Return what a training depends on; a checkpoint of another identity is not resumed."""
+    return {**inputs, "seed": seed, "processes": processes, **_fixed_settings(config)}
+
+
+def _check_steps_left(config: LoopConfig, done: int, steps: int) -> None:
+    """Refuse to end before what has been done.
+
+    Raises:
+        MaskLoomError: says how many steps there are, and what to do.
+    """
+    if steps < done:
+        key = "max_train_steps" if config.num_train_epochs is None else "num_train_epochs"
+        raise MaskLoomError(
+            f"{config.section}.{key}={getattr(config, key)}: {steps} steps, and the newest checkpoint has made {done}; raise it, give an "
+            f"earlier one as {config.section}.resume_from_checkpoint, or start afresh with --force"
+        )
+
+
+def _change_length(state: _State, config: LoopConfig, start: int, before: int, steps: int) -> None:
+    """Bring the schedules of a resumed training to another number of steps, and say what that means.
+
+    Args:
+        state: with the checkpoint loaded.
+        config: the loop's settings.
+        start: steps that are done.
+        before: steps of the training that wrote the checkpoint.
+        steps: steps of this one.
+    """
+    told = state.accelerator.is_main_process
+    if before != steps:
+        rates = [recompute_rate(scheduler) for scheduler in state.schedulers.values()]
+        if told:
+            say(_length_sentence(config, start, before, steps, rates[0]))
+    if told and state.averages.exhausted and start < steps:
+        say(
+            f"{config.section}: early stopping has ended this training at step {start}; more steps change nothing, "
+            "a higher early_stopping_patience needs --force"
+        )
+
+
+def _length_sentence(config: LoopConfig, start: int, before: int, steps: int, rates: tuple[float, float]) -> str:
+    opening = f"{config.section}: continuing at step {start} of {steps} a training that was to end at step {before}"
+    if config.lr_scheduler in ENDLESS:
+        if config.early_stopping_patience:
+            return f"{opening}; lr_scheduler={config.lr_scheduler} stays as it is, and early stopping keeps what it has seen"
+        return f"{opening}; with lr_scheduler={config.lr_scheduler} it ends as if it had been started with {steps}"
+    return (
+        f"{opening}; lr_scheduler={config.lr_scheduler} is computed anew for {steps} steps, so the learning rate goes from {rates[0]:.3g} "
+        f"to {rates[1]:.3g} here: not the same as a training of {steps} steps from the start"
+    )
 
 
 def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: Positioned, steps: int) -> _State:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from pipeline.verification import verify_for_training
 
 if TYPE_CHECKING:
     from train_baselines.family import Family, FamilyOptions
+    from train_baselines.rows import Rows
 
 PACKAGE = "train_baselines.families"
 NAME = "baselines"
@@ -51,19 +53,21 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
     _check_one_precision(options)
     _check_sizes(options, contract.description)
     stages = {name: _family_stage(config, run, contract, name, options[name]) for name in chosen}
-    if families:
-        for name, stage in stages.items():
-            _train_unless_done(config, run, contract, name, stage, force)
+    whole = None if families else _whole_stage(config, run, contract, options)
+    if whole is not None and whole.skips(force):
         return
-    whole = _whole_stage(config, run, contract, options)
-    if whole.skips(force):
+    due = [name for name, stage in stages.items() if not stage.skips(force)]
+    for name in due:
+        _check_before_training(config, run, contract, stages[name], options[name], force)
+    train_due = partial(_train_families, config, run, contract, {name: stages[name] for name in due}, force)
+    if whole is None:
+        train_due()
         return
     main = os.environ.get("RANK", "0") == "0"
     with whole.recorded(main) as results:
-        for name, stage in stages.items():
-            _train_unless_done(config, run, contract, name, stage, force)
-            if main:
-                results[name] = stage.record()
+        train_due()
+        if main:
+            results |= {name: stage.record() for name, stage in stages.items()}
 
 
 def family_options(config: ExperimentConfig, name: str) -> FamilyOptions:
@@ -135,10 +139,30 @@ def _whole_stage(config: ExperimentConfig, run: Run, contract: Contract, options
     return Stage(run, NAME, {"dataset": contract.digest}, settings, [weights_folder(run, name) for name in options])
 
 
-def _train_unless_done(
-    config: ExperimentConfig, run: Run, contract: Contract, name: str, stage: Stage, force: bool
+def _check_before_training(
+    config: ExperimentConfig, run: Run, contract: Contract, stage: Stage, options: FamilyOptions, force: bool
 ) -> None:
-    if not stage.skips(force):
+    """Refuse what cannot be trained while everything is still as it was, and before another family has trained for hours.
+
+    Raises:
+        MaskLoomError: the machine or the dataset lacks what the family needs, or, unless `force`, a checkpoint belongs to another training.
+    """
+    from pipeline.training import check_machine, check_resumable
+
+    name = stage.name.removeprefix(f"{NAME}/")
+    check_machine(options)
+    rows = _open_rows(load_plugin(PACKAGE, name, "family").Trained, options, run, contract, "train")
+    if not force:
+        steps = in_steps(
+            options, len(rows), 1
+        )  # the cadences, which alone it changes, may differ between a run and its continuation
+        check_resumable(steps, run.baselines / name, config.seed, stage.inputs)
+
+
+def _train_families(
+    config: ExperimentConfig, run: Run, contract: Contract, stages: Mapping[str, Stage], force: bool
+) -> None:
+    for name, stage in stages.items():
         _train_family(config, run, contract, name, stage, force)
 
 
@@ -152,12 +176,12 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
     options, folder = family_options(config, name), run.baselines / name
     accelerator = make_accelerator(options, run.logs(stage.name))
     main = accelerator.is_main_process
+    set_seed(config.seed)
+    family = _family(load_plugin(PACKAGE, name, "family"), options, run, contract, config.seed, accelerator)
     with stage.recorded(main) as results:
         if force and main:
             remove_folder(folder)
         accelerator.wait_for_everyone()
-        set_seed(config.seed)
-        family = _family(load_plugin(PACKAGE, name, "family"), options, run, contract, config.seed, accelerator)
         options = in_steps(options, len(family.rows), accelerator.num_processes)
         if main:
             say(f"baselines: {name}, {total_steps(options, len(family.rows), accelerator.num_processes)} steps")
@@ -172,13 +196,18 @@ def _family(
     plugin: ModuleType, options: FamilyOptions, run: Run, contract: Contract, seed: int, accelerator: Any
 ) -> Family:
     """Open the rows and build a family's networks."""
-    from train_baselines.rows import Rows
-
-    about, kind = contract.description, plugin.Trained
-    size = options.image_size or about.image_size
-    rows = Rows(run.dataset, "train", about, size, kind.needs_masks)
+    kind = plugin.Trained
+    rows = _open_rows(kind, options, run, contract, "train")
     if rows.left_out and accelerator.is_main_process:
         say(f"baselines: {rows.left_out} train rows without a mask or label are left out")
     has_validation = "validation" in contract.splits
-    previews = Rows(run.dataset, "validation", about, size, kind.needs_masks) if has_validation else rows
+    previews = _open_rows(kind, options, run, contract, "validation") if has_validation else rows
     return kind(options, rows, previews, seed, accelerator)
+
+
+def _open_rows(kind: type[Family], options: FamilyOptions, run: Run, contract: Contract, split: str) -> Rows:
+    """Return the rows of a split that a family can use, at its size."""
+    from train_baselines.rows import Rows
+
+    about = contract.description
+    return Rows(run.dataset, split, about, options.image_size or about.image_size, kind.needs_masks)

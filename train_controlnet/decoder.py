@@ -8,6 +8,7 @@ Networks (2017), with SSIM at one scale (Wang et al., 2004). No perceptual netwo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from pipeline.backbone import load_part
-from pipeline.config import ExperimentConfig, LoopConfig, TrainConfig
+from pipeline.config import DecoderConfig, ExperimentConfig, LoopConfig, TrainConfig
 from pipeline.contract import Contract, open_split
 from pipeline.errors import MaskLoomError, told_when_unwritable
 from pipeline.files import atomic_folder
 from pipeline.progress import say
 from pipeline.randomness import Draws, keyed_generator
 from pipeline.runs import Run
-from pipeline.training import Task, make_accelerator, train
+from pipeline.training import Task, check_resumable, make_accelerator, train
 from train_controlnet.latent_cache import pixels
 from train_controlnet.model_card import model_card
 from train_controlnet.objective import sample_latents
@@ -70,10 +71,8 @@ def train_decoder(
     if own.is_main_process:
         say(f"train: the VAE's decoder, {loop.max_train_steps} steps")
         before = task.validate(0)
-    try:
-        train(task, loop, own, run.generator / CHECKPOINTS, config.seed, {**inputs, "crop": str(decoder.crop)})
-    except MaskLoomError as error:
-        raise MaskLoomError(f"train.vae_decoder, whose own learning_rate counts: {error}") from error
+    with _told_of_the_decoder():
+        train(task, loop, own, run.generator / CHECKPOINTS, config.seed, _decoder_inputs(inputs, decoder))
     accelerator.gradient_accumulation_steps = (
         config.fine_tuning.gradient_accumulation_steps
     )  # accelerators share this number
@@ -84,6 +83,31 @@ def train_decoder(
     own.free_memory()
     accelerator.wait_for_everyone()
     return figures
+
+
+def check_decoder_resumable(config: ExperimentConfig, checkpoints: Path, inputs: Mapping[str, str]) -> None:
+    """Refuse what `train_decoder` would refuse of the checkpoint that it would go on from; nothing is changed.
+
+    Raises:
+        MaskLoomError: it belongs to another training, or has more steps than are asked for.
+    """
+    decoder = config.fine_tuning.vae_decoder
+    assert decoder is not None
+    with _told_of_the_decoder():
+        check_resumable(decoder_loop(config.fine_tuning), checkpoints, config.seed, _decoder_inputs(inputs, decoder))
+
+
+def _decoder_inputs(inputs: Mapping[str, str], decoder: DecoderConfig) -> dict[str, str]:
+    return {**inputs, "crop": str(decoder.crop)}
+
+
+@contextmanager
+def _told_of_the_decoder() -> Iterator[None]:
+    """Name the section in errors of the shared loop, which knows only `train`."""
+    try:
+        yield
+    except MaskLoomError as error:
+        raise MaskLoomError(f"train.vae_decoder, whose own learning_rate counts: {error}") from error
 
 
 def load_decoder(vae: AutoencoderKL, run: Run) -> None:

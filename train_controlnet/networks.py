@@ -49,6 +49,11 @@ class Networks:
         }
         return {name: part for name, part in parts.items() if part is not None}
 
+    def to(self, device: torch.device | str) -> None:
+        """Move all networks."""
+        for part in self.loaded().values():
+            part.to(device)
+
     def trained(self) -> dict[str, nn.Module]:
         """Return the networks that hold trained weights, by name."""
         return {name: part for name, part in self.loaded().items() if any(p.requires_grad for p in part.parameters())}

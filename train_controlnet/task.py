@@ -16,7 +16,7 @@ from pipeline.runs import Run
 from pipeline.training import Task
 from train_controlnet.decoder import load_decoder
 from train_controlnet.latent_cache import cache_folder, drop_stale_caches, fill_embeddings, fill_views
-from train_controlnet.networks import load_networks
+from train_controlnet.networks import Networks, load_networks
 from train_controlnet.objective import (
     denoising_losses,
     lesion_weights,
@@ -34,15 +34,29 @@ OPTIMIZER = "denoiser"
 class DiffusionTask(Task):
     """Zhang et al., Adding Conditional Control to Text-to-Image Diffusion Models (2023); Hu et al., LoRA (2021)."""
 
-    def __init__(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
-        """Load the networks, fill the caches, and make the rows.
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        run: Run,
+        contract: Contract,
+        accelerator: Accelerator,
+        parts: Networks | None = None,
+    ) -> None:
+        """Fill the caches and make the rows.
+
+        Args:
+            config: the experiment.
+            run: where the caches are kept.
+            contract: the real dataset's.
+            accelerator: of the training.
+            parts: the networks; None: they are loaded.
 
         Raises:
             MaskLoomError: a part of the backbone cannot be loaded, or a switch needs a package that is missing.
         """
         self.config, self.device = config.fine_tuning, accelerator.device
         self.dtype = DTYPES[config.fine_tuning.mixed_precision]
-        self.parts = load_networks(config.fine_tuning, self.device)
+        self.parts = load_networks(config.fine_tuning, self.device) if parts is None else parts
         if config.fine_tuning.vae_decoder is not None:  # for pictures and adherence; the encoder is the backbone's
             load_decoder(self.parts.vae, run)
         self.scheduler = self.parts.scheduler

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
@@ -36,17 +38,22 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     from pipeline.training import make_accelerator, train
     from train_controlnet.decoder import train_decoder
     from train_controlnet.export import export
+    from train_controlnet.networks import load_networks
     from train_controlnet.task import DiffusionTask
 
     accelerator = make_accelerator(config.fine_tuning, run.logs("train"))
+    check_before_training(config, run, contract, stage.inputs, force)
+    set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
+    parts = load_networks(config.fine_tuning, accelerator.device)
     with stage.recorded(accelerator.is_main_process) as results:
         if force and accelerator.is_main_process:
             remove_folder(run.generator)
         accelerator.wait_for_everyone()
         if config.fine_tuning.vae_decoder is not None:
+            parts.to("cpu")  # room for the decoder's training
             results["vae_decoder"] = train_decoder(config, run, contract, accelerator, stage.inputs)
-        set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
-        task = DiffusionTask(config, run, contract, accelerator)
+            parts.to(accelerator.device)
+        task = DiffusionTask(config, run, contract, accelerator, parts)
         seen = train(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:
             names = export(task, config, run, contract, accelerator)
@@ -65,6 +72,29 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     settings = {"train": config.fine_tuning.model_dump(mode="json"), "seed": config.seed}
     outputs = [run.generator / name / "README.md" for name in exported_names(config.fine_tuning)]
     return Stage(run, "train", inputs, settings, outputs)
+
+
+def check_before_training(
+    config: ExperimentConfig, run: Run, contract: Contract, inputs: Mapping[str, str], force: bool
+) -> None:
+    """Refuse what cannot be trained while everything is still as it was; the networks are loaded next, before anything is changed.
+
+    Raises:
+        MaskLoomError: a picture of `train.validation_image` cannot be used, the prompts cannot be read, or, unless `force`, a checkpoint belongs
+            to another training.
+    """
+    from pipeline.prompt_encoding import load_prompt_encoder
+    from pipeline.training import check_resumable
+    from train_controlnet.decoder import CHECKPOINTS, check_decoder_resumable
+    from train_controlnet.pictures import further_wishes
+
+    further_wishes(config.fine_tuning, contract.description.sizes)
+    load_prompt_encoder(config.fine_tuning)
+    if force:
+        return
+    check_resumable(config.fine_tuning, run.generator, config.seed, inputs)
+    if config.fine_tuning.vae_decoder is not None:
+        check_decoder_resumable(config, run.generator / CHECKPOINTS, inputs)
 
 
 def check_dataset(run: Run, contract: Contract, config: TrainConfig) -> None:

@@ -1,0 +1,62 @@
+"""A finished family goes on where more steps are asked for; a refusal comes before any family is trained, and leaves everything as it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import MaskLoomError
+from tests.tiny_datasets import write_tiny_run
+from tests.train_baselines.workbench import COUNTS, TINY, tiny_config, trained
+from train_baselines.train import train_baselines
+
+MakeRun = Callable[..., Path]
+KEPT = {"checkpoints_total_limit": None, "logging_steps": 1, "lr_scheduler": "constant"}
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Return every file of a run but the dataset's and the resolved configuration, by path."""
+    files = (path for path in run.rglob("*") if path.is_file() and "dataset" not in path.relative_to(run).parts)
+    return {str(path.relative_to(run)): path.read_bytes() for path in files if path.name != "config.yaml"}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_more_steps_are_as_many_from_the_start(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    expected = trained(make_run("whole"), family, **KEPT, max_train_steps=4)
+    run = make_run("longer")
+    assert trained(run, family, **KEPT, max_train_steps=2) != expected
+    capsys.readouterr()
+    assert trained(run, family, **KEPT, max_train_steps=4) == expected
+    assert f"baselines.{family}: continuing at step 2 of 4" in capsys.readouterr().err
+
+
+def test_a_refused_family_comes_before_another_is_trained(make_run: MakeRun) -> None:
+    run = make_run()
+    trained(run, "pix2pix", **KEPT, max_train_steps=2)
+    before = content(run)
+
+    def refused(told: str, force: bool = False, **changes: Any) -> None:
+        families = {"class_gan": KEPT, "pix2pix": {**KEPT, "max_train_steps": 2, **changes}}
+        with pytest.raises(MaskLoomError, match=told):
+            train_baselines(tiny_config(run, families), force)
+        assert content(run) == before
+
+    refused(r"l1_weight: 100\.0 there, 50\.0 now", l1_weight=50.0)
+    refused(r"baselines\.pix2pix\.max_train_steps=1: 1 steps, and the newest checkpoint has made 2", max_train_steps=1)
+    refused(r"baselines\.pix2pix\.use_8bit_adam needs bitsandbytes", use_8bit_adam=True)
+    refused(r"baselines\.pix2pix\.use_8bit_adam needs bitsandbytes", use_8bit_adam=True, force=True)
+    refused(r"baselines\.pix2pix\.report_to=wandb: it is not installed", report_to="wandb")
+
+
+def test_a_dataset_without_masks_is_told_before_another_family_is_trained(tmp_path: Path) -> None:
+    def without_mask(sample: Any) -> None:
+        sample.mask = None
+
+    write_tiny_run(tmp_path, {}, COUNTS, change=without_mask)
+    before = content(tmp_path)
+    with pytest.raises(MaskLoomError, match="no row of the train split has a mask"):
+        train_baselines(tiny_config(tmp_path, {"class_gan": {}, "pix2pix": {}}), force=False)
+    assert content(tmp_path) == before
