@@ -6,7 +6,7 @@ needs an edit: the file's name is the dataset's name, and the contract tests run
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -36,9 +36,9 @@ class DatasetInfo:
         labels: names of the image-level classes, in the order of their index; empty where there are none.
         prompt_templates: format strings over `{label}`, `{modality}`, `{size}`, `{place}`, `{shape}`, `{mask_classes}` and the
             keys of `RawItem.attributes`. See `pipeline.prompts`.
-        duplicates: what is looked for before splitting. `near`: the same picture despite changes (`data_prep.near_duplicates`; time
-            grows with the square of the number of images); `identical`: the same pixels; `none`: nothing, where neighbours are alike by
-            construction (slices of a volume, tiles of a slide) and `RawItem.group` already keeps them together.
+        duplicates: what is looked for before splitting. `near`: the same picture despite changes (`data_prep.near_duplicates`);
+            `identical`: the same pixels alone, where neighbours are alike by construction (slices of a volume, tiles of a slide) and
+            `RawItem.group` keeps them together. Images of one value (black slices, blank tiles) are duplicates of nothing.
         paired_image: what `RawImage.condition` shows, in words (`H&E stain`), where the dataset has a second image of every sample that
             ControlNet can be conditioned on (`data.conditioning=image`); None where it has none.
     """
@@ -52,7 +52,7 @@ class DatasetInfo:
     licence: str
     citation: str
     homepage: str
-    duplicates: Literal["near", "identical", "none"] = "near"
+    duplicates: Literal["near", "identical"] = "near"
     paired_image: str | None = None
 
 
@@ -93,6 +93,21 @@ class Reject:
         """Escape what no ledger could hold."""
         object.__setattr__(self, "path", printable(self.path))
         object.__setattr__(self, "reason", printable(self.reason))
+
+
+def unread_folders(folder: Path, read: Collection[str] = ()) -> Iterator[Reject]:
+    """Yield a reject for every visible folder with files in a folder of which only the files are read: nothing is left out silently.
+
+    Args:
+        folder: may be missing.
+        read: names, in lower case, of the folders in it that are read.
+    """
+    inner = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for path in inner:
+        if path.name.startswith(".") or path.name.lower() in read or not any(p.is_file() for p in path.rglob("*")):
+            continue
+        known = f"; folders that are read here: {', '.join(sorted(read))}" if read else ""
+        yield Reject(str(path), f"files in a folder {path.name} inside {folder.name} are not read{known}")
 
 
 @dataclass(frozen=True)

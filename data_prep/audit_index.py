@@ -5,27 +5,22 @@ the datasets are. Where near-duplicates are asked for, two files receive a recor
 (86 kB each) and plain 64 x 64 thumbnails.
 """
 
-import hashlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.near_duplicates import signature
+from pipeline.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
 from pipeline.contract import SPLITS, Contract
 from pipeline.images import png_array
 from pipeline.progress import progress
 
-Pixels = NDArray[np.uint8]
-
 BATCH_ROWS = 64
 PLAIN_SIDE = 64
-# Grey levels up to this are padding: zeros where a real image was padded, some noise around them where a generator learnt to.
-BLACK = 16
 TOUCHING = np.ones((3, 3), dtype=bool)  # regions that meet at a corner are one component
 
 SCHEMA = """
@@ -33,7 +28,7 @@ CREATE TABLE images (
     id INTEGER PRIMARY KEY,  -- position of its records in the two files
     dataset INTEGER, split TEXT, sample TEXT, grp TEXT, label TEXT,
     image BLOB, mask BLOB,   -- digests of the pixels; no mask: NULL
-    flat INTEGER,            -- one grey level only
+    flat INTEGER,            -- one value only, but for padding
     foreground REAL,         -- share of the mask's area; no mask: NULL
     text TEXT, grey_mean REAL, grey_std REAL
 );
@@ -93,7 +88,7 @@ class AuditIndex:
         foreground = None if mask is None else float((mask > 0).mean())
         values = (
             self.size, dataset, split, row["sample_id"], row["group_id"], label, pixel_digest(image),
-            None if mask is None else pixel_digest(mask), bool(image.min() == image.max()), foreground, row["text"],
+            None if mask is None else pixel_digest(mask), is_blank(image), foreground, row["text"],
             float(image.mean()), float(image.std()),
         )  # fmt: skip
         self.rows.execute(f"INSERT INTO images VALUES ({', '.join('?' * len(values))})", values)
@@ -119,11 +114,6 @@ def split_order(split: str) -> tuple[int, str]:
     return (SPLITS.index(split) if split in SPLITS else len(SPLITS)), split
 
 
-def pixel_digest(pixels: Pixels) -> bytes:
-    """Return a digest (16 bytes) of an image's shape and values."""
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
-
-
 def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
     """Return (class, share of the area, number of connected components) of each foreground class of a mask (H, W)."""
     from scipy.ndimage import label
@@ -134,18 +124,6 @@ def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
         for value in np.flatnonzero(counts)
         if value > 0
     ]
-
-
-def without_padding(grey: Pixels) -> Pixels:
-    """Return the image (H, W) less the black rows and columns around it; the image itself where all is black.
-
-    Padding is the same in every image of one aspect: its edges would make strangers look alike.
-    """
-    content = grey > BLACK
-    rows, columns = np.flatnonzero(content.any(axis=1)), np.flatnonzero(content.any(axis=0))
-    if not len(rows):
-        return grey
-    return np.ascontiguousarray(grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
 
 
 def _keep_look(image: Pixels, signatures: BinaryIO, thumbnails: BinaryIO) -> None:

@@ -9,8 +9,9 @@ from data_prep.adapter import Reject
 from data_prep.file_patterns import Confined, FilePool, placeholder_values
 from data_prep.folder_options import FolderOptions
 from data_prep.image_files import READ_SUFFIXES
-from data_prep.readers import csv_rows, reject_as_error
+from data_prep.readers import reject_as_error
 from data_prep.spreadsheets import xlsx_rows
+from data_prep.tables import csv_rows
 from pipeline.errors import MaskLoomError
 
 

@@ -11,6 +11,8 @@ from data_prep.file_names import comparable
 from data_prep.parts import Found
 from pipeline.contract import SPLITS
 
+MOST_GROUPS = 5  # that may share a picture: a patient with two names, not a page that every examination begins with
+
 
 @dataclass(frozen=True)
 class Row:
@@ -20,26 +22,49 @@ class Row:
     group: str
 
 
-def consistent_rows(items: Sequence[Found], clusters: Sequence[int]) -> tuple[list[Row], list[Reject]]:
+@dataclass(frozen=True)
+class Grouping:
+    """What becomes of some samples.
+
+    Attributes:
+        rows: those that are used, in their order.
+        rejected: the others, with the reason.
+        united: names of groups of the dataset that became one, because images of both are duplicates.
+    """
+
+    rows: list[Row]
+    rejected: list[Reject]
+    united: list[tuple[str, ...]]
+
+
+def consistent_rows(items: Sequence[Found], clusters: Sequence[int]) -> Grouping:
     """Return the items, each with the name of its group, and those that contradict their group.
 
-    Left out are all images of a near-duplicate cluster that carries several labels (at least one label is wrong, and nothing says
+    Left out are pictures that more than `MOST_GROUPS` groups share (a title page, a test pattern: of no patient, and they would join all of
+    them), all images of a cluster of duplicates that carries several labels (at least one label is wrong, and nothing says
     which), and of a group that the dataset itself spreads over several splits, those outside the most held-out one.
 
     Args:
         items: the usable items.
-        clusters: near-duplicate cluster of each item.
+        clusters: cluster of duplicates of each item.
     """
-    agreeing, rejected = _without_label_conflicts(items, clusters)
+    own, shared = _without_shared_pictures(items, clusters)
+    agreeing, rejected = _without_label_conflicts(own)
     links = [
         (f"cluster {cluster}", f"group {comparable(item.group)}" if item.group else None) for item, cluster in agreeing
     ]
     kept: dict[str, Row] = {}
-    for members in _by(_joined(links)):
-        inside, outside = _without_split_conflicts([agreeing[index][0] for index in members])
+    rejected = shared + rejected
+    united = []
+    for members in _by(joined(links)):
+        group = [agreeing[index][0] for index in members]
+        inside, outside = _without_split_conflicts(group)
         kept |= {row.item.sample_id: row for row in inside}
         rejected += outside
-    return [kept[item.sample_id] for item in items if item.sample_id in kept], rejected
+        names = {comparable(item.group): item.group for item in reversed(group) if item.group}
+        if len(names) > 1:
+            united.append(tuple(sorted(names.values())))
+    return Grouping([kept[item.sample_id] for item in items if item.sample_id in kept], rejected, united)
 
 
 def without_seen(samples: Sequence[Found], clusters: Sequence[int]) -> tuple[list[tuple[Found, int]], list[Reject]]:
@@ -62,18 +87,46 @@ def without_seen(samples: Sequence[Found], clusters: Sequence[int]) -> tuple[lis
     return kept, rejected
 
 
-def _without_label_conflicts(
+def joined(keys: Sequence[tuple[Hashable, ...]]) -> list[int]:
+    """Return the component of each row, named by one of its rows; rows that share a key (other than None) are linked."""
+    sets = DisjointSet(range(len(keys)))
+    first: dict[Hashable, int] = {}
+    for row, of_row in enumerate(keys):
+        for key in of_row:
+            if key is not None:
+                sets.merge(first.setdefault(key, row), row)
+    return [sets[row] for row in range(len(keys))]
+
+
+def _without_shared_pictures(
     items: Sequence[Found], clusters: Sequence[int]
 ) -> tuple[list[tuple[Found, int]], list[Reject]]:
+    """Return the items with their clusters, less those whose very picture lies in too many groups of the dataset."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        if item.shown and item.group:
+            groups[item.shown].add(item.group)
     kept, rejected = [], []
-    for members in _by(clusters):
-        labels = sorted({items[index].label or "none" for index in members})
+    for item, cluster in zip(items, clusters, strict=True):
+        count = len(groups.get(item.shown, ()))
+        if count > MOST_GROUPS:
+            rejected.append(Reject(item.path, f"the same picture lies in {count} groups, so it is no patient's own"))
+        else:
+            kept.append((item, cluster))
+    return kept, rejected
+
+
+def _without_label_conflicts(items: Sequence[tuple[Found, int]]) -> tuple[list[tuple[Found, int]], list[Reject]]:
+    kept, rejected = [], []
+    for members in _by(cluster for _, cluster in items):
+        found = [items[index][0] for index in members]
+        labels = sorted({item.label or "none" for item in found})
         if len(labels) == 1:
-            kept += [(items[index], clusters[index]) for index in members]
+            kept += [items[index] for index in members]
             continue
-        names = ", ".join(items[index].sample_id for index in members)
+        names = ", ".join(item.sample_id for item in found)
         reason = f"near-duplicates with different labels ({', '.join(labels)}): {names}"
-        rejected += [Reject(items[index].path, reason) for index in members]
+        rejected += [Reject(item.path, reason) for item in found]
     return kept, rejected
 
 
@@ -88,19 +141,9 @@ def _without_split_conflicts(items: Sequence[Found]) -> tuple[list[Row], list[Re
     split = max(fixed, key=SPLITS.index) if len(fixed) > 1 else next(iter(fixed), None)
     allowed = (None, split) if split in (None, "train") else (split,)
     inside = [Row(item, name) for item in items if item.split in allowed]
-    reason = f"group {name} also lies in the dataset's {split} split"
+    holder = next((item.sample_id for item in items if item.split == split), "")
+    reason = f"group {name} also lies in the dataset's {split} split: {holder}"
     return inside, [Reject(item.path, reason) for item in items if item.split not in allowed]
-
-
-def _joined(keys: Sequence[tuple[Hashable, ...]]) -> list[int]:
-    """Return the component of each row, named by one of its rows; rows that share a key (other than None) are linked."""
-    sets = DisjointSet(range(len(keys)))
-    first: dict[Hashable, int] = {}
-    for row, of_row in enumerate(keys):
-        for key in of_row:
-            if key is not None:
-                sets.merge(first.setdefault(key, row), row)
-    return [sets[row] for row in range(len(keys))]
 
 
 def _by(keys: Iterable[Hashable]) -> list[list[int]]:

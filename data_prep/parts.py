@@ -87,6 +87,7 @@ class Found:
     group: str | None
     split: str | None
     digest: str
+    shown: str
     source: int
     has_signature: bool
     part: int
@@ -181,6 +182,7 @@ def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[s
         "group": item.group,
         "split": item.split,
         "digest": sample.digest,
+        "shown": sample.shown,
         "near": bool(sample.signature),
         "text": sample.text,
         "attributes": sample.attributes,
@@ -218,6 +220,7 @@ def _found(record: dict[str, Any], part: Part, source: Source, place: tuple[int,
         group=None if record["group"] is None else f"{prefix}{record['group']}",
         split=source.split or record["split"],
         digest=record["digest"],
+        shown=record["shown"],
         source=part.source,
         has_signature=record["near"],
         part=part.number,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from data_prep.card import dataset_card
 from data_prep.file_names import printable
-from data_prep.grouping import Row, consistent_rows, without_seen
+from data_prep.grouping import Grouping, Row, consistent_rows, joined, without_seen
 from data_prep.left_out import told_left_out
 from data_prep.near_duplicates import METHOD, RECORD, near_duplicate_clusters
 from data_prep.parallel import parallel_results, worker_count
@@ -45,6 +45,7 @@ from pipeline.runs import Run, Stage, open_run
 
 PACKAGE = "data_prep.datasets"
 SCRATCH = ".prepare"
+SHOWN_GROUPS = 5  # united ones that are named
 Splits = Mapping[str, Sequence[Row]]
 
 
@@ -262,9 +263,9 @@ def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], li
     found, rejected = found_samples(reading.folder, parts, sources)
     found, taken = without_taken_ids(found)
     main = [sample for sample in found if sample.source == 0]
-    clusters = _clusters(reading, main)
-    rows, inconsistent = consistent_rows(main, clusters)
-    rejected += taken + inconsistent
+    grouping = consistent_rows(main, _clusters(reading, main))
+    rows, united = grouping.rows, grouping.united
+    rejected += taken + grouping.rejected
     if not rows:
         raise _nothing_usable(sources[0], rejected)
     if len(sources) > 1:
@@ -272,12 +273,28 @@ def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], li
         rejected += seen
         for index, source in enumerate(sources[1:], start=1):
             members = [(sample, cluster) for sample, cluster in fresh if sample.source == index]
-            external, inconsistent = consistent_rows(*zip(*members, strict=True)) if members else ([], [])
-            rejected += inconsistent
-            if not external:
+            external = consistent_rows(*zip(*members, strict=True)) if members else Grouping([], [], [])
+            rejected += external.rejected
+            if not external.rows:
                 raise _nothing_usable(source, rejected)
-            rows += external
+            rows += external.rows
+            united += external.united
+    _report_duplicates(sources, united)
     return rows, rejected
+
+
+def _report_duplicates(sources: Sequence[Source], united: Sequence[tuple[str, ...]]) -> None:
+    """Say which groups of the datasets became one, and where nothing was looked for."""
+    for source in sources:
+        if source.duplicates == "none":
+            say(
+                f"prepare: data.duplicates=none: identical images of {source.name} were not looked for; "
+                "training and evaluation stop where splits share one"
+            )
+    if united:
+        first = "; ".join(" = ".join(names) for names in united[:SHOWN_GROUPS])
+        more = f"; and {len(united) - SHOWN_GROUPS} more" if united[SHOWN_GROUPS:] else ""
+        say(f"prepare: groups of the dataset that share images were united, each now lies in one split: {first}{more}")
 
 
 def _nothing_usable(source: Source, rejected: Sequence[Reject]) -> MaskLoomError:
@@ -293,22 +310,26 @@ def _nothing_usable(source: Source, rejected: Sequence[Reject]) -> MaskLoomError
 
 
 def _clusters(reading: Reading, found: Sequence[Found]) -> list[int]:
-    """Return the cluster of each sample, named by the index of its first member: near-duplicates and identical pixels."""
-    clusters = list(range(len(found)))
+    """Return the cluster of each sample: near-duplicates, identical raw pixels, and pictures that are identical as they are written."""
+    near_name: dict[int, int] = {}
     near = [index for index, sample in enumerate(found) if sample.has_signature]
     if near:
         signatures = reading.folder / "signatures.bin"
         _join_signatures(reading.folder, [found[index] for index in near], signatures)
-        digests = [found[index].digest for index in near]
+        digests = [found[index].digest or f"blank {index}" for index in near]
         workers = worker_count(len(near) // 100, reading.data.num_workers)
         named = near_duplicate_clusters(signatures, digests, reading.data.near_duplicate_correlation, workers)
-        for index, name in zip(near, named, strict=True):
-            clusters[index] = near[name]
-    first: dict[str, int] = {}
-    for index, sample in enumerate(found):
-        if sample.digest and not sample.has_signature:
-            clusters[index] = first.setdefault(sample.digest, index)
-    return clusters
+        near_name = dict(zip(near, named, strict=True))
+    return joined(
+        [
+            (
+                f"near {near_name[index]}" if index in near_name else None,
+                f"raw {sample.digest}" if sample.digest else None,
+                f"shown {sample.shown}" if sample.shown else None,
+            )
+            for index, sample in enumerate(found)
+        ]
+    )
 
 
 def _join_signatures(folder: Path, found: Sequence[Found], signatures: Path) -> None:

@@ -4,9 +4,7 @@ Raw files are not trusted: nothing here unpickles, expands XML entities, or allo
 damaged bytes may raise anything at all, so each reader turns any failure of its decoder, and of nothing else, into `RejectedSample`.
 """
 
-import csv
 import hashlib
-import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -140,54 +138,6 @@ def npy_array(path: Path, ndim: int, kinds: str = "biuf", memory_map: bool = Fal
 
 
 _KINDS = {"b": "bool", "i": "integers", "u": "unsigned integers", "f": "floats"}
-
-
-def csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of a CSV file with a header, values stripped; further columns are kept.
-
-    Args:
-        path: the file, UTF-8, with or without a byte order mark, separated by `,`, `;` or tab.
-        columns: names that the header must hold; upper and lower case are one.
-
-    Returns:
-        one mapping a row; the asked columns are keyed as asked, the others as the header has them.
-
-    Raises:
-        RejectedSample: it is missing, not text, lacks a column (names those it has), has it twice, or a row has more values
-            than the header has names.
-    """
-    with unreadable_as_reject(path):
-        text = path.read_text(encoding="utf-8-sig")
-        first = text.split("\n", 1)[0]
-        delimiter = max(",;\t", key=first.count)
-        # Not str.splitlines, which also breaks rows at form feeds and other separators inside a value.
-        table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-    return table_rows(path.name, table, columns)
-
-
-def table_rows(name: str, table: Sequence[Sequence[Any]], columns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows below the header of a table as mappings. See `csv_rows`.
-
-    Raises:
-        RejectedSample: there is no header, it lacks a column or has it twice, or a row is longer than the header.
-    """
-    header = [_cell(value) for value in table[0]] if table else []
-    asked = {column.lower(): column for column in columns}
-    titles = [title.lower() for title in header]
-    for column in columns:
-        if titles.count(column.lower()) != 1:
-            has = "no column" if column.lower() not in titles else "more than one column"
-            raise RejectedSample(f"{name} has {has} {column!r}; it has {', '.join(header) or 'none'}")
-    keys = [asked.get(title.lower(), title) for title in header]
-    rows = [[_cell(value) for value in row] for row in table[1:]]
-    for number, row in enumerate(rows, start=2):
-        if any(row[len(keys) :]):  # a separator inside a value has moved the others
-            raise RejectedSample(f"{name} has {len(row)} values in row {number}, but {len(keys)} columns")
-    return [dict(zip(keys, row + [""] * len(keys), strict=False)) for row in rows if any(row)]
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value).strip()
 
 
 def xml_root(path: Path) -> Element:

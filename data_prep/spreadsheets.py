@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.readers import table_rows, unreadable_as_reject
+from data_prep.readers import unreadable_as_reject
+from data_prep.tables import TableRow, table_rows
 from pipeline.errors import MaskLoomError, RejectedSample
 
 MAX_UNPACKED_BYTES = 2**24  # of all files in the zip; a table of labels has some 10 kB
 MAX_ROWS, MAX_COLUMNS = 2**15, 2**7  # a cell may claim any place, and openpyxl makes the empty ones before it
 
 
-def xlsx_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a spreadsheet's first sheet as `readers.csv_rows` does those of a CSV file.
+def xlsx_rows(path: Path, columns: Sequence[str] = ()) -> list[TableRow]:
+    """Return the rows of a spreadsheet's first sheet as `tables.csv_rows` does those of a CSV file.
 
     Empty rows above the header are skipped; of a formula the value that was last saved is read; 1.0 reads as 1.
 
@@ -23,7 +24,7 @@ def xlsx_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
         columns: names that the header must hold; upper and lower case are one.
 
     Returns:
-        one mapping a row; the asked columns are keyed as asked, the others as the header has them.
+        one mapping per row; the asked columns are keyed as asked, the others as the header has them.
 
     Raises:
         RejectedSample: it is missing, not a spreadsheet, damaged, too large, declares XML entities, or lacks a column.
@@ -32,12 +33,10 @@ def xlsx_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     with unreadable_as_reject(path):
         _check_archive(path)
         table = _first_sheet(path)
-    while table and not any(_is_filled(value) for value in table[0]):
-        del table[0]
-    width = (
-        max((place for place, value in enumerate(table[0], start=1) if _is_filled(value)), default=0) if table else 0
-    )
-    return table_rows(path.name, [row[:width] for row in table], columns)
+    first = next((number for number, row in enumerate(table) if any(map(_is_filled, row))), len(table))
+    header = table[first] if table[first:] else []
+    width = max((place for place, value in enumerate(header, start=1) if _is_filled(value)), default=0)
+    return table_rows(path.name, [row[:width] for row in table[first:]], columns, first + 1)
 
 
 def _check_archive(path: Path) -> None:

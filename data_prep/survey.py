@@ -13,6 +13,7 @@ from data_prep.file_names import NO_TEXT, is_text
 from data_prep.intensity import window_range
 from data_prep.near_duplicates import signature
 from data_prep.resizing import grey, nearest_size, resized
+from pipeline.audit.pixels import is_blank, pixel_digest
 from pipeline.conditioning import conditioning_image
 from pipeline.config import DataConfig
 from pipeline.errors import RejectedSample
@@ -56,7 +57,8 @@ class PreparedSample:
         conditioning_image: (H, W, 3) uint8.
         text: the prompt.
         attributes: the values behind it.
-        digest: SHA-256 of the raw pixels, empty where no duplicates are looked for.
+        digest: SHA-256 of the raw pixels, empty where no duplicates are looked for, or the image is of one value.
+        shown: digest of the prepared image, likewise: raw pixels that differ may become the same picture.
         signature: near-duplicate signature, empty where none are looked for.
     """
 
@@ -66,6 +68,7 @@ class PreparedSample:
     text: str
     attributes: dict[str, str]
     digest: str
+    shown: str
     signature: bytes
 
 
@@ -93,8 +96,9 @@ def prepared_sample(
         problem = sample_problem(raw, item, replace(source.info, labels=source.labels))
     if problem is not None:
         raise RejectedSample(problem)
-    # Duplicates are told by the raw pixels: another window or stain must not move an image to another split.
-    digest = pixel_digest(raw) if source.duplicates != "none" else ""
+    # Duplicates are told by the raw pixels first: another window or stain must not move an image to another split.
+    compared = source.duplicates != "none" and not is_blank(raw.image)
+    digest = raw_digest(raw) if compared else ""
     seen = signature(grey(raw)) if source.duplicates == "near" else b""
     size = nearest_size((raw.image.shape[0], raw.image.shape[1]), data.sizes)
     image, mask = resized(_normalised(raw, data, stains), size, data.resize_mode, channels)
@@ -109,6 +113,7 @@ def prepared_sample(
         text=render_prompt(source.info.prompt_templates, item.sample_id, values),
         attributes=values,
         digest=digest,
+        shown=pixel_digest(image).hex() if compared and not is_blank(image) else "",
         signature=seen,
     )
 
@@ -127,8 +132,8 @@ def _paired(raw: RawImage, data: DataConfig, size: tuple[int, int]) -> Picture |
     return resized(RawImage(raw.condition, None), size, data.resize_mode, 3)[0]
 
 
-def pixel_digest(raw: RawImage) -> str:
-    """Return what identical images share: SHA-256 of size, dtype and pixels."""
+def raw_digest(raw: RawImage) -> str:
+    """Return what identical raw images share: SHA-256 of size, dtype and pixels."""
     return hashlib.sha256(repr((raw.image.shape, raw.image.dtype)).encode() + raw.image.tobytes()).hexdigest()
 
 

@@ -13,7 +13,9 @@ The release's layout, read from its root (or from `database`, the folder above i
 Which frame is end-diastole (ED) and which end-systole (ES) stands in `Info.cfg`; ED is not always frame 1. Ground truth: 0 background, 1 right
 ventricular cavity, 2 myocardium of the left ventricle, 3 left ventricular cavity. Groups: NOR, MINF, DCM, HCM, RV (some copies write ARV).
 
-The official test patients are the test split; the training patients are divided by patient. In-plane voxels are 0.7 to 1.9 mm, so slices are
+The official test patients are the test split; the training patients are divided by patient. Two patients of the release are there under two
+names, with the same voxels (`SAME_PATIENT`): they are one group each, so patient055 (training) is left out for patient118 (testing), and
+patient074 and patient076 (both training) lie in one split. In-plane voxels are 0.7 to 1.9 mm, so slices are
 resampled to one spacing, by default 1.5625 mm: the in-plane median, which nnU-Net chooses for this set. The files' sform has unit scales and no
 origin; the spacing is `pixdim` (`data_prep.nifti`). Slices are cut along the file's last axis and numbered from 0 at the end that its
 header puts nearer to the feet (the back, the left). Which end is the base of the heart the header does not tell; it is taken to be the end
@@ -64,6 +66,7 @@ LEVELS = ("basal", "mid-ventricular", "apical")
 SETS = {"training": None, "testing": "test"}
 PATIENT = re.compile(r"patient[0-9]{3}")
 FIRST_TEST_PATIENT = 101
+SAME_PATIENT = {"patient118": "patient055", "patient076": "patient074"}
 MAX_INFO_BYTES = 2**16
 MAX_SIDE = 4096  # pixels of a resampled slice
 
@@ -118,7 +121,7 @@ class Adapter(DatasetAdapter):
             citation="Bernard, Lalande, Zotti, Cervenansky et al.: Deep Learning Techniques for Automatic MRI Cardiac Multi-structures "
             "Segmentation and Diagnosis: Is the Problem Solved?, IEEE Transactions on Medical Imaging 37(11), 2514-2525, 2018",
             homepage="https://www.creatis.insa-lyon.fr/Challenge/acdc/",
-            duplicates="none",
+            duplicates="identical",
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
@@ -313,7 +316,7 @@ def _volume_item(image: Path, truth: Path, phase: Phase, group: str, split: str 
         path=str(image),
         mask_paths=(str(truth),),
         label=group,
-        group=patient,
+        group=SAME_PATIENT.get(patient, patient),
         split=split,
         attributes={"phase": PHASES[phase], "diagnosis": DIAGNOSES[group]},
         key=str(image),

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
 from data_prep.readers import decoded_image, eight_bit, files_in, require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
 
@@ -129,6 +129,8 @@ def _split_entries(root: Path, split: str) -> Iterator[RawItem | Reject]:
         problem = _name_problem(he.name, split)
         if problem or he.name not in ihc_names:
             yield Reject(str(he), problem or f"an H&E image without an IHC image of the same name in IHC/{split}")
+    for folder in (he_folder, ihc_folder):
+        yield from unread_folders(folder)
 
 
 def _name_problem(file_name: str, split: str) -> str:

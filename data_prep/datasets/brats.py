@@ -152,7 +152,7 @@ class Adapter(DatasetAdapter):
             "Medical Imaging 34(10), 1993-2024, 2015; Bakas et al.: Advancing The Cancer Genome Atlas glioma MRI collections with expert "
             "segmentation labels and radiomic features, Scientific Data 4, 170117, 2017",
             homepage="https://doi.org/10.7937/jc8x-9874",
-            duplicates="none",
+            duplicates="identical",
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:

@@ -14,8 +14,9 @@ where `attributes` asks for it. Labels, classes and colours are those of `busi`,
 
 `folds: 5` (or 10) and `test_fold: 1` take the split that comes with the dataset: images with `kFold` 1 are the test split, and of the
 others those with `valid_1` 0 validation and those with 1 train (as the authors' code reads that column). `validation_fold: 2` makes the
-images with `kFold` 2 the validation split instead. The folds keep cases whole; should a copy's not, `prepare` leaves out the images of
-a case that lie outside its most held-out split, and lists them.
+images with `kFold` 2 the validation split instead. `kFold` keeps cases whole; the columns `valid_…` are drawn per image, so a case may have
+one view with 0 and one with 1. Its first view (in the order of the IDs: `-l` before `-r`) then decides for the whole case, which keeps the
+drawn share of validation and loses no image. Should a copy's `kFold` tear a case that is partly test, its other views are left out and listed.
 """
 
 import re
@@ -25,17 +26,18 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
 from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
-from data_prep.readers import csv_rows, files_in, portable_id, reject_as_error
+from data_prep.readers import files_in, portable_id, reject_as_error
+from data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
 from pipeline.errors import MaskLoomError, RejectedSample, one_line
 
+RESTORE = "restore the file from the dataset"
 ROOT, TABLE = "BUSBRA", "bus_data.csv"
 IMAGE_NAME = re.compile(r"bus_(.+\.png)")
 FOLD_TITLES = ("kfold", "fold", "k fold", "k-fold", "k_fold")
 BIRADS, SIDES = ("2", "3", "4", "5"), ("left", "right", "single")
 LONGEST_WORDS = 60
-Row = Mapping[str, str]
 Attribute = Literal["birads", "device", "histology", "side"]
 COLUMN_OF: Mapping[Attribute, str] = {
     "birads": "BIRADS", "device": "Device", "histology": "Histology", "side": "Side"
@@ -121,7 +123,7 @@ class Adapter(DatasetAdapter):
         rows = _rows_by_id(
             root / TABLE, ("ID", "Case", "Pathology", *(COLUMN_OF[name] for name in self.options.attributes))
         )
-        splits = self._splits_by_id(root)
+        splits = self._splits_by_id(root, rows)
         images = files_in(root / "Images")
         masks = {file.name: file for file in files_in(root / "Masks")}
         for image in images:
@@ -132,6 +134,8 @@ class Adapter(DatasetAdapter):
                 yield Reject(str(image), str(error))
         for mask in masks.values():
             yield Reject(str(mask), "a mask without an image")
+        for name in ("Images", "Masks"):
+            yield from unread_folders(root / name)
         for identity in rows:
             yield Reject(str(root / "Images" / f"{identity}.png"), f"listed in {TABLE}, but there is no such image")
 
@@ -144,7 +148,7 @@ class Adapter(DatasetAdapter):
         return image_with_lesion(Path(item.path), Path(item.mask_paths[0]))
 
     def _item(
-        self, image: Path, mask: Path | None, row: Row | None, splits: Mapping[str, str | None] | None
+        self, image: Path, mask: Path | None, row: TableRow | None, splits: Mapping[str, str | None] | None
     ) -> RawItem:
         """Describe one image.
 
@@ -166,14 +170,18 @@ class Adapter(DatasetAdapter):
             sample_id=portable_id(image.stem),
             path=str(image),
             mask_paths=(str(mask),),
-            label=_one_of(LABELS, row["Pathology"], "Pathology"),
+            label=_one_of(LABELS, row, "Pathology"),
             group=f"case-{row['Case']}",
             split=None if splits is None else splits[image.stem],
             attributes={name: word for name, word in words.items() if word},
         )
 
-    def _splits_by_id(self, root: Path) -> dict[str, str | None] | None:
+    def _splits_by_id(self, root: Path, cases: Mapping[str, TableRow]) -> dict[str, str | None] | None:
         """Return the split of each image as the chosen folds say, None where they leave it open; None without folds.
+
+        Args:
+            root: the folder of the tables.
+            cases: the rows of the table of cases by image id.
 
         Raises:
             MaskLoomError: the file of the folds is missing or cannot be understood.
@@ -190,11 +198,12 @@ class Adapter(DatasetAdapter):
         folds = {identity: _number_in(row, title, range(1, options.folds + 1), path) for identity, row in rows.items()}
         absent = {options.test_fold, options.validation_fold} - {None, *folds.values()}
         if absent:
-            raise MaskLoomError(f"{path}: no image is in fold {absent.pop()}; restore the file from the dataset")
+            raise MaskLoomError(f"{path}: no image is in fold {absent.pop()}; {RESTORE}")
         valid_title = titles.get(f"valid_{options.test_fold}")
-        return {identity: self._split(folds[identity], row, valid_title, path) for identity, row in rows.items()}
+        splits = {identity: self._split(folds[identity], row, valid_title, path) for identity, row in rows.items()}
+        return _whole_cases(splits, {identity: row["Case"] for identity, row in cases.items()})
 
-    def _split(self, fold: int, row: Row, valid_title: str | None, path: Path) -> str | None:
+    def _split(self, fold: int, row: TableRow, valid_title: str | None, path: Path) -> str | None:
         if fold == self.options.test_fold:
             return "test"
         if self.options.validation_fold is not None:
@@ -225,43 +234,57 @@ def _mask_name(image: Path) -> str:
     return IMAGE_NAME.sub(r"mask_\1", image.name)
 
 
-def _rows_by_id(path: Path, columns: Sequence[str]) -> dict[str, Row]:
+def _rows_by_id(path: Path, columns: Sequence[str]) -> dict[str, TableRow]:
     """Return the rows of a table by image id.
 
     Raises:
         MaskLoomError: it is missing, unreadable, lacks a column, or names an image twice.
     """
-    with reject_as_error(path, "restore the file from the dataset"):
+    with reject_as_error(path, RESTORE):
         rows = csv_rows(path, columns)
-    of_id: dict[str, Row] = {}
+    of_id: dict[str, TableRow] = {}
     for row in rows:
         identity = row["ID"].removesuffix(".png")
-        if identity in of_id:
-            raise MaskLoomError(f"{path}: ID {identity!r} is listed more than once; restore the file from the dataset")
-        of_id[identity] = row
+        if not identity:
+            raise wrong_value(path, row, "ID", "the name of an image", RESTORE)
+        first = of_id.setdefault(identity, row)
+        if first is not row:
+            raise MaskLoomError(
+                f"{path}: row {row.number}: ID {identity!r} is listed more than once (first in row {first.number}); {RESTORE}"
+            )
     return of_id
 
 
-def _number_in(row: Row, title: str, allowed: range, path: Path) -> int:
+def _whole_cases(splits: Mapping[str, str | None], case_of: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the splits with no case both in train and in validation: the view with the first ID decides.
+
+    Args:
+        splits: of each image.
+        case_of: the case of each image.
+    """
+    drawn: dict[str, str | None] = {}
+    for identity in sorted(splits):
+        if splits[identity] != "test":
+            drawn.setdefault(case_of.get(identity, identity), splits[identity])
+    return {
+        identity: split if split == "test" else drawn[case_of.get(identity, identity)]
+        for identity, split in splits.items()
+    }
+
+
+def _number_in(row: TableRow, title: str, allowed: range, path: Path) -> int:
     """Return a whole number of a table, which MATLAB may have written as `1.0`.
 
     Raises:
         MaskLoomError: it is none, or not allowed.
     """
-    number = _whole(row[title])
+    number = whole_number(row[title])
     if number is None or number not in allowed:
-        raise MaskLoomError(
-            f"{path}: {title} of {row['ID']} is {row[title]!r}, expected {allowed[0]}..{allowed[-1]}; "
-            "restore the file from the dataset"
-        )
+        raise wrong_value(path, row, title, f"{allowed[0]}..{allowed[-1]}", RESTORE, of=row["ID"])
     return number
 
 
-def _whole(text: str) -> int | None:
-    return int(text.split(".")[0]) if re.fullmatch(r"[0-9]{1,9}(\.0+)?", text) else None
-
-
-def _words(row: Row, name: Attribute) -> str:
+def _words(row: TableRow, name: Attribute) -> str:
     """Return what prompts say of a column, empty where its cell is.
 
     Raises:
@@ -272,20 +295,29 @@ def _words(row: Row, name: Attribute) -> str:
     if not text:
         return ""
     if name == "birads":
-        return _one_of(BIRADS, str(_whole(text)), column, text)
+        return _one_of(BIRADS, row, column, str(whole_number(text)))
     if name == "side":
-        return _one_of(SIDES, text, column)
+        return _one_of(SIDES, row, column)
     if len(text) > LONGEST_WORDS or not text.isprintable():
-        raise RejectedSample(f"{column} in {TABLE} is no short text: {text[:20]!r}")
+        raise RejectedSample(f"{column} in row {row.number} of {TABLE} is no short text: {text[:20]!r}")
     return text.lower() if name == "histology" else text
 
 
-def _one_of(known: Sequence[str], value: str, column: str, shown: str | None = None) -> str:
+def _one_of(known: Sequence[str], row: TableRow, column: str, value: str | None = None) -> str:
     """Return a value in lower case.
+
+    Args:
+        known: what it may be.
+        row: of the table of cases.
+        column: of the value.
+        value: where it is not what stands in the cell.
 
     Raises:
         RejectedSample: it is not known.
     """
-    if value.lower() not in known:
-        raise RejectedSample(f"unknown {column} {shown or value!r} in {TABLE}; known: {', '.join(known)}")
-    return value.lower()
+    found = (row[column] if value is None else value).lower()
+    if found not in known:
+        raise RejectedSample(
+            f"unknown {column} {row[column]!r} in row {row.number} of {TABLE}; known: {', '.join(known)}"
+        )
+    return found

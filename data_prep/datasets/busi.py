@@ -6,24 +6,26 @@ Two layouts are read, from their root or from the folder above it:
                          benign (1)_mask.png            benign/mask/benign (1)_mask.png (or benign (1).png)
                          benign (1)_mask_1.png
 
-Several masks of one image are united. Masks come in modes 1, L, RGB and RGBA; any non-dark colour channel counts as lesion, the
+`images` and `masks` are read as `image` and `mask` are, and upper and lower case of all these folders are one. Several masks of one image are united. Masks come in modes 1, L, RGB and RGBA; any non-dark colour channel counts as lesion, the
 alpha channel does not. The release has no patient ids, so groups are found by content (`data_prep.near_duplicates`).
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
 from data_prep.readers import bright, decoded_image, eight_bit, files_in, portable_id, require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("benign", "malignant", "normal")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
 ROOT = "Dataset_BUSI_with_GT"
+IMAGE_FOLDERS, MASK_FOLDERS = ("image", "images"), ("mask", "masks")
 MASK_NAME = re.compile(r"(?P<image>.+)_mask(_\d+)?")
 
 
@@ -43,7 +45,8 @@ class Adapter(DatasetAdapter):
     def recognises(cls, raw_dir: Path) -> bool:
         """Whether there are folders benign and malignant with images and masks as either layout names them."""
         root = _class_root(raw_dir)
-        return root is not None and all((root / label).is_dir() for label in LABELS[:2]) and any(_masks_below(root))
+        folders = {} if root is None else _class_folders(root)
+        return all(label in folders and any(_files(folder).masks for folder in folders[label]) for label in LABELS[:2])
 
     def info(self) -> DatasetInfo:
         """Return what is true of every image."""
@@ -71,10 +74,10 @@ class Adapter(DatasetAdapter):
         Raises:
             MaskLoomError: there is no class folder.
         """
-        root = self._root()
+        folders = _class_folders(self._root())
         for label in LABELS:
-            if (root / label).is_dir():
-                entries = _class_entries(root / label, label)
+            for folder in folders.get(label, ()):
+                entries = _class_entries(folder, label)
                 yield from entries if label in self._labels() else _left_out(entries)
 
     def load(self, item: RawItem) -> RawImage:
@@ -110,30 +113,59 @@ class Adapter(DatasetAdapter):
 
 def _class_root(raw_dir: Path) -> Path | None:
     candidates = [raw_dir, raw_dir / ROOT, *sorted(p for p in raw_dir.iterdir() if p.is_dir())]
-    return next((folder for folder in candidates if any((folder / label).is_dir() for label in LABELS)), None)
+    return next((folder for folder in candidates if folder.is_dir() and _class_folders(folder)), None)
 
 
-def _masks_below(root: Path) -> Iterator[Path]:
-    for label in LABELS[:2]:
-        yield from (root / label).glob("*_mask*.png")
-        yield from (root / label / "mask").glob("*.png")
+def _class_folders(root: Path) -> dict[str, list[Path]]:
+    """Return the folders that are named as a class, by class."""
+    folders: dict[str, list[Path]] = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name.lower() in LABELS):
+        folders.setdefault(folder.name.lower(), []).append(folder)
+    return folders
+
+
+class ClassFiles(NamedTuple):
+    """The files of one class folder of any layout."""
+
+    images: list[Path]
+    masks: list[Path]
+
+
+def _files(folder: Path) -> ClassFiles:
+    """Sort the files of a class folder and of the folders in it; beside its image, a file named as its mask is one."""
+    loose = files_in(folder)
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    sorted_out = [file for path in inner if path.name.lower() in IMAGE_FOLDERS for file in files_in(path)]
+    stems = {file.stem for file in sorted_out}
+    is_mask = {
+        file: (name := MASK_NAME.fullmatch(file.stem)) is not None and name["image"] in stems for file in sorted_out
+    }
+    return ClassFiles(
+        images=[
+            *(file for file in loose if not MASK_NAME.fullmatch(file.stem)),
+            *(file for file in sorted_out if not is_mask[file]),
+        ],
+        masks=[
+            *(file for file in loose if MASK_NAME.fullmatch(file.stem)),
+            *(file for file in sorted_out if is_mask[file]),
+            *(file for path in inner if path.name.lower() in MASK_FOLDERS for file in files_in(path)),
+        ],
+    )
 
 
 def _class_entries(folder: Path, label: str) -> Iterator[RawItem | Reject]:
     """List one class folder of either layout."""
-    separate = (folder / "image").is_dir()
-    files = files_in(folder / "image" if separate else folder)
-    mask_files = files_in(folder / "mask") if separate else [file for file in files if MASK_NAME.fullmatch(file.stem)]
-    images = [file for file in files if separate or not MASK_NAME.fullmatch(file.stem)]
-    masks: dict[str, list[Path]] = {image.stem: [] for image in images if image.suffix.lower() == ".png"}
-    for file in mask_files:
+    files = _files(folder)
+    masks: dict[str, list[Path]] = {image.stem: [] for image in files.images if image.suffix.lower() == ".png"}
+    yield from unread_folders(folder, (*IMAGE_FOLDERS, *MASK_FOLDERS))
+    for file in files.masks:
         name = MASK_NAME.fullmatch(file.stem)
         owner = masks.get(name["image"] if name else file.stem)
         if owner is None:
             yield Reject(str(file), "a mask without an image")
         else:
             owner.append(file)
-    for image in images:
+    for image in files.images:
         if image.suffix.lower() != ".png":
             yield Reject(str(image), "not a PNG file")
         elif not masks[image.stem]:

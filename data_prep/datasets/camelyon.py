@@ -9,9 +9,7 @@ Slides, annotations and tables are found by their names anywhere below the raw f
                testing/lesion_annotations/test_001.xml
                testing/reference.csv
 
-    reference.csv     test_001,Tumor,IDC,Macro            with or without a header; the second column counts: Normal, Tumor
-    stage_labels.csv  patient,stage                       patient_004.zip,pN1mi (not used) and
-                      patient_004_node_4.tif,macro        negative, itc, micro, macro
+What the slides hold stands in the two tables, which are told by what is in them (`data_prep.slide_labels`): copies give them other names.
 
 Annotations are ASAP polygons in pixels of level 0 (`data_prep.asap`): groups Tumor, _0, _1 and metastases are tumour; _2 and normal are holes.
 Files whose name ends in `_mask` are rendered annotations and are not read.
@@ -30,11 +28,9 @@ the tiles between the two are not used. Groups are patients in CAMELYON17 and sl
 the CAMELYON16 test set are test; all others are free.
 """
 
-import csv
-import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -46,7 +42,8 @@ from scipy import ndimage
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
 from data_prep.asap import Annotations, drawn, read_annotations
-from data_prep.readers import csv_rows, natural_order, reject_as_error, unreadable_as_reject
+from data_prep.readers import natural_order, unreadable_as_reject
+from data_prep.slide_labels import REFERENCE, STAGES, slide_diagnoses
 from data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
 from data_prep.tiles import (
     TileGrid,
@@ -62,9 +59,6 @@ from pipeline.errors import MaskLoomError, RejectedSample
 
 SLIDE = re.compile(r"(?P<kind>normal|tumor|test)_\d{3}|(?P<patient>patient_\d{3})_node_\d")
 TUMOUR_GROUPS, HOLE_GROUPS = ("tumor", "_0", "_1", "metastases"), ("_2", "normal")
-REFERENCE, STAGES = "reference.csv", ("stage_labels.csv", "stages.csv")
-TEST_LABELS = {"normal": "normal", "tumor": "tumour", "tumour": "tumour"}
-NODE_LABELS = {"negative": "normal", "itc": "itc", "micro": "tumour", "macro": "tumour"}
 DIAGNOSIS_OF_KIND = {"normal": "normal", "tumor": "tumour"}
 EXAMPLES = "normal_001.tif, tumor_001.tif, test_001.tif, patient_004_node_4.tif"
 TUMOUR_TILES_ONLY = "tumour tiles only"  # `RawItem.key` of a slide on which tumour may be unmarked
@@ -164,7 +158,7 @@ class Adapter(DatasetAdapter):
             citation="Litjens et al.: 1399 H&E-stained sentinel lymph node sections of breast cancer patients: the CAMELYON dataset,"
             " GigaScience 7(6), giy065, 2018",
             homepage="https://camelyon17.grand-challenge.org/Data/",
-            duplicates="none",
+            duplicates="identical",
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
@@ -174,7 +168,7 @@ class Adapter(DatasetAdapter):
             MaskLoomError: there is no slide, or a table is damaged or has an unknown label.
         """
         slides, annotations, tables = self._files()
-        labels = _diagnoses(tables)
+        labels = slide_diagnoses(path for name in sorted(tables) for path in tables[name])
         for name in sorted(slides, key=lambda name: natural_order(Path(name))):
             yield from self._slide_entries(name, slides[name], annotations.pop(name, []), labels)
         for path in sorted(path for paths in annotations.values() for path in paths):
@@ -327,49 +321,6 @@ def _several(name: str, slides: Sequence[Path], annotations: Sequence[Path]) -> 
             folders = ", ".join(sorted({path.parent.name for path in paths}))
             return f"the {what} {name} is there {len(paths)} times ({folders}); keep one"
     return None
-
-
-def _diagnoses(tables: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """Return what the tables say of slides, by slide id: `normal`, `tumour` or `itc`.
-
-    Raises:
-        MaskLoomError: a table is damaged, has an unknown label, or contradicts itself or another.
-    """
-    found: dict[str, str] = {}
-    for path in tables.get(Path(REFERENCE).stem, []):
-        _add_diagnoses(found, path, _reference_rows(path), TEST_LABELS)
-    for path in (path for name in STAGES for path in tables.get(Path(name).stem, [])):
-        with reject_as_error(path, "restore the table of CAMELYON17, or remove it to use annotated slides only"):
-            rows = csv_rows(path, ("patient", "stage"))
-        nodes = [(row["patient"], row["stage"]) for row in rows if "node" in row["patient"].lower()]
-        _add_diagnoses(found, path, nodes, NODE_LABELS)
-    return found
-
-
-def _reference_rows(path: Path) -> list[tuple[str, str]]:
-    """Return slide and label of the rows of the CAMELYON16 table, which is published without a header."""
-    with reject_as_error(path, "restore the table of CAMELYON16, or remove it to use annotated slides only"):
-        with unreadable_as_reject(path):
-            table = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True))
-        rows = [[cell.strip() for cell in row] for row in table if any(row)]
-        if rows and not rows[0][0].lower().startswith("test_"):
-            rows = rows[1:]
-        if any(len(row) < 2 for row in rows) or not rows:
-            raise RejectedSample("has no rows of the form test_001,Tumor")
-    return [(row[0], row[1]) for row in rows]
-
-
-def _add_diagnoses(
-    found: dict[str, str], path: Path, rows: Iterable[tuple[str, str]], meaning: Mapping[str, str]
-) -> None:
-    for slide, label in rows:
-        name = slide.lower().removesuffix(".tif")
-        if label.lower() not in meaning:
-            raise MaskLoomError(
-                f"{path}: {slide}: unknown label {label!r}, expected one of {', '.join(meaning)}; correct the table"
-            )
-        if found.setdefault(name, meaning[label.lower()]) != meaning[label.lower()]:
-            raise MaskLoomError(f"{path}: {slide}: label {label!r} contradicts an earlier row; correct the table")
 
 
 def _annotations(item: RawItem) -> Annotations:

@@ -20,8 +20,9 @@ from pathlib import Path, PurePath
 
 from pydantic import Field, field_validator
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.readers import csv_rows, decoded_image, eight_bit, files_in, portable_id, reject_as_error
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from data_prep.readers import decoded_image, eight_bit, files_in, portable_id, reject_as_error
+from data_prep.tables import TableRow, csv_rows
 from pipeline.errors import MaskLoomError
 
 LABELS = (
@@ -100,6 +101,9 @@ class Adapter(DatasetAdapter):
         files = [
             (half, folder, file) for half in SPLIT_OF for folder in _folders(root / half) for file in files_in(folder)
         ]
+        for half in SPLIT_OF:
+            for folder in _folders(root / half):
+                yield from unread_folders(folder)
         places: dict[str, list[Path]] = defaultdict(list)
         for _, folder, file in files:
             places[file.stem].append(folder)
@@ -143,14 +147,18 @@ class Adapter(DatasetAdapter):
         with reject_as_error(path, "give another file as data.options.metadata, or none"):
             rows = csv_rows(path, ("lesion_id",))
         id_column = _id_column(path, rows)
-        lesions: dict[str, str] = {}
+        first: dict[str, TableRow] = {}
         for row in rows:
-            identity, lesion = PurePath(row[id_column]).name.removesuffix(".jpg").removesuffix(SHRUNK), row["lesion_id"]
-            if lesion and lesions.setdefault(identity, lesion) != lesion:
+            if not row["lesion_id"]:
+                continue
+            identity = PurePath(row[id_column]).name.removesuffix(".jpg").removesuffix(SHRUNK)
+            known = first.setdefault(identity, row)
+            if known["lesion_id"] != row["lesion_id"]:
                 raise MaskLoomError(
-                    f"{path}: {id_column} {identity} has the lesion_id {lesions[identity]} and {lesion}; remove the wrong row"
+                    f"{path}: rows {known.number} and {row.number}: {id_column} {identity} has the lesion_id {known['lesion_id']} and "
+                    f"{row['lesion_id']}; remove the wrong row"
                 )
-        return lesions
+        return {identity: row["lesion_id"] for identity, row in first.items()}
 
     def _root(self) -> Path:
         assert self.raw_dir is not None

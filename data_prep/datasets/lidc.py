@@ -24,7 +24,7 @@ Classes: background, nodule. No split is given. `NI000` counts the nodules of a 
 nodules comes twice, each time with one of them in the mask. Where there is a table, it gives the malignancy of each nodule (1 to 5, the upper median of up to four
 readers); a nodule that it does not list is rejected. Slices in which the segmentation found no lung are one flat value, and rejected.
 
-Groups are patients; slices of one patient are neighbours, so nothing is looked for by content.
+Groups are patients; slices of one patient are neighbours, so only identical pixels are looked for.
 """
 
 import re
@@ -37,10 +37,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
 from data_prep.intensity import window_range
 from data_prep.readers import (
-    csv_rows,
     decoded_image,
     eight_bit,
     files_in,
@@ -48,6 +47,7 @@ from data_prep.readers import (
     reject_as_error,
     require_same_size,
 )
+from data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
 from pipeline.config import IntensityWindow
 from pipeline.errors import MaskLoomError, RejectedSample
 
@@ -55,11 +55,11 @@ LABELS = ("clean", "nodule")
 A_NODULE, NO_NODULE = "a pulmonary nodule", "no pulmonary nodule"
 # The scale of the readers' form, LIDC-IDRI.
 MALIGNANCY = {
-    "1": "a pulmonary nodule highly unlikely to be malignant",
-    "2": "a pulmonary nodule moderately unlikely to be malignant",
-    "3": "a pulmonary nodule of indeterminate malignancy",
-    "4": "a pulmonary nodule moderately suspicious for malignancy",
-    "5": "a pulmonary nodule highly suspicious for malignancy",
+    1: "a pulmonary nodule highly unlikely to be malignant",
+    2: "a pulmonary nodule moderately unlikely to be malignant",
+    3: "a pulmonary nodule of indeterminate malignancy",
+    4: "a pulmonary nodule moderately suspicious for malignancy",
+    5: "a pulmonary nodule highly suspicious for malignancy",
 }
 TEMPLATES = (
     "axial {modality} slice of the lungs, {finding}",
@@ -126,6 +126,7 @@ NODULES_FOLDERS = (NodulesFolder(".", "nodule", "NI", "MA"), NodulesFolder("Clea
 PATIENT = re.compile(r"LIDC-IDRI-(\d{4})")
 ARRAY = re.compile(r"(?P<patient>\d{4})_(?P<kind>NI|CN|MA|CM)(?P<nodule>\d+)_slice(?P<slice>\d+)\.npy")
 TABLES = ("Meta/meta_info.csv", "meta_info.csv")
+ONE_IMAGE_PER_ROW = "write the table anew with one row per image, or remove it to go without malignancy"
 
 
 class Found(NamedTuple):
@@ -171,7 +172,7 @@ class Adapter(DatasetAdapter):
             citation="Armato et al.: The Lung Image Database Consortium (LIDC) and Image Database Resource Initiative (IDRI): a completed"
             " reference database of lung nodules on CT scans, Medical Physics 38(2), 2011",
             homepage="https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX",
-            duplicates="none",
+            duplicates="identical",
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
@@ -236,6 +237,7 @@ def _masks_tree_entries(root: Path) -> Iterator[RawItem | Reject]:
     contradictory = {name for name, kinds in classes.items() if len(kinds) > 1}
     for split, kind, files in folders:
         yield from _class_entries(files, split, kind, contradictory)
+        yield from unread_folders(root / split / kind.name)
 
 
 def _class_entries(
@@ -354,26 +356,34 @@ def _patient_entries(
             yield _item(file.stem, file, mask, kind.label, patient, None, finding)
     for mask in masks.values():
         yield Reject(str(mask), "a mask without an image")
+    for part in ("Image", "Mask"):
+        yield from unread_folders(folder / part / patient)
 
 
 def _findings(table: Path) -> dict[str, str]:
     """Return words for each nodule's image by its name without folder and suffix.
 
     Raises:
-        MaskLoomError: the table cannot be read, lacks a column, or gives a nodule an unknown malignancy or two.
+        MaskLoomError: the table cannot be read, lacks a column, names no image in a row, or gives a nodule an unknown malignancy or two.
     """
     with reject_as_error(table, "write it anew, or remove it to go without malignancy"):
         rows = csv_rows(table, ["original_image", "malignancy"])
-    findings: dict[str, str] = {}
+    grades: dict[str, tuple[int, TableRow]] = {}
     for row in rows:
-        name, malignancy = row["original_image"].rsplit("/", 1)[-1], row["malignancy"]
+        name = row["original_image"].rsplit("/", 1)[-1]
+        if not name:
+            raise wrong_value(table, row, "original_image", "the name of an image", ONE_IMAGE_PER_ROW)
         if "_CN" in name:  # a clean slice; the first version of the table does not list them
             continue
-        if malignancy not in MALIGNANCY:
-            raise MaskLoomError(f"{table}: {name}: malignancy is {malignancy!r}, expected 1 to 5; correct the row")
-        if findings.setdefault(name, MALIGNANCY[malignancy]) != MALIGNANCY[malignancy]:
-            raise MaskLoomError(f"{table}: {name}: malignancy {malignancy} contradicts another row; keep one of them")
-    return findings
+        grade = whole_number(row["malignancy"])
+        if grade not in MALIGNANCY:
+            raise wrong_value(table, row, "malignancy", "1 to 5", "correct the row", of=name)
+        known, first = grades.setdefault(name, (grade, row))
+        if known != grade:
+            raise MaskLoomError(
+                f"{table}: row {row.number}: malignancy of {name} is {grade}, in row {first.number} {known}; keep one of them"
+            )
+    return {name: MALIGNANCY[grade] for name, (grade, _) in grades.items()}
 
 
 def _segmented_lung(path: Path) -> tuple[NDArray[Any], tuple[float, float]]:

@@ -75,7 +75,7 @@ class Adapter(DatasetAdapter):
             licence="MNI ICBM 152 licence (free use, copyright notice kept); distributed with nilearn (BSD-3-Clause)",
             citation="Fonov et al., Unbiased average age-appropriate atlases for pediatric studies, NeuroImage 54(1), 2011",
             homepage="https://nist.mni.mcgill.ca/icbm-152-nonlinear-atlases-2009/",
-            duplicates="none",
+            duplicates="identical",
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:

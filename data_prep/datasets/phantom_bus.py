@@ -57,7 +57,7 @@ class Adapter(DatasetAdapter):
             licence="CC0-1.0 (simulated by this project)",
             citation="MaskLoom breast ultrasound phantom (data_prep/phantom.py)",
             homepage="",
-            duplicates="none",
+            duplicates="identical",
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:

@@ -6,7 +6,7 @@ Read from its root or from the folder above it:
     GT/000001.png          lesion mask of the image of that number
     DatasetB.xlsx          a row an image: `Image` (1, 000001 or 000001.png), `Type` (Benign, Malignant); or DatasetB.csv
 
-163 images, 110 benign and 53 malignant. The columns of the table are found by their titles, or, where these are others, by what is in
+163 images, 109 benign and 54 malignant. The columns of the table are found by their titles, or, where these are others, by what is in
 them; classes may be abbreviated (`B`, `M`) or Spanish or Portuguese (`Benigno`, `Maligna`). Copies that sort the images into
 `original/benign` and `original/malignant` (and the masks likewise, or not) need no table. There are no patient ids, so groups are found
 by content (`data_prep.near_duplicates`), and no official splits. Labels, classes and colours are those of `busi`, which it can test.
@@ -16,11 +16,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
 from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
-from data_prep.readers import csv_rows, files_in, portable_id, reject_as_error
+from data_prep.readers import files_in, portable_id, reject_as_error
 from data_prep.spreadsheets import xlsx_rows
+from data_prep.tables import TableRow, csv_rows
 from pipeline.errors import MaskLoomError
 
 IMAGES, MASKS = ("original", "Original"), ("GT", "gt")
@@ -43,6 +45,13 @@ CLASS_WORDS = {
     **dict.fromkeys(("benign", "b", "benigno", "benigna"), "benign"),
     **dict.fromkeys(("malignant", "m", "maligno", "maligna"), "malignant"),
 }
+
+
+class Stated(NamedTuple):
+    """The word for the class of an image, and where it stands."""
+
+    word: str
+    where: str
 
 
 class Adapter(DatasetAdapter):
@@ -83,10 +92,13 @@ class Adapter(DatasetAdapter):
         images_of, masks_of = _by_id(images), _by_id(masks)
         for word, image in images:
             number = image_id(image.name)
-            yield _entry(image, images_of[number], masks_of.get(number, []), word or classes.get(number))
+            stated = Stated(word, "its folder") if word else classes.get(number)
+            yield _entry(image, images_of[number], masks_of.get(number, []), stated)
         for _, mask in masks:
             if image_id(mask.name) not in images_of:
                 yield Reject(str(mask), "a mask without an image")
+        for folder in (images_folder, masks_folder):
+            yield from unread_folders(folder, CLASS_WORDS)
         for number in classes:
             if number not in images_of:
                 yield Reject(
@@ -152,20 +164,20 @@ def _by_id(files: Sequence[tuple[str | None, Path]]) -> dict[str, list[Path]]:
     return dict(of_id)
 
 
-def _entry(image: Path, same_id: Sequence[Path], masks: Sequence[Path], class_word: str | None) -> RawItem | Reject:
-    problem = _problem(image, same_id, masks, class_word)
+def _entry(image: Path, same_id: Sequence[Path], masks: Sequence[Path], stated: Stated | None) -> RawItem | Reject:
+    problem = _problem(image, same_id, masks, stated)
     if problem is not None:
         return Reject(str(image), problem)
-    assert class_word is not None
+    assert stated is not None
     return RawItem(
         sample_id=portable_id(image.stem),
         path=str(image),
         mask_paths=(str(masks[0]),),
-        label=CLASS_WORDS[class_word.lower()],
+        label=CLASS_WORDS[stated.word.lower()],
     )
 
 
-def _problem(image: Path, same_id: Sequence[Path], masks: Sequence[Path], class_word: str | None) -> str | None:
+def _problem(image: Path, same_id: Sequence[Path], masks: Sequence[Path], stated: Stated | None) -> str | None:
     if image.suffix.lower() != ".png":
         return "not a PNG file"
     if len(same_id) > 1:
@@ -174,10 +186,10 @@ def _problem(image: Path, same_id: Sequence[Path], masks: Sequence[Path], class_
         return (
             f"several masks belong to this image: {_names(masks)}" if masks else "no mask in GT belongs to this image"
         )
-    if class_word is None:
+    if stated is None:
         return "DatasetB has no row for this image"
-    if class_word.lower() not in CLASS_WORDS:
-        return f"unknown class {class_word!r} in DatasetB; known: {', '.join(LABELS)}"
+    if stated.word.lower() not in CLASS_WORDS:
+        return f"unknown class {stated.word!r} in {stated.where}; known: {', '.join(LABELS)}"
     return None
 
 
@@ -185,7 +197,7 @@ def _names(files: Sequence[Path]) -> str:
     return ", ".join(f"{file.parent.name}/{file.name}" for file in files)
 
 
-def _classes_by_id(root: Path) -> dict[str, str]:
+def _classes_by_id(root: Path) -> dict[str, Stated]:
     """Return the class word of each image id of the table.
 
     Raises:
@@ -200,16 +212,17 @@ def _classes_by_id(root: Path) -> dict[str, str]:
         rows = xlsx_rows(path) if path.suffix == ".xlsx" else csv_rows(path, ())
     id_column = _column(path, rows, ID_TITLES, _is_number, "image numbers")
     class_column = _column(path, rows, CLASS_TITLES, _is_class, "classes")
-    classes: dict[str, str] = {}
+    first: dict[str, TableRow] = {}
     for row in rows:
-        number = image_id(row[id_column])
-        if number in classes:
+        if not row[id_column]:  # a line of sums
+            continue
+        known = first.setdefault(image_id(row[id_column]), row)
+        if known is not row:
             raise MaskLoomError(
-                f"{path}: {id_column} {row[id_column]!r} is listed more than once; remove the wrong row"
+                f"{path}: row {row.number}: {id_column} {row[id_column]!r} is listed more than once (first in row {known.number}); "
+                "remove the wrong row"
             )
-        if row[id_column]:
-            classes[number] = row[class_column]
-    return classes
+    return {number: Stated(row[class_column], f"row {row.number} of {path.name}") for number, row in first.items()}
 
 
 def _column(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data_prep.readers import csv_rows
 from data_prep.spreadsheets import xlsx_rows
+from data_prep.tables import csv_rows
 from pipeline.errors import RejectedSample
 
 MAX_FILES = 200_000
@@ -111,7 +111,7 @@ def tables_of(root: Path, tree: RawTree) -> tuple[list[Table], list[tuple[str, s
             if (root / file).stat().st_size > MAX_TABLE_BYTES:
                 raise RejectedSample("too large to look into")
             rows = xlsx_rows(root / file) if file.lower().endswith(".xlsx") else csv_rows(root / file, ())
-            tables.append(Table(file, list(rows[0]) if rows else [], rows))
+            tables.append(Table(file, list(rows[0]) if rows else [], [*rows]))
         except (RejectedSample, OSError) as error:
             unreadable.append((file, str(error)))
     return tables, unreadable

@@ -1,5 +1,7 @@
+import json
 import re
 import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -7,8 +9,11 @@ import pytest
 from data_prep.adapter import RawItem, Reject
 from data_prep.datasets import acdc
 from data_prep.datasets.acdc import AcdcOptions, Adapter
+from data_prep.prepare import prepare
 from pipeline.config import IntensityWindow
+from pipeline.contract import LEDGER_FILE, read_contract, read_ids
 from pipeline.errors import MaskLoomError, RejectedSample
+from tests.data_prep.experiment import experiment
 from tests.writers.acdc import GROUPS, SHAPE, SPACING, at, drawn, frames_of, patient_folder, write_patient, write_raw
 from tests.writers.nifti import rewrite, stored, write
 
@@ -378,3 +383,53 @@ def test_a_folder_of_something_else(tmp_path):
 def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         AcdcOptions(**options)
+
+
+# Patients that the release holds under two names
+
+
+def test_the_releases_patients_with_two_names_are_one_group_each(tmp_path):
+    for patient in (1, 2, 3, 55, 74, 76, 101, 118):
+        write_patient(tmp_path, patient, "DCM")
+    run = tmp_path / "run"
+    prepare(experiment(run, "acdc", tmp_path, options={"field_mm": 32, "include_empty": True}), force=False)
+    splits = defaultdict(set)
+    for split, ids in _ids(run):
+        for sample, group in ids:
+            splits[sample[:10]].add((split, group))
+    assert splits["patient118"] == {("test", "patient055")} and "patient055" not in splits
+    assert splits["patient074"] == splits["patient076"] and len(splits["patient074"]) == 1
+    reasons = [json.loads(line)["reason"] for line in (run / "dataset" / LEDGER_FILE).read_text().splitlines()]
+    assert len(reasons) == 12
+    assert all(r.startswith("group patient055 also lies in the dataset's test split: patient118-E") for r in reasons)
+
+
+def test_patients_with_equal_voxels_that_no_list_names_are_found(tmp_path, capsys):
+    for patient in (1, 2, 3, 4, 101):
+        write_patient(tmp_path, patient, "DCM")
+    for twin in (5, 102):
+        source = patient_folder(tmp_path, twin - 1)
+        for file in source.iterdir():
+            target = patient_folder(tmp_path, twin) / file.name.replace(source.name, f"patient{twin:03d}")
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(file, target)
+    shutil.copytree(patient_folder(tmp_path, 1), twin := patient_folder(tmp_path, 103))
+    for file in twin.iterdir():
+        file.rename(file.with_name(file.name.replace("patient001", "patient103")))
+    run = tmp_path / "run"
+    prepare(experiment(run, "acdc", tmp_path, options={"field_mm": 32}), force=False)
+    groups = {sample[:10]: (split, group) for split, ids in _ids(run) for sample, group in ids}
+    assert "patient001" not in groups
+    assert groups["patient103"] == ("test", "patient001")
+    assert groups["patient004"] == groups["patient005"]
+    assert groups["patient101"] == groups["patient102"] == ("test", "patient101")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "united, each now lies in one split: patient001 = patient103; patient004 = patient005; patient101 = patient102"
+        in said
+    )
+
+
+def _ids(run):
+    contract = read_contract(run / "dataset")
+    return read_ids(run / "dataset", [file for file in contract.files if file.startswith("data/")]).items()

@@ -8,7 +8,8 @@ import pytest
 from data_prep.adapter import RawItem, Reject
 from data_prep.datasets import busi
 from data_prep.datasets.busbra import Adapter, BusbraOptions
-from data_prep.prepare import open_adapter
+from data_prep.prepare import open_adapter, prepare
+from pipeline.contract import read_contract
 from pipeline.errors import MaskLoomError
 from pipeline.prompts import render_prompt, template_keys
 from tests.data_prep.experiment import experiment
@@ -130,6 +131,39 @@ def test_no_case_of_the_folds_lies_in_two_splits(raw):
     assert all(len(found) == 1 for found in splits_of.values())
 
 
+def drawn_per_image(folds):
+    """Return the table of folds as the release has it: of some cases one view is validation and the other is not."""
+    table = fold_data(folds)
+    views = [row[0] for row in table]
+    for identity, valid in (("bus_0003-l", "0"), ("bus_0003-r", "1"), ("bus_0004-l", "1"), ("bus_0004-r", "0")):
+        table[views.index(identity)][table[0].index("valid_1")] = valid
+    return table
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_case_whose_views_are_drawn_apart_follows_its_first_view(raw, reverse):
+    table = drawn_per_image(5)
+    rewrite(raw, [table[0], *(table[:0:-1] if reverse else table[1:])], "5-fold-cv.csv")
+    found = splits(raw, folds=5, test_fold=1)
+    assert len(found) == len(listed())
+    assert [found[f"bus_0003-{view}"] for view in "lr"] == ["validation", "validation"]
+    assert [found[f"bus_0004-{view}"] for view in "lr"] == ["train", "train"]
+
+
+def test_no_image_is_lost_where_views_are_drawn_apart(raw):
+    rewrite(raw, drawn_per_image(5), "5-fold-cv.csv")
+    options = {"folds": 5, "test_fold": 1}
+    prepare(experiment(raw / "run", dataset="busbra", raw_dir=raw / ROOT, options=options), force=False)
+    contract = read_contract(raw / "run" / "dataset")
+    assert contract.rejected == 0 and sum(split.rows for split in contract.splits.values()) == len(listed())
+
+
+def test_a_torn_test_case_stays_in_the_test_split(raw):
+    rewrite(raw, with_value(fold_data(5), "bus_0002-r", "kFold", "1"), "5-fold-cv.csv")
+    found = splits(raw, folds=5, test_fold=1)
+    assert found["bus_0002-r"] == "test" and found["bus_0002-l"] != "test"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -158,8 +192,16 @@ def test_options_that_do_not_fit_are_told(raw, options, says):
         (lambda t: without_column(t, "kFold"), r"5-fold-cv\.csv: no column kFold; it has ID, Pathology, valid_1"),
         (lambda t: t[:1], r"5-fold-cv\.csv: no column kFold; it has no rows"),
         (lambda t: without_column(t, "ID"), r"5-fold-cv\.csv has no column 'ID'.*; restore the file from the dataset"),
-        (lambda t: [*t, t[1]], r"5-fold-cv\.csv: ID 'bus_0001-l' is listed more than once"),
-        (lambda t: with_value(t, "bus_0003-l", "kFold", "6"), r"kFold of bus_0003-l is '6', expected 1\.\.5"),
+        (lambda t: [*t, t[1]], r"5-fold-cv\.csv: row 24: ID 'bus_0001-l' is listed more than once \(first in row 2\)"),
+        (
+            lambda t: with_value(t, "bus_0003-l", "kFold", "6"),
+            r"5-fold-cv\.csv: row 6: kFold of bus_0003-l is '6', expected 1\.\.5; restore",
+        ),
+        (lambda t: with_value(t, "bus_0003-l", "kFold", ""), r"row 6: kFold of bus_0003-l is empty, expected 1\.\.5"),
+        (
+            lambda t: with_value(t, "bus_0003-l", "ID", ""),
+            r"row 6: ID is empty, expected the name of an image; restore",
+        ),
         (lambda t: with_value(t, "bus_0003-l", "kFold", "one"), r"kFold of bus_0003-l is 'one', expected 1\.\.5"),
         (lambda t: with_value(t, "bus_0003-l", "kFold", "1.5"), r"kFold of bus_0003-l is '1\.5', expected 1\.\.5"),
         (lambda t: with_value(t, "bus_0003-l", "valid_1", "NaN"), r"valid_1 of bus_0003-l is 'NaN', expected 0\.\.1"),
@@ -243,14 +285,14 @@ def test_nothing_else_of_the_table_is_copied(raw):
 @pytest.mark.parametrize(
     ("column", "value", "reason"),
     [
-        ("BIRADS", "6", "unknown BIRADS '6' in bus_data.csv; known: 2, 3, 4, 5"),
-        ("BIRADS", "4a", "unknown BIRADS '4a' in bus_data.csv; known: 2, 3, 4, 5"),
-        ("Side", "both", "unknown Side 'both' in bus_data.csv; known: left, right, single"),
-        ("Pathology", "", "unknown Pathology '' in bus_data.csv; known: benign, malignant"),
-        ("Pathology", "1", "unknown Pathology '1' in bus_data.csv; known: benign, malignant"),
+        ("BIRADS", "6", "unknown BIRADS '6' in row 4 of bus_data.csv; known: 2, 3, 4, 5"),
+        ("BIRADS", "4a", "unknown BIRADS '4a' in row 4 of bus_data.csv; known: 2, 3, 4, 5"),
+        ("Side", "both", "unknown Side 'both' in row 4 of bus_data.csv; known: left, right, single"),
+        ("Pathology", "", "unknown Pathology '' in row 4 of bus_data.csv; known: benign, malignant"),
+        ("Pathology", "1", "unknown Pathology '1' in row 4 of bus_data.csv; known: benign, malignant"),
         ("Case", " ", "bus_data.csv names no Case for this image, so nothing says whose it is"),
-        ("Device", "x" * 61, "Device in bus_data.csv is no short text: 'xxxxxxxxxxxxxxxxxxxx'"),
-        ("Histology", "a\x00b", "Histology in bus_data.csv is no short text: 'a\\x00b'"),
+        ("Device", "x" * 61, "Device in row 4 of bus_data.csv is no short text: 'xxxxxxxxxxxxxxxxxxxx'"),
+        ("Histology", "a\x00b", "Histology in row 4 of bus_data.csv is no short text: 'a\\x00b'"),
     ],
 )
 def test_values_that_are_not_known_are_rejected(raw, column, value, reason):

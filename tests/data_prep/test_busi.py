@@ -7,8 +7,9 @@ from PIL import Image
 
 from data_prep.adapter import RawItem, Reject
 from data_prep.datasets.busi import Adapter, BusiOptions
+from data_prep.prepare import prepare
 from pipeline.errors import MaskLoomError, RejectedSample
-from tests.data_prep.experiment import BUSI, BUSI_ABSENT
+from tests.data_prep.experiment import BUSI, BUSI_ABSENT, experiment
 from tests.writers.busi import write_raw
 
 ROOT = "Dataset_BUSI_with_GT"
@@ -79,6 +80,56 @@ def test_the_curated_tree_gives_the_same_pixels(raw, tmp_path, keep_suffix):
         one, other = adapter(raw).load(item), adapter(curated).load(theirs[sample_id])
         np.testing.assert_array_equal(one.image, other.image)
         np.testing.assert_array_equal(one.mask, other.mask)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("images", "masks"), ("images", "mask"), ("Image", "MASK"), ("IMAGES", "Masks")]
+)
+def test_folders_of_images_and_masks_by_all_their_names(raw, tmp_path, images, masks):
+    copy = tmp_path / "copy"
+    for file in (raw / ROOT).rglob("*.png"):
+        name = file.parent.name
+        target = copy / (name.upper() if name == "normal" else name) / (masks if "_mask" in file.name else images)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    items, rejects = listed(copy)
+    assert Adapter.recognises(copy) and rejects == []
+    ours = listed(raw)[0]
+    assert {name: len(item.mask_paths) for name, item in items.items()} == {
+        n: len(i.mask_paths) for n, i in ours.items()
+    }
+
+
+def test_files_beside_their_folders_and_masks_among_the_images_are_read_too(tmp_path):
+    save(tmp_path / "benign" / "images" / "benign (1).png", square(1))
+    save(tmp_path / "benign" / "images" / "benign (1)_mask.png", square(2))
+    save(tmp_path / "benign" / "images" / "odd_mask.png", square(3))
+    save(tmp_path / "benign" / "masks" / "odd_mask_mask.png", square(4))
+    save(tmp_path / "benign" / "benign (2).png", square(5))
+    save(tmp_path / "benign" / "benign (2)_mask.png", square(6))
+    items, rejects = listed(tmp_path)
+    assert rejects == []
+    assert {name: [path.rsplit("/", 1)[1] for path in item.mask_paths] for name, item in items.items()} == {
+        "benign-1": ["benign (1)_mask.png"],
+        "benign-2": ["benign (2)_mask.png"],
+        "benign-odd_mask": ["odd_mask_mask.png"],
+    }
+
+
+def test_a_folder_that_is_not_read_is_named(raw, tmp_path):
+    benign = raw / ROOT / "benign"
+    shutil.copytree(benign, tmp_path / "other" / "benign" / "imgs")
+    (tmp_path / "other" / "benign" / "empty").mkdir()
+    (tmp_path / "other" / "benign" / ".hidden").mkdir()
+    (reject,) = listed(tmp_path / "other")[1]
+    assert reject.reason == (
+        "files in a folder imgs inside benign are not read; folders that are read here: image, images, mask, masks"
+    )
+    config = experiment(tmp_path / "run", raw_dir=tmp_path / "other")
+    with pytest.raises(
+        MaskLoomError, match=r"no usable image of busi among 1; .* files in a folder imgs inside benign"
+    ):
+        prepare(config, force=False)
 
 
 def test_masks_are_united(tmp_path):

@@ -246,10 +246,16 @@ def test_forms_of_the_table_of_the_test_set(raw, text):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("test_001,Benign\n", r"reference\.csv: test_001: unknown label 'Benign', expected one of normal, tumor"),
-        ("test_001\n", "no rows of the form test_001,Tumor"),
-        ("", "no rows of the form test_001,Tumor"),
-        ("test_001,Tumor\ntest_001,Normal\n", "test_001: label 'Normal' contradicts an earlier row"),
+        ("test_001,Benign\n", r"reference\.csv: row 1: label of test_001 is 'Benign', expected one of normal, tumor"),
+        ("test_001\n", r"row 1: label of test_001 is empty, expected one of normal, tumor"),
+        ("test_001,Tumor\n,Normal\n", r"row 2: slide is empty, expected the name of a slide"),
+        ("", r"nor rows of the form test_001,Tumor of CAMELYON16; restore the table"),
+        ("image,kind\na,b\n", r"neither the columns patient,stage .* it begins with 'image,kind'"),
+        (
+            "test_001,Tumor\n\ntest_001,Normal\n",
+            r"row 3: label 'Normal' of test_001 contradicts row 1 of .*reference\.csv",
+        ),
+        ("test_001,Tumor\n" + " " * 2**24, r"has 16777231 bytes, more than 16777216; restore the table"),
     ],
 )
 def test_a_damaged_table_of_the_test_set_stops_the_work(raw, text, reason):
@@ -262,11 +268,39 @@ def test_the_table_of_nodes_has_two_names_and_must_agree_with_itself(raw):
     (raw / C17 / "stage_labels.csv").rename(raw / C17 / "stages.csv")
     assert scanned(raw)[0].keys() == USED
     (raw / C17 / "stage_labels.csv").write_text("patient,stage\npatient_004_node_4,itc\n")
-    with pytest.raises(MaskLoomError, match="contradicts an earlier row"):
+    with pytest.raises(MaskLoomError, match=r"stages\.csv: row \d+: .* contradicts row 2 of .*stage_labels\.csv"):
         scanned(raw)
     (raw / C17 / "stage_labels.csv").write_text("patient,stage\npatient_004_node_4,huge\n")
-    with pytest.raises(MaskLoomError, match="unknown label 'huge', expected one of negative, itc, micro, macro"):
+    with pytest.raises(
+        MaskLoomError, match="row 2: stage of patient_004_node_4 is 'huge', expected one of negative, itc, mic"
+    ):
         scanned(raw)
+
+
+@pytest.mark.parametrize("name", ["reference.csv", "Reference.CSV", "labels of the nodes.csv"])
+def test_the_table_of_nodes_is_told_by_its_header(raw, name):
+    (raw / C17 / "stage_labels.csv").rename(raw / C17 / name)
+    assert scanned(raw)[0].keys() == USED
+
+
+@pytest.mark.parametrize("name", ["stages.csv", "test labels.csv"])
+def test_the_table_of_the_test_set_is_told_by_its_rows(raw, name):
+    (raw / TESTING / "reference.csv").rename(raw / TESTING / name)
+    items = scanned(raw)[0]
+    assert items.keys() == USED and items["test_001"].label == "tumour"
+
+
+def test_a_damaged_table_under_another_name_stops_the_work_too(raw):
+    (raw / "labels.csv").write_text("patient,stage\npatient_004_node_4,macro,itc\n")
+    with pytest.raises(MaskLoomError, match=r"labels\.csv has 3 values in row 2, but 2 columns; restore the table"):
+        scanned(raw)
+
+
+def test_other_files_of_values_are_nobodys_concern(raw):
+    (raw / "scores.csv").write_text("test_001,0.93\ntest_002,0.1\n")
+    (raw / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    (raw / "large.csv").write_text("patient,stage\npatient_004_node_4,huge\n" + " " * 2**24)
+    assert scanned(raw)[0].keys() == USED
 
 
 @pytest.mark.parametrize("inside", ["", C16, C16 / "training", C17])

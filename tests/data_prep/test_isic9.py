@@ -181,7 +181,7 @@ def test_downsampled_images_find_their_lesion(raw):
         ("image,lesion_id\n", r"m\.csv: no column image or .*; it has no rows$"),
         (
             "image,lesion_id\nA,IL_1\nA,IL_2\n",
-            r"m\.csv: image A has the lesion_id IL_1 and IL_2; remove the wrong row$",
+            r"m\.csv: rows 2 and 3: image A has the lesion_id IL_1 and IL_2; remove the wrong row$",
         ),
     ],
 )

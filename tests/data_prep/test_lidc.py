@@ -196,8 +196,21 @@ def test_the_first_versions_table(nodule_tree):
     [
         ("original_image", "image", r"meta_info\.csv has no column 'original_image'.*write it anew, or remove it"),
         (",malignancy,", ",grade,", r"meta_info\.csv has no column 'malignancy'"),
-        ("0001_MA000_slice000,2,", "0001_MA000_slice000,6,", "0001_NI000_slice000: malignancy is '6', expected 1 to 5"),
-        ("0001_NI000_slice001,", "0002_NI000_slice000,", "0002_NI000_slice000: malignancy 3 contradicts another row"),
+        (
+            "0001_MA000_slice000,2,",
+            "0001_MA000_slice000,6,",
+            r"meta_info\.csv: row 2: malignancy of 0001_NI000_slice000 is '6', expected 1 to 5; correct",
+        ),
+        (
+            "0001_NI000_slice001,",
+            "0002_NI000_slice000,",
+            r"row 4: malignancy of 0002_NI000_slice000 is 3, in row 3 2; keep one",
+        ),
+        (
+            "LIDC-IDRI-0001/0001_NI000_slice000,",
+            ",",
+            r"row 2: original_image is empty, expected the name of an image; write",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_trusted_ends_the_work(nodule_tree, old, new, message):
@@ -206,6 +219,22 @@ def test_a_table_that_cannot_be_trusted_ends_the_work(nodule_tree, old, new, mes
     table.write_text(table.read_text().replace(old, new))
     with pytest.raises(MaskLoomError, match=message):
         listed(nodule_tree)
+
+
+def test_a_table_of_one_value_per_row_is_told(nodule_tree):
+    """As pandas' concat along the wrong axis writes it: every value in a row of its own, in the last column."""
+    table = nodule_tree / NODULE_ROOT / "Meta" / "meta_info.csv"
+    header, *rows = table.read_text().splitlines()
+    values = [value for row in rows for value in row.split(",")]
+    table.write_text("\n".join([f"{header},0", *("," * 8 + value for value in values)]))
+    with pytest.raises(MaskLoomError, match=r"meta_info\.csv: row 2: original_image is empty, .* one row per image"):
+        listed(nodule_tree)
+
+
+def test_grades_as_pandas_writes_them(nodule_tree):
+    table = nodule_tree / NODULE_ROOT / "Meta" / "meta_info.csv"
+    table.write_text(table.read_text().replace("0001_MA000_slice000,2,", "0001_MA000_slice000,2.0,"))
+    assert "moderately unlikely" in listed(nodule_tree)[0]["0001_NI000_slice000"].attributes["finding"]
 
 
 def test_files_and_rows_that_lack_each_other_are_rejected(nodule_tree):

@@ -7,8 +7,9 @@ from scipy.ndimage import gaussian_filter
 from data_prep import near_duplicates
 from data_prep.adapter import RawItem
 from data_prep.datasets.busi import Adapter, BusiOptions
-from data_prep.grouping import consistent_rows
+from data_prep.grouping import MOST_GROUPS, consistent_rows
 from data_prep.near_duplicates import near_duplicate_clusters, signature, windows
+from data_prep.parts import Found
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 
 
@@ -86,13 +87,14 @@ def test_windows_lie_inside_the_image():
     assert all(0 <= t < b <= 1 + 1e-9 and 0 <= left < r <= 1 + 1e-9 for t, left, b, r in windows())
 
 
-def item(name, label="benign", **more):
-    return RawItem(sample_id=name, path=f"/raw/{name}.png", label=label, **more)
+def item(name, label="benign", group=None, split=None, shown=""):
+    return Found(name, f"/raw/{name}.png", label, group, split, "", shown, 0, False, 0, (0, 0))
 
 
 def test_clusters_with_several_labels_are_rejected_whole():
     items = [item("a"), item("b", "malignant"), item("c"), item("d")]
-    rows, rejected = consistent_rows(items, [0, 0, 2, 2])
+    found = consistent_rows(items, [0, 0, 2, 2])
+    rows, rejected = found.rows, found.rejected
     assert [(row.item.sample_id, row.group) for row in rows] == [("c", "c"), ("d", "c")]
     assert {r.path for r in rejected} == {"/raw/a.png", "/raw/b.png"}
     assert {r.reason for r in rejected} == {"near-duplicates with different labels (benign, malignant): a, b"}
@@ -100,28 +102,48 @@ def test_clusters_with_several_labels_are_rejected_whole():
 
 def test_a_patient_may_have_lesions_of_several_classes():
     items = [item("a", group="p1"), item("b", "malignant", group="p1")]
-    rows, rejected = consistent_rows(items, [0, 1])
+    found = consistent_rows(items, [0, 1])
+    rows, rejected = found.rows, found.rejected
     assert [row.group for row in rows] == ["p1", "p1"] and not rejected
 
 
 def test_patients_that_share_a_near_duplicate_become_one_group():
     items = [item("a", group="p1"), item("b", group="p1"), item("c", group="p2"), item("d", group="p3")]
-    rows, _ = consistent_rows(items, [0, 1, 1, 3])
-    assert [row.group for row in rows] == ["p1", "p1", "p1", "p3"]
+    found = consistent_rows(items, [0, 1, 1, 3])
+    assert found.united == [("p1", "p2")]
+    assert [row.group for row in found.rows] == ["p1", "p1", "p1", "p3"]
+
+
+def test_a_picture_that_many_groups_share_joins_none_of_them():
+    """A title page, or a test pattern: left out, so that no split sees it."""
+    count = MOST_GROUPS + 1
+    items = [item(f"a{n}", group=f"p{n}", shown="page") for n in range(count)]
+    items += [item(f"b{n}", group=f"p{n}", shown=f"own {n}") for n in range(count)]
+    found = consistent_rows(items, [0] * count + list(range(count, 2 * count)))
+    assert [row.item.sample_id for row in found.rows] == [f"b{n}" for n in range(count)] and found.united == []
+    assert {r.reason for r in found.rejected} == {f"the same picture lies in {count} groups, so it is no patient's own"}
+    few = consistent_rows(items[:MOST_GROUPS], [0] * MOST_GROUPS)
+    assert len(few.rows) == MOST_GROUPS and few.united == [tuple(f"p{n}" for n in range(MOST_GROUPS))]
 
 
 def test_duplicates_across_the_splits_of_a_dataset_stay_in_the_most_held_out_one():
     items = [item("a", split="train"), item("b", split="test"), item("c", split="train")]
-    rows, rejected = consistent_rows(items, [0, 0, 2])
+    found = consistent_rows(items, [0, 0, 2])
+    rows, rejected = found.rows, found.rejected
     assert [row.item.sample_id for row in rows] == ["b", "c"]
-    assert [(r.path, r.reason) for r in rejected] == [("/raw/a.png", "group a also lies in the dataset's test split")]
+    assert [(r.path, r.reason) for r in rejected] == [
+        ("/raw/a.png", "group a also lies in the dataset's test split: b")
+    ]
 
 
 def test_an_image_without_a_split_does_not_join_a_published_test_split():
     items = [item("a"), item("b", split="test"), item("c", split="train"), item("d")]
-    rows, rejected = consistent_rows(items, [0, 0, 2, 2])
+    found = consistent_rows(items, [0, 0, 2, 2])
+    rows, rejected = found.rows, found.rejected
     assert [row.item.sample_id for row in rows] == ["b", "c", "d"]
-    assert [(r.path, r.reason) for r in rejected] == [("/raw/a.png", "group a also lies in the dataset's test split")]
+    assert [(r.path, r.reason) for r in rejected] == [
+        ("/raw/a.png", "group a also lies in the dataset's test split: b")
+    ]
 
 
 @pytest.mark.skipif(not BUSI.is_dir(), reason=BUSI_ABSENT)

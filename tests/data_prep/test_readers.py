@@ -11,7 +11,6 @@ from data_prep import decoding
 from data_prep.decoding import DecodedImage, decoded_picture
 from data_prep.readers import (
     bright,
-    csv_rows,
     decoded_image,
     eight_bit,
     files_in,
@@ -21,7 +20,6 @@ from data_prep.readers import (
     reject_as_error,
     require_same_size,
     shown_size,
-    table_rows,
     unreadable_as_reject,
     xml_root,
 )
@@ -262,55 +260,6 @@ def test_a_truncated_array_is_rejected(tmp_path, keep):
     np.save(tmp_path / "a.npy", np.ones((4, 4)))
     with pytest.raises(RejectedSample, match=r"^a\.npy cannot be decoded"):
         npy_array(written(tmp_path / "a.npy", (tmp_path / "a.npy").read_bytes()[:keep]), ndim=2)
-
-
-# csv_rows, table_rows
-
-
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
-def test_tables_in_every_dialect(tmp_path, separator, encoding, line_end):
-    text = line_end.join(separator.join(row) for row in (("iD", " Größe "), ("a 1", " 2 "), ("", ""), ("b", "3")))
-    path = tmp_path / "t.csv"
-    path.write_bytes(text.encode(encoding))
-    assert csv_rows(path, ("ID",)) == [{"ID": "a 1", "Größe": "2"}, {"ID": "b", "Größe": "3"}]
-
-
-def test_quoted_values_keep_what_they_hold(tmp_path):
-    path = written(tmp_path / "t.csv", 'id,note\n1,"a, b"\n2,"two\nlines"\n3,"form\x0cfeed\u2028separator"\n')
-    assert [row["note"] for row in csv_rows(path, ("id",))] == ["a, b", "two\nlines", "form\x0cfeed\u2028separator"]
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", r"^t\.csv has no column 'id'; it has none$"),
-        (b"\n1,2\n", r"^t\.csv has no column 'id'; it has none$"),
-        (b"a,b\n1,2\n", r"^t\.csv has no column 'id'; it has a, b$"),
-        (b"id,ID\n1,2\n", r"^t\.csv has more than one column 'id'; it has id, ID$"),
-        (b"id,b\n1,2\n1,2,3\n", r"^t\.csv has 3 values in row 3, but 2 columns$"),
-        (b'id,b\n1,"2\n', r"^t\.csv cannot be decoded"),
-        (b"id,b\n\xff\xfe\n", r"^t\.csv cannot be decoded"),
-        (b"id\n" + b"x" * 200_000, r"^t\.csv cannot be decoded \(field larger than"),
-    ],
-)
-def test_a_table_that_cannot_be_understood_is_rejected(tmp_path, content, says):
-    with pytest.raises(RejectedSample, match=says):
-        csv_rows(written(tmp_path / "t.csv", content), ("id",))
-
-
-def test_a_missing_table_is_rejected(tmp_path):
-    with pytest.raises(RejectedSample, match=r"^t\.csv cannot be decoded \(no such file\)$"):
-        csv_rows(tmp_path / "t.csv", ())
-
-
-def test_cells_of_any_type_become_text_and_short_rows_are_filled():
-    table = [["ID", None, "x"], [1, None, 2.5], ["b"], [None, None, None], ["c", "", "", None, " "]]
-    assert table_rows("t", table, ("id",)) == [
-        {"id": "1", "": "", "x": "2.5"}, {"id": "b", "": "", "x": ""}, {"id": "c", "": "", "x": ""}
-    ]  # fmt: skip
-    assert table_rows("t", [], ()) == []
 
 
 # xml_root

@@ -130,7 +130,7 @@ def test_a_titled_column_of_something_else_is_not_taken(raw):
         ([["Image", "Type"]], r"no column of image numbers among none; name it 'image'"),
         (
             [["Image", "Type"], [1, "B"], ["000001.png", "M"]],
-            r"Image '000001.png' is listed more than once; remove the wrong row",
+            r"row 3: Image '000001.png' is listed more than once \(first in row 2\); remove the wrong row",
         ),
     ],
 )
@@ -217,7 +217,9 @@ def test_an_unknown_class_is_rejected(raw):
     write_table(raw / TABLE, [["Image", "Type"], *([n, "Normal" if n == 6 else x] for n, x in EXPECTED.items())])
     items, rejects = listed(raw)
     assert "000006" not in items and len(items) == IMAGES - 1
-    assert [reject.reason for reject in rejects] == ["unknown class 'Normal' in DatasetB; known: benign, malignant"]
+    assert [reject.reason for reject in rejects] == [
+        "unknown class 'Normal' in row 7 of DatasetB.xlsx; known: benign, malignant"
+    ]
 
 
 @pytest.mark.parametrize(

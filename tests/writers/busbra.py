@@ -173,7 +173,7 @@ FLAWS = {
     "image not in the table": Flaw(
         _rewrite(lambda t: [row for row in t if row[0] != NAME]), r"bus_data\.csv has no row"
     ),
-    "row listed twice": Flaw(_rewrite(lambda t: [*t, t[1]]), "ID 'bus_0001-l' is listed more than once"),
+    "row listed twice": Flaw(_rewrite(lambda t: [*t, t[1]]), r"row 24: ID 'bus_0001-l' is listed more than once"),
     "unknown pathology": Flaw(
         _rewrite(lambda t: with_value(t, NAME, "Pathology", "normal")),
         "unknown Pathology 'normal' .* known: benign, malignant",

@@ -275,10 +275,12 @@ FLAWS = {
     ),
     "unknown label": Flaw(
         lambda f: _edit(f / TESTING / "reference.csv", "Normal", "benign"),
-        "reference.csv: test_002: unknown label 'benign'",
+        r"reference\.csv: row 2: label of test_002 is 'benign', expected one of normal, tumor",
     ),
     "missing table": Flaw(lambda f: (f / TESTING / "reference.csv").unlink(), r"neither test_002\.xml nor a label"),
-    "missing column": Flaw(lambda f: _edit(f / C17 / "stage_labels.csv", "stage", "pn"), "no column 'stage'"),
+    "missing column": Flaw(
+        lambda f: _edit(f / C17 / "stage_labels.csv", "stage", "pn"), "the columns patient,stage .* 'patient,pn'"
+    ),
     "tumour in a negative slide": Flaw(
         lambda f: _edit(f / C17 / "stage_labels.csv", "macro", "negative"), "said to be normal, but its annotations"
     ),

@@ -158,11 +158,11 @@ FLAWS = {
     ),
     "row listed twice": Flaw(
         lambda f: write_table(f / XLSX, [*rows(), ["000003", "Benign", None]]),
-        "Image '000003' is listed more than once",
+        r"row \d+: Image '000003' is listed more than once",
     ),
     "unknown class": Flaw(
         lambda f: write_table(f / XLSX, _table({3: [3, "Normal", None]})),
-        "unknown class 'Normal' in DatasetB; known: benign",
+        r"unknown class 'Normal' in row \d+ of DatasetB\.xlsx; known: benign",
     ),
     "other column titles": Flaw(lambda f: write_table(f / XLSX, _table({}, ["Nº", "Clasificación", "x"])), None),
     "spaces and other scripts in the path": Flaw(_into_unicode_folder, None),
