@@ -102,6 +102,14 @@ def test_synthetic_share_is_limited() -> None:
     assert len(limited_rows(10, 3, ArmOptions(synthetic_per_real=2), 0)) == 3
 
 
+def test_the_rows_of_a_share_are_drawn_by_the_seed_and_keep_their_order() -> None:
+    drawn = [limited_rows(10, 100, ArmOptions(synthetic_per_real=3), seed).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] == sorted(drawn[0])
+    assert drawn[0] != drawn[2]
+    assert max(drawn[0]) > 50  # not the first ones: a set may be ordered by class
+    assert len(limited_rows(1, 5, ArmOptions(synthetic_per_real=0.1), 0)) == 1
+
+
 @pytest.mark.parametrize("arms", [["synthetic", "real_synthetic"], ["real"], ["real", "synthetic", "synthetic"]])
 def test_arms_need_the_baseline_and_another(arms: list[str]) -> None:
     with pytest.raises(MaskLoomError, match="must hold 'real'"):

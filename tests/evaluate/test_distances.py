@@ -77,6 +77,16 @@ def test_frechet_interval_keeps_groups_whole_in_few_blocks(random: np.random.Gen
     assert (found.low, found.high) == pytest.approx((0, 0), abs=1e-9)
 
 
+def test_blocks_of_the_frechet_interval_do_not_follow_the_order_of_names(random: np.random.Generator) -> None:
+    """Every second group differs from the others, as where names alternate between hospitals."""
+    left, right = (random.normal(size=(40, 2)) for _ in range(2))
+    for one in (left, right):
+        one[::2] += 10
+    names = [f"{i:02d}" for i in range(40)]
+    found = frechet_interval(left, right, [f"l{name}" for name in names], [f"r{name}" for name in names], 2)
+    assert found.high - found.low < 150  # one block of each kind: more than a thousand
+
+
 def test_frechet_interval_of_one_group_has_no_ends(random: np.random.Generator) -> None:
     left = random.normal(size=(5, 3))
     assert frechet_interval(left, left + 1, ["a"] * 5, ["a"] * 5, 20).low is None

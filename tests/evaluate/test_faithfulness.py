@@ -50,6 +50,16 @@ def test_segmenters_share_out_the_groups_and_each_leaves_its_own_out(tmp_path: P
     assert set.union(*left_out) == set(train.groups)
 
 
+def test_each_segmenter_starts_from_weights_of_its_own(tmp_path: Path) -> None:
+    """One bad start must not be shared by all of them."""
+    write_tiny_run(tmp_path, {}, {"train": 8})
+    inputs = tiny_inputs(tmp_path, ())
+    options = Options(**small_options("faithfulness", steps=1, folds=2, learning_rate=1e-9))
+    readers = trained_readers(inputs, masked_images(inputs, inputs.train, options.image_size), options)
+    first, second = (torch.cat([p.detach().flatten() for p in one.network.parameters()]) for one in readers)
+    assert float((first - second).abs().max()) > 0.01
+
+
 class Constant(nn.Module):
     """Sees one class everywhere."""
 

@@ -1,14 +1,17 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from evaluate.inputs import EvaluationInputs, in_batches
+from evaluate.inputs import EvaluationInputs, _resized, in_batches
 from evaluate.masked import masked_images
 from evaluate.results import Interval, MetricResult, skipped_result
+from pipeline.contract import DatasetWriter, plan_shards
 from tests.evaluate.runs import copied, tiny_inputs
-from tests.tiny_datasets import Sample, tiny_description, write_tiny_run
+from tests.tiny_datasets import Sample, tiny_description, tiny_samples, write_tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,46 @@ def test_synthetic_images_take_their_parents_groups(
     assert inputs.synthetic["copied"].groups == [sample.group_id for sample in samples["train"]]
     assert inputs.synthetic["copied"].parents == [sample.sample_id for sample in samples["train"]]
     assert inputs.train.labels[:3].tolist() == [0, -1, 0]
+
+
+def test_masks_are_never_interpolated() -> None:
+    mask = np.zeros((30, 30), np.uint8)
+    mask[10:23, 7:19] = 2  # between 0 and 2 lies another class
+    picture = Image.fromarray(mask)
+    assert set(np.unique(_resized(picture, (17, 13), "mask"))) == {0, 2}
+    assert len(np.unique(_resized(picture, (17, 13), "image"))) > 2
+
+
+def test_columns_are_in_the_order_of_the_images(tmp_path: Path) -> None:
+    samples = tiny_samples("train", 5)
+    writer = DatasetWriter(tmp_path / "dataset", tiny_description(), plan_shards({"train": 5}, 2), "key")
+    writer.prepare_folder()
+    for shard in writer.shards:
+        writer.write_shard(shard, samples[shard.start : shard.stop])
+    writer.finish("# tiny\n", [], "none", None)
+    train = tiny_inputs(tmp_path, ()).train
+    assert train.columns["sample_id"] == [sample.sample_id for sample in samples]
+    assert all((image[..., 0] == sample.image).all() for image, sample in zip(train.images(), samples, strict=True))
+
+
+def test_a_synthetic_image_is_of_its_parents_group_whatever_its_own_row_says(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs],
+) -> None:
+    _, inputs = samples_and_inputs
+    assert inputs.synthetic["copied"].group_of["test-0001"] == "test-group-0000"
+    moved = replace(inputs.synthetic["copied"], group_of={"train-0000": "elsewhere"})
+    assert moved.groups[:2] == ["elsewhere", "train-group-0000"]
+    assert replace(inputs.train, group_of={"train-0000": "elsewhere"}).groups[0] == "train-group-0000"
+
+
+def test_groups_and_parents_are_those_of_the_images_with_masks(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs],
+) -> None:
+    samples, inputs = samples_and_inputs
+    kept = [sample for sample in samples["train"] if sample.mask is not None]
+    masked = masked_images(inputs, inputs.synthetic["copied"], (32, 32))
+    assert masked.groups == [sample.group_id for sample in kept]
+    assert masked.parents == [sample.sample_id for sample in kept]
 
 
 def test_images_without_mask_are_counted(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:

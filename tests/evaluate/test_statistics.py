@@ -26,6 +26,19 @@ def test_bootstrap_draws_whole_groups() -> None:
     assert (weights[:, [0, 2, 3]].sum(axis=1) == 3).all()
 
 
+def test_draws_follow_their_seed() -> None:
+    first, again, other = (bootstrap_weights(["a", "b", "c"], 20, seed) for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_draws_in_which_a_figure_is_not_defined_are_left_out() -> None:
+    """Two of six groups have a value: each alone is enough for a figure, but many draws hold neither."""
+    values = np.array([0.2, 0.4, np.nan, np.nan, np.nan, np.nan])
+    interval = Bootstrap([str(i) for i in range(6)]).interval(weighted_mean(values))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.3, 0.2, 0.4))
+
+
 def test_bootstrap_equals_explicit_resampling_of_groups() -> None:
     values, groups = np.arange(6.0), ["a", "a", "b", "c", "c", "c"]
     for row in bootstrap_weights(groups, 20, seed=1):

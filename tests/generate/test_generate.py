@@ -127,8 +127,9 @@ def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monk
     generate(config, force=False)
     assert made_now(bench) == {"text_only": 2}
     contract = json.loads((bench.run.dataset / CONTRACT_FILE).read_text())
-    contract["producer"]["config_hash"] = "another"
+    contract["description"]["citation"] = "another"
     write_json(bench.run.dataset / CONTRACT_FILE, contract)
+    (bench.run.logs("generate") / "stage.json").unlink()
     generate(config, force=False)
     assert made_now(bench) == {"text_only": 2}
 
