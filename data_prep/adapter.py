@@ -165,6 +165,11 @@ class DatasetAdapter(ABC):
         """Whether a folder looks like this dataset, told from file and folder names alone (for `python -m data_prep inspect`)."""
         return False
 
+    @classmethod
+    def needed_options(cls, raw_dir: Path) -> list[dict[str, Any]]:
+        """Return the options that a folder needs, one mapping for each dataset that it holds (for `python -m data_prep inspect`)."""
+        return [{}]
+
     @abstractmethod
     def info(self) -> DatasetInfo:
         """Return what is true of every sample.

@@ -1,22 +1,22 @@
 """`python -m data_prep inspect RAW`: what a raw folder is, what would come of it, and the command that prepares it."""
 
 import io
-import shlex
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
+from data_prep.file_names import is_text, printable
 from data_prep.inspecting.advice import advice_for, fitting_configuration
+from data_prep.inspecting.content import IMAGES, kinds_of, misnamed
 from data_prep.inspecting.layout import Guess, guessed_options
 from data_prep.inspecting.observation import Listing, Sample, listing_of, sample_of
-from data_prep.inspecting.raw_tree import known_formats, tables_of, tree_of
+from data_prep.inspecting.raw_tree import RawTree, known_formats, suffix_of, tables_of, tree_of
 from data_prep.inspecting.text import Page, counted, quantiles, share
-from data_prep.inspecting.yaml_text import configuration_text
+from data_prep.inspecting.yaml_text import command_line, configuration_text
+from data_prep.left_out import summed_up
 from data_prep.prepare import PACKAGE
 from pipeline.config import DataConfig
 from pipeline.config_loading import load_experiment, validated
@@ -24,7 +24,7 @@ from pipeline.errors import MaskLoomError
 from pipeline.plugins import load_plugin, plugin_names
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-REASONS, PATHS, FOLDERS = 8, 3, 12  # shown
+REASONS, FOLDERS, SETS = 8, 12, 6  # shown
 
 
 def inspect_folder(raw_dir: Path, samples: int) -> None:
@@ -44,9 +44,12 @@ def inspect_folder(raw_dir: Path, samples: int) -> None:
         warnings.simplefilter("ignore")  # decoders' remarks on odd files
         page.title(str(raw_dir))
         names = recognised(raw_dir, page)
+        tree = tree_of(raw_dir)
+        kinds = kinds_of(raw_dir, tree.files)
+        _print_misnamed(kinds, page)
         read = [_describe_dataset(name, raw_dir, samples, page) for name in names]
         if not any(read):
-            _describe_unknown(raw_dir, samples, page)
+            _describe_unknown(raw_dir, tree, kinds, samples, page)
 
 
 def recognised(raw_dir: Path, page: Page) -> list[str]:
@@ -58,13 +61,25 @@ def recognised(raw_dir: Path, page: Page) -> list[str]:
                 names.append(name)
         except OSError as error:
             page.line(f"{name}: cannot tell ({error.strerror}: {error.filename})")
+        except MaskLoomError as error:
+            page.line(f"{name}: cannot tell ({error})")
     # An adapter of a file format (named FORMAT_folder) fits whatever has such files; one of a dataset knows more.
     names.sort(key=lambda name: (name.endswith("_folder"), name))
     page.line(f"looks like: {', '.join(names)}" if names else "none of the datasets that have an adapter of their own")
     return names
 
 
+def _print_misnamed(kinds: dict[str, str], page: Page) -> None:
+    found = misnamed(kinds, {file: suffix_of(file) for file in kinds})
+    if found:
+        page.section("Not what their endings say")
+        for suffix, told in found:
+            page.fact(suffix, told)
+
+
 def _check_readable(raw_dir: Path) -> None:
+    if not is_text(str(raw_dir)):
+        raise MaskLoomError(f"{printable(str(raw_dir))}: a name in this path is not valid UTF-8; rename it")
     if not raw_dir.is_dir():
         what = "is a file; give the folder that holds it" if raw_dir.exists() else "no such folder"
         raise MaskLoomError(f"{raw_dir}: {what}")
@@ -78,35 +93,49 @@ def _check_readable(raw_dir: Path) -> None:
 
 def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> bool:
     """Print what the adapter of a known dataset makes of the folder, and how to prepare it; return whether it could read it."""
-    page.title(f"{name}: {_first_line(load_plugin(PACKAGE, name, 'dataset').__doc__)}")
-    path = CONFIGS / f"{name}.yaml"
+    plugin = load_plugin(PACKAGE, name, "dataset")
+    page.title(f"{name}: {_first_line(plugin.__doc__)}")
+    where = _configuration(name)
+    adapter: type[DatasetAdapter] = plugin.Adapter
     try:
-        data = load_experiment(path, []).data if path.is_file() else DataConfig(dataset=name)
-        _describe(_opened(raw_dir, data, page), raw_dir, samples, data, page)
+        data = load_experiment(Path(where), []).data
+        sets = adapter.needed_options(raw_dir)
+        needed = ", ".join(f"{key}={value}" for key, value in sets[0].items())
+        if data.options or needed:
+            page.line(f"with the options of {where}{needed and f', but {needed}'}")
+        options = validated({**data.options, **sets[0]}, adapter.Options, "data.options")
+        _, listed, sample = _describe(adapter(raw_dir, options), raw_dir, samples, data, page)
+        if not listed.items:
+            raise MaskLoomError(
+                f"no image that can be used, {len(listed.rejects)} left out: prepare would refuse this folder; correct what is said above,"
+                f" or compare the folder with the layout that data_prep/datasets/{name}.py describes"
+            )
     except MaskLoomError as error:
         page.section("Problem")
         page.line(str(error))
         return False
     page.section("To prepare it")
-    where = f"configs/{name}.yaml"
-    if path.is_file():
-        page.fact("configuration", where)
-    page.command(f"python -m data_prep --config {where} {shlex.quote(f'data.raw_dir={raw_dir}')}")
+    page.fact("configuration", where)
+    if not sample.items:
+        page.line(
+            "of the sample nothing could be used: correct what is said above first, or prepare will refuse the folder"
+        )
+    for one in sets[:SETS]:
+        page.command(command_line(where, raw_dir, one))
+    if len(sets) > SETS:
+        page.line(f"and {len(sets) - SETS} other sets, with their own data.options")
     return True
 
 
-def _opened(raw_dir: Path, data: DataConfig, page: Page) -> DatasetAdapter:
-    """Return an adapter with its default options, or where some are required, with those of its configuration."""
-    adapter: type[DatasetAdapter] = load_plugin(PACKAGE, data.dataset, "dataset").Adapter
-    try:
-        options = adapter.Options()
-    except ValidationError:
-        page.line(f"with the options of configs/{data.dataset}.yaml")
-        options = validated(data.options, adapter.Options, "data.options")
-    return adapter(raw_dir, options)
+def _configuration(name: str) -> str:
+    """Return the path of a dataset's configuration as it can be given where the user is."""
+    here = Path("configs") / f"{name}.yaml"
+    return str(here if here.is_file() else CONFIGS / here.name)
 
 
-def _describe(adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataConfig | None, page: Page) -> DataConfig:
+def _describe(
+    adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataConfig | None, page: Page
+) -> tuple[DataConfig, Listing, Sample]:
     """Print what an adapter lists, what a sample holds, what is wrong, and advice on a configuration.
 
     Args:
@@ -117,7 +146,7 @@ def _describe(adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataCo
         page: where to print.
 
     Returns:
-        that configuration.
+        that configuration, what is listed, and what a sample holds.
     """
     info, listing = adapter.info(), listing_of(adapter)
     _print_listing(info, listing, page)
@@ -130,7 +159,7 @@ def _describe(adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataCo
         page.section("Advice")
         for line in advice:
             page.bullet(line)
-    return data
+    return data, listing, sample
 
 
 def _print_listing(info: DatasetInfo, listing: Listing, page: Page) -> None:
@@ -183,31 +212,26 @@ def _print_sample(info: DatasetInfo, listing: Listing, sample: Sample, page: Pag
 
 
 def _print_problems(rejects: Sequence[Reject], raw_dir: Path, page: Page) -> None:
-    """Print the most frequent reasons, each with a few paths."""
-    paths: dict[str, list[str]] = {}
-    for reject in rejects:
-        path = Path(reject.path)
-        shown = str(path.relative_to(raw_dir)) if path.is_relative_to(raw_dir) else str(path)
-        paths.setdefault(reject.reason.replace(path.name, "FILE"), []).append(shown)
-    if not paths:
+    """Print the most frequent reasons, each with the number of files and one of them."""
+    if not rejects:
         return
+    entries = summed_up(rejects)
     page.section(f"Left out: {len(rejects)}")
-    for reason, places in sorted(paths.items(), key=lambda entry: -len(entry[1]))[:REASONS]:
-        page.fact(str(len(places)), reason)
-        page.fact("", f"{', '.join(places[:PATHS])}{', …' if len(places) > PATHS else ''}")
-    if len(paths) > REASONS:
-        page.line(f"and {len(paths) - REASONS} other reasons; all are listed in rejected.jsonl once it is prepared")
+    for entry in entries[:REASONS]:
+        example = entry.paths[0].removeprefix(f"{printable(str(raw_dir))}/")
+        page.fact(str(len(entry.paths)), f"{entry.reason} (such as {example})")
+    if len(entries) > REASONS:
+        page.line(f"and {len(entries) - REASONS} other reasons; all are listed in rejected.jsonl once it is prepared")
 
 
-def _describe_unknown(raw_dir: Path, samples: int, page: Page) -> None:
+def _describe_unknown(raw_dir: Path, tree: RawTree, kinds: dict[str, str], samples: int, page: Page) -> None:
     """Print what lies in an unknown folder, and a configuration of the dataset `folder` that fits it."""
-    tree = tree_of(raw_dir)
     page.section(f"Files: {len(tree.files)}{'' if tree.complete else ' and more; only these were looked at'}")
-    kinds = tree.kinds_by_folder()
-    for folder, counts in kinds[:FOLDERS]:
+    by_folder = tree.kinds_by_folder()
+    for folder, counts in by_folder[:FOLDERS]:
         page.fact(folder, counted(counts))
-    if len(kinds) > FOLDERS:
-        page.line(f"and {len(kinds) - FOLDERS} other folders")
+    if len(by_folder) > FOLDERS:
+        page.line(f"and {len(by_folder) - FOLDERS} other folders")
     tables, unreadable = tables_of(raw_dir, tree)
     if tables or unreadable:
         page.section("Tables")
@@ -215,12 +239,12 @@ def _describe_unknown(raw_dir: Path, samples: int, page: Page) -> None:
             page.fact(table.file, f"{len(table.rows)} rows; columns {', '.join(table.columns) or 'none'}")
         for file, reason in unreadable:
             page.fact(file, reason)
-    formats = known_formats(raw_dir, tree)
+    formats = known_formats(tree, kinds)
     if formats:
         page.section("Formats")
         for name, count, advice in formats:
             page.fact(name, f"{count} files; {advice}")
-    guess = guessed_options(raw_dir, tree, tables)
+    guess = guessed_options(raw_dir, tree.without([file for file, kind in kinds.items() if kind not in IMAGES]), tables)
     if guess is not None:
         _describe_guess(guess, raw_dir, samples, page)
     elif not formats:
@@ -239,7 +263,7 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
     data = DataConfig(dataset="folder")
     try:
         opened = adapter(raw_dir, validated({"modality": "images", **guess.options}, adapter.Options, "data.options"))
-        data = _describe(opened, raw_dir, samples, None, page)
+        data, _, _ = _describe(opened, raw_dir, samples, None, page)
     except MaskLoomError as error:
         page.section("Problem")
         page.line(str(error))
@@ -247,6 +271,10 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
     page.block(configuration_text(guess, raw_dir, data))
     page.section("Then")
     page.command("python -m data_prep --config configs/my_data.yaml")
+    page.section("Or without a file of your own")
+    options = {"modality": "medical image", **guess.options}
+    size = {"image_size": data.image_size[0], "conditioning": data.conditioning}
+    page.command(command_line(_configuration("folder"), raw_dir, options, **size))
 
 
 def _first_line(docstring: str | None) -> str:

@@ -271,6 +271,12 @@ class Adapter(DatasetAdapter):
         """Whether a file of any of the sets lies here or one level below."""
         return bool(_files_of(raw_dir))
 
+    @classmethod
+    def needed_options(cls, raw_dir: Path) -> list[dict[str, Any]]:
+        """Return name and size of each set in the folder."""
+        found = dict.fromkeys((file.flag, file.size) for file in _files_of(raw_dir))
+        return [{"flag": flag, "size": size} for flag, size in found]
+
     def info(self) -> DatasetInfo:
         """Return what is true of every image of the chosen set.
 

@@ -27,6 +27,7 @@ def advice_for(info: DatasetInfo, listing: Listing, sample: Sample, data: DataCo
     """
     found = [
         _on_rejects(listing, sample),
+        _on_empty_classes(info, listing, sample),
         _on_size(sample, data),
         _on_lesions(sample, data),
         _on_masks(info, sample, data),
@@ -50,6 +51,17 @@ def _on_rejects(listing: Listing, sample: Sample) -> str | None:
     if worst[0] <= MANY_REJECTS * worst[1]:
         return None
     return f"{worst[0]} of {worst[1]} are left out: see the reasons above"
+
+
+def _on_empty_classes(info: DatasetInfo, listing: Listing, sample: Sample) -> str | None:
+    found = {item.label for item in (*listing.items, *sample.items)}
+    if listing.kind != "images" and not any(item.label for item in listing.items):
+        return None  # only some files were opened
+    absent = [label for label in info.labels if label not in found]
+    if not absent or found == {None}:
+        return None
+    left_out = "; all that there are were left out, see the reasons above" if listing.rejects else ""
+    return f"no image is left of the class{'es' if len(absent) > 1 else ''} {', '.join(absent)}{left_out}"
 
 
 def _on_size(sample: Sample, data: DataConfig) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from data_prep.folder_listing import listed_candidates
 from data_prep.folder_options import FolderOptions
 from data_prep.image_files import READ_SUFFIXES
+from data_prep.inspecting.class_masks import by_area, class_patterns
 from data_prep.inspecting.names import (
     IMAGE_FOLDER,
     MASK_PREFIX,
@@ -67,11 +68,16 @@ def guessed_options(root: Path, tree: RawTree, tables: Sequence[Table]) -> Guess
     if "table" not in guess.options:
         guess.options["images"] = pattern_of(image_files)
         _guess_from_folders(image_files, guess)
-    if mask_files and "mask_column" not in guess.options:
+    if (
+        mask_files
+        and "mask_column" not in guess.options
+        and not _guess_class_masks(root, image_files, mask_files, guess)
+    ):
         _guess_masks(root, image_files, mask_files, guess)
     fitting = _fitting(root, guess.options)
     guess.options["channels"] = channels_of(root, [image for image, _ in fitting])
-    _guess_mask_values(root, [mask for _, masks in fitting for mask in masks], guess)
+    if not isinstance(guess.options.get("masks"), dict):
+        _guess_mask_values(root, [mask for _, masks in fitting for mask in masks], guess)
     return guess
 
 
@@ -101,11 +107,41 @@ def _propose(guess: Guess, key: str, value: Any, why: str) -> None:
         guess.options[key], guess.why[key] = value, why
 
 
-def _guess_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess: Guess) -> None:
-    """Try the mask patterns that single pairs suggest, and keep the one that fits most images."""
+def _guess_class_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess: Guess) -> bool:
+    """Propose a pattern for each class, where masks are one black-and-white file per class; return whether they are."""
+    patterns = class_patterns(masks, _by_stem(images), _folder_templates)
+    if not patterns or not mask_values_of(root, masks).binary:
+        return False
+    found = listed_masks(root, {**guess.options, "masks": patterns})
+    fitted = len(_fitting(root, {**guess.options, "masks": patterns}))
+    if fitted < ENOUGH * len(images) or not all(found.values()):
+        return False
+    guess.options["masks"] = {word: patterns[word] for word in by_area(root, found)}
+    guess.why["masks"] = f"a file per class; fits {fitted} of {len(images)} images; later classes lie over earlier ones"
+    return True
+
+
+def listed_masks(root: Path, options: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the mask files of each class that options find."""
+    candidates, _ = listed_candidates(root, FolderOptions(modality="any", **options))
+    words = list(options["masks"])
+    found: dict[str, list[str]] = {word: [] for word in words}
+    for candidate in candidates:
+        for mask, pattern in zip(candidate.masks, candidate.patterns, strict=True):
+            found[words[pattern]].append(mask)
+    return found
+
+
+def _by_stem(images: Sequence[str]) -> dict[str, list[str]]:
     stems: dict[str, list[str]] = {}
     for image in images:
         stems.setdefault(PurePosixPath(image).stem, []).append(image)
+    return stems
+
+
+def _guess_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess: Guess) -> None:
+    """Try the mask patterns that single pairs suggest, and keep the one that fits most images."""
+    stems = _by_stem(images)
     templates: Counter[str] = Counter()
     for mask in spread(masks, MASKS_TRIED):
         templates.update(_templates_of(mask, stems))
@@ -169,7 +205,7 @@ def _fitting(root: Path, options: dict[str, Any]) -> list[tuple[str, tuple[str, 
         candidates, _ = listed_candidates(root, FolderOptions(modality="any", **options))
     except (MaskLoomError, ValueError):
         return []
-    uses = Counter(mask for candidate in candidates for mask in candidate.masks)
+    uses = Counter(mask for candidate in candidates for mask in set(candidate.masks))
     asked = "masks" in options or "mask_column" in options
     return [
         (candidate.file, candidate.masks)

@@ -3,10 +3,11 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from data_prep.file_names import is_system_name
 from data_prep.spreadsheets import xlsx_rows
 from data_prep.tables import csv_rows
 from pipeline.errors import RejectedSample
@@ -15,7 +16,6 @@ MAX_FILES = 200_000
 MAX_SECONDS = 30.0
 MAX_TABLES = 20
 MAX_TABLE_BYTES = 2**26
-PROBED = 20  # files without an ending that are opened to see whether they are DICOM
 DOUBLE_SUFFIXES = (".nii.gz", ".tar.gz")
 
 # Formats that are no single images, and what to do with them.
@@ -61,6 +61,11 @@ class RawTree:
         """Return the files with one of these endings."""
         return [file for file in self.files if file.lower().endswith(tuple(suffixes))]
 
+    def without(self, files: Collection[str]) -> "RawTree":
+        """Return the tree less some files."""
+        left_out = set(files)
+        return RawTree([file for file in self.files if file not in left_out], self.complete)
+
     def kinds_by_folder(self) -> list[tuple[str, Counter[str]]]:
         """Return how many files of each ending each folder holds, the fullest folder first."""
         folders: dict[str, Counter[str]] = {}
@@ -74,9 +79,9 @@ def tree_of(root: Path) -> RawTree:
     files: list[str] = []
     until = time.monotonic() + MAX_SECONDS
     for place, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_system_name(name))
         here = Path(place).relative_to(root)
-        files += [(here / name).as_posix() for name in names if not name.startswith(".")]
+        files += [(here / name).as_posix() for name in names if not is_system_name(name)]
         if len(files) > MAX_FILES or time.monotonic() > until:
             return RawTree(sorted(files[:MAX_FILES]), complete=False)
     return RawTree(sorted(files), complete=True)
@@ -90,14 +95,16 @@ def suffix_of(file: str) -> str:
     )
 
 
-def known_formats(root: Path, tree: RawTree) -> list[tuple[str, int, str]]:
-    """Return the formats found that are no single images: name, number of files, and what to do."""
+def known_formats(tree: RawTree, kinds: Mapping[str, str]) -> list[tuple[str, int, str]]:
+    """Return the formats found that are no single images: name, number of files, and what to do.
+
+    Args:
+        tree: the files.
+        kinds: what some of them are by their content.
+    """
     found = []
     for name, (suffixes, advice) in FORMATS.items():
-        count = len(tree.with_suffix(suffixes))
-        if name == "DICOM" and not count:
-            bare = [file for file in tree.files if suffix_of(file) == "no ending"]
-            count = len(bare) if any(_is_dicom(root / file) for file in bare[:PROBED]) else 0
+        count = len({*tree.with_suffix(suffixes)} | {file for file, kind in kinds.items() if kind == name})
         if count:
             found.append((name, count, advice))
     return found
@@ -115,12 +122,3 @@ def tables_of(root: Path, tree: RawTree) -> tuple[list[Table], list[tuple[str, s
         except (RejectedSample, OSError) as error:
             unreadable.append((file, str(error)))
     return tables, unreadable
-
-
-def _is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's mark after its preamble."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False

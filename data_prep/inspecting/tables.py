@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_prep.file_names import comparable
 from data_prep.inspecting.names import SPLIT_FOLDER, folder_pattern, literal, names_masks
 from data_prep.inspecting.raw_tree import Table
 
@@ -61,15 +62,16 @@ def _place_of(values: Sequence[str], pictures: Sequence[str]) -> str | None:
     by_name: dict[str, list[str]] = {}
     for picture in pictures:
         path = PurePosixPath(picture)
-        for name in {picture, path.name, path.stem}:
+        for name in {comparable(picture), comparable(path.name), comparable(path.stem)}:
             by_name.setdefault(name, []).append(picture)
-    found = [(value, by_name[value.removeprefix("./")][0]) for value in values if value.removeprefix("./") in by_name]
+    named = [comparable(value.replace("\\", "/").removeprefix("./")) for value in values]
+    found = [(name, by_name[name][0]) for name in named if name in by_name]
     if not values or len(found) < ENOUGH * len(values) or len({file for _, file in found}) < ENOUGH * len(found):
         return None
     files = [file for _, file in found]
-    if all(value.removeprefix("./") == file for value, file in found):
+    if all(name == comparable(file) for name, file in found):
         return "{image}"
-    if all(value == PurePosixPath(file).name for value, file in found):
+    if all(name == comparable(PurePosixPath(file).name) for name, file in found):
         return f"{folder_pattern(files)}{{image}}"
     endings = {PurePosixPath(file).suffix for file in files}
     return f"{folder_pattern(files)}{{image}}{literal(endings.pop()) if len(endings) == 1 else '.*'}"

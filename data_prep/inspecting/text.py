@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.file_names import printable
+
 WIDTH = 100  # where the output is not a terminal, and at most
 MOST_COUNTED = 12
 
@@ -85,11 +87,6 @@ class Page:
         with self._console.capture() as captured:
             self._console.print(table)
         self._console.out("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def printable(text: str) -> str:
-    """Return text in which what a terminal would obey, or could not show, is replaced: files may have any name."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def counted(counts: Counter[str]) -> str:

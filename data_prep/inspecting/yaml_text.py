@@ -1,13 +1,19 @@
 """A guess as a configuration file, ready to be saved."""
 
 import json
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.file_names import printable
 from data_prep.inspecting.layout import Guess
-from data_prep.inspecting.text import printable
 from pipeline.config import DataConfig
 
+PLAIN = re.compile(
+    r"/[\w/ .()+-]*[\w/)]|[a-z][a-z_]{5,}(?:/[\w/.-]*\w)?", re.ASCII
+)  # not `yes`, `null` or `1e3`, which are no text
 ORDER = (
     "channels", "images", "masks", "mask_values", "table", "image_column", "mask_column", "label_column", "group_column",
     "split_column", "label_from", "group_pattern", "split_pattern",
@@ -46,7 +52,35 @@ def _entry(key: str, value: Any, why: str) -> list[str]:
     return [f"    {key}: {_quoted(value)}{comment}"]
 
 
+def command_line(configuration: str, raw_dir: Path, options: Mapping[str, Any], **data: Any) -> str:
+    """Return the command that prepares a folder, to be pasted into a shell.
+
+    Args:
+        configuration: path of the configuration.
+        raw_dir: the raw folder.
+        options: of the dataset.
+        data: further keys of the section `data`.
+    """
+    values = {"raw_dir": str(raw_dir), **data, **{f"options.{key}": value for key, value in options.items()}}
+    overrides = (shlex.quote(f"data.{key}={_plain_or_quoted(value)}") for key, value in values.items())
+    return f"python -m data_prep --config {shlex.quote(configuration)} {' '.join(overrides)}"
+
+
+def _plain_or_quoted(value: Any) -> str:
+    """Return a value as an override states it: names and paths that YAML reads as they stand without quotes."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_quoted(key)}: {_quoted(item)}' for key, item in value.items())}}}"
+    return value if isinstance(value, str) and PLAIN.fullmatch(value) else _quoted(value)
+
+
 def _quoted(value: Any) -> str:
-    """Return a YAML scalar: JSON is YAML, and what would be taken for a variable is escaped."""
-    text = json.dumps(value, ensure_ascii=not str(value).isprintable())
-    return text.replace("${", "\\\\${") if isinstance(value, str) else text
+    """Return a YAML scalar; what a screen cannot show, and what would be taken for a variable, is escaped."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    text = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\\\${")
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    return letter if letter.isprintable() else f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"

@@ -4,7 +4,9 @@ import importlib
 import os
 import random
 import re
+import shlex
 import shutil
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from pipeline.errors import MaskLoomError, RejectedSample
 from pipeline.plugins import load_plugin, plugin_names
 from pipeline.verification import verify_fully
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
-from tests.writers import busi, folder
+from tests.writers import busi, folder, isic9, medmnist
 
 ROOT = Path(__file__).parents[2]
 MEDMNIST = ROOT / ".." / "shared" / "data" / "medmnist"
@@ -77,9 +79,139 @@ def test_every_dataset_is_named_with_its_command(name, tmp_path, capsys):
     importlib.import_module(f"tests.writers.{name}").write_raw(tmp_path)
     text = inspected(capsys, tmp_path, "--samples", "12")
     assert f"  looks like: {name}\n" in text
-    assert f"\n  python -m data_prep --config configs/{name}.yaml data.raw_dir={tmp_path}\n" in text
+    options = " data.options.flag=bloodmnist data.options.size=28" if name == "medmnist" else ""
+    assert f"\n  python -m data_prep --config configs/{name}.yaml data.raw_dir={tmp_path}{options}\n" in text
     assert (ROOT / "configs" / f"{name}.yaml").is_file()
     assert "\nListed\n" in text and "Problem" not in text
+
+
+def printed_commands(text):
+    """The commands as a shell would take them."""
+    return [
+        shlex.split(line) for line in text.splitlines() if line.startswith("  python -m data_prep --config configs/")
+    ]
+
+
+SMALL = {"camelyon": ("data.options.tile_size=64",)}  # the writer's slides are smaller than a tile of real ones
+
+
+def run_printed(text, run, *more):
+    """Run the last printed command in a small size; return the contract of what it wrote."""
+    words = printed_commands(text)[-1]
+    assert words[:3] == ["python", "-m", "data_prep"]
+    with pytest.raises(SystemExit) as end:
+        main([*words[3:], "data.image_size=32", "data.num_workers=1", f"run_dir={run}", *more])
+    assert end.value.code == 0
+    return verify_fully(run / "dataset")
+
+
+@pytest.mark.parametrize("name", WITH_WRITER)
+def test_the_command_works_as_printed(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    raw = tmp_path / "raw $(x) 'é' #1: {a}\u00a0"
+    raw.mkdir()
+    importlib.import_module(f"tests.writers.{name}").write_raw(raw)
+    text = inspected(capsys, raw, "--samples", "8")
+    contract = run_printed(text, tmp_path / "run", *SMALL.get(name, ()))
+    assert contract.description.dataset == name and sum(part.rows for part in contract.splits.values()) >= 8
+
+
+def test_where_nothing_of_the_sample_can_be_used_the_command_comes_with_a_warning(tmp_path, capsys):
+    importlib.import_module("tests.writers.camelyon").write_raw(tmp_path)
+    text = inspected(capsys, tmp_path, "--samples", "2")
+    assert "of the sample nothing could be used: correct what is said above first" in " ".join(text.split())
+
+
+def test_of_several_sets_each_has_its_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for flag, size in (("pneumoniamnist", 28), ("breastmnist", 64)):
+        arrays = {}
+        for split in ("train", "val", "test"):
+            arrays[f"{split}_images"] = (
+                np.random.default_rng(len(split)).integers(0, 256, (4, size, size)).astype(np.uint8)
+            )
+            arrays[f"{split}_labels"] = (np.arange(4) % 2).astype(np.uint8)[:, None]
+        np.savez(tmp_path / f"{flag}{'' if size == 28 else f'_{size}'}.npz", **arrays)
+    text = inspected(capsys, tmp_path)
+    raw = f"data.raw_dir={tmp_path}"
+    assert [words[-3:] for words in printed_commands(text)] == [
+        [raw, "data.options.flag=breastmnist", "data.options.size=64"],
+        [raw, "data.options.flag=pneumoniamnist", "data.options.size=28"],
+    ]
+    assert run_printed(text, tmp_path / "run").description.image_size == (32, 32)
+
+
+def test_elsewhere_the_configuration_is_named_in_full(tmp_path, capsys, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    busi.write_raw(tmp_path / "raw")
+    monkeypatch.chdir(tmp_path)
+    text = inspected(capsys, "raw")
+    assert f"python -m data_prep --config {ROOT}/configs/busi.yaml 'data.raw_dir=\"raw\"'" in text
+
+
+def test_a_layout_that_is_recognised_but_gives_no_image_has_no_command(tmp_path, capsys):
+    busi.write_raw(tmp_path)
+    for mask_file in tmp_path.rglob("*_mask*.png"):
+        if mask_file.parent.name != "benign" or "(1)" not in mask_file.name:
+            mask_file.unlink()
+    (tmp_path / busi.ROOT / "benign" / "benign (1).png").unlink()
+    text = inspected(capsys, tmp_path)
+    assert "no image that can be used, " in text and "configs/busi.yaml data.raw_dir" not in text
+
+
+def test_files_in_several_classes_are_one_line_and_the_emptied_class_is_named(tmp_path, capsys):
+    isic9.write_raw(tmp_path)
+    folders = sorted(folder for folder in tmp_path.rglob("Train/*") if folder.is_dir())
+    emptied, other = folders[0], folders[1]
+    names = [path.name for path in emptied.iterdir()]
+    for name in names:
+        shutil.copy(emptied / name, other / name)
+    text = inspected(capsys, tmp_path)
+    told = [line for line in text.splitlines() if "several classes" in line]
+    assert len(told) == 1 and told[0].split()[0] == str(2 * len(names)) and "FILE lies in several classes: " in told[0]
+    assert "no image is left of the class" in text.split("Advice")[1] or any(
+        path.parent.name == emptied.name for path in tmp_path.rglob("Test/*/*")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jpg", "png", ".jpg|1 is PNG (such as a.jpg); read as what they are"),
+        ("a.png", b"<html>404</html>", ".png|1 is text (such as a.png); no image: a page saved instead of a download"),
+        ("a.png", b"version https://git-lfs.github.com/spec/v1\n", ".png|1 is text (such as a.png)"),
+        ("a.png", b"", ".png|1 is empty (such as a.png); no image: download or copy them again"),
+        ("IM0001", bytes(128) + b"DICM", "no ending|1 is DICOM (such as IM0001)"),
+        (
+            "IM.1.2.840",
+            b"\x08\0\x05\0CS\x0a\0ISO_IR 100",
+            ".840|1 is DICOM without its preamble (such as IM.1.2.840); not read",
+        ),
+        ("bare.dcm", b"\x08\0\0\0\4\0\0\0\x10\0\0\0", ".dcm|1 is DICOM without its preamble (such as bare.dcm)"),
+        ("a", "png", "no ending|1 is PNG (such as a); the adapter folder goes by endings: give them one"),
+        ("a.nii.gz", b"\x5c\x01\0\0" + bytes(344), ".nii.gz|1 is NIfTI (such as a.nii.gz)"),
+        ("a.tif", b"RIFF\0\0\0\0WEBPVP8 ", ".tif|1 is WEBP (such as a.tif)"),
+    ],
+)
+def test_files_are_looked_into(tmp_path, capsys, name, content, told):
+    picture(tmp_path / "fine.png")
+    if content == "png":
+        picture(tmp_path / "b.png", 1)
+        (tmp_path / "b.png").rename(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    text = inspected(capsys, tmp_path)
+    suffix, _, expected = told.partition("|")
+    assert "\nNot what their endings say\n" in text and facts(text)[suffix].startswith(expected)
+    assert "looks like: dicom_folder" in text or ".png" in text
+
+
+def test_sound_files_are_what_their_endings_say(tmp_path, capsys):
+    for writer in (busi, folder, medmnist):
+        raw = tmp_path / writer.__name__
+        raw.mkdir()
+        writer.write_raw(raw)
+        assert "Not what their endings say" not in inspected(capsys, raw, "--samples", "1")
 
 
 def test_what_is_told_of_a_known_dataset(tmp_path, capsys):
@@ -157,6 +289,30 @@ def only_images(raw):
         picture(raw / f"{number}.png", number)
 
 
+def a_file_per_class(raw):
+    for number in range(12):
+        picture(raw / "images" / f"c{number}.png", number)
+        mask(raw / "masks" / f"c{number}_disc.png", 255, 255, number=number)
+        if number:
+            mask(raw / "masks" / f"c{number}_optic cup.png", 255, number=number)
+
+
+def a_folder_per_class(raw):
+    for number in range(12):
+        picture(raw / "images" / f"{number}.png", number)
+        mask(raw / "masks" / "lung" / f"{number}.png", 255, 255, number=number)
+        mask(raw / "masks" / "heart" / f"{number}.png", 255, number=number)
+
+
+def windows_table(raw):
+    rows = ["file,mask"]
+    for number in range(12):
+        picture(raw / "images" / f"{unicodedata.normalize('NFD', 'ä')}{number}.png", number)
+        mask(raw / "masks" / f"M{number}.png", 255, number=number)
+        rows.append(f"images\\ä{number}.png,.\\MASKS\\m{number}.PNG")
+    (raw / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+
+
 def table(raw):
     rows = ["img;seg;patient_id;Diagnosis;split;age"]
     for number in range(12):
@@ -202,6 +358,19 @@ def table(raw):
             },
         ),
         (folder.write_raw, 18, ("background", "class_1", "class_2"), {"label_from": "parent"}),
+        (
+            a_file_per_class,
+            12,
+            ("background", "disc", "optic cup"),
+            {"masks": {"disc": "masks/{stem}_disc.png", "optic cup": "masks/{stem}_optic cup.png"}},
+        ),
+        (
+            a_folder_per_class,
+            12,
+            ("background", "lung", "heart"),
+            {"masks": {"lung": "masks/lung/{stem}.png", "heart": "masks/heart/{stem}.png"}},
+        ),
+        (windows_table, 12, ("background", "lesion"), {"image_column": "file", "mask_column": "mask"}),
     ],
 )
 def test_the_configuration_for_an_unknown_folder_works_as_printed(write, rows, classes, expected, tmp_path, capsys):
@@ -266,10 +435,12 @@ def test_formats_that_other_adapters_read(tmp_path, capsys, name, content, told)
 
 
 def test_dicom_without_an_ending_is_dicom(tmp_path):
+    from data_prep.inspecting.content import kinds_of
     from data_prep.inspecting.raw_tree import known_formats
 
     (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
-    assert [(name, count) for name, count, _ in known_formats(tmp_path, tree_of(tmp_path))] == [("DICOM", 1)]
+    kinds = kinds_of(tmp_path, (tree := tree_of(tmp_path)).files)
+    assert [(name, count) for name, count, _ in known_formats(tree, kinds)] == [("DICOM", 1)]
 
 
 def test_an_adapter_that_recognises_a_folder_but_cannot_read_it_says_why(tmp_path, capsys, monkeypatch):
