@@ -1,0 +1,67 @@
+"""What is flagged, what it is compared with, and how near images are told to be."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluate import nearest
+from evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, _table
+from evaluate.nearest import Nearest, nearest_features, nearest_pixels
+from tests.evaluate.runs import answer, copied, tiny_inputs
+from tests.tiny_datasets import Sample, tiny_picture, write_tiny_run
+
+
+def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 8, "validation": 4, "test": 6})
+    result = answer(tiny_inputs(tmp_path, ("copied",)), "memorisation")
+    assert result.values["held_out"]["n"] == 10
+    assert "calibrated on 10 held-out real images only: the threshold is rough" in result.warnings
+
+
+def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path) -> None:
+    """Where held-out images are copies of training images themselves, a synthetic copy is nothing unusual."""
+
+    def same_everywhere(sample: Sample) -> None:
+        number = int(sample.sample_id[-4:])
+        sample.image, sample.mask = tiny_picture(number, 32, number % 2, 0)
+
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 8, "validation": 4, "test": 4}, change=same_everywhere)
+    result = answer(tiny_inputs(tmp_path, ("copied",)), "memorisation")
+    assert result.values["copied"][FEATURES]["flagged"] == 0
+
+
+def test_shares_of_flagged_images(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 4})
+    found = Nearest(np.zeros(4, np.int64), np.zeros(4))
+    audit = Audit(
+        tiny_inputs(tmp_path, ("copied",)).synthetic["copied"],
+        {FEATURES: found, PIXELS: found},
+        {FEATURES: np.array([True, True, False, False]), PIXELS: np.array([True, False, True, True])},
+        {FEATURES: np.array([False, True, True, True]), PIXELS: np.array([True, True, True, False])},
+    )
+    values = _table(Options(), [audit])[1]["copied"]
+    assert {space: values[space]["flagged"] for space in (FEATURES, PIXELS, "both")} == {
+        FEATURES: 2,
+        PIXELS: 3,
+        "both": 1,
+    }
+    of_parents = [values[space]["parent_is_nearest"]["value"] for space in (FEATURES, PIXELS, "both")]
+    assert of_parents == pytest.approx([1 / 2, 2 / 3, 0])
+
+
+def test_every_image_is_compared_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    features, train = random.normal(size=(7, 4)), random.normal(size=(5, 4))
+    images, pictures = (random.integers(0, 256, (count, 64, 64), dtype=np.uint8) for count in (7, 5))
+    images[6] = pictures[3][:, ::-1]
+    whole = nearest_features(features, train), nearest_pixels(images, pictures)
+    monkeypatch.setattr(nearest, "CHUNK", 3)
+    parts = nearest_features(features, train), nearest_pixels(images, pictures)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.index.tolist() == other.index.tolist()
+        assert one.distance == pytest.approx(other.distance, abs=1e-6)
+    distances = np.linalg.norm(features[:, None] - train[None], axis=2)
+    assert whole[0].index.tolist() == distances.argmin(axis=1).tolist()
+    assert whole[0].distance == pytest.approx(distances.min(axis=1))
+    assert (whole[1].index[6], whole[1].distance[6]) == (3, pytest.approx(0, abs=1e-6))
