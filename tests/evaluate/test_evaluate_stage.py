@@ -1,7 +1,9 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 import yaml
 
 from evaluate.evaluate import evaluate, open_question
-from pipeline.config import ExperimentConfig
+from evaluate.inputs import EvaluationInputs
+from evaluate.results import MetricResult, skipped_result
+from pipeline.config import ExperimentConfig, Section
 from pipeline.errors import MaskLoomError
+from pipeline.files import write_json
 from pipeline.runs import StageChecked, check_only
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
@@ -94,6 +99,84 @@ def test_new_data_asks_every_question_again(run: Path) -> None:
     write_tiny_run(run, {"controlnet": noise, "text_only": noise})
     evaluate(config(run, "quality"), force=False)
     assert json.loads((run / "evaluation" / "quality.json").read_text())["key"] != key
+
+
+def with_options(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    values["evaluate"]["metrics"]["quality"]["pairs"] = 21
+
+
+def with_seed(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    values["seed"] = 8
+
+
+def with_backbone(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    values["train"]["pretrained_model_name_or_path"] = "another/backbone"
+
+
+def with_decoder(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    (run / "generator" / "vae").mkdir(parents=True)
+    (run / "generator" / "vae" / "config.json").write_text("{}")
+
+
+def with_data(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    write_tiny_run(run, {"controlnet": noise, "text_only": noise})
+
+
+def with_version(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("evaluate.evaluate.__version__", "another")
+    (run / "logs" / "evaluate" / "stage.json").unlink()
+
+
+def with_metric_version(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("evaluate.metrics.quality.VERSION", 99)
+
+
+def with_nothing(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
+    (run / "logs" / "evaluate" / "stage.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "times"),
+    [
+        (with_options, 2),
+        (with_seed, 2),
+        (with_backbone, 2),
+        (with_decoder, 2),
+        (with_data, 2),
+        (with_version, 2),
+        (with_metric_version, 2),
+        (with_nothing, 1),
+    ],
+)
+def test_whatever_an_answer_depends_on_asks_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], times: int
+) -> None:
+    asked: list[EvaluationInputs] = []
+
+    def answered(inputs: EvaluationInputs, options: Section) -> MetricResult:
+        asked.append(inputs)
+        return skipped_result("Why?", "it is counted only")
+
+    monkeypatch.setattr("evaluate.metrics.quality.evaluate", answered)
+    values = config(run, "quality").model_dump(mode="json")
+    evaluate(ExperimentConfig.model_validate(values), force=False)
+    change(values, run, monkeypatch)
+    evaluate(ExperimentConfig.model_validate(values), force=False)
+    assert len(asked) == times
+    evaluate(ExperimentConfig.model_validate(values), force=False)
+    assert len(asked) == times
+    evaluate(ExperimentConfig.model_validate(values), force=True)
+    assert len(asked) == times + 1
+
+
+def test_a_synthetic_dataset_in_the_real_ones_place(run: Path) -> None:
+    (run / "dataset").rename(run / "real")
+    shutil.copytree(run / "synthetic" / "controlnet", run / "dataset")
+    contract = json.loads((run / "dataset" / "contract.json").read_text())
+    contract["parent"]["path"] = "../real"
+    write_json(run / "dataset" / "contract.json", contract)
+    with pytest.raises(MaskLoomError, match="a synthetic dataset; synthetic images are compared with a real one"):
+        tiny_inputs(run, ())
 
 
 def test_answers_that_are_no_longer_asked_for_go(run: Path) -> None:

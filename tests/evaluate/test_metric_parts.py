@@ -1,0 +1,137 @@
+"""Parts of the metrics that tiny runs do not tell apart: groups, true classes, batches, and which images are read."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evaluate.features import load_extractor, set_features
+from evaluate.inputs import EvaluationInputs
+from evaluate.masked import MaskedImages
+from evaluate.metrics import downstream_classification, downstream_segmentation, quality
+from tests.evaluate.runs import answer, copied, faithful, small_options, tiny_inputs
+from tests.tiny_datasets import Sample, write_tiny_run
+
+COUNTS = {"train": 16, "validation": 8, "test": 10}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> EvaluationInputs:
+    run: Path = tmp_path_factory.mktemp("parts")
+    write_tiny_run(run, {"copied": copied, "faithful": faithful}, COUNTS)
+    return tiny_inputs(run, ("copied", "faithful"))
+
+
+def test_halves_of_the_real_images_share_no_group() -> None:
+    groups = [f"{i // 3}" for i in range(30)]
+    for seed in range(3):
+        first, second = quality._halves(
+            quality.Featured("train", np.arange(30.0)[:, None], groups), np.random.default_rng(seed)
+        )
+        numbers = [{int(value) // 3 for value in half.features[:, 0]} for half in (first, second)]
+        assert not numbers[0] & numbers[1]
+        assert [len(half.features) for half in (first, second)] == [15, 15]
+
+
+def test_images_are_drawn_once_each() -> None:
+    one = quality.Featured("train", np.arange(30.0)[:, None], [])
+    drawn = one.drawn(20, np.random.default_rng(0))[:, 0].tolist()
+    assert len(set(drawn)) == 20
+    assert drawn != one.drawn(20, np.random.default_rng(1))[:, 0].tolist()
+
+
+def test_intervals_of_quality_are_over_groups(inputs: EvaluationInputs) -> None:
+    """A set against itself, of which a group always leaves both sides, has a distance of 0 without doubt."""
+    values = answer(inputs, "quality", jackknife_blocks=8).values
+    distance = values["all"]["copied"]["frechet_distance"]
+    assert (distance["low"], distance["high"]) == pytest.approx((0, 0), abs=1e-6)
+    alone = replace(inputs, train=replace(inputs.train), synthetic={}, _memo={})
+    alone.train.__dict__["columns"] = {**inputs.train.columns, "group_id": ["one"] * COUNTS["train"]}
+    similarity = answer(alone, "quality").values["diversity"]["real train"]["ms_ssim"]
+    assert similarity["value"] is not None
+    assert similarity["low"] is None
+
+
+def test_precision_and_recall_are_of_synthetic_and_real_images() -> None:
+    """Synthetic images that are all one real image lie among the real ones, and reach none of the others."""
+    random = np.random.default_rng(0)
+    real = random.normal(size=(20, 3))
+    sets = [quality.Featured("collapsed", real[:1] + random.normal(0, 1e-3, (20, 3)), [f"{i}" for i in range(20)])]
+    train = quality.Featured("real train", real, [f"{i}" for i in range(20)])
+    extractor = type("Named", (), {"name": "none", "title": "none"})()
+    options = quality.Options(subsets=2, jackknife_blocks=2)
+    values = quality._whole_table(train, sets, extractor, options, 0)[1]["collapsed"]
+    assert values["precision"] == 1
+    assert values["recall"] < 0.2
+
+
+def test_features_of_another_size_are_computed_anew(inputs: EvaluationInputs) -> None:
+    found = []
+    for side in (32, 48):
+        options = quality.Options(extractor_size=side)
+        found.append(set_features(inputs, load_extractor(inputs, options), inputs.test))
+    assert not np.allclose(found[0], found[1])
+
+
+def test_the_test_of_classifiers_compares_probabilities_of_the_true_class() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    found = downstream_classification.arm_scores([probabilities], np.array([0, 1, 1]), ["a", "b"])
+    assert found.per_image.tolist() == [[0.9, 0.2, 0.7]]
+
+
+def test_labelled_images_keep_their_groups(tmp_path: Path) -> None:
+    def without_some_labels(sample: Sample) -> None:
+        if sample.sample_id in ("train-0000", "train-0003"):
+            sample.label = None
+
+    samples = write_tiny_run(tmp_path, {}, {"train": 8}, change=without_some_labels)["train"]
+    found = downstream_classification.labelled_images(tiny_inputs(tmp_path, ()).train, (32, 32))
+    kept = [sample for sample in samples if sample.label is not None]
+    assert found.labels.tolist() == [sample.label for sample in kept]
+    assert 0 in found.labels
+    assert found.groups == [sample.group_id for sample in kept]
+    assert all((image[..., 0] == sample.image).all() for image, sample in zip(found.images, kept, strict=True))
+
+
+class Bright(nn.Module):
+    """Sees a lesion where the image is bright."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([-images, images], dim=1)
+
+
+def test_every_test_image_is_scored_in_its_place() -> None:
+    random = np.random.default_rng(0)
+    masks = random.integers(0, 2, (70, 8, 8), dtype=np.uint8)
+    images = (255 * masks)[..., None]
+    images[66] = 255 - images[66]
+    test = MaskedImages(images, masks, ["a"] * 70, [None] * 70, 0)
+    dice, iou = downstream_segmentation.image_scores(Bright(), test, 2, "cpu")
+    assert np.flatnonzero(dice[:, 0] < 1).tolist() == np.flatnonzero(iou[:, 0] < 1).tolist() == [66]
+    assert len(dice) == len(iou) == 70
+
+
+@pytest.mark.parametrize(
+    ("module", "trains"),
+    [(downstream_segmentation, "train_segmenter"), (downstream_classification, "train_classifier")],
+)
+def test_models_are_trained_on_train_rows_and_scored_on_test_rows(
+    inputs: EvaluationInputs, monkeypatch: pytest.MonkeyPatch, module: type, trains: str
+) -> None:
+    original, trained = getattr(module, trains), []
+
+    def noted(images: np.ndarray, *rest: object) -> object:
+        trained.append(images)
+        return original(images, *rest)
+
+    monkeypatch.setattr(module, trains, noted)
+    name = module.__name__.rpartition(".")[2]
+    options = small_options(name, steps=1, seeds=1, arms=["real", "synthetic"], generator="faithful")
+    result = module.evaluate(inputs, module.Options(**options))
+    assert (trained[0] == inputs.train.images()).all()
+    assert (trained[1] == inputs.synthetic["faithful"].images()).all()
+    assert result.values["n"] == COUNTS["test"]
+    assert result.n["real test"] == COUNTS["test"]
