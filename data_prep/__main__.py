@@ -24,6 +24,7 @@ DESCRIPTION = (
     "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help:"
     " `inspect` (say what a raw folder is, and how to prepare it), `merge` (write the dataset from what the shards have read) and `verify` (check a mask-and-prompt dataset whole)."
 )
+MEMORY_ADVICE = "lower data.num_workers (each process holds whole images or volumes), or give the job more memory"
 ShardOption = Annotated[
     str | None,
     typer.Option(
@@ -38,7 +39,7 @@ def main(args: list[str]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else prepare_dataset)
     words = ["python -m data_prep", *([name] if name else [])]
-    run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)))
+    run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)), MEMORY_ADVICE)
 
 
 def prepare_dataset(

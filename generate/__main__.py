@@ -1,9 +1,18 @@
 """`accelerate launch -m generate --config FILE [--force] [key=value ...]`; plain `python -m generate` works as well."""
 
-from generate.generate import generate
 from pipeline.cli import run_stage_command
+from pipeline.config import ExperimentConfig
+
+
+def _stage(config: ExperimentConfig, force: bool) -> None:
+    from generate.generate import generate
+
+    generate(config, force)
+
 
 if __name__ == "__main__":
     run_stage_command(
-        generate, "Weave a synthetic dataset from masks and prompts, one for every generator of the configuration."
+        _stage,
+        "Weave a synthetic dataset from masks and prompts, one for every generator of the configuration.",
+        memory_advice="lower generate.batch_size, or set generate.mixed_precision=fp16 (bf16 on a CPU)",
     )

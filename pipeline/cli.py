@@ -8,7 +8,7 @@ import typer
 
 from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
-from pipeline.errors import run_command
+from pipeline.errors import MEMORY_ADVICE, run_command
 from pipeline.runs import StageChecked, check_only
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
@@ -34,13 +34,16 @@ def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check
         print(checked.state)
 
 
-def run_stage_command(stage: StageFunction, description: str, args: list[str] | None = None) -> None:
+def run_stage_command(
+    stage: StageFunction, description: str, args: list[str] | None = None, memory_advice: str = MEMORY_ADVICE
+) -> None:
     """Parse a stage's command line and run it; a user's mistake becomes one line and exit code 2.
 
     Args:
         stage: takes the configuration and `force`.
         description: the help text.
         args: the arguments; by default the process's own.
+        memory_advice: what to change where memory runs out.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -53,4 +56,4 @@ def run_stage_command(stage: StageFunction, description: str, args: list[str] | 
     ) -> None:
         run_stage(stage, load_experiment(config, overrides or []), force, check)
 
-    run_command(lambda: app(args=args))
+    run_command(lambda: app(args=args), memory_advice)

@@ -3,10 +3,8 @@
 Stages are known here by their command lines only; a stage that is up to date finds that out by itself and ends at once.
 """
 
-import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,8 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.errors import MaskLoomError, nearest_name, one_line
 from pipeline.files import read_json
+from pipeline.interruption import Interrupted, end_with_parent, received, signals_to
 from pipeline.runs import STAGES, Run
 
 MODULES = {
@@ -29,7 +30,6 @@ MODULES = {
 }
 DISTRIBUTED = ("train", "baselines", "generate")
 ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 DEVICE_TOOLS = ("nvidia-smi", "rocm-smi", "xpu-smi")  # a machine with one of these may have several devices
 
 
@@ -58,19 +58,41 @@ def run_stages(stages: Sequence[str], arguments: Sequence[str], accelerate_confi
 
     Returns:
         the exit code of the failed stage (128 + N where signal N ended it), or 0. The stage has printed its own error.
+
+    Raises:
+        Interrupted: the runner was asked to stop; so was the stage, and it has ended.
     """
     for stage in stages:
         command = [*stage_command(stage, accelerate_config), *arguments]
-        code = subprocess.run(command, check=False, preexec_fn=_end_with_the_runner).returncode
+        code = _run(command, launched=needs_launcher(accelerate_config) and stage in DISTRIBUTED)
         if code:
             return code if code > 0 else 128 - code
     return 0
 
 
-def _end_with_the_runner() -> None:
-    """Have the kernel end this stage when the runner is killed: the same command, given again, must not meet it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _run(command: Sequence[str], launched: bool) -> int:
+    """Run a stage and return its exit code; it gets the signals that the runner gets.
+
+    Raises:
+        Interrupted: a signal came, and the stage has ended.
+    """
+    # A launcher would answer Ctrl-C with a traceback; in a process group of its own it does not get it from the terminal.
+    process = subprocess.Popen(command, preexec_fn=end_with_parent, process_group=0 if launched else None)
+    with signals_to(lambda number: _forward(number, process.pid, launched)):
+        code = process.wait()
+        if (number := received()) is not None:
+            raise Interrupted(number, None)
+    return code
+
+
+def _forward(number: int, pid: int, launched: bool) -> None:
+    """Send a signal to a stage: behind a launcher, which would end without waiting, to the processes that it has started."""
+    try:
+        stage = psutil.Process(pid)
+        for process in (stage.children() if launched else []) or [stage]:
+            process.send_signal(number)
+    except psutil.NoSuchProcess:  # it has just ended
+        pass
 
 
 def stage_command(stage: str, accelerate_config: Path | None) -> list[str]:

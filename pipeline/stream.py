@@ -9,6 +9,7 @@ from torch import randperm
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import LoopConfig
+from pipeline.interruption import outlive_first_signal
 from pipeline.randomness import keyed_generator
 
 
@@ -92,6 +93,7 @@ def batches(
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=outlive_first_signal,
         generator=keyed_generator(stream.seed, "loader"),  # or it would draw from the generator that dropout draws from
     )
 

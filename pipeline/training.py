@@ -33,10 +33,12 @@ from pipeline.engines import check_engine, clipped_norm, fill_deepspeed_settings
 from pipeline.errors import MaskLoomError
 from pipeline.files import remove_leftovers
 from pipeline.finite import FiniteWatch
+from pipeline.interruption import REMEDY, Interrupted, signals_to
 from pipeline.metrics_log import MetricsLog
 from pipeline.progress import progress, say
 from pipeline.randomness import Draws, keyed_generator
 from pipeline.schedules import ENDLESS, learning_rate_schedule, recompute_rate
+from pipeline.stop_vote import StopVote
 from pipeline.stream import Positioned, batches, global_batch, total_steps
 from pipeline.task import Task
 from pipeline.throughput import Throughput
@@ -159,6 +161,7 @@ def train(
         inputs: digests of what the training reads; part of a checkpoint's identity.
 
     Raises:
+        Interrupted: a signal asked to stop; a checkpoint of the last step has been saved.
         MaskLoomError: a loss or gradient is not finite (names the step and the rows), trained weights are in half precision, the engine
             cannot do what is asked, or a checkpoint does not fit.
     """
@@ -180,7 +183,11 @@ def train(
         _change_length(state, config, start, total_steps(before, stream.epoch_length, processes), steps)
     log = MetricsLog(accelerator, Path(accelerator.project_dir), config.tracker_project_name, start)
     rows = batches(stream, config, accelerator, start, steps)
-    with progress("training", steps, "steps", done=start, show=accelerator.is_main_process) as advance:
+    vote = StopVote(accelerator)
+    with (
+        signals_to(lambda number: None),  # asked for after each step
+        progress("training", steps, "steps", done=start, show=accelerator.is_main_process) as advance,
+    ):
         state.throughput.start()
         logged = done = start
         for step in range(start + 1, steps + 1):
@@ -188,9 +195,10 @@ def train(
                 break
             _step(task, rows, config, state, seed, step)
             done = step
+            stop = vote.signal()
             every = (config.validation_steps, config.logging_steps, config.checkpointing_steps)
             validates, logs, saves = (step % n == 0 or step == steps for n in every)
-            if validates or logs or saves:
+            if validates or logs or saves or stop:
                 state.watch.check()
             if validates:
                 log.write(step, _validation_figures(task, state, step))
@@ -199,9 +207,11 @@ def train(
                 log.write(step, figures)
                 advance(step - logged, f"loss {figures['loss']:.4f}")
                 logged = step
-            if saves or state.averages.exhausted:
+            if saves or state.averages.exhausted or stop:
                 with state.throughput.paused():
                     save_checkpoint(accelerator, folder, step, state.averages, identity, config.checkpoints_total_limit)
+            if stop:
+                raise Interrupted(stop, f"checkpoint-{step} is saved; {REMEDY}")
     state.averages.finish()
     keep_whole_weights(task, accelerator)
     for tracker in accelerator.trackers:  # the processes stay together: another training, or the export, may follow

@@ -34,4 +34,4 @@ def _stage(config: ExperimentConfig, force: bool, families: list[str] | None) ->
 
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(app, "lower train_batch_size or image_size in the options of the family, or its channels")

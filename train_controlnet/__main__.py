@@ -16,6 +16,10 @@ DESCRIPTION = (
     "Train a ControlNet, adapters, or both, on a Stable Diffusion backbone. Further commands, each with its own --help:"
     " `plan` (parameters, memory and disk, before anything is loaded) and `find-lr` (a learning-rate range test)."
 )
+MEMORY_ADVICE = (
+    "lower train.train_batch_size (and raise train.gradient_accumulation_steps) or data.image_size, or set train.gradient_checkpointing=true "
+    "or train.mixed_precision=bf16; python -m train_controlnet plan says what fits"
+)
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures as JSON as well")]
 
 
@@ -25,7 +29,7 @@ def main(args: list[str]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else train)
     words = ["python -m train_controlnet", *([name] if name else [])]
-    run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)))
+    run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)), MEMORY_ADVICE)
 
 
 def train(

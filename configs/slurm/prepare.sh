@@ -2,14 +2,32 @@
 # Prepare a dataset on a SLURM cluster: an array of jobs reads the raw data, one more writes the dataset. From the checkout:
 #   job=$(sbatch --parsable --array=1-16 configs/slurm/prepare.sh configs/camelyon.yaml data.raw_dir=PATH)
 #   sbatch --dependency=afterok:$job configs/slurm/prepare.sh configs/camelyon.yaml data.raw_dir=PATH
-# A job that was killed is submitted again: what it has read is kept. The run folder must lie on a disk that all nodes see.
+# A job that is preempted, or whose time is up, goes back to the queue by itself: what it has read is kept. One that was killed is
+# submitted again. The run folder must lie on a disk that all nodes see.
 #SBATCH --job-name=maskloom-prepare
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=8G
 #SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@60
+#SBATCH --open-mode=append
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
+
+requeue() {
+    trap '' USR1 TERM
+    echo "asked to stop: back to the queue"
+    kill -TERM "$reader" || true
+    wait "$reader" || true
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+    exit 0
+}
+trap requeue USR1 TERM
+
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    exec "$python" -m data_prep --config "$@" --shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+    "$python" -m data_prep --config "$@" --shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" &
+else
+    "$python" -m data_prep merge --config "$@" &
 fi
-exec "$python" -m data_prep merge --config "$@"
+reader=$!
+wait "$reader"

@@ -2,8 +2,8 @@
 # Train on one node of a SLURM cluster, on all the GPUs that the job gets. From the checkout:
 #   sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml [KEY=VALUE ...]
 #   ENGINE=fsdp sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml        (a file of configs/accelerate)
-# Before its time is up, or when it is preempted, the job goes back to the queue and then on from its last checkpoint:
-# at most train.checkpointing_steps steps are done again.
+# Before its time is up, or when it is preempted, the training ends its optimizer step and saves a checkpoint; the job goes back
+# to the queue, and then on from there.
 #SBATCH --job-name=maskloom-train
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -19,12 +19,16 @@ gpus=${SLURM_GPUS_ON_NODE:-1}
 engine=${ENGINE:-$([[ $gpus -gt 1 ]] && echo ddp || echo single)}
 
 requeue() {
-    echo "asked to stop: back to the queue"
+    trap '' USR1 TERM
+    echo "asked to stop: saving a checkpoint, then back to the queue"
+    pkill -TERM -P "$launcher" || true # the training's processes: the launcher would end without waiting for them
+    wait "$launcher" || true
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
-trap requeue USR1
+trap requeue USR1 TERM
 
 "$python" -m accelerate.commands.launch --config_file "configs/accelerate/$engine.yaml" --num_processes "$gpus" \
     --main_process_port $((20000 + SLURM_JOB_ID % 20000)) -m train_controlnet --config "$@" &
-wait $!
+launcher=$!
+wait "$launcher"

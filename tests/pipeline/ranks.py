@@ -1,5 +1,7 @@
 """What each of several processes does in `test_ranks.py`: `torchrun -m tests.pipeline.ranks SCENARIO FOLDER`."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pipeline.config import LoopConfig
 from pipeline.errors import MaskLoomError
+from pipeline.interruption import Interrupted, handled_signals
 from pipeline.randomness import Draws
 from pipeline.training import make_accelerator, train
 from tests.pipeline.line_task import LineTask, settings
@@ -84,6 +87,32 @@ def stumble(folder: Path, make: Any) -> None:
         (folder / f"error-{accelerator.process_index}.txt").write_text(str(error))
 
 
+class StoppedTask(LineTask):
+    """The second process gets SIGTERM in the third optimizer step."""
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
+        if draws.positions[0] == 2 * 8 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from super().losses(batch, draws)
+
+
+def stop(folder: Path, make: Any) -> None:
+    """One process is asked to stop; all must, after the same step; then go on to the weights of a training that was not."""
+    config = settings(train_batch_size=2, checkpointing_steps=8)
+    for name, task in (("whole", LineTask()), ("broken", StoppedTask()), ("broken", LineTask())):
+        accelerator = make(config, folder / name / "logs")
+        try:
+            with handled_signals():
+                train(task, config, accelerator, folder / name, 7, {})
+        except Interrupted as stopped:
+            (folder / f"stopped-{accelerator.process_index}.txt").write_text(str(stopped.line()))
+            GradientState._reset_state()
+        else:
+            if accelerator.is_main_process:
+                file = "resumed" if name == "broken" else name
+                torch.save(weights(task, accelerator), folder / f"{file}.pt")
+
+
 class TwoNetworks(LineTask):
     def __init__(self) -> None:
         super().__init__()
@@ -110,4 +139,4 @@ def refuse(folder: Path, make: Any) -> None:
 if __name__ == "__main__":
     engine, scenario, target = sys.argv[1:]
     makers = {"ddp": make_accelerator, "fsdp": fsdp_accelerator}
-    {"learn": learn, "stumble": stumble, "refuse": refuse}[scenario](Path(target), makers[engine])
+    {"learn": learn, "stumble": stumble, "refuse": refuse, "stop": stop}[scenario](Path(target), makers[engine])

@@ -168,6 +168,54 @@ def test_a_users_problem_is_one_line_and_exit_code_2(error, line, capsys):
     assert capsys.readouterr().err.splitlines() == [line]
 
 
+def _too_much_of_torch() -> None:
+    import torch
+
+    torch.empty(10**15)
+
+
+def _more_than_torch_can_count() -> None:
+    import torch
+
+    torch.empty(2**40, 2**40)
+
+
+def _too_much_of_numpy() -> None:
+    import numpy as np
+
+    np.empty(10**15)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Of a GPU, as torch names it."""
+
+
+def _too_much_of_a_gpu() -> None:
+    raise OutOfMemoryError("CUDA: no.\n" * 100)
+
+
+@pytest.mark.parametrize(
+    "command", [_too_much_of_torch, _more_than_torch_can_count, _too_much_of_numpy, _too_much_of_a_gpu]
+)
+def test_a_full_memory_is_one_line_with_advice(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command(command, "lower train.train_batch_size")
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory (")
+    assert line.endswith("); lower train.train_batch_size")
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("memory"), ValueError("out of memory")])
+def test_another_failure_is_not_taken_for_a_full_memory(error):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command(fail)
+
+
 def test_a_bug_keeps_its_traceback():
     def fail() -> None:
         raise RejectedSample("a bug if it gets here")

@@ -1,0 +1,32 @@
+"""Commands that are stopped in `test_interruption.py`: `python -m tests.pipeline.stoppable KIND FOLDER`."""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from data_prep.parallel import parallel_results
+from pipeline.errors import run_command
+from pipeline.interruption import signals_to
+
+
+def nap(folder: Path, item: int) -> None:
+    """Say that the work has begun, and take long."""
+    (folder / f"begun-{item}").touch()
+    time.sleep(60)
+
+
+def work(folder: Path) -> None:
+    """Read with several processes, as `prepare` does."""
+    list(parallel_results(partial(nap, folder), range(4), 2))
+
+
+def busy(folder: Path) -> None:
+    """Take note of a signal and go on for long, as a training does within a step."""
+    with signals_to(lambda number: (folder / "noted").touch()):
+        nap(folder, 0)
+
+
+if __name__ == "__main__":
+    kind, target = sys.argv[1:]
+    run_command(partial({"work": work, "busy": busy, "nap": partial(nap, item=0)}[kind], Path(target)))
