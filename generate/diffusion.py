@@ -16,7 +16,7 @@ from pipeline.contract import Description
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import file_digest, model_digest, value_digest
 from pipeline.runs import Run
-from pipeline.trained_parts import exported_names
+from pipeline.trained_parts import ADAPTER_FILE, exported_names
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,6 @@ SLICED_DECODING_PIXELS = 512 * 512  # from here on the VAE decodes image by imag
 
 
 MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 def trained_parts(config: ExperimentConfig, run: Run, wanted: Sequence[str]) -> dict[str, Path]:

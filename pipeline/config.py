@@ -316,6 +316,9 @@ class TrainConfig(LoopConfig):
     controlnet_model_name_or_path: str | None = Field(
         None, description="weights to go on from; null: the UNet's encoder"
     )
+    lora_model_name_or_path: str | None = Field(
+        None, description="adapters to go on from, a folder or a .safetensors file; null: fresh ones"
+    )
     max_train_samples: Rows | None = Field(None, ge=1, description="train on the first so many rows only")
 
     controlnet: Literal["full", "shallow", "zero_convs", "frozen", "none"] = Field(
@@ -383,6 +386,10 @@ class TrainConfig(LoopConfig):
             )
         if self.controlnet == "frozen" and self.controlnet_model_name_or_path is None:
             raise ValueError("controlnet=frozen needs controlnet_model_name_or_path: a fresh one says nothing")
+        if self.lora_model_name_or_path is not None and not adapted & {"unet", "text_encoder"}:
+            raise ValueError(
+                "lora_model_name_or_path needs lora=[unet], [text_encoder] or both: nothing else starts from it"
+            )
         if "unet" in adapted and not self.sd_locked:
             raise ValueError("lora=[unet] with sd_locked=false trains the UNet twice over; choose one")
         return self

@@ -24,7 +24,9 @@ from pipeline.verification import verify_quickly
 
 CARD, PICTURES = "README.md", "samples.png"
 RepoType = Literal["model", "dataset"]
-WEIGHTS_FILE = r"(?:diffusion_pytorch_model|pytorch_lora_weights)[\w.-]*\.safetensors(?:\.index\.json)?"
+WEIGHTS_FILE = (
+    r"(?:diffusion_pytorch_model|pytorch_lora_weights|kohya_lora_weights)[\w.-]*\.safetensors(?:\.index\.json)?"
+)
 SCHEDULER_FILE = r"scheduler_config\.json"
 NETWORK = r"(?:\w+/)?"
 """A family has a folder for each of its networks."""

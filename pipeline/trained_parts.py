@@ -1,6 +1,15 @@
 """Which folders of trained weights a configuration leaves in `generator/`; imports nothing of weight."""
 
+from pathlib import Path
+
 from pipeline.config import TrainConfig
+from pipeline.errors import MaskLoomError
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls a LoRA's file."""
+KOHYA_FILE = "kohya_lora_weights.safetensors"
+"""The same LoRA in kohya's names, for ComfyUI and AUTOMATIC1111."""
+LORA_KEY = "train.lora_model_name_or_path"
 
 
 def exported_names(config: TrainConfig) -> list[str]:
@@ -19,3 +28,22 @@ def exported_names(config: TrainConfig) -> list[str]:
     if config.vae_decoder is not None:
         names.append("vae")
     return names
+
+
+def adapter_file(name_or_path: str) -> Path:
+    """Return the weights file that a path names: itself, or the one in a folder.
+
+    Raises:
+        MaskLoomError: there is none, or there are several.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    ours = [file for file in found if file.name == ADAPTER_FILE]
+    if len(ours or found) != 1:
+        what = f"{len(found)} .safetensors files and no {ADAPTER_FILE}" if path.is_dir() else "no such file or folder"
+        raise MaskLoomError(
+            f"{LORA_KEY}={name_or_path}: {what}; give a LoRA's .safetensors file, or a folder that `train` wrote"
+        )
+    return (ours or found)[0]

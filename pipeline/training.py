@@ -449,4 +449,6 @@ def _shared_loss(figures: Mapping[str, float], accelerator: Accelerator) -> floa
 def _fixed_settings(config: LoopConfig) -> dict[str, Any]:
     # With early stopping, what is validated and when decides which weights are kept.
     free = FREE_SETTINGS - DECIDING_SETTINGS if config.early_stopping_patience else FREE_SETTINGS
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in free}
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in free}
+    # JSON has no infinity, which `max_grad_norm` may be.
+    return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in settings.items()}

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import ExperimentConfig, TrainConfig
@@ -18,7 +24,7 @@ from pipeline.contract import Contract
 from pipeline.errors import told_when_unwritable
 from pipeline.files import atomic_folder
 from pipeline.runs import Run
-from pipeline.trained_parts import exported_names
+from pipeline.trained_parts import KOHYA_FILE, exported_names
 from train_controlnet.model_card import model_card
 from train_controlnet.networks import Networks, load_networks
 
@@ -62,6 +68,7 @@ def _save(name: str, parts: Networks, folder: Path) -> None:
     if name == "lora":
         adapters = {f"{part}_lora_layers": _adapters(part, getattr(parts, part)) for part in ("unet", "text_encoder")}
         StableDiffusionPipeline.save_lora_weights(folder, **adapters)
+        save_file(kohya_names(adapters), folder / KOHYA_FILE, metadata={"format": "pt"})
     else:
         _whole(getattr(parts, name)).save_pretrained(folder, safe_serialization=True)
 
@@ -84,6 +91,24 @@ def _adapters(name: str, network: Any) -> dict[str, Tensor] | None:
     if name == "text_encoder" and not hasattr(network, "text_model"):
         adapters = {f"text_model.{key}": weight for key, weight in adapters.items()}
     return convert_state_dict_to_diffusers(adapters)
+
+
+def kohya_names(adapters: Mapping[str, dict[str, Tensor] | None]) -> dict[str, Tensor]:
+    """Return adapters under kohya's names, with an alpha equal to the rank for each layer.
+
+    Args:
+        adapters: `unet_lora_layers` and `text_encoder_lora_layers`, as `StableDiffusionPipeline.save_lora_weights` takes them; None: there are none.
+    """
+    unet, text_encoder = adapters["unet_lora_layers"] or {}, adapters["text_encoder_lora_layers"] or {}
+    peft_names = {f"unet.{key}": value for key, value in convert_unet_state_dict_to_peft(unet).items()}
+    if text_encoder:
+        found = convert_state_dict_to_peft(text_encoder)
+        peft_names |= {f"text_encoder.{key}": value for key, value in found.items()}
+    # diffusers gives the text encoder the name that it has in SDXL; Stable Diffusion 1 and 2 have one, without a number.
+    named = {
+        key.replace("lora_te1_", "lora_te_"): value for key, value in convert_state_dict_to_kohya(peft_names).items()
+    }
+    return {key: value.float().contiguous() for key, value in named.items()}
 
 
 def _whole(network: Any) -> Any:

@@ -11,9 +11,17 @@ from pipeline.files import model_digest
 from pipeline.hub_cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
 from pipeline.prompt_encoding import MARKS, load_prompt_encoder
 from pipeline.provenance import git_sha
+from pipeline.trained_parts import ADAPTER_FILE, KOHYA_FILE
 
 TITLES = {"controlnet": "ControlNet", "lora": "LoRA adapters", "unet": "UNet", "vae": "VAE"}
 """By weights folder."""
+LORA_FILES = f"""## Files
+
+- `{ADAPTER_FILE}`: for diffusers, `pipe.load_lora_weights(FOLDER)`.
+- `{KOHYA_FILE}`: the same adapters in kohya's names. Copy it to `models/loras` of ComfyUI (node Load LoRA), or to `models/Lora` of AUTOMATIC1111
+  (`<lora:{Path(KOHYA_FILE).stem}:1>` in the prompt), with a checkpoint of the same backbone and strength 1 for UNet and text encoder.
+
+"""
 PROMPT_PIECES = """## Prompts
 
 Prompts were read in {chunks} pieces of {room} tokens, and must be for sampling; `pipe(prompt)` would cut them:
@@ -87,11 +95,11 @@ The model can only show what its training data shows, may repeat training images
 
 def _usage(config: ExperimentConfig, kind: str) -> str:
     """Return what a user must know to sample as the training did; empty where diffusers' defaults do."""
-    chunks = config.fine_tuning.prompt_chunks
+    chunks, lora = config.fine_tuning.prompt_chunks, LORA_FILES if kind == "lora" else ""
     if chunks is None or kind == "vae":
-        return ""
+        return lora
     length = load_prompt_encoder(config.fine_tuning).length
-    return PROMPT_PIECES.format(chunks=chunks, room=length - MARKS, length=length)
+    return lora + PROMPT_PIECES.format(chunks=chunks, room=length - MARKS, length=length)
 
 
 def _metadata(contract: Contract, kind: str, base_model: str | None) -> dict[str, Any]:

@@ -156,6 +156,10 @@ def _choose_trained(networks: Networks, config: TrainConfig) -> None:
             target_modules=LORA_TARGETS[name],
         )
         getattr(networks, name).add_adapter(adapters)
+    if config.lora_model_name_or_path is not None:
+        from train_controlnet.starting_adapters import load_adapters
+
+        load_adapters(networks.loaded(), config)
     for module in _trained_modules(networks, config):  # after the adapters: adding them freezes all other weights
         module.requires_grad_(True)
 

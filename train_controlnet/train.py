@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import model_digest, remove_folder, value_digest
+from pipeline.files import file_digest, model_digest, remove_folder, value_digest
 from pipeline.runs import Run, Stage, open_run, skip_empty_stage
-from pipeline.trained_parts import exported_names
+from pipeline.trained_parts import adapter_file, exported_names
 from pipeline.verification import verify_for_training
 from train_controlnet.verdict import check_adherence
 
@@ -69,6 +69,8 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     }
     if config.fine_tuning.controlnet_model_name_or_path:
         inputs["controlnet"] = model_digest(config.fine_tuning.controlnet_model_name_or_path)
+    if config.fine_tuning.lora_model_name_or_path:
+        inputs["lora"] = file_digest(adapter_file(config.fine_tuning.lora_model_name_or_path))
     settings = {"train": config.fine_tuning.model_dump(mode="json"), "seed": config.seed}
     outputs = [run.generator / name / "README.md" for name in exported_names(config.fine_tuning)]
     return Stage(run, "train", inputs, settings, outputs)
