@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from data_prep.file_names import is_text, is_visible, printable
+from data_prep.file_names import comparable, is_text, is_visible, printable, subfolders
 from pipeline.config import Section
 from pipeline.errors import MaskLoomError
 
@@ -102,9 +102,8 @@ def unread_folders(folder: Path, read: Collection[str] = ()) -> Iterator[Reject]
         folder: may be missing.
         read: names, in lower case, of the folders in it that are read.
     """
-    inner = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    for path in inner:
-        if path.name.startswith(".") or path.name.lower() in read or not any(p.is_file() for p in path.rglob("*")):
+    for path in subfolders(folder):
+        if comparable(path.name) in read or not any(p.is_file() for p in path.rglob("*")):
             continue
         known = f"; folders that are read here: {', '.join(sorted(read))}" if read else ""
         yield Reject(str(path), f"files in a folder {path.name} inside {folder.name} are not read{known}")

@@ -7,6 +7,8 @@ written first, and then as it looks.
 
 import re
 import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import MaskLoomError
@@ -73,6 +75,31 @@ def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+class Names:
+    """Finds a name among others: as it is written, else the only one that is comparable."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Keep the names."""
+        self._written = set(names)
+        self._alike: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self._written):
+            self._alike[comparable(name)].append(name)
+
+    def find(self, name: str) -> str | None:
+        """Return the name that is meant, or None where there is none, or several that are not written so."""
+        if name in self._written:
+            return name
+        alike = self._alike.get(comparable(name), [])
+        return alike[0] if len(alike) == 1 else None
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the visible folders in a folder, sorted; none where it is missing."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_system_name(path.name))
+
+
 def entry_named(folder: Path, name: str) -> Path | None:
     """Return the file or folder of a name in a folder, or the only one whose name is comparable; None where there is none.
 
@@ -88,10 +115,12 @@ def entry_named(folder: Path, name: str) -> Path | None:
     return found[0] if found else None
 
 
-def folder_named(folder: Path, name: str) -> Path:
-    """Return the subfolder that `entry_named` finds, else the path where it would be.
+def folder_named(folder: Path, *names: str) -> Path:
+    """Return the folder that nested names lead to, each found by `entry_named`, else the path where it would be.
 
     Raises:
         MaskLoomError: see `entry_named`.
     """
-    return entry_named(folder, name) or folder / name
+    for name in names:
+        folder = entry_named(folder, name) or folder / name
+    return folder

@@ -3,6 +3,7 @@
 Like the readers of images, nothing here trusts a file: what cannot be read as a table is a reject with a reason.
 """
 
+import codecs
 import csv
 import io
 import re
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.file_names import comparable
 from data_prep.readers import unreadable_as_reject
 from pipeline.errors import MaskLoomError, RejectedSample
 
@@ -33,17 +35,35 @@ def csv_table(path: Path) -> list[list[str]]:
     """Return all rows of a CSV file, the header too, values stripped; blank lines are empty rows.
 
     Args:
-        path: the file, UTF-8, with or without a byte order mark, separated by `,`, `;` or tab.
+        path: the file, UTF-8, or UTF-16 with a byte order mark (as Excel's "Unicode text"), separated by `,`, `;` or tab.
 
     Raises:
         RejectedSample: it is missing, or not text.
     """
     with unreadable_as_reject(path):
-        text = path.read_text(encoding="utf-8-sig")
+        text = _decoded(path).removeprefix("sep=;\n").removeprefix("sep=;\r\n")  # a line for Excel
         delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
         # Not str.splitlines, which also breaks rows at form feeds and other separators inside a value.
         table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     return [[value.strip() for value in row] for row in table]
+
+
+def _decoded(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        RejectedSample: it is in another encoding (says where).
+    """
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise RejectedSample(
+            f"{path.name} cannot be decoded: byte 0x{data[error.start]:02x} in row {row} is no UTF-8; save the table as UTF-8"
+        ) from None
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> list[TableRow]:
@@ -76,13 +96,13 @@ def table_rows(name: str, table: Sequence[Sequence[Any]], columns: Sequence[str]
         RejectedSample: there is no header, it lacks a column or has it twice, or a row is longer than the header.
     """
     header = [_cell(value) for value in table[0]] if table else []
-    asked = {column.lower(): column for column in columns}
-    titles = [title.lower() for title in header]
+    asked = {comparable(column): column for column in columns}
+    titles = [comparable(title) for title in header]
     for column in columns:
-        if titles.count(column.lower()) != 1:
-            has = "no column" if column.lower() not in titles else "more than one column"
+        if titles.count(comparable(column)) != 1:
+            has = "no column" if comparable(column) not in titles else "more than one column"
             raise RejectedSample(f"{name} has {has} {column!r}; it has {', '.join(header) or 'none'}")
-    keys = [asked.get(title.lower(), title) for title in header]
+    keys = [asked.get(comparable(title), title) for title in header]
     rows = []
     for number, values in enumerate(table[1:], start=first + 1):
         row = [_cell(value) for value in values]

@@ -35,6 +35,7 @@ from PIL import Image
 from pydantic import Field
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.file_names import folder_named, subfolders
 from data_prep.nifti import (
     SUFFIXES,
     Volume,
@@ -100,7 +101,7 @@ class Adapter(DatasetAdapter):
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
         """Whether there are patient folders that hold an `Info.cfg`."""
-        return any((folder / "Info.cfg").is_file() for folder, _ in _patients(raw_dir))
+        return any(folder_named(folder, "Info.cfg").is_file() for folder, _ in _patients(raw_dir))
 
     def info(self) -> DatasetInfo:
         """Return what is true of every slice."""
@@ -191,7 +192,7 @@ class Adapter(DatasetAdapter):
     def _volumes(self, folder: Path, split: str | None) -> Iterator[RawItem | Reject]:
         """List the frames of one patient."""
         try:
-            patient = _patient_info(folder / "Info.cfg")
+            patient = _patient_info(folder_named(folder, "Info.cfg"))
         except RejectedSample as error:
             yield Reject(str(folder), str(error))
             return
@@ -266,7 +267,9 @@ def _patients(raw_dir: Path) -> list[tuple[Path, str | None]]:
     if flat := _patient_folders(raw_dir):
         return [(folder, "test" if int(folder.name[-3:]) >= FIRST_TEST_PATIENT else None) for folder in flat]
     for root in _roots(raw_dir):
-        if found := [(folder, split) for name, split in SETS.items() for folder in _patient_folders(root / name)]:
+        if found := [
+            (folder, split) for name, split in SETS.items() for folder in _patient_folders(folder_named(root, name))
+        ]:
             return found
     return []
 
@@ -274,15 +277,13 @@ def _patients(raw_dir: Path) -> list[tuple[Path, str | None]]:
 def _roots(raw_dir: Path) -> Iterator[Path]:
     yield raw_dir
     yield raw_dir / "database"
-    for folder in sorted(p for p in raw_dir.iterdir() if p.is_dir()):
+    for folder in subfolders(raw_dir):
         yield folder
         yield folder / "database"
 
 
 def _patient_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if PATIENT.fullmatch(p.name) and p.is_dir()), key=natural_order)
+    return sorted((path for path in subfolders(folder) if PATIENT.fullmatch(path.name)), key=natural_order)
 
 
 def _patient_info(path: Path) -> Patient:

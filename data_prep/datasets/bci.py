@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
+from data_prep.file_names import Names, folder_named, subfolders
 from data_prep.readers import decoded_image, eight_bit, files_in, require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
 
 SPLITS = ("train", "test")
-NAME = re.compile(r"(?P<number>\d+)_(?P<split>train|test)_(?P<level>0|1\+|2\+|3\+)\.png")
+NAME = re.compile(r"(?P<number>\d+)_(?P<split>train|test)_(?P<level>0|1\+|2\+|3\+)\.png", re.IGNORECASE)
 # American Society of Clinical Oncology / College of American Pathologists: 0 and 1+ negative, 2+ equivocal, 3+ positive.
 STATUS = {"0": "negative", "1+": "negative", "2+": "equivocal", "3+": "positive"}
 
@@ -99,7 +100,7 @@ class Adapter(DatasetAdapter):
 
 def _root(raw_dir: Path) -> Path | None:
     """Return the folder with both stains: `raw_dir` or one directly below it."""
-    candidates = [raw_dir, *sorted(folder for folder in raw_dir.iterdir() if folder.is_dir())]
+    candidates = [raw_dir, *subfolders(raw_dir)]
     return next((folder for folder in candidates if _has_both_stains(folder)), None)
 
 
@@ -109,25 +110,25 @@ def _has_both_stains(folder: Path) -> bool:
 
 def _folder(root: Path, stain: str, split: str) -> Path:
     """Return the folder of one stain and split, in either order of the two levels."""
-    by_split = root / split / stain
-    return by_split if by_split.is_dir() else root / stain / split
+    by_split = folder_named(root, split, stain)
+    return by_split if by_split.is_dir() else folder_named(root, stain, split)
 
 
 def _split_entries(root: Path, split: str) -> Iterator[RawItem | Reject]:
     he_folder, ihc_folder = _folder(root, "HE", split), _folder(root, "IHC", split)
-    he_names, ihc_names = ({file.name for file in files_in(folder)} for folder in (he_folder, ihc_folder))
+    he_names, ihc_names = (Names(file.name for file in files_in(folder)) for folder in (he_folder, ihc_folder))
     for ihc in files_in(ihc_folder):
         name = NAME.fullmatch(ihc.name)
         problem = _name_problem(ihc.name, split)
         if name is None or problem:
             yield Reject(str(ihc), problem)
-        elif ihc.name not in he_names:
+        elif (partner := he_names.find(ihc.name)) is None:
             yield Reject(str(ihc), f"an IHC image without an H&E image of the same name in HE/{split}")
         else:
-            yield _item(ihc, he_folder / ihc.name, name)
+            yield _item(ihc, he_folder / partner, name)
     for he in files_in(he_folder):
         problem = _name_problem(he.name, split)
-        if problem or he.name not in ihc_names:
+        if problem or ihc_names.find(he.name) is None:
             yield Reject(str(he), problem or f"an H&E image without an IHC image of the same name in IHC/{split}")
     for folder in (he_folder, ihc_folder):
         yield from unread_folders(folder)
@@ -138,16 +139,16 @@ def _name_problem(file_name: str, split: str) -> str:
     name = NAME.fullmatch(file_name)
     if name is None:
         return "not named NUMBER_train_LEVEL.png or NUMBER_test_LEVEL.png with a HER2 level of 0, 1+, 2+ or 3+"
-    return "" if name["split"] == split else f"lies in {split}, and its name says {name['split']}"
+    return "" if name["split"].lower() == split else f"lies in {split}, and its name says {name['split']}"
 
 
 def _item(ihc: Path, he: Path, name: re.Match[str]) -> RawItem:
     level = name["level"]
     return RawItem(
-        sample_id=f"{name['split']}-{name['number']}-{level.replace('+', 'plus')}",
+        sample_id=f"{name['split'].lower()}-{name['number']}-{level.replace('+', 'plus')}",
         path=str(ihc),
         label=f"HER2 {level}",
-        split="test" if name["split"] == "test" else None,
+        split="test" if name["split"].lower() == "test" else None,
         attributes={"status": STATUS[level]},
         key=str(he),
     )

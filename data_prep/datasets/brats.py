@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.file_names import subfolders
 from data_prep.nifti import (
     AXIAL,
     Volume,
@@ -324,7 +325,7 @@ def _cases(folder: Path, depth: int = DEPTH) -> Iterator[Case]:
     if case := _case(folder):
         yield case
     elif depth:
-        for below in sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: (natural_order(p), p.name)):
+        for below in sorted(subfolders(folder), key=lambda path: (natural_order(path), path.name)):
             yield from _cases(below, depth - 1)
 
 

@@ -28,13 +28,14 @@ from pydantic import Field, model_validator
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
 from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
+from data_prep.file_names import Names, entry_named, folder_named, subfolders
 from data_prep.readers import files_in, portable_id, reject_as_error
 from data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
 from pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 RESTORE = "restore the file from the dataset"
 ROOT, TABLE = "BUSBRA", "bus_data.csv"
-IMAGE_NAME = re.compile(r"bus_(.+\.png)")
+IMAGE_NAME = re.compile(r"bus_(.+\.png)", re.IGNORECASE)
 FOLD_TITLES = ("kfold", "fold", "k fold", "k-fold", "k_fold")
 BIRADS, SIDES = ("2", "3", "4", "5"), ("left", "right", "single")
 LONGEST_WORDS = 60
@@ -93,7 +94,7 @@ class Adapter(DatasetAdapter):
     def recognises(cls, raw_dir: Path) -> bool:
         """Whether there are folders Images and Masks and the table bus_data.csv."""
         root = _root_of(raw_dir)
-        return root is not None and (root / TABLE).is_file()
+        return root is not None and folder_named(root, TABLE).is_file()
 
     def info(self) -> DatasetInfo:
         """Return what is true of every image."""
@@ -121,21 +122,23 @@ class Adapter(DatasetAdapter):
         """
         root = self._root()
         rows = _rows_by_id(
-            root / TABLE, ("ID", "Case", "Pathology", *(COLUMN_OF[name] for name in self.options.attributes))
+            folder_named(root, TABLE),
+            ("ID", "Case", "Pathology", *(COLUMN_OF[name] for name in self.options.attributes)),
         )
         splits = self._splits_by_id(root, rows)
-        images = files_in(root / "Images")
-        masks = {file.name: file for file in files_in(root / "Masks")}
+        images = files_in(folder_named(root, "Images"))
+        masks = {file.name: file for file in files_in(folder_named(root, "Masks"))}
+        mask_names, identities = Names(masks), Names(rows)
         for image in images:
+            of_mask, identity = mask_names.find(_mask_name(image)), identities.find(image.stem)
             try:
-                mask = masks.pop(_mask_name(image), None)
-                yield self._item(image, mask, rows.pop(image.stem, None), splits)
+                yield self._item(image, masks.pop(of_mask or "", None), rows.pop(identity or "", None), splits)
             except RejectedSample as error:
                 yield Reject(str(image), str(error))
         for mask in masks.values():
             yield Reject(str(mask), "a mask without an image")
         for name in ("Images", "Masks"):
-            yield from unread_folders(root / name)
+            yield from unread_folders(folder_named(root, name))
         for identity in rows:
             yield Reject(str(root / "Images" / f"{identity}.png"), f"listed in {TABLE}, but there is no such image")
 
@@ -224,9 +227,9 @@ class Adapter(DatasetAdapter):
 
 
 def _root_of(raw_dir: Path) -> Path | None:
-    folders = (raw_dir, raw_dir / ROOT, *sorted(path for path in raw_dir.iterdir() if path.is_dir()))
+    folders = (raw_dir, raw_dir / ROOT, *subfolders(raw_dir))
     return next(
-        (f for f in folders if (f / "Masks").is_dir() and (f / "Images").is_dir() and (f / TABLE).is_file()), None
+        (f for f in folders if all(entry_named(f, name) is not None for name in ("Masks", "Images", TABLE))), None
     )
 
 

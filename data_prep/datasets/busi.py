@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from data_prep.file_names import Names, comparable, subfolders
 from data_prep.readers import bright, decoded_image, eight_bit, files_in, portable_id, require_same_size
 from pipeline.errors import MaskLoomError, RejectedSample
 
@@ -26,7 +27,7 @@ LABELS = ("benign", "malignant", "normal")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
 ROOT = "Dataset_BUSI_with_GT"
 IMAGE_FOLDERS, MASK_FOLDERS = ("image", "images"), ("mask", "masks")
-MASK_NAME = re.compile(r"(?P<image>.+)_mask(_\d+)?")
+MASK_NAME = re.compile(r"(?P<image>.+)_mask(_\d+)?", re.IGNORECASE)
 
 
 class BusiOptions(Options):
@@ -112,15 +113,16 @@ class Adapter(DatasetAdapter):
 
 
 def _class_root(raw_dir: Path) -> Path | None:
-    candidates = [raw_dir, raw_dir / ROOT, *sorted(p for p in raw_dir.iterdir() if p.is_dir())]
+    candidates = [raw_dir, raw_dir / ROOT, *subfolders(raw_dir)]
     return next((folder for folder in candidates if folder.is_dir() and _class_folders(folder)), None)
 
 
 def _class_folders(root: Path) -> dict[str, list[Path]]:
     """Return the folders that are named as a class, by class."""
     folders: dict[str, list[Path]] = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name.lower() in LABELS):
-        folders.setdefault(folder.name.lower(), []).append(folder)
+    for folder in subfolders(root):
+        if comparable(folder.name) in LABELS:
+            folders.setdefault(comparable(folder.name), []).append(folder)
     return folders
 
 
@@ -134,11 +136,12 @@ class ClassFiles(NamedTuple):
 def _files(folder: Path) -> ClassFiles:
     """Sort the files of a class folder and of the folders in it; beside its image, a file named as its mask is one."""
     loose = files_in(folder)
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    sorted_out = [file for path in inner if path.name.lower() in IMAGE_FOLDERS for file in files_in(path)]
-    stems = {file.stem for file in sorted_out}
+    inner = subfolders(folder)
+    sorted_out = [file for path in inner if comparable(path.name) in IMAGE_FOLDERS for file in files_in(path)]
+    stems = Names(file.stem for file in sorted_out)
     is_mask = {
-        file: (name := MASK_NAME.fullmatch(file.stem)) is not None and name["image"] in stems for file in sorted_out
+        file: (name := MASK_NAME.fullmatch(file.stem)) is not None and stems.find(name["image"]) is not None
+        for file in sorted_out
     }
     return ClassFiles(
         images=[
@@ -148,7 +151,7 @@ def _files(folder: Path) -> ClassFiles:
         masks=[
             *(file for file in loose if MASK_NAME.fullmatch(file.stem)),
             *(file for file in sorted_out if is_mask[file]),
-            *(file for path in inner if path.name.lower() in MASK_FOLDERS for file in files_in(path)),
+            *(file for path in inner if comparable(path.name) in MASK_FOLDERS for file in files_in(path)),
         ],
     )
 
@@ -158,13 +161,14 @@ def _class_entries(folder: Path, label: str) -> Iterator[RawItem | Reject]:
     files = _files(folder)
     masks: dict[str, list[Path]] = {image.stem: [] for image in files.images if image.suffix.lower() == ".png"}
     yield from unread_folders(folder, (*IMAGE_FOLDERS, *MASK_FOLDERS))
+    stems = Names(masks)
     for file in files.masks:
         name = MASK_NAME.fullmatch(file.stem)
-        owner = masks.get(name["image"] if name else file.stem)
+        owner = stems.find(name["image"] if name else file.stem)
         if owner is None:
             yield Reject(str(file), "a mask without an image")
         else:
-            owner.append(file)
+            masks[owner].append(file)
     for image in files.images:
         if image.suffix.lower() != ".png":
             yield Reject(str(image), "not a PNG file")

@@ -42,6 +42,7 @@ from scipy import ndimage
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
 from data_prep.asap import Annotations, drawn, read_annotations
+from data_prep.file_names import is_visible
 from data_prep.readers import natural_order, unreadable_as_reject
 from data_prep.slide_labels import REFERENCE, STAGES, slide_diagnoses
 from data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
@@ -130,7 +131,8 @@ class Adapter(DatasetAdapter):
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
         """Whether a slide with a name of CAMELYON lies somewhere below."""
-        return any(SLIDE.fullmatch(path.stem.lower()) for path in raw_dir.rglob("*.tif"))
+        slides = (path for path in raw_dir.rglob("*.[tT][iI][fF]") if is_visible(path, raw_dir))
+        return any(SLIDE.fullmatch(path.stem.lower()) for path in slides)
 
     def info(self) -> DatasetInfo:
         """Return what is true of every tile."""
@@ -240,7 +242,8 @@ class Adapter(DatasetAdapter):
         found: dict[str, dict[str, list[Path]]] = {suffix: defaultdict(list) for suffix in (".tif", ".xml", ".csv")}
         for path in sorted(self.raw_dir.rglob("*")):
             name = path.stem.lower()
-            if path.suffix.lower() in found and not path.name.startswith(".") and not name.endswith("_mask"):
+            visible = is_visible(path, self.raw_dir) and not path.is_dir()
+            if path.suffix.lower() in found and visible and not name.endswith("_mask"):
                 found[path.suffix.lower()][name].append(path)
         if not any(SLIDE.fullmatch(name) for name in found[".tif"]):
             raise MaskLoomError(

@@ -41,6 +41,7 @@ from pydantic import Field, model_validator
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
 from data_prep.dicom import Header, is_dicom, read_header, read_picture
+from data_prep.file_names import is_visible
 from data_prep.image_files import decoded_mask
 from data_prep.readers import BLACK_ON_TRANSPARENT, require_same_size
 from pipeline.config import IntensityWindow
@@ -307,7 +308,7 @@ class Adapter(DatasetAdapter):
         folder = self._mask_folder()
 
         def is_mask(path: Path) -> bool:
-            return folder is not None and path.suffix == ".png" and path.is_relative_to(folder)
+            return folder is not None and path.suffix.lower() == ".png" and path.is_relative_to(folder)
 
         return sorted(path for path in _visible(self.raw_dir, self.raw_dir.rglob("*")) if is_mask(path) == masks)
 
@@ -350,7 +351,7 @@ class Adapter(DatasetAdapter):
 def _visible(raw_dir: Path, paths: Iterable[Path]) -> Iterator[Path]:
     """Yield the files that are not hidden, nor in a hidden folder."""
     for path in paths:
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(raw_dir).parts):
+        if path.is_file() and is_visible(path, raw_dir):
             yield path
 
 

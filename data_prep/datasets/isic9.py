@@ -21,6 +21,7 @@ from pathlib import Path, PurePath
 from pydantic import Field, field_validator
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from data_prep.file_names import comparable, folder_named, subfolders
 from data_prep.readers import decoded_image, eight_bit, files_in, portable_id, reject_as_error
 from data_prep.tables import TableRow, csv_rows
 from pipeline.errors import MaskLoomError
@@ -68,7 +69,7 @@ class Adapter(DatasetAdapter):
         root = _root_of(raw_dir)
         if root is None:
             return False
-        names = [folder.name for folder in (root / "Train").iterdir() if folder.is_dir()]
+        names = [folder.name for folder in _folders(root, "Train")]
         return len(names) > 1 and all(_label_of(name) for name in names)
 
     def info(self) -> DatasetInfo:
@@ -99,17 +100,17 @@ class Adapter(DatasetAdapter):
         root = self._root()
         lesions = self._lesions()
         files = [
-            (half, folder, file) for half in SPLIT_OF for folder in _folders(root / half) for file in files_in(folder)
+            (half, folder, file) for half in SPLIT_OF for folder in _folders(root, half) for file in files_in(folder)
         ]
         for half in SPLIT_OF:
-            for folder in _folders(root / half):
+            for folder in _folders(root, half):
                 yield from unread_folders(folder)
         places: dict[str, list[Path]] = defaultdict(list)
         for _, folder, file in files:
-            places[file.stem].append(folder)
+            places[comparable(file.stem)].append(folder)
         for half, folder, file in files:
             label = _label_of(folder.name)
-            problem = _problem(file, half, places[file.stem])
+            problem = _problem(file, half, places[comparable(file.stem)])
             if label is None:
                 yield Reject(
                     str(file), f"its folder {folder.name!r} is not named after a class; known: {', '.join(LABELS)}"
@@ -172,16 +173,16 @@ class Adapter(DatasetAdapter):
 
 
 def _root_of(raw_dir: Path) -> Path | None:
-    folders = (raw_dir, *sorted(path for path in raw_dir.iterdir() if path.is_dir()))
-    return next((folder for folder in folders if all((folder / half).is_dir() for half in SPLIT_OF)), None)
+    folders = (raw_dir, *subfolders(raw_dir))
+    return next((folder for folder in folders if all(folder_named(folder, half).is_dir() for half in SPLIT_OF)), None)
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _folders(root: Path, half: str) -> list[Path]:
+    return subfolders(folder_named(root, half))
 
 
 def _label_of(folder_name: str) -> str | None:
-    words = " ".join(folder_name.lower().replace("_", " ").replace("-", " ").split())
+    words = " ".join(comparable(folder_name).replace("_", " ").replace("-", " ").split())
     return words if words in LABELS else None
 
 
@@ -198,7 +199,7 @@ def _problem(file: Path, half: str, places: Sequence[Path]) -> str | None:
     classes = sorted({_label_of(folder.name) or folder.name for folder in places})
     if len(classes) > 1:
         return f"{file.stem} lies in several classes: {', '.join(classes)}"
-    if half == "Train" and any(folder.parent.name == "Test" for folder in places):
+    if half == "Train" and any(comparable(folder.parent.name) == "test" for folder in places):
         return f"{file.stem} also lies in Test"
     return None
 

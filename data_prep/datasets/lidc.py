@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from data_prep.file_names import folder_named, subfolders
 from data_prep.intensity import window_range
 from data_prep.readers import (
     decoded_image,
@@ -149,9 +150,9 @@ class Adapter(DatasetAdapter):
         if found is None:
             return False
         if found.masks_tree:
-            folders = (found.root / split / kind.name for split in SPLITS for kind in MASKS_FOLDERS)
+            folders = (folder_named(found.root, split, kind.name) for split in SPLITS for kind in MASKS_FOLDERS)
             return any(SLICE.fullmatch(file.name) for folder in folders for file in files_in(folder))
-        arrays = (found.root / kind.place / "Image" for kind in NODULES_FOLDERS)
+        arrays = (_place(found.root, kind, "Image") for kind in NODULES_FOLDERS)
         return any(ARRAY.fullmatch(file.name) for folder in arrays for file in folder.glob("LIDC-IDRI-*/*.npy"))
 
     def info(self) -> DatasetInfo:
@@ -218,17 +219,19 @@ class Adapter(DatasetAdapter):
 
 def _found(raw_dir: Path) -> Found | None:
     """Return the first tree in `raw_dir` or directly below it."""
-    for folder in (raw_dir, *sorted(f for f in raw_dir.iterdir() if f.is_dir())):
-        if any((folder / split / kind.name).is_dir() for split in SPLITS for kind in MASKS_FOLDERS):
+    for folder in (raw_dir, *subfolders(raw_dir)):
+        if any(folder_named(folder, split, kind.name).is_dir() for split in SPLITS for kind in MASKS_FOLDERS):
             return Found(folder, masks_tree=True)
-        if any(any((folder / kind.place / "Image").glob("LIDC-IDRI-*/")) for kind in NODULES_FOLDERS):
+        if any(any(_place(folder, kind, "Image").glob("LIDC-IDRI-*/")) for kind in NODULES_FOLDERS):
             return Found(folder, masks_tree=False)
     return None
 
 
 def _masks_tree_entries(root: Path) -> Iterator[RawItem | Reject]:
     """List the four class folders; a slice that is in both classes is rejected in both."""
-    folders = [(split, kind, files_in(root / split / kind.name)) for split in SPLITS for kind in MASKS_FOLDERS]
+    folders = [
+        (split, kind, files_in(folder_named(root, split, kind.name))) for split in SPLITS for kind in MASKS_FOLDERS
+    ]
     classes: dict[str, set[str]] = {}
     for _, kind, files in folders:
         for file in files:
@@ -237,7 +240,7 @@ def _masks_tree_entries(root: Path) -> Iterator[RawItem | Reject]:
     contradictory = {name for name, kinds in classes.items() if len(kinds) > 1}
     for split, kind, files in folders:
         yield from _class_entries(files, split, kind, contradictory)
-        yield from unread_folders(root / split / kind.name)
+        yield from unread_folders(folder_named(root, split, kind.name))
 
 
 def _class_entries(
@@ -319,13 +322,14 @@ def _recoded(path: Path, known: dict[int, int], advice: str) -> NDArray[np.uint8
 
 def _nodule_tree_entries(root: Path) -> Iterator[RawItem | Reject]:
     """List the nodules and the clean slices, and the rows of the table that no file belongs to."""
-    table = next((root / name for name in TABLES if (root / name).is_file()), None)
+    tables = (folder_named(root, *name.split("/")) for name in TABLES)
+    table = next((path for path in tables if path.is_file()), None)
     findings = None if table is None else _findings(table)
     seen: set[str] = set()
     for kind in NODULES_FOLDERS:
-        folder = root / kind.place
-        for patient in sorted({p.name for part in ("Image", "Mask") for p in (folder / part).glob("*/")}):
-            for entry in _patient_entries(folder, patient, kind, findings):
+        images, masks = _place(root, kind, "Image"), _place(root, kind, "Mask")
+        for patient in sorted({path.name for part in (images, masks) for path in subfolders(part)}):
+            for entry in _patient_entries(images / patient, masks / patient, kind, findings):
                 seen.add(Path(entry.path).stem)
                 yield entry
     for name in findings or {}:
@@ -333,12 +337,17 @@ def _nodule_tree_entries(root: Path) -> Iterator[RawItem | Reject]:
             yield Reject(f"{table}#{name}", "the table lists this image, and its file is missing")
 
 
+def _place(root: Path, kind: NodulesFolder, part: str) -> Path:
+    return folder_named(root, part) if kind.place == "." else folder_named(root, kind.place, part)
+
+
 def _patient_entries(
-    folder: Path, patient: str, kind: NodulesFolder, findings: dict[str, str] | None
+    images: Path, masks_folder: Path, kind: NodulesFolder, findings: dict[str, str] | None
 ) -> Iterator[RawItem | Reject]:
+    patient = images.name
     number = PATIENT.fullmatch(patient)
-    masks = {mask.name: mask for mask in files_in(folder / "Mask" / patient)}
-    for file in files_in(folder / "Image" / patient):
+    masks = {mask.name: mask for mask in files_in(masks_folder)}
+    for file in files_in(images):
         name = ARRAY.fullmatch(file.name)
         if number is None or name is None or (name["patient"], name["kind"]) != (number[1], kind.image):
             yield Reject(
@@ -356,8 +365,8 @@ def _patient_entries(
             yield _item(file.stem, file, mask, kind.label, patient, None, finding)
     for mask in masks.values():
         yield Reject(str(mask), "a mask without an image")
-    for part in ("Image", "Mask"):
-        yield from unread_folders(folder / part / patient)
+    for folder in (images, masks_folder):
+        yield from unread_folders(folder)
 
 
 def _findings(table: Path) -> dict[str, str]:

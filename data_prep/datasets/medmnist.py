@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.file_names import comparable, subfolders
 from data_prep.npz_rows import check_npz_array, npz_header, npz_row, npz_table
 from data_prep.readers import files_in, reject_as_error
 from pipeline.errors import MaskLoomError, RejectedSample
@@ -390,12 +391,12 @@ class Adapter(DatasetAdapter):
 def _files_of(raw_dir: Path) -> list[MedFile]:
     """Return the files of MedMNIST in a folder, or else in those one level below."""
     here = _files_in(raw_dir)
-    below = sorted(folder for folder in raw_dir.iterdir() if folder.is_dir()) if not here else []
+    below = subfolders(raw_dir) if not here else []
     return here + [file for folder in below for file in _files_in(folder)]
 
 
 def _files_in(folder: Path) -> list[MedFile]:
-    named = ((path, FILE_NAME.fullmatch(path.name)) for path in files_in(folder, (".npz",)))
+    named = ((path, FILE_NAME.fullmatch(comparable(path.name))) for path in files_in(folder, (".npz",)))
     return [MedFile(path, name["flag"], int(name["size"] or 28)) for path, name in named if name]
 
 

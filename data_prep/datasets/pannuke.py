@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from data_prep.file_names import entry_named, subfolders
 from data_prep.npz_rows import MAX_HEADER_BYTES, npy_header
 from data_prep.readers import npy_array, reject_as_error, unreadable_as_reject
 from pipeline.errors import MaskLoomError, RejectedSample
@@ -205,22 +206,19 @@ def _arrays_of(raw_dir: Path, name: str) -> list[tuple[int, Path]]:
     """Return the files of this name, each with its fold, in folders named as in the layouts: below `raw_dir`, or else one level further down."""
     found = list(_found_below(raw_dir, name, LEVELS))
     if not found:
-        others = (folder for folder in _folders(raw_dir) if not _is_ours(folder))
+        others = (folder for folder in subfolders(raw_dir) if not _is_ours(folder))
         found = [file for folder in others for file in _found_below(folder, name, LEVELS)]
     numbered = ((_fold_number(file, raw_dir), file) for file in found)
     return [(number, file) for number, file in numbered if number is not None]
 
 
 def _found_below(folder: Path, name: str, levels: int) -> Iterator[Path]:
-    if (folder / name).is_file():
-        yield folder / name
-    for inner in _folders(folder) if levels else []:
+    file = entry_named(folder, name)
+    if file is not None and file.is_file():
+        yield file
+    for inner in subfolders(folder) if levels else []:
         if _is_ours(inner):
             yield from _found_below(inner, name, levels - 1)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
 def _is_ours(folder: Path) -> bool:

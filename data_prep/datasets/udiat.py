@@ -20,13 +20,14 @@ from typing import NamedTuple
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
 from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
+from data_prep.file_names import comparable, entry_named, folder_named, subfolders
 from data_prep.readers import files_in, portable_id, reject_as_error
 from data_prep.spreadsheets import xlsx_rows
 from data_prep.tables import TableRow, csv_rows
 from pipeline.errors import MaskLoomError
 
-IMAGES, MASKS = ("original", "Original"), ("GT", "gt")
-TABLES = ("DatasetB.xlsx", "datasetB.xlsx", "DatasetB.csv", "datasetB.csv")
+IMAGES, MASKS = ("original",), ("GT",)
+TABLES = ("DatasetB.xlsx", "DatasetB.csv")
 ID_TITLES = (
     "image",
     "image id",
@@ -63,7 +64,7 @@ class Adapter(DatasetAdapter):
         root = _root_of(raw_dir)
         if root is None:
             return False
-        return _present(root, TABLES) is not None or any(_class_folders(root / name) for name in IMAGES)
+        return _present(root, TABLES) is not None or any(_class_folders(folder_named(root, name)) for name in IMAGES)
 
     def info(self) -> DatasetInfo:
         """Return what is true of every image."""
@@ -133,22 +134,20 @@ def image_id(text: str) -> str:
     number = re.fullmatch(
         r"0*([0-9]+)(\.png|\.bmp|\.jpg|\.0+)?", text.strip(), re.IGNORECASE
     )  # 1.0: a number as pandas writes it
-    return number[1] if number else text.strip()
+    return number[1] if number else comparable(text)
 
 
 def _root_of(raw_dir: Path) -> Path | None:
-    candidates = [raw_dir, *sorted(path for path in raw_dir.iterdir() if path.is_dir())]
+    candidates = [raw_dir, *subfolders(raw_dir)]
     return next((folder for folder in candidates if _present(folder, IMAGES) and _present(folder, MASKS)), None)
 
 
 def _present(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    return next(filter(None, (entry_named(folder, name) for name in names)), None)
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.lower() in CLASS_WORDS)
+    return [path for path in subfolders(folder) if comparable(path.name) in CLASS_WORDS]
 
 
 def _files_by_class(folder: Path) -> list[tuple[str | None, Path]]:
@@ -209,7 +208,7 @@ def _classes_by_id(root: Path) -> dict[str, Stated]:
             f"{root}: no DatasetB.xlsx (or DatasetB.csv), which says what is benign and what malignant; put it beside original and GT"
         )
     with reject_as_error(path, "restore the file from the dataset"):
-        rows = xlsx_rows(path) if path.suffix == ".xlsx" else csv_rows(path, ())
+        rows = xlsx_rows(path) if path.suffix.lower() == ".xlsx" else csv_rows(path, ())
     id_column = _column(path, rows, ID_TITLES, _is_number, "image numbers")
     class_column = _column(path, rows, CLASS_TITLES, _is_class, "classes")
     first: dict[str, TableRow] = {}

@@ -262,3 +262,55 @@ def test_damage_is_told_and_never_gives_a_wrong_mask(name, raw_dir, tmp_path):
         for sample_id in usable.keys() & intact.keys():
             np.testing.assert_array_equal(usable[sample_id].mask, intact[sample_id].mask, err_msg=title)
             np.testing.assert_array_equal(usable[sample_id].image, intact[sample_id].image, err_msg=title)
+
+
+CASES = {
+    "busi": [("benign", "Benign"), ("malignant", "MALIGNANT")],
+    "udiat": [("original", "Original"), ("GT", "gt"), ("DatasetB.xlsx", "datasetb.XLSX")],
+    "busbra": [("Images", "images"), ("Masks", "MASKS"), ("bus_data.csv", "BUS_data.CSV")],
+    "isic9": [("Train", "train"), ("Test", "TEST"), ("melanoma", "Melanoma ")],
+    "bci": [("HE", "he"), ("train", "Train"), ("test", "TEST")],
+    "acdc": [("training", "Training"), ("Info.cfg", "info.CFG")],
+    "lidc": [("train", "Train"), ("clean", "Clean")],
+    "pannuke": [("images.npy", "Images.npy"), ("masks", "Masks")],
+    "medmnist": [("bloodmnist.npz", "BloodMNIST.npz")],
+    "folder": [("images", "Images"), ("masks", "MASKS")],
+}
+
+
+def _renamed(folder, pairs):
+    """Rename every file and folder below a folder that a pair names."""
+    found = 0
+    for old, new in pairs:
+        for path in sorted(folder.rglob(old), key=lambda path: -len(path.parts)):
+            path.rename(path.with_name(new))
+            found += 1
+    return found
+
+
+def test_upper_and_lower_case_of_folders_and_tables_is_one(name, raw_dir):
+    if name not in CASES:
+        pytest.skip("its folders are named by the user, or by number")
+    before, _ = decoded(opened(name, raw_dir))
+    assert _renamed(raw_dir, CASES[name]) >= 1
+    after, reasons = decoded(opened(name, raw_dir))
+    after = {
+        sample_id.replace("Images", "images"): raw for sample_id, raw in after.items()
+    }  # an id of `folder` is a path
+    assert after.keys() == before.keys(), reasons
+    for sample_id in spread(list(before)):
+        np.testing.assert_array_equal(after[sample_id].image, before[sample_id].image)
+
+
+def test_what_file_managers_leave_behind_changes_nothing(name, adapter, raw_dir):
+    if raw_dir is None:
+        return
+    before, fingerprint = entries_of(adapter), adapter.fingerprint()
+    for path in sorted(p for p in raw_dir.rglob("*") if p.is_file()):
+        fork = raw_dir / "__MACOSX" / path.relative_to(raw_dir).with_name(f"._{path.name}")
+        fork.parent.mkdir(parents=True, exist_ok=True)
+        fork.write_bytes(b"\0\5\x16\7")
+        for clutter in (path.with_name(f"._{path.name}"), path.with_name(".DS_Store"), path.with_name("Thumbs.db")):
+            clutter.write_bytes(b"\0\5\x16\7")
+    again = opened(name, raw_dir)
+    assert entries_of(again) == before and again.fingerprint() == fingerprint

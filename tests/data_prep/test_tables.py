@@ -84,3 +84,21 @@ def test_a_wrong_value_is_told_with_its_place(value, of, says):
 )
 def test_whole_numbers_as_matlab_and_pandas_write_them(text, number):
     assert whole_number(text) == number
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("start", ["", "sep=;\n"])
+def test_encodings_that_are_read(tmp_path, encoding, start):
+    text = f"{start}Größe;b\né;2\n"
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    (tmp_path / "t.csv").write_bytes(mark + text.encode(encoding))
+    assert csv_rows(tmp_path / "t.csv", ["GRO\u0308SSE"]) == [{"GRO\u0308SSE": "é", "b": "2"}]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_another_encoding_is_told_with_its_place(tmp_path, encoding):
+    (tmp_path / "t.csv").write_bytes("a,b\n1,2\né,3\n".encode(encoding))
+    with pytest.raises(
+        RejectedSample, match=r"t\.csv cannot be decoded: byte 0xe9 in row 3 is no UTF-8; save the table as"
+    ):
+        csv_rows(tmp_path / "t.csv", [])
