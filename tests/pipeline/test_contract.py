@@ -84,6 +84,8 @@ def test_the_digest_is_of_the_content_only(tmp_path, splits):
     other = write_dataset(tmp_path / "other", tiny_description(), splits)
     assert one.digest == two.digest != other.digest
     assert read_contract(tmp_path / "one").digest == one.digest
+    described = one.model_copy(update={"description": one.description.model_copy(update={"modality": "another"})})
+    assert described.digest != one.digest
 
 
 def test_an_interrupted_writing_goes_on(tmp_path, splits):

@@ -21,7 +21,8 @@ def png(*shape, value=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    splits = {"train": tiny_samples("train", 8), "test": tiny_samples("test", 4)}
+    counts = {"train": 8, "validation": 4, "test": 4, "external_abroad": 2}
+    splits = {split: tiny_samples(split, count) for split, count in counts.items()}
     write_dataset(tmp_path / "real", tiny_description(), splits)
     return tmp_path / "real"
 
@@ -98,6 +99,13 @@ def test_a_path_that_leads_out(folder, tmp_path):
         verify_quickly(folder)
 
 
+def test_a_link_that_leads_out(folder, tmp_path):
+    (folder / "README.md").rename(tmp_path / "outside.md")
+    (folder / "README.md").symlink_to(tmp_path / "outside.md")
+    with pytest.raises(MaskLoomError, match=r"the file 'README\.md' lies outside the dataset"):
+        verify_quickly(folder)
+
+
 def test_a_shard_that_is_not_parquet(folder):
     (folder / TRAIN).write_bytes(b"not a table")
     rehash(folder, recount=False)
@@ -107,6 +115,18 @@ def test_a_shard_that_is_not_parquet(folder):
 
 def test_a_column_too_few(folder):
     pq.write_table(pq.read_table(folder / TRAIN).drop_columns(["text"]), folder / TRAIN)
+    rehash(folder, recount=False)
+    with pytest.raises(MaskLoomError, match="are not the contract's"):
+        verify_quickly(folder)
+
+
+def test_a_column_of_another_type(folder):
+    table = pq.read_table(folder / TRAIN)
+    place = table.column_names.index("label")
+    pq.write_table(
+        table.set_column(place, "label", table["label"].cast(pa.float64())).replace_schema_metadata(None),
+        folder / TRAIN,
+    )
     rehash(folder, recount=False)
     with pytest.raises(MaskLoomError, match="are not the contract's"):
         verify_quickly(folder)
@@ -151,7 +171,10 @@ def test_a_group_in_two_splits(folder):
         ({"conditioning_image": png(32, 32)}, r"conditioning_image is \(32, 32\)"),
         ({"mask": png(32, 16)}, r"mask is \(32, 16\), the image \(32, 32\)"),
         ({"mask": png(32, 32, value=7)}, "mask holds the value 7, the classes end at 1"),
+        ({"mask": png(32, 32, value=2)}, "mask holds the value 2, the classes end at 1"),
         ({"label": 5}, "label 5 is not one of 2 labels"),
+        ({"label": 2}, "label 2 is not one of 2 labels"),
+        ({"label": -1}, "label -1 is not one of 2 labels"),
         ({"text": ""}, "text is empty"),
         ({"origin": "synthetic"}, "origin is 'synthetic', the contract says 'real'"),
     ],
@@ -167,11 +190,12 @@ def test_parents_in_train(synthetic):
     assert verify_fully(synthetic(tiny_samples("train", 4))).parent is not None
 
 
-def test_a_parent_that_is_held_out(synthetic):
+@pytest.mark.parametrize("split", ["validation", "test", "external_abroad"])
+def test_a_parent_that_is_held_out(synthetic, split):
     with pytest.raises(
-        MaskLoomError, match=r"parent 'test-0000' lies in the test split of .*masks may come from train only"
+        MaskLoomError, match=rf"parent '{split}-0000' lies in the {split} split of .*masks may come from train only"
     ):
-        verify_quickly(synthetic(tiny_samples("test", 2)))
+        verify_quickly(synthetic(tiny_samples(split, 2)))
 
 
 def test_a_parent_that_does_not_exist(synthetic):
