@@ -56,7 +56,12 @@ def _decoded(path: Path) -> str:
     """
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
+        text = data.decode("utf-16")
+        if not re.search(r"[A-Za-z]", text):
+            raise RejectedSample(
+                f"{path.name} cannot be decoded: it begins as UTF-16 and holds no letter; save the table as UTF-8"
+            )
+        return text
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -95,6 +95,12 @@ def test_encodings_that_are_read(tmp_path, encoding, start):
     assert csv_rows(tmp_path / "t.csv", ["GRO\u0308SSE"]) == [{"GRO\u0308SSE": "é", "b": "2"}]
 
 
+def test_noise_that_begins_as_utf_16_is_no_table(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(RejectedSample, match=r"t\.csv cannot be decoded: it begins as UTF-16 and holds no letter"):
+        csv_rows(tmp_path / "t.csv", [])
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
 def test_another_encoding_is_told_with_its_place(tmp_path, encoding):
     (tmp_path / "t.csv").write_bytes("a,b\n1,2\né,3\n".encode(encoding))
