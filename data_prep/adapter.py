@@ -118,12 +118,15 @@ class RawImage:
         mask: (H, W) uint8 class indices with 0 = background, or None where the dataset has no masks.
         value_range: (black, white) for images that are not uint8; None takes the image's own minimum and maximum.
         condition: (H, W) or (H, W, 3) uint8, of the image's height and width: the paired picture of `DatasetInfo.paired_image`.
+        pixel_size: (height, width) of a pixel, in millimetres or any other unit, where they may differ: the resized image then has square
+            pixels. None: they are square.
     """
 
     image: NDArray[Any]
     mask: NDArray[np.uint8] | None
     value_range: tuple[float, float] | None = None
     condition: NDArray[np.uint8] | None = None
+    pixel_size: tuple[float, float] | None = None
 
 
 class DatasetAdapter(ABC):

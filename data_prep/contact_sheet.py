@@ -19,6 +19,7 @@ from PIL import Image
 from data_prep.audit_index import AuditIndex, split_order, stored_rows
 from pipeline.contract import Contract
 from pipeline.images import png_array
+from pipeline.masks import resize_mask
 
 Pixels = NDArray[np.uint8]
 
@@ -158,9 +159,9 @@ def _figure(split: str, row: Mapping[str, Any], contract: Contract) -> Figure:
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     drawn = None
     if row["mask"] is not None:
-        mask = Image.fromarray(png_array(row["mask"]["bytes"])).resize(size, Image.Resampling.NEAREST)
-        if mask.getbbox():
-            drawn = _uri("png", outlines(np.asarray(mask), contract.description.palette))
+        mask = resize_mask(png_array(row["mask"]["bytes"]), size[::-1]).mask
+        if mask.any():
+            drawn = _uri("png", outlines(mask, contract.description.palette))
     text = row["text"]
     return Figure(
         image=_uri("jpeg", _jpeg(image.resize(size, Image.Resampling.LANCZOS))),

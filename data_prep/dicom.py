@@ -8,10 +8,11 @@ import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_FRAME_BYTES = 2**28  # a small compressed file can claim any size; one that is not compressed is held to its own
 PLANES = ("sagittal", "coronal", "axial")  # by the patient's axis (x, y, z) that they are cut across
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")  # the first counts
+MAX_ASPECT = 10  # of a pixel's sides
 OBLIQUE = 0.8  # below this cosine to an axis a plane bears no name
 
 HEADER_TAGS = [
@@ -42,6 +45,7 @@ PICTURE_TAGS = [
     "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
     "VOILUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "PixelPresentation", "PaletteColorLookupTableUID",
+    "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio",
     *(f"{segmented}{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue")
       for segmented, part in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))),
 ]  # fmt: skip
@@ -70,6 +74,20 @@ class Header:
     plane: str
     burned_in: bool
     frames: int
+
+
+class DicomPicture(NamedTuple):
+    """One frame.
+
+    Attributes:
+        image: (H, W) float32 in rescaled units, or (H, W, 3) uint8, or another type where colours are deeper.
+        value_range: its (black, white).
+        pixel_size: (height, width) of a pixel, in millimetres or as a ratio; None where the file does not tell.
+    """
+
+    image: NDArray[Any]
+    value_range: tuple[float, float]
+    pixel_size: tuple[float, float] | None
 
 
 def is_dicom(path: Path) -> bool:
@@ -102,7 +120,7 @@ def read_header(path: Path) -> Header:
         raise RejectedSample(f"its header cannot be read ({type(error).__name__})") from None
 
 
-def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> tuple[NDArray[Any], tuple[float, float]]:
+def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> DicomPicture:
     """Return one frame as a viewer shows it: bright is bright, whatever the photometric interpretation.
 
     Grey values are rescaled (Hounsfield units for CT) and keep their range; colours become RGB. What becomes black and white is: `window`;
@@ -114,14 +132,13 @@ def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> tupl
         frame: number of the frame, from 0.
         window: what becomes black and white, in rescaled units; None takes the file's own.
 
-    Returns:
-        image (H, W) float32 or (H, W, 3) uint8, and its (black, white).
-
     Raises:
-        RejectedSample: the pixels cannot be decoded, are of a kind that is not read, or all of one value.
+        RejectedSample: the pixels cannot be decoded, are of a kind that is not read, or all of one value; or the file tells
+            an impossible size of a pixel.
     """
     from pydicom.pixels import apply_color_lut, pixel_array
 
+    dataset = None
     try:
         stat = path.stat()
         dataset = _picture_dataset(path, stat.st_size, stat.st_mtime_ns)
@@ -132,27 +149,29 @@ def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> tupl
         if stored.ndim == 2:
             with np.errstate(over="ignore", invalid="ignore"):  # told below
                 picture, black, white = _grey(stored, dataset, frame, window)
-        elif stored.ndim == 3 and stored.shape[2] == 3 and stored.dtype == np.uint8:
-            picture, black, white = stored, 0.0, 255.0
+        elif stored.ndim == 3 and stored.shape[2] == 3 and stored.dtype.kind == "u":
+            picture, (black, white) = stored, _colour_range(stored)
         else:
-            raise RejectedSample(
-                f"its pixels are {stored.dtype} of shape {stored.shape}; grey, or colours of 8 bits, are read"
-            )
+            raise RejectedSample(f"its pixels are {stored.dtype} of shape {stored.shape}; grey and RGB are read")
+        pixel_size = _pixel_size(dataset, frame)
     except RejectedSample:
         raise
     except Exception as error:
-        raise RejectedSample(f"its pixels cannot be decoded ({type(error).__name__})") from None
+        raise RejectedSample(_undecoded(dataset, error)) from None
     if not np.isfinite((black, white)).all() or not np.isfinite(picture).all():
         raise RejectedSample("its values are not all finite after rescaling")
     if picture.min() == picture.max():
         raise RejectedSample("it shows nothing: every pixel has one value")
-    return picture, (black, white)
+    return DicomPicture(picture, (black, white), pixel_size)
 
 
 def _read(file: BinaryIO, tags: list[str]) -> "Dataset":
     """Return the asked elements; `file` then stands at the pixel data, or at its end."""
     import pydicom
 
+    from data_prep.dicom_codecs import register
+
+    register()
     # pydicom's warnings about invalid values quote them.
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     file.seek(PREAMBLE + 4)
@@ -317,6 +336,40 @@ def _full_range(valid: NDArray[Any], stored: NDArray[Any], dataset: "Dataset", f
         )
         return float(ends.min()), float(ends.max())
     return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
+
+
+def _colour_range(stored: NDArray[Any]) -> tuple[float, float]:
+    """Return black and white of colours: all of 8 bits; of more the picture's own values, for not all bits may be in use."""
+    return (0.0, 255.0) if stored.dtype == np.uint8 else (float(stored.min()), float(stored.max()))
+
+
+def _pixel_size(dataset: "Dataset", frame: int) -> tuple[float, float] | None:
+    """Return (height, width) of a frame's pixels: the distances between rows and between columns, or their ratio.
+
+    Raises:
+        RejectedSample: one is ten times the other or more.
+    """
+    measures = _group(dataset, frame, "PixelMeasuresSequence")
+    for source, tag in ((measures, "PixelSpacing"), *((dataset, tag) for tag in SPACINGS)):
+        value = source.get(tag)
+        sides = list(map(float, value)) if isinstance(value, Sequence) and not isinstance(value, str) else []
+        if len(sides) != 2 or not all(math.isfinite(side) and side > 0 for side in sides):
+            continue  # zeros are what some programs write for `not known`
+        if max(sides) > MAX_ASPECT * min(sides):
+            raise RejectedSample(f"its {tag} says that a pixel's sides are as {max(sides) / min(sides):.0f} to 1")
+        return sides[0], sides[1]
+    return None
+
+
+def _undecoded(dataset: "Dataset | None", error: Exception) -> str:
+    """Return why pixels could not be decoded, without the words of an error, which may quote the file."""
+    if dataset is None:
+        return f"its header cannot be read ({type(error).__name__})"
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_compressed:
+        return f"its pixels cannot be decoded ({type(error).__name__})"
+    bits = dataset.get("BitsStored") or dataset.get("BitsAllocated")
+    return f"its pixels, stored as {syntax.name} with {bits} bits, cannot be decoded: they are damaged, or of a kind that is not read"
 
 
 def _group(dataset: "Dataset", frame: int, sequence: str) -> "Dataset":

@@ -187,6 +187,8 @@ def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[s
         "text": sample.text,
         "attributes": sample.attributes,
         "pictures": places,
+        "kept": sample.kept,
+        "lost": sample.lost,
     }
 
 

@@ -22,6 +22,7 @@ from data_prep.left_out import told_left_out
 from data_prep.near_duplicates import METHOD, RECORD, near_duplicate_clusters
 from data_prep.parallel import parallel_results, worker_count
 from data_prep.parts import Found, Part, Reading, found_samples, read_part, row_sample, scanned_parts, without_taken_ids
+from data_prep.small_classes import told_small_classes
 from data_prep.splitting import Group, split_of_groups
 from data_prep.survey import Source
 from pipeline.config import DataConfig, ExperimentConfig, ExternalConfig
@@ -97,10 +98,13 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
         _note_items(run, reading, parts)
         _tell_cut_prompts(config, run.dataset, contract)
+        small_classes = told_small_classes(reading.folder, parts)
         shutil.rmtree(run.folder / SCRATCH)
     rows_written = sum(part.rows for part in contract.splits.values())
     if told := told_left_out([Reject(**row) for row in ledger], rows_written, run.dataset / LEDGER_FILE):
         say(told)
+    if small_classes:
+        say(small_classes)
 
 
 def _tell_cut_prompts(config: ExperimentConfig, dataset: Path, contract: Contract) -> None:
@@ -395,7 +399,7 @@ def _description(sources: Sequence[Source], config: ExperimentConfig) -> Descrip
         conditioning=data.conditioning,
         preprocessing={
             "resize_mode": data.resize_mode,
-            "resampling": "image: antialiased bicubic; mask: nearest neighbour",
+            "resampling": "image: antialiased bicubic; mask: nearest neighbour, a class that would vanish keeps one pixel",
             "intensity": _stated(data.intensity),
             "stain": None if data.stain is None else {"method": data.stain.method, "reference": _reference(data)},
             "duplicates": main.duplicates,

@@ -2,7 +2,8 @@
 
 Grey values are windowed and resampled as floats and quantised once, at the end, so 16-bit and float images neither wrap nor
 lose steps. Resampling is Pillow's: its antialiased bicubic (the support grows with the reduction) and its nearest neighbour
-read the same source box, with pixel centres at half integers, so image and mask stay aligned to a fraction of a pixel.
+read the same source box, with pixel centres at half integers, so image and mask stay aligned to a fraction of a pixel. Pixels that are not square
+(`RawImage.pixel_size`) become so in the same step. A class of the mask that would vanish keeps one pixel (`pipeline.masks`).
 """
 
 import math
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.adapter import RawImage
+from pipeline.masks import resize_mask
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
+SQUARE = 1.01  # ratio of a pixel's sides up to which it counts as square
 
 
 class Geometry(NamedTuple):
@@ -32,37 +35,70 @@ class Geometry(NamedTuple):
     offset: tuple[int, int]
 
 
-def resized(
-    raw: RawImage, size: tuple[int, int], mode: str, channels: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+class Resized(NamedTuple):
+    """A sample at the target size.
+
+    Attributes:
+        image: (H, W) or (H, W, 3) uint8.
+        mask: (H, W) uint8 with values of the raw mask only (and 0 in the padding), or None.
+        kept: the classes of which one pixel was kept that nearest neighbour would have erased.
+    """
+
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8] | None
+    kept: tuple[int, ...]
+
+
+def resized(raw: RawImage, size: tuple[int, int], mode: str, channels: int) -> Resized:
     """Return image and mask at the target size.
 
     Args:
         raw: one decoded sample.
         size: (height, width) of the result.
         mode: `pad` keeps the aspect and fills with 0 (black, background), `crop` keeps it and cuts the longer side around
-            the centre, `stretch` does not keep it.
+            the centre, `stretch` does not keep it. The aspect is that of what is shown: pixels need not be square.
         channels: 1 or 3 of the resulting image.
-
-    Returns:
-        image (H, W) or (H, W, 3) uint8, and mask (H, W) uint8 with values of the raw mask only (and 0 in the padding), or None.
     """
-    height, width = raw.image.shape[:2]
-    geometry = fitted_geometry((height, width), size, mode)
+    proportions = true_proportions(raw)
+    geometry = _in_pixels(fitted_geometry(proportions, size, mode), proportions, raw.image.shape)
     planes = _planes(unit_range(raw.image, raw.value_range), channels)
-    image = np.stack([_placed(plane, geometry, size, Image.Resampling.BICUBIC) for plane in planes], axis=-1)
+    image = np.stack([_placed(_resampled(plane, geometry), geometry, size) for plane in planes], axis=-1)
     image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    mask = None if raw.mask is None else _placed(raw.mask, geometry, size, Image.Resampling.NEAREST)
-    return (image[..., 0] if channels == 1 else image), mask
+    image = image[..., 0] if channels == 1 else image
+    if raw.mask is None:
+        return Resized(image, None, ())
+    mask, kept = resize_mask(raw.mask, geometry.size, geometry.box)
+    return Resized(image, _placed(mask, geometry, size), kept)
 
 
-def nearest_size(source: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def true_proportions(raw: RawImage) -> tuple[float, float]:
+    """Return (height, width) in units of the shorter side of a pixel; the numbers of rows and columns where pixels are square."""
+    height, width = raw.image.shape[:2]
+    tall, wide = raw.pixel_size or (1.0, 1.0)
+    short = min(tall, wide)
+    if max(tall, wide) <= short * SQUARE:
+        return height, width
+    return height * tall / short, width * wide / short
+
+
+def _in_pixels(geometry: Geometry, proportions: tuple[float, float], shape: tuple[int, ...]) -> Geometry:
+    """Return a geometry that was fitted to the true proportions with its box in source pixels."""
+    (tall, wide), (height, width) = proportions, shape[:2]
+    if (tall, wide) == (height, width):
+        return geometry
+    left, top, right, bottom = geometry.box
+    across, down = width / wide, height / tall
+    box = (left * across, top * down, min(right * across, float(width)), min(bottom * down, float(height)))
+    return geometry._replace(box=box)
+
+
+def nearest_size(source: tuple[float, float], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Return the size of the nearest aspect ratio (aspect-ratio bucketing: NovelAI, 2022; sd-scripts, BucketManager).
 
     Ratios are compared as such, 2:1 being as far from 1:1 as 1:2; among equal ones the area nearest to the source's wins, then the first.
 
     Args:
-        source: (height, width) of the raw image.
+        source: (height, width) of the raw image, see `true_proportions`.
         sizes: to choose from.
     """
     height, width = source
@@ -75,7 +111,7 @@ def nearest_size(source: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> t
     )
 
 
-def fitted_geometry(source: tuple[int, int], target: tuple[int, int], mode: str) -> Geometry:
+def fitted_geometry(source: tuple[float, float], target: tuple[int, int], mode: str) -> Geometry:
     """Return how a source of (height, width) is put into a target of (height, width). See `resized` for the modes."""
     (height, width), (target_height, target_width) = source, target
     whole = (0.0, 0.0, float(width), float(height))
@@ -118,11 +154,16 @@ def _planes(image: NDArray[np.float32], channels: int) -> list[NDArray[np.float3
     return [image @ LUMINANCE] if channels == 1 else [image[..., i] for i in range(3)]
 
 
-def _placed(plane: NDArray[Any], geometry: Geometry, size: tuple[int, int], filter_: Image.Resampling) -> NDArray[Any]:
-    """Return a plane resized into its place on a background of zeros."""
+def _resampled(plane: NDArray[np.float32], geometry: Geometry) -> NDArray[np.float32]:
     height, width = geometry.size
-    resampled = Image.fromarray(np.ascontiguousarray(plane)).resize((width, height), filter_, box=geometry.box)
+    picture = Image.fromarray(np.ascontiguousarray(plane))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=geometry.box))
+
+
+def _placed(plane: NDArray[Any], geometry: Geometry, size: tuple[int, int]) -> NDArray[Any]:
+    """Return a resized plane in its place on a background of zeros."""
+    height, width = geometry.size
     top, left = geometry.offset
     placed = np.zeros(size, dtype=plane.dtype)
-    placed[top : top + height, left : left + width] = np.asarray(resampled)
+    placed[top : top + height, left : left + width] = plane
     return placed

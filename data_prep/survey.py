@@ -12,11 +12,12 @@ from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
 from data_prep.file_names import NO_TEXT, is_text
 from data_prep.intensity import window_range
 from data_prep.near_duplicates import signature
-from data_prep.resizing import grey, nearest_size, resized
+from data_prep.resizing import grey, nearest_size, resized, true_proportions
 from pipeline.audit.pixels import is_blank, pixel_digest
 from pipeline.conditioning import conditioning_image
 from pipeline.config import DataConfig
 from pipeline.errors import RejectedSample
+from pipeline.masks import class_counts
 from pipeline.prompts import mask_attributes, render_prompt
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class PreparedSample:
         digest: SHA-256 of the raw pixels, empty where no duplicates are looked for, or the image is of one value.
         shown: digest of the prepared image, likewise: raw pixels that differ may become the same picture.
         signature: near-duplicate signature, empty where none are looked for.
+        kept: names of the classes of which one pixel was kept that nearest neighbour would have erased.
+        lost: names of the classes of the raw mask that the result does not show: `resize_mode=crop` cut them off.
     """
 
     image: Picture
@@ -70,6 +73,8 @@ class PreparedSample:
     digest: str
     shown: str
     signature: bytes
+    kept: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 def prepared_sample(
@@ -100,8 +105,8 @@ def prepared_sample(
     compared = source.duplicates != "none" and not is_blank(raw.image)
     digest = raw_digest(raw) if compared else ""
     seen = signature(grey(raw)) if source.duplicates == "near" else b""
-    size = nearest_size((raw.image.shape[0], raw.image.shape[1]), data.sizes)
-    image, mask = resized(_normalised(raw, data, stains), size, data.resize_mode, channels)
+    size = nearest_size(true_proportions(raw), data.sizes)
+    image, mask, kept = resized(_normalised(raw, data, stains), size, data.resize_mode, channels)
     label = {"label": item.label} if item.label is not None else {}
     values = {
         "modality": source.info.modality, **label, **mask_attributes(mask, source.info.mask_classes), **item.attributes
@@ -115,7 +120,17 @@ def prepared_sample(
         digest=digest,
         shown=pixel_digest(image).hex() if compared and not is_blank(image) else "",
         signature=seen,
+        kept=tuple(source.info.mask_classes[index] for index in kept),
+        lost=_lost_classes(raw.mask, mask, source.info.mask_classes),
     )
+
+
+def _lost_classes(before: Picture | None, after: Picture | None, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the classes that a mask has no longer."""
+    if before is None or after is None:
+        return ()
+    lost = np.flatnonzero((class_counts(before) > 0) & (class_counts(after) == 0))
+    return tuple(names[index] for index in lost if index)
 
 
 def _normalised(raw: RawImage, data: DataConfig, stains: "StainNormaliser | None") -> RawImage:
@@ -129,7 +144,7 @@ def _paired(raw: RawImage, data: DataConfig, size: tuple[int, int]) -> Picture |
     """Return the paired picture, (H, W, 3), in the geometry of the image."""
     if raw.condition is None:
         return None
-    return resized(RawImage(raw.condition, None), size, data.resize_mode, 3)[0]
+    return resized(RawImage(raw.condition, None, pixel_size=raw.pixel_size), size, data.resize_mode, 3).image
 
 
 def raw_digest(raw: RawImage) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.contract import EXTERNAL_PREFIX, Contract, open_split
+from pipeline.masks import resize_mask
 
 Images = NDArray[np.uint8]
 BATCH = 64
@@ -72,7 +73,7 @@ class ImageSet:
 
         Args:
             column: `image` or `mask`.
-            size: (height, width) to resize to (images antialiased, masks nearest neighbour), or None: as they are, but where the dataset has
+            size: (height, width) to resize to (images antialiased; masks by nearest neighbour, where no class vanishes), or None: as they are, but where the dataset has
                 buckets; then the dataset's `image_size`.
 
         Yields:
@@ -102,10 +103,11 @@ class ImageSet:
 
 
 def _resized(picture: Image.Image, size: tuple[int, int] | None, column: str) -> Images:
-    if size is not None and picture.size != (size[1], size[0]):
-        method = Image.Resampling.NEAREST if column == "mask" else Image.Resampling.BICUBIC
-        picture = picture.resize((size[1], size[0]), method)
-    return np.asarray(picture)
+    if size is None or picture.size == (size[1], size[0]):
+        return np.asarray(picture)
+    if column == "mask":
+        return resize_mask(np.asarray(picture), size).mask
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def in_batches(images: Images) -> Iterator[list[Images | None]]:

@@ -13,6 +13,7 @@ from generate.generator import Condition, ImageGenerator
 from pipeline.contract import Description
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import model_digest
+from pipeline.masks import resize_mask
 
 if TYPE_CHECKING:
     import torch
@@ -104,14 +105,13 @@ def class_tensor(conditions: Sequence[Condition], device: torch.device) -> Tenso
 
 
 def mask_tensor(conditions: Sequence[Condition], size: Sequence[int], device: torch.device) -> Tensor:
-    """Return masks, (B, H, W) uint8, brought to a network's (height, width) by nearest neighbour."""
+    """Return masks, (B, H, W) uint8, brought to a network's (height, width) by nearest neighbour; no class vanishes."""
     import torch
-    from torch.nn import functional
 
-    masks = torch.from_numpy(np.stack([np.asarray(condition.mask) for condition in conditions])).to(device)
-    if tuple(masks.shape[1:]) != tuple(size):
-        masks = functional.interpolate(masks[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].byte()
-    return masks
+    height, width = size
+    masks = [np.asarray(condition.mask) for condition in conditions]
+    resized = [mask if mask.shape == (height, width) else resize_mask(mask, (height, width)).mask for mask in masks]
+    return torch.from_numpy(np.stack(resized)).to(device)
 
 
 def unit_images(planes: Tensor, description: Description) -> NDArray[np.float32]:

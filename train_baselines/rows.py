@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from pipeline.contract import Description, open_split
 from pipeline.errors import MaskLoomError
+from pipeline.masks import resize_mask
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -51,7 +52,7 @@ class Rows(Dataset[dict[str, Any]]):
         }
         if self.with_mask:
             mask = cells["mask"]
-            row["mask"] = torch.from_numpy(np.asarray(_resized(mask, self.size, Image.Resampling.NEAREST)).copy())
+            row["mask"] = torch.from_numpy(resize_mask(np.asarray(mask), self.size).mask)
         return row
 
     def sample_id(self, index: int) -> str:
@@ -79,15 +80,11 @@ def _usable_rows(dataset: Path, rows: Any, description: Description, with_mask: 
 
 def image_tensor(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
     """Return an image as (C, H, W) float32 in [-1, 1]."""
-    picture = _resized(image.convert("L" if channels == 1 else "RGB"), size, Image.Resampling.BICUBIC)
+    picture = image.convert("L" if channels == 1 else "RGB")
+    if picture.size != (size[1], size[0]):
+        picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(picture).reshape(*size, channels).copy())
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _resized(picture: Image.Image, size: tuple[int, int], method: Image.Resampling) -> Image.Image:
-    """Return a picture at (height, width)."""
-    wanted = (size[1], size[0])
-    return picture if picture.size == wanted else picture.resize(wanted, method)
 
 
 def stacked(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:

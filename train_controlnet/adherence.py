@@ -26,6 +26,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError, told_when_unwritable
 from pipeline.files import atomic_path, value_digest
+from pipeline.masks import resize_mask
 from pipeline.progress import say
 from pipeline.randomness import keyed_generator
 from pipeline.runs import Run
@@ -138,8 +139,7 @@ class AdherenceMeter:
         height, width = self.options.image_size
         chosen = (row for row in rows.select_columns(["image", "mask"]).select(numbers) if row["mask"] is not None)
         pairs = [
-            (self._small(row["image"]), np.asarray(row["mask"].resize((width, height), Image.Resampling.NEAREST)))
-            for row in chosen
+            (self._small(row["image"]), resize_mask(np.asarray(row["mask"]), (height, width)).mask) for row in chosen
         ]
         if not pairs:
             raise MaskLoomError("train.adherence: no train image has a mask to learn from; set train.adherence=null")

@@ -49,6 +49,7 @@ from data_prep.nifti import (
 from data_prep.readers import files_in, natural_order, unreadable_as_reject
 from pipeline.config import IntensityWindow
 from pipeline.errors import MaskLoomError, RejectedSample
+from pipeline.masks import resize_mask
 
 Phase = Literal["ED", "ES"]
 PHASES: dict[Phase, str] = {"ED": "end-diastole", "ES": "end-systole"}
@@ -184,9 +185,10 @@ class Adapter(DatasetAdapter):
         grid = _grid(stack.mask.picture(axis, index).shape, stack.image.pixel_mm(axis), self.options)
         image = stack.image.picture(axis, index).astype(np.float32)
         return RawImage(
-            image=_placed(image, grid, Image.Resampling.BICUBIC, fill=stack.value_range[0]),
-            mask=_placed(stack.mask.picture(axis, index), grid, Image.Resampling.NEAREST, fill=0),
+            image=_placed(_resampled(image, grid), grid, fill=stack.value_range[0]),
+            mask=_placed(_resampled_mask(stack.mask.picture(axis, index), grid), grid, fill=0),
             value_range=stack.value_range,
+            pixel_size=stack.image.pixel_mm(axis) if self.options.spacing_mm is None else None,
         )
 
     def _volumes(self, folder: Path, split: str | None) -> Iterator[RawItem | Reject]:
@@ -369,11 +371,27 @@ def _span(count: int, size: float, options: AcdcOptions) -> Span:
     return Span(math.floor(begin) if new == size else begin, length, pixels, (side - pixels) // 2, side)
 
 
-def _placed(plane: NDArray[Any], grid: tuple[Span, Span], filter_: Image.Resampling, fill: float) -> NDArray[Any]:
-    """Return a plane resampled on a grid; Pillow's bicubic filter widens when it reduces, so it does not alias."""
+def _resampled(plane: NDArray[Any], grid: tuple[Span, Span]) -> NDArray[Any]:
+    """Return a plane resampled; Pillow's bicubic filter widens when it reduces, so it does not alias."""
     rows, columns = grid
-    box = (columns.begin, rows.begin, columns.begin + columns.length, rows.begin + rows.length)
-    resampled = Image.fromarray(plane).resize((columns.pixels, rows.pixels), filter_, box=box)
+    size = columns.pixels, rows.pixels
+    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC, box=_box(grid)))
+
+
+def _resampled_mask(mask: NDArray[np.uint8], grid: tuple[Span, Span]) -> NDArray[np.uint8]:
+    """Return a mask resampled by nearest neighbour; a class that would vanish keeps one pixel."""
+    rows, columns = grid
+    return resize_mask(mask, (rows.pixels, columns.pixels), _box(grid)).mask
+
+
+def _box(grid: tuple[Span, Span]) -> tuple[float, float, float, float]:
+    rows, columns = grid
+    return columns.begin, rows.begin, columns.begin + columns.length, rows.begin + rows.length
+
+
+def _placed(plane: NDArray[Any], grid: tuple[Span, Span], fill: float) -> NDArray[Any]:
+    """Return a resampled plane in its place on a background of one value."""
+    rows, columns = grid
     placed = np.full((rows.side, columns.side), fill, dtype=plane.dtype)
-    placed[rows.offset : rows.offset + rows.pixels, columns.offset : columns.offset + columns.pixels] = resampled
+    placed[rows.offset : rows.offset + rows.pixels, columns.offset : columns.offset + columns.pixels] = plane
     return placed

@@ -227,10 +227,11 @@ class Adapter(DatasetAdapter):
         volumes = self._volumes(images, item.mask_paths[0])
         mask = volumes.mask.picture(AXIAL, index)
         planes = [volume.picture(AXIAL, index) for volume in volumes.images]
+        pixel_size = volumes.mask.pixel_mm(AXIAL)
         if len(planes) == 1:
-            return RawImage(image=planes[0], mask=mask, value_range=volumes.value_ranges[0])
+            return RawImage(planes[0], mask, volumes.value_ranges[0], pixel_size=pixel_size)
         channels = [_unit_range(*pair) for pair in zip(planes, volumes.value_ranges, strict=True)]
-        return RawImage(image=np.stack(channels, axis=-1), mask=mask, value_range=(0.0, 1.0))
+        return RawImage(np.stack(channels, axis=-1), mask, value_range=(0.0, 1.0), pixel_size=pixel_size)
 
     def _case_entry(self, case: "Case") -> RawItem | Reject:
         """Return a case as an item, or what it lacks."""

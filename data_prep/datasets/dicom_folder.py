@@ -219,12 +219,13 @@ class Adapter(DatasetAdapter):
             RejectedSample: the pixels cannot be decoded; the mask is missing, of another size, or holds an unknown value.
         """
         place: Place = item.key
-        image, value_range = read_picture(Path(place.file), place.frame, self.options.window)
+        picture = read_picture(Path(place.file), place.frame, self.options.window)
         mask = None
         if item.mask_paths:
             mask = _mask(Path(item.mask_paths[0]), len(self.options.mask_classes))
-            require_same_size("its mask", mask, image)
-        return RawImage(image=image, mask=mask, value_range=None if image.dtype == np.uint8 else value_range)
+            require_same_size("its mask", mask, picture.image)
+        value_range = None if picture.image.dtype == np.uint8 else picture.value_range
+        return RawImage(picture.image, mask, value_range, pixel_size=picture.pixel_size)
 
     def _item(self, path: Path, header: Header, names: Pseudonyms, shown: str) -> RawItem:
         patient = header.study_uid if self.options.group_by == "study" else header.patient_id or header.study_uid

@@ -236,10 +236,16 @@ def test_palettes_become_rgb(tmp_path, bits):
     np.testing.assert_array_equal(one(tmp_path, made).image, expected)
 
 
-def test_colours_of_16_bits_are_rejected(tmp_path):
-    assert re.search(
-        "uint16 of shape .48, 48, 3.*colours of 8 bits", reason(tmp_path, dataset(pixels=COLOUR * np.uint16(9)))
-    )
+def test_colours_of_16_bits_are_shown_in_their_own_range(tmp_path):
+    raw = one(tmp_path, dataset(pixels=COLOUR * np.uint16(9)), channels=3)
+    np.testing.assert_array_equal(raw.image, COLOUR * np.uint16(9))
+    assert raw.value_range == (0, 9 * 255)
+
+
+def test_pixels_of_four_channels_are_rejected(tmp_path):
+    made = dataset(pixels=COLOUR, PhotometricInterpretation="CMYK", SamplesPerPixel=4)
+    made.PixelData = np.concatenate([COLOUR, COLOUR[..., :1]], axis=-1).tobytes()
+    assert re.search("48, 4.*grey and RGB are read|cannot be decoded", reason(tmp_path, made))
 
 
 # Compression.

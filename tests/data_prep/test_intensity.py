@@ -61,7 +61,7 @@ def test_a_range_is_ordered_and_percentiles_lie_within_the_values(values: np.nda
 def test_what_lies_beyond_the_window_is_black_or_white():
     image = np.array([[-1000, -160, 40, 240, 3000]] * 8, dtype=np.int16)
     window = window_range(image, IntensityWindow(method="window", center=40, width=400))
-    pixels, _ = resized(RawImage(image, None, window), (8, 5), "stretch", 1)
+    pixels, *_ = resized(RawImage(image, None, window), (8, 5), "stretch", 1)
     assert pixels[0].tolist() == [0, 0, 128, 255, 255]
 
 

@@ -108,7 +108,7 @@ def test_rows_come_back_exactly(raw, prepared):
     items = {entry.sample_id: entry for entry in adapter.scan() if isinstance(entry, RawItem)}
     for split in load_dataset(str(prepared / "dataset")).values():
         for row in split:
-            image, mask = resized(adapter.load(items[row["sample_id"]]), (64, 64), "pad", 1)
+            image, mask, _ = resized(adapter.load(items[row["sample_id"]]), (64, 64), "pad", 1)
             np.testing.assert_array_equal(np.asarray(row["image"]), image)
             np.testing.assert_array_equal(np.asarray(row["mask"]), mask)
             palette = np.asarray(adapter.info().palette, dtype=np.uint8)

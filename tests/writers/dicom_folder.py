@@ -11,8 +11,8 @@ from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
     ImplicitVRLittleEndian,
-    JPEGLosslessSV1,
     RLELossless,
 )
 
@@ -166,9 +166,9 @@ def _deflated(folder: Path) -> None:
     save(at(folder), dataset(TransferSyntaxUID=DeflatedExplicitVRLittleEndian))
 
 
-def _lossless_jpeg(folder: Path) -> None:
+def _without_decoder(folder: Path) -> None:
     """A slice that states a compression for which no decoder is installed."""
-    made = dataset(TransferSyntaxUID=JPEGLosslessSV1)
+    made = dataset(TransferSyntaxUID=HTJ2KLossless)
     from pydicom.encaps import encapsulate
 
     made.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
@@ -194,7 +194,8 @@ FLAWS = {
         lambda f: at(f).write_bytes(at(f).read_bytes()[:400]), "holds no image|cannot be read|has no"
     ),
     "damaged compressed pixels": Flaw(
-        lambda f: at(f, 1).write_bytes(at(f, 1).read_bytes()[:-600] + b"\xff" * 600), "its pixels cannot be decoded"
+        lambda f: at(f, 1).write_bytes(at(f, 1).read_bytes()[:-600] + b"\xff" * 600),
+        "its pixels, stored as RLE Lossless with 16 bits, cannot be decoded: they are damaged",
     ),
     "not DICOM": Flaw(
         lambda f: (f / "notes of Wilhelmina.txt").write_text("x"), "not a DICOM file: no DICM at byte 128"
@@ -211,7 +212,9 @@ FLAWS = {
     ),
     "no pixels": Flaw(lambda f: claim(at(f), (0x28, 0x10), 0), r"claims 1 frame\(s\) of 48x0 pixels"),
     "deflated": Flaw(_deflated, "Deflated Explicit VR Little Endian is not read"),
-    "no decoder": Flaw(_lossless_jpeg, r"JPEG Lossless.*needs a decoder that is not installed: pip install pylibjpeg"),
+    "no decoder": Flaw(
+        _without_decoder, r"High-Throughput JPEG 2000.*needs a decoder that is not installed: pip install pylibjpeg"
+    ),
     "unknown transfer syntax": Flaw(lambda f: relabel_syntax(at(f), "1.2.840.777.9"), "not one of the DICOM standard"),
     "another modality": Flaw(
         lambda f: save(at(f, 7), dataset(7, 0, Modality="MR")), "its Modality is MR, the first file's is CT: give words"
