@@ -44,6 +44,16 @@ def test_resizing_keeps_classes(samples_and_inputs: tuple[dict[str, list[Sample]
     assert set(np.unique(inputs.train.masks((16, 24))[0])) == {0, 1}
 
 
+def test_no_class_vanishes_where_masks_are_resized(tmp_path: Path) -> None:
+    def dot(sample: Sample) -> None:
+        sample.mask = np.zeros_like(sample.mask)
+        sample.mask[9, 9] = 1
+
+    write_tiny_run(tmp_path, {}, {"train": 3}, change=dot)
+    masks, _ = tiny_inputs(tmp_path, ()).train.masks((8, 8))
+    assert [np.argwhere(mask).tolist() for mask in masks] == [[[2, 2]]] * 3
+
+
 def test_batches_are_bounded(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:
     _, inputs = samples_and_inputs
     assert [len(batch) for batch in inputs.train.batches("image")] == [64, 6]

@@ -27,7 +27,11 @@ def test_every_class_survives_where_there_is_room_and_nothing_else_changes(heigh
     box = (0.3, 0.2, width - 0.2, height - 0.1) if boxed else None
     resized, kept = resize_mask(mask, (rows, columns), box)
     plain = nearest(mask, (rows, columns), box)
-    before, after, present = class_counts(plain), class_counts(resized), class_counts(mask)  # the box leaves no centre out
+    before, after, present = (
+        class_counts(plain),
+        class_counts(resized),
+        class_counts(mask),
+    )  # the box leaves no centre out
     assert resized.shape == (rows, columns) and resized.dtype == np.uint8
     assert all(present[index] and not before[index] for index in kept)
     assert all(after[index] == 1 for index in kept) and (resized != plain).sum() == len(kept)

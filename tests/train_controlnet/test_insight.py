@@ -169,6 +169,17 @@ def test_colour_images_are_read_in_colour(tmp_path: Path, backbone: Path) -> Non
     assert (reading.asked == reading.real).all()
 
 
+def test_a_small_lesion_is_still_there_at_the_readers_size(tmp_path: Path, backbone: Path) -> None:
+    def dot(sample: Any) -> None:
+        sample.mask[:] = 0
+        sample.mask[9, 9] = 1
+
+    write_tiny_run(tmp_path, {}, {"train": 8, "validation": 8}, change=dot)
+    meter = task_of(tiny_config(tmp_path, backbone, adherence={**ADHERENCE, "image_size": 16})).validator.meter
+    assert meter is not None
+    assert meter.masks.sum(axis=(1, 2)).tolist() == [1] * 8
+
+
 def test_adherence_without_masks_is_refused(tmp_path: Path, backbone: Path) -> None:
     def without_mask(sample: Any) -> None:
         sample.mask = None
