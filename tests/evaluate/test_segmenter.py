@@ -97,6 +97,22 @@ def test_loss_that_is_not_a_number() -> None:
         train_fixed_steps(network, images, masks, lambda logits, mask: logits.sum() * float("nan"), options, 0, "cpu")
 
 
+def test_weights_and_batches_follow_their_seeds() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in build_segmenter(SMALL, 1, 2, seed).parameters()])
+
+    def losses(seed: int) -> list[float]:
+        torch.manual_seed(0)
+        options = FixedSteps(steps=3, batch_size=2)
+        network = torch.nn.Conv2d(1, 2, 1)
+        return train_fixed_steps(network, *discs(24, 0), torch.nn.functional.cross_entropy, options, seed, "cpu")
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
 def test_steps_do_not_depend_on_the_number_of_images() -> None:
     for count in (2, 24):
         images, masks = discs(count, seed=0)

@@ -267,6 +267,17 @@ def test_an_interrupted_training_loses_neither_patience_nor_best_weights(tmp_pat
     assert torch.equal(flat(resumed), flat(whole))
 
 
+def test_with_patience_the_rhythm_of_validations_is_part_of_the_training(tmp_path: Path) -> None:
+    """It decides which weights are kept; without patience it only decides what is seen."""
+    watched = {"early_stopping_patience": 3, "checkpointing_steps": 1}
+    for name, changes in (("patient", watched), ("impatient", {"checkpointing_steps": 1})):
+        with pytest.raises(Killed):
+            run(tmp_path / name, CrashingTask(after=9), **changes)
+    with pytest.raises(MaskLoomError, match=r"belongs to another training \(validation_steps: 4 there, 2 now\)"):
+        run(tmp_path / "patient", LineTask(), **watched, validation_steps=2)
+    run(tmp_path / "impatient", LineTask(), checkpointing_steps=1, validation_steps=2)
+
+
 def test_without_patience_the_last_weights_stay(tmp_path: Path) -> None:
     task = LineTask(validation_losses=LOSSES)
     run(tmp_path, task, use_ema=False, **{**STOPPING, "early_stopping_patience": None, "max_train_steps": 10})
