@@ -73,9 +73,9 @@ def parsed_shard(text: str) -> Shard:
     Raises:
         MaskLoomError: it is not of that form, or not among the N.
     """
-    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    numbers = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
-        raise MaskLoomError(f"--shard {text}: write I/N with 1 <= I <= N, for example --shard 3/8")
+        raise MaskLoomError(f"--shard {text[:40]}: write I/N with 1 <= I <= N, for example --shard 3/8")
     return Shard(int(numbers[1]), int(numbers[2]))
 
 

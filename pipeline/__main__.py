@@ -38,9 +38,10 @@ def run(
 ) -> None:
     """Run prepare, train, generate, evaluate and report; stages that are up to date skip themselves."""
     from pipeline.config_loading import load_experiment
-    from pipeline.runner import run_stages, selected_stages
+    from pipeline.runner import check_accelerate_config, run_stages, selected_stages
 
     stages = selected_stages(first, last)
+    check_accelerate_config(accelerate_config)
     load_experiment(config, overrides or [])  # a mistake in it is told before anything starts
     arguments = ["--config", str(config), *(overrides or []), *(["--force"] if force else [])]
     raise typer.Exit(run_stages(stages, arguments, accelerate_config))
@@ -57,7 +58,9 @@ def sweep(
 ) -> None:
     """Train, generate and evaluate every generator, or every variant of `sweep.variants`, and print one table."""
     from pipeline import sweep as sweeping
+    from pipeline.runner import check_accelerate_config
 
+    check_accelerate_config(accelerate_config)
     sweeping.sweep(config, overrides or [], force, accelerate_config)
 
 

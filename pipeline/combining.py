@@ -43,6 +43,7 @@ from pipeline.verification import verify_fully
 ROWS_PER_SHARD = 512
 KEY_PREFIX = "combine-"  # of the writer's key: tells a combined dataset, even an unfinished one, from any other
 STAGE = "stage-{number}"
+MAX_STAGES, MAX_RATIO = 1000, 1e6
 SAME = ("channels", "image_size", "buckets", "mask_classes", "palette", "labels", "conditioning")
 """What the rows of one dataset share; a synthetic set takes it from the real one."""
 
@@ -202,13 +203,14 @@ def _balanced_rows(
 
 
 def _check_options(options: CombineOptions) -> None:
-    if options.ratio is not None and not (math.isfinite(options.ratio) and options.ratio > 0):
+    if options.ratio is not None and not 0 < options.ratio <= MAX_RATIO:
         raise MaskLoomError(
-            f"--ratio {options.ratio:g}: give a number above 0, such as 1.0 for as many synthetic rows as real ones"
+            f"--ratio {options.ratio:g}: give a number above 0, at most {MAX_RATIO:g}, such as 1.0 for as many synthetic rows as real ones"
         )
-    if options.schedule is not None and options.schedule < 2:
+    if options.schedule is not None and not 2 <= options.schedule <= MAX_STAGES:
         raise MaskLoomError(
-            f"--schedule {options.schedule}: give 2 stages or more; the first has no synthetic rows, the last has all"
+            f"--schedule {options.schedule}: give 2 stages or more, and at most {MAX_STAGES}, for each is a whole dataset on disk; "
+            "the first has no synthetic rows, the last has all"
         )
 
 

@@ -54,7 +54,8 @@ def nearest_name(unknown: str, known: list[str]) -> str:
 
 def exit_with(error: object) -> NoReturn:
     """Print a one-line error to stderr and leave with exit code 2."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    line = f"error: {one_line(error)}"
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names of files may hold any bytes
     raise SystemExit(EXIT_CODE)
 
 

@@ -19,6 +19,7 @@ from pipeline.errors import MaskLoomError, nearest_name, one_line
 from pipeline.files import read_json
 from pipeline.interruption import Interrupted, end_with_parent, received, signals_to
 from pipeline.runs import STAGES, Run
+from pipeline.yaml_reading import read_yaml
 
 MODULES = {
     "prepare": ("data_prep",),
@@ -103,6 +104,21 @@ def stage_command(stage: str, accelerate_config: Path | None) -> list[str]:
     config = ["--config_file", str(accelerate_config)] if accelerate_config else []
     # --quiet: accelerate would print a traceback of its own below the stage's one-line error.
     return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config, *module]
+
+
+def check_accelerate_config(path: Path | None) -> None:
+    """Look whether a file could be one for `accelerate launch`, before anything is started with it.
+
+    Raises:
+        MaskLoomError: it is missing, no YAML (JSON is YAML), or holds no settings.
+    """
+    if path is None:
+        return
+    if not path.is_file():
+        raise MaskLoomError(f"--accelerate-config {path}: no such file; see configs/accelerate for those that exist")
+    values = read_yaml(path)
+    if not isinstance(values, dict) or not values or not all(isinstance(key, str) for key in values):
+        raise MaskLoomError(f"--accelerate-config {path}: holds no settings; see configs/accelerate")
 
 
 def needs_launcher(accelerate_config: Path | None) -> bool:

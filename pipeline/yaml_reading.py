@@ -14,6 +14,7 @@ MAX_BYTES = 1 << 20  # the largest configuration here has 5 kB
 MAX_DEPTH = 50
 MAX_VALUES = 100_000  # after anchors are expanded: a few lines of them can stand for billions of values
 MAX_BITS = 64
+DEEP = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
 SHOWN = 200  # characters of a parser's message
 VARIABLE = re.compile(r"(?<!\\)\$\{")
 
@@ -78,6 +79,8 @@ def parsed_yaml(text: str) -> Any:
         NotYaml: it cannot be read.
         ValueError: it holds what is refused; both say in one line what.
     """
+    if DEEP.search(text):  # the parser takes seconds until it gives up
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     try:
         value = load(text, _Loader)
     except RecursionError:

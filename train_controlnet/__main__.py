@@ -42,27 +42,29 @@ def train(
 def plan(
     config: ConfigOption,
     overrides: OverridesArgument = None,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs, each with one process (DDP)")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=100_000, help="GPUs, each with one process (DDP)")] = 1,
     json: JsonOption = None,
 ) -> None:
     """Say what a training needs, and which switches would make it fit 24, 16 and 12 GB; reads no weights, needs no GPU and no dataset."""
+    loaded = load_experiment(config, overrides or [])  # before the seconds that the imports take
     from train_controlnet.plan_text import print_plan
 
-    print_plan(load_experiment(config, overrides or []), processes, json)
+    print_plan(loaded, processes, json)
 
 
 def find_lr(
     config: ConfigOption,
     overrides: OverridesArgument = None,
-    steps: Annotated[int, typer.Option(min=20, help="optimizer steps")] = 100,
+    steps: Annotated[int, typer.Option(min=20, max=1_000_000, help="optimizer steps")] = 100,
     min_lr: Annotated[float, typer.Option(help="learning rate of the first step")] = 1e-7,
     max_lr: Annotated[float, typer.Option(help="learning rate of the last step")] = 1e-1,
     json: JsonOption = None,
 ) -> None:
     """Raise the learning rate from step to step, watch the loss, and suggest a rate; the run keeps nothing of it but the caches."""
+    loaded = load_experiment(config, overrides or [])
     from train_controlnet.lr_finder import RangeTest, print_range_test
 
-    print_range_test(load_experiment(config, overrides or []), RangeTest(steps, min_lr, max_lr), json)
+    print_range_test(loaded, RangeTest(steps, min_lr, max_lr), json)
 
 
 def _stage(config: ExperimentConfig, force: bool) -> None:

@@ -37,6 +37,7 @@ SMOOTHING_DECADES = 0.1  # standard deviation of the smoothing, in powers of ten
 NOTABLE_FALL = 1e-3  # share of the first loss; smaller ones may be the watched rows' own
 BARS = "▁▂▃▄▅▆▇█"
 COLUMNS, LINES = 60, 20
+LARGEST_RATE = 1e12  # no training survives a fraction of it
 # What a training measures, shows or tunes besides the denoiser has no part in the test.
 WITHOUT: dict[str, Any] = {
     "report_to": None,
@@ -62,9 +63,9 @@ class RangeTest:
     max_lr: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_lr < self.max_lr:
+        if not 0 < self.min_lr < self.max_lr <= LARGEST_RATE:
             raise MaskLoomError(
-                f"--min-lr {self.min_lr:g} --max-lr {self.max_lr:g}: both above 0, the first below the second"
+                f"--min-lr {self.min_lr:g} --max-lr {self.max_lr:g}: both above 0, the first below the second, and none above {LARGEST_RATE:g}"
             )
 
     @property
