@@ -4,7 +4,7 @@ FSDP gives each process a part of the weights; DeepSpeed clips, scales and steps
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,17 +26,22 @@ def keeps_own_files(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def check_engine(task: Task, config: LoopConfig, accelerator: Accelerator) -> None:
-    """Tell what an engine cannot do before it fails in its own words.
+def check_engine(networks: Mapping[str, nn.Module], config: LoopConfig, accelerator: Accelerator) -> None:
+    """Tell what an engine cannot do before it fails in its own words, and before anything is changed for it.
+
+    Args:
+        networks: the trained ones, by name.
+        config: the loop's settings.
+        accelerator: of the training.
 
     Raises:
         MaskLoomError: several networks, a version or stage that is not supported, or kept weights or fp16 with FSDP.
     """
     if not keeps_own_files(accelerator):
         return
-    kind, networks = accelerator.distributed_type.value, ", ".join(task.networks)
-    if len(task.networks) > 1:
-        raise MaskLoomError(f"{kind} trains one network, and this configuration trains {networks}; {ONE_FOR_EACH}")
+    kind, names = accelerator.distributed_type.value, ", ".join(networks)
+    if len(networks) > 1:
+        raise MaskLoomError(f"{kind} trains one network, and this configuration trains {names}; {ONE_FOR_EACH}")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.deepspeed_plugin.zero_stage == 3:
             raise MaskLoomError(

@@ -303,7 +303,7 @@ def _length_sentence(config: LoopConfig, start: int, before: int, steps: int, ra
 
 def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: Positioned, steps: int) -> _State:
     """Hand networks, optimizers and schedulers to accelerate, all at once as sharding engines ask; start what watches them."""
-    check_engine(task, config, accelerator)
+    check_engine(task.networks, config, accelerator)
     _check_precision(task)
     accelerator.gradient_accumulation_steps = (
         config.gradient_accumulation_steps

@@ -170,6 +170,7 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
     """Train one family, resuming where an earlier run stopped, and keep its weights."""
     from accelerate.utils import set_seed
 
+    from pipeline.engines import check_engine
     from pipeline.training import make_accelerator, total_steps, train
     from train_baselines.export import export
 
@@ -178,6 +179,7 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
     main = accelerator.is_main_process
     set_seed(config.seed)
     family = _family(load_plugin(PACKAGE, name, "family"), options, run, contract, config.seed, accelerator)
+    check_engine(family.networks, options, accelerator)
     with stage.recorded(main) as results:
         if force and main:
             remove_folder(folder)

@@ -63,7 +63,6 @@ def train_decoder(
     """
     decoder = config.fine_tuning.vae_decoder
     assert decoder is not None
-    _check_engine(accelerator.distributed_type)
     loop = decoder_loop(config.fine_tuning)
     own = make_accelerator(loop, run.logs("train") / "vae_decoder")  # a second training needs hooks of its own
     task = DecoderTask(config, run, contract, own)
@@ -146,7 +145,7 @@ def decoder_loop(train: TrainConfig) -> LoopConfig:
     )
 
 
-def _check_engine(kind: DistributedType) -> None:
+def check_decoder_engine(kind: DistributedType) -> None:
     """Refuse engines that the small network does not need.
 
     Raises:

@@ -35,16 +35,20 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         return
     from accelerate.utils import set_seed
 
+    from pipeline.engines import check_engine
     from pipeline.training import make_accelerator, train
-    from train_controlnet.decoder import train_decoder
+    from train_controlnet.decoder import check_decoder_engine, train_decoder
     from train_controlnet.export import export
     from train_controlnet.networks import load_networks
     from train_controlnet.task import DiffusionTask
 
     accelerator = make_accelerator(config.fine_tuning, run.logs("train"))
     check_before_training(config, run, contract, stage.inputs, force)
+    if config.fine_tuning.vae_decoder is not None:
+        check_decoder_engine(accelerator.distributed_type)
     set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
     parts = load_networks(config.fine_tuning, accelerator.device)
+    check_engine(parts.trained(), config.fine_tuning, accelerator)
     with stage.recorded(accelerator.is_main_process) as results:
         if force and accelerator.is_main_process:
             remove_folder(run.generator)

@@ -60,3 +60,18 @@ def test_a_dataset_without_masks_is_told_before_another_family_is_trained(tmp_pa
     with pytest.raises(MaskLoomError, match="no row of the train split has a mask"):
         train_baselines(tiny_config(tmp_path, {"class_gan": {}, "pix2pix": {}}), force=False)
     assert content(tmp_path) == before
+
+
+def test_an_engine_that_cannot_train_it_is_told_before_anything_is_thrown_away(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MaskLoomError("FSDP trains one network")
+
+    run = make_run()
+    trained(run, "pix2pix", **KEPT, max_train_steps=1)
+    before = content(run)
+    monkeypatch.setattr("pipeline.engines.check_engine", refuse)
+    with pytest.raises(MaskLoomError, match="FSDP trains one network"):
+        train_baselines(tiny_config(run, {"pix2pix": {}}), force=True, families=["pix2pix"])
+    assert content(run) == before

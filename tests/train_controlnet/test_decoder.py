@@ -30,7 +30,7 @@ from train_controlnet.decoder import (
     CHECKPOINTS,
     WEIGHTS,
     DecoderTask,
-    _check_engine,
+    check_decoder_engine,
     decoder_loop,
     likeness_loss,
     load_decoder,
@@ -194,8 +194,8 @@ def test_a_loss_that_is_not_finite_names_the_key(config: ExperimentConfig) -> No
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_engines_that_shard_are_refused(kind: DistributedType) -> None:
     with pytest.raises(MaskLoomError, match=rf"train\.vae_decoder .*{kind.value} shards weights"):
-        _check_engine(kind)
-    _check_engine(DistributedType.MULTI_GPU)
+        check_decoder_engine(kind)
+    check_decoder_engine(DistributedType.MULTI_GPU)
 
 
 def test_crops_are_keyed_to_the_position_and_lie_in_the_image() -> None:

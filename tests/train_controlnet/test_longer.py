@@ -131,3 +131,18 @@ def test_a_forced_training_that_is_refused_throws_nothing_away(
         )
     assert weights(finished) == before
     assert (finished / "logs" / "train" / "stage.json").is_file()
+
+
+@pytest.mark.parametrize("check", ["pipeline.engines.check_engine", "train_controlnet.decoder.check_decoder_engine"])
+def test_an_engine_that_cannot_train_it_is_told_before_anything_is_thrown_away(
+    finished: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MaskLoomError("FSDP trains one network")
+
+    monkeypatch.setattr(check, refuse)
+    before = content(finished)
+    with pytest.raises(MaskLoomError, match="FSDP trains one network"):
+        train_stage(tiny_config(finished, backbone, **QUICK, lora=["unet"], vae_decoder=DECODER), force=True)
+    after = content(finished)
+    assert {name for name in before if after.get(name) != before[name]} <= {"config.yaml"}
