@@ -110,7 +110,7 @@ def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> boo
                 f"no image that can be used, {len(listed.rejects)} left out: prepare would refuse this folder; correct what is said above,"
                 f" or compare the folder with the layout that data_prep/datasets/{name}.py describes"
             )
-    except MaskLoomError as error:
+    except (MaskLoomError, OSError) as error:
         page.section("Problem")
         page.line(str(error))
         return False

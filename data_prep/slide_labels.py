@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.readers import reject_as_error
+from data_prep.readers import reject_as_error, unreadable_as_reject
 from data_prep.tables import TableRow, csv_table, table_rows, wrong_value
 from pipeline.errors import MaskLoomError, RejectedSample
 
@@ -81,8 +81,10 @@ def _small_table(path: Path) -> list[list[str]]:
     Raises:
         RejectedSample: it cannot be read, or is no table of labels by its size.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise RejectedSample(f"has {path.stat().st_size} bytes, more than {MAX_BYTES}")
+    with unreadable_as_reject(path):
+        size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise RejectedSample(f"has {size} bytes, more than {MAX_BYTES}")
     return csv_table(path)
 
 
