@@ -13,6 +13,7 @@ from typing import Any
 from evaluate.inputs import EvaluationInputs, open_inputs
 from evaluate.results import MetricResult
 from pipeline import __version__
+from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig, Section
 from pipeline.config_loading import validated
 from pipeline.contract import Contract, read_contract
@@ -50,8 +51,7 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     questions = [open_question(name, options) for name, options in config.evaluate.metrics.items()]
     run = open_run(config)
     digests = {name: contract.digest for name, contract in _contracts(run, config).items()}
-    train = config.train
-    backbone = "none" if train is None else model_digest(train.pretrained_model_name_or_path, train.revision)
+    backbone = "none" if config.train is None else BackboneSource.of(config.train).digest()
     tuned = run.generator / "vae"
     if tuned.is_dir():  # a fine-tuned decoder, which `vae_ceiling` looks at
         digests["vae"] = model_digest(str(tuned))
@@ -104,10 +104,8 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
         if contract.parent is not None and contract.parent.digest != real.digest:
             raise MaskLoomError(f"{folder}: made from another version of {run.dataset}; run generate again")
         synthetic[name] = (folder, contract)
-    backbone, revision = None, None
-    if config.train is not None:
-        backbone, revision = config.train.pretrained_model_name_or_path, config.train.revision
-    return open_inputs(run.dataset, real, synthetic, backbone, revision, config.seed)
+    backbone = None if config.train is None else BackboneSource.of(config.train)
+    return open_inputs(run.dataset, real, synthetic, backbone, config.seed)
 
 
 def _contracts(run: Run, config: ExperimentConfig) -> dict[str, Contract]:

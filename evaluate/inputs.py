@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.backbone_source import BackboneSource
 from pipeline.contract import EXTERNAL_PREFIX, Contract, open_split
 from pipeline.masks import resize_mask
 
@@ -125,8 +126,7 @@ class EvaluationInputs:
         real: the real dataset's contract.
         train, validation, test: its splits.
         synthetic: synthetic sets by generator name, in the configuration's order.
-        backbone: `train.pretrained_model_name_or_path`; None where no backbone is fine-tuned.
-        revision: the backbone's revision on the Hub.
+        backbone: of the configuration; None where none is fine-tuned.
         seed: of everything random.
         externals: further test sets, by the name of the dataset that they come from; empty where there are none.
     """
@@ -136,8 +136,7 @@ class EvaluationInputs:
     validation: ImageSet
     test: ImageSet
     synthetic: dict[str, ImageSet]
-    backbone: str | None
-    revision: str | None
+    backbone: BackboneSource | None
     seed: int
     externals: dict[str, ImageSet] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
@@ -170,8 +169,7 @@ def open_inputs(
     real_folder: Path,
     real: Contract,
     synthetic: dict[str, tuple[Path, Contract]],
-    backbone: str | None,
-    revision: str | None,
+    backbone: BackboneSource | None,
     seed: int,
 ) -> EvaluationInputs:
     """Return the inputs over datasets that were verified."""
@@ -191,5 +189,5 @@ def open_inputs(
         if split.startswith(EXTERNAL_PREFIX)
     }
     return EvaluationInputs(
-        real, splits["train"], splits["validation"], splits["test"], sets, backbone, revision, seed, externals
+        real, splits["train"], splits["validation"], splits["test"], sets, backbone, seed, externals
     )

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from generate.generator import Condition, ImageGenerator
 from pipeline.contract import Description
-from pipeline.errors import MaskLoomError, one_line
+from pipeline.errors import MaskLoomError
 from pipeline.files import model_digest
 from pipeline.masks import resize_mask
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+AGAIN = "run baselines again with --force"
 
 
 class BaselineGenerator(ImageGenerator):
@@ -61,32 +63,30 @@ class BaselineGenerator(ImageGenerator):
         """
         _ = self.folder
 
-    def load_network(self, kind: type[Any], name: str, device: torch.device, **settings: Any) -> Any:
+    def load_network(self, kind: type[Any], name: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
         """Return a network of the family, ready to sample.
 
         Args:
             kind: has diffusers' `from_pretrained`.
             name: the folder in `weights`.
             device: where to compute.
-            **settings: passed on.
+            dtype: of the weights; None: float32.
 
         Raises:
             MaskLoomError: the files are damaged.
         """
-        return self.load_part(kind, name, **settings).eval().requires_grad_(False).to(device)
+        import torch
 
-    def load_part(self, kind: type[Any], name: str, **settings: Any) -> Any:
-        """Return what a folder in `weights` holds, a network or a noise schedule; see `load_network`."""
-        from pipeline.backbone import silence_loading
+        from pipeline.backbone import load_trained
 
-        silence_loading()
-        folder = self.folder / name
-        try:
-            return kind.from_pretrained(folder, local_files_only=True, **settings)
-        except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
-            raise MaskLoomError(
-                f"{folder}: cannot be read as {kind.__name__}: {one_line(error)}; run baselines again with --force"
-            ) from error
+        network = load_trained(kind, self.folder / name, AGAIN, dtype or torch.float32)
+        return network.eval().requires_grad_(False).to(device)
+
+    def load_schedule(self, kind: type[Any], **settings: Any) -> Any:
+        """Return the noise schedule in `weights/scheduler` as a scheduler of this kind; see `load_network`."""
+        from pipeline.backbone import load_schedule
+
+        return load_schedule(kind, self.folder / "scheduler", AGAIN, **settings)
 
 
 def seeded_noise(conditions: Sequence[Condition], shape: Sequence[int], device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from generate.card import dataset_card
 from generate.conditions import ConditionReader, ResolvedRow
-from generate.diffusion import BackboneGenerator, unet_is_frozen
+from generate.diffusion import BackboneGenerator
 from generate.generator import ImageGenerator, JointGenerator
 from generate.joint import Drawn, JointRows, MaskFigures, check_joint
 from generate.pixels import checked_pixels
@@ -45,6 +45,7 @@ from pipeline.files import remove_folder, value_digest, write_text
 from pipeline.plugins import load_plugin
 from pipeline.progress import Advance, progress, say
 from pipeline.runs import Run, Stage, open_run
+from pipeline.sampling import unet_is_frozen
 from pipeline.verification import verify_quickly
 
 if TYPE_CHECKING:

@@ -271,9 +271,11 @@ class AdherenceConfig(Section):
     """Mask adherence while training: a small U-Net, trained on real images, reads the mask off sampled images."""
 
     num_images: Rows = Field(16, ge=8, description="validation masks that images are sampled for; fewer tell nothing")
-    num_inference_steps: Timesteps = Field(12, ge=1)
-    guidance_scale: float = Field(1.0, ge=0, description="of the words; 1: as trained, in half the time")
-    controlnet_conditioning_scale: float = Field(1.0, ge=0)
+    num_inference_steps: Timesteps | None = Field(None, ge=1, description="null: as `generate` samples")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="null: as `generate` samples; 1: without guidance, in half the time"
+    )
+    controlnet_conditioning_scale: float | None = Field(None, ge=0, description="null: as `generate` samples")
     image_size: Size = Field((128, 128), description="that the U-Net sees")
     steps: Steps = Field(300, ge=1, description="training steps of the U-Net")
 
@@ -312,6 +314,11 @@ class TrainConfig(LoopConfig):
         ge=2,
         le=MOST_PROMPT_CHUNKS,
         description="read prompts beyond the text encoder's limit in this many pieces; null: what exceeds it is cut",
+    )
+    single_file_config: str | None = Field(
+        None,
+        description="for a backbone that is one .safetensors file: Hub id or folder of a pipeline whose settings and tokenizer it takes; "
+        "null: the settings of Stable Diffusion 1.x or 2.x, and tokenizer_name",
     )
     controlnet_model_name_or_path: str | None = Field(
         None, description="weights to go on from; null: the UNet's encoder"

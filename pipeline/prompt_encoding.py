@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.backbone_source import BackboneSource
+from pipeline.backbone_text import load_text_settings, load_tokenizer
 from pipeline.config import MOST_PROMPT_CHUNKS, TrainConfig
 from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError, one_line
+from pipeline.errors import MaskLoomError
 from pipeline.progress import say
 
 if TYPE_CHECKING:
@@ -158,23 +160,8 @@ def load_prompt_encoder(train: TrainConfig) -> PromptEncoder:
     Raises:
         MaskLoomError: they cannot be loaded.
     """
-    from transformers import CLIPTextConfig, CLIPTokenizer
-
-    def loaded(part: Any, name: str, key: str, subfolder: str) -> Any:
-        try:
-            local = Path(name).is_dir()
-            if local and part is CLIPTextConfig:  # transformers takes a missing file for its default settings
-                (Path(name) / subfolder / "config.json").stat()
-            return part.from_pretrained(name, subfolder=subfolder, revision=train.revision, local_files_only=local)
-        except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
-            raise MaskLoomError(f"train.{key}={name}: no {part.__name__} there ({one_line(error)[:200]})") from error
-
-    name, key = train.pretrained_model_name_or_path, "pretrained_model_name_or_path"
-    if train.tokenizer_name:
-        tokenizer = loaded(CLIPTokenizer, train.tokenizer_name, "tokenizer_name", "")
-    else:
-        tokenizer = loaded(CLIPTokenizer, name, key, "tokenizer")
-    return PromptEncoder.of(tokenizer, loaded(CLIPTextConfig, name, key, "text_encoder"), train.prompt_chunks)
+    source = BackboneSource.of(train)
+    return PromptEncoder.of(load_tokenizer(source), load_text_settings(source), train.prompt_chunks)
 
 
 def training_prompts(dataset: Path, contract: Contract, most: int | None = None) -> list[str]:

@@ -33,7 +33,7 @@ from pipeline.runs import Run
 from pipeline.segmenter import SegmenterOptions, build_segmenter, dice_scores, predicted_masks, train_segmenter
 from train_controlnet.augmentation import Picture
 from train_controlnet.latent_cache import rgb_array
-from train_controlnet.pictures import Sampling, Wish
+from train_controlnet.pictures import Wish
 from train_controlnet.verdict import LEAST_IMAGES, check_adherence, too_few_images
 
 if TYPE_CHECKING:
@@ -86,12 +86,6 @@ class AdherenceMeter:
         words = [rows[i]["text"] for i in np.roll(asked, 1).tolist()]
         seen = [rgb_array(rows[i]["conditioning_image"]) for i in asked]
         self.wishes = [Wish(*wish) for wish in zip(seen, words, strict=True)]
-        self.sampling = Sampling(
-            "adherence",
-            self.options.num_inference_steps,
-            self.options.guidance_scale,
-            self.options.controlnet_conditioning_scale,
-        )
         images, self.masks = self._pictures(rows, asked)
         self.reader = self._reader(views["train"].rows, run.generator / READER_FILE, contract.digest, config.seed)
         self.real = self._dice(images, self.masks)

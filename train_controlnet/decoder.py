@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from pipeline.backbone import load_part
+from pipeline.backbone_source import BackboneSource
 from pipeline.config import DecoderConfig, ExperimentConfig, LoopConfig, TrainConfig
 from pipeline.contract import Contract, open_split
 from pipeline.errors import MaskLoomError, told_when_unwritable
@@ -196,8 +197,7 @@ class DecoderTask(Task):
         assert train.vae_decoder is not None
         self.crop, self.accelerator = train.vae_decoder.crop, accelerator
         self.validation_samples = train.validation_samples
-        name, where = train.pretrained_model_name_or_path, {"revision": train.revision, "variant": train.variant}
-        vae = load_part(AutoencoderKL, name, subfolder="vae", torch_dtype=torch.float32, **where)
+        vae = load_part(BackboneSource.of(train), "vae")
         self.vae = vae.requires_grad_(False).eval().to(accelerator.device)
         decoder = Decoder(self.vae)
         self.networks = {"decoder": decoder.requires_grad_(True)}

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig
 from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import atomic_path, model_digest, remove_folder, remove_leftovers, value_digest
+from pipeline.files import atomic_path, remove_folder, remove_leftovers, value_digest
 from pipeline.images import png_array, png_bytes
 from pipeline.progress import progress, say
 
@@ -114,9 +115,7 @@ def cache_folder(parent: Path, config: ExperimentConfig, dataset: str) -> Path:
     train = config.fine_tuning
     depends_on = [
         dataset,
-        model_digest(train.pretrained_model_name_or_path, train.revision),
-        train.variant,
-        train.tokenizer_name and model_digest(train.tokenizer_name, train.revision),
+        BackboneSource.of(train).inputs(),
         train.mixed_precision,
         train.max_train_samples,
         train.cache_latents,

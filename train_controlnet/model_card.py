@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
+from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
-from pipeline.files import model_digest
 from pipeline.hub_cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
 from pipeline.prompt_encoding import MARKS, load_prompt_encoder
 from pipeline.provenance import git_sha
@@ -55,7 +55,7 @@ def model_card(config: ExperimentConfig, contract: Contract, pictures: Path | No
         kind: the weights' folder, one of `TITLES`.
     """
     about, train = contract.description, config.fine_tuning
-    backbone = model_digest(train.pretrained_model_name_or_path, train.revision)
+    backbone = BackboneSource.of(train).inputs()["backbone"]
     base_model = hub_base_model(backbone)
     colours = ", ".join(f"{name} = rgb{colour}" for name, colour in zip(about.mask_classes, about.palette, strict=True))
     classes = f": {colours}" if about.conditioning in ("mask", "both") else ""

@@ -1,6 +1,7 @@
 """The backbone, and which of its weights (or of a ControlNet's, or of adapters') are trained."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,9 +9,18 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.backbone import DTYPES, load_part, load_weights, use_xformers
+from pipeline.backbone import (
+    CONTROLNET_KEY,
+    DTYPES,
+    load_controlnet,
+    load_noise_schedule,
+    load_part,
+    use_xformers,
+)
+from pipeline.backbone_source import KEY, BackboneSource
+from pipeline.backbone_text import load_tokenizer
 from pipeline.config import TrainConfig
-from pipeline.errors import MaskLoomError
+from pipeline.errors import MaskLoomError, one_line
 
 # Blocks of one class share their code, and beyond so many shapes of them torch would go on uncompiled; its default of 8 is too few.
 MOST_BLOCK_SHAPES = 64
@@ -29,7 +39,9 @@ class Networks:
     """The parts of Stable Diffusion, and a ControlNet.
 
     Attributes:
+        scheduler: the noise schedule that is trained with.
         controlnet: None where there is none.
+        scheduler_settings: of the backbone's own scheduler, from which images are sampled (`pipeline.sampling`).
     """
 
     tokenizer: CLIPTokenizer
@@ -38,6 +50,7 @@ class Networks:
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     controlnet: ControlNetModel | None
+    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def loaded(self) -> dict[str, nn.Module]:
         """Return the networks that there are, by name."""
@@ -67,17 +80,17 @@ def load_networks(config: TrainConfig, device: torch.device) -> Networks:
     Raises:
         MaskLoomError: a part cannot be loaded or does not fit the others, or a switch needs a package that is missing.
     """
-    dtype = DTYPES[config.mixed_precision]
-    name, where = config.pretrained_model_name_or_path, {"revision": config.revision, "variant": config.variant}
+    source, dtype = BackboneSource.of(config), DTYPES[config.mixed_precision]
     # In float32 at first: weights that go on to be trained, or are copied to be, must not begin rounded.
-    unet = load_part(UNet2DConditionModel, name, subfolder="unet", torch_dtype=torch.float32, **where)
+    unet = load_part(source, "unet")
     networks = Networks(
-        _tokenizer(config),
-        _scheduler(config),
-        load_part(CLIPTextModel, name, subfolder="text_encoder", dtype=dtype, **where),
-        load_part(AutoencoderKL, name, subfolder="vae", torch_dtype=dtype, **where),
+        load_tokenizer(source),
+        load_noise_schedule(source, config.prediction_type, config.rescale_betas_zero_snr),
+        load_part(source, "text_encoder", dtype),
+        load_part(source, "vae", dtype),
         unet,
         _controlnet(config, unet),
+        source.scheduler_settings(),
     )
     return prepared_networks(networks, config, device)
 
@@ -92,54 +105,49 @@ def prepared_networks(networks: Networks, config: TrainConfig, device: torch.dev
     return networks
 
 
-def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
-    if config.tokenizer_name:
-        return load_weights(CLIPTokenizer, config.tokenizer_name, "train.tokenizer_name", revision=config.revision)
-    return load_part(
-        CLIPTokenizer, config.pretrained_model_name_or_path, subfolder="tokenizer", revision=config.revision
-    )
-
-
-def _scheduler(config: TrainConfig) -> DDPMScheduler:
-    """Return the backbone's noise schedule with the configured changes.
-
-    Raises:
-        MaskLoomError: zero terminal SNR with a backbone that predicts noise.
-    """
-    name = config.pretrained_model_name_or_path
-    scheduler = load_part(DDPMScheduler, name, subfolder="scheduler", revision=config.revision)
-    if config.prediction_type:
-        scheduler.register_to_config(prediction_type=config.prediction_type)
-    if not config.rescale_betas_zero_snr:
-        return scheduler
-    if scheduler.config.prediction_type == "epsilon":
-        raise MaskLoomError(
-            f"train.rescale_betas_zero_snr: {name} predicts noise, which says nothing where no signal is left; "
-            "set train.prediction_type=v_prediction"
-        )
-    return DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
-
-
 def _controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel | None:
     """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to go on from.
 
     Raises:
-        MaskLoomError: the given weights cannot be loaded, or belong to another kind of backbone.
+        MaskLoomError: the given weights cannot be loaded or belong to another kind of backbone, or the UNet's encoder cannot be copied.
     """
     if config.controlnet == "none":
         return None
-    name, key = config.controlnet_model_name_or_path, "train.controlnet_model_name_or_path"
-    if not name:
+    if not config.controlnet_model_name_or_path:
+        return copied_controlnet(config, unet)
+    controlnet = load_controlnet(config.controlnet_model_name_or_path)
+    check_controlnet(config, controlnet, unet)
+    return controlnet
+
+
+def copied_controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel:
+    """Return a ControlNet that starts as a copy of the UNet's encoder.
+
+    Raises:
+        MaskLoomError: the UNet has layers that diffusers' ControlNet has not.
+    """
+    try:
         return ControlNetModel.from_unet(unet)
-    controlnet = load_weights(ControlNetModel, name, key, torch_dtype=torch.float32)
+    except Exception as error:  # whatever a UNet of another make raises, the remedy is the same
+        raise MaskLoomError(
+            f"{KEY}={config.pretrained_model_name_or_path}: no ControlNet can be made from its UNet ({one_line(error)[:200]}); "
+            "give a backbone of Stable Diffusion 1.x or 2.x, or set train.controlnet=none"
+        ) from error
+
+
+def check_controlnet(config: TrainConfig, controlnet: ControlNetModel, unet: UNet2DConditionModel) -> None:
+    """Check that a given ControlNet was made for this kind of backbone.
+
+    Raises:
+        MaskLoomError: it was not.
+    """
     unlike = [size for size in SHARED_SIZES if controlnet.config[size] != unet.config[size]]
     if unlike:
         differences = ", ".join(f"{size} {controlnet.config[size]}, not {unet.config[size]}" for size in unlike)
         raise MaskLoomError(
-            f"{key}={name}: made for another backbone than {config.pretrained_model_name_or_path} ({differences}); "
-            "give a ControlNet of this backbone, or null to start from its UNet"
+            f"{CONTROLNET_KEY}={config.controlnet_model_name_or_path}: made for another backbone than "
+            f"{config.pretrained_model_name_or_path} ({differences}); give a ControlNet of this backbone, or null to start from its UNet"
         )
-    return controlnet
 
 
 def _choose_trained(networks: Networks, config: TrainConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
 
-from pipeline.config import TrainConfig
+from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.randomness import keyed_generator
+from pipeline.sampling import Sampling, build_pipeline, prompt_embedding, sample, sampling_scheduler
 from train_controlnet.augmentation import Picture
 
 if TYPE_CHECKING:
@@ -35,23 +36,6 @@ class Wish:
 
     conditioning: Picture
     prompt: str
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled.
-
-    Attributes:
-        purpose: keys the starting noise; the same purpose means the same noise for the same place in a list.
-        steps: of UniPC.
-        guidance_scale: of the words; up to 1 there is none, and sampling takes half the time.
-        controlnet_conditioning_scale: of the conditioning.
-    """
-
-    purpose: str
-    steps: int
-    guidance_scale: float
-    controlnet_conditioning_scale: float
 
 
 def further_wishes(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> list[Wish]:
@@ -89,35 +73,68 @@ def _conditioning_file(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
 
 
 def sampled_images(
-    task: DiffusionTask, accelerator: Accelerator, wishes: Sequence[Wish], how: Sampling, seed: int
+    task: DiffusionTask,
+    accelerator: Accelerator,
+    wishes: Sequence[Wish],
+    config: ExperimentConfig,
+    how: Sampling,
+    purpose: str,
 ) -> list[Picture]:
     """Return (H, W, 3) uint8 images, each from its own fixed noise; the networks stay as they are.
 
-    Batches are as large as those of the training: what has memory for a step has memory for these.
+    Scheduler, pipeline and call are those of the stage `generate` (`pipeline.sampling`). Batches are as large as those of the training: what
+    has memory for a step has memory for these.
+
+    Args:
+        task: holds the networks.
+        accelerator: of the training.
+        wishes: what to sample.
+        config: the experiment; names the scheduler and the seed.
+        how: steps and guidance.
+        purpose: keys the starting noise; the same purpose means the same noise for the same place in a list.
     """
     task.parts.vae.to(task.device)
     task.parts.text_encoder.to(task.device)
-    pipeline = _pipeline(task)
-    images: dict[int, Any] = {}
-    for numbers in _batches_of_one_size(wishes, task.config.train_batch_size):
-        batch = [wishes[number] for number in numbers]
-        generators = [keyed_generator(seed, how.purpose, number) for number in numbers]
-        with accelerator.autocast(), _residuals_as_trained(task):
-            found = pipeline(
-                prompt_embeds=task.embed([wish.prompt for wish in batch]),
-                negative_prompt_embeds=task.embed([""] * len(batch)),
-                num_inference_steps=how.steps,
-                guidance_scale=how.guidance_scale,
-                generator=generators,
-                output_type="np",
-                **_led(task, batch, how),
-            ).images
-        images |= dict(zip(numbers, found, strict=True))
+    parts = task.parts
+    pipe = build_pipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=sampling_scheduler(parts.scheduler_settings, config.generate, task.config, trained=True),
+        controlnet=parts.controlnet,
+        sizes=[wish.conditioning.shape[:2] for wish in wishes],
+    )
+    images: dict[int, Picture] = {}
+    with torch.inference_mode(), accelerator.autocast(), _residuals_as_trained(task):
+        embedding = cache(partial(prompt_embedding, pipe, task.prompt_encoder))
+        for numbers in _batches_of_one_size(wishes, task.config.train_batch_size):
+            batch = [wishes[number] for number in numbers]
+            found = sample(
+                pipe,
+                [embedding(wish.prompt) for wish in batch],
+                embedding(how.negative_prompt),
+                _control(batch) if parts.controlnet is not None else None,
+                batch[0].conditioning.shape[:2],
+                [keyed_generator(config.seed, purpose, number) for number in numbers],
+                how,
+            )
+            images |= dict(zip(numbers, _as_bytes(found), strict=True))
     if "text_encoder" not in task.networks:
         task.parts.text_encoder.to("cpu")
     if task.config.cache_latents:
         task.parts.vae.to("cpu")
-    return [(images[number] * 255).round().astype(np.uint8) for number in range(len(wishes))]
+    return [images[number] for number in range(len(wishes))]
+
+
+def _control(batch: Sequence[Wish]) -> torch.Tensor:
+    """Return the conditioning images as (B, 3, H, W) in 0..1."""
+    return torch.from_numpy(np.stack([wish.conditioning for wish in batch])).permute(0, 3, 1, 2) / 255
+
+
+def _as_bytes(images: torch.Tensor) -> Picture:
+    """Return (B, 3, H, W) in 0..1 as (B, H, W, 3) uint8."""
+    return (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
 def _batches_of_one_size(wishes: Sequence[Wish], most: int) -> Iterator[list[int]]:
@@ -147,35 +164,6 @@ def _residuals_as_trained(task: DiffusionTask) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _pipeline(task: DiffusionTask) -> Any:
-    parts = task.parts
-    shared = {
-        "vae": parts.vae,
-        "text_encoder": parts.text_encoder,
-        "tokenizer": parts.tokenizer,
-        "unet": parts.unet,
-        "scheduler": UniPCMultistepScheduler.from_config(task.scheduler.config),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
-    if parts.controlnet is None:
-        pipeline = StableDiffusionPipeline(**shared)
-    else:
-        pipeline = StableDiffusionControlNetPipeline(**shared, controlnet=parts.controlnet)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _led(task: DiffusionTask, batch: Sequence[Wish], how: Sampling) -> dict[str, Any]:
-    """Return the arguments that only a pipeline with a ControlNet takes, or the size that it reads off the conditioning."""
-    if task.parts.controlnet is None:
-        height, width = batch[0].conditioning.shape[:2]
-        return {"height": height, "width": width}
-    conditioning = torch.from_numpy(np.stack([wish.conditioning for wish in batch])).permute(0, 3, 1, 2) / 255
-    return {"image": conditioning, "controlnet_conditioning_scale": how.controlnet_conditioning_scale}
 
 
 def grid(lines: Sequence[Sequence[Picture | None]]) -> Picture:

@@ -1,23 +1,19 @@
 """The networks of a training on torch's meta device, built from their `config.json`; no weights are read."""
 
-import warnings
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from pipeline.backbone import KEY, check_backbone, silence_loading
+from pipeline.backbone import KINDS, load_noise_schedule, new_controlnet, new_network
+from pipeline.backbone_checks import check_backbone
+from pipeline.backbone_source import BackboneSource
 from pipeline.config import TrainConfig
-from pipeline.errors import MaskLoomError, one_line
-from train_controlnet.networks import Networks, prepared_networks
+from train_controlnet.networks import Networks, check_controlnet, copied_controlnet, prepared_networks
 from train_controlnet.plan_memory import OnGpu
 
 META = torch.device("meta")
-CONTROLNET_KEY = "train.controlnet_model_name_or_path"
 
 
 def planned_networks(config: TrainConfig) -> Networks:
@@ -26,17 +22,15 @@ def planned_networks(config: TrainConfig) -> Networks:
     Compilation and xFormers are left out: they change how fast a step is, and by little what it keeps.
 
     Raises:
-        MaskLoomError: a `config.json` is not to be had, or does not fit.
+        MaskLoomError: the backbone cannot be trained here, or the ControlNet does not fit it.
     """
-    check_backbone(config.pretrained_model_name_or_path)
-    source = (config.pretrained_model_name_or_path, config.revision, KEY)
+    source = BackboneSource.of(config)
+    check_backbone(source)
     with META:
-        unet = UNet2DConditionModel.from_config(_settings(UNet2DConditionModel, "unet", *source))
-        vae = AutoencoderKL.from_config(_settings(AutoencoderKL, "vae", *source))
-        text_encoder = CLIPTextModel(_text_settings(*source))
+        unet, vae, text_encoder = (new_network(KINDS[part], source, part) for part in ("unet", "vae", "text_encoder"))
         networks = Networks(
             tokenizer=None,
-            scheduler=DDPMScheduler.from_config(_settings(DDPMScheduler, "scheduler", *source)),
+            scheduler=load_noise_schedule(source, config.prediction_type, config.rescale_betas_zero_snr),
             text_encoder=text_encoder,
             vae=vae,
             unet=unet,
@@ -58,49 +52,8 @@ def recompute_on_gpu(networks: Networks, config: TrainConfig, gpu: OnGpu) -> Non
 def _controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel | None:
     if config.controlnet == "none":
         return None
-    name = config.controlnet_model_name_or_path
-    if not name:
-        return ControlNetModel.from_unet(unet)
-    return ControlNetModel.from_config(_settings(ControlNetModel, None, name, None, CONTROLNET_KEY))
-
-
-@lru_cache
-def _settings(part: type[Any], subfolder: str | None, name: str, revision: str | None, key: str) -> dict[str, Any]:
-    """Return the content of a part's `config.json`, from a folder, the Hub's cache, or the Hub.
-
-    Raises:
-        MaskLoomError: it is not there; says what to do.
-    """
-    silence_loading()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # about an old argument that diffusers hands to the Hub's library
-            return part.load_config(name, subfolder=subfolder, revision=revision, local_files_only=Path(name).is_dir())
-    except (OSError, ValueError) as error:
-        raise _unreadable(part, subfolder, name, key, error) from None
-
-
-@lru_cache
-def _text_settings(name: str, revision: str | None, key: str) -> CLIPTextConfig:
-    """Return the text encoder's settings; see `_settings`."""
-    silence_loading()
-    try:
-        return CLIPTextConfig.from_pretrained(
-            name, subfolder="text_encoder", revision=revision, local_files_only=Path(name).is_dir()
-        )
-    except (OSError, ValueError) as error:
-        raise _unreadable(CLIPTextModel, "text_encoder", name, key, error) from None
-
-
-def _unreadable(part: type[Any], subfolder: str | None, name: str, key: str, error: Exception) -> MaskLoomError:
-    where = "/".join(filter(None, (name, subfolder)))
-    if Path(name).is_dir():
-        return MaskLoomError(
-            f"{key}: {where} holds no settings that {part.__name__} reads ({one_line(error)[:200]}); give a folder in diffusers format"
-        )
-    return MaskLoomError(
-        f"{key}={name}: the settings of its {subfolder or 'ControlNet'} are neither in the Hub's cache nor to be had from the Hub; "
-        "connect to the network once, correct the name, or give a local folder"
-    )
+    if not config.controlnet_model_name_or_path:
+        return copied_controlnet(config, unet)
+    controlnet = new_controlnet(config.controlnet_model_name_or_path)
+    check_controlnet(config, controlnet, unet)
+    return controlnet

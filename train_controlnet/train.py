@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pipeline.backbone_checks import check_backbone
+from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
@@ -42,6 +44,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     from train_controlnet.networks import load_networks
     from train_controlnet.task import DiffusionTask
 
+    check_backbone(BackboneSource.of(config.train))
     accelerator = make_accelerator(config.fine_tuning, run.logs("train"))
     check_before_training(config, run, contract, stage.inputs, force)
     if config.fine_tuning.vae_decoder is not None:
@@ -67,10 +70,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
 
 
 def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
-    inputs = {
-        "dataset": contract.digest,
-        "backbone": model_digest(config.fine_tuning.pretrained_model_name_or_path, config.fine_tuning.revision),
-    }
+    inputs = {"dataset": contract.digest, **BackboneSource.of(config.fine_tuning).inputs()}
     if config.fine_tuning.controlnet_model_name_or_path:
         inputs["controlnet"] = model_digest(config.fine_tuning.controlnet_model_name_or_path)
     if config.fine_tuning.lora_model_name_or_path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,12 @@ from pipeline.metrics_log import METRICS_FILE
 from pipeline.progress import say
 from pipeline.randomness import Draws
 from pipeline.runs import Run
+from pipeline.sampling import Sampling
 from pipeline.training import total_steps
 from train_controlnet.adherence import AdherenceMeter
+from train_controlnet.augmentation import Picture
 from train_controlnet.latent_cache import rgb_array
-from train_controlnet.pictures import Sampling, Wish, further_wishes, grid, sampled_images, show_in_trackers
+from train_controlnet.pictures import Wish, further_wishes, grid, sampled_images, show_in_trackers
 from train_controlnet.rows import TrainingRows
 from train_controlnet.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 
@@ -75,8 +77,8 @@ class Validator:
                 gains = 1 - right.mean(axis=1) / wrong.mean(axis=1)
                 figures |= _bin_figures("condition_gain", gains, 1 - right.mean() / wrong.mean())
             if self.meter is not None:
-                meter, seed = self.meter, self.config.seed
-                reading = meter.reading(sampled_images(self.task, self.accelerator, meter.wishes, meter.sampling, seed))
+                images = self._sampled(self.meter.wishes, self._adherence_sampling(), "adherence")
+                reading = self.meter.reading(images)
                 figures |= reading.figures()
             self._write_pictures(step)
         if wrong is not None:
@@ -91,6 +93,25 @@ class Validator:
         line = news(step, total, figures, earlier_verdicts(self.logs / METRICS_FILE, step), self.config.fine_tuning)
         if line:
             say(line)
+
+    def _sampled(self, wishes: Sequence[Wish], how: Sampling, purpose: str) -> list[Picture]:
+        return sampled_images(self.task, self.accelerator, wishes, self.config, how, purpose)
+
+    def _sampling(self) -> Sampling:
+        """Return how the stage `generate` will sample from what is trained."""
+        generate = self.config.generate
+        name = "lora" if self.task.parts.controlnet is None else "controlnet"
+        return Sampling.of(generate, generate.generators.get(name))
+
+    def _adherence_sampling(self) -> Sampling:
+        """Return the same with what `train.adherence` overrides."""
+        options = self.config.fine_tuning.adherence
+        assert options is not None
+        return self._sampling().but(
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            controlnet_conditioning_scale=options.controlnet_conditioning_scale,
+        )
 
     @contextmanager
     def _single_process(self) -> Iterator[None]:
@@ -136,10 +157,8 @@ class Validator:
         wishes = [Wish(rgb_array(row["conditioning_image"]), row["text"]) for row in rows] + self.further
         if not wishes:
             return
-        how = self.config.generate
-        sampling = Sampling("picture", how.num_inference_steps, how.guidance_scale, how.controlnet_conditioning_scale)
         real = [rgb_array(row["image"]) for row in rows] + [None] * len(self.further)
-        samples = sampled_images(self.task, self.accelerator, wishes, sampling, self.config.seed)
+        samples = self._sampled(wishes, self._sampling(), "picture")
         picture = grid(list(zip([wish.conditioning for wish in wishes], real, samples, strict=True)))
         with atomic_path(self.logs / "images" / f"step-{step:06d}.png") as temporary:
             Image.fromarray(picture).save(temporary, format="PNG")

@@ -20,8 +20,8 @@ from evaluate.inputs import EvaluationInputs, in_batches
 from evaluate.pictures import picture_grid
 from evaluate.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
 from evaluate.statistics import Bootstrap, difference, weighted_mean
+from pipeline.backbone_source import BackboneSource
 from pipeline.bounds import BatchSize, Shown
-from pipeline.errors import MaskLoomError, one_line
 from pipeline.fixed_steps import normalised
 from pipeline.runs import Run
 
@@ -89,13 +89,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     )
 
 
-def _backbone_vae(inputs: EvaluationInputs, name: str) -> Any:
-    from diffusers import AutoencoderKL
-
+def _backbone_vae(inputs: EvaluationInputs, source: BackboneSource) -> Any:
     from pipeline.backbone import load_part
 
-    vae = load_part(AutoencoderKL, name, subfolder="vae", revision=inputs.revision)
-    return vae.eval().to(inputs.device)
+    return load_part(source, "vae").eval().to(inputs.device)
 
 
 def _tuned_folder(inputs: EvaluationInputs) -> Path:
@@ -111,15 +108,9 @@ def _tuned_vae(folder: Path, device: str) -> Any:
     """
     from diffusers import AutoencoderKL
 
-    from pipeline.backbone import silence_loading
+    from pipeline.backbone import load_trained
 
-    silence_loading()
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval().to(device)
-    except Exception as error:  # whatever the readers inside raise, the remedy is the same
-        raise MaskLoomError(
-            f"{folder}: cannot be read as AutoencoderKL: {one_line(error)}; run train again with --force"
-        ) from error
+    return load_trained(AutoencoderKL, folder, "run train again with --force").eval().to(device)
 
 
 def _passage(vae: Any, images: NDArray[np.uint8], batch_size: int, device: str) -> Passage:

@@ -74,13 +74,7 @@ class Generator(BackboneGenerator):
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
         """Return images that follow the prompts and the conditioning images, less what an ablation takes away."""
         seen = [self._seen(condition) for condition in conditions]
-        return self.sampler.images(
-            seen,
-            image=control_tensor(seen, weight_dtype(self.config.generate)),
-            controlnet_conditioning_scale=self.config.generate.controlnet_conditioning_scale,
-            control_guidance_start=self.options.control_guidance_start,
-            control_guidance_end=self.options.control_guidance_end,
-        )
+        return self.sampler.images(seen, control_tensor(seen, weight_dtype(self.config.generate)))
 
     def _seen(self, condition: Condition) -> Condition:
         if self.options.empty_prompt:

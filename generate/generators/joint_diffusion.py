@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
-from generate.diffusion import solver, weight_dtype
+from generate.diffusion import weight_dtype
 from generate.generator import Condition, JointGenerator, JointOptions
 from pipeline.contract import Description
+from pipeline.sampling import solver
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +46,9 @@ class Generator(BaselineGenerator, JointGenerator):
 
         self.device, self.description = device, description
         dtype = weight_dtype(self.config.generate)
-        self.unet = self.load_network(UNet2DConditionModel, "unet", device, torch_dtype=dtype)
+        self.unet = self.load_network(UNet2DConditionModel, "unet", device, dtype)
         kind, settings = solver(self.config.generate)
-        self.scheduler = self.load_part(kind, "scheduler", **settings)
+        self.scheduler = self.load_schedule(kind, **settings)
 
     def pairs(self, conditions: Sequence[Condition]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Return images and masks of the conditions' classes."""

@@ -10,10 +10,12 @@ from generate.diffusion import Sampler, load_backbone
 from generate.generate import open_generators
 from generate.generator import Condition
 from pipeline.errors import MaskLoomError
+from pipeline.sampling import Sampling
 from tests.generate.workbench import PLAIN, Bench
 from tests.tiny_datasets import tiny_description
 
 CPU = torch.device("cpu")
+SIZES = [(32, 32)]
 KEY = "train.pretrained_model_name_or_path"
 
 
@@ -31,17 +33,17 @@ def condition(seed: int, text: str = "a disc") -> Condition:
 )
 def test_schedulers_keep_the_noise_schedule_of_the_backbone(bench: Bench, name: str, kind: str):
     config = bench.config(scheduler=name)
-    pipe = load_backbone(config, CPU, {})
+    pipe = load_backbone(config, CPU, {}, SIZES)
     assert type(pipe.scheduler).__name__ == kind
     assert pipe.scheduler.config.beta_schedule == "scaled_linear"
     assert pipe.scheduler.config.prediction_type == "epsilon"
-    images = Sampler(pipe, config.generate, tiny_description(), "").images([condition(1)])
+    images = Sampler(pipe, Sampling.of(config.generate), tiny_description()).images([condition(1)])
     assert images.shape == (1, 32, 32)
 
 
 def test_an_image_is_that_of_its_seed_and_prompt(bench: Bench):
     config = bench.config()
-    sampler = Sampler(load_backbone(config, CPU, {}), config.generate, tiny_description(), "")
+    sampler = Sampler(load_backbone(config, CPU, {}, SIZES), Sampling.of(config.generate), tiny_description())
     first, again, seed, text = sampler.images([condition(1), condition(1), condition(2), condition(1, "square")])
     np.testing.assert_allclose(first, again, atol=1e-5)
     assert abs(first - seed).max() > 0.01
@@ -50,9 +52,9 @@ def test_an_image_is_that_of_its_seed_and_prompt(bench: Bench):
 
 def test_the_mean_of_the_channels_is_grey(bench: Bench):
     config = bench.config()
-    pipe = load_backbone(config, CPU, {})
-    grey = Sampler(pipe, config.generate, tiny_description(), "").images([condition(1)])
-    colour = Sampler(pipe, config.generate, tiny_description(channels=3), "").images([condition(1)])
+    pipe = load_backbone(config, CPU, {}, SIZES)
+    grey = Sampler(pipe, Sampling.of(config.generate), tiny_description()).images([condition(1)])
+    colour = Sampler(pipe, Sampling.of(config.generate), tiny_description(channels=3)).images([condition(1)])
     np.testing.assert_allclose(grey, colour.mean(axis=-1), atol=1e-6)
 
 
@@ -66,15 +68,14 @@ def test_the_control_follows_its_scale(bench: Bench):
 
 
 def test_bfloat16_weights(bench: Bench):
-    pipe = load_backbone(bench.config(mixed_precision="bf16"), CPU, {})
+    pipe = load_backbone(bench.config(mixed_precision="bf16"), CPU, {}, SIZES)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 
 def test_large_images_are_decoded_one_by_one(bench: Bench):
     config = bench.config()
-    pipe = load_backbone(config, CPU, {})
-    Sampler(pipe, config.generate, tiny_description(size=512), "")
-    assert pipe.vae.use_slicing
+    assert not load_backbone(config, CPU, {}, SIZES).vae.use_slicing
+    assert load_backbone(config, CPU, {}, [*SIZES, (512, 512)]).vae.use_slicing
 
 
 def test_conditioning_images_are_embedded_once_a_batch(bench: Bench):
@@ -100,9 +101,9 @@ def test_a_damaged_backbone(bench: Bench, tmp_path: Path):
     shutil.copytree(bench.backbone, tmp_path / "damaged")
     (tmp_path / "damaged/unet/diffusion_pytorch_model.safetensors").write_bytes(b"short")
     with pytest.raises(MaskLoomError, match=f"{KEY}: .*damaged"):
-        load_backbone(bench.config([f"{KEY}={tmp_path}/damaged"]), CPU, {})
+        load_backbone(bench.config([f"{KEY}={tmp_path}/damaged"]), CPU, {}, SIZES)
 
 
 def test_xformers_where_it_is_not_installed(bench: Bench):
     with pytest.raises(MaskLoomError, match=r"enable_xformers_memory_efficient_attention: .*xformers"):
-        load_backbone(bench.config(enable_xformers_memory_efficient_attention=True), CPU, {})
+        load_backbone(bench.config(enable_xformers_memory_efficient_attention=True), CPU, {}, SIZES)

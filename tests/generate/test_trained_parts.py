@@ -10,12 +10,13 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from generate.diffusion import ADAPTER_FILE, fast_scheduler, load_backbone, trained_parts
+from generate.diffusion import ADAPTER_FILE, load_backbone, trained_parts
 from generate.generate import generate, open_generators
 from generate.generator import Condition, ImageGenerator
 from pipeline.errors import MaskLoomError
 from pipeline.images import png_array
 from pipeline.runs import Run
+from pipeline.sampling import sampling_scheduler
 from pipeline.verification import verify_fully
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import PLAIN, Bench
@@ -26,6 +27,7 @@ CPU = torch.device("cpu")
 ALL = ("controlnet", "unet", "lora", "vae")
 TUNED_UNET = ["train.lora=[text_encoder]", "train.sd_locked=false"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SIZES = [(32, 32)]
 SCHEDULERS = ("unipc", "dpmsolver++", "ddim")
 
 
@@ -73,7 +75,7 @@ def test_controlnet_uses_all_that_was_trained_and_text_only_none_of_it(bench_wit
 
 def test_adapters_give_the_images_that_diffusers_gives_with_them(bench: Bench):
     generator = loaded(bench, "controlnet", ["train.vae_decoder=null"])
-    pipe = load_backbone(bench.config(PLAIN), CPU, trained_parts(bench.config(PLAIN), bench.run, ALL))
+    pipe = load_backbone(bench.config(PLAIN), CPU, trained_parts(bench.config(PLAIN), bench.run, ALL), SIZES)
     without = replace_pipe(generator, pipe).images([condition()])
     pipe.load_lora_weights(bench.run.generator / "lora", weight_name=ADAPTER_FILE)
     beside = replace_pipe(generator, pipe).images([condition()])
@@ -85,7 +87,7 @@ def test_adapters_give_the_images_that_diffusers_gives_with_them(bench: Bench):
 
 def replace_pipe(generator: ImageGenerator, pipe: StableDiffusionControlNetPipeline) -> ImageGenerator:
     """Let a generator sample from another pipeline, whose prompts it has not embedded yet."""
-    generator.sampler = type(generator.sampler)(pipe, generator.config.generate, tiny_description(), "")
+    generator.sampler = type(generator.sampler)(pipe, generator.sampler.how, tiny_description())
     return generator
 
 
@@ -233,7 +235,9 @@ def test_rows_of_several_sizes_are_made_in_batches_of_one(make_bench: MakeBench)
 def test_zero_terminal_snr_starts_where_training_ended(bench: Bench, kind: str):
     overrides = ["train.rescale_betas_zero_snr=true", "train.prediction_type=v_prediction"]
     config = bench.config(overrides, scheduler=kind)
-    scheduler = fast_scheduler(DDPMScheduler(beta_schedule="scaled_linear").config, config, trained=True)
+    scheduler = sampling_scheduler(
+        DDPMScheduler(beta_schedule="scaled_linear").config, config.generate, config.train, trained=True
+    )
     scheduler.set_timesteps(5)
     assert int(scheduler.timesteps[0]) == 999
     assert float(scheduler.alphas_cumprod[-1]) < 1e-6
@@ -267,7 +271,7 @@ def test_a_network_that_knows_the_image_leads_to_it(bench: Bench, kind: str, pre
     overrides = [f"train.prediction_type={prediction}", f"train.rescale_betas_zero_snr={zero_snr}"]
     config = bench.config(overrides, scheduler=kind)
     backbone = DDPMScheduler.from_pretrained(bench.backbone, subfolder="scheduler")
-    scheduler = fast_scheduler(backbone.config, config, trained=True)
+    scheduler = sampling_scheduler(backbone.config, config.generate, config.train, trained=True)
     noised = DDPMScheduler.from_config(backbone.config, rescale_betas_zero_snr=zero_snr)
     scheduler.set_timesteps(8)
     generator = torch.Generator().manual_seed(0)
@@ -283,7 +287,7 @@ def test_a_network_that_knows_the_image_leads_to_it(bench: Bench, kind: str, pre
 
 def test_the_trained_unet_is_read_in_the_precision_of_generation(bench_with_unet: Bench):
     config = bench_with_unet.config(TUNED_UNET, mixed_precision="bf16")
-    pipe = load_backbone(config, CPU, trained_parts(config, bench_with_unet.run, ALL))
+    pipe = load_backbone(config, CPU, trained_parts(config, bench_with_unet.run, ALL), SIZES)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.controlnet.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
     assert isinstance(pipe.unet, UNet2DConditionModel)
 
