@@ -154,12 +154,12 @@ class TokenizerSettings(_Settings):
     tokenizer_class: Literal["CLIPTokenizer", "CLIPTokenizerFast"] | None = None
 
 
-def check_backbone(source: BackboneSource, weights: bool = True) -> None:
+def check_backbone(source: BackboneSource, settings_only: bool = False) -> None:
     """Check that a backbone is one that can be trained and sampled here, before anything is computed.
 
     Args:
         source: the backbone.
-        weights: whether its files of weights must be there.
+        settings_only: whether a backbone may be without any weights; where it has some, they must be those that are asked for.
 
     Raises:
         MaskLoomError: it is not there, lacks a part or its weights, is of another kind, or names code of its own.
@@ -172,7 +172,7 @@ def check_backbone(source: BackboneSource, weights: bool = True) -> None:
         from pipeline.backbone_single_file import check_single_file
 
         check_single_file(source, read_settings(folder / "unet" / SETTINGS["unet"]))
-    elif weights:
+    elif not (settings_only and source.has_no_weights()):
         _check_weights(source)
 
 

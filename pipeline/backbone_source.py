@@ -29,6 +29,7 @@ SETTINGS = {
 }
 """By part: the file of its settings."""
 PARTS = (*SETTINGS, "tokenizer")
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -139,6 +140,11 @@ class BackboneSource:
         """
         names = self._names(part)
         return None if names is None else weight_files(part, names, self.variant, self._reader(part), self.name)
+
+    def has_no_weights(self) -> bool:
+        """Return whether no part has a file of weights, of whatever kind; so is the Hub's cache before the first training."""
+        names = [name for part in WEIGHTS for name in self._names(part) or []]
+        return not any(name.endswith(WEIGHT_ENDINGS) for name in names)
 
     def weights_folder(self) -> Path:
         """Return the folder that all weights are read from; downloads those that are read, and no others.
@@ -281,7 +287,7 @@ def _no_weights(part: str, names: Collection[str], variant: str | None, missing:
     variants = sorted(
         {name.split(".")[1] for name in there if name.startswith(f"{WEIGHTS[part]}.") and name.count(".") == 2}
     )
-    if not there and any(name.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")) for name in names):
+    if not there and any(name.endswith(WEIGHT_ENDINGS) for name in names):
         return (
             f"{part} has no {wanted}, only weights that are not safetensors (pickles can run code and are never opened); convert them: "
             "pipe = StableDiffusionPipeline.from_pretrained(FOLDER); pipe.save_pretrained(NEW_FOLDER, safe_serialization=True)"

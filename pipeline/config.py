@@ -29,6 +29,8 @@ from pipeline.errors import MaskLoomError
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NOTHING_TO_DROP = "{name}=false takes out an inherited entry, and none of this name is inherited"
 MAX_NAME = 128  # file systems end at 255 bytes, and names get suffixes
+PluginName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=MAX_NAME)]
+"""File name of a plug-in without its ending: it names folders of the run as well, so it must not lead out of it."""
 
 
 def _as_height_width(value: Any) -> Any:
@@ -143,7 +145,7 @@ def _as_external(value: Any) -> Any:
 class DataConfig(Section):
     """`prepare`: raw dataset -> mask-and-prompt dataset."""
 
-    dataset: str = Field(description="file name in data_prep/datasets")
+    dataset: PluginName = Field(description="file name in data_prep/datasets")
     raw_dir: Path | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the adapter's own options")
     image_size: Size = (512, 512)
@@ -160,7 +162,7 @@ class DataConfig(Section):
     near_duplicate_correlation: float = Field(
         0.55, gt=0, le=1, description="alignment correlation that joins two images"
     )
-    external: Annotated[dict[str, ExternalConfig], BeforeValidator(_as_external)] = Field(
+    external: Annotated[dict[PluginName, ExternalConfig], BeforeValidator(_as_external)] = Field(
         default_factory=dict, description="file names in data_prep/datasets; each becomes the split external_NAME"
     )
     rows_per_shard: Rows = Field(512, ge=1)
@@ -460,7 +462,7 @@ def _plugins(*defaults: str) -> BeforeValidator:
     return BeforeValidator(entries)
 
 
-Plugins = dict[str, dict[str, Any]]
+Plugins = dict[PluginName, dict[str, Any]]
 """Options by plug-in: file name -> its own options."""
 
 DEFAULT_GENERATORS = ("controlnet", "text_only")

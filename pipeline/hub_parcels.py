@@ -14,9 +14,10 @@ from typing import Literal
 
 from pipeline.config import ExperimentConfig
 from pipeline.contract import CONTRACT_FILE, Contract, read_contract, read_ids
-from pipeline.errors import MaskLoomError, nearest_name, one_line
+from pipeline.errors import MaskLoomError, nearest_name
 from pipeline.files import read_json
 from pipeline.hub_cards import LOADING, Weights, completed_card
+from pipeline.hub_files import check_pushed_file, file_text
 from pipeline.progress import say
 from pipeline.reading import read_object
 from pipeline.runs import Run
@@ -140,16 +141,18 @@ def pack(config: ExperimentConfig, run: Run, target: Target, repo_id: str) -> Pa
 
 def _packed_set(run: Run, target: Target, repo_id: str) -> Parcel:
     folder = target.folder(run)
+    if target.part != "dataset":  # the real one may be shared between runs by a link
+        _check_place(folder, run)
     contract = verify_quickly(folder)
-    files: dict[str, Path | bytes] = {
-        name: folder / name for name in (*contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)
-    }
+    files = {name: folder / name for name in (*contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)}
+    for path in files.values():
+        check_pushed_file(path, folder)
     shards = [name for name in files if name.startswith("data/")]
     if not shards:
         raise MaskLoomError(f"{folder}: there are no rows to push; write the dataset again with --force")
     sample, group = next(iter(read_ids(folder, shards[:1]).values()))[0]
     note = f"rows are named like sample_id {sample!r}, group_id {group!r}: make sure that such names tell no patient"
-    return Parcel(target, repo_id, files, _licences(contract), (note,))
+    return Parcel(target, repo_id, dict(files), _licences(contract), (note,))
 
 
 def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
@@ -159,14 +162,19 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
     record = read_json(run.logs(stage) / "stage.json", f"the training has not ended; run {again} again")
     if record["inputs"].get("dataset") != contract.digest:
         raise MaskLoomError(f"{folder}: trained on another dataset than {run.dataset} is now; run {again} again")
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [path for path in paths if SENT["model"].fullmatch(path)]
+    _check_place(folder, run)
+    names = sorted(
+        name for path in folder.rglob("*") if SENT["model"].fullmatch(name := path.relative_to(folder).as_posix())
+    )
+    for name in names:
+        check_pushed_file(folder / name, folder)
     if not any(name.endswith(".safetensors") for name in names):
         raise MaskLoomError(f"{folder}: no weights to push (*.safetensors); run {again} again")
     files: dict[str, Path | bytes] = {name: _without_local_keys(folder / name) for name in names}
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo_id.split('/')[-1]}\n"
     if PICTURES not in files and (pictures := max((run.logs(stage) / "images").glob("step-*.png"), default=None)):
+        check_pushed_file(pictures, run.logs(stage))
         files[PICTURES] = pictures
     if PICTURES in files and PICTURES not in text:
         text = f"{text.rstrip()}\n\n![conditioning | real | samples]({PICTURES})\n"
@@ -174,6 +182,16 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
     weights = Weights(target.name, folder, stage, record)
     files[CARD] = completed_card(text, weights, repo_id, run, notes).encode()
     return Parcel(target, repo_id, files, _licences(contract), tuple(notes))
+
+
+def _check_place(folder: Path, run: Run) -> None:
+    """Check that a folder lies in its run, not behind a link.
+
+    Raises:
+        MaskLoomError: it lies elsewhere.
+    """
+    if not folder.resolve().is_relative_to(run.folder.resolve()):
+        raise MaskLoomError(f"{folder}: lies outside the run, behind a link; push from the run that it belongs to")
 
 
 def _without_local_keys(path: Path) -> Path | bytes:
@@ -219,7 +237,7 @@ def check_leaks(parcel: Parcel, config: ExperimentConfig, run: Run) -> None:
     places = [Path.home(), Path.cwd(), run.folder.absolute(), run.folder.resolve(), config.data.raw_dir]
     known = [str(place) for place in places if place is not None and place.is_absolute() and len(place.parts) > 2]
     for name, source in parcel.files.items():
-        text = _text_of(name, source)
+        text = file_text(source) if isinstance(source, Path) else source.decode("utf-8", "replace")
         found = next((place for place in known if place in text), None) or ABSOLUTE_PATH.search(text)
         if found:
             shown = found if isinstance(found, str) else found[0]
@@ -227,22 +245,3 @@ def check_leaks(parcel: Parcel, config: ExperimentConfig, run: Run) -> None:
                 f"{parcel.target.folder(run) / name}: names a path of this machine, {shown!r}, which must not be published; "
                 "give it relative, or take it out of the configuration, and write the folder again"
             )
-
-
-def _text_of(name: str, source: Path | bytes) -> str:
-    """Return what a file says in words: a text file whole, of weights the metadata.
-
-    Raises:
-        MaskLoomError: weights are cut short or are none.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if isinstance(source, Path) and source.suffix == ".safetensors":
-        try:
-            with safe_open(source, framework="numpy") as tensors:
-                return json.dumps(tensors.metadata() or {}, ensure_ascii=False)
-        except SafetensorError as error:
-            raise MaskLoomError(f"{source}: damaged weights ({one_line(error)}); run its training again") from None
-    if not name.endswith((".md", ".json")):
-        return ""
-    return (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8", "replace")

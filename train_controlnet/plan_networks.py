@@ -25,7 +25,7 @@ def planned_networks(config: TrainConfig) -> Networks:
         MaskLoomError: the backbone cannot be trained here, or the ControlNet does not fit it.
     """
     source = BackboneSource.of(config)
-    check_backbone(source)
+    check_backbone(source, settings_only=True)
     with META:
         unet, vae, text_encoder = (new_network(KINDS[part], source, part) for part in ("unet", "vae", "text_encoder"))
         networks = Networks(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 from pipeline.config import ExperimentConfig
@@ -715,3 +715,66 @@ def test_diffusers_loads_what_the_command_line_pushed(hub, world, monkeypatch):
     loaded = convert_state_dict_to_diffusers(get_peft_model_state_dict(fresh.unet, adapter_name="default_0"))
     assert loaded.keys() == adapters.keys()
     assert all(torch.equal(value, adapters[key]) for key, value in loaded.items())
+
+
+def linked(path: Path, secret: Path) -> None:
+    secret.write_text("not for others")
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+
+
+@pytest.mark.parametrize("name", ["samples.png", "README.md", "config.json", WEIGHTS])
+def test_a_link_is_never_followed(hub, world, pushed, name):
+    linked(world.weights / name, world.folder / "secret")
+    ended = pushed("generator", dry_run=True)
+    assert f"{world.weights / name}: a link" in error_of(ended)
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("name", ["contract.json", "data"])
+def test_a_link_in_a_dataset_is_never_followed(hub, world, pushed, name):
+    path = world.run.dataset / name
+    path.rename(world.folder / "elsewhere")
+    path.symlink_to(world.folder / "elsewhere")
+    assert "link" in error_of(pushed("dataset", dry_run=True))
+
+
+def test_a_folder_behind_a_link_is_not_pushed(hub, world, pushed):
+    world.weights.rename(world.folder / "elsewhere")
+    world.weights.symlink_to(world.folder / "elsewhere")
+    assert "lies outside the run, behind a link" in error_of(pushed("generator"))
+
+
+def test_a_picture_of_the_log_that_is_a_link_is_not_pushed(hub, world, pushed):
+    (world.weights / "samples.png").unlink()
+    (world.run.logs("train") / "images").mkdir(parents=True, exist_ok=True)
+    linked(world.run.logs("train") / "images/step-000009.png", world.folder / "secret")
+    assert "step-000009.png: a link" in error_of(pushed("generator"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples.png", b"-----BEGIN OPENSSH PRIVATE KEY-----"),
+        ("samples.png", b"\x89PNG\r\n\x1a\n and nothing"),
+        ("README.md", b"\xff\xfe\x00"),
+        ("config.json", b"[1]"),
+        (WEIGHTS, b"pickle"),
+    ],
+)
+def test_a_file_is_of_the_kind_that_its_name_says(hub, world, pushed, name, content):
+    (world.weights / name).write_bytes(content)
+    assert str(world.weights / name) in error_of(pushed("generator"))
+
+
+def test_nothing_hides_behind_the_end_of_a_picture(hub, world, pushed):
+    picture = world.weights / "samples.png"
+    picture.write_bytes(picture.read_bytes() + b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    assert "does not begin or end as a PNG does" in error_of(pushed("generator"))
+
+
+def test_words_in_a_picture_are_looked_at(hub, world, pushed):
+    words = PngImagePlugin.PngInfo()
+    words.add_text("Source", str(world.folder / "raw" / "patient.png"))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(world.weights / "samples.png", pnginfo=words)
+    assert "names a path of this machine" in error_of(pushed("generator"))

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
-from transformers import CLIPTextConfig
 
+from pipeline.backbone_source import ORIGINAL
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import read_contract
 from pipeline.errors import MaskLoomError
@@ -51,34 +51,11 @@ EXHAUSTED: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd15(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     """Return a folder with the settings of Stable Diffusion 1.5 and no weights."""
-    folder = tmp_path_factory.mktemp("sd15")
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-    )
-    vae = {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-    }
-    settings = {
-        "unet/config.json": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "vae/config.json": vae,
-        "text_encoder/config.json": text.to_dict(),
-        "scheduler/scheduler_config.json": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-        "tokenizer/vocab.json": {},
-        "model_index.json": {},
-    }
-    for name, value in settings.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(value))
+    folder = tmp_path_factory.mktemp("sd15") / "settings"
+    shutil.copytree(ORIGINAL / "sd1", folder)
+    shutil.copytree(backbone / "tokenizer", folder / "tokenizer")
     return folder
 
 
@@ -356,9 +333,9 @@ def test_a_run_that_does_not_fit_says_so(config: ExperimentConfig) -> None:
 
 
 def test_settings_that_are_not_there_are_named(config: ExperimentConfig, backbone: Path, tmp_path: Path) -> None:
-    with pytest.raises(MaskLoomError, match=r"nobody/nothing: the settings of its unet are neither in the Hub's cache"):
+    with pytest.raises(MaskLoomError, match=r"nobody/nothing: its files are neither in the Hub's cache"):
         planned_networks(changed(config, pretrained_model_name_or_path="nobody/nothing").train)
-    with pytest.raises(MaskLoomError, match=r"controlnet_model_name_or_path=nobody/nothing: the settings of its Contr"):
+    with pytest.raises(MaskLoomError, match=r"controlnet_model_name_or_path=nobody/nothing: its files are neither"):
         planned_networks(changed(config, controlnet_model_name_or_path="nobody/nothing").train)
     broken = tmp_path / "broken"
     shutil.copytree(backbone, broken)

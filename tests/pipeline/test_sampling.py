@@ -1,0 +1,151 @@
+"""Validation samples, mask adherence and the stage `generate` sample in the same way: same weights, noise and settings, same pixels."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+
+from generate.diffusion import load_backbone
+from generate.generators import controlnet
+from pipeline.config import ExperimentConfig
+from pipeline.contract import read_contract
+from pipeline.randomness import keyed_generator
+from pipeline.runs import Run
+from pipeline.sampling import Sampling, prompt_embedding, sample, sampling_scheduler
+from pipeline.training import make_accelerator
+from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
+from tests.tiny_datasets import write_tiny_run
+from tests.train_controlnet.conftest import fresh_accelerate, tiny_config  # noqa: F401
+from train_controlnet.export import export
+from train_controlnet.pictures import Wish, sampled_images
+from train_controlnet.task import DiffusionTask
+from train_controlnet.validation import Validator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_backbone(tmp_path_factory.mktemp("backbone"), prediction_type="v_prediction")
+
+
+def experiment(folder: Path, backbone: Path, generate: dict[str, Any], **train: Any) -> ExperimentConfig:
+    write_tiny_run(folder, {}, {"train": 6, "validation": 6, "test": 2})
+    if train.get("controlnet") != "none":
+        weights = build_tiny_controlnet(backbone, folder / "start")
+        train |= {"controlnet_model_name_or_path": str(weights)}
+    config = tiny_config(folder, backbone, **train)
+    values = config.model_dump(mode="json", exclude_none=True)
+    return ExperimentConfig.model_validate({**values, "generate": {**values["generate"], **generate}})
+
+
+OPTIONS = {"negative_prompt": "a square", "control_guidance_end": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("generate", "train"),
+    [
+        ({"scheduler": "unipc", "guidance_scale": 2.5, "generators": {"controlnet": OPTIONS}}, {}),
+        (
+            {"scheduler": "ddim", "guidance_scale": 1.0, "controlnet_conditioning_scale": 0.5},
+            {"rescale_betas_zero_snr": True},
+        ),
+        (
+            {"scheduler": "dpmsolver++", "generators": {"lora": {"negative_prompt": "a disc"}}},
+            {"controlnet": "none", "sd_locked": False},
+        ),
+    ],
+)
+def test_validation_and_generate_give_identical_pixels(
+    tmp_path: Path, backbone: Path, generate: dict[str, Any], train: dict[str, Any]
+) -> None:
+    config = experiment(tmp_path, backbone, {"num_inference_steps": 3, **generate}, **train)
+    run = Run(config.run_folder)
+    contract, accelerator = read_contract(run.dataset), make_accelerator(config.fine_tuning, run.logs("train"))
+    task = DiffusionTask(config, run, contract, accelerator)
+    how = Validator._sampling(task.validator)
+    mask = np.zeros((32, 32, 3), np.uint8)
+    mask[8:20, 10:25] = 255
+    wishes = [Wish(mask, "a disc"), Wish(mask[::-1].copy(), "a square on the left")]
+    validation = sampled_images(task, accelerator, wishes, config, how, "picture")
+    export(task, config, run, contract, accelerator)
+    assert generated(config, run, wishes) == [image.tobytes() for image in validation]
+
+
+def generated(config: ExperimentConfig, run: Run, wishes: list[Wish]) -> list[bytes]:
+    """Return the images of the pipeline that the stage `generate` loads, called as its generators call it, in bytes."""
+    name = "lora" if config.fine_tuning.controlnet == "none" else "controlnet"
+    options = controlnet.Options(**config.generate.generators.get(name, {}))
+    parts = {part: run.generator / part for part in ("controlnet", "unet") if (run.generator / part).is_dir()}
+    pipe = load_backbone(config, CPU, parts, [(32, 32)])
+    from pipeline.prompt_encoding import load_prompt_encoder
+
+    encoder = load_prompt_encoder(config.fine_tuning)
+    with torch.inference_mode():
+        batch = sample(
+            pipe,
+            [prompt_embedding(pipe, encoder, wish.prompt) for wish in wishes],
+            prompt_embedding(pipe, encoder, options.negative_prompt),
+            torch.from_numpy(np.stack([wish.conditioning for wish in wishes])).permute(0, 3, 1, 2) / 255
+            if "controlnet" in parts
+            else None,
+            (32, 32),
+            [keyed_generator(config.seed, "picture", number) for number in range(len(wishes))],
+            Sampling.of(config.generate, options.model_dump()),
+        )
+    pixels = (batch.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return [image.tobytes() for image in pixels]
+
+
+def test_adherence_samples_as_generate_does_unless_it_says_otherwise(tmp_path: Path, backbone: Path) -> None:
+    values = {
+        "num_inference_steps": 7,
+        "guidance_scale": 4.0,
+        "controlnet_conditioning_scale": 1.5,
+        "generators": {"controlnet": OPTIONS},
+    }
+    config = experiment(tmp_path, backbone, values, adherence={"num_images": 8})
+    whole = Sampling(7, 4.0, 1.5, "a square", 0.0, 0.7)
+
+    class Asked:
+        parts = type("Parts", (), {"controlnet": object()})
+
+    def sampling(**adherence: Any) -> Sampling:
+        train = config.fine_tuning.model_copy(
+            update={"adherence": config.fine_tuning.adherence.model_copy(update=adherence)}
+        )
+        validator = object.__new__(Validator)
+        validator.task, validator.config = Asked(), config.model_copy(update={"train": train})
+        return validator._adherence_sampling()
+
+    assert sampling() == whole
+    changed = sampling(num_inference_steps=2, guidance_scale=0.0, controlnet_conditioning_scale=2.0)
+    assert changed == Sampling(2, 0.0, 2.0, "a square", 0.0, 0.7)
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, PNDMScheduler])
+@pytest.mark.parametrize("name", ["unipc", "dpmsolver++", "ddim"])
+def test_settings_as_they_are_on_disk_give_what_the_backbones_own_class_gives(
+    tmp_path: Path, kind: type[Any], name: str
+) -> None:
+    kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(tmp_path)
+    settings = kind.load_config(tmp_path)
+    config = ExperimentConfig.model_validate(
+        {
+            "experiment": "a",
+            "data": {"dataset": "tiny"},
+            "generate": {"scheduler": name},
+            "train": {"pretrained_model_name_or_path": "a/b"},
+        }
+    )
+    found = sampling_scheduler(settings, config.generate, config.fine_tuning, trained=True)
+    through = type(found).from_config(
+        kind.from_pretrained(tmp_path).config, **({"algorithm_type": "dpmsolver++"} if name == "dpmsolver++" else {})
+    )
+    assert dict(found.config) == dict(through.config)
+    found.set_timesteps(5)
+    through.set_timesteps(5)
+    assert found.timesteps.equal(through.timesteps)
