@@ -70,6 +70,15 @@ def test_a_class_without_test_images_is_left_out() -> None:
     assert np.isfinite(estimate(found["AUROC"], len(labels)))
 
 
+def test_f1_is_averaged_over_the_classes_that_a_draw_holds() -> None:
+    """In the second draw no image is of class c, though one is taken for it."""
+    labels = np.array([0, 1, 2, 0])
+    probabilities = np.eye(3)[[0, 1, 2, 2]]
+    f1 = classification_statistics(labels, probabilities, NAMES)["macro F1"]
+    found = f1(np.array([[1.0, 1, 1, 1], [1, 1, 0, 1]]))
+    assert found == pytest.approx([np.mean([2 / 3, 1, 2 / 3]), np.mean([2 / 3, 1])])
+
+
 def test_auroc_of_one_class_is_not_defined() -> None:
     found = classification_statistics(np.zeros(4, dtype=int), np.full((4, 2), 0.5), NAMES[:2])
     assert np.isnan(estimate(found["AUROC"], 4))

@@ -151,6 +151,15 @@ def test_manifold_scores_of_collapse_and_of_tiny_sets(random: np.random.Generato
     assert manifold_scores(real[:2], real[:2], 5)["precision"] == 1
 
 
+def test_what_is_drawn_follows_its_seed(random: np.random.Generator) -> None:
+    labels = np.zeros(30, np.int64)
+    pairs = [random_pairs(labels, 20, seed).tolist() for seed in (1, 1, 2)]
+    assert pairs[0] == pairs[1] != pairs[2]
+    left, right = random.normal(size=(40, 3)), random.normal(size=(40, 3))
+    values = [kernel_distance(left, right, 5, seed) for seed in (1, 1, 2)]
+    assert values[0] == values[1] != values[2]
+
+
 def test_ms_ssim_of_equal_images_is_one_and_of_noise_low(random: np.random.Generator) -> None:
     images = random.integers(0, 256, (3, 64, 64, 1), dtype=np.uint8)
     images[1] = images[0]

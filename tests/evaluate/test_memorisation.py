@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluate import nearest
-from evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, _table
+from evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, _table, _verdict
 from evaluate.nearest import Nearest, nearest_features, nearest_pixels
 from tests.evaluate.runs import answer, copied, tiny_inputs
 from tests.tiny_datasets import Sample, tiny_picture, write_tiny_run
@@ -48,6 +48,20 @@ def test_shares_of_flagged_images(tmp_path: Path) -> None:
     }
     of_parents = [values[space]["parent_is_nearest"]["value"] for space in (FEATURES, PIXELS, "both")]
     assert of_parents == pytest.approx([1 / 2, 2 / 3, 0])
+
+
+@pytest.mark.parametrize(("flagged", "named"), [(2, False), (6, True)])
+def test_a_generator_is_named_where_more_is_flagged_than_chance_explains(
+    tmp_path: Path, flagged: int, named: bool
+) -> None:
+    """Two of 20 are 10 %, but its interval reaches below the 5 % that unseen real images would be flagged at."""
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 20})
+    found = Nearest(np.zeros(20, np.int64), np.zeros(20))
+    some = {space: np.arange(20) < flagged for space in (FEATURES, PIXELS)}
+    image_set = tiny_inputs(tmp_path, ("copied",)).synthetic["copied"]
+    verdict = _verdict([Audit(image_set, {FEATURES: found, PIXELS: found}, some, some)], Options())
+    assert ("copied lies nearer to training images" in verdict) == named
+    assert ("no sign of copying" in verdict) != named
 
 
 def test_every_image_is_compared_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

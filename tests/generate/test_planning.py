@@ -92,6 +92,14 @@ def test_replacements_are_others_of_the_same_class():
     assert {parent.label for parent in tried} == {0}
 
 
+def test_a_mask_is_not_tried_twice_for_a_row():
+    candidates = parents("0" * MAX_PARENTS)
+    for row in plan_rows(candidates, LABELS, GenerateConfig(images_per_class={"benign": 5}), 0):
+        tried = list(replacement_parents(row, group_by_label(candidates), 0))
+        assert {parent.sample_id for parent in tried} == {parent.sample_id for parent in candidates}
+        assert len(tried) == MAX_PARENTS
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -115,6 +115,11 @@ def test_a_ratio_that_asks_for_too_many_rows(real: Path, made: Path, tmp_path: P
     combine(real, [made], CombineOptions(tmp_path / "out", ratio=1.66))
 
 
+def test_one_row_more_than_there_are(real: Path, made: Path, tmp_path: Path):
+    with pytest.raises(MaskLoomError, match=r"takes 21 synthetic rows for 12 real ones, and there are 20"):
+        combine(real, [made], CombineOptions(tmp_path / "out", ratio=21 / 12))
+
+
 def test_classes_are_balanced_by_adding_to_the_rare_one(real: Path, made: Path, tmp_path: Path):
     combine(real, [made], CombineOptions(tmp_path / "out", balance=True))
     assert shares(tmp_path / "out") == {("real", DISC): 8, ("real", SQUARE): 4, ("synthetic", SQUARE): 4}

@@ -87,6 +87,13 @@ def test_weights_stand_still_where_the_step_is_left_out_and_move_before_and_afte
     assert not torch.equal(weights[4], weights[3])
 
 
+def test_overflows_are_counted_anew_after_a_step_that_was_made(tmp_path: Path) -> None:
+    task = SteepTask({38: 1.0, 39: 1.0}, always=1e30)  # the micro-batches of step 20
+    before = flat(task)
+    run_fp16(tmp_path, task, max_train_steps=40, logging_steps=4, validation_steps=40, checkpointing_steps=40)
+    assert not torch.equal(flat(task), before)
+
+
 def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path) -> None:
     """AdamW's moments and its count of steps stand still as well."""
     run_fp16(tmp_path / "steep", SteepTask({2: 1e6, 3: 1e6}), lr_scheduler="constant", max_train_steps=2)

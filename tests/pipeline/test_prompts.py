@@ -89,6 +89,8 @@ def test_spaces_are_folded():
 def test_no_template_that_can_be_filled_is_an_error_that_names_the_sample():
     with pytest.raises(MaskLoomError, match=r"sample s1: no prompt template can be filled from \['a'\]"):
         render_prompt(["{b}"], "s1", {"a": "x"})
+    with pytest.raises(MaskLoomError, match=r"can be filled from \['a', 'c'\]"):
+        render_prompt(["{b}"], "s1", {"c": "x", "a": "x"})
     with pytest.raises(MaskLoomError, match="no prompt template"):
         render_prompt([], "s1", {})
 

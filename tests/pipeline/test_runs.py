@@ -67,6 +67,19 @@ def test_a_stage_that_ran_is_skipped_until_something_changes(tmp_path, capsys):
     assert not _stage(tmp_path).skips(force=False)
 
 
+@pytest.mark.parametrize("changes", [{"inputs": {"dataset": "b"}}, {"config": 2}])
+def test_other_inputs_and_another_configuration_make_a_stage_stale(tmp_path, changes):
+    _run(_stage(tmp_path))
+    assert _stage(tmp_path).state() == "done"
+    assert _stage(tmp_path, **changes).state() == "stale"
+
+
+def test_another_version_makes_a_stage_stale(tmp_path, monkeypatch):
+    _run(_stage(tmp_path))
+    monkeypatch.setattr("pipeline.runs.__version__", "another")
+    assert _stage(tmp_path).state() == "stale"
+
+
 def test_the_record_says_where_the_result_came_from(tmp_path):
     _run(_stage(tmp_path))
     record = json.loads((tmp_path / "logs" / "train" / "stage.json").read_text())
