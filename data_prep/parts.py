@@ -23,12 +23,17 @@ from data_prep.survey import PreparedSample, Source, prepared_sample
 from pipeline.config import DataConfig, StainConfig
 from pipeline.contract import Sample
 from pipeline.errors import RejectedSample
-from pipeline.files import atomic_path
+from pipeline.files import TEMPORARY_SUFFIX, atomic_path, file_digest
 from pipeline.images import png_bytes
+from pipeline.progress import say
 
 if TYPE_CHECKING:
     from data_prep.stains import StainNormaliser
 
+SIGNATURES = "signatures.bin"
+SEAL = "sha256"  # suffix of the file that is written last and holds the digests of a part's others
+SUFFIXES = ("jsonl", "bin", "near")
+PART_FILES = (*(f"part-*.{suffix}" for suffix in (*SUFFIXES, SEAL)), SIGNATURES, f".*{TEMPORARY_SUFFIX}")
 PICTURES = ("image", "mask", "conditioning_image")
 
 
@@ -51,8 +56,18 @@ class Part:
         return folder / f"part-{self.number:06d}.{suffix}"
 
     def is_done(self, folder: Path) -> bool:
-        """Whether it has been read."""
-        return self.path(folder, "jsonl").is_file()
+        """Whether it has been read, and its files are as they were written; a damaged one is reported."""
+        seal = self.path(folder, SEAL)
+        if not seal.is_file():
+            return False
+        if seal.read_bytes() == _digests(self, folder):
+            return True
+        say(f"{self.path(folder, 'jsonl')}: damaged since it was written; reading that part of the raw data again")
+        return False
+
+    def forget(self, folder: Path) -> None:
+        """Have the part read again."""
+        self.path(folder, SEAL).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -113,10 +128,9 @@ def read_part(reading: Reading, part: Part) -> int:
     """
     usable = 0
     with ExitStack() as files:
-        # Renamed in the reverse of this order: the records last, for they say that the part is whole.
         records, pictures, signatures = (
             files.enter_context(files.enter_context(atomic_path(part.path(reading.folder, suffix))).open("wb"))
-            for suffix in ("jsonl", "bin", "near")
+            for suffix in SUFFIXES
         )
         for entry in _samples(reading, part):
             if isinstance(entry, Reject):
@@ -127,7 +141,27 @@ def read_part(reading: Reading, part: Part) -> int:
                 signatures.write(sample.signature)
                 record = _record(item, sample, pictures)
             records.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    with atomic_path(part.path(reading.folder, SEAL)) as temporary:
+        temporary.write_bytes(_digests(part, reading.folder))
     return usable
+
+
+def _digests(part: Part, folder: Path) -> bytes:
+    """Return the digests of a part's files, a line each; a file that is missing has none."""
+    paths = [part.path(folder, suffix) for suffix in SUFFIXES]
+    return "".join(f"{file_digest(path) if path.is_file() else 'missing'}\n" for path in paths).encode()
+
+
+def clear_parts(folder: Path) -> None:
+    """Delete the files of parts in a folder and in its subfolders, and the folders where nothing else is left in them."""
+    if not folder.is_dir():
+        return
+    for subfolder in [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]:
+        clear_parts(subfolder)
+    for path in [path for pattern in PART_FILES for path in folder.glob(pattern)]:
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _samples(reading: Reading, part: Part) -> Iterator[tuple[RawItem, PreparedSample] | Reject]:

@@ -7,7 +7,6 @@ Memory holds the list of samples and the pixels of a few.
 
 import json
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,14 +20,24 @@ from data_prep.grouping import Grouping, Row, consistent_rows, joined, without_s
 from data_prep.left_out import told_left_out
 from data_prep.near_duplicates import METHOD, RECORD, near_duplicate_clusters
 from data_prep.parallel import parallel_results, worker_count
-from data_prep.parts import Found, Part, Reading, found_samples, read_part, row_sample, scanned_parts, without_taken_ids
+from data_prep.parts import (
+    SIGNATURES,
+    Found,
+    Part,
+    Reading,
+    clear_parts,
+    found_samples,
+    read_part,
+    row_sample,
+    scanned_parts,
+    without_taken_ids,
+)
 from data_prep.small_classes import told_small_classes
 from data_prep.splitting import Group, split_of_groups
 from data_prep.survey import Source
 from pipeline.config import DataConfig, ExperimentConfig, ExternalConfig
 from pipeline.config_loading import validated
 from pipeline.contract import (
-    CONTRACT_FILE,
     EXTERNAL_PREFIX,
     LEDGER_FILE,
     SPLITS,
@@ -39,10 +48,11 @@ from pipeline.contract import (
     plan_shards,
 )
 from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest, remove_folder, value_digest, write_text
+from pipeline.files import file_digest, value_digest, write_text
+from pipeline.ownership import check_places, check_replaceable
 from pipeline.plugins import load_plugin
 from pipeline.progress import Advance, progress, say
-from pipeline.runs import Run, Stage, open_run
+from pipeline.runs import CONFIG_FILE, Run, Stage, open_run
 
 PACKAGE = "data_prep.datasets"
 SCRATCH = ".prepare"
@@ -71,13 +81,15 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
     """
     sources = open_sources(config.data)
     run = open_run(config)
-    stage = Stage(run, "prepare", _inputs(sources, config.data), _settings(config), [run.dataset / CONTRACT_FILE])
+    _check_places(run, sources, config.data)
+    stage = Stage(run, "prepare", _inputs(sources, config.data), _settings(config), [run.dataset])
     if stage.skips(force):
         return
     reading = Reading(run.folder / SCRATCH / stage.key[:16], sources, config.data)
     if shard is not None:
         _read_shard(reading, shard, force)
         return
+    check_replaceable(run.dataset)
     with stage.recorded() as results:
         _clear_leftovers(run, reading.folder, keep_parts=merge or not force)
         parts = scanned_parts(sources)
@@ -88,7 +100,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         rows, rejected = _usable_rows(reading, parts)
         splits = _rows_by_split(rows, config)
         writer = _writer(run.dataset, sources, config, splits, stage.key)
-        writer.prepare_folder()
+        writer.prepare_folder(afresh=force)
         _write_shards(writer, reading, splits)
         ledger = [{"path": _shown_path(reject.path, sources), "reason": reject.reason} for reject in rejected]
         card = dataset_card(
@@ -99,7 +111,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         _note_items(run, reading, parts)
         _tell_cut_prompts(config, run.dataset, contract)
         small_classes = told_small_classes(reading.folder, parts)
-        shutil.rmtree(run.folder / SCRATCH)
+        clear_parts(run.folder / SCRATCH)
     rows_written = sum(part.rows for part in contract.splits.values())
     if told := told_left_out([Reject(**row) for row in ledger], rows_written, run.dataset / LEDGER_FILE):
         say(told)
@@ -207,13 +219,26 @@ def _ordered(option: Any) -> Any:
     return [[str(key), value] for key, value in option.items()]
 
 
+def _check_places(run: Run, sources: Sequence[Source], data: DataConfig) -> None:
+    """Check that no raw folder lies where the stage writes, or the other way round.
+
+    Raises:
+        MaskLoomError: names the key and both places.
+    """
+    inputs = {
+        "data.raw_dir" if not source.split else f"data.external.{source.name}.raw_dir": source.adapter.raw_dir
+        for source in sources
+    }
+    if data.stain is not None:
+        inputs["data.stain.reference"] = data.stain.reference
+    check_places(inputs, [run.dataset, run.folder / SCRATCH, run.logs("prepare"), run.folder / CONFIG_FILE])
+
+
 def _clear_leftovers(run: Run, parts_folder: Path, keep_parts: bool) -> None:
-    """Remove what a killed run left beside the dataset, and a whole dataset: it is of other inputs, edited, or forced anew."""
-    if (run.dataset / CONTRACT_FILE).is_file():
-        remove_folder(run.dataset)
-    others = [folder for folder in (run.folder / SCRATCH).glob("*") if not (keep_parts and folder == parts_folder)]
-    for folder in (*run.folder.glob(f".{run.dataset.name}.*.doomed"), *others):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what a killed run has left: parts that were read for other inputs or settings, or all where it begins afresh."""
+    for folder in (run.folder / SCRATCH).glob("*"):
+        if folder.is_dir() and not (keep_parts and folder == parts_folder):
+            clear_parts(folder)
 
 
 def _read_shard(reading: Reading, shard: Shard, force: bool) -> None:
@@ -221,7 +246,7 @@ def _read_shard(reading: Reading, shard: Shard, force: bool) -> None:
     parts = scanned_parts(reading.sources)[shard.number - 1 :: shard.of]
     if force:
         for part in parts:
-            part.path(reading.folder, "jsonl").unlink(missing_ok=True)
+            part.forget(reading.folder)
     _read_missing(reading, parts)
     say(f"prepare: shard {shard.number}/{shard.of} has read its {len(parts)} part(s); `merge` writes the dataset")
 
@@ -318,7 +343,7 @@ def _clusters(reading: Reading, found: Sequence[Found]) -> list[int]:
     near_name: dict[int, int] = {}
     near = [index for index, sample in enumerate(found) if sample.has_signature]
     if near:
-        signatures = reading.folder / "signatures.bin"
+        signatures = reading.folder / SIGNATURES
         _join_signatures(reading.folder, [found[index] for index in near], signatures)
         digests = [found[index].digest or f"blank {index}" for index in near]
         workers = worker_count(len(near) // 100, reading.data.num_workers)

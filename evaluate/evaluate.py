@@ -6,7 +6,7 @@ Each answer is kept with a key of all that it depends on, so that an interrupted
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -18,11 +18,12 @@ from pipeline.config import ExperimentConfig, Section
 from pipeline.config_loading import validated
 from pipeline.contract import Contract, read_contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import atomic_path, model_digest, read_json, value_digest, write_json
+from pipeline.files import json_text, model_digest, read_json, value_digest
 from pipeline.images import png_bytes
+from pipeline.ownership import OwnedFolder
 from pipeline.plugins import load_plugin
 from pipeline.progress import progress, say
-from pipeline.runs import Run, Stage, open_run
+from pipeline.runs import Run, Stage, open_run, require_intact
 from pipeline.verification import verify_quickly
 
 PACKAGE = "evaluate.metrics"
@@ -54,22 +55,23 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     backbone = "none" if config.train is None else BackboneSource.of(config.train).digest()
     tuned = run.generator / "vae"
     if tuned.is_dir():  # a fine-tuned decoder, which `vae_ceiling` looks at
+        require_intact(run, "train", tuned)
         digests["vae"] = model_digest(str(tuned))
     settings = {"seed": config.seed, "questions": [question.identity for question in questions]}
-    stage = Stage(
-        run, "evaluate", {**digests, "backbone": backbone}, settings, [_answer_file(run, q.name) for q in questions]
-    )
+    stage = Stage(run, "evaluate", {**digests, "backbone": backbone}, settings, [run.evaluation])
     if stage.skips(force):
         return
+    answers = OwnedFolder(run.evaluation)
+    answers.check()
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
         inputs = verified_inputs(run, config)
-        _remove_other_answers(run, questions)
+        answers.claim()
+        _remove_other_answers(answers, questions)
         for question in questions:
             advance(0, note=question.name)
             key = value_digest([__version__, question.identity, digests, backbone, config.seed])
-            answer = _kept_answer(run, question, "" if force else key) or _new_answer(
-                run, question, inputs, key, digests
-            )
+            kept = None if force else _kept_answer(answers, question, key)
+            answer = kept or _new_answer(answers, question, inputs, key, digests)
             results[question.name] = answer["verdict"]
             advance()
 
@@ -114,41 +116,41 @@ def _contracts(run: Run, config: ExperimentConfig) -> dict[str, Contract]:
     return {"real": read_contract(run.dataset), **synthetic}
 
 
-def _answer_file(run: Run, name: str) -> Path:
-    return run.evaluation / f"{name}.json"
-
-
-def _remove_other_answers(run: Run, questions: list[Question]) -> None:
+def _remove_other_answers(answers: OwnedFolder, questions: list[Question]) -> None:
     """Delete answers to questions that are no longer asked: the report shows whatever lies there."""
-    for path in run.evaluation.glob("*.json"):
-        if path.stem not in {question.name for question in questions}:
-            _remove_answer(run, path.stem)
+    asked = {question.name for question in questions}
+    answers.remove([name for name in answers.files() if _question_of(name) not in asked])
 
 
-def _remove_answer(run: Run, name: str) -> None:
-    _answer_file(run, name).unlink(missing_ok=True)
-    for picture in run.evaluation.glob(f"{name}-*.png"):
-        picture.unlink()
+def _question_of(name: str) -> str:
+    """Return the metric that wrote a file of the folder: `NAME.json`, or `NAME-0.png` for its pictures."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix == ".json" else path.stem.rpartition("-")[0]
 
 
-def _kept_answer(run: Run, question: Question, key: str) -> dict[str, Any] | None:
-    """Return the answer on disk if it has this key."""
-    path = _answer_file(run, question.name)
-    if not path.is_file():
+def _kept_answer(answers: OwnedFolder, question: Question, key: str) -> dict[str, Any] | None:
+    """Return the answer on disk if it has this key, and it and its pictures are as they were written; reports damage."""
+    name = f"{question.name}.json"
+    if not (answers.path / name).is_file() or name not in answers.files():
         return None
-    answer: dict[str, Any] = read_json(path, "delete it")
+    own = [file for file in answers.files() if _question_of(file) == question.name]
+    problem = next((problem for file in own if (problem := answers.problem(file))), None)
+    if problem:
+        say(f"{problem}; computing {question.name} again")
+        return None
+    answer: dict[str, Any] = read_json(answers.path / name, "run evaluate again with --force")
     return answer if answer.get("key") == key else None
 
 
 def _new_answer(
-    run: Run, question: Question, inputs: EvaluationInputs, key: str, digests: dict[str, str]
+    answers: OwnedFolder, question: Question, inputs: EvaluationInputs, key: str, digests: dict[str, str]
 ) -> dict[str, Any]:
-    """Compute and write an answer: pictures first, the JSON last."""
+    """Compute and write an answer: pictures first, the JSON last; an older one stays until then."""
     result: MetricResult = question.module.evaluate(inputs, question.options)
-    _remove_answer(run, question.name)
+    answers.remove([name for name in answers.files() if _question_of(name) == question.name])
     for number, picture in enumerate(result.pictures):
         picture.path = f"{question.name}-{number}.png"
-        with atomic_path(run.evaluation / picture.path) as temporary:
+        with answers.writing(picture.path) as temporary:
             temporary.write_bytes(png_bytes(picture.pixels))
     answer = {
         "metric": question.name,
@@ -158,6 +160,6 @@ def _new_answer(
         "options": question.options.model_dump(mode="json"),
         **result.as_json(),
     }
-    write_json(_answer_file(run, question.name), answer)
+    answers.write_text(f"{question.name}.json", json_text(answer))
     say(f"{question.name}: {result.verdict}")
     return answer

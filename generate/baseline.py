@@ -14,6 +14,7 @@ from pipeline.contract import Description
 from pipeline.errors import MaskLoomError
 from pipeline.files import model_digest
 from pipeline.masks import resize_mask
+from pipeline.runs import require_intact
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +52,9 @@ class BaselineGenerator(ImageGenerator):
         """Return a hash of the weights' content.
 
         Raises:
-            MaskLoomError: the family has not been trained.
+            MaskLoomError: the family has not been trained, or its weights are no longer what was trained.
         """
+        require_intact(self.run, f"baselines/{self.family}", self.folder)
         return model_digest(str(self.folder))
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ from pipeline.contract import Description
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import file_digest, value_digest
 from pipeline.prompt_encoding import PromptEncoder
-from pipeline.runs import Run
+from pipeline.runs import Run, require_intact
 from pipeline.sampling import Pipeline, Sampling, build_pipeline, prompt_embedding, sample, sampling_scheduler
 from pipeline.trained_parts import ADAPTER_FILE, exported_names
 
@@ -34,20 +34,20 @@ def trained_parts(config: ExperimentConfig, run: Run, wanted: Sequence[str]) -> 
     return {name: run.generator / name for name in exported_names(config.fine_tuning) if name in wanted}
 
 
-def weights_digest(config: ExperimentConfig, parts: Mapping[str, Path]) -> str:
+def weights_digest(config: ExperimentConfig, run: Run, parts: Mapping[str, Path]) -> str:
     """Return the identity of the backbone and of the content of trained parts.
 
     Args:
         config: names the backbone.
+        run: whose training wrote the parts.
         parts: from `trained_parts`.
 
     Raises:
-        MaskLoomError: a part has not been trained yet.
+        MaskLoomError: a part has not been trained yet, or is no longer what was trained.
     """
+    for folder in parts.values():
+        require_intact(run, "train", folder)
     files = [folder / name for part, folder in parts.items() for name in _files(part)]
-    for file in files:
-        if not file.is_file():
-            raise MaskLoomError(f"{file}: missing; run train first (make train)")
     backbone = BackboneSource.of(config.fine_tuning).digest()
     return value_digest([backbone, *(file_digest(file) for file in files)]) if files else backbone
 
@@ -219,7 +219,7 @@ class BackboneGenerator(ImageGenerator):
         Raises:
             MaskLoomError: a part has not been trained yet, or never will be.
         """
-        return weights_digest(self.config, self.parts)
+        return weights_digest(self.config, self.run, self.parts)
 
     def check(self) -> None:
         """Check the backbone."""

@@ -29,7 +29,6 @@ from pipeline import __version__
 from pipeline.config import ExperimentConfig
 from pipeline.config_loading import validated
 from pipeline.contract import (
-    CONTRACT_FILE,
     Contract,
     DatasetWriter,
     Description,
@@ -41,7 +40,7 @@ from pipeline.contract import (
     read_contract,
 )
 from pipeline.errors import MaskLoomError
-from pipeline.files import remove_folder, value_digest, write_text
+from pipeline.files import value_digest
 from pipeline.plugins import load_plugin
 from pipeline.progress import Advance, progress, say
 from pipeline.runs import Run, Stage, open_run
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 GENERATORS = "generate.generators"
+LEDGERS = ".rejected"  # of each shard; hidden, so that `load_dataset` and an upload pass it by
 LONGEST_WAIT = timedelta(days=30)  # of a process for the others: a barrier must not time out while they still compute
 
 
@@ -122,7 +122,7 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract, generators: M
         "generate",
         inputs={"dataset": contract.digest, **{f"weights of {name}": one.digest for name, one in generators.items()}},
         config=[config.generate.model_dump(mode="json"), *_settings_of_other_sections(config)],
-        outputs=[run.synthetic / name / CONTRACT_FILE for name in generators],
+        outputs=[run.synthetic / name for name in generators],
     )
 
 
@@ -196,15 +196,13 @@ class _Weaving:
         settings = _settings(name, generator, self.config)
         writer = self._writer(name, generator, settings)
         if self.processes.is_main_process:
-            if force:
-                remove_folder(writer.folder)
-            writer.prepare_folder()
+            writer.prepare_folder(afresh=force)
         self.processes.wait_for_everyone()
         missing = writer.missing_shards()
         self.processes.wait_for_everyone()  # nobody writes before everybody has looked
         seconds = self._write_shards(writer, missing, name, generator)
         self.processes.wait_for_everyone()
-        rejected, figures = _read_ledgers(writer)
+        rejected, figures = _read_ledgers(writer) if self.processes.is_main_process else ([], MaskFigures())
         if self.processes.is_main_process:
             self._finish(writer, settings, rejected, figures)
         self.processes.wait_for_everyone()
@@ -236,7 +234,8 @@ class _Weaving:
             ]
         )
         shards = plan_shards({"train": len(self.rows)}, self.config.generate.rows_per_shard)
-        return DatasetWriter(self.run.synthetic / name, description, shards, key)
+        folder = self.run.synthetic / name
+        return DatasetWriter(folder, description, shards, key, self.processes.process_index, LEDGERS)
 
     def _write_shards(
         self, writer: DatasetWriter, missing: Sequence[Shard], name: str, generator: ImageGenerator
@@ -345,24 +344,19 @@ def _sample(
     )
 
 
-def _ledger_path(writer: DatasetWriter, shard: Shard) -> Path:
-    """Hidden, so that `load_dataset` and an upload pass it by; it goes when the plan changes, like the shards."""
-    return writer.folder / ".rejected" / f"{Path(shard.file).stem}.json"
-
-
 def _write_ledger(
     writer: DatasetWriter, shard: Shard, rejected: Sequence[Mapping[str, str]], figures: MaskFigures
 ) -> None:
     ledger = {"rejected": [dict(row) for row in rejected], "figures": asdict(figures)}
-    write_text(_ledger_path(writer, shard), json.dumps(ledger, ensure_ascii=False))
+    writer.write_note(shard, json.dumps(ledger, ensure_ascii=False))
 
 
 def _read_ledgers(writer: DatasetWriter) -> tuple[list[Mapping[str, str]], MaskFigures]:
     """Return the rejected masks of all shards, and what their drawn masks were like."""
     rejected: list[Mapping[str, str]] = []
     figures = MaskFigures()
-    for shard in writer.shards:
-        ledger = json.loads(_ledger_path(writer, shard).read_text(encoding="utf-8"))
+    for note in writer.notes():
+        ledger = json.loads(note)
         rejected += ledger["rejected"]
         figures.add(MaskFigures(**ledger["figures"]))
     return rejected, figures

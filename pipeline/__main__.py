@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__.splitlines()[0]
 )
 
-STATE_STYLES = {"done": "green", "stale": "yellow", "missing": "red"}
+STATE_STYLES = {"done": "green", "stale": "yellow", "damaged": "bold red", "missing": "red"}
 DIGEST_LETTERS = 8
 
 
@@ -66,7 +66,7 @@ def sweep(
 
 @app.command()
 def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
-    """Show which stages are done, stale or missing, what they took and what they read."""
+    """Show which stages are done, stale, damaged or missing, what they took and what they read; every output is compared with its digest."""
     from rich.console import Console
 
     from pipeline.config_loading import load_experiment

@@ -1,21 +1,27 @@
 """Checkpoints that are whole or absent: `checkpoint-N/`, written beside and renamed."""
 
-import os
+from __future__ import annotations
+
+import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, load
+from accelerate.utils.constants import RNG_STATE_NAME
 from diffusers import ModelMixin
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.averages import Averages
 from pipeline.errors import MaskLoomError, one_line, told_when_unwritable
-from pipeline.files import read_json, remove_folder, write_json
+from pipeline.files import TEMPORARY_SUFFIX, read_json, write_json
+from pipeline.ownership import MANIFEST, OwnedFolder, delete_folder, file_problem, put_in_place, seal_folder
 from pipeline.progress import say
 
 LOOP_FILE = "loop.json"
@@ -23,10 +29,33 @@ LENGTH_SETTINGS = frozenset({"max_train_steps", "num_train_epochs"})
 """How far a training goes is not what it is: a checkpoint may be of a shorter or longer one."""
 
 
+class LoopRecord(BaseModel):
+    """The content of `loop.json`.
+
+    Attributes:
+        step: number of optimizer steps done.
+        averages: what `Averages.save` returned.
+        identity: what the training depends on.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    step: int = Field(ge=0)
+    averages: dict[str, Any]
+    identity: dict[str, Any]
+
+
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
-    """Return the finished checkpoints in a folder by step, ascending."""
-    found = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+    """Return the finished checkpoints in a folder by step, ascending; a folder of that name without a record is not one."""
+    named = ((re.fullmatch(r"checkpoint-(\d{1,12})", path.name), path) for path in folder.glob("checkpoint-*"))
+    found = {int(match[1]): path for match, path in named if match and (path / LOOP_FILE).exists()}
     return dict(sorted(found.items()))
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints in a folder; the user's own files in them stay."""
+    for path in checkpoint_steps(folder).values():
+        delete_folder(path)
 
 
 def save_checkpoint(
@@ -47,9 +76,9 @@ def save_checkpoint(
         identity: what the training depends on; `resume` refuses a checkpoint of another one.
         limit: how many checkpoints stay; None keeps all.
     """
-    final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
+    final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}{TEMPORARY_SUFFIX}"
     if accelerator.is_main_process:
-        remove_folder(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with told_when_unwritable(temporary):
@@ -57,15 +86,14 @@ def save_checkpoint(
         kept = averages.save(temporary) if accelerator.is_main_process else {}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        record = {"step": step, "averages": kept, "identity": dict(identity), "files": _sizes(temporary)}
+        record = LoopRecord(step=step, averages=kept, identity=json.loads(json.dumps(dict(identity))))
         with told_when_unwritable(temporary):
-            write_json(temporary / LOOP_FILE, record)
-        _flush(temporary)
-        remove_folder(final)
-        temporary.rename(final)
+            write_json(temporary / LOOP_FILE, record.model_dump(mode="json"))
+            seal_folder(temporary)
+        put_in_place(temporary, final)
         old = list(checkpoint_steps(folder).values())[: -limit if limit else 0]
         for path in old:
-            remove_folder(path)
+            delete_folder(path)
     accelerator.wait_for_everyone()
 
 
@@ -94,20 +122,82 @@ def resume(
     path = _wanted_checkpoint(folder, wanted)
     if path is None:
         return 0
-    remedy = f"the checkpoint is damaged: delete {path} and run again, which goes on from the one before it"
-    record = read_json(path / LOOP_FILE, remedy)
-    if not {"step", "averages", "identity", "files"} <= record.keys():
-        raise MaskLoomError(f"{path / LOOP_FILE}: has not all entries; {remedy}")
-    _check_identity(path, record["identity"], identity)
-    _check_whole(path, record["files"], remedy)
+    record = read_checkpoint(path)
+    _check_identity(path, record.identity, identity)
+    _check_random_states(path, accelerator)
     try:
         accelerator.load_state(str(path))
-        averages.load(path, record["averages"])
+        averages.load(path, record.averages)
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
-        raise MaskLoomError(f"{path}: cannot be read ({one_line(error)[:200]}); {remedy}") from error
+        raise MaskLoomError(f"{path}: cannot be read ({one_line(error)[:200]}); {_remedy(path)}") from error
+    _check_random_states_restored(path, accelerator)
     if accelerator.is_main_process:
         say(f"resuming from {path}")
-    return int(record["step"])
+    return record.step
+
+
+def read_checkpoint(path: Path) -> LoopRecord:
+    """Return a checkpoint's record, after comparing every file of the checkpoint with its digest.
+
+    Raises:
+        MaskLoomError: a file is missing or not what was written, or the record is damaged.
+    """
+    remedy = _remedy(path)
+    try:
+        written = OwnedFolder(path).digests()
+        record = LoopRecord.model_validate(read_json(path / LOOP_FILE, remedy))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise MaskLoomError(f"{path / LOOP_FILE}: {where}: {one_line(first['msg'])}; {remedy}") from None
+    except MaskLoomError as error:
+        raise MaskLoomError(f"{one_line(error)}; {remedy}") from None
+    if LOOP_FILE not in written:
+        raise MaskLoomError(f"{path}: lists no files that were written ({MANIFEST}); {remedy}")
+    problem = next((p for name, known in written.items() if (p := file_problem(path / name, known))), None)
+    if problem:
+        raise MaskLoomError(f"{problem}; {remedy}")
+    return record
+
+
+def _remedy(path: Path) -> str:
+    return f"the checkpoint is damaged: delete {path} and run again, which continues from the one before it"
+
+
+def _check_random_states(path: Path, accelerator: Accelerator) -> None:
+    """Check that this process's random state is there: accelerate itself goes on without it.
+
+    Raises:
+        MaskLoomError: it is missing.
+    """
+    if not _random_states(path, accelerator).is_file():
+        raise MaskLoomError(
+            f"{_random_states(path, accelerator)}: missing, and this training has {accelerator.num_processes} process(es); {_remedy(path)}"
+        )
+
+
+def _check_random_states_restored(path: Path, accelerator: Accelerator) -> None:
+    """Compare this process's generators with the kept states: accelerate only logs where it cannot restore them.
+
+    Raises:
+        MaskLoomError: they differ, as on another number or kind of devices.
+    """
+    states = load(_random_states(path, accelerator))
+    pairs = [(states["torch_manual_seed"], torch.get_rng_state())]
+    if torch.cuda.is_available():
+        kept, now = states.get("torch_cuda_manual_seed", []), torch.cuda.get_rng_state_all()
+        pairs += list(zip(kept, now, strict=False))
+        if len(kept) != len(now):
+            pairs.append((torch.zeros(1), torch.ones(1)))
+    if not all(torch.equal(kept, now) for kept, now in pairs):
+        raise MaskLoomError(
+            f"{_random_states(path, accelerator)}: the random states cannot be restored on these devices; resume on as many devices "
+            "of the same kind, or start afresh with --force"
+        )
+
+
+def _random_states(path: Path, accelerator: Accelerator) -> Path:
+    return path / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
 
 
 def checkpoint_to_resume(folder: Path, wanted: str | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -209,24 +299,3 @@ def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str,
             f"{path}: this checkpoint belongs to another training ({differences}); "
             "restore the old settings, use another experiment name, or start afresh with --force"
         )
-
-
-def _check_whole(path: Path, sizes: Mapping[str, int], remedy: str) -> None:
-    """Tell a file that is missing or cut off: a missing random state would not stop accelerate."""
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            raise MaskLoomError(f"{file}: no such file; {remedy}")
-        if file.stat().st_size != size:
-            raise MaskLoomError(f"{file}: {file.stat().st_size} bytes, not {size}; {remedy}")
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every file under a folder by its relative name."""
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _flush(folder: Path) -> None:
-    for file in (p for p in folder.rglob("*") if p.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())

@@ -13,7 +13,9 @@ from pipeline.runs import StageChecked, check_only
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]
-CheckOption = Annotated[bool, typer.Option("--check", help="only print whether the outputs are done, stale or missing")]
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="only print whether the outputs are done, stale, damaged or missing")
+]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")
 ]
@@ -23,7 +25,7 @@ StageFunction = Callable[[ExperimentConfig, bool], None]
 
 
 def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check: bool) -> None:
-    """Run a stage, or with `check` only print its state: `done`, `stale` or `missing`."""
+    """Run a stage, or with `check` only print its state (`done`, `stale`, `damaged` or `missing`) and, on a second line, the reason."""
     if not check:
         stage(config, force)
         return
@@ -32,6 +34,8 @@ def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check
             stage(config, force)
     except StageChecked as checked:
         print(checked.state)
+        if checked.reason:
+            print(checked.reason)
 
 
 def run_stage_command(

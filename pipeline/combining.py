@@ -35,7 +35,8 @@ from pipeline.contract import (
     stored_rows,
 )
 from pipeline.errors import MaskLoomError
-from pipeline.files import read_json, remove_folder, value_digest
+from pipeline.files import read_json, value_digest
+from pipeline.ownership import OwnedFolder, check_places, delete_folder
 from pipeline.progress import say
 from pipeline.reading import row_attributes
 from pipeline.verification import verify_fully
@@ -134,8 +135,11 @@ def combine(real: Path, synthetic: Sequence[Path], options: CombineOptions) -> l
     real_labels = _train_labels(real, real_contract)
     chosen = chosen_rows(real_labels, _ordered_pool(sets, options.seed), real_contract.description.labels, options)
     plans = _plans(real_contract, sets, chosen, options)
-    _check_output([real, *synthetic], plans, options)
-    return [_written(plan, real, real_contract, sets, real_labels) for plan in plans]
+    leftovers = _check_output([real, *synthetic], plans, options)
+    contracts = [_written(plan, real, real_contract, sets, real_labels) for plan in plans]
+    for folder in leftovers:
+        delete_folder(folder)
+    return contracts
 
 
 def chosen_rows(
@@ -321,12 +325,12 @@ def _set_settings(one: SyntheticSet) -> dict[str, Any]:
     }
 
 
-def _check_output(inputs: Sequence[Path], plans: Sequence[Combination], options: CombineOptions) -> None:
-    """Refuse every place that holds anything but a combination; delete stages of a longer schedule where that is asked for."""
-    place = options.output.resolve()
-    for given in (folder.resolve() for folder in inputs):
-        if place == given or place in given.parents or given in place.parents:
-            raise MaskLoomError(f"--output {options.output}: holds {given} or lies in it; give a folder of its own")
+def _check_output(inputs: Sequence[Path], plans: Sequence[Combination], options: CombineOptions) -> list[Path]:
+    """Refuse every place that holds anything but a combination; return the stages of a longer schedule, which the new one replaces."""
+    check_places(
+        {("--synthetic" if number else "--real") + f" {folder}": folder for number, folder in enumerate(inputs)},
+        [options.output],
+    )
     if options.output.exists() and not options.output.is_dir():
         raise MaskLoomError(f"--output {options.output}: a file; give a new or empty folder")
     leftovers = []
@@ -341,8 +345,7 @@ def _check_output(inputs: Sequence[Path], plans: Sequence[Combination], options:
         ]
     for folder, key in [*((plan.folder, plan.key) for plan in plans), *((folder, "") for folder in leftovers)]:
         _check_place(folder, key, options.force)
-    for folder in leftovers:
-        remove_folder(folder)
+    return leftovers
 
 
 def _check_place(folder: Path, key: str, force: bool) -> None:
@@ -352,7 +355,7 @@ def _check_place(folder: Path, key: str, force: bool) -> None:
     plan = folder / PLAN_FILE
     known = read_json(plan, "delete it") if plan.is_file() else None
     there = known.get("key") if isinstance(known, dict) else None
-    if not isinstance(there, str) or not there.startswith(KEY_PREFIX):
+    if not isinstance(there, str) or not there.startswith(KEY_PREFIX) or not OwnedFolder(folder).is_marked():
         raise MaskLoomError(f"--output {folder}: not empty and not a combined dataset; give a new or empty folder")
     if there != key and not force:
         raise MaskLoomError(

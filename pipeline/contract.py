@@ -19,17 +19,10 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 
 from pipeline.bounds import LARGEST_INT, Side
 from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import (
-    atomic_path,
-    file_digest,
-    read_json,
-    remove_folder,
-    remove_leftovers,
-    value_digest,
-    write_json,
-    write_text,
-)
+from pipeline.files import PIECES, file_digest, json_text, link_or_copy, read_json, remove_leftovers, value_digest
 from pipeline.images import png_bytes
+from pipeline.ownership import OwnedFolder, check_replaceable, put_in_place
+from pipeline.progress import say
 from pipeline.reading import Record, checked, inside, read_object
 
 if TYPE_CHECKING:
@@ -233,14 +226,27 @@ def features(description: Description) -> datasets.Features:
     )
 
 
-class DatasetWriter:
-    """Writes a dataset shard by shard; an interrupted writing goes on where it stopped.
+def staging_folder(folder: Path) -> Path:
+    """Return where a dataset is written before it takes its place."""
+    return folder.with_name(f".{folder.name}.unfinished")
 
-    Each shard appears whole or not at all. Shards of an earlier, interrupted run are kept if its plan (inputs,
-    configuration, rows) had the same key, and thrown away otherwise.
+
+class DatasetWriter:
+    """Writes a dataset shard by shard beside its place, and puts it there when it is whole.
+
+    Until then an older dataset stays as it is. An interrupted writing goes on where it stopped: shards that are as they were written are
+    kept if their plan (inputs, configuration, rows) had the same key.
     """
 
-    def __init__(self, folder: Path, description: Description, shards: Sequence[Shard], key: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        description: Description,
+        shards: Sequence[Shard],
+        key: str,
+        process: int = 0,
+        notes_folder: str = "",
+    ) -> None:
         """Keep the plan. Nothing is touched before `prepare_folder`.
 
         Args:
@@ -248,24 +254,45 @@ class DatasetWriter:
             description: what is true of all rows.
             shards: from `plan_shards`.
             key: digest of everything that the bytes depend on.
+            process: number of this process among those that write shards at the same time.
+            notes_folder: where every shard has a note beside its rows (`write_note`); empty: there are none.
         """
         self.folder, self.description, self.shards, self.key = folder, description, tuple(shards), key
+        self.staging = staging_folder(folder)
+        self._notes_folder = notes_folder
+        self._owned = OwnedFolder(self.staging, process)
 
-    def prepare_folder(self) -> None:
-        """Make the folder ready for this plan; call once, on one process.
+    def prepare_folder(self, afresh: bool = False) -> None:
+        """Make the place of writing ready for this plan; call once, on one process.
 
-        A finished dataset of the same plan that was edited since is thrown away: its shards are not this plan's any more.
+        Shards of an unfinished or finished dataset of the same plan are taken over.
+
+        Args:
+            afresh: take over none.
+
+        Raises:
+            MaskLoomError: what lies at the dataset's place is not the program's.
         """
-        plan = self.folder / PLAN_FILE
-        known = read_json(plan, "delete it") if plan.is_file() else None
-        if known != {"key": self.key} or changed_file(self.folder) is not None:
-            remove_folder(self.folder)
-            write_json(plan, {"key": self.key})
-        remove_leftovers(self.folder)
+        check_replaceable(self.folder)
+        if afresh or self._plan_of(self.staging) != self.key:
+            self._owned.delete()
+            self._owned.claim()
+            if not afresh and self._plan_of(self.folder) == self.key:
+                self._take_over()
+            self._owned.write_text(PLAN_FILE, json.dumps({"key": self.key}, indent=2) + "\n")
+        remove_leftovers(self.staging)
 
     def missing_shards(self) -> list[Shard]:
-        """Return the shards that are not on disk yet."""
-        return [shard for shard in self.shards if not (self.folder / shard.file).is_file()]
+        """Return the shards that are not there yet, or no longer as they were written, which is reported."""
+        missing = []
+        for shard in self.shards:
+            problems = {name: self._owned.problem(name) for name in self._files_of(shard)}
+            if any(problems.values()):
+                missing.append(shard)
+            for name, problem in problems.items():
+                if problem and (self.staging / name).exists():
+                    say(f"{problem}; making it anew")
+        return missing
 
     def write_shard(self, shard: Shard, samples: Iterable[Sample]) -> None:
         """Write one shard atomically.
@@ -277,7 +304,7 @@ class DatasetWriter:
 
         schema = features(self.description).arrow_schema
         written = 0
-        with atomic_path(self.folder / shard.file) as temporary:
+        with self._owned.writing(shard.file) as temporary:
             with pq.ParquetWriter(temporary, schema) as writer:
                 for batch in _batches(samples):
                     writer.write_table(_table(batch, schema))
@@ -285,10 +312,19 @@ class DatasetWriter:
             if written != shard.stop - shard.start:
                 raise ValueError(f"{shard.file}: {written} samples for {shard.stop - shard.start} rows")
 
+    def write_note(self, shard: Shard, text: str) -> None:
+        """Write what is known of a shard beside its rows; before the shard, which counts as missing without it."""
+        self._owned.write_text(self._note_file(shard), text)
+
+    def notes(self) -> Iterator[str]:
+        """Yield every shard's note, in order."""
+        for shard in self.shards:
+            yield (self.staging / self._note_file(shard)).read_text(encoding="utf-8")
+
     def finish(
         self, card: str, rejected: Iterable[Mapping[str, str]], config_hash: str, parent: Parent | None
     ) -> Contract:
-        """Write card, ledger and, last, `contract.json`.
+        """Write card, ledger and, last, `contract.json`; then put the dataset in its place.
 
         Args:
             card: the dataset card (README.md).
@@ -300,20 +336,47 @@ class DatasetWriter:
         from pipeline.provenance import git_sha
 
         ledger = [json.dumps(dict(row), sort_keys=True, ensure_ascii=False) for row in rejected]
-        write_text(self.folder / LEDGER_FILE, "".join(line + "\n" for line in ledger))
-        write_text(self.folder / "README.md", card)
+        self._owned.write_text(LEDGER_FILE, "".join(line + "\n" for line in ledger))
+        self._owned.write_text("README.md", card)
         files = [shard.file for shard in self.shards] + [LEDGER_FILE, "README.md"]
         contract = Contract(
             schema_version=SCHEMA_VERSION,
             description=self.description,
             producer=Producer(version=__version__, git_sha=git_sha(), config_hash=config_hash),
             parent=parent,
-            splits=summarise_splits(read_ids(self.folder, [shard.file for shard in self.shards])),
-            files={file: file_digest(self.folder / file) for file in files},
+            splits=summarise_splits(read_ids(self.staging, [shard.file for shard in self.shards])),
+            files={file: self._sha256(file) for file in files},
             rejected=len(ledger),
         )
-        write_json(self.folder / CONTRACT_FILE, contract.model_dump(mode="json"))
+        self._owned.write_text(CONTRACT_FILE, json_text(contract.model_dump(mode="json")))
+        put_in_place(self.staging, self.folder)
         return contract
+
+    def _files_of(self, shard: Shard) -> list[str]:
+        return [shard.file, self._note_file(shard)] if self._notes_folder else [shard.file]
+
+    def _note_file(self, shard: Shard) -> str:
+        return f"{self._notes_folder}/{Path(shard.file).stem}.json"
+
+    def _take_over(self) -> None:
+        """Link what is intact of a dataset of the same plan; files are replaced and never changed, so a link is as good as a copy."""
+        finished = OwnedFolder(self.folder)
+        for name in (name for shard in self.shards for name in self._files_of(shard)):
+            if finished.problem(name) is None:
+                with self._owned.writing(name) as temporary:
+                    link_or_copy(self.folder / name, temporary)
+
+    def _plan_of(self, folder: Path) -> str | None:
+        """Return the key of the plan that a folder was written by, or None where there is none, or a damaged one."""
+        if OwnedFolder(folder).problem(PLAN_FILE) is not None:
+            return None
+        plan = read_json(folder / PLAN_FILE, "delete it")
+        return plan.get("key") if isinstance(plan, dict) else None
+
+    def _sha256(self, name: str) -> str:
+        """Return the SHA-256 of a file as it was written: what changed since must not become the truth."""
+        known = self._owned.digests().get(name, "")
+        return file_digest(self.staging / name) if known.startswith(PIECES) else known
 
 
 def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -401,7 +464,13 @@ def read_contract(folder: Path) -> Contract:
         MaskLoomError: the dataset is missing, unfinished, of another schema version, or its contract was damaged.
     """
     if not folder.is_dir():
-        raise MaskLoomError(f"{folder}: no such dataset; run the stage that writes it first")
+        unfinished = staging_folder(folder).is_dir()
+        what = (
+            "unfinished; run the stage that writes it again"
+            if unfinished
+            else "no such dataset; run the stage that writes it first"
+        )
+        raise MaskLoomError(f"{folder}: {what}")
     path = folder / CONTRACT_FILE
     if not path.is_file():
         raise MaskLoomError(

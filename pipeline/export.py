@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pipeline.config_loading import validated
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
 from pipeline.exporter import DatasetExporter, ExportSource
-from pipeline.files import atomic_folder, read_json, write_json
+from pipeline.files import read_json, write_json
+from pipeline.ownership import MANIFEST, OwnedFolder, check_places, whole_folder
 from pipeline.plugins import load_plugin
 from pipeline.progress import say
 from pipeline.verification import verify_fully
@@ -63,13 +63,9 @@ def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
     _check_fit(exporter, source, options.format)
     provenance = _provenance(exporter, source, options.format)
     _check_output(options.output, dataset, provenance, options.force)
-    with atomic_folder(options.output.resolve()) as folder:
-        try:
-            exporter.write(source, folder)
-            write_json(folder / PROVENANCE_FILE, provenance)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+    with whole_folder(options.output.resolve()) as folder:
+        exporter.write(source, folder)
+        write_json(folder / PROVENANCE_FILE, provenance)
     say(f"{options.output}: {options.format}, {_counts_text(source)}; masks: {provenance['masks']}")
     return provenance
 
@@ -136,16 +132,16 @@ def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> d
 
 def _check_output(output: Path, dataset: Path, provenance: Mapping[str, Any], force: bool) -> None:
     """Only an empty place, or an export that this one may replace, is written to: nobody's other files are ever deleted."""
-    place, inputs = output.resolve(), dataset.resolve()
-    if place == inputs or place in inputs.parents or inputs in place.parents:
-        raise MaskLoomError(f"--output {output}: holds the dataset or lies in it; give a folder of its own")
+    check_places({"dataset": dataset}, [output])
     if output.exists() and not output.is_dir():
         raise MaskLoomError(f"--output {output}: a file; give a new or empty folder")
     if not output.is_dir() or not any(output.iterdir()):
         return
     path = output / PROVENANCE_FILE
-    if not path.is_file():
-        raise MaskLoomError(f"--output {output}: not empty and not an earlier export; give a new or empty folder")
+    if not path.is_file() or not OwnedFolder(output).is_marked():
+        raise MaskLoomError(
+            f"--output {output}: not empty and not an earlier export ({PROVENANCE_FILE} or {MANIFEST} is missing); give a new or empty folder"
+        )
     earlier = read_json(path, "delete the folder, or give another one")
     if not force and (not isinstance(earlier, dict) or any(earlier.get(key) != provenance[key] for key in SAME)):
         raise MaskLoomError(

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from pipeline.errors import MaskLoomError, one_line
 CHUNK_BYTES = 1 << 20
 MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".bin"})  # not the card and its pictures
 LOCK_FILE = ".lock"
-WHOLE_HASH_BYTES = 64 << 20  # larger files (backbones of gigabytes) are told apart by size and time
+PIECES = "pieces:"  # before the digest of a file that was hashed in pieces
+TEMPORARY_SUFFIX = ".maskloom-tmp"  # of files and folders that are being written or deleted, all hidden
+HASH_THREADS = 8
+PIECE_BYTES = 64 << 20  # larger files are hashed in pieces of this size, on several threads
 
 
 @contextmanager
@@ -25,28 +29,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The content is flushed to the disk before the rename, so that a crash leaves the old file, the new one, or none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        flush_files([temporary])
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder; it takes the name `path`, in place of an older one, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove_folder(temporary)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        with file.open("rb") as handle:
+def flush_files(paths: Iterable[Path]) -> None:
+    """Have the system write the content of files to the disk."""
+    for path in paths:
+        with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    remove_folder(path)
-    temporary.rename(path)
 
 
 @contextmanager
@@ -79,18 +75,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def remove_folder(path: Path) -> None:
-    """Delete a folder so that no moment shows a half-deleted one under its own name."""
-    if path.is_dir():
-        doomed = path.with_name(f".{path.name}.{os.getpid()}.doomed")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files and folders that killed runs left anywhere under `folder`."""
-    for path in sorted(p for pattern in (".*.tmp", ".*.doomed") for p in folder.rglob(pattern)):
-        if path.is_dir():
+    for path in sorted(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -104,7 +92,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys sorted, so that the same value gives the same bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON, keys sorted, so that the same value gives the same text."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Make a hard link, or a copy where the file system has no links. Files are replaced and never changed, so both are as good."""
+    Path(target).unlink(missing_ok=True)  # copying over a link would change the file that it shares
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def read_json(path: Path, remedy: str) -> Any:
@@ -156,8 +158,33 @@ def value_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def content_digest(path: Path) -> str:
+    """Return what identifies the content of a file of any size.
+
+    Up to 64 MiB it is the file's SHA-256. Of a larger one it is the SHA-256 of the digests of its pieces, which are computed on several threads
+    so that hashing a model takes a fraction of the time of loading it; `PIECES` before it tells the two apart.
+    """
+    size = path.stat().st_size
+    if size <= PIECE_BYTES:
+        return file_digest(path)
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, HASH_THREADS)) as pool:
+        pieces = pool.map(lambda start: _piece_digest(path, start), range(0, size, PIECE_BYTES))
+        return f"{PIECES}{hashlib.sha256(''.join(pieces).encode()).hexdigest()}"
+
+
+def _piece_digest(path: Path, start: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        handle.seek(start)
+        remaining = PIECE_BYTES
+        while remaining and (data := handle.read(min(CHUNK_BYTES, remaining))):
+            digest.update(data)
+            remaining -= len(data)
+    return digest.hexdigest()
+
+
 def folder_digest(folder: Path, suffixes: frozenset[str] | None = None) -> str:
-    """Return a digest over the visible files of a folder: names and contents (very large files: size and time).
+    """Return a digest over the visible files of a folder: names and contents.
 
     Args:
         folder: searched with all its subfolders.
@@ -170,9 +197,7 @@ def folder_digest(folder: Path, suffixes: frozenset[str] | None = None) -> str:
             continue
         if any(part.startswith(".") for part in relative.parts):
             continue
-        stat = path.stat()
-        content = file_digest(path) if stat.st_size <= WHOLE_HASH_BYTES else f"{stat.st_size}/{stat.st_mtime_ns}"
-        digest.update(f"{relative}\0{content}\n".encode())
+        digest.update(f"{relative}\0{content_digest(path)}\n".encode())
     return digest.hexdigest()
 
 

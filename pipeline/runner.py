@@ -16,9 +16,8 @@ from typing import Any
 import psutil
 
 from pipeline.errors import MaskLoomError, nearest_name, one_line
-from pipeline.files import read_json
 from pipeline.interruption import Interrupted, end_with_parent, received, signals_to
-from pipeline.runs import STAGES, Run
+from pipeline.runs import RECORD_FILE, STAGES, Run, read_record
 from pipeline.yaml_reading import read_yaml
 
 MODULES = {
@@ -134,7 +133,7 @@ def needs_launcher(accelerate_config: Path | None) -> bool:
 
 @dataclass(frozen=True)
 class StageState:
-    """What is known of a stage: `done`, `stale` or `missing`, why, and the record of its last run."""
+    """What is known of a stage: `done`, `stale`, `damaged` or `missing`, why, and the record of its last run."""
 
     name: str
     state: str
@@ -163,13 +162,23 @@ def stage_states(run: Run, arguments: Sequence[str]) -> list[StageState]:
 
 def _ask(run: Run, name: str, arguments: Sequence[str]) -> StageState:
     """Return a stage's own answer to `--check`; where it fails, its error is the reason."""
-    path = run.logs(name) / "stage.json"
-    record = read_json(path, "delete it") if path.is_file() else {}
-    finished = path.stat().st_mtime if record else None
+    record, finished = _last_record(run, name)
     command = [sys.executable, "-m", *MODULES[name], *arguments, "--check"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode == 0:
-        return StageState(name, answer.stdout.strip(), "", record, finished)
+        state, _, reason = answer.stdout.strip().partition("\n")
+        return StageState(name, state, one_line(reason), record, finished)
     lines = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
     reason = one_line(lines[-1]).removeprefix("error: ")
     return StageState(name, "stale" if record else "missing", reason, record, finished)
+
+
+def _last_record(run: Run, name: str) -> tuple[dict[str, Any], float | None]:
+    """Return a stage's record and when it was written; nothing where there is none, or a damaged one, which the stage itself names."""
+    try:
+        record = read_record(run, name)
+    except MaskLoomError:
+        return {}, None
+    if record is None:
+        return {}, None
+    return record.model_dump(mode="json"), (run.logs(name) / RECORD_FILE).stat().st_mtime

@@ -5,10 +5,8 @@ Each variant is a run of its own below the sweep's run folder. Variants of the s
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from pydantic import Field, field_validator
 
 from pipeline.config import ExperimentConfig, Section
 from pipeline.config_loading import load_config, read_values, validated
-from pipeline.contract import CONTRACT_FILE
 from pipeline.errors import MaskLoomError
-from pipeline.files import LOCK_FILE, atomic_folder, read_json, value_digest, write_text
+from pipeline.files import LOCK_FILE, link_or_copy, value_digest
+from pipeline.ownership import MANIFESTS, OwnedFolder, whole_folder
 from pipeline.progress import say
 from pipeline.runner import run_stages
-from pipeline.runs import STAGES, Run
+from pipeline.runs import RECORD_FILE, STAGES, Run, damaged_file, read_record
 from pipeline.sweep_table import print_table, variant_rows, write_table
 
 FOLDER = "sweep"
@@ -96,10 +94,13 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
     """
     config = load_config(path, overrides, SweepConfig)
     variants = planned_variants(path, overrides, config)
+    OwnedFolder(config.run_folder).mark()
     prepared: dict[str, Variant] = {}
     failed = {}
     for number, variant in enumerate(variants, start=1):
-        write_text(variant.path, yaml.safe_dump(variant.config.model_dump(mode="json"), sort_keys=False))
+        name = variant.path.relative_to(config.run_folder).as_posix()
+        text = yaml.safe_dump(variant.config.model_dump(mode="json"), sort_keys=False)
+        OwnedFolder(config.run_folder).write_text(name, text)
         if variant.name:
             say(f"sweep: {variant.name} ({number} of {len(variants)})")
         stage = run_variant(variant, prepared, force, accelerate_config)
@@ -171,7 +172,7 @@ def run_variant(variant: Variant, prepared: dict[str, Variant], force: bool, acc
 def _train_families(variant: Variant, arguments: list[str], again: bool, accelerate_config: Path | None) -> int:
     """Train each family in a process of its own, or one's peak memory would hide the next one's; return the first exit code that is not 0."""
     if again:  # it holds the families' older records
-        (variant.run.logs("baselines") / "stage.json").unlink(missing_ok=True)
+        (variant.run.logs("baselines") / RECORD_FILE).unlink(missing_ok=True)
     codes = (
         run_stages(["baselines"], [*arguments, "--family", family], accelerate_config)
         for family in variant.config.baselines
@@ -184,24 +185,14 @@ def share_dataset(source: Run, target: Run) -> None:
 
     Files are hard links where the file system has them: every writer replaces files and changes none.
     """
-    record = source.logs("prepare") / "stage.json"
-    own = target.logs("prepare") / "stage.json"
-    if own.is_file() and (target.dataset / CONTRACT_FILE).is_file() and _key(own) == _key(record):
+    record, own = read_record(source, "prepare"), read_record(target, "prepare")
+    if record is None:
+        raise MaskLoomError(f"{source.logs('prepare') / RECORD_FILE}: missing; run the sweep again")
+    if own is not None and own.key == record.key and damaged_file(target, own.files) is None:
         return
-    own.unlink(missing_ok=True)  # between two datasets the run has none
-    for name in ("dataset", "logs/prepare"):
-        with atomic_folder(target.folder / name) as folder:
-            own_locks = shutil.ignore_patterns(LOCK_FILE)  # linked, they would hold both runs at once
-            shutil.copytree(source.folder / name, folder, ignore=own_locks, copy_function=_linked, dirs_exist_ok=True)
-
-
-def _key(record: Path) -> Any:
-    values: Mapping[str, Any] = read_json(record, "delete it")
-    return values.get("key")
-
-
-def _linked(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # no hard links here
-        shutil.copy2(source, target)
+    target.mark()
+    (target.logs("prepare") / RECORD_FILE).unlink(missing_ok=True)  # between two datasets the run has none
+    not_shared = shutil.ignore_patterns(LOCK_FILE, MANIFESTS)  # a lock, linked, would hold both runs at once
+    with whole_folder(target.dataset) as folder:
+        shutil.copytree(source.dataset, folder, ignore=not_shared, copy_function=link_or_copy, dirs_exist_ok=True)
+    shutil.copytree(source.logs("prepare"), target.logs("prepare"), ignore=not_shared, dirs_exist_ok=True)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig
 from pipeline.contract import CONTRACT_FILE, Contract, read_contract
-from pipeline.files import write_json, write_text
+from pipeline.files import json_text
+from pipeline.ownership import OwnedFolder
 from pipeline.report.evaluation import Evaluation, Interval, cell_text, is_about, read_evaluations
 from pipeline.report.formatting import MISSING, markdown_table
 from pipeline.runs import Run
@@ -130,11 +131,11 @@ def write_table(folder: Path, title: str, rows: Sequence[Row], failed: Mapping[s
         rows: of all variants.
         failed: the stage at which a variant failed, by name.
     """
-    write_text(folder / "table.md", _markdown(title, rows, failed))
-    write_text(folder / "table.csv", _csv(rows))
-    write_json(
-        folder / "table.json", {"experiment": title, "failed": dict(failed), "rows": [_as_json(r) for r in rows]}
-    )
+    owned = OwnedFolder(folder)
+    owned.write_text("table.md", _markdown(title, rows, failed))
+    owned.write_text("table.csv", _csv(rows))
+    table = {"experiment": title, "failed": dict(failed), "rows": [_as_json(row) for row in rows]}
+    owned.write_text("table.json", json_text(table))
 
 
 def _markdown(title: str, rows: Sequence[Row], failed: Mapping[str, str]) -> str:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.contract import Contract
-from pipeline.files import read_json
 from pipeline.reading import LogLine, read_lines
-from pipeline.runs import Run
+from pipeline.runs import Run, read_record
 
 STAGE_FILE, METRICS_FILE = "stage.json", "metrics.jsonl"
 
@@ -33,11 +32,8 @@ def training_of(run: Run, name: str, contract: Contract) -> str | None:
 
 def stage_record(run: Run, stage: str) -> dict[str, Any] | None:
     """Return a stage's `stage.json`, or None where it has not ended."""
-    path = run.logs(stage) / STAGE_FILE
-    if not path.is_file():
-        return None
-    record: dict[str, Any] = read_json(path, "delete it")
-    return record
+    record = read_record(run, stage)
+    return None if record is None else record.model_dump(mode="json")
 
 
 def training_cost(run: Run, stage: str) -> dict[str, float]:

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
-from pipeline.files import remove_folder
 
 PALETTE = ((0, 0, 0), (255, 0, 0))
 Picture = NDArray[np.uint8]
@@ -100,8 +99,7 @@ def write_dataset(
     """Write samples by split as a finished dataset."""
     shards = plan_shards({split: len(samples) for split, samples in splits.items()}, 1000)
     writer = DatasetWriter(folder, description, shards, "tiny")
-    remove_folder(folder)  # the key below is always the same, so shards of an older dataset would be kept
-    writer.prepare_folder()
+    writer.prepare_folder(afresh=True)  # the key is always the same, so shards of an older dataset would be kept
     for shard in writer.missing_shards():
         writer.write_shard(shard, splits[shard.split])
     return writer.finish("# tiny\n", [], "none", parent)

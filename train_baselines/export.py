@@ -10,8 +10,9 @@ import yaml
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
 from pipeline.errors import told_when_unwritable
-from pipeline.files import atomic_folder, model_digest
+from pipeline.files import model_digest
 from pipeline.hub_cards import licence_metadata
+from pipeline.ownership import whole_folder
 from pipeline.provenance import git_sha
 from train_baselines.family import Family
 
@@ -32,7 +33,7 @@ def export(family: Family, name: str, config: ExperimentConfig, contract: Contra
     weights = family.weights()
     pictures = max(family.pictures.glob("step-*.png"), default=None)
     sizes = {key: sum(p.numel() for p in network.parameters()) for key, network in family.networks.items()}
-    with told_when_unwritable(target), atomic_folder(target) as folder:
+    with told_when_unwritable(target), whole_folder(target) as folder:
         for key, network in weights.items():
             network.save_pretrained(folder / key)
         (folder / "README.md").write_text(_card(family, name, config, contract, sizes, pictures), encoding="utf-8")

@@ -16,10 +16,10 @@ from pipeline.config import ExperimentConfig, LoopConfig
 from pipeline.config_loading import validated
 from pipeline.contract import Contract, Description
 from pipeline.errors import MaskLoomError, nearest_name
-from pipeline.files import remove_folder
+from pipeline.ownership import OwnedFolder
 from pipeline.plugins import load_plugin
 from pipeline.progress import say
-from pipeline.runs import Run, Stage, open_run, skip_empty_stage
+from pipeline.runs import SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
 from pipeline.verification import verify_for_training
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def _check_sizes(options: Mapping[str, FamilyOptions], about: Description) -> No
 
 def _family_stage(config: ExperimentConfig, run: Run, contract: Contract, name: str, options: FamilyOptions) -> Stage:
     settings = [options.model_dump(mode="json"), config.seed]
-    return Stage(run, f"{NAME}/{name}", {"dataset": contract.digest}, settings, [weights_folder(run, name)])
+    outputs = [weights_folder(run, name)]
+    return Stage(run, f"{NAME}/{name}", {"dataset": contract.digest}, settings, outputs, shown=SHOWN_LOGS)
 
 
 def _whole_stage(config: ExperimentConfig, run: Run, contract: Contract, options: Mapping[str, FamilyOptions]) -> Stage:
@@ -170,19 +171,24 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
     """Train one family, resuming where an earlier run stopped, and keep its weights."""
     from accelerate.utils import set_seed
 
+    from pipeline.checkpoints import delete_checkpoints
     from pipeline.engines import check_engine
     from pipeline.training import make_accelerator, total_steps, train
     from train_baselines.export import export
 
     options, folder = family_options(config, name), run.baselines / name
+    OwnedFolder(folder).check()
     accelerator = make_accelerator(options, run.logs(stage.name))
     main = accelerator.is_main_process
     set_seed(config.seed)
     family = _family(load_plugin(PACKAGE, name, "family"), options, run, contract, config.seed, accelerator)
     check_engine(family.networks, options, accelerator)
     with stage.recorded(main) as results:
+        if main:
+            OwnedFolder(folder).claim()
         if force and main:
-            remove_folder(folder)
+            stage.forget()
+            delete_checkpoints(folder)
         accelerator.wait_for_everyone()
         options = in_steps(options, len(family.rows), accelerator.num_processes)
         if main:

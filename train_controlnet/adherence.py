@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import atomic_path, value_digest
+from pipeline.files import value_digest
 from pipeline.masks import resize_mask
+from pipeline.ownership import OwnedFolder
 from pipeline.progress import say
 from pipeline.randomness import keyed_generator
 from pipeline.runs import Run
@@ -116,7 +117,8 @@ class AdherenceMeter:
         )
         key = value_digest([dataset, len(rows), seed, options.model_dump(mode="json")])
         channels, classes = self.about.channels, len(self.about.mask_classes)
-        if _key(path) == key:
+        owned = OwnedFolder(path.parent)
+        if owned.problem(path.name) is None and _key(path) == key:
             reader = build_segmenter(options, channels, classes, seed)
             reader.load_state_dict(load_file(path))
             return reader.to(self.device).eval()
@@ -124,7 +126,7 @@ class AdherenceMeter:
         numbers = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int).tolist()
         images, masks = self._pictures(rows, numbers)
         reader = train_segmenter(images, masks, classes, options, seed, self.device)
-        with told_when_unwritable(path), atomic_path(path) as temporary:
+        with told_when_unwritable(path), owned.writing(path.name) as temporary:
             save_file({name: value.cpu() for name, value in reader.state_dict().items()}, temporary, {"key": key})
         return reader
 
@@ -149,14 +151,9 @@ class AdherenceMeter:
 
 
 def _key(path: Path) -> str | None:
-    """Return what a reader's file says that it was trained on, or None where there is no readable one."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("key")
-    except SafetensorError:
-        return None
+    """Return what a reader's file says that it was trained on."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("key")
 
 
 def _asked_rows(rows: datasets.Dataset, count: int, seed: int) -> list[int]:

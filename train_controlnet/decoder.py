@@ -26,7 +26,7 @@ from pipeline.backbone_source import BackboneSource
 from pipeline.config import DecoderConfig, ExperimentConfig, LoopConfig, TrainConfig
 from pipeline.contract import Contract, open_split
 from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import atomic_folder
+from pipeline.ownership import whole_folder
 from pipeline.progress import say
 from pipeline.randomness import Draws, keyed_generator
 from pipeline.runs import Run
@@ -309,6 +309,6 @@ def _export(vae: AutoencoderKL, config: ExperimentConfig, loop: LoopConfig, cont
     own = {"controlnet": "none", "lora": [], "sd_locked": True, **loop.model_dump(exclude={"mixed_precision"})}
     as_trained = config.model_copy(update={"train": config.fine_tuning.model_copy(update=own)})
     vae.register_to_config(_name_or_path="")  # where the backbone lies is a matter of this machine
-    with told_when_unwritable(target), atomic_folder(target) as folder:
+    with told_when_unwritable(target), whole_folder(target) as folder:
         vae.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").write_text(model_card(as_trained, contract, None, NAME), encoding="utf-8")

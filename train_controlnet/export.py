@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import told_when_unwritable
-from pipeline.files import atomic_folder
+from pipeline.ownership import whole_folder
 from pipeline.runs import Run
 from pipeline.trained_parts import KOHYA_FILE, exported_names
 from train_controlnet.model_card import model_card
@@ -42,7 +42,7 @@ def export(
     names = exported_names(config.fine_tuning)
     parts = task.parts if task.whole_weights is None else _gathered_parts(task.whole_weights, config.fine_tuning)
     for name in (name for name in names if name != "vae"):
-        with told_when_unwritable(run.generator / name), atomic_folder(run.generator / name) as folder:
+        with told_when_unwritable(run.generator / name), whole_folder(run.generator / name) as folder:
             _save(name, parts, folder)
             picture = last_pictures(run)
             (folder / "README.md").write_text(model_card(config, contract, picture, name), encoding="utf-8")

@@ -2,15 +2,14 @@
 
 The cache's name is a digest of all that its content depends on (dataset and its sizes, backbone, precision, augmentation), so
 a stale cache is noticed and never read. It keeps the posterior's mean and log-variance, not one sample of it: each step draws a fresh sample,
-which leaves the training distribution as it is without a cache. Files appear whole and carry a checksum: an interrupted caching goes on,
+which leaves the training distribution as it is without a cache. Files appear whole and their digests are kept: an interrupted caching goes on,
 and a damaged file is made again.
 """
 
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +18,23 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig
 from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import atomic_path, remove_folder, remove_leftovers, value_digest
+from pipeline.files import remove_leftovers, value_digest
 from pipeline.images import png_array, png_bytes
+from pipeline.ownership import OwnedFolder, delete_folder
 from pipeline.progress import progress, say
 
 if TYPE_CHECKING:
     from train_controlnet.rows import Views
 
 Picture = NDArray[np.uint8]
+CACHE_FOLDER = "cache"
 VIEWS_PER_SHARD = 128
 ENCODE_BATCH = 8
 PROMPT_BATCH = 64
@@ -126,12 +127,23 @@ def cache_folder(parent: Path, config: ExperimentConfig, dataset: str) -> Path:
 
 
 def drop_stale_caches(parent: Path, current: Path) -> None:
-    """Delete caches of other datasets, sizes, precisions or backbones, and what killed runs left."""
+    """Delete caches of other datasets, sizes, precisions or backbones, and what killed runs left; claim the current one."""
     remove_leftovers(parent)
-    for folder in parent.glob("*"):
-        if folder.is_dir() and folder != current:
+    for folder in _caches(parent):
+        if folder != current:
             say(f"{folder}: made for other data, augmentation, precision or backbone; encoding anew")
-            remove_folder(folder)
+            delete_folder(folder)
+    OwnedFolder(current).claim()
+
+
+def delete_caches(parent: Path) -> None:
+    """Delete all caches of a run; whatever else lies beside them is the user's and stays."""
+    for folder in _caches(parent):
+        delete_folder(folder)
+
+
+def _caches(parent: Path) -> list[Path]:
+    return [path for path in sorted(parent.glob("*")) if path.is_dir() and OwnedFolder(path).is_marked()]
 
 
 def fill_views(
@@ -151,12 +163,13 @@ def fill_views(
     cache = ViewCache(folder, len(views))
     # Which shards are a process's own depends on their numbers alone: what is missing changes while others write.
     own = range(accelerator.process_index, cache.shards, accelerator.num_processes)
-    missing = [shard for shard in own if not _is_whole(cache.path(shard), cache.span(shard))]
+    owned = OwnedFolder(folder.parent, accelerator.process_index)
+    missing = [shard for shard in own if not _is_whole(owned, cache.path(shard), cache.span(shard))]
     if missing:
         with progress(f"caching {folder.name}", len(missing), "shards", show=accelerator.is_main_process) as advance:
             for shard in missing:
                 tensors, texts = _made(cache.span(shard), views, encode)
-                _save(cache.path(shard), tensors, {"of": str(cache.span(shard)), "prompts": texts})
+                _save(owned, cache.path(shard), tensors, {"of": str(cache.span(shard)), "prompts": texts})
                 advance()
     accelerator.wait_for_everyone()
     return cache
@@ -209,17 +222,17 @@ def fill_embeddings(
 ) -> Tensor:
     """Return the embeddings of unique prompts, (U, L, D), from the cache file, which is made if it is missing or damaged."""
     made_from = value_digest(list(prompts))
-    if accelerator.is_main_process and not _is_whole(path, made_from):
+    owned = OwnedFolder(path.parent, accelerator.process_index)
+    if accelerator.is_main_process and not _is_whole(owned, path, made_from):
         embeddings = [encode(list(prompts[i : i + PROMPT_BATCH])).cpu() for i in range(0, len(prompts), PROMPT_BATCH)]
-        _save(path, {"embeddings": torch.cat(embeddings).contiguous()}, {"of": made_from})
+        _save(owned, path, {"embeddings": torch.cat(embeddings).contiguous()}, {"of": made_from})
     accelerator.wait_for_everyone()
     return load_file(path)["embeddings"]
 
 
-def _save(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    """Write a file of the cache atomically, with its checksum."""
-    notes = {**notes, "crc32": _checksum(tensors.items(), notes)}
-    with told_when_unwritable(path), atomic_path(path) as temporary:
+def _save(owned: OwnedFolder, path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Write a file of the cache atomically."""
+    with told_when_unwritable(path), owned.writing(path.relative_to(owned.path).as_posix()) as temporary:
         # One entry: safetensors writes several in any order, and the same content shall give the same bytes.
         save_file(tensors, temporary, metadata={"notes": json.dumps(notes, ensure_ascii=False)})
 
@@ -229,31 +242,20 @@ def _notes(file: Any) -> dict[str, Any]:
     return json.loads((file.metadata() or {}).get("notes", "{}"))
 
 
-def _is_whole(path: Path, of: range | str) -> bool:
-    """Whether a file of the cache is there, of these views (or prompts), and as it was written; tells where it is not.
+def _is_whole(owned: OwnedFolder, path: Path, of: range | str) -> bool:
+    """Whether a file of the cache is there, of these views (or prompts), and as it was written; reports where it is not.
 
-    Cut files do not open; changed ones differ from their checksum. Reading all of a cache is quick beside one epoch.
+    Reading all of a cache is quick beside one epoch.
     """
     if not path.is_file():
         return False
-    try:
+    whole = owned.problem(path.relative_to(owned.path).as_posix()) is None
+    if whole:
         with safe_open(path, framework="pt") as file:
-            notes = _notes(file)
-            found = _checksum(((name, file.get_tensor(name)) for name in file.keys()), notes)  # noqa: SIM118
-    except (SafetensorError, ValueError):
-        whole = False
-    else:
-        whole = notes.get("of") == str(of) and notes.get("crc32") == found
+            whole = _notes(file).get("of") == str(of)
     if not whole:
-        say(f"{path}: damaged; making it again")
+        say(f"{path}: damaged, or made of other prompts; making it again")
     return whole
-
-
-def _checksum(tensors: Iterable[tuple[str, Tensor]], notes: dict[str, Any]) -> str:
-    """Return a checksum over tensors, in any order, and the other notes."""
-    sums = [zlib.crc32(tensor.view(torch.uint8).numpy().data, zlib.crc32(name.encode())) for name, tensor in tensors]
-    rest = {name: note for name, note in notes.items() if name != "crc32"}
-    return f"{zlib.crc32(json.dumps([sorted(sums), rest], sort_keys=True).encode()):08x}"
 
 
 def pixels(image: Picture | Image.Image) -> Tensor:

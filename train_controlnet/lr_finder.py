@@ -23,13 +23,14 @@ from torch.utils.data import default_collate
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
+from pipeline.ownership import OwnedFolder, check_places
 from pipeline.progress import progress
 from pipeline.randomness import Draws
-from pipeline.runs import Run
+from pipeline.runs import open_run
 from pipeline.training import Positioned, make_accelerator, make_optimizer
 from pipeline.verification import verify_for_training
 from train_controlnet.task import OPTIMIZER, DiffusionTask
-from train_controlnet.train import check_dataset
+from train_controlnet.train import check_dataset, read_places
 
 WATCHED_ROWS, WATCHED_BATCH = 32, 16
 DIVERGED = 4.0  # times the lowest loss, as in fastai and Lightning
@@ -114,9 +115,12 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
             "and raise train.gradient_accumulation_steps to keep the images a step"
         )
     train = config.fine_tuning.model_copy(update=WITHOUT)
-    run = Run(config.run_folder)
+    run = open_run(config)
     contract = verify_for_training(run.dataset)
     check_dataset(run, contract, train)
+    check_places(read_places(train), [run.generator])
+    run.mark()
+    OwnedFolder(run.generator).claim()
     accelerator = make_accelerator(train, run.logs("train"))
     set_seed(config.seed)
     task = DiffusionTask(config.model_copy(update={"train": train}), run, contract, accelerator)

@@ -15,7 +15,7 @@ from pipeline.randomness import Draws
 from pipeline.runs import Run
 from pipeline.training import Task
 from train_controlnet.decoder import load_decoder
-from train_controlnet.latent_cache import cache_folder, drop_stale_caches, fill_embeddings, fill_views
+from train_controlnet.latent_cache import CACHE_FOLDER, cache_folder, drop_stale_caches, fill_embeddings, fill_views
 from train_controlnet.networks import Networks, load_networks
 from train_controlnet.objective import (
     denoising_losses,
@@ -188,7 +188,7 @@ class DiffusionTask(Task):
     def _fill_caches(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
         """Make training and validation rows; VAE and text encoder leave the device when the caches hold their work."""
         self.views = self._open_views(config, run, contract)
-        folder = cache_folder(run.generator / "cache", config, contract.digest)
+        folder = cache_folder(run.generator / CACHE_FOLDER, config, contract.digest)
         if accelerator.is_main_process:
             drop_stale_caches(folder.parent, folder)
         accelerator.wait_for_everyone()

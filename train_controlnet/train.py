@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.backbone_checks import check_backbone
 from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest, model_digest, remove_folder, value_digest
-from pipeline.runs import Run, Stage, open_run, skip_empty_stage
+from pipeline.files import file_digest, model_digest, value_digest
+from pipeline.ownership import OwnedFolder, check_places
+from pipeline.runs import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
 from pipeline.trained_parts import adapter_file, exported_names
 from pipeline.verification import verify_for_training
 from train_controlnet.verdict import check_adherence
@@ -32,9 +34,11 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         return
     contract = verify_for_training(run.dataset)
     check_dataset(run, contract, config.train)
+    check_places(read_places(config.train), [run.generator, run.logs("train"), run.folder / CONFIG_FILE])
     stage = _stage(config, run, contract)
     if stage.skips(force):
         return
+    OwnedFolder(run.generator).check()
     from accelerate.utils import set_seed
 
     from pipeline.engines import check_engine
@@ -53,8 +57,11 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     parts = load_networks(config.fine_tuning, accelerator.device)
     check_engine(parts.trained(), config.fine_tuning, accelerator)
     with stage.recorded(accelerator.is_main_process) as results:
+        if accelerator.is_main_process:
+            OwnedFolder(run.generator).claim()
         if force and accelerator.is_main_process:
-            remove_folder(run.generator)
+            stage.forget()
+            start_afresh(run)
         accelerator.wait_for_everyone()
         if config.fine_tuning.vae_decoder is not None:
             parts.to("cpu")  # room for the decoder's training
@@ -76,8 +83,31 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     if config.fine_tuning.lora_model_name_or_path:
         inputs["lora"] = file_digest(adapter_file(config.fine_tuning.lora_model_name_or_path))
     settings = {"train": config.fine_tuning.model_dump(mode="json"), "seed": config.seed}
-    outputs = [run.generator / name / "README.md" for name in exported_names(config.fine_tuning)]
-    return Stage(run, "train", inputs, settings, outputs)
+    outputs = [run.generator / name for name in exported_names(config.fine_tuning)]
+    return Stage(run, "train", inputs, settings, outputs, shown=SHOWN_LOGS)
+
+
+def read_places(train: TrainConfig) -> dict[str, Path | None]:
+    """Return the local files and folders that a training reads besides the dataset, by the key that names them."""
+    named = {
+        "train.pretrained_model_name_or_path": train.pretrained_model_name_or_path,
+        "train.controlnet_model_name_or_path": train.controlnet_model_name_or_path,
+        "train.tokenizer_name": train.tokenizer_name,
+        **{f"train.validation_image[{number}]": path for number, path in enumerate(train.validation_image)},
+    }
+    return {key: Path(value) for key, value in named.items() if value is not None and Path(value).exists()}
+
+
+def start_afresh(run: Run) -> None:
+    """Delete what earlier trainings of the run have left to resume from; trained weights stay until new ones take their place."""
+    from pipeline.checkpoints import delete_checkpoints
+    from train_controlnet.decoder import CHECKPOINTS
+    from train_controlnet.latent_cache import CACHE_FOLDER, delete_caches
+
+    delete_checkpoints(run.generator)
+    delete_checkpoints(run.generator / CHECKPOINTS)
+    delete_caches(run.generator / CACHE_FOLDER)
+    OwnedFolder(run.generator).clear()
 
 
 def check_before_training(

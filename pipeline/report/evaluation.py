@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.ownership import OwnedFolder
 from pipeline.reading import inside, read_model
 from pipeline.report.formatting import MISSING, interval_text, number_text
 
@@ -96,8 +97,8 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """Return the JSON files of a folder, sorted."""
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    """Return the answers that `evaluate` wrote to a folder, sorted; the user's own files beside them are not looked at."""
+    return sorted(folder / name for name in OwnedFolder(folder).files() if name.endswith(".json"))
 
 
 def is_about(one: Evaluation, digests: Mapping[str, str]) -> bool:

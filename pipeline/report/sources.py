@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, REMEDY, Contract, LedgerRow, read_contract
-from pipeline.files import file_digest, folder_digest, read_json
+from pipeline.errors import MaskLoomError
+from pipeline.files import file_digest, value_digest
+from pipeline.ownership import OwnedFolder, file_problem
+from pipeline.progress import say
 from pipeline.reading import read_lines
 from pipeline.report.evaluation import evaluation_files
-from pipeline.runs import STAGES, Run
+from pipeline.runs import SHOWN_LOGS, STAGES, Run, read_record
 
 REASONS_SHOWN = 20
 NO_LABEL_COUNT = "no class"
@@ -39,6 +42,7 @@ class Sources:
         unfinished: names of synthetic folders without a contract.
         trainings: by the name of their stage, `train` first, then `baselines/FAMILY`.
         records: each stage's `stage.json`.
+        damaged: what is wrong with training logs and sample grids that are no longer what was written; they are left out.
     """
 
     run: Run
@@ -47,6 +51,7 @@ class Sources:
     unfinished: tuple[str, ...]
     trainings: Mapping[str, Training]
     records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
 
     def digests(self) -> dict[str, str]:
         """Return a digest of each source: what the page depends on."""
@@ -54,9 +59,9 @@ class Sources:
         digests |= {f"synthetic/{name}": contract.digest for name, (_, contract) in self.synthetic.items()}
         digests |= {f"synthetic/{name}": "unfinished" for name in self.unfinished}
         if self.run.evaluation.is_dir():
-            digests["evaluation"] = folder_digest(self.run.evaluation)
+            digests["evaluation"] = value_digest(OwnedFolder(self.run.evaluation).digests())
         files = [path for one in self.trainings.values() for path in (one.metrics, *one.pictures) if path]
-        files += [self.run.logs(stage) / "stage.json" for stage in self.records]
+        digests |= {f"record of {stage}": value_digest(record) for stage, record in self.records.items()}
         return digests | {str(path.relative_to(self.run.folder)): file_digest(path) for path in files}
 
     def missing(self) -> list[str]:
@@ -67,8 +72,9 @@ class Sources:
             "There is no training log.": any(one.metrics for one in self.trainings.values()),
             "Nothing has been evaluated.": evaluation_files(self.run.evaluation),
         }
+        left_out = [f"{problem} and is left out." for problem in self.damaged]
         unfinished = [f"The synthetic dataset {name} is unfinished and is left out." for name in self.unfinished]
-        return [sentence for sentence, part in parts.items() if not part] + unfinished
+        return [sentence for sentence, part in parts.items() if not part] + unfinished + left_out
 
 
 def find_sources(run: Run) -> Sources:
@@ -80,21 +86,53 @@ def find_sources(run: Run) -> Sources:
     folders = sorted(p for p in run.synthetic.glob("*") if p.is_dir() and not p.name.startswith("."))
     finished = [folder for folder in folders if (folder / CONTRACT_FILE).is_file()]
     families = sorted(path.name for path in run.logs("baselines").glob("*") if path.is_dir())
-    trainings = {stage: _training(run.logs(stage)) for stage in ("train", *(f"baselines/{name}" for name in families))}
-    records = {stage: run.logs(stage) / "stage.json" for stage in STAGES if stage != "report"}
+    stages = ("train", *(f"baselines/{name}" for name in families))
+    damaged = {stage: _changed_logs(run, stage) for stage in stages}
+    trainings = {stage: _training(run, stage, damaged[stage]) for stage in stages}
+    records = {stage: read_record(run, stage) for stage in STAGES if stage != "report"}
+    _check_evaluation(run)
     return Sources(
         run=run,
         real=(run.dataset, read_contract(run.dataset)) if (run.dataset / CONTRACT_FILE).is_file() else None,
         synthetic={folder.name: (folder, read_contract(folder)) for folder in finished},
         unfinished=tuple(folder.name for folder in folders if folder not in finished),
         trainings={stage: one for stage, one in trainings.items() if one.metrics or one.pictures},
-        records={stage: read_json(path, "delete it") for stage, path in records.items() if path.is_file()},
+        records={stage: record.model_dump(mode="json") for stage, record in records.items() if record},
+        damaged=tuple(problem for problems in damaged.values() for problem in problems.values()),
     )
 
 
-def _training(logs: Path) -> Training:
-    metrics = logs / "metrics.jsonl"
-    return Training(metrics if metrics.is_file() else None, tuple(sorted((logs / "images").glob("*.png"))))
+def _training(run: Run, stage: str, left_out: Mapping[str, str]) -> Training:
+    """Return what a training left, without the files that were changed since."""
+    logs = run.logs(stage)
+    shown = [path for pattern in SHOWN_LOGS for path in sorted(logs.glob(pattern))]
+    kept = [path for path in shown if path.relative_to(run.folder).as_posix() not in left_out]
+    metrics = next((path for path in kept if path.suffix == ".jsonl"), None)
+    return Training(metrics, tuple(path for path in kept if path.suffix == ".png"))
+
+
+def _changed_logs(run: Run, stage: str) -> dict[str, str]:
+    """Return what is wrong with each file that a finished training recorded for the report; says so."""
+    record = read_record(run, stage)
+    shown = {} if record is None else record.shown
+    problems = {name: problem for name, digest in shown.items() if (problem := file_problem(run.folder / name, digest))}
+    for problem in problems.values():
+        say(f"report: {problem}, and is left out")
+    return {name: problem.replace(f"{run.folder}/", "") for name, problem in problems.items()}
+
+
+def _check_evaluation(run: Run) -> None:
+    """Check that every answer and picture is what `evaluate` wrote.
+
+    Raises:
+        MaskLoomError: names the first that is missing or changed.
+    """
+    answers = OwnedFolder(run.evaluation)
+    problem = next((p for name in answers.files() if (p := answers.problem(name))), None)
+    if problem:
+        raise MaskLoomError(
+            f"{problem}: damaged since evaluate wrote it; run evaluate again, which makes it anew (make evaluate)"
+        )
 
 
 def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:

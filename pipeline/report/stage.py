@@ -1,7 +1,7 @@
 """The stage `report`: finds what a run holds and writes the page."""
 
 from pipeline.config import ExperimentConfig
-from pipeline.files import write_text
+from pipeline.ownership import OwnedFolder
 from pipeline.progress import say
 from pipeline.report.page import page_renderer
 from pipeline.report.sources import Sources, find_sources
@@ -31,7 +31,7 @@ def write_report(config: ExperimentConfig, force: bool) -> None:
         for folder, _ in [*([sources.real] if sources.real else []), *sources.synthetic.values()]:
             verify_quickly(folder)
         page = smallest_enough(config, sources)
-        write_text(run.report, page)
+        OwnedFolder(run.folder).write_text(run.report.name, page)
         results["bytes"] = len(page.encode())
     say(f"report: {run.report} ({results['bytes'] / 1e6:.1f} MB)")
 

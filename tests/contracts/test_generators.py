@@ -13,10 +13,12 @@ from generate.baseline import BaselineGenerator
 from generate.generate import GENERATORS, generate, open_generators
 from generate.generator import Condition, ImageGenerator, JointGenerator, JointOptions, Options
 from pipeline.errors import MaskLoomError
+from pipeline.ownership import seal_folder
 from pipeline.plugins import load_plugin, plugin_names
 from pipeline.verification import verify_fully
 from tests.generate.workbench import FAMILIES, SIDE, Bench
 from tests.pipeline.line_task import forget_accelerator
+from tests.records import record_outputs
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.tiny_datasets import Sample, tiny_description
 
@@ -175,6 +177,10 @@ def test_a_familys_digest_is_that_of_its_weights(bench: Bench, name: str):
     file = next((bench.run.baselines / name / "weights").rglob("*.safetensors"))
     save_file({key: value + 1 for key, value in load_file(file).items()}, file)
     config = bench.config(generators={name: {}})
+    with pytest.raises(MaskLoomError, match=rf"{file.name}: not what was written: .*run baselines again"):
+        _ = open_generators(config, bench.run)[name].digest
+    seal_folder(bench.run.baselines / name / "weights")
+    record_outputs(bench.run, f"baselines/{name}", [bench.run.baselines / name / "weights"])
     assert open_generators(config, bench.run)[name].digest != before
 
 

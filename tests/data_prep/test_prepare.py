@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from data_prep.survey import Source, sample_problem
 from pipeline.config import DataConfig
 from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
 from pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
+from pipeline.files import TEMPORARY_SUFFIX
 from pipeline.verification import verify_fully
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
 from tests.processes import Command, finished, limit_file_size, start_server
@@ -158,18 +160,64 @@ def test_another_run_gives_the_same_bytes(raw, prepared, tmp_path):
     assert all(ours[file] == again[file] for file in shards)
 
 
-def test_a_second_call_is_skipped_and_force_repairs_an_edited_dataset(raw, tmp_path):
+def test_a_second_call_is_skipped_and_a_damaged_dataset_is_named_and_repaired(raw, tmp_path, capsys):
     config = experiment(tmp_path, raw_dir=raw)
     prepare(config, force=False)
     before = dataset_bytes(tmp_path / "dataset")
     shard = next((tmp_path / "dataset" / "data").glob("test-*"))
-    shard.write_bytes(b"edited by hand")
+    (tmp_path / "dataset" / "notes.txt").write_text("the user's own")
     prepare(config, force=False)
-    assert shard.read_bytes() == b"edited by hand"
+    assert "up to date" in capsys.readouterr().err
+    shard.write_bytes(b"edited by hand")
     with pytest.raises(MaskLoomError, match=f"{shard.name}: its SHA-256 differs.*write it again with --force"):
         verify_fully(tmp_path / "dataset")
+    prepare(config, force=False)
+    assert f"prepare: damaged: {shard}: not what was written; making it anew" in capsys.readouterr().err
+    assert (tmp_path / "dataset" / "notes.txt").read_text() == "the user's own"
+    (tmp_path / "dataset" / "notes.txt").unlink()
+    assert dataset_bytes(tmp_path / "dataset") == before
     prepare(config, force=True)
     assert dataset_bytes(tmp_path / "dataset") == before
+
+
+@pytest.mark.parametrize("place", ["dataset", "dataset/raw", "above", "link"])
+def test_raw_files_where_the_stage_writes_are_refused_and_left_alone(raw, tmp_path, place):
+    run = tmp_path / "above" / "run"
+    given = {"above": tmp_path / "above", "link": tmp_path / "link"}.get(place, run / place)
+    if place == "link":
+        (tmp_path / "link").symlink_to(run / "dataset")
+    shutil.copytree(raw, run / "dataset" if place == "link" else given / "deep")
+    before = _files(tmp_path)
+    with pytest.raises(MaskLoomError, match=rf"^(data\.raw_dir={given}: |run_dir={run}: holds dataset)"):
+        prepare(experiment(run, raw_dir=given), force=True)
+    assert _files(tmp_path) == before
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_part_is_read_again(raw, prepared, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetWriter, "prepare_folder", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(experiment(tmp_path, raw_dir=raw), force=False)
+    for suffix in ("jsonl", "bin", "near"):
+        part = next((tmp_path / ".prepare").glob(f"*/part-*.{suffix}"))
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
+        with monkeypatch.context() as patch:
+            patch.setattr(DatasetWriter, "prepare_folder", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(experiment(tmp_path, raw_dir=raw), force=False)
+        assert "reading that part of the raw data again" in capsys.readouterr().err
+    prepare(experiment(tmp_path, raw_dir=raw), force=False)
+    assert dataset_bytes(tmp_path / "dataset") == dataset_bytes(prepared / "dataset")
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_another_configuration_leaves_nothing_of_the_old_dataset(raw, tmp_path):
@@ -222,8 +270,8 @@ def test_killed_between_shards_it_goes_on_where_it_stopped(raw, prepared, tmp_pa
 
     def write_some(self, shard, samples):
         if len(done) == shards:
-            (self.folder / "data").mkdir(exist_ok=True)
-            (self.folder / "data" / f".{Path(shard.file).name}.1.tmp").write_bytes(b"half")
+            (self.staging / "data").mkdir(exist_ok=True)
+            (self.staging / "data" / f".{Path(shard.file).name}.1{TEMPORARY_SUFFIX}").write_bytes(b"half")
             raise KeyboardInterrupt
         done.append(shard.file)
         write(self, shard, samples)
@@ -232,7 +280,7 @@ def test_killed_between_shards_it_goes_on_where_it_stopped(raw, prepared, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         prepare(experiment(tmp_path, raw_dir=raw), force=False)
     assert not (tmp_path / "dataset" / CONTRACT_FILE).exists()
-    times = {file: (tmp_path / "dataset" / file).stat().st_mtime_ns for file in done}
+    times = {file: (tmp_path / ".dataset.unfinished" / file).stat().st_mtime_ns for file in done}
     monkeypatch.setattr(DatasetWriter, "write_shard", write)
     prepare(experiment(tmp_path, raw_dir=raw), force=False)
     assert dataset_bytes(tmp_path / "dataset") == dataset_bytes(prepared / "dataset")
@@ -450,7 +498,7 @@ def test_shards_in_any_order_then_merge_write_what_one_job_writes(many, tmp_path
     done(main, [*config, "--shard", "2/3"])
     done(main, [*config, "--shard", "1/3"])  # once more: nothing left to read
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob(".prepare/*/part-*")}
-    assert before.items() < after.items() and len(after) == 21
+    assert before.items() < after.items() and len(after) == 28
     done(main, ["merge", *config])
     assert dataset_bytes(tmp_path / "run" / "dataset") == expected
     assert not (tmp_path / "run" / ".prepare").exists()

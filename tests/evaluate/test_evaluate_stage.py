@@ -35,7 +35,8 @@ def config(run: Path, *metrics: str, **options: Any) -> ExperimentConfig:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run / "evaluation").iterdir())}
+    visible = (path for path in sorted((run / "evaluation").iterdir()) if not path.name.startswith("."))
+    return {path.name: path.read_bytes() for path in visible}
 
 
 def test_answers_carry_what_a_reader_needs(run: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_part_that_was_not_trained_yet_is_named(tmp_path: Path, models: Path) 
     config = experiment(tmp_path, models, ["controlnet"])
     train_stage(config, force=False)
     more = config.model_copy(update={"train": config.train.model_copy(update={"lora": ["unet"]})})
-    with pytest.raises(MaskLoomError, match=r"lora/pytorch_lora_weights.safetensors: missing; run train first"):
+    with pytest.raises(MaskLoomError, match=r"generator/lora: its training has not ended; run train first"):
         generate(more, force=False)
 
 

@@ -23,10 +23,12 @@ from generate.generate import generate
 from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
 from pipeline.contract import read_contract
+from pipeline.ownership import seal_folder
 from pipeline.plugins import plugin_names
 from pipeline.runs import Run, open_run
 from tests.pipeline.line_task import forget_accelerator
 from tests.processes import FORKS
+from tests.records import record_outputs
 from tests.tiny_datasets import write_tiny_run
 from train_baselines.train import PACKAGE, train_baselines
 
@@ -58,6 +60,14 @@ class Bench:
             build_tiny_vae(self.backbone, models / "vae")
         for part in ("controlnet", "lora", "vae"):
             shutil.copytree(models / part, self.run.generator / part)
+        self.record_training()
+
+    def record_training(self) -> None:
+        """Leave the record of a training that wrote the weights as they are now."""
+        parts = [path for path in sorted(self.run.generator.iterdir()) if path.is_dir()]
+        for part in parts:
+            seal_folder(part)
+        record_outputs(self.run, "train", parts)
 
     def train_family(self, name: str) -> None:
         """Train a family of `train_baselines` on the bench's dataset; weights for a dataset seen before are taken from then."""
@@ -66,7 +76,10 @@ class Bench:
             train_baselines(self.config(generators={name: {}}), force=False)
             forget_accelerator()
             shutil.copytree(self.run.baselines / name / "weights", kept)
-        shutil.copytree(kept, self.run.baselines / name / "weights", dirs_exist_ok=True)
+        weights = self.run.baselines / name / "weights"
+        if not weights.is_dir():
+            shutil.copytree(kept, weights)
+            record_outputs(self.run, f"baselines/{name}", [weights])
 
     def config_file(self, **generate: Any) -> Path:
         """Write a configuration with changes to the section `generate` and return its path.

@@ -15,9 +15,12 @@ from pipeline.conditioning import conditioning_image
 from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
-from pipeline.files import write_json
+from pipeline.files import json_text
+from pipeline.images import png_bytes
+from pipeline.ownership import OwnedFolder
 from pipeline.prompts import mask_attributes, render_prompt
 from pipeline.runs import Run
+from tests.records import write_record
 
 SIDE = 64
 LABELS = ("round", "oval <b>wide</b>")
@@ -195,19 +198,24 @@ def evaluation(metric: str = "help", **changes: Any) -> dict[str, Any]:
 def write_records(run: Run, stages: Sequence[str] = ("prepare", "train", "generate", "evaluate")) -> None:
     """Write a `stage.json` for each stage."""
     for stage in stages:
-        record = {
-            "stage": stage,
-            "key": "k" * 64,
-            "inputs": {"dataset": "d" * 64},
-            "config_hash": "c" * 64,
-            "maskloom": "0.1.0",
-            "git_sha": "0123456789abcdef-dirty",
-            "packages": {"python": "3.11.9", "numpy": "2.0"},
-            "wall_seconds": 83.2,
-            "peak_memory_mb": 812.4,
-            "results": {"rows": 14},
-        }
-        write_json(run.logs(stage) / "stage.json", record)
+        write_record(
+            run,
+            stage,
+            key="k" * 64,
+            inputs={"dataset": "d" * 64},
+            config_hash="c" * 64,
+            maskloom="0.1.0",
+            git_sha="0123456789abcdef-dirty",
+            packages={"python": "3.11.9", "numpy": "2.0"},
+            wall_seconds=83.2,
+            peak_memory_mb=812.4,
+            results={"rows": 14},
+        )
+
+
+def write_evaluation(run: Run, name: str, answer: dict[str, Any]) -> None:
+    """Write an answer, as `evaluate` does."""
+    OwnedFolder(run.evaluation).write_text(f"{name}.json", json_text(answer))
 
 
 def write_config(folder: Path, **sections: Any) -> Path:
@@ -234,10 +242,9 @@ def whole_run(folder: Path) -> tuple[Run, ExperimentConfig]:
     write_synthetic(run, "text_only", real, parents=(0, 1), warped=True)
     write_training_log(run)
     write_records(run)
-    shot = run.evaluation / "pictures" / "worst.png"
-    shot.parent.mkdir(parents=True)
-    Image.fromarray(np.zeros((SIDE, 3 * SIDE), dtype=np.uint8)).save(shot)
+    with OwnedFolder(run.evaluation).writing("pictures/worst.png") as shot:
+        shot.write_bytes(png_bytes(np.zeros((SIDE, 3 * SIDE), dtype=np.uint8)))
     picture = {"title": "Worst pairs", "caption": "synthetic | nearest", "path": "pictures/worst.png"}
-    write_json(run.evaluation / "a_copies.json", evaluation("copy", pictures=[picture]))
-    write_json(run.evaluation / "b_help.json", evaluation("help", headline=True))
+    write_evaluation(run, "a_copies", evaluation("copy", pictures=[picture]))
+    write_evaluation(run, "b_help", evaluation("help", headline=True))
     return run, config

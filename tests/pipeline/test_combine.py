@@ -295,7 +295,7 @@ def test_other_files_are_never_deleted(real: Path, made: Path, tmp_path: Path):
 
 def test_an_input_is_no_output(real: Path, made: Path, tmp_path: Path):
     for output in (real, made / "out", tmp_path):
-        with pytest.raises(MaskLoomError, match="or lies in it; give a folder of its own"):
+        with pytest.raises(MaskLoomError, match="keep what is read and what is written apart"):
             combine(real, [made], CombineOptions(output, force=True))
 
 

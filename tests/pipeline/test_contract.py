@@ -98,7 +98,7 @@ def test_an_interrupted_writing_goes_on(tmp_path, splits):
 
     first = writer("key")
     first.write_shard(shards[0], splits["train"][:4])
-    with pytest.raises(MaskLoomError, match=r"unfinished.*contract\.json is missing"):
+    with pytest.raises(MaskLoomError, match=r"dataset: unfinished; run the stage that writes it again"):
         read_contract(tmp_path / "dataset")
     assert writer("key").missing_shards() == shards[1:]
     assert writer("another key").missing_shards() == shards
@@ -118,7 +118,7 @@ def test_a_shard_that_fails_leaves_no_file(tmp_path, splits):
     with pytest.raises(ValueError, match="3 samples for 10 rows"):
         writer.write_shard(shards[0], splits["train"][:3])
     assert writer.missing_shards() == shards
-    assert not list((tmp_path / "dataset" / "data").iterdir())
+    assert not list((writer.staging / "data").iterdir())
 
 
 def test_the_ledger_is_kept(tmp_path, splits):

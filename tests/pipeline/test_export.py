@@ -57,6 +57,7 @@ def test_the_busi_tree_of_a_synthetic_dataset(synthetic: Path, tmp_path: Path):
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     numbers = ("001", "002", "003")
     assert found == {
+        ".maskloom.json",
         "maskloom.json",
         "samples.csv",
         "synthetic_dataset.csv",
@@ -411,7 +412,7 @@ def test_other_files_are_never_deleted(real: Path, tmp_path: Path):
 
 def test_the_dataset_itself_is_no_output(real: Path, tmp_path: Path):
     for output in (real, real / "out", tmp_path):
-        with pytest.raises(MaskLoomError, match="holds the dataset or lies in it"):
+        with pytest.raises(MaskLoomError, match="keep what is read and what is written apart"):
             export(real, ExportOptions("coco", output, force=True))
 
 

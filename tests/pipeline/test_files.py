@@ -10,13 +10,14 @@ from PIL import UnidentifiedImageError
 from pipeline import files
 from pipeline.errors import MaskLoomError
 from pipeline.files import (
-    atomic_folder,
     atomic_path,
+    content_digest,
     file_digest,
     folder_digest,
+    link_or_copy,
     model_digest,
     read_json,
-    remove_folder,
+    remove_leftovers,
     value_digest,
     write_json,
     write_text,
@@ -43,38 +44,6 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.txt") as temporary:
         _write_and_fail(temporary)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
-
-
-def test_a_folder_appears_whole_in_place_of_an_older_one(tmp_path):
-    for text in ("one", "two"):
-        with atomic_folder(tmp_path / "model") as temporary:
-            (temporary / "sub").mkdir()
-            (temporary / "sub" / "w").write_text(text)
-    assert (tmp_path / "model" / "sub" / "w").read_text() == "two"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_failed_folder_leaves_the_old_one(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "w").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as temporary:
-        _write_and_fail(temporary / "w")
-    assert (tmp_path / "model" / "w").read_text() == "old"
-
-
-def test_what_an_interrupted_folder_left_is_cleared_away(tmp_path):
-    (tmp_path / ".model.tmp").mkdir()
-    (tmp_path / ".model.tmp" / "stray").touch()
-    with atomic_folder(tmp_path / "model") as temporary:
-        (temporary / "w").touch()
-    assert [p.name for p in (tmp_path / "model").iterdir()] == ["w"]
-
-
-def test_folders_are_removed_with_their_content(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    remove_folder(tmp_path / "a")
-    remove_folder(tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_has_the_same_bytes_for_the_same_value(tmp_path):
@@ -112,14 +81,37 @@ def test_digests_of_folders_see_names_and_contents_but_no_hidden_files(tmp_path)
     assert len({first, second, folder_digest(tmp_path)}) == 3
 
 
-def test_very_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "WHOLE_HASH_BYTES", 2)
+def test_large_files_are_known_by_the_content_of_every_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE_BYTES", 4)
     path = tmp_path / "large"
-    path.write_text("aaaa")
-    os.utime(path, ns=(1, 1))
-    first = folder_digest(tmp_path)
-    os.utime(path, ns=(1, 2))
-    assert folder_digest(tmp_path) != first
+    path.write_bytes(b"abcdefghij")
+    first = content_digest(path)
+    assert first.startswith(files.PIECES)
+    assert content_digest(path) == first
+    for position in range(10):
+        changed = bytearray(b"abcdefghij")
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        assert content_digest(path) != first
+    path.write_bytes(b"abcd")
+    assert content_digest(path) == file_digest(path)
+
+
+def test_a_link_or_copy_never_writes_through_an_older_link(tmp_path):
+    for name in ("source", "other"):
+        (tmp_path / name).write_text(name)
+    os.link(tmp_path / "other", tmp_path / "target")
+    link_or_copy(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "other").read_text() == "other"
+    assert (tmp_path / "target").read_text() == "source"
+
+
+def test_leftovers_are_the_programs_own_temporary_files_only(tmp_path):
+    (tmp_path / ".notes.tmp").write_text("the user's")
+    (tmp_path / f".a.1{files.TEMPORARY_SUFFIX}").mkdir()
+    (tmp_path / f".b.1{files.TEMPORARY_SUFFIX}").touch()
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".notes.tmp"]
 
 
 def test_models_are_known_by_content_or_by_hub_id(tmp_path):

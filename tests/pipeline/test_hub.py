@@ -31,6 +31,7 @@ from pipeline.hub_parcels import ABSOLUTE_PATH, OPEN_LICENCE
 from pipeline.runs import Run
 from tests.hub_server import TOKEN, USER, HubState, Repo, running_hub, sha256
 from tests.pipeline import fake_run
+from tests.records import write_record
 from train_controlnet.model_card import model_card
 
 ROOT = Path(__file__).parents[2]
@@ -87,8 +88,7 @@ def make_world(folder: Path, backbone: str = BACKBONE, **description: object) ->
     run = Run(config.run_folder)
     real = fake_run.write_real(run, **description)
     fake_run.write_records(run, ("train",))
-    record = run.logs("train") / "stage.json"
-    write_json(record, {**read_json(record, ""), "inputs": {"backbone": backbone, "dataset": real.digest}})
+    write_record(run, "train", inputs={"backbone": backbone, "dataset": real.digest})
     weights = run.generator / "controlnet"
     weights.mkdir(parents=True)
     save_file({"w": np.arange(50_000, dtype=np.float32)}, weights / WEIGHTS, metadata={"format": "pt"})
@@ -539,10 +539,8 @@ def write_evaluated(world: World, backbone: str = BACKBONE) -> None:
         ],
     }
     second = {**table, "title": "Not on the card"}
-    write_json(
-        world.run.evaluation / "faith.json", fake_run.evaluation("faith", tables=[table, second], inputs=digests)
-    )
-    write_json(world.run.evaluation / "none.json", fake_run.evaluation("none", skipped="no masks", inputs=digests))
+    fake_run.write_evaluation(world.run, "faith", fake_run.evaluation("faith", tables=[table, second], inputs=digests))
+    fake_run.write_evaluation(world.run, "none", fake_run.evaluation("none", skipped="no masks", inputs=digests))
 
 
 def test_the_card_gains_figures_and_provenance(hub, world, pushed):
@@ -587,7 +585,9 @@ def test_figures_of_other_images_are_left_out(hub, world, pushed):
     write_evaluated(world)
     path = world.run.evaluation / "faith.json"
     measured = read_json(path, "")
-    write_json(path, {**measured, "inputs": {**measured["inputs"], "controlnet": "0" * 64}})
+    fake_run.write_evaluation(
+        world.run, "faith", {**measured, "inputs": {**measured["inputs"], "controlnet": "0" * 64}}
+    )
     ended = pushed()
     assert "the evaluation is of other images than these weights' and is left out of the card" in ended.err
     text = hub.model(MODEL)["README.md"].decode()

@@ -13,13 +13,14 @@ from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
 from pipeline.hub import push
 from pipeline.hub_client import PushOptions
 from pipeline.hub_parcels import Parcel, Target, check_leaks, find_targets, pack
 from pipeline.networks.mask_to_image import MaskToImageUNet
 from pipeline.runs import Run
 from tests.pipeline import fake_run
+from tests.records import write_record
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REPO = "me/fake-pix2pix"
@@ -52,8 +53,7 @@ class World:
             file.write_bytes(b"stays here")
 
     def record(self, **changes: object) -> None:
-        path = self.run.logs("baselines/pix2pix") / "stage.json"
-        write_json(path, {**read_json(path, ""), **changes})
+        write_record(self.run, "baselines/pix2pix", **changes)
 
     def parcel(self) -> Parcel:
         return pack(self.config, self.run, Target("baseline", "pix2pix"), REPO)
@@ -70,7 +70,7 @@ class World:
         row = ["pix2pix", {"value": 0.5, "low": 0.4, "high": 0.6}]
         table = {"title": "Faithfulness", "columns": ["set", "Dice"], "rows": [row]}
         answer = fake_run.evaluation("faith", tables=[table], inputs={"real": self.real.digest, "pix2pix": made.digest})
-        write_json(self.run.evaluation / "faith.json", answer)
+        fake_run.write_evaluation(self.run, "faith", answer)
 
 
 @pytest.fixture

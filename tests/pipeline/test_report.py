@@ -12,6 +12,8 @@ from PIL import Image
 
 from pipeline.config_loading import load_experiment
 from pipeline.errors import MaskLoomError
+from pipeline.files import content_digest
+from pipeline.ownership import OwnedFolder
 from pipeline.report import write_report
 from pipeline.report.curves import POINTS, averaged, line_chart, training_curves
 from pipeline.report.evaluation import Curve, Interval, Table, cell_text, numeric_columns
@@ -23,6 +25,7 @@ from pipeline.report.sources import class_counts, find_sources, rejection_counts
 from pipeline.report.stage import PAGE_BYTES, smallest_enough
 from pipeline.runs import Run
 from tests.pipeline import fake_run
+from tests.records import write_record
 
 
 class _Page(HTMLParser):
@@ -124,8 +127,8 @@ def test_the_same_inputs_give_the_same_bytes_and_a_skip(whole, capsys):
 def test_a_new_evaluation_makes_the_report_stale(tmp_path):
     run, config = fake_run.whole_run(tmp_path)
     _report(config)
-    path = run.evaluation / "b_help.json"
-    path.write_text(path.read_text().replace("no clear benefit", "a clear benefit"))
+    answer = json.dumps(fake_run.evaluation("help", headline=True)).replace("no clear benefit", "a clear benefit")
+    fake_run.write_evaluation(run, "b_help", json.loads(answer))
     assert "a clear benefit" in _report(config)[1].text
 
 
@@ -201,12 +204,11 @@ def test_external_test_sets_are_listed_after_the_own_splits(tmp_path):
 
 def test_a_damaged_evaluation_is_one_line_that_names_the_file_and_the_field(tmp_path):
     config = load_experiment(fake_run.write_config(tmp_path), [])
-    folder = Run(config.run_folder).evaluation
-    folder.mkdir(parents=True)
-    (folder / "help.json").write_text(json.dumps({**fake_run.evaluation(), "tables": "none"}))
+    owned = OwnedFolder(Run(config.run_folder).evaluation)
+    owned.write_text("help.json", json.dumps({**fake_run.evaluation(), "tables": "none"}))
     with pytest.raises(MaskLoomError, match=r"help\.json: tables: .*run evaluate again with --force"):
         write_report(config, force=False)
-    (folder / "help.json").write_text("{")
+    owned.write_text("help.json", "{")
     with pytest.raises(MaskLoomError, match=r"help\.json: not valid JSON"):
         write_report(config, force=False)
 
@@ -223,14 +225,45 @@ def test_a_dataset_edited_by_hand_is_refused_and_no_report_is_left(tmp_path):
 
 def test_a_missing_picture_is_said_to_be_missing(tmp_path):
     run, config = fake_run.whole_run(tmp_path)
-    (run.evaluation / "pictures" / "worst.png").unlink()
+    OwnedFolder(run.evaluation).remove(["pictures/worst.png"])
     assert "This picture is missing or cannot be read: worst.png" in _report(config)[1].text
+
+
+@pytest.mark.parametrize("name", ["b_help.json", "pictures/worst.png"])
+def test_a_changed_answer_is_not_shown(tmp_path, name):
+    run, config = fake_run.whole_run(tmp_path)
+    path = run.evaluation / name
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(MaskLoomError, match=rf"{name}: not what was written: damaged since evaluate wrote it"):
+        write_report(config, force=False)
+    path.unlink()
+    with pytest.raises(MaskLoomError, match=rf"{name}: missing: damaged since evaluate wrote it"):
+        write_report(config, force=False)
+    assert not run.report.exists()
+
+
+def test_the_users_own_files_beside_the_answers_are_not_looked_at(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    (run.evaluation / "mine.json").write_text("[]")
+    assert "copy: changed" in _report(config)[1].text
+
+
+def test_a_changed_training_log_is_left_out_and_named(tmp_path, capsys):
+    run, config = fake_run.whole_run(tmp_path)
+    log = run.logs("train") / "metrics.jsonl"
+    write_record(run, "train", shown={"logs/train/metrics.jsonl": content_digest(log)})
+    assert "is left out" not in _report(config)[1].text
+    log.write_text(log.read_text().replace("1", "2"))
+    text = _report(config)[1].text
+    assert "logs/train/metrics.jsonl: not what was written and is left out." in text
+    assert "There is no training log." in text
+    assert "metrics.jsonl: not what was written, and is left out" in capsys.readouterr().err
 
 
 def test_questions_that_were_not_measured_come_last(tmp_path):
     run, config = fake_run.whole_run(tmp_path)
     skipped = fake_run.evaluation("alpha", headline=True, skipped="no masks", verdict="Not measured: no masks.")
-    (run.evaluation / "a_alpha.json").write_text(json.dumps(skipped))
+    fake_run.write_evaluation(run, "a_alpha", skipped)
     text = _report(config)[1].text
     assert text.index("copy: changed") < text.index("Not measured")
 

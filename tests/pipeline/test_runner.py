@@ -10,8 +10,9 @@ import pytest
 
 from pipeline import runner
 from pipeline.errors import MaskLoomError
-from pipeline.runs import STAGES, Run, Stage
+from pipeline.runs import STAGES, Run, read_record
 from tests.pipeline import fake_run
+from tests.records import write_record
 
 ROOT = Path(__file__).parents[2]
 TINY_STAGE = """
@@ -187,5 +188,11 @@ def test_the_report_runs_as_a_stage_and_says_its_state(tmp_path):
     assert not run.report.exists()
     subprocess.run(check[:-1], cwd=ROOT, check=True, capture_output=True)
     assert state() == "done"
-    Stage(run, "report", {}, None, []).path.write_text('{"key": "old"}')
-    assert state() == "stale"
+    record = read_record(run, "report")
+    assert record is not None
+    key = record.key
+    write_record(run, "report", key="old")
+    assert state() == "stale\nits inputs or settings have changed"
+    run.report.write_text("edited")
+    write_record(run, "report", key=key)
+    assert state() == f"damaged\n{run.report}: not what was written"

@@ -12,7 +12,8 @@ from pipeline import __version__, provenance
 from pipeline.config_loading import load_experiment
 from pipeline.errors import MaskLoomError
 from pipeline.files import LOCK_FILE
-from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run, skip_empty_stage
+from pipeline.ownership import whole_folder
+from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run, require_intact, skip_empty_stage
 from tests.pipeline import fake_run
 
 
@@ -44,14 +45,21 @@ def test_the_parts_of_a_run_lie_in_its_folder(tmp_path):
 
 def test_a_run_keeps_its_resolved_configuration(tmp_path):
     path = fake_run.write_config(tmp_path)
-    run = open_run(load_experiment(path, ["seed=4"]))
-    kept = run.folder / "config.yaml"
+
+    def work(*overrides: str) -> Run:
+        run = open_run(load_experiment(path, list(overrides)))
+        _run(Stage(run, "train", {}, None, []))
+        return run
+
+    kept = work("seed=4").folder / "config.yaml"
     assert yaml.safe_load(kept.read_text())["seed"] == 4
     assert load_experiment(kept, []) == load_experiment(path, ["seed=4"])
     before = kept.stat().st_mtime_ns
-    open_run(load_experiment(path, ["seed=4"]))
+    work("seed=4")
     assert kept.stat().st_mtime_ns == before
     open_run(load_experiment(path, []))
+    assert yaml.safe_load(kept.read_text())["seed"] == 4
+    work()
     assert yaml.safe_load(kept.read_text())["seed"] == 0
 
 
@@ -92,11 +100,115 @@ def test_the_record_says_where_the_result_came_from(tmp_path):
     assert record["peak_memory_mb"] > 1
 
 
-def test_a_stage_that_fails_is_not_done_and_neither_is_the_run_before_it(tmp_path):
-    _run(_stage(tmp_path))
+def test_a_stage_that_fails_before_it_changes_anything_leaves_the_run_before_it(tmp_path):
     with pytest.raises(RuntimeError), _stage(tmp_path).recorded():
         raise RuntimeError
     assert not _stage(tmp_path).is_done()
+    _run(_stage(tmp_path))
+    with pytest.raises(RuntimeError), _stage(tmp_path).recorded():
+        raise RuntimeError
+    assert _stage(tmp_path).is_done()
+
+
+def test_a_stage_that_fails_while_it_writes_is_damaged(tmp_path):
+    _run(_stage(tmp_path))
+
+    def fail() -> None:
+        with _stage(tmp_path).recorded():
+            (tmp_path / "out").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert _stage(tmp_path).examined() == ("damaged", f"{tmp_path / 'out'}: not what was written")
+
+
+def test_work_that_begins_afresh_is_not_taken_for_done(tmp_path):
+    stage = _stage(tmp_path)
+    _run(stage)
+    stage.forget()
+    stage.forget()
+    assert stage.state() == "missing"
+
+
+def test_damage_is_reported_and_made_good(tmp_path, capsys):
+    _run(_stage(tmp_path))
+    (tmp_path / "out").write_text("dome")
+    assert not _stage(tmp_path).skips(force=False)
+    assert "train: damaged: " in capsys.readouterr().err
+    (tmp_path / "out").unlink()
+    assert _stage(tmp_path).examined() == ("damaged", f"{tmp_path / 'out'}: missing")
+    assert _stage(tmp_path, config=2).state() == "stale"
+
+
+def test_every_file_of_an_output_folder_counts(tmp_path):
+    def stage() -> Stage:
+        return Stage(Run(tmp_path), "train", {}, None, [tmp_path / "weights"])
+
+    with stage().recorded(), whole_folder(tmp_path / "weights") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "w").write_text("1")
+        (folder / "v").write_text("2")
+    assert stage().is_done()
+    require_intact(Run(tmp_path), "train", tmp_path / "weights")
+    (tmp_path / "weights" / "mine").write_text("the user's own")
+    assert stage().is_done()
+    (tmp_path / "weights" / "deep" / "w").write_text("0")
+    assert stage().examined() == ("damaged", f"{tmp_path / 'weights' / 'deep' / 'w'}: not what was written")
+    with pytest.raises(
+        MaskLoomError, match=r"deep/w: not what was written: damaged since train wrote it; run train again"
+    ):
+        require_intact(Run(tmp_path), "train", tmp_path / "weights")
+
+
+def test_weights_without_a_record_are_not_trained(tmp_path):
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(MaskLoomError, match=r"weights: its training has not ended; run baselines first"):
+        require_intact(Run(tmp_path), "baselines/pix2pix", tmp_path / "weights")
+
+
+def test_changed_logs_are_reported_and_the_stage_stays_done(tmp_path, capsys):
+    stage = Stage(Run(tmp_path), "train", {}, None, [], shown=("metrics.jsonl", "images/*.png"))
+    (tmp_path / "logs" / "train" / "images").mkdir(parents=True)
+    with stage.recorded():
+        (tmp_path / "logs" / "train" / "metrics.jsonl").write_text("1")
+        (tmp_path / "logs" / "train" / "images" / "a.png").write_text("1")
+    assert stage.examined() == ("done", "")
+    (tmp_path / "logs" / "train" / "metrics.jsonl").write_text("2")
+    assert stage.examined() == ("done", f"{tmp_path / 'logs/train/metrics.jsonl'}: not what was written")
+    assert stage.skips(force=False)
+    assert "the report leaves it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "dataset", "generator", "synthetic", "evaluation", "report.html"])
+def test_a_run_takes_nothing_that_is_the_users(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix:
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    with pytest.raises(MaskLoomError, match=rf"^run_dir={tmp_path}: holds {name}, which MaskLoom did not write"):
+        _run(_stage(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+
+
+def test_a_run_folder_may_hold_other_things(tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "generator").mkdir()
+    with whole_folder(tmp_path / "dataset") as folder:
+        (folder / "x").touch()
+    _run(_stage(tmp_path))
+    assert _stage(tmp_path).is_done()
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "mine").touch()
+    _run(_stage(tmp_path))
+
+
+def test_a_run_folder_is_a_folder(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(MaskLoomError, match=r"run_dir=.*run: not a folder"):
+        Run(tmp_path / "run").check()
 
 
 def test_other_processes_leave_the_record_alone(tmp_path):
@@ -108,11 +220,31 @@ def test_other_processes_leave_the_record_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_damaged_record_is_told(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", "null", '"word"', "{}", "[" * 100_000, "\xff", '{"stage": 1e999}'])
+def test_a_damaged_record_is_reported(tmp_path, content):
     _run(_stage(tmp_path))
-    _stage(tmp_path).path.write_text("{")
-    with pytest.raises(MaskLoomError, match=r"stage\.json: not valid JSON .*; delete it"):
-        _stage(tmp_path).is_done()
+    path = _stage(tmp_path).path
+    path.write_bytes(content.encode("latin-1"))
+    state, reason = _stage(tmp_path).examined()
+    assert state == "damaged"
+    assert reason.startswith(f"{path}: ")
+    with pytest.raises(MaskLoomError, match=r"stage\.json: "):
+        _stage(tmp_path).record()
+
+
+def test_a_changed_number_in_a_record_is_noticed(tmp_path):
+    _run(_stage(tmp_path))
+    path = _stage(tmp_path).path
+    path.write_text(path.read_text().replace('"rows": 3', '"rows": 4'))
+    assert _stage(tmp_path).examined() == (
+        "damaged",
+        f"{path}: damaged (its content is not what was written); run the stage again",
+    )
+
+
+def test_a_stage_that_has_not_ended_has_no_record(tmp_path):
+    with pytest.raises(MaskLoomError, match=r"stage\.json: no such file; run the stage again"):
+        _stage(tmp_path).record()
 
 
 def test_asked_for_its_state_a_stage_ends_before_it_computes(tmp_path):

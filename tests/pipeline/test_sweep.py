@@ -15,13 +15,15 @@ from generate.generate import generate
 from pipeline import sweep as sweeping
 from pipeline.config_loading import load_config, load_experiment
 from pipeline.errors import EXIT_CODE, MaskLoomError
-from pipeline.files import LOCK_FILE, read_json, write_json
+from pipeline.files import LOCK_FILE, read_json
+from pipeline.ownership import whole_folder
 from pipeline.report import write_report
 from pipeline.report.evaluation import Interval
 from pipeline.runs import Run
 from pipeline.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
 from pipeline.sweep_table import Column, Row, columns_of, print_table, variant_rows, write_table
 from tests.pipeline import fake_run
+from tests.records import write_record
 from train_baselines.train import train_baselines
 from train_controlnet.train import train_stage
 
@@ -191,20 +193,19 @@ def test_a_dataset_is_shared_again_only_where_it_is_another_one(tmp_path: Path):
     fake_run.write_real(source)
     fake_run.write_records(source, ("prepare",))
     (source.logs("prepare") / LOCK_FILE).touch()
-    (target.dataset / "data").mkdir(parents=True)
-    (target.dataset / "data" / "old.parquet").write_bytes(b"old")
+    with whole_folder(target.dataset) as folder:
+        (folder / "old.parquet").write_bytes(b"old")
     share_dataset(source, target)
-    assert not (target.dataset / "data" / "old.parquet").exists()
+    assert not (target.dataset / "old.parquet").exists()
     contract = target.dataset / "contract.json"
     assert contract.samefile(source.dataset / "contract.json")
     assert not (target.logs("prepare") / LOCK_FILE).exists()
-    (target.dataset / "mark").touch()
+    before = (target.logs("prepare") / "stage.json").stat().st_ino, target.dataset.stat().st_ino
     share_dataset(source, target)
-    assert (target.dataset / "mark").exists()
-    record = source.logs("prepare") / "stage.json"
-    write_json(record, {**read_json(record, ""), "key": "another"})
+    assert before == ((target.logs("prepare") / "stage.json").stat().st_ino, target.dataset.stat().st_ino)
+    write_record(source, "prepare", key="another")
     share_dataset(source, target)
-    assert not (target.dataset / "mark").exists()
+    assert before[1] != target.dataset.stat().st_ino
     assert read_json(target.logs("prepare") / "stage.json", "")["key"] == "another"
 
 
@@ -252,7 +253,7 @@ def test_rows_hold_figures_of_these_images_and_what_their_training_took(tmp_path
         "unasked": {"figures": [figure("gan", "unasked", 1.0)]},
     }
     for name, changes in answers.items():
-        write_json(run.evaluation / f"{name}.json", fake_run.evaluation(name, **{"inputs": digests, **changes}))
+        fake_run.write_evaluation(run, name, fake_run.evaluation(name, **{"inputs": digests, **changes}))
     fake_run.write_records(run, ("baselines/gan", "generate"))
     for stage, results in {
         "baselines/gan": {"trained_parameters": {"generator": 5, "discriminator": 2}, "samples_seen": 80},
@@ -261,8 +262,7 @@ def test_rows_hold_figures_of_these_images_and_what_their_training_took(tmp_path
             "text_only": {"made_now": 0, "images_per_second": 0},
         },
     }.items():
-        path = run.logs(stage) / "stage.json"
-        write_json(path, {**read_json(path, ""), "results": results})
+        write_record(run, stage, results=results)
     log = [
         {"step": 4, "samples_per_second": 10.0, "peak_memory_mb": 50.0},
         {"step": 8, "validation/loss": 1.0},

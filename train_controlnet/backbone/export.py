@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline.contract import Contract
-from pipeline.files import atomic_folder
+from pipeline.ownership import whole_folder
 from pipeline.provenance import git_sha
 from pipeline.reading import read_object
 from train_controlnet.backbone.architecture import new_scheduler
@@ -58,7 +58,7 @@ def write_pipeline(
         card: the README.
         grid: the picture of samples.
     """
-    with atomic_folder(folder) as unfinished:
+    with whole_folder(folder) as unfinished:
         copy.deepcopy(pipe).to(dtype=torch.float16).save_pretrained(unfinished, safe_serialization=True)
         for name in CLIP_FILES:
             (unfinished / "tokenizer" / name).write_bytes((tokenizer_folder / name).read_bytes())

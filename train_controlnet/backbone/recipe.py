@@ -9,11 +9,13 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from pipeline.checkpoints import delete_checkpoints
 from pipeline.config import LoopConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import remove_folder, value_digest
+from pipeline.files import value_digest
 from pipeline.metrics_log import METRICS_FILE
+from pipeline.ownership import OwnedFolder, check_places, check_replaceable
 from pipeline.progress import say
 from pipeline.prompt_encoding import PromptEncoder, tell_cuts
 from pipeline.reading import LogLine, read_lines
@@ -41,9 +43,18 @@ def train_backbone(config: BackboneConfig, force: bool) -> None:
         MaskLoomError: a dataset cannot be used, a setting does not fit, or a loss was not finite.
     """
     contracts = [_checked(verify_quickly(source.path), config) for source in config.sources]
+    check_places(
+        {f"sources[{n}].path": one.path for n, one in enumerate(config.sources)}, [config.run_folder, config.output_dir]
+    )
+    check_places({"output_dir": config.output_dir}, [config.run_folder])
+    check_replaceable(config.output_dir)
+    OwnedFolder(config.run_folder).check()
     processes = PartialState(cpu=not torch.accelerator.is_available())
+    if processes.is_main_process:
+        OwnedFolder(config.run_folder).claim()
     if force and processes.is_main_process:
-        remove_folder(config.run_folder)
+        for part in PARTS:
+            delete_checkpoints(config.run_folder / part)
     processes.wait_for_everyone()
     images = TrainImages(config.sources)
     with processes.main_process_first():

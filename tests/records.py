@@ -1,0 +1,41 @@
+"""Records of stages that did not run: what a finished stage leaves beside its outputs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_json
+from pipeline.runs import RECORD_FILE, Run, Stage, StageRecord
+
+
+def record_outputs(run: Run, name: str, outputs: Sequence[Path], **changes: Any) -> None:
+    """Write the record that a stage with these outputs leaves; folders have a manifest (`pipeline.ownership.seal_folder`)."""
+    with Stage(run, name, {}, None, outputs).recorded():
+        pass
+    if changes:
+        write_record(run, name, **changes)
+
+
+def write_record(run: Run, name: str, **changes: Any) -> None:
+    """Write a whole record, some of its fields changed; one that is there already keeps the others."""
+    path = run.logs(name) / RECORD_FILE
+    values = StageRecord.model_validate_json(path.read_bytes()).model_dump() if path.is_file() else _empty(name)
+    record = StageRecord(**{**values, **changes})
+    record.digest = record.own_digest()
+    write_json(path, record.model_dump(mode="json"))
+
+
+def _empty(name: str) -> dict[str, Any]:
+    return {
+        "stage": name,
+        "key": "0" * 64,
+        "inputs": {},
+        "config_hash": "0" * 64,
+        "maskloom": "0",
+        "git_sha": "unknown",
+        "packages": {},
+        "wall_seconds": 1.0,
+        "peak_memory_mb": 1.0,
+        "results": {},
+        "files": {},
+    }
