@@ -121,10 +121,23 @@ def push(
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset, such as runs/demo/dataset")]) -> None:
-    """Check a mask-and-prompt dataset whole: hashes, schema, splits, groups, parents and every pixel."""
+def verify(
+    path: Annotated[Path, typer.Argument(help="a run folder, such as runs/demo, or a mask-and-prompt dataset")],
+) -> None:
+    """Check a whole run, or one dataset: digests of every file that was written, records, splits, groups, parents and every pixel."""
+    from pipeline.errors import MaskLoomError
+    from pipeline.run_verification import is_run, run_problems
+    from pipeline.runs import Run
     from pipeline.verification import verify_fully
 
+    if is_run(path):
+        problems = run_problems(Run(path))
+        for problem in problems:
+            print(problem)
+        if problems:
+            raise MaskLoomError(f"{path}: {len(problems)} problem(s); run the stages that wrote these files again")
+        print(f"{path}: everything is as it was written")
+        return
     contract = verify_fully(path)
     rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
     print(f"{path}: valid ({rows} rows; {contract.rejected} rejected)")

@@ -14,22 +14,23 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, load
 from accelerate.utils.constants import RNG_STATE_NAME
 from diffusers import ModelMixin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.averages import Averages
 from pipeline.errors import MaskLoomError, one_line, told_when_unwritable
-from pipeline.files import TEMPORARY_SUFFIX, read_json, write_json
+from pipeline.files import TEMPORARY_SUFFIX, write_json
 from pipeline.ownership import MANIFEST, OwnedFolder, delete_folder, file_problem, put_in_place, seal_folder
 from pipeline.progress import say
+from pipeline.reading import Record, read_model
 
 LOOP_FILE = "loop.json"
 LENGTH_SETTINGS = frozenset({"max_train_steps", "num_train_epochs"})
 """How far a training goes is not what it is: a checkpoint may be of a shorter or longer one."""
 
 
-class LoopRecord(BaseModel):
+class LoopRecord(Record):
     """The content of `loop.json`.
 
     Attributes:
@@ -38,17 +39,19 @@ class LoopRecord(BaseModel):
         identity: what the training depends on.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=2**63)
     averages: dict[str, Any]
     identity: dict[str, Any]
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
-    """Return the finished checkpoints in a folder by step, ascending; a folder of that name without a record is not one."""
+    """Return the finished checkpoints in a folder by step, ascending; a folder of that name that is not the program's is not one."""
     named = ((re.fullmatch(r"checkpoint-(\d{1,12})", path.name), path) for path in folder.glob("checkpoint-*"))
-    found = {int(match[1]): path for match, path in named if match and (path / LOOP_FILE).exists()}
+    found = {
+        int(match[1]): path
+        for match, path in named
+        if match and ((path / LOOP_FILE).exists() or OwnedFolder(path).is_marked())
+    }
     return dict(sorted(found.items()))
 
 
@@ -145,11 +148,6 @@ def read_checkpoint(path: Path) -> LoopRecord:
     remedy = _remedy(path)
     try:
         written = OwnedFolder(path).digests()
-        record = LoopRecord.model_validate(read_json(path / LOOP_FILE, remedy))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the record"
-        raise MaskLoomError(f"{path / LOOP_FILE}: {where}: {one_line(first['msg'])}; {remedy}") from None
     except MaskLoomError as error:
         raise MaskLoomError(f"{one_line(error)}; {remedy}") from None
     if LOOP_FILE not in written:
@@ -157,7 +155,7 @@ def read_checkpoint(path: Path) -> LoopRecord:
     problem = next((p for name, known in written.items() if (p := file_problem(path / name, known))), None)
     if problem:
         raise MaskLoomError(f"{problem}; {remedy}")
-    return record
+    return read_model(path / LOOP_FILE, LoopRecord, remedy)
 
 
 def _remedy(path: Path) -> str:

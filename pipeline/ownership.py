@@ -12,21 +12,20 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from typing import Annotated
 
 from pipeline import __version__
-from pipeline.errors import MaskLoomError, one_line
+from pipeline.errors import MaskLoomError
 from pipeline.files import (
     LOCK_FILE,
     TEMPORARY_SUFFIX,
     atomic_path,
     content_digest,
     flush_files,
-    read_json,
     value_digest,
     write_json,
 )
+from pipeline.reading import Record, inside, read_model
 
 MANIFEST = ".maskloom.json"
 MANIFESTS = ".maskloom*.json"
@@ -35,23 +34,12 @@ SYSTEM_FILES = frozenset(
 )  # nobody's: they do not make a folder a user's
 
 
-class Manifest(BaseModel):
+class Manifest(Record):
     """The content of a manifest; `digest` covers the rest, so that a damaged one is noticed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     maskloom: str
-    files: dict[str, str]
+    files: dict[Annotated[str, inside("folder")], str]
     digest: str
-
-    @field_validator("files")
-    @classmethod
-    def _files_stay_inside(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-                raise ValueError(f"{name!r} is not a path below the folder")
-        return files
 
 
 class OwnedFolder:
@@ -339,10 +327,7 @@ def _write(path: Path, files: Mapping[str, str]) -> None:
 
 def _read(path: Path) -> dict[str, str]:
     remedy = "it lists what MaskLoom wrote in this folder: move the folder away and run the stage again"
-    try:
-        manifest = Manifest.model_validate(read_json(path, remedy))
-    except ValidationError as error:
-        raise MaskLoomError(f"{path}: damaged ({one_line(error.errors()[0]['msg'])}); {remedy}") from None
+    manifest = read_model(path, Manifest, remedy)
     if value_digest({"maskloom": manifest.maskloom, "files": manifest.files}) != manifest.digest:
         raise MaskLoomError(f"{path}: damaged (its content is not what was written); {remedy}")
     return manifest.files

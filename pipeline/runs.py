@@ -6,17 +6,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from pipeline import __version__
 from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import content_digest, read_json, sole_writer, value_digest, write_json
+from pipeline.errors import MaskLoomError
+from pipeline.files import content_digest, sole_writer, value_digest, write_json
 from pipeline.ownership import MANIFEST, OwnedFolder, file_problem
 from pipeline.progress import say
 from pipeline.provenance import git_sha, package_versions, peak_memory_mb
+from pipeline.reading import Record, inside, read_model
 
 RECORD_FILE, CONFIG_FILE = "stage.json", "config.yaml"
 DONE, STALE, DAMAGED, MISSING = "done", "stale", "damaged", "missing"
@@ -157,7 +158,11 @@ def skip_empty_stage(name: str, reason: str) -> None:
     say(f"{name}: nothing to do, {reason}")
 
 
-class StageRecord(BaseModel):
+Files = dict[Annotated[str, inside("run folder")], str]
+"""Digest of each file by its path below the run folder."""
+
+
+class StageRecord(Record):
     """The content of `stage.json`; `digest` covers the rest, so that a damaged record is noticed.
 
     Attributes:
@@ -169,8 +174,6 @@ class StageRecord(BaseModel):
         shown: the same of what only the report shows: training logs and sample grids.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
     stage: str
     key: str
     inputs: dict[str, str]
@@ -181,8 +184,8 @@ class StageRecord(BaseModel):
     wall_seconds: float = Field(ge=0)
     peak_memory_mb: float = Field(ge=0)
     results: dict[str, Any]
-    files: dict[str, str]
-    shown: dict[str, str] = Field(default_factory=dict)
+    files: Files
+    shown: Files = Field(default_factory=dict)
     digest: str = ""
 
     def own_digest(self) -> str:
@@ -200,12 +203,7 @@ def read_record(run: Run, stage: str) -> StageRecord | None:
     if not path.is_file():
         return None
     remedy = "run the stage again"
-    try:
-        record = StageRecord.model_validate(read_json(path, remedy))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the record"
-        raise MaskLoomError(f"{path}: damaged ({where}: {one_line(first['msg'])}); {remedy}") from None
+    record = read_model(path, StageRecord, remedy)
     if record.digest != record.own_digest():
         raise MaskLoomError(f"{path}: damaged (its content is not what was written); {remedy}")
     return record

@@ -254,7 +254,7 @@ def _is_whole(owned: OwnedFolder, path: Path, of: range | str) -> bool:
         with safe_open(path, framework="pt") as file:
             whole = _notes(file).get("of") == str(of)
     if not whole:
-        say(f"{path}: damaged, or made of other prompts; making it again")
+        say(f"{path}: damaged; making it again")
     return whole
 
 

@@ -98,7 +98,7 @@ def test_checkpoints_are_limited_and_whole(tmp_path: Path) -> None:
     run(tmp_path, LineTask(), checkpoints_total_limit=2)
     assert list(checkpoint_steps(tmp_path)) == [6, 8]
     assert {p.name for p in (tmp_path / "checkpoint-8").iterdir()} == {
-        "line.safetensors", "ema_line.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "loop.json",
+        "line.safetensors", "ema_line.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "loop.json", ".maskloom.json",
     }  # fmt: skip
     assert not list(tmp_path.glob(".checkpoint*"))
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
 from pipeline.contract import open_split, read_contract
 from pipeline.errors import MaskLoomError
+from pipeline.files import TEMPORARY_SUFFIX
+from pipeline.ownership import MANIFEST, OwnedFolder
 from pipeline.runs import Run
 from tests.processes import run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
@@ -294,9 +296,9 @@ def test_other_sizes_are_other_datasets(tmp_path: Path) -> None:
 
 def test_a_stale_cache_is_told_and_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("stale", "current"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "current" / ".views-00000.safetensors.7.tmp").write_text("half")
+        OwnedFolder(tmp_path / name).claim()
+    (tmp_path / "current" / f".views-00000.safetensors.7{TEMPORARY_SUFFIX}").write_text("half")
     drop_stale_caches(tmp_path, tmp_path / "current")
     assert [path.name for path in tmp_path.iterdir()] == ["current"]
-    assert not list((tmp_path / "current").iterdir())
+    assert [path.name for path in (tmp_path / "current").iterdir()] == [MANIFEST]
     assert "stale: made for other data, augmentation, precision or backbone" in capsys.readouterr().err

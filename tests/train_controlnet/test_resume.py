@@ -13,6 +13,8 @@ import pytest
 from pipeline.checkpoints import LOOP_FILE, checkpoint_steps
 from pipeline.cli import run_stage_command
 from pipeline.errors import MaskLoomError
+from pipeline.files import TEMPORARY_SUFFIX
+from pipeline.ownership import MANIFEST
 from tests.processes import Command, run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
@@ -124,6 +126,12 @@ def garble(file: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
 
 
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
 def empty(file: Path) -> None:
     file.write_text('{"step": 6}')
 
@@ -134,16 +142,20 @@ WEIGHTS = "controlnet/diffusion_pytorch_model.safetensors"
 @pytest.mark.parametrize(
     ("name", "damage", "told"),
     [
-        (WEIGHTS, cut_off, rf"checkpoint-6/{WEIGHTS}: \d+ bytes, not \d+; "),
-        (WEIGHTS, garble, r"checkpoint-6: cannot be read \(.+\); "),
-        ("optimizer.bin", cut_off, r"checkpoint-6/optimizer\.bin: \d+ bytes, not \d+; "),
-        ("optimizer.bin", garble, r"checkpoint-6: cannot be read \(.+\); "),
-        ("ema_denoiser.safetensors", garble, r"checkpoint-6: cannot be read \(.+\); "),
-        ("random_states_0.pkl", Path.unlink, r"checkpoint-6/random_states_0\.pkl: no such file; "),
-        ("scheduler.bin", Path.unlink, r"checkpoint-6/scheduler\.bin: no such file; "),
-        (LOOP_FILE, Path.unlink, r"checkpoint-6/loop\.json: no such file; "),
-        (LOOP_FILE, cut_off, r"checkpoint-6/loop\.json: not valid JSON .*; "),
-        (LOOP_FILE, empty, r"checkpoint-6/loop\.json: has not all entries; "),
+        (WEIGHTS, cut_off, rf"checkpoint-6/{WEIGHTS}: not what was written; "),
+        (WEIGHTS, garble, rf"checkpoint-6/{WEIGHTS}: not what was written; "),
+        (WEIGHTS, flip_a_bit, rf"checkpoint-6/{WEIGHTS}: not what was written; "),
+        ("optimizer.bin", cut_off, r"checkpoint-6/optimizer\.bin: not what was written; "),
+        ("optimizer.bin", flip_a_bit, r"checkpoint-6/optimizer\.bin: not what was written; "),
+        ("ema_denoiser.safetensors", flip_a_bit, r"checkpoint-6/ema_denoiser\.safetensors: not what was written; "),
+        ("random_states_0.pkl", flip_a_bit, r"checkpoint-6/random_states_0\.pkl: not what was written; "),
+        ("random_states_0.pkl", Path.unlink, r"checkpoint-6/random_states_0\.pkl: missing; "),
+        ("scheduler.bin", Path.unlink, r"checkpoint-6/scheduler\.bin: missing; "),
+        (LOOP_FILE, Path.unlink, r"checkpoint-6/loop\.json: missing; "),
+        (LOOP_FILE, cut_off, r"checkpoint-6/loop\.json: not what was written; "),
+        (LOOP_FILE, empty, r"checkpoint-6/loop\.json: not what was written; "),
+        (MANIFEST, cut_off, r"checkpoint-6/\.maskloom\.json: .*; "),
+        (MANIFEST, Path.unlink, r"checkpoint-6: lists no files that were written \(\.maskloom\.json\); "),
     ],
 )
 def test_a_damaged_checkpoint_is_told(
@@ -228,11 +240,11 @@ def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(tmp_path: Path, 
     run = prepared(tmp_path / "killed", dataset)
     arguments = command_line(run, backbone, tmp_path, **settings, checkpoints_total_limit=None, logging_steps=1)
     generator = run / "generator"
-    kill_when(Command("train_controlnet", arguments), (generator / ".checkpoint-4.tmp").exists)
+    kill_when(Command("train_controlnet", arguments), (generator / f".checkpoint-4{TEMPORARY_SUFFIX}").exists)
     assert 2 in checkpoint_steps(generator)
     assert not weights(run)
     assert trained(run, backbone, **settings) == expected
-    assert not list(generator.glob(".*"))
+    assert [path.name for path in generator.glob(".*")] == [MANIFEST]
 
 
 def test_two_processes_resume_together_and_refuse_to_be_one(tmp_path: Path, dataset: Path, backbone: Path) -> None:

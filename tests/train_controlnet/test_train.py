@@ -18,6 +18,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.contract import read_contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
+from pipeline.ownership import OwnedFolder
 from pipeline.randomness import Draws
 from pipeline.runs import Run
 from tests.processes import Command, finished, limit_file_size, run_on_ranks, start_server
@@ -87,11 +88,14 @@ def test_a_fresh_posterior_sample_is_drawn_each_time(config: ExperimentConfig) -
 def test_a_stale_cache_is_dropped(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
     stale = run.generator / "cache" / "0123456789abcdef"
-    stale.mkdir(parents=True)
-    (stale / ".moments.tmp").write_text("half")
+    OwnedFolder(stale).write_text("moments", "old")
+    mine = run.generator / "cache" / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("the user's own")
     DiffusionTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
     assert not stale.exists()
-    assert len(list((run.generator / "cache").iterdir())) == 1
+    assert (mine / "notes.txt").is_file()
+    assert len(list((run.generator / "cache").iterdir())) == 2
 
 
 def test_no_validation_split_means_no_validation_figures(tmp_path: Path, backbone: Path) -> None:
@@ -191,7 +195,8 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path, dataset: Path
 
 
 @pytest.mark.parametrize(
-    ("limit", "named"), [(3_000, "'train' cannot be opened"), (300_000, "checkpoint-2.tmp: could not be written")]
+    ("limit", "named"),
+    [(3_000, "'train' cannot be opened"), (300_000, "checkpoint-2.maskloom-tmp: could not be written")],
 )
 def test_a_full_disk_stops_the_stage_and_nothing_half_written_stays(
     tmp_path: Path, dataset: Path, backbone: Path, limit: int, named: str
