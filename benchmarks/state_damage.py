@@ -183,12 +183,13 @@ def apply(damage: str, path: Path, other: Path) -> bool:
     if damage == "deleted":
         path.unlink()
         return True
+    after = bytearray(before)
     if damage == "of another run":
-        after = other.read_bytes() if other.is_file() else before
-    else:
-        after = bytearray(b"" if damage == "emptied" else before)
-        if after:
-            after[len(after) // 2] ^= 4
+        after = bytearray(other.read_bytes() if other.is_file() else before)
+    elif damage == "emptied":
+        after.clear()
+    elif after:
+        after[len(after) // 2] ^= 4
     path.write_bytes(after)
     return after != before
 

@@ -139,8 +139,12 @@ def resume(
     return record.step
 
 
-def read_checkpoint(path: Path) -> LoopRecord:
-    """Return a checkpoint's record, after comparing every file of the checkpoint with its digest.
+def read_checkpoint(path: Path, whole: bool = True) -> LoopRecord:
+    """Return a checkpoint's record, after comparing the files of the checkpoint with their digests.
+
+    Args:
+        path: the checkpoint's folder.
+        whole: compare every file; else the record alone.
 
     Raises:
         MaskLoomError: a file is missing or not what was written, or the record is damaged.
@@ -152,7 +156,8 @@ def read_checkpoint(path: Path) -> LoopRecord:
         raise MaskLoomError(f"{one_line(error)}; {remedy}") from None
     if LOOP_FILE not in written:
         raise MaskLoomError(f"{path}: lists no files that were written ({MANIFEST}); {remedy}")
-    problem = next((p for name, known in written.items() if (p := file_problem(path / name, known))), None)
+    compared = written if whole else {LOOP_FILE: written[LOOP_FILE]}
+    problem = next((p for name, known in compared.items() if (p := file_problem(path / name, known))), None)
     if problem:
         raise MaskLoomError(f"{problem}; {remedy}")
     return read_model(path / LOOP_FILE, LoopRecord, remedy)
@@ -198,25 +203,25 @@ def _random_states(path: Path, accelerator: Accelerator) -> Path:
     return path / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
 
 
-def checkpoint_to_resume(folder: Path, wanted: str | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def checkpoint_to_resume(
+    folder: Path, wanted: str | None, identity: Mapping[str, Any], whole: bool = True
+) -> LoopRecord | None:
     """Return the record of the checkpoint that `resume` would load, or None where it would start afresh; loads and changes nothing.
 
     Args:
         folder: where checkpoints live.
         wanted: as for `resume`.
         identity: what the training depends on.
+        whole: as for `read_checkpoint`.
 
     Raises:
-        MaskLoomError: an explicit path is missing, its record is damaged, or it belongs to another configuration or dataset.
+        MaskLoomError: an explicit path is missing, a file is damaged, or it belongs to another configuration or dataset.
     """
     path = _wanted_checkpoint(folder, wanted)
     if path is None:
         return None
-    remedy = f"the checkpoint is damaged: delete {path} and run again, which goes on from the one before it"
-    record: dict[str, Any] = read_json(path / LOOP_FILE, remedy)
-    if not {"step", "identity"} <= record.keys():
-        raise MaskLoomError(f"{path / LOOP_FILE}: has not all entries; {remedy}")
-    _check_identity(path, record["identity"], identity)
+    record = read_checkpoint(path, whole)
+    _check_identity(path, record.identity, identity)
     return record
 
 

@@ -15,12 +15,11 @@ from typing import Literal
 from pipeline.config import ExperimentConfig
 from pipeline.contract import CONTRACT_FILE, Contract, read_contract, read_ids
 from pipeline.errors import MaskLoomError, nearest_name
-from pipeline.files import read_json
 from pipeline.hub_cards import LOADING, Weights, completed_card
 from pipeline.hub_files import check_pushed_file, file_text
 from pipeline.progress import say
 from pipeline.reading import read_object
-from pipeline.runs import Run
+from pipeline.runs import RECORD_FILE, Run, read_record
 from pipeline.verification import verify_quickly
 
 CARD, PICTURES = "README.md", "samples.png"
@@ -159,8 +158,12 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
     folder = target.folder(run)
     contract = read_contract(run.dataset)
     stage, again = ("train", "train") if target.part == "generator" else (f"baselines/{target.name}", "baselines")
-    record = read_json(run.logs(stage) / "stage.json", f"the training has not ended; run {again} again")
-    if record["inputs"].get("dataset") != contract.digest:
+    record = read_record(run, stage)
+    if record is None:
+        raise MaskLoomError(
+            f"{run.logs(stage) / RECORD_FILE}: no such file; the training has not ended; run {again} again"
+        )
+    if record.inputs.get("dataset") != contract.digest:
         raise MaskLoomError(f"{folder}: trained on another dataset than {run.dataset} is now; run {again} again")
     _check_place(folder, run)
     names = sorted(
@@ -179,7 +182,7 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
     if PICTURES in files and PICTURES not in text:
         text = f"{text.rstrip()}\n\n![conditioning | real | samples]({PICTURES})\n"
     notes: list[str] = []
-    weights = Weights(target.name, folder, stage, record)
+    weights = Weights(target.name, folder, stage, record.model_dump(mode="json"))
     files[CARD] = completed_card(text, weights, repo_id, run, notes).encode()
     return Parcel(target, repo_id, files, _licences(contract), tuple(notes))
 

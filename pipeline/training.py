@@ -142,7 +142,7 @@ def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping
     identity = _identity(config, seed, inputs, launched_processes())
     earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity)
     if earlier and config.num_train_epochs is None:
-        _check_steps_left(config, int(earlier["step"]), config.max_train_steps)
+        _check_steps_left(config, earlier.step, config.max_train_steps)
 
 
 def train(
@@ -169,9 +169,9 @@ def train(
     stream = Positioned(task.dataset, seed, task.buckets, config.train_batch_size * processes)
     steps = total_steps(config, stream.epoch_length, processes)
     identity = _identity(config, seed, inputs, processes)
-    earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity)
+    earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity, whole=False)  # `resume` reads all
     if earlier:
-        _check_steps_left(config, int(earlier["step"]), steps)
+        _check_steps_left(config, earlier.step, steps)
     if accelerator.is_main_process:
         remove_leftovers(folder)
     state = _prepare(task, config, accelerator, stream, steps)
@@ -179,7 +179,7 @@ def train(
     torch.manual_seed(keyed_generator(seed, "process", accelerator.process_index).initial_seed())
     start = resume(accelerator, folder, config.resume_from_checkpoint, state.averages, identity)
     if earlier:
-        before = config.model_copy(update={key: earlier["identity"].get(key) for key in LENGTH_SETTINGS})
+        before = config.model_copy(update={key: earlier.identity.get(key) for key in LENGTH_SETTINGS})
         _change_length(state, config, start, total_steps(before, stream.epoch_length, processes), steps)
     log = MetricsLog(accelerator, Path(accelerator.project_dir), config.tracker_project_name, start)
     rows = batches(stream, config, accelerator, start, steps)

@@ -92,6 +92,7 @@ def read_places(train: TrainConfig) -> dict[str, Path | None]:
     named = {
         "train.pretrained_model_name_or_path": train.pretrained_model_name_or_path,
         "train.controlnet_model_name_or_path": train.controlnet_model_name_or_path,
+        "train.lora_model_name_or_path": train.lora_model_name_or_path,
         "train.tokenizer_name": train.tokenizer_name,
         **{f"train.validation_image[{number}]": path for number, path in enumerate(train.validation_image)},
     }
