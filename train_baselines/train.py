@@ -148,16 +148,14 @@ def _check_before_training(
     Raises:
         MaskLoomError: the machine or the dataset lacks what the family needs, or, unless `force`, a checkpoint belongs to another training.
     """
-    from pipeline.training import check_machine, check_resumable
+    from pipeline.training import check_machine, check_resumable, launched_processes
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
     rows = _open_rows(load_plugin(PACKAGE, name, "family").Trained, options, run, contract, "train")
     if not force:
-        steps = in_steps(
-            options, len(rows), 1
-        )  # the cadences, which alone it changes, may differ between a run and its continuation
-        check_resumable(steps, run.baselines / name, config.seed, stage.inputs)
+        loop = in_steps(options, len(rows), launched_processes())
+        check_resumable(loop, run.baselines / name, config.seed, stage.inputs)
 
 
 def _train_families(
