@@ -8,6 +8,7 @@ them keeps whole is rejected.
 
 import logging
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ ORIENTATION = 0x0112  # Exif and TIFF
 UPRIGHT = (0, 1)
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_DEPTH = 24  # byte of the bit depth in a PNG's first chunk, after width and height
+PNG_DEPTH = 24  # byte of the bit depth in a PNG's first chunk, after width and height; the colour type is the next
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 CODESTREAM = (
     b"\xff\x4f\xff\x51"  # begins a JPEG 2000 codestream; byte 40 tells its channels, byte 42 the first one's depth
@@ -96,9 +97,13 @@ def decode(path: Path, turn: bool = False) -> DecodedImage:
         RejectedSample: it is too large, has several pictures, is stored turned, or is of a kind that would lose depth.
     """
     with path.open("rb") as file:
-        head = file.read(PNG_DEPTH + 1)
-    if head[:4] in TIFF_MAGIC:
-        return _decoded_tiff(path)
+        head = file.read(PNG_DEPTH + 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's tell of the file, over and over; what matters raises
+        return _decoded_tiff(path) if head[:4] in TIFF_MAGIC else _decoded(path, head, turn)
+
+
+def _decoded(path: Path, head: bytes, turn: bool) -> DecodedImage:
     with Image.open(path, formats=IMAGE_FORMATS) as image:
         _require_size(path.name, image.width, image.height)
         pictures = getattr(image, "n_frames", 1)
@@ -107,8 +112,8 @@ def decode(path: Path, turn: bool = False) -> DecodedImage:
         if image.getexif().get(ORIENTATION, 1) not in UPRIGHT and not turn:
             raise _turned(path.name)
         _require_depth_kept(path, image)
-        if head[:8] == PNG_MAGIC and head[PNG_DEPTH] == 16:
-            return _deep_png(path, image)
+        if head[:8] == PNG_MAGIC and _needs_libpng(image, *head[PNG_DEPTH:]):
+            return _decoded_png(path, image)
         image.load()
         return decoded_picture(ImageOps.exif_transpose(image), lossy=image.format in LOSSY_FORMATS)
 
@@ -163,8 +168,13 @@ def _require_depth_kept(path: Path, image: ImageFile.ImageFile) -> None:
         )
 
 
-def _deep_png(path: Path, image: Image.Image) -> DecodedImage:
-    """Return a PNG of 16 bits a channel: grey or RGB, with or without alpha or a transparent colour."""
+def _needs_libpng(image: Image.Image, depth: int, colour_type: int) -> bool:
+    """Whether Pillow would reduce a PNG, or compare its transparent grey with values that it has stretched to 8 bits."""
+    return depth == 16 or (depth < 8 and colour_type == 0 and "transparency" in image.info)
+
+
+def _decoded_png(path: Path, image: Image.Image) -> DecodedImage:
+    """Return a PNG by libpng: grey or RGB, with or without alpha or a transparent colour."""
     import imagecodecs
 
     if image.width * image.height * 4 > MAX_PIXELS:
@@ -192,7 +202,7 @@ def _decoded_tiff(path: Path) -> DecodedImage:
             raise _turned(path.name)
         lossy = int(page.compression) in LOSSY_TIFF
         if isinstance(page.bitspersample, tuple):
-            raise RejectedSample(f"{path.name} has channels of different depths, {page.bitspersample} bits")
+            raise RejectedSample(f"{path.name} has channels of different depths, {page.bitspersample[:4]} bits")
         further = 0 < COLOURS.get(_photometric(page), 0) < page.samplesperpixel
         if page.bitspersample > 8 or page.sampleformat != UNSIGNED or further:
             return _tiff_page(path, page, lossy)
@@ -231,7 +241,7 @@ def _tiff_page(path: Path, page: "TiffPage", lossy: bool) -> DecodedImage:
 
 
 def _photometric(page: "TiffPage") -> str:
-    return getattr(page.photometric, "name", str(page.photometric))
+    return getattr(page.photometric, "name", "an unknown kind")
 
 
 def _unmultiplied(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
@@ -245,9 +255,11 @@ def _unmultiplied(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
 def _require_whole(path: Path, page: "TiffPage") -> None:
     """Reject a page of which tifffile would fill missing parts with zeros."""
     size = path.stat().st_size
-    for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):
-        if length == 0 or offset + length > size:
-            raise RejectedSample(f"{path.name} is cut short: a part of its pixels is missing")
+    parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    # Uncompressed strips come as one part; of other parts there is one for each chunk of the picture.
+    fewer = len(parts) < math.prod(page.chunked) and not page.is_contiguous
+    if not parts or fewer or any(length == 0 or offset + length > size for offset, length in parts):
+        raise RejectedSample(f"{path.name} is cut short: a part of its pixels is missing")
 
 
 def _inverted(pixels: NDArray[Any], bits: int) -> NDArray[Any]:

@@ -65,8 +65,7 @@ def downsample_of_mpp(slide: "OpenSlide", path: Path, mpp: float) -> float:
             f"{path.name} states no plausible pixel size (microns per pixel: {stated[0]} x {stated[1]});"
             " give data.options.level instead of data.options.mpp"
         )
-    if max(across, down) > min(across, down) * ANISOTROPY:
-        raise RejectedSample(f"{path.name} has pixels that are not square: {across:g} x {down:g} microns")
+    _require_square(path, across, down)
     downsample = mpp / ((across + down) / 2)
     if downsample * ENLARGEMENT < 1:
         raise RejectedSample(
@@ -80,11 +79,19 @@ def downsample_of_level(slide: "OpenSlide", path: Path, level: int) -> float:
     """Return how many pixels of level 0 make one pixel of a level.
 
     Raises:
-        RejectedSample: the slide has no such level.
+        RejectedSample: the slide has no such level, or states pixels that are not square.
     """
+    across, down = (_stated_mpp(slide, axis) or math.nan for axis in "xy")
+    _require_square(path, across, down)
     if level >= slide.level_count:
         raise RejectedSample(f"{path.name} has levels 0 to {slide.level_count - 1}, not data.options.level={level}")
     return float(slide.level_downsamples[level])
+
+
+def _require_square(path: Path, across: float, down: float) -> None:
+    """Reject a slide whose pixels are not square; NaN is not known, and passes."""
+    if max(across, down) > min(across, down) * ANISOTROPY:
+        raise RejectedSample(f"{path.name} has pixels that are not square: {across:g} x {down:g} microns")
 
 
 def overview(slide: "OpenSlide", path: Path) -> NDArray[np.uint8]:

@@ -33,6 +33,7 @@ def standard_augmentation(options: AugmentationOptions) -> Augment:
     """Return a function (images, targets, generator) -> (images, targets).
 
     Images are (B, C, H, W) in [-1, 1]; targets are masks (B, H, W), which move with their images, or labels (B,), which stay.
+    Masks are read by nearest neighbour: what a copy moves out of the picture, or shrinks below a pixel, is in neither image nor mask.
     """
     import torch
 

@@ -31,7 +31,8 @@ def embedded_image(array: NDArray[np.uint8], side: int, exact: bool = False) -> 
 
     Args:
         array: (H, W) or (H, W, 3) uint8.
-        side: longest side in pixels that the page may carry; larger images are reduced (masks: nearest neighbour).
+        side: longest side in pixels that the page may carry; larger images are reduced (masks: nearest neighbour,
+            so a lesion of a few pixels may not show).
         exact: true for masks: colours are kept exactly.
     """
     resampling = Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS

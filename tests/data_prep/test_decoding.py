@@ -246,6 +246,30 @@ def test_a_transparent_colour_counts_at_every_depth(tmp_path):
         read_binary(path)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_transparent_grey_of_few_bits(tmp_path, bits):
+    top = 2**bits - 1
+    lines = b""
+    for row in BLOB * top:
+        digits = "".join(f"{value:0{bits}b}" for value in row)
+        digits += "0" * (-len(digits) % 8)
+        lines += b"\0" + bytes(int(digits[i : i + 8], 2) for i in range(0, len(digits), 8))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *SHAPE[::-1], bits, 0, 0, 0, 0))
+    for hidden, expected in ((0, BLOB), (top, None)):
+        chunks = head + chunk(b"tRNS", struct.pack(">H", hidden)) + chunk(b"IDAT", zlib.compress(lines))
+        (tmp_path / "a.png").write_bytes(decoding.PNG_MAGIC + chunks + chunk(b"IEND", b""))
+        if expected is None:
+            with pytest.raises(RejectedSample, match="black on transparent"):
+                read_binary(tmp_path / "a.png")
+        else:
+            np.testing.assert_array_equal(read_binary(tmp_path / "a.png"), expected)
+
+
+def test_nothing_is_printed_about_odd_files(tmp_path, recwarn):
+    read_binary(palette_mask(tmp_path / "a.png", transparency=bytes([0, 255, 255])))
+    assert not recwarn.list
+
+
 def palette_mask(path, **options):
     image = Image.fromarray(BLOB * 2, "P")
     image.putpalette([255, 255, 255, 10, 10, 10, 255, 0, 0])
@@ -364,6 +388,14 @@ def test_a_part_that_was_never_written_is_rejected(tmp_path):
         counts = list(file.pages.first.databytecounts)
         file.pages.first.tags["StripByteCounts"].overwrite([0, *counts[1:]])
     rejected(path, "cut short")
+
+
+@pytest.mark.parametrize("layout", [{}, {"tile": (16, 16), "compression": "deflate"}, {"rowsperstrip": 8}], ids=str)
+def test_a_height_beyond_what_is_stored_is_rejected(tmp_path, layout):
+    path = write_tiff(tmp_path / "a.tif", values(np.uint16), **layout)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages.first.tags["ImageLength"].overwrite(60_000)
+    rejected(path, r"^a\.tif")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

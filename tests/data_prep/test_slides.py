@@ -144,6 +144,8 @@ def test_inches_are_understood_and_oblong_pixels_are_not(tmp_path):
     assert downsample_of_mpp(*write(101_600, 101_600, 2), 0.5) == pytest.approx(2)
     with pytest.raises(RejectedSample, match=r"pixels that are not square: 0\.25 x 0\.5 microns"):
         downsample_of_mpp(*write(40_000, 20_000, 3), 0.5)
+    with pytest.raises(RejectedSample, match=r"pixels that are not square: 0\.25 x 0\.5 microns"):
+        downsample_of_level(*write(101_600, 50_800, 2), 0)
 
 
 def test_more_detail_than_there_is_is_refused(slide_of):
