@@ -19,7 +19,8 @@ By a table (CSV or XLSX), one row an image; paths in it are relative to `data.ra
     labels.csv                       table: labels.csv                   image_column: file   mask_column: mask   label_column: dx
     file,mask,dx,patient             group_column: patient               images: "{image}" (default), or "part_*/{image}.jpg"
 
-Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bit, float) or `.npy` arrays (H, W) or (H, W, 3). Masks are black and one bright colour,
+Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bits a channel, float) or `.npy` arrays (H, W) or (H, W, 3). Transparent pixels of a mask are
+background, those of an image black. Masks are black and one bright colour,
 or a map of values or colours named by `mask_values`. Names are compared as they look (`data_prep.file_names`). Several masks of one image are united where there is one foreground class. A mask may
 be empty (no lesion); an image without a mask file is left out where `masks` are asked for, and so are all images that one mask file
 fits. Files that are masks of another image are no images. Links that lead out of `data.raw_dir` are refused, linked folders not followed.
