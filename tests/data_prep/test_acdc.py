@@ -217,6 +217,17 @@ def centre_mm(mask, label, spacing):
     ]
 
 
+def test_a_structure_of_one_voxel_is_still_there_at_a_coarse_spacing(one):
+    def dotted(voxels):
+        voxels = np.zeros_like(voxels)
+        voxels[5, 6] = 2
+        return voxels
+
+    rewrite(at(one, suffix="_gt"), dotted)
+    masks = [raw.mask for raw in loaded(one, spacing_mm=10)]
+    assert len(masks) >= 5 and all((mask == 2).sum() == 1 for mask in masks)
+
+
 @pytest.mark.parametrize("spacing", [1.5625, 1.0, 2.5])
 def test_resampling_keeps_sizes_in_mm(one, spacing):
     (right, anterior, _), (_, mask) = SPACING, drawn(1, "ED")

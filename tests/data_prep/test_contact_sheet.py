@@ -87,6 +87,15 @@ def test_pictures_and_outlines_are_the_rows(tmp_path):
     assert (drawn[visible][:, :3] == PALETTE[1]).all()
 
 
+def test_a_lesion_of_one_pixel_is_shown(tmp_path):
+    side = contact_sheet.SIDE * 4
+    (sample,) = tiny_samples("train", 1, size=side)
+    sample.mask[:] = 0
+    sample.mask[9, 13] = 1
+    _, drawn = Tags(page(tmp_path / "set", {"train": [sample]}, description=tiny_description(side))).all("img")
+    assert drawn["alt"] == "outlines of its mask"
+
+
 def test_outlines_are_inner_borders_in_the_colours_of_the_palette():
     mask = np.zeros((9, 9), np.uint8)
     mask[1:6, 1:6], mask[7:9, 7:9] = 1, 2

@@ -1,6 +1,7 @@
 """Every kind of image file comes out as the array that was written, or is rejected; whatever Pillow would reduce, invert or cut is not."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -349,6 +350,22 @@ def test_stacks_are_rejected_however_they_are_stored(tmp_path, dtype, metadata):
     if "imagej" in metadata:  # all planes behind one page, as ImageJ stores what is larger than 4 GB
         tifffile.imwrite(tmp_path / "b.tif", stack, photometric="minisblack", truncate=True, **metadata)
         rejected(tmp_path / "b.tif", "has 3 pages")
+
+
+def test_an_ome_tiff_is_its_own_page_whatever_other_files_it_names(tmp_path):
+    stack = np.stack([values(np.uint16)] * 2)
+    tifffile.imwrite(tmp_path / "a.ome.tif", stack[0], photometric="minisblack", ome=True)
+    with tifffile.TiffFile(tmp_path / "a.ome.tif") as file:
+        xml = file.ome_metadata
+    planes = "".join(
+        f'<TiffData FirstZ="{z}" PlaneCount="1"><UUID FileName="{name}">urn:uuid:{name}</UUID></TiffData>'
+        for z, name in enumerate(("a.tif", "b.tif"))
+    )
+    xml = re.sub(r"<TiffData.*?/>", planes, xml, flags=re.DOTALL).replace('SizeZ="1"', 'SizeZ="2"')
+    assert planes in xml and 'SizeZ="2"' in xml
+    for name, plane in zip(("a.tif", "b.tif"), stack, strict=True):
+        tifffile.imwrite(tmp_path / name, plane, photometric="minisblack", description=xml, metadata=None)
+    np.testing.assert_array_equal(image_pixels(tmp_path / "a.tif"), stack[0])
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])

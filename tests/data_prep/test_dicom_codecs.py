@@ -82,6 +82,15 @@ def test_a_frame_of_another_size_or_damaged_is_rejected_by_its_compression(tmp_p
             read(tmp_path / "a.dcm", compressed(SMOOTH, syntax, frame, BitsStored=12, HighBit=11))
 
 
+def test_a_frame_of_another_size_is_not_decoded(tmp_path, monkeypatch):
+    made = compressed(SMOOTH, JPEGLSLossless, imagecodecs.jpegls_encode(np.zeros((96, 48), np.uint16)))
+    decoded = []
+    monkeypatch.setattr(imagecodecs, "jpegls_decode", decoded.append)
+    with pytest.raises(RejectedSample, match="cannot be decoded"):
+        read(tmp_path / "a.dcm", made)
+    assert not decoded
+
+
 def test_the_size_is_read_off_a_jpeg():
     assert jpeg_size(imagecodecs.jpegls_encode(GREY[:7])) == (7, 48)
     assert jpeg_size(imagecodecs.jpeg8_encode(np.zeros((5, 9), np.uint8))) == (5, 9)

@@ -521,6 +521,21 @@ def test_masks_of_every_kind(tmp_path, name, mask, mask_values):
     np.testing.assert_array_equal(read, square(value=1))
 
 
+@pytest.mark.parametrize("mask_values", [None, {0: "background", 255: "a"}, {255: "a", 7: "background"}])
+def test_a_lesion_may_be_what_is_opaque(tmp_path, mask_values):
+    save(tmp_path / "images/1.png")
+    pixels = np.stack([np.full(SIZE, 255, np.uint8), square(value=255)], axis=-1)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(pixels, "LA").save(tmp_path / "masks/1.png")
+    folder = adapter(tmp_path, masks="masks/{stem}.png", mask_values=mask_values)
+    (item,) = folder.scan()
+    np.testing.assert_array_equal(folder.load(item).mask, square(value=1))
+    if mask_values is None:
+        Image.fromarray(pixels * np.array([0, 1], np.uint8), "LA").save(tmp_path / "masks/1.png")
+        with pytest.raises(RejectedSample, match=r"1\.png: what the mask shows is black on transparent"):
+            folder.load(item)
+
+
 def test_an_empty_mask_is_an_image_without_lesion(tmp_path):
     save(tmp_path / "images/1.png")
     save(tmp_path / "masks/1.png", square(value=0))

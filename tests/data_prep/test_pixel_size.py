@@ -1,12 +1,16 @@
 """What is round is round in the dataset, whatever the distances between rows and between columns."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from data_prep.adapter import RawImage
-from data_prep.datasets import acdc, brats
+from data_prep.datasets import acdc, brats, dicom_folder
 from data_prep.dicom import SPACINGS, read_picture
 from data_prep.resizing import resized, true_proportions
+from data_prep.survey import Source, prepared_sample
+from pipeline.config import DataConfig
 from pipeline.errors import RejectedSample
 from tests.writers import nifti
 from tests.writers.brats import write_case
@@ -102,6 +106,41 @@ def test_frames_have_the_size_of_their_functional_group(tmp_path):
     measures.PixelSpacing = [3.0, 1.5]
     group.PixelMeasuresSequence = [measures]
     assert picture_of(tmp_path, SharedFunctionalGroupsSequence=[group]).pixel_size == (3.0, 1.5)
+
+
+def prepared(adapter, item, **data):
+    info = adapter.info()
+    source = Source("name", adapter, info, info.labels, "none")
+    config = DataConfig(dataset="dicom_folder", image_size=64, **data)
+    return prepared_sample(source, config, 1, info.palette, None, item)
+
+
+def test_dicom_slices_are_prepared_round_and_in_the_bucket_of_their_shape(tmp_path):
+    image, _ = disc((2.0, 1.0))  # 64 x 128 pixels of a square
+    save(tmp_path / "a.dcm", dataset(pixels=image.astype(np.uint16) * 9, PixelSpacing=[2.0, 1.0]))
+    adapter = dicom_folder.Adapter(tmp_path, dicom_folder.Adapter.Options())
+    (item,) = adapter.scan()
+    sample = prepared(adapter, item, buckets=[[32, 64]], conditioning="edges")
+    assert sample.image.shape == (64, 64)
+    high, wide = sides(sample.image > 127)
+    assert high == pytest.approx(wide, abs=2)
+
+
+def test_the_paired_picture_has_the_geometry_of_its_image(tmp_path):
+    image, _ = disc((2.0, 1.0))
+
+    class Paired(dicom_folder.Adapter):
+        def load(self, item):
+            return RawImage(image, None, condition=np.stack([image] * 3, axis=-1), pixel_size=(2.0, 1.0))
+
+        def info(self):
+            return replace(super().info(), paired_image="the same")
+
+    save(tmp_path / "a.dcm", dataset())
+    adapter = Paired(tmp_path, dicom_folder.Adapter.Options())
+    (item,) = adapter.scan()
+    sample = prepared(adapter, item, conditioning="image")
+    np.testing.assert_array_equal(sample.conditioning_image[..., 0], sample.image)
 
 
 # NIfTI
