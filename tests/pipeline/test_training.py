@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints import checkpoint_steps
+from pipeline.checkpoints import _check_identity, checkpoint_steps
 from pipeline.errors import MaskLoomError
 from pipeline.randomness import Draws
 from pipeline.training import make_accelerator, make_optimizer, train
@@ -120,6 +120,13 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     run(tmp_path, LineTask())
     with pytest.raises(MaskLoomError, match=r"learning_rate: 0.05 there, 0.01 now.*--force"):
         run(tmp_path, LineTask(), learning_rate=0.01)
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_is_another_configuration(tmp_path: Path) -> None:
+    _check_identity(tmp_path, {"rank": 4, "max_train_steps": 8}, {"rank": 4, "max_train_steps": 12})
+    for found, expected in (({}, {"rank": 4}), ({"rank": 4}, {})):
+        with pytest.raises(MaskLoomError, match=r"another training \(rank: (None|4) there, (None|4) now\)"):
+            _check_identity(tmp_path, found, expected)
 
 
 def test_a_missing_explicit_checkpoint_is_an_error(tmp_path: Path) -> None:
