@@ -366,6 +366,7 @@ def test_redraws_have_seeds_of_their_own():
     seeds = {redraw_seed(7, index, attempt) for index in range(50) for attempt in range(1, 10)} | set(planned_seeds(50))
     assert len(seeds) == 500
     assert max(seeds) < 2**32
+    assert redraw_seed(7, 0, 1) != redraw_seed(8, 0, 1)
 
 
 def planned_row(words: dict[str, str]) -> PlannedRow:

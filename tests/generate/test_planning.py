@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_replacements_are_others_of_the_same_class():
     assert tried[0] is row.parent
     assert len({parent.sample_id for parent in tried}) == MAX_PARENTS
     assert {parent.label for parent in tried} == {0}
+
+
+def test_orders_of_masks_are_drawn_by_seed_source_and_row():
+    candidates = parents("0" * 30)
+
+    def order(seed: int, source: str) -> list[str]:
+        rows = plan_rows(candidates, LABELS, GenerateConfig(num_images=60, mask_source=["train", "warped"]), seed)
+        return [row.parent.sample_id for row in rows if row.source == source]
+
+    assert order(1, "train") != order(2, "train")
+    assert order(1, "train") != order(1, "warped")
+    rows = plan_rows(candidates, LABELS, GenerateConfig(num_images=2), 0)
+    same_parent = [replace(row, parent=candidates[0]) for row in rows]
+    tried = [[one.sample_id for one in replacement_parents(row, group_by_label(candidates), 0)] for row in same_parent]
+    other_seed = [one.sample_id for one in replacement_parents(same_parent[0], group_by_label(candidates), 1)]
+    assert tried[0] != tried[1]
+    assert tried[0] != other_seed
 
 
 def test_a_mask_is_not_tried_twice_for_a_row():
