@@ -99,6 +99,23 @@ def test_a_training_ends_its_step_saves_and_goes_on_to_the_same_weights(tmp_path
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+class AllStoppedTask(LineTask):
+    """SLURM signals every process of a job: the training and the workers of its data loader."""
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
+        if draws.positions[0] == 2 * 6:
+            for process in (*psutil.Process().children(), psutil.Process()):
+                process.send_signal(signal.SIGTERM)
+        yield from super().losses(batch, draws)
+
+
+def test_workers_of_a_data_loader_serve_the_last_step(tmp_path):
+    """Of the four micro-batches of its step the last is still to be loaded when the signal comes."""
+    changes = {"dataloader_num_workers": 1, "gradient_accumulation_steps": 4}
+    assert ended(lambda: run(tmp_path, AllStoppedTask(), **changes)) == 143
+    assert list(checkpoint_steps(tmp_path)) == [2]
+
+
 def test_all_processes_of_a_training_end_after_the_same_step(tmp_path):
     run_on_ranks("tests.pipeline.ranks", ["ddp", "stop", str(tmp_path)])
     texts = {path.read_text() for path in tmp_path.glob("stopped-*.txt")}
@@ -163,6 +180,25 @@ def test_a_runner_hands_the_signal_to_its_stage(tmp_path, launched):
     assert running.returncode == SIGNALS[signal.Signals[name]]
     assert error == f"stopped by {name}; run the same command again to go on\n"
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+LAUNCHER = """
+import os, subprocess, sys
+stage = subprocess.Popen([sys.executable, "-m", "tests.pipeline.stoppable", "nap", {folder!r}], env={{**os.environ, "LOCAL_RANK": "0"}})
+print(stage.pid, flush=True)
+stage.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does this")
+def test_a_launched_process_ends_with_its_launcher(tmp_path):
+    code = LAUNCHER.format(folder=str(tmp_path))
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stage = psutil.Process(int(launcher.stdout.readline()))
+    wait_for(lambda: (tmp_path / "begun-0").exists())
+    launcher.kill()
+    assert launcher.communicate(timeout=20)[1] == "stopped by SIGTERM; run the same command again to go on\n"
+    assert not psutil.wait_procs([stage], timeout=10)[1]
 
 
 def test_a_signal_to_a_stage_that_has_just_ended_is_no_error():
