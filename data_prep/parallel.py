@@ -1,7 +1,6 @@
 """Runs independent tasks on several processes: decoding is compute, and threads of one Python interpreter would share it badly."""
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -46,11 +45,7 @@ def parallel_results(
 
 
 def _while_wanted(parent: int, function: Callable[[Any], Result], item: Any) -> Result:
-    """Call the function, unless the process that asked for it was killed: an orphan must not write into a later run's folder.
-
-    Ctrl-C is that process's to answer.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Call the function, unless the process that asked for it was killed: an orphan must not write into a later run's folder."""
     if os.getppid() != parent:
         os._exit(1)
     return function(item)

@@ -1,7 +1,9 @@
 """Commands that are stopped in `test_interruption.py`: `python -m tests.pipeline.stoppable KIND FOLDER`."""
 
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,13 @@ def busy(folder: Path) -> None:
         nap(folder, 0)
 
 
+def ask(folder: Path) -> None:
+    """Wait in a thread for a process that takes long, as `status` does."""
+    (folder / "begun-0").touch()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(subprocess.run, [["sleep", "60"]]))
+
+
 if __name__ == "__main__":
     kind, target = sys.argv[1:]
-    run_command(partial({"work": work, "busy": busy, "nap": partial(nap, item=0)}[kind], Path(target)))
+    run_command(partial({"work": work, "busy": busy, "ask": ask, "nap": partial(nap, item=0)}[kind], Path(target)))

@@ -138,11 +138,21 @@ def test_processes_that_read_end_with_the_command(tmp_path, number):
     wait_for(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
     workers = descendants(command.pid)
     assert len(workers) >= 2
+    if number == signal.SIGINT:  # from a terminal it comes to all
+        for worker in workers:
+            worker.send_signal(number)
     os.kill(command.pid, number)
     assert command.wait(20) == SIGNALS[number]
     assert command.text == f"stopped by {signal.Signals(number).name}; run the same command again to go on\n"
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_processes_that_a_thread_waits_for_end_with_the_command(tmp_path):
+    command = Command("tests.pipeline.stoppable", ["ask", str(tmp_path)])
+    wait_for(lambda: (tmp_path / "begun-0").exists() and descendants(command.pid))
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(20) == 143
 
 
 def test_a_second_signal_ends_a_command_at_once(tmp_path):
