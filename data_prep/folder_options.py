@@ -144,9 +144,13 @@ class FolderOptions(Options):
     @field_validator("masks", mode="before")
     @classmethod
     def _masks_are_patterns(cls, masks: Any) -> Any:
-        if not isinstance(masks, dict):
+        if masks is None or isinstance(masks, str):
             return masks
-        if not masks or not all(isinstance(text, str) and text.strip() for pair in masks.items() for text in pair):
+        if (
+            not masks
+            or not isinstance(masks, dict)
+            or not all(isinstance(text, str) and text.strip() for pair in masks.items() for text in pair)
+        ):
             raise ValueError(
                 "give a pattern, or a mapping from class to pattern, such as {disc: 'masks/{stem}_disc.png'}"
             )

@@ -83,6 +83,8 @@ def test_a_mask_that_is_not_black_and_white_is_told(tmp_path):
     ("options", "message"),
     [
         ({"masks": {}}, "masks: give a pattern, or a mapping from class to pattern"),
+        ({"masks": 5}, "masks=5: give a pattern, or a mapping"),
+        ({"masks": ["a"]}, "masks=.*: give a pattern, or a mapping"),
         ({"masks": {"disc": 3}}, "masks: give a pattern, or a mapping"),
         ({"masks": {" ": "m/{stem}.png"}}, "masks: give a pattern, or a mapping"),
         ({"masks": {"background": "m/{stem}.png"}}, "masks: name each class once, and not background"),
