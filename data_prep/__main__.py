@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from data_prep.audit import NEAR_LIMIT, audit, indexed, open_datasets
+from data_prep.audit import audit, indexed, open_datasets
 from data_prep.audit_tables import print_audit
 from data_prep.contact_sheet import contact_sheet_page
 from data_prep.inspection import inspect_folder
 from data_prep.prepare import Shard, prepare
+from pipeline.audit.leaks import NEAR_LIMIT
 from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
 from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract

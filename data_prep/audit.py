@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.audit_duplicates import Dataset, Finding, identical_findings, near_findings, near_threshold
-from data_prep.audit_index import AuditIndex, split_order
+from data_prep.audit_duplicates import near_findings, near_threshold
+from data_prep.audit_index import AuditIndex
+from pipeline.audit.findings import Dataset, Finding, identical_findings, told
+from pipeline.audit.leaks import FIX, NEAR_LIMIT
+from pipeline.audit.rows import split_order
 from pipeline.errors import MaskLoomError
 from pipeline.verification import verify_fully
 
-NEAR_LIMIT = 5000  # images; above it near-duplicates are looked for only where asked for
 KEPT_FINDINGS = 1000  # of each kind; further ones are counted
 REFERENCE = "train"
 SIGNIFICANT = 0.01
-FIX = "prepare the dataset again so that such images share a group (or are left out)"
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,9 @@ class Audit:
             if finding.fails:
                 firsts.setdefault(finding.problem, finding)
         if firsts:
-            told = "; ".join(_told(finding) for finding in firsts.values())
+            failures = "; ".join(told(finding) for finding in firsts.values())
             raise MaskLoomError(
-                f"{self.datasets[0]}: {self.failed} pair(s) of images make results wrong: {told}; {FIX}"
+                f"{self.datasets[0]}: {self.failed} pair(s) of images make results wrong: {failures}; {FIX}"
             )
 
 
@@ -211,7 +212,9 @@ def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> 
         near: see `near_plan`.
     """
     findings = _Findings()
-    for finding in chain(identical_findings(index, datasets), near_findings(index, datasets) if index.near else ()):
+    for finding in chain(
+        identical_findings(index.rows, datasets), near_findings(index, datasets) if index.near else ()
+    ):
         findings.add(finding)
     splits = [content for number in range(len(datasets)) for content in _split_contents(index, datasets, number)]
     return Audit(
@@ -355,14 +358,3 @@ def _region_sizes(index: AuditIndex, datasets: Sequence[Dataset], number: int) -
                 components_median=float(np.median(components)),
                 components_most=int(components.max()),
             )
-
-
-def _told(finding: Finding) -> str:
-    """Return a failure in words."""
-    a, b = finding.first, finding.second
-    alike = "identical images" if finding.likeness == "identical" else "near-duplicates"
-    if finding.problem == "labels":
-        return f"{alike} with different labels: {a.sample_id} ({a.label}) and {b.sample_id} ({b.label})"
-    if finding.problem == "datasets":
-        return f"{alike} in both datasets: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split} of {b.dataset})"
-    return f"{alike} in two splits: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split})"

@@ -6,7 +6,6 @@ the datasets are. Where near-duplicates are asked for, two files receive a recor
 """
 
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,11 +14,11 @@ from PIL import Image
 
 from data_prep.near_duplicates import signature
 from pipeline.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
-from pipeline.contract import SPLITS, Contract
+from pipeline.audit.rows import label_name, split_rows
+from pipeline.contract import Contract
 from pipeline.images import png_array
 from pipeline.progress import progress
 
-BATCH_ROWS = 64
 PLAIN_SIDE = 64
 TOUCHING = np.ones((3, 3), dtype=bool)  # regions that meet at a corner are one component
 
@@ -69,10 +68,10 @@ class AuditIndex:
             progress("auditing", total, "rows") as advance,
             self.rows,
         ):
-            for split, row in stored_rows(folder, contract, columns):
+            for split, row in split_rows(folder, contract, columns):
                 image = png_array(row["image"]["bytes"])
                 mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
-                self._add_row(dataset, split, row, _label_name(row, contract), image, mask)
+                self._add_row(dataset, split, row, label_name(row, contract), image, mask)
                 if self.near:
                     _keep_look(image, signatures, thumbnails)
                 self.size += 1
@@ -99,21 +98,6 @@ class AuditIndex:
             )
 
 
-def stored_rows(folder: Path, contract: Contract, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every row of a dataset with the name of its split, train first, a batch in memory at a time."""
-    import pyarrow.parquet as pq
-
-    shards = [(Path(file).name.split("-")[0], file) for file in contract.files if file.startswith("data/")]
-    for split, file in sorted(shards, key=lambda shard: (split_order(shard[0]), shard[1])):
-        for batch in pq.ParquetFile(folder / file).iter_batches(batch_size=BATCH_ROWS, columns=columns):
-            yield from ((split, row) for row in batch.to_pylist())
-
-
-def split_order(split: str) -> tuple[int, str]:
-    """Return a sort key: train, validation, test, then any others by name."""
-    return (SPLITS.index(split) if split in SPLITS else len(SPLITS)), split
-
-
 def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
     """Return (class, share of the area, number of connected components) of each foreground class of a mask (H, W)."""
     from scipy.ndimage import label
@@ -131,7 +115,3 @@ def _keep_look(image: Pixels, signatures: BinaryIO, thumbnails: BinaryIO) -> Non
     signatures.write(signature((grey / np.float32(255)).astype(np.float32)))
     small = Image.fromarray(grey).resize((PLAIN_SIDE, PLAIN_SIDE), Image.Resampling.BOX)
     thumbnails.write(np.asarray(small).tobytes())
-
-
-def _label_name(row: dict[str, Any], contract: Contract) -> str | None:
-    return None if row["label"] is None else contract.description.labels[row["label"]]

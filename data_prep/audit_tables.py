@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.audit import SIGNIFICANT, Audit, RegionSizes, SplitContent
-from data_prep.audit_duplicates import Finding
+from pipeline.audit.findings import Finding
 
 SHOWN_FINDINGS, SHOWN_REGIONS, SHOWN_TEXT = 20, 60, 90
 WIDTH_OF_FILES = 180  # characters, where the output is no terminal

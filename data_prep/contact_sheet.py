@@ -16,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.audit_index import AuditIndex, split_order, stored_rows
+from data_prep.audit_index import AuditIndex
+from pipeline.audit.rows import split_order, split_rows
 from pipeline.contract import Contract
 from pipeline.images import png_array
 from pipeline.masks import resize_mask
@@ -148,7 +149,7 @@ def _figures(folder: Path, contract: Contract, samples: Iterable[str]) -> dict[s
     columns = ["sample_id", "group_id", "text", "image", "mask"]
     return {
         row["sample_id"]: _figure(split, row, contract)
-        for split, row in stored_rows(folder, contract, columns)
+        for split, row in split_rows(folder, contract, columns)
         if row["sample_id"] in wanted
     }
 

@@ -13,6 +13,8 @@ from typing import Any
 from evaluate.inputs import EvaluationInputs, open_inputs
 from evaluate.results import MetricResult
 from pipeline import __version__
+from pipeline.audit.findings import Dataset
+from pipeline.audit.leaks import require_no_leaks
 from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig, Section
 from pipeline.config_loading import validated
@@ -63,8 +65,8 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
         return
     answers = OwnedFolder(run.evaluation)
     answers.check()
+    inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
-        inputs = verified_inputs(run, config)
         answers.claim()
         _remove_other_answers(answers, questions)
         for question in questions:
@@ -90,7 +92,8 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     """Return the inputs of all metrics, after verifying every dataset.
 
     Raises:
-        MaskLoomError: a dataset is missing, damaged, leaks groups, was made from another real dataset, or the real one is not real.
+        MaskLoomError: a dataset is missing, damaged, leaks groups, was made from another real dataset, or the real one is not real;
+            or an image shapes a model and measures it too.
     """
     real = verify_quickly(run.dataset)
     if real.description.origin != "real":
@@ -106,6 +109,9 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
         if contract.parent is not None and contract.parent.digest != real.digest:
             raise MaskLoomError(f"{folder}: made from another version of {run.dataset}; run generate again")
         synthetic[name] = (folder, contract)
+    require_no_leaks(run, [Dataset(run.dataset, real)])
+    if synthetic:
+        require_no_leaks(run, [Dataset(run.dataset, real), *(Dataset(*one) for one in synthetic.values())])
     backbone = None if config.train is None else BackboneSource.of(config.train)
     return open_inputs(run.dataset, real, synthetic, backbone, config.seed)
 

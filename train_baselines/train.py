@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pipeline.audit.findings import Dataset
+from pipeline.audit.leaks import require_no_leaks
 from pipeline.config import ExperimentConfig, LoopConfig
 from pipeline.config_loading import validated
 from pipeline.contract import Contract, Description
@@ -57,6 +59,8 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
     if whole is not None and whole.skips(force):
         return
     due = [name for name, stage in stages.items() if not stage.skips(force)]
+    if due:
+        require_no_leaks(run, [Dataset(run.dataset, contract)])
     for name in due:
         _check_before_training(config, run, contract, stages[name], options[name], force)
     train_due = partial(_train_families, config, run, contract, {name: stages[name] for name in due}, force)

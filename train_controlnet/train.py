@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.audit.findings import Dataset
+from pipeline.audit.leaks import require_no_leaks
 from pipeline.backbone_checks import check_backbone
 from pipeline.backbone_source import BackboneSource
 from pipeline.config import ExperimentConfig, TrainConfig
@@ -39,6 +41,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     if stage.skips(force):
         return
     OwnedFolder(run.generator).check()
+    require_no_leaks(run, [Dataset(run.dataset, contract)])
     from accelerate.utils import set_seed
 
     from pipeline.engines import check_engine

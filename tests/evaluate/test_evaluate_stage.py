@@ -16,7 +16,11 @@ from evaluate.results import MetricResult, skipped_result
 from pipeline.config import ExperimentConfig, Section
 from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
-from pipeline.runs import StageChecked, check_only
+from pipeline.audit.findings import Dataset
+from pipeline.audit.leaks import require_no_leaks
+from pipeline.config import ExperimentConfig
+from pipeline.runs import Run, StageChecked, check_only
+from pipeline.verification import verify_quickly
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
 
@@ -185,6 +189,38 @@ def test_answers_that_are_no_longer_asked_for_go(run: Path) -> None:
     assert (run / "evaluation" / "memorisation-0.png").is_file()
     evaluate(config(run, "quality"), force=False)
     assert set(contents(run)) == {"quality.json"}
+
+
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_a_leak_stops_the_evaluation_before_anything_is_touched(tmp_path: Path, synthetic: bool) -> None:
+    held_out = tiny_samples("test", 12)[5].image
+    splits = write_tiny_run(
+        tmp_path,
+        {"controlnet": lambda parent, index: held_out if index == 3 else faithful(parent, index)} if synthetic else {},
+        change=lambda sample: (
+            None if synthetic or sample.sample_id != "train-0003" else setattr(sample, "image", held_out)
+        ),
+    )
+    assert splits["test"][5].image is not held_out
+    wrong = (
+        "both datasets: test-0005 .* controlnet-0003"
+        if synthetic
+        else r"two splits: train-0003 \(train\) and test-0005"
+    )
+    asked = tiny_config(tmp_path, {"quality": small_options("quality")}, ("controlnet",) if synthetic else ())
+    with pytest.raises(MaskLoomError, match=wrong):
+        evaluate(asked, force=True)
+    assert not (tmp_path / "evaluation").exists() and not (tmp_path / "logs" / "evaluate").exists()
+
+
+def test_images_are_compared_once_for_all_stages(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    contract = verify_quickly(run / "dataset")
+    require_no_leaks(Run(run), [Dataset(run / "dataset", contract)])
+    capsys.readouterr()
+    evaluate(config(run), force=False)
+    assert capsys.readouterr().err.count("audit:") == 1  # with the synthetic sets
+    evaluate(config(run), force=True)
+    assert "audit:" not in capsys.readouterr().err
 
 
 def test_unknown_metric_names_the_nearest(run: Path) -> None:

@@ -43,6 +43,18 @@ def state_of(config: Any) -> str:
     return checked.value.state
 
 
+@pytest.mark.parametrize("families", [None, ["pix2pix"]])
+def test_a_leak_stops_the_training_before_anything_is_touched(tmp_path: Path, families: list[str] | None) -> None:
+    splits = {split: tiny_samples(split, 4) for split in ("train", "validation", "test")}
+    splits["test"][3].image, splits["test"][3].label = splits["train"][2].image, splits["train"][2].label
+    write_dataset(tmp_path / "dataset", tiny_description(), splits)
+    with pytest.raises(
+        MaskLoomError, match=r"identical images in two splits: train-0002 \(train\) and test-0003 \(test\)"
+    ):
+        train_baselines(tiny_config(tmp_path, BOTH), force=True, families=families)
+    assert {path.name for path in tmp_path.iterdir()} <= {"dataset", "config.yaml"}
+
+
 def test_nothing_is_trained_again_where_nothing_changed(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run()
     config = tiny_config(run, BOTH)
