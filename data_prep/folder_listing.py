@@ -11,8 +11,11 @@ from data_prep.folder_options import FolderOptions
 from data_prep.image_files import READ_SUFFIXES
 from data_prep.readers import reject_as_error
 from data_prep.spreadsheets import xlsx_rows
-from data_prep.tables import csv_rows
+from data_prep.tables import TableRow, csv_rows
 from pipeline.errors import MaskLoomError
+
+
+NO_ROW = TableRow({}, 0)
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,13 @@ class Candidate:
 
     Attributes:
         file: its path relative to the raw folder, with forward slashes.
-        row: its row of the table, keyed by what the columns mean (image, mask, label, group, split); empty without a table.
+        row: its row of the table, keyed by what the columns mean (image, mask, label, group, split); empty, and number 0, without a table.
         masks: the mask files that fit it, likewise relative.
         patterns: for each of these, which of the options' mask patterns it fits.
     """
 
     file: str
-    row: dict[str, str]
+    row: TableRow
     masks: tuple[str, ...] = ()
     patterns: tuple[int, ...] = ()
 
@@ -115,7 +118,7 @@ def _without_masks_as_images(images: Sequence[Candidate], pool: Sequence[str]) -
 def _pattern_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], list[Reject]]:
     pool = FilePool(root, options.image_pattern)
     reason = "a linked folder is not followed; copy its files into data.raw_dir"
-    return [Candidate(file, {}) for file in pool.files], [
+    return [Candidate(file, NO_ROW) for file in pool.files], [
         Reject(shown_path(root, link), reason) for link in pool.linked_folders
     ]
 
@@ -124,24 +127,24 @@ def _table_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], 
     """Return the images that the table names, and a reject for each row that names none or several, and each image with several rows."""
     rows = _table_rows(root, options)
     pool = FilePool(root, options.image_pattern)
-    rows_of: dict[str, list[int]] = defaultdict(list)
+    rows_of: dict[str, list[TableRow]] = defaultdict(list)
     rejects = []
     found_by_row = _fitting(pool, [[{"image": image} for image in _spellings(row["image"])] for row in rows])
-    for number, (row, found) in enumerate(zip(rows, found_by_row, strict=True), start=1):
+    for row, found in zip(rows, found_by_row, strict=True):
         if len(found) == 1:
-            rows_of[found[0]].append(number)
+            rows_of[found[0]].append(row)
         else:
             told = f"fits several files ({', '.join(found[:3])})" if found else "fits no file in data.raw_dir"
-            place = f"{shown_path(root, str(options.table))}#row={number}"
+            place = f"{shown_path(root, str(options.table))}#row={row.number}"
             rejects.append(Reject(place, f"{options.image_column} {row['image']!r} {told}"))
-    for file, numbers in rows_of.items():
-        if len(numbers) > 1:
-            reason = f"{options.table} has several rows for this image: {', '.join(map(str, numbers))}"
+    for file, several in rows_of.items():
+        if len(several) > 1:
+            reason = f"{options.table} has several rows for this image: {', '.join(str(row.number) for row in several)}"
             rejects.append(Reject(shown_path(root, file), reason))
-    return [Candidate(file, rows[first - 1]) for file, (first, *more) in rows_of.items() if not more], rejects
+    return [Candidate(file, first) for file, (first, *more) in rows_of.items() if not more], rejects
 
 
-def _table_rows(root: Path, options: FolderOptions) -> list[dict[str, str]]:
+def _table_rows(root: Path, options: FolderOptions) -> list[TableRow]:
     """Return the rows of the table, keyed by what the columns mean."""
     path = root / str(options.table)
     names = list(dict.fromkeys(options.columns.values()))
@@ -150,4 +153,7 @@ def _table_rows(root: Path, options: FolderOptions) -> list[dict[str, str]]:
         rows = xlsx_rows(path, names) if path.suffix.lower() == ".xlsx" else csv_rows(path, names)
     if not rows:
         raise MaskLoomError(f"{path}: the table has no rows; correct data.options.table")
-    return [{meaning: row[name].removeprefix("./") for meaning, name in options.columns.items()} for row in rows]
+    return [
+        TableRow({meaning: row[name].removeprefix("./") for meaning, name in options.columns.items()}, row.number)
+        for row in rows
+    ]

@@ -176,10 +176,11 @@ class Adapter(DatasetAdapter):
             self._check_masks(candidate, owners)
         label = self._label(candidate)
         if label is not None and label not in labels:
+            where = self._table_place(candidate, "label") if self.options.label_source == "table" else ""
             raise RejectedSample(
-                f"its label {label!r} is none of data.options.labels ({', '.join(labels)})"
+                f"its label {label!r}{where} is none of data.options.labels ({', '.join(labels)})"
                 if label
-                else "it has no label"
+                else f"it has no label{where}"
             )
         return RawItem(
             sample_id=_sample_id(candidate.file),
@@ -231,8 +232,13 @@ class Adapter(DatasetAdapter):
     def _split(self, candidate: Candidate) -> str | None:
         value = self._value(candidate, "split", self.options.split_pattern)
         if value is not None and comparable(value) not in SPLIT_NAMES:
-            raise RejectedSample(f"unknown split {value!r}; known: {', '.join(SPLIT_NAMES)}")
+            where = "" if self.options.split_pattern else self._table_place(candidate, "split")
+            raise RejectedSample(f"unknown split {value!r}{where}; known: {', '.join(SPLIT_NAMES)}")
         return None if value is None else SPLIT_NAMES[comparable(value)]
+
+    def _table_place(self, candidate: Candidate, meaning: str) -> str:
+        """Return where a value of an image stands in the table, in words."""
+        return f" in row {candidate.row.number}, column {self.options.columns[meaning]!r} of {self.options.table}"
 
     def _value(self, candidate: Candidate, meaning: str, pattern: str | None) -> str | None:
         """Return what a column or a regular expression over the path says, or None where neither is given.
@@ -245,7 +251,8 @@ class Adapter(DatasetAdapter):
             value = found[meaning if meaning in found.re.groupindex else 1] if found else None
             source = f"data.options.{meaning}_pattern={pattern!r} finds"
         elif meaning in candidate.row:
-            value, source = candidate.row[meaning], f"column {self.options.columns[meaning]!r} has"
+            value = candidate.row[meaning]
+            source = f"row {candidate.row.number} of {self.options.table}: column {self.options.columns[meaning]!r} has"
         else:
             return None
         if not value:

@@ -281,17 +281,17 @@ def test_a_table_of_names_and_patterns_of_places(tmp_path):
 @pytest.mark.parametrize(
     ("row", "place", "reason"),
     [
-        ("../secret.png;m/1_mask.png;a;P;train", "t.csv#row=1", r"file '../secret.png' fits no file in data.raw_dir"),
-        ("/etc/hosts;m/1_mask.png;a;P;train", "t.csv#row=1", "file '/etc/hosts' fits no file"),
-        (";m/1_mask.png;a;P;train", "t.csv#row=1", "file '' fits no file"),
-        ("i/9.png;m/1_mask.png;a;P;train", "t.csv#row=1", "file 'i/9.png' fits no file"),
+        ("../secret.png;m/1_mask.png;a;P;train", "t.csv#row=2", r"file '../secret.png' fits no file in data.raw_dir"),
+        ("/etc/hosts;m/1_mask.png;a;P;train", "t.csv#row=2", "file '/etc/hosts' fits no file"),
+        (";m/1_mask.png;a;P;train", "t.csv#row=2", "file '' fits no file"),
+        ("i/9.png;m/1_mask.png;a;P;train", "t.csv#row=2", "file 'i/9.png' fits no file"),
         ("i/1.png;../secret.png;a;P;train", "i/1.png", "no mask file fits"),
         ("i/1.png;;a;P;train", "i/1.png", "no mask file fits"),
-        ("i/1.png;m/1_mask.png;;P;train", "i/1.png", "it has no label"),
-        ("i/1.png;m/1_mask.png;a;;train", "i/1.png", "column 'patient' has no group for it"),
-        ("i/1.png;m/1_mask.png;a;P;", "i/1.png", "column 'part' has no split for it"),
-        ("i/1.png;m/1_mask.png;a;P;fold3", "i/1.png", "unknown split 'fold3'"),
-        ("i/2.png;m/1_mask.png;a;P;train", "i/2.png", "t.csv has several rows for this image: 1, 2"),
+        ("i/1.png;m/1_mask.png;;P;train", "i/1.png", "it has no label in row 2, column 'dx' of t.csv"),
+        ("i/1.png;m/1_mask.png;a;;train", "i/1.png", "row 2 of t.csv: column 'patient' has no group for it"),
+        ("i/1.png;m/1_mask.png;a;P;", "i/1.png", "row 2 of t.csv: column 'part' has no split for it"),
+        ("i/1.png;m/1_mask.png;a;P;fold3", "i/1.png", "unknown split 'fold3' in row 2, column 'part' of t.csv"),
+        ("i/2.png;m/1_mask.png;a;P;train", "i/2.png", "t.csv has several rows for this image: 2, 3"),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path, row, place, reason):
@@ -307,7 +307,7 @@ def test_a_row_that_fits_several_files(tmp_path):
     tree(tmp_path, "a/1.png", "b/1.png", "a/2.png")
     table(tmp_path, "1;;x;P;train", "2;;x;P;train")
     options = {**COLUMNS, "mask_column": None, "images": "*/{image}.png"}
-    assert "file '1' fits several files (a/1.png, b/1.png)" in listed(tmp_path, **options)[1]["t.csv#row=1"]
+    assert "file '1' fits several files (a/1.png, b/1.png)" in listed(tmp_path, **options)[1]["t.csv#row=2"]
 
 
 @pytest.mark.parametrize(
