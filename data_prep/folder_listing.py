@@ -14,7 +14,6 @@ from data_prep.spreadsheets import xlsx_rows
 from data_prep.tables import TableRow, csv_rows
 from pipeline.errors import MaskLoomError
 
-
 NO_ROW = TableRow({}, 0)
 
 
