@@ -59,10 +59,10 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
     if whole is not None and whole.skips(force):
         return
     due = [name for name, stage in stages.items() if not stage.skips(force)]
-    if due:
-        require_no_leaks(run, [Dataset(run.dataset, contract)])
     for name in due:
         _check_before_training(config, run, contract, stages[name], options[name], force)
+    if due:
+        require_no_leaks(run, [Dataset(run.dataset, contract)])
     train_due = partial(_train_families, config, run, contract, {name: stages[name] for name in due}, force)
     if whole is None:
         train_due()

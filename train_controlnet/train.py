@@ -28,7 +28,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         force: throw earlier checkpoints away and train from the start.
 
     Raises:
-        MaskLoomError: the dataset, the backbone or a setting cannot be used; the loss was not finite.
+        MaskLoomError: the dataset, the backbone or a setting cannot be used; an image lies in train or validation and is held out too; the loss was not finite.
     """
     run = open_run(config)
     if config.train is None:
@@ -41,7 +41,6 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     if stage.skips(force):
         return
     OwnedFolder(run.generator).check()
-    require_no_leaks(run, [Dataset(run.dataset, contract)])
     from accelerate.utils import set_seed
 
     from pipeline.engines import check_engine
@@ -59,6 +58,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
     parts = load_networks(config.fine_tuning, accelerator.device)
     check_engine(parts.trained(), config.fine_tuning, accelerator)
+    require_no_leaks(run, [Dataset(run.dataset, contract)])
     with stage.recorded(accelerator.is_main_process) as results:
         if accelerator.is_main_process:
             OwnedFolder(run.generator).claim()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 from pipeline.audit.findings import Dataset, Finding, identical_findings, told
@@ -37,6 +37,7 @@ CREATE TABLE images (
     id INTEGER PRIMARY KEY, dataset INTEGER, split TEXT, sample TEXT, grp TEXT, label TEXT, image BLOB, mask BLOB, flat INTEGER
 );
 """
+INSERT = "INSERT INTO images (dataset, split, sample, grp, label, image, flat) VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
 class SoundRecord(Record):
@@ -113,24 +114,28 @@ def _failures(datasets: Sequence[Dataset]) -> tuple[int, list[Finding], int]:
 
 @contextmanager
 def _pixel_rows(datasets: Sequence[Dataset]) -> Iterator[sqlite3.Connection]:
-    """Yield a database of the digests of all images, on disk; it is deleted afterwards."""
+    """Yield a database of the digests of all images, which SQLite keeps in a temporary file of its own once it is large.
+
+    Raises:
+        MaskLoomError: that file cannot be written.
+    """
     total = sum(dataset.rows for dataset in datasets)
-    with TemporaryDirectory(prefix="maskloom-audit-") as scratch:
-        rows = sqlite3.connect(Path(scratch) / "rows.sqlite")
-        try:
-            rows.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
-            with progress("comparing pixels", total, "images") as advance, rows:
-                for number, dataset in enumerate(datasets):
-                    for values in _values(number, dataset):
-                        rows.execute(
-                            "INSERT INTO images (dataset, split, sample, grp, label, image, flat) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                            values,
-                        )
-                        advance()
-            rows.execute("CREATE INDEX images_by_pixels ON images (image)")
-            yield rows
-        finally:
-            rows.close()
+    rows = sqlite3.connect("")
+    try:
+        rows.executescript(SCHEMA)
+        with progress("comparing pixels", total, "images") as advance, rows:
+            for number, dataset in enumerate(datasets):
+                for values in _values(number, dataset):
+                    rows.execute(INSERT, values)
+                    advance()
+        rows.execute("CREATE INDEX images_by_pixels ON images (image)")
+        yield rows
+    except sqlite3.Error as error:
+        raise MaskLoomError(
+            f"{gettempdir()}: images cannot be compared ({error}); free space there, or set TMPDIR to another folder"
+        ) from error
+    finally:
+        rows.close()
 
 
 def _values(number: int, dataset: Dataset) -> Iterator[tuple[Any, ...]]:

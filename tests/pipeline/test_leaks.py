@@ -203,6 +203,15 @@ def test_an_image_that_cannot_be_decoded(run):
         require_no_leaks(run, [opened(run.dataset, parts)])
 
 
+def test_a_disk_without_space_for_the_comparison_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(leaks, "SCHEMA", f"PRAGMA max_page_count = 4; {leaks.SCHEMA}")
+    dataset = opened(run.dataset, {"train": tiny_samples("train", 200, 16)})
+    with pytest.raises(
+        MaskLoomError, match=r"images cannot be compared \(database or disk is full\); free space there"
+    ):
+        require_no_leaks(run, [dataset])
+
+
 NEAR = {"near_duplicates": {"method": "as prepare", "correlation": 0.55}}
 
 
