@@ -13,12 +13,11 @@ import yaml
 from evaluate.evaluate import evaluate, open_question
 from evaluate.inputs import EvaluationInputs
 from evaluate.results import MetricResult, skipped_result
+from pipeline.audit.findings import Dataset
+from pipeline.audit.leaks import require_no_leaks
 from pipeline.config import ExperimentConfig, Section
 from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
-from pipeline.audit.findings import Dataset
-from pipeline.audit.leaks import require_no_leaks
-from pipeline.config import ExperimentConfig
 from pipeline.runs import Run, StageChecked, check_only
 from pipeline.verification import verify_quickly
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
