@@ -6,7 +6,8 @@ import pytest
 
 from pipeline.config import ExperimentConfig
 from pipeline.errors import MaskLoomError, run_command
-from pipeline.runs import Run
+from pipeline.ownership import OwnedFolder
+from pipeline.runs import open_run
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 from tests.train_controlnet.conftest import tiny_config
 from train_controlnet.train import train_stage
@@ -23,17 +24,17 @@ def test_a_leak_stops_the_training_before_anything_is_touched(
     tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str], force: bool
 ) -> None:
     config: ExperimentConfig = tiny_config(tmp_path, backbone)
-    run = Run(tmp_path)
+    run = open_run(config)
     leaking(run.dataset)
-    earlier = run.generator / "controlnet" / "diffusion_pytorch_model.safetensors"
-    earlier.parent.mkdir(parents=True)
-    earlier.write_bytes(b"weights of an earlier training")
-    before = {path for path in tmp_path.rglob("*") if path.name != "config.yaml"}
+    generator = OwnedFolder(run.generator)
+    generator.claim()
+    generator.write_text("cache/rows.txt", "of an earlier training")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as exit_:
         run_command(lambda: train_stage(config, force=force))
     assert exit_.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "identical images in two splits: train-0002 (train) and test-0003 (test)" in errors[0]
-    assert {path for path in tmp_path.rglob("*") if path.name != "config.yaml"} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(MaskLoomError):  # and again: a leak is not recorded as looked at
         train_stage(config, force=force)
