@@ -83,21 +83,24 @@ def load_single_file_part(kind: type[Any], source: BackboneSource, part: str) ->
     Raises:
         MaskLoomError: weights are missing, or have other shapes than the settings say.
     """
+    from accelerate import init_empty_weights
+
     from pipeline.backbone import new_network
 
-    network = new_network(kind, source, part)
+    with init_empty_weights():  # weights that are drawn at random first would take longer than all the rest
+        network = new_network(kind, source, part)
     try:
-        weights = _converted(part, _tensors(Path(source.name), PREFIXES[part]), network)
-        network.load_state_dict(weights)
+        weights = converted_names(part, _tensors(Path(source.name), PREFIXES[part]), network)
+        network.load_state_dict(weights, assign=True)
     except Exception as error:  # the converters raise errors of many kinds; the remedy is the same
         raise MaskLoomError(
             f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} ({one_line(error)[:200]}); "
             f"set {SINGLE_FILE_KEY} to the folder or Hub id of a pipeline of the same shape, or give a folder in diffusers format"
         ) from error
-    return network.float()
+    return network.float().eval()
 
 
-def _converted(part: str, weights: dict[str, Any], network: Any) -> dict[str, Any]:
+def converted_names(part: str, weights: dict[str, Any], network: Any) -> dict[str, Any]:
     """Return a part's weights under the names that its class gives them."""
     from diffusers.loaders import single_file_utils as converters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backbone_source import KEY, SETTINGS, TOKENIZER_KEY, BackboneSource, read_settings
@@ -17,18 +18,30 @@ def load_tokenizer(source: BackboneSource) -> CLIPTokenizer:
     Raises:
         MaskLoomError: it cannot be read.
     """
+    where = f"{TOKENIZER_KEY}={source.tokenizer_name}" if source.tokenizer_name else f"{KEY}={source.name}"
+    tokenizer = read_tokenizer(source.tokenizer_folder(), where)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, load_text_settings(source).max_position_embeddings)
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, where: str) -> CLIPTokenizer:
+    """Return the tokenizer in a folder.
+
+    Args:
+        folder: holds its files.
+        where: what named the folder, for messages.
+
+    Raises:
+        MaskLoomError: it cannot be read.
+    """
     from transformers import CLIPTokenizer
 
-    folder = source.tokenizer_folder()
-    where = f"{TOKENIZER_KEY}={source.tokenizer_name}" if source.tokenizer_name else f"{KEY}={source.name}"
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
         raise MaskLoomError(
             f"{where}: {folder} cannot be read as CLIPTokenizer: {one_line(error)[:200]}; download the tokenizer again"
         ) from error
-    tokenizer.model_max_length = min(tokenizer.model_max_length, load_text_settings(source).max_position_embeddings)
-    return tokenizer
 
 
 def load_text_settings(source: BackboneSource) -> CLIPTextConfig:

@@ -17,6 +17,7 @@ from pipeline.contract import CONTRACT_FILE, Contract, read_contract, read_ids
 from pipeline.errors import MaskLoomError, nearest_name
 from pipeline.hub_cards import LOADING, Weights, completed_card
 from pipeline.hub_files import check_pushed_file, file_text
+from pipeline.places import ABSOLUTE_PATH
 from pipeline.progress import say
 from pipeline.reading import read_object
 from pipeline.runs import RECORD_FILE, Run, read_record
@@ -49,7 +50,6 @@ OPEN_LICENCE = re.compile(
     re.IGNORECASE,
 )
 """Licences, with or without a remark in brackets, that let anyone pass the data on for any purpose. Any other is asked about."""
-ABSOLUTE_PATH = re.compile(r"(?<![\w:/.<~)\]}*?+-])/[\w.@+-]+(?:/[\w.@+-]+)+|\b[A-Za-z]:\\+\w+|file://")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.config import ExperimentConfig
 from pipeline.contract import Contract
+from pipeline.places import without_places
 from pipeline.report.curves import line_chart, training_curves
 from pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_evaluations
 from pipeline.report.formatting import counts_text, duration_text, number_text
@@ -91,7 +92,9 @@ def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
         "trainings": {stage: _training_summary(stage, one) for stage, one in sources.trainings.items()},
         "datasets": _dataset_summaries(sources),
         "records": sources.records,
-        "config_text": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "config_text": yaml.safe_dump(
+            without_places(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True
+        ),
     }
 
 

@@ -1,11 +1,14 @@
 """The stage `report`: finds what a run holds and writes the page."""
 
+from pathlib import Path
+
 from pipeline.config import ExperimentConfig
 from pipeline.ownership import OwnedFolder
+from pipeline.places import without_known_places
 from pipeline.progress import say
 from pipeline.report.page import page_renderer
 from pipeline.report.sources import Sources, find_sources
-from pipeline.runs import Stage, open_run
+from pipeline.runs import Run, Stage, open_run
 from pipeline.verification import verify_quickly
 
 IMAGE_SIDES = (
@@ -30,10 +33,16 @@ def write_report(config: ExperimentConfig, force: bool) -> None:
     with stage.recorded() as results:
         for folder, _ in [*([sources.real] if sources.real else []), *sources.synthetic.values()]:
             verify_quickly(folder)
-        page = smallest_enough(config, sources)
+        page = without_known_places(smallest_enough(config, sources), _places(config, run))
         OwnedFolder(run.folder).write_text(run.report.name, page)
         results["bytes"] = len(page.encode())
     say(f"report: {run.report} ({results['bytes'] / 1e6:.1f} MB)")
+
+
+def _places(config: ExperimentConfig, run: Run) -> list[Path | None]:
+    """Return the folders of this machine that a text on the page may name."""
+    external = [one.raw_dir for one in config.data.external.values()]
+    return [run.folder, config.data.raw_dir, *external, Path.cwd(), Path.home()]
 
 
 def smallest_enough(config: ExperimentConfig, sources: Sources) -> str:

@@ -27,7 +27,8 @@ from pipeline.files import file_digest, read_json, write_json
 from pipeline.hub import push
 from pipeline.hub_cards import hub_base_model, licence_metadata
 from pipeline.hub_client import Hub, PushOptions
-from pipeline.hub_parcels import ABSOLUTE_PATH, OPEN_LICENCE
+from pipeline.hub_parcels import OPEN_LICENCE
+from pipeline.places import ABSOLUTE_PATH
 from pipeline.runs import Run
 from tests.hub_server import TOKEN, USER, HubState, Repo, running_hub, sha256
 from tests.pipeline import fake_run

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from pipeline.backbone_text import read_tokenizer
+
 CLIP_FILES = ("vocab.json", "merges.txt")
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -73,7 +75,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], model_max_length: int) -
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
     CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=model_max_length).save_pretrained(folder)
     write_clip_files(folder, vocabulary, merges)
-    return CLIPTokenizer.from_pretrained(folder)
+    return read_tokenizer(folder, "tokenizer")
 
 
 def write_clip_files(folder: Path, vocabulary: dict[str, int], merges: Iterable[tuple[str, str]]) -> None:
