@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import TrainConfig
 from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import file_digest, read_json, value_digest
+from pipeline.files import content_digest, read_json, value_digest
 
 KEY = "train.pretrained_model_name_or_path"
 TOKENIZER_KEY, SINGLE_FILE_KEY = "train.tokenizer_name", "train.single_file_config"
@@ -185,7 +185,7 @@ class BackboneSource:
         """
         if self.is_folder or self.is_single_file:
             read = [*self.files(), *([] if self.tokenizer_name else _tokenizer_files(self._own_tokenizer()))]
-            digest = value_digest([[self._named(path), file_digest(path)] for path in read])
+            digest = value_digest([[self._named(path), content_digest(path)] for path in read])
             found = {"backbone": digest}
         else:
             found = {
@@ -193,7 +193,7 @@ class BackboneSource:
             }
         if self.tokenizer_name is not None:
             folder = Path(self.tokenizer_name)
-            files = [[path.name, file_digest(path)] for path in _tokenizer_files(folder)]
+            files = [[path.name, content_digest(path)] for path in _tokenizer_files(folder)]
             found["tokenizer"] = (
                 value_digest(files) if folder.is_dir() else f"{self.tokenizer_name}@{self.revision or 'main'}"
             )
