@@ -2,6 +2,7 @@ import json
 import socket
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -148,6 +149,21 @@ def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monk
     (bench.run.logs("generate") / "stage.json").unlink()
     generate(config, force=False)
     assert made_now(bench) == {"text_only": 2}
+
+
+def test_what_a_generator_finds_wrong_is_told_before_an_older_set_is_touched(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    generate(bench.config(generators={"text_only": {}}), force=False)
+    before = content(bench.run.synthetic)
+
+    def wrong(self: Any) -> None:
+        raise MaskLoomError("a setting does not suit the weights")
+
+    monkeypatch.setattr("generate.generators.text_only.Generator.check", wrong)
+    with pytest.raises(MaskLoomError, match="does not suit the weights"):
+        generate(bench.config(["seed=8"], generators={"text_only": {}}), force=False)
+    assert content(bench.run.synthetic) == before
 
 
 def test_colour_datasets_get_colour_images(make_bench: MakeBench):

@@ -107,6 +107,14 @@ def test_of_a_single_class_the_largest_piece_is_kept_and_all_its_holes_filled():
     assert found[1:] == (1, 9, 36)
 
 
+def test_a_hole_of_the_smallest_area_stays_among_several_classes():
+    mask = np.zeros((20, 20), np.uint8)
+    mask[2:12, 2:12] = 2
+    mask[4:6, 4:6] = 0  # 4 pixels
+    for smallest, filled in ((4, 0), (5, 4)):
+        assert cleaned(mask, 3, JointOptions(min_area=smallest / mask.size)).filled_pixels == filled
+
+
 def test_of_several_classes_all_pieces_and_large_holes_stay_and_a_speck_takes_the_class_around_it():
     mask = np.zeros((20, 20), np.uint8)
     mask[0:9, 0:9] = 1

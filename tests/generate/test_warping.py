@@ -101,6 +101,16 @@ def test_implausible_masks_are_told_why(after: str, problem: str):
     assert warp_problem(before, bent, WarpConfig()).startswith(problem)
 
 
+def test_a_class_may_neither_shrink_nor_grow_beyond_its_limits():
+    small, large = np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.uint8)
+    small[12:16, 12:16], large[8:20, 8:20] = 1, 1  # 16 and 144 pixels
+    config = WarpConfig()
+    assert config.max_area_ratio < 9
+    assert warp_problem(small, large, config).startswith("class 1 has 9.00 times its area (allowed: ")
+    assert warp_problem(large, small, config).startswith("class 1 has 0.11 times its area (allowed: ")
+    assert warp_problem(large, large, config) == ""
+
+
 def test_a_class_that_touched_the_border_may_go_on_touching_it():
     mask = np.zeros((20, 20), np.uint8)
     mask[0:6, 6:12] = 1
