@@ -8,7 +8,8 @@ from PIL import Image
 
 from data_prep.adapter import RawImage
 from data_prep.audit import audit, indexed, open_datasets
-from data_prep.prepare import prepare
+from data_prep.parts import Found, Reading
+from data_prep.prepare import _clusters, prepare
 from data_prep.survey import raw_digest
 from pipeline.audit.pixels import is_blank
 from pipeline.contract import LEDGER_FILE, read_contract, stored_rows
@@ -100,6 +101,24 @@ def test_images_of_one_value_join_nobody(raw, value, shape):
         Image.fromarray(blank).save(raw / f"{name}.png")
     rows, ledger = prepared(raw)
     assert len(rows) == 16 and ledger == {} and len({group for _, group in rows.values()}) == 8
+
+
+def test_images_of_one_value_join_nobody_where_near_duplicates_are_looked_for(raw):
+    for name in ("train/p1_0", "train/p2_0", "test/p7_0"):
+        Image.fromarray(np.full((40, 40), 7, np.uint8)).save(raw / f"{name}.png")
+    rows, ledger = prepared(raw, duplicates="near")
+    assert len(rows) == 16 and ledger == {} and len({group for _, group in rows.values()}) == 8
+
+
+def test_raw_pixels_join_images_that_are_shown_in_different_windows(tmp_path):
+    """A slice of two volumes, whose windows make two pictures of it."""
+    found = [
+        Found(name, name, None, name, None, digest, shown, 0, False, 0, (0, 0))
+        for name, digest, shown in (("a", "1", "x"), ("b", "1", "y"), ("c", "2", "z"), ("d", "", ""), ("e", "", ""))
+    ]
+    reading = Reading(tmp_path, (), experiment(tmp_path).data)
+    clusters = _clusters(reading, found)
+    assert clusters[0] == clusters[1] and len(set(clusters)) == 4
 
 
 def test_none_looks_for_nothing_and_says_so(raw, capsys):
