@@ -8,6 +8,7 @@ from pydantic import Field
 from pipeline.contract import LedgerRow, read_contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import read_json
+from pipeline.ownership import OwnedFolder
 from pipeline.reading import LogLine, Record, read_lines, read_model, read_object, row_attributes
 from pipeline.report.curves import training_curves
 from pipeline.report.evaluation import read_evaluations
@@ -201,6 +202,6 @@ def test_a_ledger_of_another_shape(tmp_path, line):
 )
 def test_an_evaluation_of_another_shape(tmp_path, keys, value):
     answer = {"metric": "quality", "version": 1, "question": "Q", "verdict": "V", "inputs": {"real": "x"}}
-    (tmp_path / "quality.json").write_bytes(_changed(answer, *keys, to=value))
+    OwnedFolder(tmp_path).write_text("quality.json", _changed(answer, *keys, to=value).decode())
     with pytest.raises(MaskLoomError, match=r"quality\.json: .*run evaluate again with --force"):
         read_evaluations(tmp_path)
