@@ -47,12 +47,16 @@ class LoopRecord(Record):
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """Return the finished checkpoints in a folder by step, ascending; a folder of that name that is not the program's is not one."""
     named = ((re.fullmatch(r"checkpoint-(\d{1,12})", path.name), path) for path in folder.glob("checkpoint-*"))
-    found = {
-        int(match[1]): path
-        for match, path in named
-        if match and ((path / LOOP_FILE).exists() or OwnedFolder(path).is_marked())
-    }
+    found = {int(match[1]): path for match, path in named if match and _is_checkpoint(path)}
     return dict(sorted(found.items()))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint was written there; a damaged one counts, so that it is not passed over in silence."""
+    try:
+        return (path / LOOP_FILE).exists() or LOOP_FILE in OwnedFolder(path).files()
+    except MaskLoomError:
+        return True
 
 
 def delete_checkpoints(folder: Path) -> None:

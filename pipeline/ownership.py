@@ -156,7 +156,7 @@ class OwnedFolder:
         self.remove(list(self.digests(subfolder)))
 
     def delete(self) -> None:
-        """Delete all that the program wrote, the mark too, and the folder where nothing of the user's is left in it.
+        """Delete all that the program wrote, and the folder where nothing of the user's is left in it; else its mark stays.
 
         Raises:
             MaskLoomError: the folder is not the program's.
@@ -170,10 +170,6 @@ class OwnedFolder:
             shutil.rmtree(outgoing)
             return
         self.clear()
-        for path in [*self.path.glob(MANIFESTS), *(self.path / name for name in SYSTEM_FILES)]:
-            path.unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
 
     def _listed(self) -> dict[str, str]:
         """Return this process's own entries."""

@@ -12,6 +12,9 @@ KOHYA_FILE = "kohya_lora_weights.safetensors"
 LORA_KEY = "train.lora_model_name_or_path"
 
 
+EXPORTED = ("controlnet", "unet", "lora", "vae")
+
+
 def exported_names(config: TrainConfig) -> list[str]:
     """Return the folders' names, each one that a diffusers user loads by itself.
 

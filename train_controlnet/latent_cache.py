@@ -143,7 +143,7 @@ def delete_caches(parent: Path) -> None:
 
 
 def _caches(parent: Path) -> list[Path]:
-    return [path for path in sorted(parent.glob("*")) if path.is_dir() and OwnedFolder(path).is_marked()]
+    return [path for path in sorted(parent.glob("*")) if path.is_dir() and OwnedFolder(path).files()]
 
 
 def fill_views(

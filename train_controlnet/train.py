@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.audit.findings import Dataset
@@ -13,9 +13,9 @@ from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import file_digest, model_digest, value_digest
-from pipeline.ownership import OwnedFolder, check_places
+from pipeline.ownership import OwnedFolder, check_places, delete_folder
 from pipeline.runs import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
-from pipeline.trained_parts import adapter_file, exported_names
+from pipeline.trained_parts import EXPORTED, adapter_file, exported_names
 from pipeline.verification import verify_for_training
 from train_controlnet.verdict import check_adherence
 
@@ -74,6 +74,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
         seen = train(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:
             names = export(task, config, run, contract, accelerator)
+            drop_older_exports(run, names)
             results["weights_digest"] = value_digest([model_digest(str(run.generator / name)) for name in names])
             results["trained_parameters"] = task.trained_parameters
             results["samples_seen"] = seen
@@ -100,6 +101,13 @@ def read_places(train: TrainConfig) -> dict[str, Path | None]:
         **{f"train.validation_image[{number}]": path for number, path in enumerate(train.validation_image)},
     }
     return {key: Path(value) for key, value in named.items() if value is not None and Path(value).exists()}
+
+
+def drop_older_exports(run: Run, names: Sequence[str]) -> None:
+    """Delete weights that an earlier training of the run has left and this one does not write: they would be taken for its own."""
+    for name in EXPORTED:
+        if name not in names and OwnedFolder(run.generator / name).is_marked():
+            delete_folder(run.generator / name)
 
 
 def start_afresh(run: Run) -> None:

@@ -18,9 +18,11 @@ from pipeline.audit.leaks import require_no_leaks
 from pipeline.config import ExperimentConfig, Section
 from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
+from pipeline.ownership import whole_folder
 from pipeline.runs import Run, StageChecked, check_only
 from pipeline.verification import verify_quickly
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
+from tests.records import record_outputs
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
 
 GENERATORS = {"controlnet": faithful, "text_only": noise}
@@ -118,8 +120,9 @@ def with_backbone(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) 
 
 
 def with_decoder(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
-    (run / "generator" / "vae").mkdir(parents=True)
-    (run / "generator" / "vae" / "config.json").write_text("{}")
+    with whole_folder(run / "generator" / "vae") as folder:
+        (folder / "config.json").write_text("{}")
+    record_outputs(Run(run), "train", [run / "generator" / "vae"])
 
 
 def with_data(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
