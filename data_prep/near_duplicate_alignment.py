@@ -67,7 +67,9 @@ def agreement(a: Floats, b: Floats, box_in_a: Box, box_in_b: Box, layout: Layout
         box_in_b: where it starts in `b`.
         layout: what does not count as detail.
     """
-    climbs = [(*_climbed(whole, other, box), whole, other) for whole, other, box in ((b, a, box_in_a), (a, b, box_in_b))]
+    climbs = [
+        (*_climbed(whole, other, box), whole, other) for whole, other, box in ((b, a, box_in_a), (a, b, box_in_b))
+    ]
     correlation, box, whole, other = max(climbs, key=lambda climb: climb[0])
     target = window_vector(whole, np.array(WHOLE) * SIDE, ALIGNED_SIDE)
     detail = layout.detail(target)

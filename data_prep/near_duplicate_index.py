@@ -7,6 +7,7 @@ The vectors lie in a file; memory holds one cell of it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,8 @@ BLOCK, QUERIES = 128, 1024
 Indices = NDArray[np.int64]
 
 
-class WindowIndex(NamedTuple):
+@dataclass(frozen=True)
+class WindowIndex:
     """The vectors of a dataset's windows.
 
     Attributes:

@@ -12,7 +12,7 @@ Mirrored and rotated copies are not found. Identical pixels are always joined.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ __all__ = ["METHOD", "RECORD", "NearDuplicates", "find_near_duplicates", "near_d
 METHOD = "aligned correlation of locally normalised textures"
 CORRELATION = 0.55
 DETAIL, LARGEST_DETAIL = 0.45, 0.95  # the least threshold, and the largest that still tells copies from chance
-DETAIL_OF_FEW = 0.7  # where the images are too few to measure chance
+DETAIL_OF_FEW = 0.9  # where the images are too few to measure chance
 PLAIN_CORRELATION = 0.98
 # A cluster of so many images, and of such a share of all, most of which do not match each other, is a chain of chance matches.
 SMALLEST_CHAIN, CHAIN_SHARE, CHECKED_PAIRS = 10, 0.2, 32
@@ -52,6 +52,10 @@ class Threshold:
 
     correlation: float
     detail: float | None
+
+    def stated(self) -> dict[str, float]:
+        """Return the values as a contract states them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _calibrated(index: WindowIndex, distinct: NDArray[np.int64], scored: Scorer)
             f"data.duplicates=near: unrelated images of this dataset are too alike to tell copies from chance (some of the {len(distinct)} "
             f"would correlate up to {detail:.3f} in what is not common to all; at most {LARGEST_DETAIL} can be told apart); {REMEDY}"
         )
-    return Threshold(CORRELATION, max(DETAIL, detail))
+    return Threshold(CORRELATION, max(DETAIL, round(detail, 3)))  # rounded: equal on all machines
 
 
 def _reaches(scores: NDArray[np.float64], threshold: Threshold, margin: float = 0.0) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ from data_prep.card import dataset_card
 from data_prep.file_names import printable
 from data_prep.grouping import Grouping, Row, consistent_rows, joined, without_seen
 from data_prep.left_out import told_left_out
-from data_prep.near_duplicates import METHOD, RECORD, near_duplicate_clusters
+from data_prep.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
 from data_prep.parallel import parallel_results, worker_count
 from data_prep.parts import (
     SIGNATURES,
@@ -97,9 +97,9 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
             _require_all(parts, reading.folder)
         else:
             _read_missing(reading, parts)
-        rows, rejected = _usable_rows(reading, parts)
+        rows, rejected, joins = _usable_rows(reading, parts)
         splits = _rows_by_split(rows, config)
-        writer = _writer(run.dataset, sources, config, splits, stage.key)
+        writer = _writer(run.dataset, _description(sources, config, joins), config, splits, stage.key)
         writer.prepare_folder(afresh=force)
         _write_shards(writer, reading, splits)
         ledger = [{"path": _shown_path(reject.path, sources), "reason": reject.reason} for reject in rejected]
@@ -282,23 +282,24 @@ def _require_all(parts: Sequence[Part], folder: Path) -> None:
         )
 
 
-def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], list[Reject]]:
-    """Return the rows of the dataset in scan order, each with its group, and everything that is left out.
+def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], list[Reject], Threshold | None]:
+    """Return the rows of the dataset in scan order, each with its group, everything that is left out, and what joined near-duplicates.
 
     Raises:
-        MaskLoomError: nothing is usable.
+        MaskLoomError: nothing is usable, or near-duplicates cannot be told from unrelated images.
     """
     sources = reading.sources
     found, rejected = found_samples(reading.folder, parts, sources)
     found, taken = without_taken_ids(found)
     main = [sample for sample in found if sample.source == 0]
-    grouping = consistent_rows(main, _clusters(reading, main))
+    clusters, joins = _clusters(reading, main)
+    grouping = consistent_rows(main, clusters)
     rows, united = grouping.rows, grouping.united
     rejected += taken + grouping.rejected
     if not rows:
         raise _nothing_usable(sources[0], rejected)
     if len(sources) > 1:
-        fresh, seen = without_seen(found, _clusters(reading, found))
+        fresh, seen = without_seen(found, _clusters(reading, found)[0])
         rejected += seen
         for index, source in enumerate(sources[1:], start=1):
             members = [(sample, cluster) for sample, cluster in fresh if sample.source == index]
@@ -309,7 +310,7 @@ def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], li
             rows += external.rows
             united += external.united
     _report_duplicates(sources, united)
-    return rows, rejected
+    return rows, rejected, joins
 
 
 def _report_duplicates(sources: Sequence[Source], united: Sequence[tuple[str, ...]]) -> None:
@@ -338,18 +339,22 @@ def _nothing_usable(source: Source, rejected: Sequence[Reject]) -> MaskLoomError
     )
 
 
-def _clusters(reading: Reading, found: Sequence[Found]) -> list[int]:
-    """Return the cluster of each sample: near-duplicates, identical raw pixels, and pictures that are identical as they are written."""
+def _clusters(reading: Reading, found: Sequence[Found]) -> tuple[list[int], Threshold | None]:
+    """Return the cluster of each sample: near-duplicates, identical raw pixels, and pictures that are identical as they are written.
+
+    With it comes what joined the near-duplicates; None where none were looked for.
+    """
     near_name: dict[int, int] = {}
+    joins: Threshold | None = None
     near = [index for index, sample in enumerate(found) if sample.has_signature]
     if near:
         signatures = reading.folder / SIGNATURES
         _join_signatures(reading.folder, [found[index] for index in near], signatures)
         digests = [found[index].digest or f"blank {index}" for index in near]
         workers = worker_count(len(near) // 100, reading.data.num_workers)
-        named = near_duplicate_clusters(signatures, digests, reading.data.near_duplicate_correlation, workers)
-        near_name = dict(zip(near, named, strict=True))
-    return joined(
+        duplicates = find_near_duplicates(signatures, digests, reading.data.near_duplicate_correlation, workers)
+        near_name, joins = dict(zip(near, duplicates.clusters(), strict=True)), duplicates.threshold
+    clusters = joined(
         [
             (
                 f"near {near_name[index]}" if index in near_name else None,
@@ -359,6 +364,7 @@ def _clusters(reading: Reading, found: Sequence[Found]) -> list[int]:
             for index, sample in enumerate(found)
         ]
     )
+    return clusters, joins
 
 
 def _join_signatures(folder: Path, found: Sequence[Found], signatures: Path) -> None:
@@ -400,14 +406,14 @@ def _group(name: str, items: Sequence[Found]) -> Group:
 
 
 def _writer(
-    folder: Path, sources: Sequence[Source], config: ExperimentConfig, splits: Splits, stage_key: str
+    folder: Path, description: Description, config: ExperimentConfig, splits: Splits, stage_key: str
 ) -> DatasetWriter:
     shards = plan_shards({split: len(rows) for split, rows in splits.items()}, config.data.rows_per_shard)
     ids = {split: [(row.item.sample_id, row.group) for row in rows] for split, rows in splits.items()}
-    return DatasetWriter(folder, _description(sources, config), shards, value_digest([stage_key, ids]))
+    return DatasetWriter(folder, description, shards, value_digest([stage_key, ids]))
 
 
-def _description(sources: Sequence[Source], config: ExperimentConfig) -> Description:
+def _description(sources: Sequence[Source], config: ExperimentConfig, joins: Threshold | None) -> Description:
     data, main = config.data, sources[0]
     info = main.info
     return Description(
@@ -428,9 +434,7 @@ def _description(sources: Sequence[Source], config: ExperimentConfig) -> Descrip
             "intensity": _stated(data.intensity),
             "stain": None if data.stain is None else {"method": data.stain.method, "reference": _reference(data)},
             "duplicates": main.duplicates,
-            "near_duplicates": {"method": METHOD, "correlation": data.near_duplicate_correlation}
-            if main.duplicates == "near"
-            else None,
+            "near_duplicates": None if joins is None else {"method": METHOD, **joins.stated()},
             "splits": data.splits.model_dump(),
             "seed": config.seed,
             "options": data.options,

@@ -159,8 +159,11 @@ class DataConfig(Section):
     stain: StainConfig | None = None
     splits: Splits = Splits()
     duplicates: Literal["near", "identical", "none"] | None = Field(None, description="null: as the dataset says")
-    near_duplicate_correlation: float = Field(
-        0.55, gt=0, le=1, description="alignment correlation that joins two images"
+    near_duplicate_correlation: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="alignment correlation that joins two images; null: 0.55, and details beyond what unrelated images share",
     )
     external: Annotated[dict[PluginName, ExternalConfig], BeforeValidator(_as_external)] = Field(
         default_factory=dict, description="file names in data_prep/datasets; each becomes the split external_NAME"

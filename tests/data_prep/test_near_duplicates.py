@@ -8,7 +8,8 @@ from data_prep import near_duplicates
 from data_prep.adapter import RawItem
 from data_prep.datasets.busi import Adapter, BusiOptions
 from data_prep.grouping import MOST_GROUPS, consistent_rows
-from data_prep.near_duplicates import near_duplicate_clusters, signature, windows
+from data_prep.near_duplicates import near_duplicate_clusters, signature
+from data_prep.near_duplicate_textures import windows
 from data_prep.parts import Found
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 
