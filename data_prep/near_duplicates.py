@@ -22,7 +22,7 @@ from scipy.cluster.hierarchy import DisjointSet
 from data_prep.near_duplicate_alignment import ALIGNED_SIDE, align_pairs
 from data_prep.near_duplicate_chance import FEWEST, chance_threshold, draw_size, drawn_pairs
 from data_prep.near_duplicate_index import WindowIndex, build_index, neighbour_pairs
-from data_prep.near_duplicate_layout import Layout, layout_size, principal_components
+from data_prep.near_duplicate_layout import COMPONENTS, Layout, layout_size, principal_components
 from data_prep.near_duplicate_textures import RECORD, read_records, signature
 from pipeline.errors import MaskLoomError
 
@@ -31,7 +31,7 @@ __all__ = ["METHOD", "RECORD", "NearDuplicates", "find_near_duplicates", "near_d
 METHOD = "aligned correlation of locally normalised textures"
 CORRELATION = 0.55
 DETAIL, LARGEST_DETAIL = 0.45, 0.95  # the least threshold, and the largest that still tells copies from chance
-DETAIL_OF_FEW = 0.9  # where the images are too few to measure chance
+DETAIL_OF_SOME, DETAIL_OF_FEW = 0.65, 0.9  # the least where images are too few for all layout components; for measuring chance
 PLAIN_CORRELATION = 0.98
 # A cluster of so many images, and of such a share of all, most of which do not match each other, is a chain of chance matches.
 SMALLEST_CHAIN, CHAIN_SHARE, CHECKED_PAIRS = 10, 0.2, 32
@@ -157,7 +157,8 @@ def _calibrated(index: WindowIndex, distinct: NDArray[np.int64], scored: Scorer)
             f"data.duplicates=near: unrelated images of this dataset are too alike to tell copies from chance (some of the {len(distinct)} "
             f"would correlate up to {detail:.3f} in what is not common to all; at most {LARGEST_DETAIL} can be told apart); {REMEDY}"
         )
-    return Threshold(CORRELATION, max(DETAIL, round(detail, 3)))  # rounded: equal on all machines
+    least = DETAIL if layout_size(index.count) == COMPONENTS else DETAIL_OF_SOME
+    return Threshold(CORRELATION, max(least, round(detail, 3)))  # rounded: equal on all machines
 
 
 def _reaches(scores: NDArray[np.float64], threshold: Threshold, margin: float = 0.0) -> NDArray[np.bool_]:
