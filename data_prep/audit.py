@@ -212,14 +212,18 @@ def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> 
         near: see `near_plan`.
     """
     findings = _Findings()
-    for finding in chain(
-        identical_findings(index.rows, datasets), near_findings(index, datasets) if index.near else ()
-    ):
+    notes = [near_plan(datasets, near)[1], *_size_notes(datasets)]
+    try:
+        near_duplicates = list(near_findings(index, datasets)) if index.near else []
+    except MaskLoomError as error:  # unrelated images look alike
+        near_duplicates = []
+        notes.append(f"near-duplicates: none told: {error}")
+    for finding in chain(identical_findings(index.rows, datasets), near_duplicates):
         findings.add(finding)
     splits = [content for number in range(len(datasets)) for content in _split_contents(index, datasets, number)]
     return Audit(
         datasets=[str(dataset.folder) for dataset in datasets],
-        notes=[near_plan(datasets, near)[1], *_size_notes(datasets)],
+        notes=notes,
         findings=findings.in_order(),
         counts=findings.counts(),
         failed=findings.failed,

@@ -7,16 +7,14 @@ prepared at 128 x 128 and 64 x 64): the same 107 clusters as in the raw images, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.audit_index import PLAIN_SIDE, AuditIndex
-from data_prep.near_duplicates import RECORD, near_duplicate_clusters
+from data_prep.near_duplicates import CORRELATION, find_near_duplicates
 from pipeline.audit.findings import MEMBER, Dataset, Finding, Member, contradicts, measured_on_itself, place, relation
-from pipeline.config import DataConfig
 
 MARGIN = 0.1
 
@@ -24,14 +22,15 @@ MARGIN = 0.1
 def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Finding]:
     """Yield pairs of near-duplicates that lie in two splits, in two datasets, or carry two labels."""
     threshold = near_threshold(datasets)
-    suspects = [members for members in _clusters(index, range(index.size), threshold) if _suspicious(datasets, members)]
+    # Images of one grey level are alike without being duplicates; they get digests of their own.
+    query = "SELECT id, image, flat FROM images ORDER BY id"
+    digests = [f"flat {number}" if flat else image.hex() for number, image, flat in index.rows.execute(query)]
+    found = find_near_duplicates(index.signatures, digests, None if threshold == CORRELATION else threshold)
+    suspects = [members for members in _clusters(index, found.clusters()) if _suspicious(datasets, members)]
     if not suspects:
         return
-    clear_of: dict[int, int] = {}
-    if datasets[0].near_correlation is not None:  # else no near-duplicate fails
-        ids = sorted(member.id for members in suspects for member in members)
-        clear = _clusters(index, ids, min(1.0, threshold + MARGIN))
-        clear_of = {member.id: number for number, members in enumerate(clear) for member in members}
+    # Where groups were not meant to catch near-duplicates, none fails.
+    clear_of = {} if datasets[0].near_correlation is None else dict(enumerate(found.clusters(MARGIN)))
     thumbnails = np.memmap(index.thumbnails, np.uint8, "r", shape=(index.size, PLAIN_SIDE**2))
     for members in suspects:
         correlations = plain_correlations(np.stack([thumbnails[member.id] for member in members]))
@@ -96,28 +95,12 @@ def _suspicious(datasets: Sequence[Dataset], members: Sequence[Member]) -> bool:
     return any(relation(a.where, b.where) or contradicts(datasets, a, b) for a, b in combinations(members, 2))
 
 
-def _clusters(index: AuditIndex, ids: Sequence[int], correlation: float) -> list[list[Member]]:
-    """Return the near-duplicate clusters of several images among some of the index."""
-    rows = (index.rows.execute("SELECT image, flat FROM images WHERE id = ?", (number,)).fetchone() for number in ids)
-    # Images of one grey level are alike without being duplicates; they get digests of their own.
-    digests = [f"flat {number}" if flat else image.hex() for number, (image, flat) in zip(ids, rows, strict=True)]
+def _clusters(index: AuditIndex, cluster_of: Sequence[int]) -> list[list[Member]]:
+    """Return the clusters of several images; `cluster_of` names each image's."""
     by_cluster: dict[int, list[int]] = {}
-    found = near_duplicate_clusters(_signatures(index, ids), digests, correlation)
-    for number, cluster in zip(ids, found, strict=True):
+    for number, cluster in enumerate(cluster_of):
         by_cluster.setdefault(cluster, []).append(number)
     return [[_member(index, number) for number in numbers] for numbers in by_cluster.values() if len(numbers) > 1]
-
-
-def _signatures(index: AuditIndex, ids: Sequence[int]) -> Path:
-    """Return a file of the signatures of some images, in the order of their ids."""
-    if len(ids) == index.size:
-        return index.signatures
-    path = index.signatures.with_name("chosen.bin")
-    with index.signatures.open("rb") as source, path.open("wb") as chosen:
-        for number in ids:
-            source.seek(number * RECORD.itemsize)
-            chosen.write(source.read(RECORD.itemsize))
-    return path
 
 
 def _member(index: AuditIndex, number: int) -> Member:
@@ -127,4 +110,4 @@ def _member(index: AuditIndex, number: int) -> Member:
 def near_threshold(datasets: Sequence[Dataset]) -> float:
     """Return the aligned correlation from which images are near-duplicates: as grouping had it, else the default."""
     stated = [dataset.near_correlation for dataset in datasets if dataset.near_correlation is not None]
-    return stated[0] if stated else float(DataConfig.model_fields["near_duplicate_correlation"].default)
+    return stated[0] if stated else CORRELATION

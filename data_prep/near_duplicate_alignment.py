@@ -1,6 +1,6 @@
 """How well two images agree once one is aligned with a window of the other.
 
-The window's edges climb to the largest correlation (normalised template matching with free translation and scale in both directions: Lewis, Fast
+The window's edges climb to the largest correlation (normalised template matching with free translation and scale: Lewis, Fast
 Normalized Cross-Correlation, 1995); there the details are compared (`data_prep.near_duplicate_layout`).
 """
 
@@ -23,6 +23,10 @@ from pipeline.progress import progress
 ALIGNED_SIDE = 64
 STEPS, FINE_STEPS = (6.0, 3.0, 1.5), (1.5, 0.75)  # thumbnail pixels
 ROUNDS = 4
+GAIN = 1e-6  # less may be rounding, which differs between processes
+DECIMALS = 4
+# Correlation below which further steps do not make a copy's, and from which the other direction need not be tried.
+HOPELESS, CERTAIN = 0.35, 0.9
 # Only where the decision is open the details are aligned once more, by themselves.
 OPEN_CORRELATION, OPEN_LIKENESS = 0.5, (0.25, 0.9)
 TILE_STARTS = np.linspace(0, ALIGNED_SIDE, 7)[:-1].astype(int)
@@ -57,20 +61,22 @@ def align_pairs(
     return found
 
 
-def agreement(a: Floats, b: Floats, box_in_a: Box, box_in_b: Box, layout: Layout) -> Agreement:
-    """Return how all of `b` agrees with a window of `a`, or all of `a` with a window of `b`: the better one.
+def agreement(a: Floats, b: Floats, in_a: Box, in_b: Box, layout: Layout) -> Agreement:
+    """Return how all of `a` agrees with a window of `b`, or, where that leaves it open, all of `b` with a window of `a`.
 
     Args:
         a: texture of one image.
         b: texture of the other.
-        box_in_a: where the climb starts in `a`.
-        box_in_b: where it starts in `b`.
+        in_a: window of `a` from which the climb starts.
+        in_b: window of `b`.
         layout: what does not count as detail.
     """
-    climbs = [
-        (*_climbed(whole, other, box), whole, other) for whole, other, box in ((b, a, box_in_a), (a, b, box_in_b))
-    ]
-    correlation, box, whole, other = max(climbs, key=lambda climb: climb[0])
+    whole, other = a, b
+    correlation, box = _climbed(a, b, in_b)
+    if HOPELESS <= correlation < CERTAIN:
+        turned, box_in_a = _climbed(b, a, in_a)
+        if turned > correlation:
+            whole, other, correlation, box = b, a, turned, box_in_a
     target = window_vector(whole, np.array(WHOLE) * SIDE, ALIGNED_SIDE)
     detail = layout.detail(target)
 
@@ -85,7 +91,7 @@ def agreement(a: Floats, b: Floats, box_in_a: Box, box_in_b: Box, layout: Layout
 
     if correlation >= OPEN_CORRELATION and OPEN_LIKENESS[0] <= likeness(box) < OPEN_LIKENESS[1]:
         box = _climb(likeness, box, FINE_STEPS)[1]
-    return Agreement(correlation, median_tile_correlation(*details(box)))
+    return Agreement(round(correlation, DECIMALS), round(median_tile_correlation(*details(box)), DECIMALS))
 
 
 def median_tile_correlation(a: Floats, b: Floats) -> float:
@@ -114,11 +120,15 @@ def median_tile_correlation(a: Floats, b: Floats) -> float:
 def _aligned_part(
     signatures: Path, index: WindowIndex, layout: Layout, pairs: Sequence[tuple[int, int]]
 ) -> list[Agreement]:
+    """Return the agreement of each pair, in the direction in which its vectors match better."""
     boxes = windows()
     found = []
     with threadpool_limits(1):
-        for a, b in pairs:
-            in_a, in_b = (boxes[int(index.scores(whole, [other])[0].argmax())] for whole, other in ((b, a), (a, b)))
+        for pair in pairs:
+            # First the direction in which the vectors match better.
+            scores = {tuple(ends): index.scores(ends[0], ends[1:])[0] for ends in (pair, pair[::-1])}
+            a, b = max(scores, key=lambda ends: scores[ends].max())
+            in_a, in_b = boxes[int(scores[b, a].argmax())], boxes[int(scores[a, b].argmax())]
             found.append(agreement(read_texture(signatures, a), read_texture(signatures, b), in_a, in_b, layout))
     return found
 
@@ -133,7 +143,8 @@ def _climbed(whole: Floats, other: Floats, start: Box) -> tuple[float, Edges]:
         length = np.sqrt(max(0.0, float(vector @ vector) - float(vector.sum()) ** 2 / vector.size))
         return abs(float(target @ vector)) / length if length > 1e-3 else 0.0
 
-    return _climb(correlation, np.array(start) * SIDE, STEPS)
+    best, box = _climb(correlation, np.array(start) * SIDE, STEPS[:1])
+    return _climb(correlation, box, STEPS[1:]) if best >= HOPELESS else (best, box)
 
 
 def _climb(value_of: Callable[[Edges], float], box: Edges, steps: Sequence[float]) -> tuple[float, Edges]:
@@ -147,7 +158,7 @@ def _climb(value_of: Callable[[Edges], float], box: Edges, steps: Sequence[float
                 if trial.min() < 0 or trial.max() > SIDE or min(trial[2:] - trial[:2]) < SIDE / 2:
                     continue
                 value = value_of(trial)
-                if value > best:
+                if value > best + GAIN:
                     best, box = value, trial
             if best == before:
                 break

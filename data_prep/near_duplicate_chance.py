@@ -11,7 +11,7 @@ from scipy.stats import norm
 from data_prep.near_duplicate_index import WindowIndex
 
 FEWEST = 16  # images from which chance can be measured
-DRAWS = 256
+DRAWS = 128
 LARGEST_DRAW, DRAWN_SHARE = 64, 1 / 32
 QUANTILES = (0.5, 0.85)  # the part above may hold copies
 EXPECTED = 0.5  # chance joins in the whole dataset

@@ -159,7 +159,7 @@ def _nearest(index: WindowIndex, most: int, cell: Cell) -> tuple[Indices, Floats
         for start in range(0, len(cell.queries), QUERIES):
             queries = cell.queries[start : start + QUERIES]
             found = np.abs(vectors[queries, 0].astype(np.float32) @ part)
-            best = np.maximum.reduceat(found, starts, axis=1)
+            best = np.maximum.reduceat(found, starts, axis=1).round(4)  # beyond it processes may differ
             best[queries[:, None] == images] = -1
             places = np.argpartition(-best, kept - 1, axis=1)[:, :kept]
             ids.append(images[places])

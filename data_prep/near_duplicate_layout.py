@@ -60,4 +60,4 @@ def principal_components(signatures: Path, count: int, side: int, number: int) -
             )
         ]
     )
-    return np.asarray(randomized_svd(sample, number, random_state=0)[2], dtype=np.float32)
+    return np.ascontiguousarray(randomized_svd(sample, number, random_state=0)[2], dtype=np.float32)

@@ -31,10 +31,14 @@ __all__ = ["METHOD", "RECORD", "NearDuplicates", "find_near_duplicates", "near_d
 METHOD = "aligned correlation of locally normalised textures"
 CORRELATION = 0.55
 DETAIL, LARGEST_DETAIL = 0.45, 0.95  # the least threshold, and the largest that still tells copies from chance
-DETAIL_OF_SOME, DETAIL_OF_FEW = 0.65, 0.9  # the least where images are too few for all layout components; for measuring chance
+DETAIL_OF_SOME, DETAIL_OF_FEW = (
+    0.65,
+    0.9,
+)  # the least where images are too few for all layout components; for measuring chance
 PLAIN_CORRELATION = 0.98
-# A cluster of so many images, and of such a share of all, most of which do not match each other, is a chain of chance matches.
-SMALLEST_CHAIN, CHAIN_SHARE, CHECKED_PAIRS = 10, 0.2, 32
+# A cluster of so many images, and of such a share of all, most of which are not plainly the same picture, was joined by chance or is a sequence.
+LARGE_CLUSTER, LARGE_SHARE, CHECKED_PAIRS = 10, 0.2, 32
+SAME_CORRELATION = 0.95
 REMEDY = "set data.duplicates=identical, or give the patient or lesion of each image as its group"
 
 
@@ -131,7 +135,7 @@ def find_near_duplicates(
         threshold = Threshold(correlation, None) if correlation else _calibrated(index, np.unique(identical), scored)
         pairs = neighbour_pairs(index, workers)
         found = NearDuplicates(threshold, identical, pairs, scored(pairs))
-        _require_no_chain(found, scored)
+        _require_believable(found, scored)
         return found
     finally:
         vectors.unlink(missing_ok=True)
@@ -165,32 +169,34 @@ def _reaches(scores: NDArray[np.float64], threshold: Threshold, margin: float = 
     """Return which pairs are joined, (N,), by their scores, (N, 3)."""
     correlation, detail, plain = scores.T
     joined = (correlation >= min(1.0, threshold.correlation + margin)) | (plain > PLAIN_CORRELATION)
-    return joined if threshold.detail is None else joined & (detail >= min(1.0, threshold.detail + margin))
+    if threshold.detail is None:
+        return joined
+    stricter = min(threshold.detail + margin, (threshold.detail + 1) / 2) if margin else threshold.detail
+    return joined & (detail >= stricter)
 
 
 def _plain_correlation(signatures: Path, a: int, b: int) -> float:
     first, second = (read_records(signatures, slice(one, one + 1), ("plain",))["plain"][0] for one in (a, b))
-    return float(first @ second)
+    return round(float(first @ second), 6)
 
 
-def _require_no_chain(found: NearDuplicates, scored: Scorer) -> None:
-    """Check that the images of each large cluster match one another, not only their neighbours in a chain.
+def _require_believable(found: NearDuplicates, scored: Scorer) -> None:
+    """Check that the images of each large cluster are plainly copies of one another, not joined one by one through weak matches.
 
     Raises:
-        MaskLoomError: most pairs of such a cluster do not.
+        MaskLoomError: most pairs of such a cluster are not.
     """
     clusters = np.array(found.clusters())
-    # Of identical images one is enough.
-    distinct = np.unique(found.identical)
+    distinct = np.unique(found.identical)  # of identical images one is enough
     names, sizes = np.unique(clusters[distinct], return_counts=True)
     for name, size in zip(names, sizes, strict=True):
-        if size <= max(SMALLEST_CHAIN, CHAIN_SHARE * len(distinct)):
+        if size <= max(LARGE_CLUSTER, LARGE_SHARE * len(distinct)):
             continue
-        members = distinct[clusters[distinct] == name]
-        random = np.random.default_rng(0)
-        sample = np.sort([random.choice(members, 2, replace=False) for _ in range(CHECKED_PAIRS)], axis=1)
-        if _reaches(scored(sample), found.threshold).mean() < 0.5:
+        members, random = distinct[clusters[distinct] == name], np.random.default_rng(0)
+        scores = scored(np.array([random.choice(members, 2, replace=False) for _ in range(CHECKED_PAIRS)]))
+        same = (scores[:, 0] >= SAME_CORRELATION) | (scores[:, 2] > PLAIN_CORRELATION)
+        if (same & _reaches(scores, found.threshold)).mean() < 0.5:
             raise MaskLoomError(
-                f"data.duplicates=near: {size} of {len(distinct)} images would form one cluster, though most of them do not match each other: "
-                f"a chain of chance matches, or frames of one sequence; {REMEDY}"
+                f"data.duplicates=near: {size} of {len(distinct)} images would form one cluster, though few of them are plainly the same "
+                f"picture: chance matches, or frames of one sequence; {REMEDY}"
             )

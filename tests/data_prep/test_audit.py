@@ -222,7 +222,7 @@ def test_flat_images_are_counted_and_mean_nothing(tmp_path):
     found = audited(folder)
     assert told(found) == []
     with indexed(open_datasets([folder]), near=True) as index:
-        assert audit_duplicates._clusters(index, range(index.size), 0.55) == []
+        assert list(audit_duplicates.near_findings(index, open_datasets([folder]))) == []
     assert {content.split: content.flat_images for content in found.splits} == {"train": 2, "validation": 0, "test": 1}
 
 

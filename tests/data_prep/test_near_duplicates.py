@@ -1,16 +1,18 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from scipy.cluster.hierarchy import DisjointSet
 from scipy.ndimage import gaussian_filter
 
-from data_prep import near_duplicates
+from data_prep import near_duplicate_alignment, near_duplicate_index, near_duplicates
 from data_prep.adapter import RawItem
 from data_prep.datasets.busi import Adapter, BusiOptions
 from data_prep.grouping import MOST_GROUPS, consistent_rows
-from data_prep.near_duplicates import near_duplicate_clusters, signature
+from data_prep.near_duplicate_chance import chance_threshold
+from data_prep.near_duplicate_index import build_index, neighbour_pairs
 from data_prep.near_duplicate_textures import windows
+from data_prep.near_duplicates import Threshold, find_near_duplicates, near_duplicate_clusters, signature
 from data_prep.parts import Found
+from pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 
 
@@ -72,15 +74,108 @@ def test_blocks_do_not_change_the_result(tmp_path, monkeypatch):
     images = [picture(seed) for seed in range(5)]
     images += [CHANGES["cropped"](image) for image in images]
     whole = clusters(images, tmp_path)
-    monkeypatch.setattr(near_duplicates, "BLOCK", 3)
+    monkeypatch.setattr(near_duplicate_index, "BLOCK", 3)
+    monkeypatch.setattr(near_duplicate_index, "QUERIES", 4)
+    monkeypatch.setattr(near_duplicate_alignment, "PAIRS", 2)
     assert clusters(images, tmp_path) == whole
 
 
-def test_a_chain_of_weak_links_stops_at_a_believable_size():
-    count = 3 * near_duplicates.LARGEST_CLUSTER
-    sets = DisjointSet(range(count))
-    near_duplicates._merge_links(sets, [(-0.6, i, i + 1) for i in range(count - 1)], count)
-    assert max(map(len, sets.subsets())) == near_duplicates.LARGEST_CLUSTER
+def lesion(seed, size=96):
+    """Return one dark blob in the middle of lighter skin, each of another size, shape and texture, (size, size) in 0..1."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    angle, radius = np.arctan2(y, x), np.hypot(x / random.uniform(0.8, 1.2), y / random.uniform(0.8, 1.2))
+    outline = sum(random.normal(0, 0.1 / k) * np.cos(k * angle + random.uniform(0, 6)) for k in range(2, 7))
+    inside = 1 / (1 + np.exp((radius - random.uniform(0.14, 0.30) * (1 + outline)) * random.uniform(25, 70)))
+    coarse, fine = (gaussian_filter(random.normal(size=(size, size)), size / scale) for scale in (40, 90))
+    shade = random.uniform(0.6, 0.8) * (1 - inside) + random.uniform(0.2, 0.4) * inside
+    shade += 0.05 * coarse / coarse.std() * inside + 0.006 * fine / fine.std()
+    shade *= 1 - 0.5 * np.clip((np.hypot(x, y) - 0.42) / 0.2, 0, 1)
+    return shade.clip(0, 1).astype(np.float32)
+
+
+def brighter_and_shifted(image):
+    return (np.roll(image, 2, axis=1) * 1.06 + 0.02).clip(0, 1)
+
+
+def found_among(images, folder, correlation=None, workers=1):
+    path = folder / "signatures.bin"
+    path.write_bytes(b"".join(signature(np.asarray(image, dtype=np.float32)) for image in images))
+    return find_near_duplicates(path, [str(i) for i in range(len(images))], correlation, workers)
+
+
+@pytest.fixture(scope="module")
+def lesions():
+    """Return 24 unrelated lesions, and copies of the first two."""
+    images = [lesion(seed) for seed in range(24)]
+    return [*images, *map(brighter_and_shifted, images[:2])]
+
+
+def test_a_common_layout_joins_nothing_but_copies(lesions, tmp_path):
+    found = found_among(lesions, tmp_path)
+    assert found.clusters() == [*range(24), 0, 1]
+    assert found.threshold.correlation == 0.55 and found.threshold.detail >= near_duplicates.DETAIL_OF_SOME
+    # By the correlation of their textures alone they would be one.
+    assert np.mean(found.scores[:, 0] >= 0.55) > 0.8
+
+
+def test_the_result_depends_on_the_images_alone(lesions, tmp_path):
+    one, other = found_among(lesions, tmp_path), found_among(lesions, tmp_path, workers=2)
+    assert one.threshold == other.threshold and one.scores.tobytes() == other.scores.tobytes()
+    assert list(tmp_path.iterdir()) == [tmp_path / "signatures.bin"]
+
+
+def test_a_given_correlation_joins_whatever_unrelated_images_score(lesions, tmp_path):
+    found = found_among(lesions, tmp_path, correlation=0.975)
+    assert found.threshold == Threshold(0.975, None)
+    # Two of the unrelated ones are joined by their plain thumbnails.
+    assert found.clusters() == [*range(23), 12, 0, 1]
+
+
+def test_a_chain_through_most_of_a_dataset_is_refused(lesions, tmp_path):
+    with pytest.raises(MaskLoomError, match=r"26 of 26 images would form one cluster.*set data.duplicates=identical"):
+        found_among(lesions, tmp_path, correlation=0.7)
+    assert list(tmp_path.iterdir()) == [tmp_path / "signatures.bin"]
+
+
+def test_many_copies_of_one_picture_are_no_chain(tmp_path):
+    image = picture(0)
+    copies = [image ** np.float32(gamma) for gamma in np.linspace(0.5, 2, 12)]
+    assert clusters([*copies, picture(1)], tmp_path) == [*[0] * 12, 12]
+
+
+def test_images_too_alike_to_tell_copies_from_chance_are_refused(tmp_path):
+    same = picture(0, (100, 100))
+    images = [
+        same + gaussian_filter(np.random.default_rng(seed).normal(size=same.shape), 2) * 0.02 for seed in range(20)
+    ]
+    with pytest.raises(MaskLoomError, match=r"too alike to tell copies from chance.*data.duplicates=identical.*group"):
+        found_among(images, tmp_path)
+
+
+def test_text_and_calipers_that_two_images_share_do_not_join_them(lesions, tmp_path):
+    drawn = [with_calipers(np.kron(image, np.ones((2, 2), np.float32))) for image in lesions[:24]]
+    assert found_among(drawn, tmp_path).clusters() == list(range(24))
+
+
+def test_threshold_of_chance_meets_what_a_normal_distribution_says():
+    """The largest of all pairs' scores lies about where the threshold is laid, whatever number was drawn at a time."""
+    random = np.random.default_rng(0)
+    for draw in (1, 8, 64):
+        scores = np.tanh(random.normal(0.1, 0.1, size=(20000, draw)).max(axis=1))
+        assert chance_threshold(scores, draw, 1000) == pytest.approx(np.tanh(0.1 + 0.1 * 4.75), abs=0.02)
+
+
+def test_the_partition_into_cells_finds_what_comparing_everything_finds(tmp_path, monkeypatch):
+    originals = [picture(seed, (64, 64)) for seed in range(60)]
+    images = [*originals, *(np.ascontiguousarray(image[3:, :-4]) for image in originals)]
+    path = tmp_path / "signatures.bin"
+    path.write_bytes(b"".join(map(signature, images)))
+    index = build_index(path, len(images), 0, tmp_path / "windows", 1)
+    copies = {(i, i + 60) for i in range(60)}
+    assert copies <= set(map(tuple, neighbour_pairs(index, 1).tolist()))
+    monkeypatch.setattr(near_duplicate_index, "EXACT", 0)
+    assert copies <= set(map(tuple, neighbour_pairs(index, 1).tolist()))
 
 
 def test_windows_lie_inside_the_image():
