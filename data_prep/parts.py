@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from data_prep.stains import StainNormaliser
 
 SIGNATURES = "signatures.bin"
+VECTORS = "signatures.windows"  # what the search for near-duplicates makes of them, and removes
 SEAL = "sha256"  # suffix of the file that is written last and holds the digests of a part's others
 SUFFIXES = ("jsonl", "bin", "near")
-PART_FILES = (*(f"part-*.{suffix}" for suffix in (*SUFFIXES, SEAL)), SIGNATURES, f".*{TEMPORARY_SUFFIX}")
+PART_FILES = (*(f"part-*.{suffix}" for suffix in (*SUFFIXES, SEAL)), SIGNATURES, VECTORS, f".*{TEMPORARY_SUFFIX}")
 PICTURES = ("image", "mask", "conditioning_image")
 
 
