@@ -117,8 +117,8 @@ def test_raw_pixels_join_images_that_are_shown_in_different_windows(tmp_path):
         for name, digest, shown in (("a", "1", "x"), ("b", "1", "y"), ("c", "2", "z"), ("d", "", ""), ("e", "", ""))
     ]
     reading = Reading(tmp_path, (), experiment(tmp_path).data)
-    clusters = _clusters(reading, found)
-    assert clusters[0] == clusters[1] and len(set(clusters)) == 4
+    clusters, joins = _clusters(reading, found)
+    assert clusters[0] == clusters[1] and len(set(clusters)) == 4 and joins is None
 
 
 def test_none_looks_for_nothing_and_says_so(raw, capsys):
