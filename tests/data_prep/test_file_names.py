@@ -141,9 +141,4 @@ def test_a_file_whose_name_is_no_text_is_listed_and_the_rest_is_prepared(tmp_pat
     ledger = (tmp_path / "run" / "dataset" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     told = {row["path"]: row["reason"] for row in map(json.loads, ledger)}
     start = f"{busi.ROOT}/benign/benign"
-    assert told == {
-        f"{start} \\xff(1).png": "its name is not valid UTF-8; rename it",
-        f"{start}\\n(2).png": "no mask file belongs to this image",
-        f"{start} (2)_mask.png": "a mask without an image",
-        f"{start} (2)_mask_1.png": "a mask without an image",
-    }
+    assert told == {f"{start} \\xff(1).png": "its name is not valid UTF-8; rename it"}  # a line break is a space
