@@ -1,6 +1,7 @@
 """Configuration: every file in configs/, inheritance, overrides, and what a mistake is told."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -307,3 +308,32 @@ def test_no_means_no_mixed_precision(tmp_path):
     path = _write(tmp_path, MINIMAL)
     assert load_experiment(path, ["train.mixed_precision=no"]).train.mixed_precision == "no"
     assert load_experiment(path, ["generate.mixed_precision=no"]).generate.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "x/y", ".hidden", "", "a" * 200, "x\\y", "a b"])
+@pytest.mark.parametrize(
+    "place", ["generate.generators", "evaluate.metrics", "baselines", "data.external", "data.dataset"]
+)
+def test_names_of_plugins_cannot_lead_out_of_the_run(place: str, name: str) -> None:
+    section, _, key = place.partition(".")
+    value = name if place == "data.dataset" else {name: {}}
+    values: dict[str, Any] = {"experiment": "a", "data": {"dataset": "tiny"}}
+    if key:
+        values[section] = {**values.get(section, {}), key: value}
+    else:
+        values[section] = value
+    with pytest.raises(MaskLoomError, match=place.replace(".", r"\.")):
+        validated(values, ExperimentConfig, "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/abs", "..", ".x", "a\nb", "a\n", "a" * 200, "x/y", ""])
+def test_names_of_folders_cannot_lead_out_of_the_run(name: str) -> None:
+    train = {"pretrained_model_name_or_path": "a/b"}
+    with pytest.raises(MaskLoomError, match="experiment"):
+        validated({"experiment": name, "data": {"dataset": "tiny"}}, ExperimentConfig, "c.yaml")
+    with pytest.raises(MaskLoomError, match=r"train\.tracker_project_name"):
+        validated(
+            {"experiment": "a", "data": {"dataset": "tiny"}, "train": {**train, "tracker_project_name": name}},
+            ExperimentConfig,
+            "c.yaml",
+        )
