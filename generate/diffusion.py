@@ -18,7 +18,15 @@ from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import file_digest, value_digest
 from pipeline.prompt_encoding import PromptEncoder
 from pipeline.runs import Run, require_intact
-from pipeline.sampling import Pipeline, Sampling, build_pipeline, prompt_embedding, sample, sampling_scheduler
+from pipeline.sampling import (
+    Pipeline,
+    Sampling,
+    build_pipeline,
+    check_sampling,
+    prompt_embedding,
+    sample,
+    sampling_scheduler,
+)
 from pipeline.trained_parts import ADAPTER_FILE, exported_names
 
 if TYPE_CHECKING:
@@ -222,8 +230,12 @@ class BackboneGenerator(ImageGenerator):
         return weights_digest(self.config, self.run, self.parts)
 
     def check(self) -> None:
-        """Check the backbone."""
+        """Check the backbone, and that its noise schedule can be sampled from."""
         check_backbone(self.config)
+        source, steps = BackboneSource.of(self.config.fine_tuning), [self.config.generate.num_inference_steps]
+        check_sampling(
+            source.scheduler_settings(), self.config.generate, self.config.fine_tuning, bool(self.parts), steps
+        )
 
     def load(self, device: torch.device, description: Description) -> None:
         """Read the backbone and the trained weights.

@@ -69,7 +69,15 @@ def load_noise_schedule(source: BackboneSource, prediction_type: str | None, zer
     Raises:
         MaskLoomError: zero terminal SNR with a backbone that predicts noise.
     """
-    scheduler = DDPMScheduler.from_config(source.scheduler_settings())
+    try:
+        scheduler = DDPMScheduler.from_config(source.scheduler_settings())
+    except Exception as error:  # whatever the class makes of a wrong setting, the remedy is the same
+        raise _unreadable(
+            f"{KEY}={source.name}: scheduler/{SETTINGS['scheduler']}",
+            DDPMScheduler,
+            error,
+            "download the backbone again",
+        ) from error
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
     if not zero_terminal_snr:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.backbone_source import (
     INDEX,
@@ -96,6 +96,11 @@ class UNetSettings(_Settings):
     encoder_hid_dim: None = None
     encoder_hid_dim_type: None = None
     time_cond_proj_dim: None = None
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    norm_eps: float = Field(1e-5, gt=0)
+    mid_block_scale_factor: float = Field(1, gt=0)
+    dropout: float = Field(0, ge=0, lt=1)
     dual_cross_attention: Literal[False] = False
 
 
@@ -127,6 +132,7 @@ class TextSettings(_Settings):
     hidden_size: int = Field(512, ge=1)
     vocab_size: int = Field(49408, ge=1)
     max_position_embeddings: int = Field(77, ge=3, le=MOST_TOKENS)
+    layer_norm_eps: float = Field(1e-5, gt=0)
 
 
 class SchedulerSettings(_Settings):
@@ -139,6 +145,13 @@ class SchedulerSettings(_Settings):
     beta_end: float = Field(0.02, gt=0, lt=1)
     trained_betas: list[float] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    use_flow_sigmas: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _has_a_beta_a_timestep(self) -> Self:
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps")
+        return self
 
     @field_validator("trained_betas")
     @classmethod
@@ -152,6 +165,7 @@ class TokenizerSettings(_Settings):
     """`tokenizer/tokenizer_config.json`."""
 
     tokenizer_class: Literal["CLIPTokenizer", "CLIPTokenizerFast"] | None = None
+    model_max_length: float | None = Field(None, ge=3, strict=True)  # 10^30 where it is not limited
 
 
 def check_backbone(source: BackboneSource, settings_only: bool = False) -> None:

@@ -20,7 +20,9 @@ def load_tokenizer(source: BackboneSource) -> CLIPTokenizer:
     """
     where = f"{TOKENIZER_KEY}={source.tokenizer_name}" if source.tokenizer_name else f"{KEY}={source.name}"
     tokenizer = read_tokenizer(source.tokenizer_folder(), where)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, load_text_settings(source).max_position_embeddings)
+    tokenizer.model_max_length = int(
+        min(tokenizer.model_max_length, load_text_settings(source).max_position_embeddings)
+    )
     return tokenizer
 
 

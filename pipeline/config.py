@@ -187,6 +187,10 @@ class DataConfig(Section):
         return list(dict.fromkeys([self.image_size, *self.buckets]))
 
 
+POLYNOMIAL_END = 1e-7
+"""The learning rate that diffusers' polynomial schedule falls to."""
+
+
 class LoopConfig(Section):
     """What the shared training loop needs, whatever is trained."""
 
@@ -210,7 +214,7 @@ class LoopConfig(Section):
         0.5, ge=0, lt=1, description="constant_then_linear: share of the steps before the fall"
     )
     lr_num_cycles: Steps = Field(1, ge=1)
-    lr_power: float = 1.0
+    lr_power: float = Field(1.0, gt=0, description="of the polynomial")
     use_8bit_adam: bool = False
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -236,6 +240,15 @@ class LoopConfig(Section):
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = "tensorboard"
     tracker_project_name: str = Field("maskloom", pattern=NAME_PATTERN, max_length=MAX_NAME)
     dataloader_num_workers: Workers = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _polynomial_falls(self) -> Self:
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"lr_scheduler=polynomial falls to {POLYNOMIAL_END:g}, and learning_rate={self.learning_rate:g} is not above it; "
+                "raise learning_rate, or choose another lr_scheduler"
+            )
+        return self
 
     @property
     def section(self) -> str:

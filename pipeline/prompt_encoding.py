@@ -46,13 +46,19 @@ class PromptEncoder:
         """Return the encoder of a tokenizer and a text encoder's settings; `chunks` as in `train.prompt_chunks`.
 
         Raises:
-            MaskLoomError: the tokenizer has no vocabulary (transformers makes one of an empty folder), or another one than the text encoder.
+            MaskLoomError: the tokenizer has no vocabulary (transformers makes one of an empty folder), another one than the text encoder, or
+                lacks a mark.
         """
         words, known = len(tokenizer), text_settings.vocab_size
         if words <= len(set(tokenizer.all_special_ids)) or words > known:
             raise MaskLoomError(
                 f"{tokenizer.name_or_path}: a tokenizer of {words} tokens does not fit a text encoder that knows {known}; "
                 "give the backbone's own tokenizer (train.tokenizer_name=null), whole"
+            )
+        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            raise MaskLoomError(
+                f"{tokenizer.name_or_path}: the tokenizer lacks the mark of a prompt's start or end, or of what fills it up (bos_token, eos_token, "
+                "pad_token); download the tokenizer again"
             )
         length = min(tokenizer.model_max_length, text_settings.max_position_embeddings)
         return cls(tokenizer, length, chunks or 1)

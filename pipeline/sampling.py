@@ -5,11 +5,15 @@ Imports torch and diffusers only where they are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.config import GenerateConfig, TrainConfig
+from pydantic import Field, model_validator
+
+from pipeline.config import GenerateConfig, Section, TrainConfig
+from pipeline.config_loading import validated
+from pipeline.errors import MaskLoomError, one_line
 from pipeline.prompt_encoding import PromptEncoder, text_states
 
 if TYPE_CHECKING:
@@ -18,7 +22,23 @@ if TYPE_CHECKING:
 # StableDiffusionPipeline or its ControlNet sibling; diffusers builds both lazily, hidden from type checkers.
 Pipeline = Any
 SLICED_DECODING_PIXELS = 512 * 512  # from here on the VAE decodes image by image: a batch's activations would not fit
-GENERATOR_OPTIONS = ("negative_prompt", "control_guidance_start", "control_guidance_end")
+GENERATORS = "generate.generators"
+
+
+class CallOptions(Section):
+    """Options of a generator that change how the pipeline is called; shares of the steps as in diffusers' ControlNet pipeline."""
+
+    negative_prompt: str = ""
+    control_guidance_start: float = Field(0.0, ge=0, lt=1)
+    control_guidance_end: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _guidance_is_a_range(self) -> Self:
+        if self.control_guidance_start >= self.control_guidance_end:
+            raise ValueError(
+                f"control_guidance_start={self.control_guidance_start:g} must lie below control_guidance_end={self.control_guidance_end:g}"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -41,15 +61,30 @@ class Sampling:
     control_guidance_end: float = 1.0
 
     @classmethod
-    def of(cls, config: GenerateConfig, options: Mapping[str, Any] | None = None) -> Sampling:
+    def of(cls, config: GenerateConfig, options: Mapping[str, Any] | None = None, where: str = GENERATORS) -> Sampling:
         """Return what the stage `generate` is configured to do.
 
         Args:
             config: its section.
             options: of one generator; of these, only those count that change how the pipeline is called.
+            where: the options' key, for messages.
+
+        Raises:
+            MaskLoomError: one of these options does not fit.
         """
-        own = {key: value for key, value in (options or {}).items() if key in GENERATOR_OPTIONS}
-        return cls(config.num_inference_steps, config.guidance_scale, config.controlnet_conditioning_scale, **own)
+        own = {key: value for key, value in (options or {}).items() if key in CallOptions.model_fields}
+        called = validated(own, CallOptions, where).model_dump()
+        return cls(config.num_inference_steps, config.guidance_scale, config.controlnet_conditioning_scale, **called)
+
+    @classmethod
+    def of_training(cls, config: GenerateConfig, train: TrainConfig) -> Sampling:
+        """Return how the stage `generate` will sample from what is trained.
+
+        Raises:
+            MaskLoomError: see `of`.
+        """
+        name = "lora" if train.controlnet == "none" else "controlnet"
+        return cls.of(config, config.generators.get(name), f"{GENERATORS}.{name}")
 
     def but(self, **overrides: Any) -> Sampling:
         """Return it with those of the values that are not None."""
@@ -71,7 +106,51 @@ def sampling_scheduler(settings: Mapping[str, Any], generate: GenerateConfig, tr
         own["prediction_type"] = train.prediction_type
     if trained and train.rescale_betas_zero_snr:  # sampling must start where no signal is left, as training did
         own |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return kind.from_config(settings, **own)
+    try:
+        return kind.from_config(settings, **own)
+    except Exception as error:  # whatever diffusers makes of a wrong setting, the remedy is the same
+        raise _unusable(generate, train, error) from error
+
+
+def check_sampling(
+    settings: Mapping[str, Any], generate: GenerateConfig, train: TrainConfig, trained: bool, steps: Iterable[int]
+) -> None:
+    """Walk through the steps of the scheduler with a latent of one cell, before hours are spent on what could not be sampled in the end.
+
+    Args:
+        settings: see `sampling_scheduler`.
+        generate: likewise.
+        train: likewise.
+        trained: likewise.
+        steps: numbers of steps that images will be sampled in.
+
+    Raises:
+        MaskLoomError: more steps than the noise schedule has, or the scheduler fails with the backbone's settings.
+    """
+    import torch
+
+    for number in dict.fromkeys(steps):
+        scheduler = sampling_scheduler(settings, generate, train, trained)
+        if number > scheduler.config.num_train_timesteps:
+            raise MaskLoomError(
+                f"generate.num_inference_steps={number}: the backbone's noise schedule has {scheduler.config.num_train_timesteps} steps; give at most so many"
+            )
+        latent = torch.ones(1, 4, 1, 1)
+        try:
+            scheduler.set_timesteps(number)
+            for timestep in scheduler.timesteps:
+                latent = scheduler.step(latent * 0.1, timestep, latent).prev_sample
+        except Exception as error:  # see `sampling_scheduler`
+            raise _unusable(generate, train, error) from error
+        if not latent.isfinite().all():
+            raise _unusable(generate, train, ValueError(f"{number} steps lead to values that are not finite"))
+
+
+def _unusable(generate: GenerateConfig, train: TrainConfig, error: Exception) -> MaskLoomError:
+    return MaskLoomError(
+        f"generate.scheduler={generate.scheduler}: cannot sample with scheduler/scheduler_config.json of {train.pretrained_model_name_or_path} "
+        f"({type(error).__name__}: {one_line(error)[:200]}); choose another scheduler or number of steps, or download the backbone again"
+    )
 
 
 def solver(config: GenerateConfig) -> tuple[Any, dict[str, Any]]:

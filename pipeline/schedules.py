@@ -34,6 +34,8 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, config: LoopConfig,
     `constant_then_linear` (Isola et al. 2017, section 6.2 of the arXiv version; Zhu et al. 2017): after the warm-up constant until
     `lr_decay_start`, a share of the steps, then straight down to zero.
     """
+    if config.lr_scheduler == "polynomial":  # diffusers' divides by the steps after the warm-up
+        steps = max(steps, config.lr_warmup_steps + 1)
     if config.lr_scheduler != "constant_then_linear":
         return get_scheduler(
             config.lr_scheduler,

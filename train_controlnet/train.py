@@ -128,8 +128,8 @@ def check_before_training(
     """Refuse what cannot be trained while everything is still as it was; the networks are loaded next, before anything is changed.
 
     Raises:
-        MaskLoomError: a picture of `train.validation_image` cannot be used, the prompts cannot be read, or, unless `force`, a checkpoint belongs
-            to another training.
+        MaskLoomError: a picture of `train.validation_image` cannot be used, nothing can be sampled as `generate` is configured, the prompts cannot
+            be read, or, unless `force`, a checkpoint belongs to another training.
     """
     from pipeline.prompt_encoding import load_prompt_encoder
     from pipeline.training import check_resumable
@@ -137,12 +137,28 @@ def check_before_training(
     from train_controlnet.pictures import further_wishes
 
     further_wishes(config.fine_tuning, contract.description.sizes)
+    check_validation_sampling(config)
     load_prompt_encoder(config.fine_tuning)
     if force:
         return
     check_resumable(config.fine_tuning, run.generator, config.seed, inputs)
     if config.fine_tuning.vae_decoder is not None:
         check_decoder_resumable(config, run.generator / CHECKPOINTS, inputs)
+
+
+def check_validation_sampling(config: ExperimentConfig) -> None:
+    """Check that validation samples and adherence can be sampled as `generate` is configured.
+
+    Raises:
+        MaskLoomError: an option of the generator, the scheduler or a number of steps does not do.
+    """
+    from pipeline.sampling import Sampling, check_sampling
+
+    train = config.fine_tuning
+    how = Sampling.of_training(config.generate, train)
+    adherence = None if train.adherence is None else train.adherence.num_inference_steps
+    steps = [how.num_inference_steps, *([adherence] if adherence else [])]
+    check_sampling(BackboneSource.of(train).scheduler_settings(), config.generate, train, True, steps)
 
 
 def check_dataset(run: Run, contract: Contract, config: TrainConfig) -> None:

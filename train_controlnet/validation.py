@@ -99,9 +99,7 @@ class Validator:
 
     def _sampling(self) -> Sampling:
         """Return how the stage `generate` will sample from what is trained."""
-        generate = self.config.generate
-        name = "lora" if self.task.parts.controlnet is None else "controlnet"
-        return Sampling.of(generate, generate.generators.get(name))
+        return Sampling.of_training(self.config.generate, self.config.fine_tuning)
 
     def _adherence_sampling(self) -> Sampling:
         """Return the same with what `train.adherence` overrides."""

@@ -20,16 +20,15 @@ from pipeline.config import ExperimentConfig
 from pipeline.contract import Description
 from pipeline.errors import MaskLoomError
 from pipeline.runs import Run
+from pipeline.sampling import CallOptions
 
 if TYPE_CHECKING:
     import torch
 
 
-class Options(BackboneOptions):
-    """Options of `controlnet`; shares of the steps as in diffusers' pipeline."""
+class Options(BackboneOptions, CallOptions):
+    """Options of `controlnet`."""
 
-    control_guidance_start: float = Field(0.0, ge=0, lt=1)
-    control_guidance_end: float = Field(1.0, gt=0, le=1)
     empty_conditioning: bool = Field(
         False, description="an ablation: a black conditioning image, as `train.proportion_empty_conditioning` shows"
     )

@@ -11,11 +11,12 @@ import pytest
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from safetensors.torch import load_file, save_file
 
-from pipeline.backbone import load_part
+from pipeline.backbone import load_noise_schedule, load_part
 from pipeline.backbone_checks import SCHEDULERS, check_backbone
 from pipeline.backbone_source import BackboneSource
-from pipeline.backbone_text import load_tokenizer
+from pipeline.backbone_text import load_text_settings, load_tokenizer
 from pipeline.errors import MaskLoomError, one_line
+from pipeline.prompt_encoding import PromptEncoder
 from tests.tiny_backbone import build_tiny_backbone
 
 KEY = "train.pretrained_model_name_or_path"
@@ -88,6 +89,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
     },
     "adapter on the text encoder": (written("text_encoder/adapter_config.json", "{}"), r"text_encoder/adapter_config\.json would load another model"),
+    # settings that fail later
+    "fewer betas than timesteps": (settings("scheduler", trained_betas=[0.1] * 10), "10 trained_betas for 1000 timesteps"),
+    "a shift that is text": (settings("unet", freq_shift="x"), "freq_shift='x'"),
+    "a scale of nothing": (settings("unet", mid_block_scale_factor=0), "mid_block_scale_factor=0"),
+    "an epsilon that is text": (settings("text_encoder", layer_norm_eps="x"), "layer_norm_eps='x'"),
+    "a flow": (settings("scheduler", use_flow_sigmas=True), "use_flow_sigmas"),
+    "a limit that is text": (settings("tokenizer", model_max_length="48"), "model_max_length"),
+    "a limit with no room": (settings("tokenizer", model_max_length=2), "model_max_length"),
     # other kinds of models
     **{
         f"a {kind}": (index(_class_name=kind), f"says that it is a {kind}; only Stable Diffusion 1.x and 2.x")
@@ -314,3 +323,19 @@ def test_a_tokenizer_that_cannot_be_read(backbone: Path) -> None:
         (backbone / "tokenizer" / name).write_bytes(b"\xff\xfe")
     with pytest.raises(MaskLoomError, match=f"{KEY}=.*cannot be read as CLIPTokenizer"):
         load_tokenizer(BackboneSource(str(backbone)))
+
+
+def test_a_tokenizer_without_marks_is_refused_and_a_broken_limit_rounded(backbone: Path) -> None:
+    change(backbone / "tokenizer" / "tokenizer_config.json", model_max_length=10.5)
+    tokenizer = load_tokenizer(BackboneSource(str(backbone)))
+    assert tokenizer.model_max_length == 10
+    text = load_text_settings(BackboneSource(str(backbone)))
+    change(backbone / "tokenizer" / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(MaskLoomError, match="lacks the mark"):
+        PromptEncoder.of(load_tokenizer(BackboneSource(str(backbone))), text, None)
+
+
+def test_a_noise_schedule_that_the_training_cannot_read(backbone: Path) -> None:
+    change(backbone / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True, beta_schedule="none")
+    with pytest.raises(MaskLoomError, match="cannot be read as DDPMScheduler"):
+        load_noise_schedule(BackboneSource(str(backbone)), None, False)

@@ -12,9 +12,10 @@ from generate.diffusion import load_backbone
 from generate.generators import controlnet
 from pipeline.config import ExperimentConfig
 from pipeline.contract import read_contract
+from pipeline.errors import MaskLoomError
 from pipeline.randomness import keyed_generator
 from pipeline.runs import Run
-from pipeline.sampling import Sampling, prompt_embedding, sample, sampling_scheduler
+from pipeline.sampling import Sampling, check_sampling, prompt_embedding, sample, sampling_scheduler
 from pipeline.training import make_accelerator
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.tiny_datasets import write_tiny_run
@@ -22,6 +23,7 @@ from tests.train_controlnet.conftest import fresh_accelerate, tiny_config  # noq
 from train_controlnet.export import export
 from train_controlnet.pictures import Wish, sampled_images
 from train_controlnet.task import DiffusionTask
+from train_controlnet.train import check_validation_sampling
 from train_controlnet.validation import Validator
 
 CPU = torch.device("cpu")
@@ -149,3 +151,61 @@ def test_settings_as_they_are_on_disk_give_what_the_backbones_own_class_gives(
     found.set_timesteps(5)
     through.set_timesteps(5)
     assert found.timesteps.equal(through.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "settings", "named"),
+    [
+        ("ddim", 1001, {}, "num_inference_steps=1001: the backbone's noise schedule has 1000 steps"),
+        ("unipc", 5000, {}, "num_inference_steps=5000"),
+        ("ddim", 5, {"timestep_spacing": "planted"}, "cannot sample with"),
+        ("unipc", 5, {"solver_order": "two"}, "cannot sample with"),
+        ("dpmsolver++", 5, {"solver_type": "planted"}, "cannot sample with"),
+        ("ddim", 5, {"trained_betas": [0.999999] * 1000, "timestep_spacing": "trailing"}, "not finite"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_it_is_trained_for(
+    backbone: Path, scheduler: str, steps: int, settings: dict[str, Any], named: str
+) -> None:
+    config = plain(scheduler)
+    with pytest.raises(MaskLoomError, match=named):
+        check_sampling({**DDPMScheduler().config, **settings}, config.generate, config.fine_tuning, True, [3, steps])
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmsolver++", "ddim"])
+def test_any_number_of_steps_that_the_noise_schedule_has_can_be_sampled(name: str) -> None:
+    config = plain(name)
+    check_sampling(DDPMScheduler().config, config.generate, config.fine_tuning, True, [1, 2, 7, 999])
+
+
+def plain(scheduler: str) -> ExperimentConfig:
+    return ExperimentConfig.model_validate(
+        {
+            "experiment": "a",
+            "data": {"dataset": "tiny"},
+            "generate": {"scheduler": scheduler},
+            "train": {"pretrained_model_name_or_path": "a/b"},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"control_guidance_end": "late"},
+        {"control_guidance_start": 0.5, "control_guidance_end": 0.5},
+        {"negative_prompt": 5},
+    ],
+)
+def test_a_generators_options_are_checked_before_the_training_that_samples_with_them(
+    tmp_path: Path, backbone: Path, options: dict[str, Any]
+) -> None:
+    config = experiment(tmp_path, backbone, {"generators": {"controlnet": options}})
+    with pytest.raises(MaskLoomError, match=r"^generate\.generators\.controlnet: .*(control_guidance|negative_prompt)"):
+        check_validation_sampling(config)
+
+
+def test_the_steps_of_adherence_are_checked_too(tmp_path: Path, backbone: Path) -> None:
+    config = experiment(tmp_path, backbone, {}, adherence={"num_inference_steps": 2000})
+    with pytest.raises(MaskLoomError, match="num_inference_steps=2000"):
+        check_validation_sampling(config)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from pydantic import ValidationError
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline.schedules import learning_rate_schedule
@@ -59,3 +60,19 @@ def test_the_other_schedules_are_those_of_diffusers(name: str) -> None:
     config = settings(lr_scheduler=name, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0)
     theirs = get_scheduler(name, optimizer(), num_warmup_steps=3, num_training_steps=20, num_cycles=2, power=2.0)
     assert rates(learning_rate_schedule(optimizer(), config, 20), 20) == rates(theirs, 20)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(4, 4), (9, 4), (0, 0)])
+def test_a_polynomial_that_ends_with_its_warm_up(warmup: int, steps: int) -> None:
+    config = settings(lr_scheduler="polynomial", lr_warmup_steps=warmup)
+    found = rates(learning_rate_schedule(optimizer(), config, steps), steps)
+    assert found[:steps] == pytest.approx([RATE * step / warmup for step in range(steps)])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"learning_rate": 1e-7}, "falls to 1e-07"), ({"lr_power": 0}, "lr_power"), ({"lr_power": -1}, "lr_power")],
+)
+def test_a_polynomial_that_cannot_fall_is_refused(wrong: dict[str, float], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        settings(lr_scheduler="polynomial", **wrong)
