@@ -23,6 +23,8 @@ ON_VALUES = (1, 255, 65535)  # what marks the foreground of a two-valued mask, b
 THRESHOLD = 127  # of an 8-bit mask; above is bright
 NEARLY_WHITE = 240
 SHOWN_VALUES = 6
+FEW_COLOURS = 3  # besides black; a mask that was halved has four, of which thin lines consist as well
+LEAST_LINE = 4  # pixels
 COLOURS: tuple[Colour, ...] = (
     (255, 80, 80),
     (0, 160, 255),
@@ -107,7 +109,11 @@ def distinct_palette(classes: int) -> tuple[Colour, ...]:
 
 
 def class_mask(
-    pixels: NDArray[Any], classes: LabelMap, name: str, transparent: NDArray[np.bool_] | None = None
+    pixels: NDArray[Any],
+    classes: LabelMap,
+    name: str,
+    transparent: NDArray[np.bool_] | None = None,
+    lossy: bool = False,
 ) -> NDArray[np.uint8]:
     """Return (H, W) uint8 class indices.
 
@@ -116,10 +122,16 @@ def class_mask(
         classes: what its values mean.
         name: of the file, for messages.
         transparent: (H, W), pixels that are background whatever their value.
+        lossy: a JPEG, which blurs values into their neighbours.
 
     Raises:
-        RejectedSample: a value has no class (names it and the known ones), or values and colours do not suit each other.
+        RejectedSample: a value has no class (names it and the known ones), values and colours do not suit each other, or the compression
+            may have turned one class into another.
     """
+    if lossy and _least_distance(classes) <= 2 * JPEG_NOISE:
+        raise RejectedSample(
+            f"{name} is a JPEG or the like, which changes values by more than those of data.options.mask_values differ; save it as PNG"
+        )
     codes = _codes(pixels, classes.coloured, name)
     mask = np.zeros(codes.shape, dtype=np.uint8)
     known = np.zeros(codes.shape, dtype=np.bool_)
@@ -138,6 +150,14 @@ def class_mask(
             f" it names {_listed(list(classes.index_of), classes.coloured)}"
         )
     return mask
+
+
+def _least_distance(classes: LabelMap) -> int:
+    """Return by how much two of the values or colours differ at least, in the channel that differs most."""
+    codes = np.array(list(classes.index_of))
+    channels = np.stack([codes >> 16, codes >> 8 & 255, codes & 255] if classes.coloured else [codes])
+    apart = np.abs(channels[:, :, None] - channels[:, None]).max(axis=0)
+    return int(apart[np.triu_indices(len(codes), 1)].min(initial=np.iinfo(np.int64).max))
 
 
 def binary_mask(
@@ -168,7 +188,7 @@ def binary_mask(
         if pixels.ndim == 3 and len(np.unique(pixels[brightness > 0], axis=0)) > 1:
             raise RejectedSample(f"{name} has several colours, not one bright colour on black; {advice}")
         return (brightness > 0).astype(np.uint8)
-    if brightness.max(initial=0) <= 1:
+    if brightness.max(initial=0) <= 1 and not (lossy and brightness.any()):
         return brightness
     if brightness.max() <= THRESHOLD:
         raise RejectedSample(f"{name} has values up to {brightness.max()}, none of them bright; {advice}")
@@ -235,7 +255,7 @@ def _whole(values: NDArray[Any], name: str) -> NDArray[Any]:
 
 
 def _areas(pixels: NDArray[np.uint8], lossy: bool) -> list[int]:
-    """Return the colours, other than black, that fill a square of 3 x 3 pixels somewhere; smooth edges have none.
+    """Return the colours, other than black, that fill a square of 3 x 3 pixels somewhere, or are lines and spots; smooth edges are neither.
 
     In a JPEG what is nearly black or nearly white counts as such.
     """
@@ -244,7 +264,25 @@ def _areas(pixels: NDArray[np.uint8], lossy: bool) -> list[int]:
         pixels = np.where(pixels >= 255 - JPEG_NOISE, np.uint8(255), pixels)
     codes = packed(pixels)
     solid = ndimage.minimum_filter(codes, 3) == ndimage.maximum_filter(codes, 3)
-    return [int(code) for code in np.unique(codes[solid]) if code]
+    return sorted({int(code) for code in np.unique(codes[solid]) if code} | set(() if lossy else _lines(pixels, codes)))
+
+
+def _lines(pixels: NDArray[np.uint8], codes: NDArray[np.int32]) -> list[int]:
+    """Return the colours, other than black, of lines and spots: of which most pixels touch no other colour that is as bright.
+
+    The pixels of a smooth edge lie beside brighter ones. Where there are many colours, thin things are smooth as a whole.
+    """
+    colours, counts = np.unique(codes[codes > 0], return_counts=True)
+    if not 1 < len(colours) <= FEW_COLOURS:
+        return []
+    brightness = pixels if pixels.ndim == 2 else pixels.max(axis=2)
+    found = []
+    for code in colours[counts >= LEAST_LINE]:
+        here = codes == code
+        others = ndimage.maximum_filter(np.where(here, np.uint8(0), brightness), 3)
+        if (others[here] < brightness[here]).mean() > 0.5:
+            found.append(int(code))
+    return found
 
 
 def _listed(codes: Sequence[int] | NDArray[Any], coloured: bool) -> str:

@@ -151,8 +151,11 @@ def open_sources(data: DataConfig) -> tuple[Source, ...]:
     adapter = open_adapter(data)
     info = adapter.info()
     _check_conditioning(data, info)
-    main = Source(data.dataset, adapter, info, info.labels, data.duplicates or info.duplicates)
-    return (main, *(_external_source(name, section, main) for name, section in data.external.items()))
+    duplicates = data.duplicates or info.duplicates
+    main = Source(data.dataset, adapter, info, info.labels, duplicates, has_signatures=duplicates == "near")
+    external = [_external_source(name, section, main) for name, section in data.external.items()]
+    _check_intensity(data, [main, *external])
+    return (main, *external)
 
 
 def _adapter(name: str, raw_dir: Path | None, options: dict[str, Any], where: str) -> DatasetAdapter:
@@ -174,7 +177,8 @@ def _external_source(name: str, section: ExternalConfig, main: Source) -> Source
             f"{where}: its mask classes ({', '.join(info.mask_classes)}) are not those of {main.name} "
             f"({', '.join(main.info.mask_classes)}); take it out, or prepare it as an experiment of its own"
         )
-    return Source(name, adapter, info, main.labels, info.duplicates, f"{EXTERNAL_PREFIX}{name}")
+    near = "near" in (main.duplicates, info.duplicates)
+    return Source(name, adapter, info, main.labels, info.duplicates, f"{EXTERNAL_PREFIX}{name}", has_signatures=near)
 
 
 def _check_conditioning(data: DataConfig, info: DatasetInfo) -> None:
@@ -188,6 +192,20 @@ def _check_conditioning(data: DataConfig, info: DatasetInfo) -> None:
             f"data.conditioning=image needs a second image of every sample and {data.dataset} has none; "
             "set data.conditioning=mask or data.conditioning=edges"
         )
+
+
+def _check_intensity(data: DataConfig, sources: Sequence[Source]) -> None:
+    """Check that no dataset that windows its values while it reads them is windowed once more: what it returns need not be in raw units.
+
+    Raises:
+        MaskLoomError: names the dataset and its own option.
+    """
+    for source in sources:
+        if data.intensity is not None and "window" in source.adapter.Options.model_fields:
+            options = f"data.external.{source.name}.options" if source.split else "data.options"
+            raise MaskLoomError(
+                f"data.intensity: {source.name} has a window of its own, over the raw values; take data.intensity out and set {options}.window"
+            )
 
 
 def _inputs(sources: Sequence[Source], data: DataConfig) -> dict[str, str]:
@@ -303,6 +321,9 @@ def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], li
         rejected += seen
         for index, source in enumerate(sources[1:], start=1):
             members = [(sample, cluster) for sample, cluster in fresh if sample.source == index]
+            if source.duplicates != "near":  # compared by likeness with the main dataset alone
+                samples = [sample for sample, _ in members]
+                members = list(zip(samples, _identical_clusters(samples), strict=True))
             external = consistent_rows(*zip(*members, strict=True)) if members else Grouping([], [], [])
             rejected += external.rejected
             if not external.rows:
@@ -354,17 +375,18 @@ def _clusters(reading: Reading, found: Sequence[Found]) -> tuple[list[int], Thre
         workers = worker_count(len(near) // 100, reading.data.num_workers)
         duplicates = find_near_duplicates(signatures, digests, reading.data.near_duplicate_correlation, workers)
         near_name, joins = dict(zip(near, duplicates.clusters(), strict=True)), duplicates.threshold
-    clusters = joined(
-        [
-            (
-                f"near {near_name[index]}" if index in near_name else None,
-                f"raw {sample.digest}" if sample.digest else None,
-                f"shown {sample.shown}" if sample.shown else None,
-            )
-            for index, sample in enumerate(found)
-        ]
-    )
-    return clusters, joins
+    looks = [f"near {near_name[index]}" if index in near_name else None for index in range(len(found))]
+    return joined([(look, *_pixels(sample)) for look, sample in zip(looks, found, strict=True)]), joins
+
+
+def _identical_clusters(found: Sequence[Found]) -> list[int]:
+    """Return the cluster of each sample by identical pixels alone."""
+    return joined([_pixels(sample) for sample in found])
+
+
+def _pixels(sample: Found) -> tuple[str | None, str | None]:
+    """Return what samples share whose raw pixels, and whose pictures as they are written, are identical."""
+    return f"raw {sample.digest}" if sample.digest else None, f"shown {sample.shown}" if sample.shown else None
 
 
 def _join_signatures(folder: Path, found: Sequence[Found], signatures: Path) -> None:

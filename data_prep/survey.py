@@ -38,6 +38,7 @@ class Source:
         labels: class names of the main dataset, which an external one's must be among.
         duplicates: what duplicates are looked for; see `DatasetInfo`.
         split: `external_NAME`, or None for the main dataset.
+        has_signatures: whether near-duplicates are looked for: in itself, or between it and the main dataset.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Source:
     labels: tuple[str, ...]
     duplicates: str
     split: str | None = None
+    has_signatures: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def prepared_sample(
     # Duplicates are told by the raw pixels first: another window or stain must not move an image to another split.
     compared = source.duplicates != "none" and not is_blank(raw.image)
     digest = raw_digest(raw) if compared else ""
-    seen = signature(grey(raw)) if source.duplicates == "near" else b""
+    seen = signature(grey(raw)) if source.has_signatures else b""
     size = nearest_size(true_proportions(raw), data.sizes)
     image, mask, kept = resized(_normalised(raw, data, stains), size, data.resize_mode, channels)
     label = {"label": item.label} if item.label is not None else {}

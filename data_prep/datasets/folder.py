@@ -122,7 +122,7 @@ class Adapter(DatasetAdapter):
             return binary_mask(mask.values, path.name, mask.lossy, mask.transparent)
         classes = label_map(self.options.mask_values)
         mask = decoded_mask(path, classes.coloured)
-        return class_mask(mask.values, classes, path.name, mask.transparent)
+        return class_mask(mask.values, classes, path.name, mask.transparent, mask.lossy)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the listing behind: a process that loads samples has no use for it."""

@@ -14,6 +14,7 @@ a Test image follows it into the test split. Lesions that look unlike each other
 NAME.csv`, a file in `data.raw_dir` with the columns `image`, `isic_id` or `image_id`, and `lesion_id`, makes the lesion the group.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -21,10 +22,11 @@ from pathlib import Path, PurePath
 from pydantic import Field, field_validator
 
 from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from data_prep.file_names import comparable, folder_named, subfolders
+from data_prep.file_names import comparable, folder_named, printable, subfolders
 from data_prep.readers import decoded_image, eight_bit, files_in, portable_id, reject_as_error
 from data_prep.tables import TableRow, csv_rows
 from pipeline.errors import MaskLoomError
+from pipeline.progress import say
 
 LABELS = (
     "actinic keratosis",
@@ -102,6 +104,7 @@ class Adapter(DatasetAdapter):
         files = [
             (half, folder, file) for half in SPLIT_OF for folder in _folders(root, half) for file in files_in(folder)
         ]
+        self._check_lesions(lesions, [file for _, _, file in files])
         for half in SPLIT_OF:
             for folder in _folders(root, half):
                 yield from unread_folders(folder)
@@ -122,7 +125,7 @@ class Adapter(DatasetAdapter):
                     sample_id=portable_id(file.stem),
                     path=str(file),
                     label=label,
-                    group=lesions.get(file.stem.removesuffix(SHRUNK)),
+                    group=lesions.get(_identity(file.name)),
                     split=SPLIT_OF[half],
                     attributes={"finding": f"{'an' if label[0] in 'aeiou' else 'a'} {label}"},
                 )
@@ -152,14 +155,34 @@ class Adapter(DatasetAdapter):
         for row in rows:
             if not row["lesion_id"]:
                 continue
-            identity = PurePath(row[id_column]).name.removesuffix(".jpg").removesuffix(SHRUNK)
+            identity = _identity(row[id_column])
             known = first.setdefault(identity, row)
             if known["lesion_id"] != row["lesion_id"]:
                 raise MaskLoomError(
-                    f"{path}: rows {known.number} and {row.number}: {id_column} {identity} has the lesion_id {known['lesion_id']} and "
+                    f"{path}: rows {known.number} and {row.number}: {id_column} {row[id_column]} has the lesion_id {known['lesion_id']} and "
                     f"{row['lesion_id']}; remove the wrong row"
                 )
         return {identity: row["lesion_id"] for identity, row in first.items()}
+
+    def _check_lesions(self, lesions: Mapping[str, str], files: Sequence[Path]) -> None:
+        """Check that the metadata are those of these images, and say how many they do not know: these are grouped by their looks alone.
+
+        Raises:
+            MaskLoomError: they know none of the images.
+        """
+        unknown = [file for file in files if _identity(file.name) not in lesions]
+        if self.options.metadata is None or not unknown:
+            return
+        where = f"data.options.metadata={self.options.metadata}"
+        if len(unknown) == len(files):
+            raise MaskLoomError(
+                f"{where}: it has a lesion_id for none of the {len(files)} images (the first: {printable(files[0].name)}); "
+                "give the metadata of these images, or none"
+            )
+        say(
+            f"{where}: no lesion_id for {len(unknown)} of {len(files)} images (the first: {printable(unknown[0].name)}); "
+            "near-duplicates alone tell which of them belong together"
+        )
 
     def _root(self) -> Path:
         assert self.raw_dir is not None
@@ -170,6 +193,12 @@ class Adapter(DatasetAdapter):
                 f"give the folder {ROOT!r}"
             )
         return root
+
+
+def _identity(name: str) -> str:
+    """Return the id of an image in the archive from the name of its file, or from how a table names it."""
+    stem = PurePath(name.replace("\\", "/")).name.removesuffix(" ")
+    return comparable(re.sub(r"\.(jpe?g|png)$", "", stem, flags=re.IGNORECASE).removesuffix(SHRUNK))
 
 
 def _root_of(raw_dir: Path) -> Path | None:

@@ -162,6 +162,23 @@ def test_the_metadata_make_the_lesion_the_group(raw, column, form):
     assert "55" not in repr([item.attributes for item in items.values()])
 
 
+@pytest.mark.parametrize("form", ["{}.JPG", "{}.jpeg", "images\\\\{}.jpg", "part_1/{}"])
+def test_metadata_that_name_images_in_another_way(raw, form, capsys):
+    names = ["ISIC_0000000", "isic_0000003"]
+    (raw / "m.csv").write_text("image,lesion_id\n" + "".join(f"{form.format(name)},IL_1\n" for name in names))
+    items, _ = items_and_rejects(raw, metadata="m.csv")
+    assert [items[name.upper()].group for name in names] == ["IL_1", "IL_1"]
+    assert "data.options.metadata=m.csv: no lesion_id for 34 of 36 images (the first: ISIC_" in capsys.readouterr().err
+
+
+def test_metadata_of_other_images_are_refused(raw):
+    (raw / "m.csv").write_text("image,lesion_id\nHAM_1,IL_1\n")
+    with pytest.raises(
+        MaskLoomError, match=r"metadata=m\.csv: it has a lesion_id for none of the 36 images .*give the"
+    ):
+        items_and_rejects(raw, metadata="m.csv")
+
+
 def test_downsampled_images_find_their_lesion(raw):
     path = raw / ROOT / "Train" / "nevus" / "ISIC_0000013.jpg"
     path.rename(path.with_stem("ISIC_0000013_downsampled"))
@@ -203,9 +220,10 @@ def test_metadata_outside_the_raw_folder_are_refused(raw, name):
 
 
 @pytest.mark.parametrize("conditioning", ["edges", "foreground"])
-def test_validation_is_drawn_from_train_and_test_is_test(raw, tmp_path, conditioning):
-    config = experiment(tmp_path / "run", dataset="isic9", raw_dir=raw, conditioning=conditioning, duplicates="none")
+def test_validation_is_drawn_from_train_and_test_is_test(raw, tmp_path_factory, conditioning):
+    run = tmp_path_factory.mktemp("run")
+    config = experiment(run, dataset="isic9", raw_dir=raw, conditioning=conditioning, duplicates="none")
     prepare(config, force=False)
-    contract = verify_fully(tmp_path / "run" / "dataset")
+    contract = verify_fully(run / "dataset")
     rows = {split: part.rows for split, part in contract.splits.items()}
     assert rows["test"] == 9 and rows["train"] + rows["validation"] == 27 and rows["validation"] >= 3

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from data_prep.label_maps import binary_mask, class_mask, colour, distinct_palette, label_map
 from pipeline.errors import RejectedSample
@@ -13,6 +13,14 @@ def squares(*values, dtype=np.uint8):
     mask = np.zeros((10, 8 * len(values)), dtype)
     for index, value in enumerate(values):
         mask[2:8, 8 * index + 1 : 8 * index + 7] = value
+    return mask
+
+
+def lines(*values, dtype=np.uint8):
+    """A black mask with one line of 2 x 20 pixels for each value, side by side."""
+    mask = np.zeros((24, 6 * len(values), *np.shape(values[0])), dtype)
+    for index, value in enumerate(values):
+        mask[2:22, 6 * index + 2 : 6 * index + 4] = value
     return mask
 
 
@@ -147,6 +155,38 @@ def test_smooth_edges_are_cut_at_half_brightness():
     np.testing.assert_array_equal(binary_mask(smooth, "m"), smooth > 127)
 
 
+@pytest.mark.parametrize("times", [2, 3, 4])
+def test_thin_lines_that_were_made_smaller_stay_a_binary_mask(times):
+    large = Image.new("L", (240, 240))
+    for end in range(0, 240, 35):
+        ImageDraw.Draw(large).line([(120, 120), (end, 0)], fill=255, width=1 + times // 2)
+    smooth = np.asarray(large.resize((240 // times, 240 // times), Image.Resampling.BOX))
+    np.testing.assert_array_equal(binary_mask(smooth, "m"), smooth > 127)
+
+
+@pytest.mark.parametrize(
+    "mask_values",
+    [{0: "background", 1: "a"}, {0: "background", 64: "a", 128: "b"}, {"#000000": "background", "#400000": "a"}],
+)
+def test_a_jpeg_whose_classes_lie_close_together_is_rejected(mask_values):
+    classes = label_map(mask_values)
+    pixels = np.zeros((8, 8), np.uint8)
+    assert not class_mask(pixels, classes, "m.png").any()
+    with pytest.raises(RejectedSample, match=r"m\.jpg is a JPEG or the like, .*; save it as PNG"):
+        class_mask(pixels, classes, "m.jpg", lossy=True)
+
+
+def test_a_jpeg_whose_classes_lie_far_apart_is_read_where_its_values_are_exact():
+    classes = label_map({0: "background", 255: "a"})
+    assert class_mask(squares(255), classes, "m.jpg", lossy=True).tolist() == indices(1)
+
+
+def test_a_jpeg_of_0_and_1_is_no_mask():
+    with pytest.raises(RejectedSample, match=r"m\.jpg has values up to 1, none of them bright"):
+        binary_mask(squares(1), "m.jpg", lossy=True)
+    assert not binary_mask(squares(0), "m.jpg", lossy=True).any()
+
+
 def test_a_jpeg_of_a_binary_mask(tmp_path):
     Image.fromarray(squares(255, 255).repeat(3, 0).repeat(3, 1)).save(tmp_path / "m.jpg", quality=60)
     pixels = np.asarray(Image.open(tmp_path / "m.jpg"))
@@ -160,6 +200,12 @@ def test_a_jpeg_of_a_binary_mask(tmp_path):
     [
         (squares(128, 255), "m has areas of the colours #808080, #ffffff, not of one bright colour"),
         (squares(1, 255), "m has areas of the colours #010101, #ffffff"),  # 255 often means: not labelled
+        (lines(128, 255), "m has areas of the colours #808080, #ffffff, not of one bright colour"),
+        (lines((255, 0, 0), (0, 0, 255)), "m has areas of the colours #0000ff, #ff0000, not of one bright colour"),
+        (
+            np.maximum(squares(255, 0), np.pad([[100] * 2] * 2, ((4, 4), (11, 3)))).astype(np.uint8),
+            "colours #646464, #ffffff",
+        ),
         (squares(1, 2), "m has values up to 2, none of them bright"),
         (squares(2), "values up to 2"),
         (np.stack([squares(255, 0), squares(0, 255), squares(0, 0)], axis=-1), "colours #00ff00, #ff0000"),

@@ -36,6 +36,7 @@ from pipeline.verification import verify_fully
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
 from tests.processes import Command, finished, limit_file_size, start_server
 from tests.tiny_datasets import tiny_description
+from tests.writers import busbra, dicom_folder
 from tests.writers.busi import write_raw
 
 CHECKOUT = Path(__file__).parents[2]
@@ -606,6 +607,18 @@ def test_an_external_set_is_a_split_of_its_own_and_moves_nothing_else(raw, prepa
     assert "| external_second_hospital | 10 |" in card and "external: second_hospital" in card
 
 
+def test_an_external_set_of_known_patients_is_compared_with_the_main_one_by_likeness(raw, tmp_path):
+    other = tmp_path / "other"
+    busbra.write_raw(other)
+    seen = Image.open(raw / "Dataset_BUSI_with_GT" / "benign" / "benign (2).png").convert("L")
+    copied = other / "BUSBRA" / "Images" / "bus_0001-l.png"
+    seen.point(lambda value: value * 9 // 10 + 9).resize(Image.open(copied).size).save(copied)
+    prepare(experiment(tmp_path, raw_dir=raw, external={"busbra": {"raw_dir": other}}), force=False)
+    assert ledger(tmp_path)["bus_0001-l.png"] == "near-duplicate of an image of another source: benign-2"
+    groups = load_dataset(str(tmp_path / "dataset"))["external_busbra"]["group_id"]
+    assert all(name.startswith("busbra-case-") for name in groups)
+
+
 @pytest.mark.parametrize(
     ("external", "says"),
     [
@@ -637,6 +650,18 @@ def test_an_external_set_without_a_usable_image(raw, tmp_path):
         prepare(
             experiment(tmp_path, raw_dir=raw, external={"second_hospital": {"raw_dir": tmp_path / "raw"}}), force=False
         )
+
+
+def test_an_intensity_window_over_values_that_were_windowed_is_refused(tmp_path):
+    dicom_folder.write_raw(tmp_path / "raw")
+    with pytest.raises(
+        MaskLoomError, match=r"data\.intensity: dicom_folder has a window of its own.*set data\.options\.window"
+    ):
+        prepare(
+            experiment(tmp_path / "run", "dicom_folder", tmp_path / "raw", intensity={}, conditioning="edges"),
+            force=False,
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_intensity_window_is_applied_and_recorded(raw, prepared, tmp_path):
