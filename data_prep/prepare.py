@@ -17,7 +17,7 @@ from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from data_prep.card import dataset_card
 from data_prep.file_names import printable
 from data_prep.grouping import Grouping, Row, consistent_rows, joined, without_seen
-from data_prep.left_out import told_left_out
+from data_prep.left_out import summed_up, told_left_out
 from data_prep.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
 from data_prep.parallel import parallel_results, worker_count
 from data_prep.parts import (
@@ -98,7 +98,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         else:
             _read_missing(reading, parts)
         rows, rejected, joins = _usable_rows(reading, parts)
-        splits = _rows_by_split(rows, config)
+        splits = _splits_or_why_not(rows, rejected, config)
         writer = _writer(run.dataset, _description(sources, config, joins), config, splits, stage.key)
         writer.prepare_folder(afresh=force)
         _write_shards(writer, reading, splits)
@@ -405,6 +405,22 @@ def _join_signatures(folder: Path, found: Sequence[Found], signatures: Path) -> 
                         if offset in records:
                             joined.write(record)
                     offset += len(line)
+
+
+def _splits_or_why_not(rows: Sequence[Row], rejected: Sequence[Reject], config: ExperimentConfig) -> Splits:
+    """Return the rows of each split.
+
+    Raises:
+        MaskLoomError: a split would be empty; names the commonest reason for which inputs were left out.
+    """
+    try:
+        return _rows_by_split(rows, config)
+    except MaskLoomError as error:
+        if not rejected:
+            raise
+        commonest = summed_up(rejected)[0]
+        told = f"{len(rejected)} of {len(rejected) + len(rows)} inputs were left out, {len(commonest.paths)} of them: {commonest.reason}"
+        raise MaskLoomError(f"{error} ({told})") from None
 
 
 def _rows_by_split(rows: Sequence[Row], config: ExperimentConfig) -> dict[str, list[Row]]:

@@ -38,13 +38,19 @@ def csv_table(path: Path) -> list[list[str]]:
         path: the file, UTF-8, or UTF-16 with a byte order mark (as Excel's "Unicode text"), separated by `,`, `;` or tab.
 
     Raises:
-        RejectedSample: it is missing, or not text.
+        RejectedSample: it is missing, not text, or its quotes do not match.
     """
     with unreadable_as_reject(path):
         text = _decoded(path).removeprefix("sep=;\n").removeprefix("sep=;\r\n")  # a line for Excel
         delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
         # Not str.splitlines, which also breaks rows at form feeds and other separators inside a value.
-        table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            table = list(reader)
+        except csv.Error as error:
+            raise RejectedSample(
+                f"{path.name} cannot be decoded ({error} in row {reader.line_num}): quotes stand around a whole value, or are doubled within one"
+            ) from None
     return [[value.strip() for value in row] for row in table]
 
 

@@ -652,6 +652,22 @@ def test_an_external_set_without_a_usable_image(raw, tmp_path):
         )
 
 
+def test_where_no_group_is_left_to_train_on_it_is_told_what_was_left_out(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = ["file,patient,split"]
+    for number, split in enumerate(["train", "test"] * 3):
+        noise = np.random.default_rng(number).integers(0, 255, (32, 32)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / "raw" / f"{number}.png")
+        rows.append(f"{number}.png,P{number // 2},{split}")
+    (tmp_path / "raw" / "t.csv").write_text("\n".join(rows))
+    columns = {"image_column": "file", "group_column": "patient", "split_column": "split"}
+    options = {"modality": "X-ray", "table": "t.csv", **columns}
+    config = experiment(tmp_path / "run", "folder", tmp_path / "raw", conditioning="edges", options=options)
+    says = r"no group is left for the train split; .* \(3 of 6 inputs were left out, 3 of them: .* also lies in the dataset's test split"
+    with pytest.raises(MaskLoomError, match=says):
+        prepare(config, force=False)
+
+
 def test_an_intensity_window_over_values_that_were_windowed_is_refused(tmp_path):
     dicom_folder.write_raw(tmp_path / "raw")
     with pytest.raises(
