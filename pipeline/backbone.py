@@ -16,9 +16,10 @@ import transformers
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from pipeline.backbone_checks import check_backbone
+from pipeline.backbone_checks import ControlNetSettings, check_backbone
 from pipeline.backbone_single_file import load_single_file_part
 from pipeline.backbone_source import KEY, SETTINGS, BackboneSource, folder_of, read_settings
+from pipeline.config_loading import validated
 from pipeline.errors import MaskLoomError, one_line
 
 CONTROLNET_KEY = "train.controlnet_model_name_or_path"
@@ -107,11 +108,19 @@ def controlnet_folder(name: str) -> Path:
         MaskLoomError: there is none, or it is no ControlNet.
     """
     folder = folder_of(name, None, CONTROLNET_FILES, CONTROLNET_KEY)
-    kind = read_settings(folder / "config.json").get("_class_name")
+    path = folder / "config.json"
+    settings = read_settings(path)
+    kind = settings.get("_class_name")
     if kind != ControlNetModel.__name__:
         raise MaskLoomError(
             f"{CONTROLNET_KEY}={name}: config.json says that it is a {kind}, not a ControlNetModel; give a ControlNet"
         )
+    try:
+        validated(settings, ControlNetSettings, str(path))
+    except MaskLoomError as error:
+        raise MaskLoomError(
+            f"{CONTROLNET_KEY}={name}: {error}; give a ControlNet of Stable Diffusion 1.x or 2.x"
+        ) from None
     return folder
 
 

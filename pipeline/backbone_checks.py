@@ -69,6 +69,9 @@ VAE_LEVELS = 4  # of a VAE with factor 8
 MOST_TOKENS = 4096
 
 
+Attention = Literal["eager", "sdpa", "flash_attention_2"] | None
+
+
 class _Settings(BaseModel):
     """Settings that matter here; the others are the library's own business."""
 
@@ -76,9 +79,27 @@ class _Settings(BaseModel):
 
     auto_map: None = Field(None, description="would name code beside the weights")
     quantization_config: None = None
+    # Any other name is that of a repository whose code transformers would fetch and run.
+    attention: Attention = Field(None, alias="_attn_implementation")
+    attn_implementation: Attention = None
 
 
-class UNetSettings(_Settings):
+class _DenoiserSettings(_Settings):
+    """What UNet and ControlNet have in common, with diffusers' defaults: inputs and layers that are not known here are absent."""
+
+    class_embed_type: None = None
+    num_class_embeds: None = None
+    addition_embed_type: None = None
+    encoder_hid_dim: None = None
+    encoder_hid_dim_type: None = None
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    norm_eps: float = Field(1e-5, gt=0)
+    mid_block_scale_factor: float = Field(1, gt=0)
+
+
+class UNetSettings(_DenoiserSettings):
     """`unet/config.json`, with diffusers' defaults."""
 
     kind: Literal["UNet2DConditionModel"] = Field(alias="_class_name")
@@ -87,21 +108,27 @@ class UNetSettings(_Settings):
     out_channels: int = Field(4, ge=1)
     block_out_channels: list[int] = Field([320, 640, 1280, 1280], min_length=1)
     cross_attention_dim: int = Field(1280, ge=1)
-    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
     attention_type: Literal["default"] = "default"
-    class_embed_type: None = None
-    num_class_embeds: None = None
     class_embeddings_concat: Literal[False] = False
-    addition_embed_type: None = None
-    encoder_hid_dim: None = None
-    encoder_hid_dim_type: None = None
     time_cond_proj_dim: None = None
-    freq_shift: float = 0
-    flip_sin_to_cos: bool = True
-    norm_eps: float = Field(1e-5, gt=0)
-    mid_block_scale_factor: float = Field(1, gt=0)
-    dropout: float = Field(0, ge=0, lt=1)
     dual_cross_attention: Literal[False] = False
+    dropout: float = Field(0, ge=0, lt=1)
+
+
+class ControlNetSettings(_DenoiserSettings):
+    """`config.json` of a ControlNet, with diffusers' defaults."""
+
+    conditioning_channels: Literal[3] = 3
+    conditioning_embedding_out_channels: list[int] = [16, 32, 96, 256]
+    controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
+    global_pool_conditions: Literal[False] = False
+
+    @field_validator("conditioning_embedding_out_channels")
+    @classmethod
+    def _makes_factor_8(cls, value: list[int]) -> list[int]:
+        if len(value) != VAE_LEVELS:
+            raise ValueError(f"an embedding of factor {2 ** (len(value) - 1)}, not the VAE's 8")
+        return value
 
 
 class VaeSettings(_Settings):

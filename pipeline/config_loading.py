@@ -18,6 +18,7 @@ DROPPABLE = frozenset(
 )
 """Sections of named entries; the value `false` takes an inherited one out."""
 
+MAX_PARENTS = 50
 MAX_SHOWN = 100  # characters of a value or key in a message
 TEXT = re.compile(r"\s*[|>]|[^'\"\s].*\s#|#")  # YAML would see a block scalar, or cut the value off
 QUOTES = "in quotes a value is text: {key}='\"…\"'"
@@ -106,6 +107,8 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise MaskLoomError(f"{_shown(str(path))}: no such configuration file; see configs/ for those that exist")
     if path.resolve() in children:
         raise MaskLoomError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*children, path))}")
+    if len(children) >= MAX_PARENTS:
+        raise MaskLoomError(f"{children[0]}: `extends` leads over more than {MAX_PARENTS} files; put them together")
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise MaskLoomError(f"{path}: must hold a mapping of keys to values, and holds {_kind(values)}")

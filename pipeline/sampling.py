@@ -138,6 +138,8 @@ def check_sampling(
         latent = torch.ones(1, 4, 1, 1)
         try:
             scheduler.set_timesteps(number)
+            if not all(0 <= timestep < scheduler.config.num_train_timesteps for timestep in scheduler.timesteps):
+                raise ValueError("timesteps that the noise schedule has not")
             for timestep in scheduler.timesteps:
                 latent = scheduler.step(latent * 0.1, timestep, latent).prev_sample
         except Exception as error:  # see `sampling_scheduler`

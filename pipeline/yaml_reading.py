@@ -26,14 +26,27 @@ class NotYaml(ValueError):
 class _Loader(SafeLoader):
     """PyYAML's safe loader, which takes `1e-5` for a number, dates, times and `010` for text, and no key twice."""
 
-    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.merged = 0
+
+    def compose_mapping_node(self, anchor: str | None) -> MappingNode:
+        """Look for keys that stand twice while nothing is merged into the mapping yet: a merge may be overridden."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if (key.tag, key.value) in seen:
                     raise ConstructorError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
                 seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
+        return node
+
+    def flatten_mapping(self, node: MappingNode) -> None:
+        """Merge what `<<` names; a few lines of merges in merges would take forever."""
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > MAX_VALUES:
+            raise ConstructorError(None, None, f"more than {MAX_VALUES} values are merged", node.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -11,13 +11,13 @@ import pytest
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from safetensors.torch import load_file, save_file
 
-from pipeline.backbone import load_noise_schedule, load_part
+from pipeline.backbone import load_controlnet, load_noise_schedule, load_part
 from pipeline.backbone_checks import SCHEDULERS, check_backbone
 from pipeline.backbone_source import BackboneSource
 from pipeline.backbone_text import load_text_settings, load_tokenizer
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.prompt_encoding import PromptEncoder
-from tests.tiny_backbone import build_tiny_backbone
+from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 
 KEY = "train.pretrained_model_name_or_path"
 
@@ -87,6 +87,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     **{
         f"auto_map of the {part}": (settings(part, auto_map={"AutoModel": "planted.Planted"}), r"auto_map")
         for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
+    },
+    **{
+        f"{key} of the text encoder": (settings("text_encoder", **{key: "planted/kernel"}), f"{key}='planted/kernel'")
+        for key in ("_attn_implementation", "attn_implementation")
     },
     "adapter on the text encoder": (written("text_encoder/adapter_config.json", "{}"), r"text_encoder/adapter_config\.json would load another model"),
     # settings that fail later
@@ -339,3 +343,27 @@ def test_a_noise_schedule_that_the_training_cannot_read(backbone: Path) -> None:
     change(backbone / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True, beta_schedule="none")
     with pytest.raises(MaskLoomError, match="cannot be read as DDPMScheduler"):
         load_noise_schedule(BackboneSource(str(backbone)), None, False)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"conditioning_channels": 1}, "conditioning_channels=1"),
+        ({"conditioning_embedding_out_channels": [16, 32, 96]}, "an embedding of factor 4, not the VAE's 8"),
+        ({"global_pool_conditions": True}, "global_pool_conditions=True"),
+        ({"controlnet_conditioning_channel_order": "x"}, "controlnet_conditioning_channel_order='x'"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
+        ({"num_class_embeds": 4}, "num_class_embeds=4"),
+        ({"auto_map": {"AutoModel": "planted.Planted"}}, "auto_map"),
+    ],
+)
+def test_a_controlnet_of_another_make_is_refused(
+    backbone: Path, tmp_path: Path, values: dict[str, Any], named: str
+) -> None:
+    weights = build_tiny_controlnet(backbone, tmp_path / "controlnet")
+    change(weights / "config.json", **values)
+    with pytest.raises(
+        MaskLoomError,
+        match=f"^train.controlnet_model_name_or_path=.*{re.escape(named)}.*give a ControlNet of Stable Diffusion",
+    ):
+        load_controlnet(str(weights))

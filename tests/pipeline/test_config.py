@@ -95,6 +95,12 @@ def test_extends_is_relative_to_the_file_and_goes_on_upwards(tmp_path):
     assert load_experiment(_write(tmp_path / "deep", {"extends": "middle.yaml"}, "leaf.yaml"), []).seed == 4
 
 
+def test_extends_over_too_many_files(tmp_path):
+    for number in range(52):
+        _write(tmp_path, {"extends": f"{number + 1}.yaml"}, f"{number}.yaml")
+    assert "0.yaml: `extends` leads over more than 50 files" in _problem(tmp_path / "0.yaml")
+
+
 def test_extends_in_a_circle(tmp_path):
     _write(tmp_path, {"extends": "two.yaml"}, "one.yaml")
     _write(tmp_path, {"extends": "one.yaml"}, "two.yaml")

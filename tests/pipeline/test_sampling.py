@@ -161,6 +161,7 @@ def test_settings_as_they_are_on_disk_give_what_the_backbones_own_class_gives(
         ("ddim", 5, {"timestep_spacing": "planted"}, "cannot sample with"),
         ("unipc", 5, {"solver_order": "two"}, "cannot sample with"),
         ("dpmsolver++", 5, {"solver_type": "planted"}, "cannot sample with"),
+        ("unipc", 5, {"steps_offset": 10**9}, "timesteps that the noise schedule has not"),
         ("ddim", 5, {"trained_betas": [0.999999] * 1000, "timestep_spacing": "trailing"}, "not finite"),
     ],
 )
@@ -169,7 +170,13 @@ def test_what_cannot_be_sampled_is_refused_before_it_is_trained_for(
 ) -> None:
     config = plain(scheduler)
     with pytest.raises(MaskLoomError, match=named):
-        check_sampling({**DDPMScheduler().config, **settings}, config.generate, config.fine_tuning, True, [3, steps])
+        check_sampling(
+            {**DDPMScheduler().config, **settings, "_use_default_values": []},
+            config.generate,
+            config.fine_tuning,
+            True,
+            [3, steps],
+        )
 
 
 @pytest.mark.parametrize("name", ["unipc", "dpmsolver++", "ddim"])

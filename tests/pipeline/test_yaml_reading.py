@@ -9,6 +9,11 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
 
 @pytest.mark.parametrize(
     ("text", "value"),
@@ -25,6 +30,10 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (r"\${HOME}", "${HOME}"),
         ("{a: &x [1], b: *x}", {"a": [1], "b": [1]}),
         ("{b: &x {c: 1}, d: {<<: *x, c: 2}}", {"b": {"c": 1}, "d": {"c": 2}}),
+        (
+            "{a: &a {p: 1}, x: {b: &b {<<: *a, p: 2}}, c: {<<: *b}}",
+            {"a": {"p": 1}, "x": {"b": {"p": 2}}, "c": {"p": 2}},
+        ),
         ("{255: lesion}", {255: "lesion"}),
     ],
 )
@@ -68,6 +77,7 @@ def test_what_is_refused(text, problem):
         ("9" * 5000, "Exceeds the limit"),
         ("a: 1\na: 2", "the key 'a' stands there twice"),
         ("a: !!python/object:os.system x", "could not determine a constructor"),
+        (MERGES, "more than 100000 values are merged"),
         ("? [1, 2]\n: 3", "found unhashable key"),
         ("--- 1\n--- 2", "expected a single document"),
         ("!!int x", "invalid literal"),
