@@ -30,7 +30,7 @@ class _Loader(SafeLoader):
         super().__init__(stream)
         self.merged = 0
 
-    def compose_mapping_node(self, anchor: str | None) -> MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
         """Look for keys that stand twice while nothing is merged into the mapping yet: a merge may be overridden."""
         node = super().compose_mapping_node(anchor)
         seen = set()
