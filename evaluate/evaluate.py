@@ -22,10 +22,11 @@ from pipeline.contract import Contract, read_contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import json_text, model_digest, read_json, value_digest
 from pipeline.images import png_bytes
-from pipeline.ownership import OwnedFolder
+from pipeline.ownership import OwnedFolder, check_places
 from pipeline.plugins import load_plugin
 from pipeline.progress import progress, say
 from pipeline.runs import Run, Stage, open_run, require_intact
+from pipeline.trained_parts import read_places
 from pipeline.verification import verify_quickly
 
 PACKAGE = "evaluate.metrics"
@@ -63,6 +64,8 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     stage = Stage(run, "evaluate", {**digests, "backbone": backbone}, settings, [run.evaluation])
     if stage.skips(force):
         return
+    if config.train is not None:
+        check_places(read_places(config.train), [run.evaluation, run.logs("evaluate")])
     answers = OwnedFolder(run.evaluation)
     answers.check()
     inputs = verified_inputs(run, config)  # refuses before anything is changed

@@ -41,10 +41,12 @@ from pipeline.contract import (
 )
 from pipeline.errors import MaskLoomError
 from pipeline.files import value_digest
+from pipeline.ownership import check_places
 from pipeline.plugins import load_plugin
 from pipeline.progress import Advance, progress, say
 from pipeline.runs import Run, Stage, open_run
 from pipeline.sampling import unet_is_frozen
+from pipeline.trained_parts import read_places
 from pipeline.verification import verify_quickly
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ def generate(config: ExperimentConfig, force: bool) -> None:
     run = open_run(config)
     contract = _real_contract(run.dataset)
     generators = open_generators(config, run)
+    if config.train is not None:
+        check_places(read_places(config.train), [run.synthetic, run.logs("generate")])
     stage = _stage(config, run, contract, generators)
     if stage.skips(force):
         return

@@ -1,4 +1,4 @@
-"""Which folders of trained weights a configuration leaves in `generator/`; imports nothing of weight."""
+"""Which folders of trained weights a configuration leaves in `generator/`, and which it reads; imports nothing of weight."""
 
 from pathlib import Path
 
@@ -50,3 +50,15 @@ def adapter_file(name_or_path: str) -> Path:
             f"{LORA_KEY}={name_or_path}: {what}; give a LoRA's .safetensors file, or a folder that `train` wrote"
         )
     return (ours or found)[0]
+
+
+def read_places(train: TrainConfig) -> dict[str, Path | None]:
+    """Return the local files and folders that a training reads besides the dataset, by the key that names them."""
+    named = {
+        "train.pretrained_model_name_or_path": train.pretrained_model_name_or_path,
+        "train.controlnet_model_name_or_path": train.controlnet_model_name_or_path,
+        "train.lora_model_name_or_path": train.lora_model_name_or_path,
+        "train.tokenizer_name": train.tokenizer_name,
+        **{f"train.validation_image[{number}]": path for number, path in enumerate(train.validation_image)},
+    }
+    return {key: Path(value) for key, value in named.items() if value is not None and Path(value).exists()}

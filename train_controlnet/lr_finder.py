@@ -27,10 +27,11 @@ from pipeline.ownership import OwnedFolder, check_places
 from pipeline.progress import progress
 from pipeline.randomness import Draws
 from pipeline.runs import open_run
+from pipeline.trained_parts import read_places
 from pipeline.training import Positioned, make_accelerator, make_optimizer
 from pipeline.verification import verify_for_training
 from train_controlnet.task import OPTIMIZER, DiffusionTask
-from train_controlnet.train import check_dataset, read_places
+from train_controlnet.train import check_dataset
 
 WATCHED_ROWS, WATCHED_BATCH = 32, 16
 DIVERGED = 4.0  # times the lowest loss, as in fastai and Lightning

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pipeline.audit.findings import Dataset
 from pipeline.audit.leaks import require_no_leaks
@@ -15,7 +14,7 @@ from pipeline.errors import MaskLoomError
 from pipeline.files import file_digest, model_digest, value_digest
 from pipeline.ownership import OwnedFolder, check_places, delete_folder
 from pipeline.runs import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
-from pipeline.trained_parts import EXPORTED, adapter_file, exported_names
+from pipeline.trained_parts import EXPORTED, adapter_file, exported_names, read_places
 from pipeline.verification import verify_for_training
 from train_controlnet.verdict import check_adherence
 
@@ -89,18 +88,6 @@ def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
     settings = {"train": config.fine_tuning.model_dump(mode="json"), "seed": config.seed}
     outputs = [run.generator / name for name in exported_names(config.fine_tuning)]
     return Stage(run, "train", inputs, settings, outputs, shown=SHOWN_LOGS)
-
-
-def read_places(train: TrainConfig) -> dict[str, Path | None]:
-    """Return the local files and folders that a training reads besides the dataset, by the key that names them."""
-    named = {
-        "train.pretrained_model_name_or_path": train.pretrained_model_name_or_path,
-        "train.controlnet_model_name_or_path": train.controlnet_model_name_or_path,
-        "train.lora_model_name_or_path": train.lora_model_name_or_path,
-        "train.tokenizer_name": train.tokenizer_name,
-        **{f"train.validation_image[{number}]": path for number, path in enumerate(train.validation_image)},
-    }
-    return {key: Path(value) for key, value in named.items() if value is not None and Path(value).exists()}
 
 
 def drop_older_exports(run: Run, names: Sequence[str]) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import socket
 import sys
 import time
@@ -360,3 +361,15 @@ def test_two_processes_write_what_one_writes(bench: Bench):
     expected = content(bench.run.synthetic)
     generate(load_experiment(config, []), force=True)
     assert content(bench.run.synthetic) == expected
+
+
+def test_a_backbone_where_images_are_written_is_refused(bench: Bench):
+    config = bench.config(generators={"text_only": {}})
+    backbone = bench.run.synthetic / "text_only"
+    shutil.copytree(bench.backbone, backbone)
+    moved = config.fine_tuning.model_copy(update={"pretrained_model_name_or_path": str(backbone)})
+    with pytest.raises(
+        MaskLoomError, match=r"train\.pretrained_model_name_or_path=.*: lies in .*synthetic, which is written"
+    ):
+        generate(config.model_copy(update={"train": moved}), force=True)
+    assert (backbone / "model_index.json").is_file()
