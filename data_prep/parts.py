@@ -224,6 +224,7 @@ def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[s
         "pictures": places,
         "kept": sample.kept,
         "lost": sample.lost,
+        "areas": sample.areas,
     }
 
 

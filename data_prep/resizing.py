@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from data_prep.adapter import RawImage
-from pipeline.masks import resize_mask
+from pipeline.masks import class_counts, resize_mask
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 SQUARE = 1.01  # ratio of a pixel's sides up to which it counts as square
@@ -69,6 +70,29 @@ def resized(raw: RawImage, size: tuple[int, int], mode: str, channels: int) -> R
         return Resized(image, None, ())
     mask, kept = resize_mask(raw.mask, geometry.size, geometry.box)
     return Resized(image, _placed(mask, geometry, size), kept)
+
+
+def vanished_areas(raw: RawImage, size: tuple[int, int], mode: str) -> dict[int, int]:
+    """Return of each class how many separate areas `resized` leaves no pixel of, where it leaves others of the class: a small second lesion.
+
+    Args:
+        raw: one decoded sample.
+        size: (height, width) of the result.
+        mode: as for `resized`.
+    """
+    if raw.mask is None:
+        return {}
+    proportions = true_proportions(raw)
+    geometry = _in_pixels(fitted_geometry(proportions, size, mode), proportions, raw.image.shape)
+    gone = {}
+    for index in np.flatnonzero(class_counts(raw.mask)[1:]) + 1:
+        areas, count = ndimage.label(raw.mask == index, structure=np.ones((3, 3)))
+        if count > 1:
+            small = Image.fromarray(areas.astype(np.int32))
+            small = small.resize(geometry.size[::-1], Image.Resampling.NEAREST, box=geometry.box)
+            left = int(np.count_nonzero(np.unique(np.asarray(small))))
+            gone[int(index)] = count - max(1, left)  # of a class that would vanish, one pixel is kept
+    return {index: areas for index, areas in gone.items() if areas}
 
 
 def true_proportions(raw: RawImage) -> tuple[float, float]:

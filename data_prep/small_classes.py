@@ -9,7 +9,7 @@ from data_prep.parts import Part
 
 
 def told_small_classes(folder: Path, parts: Sequence[Part]) -> str:
-    """Return how many masks kept a single pixel of a class, and how many lost one; nothing where none did.
+    """Return how many masks kept a single pixel of a class, how many lost one, and how many small areas vanished; nothing where none did.
 
     Args:
         folder: where the parts are kept.
@@ -17,11 +17,13 @@ def told_small_classes(folder: Path, parts: Sequence[Part]) -> str:
     """
     kept: Counter[str] = Counter()
     lost: Counter[str] = Counter()
+    areas: Counter[str] = Counter()
     for part in parts:
         with part.path(folder, "jsonl").open("rb") as lines:
             for record in map(json.loads, lines):
                 kept.update(record.get("kept", ()))
                 lost.update(record.get("lost", ()))
+                areas.update(record.get("areas", {}))
     told = []
     if kept:
         told.append(
@@ -30,6 +32,11 @@ def told_small_classes(folder: Path, parts: Sequence[Part]) -> str:
     if lost:
         told.append(
             f"data.resize_mode lost {_listed(lost)}: these images go on as ones without; data.resize_mode=pad keeps all"
+        )
+    if areas:
+        listed = ", ".join(f"{count} of {name}" for name, count in areas.most_common())
+        told.append(
+            f"small areas vanished beside others of their class ({listed}): a larger data.image_size, or data.resize_mode=pad, keeps them"
         )
     return "\n".join(told)
 

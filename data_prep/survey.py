@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,7 @@ from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
 from data_prep.file_names import NO_TEXT, is_text
 from data_prep.intensity import window_range
 from data_prep.near_duplicates import signature
-from data_prep.resizing import grey, nearest_size, resized, true_proportions
+from data_prep.resizing import grey, nearest_size, resized, true_proportions, vanished_areas
 from pipeline.audit.pixels import is_blank, pixel_digest
 from pipeline.conditioning import conditioning_image
 from pipeline.config import DataConfig
@@ -65,6 +65,7 @@ class PreparedSample:
         signature: near-duplicate signature, empty where none are looked for.
         kept: names of the classes of which one pixel was kept that nearest neighbour would have erased.
         lost: names of the classes of the raw mask that the result does not show: `resize_mode=crop` cut them off.
+        areas: of the other classes, how many separate areas the result does not show.
     """
 
     image: Picture
@@ -77,6 +78,7 @@ class PreparedSample:
     signature: bytes
     kept: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+    areas: dict[str, int] = field(default_factory=dict)
 
 
 def prepared_sample(
@@ -109,6 +111,9 @@ def prepared_sample(
     seen = signature(grey(raw)) if source.has_signatures else b""
     size = nearest_size(true_proportions(raw), data.sizes)
     image, mask, kept = resized(_normalised(raw, data, stains), size, data.resize_mode, channels)
+    names = source.info.mask_classes
+    lost = _lost_classes(raw.mask, mask, names)
+    areas = {names[index]: count for index, count in vanished_areas(raw, size, data.resize_mode).items()}
     label = {"label": item.label} if item.label is not None else {}
     values = {
         "modality": source.info.modality, **label, **mask_attributes(mask, source.info.mask_classes), **item.attributes
@@ -122,8 +127,9 @@ def prepared_sample(
         digest=digest,
         shown=pixel_digest(image).hex() if compared and not is_blank(image) else "",
         signature=seen,
-        kept=tuple(source.info.mask_classes[index] for index in kept),
-        lost=_lost_classes(raw.mask, mask, source.info.mask_classes),
+        kept=tuple(names[index] for index in kept),
+        lost=lost,
+        areas={name: count for name, count in areas.items() if name not in lost},
     )
 
 

@@ -58,6 +58,20 @@ def test_what_a_crop_cuts_off_is_said(tmp_path, capsys):
     assert "vanished" not in said
 
 
+def test_a_second_lesion_that_vanishes_is_said(tmp_path, capsys):
+    write(tmp_path / "raw", SPOTS)
+    for path in (tmp_path / "raw" / "masks").iterdir():
+        mask = np.asarray(Image.open(path)).copy()
+        mask[120:160, 120:160] = mask[200:230, 20:50] = 255
+        mask[160, 160] = 255  # touches a corner: the same area
+        Image.fromarray(mask).save(path)
+    said = prepared(tmp_path, capsys, image_size=16)[1]
+    sampled = sum(all(any((place + i) % 16 == 8 for i in range(3)) for place in spot) for spot in SPOTS)
+    told = f"small areas vanished beside others of their class ({9 - sampled} of lesion): a larger data.image_size"
+    assert told in said.replace("\n", " ") and "kept one pixel" not in said
+    assert "vanished" not in prepared(tmp_path, capsys, image_size=256)[1]
+
+
 def test_where_nothing_is_lost_nothing_is_said(tmp_path, capsys):
     write(tmp_path / "raw", SPOTS)
     rows, said = prepared(tmp_path, capsys, image_size=256)
