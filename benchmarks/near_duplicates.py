@@ -20,8 +20,7 @@ from rich.table import Table
 
 from data_prep.adapter import RawItem
 from data_prep.datasets.busi import Adapter, BusiOptions
-from data_prep.near_duplicates import near_duplicate_clusters, signature
-from pipeline.config import DataConfig
+from data_prep.near_duplicates import CORRELATION, near_duplicate_clusters, signature
 
 FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 PLAIN_SIDE, PLAIN_CORRELATION = 64, 0.98
@@ -34,9 +33,9 @@ def main(
     sheet: Annotated[Path | None, typer.Option(help="PNG; its pages get numbers: sheet-1.png, …")] = None,
     groups: Annotated[int, typer.Option(min=1, help="sampled for the sheet")] = 40,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
-    correlation: Annotated[float, typer.Option(help="from which images are joined")] = DataConfig.model_fields[
-        "near_duplicate_correlation"
-    ].default,
+    correlation: Annotated[
+        float | None, typer.Option(help="from which images are joined; by default calibrated, as prepare does")
+    ] = None,
 ) -> None:
     """Group the raw images, check the groups, and draw a sample of them."""
     items = [entry for entry in Adapter(raw, BusiOptions()).scan() if isinstance(entry, RawItem)]
@@ -56,7 +55,7 @@ def main(
             console.print(f"written: {path}", soft_wrap=True)
 
 
-def found_clusters(items: Sequence[RawItem], correlation: float) -> list[int]:
+def found_clusters(items: Sequence[RawItem], correlation: float | None) -> list[int]:
     """Return the near-duplicate cluster of each image, as preparing finds it (no two files of BUSI count as identical here)."""
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "signatures.bin"
@@ -74,11 +73,13 @@ def plain_pairs(items: Sequence[RawItem], filter_: Image.Resampling) -> list[tup
 
 
 def groups_table(
-    items: Sequence[RawItem], several: Sequence[Sequence[int]], correlation: float, seconds: float
+    items: Sequence[RawItem], several: Sequence[Sequence[int]], correlation: float | None, seconds: float
 ) -> Table:
     """Return the table of what was grouped."""
     mixed = [group for group in several if len({items[index].label for index in group}) > 1]
-    table = Table(title=f"near-duplicate groups of {len(items)} images, aligned correlation from {correlation}")
+    table = Table(
+        title=f"near-duplicate groups of {len(items)} images, aligned correlation from {correlation or CORRELATION}"
+    )
     for column in ("groups", "images in them", "largest", "with several labels", "seconds"):
         table.add_column(column, justify="right")
     sizes = [len(group) for group in several]

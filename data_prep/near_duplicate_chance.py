@@ -11,10 +11,10 @@ from scipy.stats import norm
 from data_prep.near_duplicate_index import WindowIndex
 
 FEWEST = 16  # images from which chance can be measured
-DRAWS = 128
-LARGEST_DRAW, DRAWN_SHARE = 64, 1 / 32
+DRAWS = 256
+LARGEST_DRAW, DRAWN_SHARE = 64, 1 / 12
 QUANTILES = (0.5, 0.85)  # the part above may hold copies
-EXPECTED = 0.5  # chance joins in the whole dataset
+EXPECTED = 0.1  # chance joins in the whole dataset
 
 
 def drawn_pairs(index: WindowIndex, images: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -31,10 +31,9 @@ __all__ = ["METHOD", "RECORD", "NearDuplicates", "find_near_duplicates", "near_d
 METHOD = "aligned correlation of locally normalised textures"
 CORRELATION = 0.55
 DETAIL, LARGEST_DETAIL = 0.45, 0.95  # the least threshold, and the largest that still tells copies from chance
-DETAIL_OF_SOME, DETAIL_OF_FEW = (
-    0.65,
-    0.9,
-)  # the least where images are too few for all layout components; for measuring chance
+# The least where images are too few for all of the layout's components, and where they are too few to measure chance.
+DETAIL_OF_SOME, DETAIL_OF_FEW = 0.65, 0.9
+HEADROOM = 0.15
 PLAIN_CORRELATION = 0.98
 # A cluster of so many images, and of such a share of all, most of which are not plainly the same picture, was joined by chance or is a sequence.
 LARGE_CLUSTER, LARGE_SHARE, CHECKED_PAIRS = 10, 0.2, 32
@@ -161,7 +160,9 @@ def _calibrated(index: WindowIndex, distinct: NDArray[np.int64], scored: Scorer)
             f"data.duplicates=near: unrelated images of this dataset are too alike to tell copies from chance (some of the {len(distinct)} "
             f"would correlate up to {detail:.3f} in what is not common to all; at most {LARGEST_DETAIL} can be told apart); {REMEDY}"
         )
-    least = DETAIL if layout_size(index.count) == COMPONENTS else DETAIL_OF_SOME
+    least = DETAIL
+    if layout_size(index.count) < COMPONENTS:  # the layout is not known whole, and chance less well
+        least, detail = DETAIL_OF_SOME, detail + HEADROOM * (1 - detail)
     return Threshold(CORRELATION, max(least, round(detail, 3)))  # rounded: equal on all machines
 
 
