@@ -97,7 +97,7 @@ def verify(
         typer.Option(
             "--near/--no-near",
             help="look for near-duplicates, or do not; by default where the contract says that groups keep them together, in up to"
-            f" {NEAR_LIMIT} images (time grows with the square)",
+            f" {NEAR_LIMIT} images (10000 take about five minutes of a core)",
         ),
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="write all findings as JSON")] = None,

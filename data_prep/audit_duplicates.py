@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from data_prep.audit_index import PLAIN_SIDE, AuditIndex
 from data_prep.near_duplicates import CORRELATION, find_near_duplicates
+from data_prep.parallel import worker_count
 from pipeline.audit.findings import MEMBER, Dataset, Finding, Member, contradicts, measured_on_itself, place, relation
 
 MARGIN = 0.1
+IMAGES_PER_TASK = 200
 
 
 def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Finding]:
@@ -25,7 +27,8 @@ def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Fi
     # Images of one grey level are alike without being duplicates; they get digests of their own.
     query = "SELECT id, image, flat FROM images ORDER BY id"
     digests = [f"flat {number}" if flat else image.hex() for number, image, flat in index.rows.execute(query)]
-    found = find_near_duplicates(index.signatures, digests, None if threshold == CORRELATION else threshold)
+    workers = worker_count(len(digests) // IMAGES_PER_TASK, None)
+    found = find_near_duplicates(index.signatures, digests, None if threshold == CORRELATION else threshold, workers)
     suspects = [members for members in _clusters(index, found.clusters()) if _suspicious(datasets, members)]
     if not suspects:
         return

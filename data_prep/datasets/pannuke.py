@@ -23,7 +23,7 @@ Patches without a nucleus are part of the dataset; their masks are all backgroun
 
 Splits: the three folds, by default 1 train, 2 validation, 3 test; the authors rotate them, and so can `data.options.fold1=test` and so on.
 The release names neither patients nor slides, so there are no groups: patches of one slide may lie in several folds. Identical patches are looked
-for; near-duplicates of 7901 patches would take hours (`data.duplicates=near` asks for it).
+for; `data.duplicates=near` asks for near-duplicates, which was never measured on stained tissue.
 """
 
 import re

@@ -8,7 +8,7 @@ from data_prep.adapter import DatasetInfo
 from data_prep.inspecting.observation import Listing, Sample
 from pipeline.config import DataConfig
 
-MANY = 20_000  # images, from which comparing all pairs takes long
+MANY = 20_000  # images, from which looking for near-duplicates takes long
 UNEVEN = 3  # images of the most frequent class for one of the rarest
 MANY_REJECTS = 0.05
 VAE_FACTOR = 8
@@ -133,8 +133,8 @@ def _on_duplicates(info: DatasetInfo, listing: Listing, data: DataConfig) -> str
     kind = data.duplicates or info.duplicates
     if kind == "near" and len(listing.items) > MANY:
         return (
-            f"{len(listing.items)} images are compared pair by pair for near-duplicates, which takes long; data.duplicates=identical"
-            " compares digests, and is enough where patients are known"
+            f"near-duplicates are looked for among {len(listing.items)} images (10000 take about five minutes of a core);"
+            " data.duplicates=identical compares digests, and is enough where patients are known"
         )
     if kind != "near" and listing.kind == "images" and not any(item.group for item in listing.items):
         return "no patient ids are known: data.duplicates=near keeps pictures of one lesion in one split, at the price of time"

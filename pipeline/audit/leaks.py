@@ -29,7 +29,7 @@ from pipeline.reading import Record, read_model
 from pipeline.runs import Run
 
 VERSION = 1  # of what is looked for: another one makes every record stale
-NEAR_LIMIT = 5000  # images; above it near-duplicates are looked for only where `verify --near` asks for them
+NEAR_LIMIT = 20_000  # images, about ten minutes of a core; above it near-duplicates are looked for only where `verify --near` asks for them
 MAX_TOLD = 3  # pairs in an error
 FIX = "prepare the dataset again with data.duplicates=identical or near, so that such images share a group or are left out"
 SCHEMA = """

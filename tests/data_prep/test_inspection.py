@@ -668,7 +668,7 @@ FINE = DataConfig(dataset="any")
             fine_sample(),
             FINE,
         ),
-        ("20001 images are compared pair by pair", information(), listing(20001), fine_sample(), FINE),
+        ("near-duplicates are looked for among 20001 images", information(), listing(20001), fine_sample(), FINE),
         (
             "no patient ids are known: data.duplicates=near",
             information(duplicates="none"),
