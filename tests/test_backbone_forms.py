@@ -76,6 +76,7 @@ def experiment(folder: Path, **train: object) -> ExperimentConfig:
         },
         "generate": {"generators": {"controlnet": {}, "text_only": {}}, "num_images": 2, "num_inference_steps": 2},
         "evaluate": {"metrics": {"vae_ceiling": {"extractor_size": 64}}},
+        "report": {"title": f"Report of {folder / 'run'}"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     return load_experiment(folder / "config.yaml", [])
