@@ -200,6 +200,7 @@ def test_a_jpeg_of_a_binary_mask(tmp_path):
     [
         (squares(128, 255), "m has areas of the colours #808080, #ffffff, not of one bright colour"),
         (squares(1, 255), "m has areas of the colours #010101, #ffffff"),  # 255 often means: not labelled
+        (lines(128, 255) | np.pad([[255] * 12], ((10, 13), (0, 0))).astype(np.uint8), "colours #808080, #ffffff"),
         (lines(128, 255), "m has areas of the colours #808080, #ffffff, not of one bright colour"),
         (lines((255, 0, 0), (0, 0, 255)), "m has areas of the colours #0000ff, #ff0000, not of one bright colour"),
         (

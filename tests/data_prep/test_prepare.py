@@ -613,10 +613,15 @@ def test_an_external_set_of_known_patients_is_compared_with_the_main_one_by_like
     seen = Image.open(raw / "Dataset_BUSI_with_GT" / "benign" / "benign (2).png").convert("L")
     copied = other / "BUSBRA" / "Images" / "bus_0001-l.png"
     seen.point(lambda value: value * 9 // 10 + 9).resize(Image.open(copied).size).save(copied)
+    first, alike = (other / "BUSBRA" / "Images" / f"bus_{name}.png" for name in ("0002-l", "0003-l"))
+    Image.open(first).point(lambda value: value * 9 // 10).resize(Image.open(alike).size).save(alike)
     prepare(experiment(tmp_path, raw_dir=raw, external={"busbra": {"raw_dir": other}}), force=False)
     assert ledger(tmp_path)["bus_0001-l.png"] == "near-duplicate of an image of another source: benign-2"
-    groups = load_dataset(str(tmp_path / "dataset"))["external_busbra"]["group_id"]
-    assert all(name.startswith("busbra-case-") for name in groups)
+    found = load_dataset(str(tmp_path / "dataset"))["external_busbra"]
+    assert {name: name.split("_")[1].split("-")[0].lstrip("0") for name in found["sample_id"]} == {
+        name: group.removeprefix("busbra-case-")
+        for name, group in zip(found["sample_id"], found["group_id"], strict=True)
+    }
 
 
 @pytest.mark.parametrize(
