@@ -75,11 +75,22 @@ def handled_signals() -> Iterator[None]:
     if any(name in os.environ for name in LAUNCHED):
         end_with_parent()
     try:
+        _pass_ctrl_c(signal.SIG_UNBLOCK)
         yield
     finally:
         _STATE.__init__()  # type: ignore[misc]
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hold_ctrl_c() -> None:
+    """Let Ctrl-C wait until `handled_signals` takes it: a stage that is still importing would end with a traceback."""
+    _pass_ctrl_c(signal.SIG_BLOCK)
+
+
+def _pass_ctrl_c(how: int) -> None:
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(how, [signal.SIGINT])
 
 
 @contextmanager

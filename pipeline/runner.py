@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import MaskLoomError, nearest_name, one_line
-from pipeline.interruption import Interrupted, end_with_parent, received, signals_to
+from pipeline.interruption import Interrupted, end_with_parent, hold_ctrl_c, received, signals_to
 from pipeline.runs import RECORD_FILE, STAGES, Run, read_record
 from pipeline.yaml_reading import read_yaml
 
@@ -77,12 +77,19 @@ def _run(command: Sequence[str], launched: bool) -> int:
         Interrupted: a signal came, and the stage has ended.
     """
     # A launcher would answer Ctrl-C with a traceback; in a process group of its own it does not get it from the terminal.
-    process = subprocess.Popen(command, preexec_fn=end_with_parent, process_group=0 if launched else None)
+    begin = end_with_parent if launched else _begin_stage
+    process = subprocess.Popen(command, preexec_fn=begin, process_group=0 if launched else None)
     with signals_to(lambda number: _forward(number, process.pid, launched)):
         code = process.wait()
         if (number := received()) is not None:
             raise Interrupted(number, None)
     return code
+
+
+def _begin_stage() -> None:
+    """Prepare a stage's process; what a launcher starts would inherit that Ctrl-C waits, and the launcher never takes it."""
+    end_with_parent()
+    hold_ctrl_c()
 
 
 def _forward(number: int, pid: int, launched: bool) -> None:

@@ -211,6 +211,33 @@ def test_a_launched_process_ends_with_its_launcher(tmp_path):
     assert not psutil.wait_procs([stage], timeout=10)[1]
 
 
+SLOW_START = """
+import sys, time
+from pathlib import Path
+Path(sys.argv[1]).touch()
+time.sleep(0.5)  # as imports take
+from pipeline.errors import run_command
+run_command(lambda: time.sleep(60))
+"""
+STARTER = """
+import sys
+from pipeline.errors import run_command
+from pipeline.runner import _run
+run_command(lambda: _run([sys.executable, *sys.argv[1:]], launched=False))
+"""
+
+
+def test_a_stage_that_is_still_starting_takes_ctrl_c_with_one_line(tmp_path):
+    begun = tmp_path / "begun"
+    command = [sys.executable, "-c", STARTER, "-c", SLOW_START, str(begun)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(begun.exists)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert told == "stopped by SIGINT; run the same command again to go on\n"
+    assert process.returncode == 130
+
+
 def test_a_signal_to_a_stage_that_has_just_ended_is_no_error():
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
