@@ -19,7 +19,7 @@ from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgume
 from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError, run_command
-from pipeline.files import write_json, write_text
+from pipeline.named_files import named_file
 
 DESCRIPTION = (
     "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help:"
@@ -119,15 +119,17 @@ def verify(
     It only tells: weaker near-duplicates, near-duplicates of another dataset or with different labels, images in two held-out splits, identical images with
     different masks, and what each split holds: classes, mask regions, grey levels, prompts.
     """
+    sheet = named_file("--contact-sheet", contact_sheet, "contact sheet")
+    findings = named_file("--json", json, "audit")
     datasets = open_datasets([path, *(against or [])])
     print(summary(datasets[0].contract))
     with indexed(datasets, near) as index:
         found = audit(datasets, index, near)
-        if contact_sheet:
-            write_text(contact_sheet, contact_sheet_page(*datasets[0], index, images_per_class))
+        if sheet:
+            sheet.write_page(contact_sheet_page(*datasets[0], index, images_per_class))
     print_audit(found)
-    if json:
-        write_json(json, found.as_json())
+    if findings:
+        findings.write_json(found.as_json())
     found.require_sound()
 
 

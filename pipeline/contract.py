@@ -21,7 +21,7 @@ from pipeline.bounds import LARGEST_INT, Side
 from pipeline.errors import MaskLoomError, one_line
 from pipeline.files import PIECES, file_digest, json_text, link_or_copy, read_json, remove_leftovers, value_digest
 from pipeline.images import png_bytes
-from pipeline.ownership import OwnedFolder, check_replaceable, put_in_place
+from pipeline.ownership import OwnedFolder, check_replaceable, put_in_place, restore_outgoing
 from pipeline.progress import say
 from pipeline.reading import Record, checked, inside, read_object
 
@@ -274,6 +274,7 @@ class DatasetWriter:
             MaskLoomError: what lies at the dataset's place is not the program's.
         """
         check_replaceable(self.folder)
+        restore_outgoing(self.folder)
         if afresh or self._plan_of(self.staging) != self.key:
             self._owned.delete()
             self._owned.claim()

@@ -29,6 +29,7 @@ from pipeline.reading import Record, inside, read_model
 
 MANIFEST = ".maskloom.json"
 MANIFESTS = ".maskloom*.json"
+OUTGOING_SUFFIX = ".maskloom-old"  # of a folder whose successor takes its name at this moment
 SYSTEM_FILES = frozenset(
     {".DS_Store", "Thumbs.db", "desktop.ini", LOCK_FILE}
 )  # nobody's: they do not make a folder a user's
@@ -110,7 +111,8 @@ class OwnedFolder:
             subfolder: only files below it; empty: all.
         """
         prefix = f"{subfolder}/" if subfolder else ""
-        return {name: min(known) for name, known in self.files().items() if name.startswith(prefix)}
+        listed = {name: known for name, known in self.files().items() if name.startswith(prefix)}
+        return {name: min(known) if len(known) == 1 else self._present(name, known) for name, known in listed.items()}
 
     def problem(self, name: str) -> str | None:
         """Return what is wrong with a file, or None where it is as it was written."""
@@ -171,6 +173,11 @@ class OwnedFolder:
             return
         self.clear()
 
+    def _present(self, name: str, known: frozenset[str]) -> str:
+        """Return the one of several digests that the file has now, or any where it has none of them."""
+        path = self.path / name
+        return found if path.is_file() and (found := content_digest(path)) in known else min(known)
+
     def _listed(self) -> dict[str, str]:
         """Return this process's own entries."""
         return _read(self._own) if self._own.exists() else {}
@@ -189,6 +196,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         MaskLoomError: what is there is not the program's.
     """
     check_replaceable(path)
+    restore_outgoing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     if temporary.is_dir():
@@ -230,22 +238,55 @@ def put_in_place(new: Path, path: Path) -> None:
     Raises:
         MaskLoomError: the older folder is not the program's, or one of the user's files has the name of a new one.
     """
+    restore_outgoing(path)
+    check_replaceable(path)
     if not path.is_dir():
         new.rename(path)
         return
-    check_replaceable(path)
     kept = strangers_in(path)
     for name in kept:
         if (new / name).exists():
             raise MaskLoomError(f"{path / name}: in the way, and MaskLoom did not write it; move it away")
     for name in kept:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
-    outgoing = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    outgoing = _outgoing(path)
     path.rename(outgoing)
     new.rename(path)
-    for name in kept:
+    _move_strangers(outgoing, path)
+
+
+def restore_outgoing(path: Path) -> None:
+    """Mend what a kill between the renames of `put_in_place` has left: the older folder gets its name back where nothing has it.
+
+    Else the new one has it, and only the user's own files have still to move over.
+
+    Raises:
+        MaskLoomError: one of the user's files has the name of a new one.
+    """
+    outgoing = _outgoing(path)
+    if not OwnedFolder(outgoing).is_marked():
+        return
+    if path.exists():
+        _move_strangers(outgoing, path)
+    else:
+        outgoing.rename(path)
+
+
+def _outgoing(path: Path) -> Path:
+    return path.with_name(f".{path.name}{OUTGOING_SUFFIX}")
+
+
+def _move_strangers(outgoing: Path, path: Path) -> None:
+    """Move the user's files from an older folder to the one that has taken its name, then delete the older one."""
+    for name in strangers_in(outgoing):
+        if (path / name).exists():
+            raise MaskLoomError(f"{outgoing / name}: yours, and {path / name} has taken its place; move it away")
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         (outgoing / name).rename(path / name)
-    shutil.rmtree(outgoing)
+    gone = path.with_name(f".{path.name}.gone{TEMPORARY_SUFFIX}")
+    shutil.rmtree(gone, ignore_errors=True)
+    outgoing.rename(gone)  # half deleted, it could not be told from a folder of the user's
+    shutil.rmtree(gone)
 
 
 def strangers_in(folder: Path) -> list[str]:
@@ -253,7 +294,7 @@ def strangers_in(folder: Path) -> list[str]:
     listed = OwnedFolder(folder).files()
     paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
     names = [path.relative_to(folder).as_posix() for path in paths]
-    return [name for name in names if name not in listed and not _is_nobodys(PurePosixPath(name).name)]
+    return [name for name in names if name not in listed and not _is_nobodys(name)]
 
 
 def delete_folder(path: Path) -> None:
@@ -300,7 +341,10 @@ def check_places(inputs: Mapping[str, Path | None], outputs: Sequence[Path]) -> 
 
 
 def _is_nobodys(name: str) -> bool:
-    return name in SYSTEM_FILES or name.endswith(TEMPORARY_SUFFIX) or PurePosixPath(name).match(MANIFESTS)
+    """Whether a file, named by its path below a folder, is neither the program's nor the user's; the manifest of a folder in it is the user's."""
+    path = PurePosixPath(name)
+    temporary = any(part.endswith(TEMPORARY_SUFFIX) for part in path.parts)
+    return path.name in SYSTEM_FILES or temporary or (len(path.parts) == 1 and path.match(MANIFESTS))
 
 
 def _shown(names: Sequence[str]) -> str:

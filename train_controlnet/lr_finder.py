@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.errors import MaskLoomError
-from pipeline.files import write_json
+from pipeline.named_files import named_file
 from pipeline.ownership import OwnedFolder, check_places
 from pipeline.progress import progress
 from pipeline.randomness import Draws
@@ -250,10 +250,11 @@ def _end_of_the_fall(smoothed: Sequence[float]) -> int:
 
 def print_range_test(config: ExperimentConfig, test: RangeTest, json: Path | None) -> None:
     """Run the test, print what it saw, and write it where asked."""
+    file = named_file("--json", json, "learning-rate range test")
     result = range_test(config, test)
     print(range_text(config, test, result))
-    if json:
-        write_json(json, asdict(result))
+    if file:
+        file.write_json(asdict(result))
 
 
 def range_text(config: ExperimentConfig, test: RangeTest, result: RangeResult) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import write_json
+from pipeline.named_files import named_file
 from pipeline.prompt_encoding import load_prompt_encoder, training_prompts
 from train_controlnet.plan import GIB, Plan, Planner
 from train_controlnet.plan_switches import Switches, cheapest_fit
@@ -22,18 +22,19 @@ def print_plan(config: ExperimentConfig, processes: int, json: Path | None) -> N
     Raises:
         MaskLoomError: a network's settings cannot be read, or do not fit the configuration.
     """
+    file = named_file("--json", json, "plan")
     planner = Planner(config, processes)
     plan = planner.plan(config.fine_tuning)
     fits = {size: cheapest_fit(planner, config.fine_tuning, size * GIB) for size in GPUS_GIB}
     print(plan_text(config, plan, fits, processes))
     if planner.contract is not None:
         print("\n" + "\n".join(_prompt_lines(config.fine_tuning, planner.dataset, planner.contract)))
-    if json:
+    if file:
         answers = {
             str(size): None if fit is None else {"switches": fit[0], "needed": fit[1].needed}
             for size, fit in fits.items()
         }
-        write_json(json, {"plan": plan.as_json(), "fits_gib": answers})
+        file.write_json({"plan": plan.as_json(), "fits_gib": answers})
 
 
 def plan_text(config: ExperimentConfig, plan: Plan, fits: dict[int, Fit], processes: int) -> str:

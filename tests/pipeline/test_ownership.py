@@ -1,16 +1,20 @@
 """What the program may delete or overwrite, and whether a file is what was written."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import MaskLoomError
+from pipeline.files import remove_leftovers
 from pipeline.ownership import (
     MANIFEST,
     OwnedFolder,
     check_places,
     delete_folder,
     file_problem,
+    put_in_place,
+    restore_outgoing,
     strangers_in,
     whole_folder,
 )
@@ -212,6 +216,73 @@ def test_what_an_interrupted_folder_left_is_cleared_away(tmp_path):
     with whole_folder(tmp_path / "model") as temporary:
         (temporary / "w").touch()
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [MANIFEST, "w"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_a_folder_takes_its_name_loses_nothing(tmp_path, monkeypatch, renames):
+    """The renames: the old folder away, the new one in its place, the user's file over."""
+    _owned(tmp_path / "model", w="old")
+    (tmp_path / "model" / "notes").write_text("mine")
+    rename, done = Path.rename, []
+
+    def killed(self, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(self)
+        return rename(self, target)
+
+    def write(text: str) -> None:
+        with whole_folder(tmp_path / "model") as temporary:
+            (temporary / "w").write_text(text)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write("new")
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)  # as the next training does
+    write("newer")
+    found = _tree(tmp_path / "model")
+    assert found.pop(MANIFEST) and found == {"w": b"newer", "notes": b"mine"}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_was_moved_out_of_the_way_gets_its_name_back(tmp_path):
+    _owned(tmp_path / ".model.maskloom-old", w="old")
+    restore_outgoing(tmp_path / "model")
+    assert OwnedFolder(tmp_path / "model").problem("w") is None
+    restore_outgoing(tmp_path / "model")
+    _owned(tmp_path / ".model.maskloom-old")
+    (tmp_path / ".model.maskloom-old" / "w").write_text("mine")
+    with pytest.raises(MaskLoomError, match=r"maskloom-old/w: yours, and .*model/w has taken its place; move it away"):
+        restore_outgoing(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nowhere"])
+def test_no_folder_takes_the_name_of_a_file(tmp_path, kind):
+    _owned(tmp_path / "new", w="1")
+    if kind == "file":
+        (tmp_path / "checkpoint-4").write_text("mine")
+    else:
+        (tmp_path / "checkpoint-4").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MaskLoomError, match=r"checkpoint-4: (not a folder|a link)"):
+        put_in_place(tmp_path / "new", tmp_path / "checkpoint-4")
+
+
+def test_a_folder_of_the_program_that_the_user_puts_into_another_moves_over_whole(tmp_path):
+    _owned(tmp_path / "model", w="old")
+    _owned(tmp_path / "model" / "kept", w="copied")
+    assert strangers_in(tmp_path / "model") == ["kept/.maskloom.json", "kept/w"]
+    with whole_folder(tmp_path / "model") as temporary:
+        (temporary / "w").write_text("new")
+    assert OwnedFolder(tmp_path / "model" / "kept").problem("w") is None
+
+
+def test_of_several_digests_the_one_that_the_file_has_counts(tmp_path):
+    for process, text in enumerate("bca"):
+        folder = OwnedFolder(tmp_path / "a", process)
+        folder.mark()
+        folder.write_text("x", text)
+    assert file_problem(tmp_path / "a" / "x", OwnedFolder(tmp_path / "a").digests()["x"]) is None
 
 
 @pytest.mark.parametrize("kind", ["strangers", "link", "clash"])
