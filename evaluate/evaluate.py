@@ -68,6 +68,8 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
         check_places(read_places(config.train), [run.evaluation, run.logs("evaluate")])
     answers = OwnedFolder(run.evaluation)
     answers.check()
+    for question in questions:
+        answers.check_name(f"{question.name}.json")
     inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
         answers.claim()

@@ -41,7 +41,7 @@ from pipeline.contract import (
 )
 from pipeline.errors import MaskLoomError
 from pipeline.files import value_digest
-from pipeline.ownership import check_places
+from pipeline.ownership import check_places, check_replaceable
 from pipeline.plugins import load_plugin
 from pipeline.progress import Advance, progress, say
 from pipeline.runs import Run, Stage, open_run
@@ -78,6 +78,8 @@ def generate(config: ExperimentConfig, force: bool) -> None:
     processes = _join_processes()
     with stage.recorded(writes=processes.is_main_process) as results:
         if processes.is_main_process:
+            for name in generators:
+                check_replaceable(run.synthetic / name)
             verify_quickly(run.dataset)
         for generator in generators.values():
             generator.check()

@@ -46,9 +46,23 @@ class LoopRecord(Record):
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """Return the finished checkpoints in a folder by step, ascending; a folder of that name that is not the program's is not one."""
+    return {step: path for step, path in _named_checkpoints(folder).items() if _is_checkpoint(path)}
+
+
+def _named_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return what has the name of a checkpoint, by step, ascending."""
     named = ((re.fullmatch(r"checkpoint-(\d{1,12})", path.name), path) for path in folder.glob("checkpoint-*"))
-    found = {int(match[1]): path for match, path in named if match and _is_checkpoint(path)}
-    return dict(sorted(found.items()))
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+
+def check_checkpoint_names(folder: Path) -> None:
+    """Check that nothing of the user's has the name of a checkpoint: it would be in the way when that step is saved, or when all are deleted.
+
+    Raises:
+        MaskLoomError: names it.
+    """
+    for path in _named_checkpoints(folder).values():
+        OwnedFolder(path).check()
 
 
 def _is_checkpoint(path: Path) -> bool:

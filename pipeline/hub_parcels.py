@@ -20,7 +20,7 @@ from pipeline.hub_files import check_pushed_file, file_text
 from pipeline.places import ABSOLUTE_PATH
 from pipeline.progress import say
 from pipeline.reading import read_object
-from pipeline.runs import RECORD_FILE, Run, read_record
+from pipeline.runs import RECORD_FILE, Run, StageRecord, damaged_file, read_record
 from pipeline.verification import verify_quickly
 
 CARD, PICTURES = "README.md", "samples.png"
@@ -173,6 +173,7 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
         check_pushed_file(folder / name, folder)
     if not any(name.endswith(".safetensors") for name in names):
         raise MaskLoomError(f"{folder}: no weights to push (*.safetensors); run {again} again")
+    _check_as_written(run, record, folder, names, again)
     files: dict[str, Path | bytes] = {name: _without_local_keys(folder / name) for name in names}
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo_id.split('/')[-1]}\n"
@@ -185,6 +186,28 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
     weights = Weights(target.name, folder, stage, record.model_dump(mode="json"))
     files[CARD] = completed_card(text, weights, repo_id, run, notes).encode()
     return Parcel(target, repo_id, files, _licences(contract), tuple(notes))
+
+
+def _check_as_written(run: Run, record: StageRecord, folder: Path, names: Sequence[str], again: str) -> None:
+    """Check that the files to push are those of the training; the card may be edited by hand.
+
+    Raises:
+        MaskLoomError: one is missing or changed, or is not of this training.
+    """
+    place = folder.relative_to(run.folder).as_posix()
+    written = {
+        name.removeprefix(f"{place}/"): known for name, known in record.files.items() if name.startswith(f"{place}/")
+    }
+    strange = next((name for name in names if name not in written and name not in (CARD, PICTURES)), None)
+    if strange:
+        raise MaskLoomError(f"{folder / strange}: not a file that the training wrote; move it away, then push again")
+    sent = {
+        f"{place}/{name}": known
+        for name, known in written.items()
+        if SENT["model"].fullmatch(name) and name != CARD and (name in names or name != PICTURES)
+    }
+    if problem := damaged_file(run, sent):
+        raise MaskLoomError(f"{problem}: damaged since its training; run {again} again, which makes it anew")
 
 
 def _check_place(folder: Path, run: Run) -> None:

@@ -121,6 +121,18 @@ class OwnedFolder:
             return f"{self.path / name}: not a file that MaskLoom wrote"
         return file_problem(self.path / name, known)
 
+    def check_name(self, name: str) -> None:
+        """Check that a file may be written.
+
+        Raises:
+            MaskLoomError: one is there that the program did not write.
+        """
+        target = self.path / name
+        if (target.exists() or target.is_symlink()) and name not in self.files():
+            raise MaskLoomError(
+                f"{target}: in the way, and MaskLoom did not write it; nothing was changed: move it away, then run the same command again"
+            )
+
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """Yield a temporary path to write to; it takes its name in the folder, and its place in the manifest, when the block ends well.
@@ -128,12 +140,8 @@ class OwnedFolder:
         Raises:
             MaskLoomError: a file is there that the program did not write.
         """
-        target = self.path / name
-        if (target.exists() or target.is_symlink()) and name not in self.files():
-            raise MaskLoomError(
-                f"{target}: in the way, and MaskLoom did not write it; nothing was changed: move it away, then run the same command again"
-            )
-        with atomic_path(target) as temporary:
+        self.check_name(name)
+        with atomic_path(self.path / name) as temporary:
             yield temporary
             self._keep({**self._listed(), name: content_digest(temporary)})
 

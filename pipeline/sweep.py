@@ -18,7 +18,7 @@ from pipeline.config import ExperimentConfig, Section
 from pipeline.config_loading import load_config, read_values, validated
 from pipeline.errors import MaskLoomError
 from pipeline.files import LOCK_FILE, link_or_copy, value_digest
-from pipeline.ownership import MANIFESTS, OwnedFolder, whole_folder
+from pipeline.ownership import MANIFESTS, OwnedFolder, check_replaceable, whole_folder
 from pipeline.progress import say
 from pipeline.runner import run_stages
 from pipeline.runs import RECORD_FILE, STAGES, Run, damaged_file, read_record
@@ -190,9 +190,12 @@ def share_dataset(source: Run, target: Run) -> None:
         raise MaskLoomError(f"{source.logs('prepare') / RECORD_FILE}: missing; run the sweep again")
     if own is not None and own.key == record.key and damaged_file(target, own.files) is None:
         return
+    check_replaceable(target.dataset)
     target.mark()
     (target.logs("prepare") / RECORD_FILE).unlink(missing_ok=True)  # between two datasets the run has none
     not_shared = shutil.ignore_patterns(LOCK_FILE, MANIFESTS)  # a lock, linked, would hold both runs at once
     with whole_folder(target.dataset) as folder:
-        shutil.copytree(source.dataset, folder, ignore=not_shared, copy_function=link_or_copy, dirs_exist_ok=True)
+        for name in OwnedFolder(source.dataset).files():  # not what the user has put there
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(source.dataset / name, folder / name)
     shutil.copytree(source.logs("prepare"), target.logs("prepare"), ignore=not_shared, dirs_exist_ok=True)

@@ -22,6 +22,7 @@ from pipeline.averages import Averages
 from pipeline.backbone import DTYPES
 from pipeline.checkpoints import (
     LENGTH_SETTINGS,
+    check_checkpoint_names,
     checkpoint_to_resume,
     register_network_hooks,
     resume,
@@ -127,7 +128,7 @@ def launched_processes() -> int:
     return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
 
 
-def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping[str, str]) -> None:
+def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping[str, str], force: bool) -> None:
     """Refuse what `train` would refuse of the checkpoint that it would go on from; nothing is loaded or changed.
 
     Args:
@@ -135,14 +136,34 @@ def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping
         folder: where checkpoints go.
         seed: as for `train`.
         inputs: likewise.
+        force: whether earlier checkpoints are deleted first.
 
     Raises:
-        MaskLoomError: the checkpoint belongs to another training, has more steps than are asked for, or is not there.
+        MaskLoomError: the checkpoint belongs to another training, has more steps than are asked for, or is not there; or something of the
+            user's has the name of a checkpoint.
     """
+    if force:
+        check_afresh(config, folder)
+        return
     identity = _identity(config, seed, inputs, launched_processes())
     earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity)
     if earlier and config.num_train_epochs is None:
         _check_steps_left(config, earlier.step, config.max_train_steps)
+    check_checkpoint_names(folder)
+
+
+def check_afresh(config: LoopConfig, folder: Path) -> None:
+    """Check that the checkpoints in a folder may be deleted for a training that begins afresh.
+
+    Raises:
+        MaskLoomError: one is named as the one to go on from, or something of the user's has the name of a checkpoint.
+    """
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise MaskLoomError(
+            f"{config.section}.resume_from_checkpoint={config.resume_from_checkpoint}: --force deletes earlier checkpoints and "
+            "trains from the start; leave one of the two out"
+        )
+    check_checkpoint_names(folder)
 
 
 def train(

@@ -18,7 +18,7 @@ from pipeline.config import ExperimentConfig, LoopConfig
 from pipeline.config_loading import validated
 from pipeline.contract import Contract, Description
 from pipeline.errors import MaskLoomError, nearest_name
-from pipeline.ownership import OwnedFolder
+from pipeline.ownership import OwnedFolder, check_replaceable
 from pipeline.plugins import load_plugin
 from pipeline.progress import say
 from pipeline.runs import SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
@@ -150,16 +150,17 @@ def _check_before_training(
     """Refuse what cannot be trained while everything is still as it was, and before another family has trained for hours.
 
     Raises:
-        MaskLoomError: the machine or the dataset lacks what the family needs, or, unless `force`, a checkpoint belongs to another training.
+        MaskLoomError: the machine or the dataset lacks what the family needs, something of the user's has the name of its weights or of a
+            checkpoint, or, unless `force`, a checkpoint belongs to another training.
     """
     from pipeline.training import check_machine, check_resumable, launched_processes
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
     rows = _open_rows(load_plugin(PACKAGE, name, "family").Trained, options, run, contract, "train")
-    if not force:
-        loop = in_steps(options, len(rows), launched_processes())
-        check_resumable(loop, run.baselines / name, config.seed, stage.inputs)
+    check_replaceable(weights_folder(run, name))
+    loop = in_steps(options, len(rows), launched_processes())
+    check_resumable(loop, run.baselines / name, config.seed, stage.inputs, force)
 
 
 def _train_families(

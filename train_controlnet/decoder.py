@@ -85,7 +85,9 @@ def train_decoder(
     return figures
 
 
-def check_decoder_resumable(config: ExperimentConfig, checkpoints: Path, inputs: Mapping[str, str]) -> None:
+def check_decoder_resumable(
+    config: ExperimentConfig, checkpoints: Path, inputs: Mapping[str, str], force: bool
+) -> None:
     """Refuse what `train_decoder` would refuse of the checkpoint that it would go on from; nothing is changed.
 
     Raises:
@@ -94,7 +96,8 @@ def check_decoder_resumable(config: ExperimentConfig, checkpoints: Path, inputs:
     decoder = config.fine_tuning.vae_decoder
     assert decoder is not None
     with _told_of_the_decoder():
-        check_resumable(decoder_loop(config.fine_tuning), checkpoints, config.seed, _decoder_inputs(inputs, decoder))
+        own = _decoder_inputs(inputs, decoder)
+        check_resumable(decoder_loop(config.fine_tuning), checkpoints, config.seed, own, force)
 
 
 def _decoder_inputs(inputs: Mapping[str, str], decoder: DecoderConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
 from pipeline.files import file_digest, model_digest, value_digest
-from pipeline.ownership import OwnedFolder, check_places, delete_folder
+from pipeline.ownership import OwnedFolder, check_places, check_replaceable, delete_folder
 from pipeline.runs import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
 from pipeline.trained_parts import EXPORTED, adapter_file, exported_names, read_places
 from pipeline.verification import verify_for_training
@@ -116,7 +116,8 @@ def check_before_training(
 
     Raises:
         MaskLoomError: a picture of `train.validation_image` cannot be used, nothing can be sampled as `generate` is configured, the prompts cannot
-            be read, or, unless `force`, a checkpoint belongs to another training.
+            be read, something of the user's has the name of weights or of a checkpoint, or, unless `force`, a checkpoint belongs to another
+            training.
     """
     from pipeline.prompt_encoding import load_prompt_encoder
     from pipeline.training import check_resumable
@@ -126,11 +127,11 @@ def check_before_training(
     further_wishes(config.fine_tuning, contract.description.sizes)
     check_validation_sampling(config)
     load_prompt_encoder(config.fine_tuning)
-    if force:
-        return
-    check_resumable(config.fine_tuning, run.generator, config.seed, inputs)
+    for name in exported_names(config.fine_tuning):
+        check_replaceable(run.generator / name)
+    check_resumable(config.fine_tuning, run.generator, config.seed, inputs, force)
     if config.fine_tuning.vae_decoder is not None:
-        check_decoder_resumable(config, run.generator / CHECKPOINTS, inputs)
+        check_decoder_resumable(config, run.generator / CHECKPOINTS, inputs, force)
 
 
 def check_validation_sampling(config: ExperimentConfig) -> None:

@@ -18,7 +18,7 @@ from pipeline.audit.leaks import require_no_leaks
 from pipeline.config import ExperimentConfig, Section
 from pipeline.errors import MaskLoomError
 from pipeline.files import write_json
-from pipeline.ownership import whole_folder
+from pipeline.ownership import OwnedFolder, whole_folder
 from pipeline.runs import Run, StageChecked, check_only
 from pipeline.verification import verify_quickly
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
@@ -55,6 +55,14 @@ def test_answers_carry_what_a_reader_needs(run: Path) -> None:
     assert all((run / "evaluation" / picture["path"]).is_file() for picture in answer["pictures"])
     record = json.loads((run / "logs" / "evaluate" / "stage.json").read_text())
     assert record["results"] == {"memorisation": answer["verdict"]}
+
+
+def test_an_answer_of_the_users_is_in_the_way_before_anything_is_computed(run: Path) -> None:
+    OwnedFolder(run / "evaluation").claim()
+    (run / "evaluation" / "faithfulness.json").write_text("mine")
+    with pytest.raises(MaskLoomError, match=r"faithfulness\.json: in the way, and MaskLoom did not write it"):
+        evaluate(config(run), force=False)
+    assert contents(run) == {"faithfulness.json": b"mine"}
 
 
 def test_same_inputs_give_the_same_bytes(run: Path) -> None:

@@ -52,6 +52,15 @@ def test_every_generator_gets_the_same_rows_and_makes_other_images(bench: Bench)
     assert sorted(row["label"] for row in with_control) == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_set_of_the_users_is_in_the_way_before_any_is_made(bench: Bench):
+    bench.run.mark()
+    (bench.run.synthetic / "text_only").mkdir(parents=True)
+    (bench.run.synthetic / "text_only" / "mine").write_text("mine")
+    with pytest.raises(MaskLoomError, match=r"text_only: holds files that MaskLoom did not write \(mine\)"):
+        generate(bench.config(), force=False)
+    assert sorted(path.name for path in bench.run.synthetic.iterdir()) == ["text_only"]
+
+
 def test_masks_of_source_train_are_the_parents_and_warped_ones_are_not(bench: Bench):
     generate(bench.config(generators={"text_only": {}}), force=False)
     real = {row["sample_id"]: row for row in pq.read_table(bench.run.dataset / "data").to_pylist()}

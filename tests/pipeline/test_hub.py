@@ -23,7 +23,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract, Parent, read_contract
 from pipeline.errors import run_command
-from pipeline.files import file_digest, read_json, write_json
+from pipeline.files import content_digest, file_digest, read_json, write_json
 from pipeline.hub import push
 from pipeline.hub_cards import hub_base_model, licence_metadata
 from pipeline.hub_client import Hub, PushOptions
@@ -38,6 +38,7 @@ from train_controlnet.model_card import model_card
 ROOT = Path(__file__).parents[2]
 BACKBONE = "stable-diffusion-v1-5/stable-diffusion-v1-5@main"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+KEPT = (WEIGHTS, "pytorch_lora_weights.safetensors", "config.json", "samples.png", "README.md")
 MODEL = f"{USER}/fake-controlnet"
 DATASET = f"{USER}/fake-dataset"
 
@@ -76,6 +77,17 @@ class World:
     def weights(self) -> Path:
         return self.run.generator / "controlnet"
 
+    def record_weights(self) -> None:
+        """Have the training's record list what lies there now."""
+        kept = [
+            path
+            for folder in ("controlnet", "lora")
+            for path in (self.run.generator / folder).glob("*")
+            if path.name in KEPT
+        ]
+        files = {path.relative_to(self.run.folder).as_posix(): content_digest(path) for path in kept}
+        write_record(self.run, "train", files=files)
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
@@ -101,7 +113,9 @@ def make_world(folder: Path, backbone: str = BACKBONE, **description: object) ->
         (run.generator / stays).write_bytes(b"stays here")
     for stays in (f".{WEIGHTS}.123.tmp", "notes.txt", "scheduler.bin", "other.safetensors"):
         (weights / stays).write_bytes(b"stays here")
-    return World(folder, path, config, run, real)
+    world = World(folder, path, config, run, real)
+    world.record_weights()
+    return world
 
 
 @dataclass
@@ -202,6 +216,7 @@ def test_only_changed_files_go_and_replaced_ones_are_removed(hub, world, pushed)
     old = f"diffusion_pytorch_model-00002-of-00002.{WEIGHTS.split('.')[1]}"
     hub.model(MODEL).update({old: b"old", "mine.safetensors": b"kept", ".gitattributes": b"kept"})
     save_file({"w": np.ones(9, dtype=np.float32)}, world.weights / WEIGHTS)
+    world.record_weights()
     listed = pushed(dry_run=True).out.splitlines()
     assert listed[0] == f"generator:controlnet -> {MODEL} (model, private): would change"
     states = {line.split()[-1]: line.split()[0] for line in listed[1:]}
@@ -448,6 +463,24 @@ def test_weights_must_be_whole_and_finished(hub, world, pushed):
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize("kind", ["another training's", "one bit", "a picture", "another shard"])
+def test_only_what_the_training_wrote_is_pushed(hub, world, pushed, kind):
+    path = world.weights / ("samples.png" if kind == "a picture" else WEIGHTS)
+    if kind == "another training's":
+        save_file({"w": np.ones(50_000, np.float32)}, path, metadata={"format": "pt"})
+    elif kind == "one bit":
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    elif kind == "a picture":
+        Image.fromarray(np.ones((8, 24), np.uint8)).save(path)
+    else:
+        path = world.weights / "diffusion_pytorch_model-00002-of-00002.safetensors"
+        save_file({"w": np.ones(3, np.float32)}, path)
+    told = {"another shard": "not a file that the training wrote; move it away, then push again"}
+    usual = "not what was written: damaged since its training; run train again, which makes it anew"
+    assert error_of(pushed()) == f"{path}: {told.get(kind, usual)}"
+    assert hub.repos == {}
+
+
 def test_weights_of_another_dataset_are_not_pushed(hub, world, pushed):
     fake_run.write_real(world.run, licence="CC-BY-4.0")
     assert "controlnet: trained on another dataset than" in error_of(pushed())
@@ -496,6 +529,7 @@ def test_no_path_of_this_machine_goes(hub, tmp_path, capsys):
     card.unlink()
     adapters = {"base_model_name_or_path": "/home/me/models/sd15"}
     save_file({"w": np.ones(3, np.float32)}, world.weights / WEIGHTS, metadata=adapters)
+    world.record_weights()
     assert f"{WEIGHTS}: names a path of this machine, '/home/me/models/sd15'" in error_of(push_told(world, capsys))
     assert hub.count("POST", "") == 0
 
@@ -698,6 +732,7 @@ def test_diffusers_loads_what_the_command_line_pushed(hub, world, monkeypatch):
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
     StableDiffusionPipeline.save_lora_weights(world.run.generator / "lora", unet_lora_layers=adapters)
+    world.record_weights()
 
     command = command_line(hub, world, "generator", "experiment=other")
     run = {"env": environment(hub, world.folder), "cwd": ROOT, "text": True, "capture_output": True}
@@ -778,4 +813,5 @@ def test_words_in_a_picture_are_looked_at(hub, world, pushed):
     words = PngImagePlugin.PngInfo()
     words.add_text("Source", str(world.folder / "raw" / "patient.png"))
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(world.weights / "samples.png", pnginfo=words)
+    world.record_weights()
     assert "names a path of this machine" in error_of(pushed("generator"))

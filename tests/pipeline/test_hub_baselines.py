@@ -13,7 +13,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.config_loading import load_experiment
 from pipeline.contract import Contract
 from pipeline.errors import MaskLoomError
-from pipeline.files import write_json
+from pipeline.files import content_digest, write_json
 from pipeline.hub import push
 from pipeline.hub_client import PushOptions
 from pipeline.hub_parcels import Parcel, Target, check_leaks, find_targets, pack
@@ -51,11 +51,19 @@ class World:
             file = self.run.baselines / "pix2pix" / stays
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(b"stays here")
+        self.record_weights()
+
+    def record_weights(self) -> None:
+        """Have the training's record list what lies there now."""
+        kept = [path for path in self.folder.rglob("*") if path.is_file() and path.name != "optimizer.bin"]
+        self.record(files={path.relative_to(self.run.folder).as_posix(): content_digest(path) for path in kept})
 
     def record(self, **changes: object) -> None:
         write_record(self.run, "baselines/pix2pix", **changes)
 
     def parcel(self) -> Parcel:
+        if (self.run.logs("baselines/pix2pix") / "stage.json").is_file():
+            self.record_weights()
         return pack(self.config, self.run, Target("baseline", "pix2pix"), REPO)
 
     def card(self) -> tuple[dict[str, object], str]:

@@ -22,6 +22,7 @@ from pipeline.report.evaluation import Interval
 from pipeline.runs import Run
 from pipeline.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
 from pipeline.sweep_table import Column, Row, columns_of, print_table, variant_rows, write_table
+from pipeline.verification import verify_quickly
 from tests.pipeline import fake_run
 from tests.records import write_record
 from train_baselines.train import train_baselines
@@ -207,6 +208,24 @@ def test_a_dataset_is_shared_again_only_where_it_is_another_one(tmp_path: Path):
     share_dataset(source, target)
     assert before[1] != target.dataset.stat().st_ino
     assert read_json(target.logs("prepare") / "stage.json", "")["key"] == "another"
+
+
+def test_the_users_files_are_not_shared_and_not_replaced(tmp_path: Path):
+    source, target = Run(tmp_path / "a"), Run(tmp_path / "b")
+    fake_run.write_real(source)
+    fake_run.write_records(source, ("prepare",))
+    (source.dataset / "notes.txt").write_text("mine")
+    target.mark()
+    target.dataset.mkdir()
+    (target.dataset / "mine").write_text("mine")
+    write_record(target, "prepare")
+    with pytest.raises(MaskLoomError, match=r"dataset: holds files that MaskLoom did not write \(mine\)"):
+        share_dataset(source, target)
+    assert (target.logs("prepare") / "stage.json").is_file()
+    (target.dataset / "mine").unlink()
+    share_dataset(source, target)
+    assert not (target.dataset / "notes.txt").exists()
+    assert verify_quickly(target.dataset) == verify_quickly(source.dataset)
 
 
 def test_files_are_copied_where_links_are_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

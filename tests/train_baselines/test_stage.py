@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline.errors import MaskLoomError, run_command
+from pipeline.ownership import OwnedFolder
 from pipeline.runs import StageChecked, check_only
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset, write_tiny_run
 from tests.train_baselines.workbench import COUNTS, TINY, tiny_config, tiny_values, weights, write_config
@@ -273,3 +274,21 @@ def test_one_row_a_class_has_no_diversity_to_compare_with(tmp_path: Path) -> Non
     write_tiny_run(tmp_path, {}, {"train": 2, "validation": 2, "test": 2})
     train_baselines(tiny_config(tmp_path, {"pix2pix": ONE_STEP}), force=False)
     assert not [row for row in rows_of(tmp_path, "pix2pix") if "validation/diversity" in row]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-7", "weights"])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_in_the_way_is_told_before_anything_is_computed(make_run: MakeRun, name: str, force: bool) -> None:
+    run = make_run()
+    OwnedFolder(run / "baselines" / "pix2pix").claim()
+    (run / "baselines" / "pix2pix" / name).mkdir()
+    (run / "baselines" / "pix2pix" / name / "mine").write_text("mine")
+    with pytest.raises(MaskLoomError, match=rf"pix2pix/{name}: holds files that MaskLoom did not write \(mine\)"):
+        train_baselines(tiny_config(run, {"pix2pix": ONE_STEP}), force)
+    assert not (run / "logs").exists()
+
+
+def test_force_goes_on_from_no_checkpoint(make_run: MakeRun) -> None:
+    options = {**ONE_STEP, "resume_from_checkpoint": "elsewhere/checkpoint-1"}
+    with pytest.raises(MaskLoomError, match=r"baselines\.pix2pix\.resume_from_checkpoint=.*: --force deletes"):
+        train_baselines(tiny_config(make_run(), {"pix2pix": options}), force=True)

@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 
 from pipeline.config_loading import load_config
 from pipeline.errors import MaskLoomError
+from pipeline.ownership import OwnedFolder
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 from train_controlnet.backbone.__main__ import main
 from train_controlnet.backbone.architecture import new_vae
@@ -94,6 +95,16 @@ def test_finished_recipe_writes_the_same_weights_again(config: BackboneConfig) -
     before = [file.read_bytes() for file in files]
     train_backbone(config, force=False)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_force_deletes_no_checkpoint_that_a_part_goes_on_from(config: BackboneConfig) -> None:
+    checkpoint = config.run_folder / "vae" / "checkpoint-1"
+    OwnedFolder(config.run_folder).claim()
+    OwnedFolder(checkpoint).claim()
+    denoiser = config.denoiser.model_copy(update={"resume_from_checkpoint": str(checkpoint)})
+    with pytest.raises(MaskLoomError, match=r"resume_from_checkpoint=.*checkpoint-1: --force deletes"):
+        train_backbone(config.model_copy(update={"denoiser": denoiser}), force=True)
+    assert OwnedFolder(checkpoint).is_marked()
 
 
 def test_prompts_beyond_the_limit_are_told(config: BackboneConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,3 +93,28 @@ def test_a_folder_of_the_users_is_not_written_to(tmp_path: Path, dataset: Path, 
     with pytest.raises(MaskLoomError, match=r"holds generator, which MaskLoom did not write"):
         trained(tmp_path, backbone)
     assert files(tmp_path / "generator") == {"thesis.tex": b"mine"}
+
+
+def test_force_does_not_delete_the_checkpoint_that_is_to_be_gone_on_from(run: Path, backbone: Path) -> None:
+    before = files(run)
+    for path in (run / "generator" / "checkpoint-1", run / "elsewhere"):
+        with pytest.raises(
+            MaskLoomError, match=r"train\.resume_from_checkpoint=.*: --force deletes earlier .*leave one"
+        ):
+            trained(run, backbone, force=True, resume_from_checkpoint=str(path))
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint-1", "checkpoint-7", "vae_training/checkpoint-1", "controlnet", "vae"])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_name_of_weights_or_of_a_checkpoint_is_in_the_way_before_anything_is_computed(
+    tmp_path: Path, dataset: Path, backbone: Path, name: str, force: bool
+) -> None:
+    (tmp_path / "dataset").symlink_to(dataset)
+    OwnedFolder(tmp_path / "generator").claim()
+    (tmp_path / "generator" / name).mkdir(parents=True)
+    (tmp_path / "generator" / name / "mine").write_text("mine")
+    before = files(tmp_path)
+    with pytest.raises(MaskLoomError, match=rf"generator/{name}: holds files that MaskLoom did not write \(mine\)"):
+        trained(tmp_path, backbone, force=force, vae_decoder={})
+    assert files(tmp_path) == before

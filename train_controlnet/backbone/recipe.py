@@ -19,7 +19,7 @@ from pipeline.ownership import OwnedFolder, check_places, check_replaceable
 from pipeline.progress import say
 from pipeline.prompt_encoding import PromptEncoder, tell_cuts
 from pipeline.reading import LogLine, read_lines
-from pipeline.training import Task, make_accelerator, train
+from pipeline.training import Task, check_afresh, make_accelerator, train
 from pipeline.verification import verify_quickly
 from train_controlnet.backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
 from train_controlnet.backbone.config import BackboneConfig
@@ -49,6 +49,9 @@ def train_backbone(config: BackboneConfig, force: bool) -> None:
     check_places({"output_dir": config.output_dir}, [config.run_folder])
     check_replaceable(config.output_dir)
     OwnedFolder(config.run_folder).check()
+    if force:
+        for part, loop in zip(PARTS, (config.vae, config.denoiser), strict=True):
+            check_afresh(loop, config.run_folder / part)
     processes = PartialState(cpu=not torch.accelerator.is_available())
     if processes.is_main_process:
         OwnedFolder(config.run_folder).claim()
