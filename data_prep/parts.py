@@ -25,6 +25,7 @@ from pipeline.contract import Sample
 from pipeline.errors import RejectedSample
 from pipeline.files import TEMPORARY_SUFFIX, atomic_path, file_digest
 from pipeline.images import png_bytes
+from pipeline.ownership import MANIFEST, OwnedFolder
 from pipeline.progress import say
 
 if TYPE_CHECKING:
@@ -153,16 +154,22 @@ def _digests(part: Part, folder: Path) -> bytes:
     return "".join(f"{file_digest(path) if path.is_file() else 'missing'}\n" for path in paths).encode()
 
 
-def clear_parts(folder: Path) -> None:
-    """Delete the files of parts in a folder and in its subfolders, and the folders where nothing else is left in them."""
-    if not folder.is_dir():
-        return
-    for subfolder in [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]:
-        clear_parts(subfolder)
-    for path in [path for pattern in PART_FILES for path in folder.glob(pattern)]:
-        path.unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+def clear_parts(scratch: Path, keep: Path | None = None) -> None:
+    """Delete the files of parts in the marked folders of a folder, and the folders where nothing else is left in them.
+
+    Args:
+        scratch: holds a folder for each set of inputs and settings.
+        keep: one that stays.
+    """
+    for folder in scratch.glob("*"):
+        if folder == keep or folder.is_symlink() or not OwnedFolder(folder).is_marked():
+            continue
+        for path in [path for pattern in (*PART_FILES, MANIFEST) for path in folder.glob(pattern)]:
+            path.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    if scratch.is_dir() and not any(scratch.iterdir()):
+        scratch.rmdir()
 
 
 def _samples(reading: Reading, part: Part) -> Iterator[tuple[RawItem, PreparedSample] | Reject]:

@@ -45,11 +45,12 @@ from pipeline.contract import (
     DatasetWriter,
     Description,
     Sample,
+    check_dataset_place,
     plan_shards,
 )
 from pipeline.errors import MaskLoomError
 from pipeline.files import file_digest, value_digest, write_text
-from pipeline.ownership import check_places, check_replaceable
+from pipeline.ownership import OwnedFolder, check_places
 from pipeline.plugins import load_plugin
 from pipeline.progress import Advance, progress, say
 from pipeline.runs import CONFIG_FILE, Run, Stage, open_run
@@ -89,7 +90,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
     if shard is not None:
         _read_shard(reading, shard, force)
         return
-    check_replaceable(run.dataset)
+    check_dataset_place(run.dataset)
     with stage.recorded() as results:
         _clear_leftovers(run, reading.folder, keep_parts=merge or not force)
         parts = scanned_parts(sources)
@@ -254,9 +255,7 @@ def _check_places(run: Run, sources: Sequence[Source], data: DataConfig) -> None
 
 def _clear_leftovers(run: Run, parts_folder: Path, keep_parts: bool) -> None:
     """Remove what a killed run has left: parts that were read for other inputs or settings, or all where it begins afresh."""
-    for folder in (run.folder / SCRATCH).glob("*"):
-        if folder.is_dir() and not (keep_parts and folder == parts_folder):
-            clear_parts(folder)
+    clear_parts(run.folder / SCRATCH, keep=parts_folder if keep_parts else None)
 
 
 def _read_shard(reading: Reading, shard: Shard, force: bool) -> None:
@@ -275,7 +274,7 @@ def _read_missing(reading: Reading, parts: Sequence[Part]) -> None:
     Raises:
         MaskLoomError: nothing is listed.
     """
-    reading.folder.mkdir(parents=True, exist_ok=True)
+    OwnedFolder(reading.folder).claim()
     missing = [part for part in parts if not part.is_done(reading.folder)]
     total, left = (sum(len(part.entries) for part in some) for some in (parts, missing))
     workers = worker_count(len(missing), reading.data.num_workers)

@@ -35,13 +35,14 @@ from pipeline.contract import (
     Parent,
     Sample,
     Shard,
+    check_dataset_place,
     open_split,
     plan_shards,
     read_contract,
 )
 from pipeline.errors import MaskLoomError
 from pipeline.files import value_digest
-from pipeline.ownership import check_places, check_replaceable
+from pipeline.ownership import check_places
 from pipeline.plugins import load_plugin
 from pipeline.progress import Advance, progress, say
 from pipeline.runs import Run, Stage, open_run
@@ -79,7 +80,7 @@ def generate(config: ExperimentConfig, force: bool) -> None:
     with stage.recorded(writes=processes.is_main_process) as results:
         if processes.is_main_process:
             for name in generators:
-                check_replaceable(run.synthetic / name)
+                check_dataset_place(run.synthetic / name)
             verify_quickly(run.dataset)
         for generator in generators.values():
             generator.check()

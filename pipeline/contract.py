@@ -231,6 +231,16 @@ def staging_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.unfinished")
 
 
+def check_dataset_place(folder: Path) -> None:
+    """Check that a dataset may be written: neither in its place nor in that of writing lies something of the user's.
+
+    Raises:
+        MaskLoomError: names what is in the way.
+    """
+    check_replaceable(folder)
+    OwnedFolder(staging_folder(folder)).check()
+
+
 class DatasetWriter:
     """Writes a dataset shard by shard beside its place, and puts it there when it is whole.
 
@@ -273,7 +283,7 @@ class DatasetWriter:
         Raises:
             MaskLoomError: what lies at the dataset's place is not the program's.
         """
-        check_replaceable(self.folder)
+        check_dataset_place(self.folder)
         restore_outgoing(self.folder)
         if afresh or self._plan_of(self.staging) != self.key:
             self._owned.delete()

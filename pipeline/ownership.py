@@ -30,6 +30,7 @@ from pipeline.reading import Record, inside, read_model
 MANIFEST = ".maskloom.json"
 MANIFESTS = ".maskloom*.json"
 OUTGOING_SUFFIX = ".maskloom-old"  # of a folder whose successor takes its name at this moment
+COPIES = f"if this is a copy, copy the hidden files {MANIFESTS} as well (cp -a, rsync -a)"
 SYSTEM_FILES = frozenset(
     {".DS_Store", "Thumbs.db", "desktop.ini", LOCK_FILE}
 )  # nobody's: they do not make a folder a user's
@@ -64,19 +65,20 @@ class OwnedFolder:
         """Check that the folder may be written to: it is missing, empty or marked.
 
         Raises:
-            MaskLoomError: it is a file, a link to nowhere, or holds files that the program did not write.
+            MaskLoomError: it is a file, a link to nowhere, or holds files that the program did not write; or its manifest is damaged.
         """
         if not self.path.exists() and not self.path.is_symlink():
             return
         if not self.path.is_dir():
             raise MaskLoomError(f"{self.path}: not a folder, and MaskLoom writes a folder there; move it away")
         if self.is_marked():
+            self.files()  # a damaged manifest is told before anything is changed
             return
         strangers = [name for name in sorted(path.name for path in self.path.iterdir()) if not _is_nobodys(name)]
         if strangers:
             raise MaskLoomError(
                 f"{self.path}: holds files that MaskLoom did not write ({_shown(strangers)}) and has no {MANIFEST}; "
-                "nothing was changed: move them away, or choose another run_dir or output"
+                f"nothing was changed: move them away, or choose another run_dir or output; {COPIES}"
             )
 
     def claim(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.contract import CONTRACT_FILE
 from pipeline.errors import MaskLoomError, one_line
-from pipeline.ownership import MANIFESTS, OwnedFolder, file_problem
+from pipeline.ownership import COPIES, MANIFEST, MANIFESTS, OwnedFolder, file_problem
 from pipeline.progress import progress
 from pipeline.runs import RECORD_FILE, Run, read_record
 from pipeline.verification import verify_fully
@@ -16,7 +16,7 @@ from pipeline.verification import verify_fully
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run folder, and not a dataset."""
-    return OwnedFolder(folder).is_marked() and (folder / "logs").is_dir() and not (folder / CONTRACT_FILE).exists()
+    return (folder / "logs").is_dir() and not (folder / CONTRACT_FILE).exists()
 
 
 def run_problems(run: Run) -> list[str]:
@@ -26,7 +26,7 @@ def run_problems(run: Run) -> list[str]:
     recorded, and every pixel, group and parent of every dataset.
     """
     folders = _owned_folders(run.folder)
-    problems: list[str] = []
+    problems = [] if OwnedFolder(run.folder).is_marked() else [f"{run.folder / MANIFEST}: missing; {COPIES}"]
     with progress("verifying", len(folders), "folders") as advance:
         for folder in folders:
             problems += _reported(partial(_manifest_problems, folder))

@@ -14,7 +14,7 @@ from pipeline import __version__
 from pipeline.config import ExperimentConfig
 from pipeline.errors import MaskLoomError
 from pipeline.files import content_digest, sole_writer, value_digest, write_json
-from pipeline.ownership import MANIFEST, OwnedFolder, file_problem
+from pipeline.ownership import COPIES, MANIFEST, OwnedFolder, file_problem
 from pipeline.progress import say
 from pipeline.provenance import git_sha, package_versions, peak_memory_mb
 from pipeline.reading import Record, inside, read_model
@@ -73,7 +73,7 @@ class Run:
         if taken:
             raise MaskLoomError(
                 f"run_dir={self.folder}: holds {', '.join(taken)}, which MaskLoom did not write (there is no {MANIFEST}); "
-                "nothing was changed: move it away, or choose another run_dir or experiment"
+                f"nothing was changed: move it away, or choose another run_dir or experiment; {COPIES}"
             )
 
     def mark(self) -> None:

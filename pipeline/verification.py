@@ -105,7 +105,9 @@ def _check_files(folder: Path, contract: Contract) -> None:
         if f"data/{p.name}" not in contract.files
     )
     if extra:
-        raise MaskLoomError(f"{folder / extra[0]}: not listed in {CONTRACT_FILE}; {REPAIR}")
+        raise MaskLoomError(
+            f"{folder / extra[0]}: not listed in {CONTRACT_FILE}, and who opens the dataset would read its rows; move it away"
+        )
 
 
 def _check_schema(folder: Path, contract: Contract) -> None:
