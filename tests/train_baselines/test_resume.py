@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoints import LOOP_FILE, checkpoint_steps
+from pipeline.checkpoints import checkpoint_steps
 from pipeline.errors import MaskLoomError
+from pipeline.files import TEMPORARY_SUFFIX
+from pipeline.ownership import seal_folder
 from tests.processes import Command
 from tests.train_baselines.workbench import tiny_values, trained, weights, write_config
 from tests.train_controlnet.test_resume import kill_when
@@ -82,9 +84,7 @@ def test_a_gan_resumes_with_its_discriminator_and_both_optimizers(tmp_path: Path
         other = cut_back(whole, tmp_path / part, "pix2pix", 4)
         place = other / "baselines" / "pix2pix" / "checkpoint-4"
         shutil.copy(steps / "checkpoint-2" / part, place / part)
-        record = json.loads((place / LOOP_FILE).read_text())
-        record["files"][part] = (place / part).stat().st_size
-        (place / LOOP_FILE).write_text(json.dumps(record))
+        seal_folder(place)
         assert trained(other, "pix2pix", **KEPT) != expected, part
 
 
@@ -106,8 +106,8 @@ def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(tmp_path: Path, 
     config = write_config(tmp_path / "killed.yaml", tiny_values(run, {family: settings}))
     folder = run / "baselines" / family
     command = Command("train_baselines", ["--config", str(config)])
-    kill_when(command, (folder / ".checkpoint-4.tmp").exists)
+    kill_when(command, (folder / f".checkpoint-4{TEMPORARY_SUFFIX}").exists)
     assert 2 in checkpoint_steps(folder)
     assert not weights(run, family)
     assert trained(run, family, **settings) == expected
-    assert not list(folder.glob(".*"))
+    assert not list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
