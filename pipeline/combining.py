@@ -344,10 +344,10 @@ def _check_output(inputs: Sequence[Path], plans: Sequence[Combination], options:
         leftovers = [
             p for p in sorted(options.output.glob(STAGE.format(number="*"))) if p not in planned and p.is_dir()
         ]
-    for plan in plans:
-        check_dataset_place(plan.folder)
     for folder, key in [*((plan.folder, plan.key) for plan in plans), *((folder, "") for folder in leftovers)]:
         _check_place(folder, key, options.force)
+    for plan in plans:
+        check_dataset_place(plan.folder)
     return leftovers
 
 
