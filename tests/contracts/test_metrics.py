@@ -138,7 +138,7 @@ def check_answer(result: MetricResult) -> None:
     json.dumps(values, allow_nan=False)
     for number, picture in enumerate(values["pictures"]):
         picture["path"] = f"{number}.png"
-    Evaluation.model_validate({"metric": "m", "version": 1, **values})
+    Evaluation.model_validate_json(json.dumps({"metric": "m", "version": 1, **values}))
     assert result.question.endswith("?")
     assert result.verdict.endswith(".")
     assert "nan" not in result.verdict

@@ -400,10 +400,11 @@ def test_wrong_options_are_errors(options):
 
 
 def test_the_releases_patients_with_two_names_are_one_group_each(tmp_path):
+    raw = tmp_path / "raw"
     for patient in (1, 2, 3, 55, 74, 76, 101, 118):
-        write_patient(tmp_path, patient, "DCM")
+        write_patient(raw, patient, "DCM")
     run = tmp_path / "run"
-    prepare(experiment(run, "acdc", tmp_path, options={"field_mm": 32, "include_empty": True}), force=False)
+    prepare(experiment(run, "acdc", raw, options={"field_mm": 32, "include_empty": True}), force=False)
     splits = defaultdict(set)
     for split, ids in _ids(run):
         for sample, group in ids:
@@ -416,19 +417,20 @@ def test_the_releases_patients_with_two_names_are_one_group_each(tmp_path):
 
 
 def test_patients_with_equal_voxels_that_no_list_names_are_found(tmp_path, capsys):
+    raw = tmp_path / "raw"
     for patient in (1, 2, 3, 4, 101):
-        write_patient(tmp_path, patient, "DCM")
+        write_patient(raw, patient, "DCM")
     for twin in (5, 102):
-        source = patient_folder(tmp_path, twin - 1)
+        source = patient_folder(raw, twin - 1)
         for file in source.iterdir():
-            target = patient_folder(tmp_path, twin) / file.name.replace(source.name, f"patient{twin:03d}")
+            target = patient_folder(raw, twin) / file.name.replace(source.name, f"patient{twin:03d}")
             target.parent.mkdir(exist_ok=True)
             shutil.copy(file, target)
-    shutil.copytree(patient_folder(tmp_path, 1), twin := patient_folder(tmp_path, 103))
+    shutil.copytree(patient_folder(raw, 1), twin := patient_folder(raw, 103))
     for file in twin.iterdir():
         file.rename(file.with_name(file.name.replace("patient001", "patient103")))
     run = tmp_path / "run"
-    prepare(experiment(run, "acdc", tmp_path, options={"field_mm": 32}), force=False)
+    prepare(experiment(run, "acdc", raw, options={"field_mm": 32}), force=False)
     groups = {sample[:10]: (split, group) for split, ids in _ids(run) for sample, group in ids}
     assert "patient001" not in groups
     assert groups["patient103"] == ("test", "patient001")

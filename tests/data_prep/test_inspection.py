@@ -124,6 +124,8 @@ def test_where_nothing_of_the_sample_can_be_used_the_command_comes_with_a_warnin
 
 def test_of_several_sets_each_has_its_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    folder = tmp_path / "raw"
+    folder.mkdir()
     for flag, size in (("pneumoniamnist", 28), ("breastmnist", 64)):
         arrays = {}
         for split in ("train", "val", "test"):
@@ -131,9 +133,9 @@ def test_of_several_sets_each_has_its_command(tmp_path, capsys, monkeypatch):
                 np.random.default_rng(len(split)).integers(0, 256, (4, size, size)).astype(np.uint8)
             )
             arrays[f"{split}_labels"] = (np.arange(4) % 2).astype(np.uint8)[:, None]
-        np.savez(tmp_path / f"{flag}{'' if size == 28 else f'_{size}'}.npz", **arrays)
-    text = inspected(capsys, tmp_path)
-    raw = f"data.raw_dir={tmp_path}"
+        np.savez(folder / f"{flag}{'' if size == 28 else f'_{size}'}.npz", **arrays)
+    text = inspected(capsys, folder)
+    raw = f"data.raw_dir={folder}"
     assert [words[-3:] for words in printed_commands(text)] == [
         [raw, "data.options.flag=breastmnist", "data.options.size=64"],
         [raw, "data.options.flag=pneumoniamnist", "data.options.size=28"],

@@ -333,7 +333,7 @@ def test_what_is_read_can_be_pickled(tmp_path):
 
 def test_an_archive_that_is_not_a_file(tmp_path):
     Path(tmp_path / "file.npz").mkdir()
-    with pytest.raises(RejectedSample, match=r"file\.npz cannot be decoded \(.*Is a directory: 'file\.npz'\)"):
+    with pytest.raises(RejectedSample, match=r"file\.npz is a folder, not a file"):
         npz_row(tmp_path / "file.npz", "a", 0)
 
 
