@@ -25,9 +25,9 @@ WINDOW_SIDE = 32
 DIMENSIONS = 256
 NEIGHBOURS = 6
 LEAST = 0.3  # correlation of vectors below which an image is no neighbour
-EXACT = 4096
+EXACT = 16384  # images; of 10000, all comparisons take half a minute of a core
 CELLS_PER_ROOT = 4  # cells: this times the square root of the number of images
-PROBED = 40  # cells that a query visits, nearest first: time grows with the 1.5th power of the number of images
+PROBED = 80  # cells that a query visits, nearest first: time grows with the 1.5th power of the number of images
 TRAINED_ON = 64  # vectors per cell
 BLOCK, QUERIES = 128, 1024
 
