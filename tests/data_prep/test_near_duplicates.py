@@ -3,14 +3,26 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from data_prep import near_duplicate_alignment, near_duplicate_index, near_duplicates
+from data_prep import (
+    near_duplicate_alignment,
+    near_duplicate_chance,
+    near_duplicate_index,
+    near_duplicate_layout,
+    near_duplicates,
+)
 from data_prep.adapter import RawItem
 from data_prep.datasets.busi import Adapter, BusiOptions
 from data_prep.grouping import MOST_GROUPS, consistent_rows
 from data_prep.near_duplicate_chance import chance_threshold
 from data_prep.near_duplicate_index import build_index, neighbour_pairs
 from data_prep.near_duplicate_textures import windows
-from data_prep.near_duplicates import Threshold, find_near_duplicates, near_duplicate_clusters, signature
+from data_prep.near_duplicates import (
+    NearDuplicates,
+    Threshold,
+    find_near_duplicates,
+    near_duplicate_clusters,
+    signature,
+)
 from data_prep.parts import Found
 from pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
@@ -111,17 +123,22 @@ def lesions():
     return [*images, *map(brighter_and_shifted, images[:2])]
 
 
-def test_a_common_layout_joins_nothing_but_copies(lesions, tmp_path):
-    found = found_among(lesions, tmp_path)
+@pytest.fixture(scope="module")
+def found(lesions, tmp_path_factory):
+    """Return what is found among the lesions."""
+    return found_among(lesions, tmp_path_factory.mktemp("lesions"))
+
+
+def test_a_common_layout_joins_nothing_but_copies(found):
     assert found.clusters() == [*range(24), 0, 1]
     assert found.threshold.correlation == 0.55 and found.threshold.detail >= near_duplicates.DETAIL_OF_SOME
     # By the correlation of their textures alone they would be one.
     assert np.mean(found.scores[:, 0] >= 0.55) > 0.8
 
 
-def test_the_result_depends_on_the_images_alone(lesions, tmp_path):
-    one, other = found_among(lesions, tmp_path), found_among(lesions, tmp_path, workers=2)
-    assert one.threshold == other.threshold and one.scores.tobytes() == other.scores.tobytes()
+def test_the_result_depends_on_the_images_alone(lesions, found, tmp_path):
+    other = found_among(lesions, tmp_path, workers=2)
+    assert found.threshold == other.threshold and found.scores.tobytes() == other.scores.tobytes()
     assert list(tmp_path.iterdir()) == [tmp_path / "signatures.bin"]
 
 
@@ -166,6 +183,36 @@ def test_threshold_of_chance_meets_what_a_normal_distribution_says():
         assert chance_threshold(scores, draw, 1000) == pytest.approx(np.tanh(0.1 + 0.1 * 5.07), abs=0.02)
 
 
+def test_the_fewer_the_images_the_stricter_the_threshold(lesions, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "HEADROOM", 0)
+    assert found_among(lesions, tmp_path).threshold.detail < found.threshold.detail
+    monkeypatch.setattr(near_duplicate_chance, "DRAWS", 32)
+    unlike = [picture(seed, (64, 64)) for seed in range(16)]
+    assert found_among(unlike, tmp_path).threshold == Threshold(0.55, near_duplicates.DETAIL_OF_SOME)
+    assert found_among(unlike[:15], tmp_path).threshold == Threshold(0.55, near_duplicates.DETAIL_OF_FEW)
+    monkeypatch.setattr(near_duplicate_layout, "COMPONENTS", 8)
+    monkeypatch.setattr(near_duplicates, "COMPONENTS", 8)
+    assert found_among(unlike, tmp_path).threshold == Threshold(0.55, near_duplicates.DETAIL)
+
+
+def test_a_margin_asks_for_more_of_both_correlations():
+    scores = np.array([[0.6, 0.9, 0.5], [0.9, 0.6, 0.5], [0.9, 0.9, 0.5], [0.1, 0.9, 0.99], [0.9, 0.4, 0.99]])
+    pairs = np.array([(0, n) for n in range(1, 6)])
+    found = NearDuplicates(Threshold(0.55, 0.55), list(range(6)), pairs, scores)
+    assert found.clusters() == [0, 0, 0, 0, 0, 5]
+    assert found.clusters(0.1) == [0, 1, 2, 0, 0, 5]
+    strict = NearDuplicates(Threshold(0.55, 0.88), list(range(6)), pairs, scores)
+    assert strict.clusters() == [0, 0, 2, 0, 0, 5] and strict.clusters(0.1) == list(range(6))
+    alone = NearDuplicates(Threshold(0.55, None), list(range(6)), pairs, scores)
+    assert alone.clusters() == [0] * 6 and alone.clusters(0.1) == [0, 1, 0, 0, 0, 0]
+
+
+def test_of_an_image_met_in_two_cells_the_better_score_counts():
+    ids, scores = np.array([[3, 7, 3, 5]]), np.array([[0.4, 0.6, 0.9, 0.5]], np.float32)
+    kept, best = near_duplicate_index._strongest(ids, scores, 3)
+    assert kept.tolist() == [[3, 7, 5]] and best[0] == pytest.approx([0.9, 0.6, 0.5])
+
+
 def test_the_partition_into_cells_finds_what_comparing_everything_finds(tmp_path, monkeypatch):
     originals = [picture(seed, (64, 64)) for seed in range(60)]
     images = [*originals, *(np.ascontiguousarray(image[3:, :-4]) for image in originals)]
@@ -173,7 +220,8 @@ def test_the_partition_into_cells_finds_what_comparing_everything_finds(tmp_path
     path.write_bytes(b"".join(map(signature, images)))
     index = build_index(path, len(images), 0, tmp_path / "windows", 1)
     copies = {(i, i + 60) for i in range(60)}
-    assert copies <= set(map(tuple, neighbour_pairs(index, 1).tolist()))
+    pairs = neighbour_pairs(index, 1)
+    assert copies <= set(map(tuple, pairs.tolist())) and (pairs[:, 0] < pairs[:, 1]).all()
     monkeypatch.setattr(near_duplicate_index, "EXACT", 0)
     monkeypatch.setattr(near_duplicate_index, "PROBED", 10)  # of 43
     assert copies <= set(map(tuple, neighbour_pairs(index, 1).tolist()))
