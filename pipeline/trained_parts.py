@@ -59,6 +59,7 @@ def read_places(train: TrainConfig) -> dict[str, Path | None]:
         "train.controlnet_model_name_or_path": train.controlnet_model_name_or_path,
         "train.lora_model_name_or_path": train.lora_model_name_or_path,
         "train.tokenizer_name": train.tokenizer_name,
+        "train.single_file_config": train.single_file_config,
         **{f"train.validation_image[{number}]": path for number, path in enumerate(train.validation_image)},
     }
     return {key: Path(value) for key, value in named.items() if value is not None and Path(value).exists()}
