@@ -147,7 +147,7 @@ def resume(
     _check_identity(path, record.identity, identity)
     _check_random_states(path, accelerator)
     try:
-        accelerator.load_state(str(path))
+        accelerator.load_state(str(path), load_kwargs={"weights_only": True})
         averages.load(path, record.averages)
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
         raise MaskLoomError(f"{path}: cannot be read ({one_line(error)[:200]}); {_remedy(path)}") from error
@@ -203,7 +203,7 @@ def _check_random_states_restored(path: Path, accelerator: Accelerator) -> None:
     Raises:
         MaskLoomError: they differ, as on another number or kind of devices.
     """
-    states = load(_random_states(path, accelerator))
+    states = load(_random_states(path, accelerator), weights_only=True)
     pairs = [(states["torch_manual_seed"], torch.get_rng_state())]
     if torch.cuda.is_available():
         kept, now = states.get("torch_cuda_manual_seed", []), torch.cuda.get_rng_state_all()
