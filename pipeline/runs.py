@@ -301,10 +301,25 @@ class Stage:
         if record is None or record.key != self.key:
             return STALE, "its inputs or settings have changed"
         lost = [path for path in self.outputs if not path.exists()]
-        problem = f"{lost[0]}: missing" if lost else damaged_file(self.run, record.files)
+        problem = (
+            f"{lost[0]}: missing" if lost else damaged_file(self.run, record.files) or self._other_manifest(record)
+        )
         if problem:
             return DAMAGED, problem
         return DONE, damaged_file(self.run, record.shown) or ""
+
+    def _other_manifest(self, record: StageRecord) -> str | None:
+        """Return which output folder's manifest lists other content than was recorded: whoever compares with it would be misled."""
+        for folder in (path for path in self.outputs if path.is_dir()):
+            name = folder.relative_to(self.run.folder).as_posix()
+            recorded = {file: known for file, known in record.files.items() if file.startswith(f"{name}/")}
+            try:
+                listed = {f"{name}/{file}": known for file, known in OwnedFolder(folder).files().items()}
+            except MaskLoomError:
+                continue  # whoever reads it names it
+            if any(digest not in listed.get(file, ()) for file, digest in recorded.items()):
+                return f"{folder / MANIFEST}: not what was written"
+        return None
 
     def skips(self, force: bool) -> bool:
         """Whether to leave the stage out; says so, and says what is damaged.

@@ -21,7 +21,7 @@ from pipeline.errors import MaskLoomError, nearest_name
 from pipeline.ownership import OwnedFolder, check_replaceable
 from pipeline.plugins import load_plugin
 from pipeline.progress import say
-from pipeline.runs import SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
+from pipeline.runs import RECORD_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
 from pipeline.verification import verify_for_training
 
 if TYPE_CHECKING:
@@ -141,7 +141,11 @@ def _family_stage(config: ExperimentConfig, run: Run, contract: Contract, name: 
 
 def _whole_stage(config: ExperimentConfig, run: Run, contract: Contract, options: Mapping[str, FamilyOptions]) -> Stage:
     settings = [{name: one.model_dump(mode="json") for name, one in options.items()}, config.seed]
-    return Stage(run, NAME, {"dataset": contract.digest}, settings, [weights_folder(run, name) for name in options])
+    outputs = [weights_folder(run, name) for name in options]
+    outputs += [
+        run.logs(f"{NAME}/{name}") / RECORD_FILE for name in options
+    ]  # without its record, weights count as untrained
+    return Stage(run, NAME, {"dataset": contract.digest}, settings, outputs)
 
 
 def _check_before_training(

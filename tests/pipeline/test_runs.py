@@ -1,6 +1,7 @@
 """Run folders, skipping, the record that a stage writes last, and provenance."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pipeline import __version__, provenance
 from pipeline.config_loading import load_experiment
 from pipeline.errors import MaskLoomError
 from pipeline.files import LOCK_FILE
-from pipeline.ownership import whole_folder
+from pipeline.ownership import MANIFEST, OwnedFolder, whole_folder
 from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run, require_intact, skip_empty_stage
 from tests.pipeline import fake_run
 
@@ -159,6 +160,20 @@ def test_every_file_of_an_output_folder_counts(tmp_path):
         MaskLoomError, match=r"deep/w: not what was written: damaged since train wrote it; run train again"
     ):
         require_intact(Run(tmp_path), "train", tmp_path / "weights")
+
+
+def test_a_manifest_that_lists_other_content_is_damaged(tmp_path):
+    def stage() -> Stage:
+        return Stage(Run(tmp_path), "evaluate", {}, None, [tmp_path / "evaluation"])
+
+    with stage().recorded():
+        OwnedFolder(tmp_path / "evaluation").write_text("a.json", "1")
+    assert stage().is_done()
+    OwnedFolder(tmp_path / "other").write_text("a.json", "2")
+    shutil.copy(tmp_path / "other" / MANIFEST, tmp_path / "evaluation" / MANIFEST)
+    assert stage().examined() == ("damaged", f"{tmp_path / 'evaluation' / MANIFEST}: not what was written")
+    (tmp_path / "evaluation" / MANIFEST).write_text("{")
+    assert stage().is_done()
 
 
 def test_weights_without_a_record_are_not_trained(tmp_path):

@@ -121,6 +121,20 @@ def test_a_lost_weight_is_made_again_from_the_checkpoint(make_run: MakeRun) -> N
     assert weights(run, "pix2pix") == before
 
 
+def test_a_lost_record_of_one_family_is_noticed_and_made_again(make_run: MakeRun) -> None:
+    run = make_run()
+    config = tiny_config(run, BOTH)
+    train_baselines(config, force=False)
+    record = stage("baselines/pix2pix", run)
+    record.unlink()
+    with check_only(), pytest.raises(StageChecked) as checked:
+        train_baselines(config, force=False)
+    assert (checked.value.state, checked.value.reason) == ("damaged", f"{record}: missing")
+    train_baselines(config, force=False)
+    assert record.is_file()
+    assert state_of(config) == "done"
+
+
 def test_without_steps_the_networks_stay_as_they_start(make_run: MakeRun) -> None:
     first, second = (make_run(name) for name in ("first", "second"))
     for run, steps in ((first, 0), (second, 1)):
