@@ -24,8 +24,8 @@ def load(folder, sample_id):
 
 @pytest.fixture
 def raw(tmp_path):
-    write_raw(tmp_path)
-    return tmp_path
+    write_raw(tmp_path / "raw")
+    return tmp_path / "raw"
 
 
 def test_every_pair_is_listed_once_by_split_and_number(raw):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep.grouping import consistent_rows
+from data_prep.parts import Found
 from data_prep.parts import without_taken_ids
 from pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.test_folder import COLUMNS, adapter, listed, masks_of, save, square, table, tree
@@ -49,7 +50,7 @@ def test_a_row_takes_no_file_that_another_one_names(tmp_path):
     tree(tmp_path, "i/a.png", "m/a_mask.png")
     table(tmp_path, "i/A.png;m/a_mask.png;a;P;train", "i/a.png;m/a_mask.png;a;P;train")
     items, rejects = listed(tmp_path, **COLUMNS)
-    assert list(items) == ["i/a.png"] and rejects == {"t.csv#row=1": "file 'i/A.png' fits no file in data.raw_dir"}
+    assert list(items) == ["i/a.png"] and rejects == {"t.csv#row=2": "file 'i/A.png' fits no file in data.raw_dir"}
 
 
 @pytest.mark.parametrize("pattern", ["masks/{stem}.png", "masks/{stem}_*.png", "masks/*.png", "masks/**/{stem}.png"])
@@ -130,8 +131,8 @@ def test_a_patient_that_is_written_in_two_ways_is_one_group(tmp_path):
     names = ["Müller", nfd("Müller"), "MÜLLER", "Moller"]
     table(tmp_path, *(f"i/{n}.png;;a;{name};" for n, name in enumerate(names)))
     items = list(listed(tmp_path, **{**COLUMNS, "mask_column": None, "split_column": None})[0].values())
-    rows, _ = consistent_rows(items, range(4))
-    assert [row.group for row in rows] == ["Müller"] * 3 + ["Moller"]
+    found = [Found(i.sample_id, i.path, i.label, i.group, None, "", "", 0, False, 0, (0, 0)) for i in items]
+    assert [row.group for row in consistent_rows(found, range(4)).rows] == ["Müller"] * 3 + ["Moller"]
 
 
 @pytest.mark.parametrize("where", ["image", "mask"])

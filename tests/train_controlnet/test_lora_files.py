@@ -138,8 +138,9 @@ def test_an_alpha_in_the_files_notes_counts(
     weights = in_peft_names(load_file(source / ADAPTER_FILE))
     doubled = {key: value * 2 if "lora_B" in key else value for key, value in weights.items()}
     notes = '{"unet.r": 4, "unet.lora_alpha": 2, "text_encoder.r": 4, "text_encoder.lora_alpha": 2}'
-    save_file(doubled, tmp_path / "given.safetensors", metadata={"lora_adapter_metadata": notes})
-    settings = {**STILL, "lora": BOTH, "lora_model_name_or_path": str(tmp_path)}
+    (tmp_path / "given").mkdir()
+    save_file(doubled, tmp_path / "given" / "given.safetensors", metadata={"lora_adapter_metadata": notes})
+    settings = {**STILL, "lora": BOTH, "lora_model_name_or_path": str(tmp_path / "given")}
     train_stage(tiny_config(config.run_folder, backbone, **settings), force=False)
     found, expected = (load_file(folder / ADAPTER_FILE) for folder in (config.run_folder / "generator/lora", source))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
