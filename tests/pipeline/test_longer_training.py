@@ -152,7 +152,7 @@ class TestBeforeTraining:
     def check(self, folder: Path, **changes: Any) -> None:
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         try:
-            check_resumable(settings(**changes), folder, 7, {"dataset": "points"})
+            check_resumable(settings(**changes), folder, 7, {"dataset": "points"}, force=False)
         finally:
             assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 

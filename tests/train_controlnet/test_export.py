@@ -219,7 +219,7 @@ def test_each_setting_leaves_its_folders(config: ExperimentConfig, settings: dic
 
 def test_a_folder_that_cannot_be_written_is_told(config: ExperimentConfig) -> None:
     task, folder = exported(config)
-    (folder / ".controlnet.tmp").write_text("in the way")
+    (folder / ".controlnet.maskloom-tmp").write_text("in the way")
     run = Run(config.run_folder)
     with pytest.raises(MaskLoomError, match=r"generator/controlnet: could not be written .*free space"):
         export(task, config, run, read_contract(run.dataset), Accelerator(cpu=True))

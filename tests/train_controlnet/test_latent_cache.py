@@ -297,6 +297,7 @@ def test_other_sizes_are_other_datasets(tmp_path: Path) -> None:
 def test_a_stale_cache_is_told_and_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("stale", "current"):
         OwnedFolder(tmp_path / name).claim()
+    OwnedFolder(tmp_path / "stale").write_text("moments", "old")
     (tmp_path / "current" / f".views-00000.safetensors.7{TEMPORARY_SUFFIX}").write_text("half")
     drop_stale_caches(tmp_path, tmp_path / "current")
     assert [path.name for path in tmp_path.iterdir()] == ["current"]

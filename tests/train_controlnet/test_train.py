@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path, dataset: Path
 
 @pytest.mark.parametrize(
     ("limit", "named"),
-    [(3_000, "'train' cannot be opened"), (300_000, "checkpoint-2.maskloom-tmp: could not be written")],
+    [(3_000, "File too large"), (300_000, "checkpoint-2.maskloom-tmp: could not be written")],
 )
 def test_a_full_disk_stops_the_stage_and_nothing_half_written_stays(
     tmp_path: Path, dataset: Path, backbone: Path, limit: int, named: str
