@@ -216,6 +216,7 @@ def test_a_task_of_an_array_goes_back_to_the_queue_alone(tmp_path: Path, cluster
     job = subprocess.Popen(["bash", str(SLURM / "prepare.sh"), "c.yaml"], cwd=tmp_path, env={**cluster, **array})
     while not (tmp_path / "words").exists() or "3/8" not in (tmp_path / "words").read_text():
         time.sleep(0.02)
+    time.sleep(0.5)  # until the script waits for its command
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=20) == 0
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "41230_3"]
