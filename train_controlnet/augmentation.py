@@ -121,8 +121,9 @@ def _inverse_map(shape: tuple[int, ...], config: AugmentConfig, rng: np.random.G
 
 
 def _moved(picture: Picture, inverse: AffineMap, resample: Image.Resampling) -> Picture:
+    # As a perspective map: for AFFINE, PIL rounds the positions of the nearest pixels, and a mask would end where its image does not.
     source = Image.fromarray(picture)
-    return np.asarray(source.transform(source.size, Image.Transform.AFFINE, inverse, resample))
+    return np.asarray(source.transform(source.size, Image.Transform.PERSPECTIVE, (*inverse, 0.0, 0.0), resample))
 
 
 def _other_contrast(image: Picture, config: AugmentConfig, rng: np.random.Generator) -> Picture:

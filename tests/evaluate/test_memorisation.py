@@ -9,7 +9,7 @@ from evaluate import nearest
 from evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, _table, _verdict
 from evaluate.nearest import Nearest, nearest_features, nearest_pixels
 from tests.evaluate.runs import answer, copied, tiny_inputs
-from tests.tiny_datasets import Sample, tiny_picture, write_tiny_run
+from tests.tiny_datasets import Picture, Sample, tiny_picture, write_tiny_run
 
 
 def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
@@ -20,13 +20,21 @@ def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
 
 
 def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path) -> None:
-    """Where held-out images are copies of training images themselves, a synthetic copy is nothing unusual."""
+    """Where held-out images are all but copies of training images themselves, a synthetic copy with as small a change is nothing unusual."""
 
-    def same_everywhere(sample: Sample) -> None:
+    def almost_same_everywhere(sample: Sample) -> None:
         number = int(sample.sample_id[-4:])
         sample.image, sample.mask = tiny_picture(number, 32, number % 2, 0)
+        sample.image[0, 0] = {"train": 0, "validation": 60, "test": 120}[sample.sample_id.split("-")[0]]
 
-    write_tiny_run(tmp_path, {"copied": copied}, {"train": 8, "validation": 4, "test": 4}, change=same_everywhere)
+    def almost_copied(parent: Sample, index: int) -> Picture:
+        changed = parent.image.copy()
+        changed[0, 0] = 90
+        return changed
+
+    write_tiny_run(
+        tmp_path, {"copied": almost_copied}, {"train": 8, "validation": 4, "test": 4}, change=almost_same_everywhere
+    )
     result = answer(tiny_inputs(tmp_path, ("copied",)), "memorisation")
     assert result.values["copied"][FEATURES]["flagged"] == 0
 

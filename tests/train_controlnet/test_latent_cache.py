@@ -41,6 +41,12 @@ def views(dataset: Path) -> Views:
     return Views(open_split(dataset, "train"), read_contract(dataset).description, AUGMENT, 0)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A cache's folder. The one above it, which holds every cache of a run, is marked as MaskLoom's own, so it is not `tmp_path`'s."""
+    return tmp_path / "caches" / "digest"
+
+
 class Encoder:
     """Stand for a VAE and count its images."""
 
@@ -74,10 +80,10 @@ def changed(config: ExperimentConfig, **train: Any) -> ExperimentConfig:
     )
 
 
-def test_moments_are_those_of_the_view(views: Views, tmp_path: Path) -> None:
-    cache = fill(tmp_path, views, encoded)
+def test_moments_are_those_of_the_view(views: Views, folder: Path) -> None:
+    cache = fill(folder, views, encoded)
     assert len(views) == 24
-    assert len(content(tmp_path)) == cache.shards == 5
+    assert len(content(folder)) == cache.shards == 5
     for index in range(24):
         expected = encoded(latent_cache.pixels(views.image(index))[None])[0]
         torch.testing.assert_close(cache[index], expected, rtol=0, atol=1e-6)
@@ -109,12 +115,12 @@ def test_sizes_share_a_shard(tmp_path: Path) -> None:
             assert np.array_equal(cache.mask(index), views.mask(index))
 
 
-def test_a_filled_cache_is_not_filled_again(views: Views, tmp_path: Path) -> None:
-    fill(tmp_path, views, encoded)
-    before, encoder = content(tmp_path), Encoder()
-    fill(tmp_path, views, encoder)
+def test_a_filled_cache_is_not_filled_again(views: Views, folder: Path) -> None:
+    fill(folder, views, encoded)
+    before, encoder = content(folder), Encoder()
+    fill(folder, views, encoder)
     assert encoder.images == 0
-    assert content(tmp_path) == before
+    assert content(folder) == before
 
 
 def test_an_interrupted_caching_goes_on(views: Views, tmp_path: Path) -> None:
@@ -180,17 +186,17 @@ DAMAGES = [cut, empty, scramble, flip_a_bit, without_notes, as_another_shard]
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_told_and_made_again(
-    views: Views, tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+    views: Views, folder: Path, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(tmp_path, views, encoded)
-    before, encoder = content(tmp_path), Encoder()
-    damage(tmp_path / "views-00002.safetensors")
-    assert content(tmp_path) != before
+    fill(folder, views, encoded)
+    before, encoder = content(folder), Encoder()
+    damage(folder / "views-00002.safetensors")
+    assert content(folder) != before
     capsys.readouterr()
-    fill(tmp_path, views, encoder)
+    fill(folder, views, encoder)
     assert "views-00002.safetensors: damaged; making it again" in capsys.readouterr().err
     assert encoder.images == 5
-    assert content(tmp_path) == before
+    assert content(folder) == before
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -227,31 +233,31 @@ def test_a_damaged_cache_does_not_stop_a_task(config: ExperimentConfig) -> None:
     assert torch.equal(again.text, text)
 
 
-def test_moments_that_are_not_finite_are_an_error(views: Views, tmp_path: Path) -> None:
+def test_moments_that_are_not_finite_are_an_error(views: Views, folder: Path) -> None:
     def overflowing(images: Tensor) -> Tensor:
         return encoded(images).half() / torch.zeros(1)
 
     with pytest.raises(MaskLoomError, match=r"sample train-0000: the VAE's output holds NaN .* train\.mixed_precision"):
-        fill(tmp_path, views, overflowing)
-    assert not tmp_path.joinpath("views-00000.safetensors").exists()
+        fill(folder, views, overflowing)
+    assert not folder.joinpath("views-00000.safetensors").exists()
 
 
-def test_half_precision_is_kept(views: Views, tmp_path: Path) -> None:
-    cache = fill(tmp_path, views, lambda images: encoded(images).bfloat16())
+def test_half_precision_is_kept(views: Views, folder: Path) -> None:
+    cache = fill(folder, views, lambda images: encoded(images).bfloat16())
     assert cache[3].dtype == torch.bfloat16
     encoder = Encoder()
-    fill(tmp_path, views, encoder)
+    fill(folder, views, encoder)
     assert encoder.images == 0
 
 
-def test_without_latents_only_the_words_of_copies_are_kept(views: Views, tmp_path: Path) -> None:
-    cache = fill(tmp_path, views, None)
+def test_without_latents_only_the_words_of_copies_are_kept(views: Views, folder: Path) -> None:
+    cache = fill(folder, views, None)
     assert set(cache.prompts()) == {i for i in range(24) if i % 2}
-    assert sum(len(data) for data in content(tmp_path).values()) < 5000
+    assert sum(len(data) for data in content(folder).values()) < 5000
 
 
-def test_a_cache_travels_to_a_worker(views: Views, tmp_path: Path) -> None:
-    cache = fill(tmp_path, views, encoded)
+def test_a_cache_travels_to_a_worker(views: Views, folder: Path) -> None:
+    cache = fill(folder, views, encoded)
     first = cache[0].clone()
     assert torch.equal(pickle.loads(pickle.dumps(cache))[0], first)
 

@@ -78,7 +78,11 @@ def test_plan_tells(run: Path, backbone: Path, tmp_path: Path, capsys: pytest.Ca
     said = planned()
     assert "prompts: 2 of 2 different prompts are longer than the text encoder reads (46 tokens" in said
     assert "prompts: all 2 are read whole, at most 52 of 92 tokens" in planned("train.prompt_chunks=2")
-    assert f"prompts: not looked at ({tmp_path}: a tokenizer of 2 tokens" in planned(f"train.tokenizer_name={tmp_path}")
+    words = tmp_path / "words"
+    words.mkdir()
+    (words / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    assert f"prompts: not looked at ({words}: a tokenizer of 2 tokens" in planned(f"train.tokenizer_name={words}")
 
 
 def test_plan_counts_the_pieces(run: Path, backbone: Path) -> None:
@@ -121,23 +125,26 @@ def test_training_validation_and_generation_read_a_prompt_alike(run: Path, backb
     config = tiny_config(run, backbone, **QUICK, prompt_chunks=2)
     task = task_of(run, backbone, prompt_chunks=2)
     text = f"{WORDS}disc"
-    pipe = load_backbone(config, torch.device("cpu"), {})
-    sampler = Sampler(pipe, config.generate, tiny_description(), "", config.train.prompt_chunks)
+    pipe = load_backbone(config, torch.device("cpu"), {}, [(32, 32)])
+    how = Sampling.of(config.generate)
+    sampler = Sampler(pipe, how, tiny_description(), config.train.prompt_chunks)
     assert torch.equal(sampler.embedding(text), task.embed([text]))
-    plain = Sampler(pipe, config.generate, tiny_description(), "")
+    plain = Sampler(pipe, how, tiny_description())
     expected = pipe.encode_prompt(text, pipe.device, 1, do_classifier_free_guidance=False)[0]
     assert torch.equal(plain.embedding(text), expected)  # without pieces: as diffusers does
 
 
 def test_validation_pictures_see_the_end_of_a_prompt(run: Path, backbone: Path) -> None:
     blank = np.zeros((32, 32, 3), np.uint8)
-    how = Sampling("test", 2, 1.0, 1.0)
+    how = Sampling(num_inference_steps=2, guidance_scale=1.0, controlnet_conditioning_scale=1.0)
+    config = tiny_config(run, backbone, **QUICK)
     differ = []
     for chunks in (None, 2):
         task = task_of(run, backbone, prompt_chunks=chunks)
         accelerator = Accelerator(cpu=True)
         one, other = (
-            sampled_images(task, accelerator, [Wish(blank, WORDS + end)], how, 0)[0] for end in ("disc", "square")
+            sampled_images(task, accelerator, [Wish(blank, WORDS + end)], config, how, "test")[0]
+            for end in ("disc", "square")
         )
         differ.append(not np.array_equal(one, other))
     assert differ == [False, True]
