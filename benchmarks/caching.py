@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import default_collate
 
-from pipeline.config_loading import load_experiment
-from pipeline.contract import read_contract
-from pipeline.cpu_memory import keep_freed_memory
-from pipeline.randomness import Draws
-from pipeline.runs import Run
-from train_controlnet.task import DiffusionTask
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.cpu_memory import keep_freed_memory
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.task import DiffusionTask
 
 STEPS = 10
 WARM_UP = 3

@@ -22,7 +22,7 @@ import datasets  # noqa: F401  imported once, for all the processes that are for
 import pyarrow.parquet  # noqa: F401
 import typer
 
-import data_prep.__main__ as command_line
+import maskloom.data_prep.__main__ as command_line
 from tests.data_prep.experiment import experiment
 from tests.malformed import NAMES, options_of, snapshot, write_malformed
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
-from data_prep.near_duplicates import find_near_duplicates, signature
-from data_prep.phantom import LABELS, patient, render
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.near_duplicates import find_near_duplicates, signature
+from maskloom.data_prep.phantom import LABELS, patient, render
+from maskloom.pipeline.errors import MaskLoomError
 
 Picture = NDArray[np.uint8]
 SIZE = 128

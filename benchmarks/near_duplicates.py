@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.adapter import RawItem
-from data_prep.datasets.busi import Adapter, BusiOptions
-from data_prep.near_duplicates import CORRELATION, near_duplicate_clusters, signature
+from maskloom.data_prep.adapter import RawItem
+from maskloom.data_prep.datasets.busi import Adapter, BusiOptions
+from maskloom.data_prep.near_duplicates import CORRELATION, near_duplicate_clusters, signature
 
 FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 PLAIN_SIDE, PLAIN_CORRELATION = 64, 0.98

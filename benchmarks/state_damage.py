@@ -31,10 +31,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config_loading import load_experiment
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import LOCK_FILE
-from pipeline.runs import STAGES, StageChecked, check_only
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import LOCK_FILE
+from maskloom.pipeline.runs import STAGES, StageChecked, check_only
 
 CONFIG: dict[str, Any] = {
     "experiment": "damage",
@@ -243,12 +243,12 @@ def _ended(work: Callable[[], object], check: bool) -> int:
 
 
 def _stage(name: str) -> Callable[..., object]:
-    from data_prep.prepare import prepare
-    from evaluate.evaluate import evaluate
-    from generate.generate import generate
-    from pipeline.report import write_report
-    from train_baselines.train import train_baselines
-    from train_controlnet.train import train_stage
+    from maskloom.data_prep.prepare import prepare
+    from maskloom.evaluate.evaluate import evaluate
+    from maskloom.generate.generate import generate
+    from maskloom.pipeline.report import write_report
+    from maskloom.train_baselines.train import train_baselines
+    from maskloom.train_controlnet.train import train_stage
 
     stages: dict[str, Callable[..., object]] = {
         "prepare": prepare,

@@ -35,8 +35,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError, one_line, run_command
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError, one_line, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets" / "nano-sd" / "tokenizer"

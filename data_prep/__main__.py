@@ -9,17 +9,17 @@ from typing import Annotated
 
 import typer
 
-from data_prep.audit import audit, indexed, open_datasets
-from data_prep.audit_tables import print_audit
-from data_prep.contact_sheet import contact_sheet_page
-from data_prep.inspection import inspect_folder
-from data_prep.prepare import Shard, prepare
-from pipeline.audit.leaks import NEAR_LIMIT
-from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from pipeline.config_loading import load_experiment
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError, run_command
-from pipeline.named_files import named_file
+from maskloom.data_prep.audit import audit, indexed, open_datasets
+from maskloom.data_prep.audit_tables import print_audit
+from maskloom.data_prep.contact_sheet import contact_sheet_page
+from maskloom.data_prep.inspection import inspect_folder
+from maskloom.data_prep.prepare import Shard, prepare
+from maskloom.pipeline.audit.leaks import NEAR_LIMIT
+from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.named_files import named_file
 
 DESCRIPTION = (
     "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help:"

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from data_prep.file_names import comparable, is_text, is_visible, printable, subfolders
-from pipeline.config import Section
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.file_names import comparable, is_text, is_visible, printable, subfolders
+from maskloom.pipeline.config import Section
+from maskloom.pipeline.errors import MaskLoomError
 
 
 class Options(Section):

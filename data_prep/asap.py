@@ -18,8 +18,8 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.readers import unreadable_as_reject, xml_root
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.readers import unreadable_as_reject, xml_root
+from maskloom.pipeline.errors import RejectedSample
 
 MAX_XML_BYTES = 2**26
 FARTHEST = 2.0**31  # a coordinate beyond is not a place on a slide

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.audit_duplicates import near_findings, near_threshold
-from data_prep.audit_index import AuditIndex
-from pipeline.audit.findings import Dataset, Finding, identical_findings, told
-from pipeline.audit.leaks import FIX, NEAR_LIMIT
-from pipeline.audit.rows import split_order
-from pipeline.errors import MaskLoomError
-from pipeline.verification import verify_fully
+from maskloom.data_prep.audit_duplicates import near_findings, near_threshold
+from maskloom.data_prep.audit_index import AuditIndex
+from maskloom.pipeline.audit.findings import Dataset, Finding, identical_findings, told
+from maskloom.pipeline.audit.leaks import FIX, NEAR_LIMIT
+from maskloom.pipeline.audit.rows import split_order
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.verification import verify_fully
 
 KEPT_FINDINGS = 1000  # of each kind; further ones are counted
 REFERENCE = "train"

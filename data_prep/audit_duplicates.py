@@ -12,10 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.audit_index import PLAIN_SIDE, AuditIndex
-from data_prep.near_duplicates import CORRELATION, find_near_duplicates
-from data_prep.parallel import worker_count
-from pipeline.audit.findings import MEMBER, Dataset, Finding, Member, contradicts, measured_on_itself, place, relation
+from maskloom.data_prep.audit_index import PLAIN_SIDE, AuditIndex
+from maskloom.data_prep.near_duplicates import CORRELATION, find_near_duplicates
+from maskloom.data_prep.parallel import worker_count
+from maskloom.pipeline.audit.findings import (
+    MEMBER,
+    Dataset,
+    Finding,
+    Member,
+    contradicts,
+    measured_on_itself,
+    place,
+    relation,
+)
 
 MARGIN = 0.1
 IMAGES_PER_TASK = 200

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from data_prep.near_duplicates import signature
-from pipeline.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
-from pipeline.audit.rows import label_name, split_rows
-from pipeline.contract import Contract
-from pipeline.images import png_array
-from pipeline.progress import progress
+from maskloom.data_prep.near_duplicates import signature
+from maskloom.pipeline.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
+from maskloom.pipeline.audit.rows import label_name, split_rows
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.progress import progress
 
 PLAIN_SIDE = 64
 TOUCHING = np.ones((3, 3), dtype=bool)  # regions that meet at a corner are one component

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.audit import SIGNIFICANT, Audit, RegionSizes, SplitContent
-from pipeline.audit.findings import Finding
+from maskloom.data_prep.audit import SIGNIFICANT, Audit, RegionSizes, SplitContent
+from maskloom.pipeline.audit.findings import Finding
 
 SHOWN_FINDINGS, SHOWN_REGIONS, SHOWN_TEXT = 20, 60, 90
 WIDTH_OF_FILES = 180  # characters, where the output is no terminal

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from data_prep.adapter import RawImage
-from data_prep.readers import bright, decoded_image, eight_bit, require_same_size
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.adapter import RawImage
+from maskloom.data_prep.readers import bright, decoded_image, eight_bit, require_same_size
+from maskloom.pipeline.errors import RejectedSample
 
 MODALITY = "breast ultrasound"
 LABELS = ("benign", "malignant")

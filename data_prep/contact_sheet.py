@@ -16,11 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.audit_index import AuditIndex
-from pipeline.audit.rows import split_order, split_rows
-from pipeline.contract import Contract
-from pipeline.images import png_array
-from pipeline.masks import resize_mask
+from maskloom.data_prep.audit_index import AuditIndex
+from maskloom.pipeline.audit.rows import split_order, split_rows
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.masks import resize_mask
 
 Pixels = NDArray[np.uint8]
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from pipeline.errors import RejectedSample
+from maskloom.pipeline.errors import RejectedSample
 
 if TYPE_CHECKING:
     from tifffile import TiffPage

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.intensity import window_range
-from pipeline.config import IntensityWindow
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.intensity import window_range
+from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.errors import RejectedSample
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -169,7 +169,7 @@ def _read(file: BinaryIO, tags: list[str]) -> "Dataset":
     """Return the asked elements; `file` then stands at the pixel data, or at its end."""
     import pydicom
 
-    from data_prep.dicom_codecs import register
+    from maskloom.data_prep.dicom_codecs import register
 
     register()
     # pydicom's warnings about invalid values quote them.

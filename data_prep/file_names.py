@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 
 # What file managers leave behind; hidden files, such as `.DS_Store` and the resource forks `._image.png`, count as well.
 SYSTEM_NAMES = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin"})

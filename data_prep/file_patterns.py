@@ -14,9 +14,9 @@ from functools import cached_property
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from data_prep.file_names import as_seen, comparable, is_system_name
-from data_prep.readers import IMAGE_SUFFIXES, natural_order
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.file_names import as_seen, comparable, is_system_name
+from maskloom.data_prep.readers import IMAGE_SUFFIXES, natural_order
+from maskloom.pipeline.errors import RejectedSample
 
 TOKENS = re.compile(r"(\{folder\}/|\{[^{}]*\}|\*\*/|\*|\?|\[!?[^\]]+\])")
 ANYTHING = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.adapter import Reject
-from data_prep.file_patterns import Confined, FilePool, placeholder_values
-from data_prep.folder_options import FolderOptions
-from data_prep.image_files import READ_SUFFIXES
-from data_prep.readers import reject_as_error
-from data_prep.spreadsheets import xlsx_rows
-from data_prep.tables import TableRow, csv_rows
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.adapter import Reject
+from maskloom.data_prep.file_patterns import Confined, FilePool, placeholder_values
+from maskloom.data_prep.folder_options import FolderOptions
+from maskloom.data_prep.image_files import READ_SUFFIXES
+from maskloom.data_prep.readers import reject_as_error
+from maskloom.data_prep.spreadsheets import xlsx_rows
+from maskloom.data_prep.tables import TableRow, csv_rows
+from maskloom.pipeline.errors import MaskLoomError
 
 NO_ROW = TableRow({}, 0)
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from data_prep.adapter import Options
-from data_prep.file_names import canonical, comparable
-from data_prep.file_patterns import check_pattern
-from data_prep.label_maps import BACKGROUND, MAX_CLASSES, Colour, colour, label_map
+from maskloom.data_prep.adapter import Options
+from maskloom.data_prep.file_names import canonical, comparable
+from maskloom.data_prep.file_patterns import check_pattern
+from maskloom.data_prep.label_maps import BACKGROUND, MAX_CLASSES, Colour, colour, label_map
 
 MASK_WORDS = ("size", "place", "shape", "mask_classes")
 PATH_PLACEHOLDERS = ("stem", "parent", "grandparent", "folder")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from scipy.cluster.hierarchy import DisjointSet
 
-from data_prep.adapter import Reject
-from data_prep.file_names import comparable
-from data_prep.parts import Found
-from pipeline.contract import SPLITS
+from maskloom.data_prep.adapter import Reject
+from maskloom.data_prep.file_names import comparable
+from maskloom.data_prep.parts import Found
+from maskloom.pipeline.contract import SPLITS
 
 MOST_GROUPS = 5  # that may share a picture: a patient with two names, not a page that every examination begins with
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.decoding import MAX_PIXELS
-from data_prep.readers import IMAGE_SUFFIXES, decoded_image, unreadable_as_reject
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.decoding import MAX_PIXELS
+from maskloom.data_prep.readers import IMAGE_SUFFIXES, decoded_image, unreadable_as_reject
+from maskloom.pipeline.errors import RejectedSample
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 READ_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")

@@ -7,21 +7,21 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
-from data_prep.file_names import is_text, printable
-from data_prep.inspecting.advice import advice_for, fitting_configuration
-from data_prep.inspecting.content import IMAGES, kinds_of, misnamed
-from data_prep.inspecting.layout import Guess, guessed_options
-from data_prep.inspecting.observation import Listing, Sample, listing_of, sample_of
-from data_prep.inspecting.raw_tree import RawTree, known_formats, suffix_of, tables_of, tree_of
-from data_prep.inspecting.text import Page, counted, quantiles, share
-from data_prep.inspecting.yaml_text import command_line, configuration_text
-from data_prep.left_out import summed_up
-from data_prep.prepare import PACKAGE
-from pipeline.config import DataConfig
-from pipeline.config_loading import load_experiment, validated
-from pipeline.errors import MaskLoomError
-from pipeline.plugins import load_plugin, plugin_names
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
+from maskloom.data_prep.file_names import is_text, printable
+from maskloom.data_prep.inspecting.advice import advice_for, fitting_configuration
+from maskloom.data_prep.inspecting.content import IMAGES, kinds_of, misnamed
+from maskloom.data_prep.inspecting.layout import Guess, guessed_options
+from maskloom.data_prep.inspecting.observation import Listing, Sample, listing_of, sample_of
+from maskloom.data_prep.inspecting.raw_tree import RawTree, known_formats, suffix_of, tables_of, tree_of
+from maskloom.data_prep.inspecting.text import Page, counted, quantiles, share
+from maskloom.data_prep.inspecting.yaml_text import command_line, configuration_text
+from maskloom.data_prep.left_out import summed_up
+from maskloom.data_prep.prepare import PACKAGE
+from maskloom.pipeline.config import DataConfig
+from maskloom.pipeline.config_loading import load_experiment, validated
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.plugins import load_plugin, plugin_names
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REASONS, FOLDERS, SETS = 8, 12, 6  # shown

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_prep.readers import BLACK_ON_TRANSPARENT, JPEG_NOISE
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.readers import BLACK_ON_TRANSPARENT, JPEG_NOISE
+from maskloom.pipeline.errors import RejectedSample
 
 Colour = tuple[int, int, int]
 BACKGROUND = "background"

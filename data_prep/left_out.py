@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data_prep.adapter import Reject
+from maskloom.data_prep.adapter import Reject
 
 COMMONEST = 3  # shown
 FILE_NAME = re.compile(r"(?:[^\s'(]*/)?[^\s'(/]*\.[A-Za-z][A-Za-z0-9]{1,4}(?:\.gz)?\b")

@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-from data_prep.near_duplicate_index import WindowIndex
-from data_prep.near_duplicate_layout import Layout
-from data_prep.near_duplicate_textures import SIDE, Box, Floats, read_texture, resized_window, window_vector, windows
-from data_prep.parallel import parallel_results
-from pipeline.progress import progress
+from maskloom.data_prep.near_duplicate_index import WindowIndex
+from maskloom.data_prep.near_duplicate_layout import Layout
+from maskloom.data_prep.near_duplicate_textures import (
+    SIDE,
+    Box,
+    Floats,
+    read_texture,
+    resized_window,
+    window_vector,
+    windows,
+)
+from maskloom.data_prep.parallel import parallel_results
+from maskloom.pipeline.progress import progress
 
 ALIGNED_SIDE = 64
 STEPS, FINE_STEPS = (6.0, 3.0, 1.5), (1.5, 0.75)  # thumbnail pixels

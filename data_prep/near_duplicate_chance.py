@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from data_prep.near_duplicate_index import WindowIndex
+from maskloom.data_prep.near_duplicate_index import WindowIndex
 
 FEWEST = 16  # images from which chance can be measured
 DRAWS = 256

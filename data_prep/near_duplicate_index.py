@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from data_prep.near_duplicate_layout import principal_components
-from data_prep.near_duplicate_textures import Floats, read_texture, window_vectors, windows
-from data_prep.parallel import parallel_results
-from pipeline.progress import progress
+from maskloom.data_prep.near_duplicate_layout import principal_components
+from maskloom.data_prep.near_duplicate_textures import Floats, read_texture, window_vectors, windows
+from maskloom.data_prep.parallel import parallel_results
+from maskloom.pipeline.progress import progress
 
 WINDOW_SIDE = 32
 DIMENSIONS = 256

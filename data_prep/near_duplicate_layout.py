@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
 
-from data_prep.near_duplicate_textures import SIDE, Floats, read_texture, unit, window_vector, windows
+from maskloom.data_prep.near_duplicate_textures import SIDE, Floats, read_texture, unit, window_vector, windows
 
 COMPONENTS = 64
 IMAGES_PER_COMPONENT = 2  # of few images more components would span the images themselves

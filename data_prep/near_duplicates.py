@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
 
-from data_prep.near_duplicate_alignment import ALIGNED_SIDE, align_pairs
-from data_prep.near_duplicate_chance import FEWEST, chance_threshold, draw_size, drawn_pairs
-from data_prep.near_duplicate_index import WindowIndex, build_index, neighbour_pairs
-from data_prep.near_duplicate_layout import COMPONENTS, Layout, layout_size, principal_components
-from data_prep.near_duplicate_textures import RECORD, read_records, signature
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.near_duplicate_alignment import ALIGNED_SIDE, align_pairs
+from maskloom.data_prep.near_duplicate_chance import FEWEST, chance_threshold, draw_size, drawn_pairs
+from maskloom.data_prep.near_duplicate_index import WindowIndex, build_index, neighbour_pairs
+from maskloom.data_prep.near_duplicate_layout import COMPONENTS, Layout, layout_size, principal_components
+from maskloom.data_prep.near_duplicate_textures import RECORD, read_records, signature
+from maskloom.pipeline.errors import MaskLoomError
 
 __all__ = ["METHOD", "RECORD", "NearDuplicates", "find_near_duplicates", "near_duplicate_clusters", "signature"]
 

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.intensity import window_range
-from data_prep.readers import unreadable_as_reject
-from pipeline.config import IntensityWindow
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.intensity import window_range
+from maskloom.data_prep.readers import unreadable_as_reject
+from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.errors import RejectedSample
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header

@@ -21,8 +21,8 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.readers import unreadable_as_reject
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.readers import unreadable_as_reject
+from maskloom.pipeline.errors import RejectedSample
 
 MAX_ROW_BYTES = 2**26
 MAX_TABLE_BYTES = 2**25

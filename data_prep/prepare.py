@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
-from data_prep.card import dataset_card
-from data_prep.file_names import printable
-from data_prep.grouping import Grouping, Row, consistent_rows, joined, without_seen
-from data_prep.left_out import summed_up, told_left_out
-from data_prep.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
-from data_prep.parallel import parallel_results, worker_count
-from data_prep.parts import (
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
+from maskloom.data_prep.card import dataset_card
+from maskloom.data_prep.file_names import printable
+from maskloom.data_prep.grouping import Grouping, Row, consistent_rows, joined, without_seen
+from maskloom.data_prep.left_out import summed_up, told_left_out
+from maskloom.data_prep.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
+from maskloom.data_prep.parallel import parallel_results, worker_count
+from maskloom.data_prep.parts import (
     SIGNATURES,
     Found,
     Part,
@@ -32,12 +32,12 @@ from data_prep.parts import (
     scanned_parts,
     without_taken_ids,
 )
-from data_prep.small_classes import told_small_classes
-from data_prep.splitting import Group, split_of_groups
-from data_prep.survey import Source
-from pipeline.config import DataConfig, ExperimentConfig, ExternalConfig
-from pipeline.config_loading import validated
-from pipeline.contract import (
+from maskloom.data_prep.small_classes import told_small_classes
+from maskloom.data_prep.splitting import Group, split_of_groups
+from maskloom.data_prep.survey import Source
+from maskloom.pipeline.config import DataConfig, ExperimentConfig, ExternalConfig
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.contract import (
     EXTERNAL_PREFIX,
     LEDGER_FILE,
     SPLITS,
@@ -48,14 +48,14 @@ from pipeline.contract import (
     check_dataset_place,
     plan_shards,
 )
-from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest, value_digest, write_text
-from pipeline.ownership import OwnedFolder, check_places
-from pipeline.plugins import load_plugin
-from pipeline.progress import Advance, progress, say
-from pipeline.runs import CONFIG_FILE, Run, Stage, open_run
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import file_digest, value_digest, write_text
+from maskloom.pipeline.ownership import OwnedFolder, check_places
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.progress import Advance, progress, say
+from maskloom.pipeline.runs import CONFIG_FILE, Run, Stage, open_run
 
-PACKAGE = "data_prep.datasets"
+PACKAGE = "maskloom.data_prep.datasets"
 SCRATCH = ".prepare"
 SHOWN_GROUPS = 5  # united ones that are named
 Splits = Mapping[str, Sequence[Row]]
@@ -124,7 +124,7 @@ def _tell_cut_prompts(config: ExperimentConfig, dataset: Path, contract: Contrac
     """Say which prompts the configured backbone's text encoder would not read whole, where it lies on this machine."""
     if config.train is None or not Path(config.train.pretrained_model_name_or_path).is_dir():
         return
-    from pipeline.prompt_encoding import load_prompt_encoder, tell_cuts, training_prompts
+    from maskloom.pipeline.prompt_encoding import load_prompt_encoder, tell_cuts, training_prompts
 
     try:
         encoder = load_prompt_encoder(config.train)

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.decoding import DecodedImage, decode
-from data_prep.file_names import as_seen, is_system_name
-from pipeline.errors import MaskLoomError, RejectedSample, one_line
+from maskloom.data_prep.decoding import DecodedImage, decode
+from maskloom.data_prep.file_names import as_seen, is_system_name
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 JPEG_NOISE = 32  # how far JPEG may move black or white

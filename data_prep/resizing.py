@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from data_prep.adapter import RawImage
-from pipeline.masks import class_counts, resize_mask
+from maskloom.data_prep.adapter import RawImage
+from maskloom.pipeline.masks import class_counts, resize_mask
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 SQUARE = 1.01  # ratio of a pixel's sides up to which it counts as square

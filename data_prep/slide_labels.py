@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.readers import reject_as_error, unreadable_as_reject
-from data_prep.tables import TableRow, csv_table, table_rows, wrong_value
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.readers import reject_as_error, unreadable_as_reject
+from maskloom.data_prep.tables import TableRow, csv_table, table_rows, wrong_value
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 REFERENCE, STAGES = "reference.csv", ("stage_labels.csv", "stages.csv")
 PUBLISHED = tuple(Path(name).stem for name in (REFERENCE, *STAGES))

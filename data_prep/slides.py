@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.readers import unreadable_as_reject
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.readers import unreadable_as_reject
+from maskloom.pipeline.errors import RejectedSample
 
 if TYPE_CHECKING:
     from openslide import OpenSlide

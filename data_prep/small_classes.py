@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.parts import Part
+from maskloom.data_prep.parts import Part
 
 
 def told_small_classes(folder: Path, parts: Sequence[Part]) -> str:

@@ -4,10 +4,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.config import Splits
-from pipeline.contract import SPLITS
-from pipeline.errors import MaskLoomError
-from pipeline.files import value_digest
+from maskloom.pipeline.config import Splits
+from maskloom.pipeline.contract import SPLITS
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import value_digest
 
 
 @dataclass(frozen=True)

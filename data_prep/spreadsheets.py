@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.readers import unreadable_as_reject
-from data_prep.tables import TableRow, table_rows
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.readers import unreadable_as_reject
+from maskloom.data_prep.tables import TableRow, table_rows
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 MAX_UNPACKED_BYTES = 2**24  # of all files in the zip; a table of labels has some 10 kB
 MAX_ROWS, MAX_COLUMNS = 2**15, 2**7  # a cell may claim any place, and openpyxl makes the empty ones before it

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from data_prep.readers import decoded_image, eight_bit
-from pipeline.config import StainConfig
-from pipeline.errors import MaskLoomError, RejectedSample, one_line
+from maskloom.data_prep.readers import decoded_image, eight_bit
+from maskloom.pipeline.config import StainConfig
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 WHITE = 240  # torchstain's `Io`: grey value of light without tissue
 LEAST_DENSITY = 0.15  # torchstain's `beta`: optical density of the palest tissue

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.file_names import comparable
-from data_prep.readers import unreadable_as_reject
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.file_names import comparable
+from maskloom.data_prep.readers import unreadable_as_reject
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 LONGEST_SHOWN = 40  # characters of a value in an error
 

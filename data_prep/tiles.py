@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_prep.asap import Polygon, drawn
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.asap import Polygon, drawn
+from maskloom.pipeline.errors import RejectedSample
 
 DARK = 25  # of 255: pixels without any brighter channel are unscanned area or ink, whose hue means nothing
 LEAST_SATURATION = 13  # of 255: below, glass and its compression noise; keeps a blank slide from being split in two

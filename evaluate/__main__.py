@@ -1,11 +1,11 @@
 """`python -m evaluate --config FILE [--force] [key=value ...]`."""
 
-from pipeline.cli import run_stage_command
-from pipeline.config import ExperimentConfig
+from maskloom.pipeline.cli import run_stage_command
+from maskloom.pipeline.config import ExperimentConfig
 
 
 def _stage(config: ExperimentConfig, force: bool) -> None:
-    from evaluate.evaluate import evaluate
+    from maskloom.evaluate.evaluate import evaluate
 
     evaluate(config, force)
 

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from evaluate.augmentation import AugmentationOptions, standard_augmentation
-from evaluate.inputs import EvaluationInputs, ImageSet
-from pipeline.bounds import Repeats, Trainings
-from pipeline.config import Section
-from pipeline.errors import MaskLoomError, nearest_name
-from pipeline.fixed_steps import Augment
-from pipeline.progress import progress
+from maskloom.evaluate.augmentation import AugmentationOptions, standard_augmentation
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.pipeline.bounds import Repeats, Trainings
+from maskloom.pipeline.config import Section
+from maskloom.pipeline.errors import MaskLoomError, nearest_name
+from maskloom.pipeline.fixed_steps import Augment
+from maskloom.pipeline.progress import progress
 
 Pair = tuple[NDArray[np.uint8], NDArray[np.generic]]
 ArmName = Literal["real", "real_augmented", "real_synthetic", "real_synthetic_augmented", "synthetic"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.config import Section
-from pipeline.fixed_steps import Augment
+from maskloom.pipeline.config import Section
+from maskloom.pipeline.fixed_steps import Augment
 
 if TYPE_CHECKING:
     import torch

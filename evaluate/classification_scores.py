@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.statistics import Floats, Statistic, weighted_mean
+from maskloom.evaluate.statistics import Floats, Statistic, weighted_mean
 
 BINS = 10
 RECALL = "recall of "  # and the class

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.bounds import Channels
-from pipeline.config import Size
-from pipeline.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
+from maskloom.pipeline.bounds import Channels
+from maskloom.pipeline.config import Size
+from maskloom.pipeline.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
 
 if TYPE_CHECKING:
     from torch import nn

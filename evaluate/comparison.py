@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.arms import WITH_SYNTHETIC, arm_title
-from evaluate.results import REAL, Cell, Figure, Interval, Table
-from evaluate.statistics import (
+from maskloom.evaluate.arms import WITH_SYNTHETIC, arm_title
+from maskloom.evaluate.results import REAL, Cell, Figure, Interval, Table
+from maskloom.evaluate.statistics import (
     Bootstrap,
     Statistic,
     difference,

@@ -10,26 +10,26 @@ from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
 
-from evaluate.inputs import EvaluationInputs, open_inputs
-from evaluate.results import MetricResult
-from pipeline import __version__
-from pipeline.audit.findings import Dataset
-from pipeline.audit.leaks import require_no_leaks
-from pipeline.backbone_source import BackboneSource
-from pipeline.config import ExperimentConfig, Section
-from pipeline.config_loading import validated
-from pipeline.contract import Contract, read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import json_text, model_digest, read_json, value_digest
-from pipeline.images import png_bytes
-from pipeline.ownership import OwnedFolder, check_places
-from pipeline.plugins import load_plugin
-from pipeline.progress import progress, say
-from pipeline.runs import Run, Stage, open_run, require_intact
-from pipeline.trained_parts import read_places
-from pipeline.verification import verify_quickly
+from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
+from maskloom.evaluate.results import MetricResult
+from maskloom.pipeline import __version__
+from maskloom.pipeline.audit.findings import Dataset
+from maskloom.pipeline.audit.leaks import require_no_leaks
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.config import ExperimentConfig, Section
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.contract import Contract, read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import json_text, model_digest, read_json, value_digest
+from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.ownership import OwnedFolder, check_places
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.runs import Run, Stage, open_run, require_intact
+from maskloom.pipeline.trained_parts import read_places
+from maskloom.pipeline.verification import verify_quickly
 
-PACKAGE = "evaluate.metrics"
+PACKAGE = "maskloom.evaluate.metrics"
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evaluate.inputs import EvaluationInputs, Images, ImageSet
-from pipeline.bounds import Side
-from pipeline.config import Section
-from pipeline.plugins import load_plugin
+from maskloom.evaluate.inputs import EvaluationInputs, Images, ImageSet
+from maskloom.pipeline.bounds import Side
+from maskloom.pipeline.config import Section
+from maskloom.pipeline.plugins import load_plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKAGE = "evaluate.extractors"
+PACKAGE = "maskloom.evaluate.extractors"
 
 
 class ExtractorOptions(Section):

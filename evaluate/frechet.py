@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.results import Interval
-from evaluate.statistics import group_index, jackknife_interval
+from maskloom.evaluate.results import Interval
+from maskloom.evaluate.statistics import group_index, jackknife_interval
 
 Features = NDArray[np.float64]
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.backbone_source import BackboneSource
-from pipeline.contract import EXTERNAL_PREFIX, Contract, open_split
-from pipeline.masks import resize_mask
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.contract import EXTERNAL_PREFIX, Contract, open_split
+from maskloom.pipeline.masks import resize_mask
 
 Images = NDArray[np.uint8]
 BATCH = 64

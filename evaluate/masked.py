@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 
 
 @dataclass(frozen=True)

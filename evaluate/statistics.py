@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.results import Interval
+from maskloom.evaluate.results import Interval
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]

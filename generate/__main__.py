@@ -1,11 +1,11 @@
 """`accelerate launch -m generate --config FILE [--force] [key=value ...]`; plain `python -m generate` works as well."""
 
-from pipeline.cli import run_stage_command
-from pipeline.config import ExperimentConfig
+from maskloom.pipeline.cli import run_stage_command
+from maskloom.pipeline.config import ExperimentConfig
 
 
 def _stage(config: ExperimentConfig, force: bool) -> None:
-    from generate.generate import generate
+    from maskloom.generate.generate import generate
 
     generate(config, force)
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from generate.joint import MaskFigures
-from pipeline.contract import Description
+from maskloom.generate.joint import MaskFigures
+from maskloom.pipeline.contract import Description
 
 
 def dataset_card(

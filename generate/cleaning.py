@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from generate.generator import JointOptions
+from maskloom.generate.generator import JointOptions
 
 Mask = NDArray[np.uint8]
 TOUCHING = np.ones((3, 3))  # foreground pixels that touch at a corner belong together, background pixels do not

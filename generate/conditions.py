@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from generate.generator import Condition
-from generate.planning import PlannedRow, TrainRow, group_by_label, replacement_parents
-from generate.warping import valid_warp
-from pipeline.conditioning import conditioning_image
-from pipeline.config import ExperimentConfig
-from pipeline.contract import Description, open_split
-from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.prompts import mask_attributes, render_prompt, template_keys
+from maskloom.generate.generator import Condition
+from maskloom.generate.planning import PlannedRow, TrainRow, group_by_label, replacement_parents
+from maskloom.generate.warping import valid_warp
+from maskloom.pipeline.conditioning import conditioning_image
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import Description, open_split
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.prompts import mask_attributes, render_prompt, template_keys
 
 Picture = NDArray[np.uint8]
 

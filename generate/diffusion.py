@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from generate.generator import Condition, ImageGenerator, Options
-from pipeline.backbone_source import BackboneSource
-from pipeline.config import ExperimentConfig, GenerateConfig
-from pipeline.contract import Description
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import file_digest, value_digest
-from pipeline.prompt_encoding import PromptEncoder
-from pipeline.runs import Run, require_intact
-from pipeline.sampling import (
+from maskloom.generate.generator import Condition, ImageGenerator, Options
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.config import ExperimentConfig, GenerateConfig
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import file_digest, value_digest
+from maskloom.pipeline.prompt_encoding import PromptEncoder
+from maskloom.pipeline.runs import Run, require_intact
+from maskloom.pipeline.sampling import (
     Pipeline,
     Sampling,
     build_pipeline,
@@ -27,7 +27,7 @@ from pipeline.sampling import (
     sample,
     sampling_scheduler,
 )
-from pipeline.trained_parts import ADAPTER_FILE, exported_names
+from maskloom.pipeline.trained_parts import ADAPTER_FILE, exported_names
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def check_backbone(config: ExperimentConfig) -> None:
     Raises:
         MaskLoomError: names `train.pretrained_model_name_or_path` and what is wrong with it.
     """
-    from pipeline import backbone_checks
+    from maskloom.pipeline import backbone_checks
 
     backbone_checks.check_backbone(BackboneSource.of(config.fine_tuning))
 
@@ -91,9 +91,9 @@ def load_backbone(
     """
     import torch
 
-    from pipeline.backbone import load_part, use_xformers
-    from pipeline.backbone_text import load_tokenizer
-    from pipeline.cpu_memory import keep_freed_memory
+    from maskloom.pipeline.backbone import load_part, use_xformers
+    from maskloom.pipeline.backbone_text import load_tokenizer
+    from maskloom.pipeline.cpu_memory import keep_freed_memory
 
     source, dtype, trained = (
         BackboneSource.of(config.fine_tuning),
@@ -128,7 +128,7 @@ def _models(config: ExperimentConfig, parts: Mapping[str, Path]) -> dict[str, An
     """
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
-    from pipeline.backbone import load_trained
+    from maskloom.pipeline.backbone import load_trained
 
     kinds: dict[str, Any] = {"controlnet": ControlNetModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
     dtype = weight_dtype(config.generate)
@@ -151,7 +151,7 @@ def _add_adapters(pipe: Pipeline, folder: Path) -> None:
 
 def weight_dtype(config: GenerateConfig) -> torch.dtype:
     """Return the type of weights and activations for `generate.mixed_precision`."""
-    from pipeline.backbone import DTYPES
+    from maskloom.pipeline.backbone import DTYPES
 
     return DTYPES[config.mixed_precision]
 

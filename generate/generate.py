@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from generate.card import dataset_card
-from generate.conditions import ConditionReader, ResolvedRow
-from generate.diffusion import BackboneGenerator
-from generate.generator import ImageGenerator, JointGenerator
-from generate.joint import Drawn, JointRows, MaskFigures, check_joint
-from generate.pixels import checked_pixels
-from generate.planning import PlannedRow, check_parents_are_train, label_counts, plan_rows, read_parents
-from pipeline import __version__
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import validated
-from pipeline.contract import (
+from maskloom.generate.card import dataset_card
+from maskloom.generate.conditions import ConditionReader, ResolvedRow
+from maskloom.generate.diffusion import BackboneGenerator
+from maskloom.generate.generator import ImageGenerator, JointGenerator
+from maskloom.generate.joint import Drawn, JointRows, MaskFigures, check_joint
+from maskloom.generate.pixels import checked_pixels
+from maskloom.generate.planning import PlannedRow, check_parents_are_train, label_counts, plan_rows, read_parents
+from maskloom.pipeline import __version__
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.contract import (
     Contract,
     DatasetWriter,
     Description,
@@ -40,20 +40,21 @@ from pipeline.contract import (
     plan_shards,
     read_contract,
 )
-from pipeline.errors import MaskLoomError
-from pipeline.files import value_digest
-from pipeline.ownership import check_places
-from pipeline.plugins import load_plugin
-from pipeline.progress import Advance, progress, say
-from pipeline.runs import Run, Stage, open_run
-from pipeline.sampling import unet_is_frozen
-from pipeline.trained_parts import read_places
-from pipeline.verification import verify_quickly
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import value_digest
+from maskloom.pipeline.ownership import check_places
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.progress import Advance, progress, say
+from maskloom.pipeline.runs import Run, Stage, open_run
+from maskloom.pipeline.sampling import unet_is_frozen
+from maskloom.pipeline.trained_parts import read_places
+from maskloom.pipeline.verification import verify_quickly
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-GENERATORS = "generate.generators"
+KEY = "generate.generators"
+PACKAGE = "maskloom.generate.generators"
 LEDGERS = ".rejected"  # of each shard; hidden, so that `load_dataset` and an upload pass it by
 LONGEST_WAIT = timedelta(days=30)  # of a process for the others: a barrier must not time out while they still compute
 
@@ -108,8 +109,8 @@ def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenera
         )
     generators = {}
     for name, values in config.generate.generators.items():
-        plugin = load_plugin(GENERATORS, name, "generator")
-        options = validated(values, plugin.Options, f"{GENERATORS}.{name}")
+        plugin = load_plugin(PACKAGE, name, "generator")
+        options = validated(values, plugin.Options, f"{KEY}.{name}")
         generators[name] = plugin.Generator(config, run, options)
     return generators
 
@@ -150,7 +151,7 @@ def _tell_cut_prompts(
     readers = {name: one for name, one in generators.items() if isinstance(one, BackboneGenerator)}
     if not readers:
         return False
-    from pipeline.prompt_encoding import load_prompt_encoder, tell_cuts
+    from maskloom.pipeline.prompt_encoding import load_prompt_encoder, tell_cuts
 
     negative = [one.options.negative_prompt for one in readers.values()]
     return tell_cuts("generate", load_prompt_encoder(config.fine_tuning), [*prompts, *negative])

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.bounds import Tries
-from pipeline.config import ExperimentConfig, Section
-from pipeline.contract import Description
-from pipeline.runs import Run
+from maskloom.pipeline.bounds import Tries
+from maskloom.pipeline.config import ExperimentConfig, Section
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.runs import Run
 
 if TYPE_CHECKING:
     import torch

@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from generate.cleaning import cleaned
-from generate.conditions import ConditionReader, ResolvedRow
-from generate.generator import Condition, JointGenerator
-from generate.pixels import checked_pixels
-from generate.planning import PlannedRow
-from pipeline.conditioning import conditioning_image
-from pipeline.contract import Description
-from pipeline.errors import MaskLoomError
-from pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
+from maskloom.generate.cleaning import cleaned
+from maskloom.generate.conditions import ConditionReader, ResolvedRow
+from maskloom.generate.generator import Condition, JointGenerator
+from maskloom.generate.pixels import checked_pixels
+from maskloom.generate.planning import PlannedRow
+from maskloom.pipeline.conditioning import conditioning_image
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
 
 REDRAW_STREAM = 5  # name of this file's random stream under the experiment's seed
 Drawn = tuple[ResolvedRow, NDArray[np.float32]]

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 
 
 def checked_pixels(image: NDArray[np.float32], sample_id: str, seed: int) -> NDArray[np.uint8]:

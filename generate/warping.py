@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.config import WarpConfig
-from pipeline.errors import RejectedSample
+from maskloom.pipeline.config import WarpConfig
+from maskloom.pipeline.errors import RejectedSample
 
 WARP_STREAM = 4  # name of this file's random stream under the experiment's seed
 CELLS_PER_SIGMA = 2.0  # resolution of the coarse grid that the elastic field is drawn on

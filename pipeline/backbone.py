@@ -16,11 +16,11 @@ import transformers
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from pipeline.backbone_checks import ControlNetSettings, check_backbone
-from pipeline.backbone_single_file import load_single_file_part
-from pipeline.backbone_source import KEY, SETTINGS, BackboneSource, folder_of, read_settings
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.backbone_checks import ControlNetSettings, check_backbone
+from maskloom.pipeline.backbone_single_file import load_single_file_part
+from maskloom.pipeline.backbone_source import KEY, SETTINGS, BackboneSource, folder_of, read_settings
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError, one_line
 
 CONTROLNET_KEY = "train.controlnet_model_name_or_path"
 CONTROLNET_FILES = (

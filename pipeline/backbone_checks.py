@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.backbone_source import (
+from maskloom.pipeline.backbone_source import (
     INDEX,
     KEY,
     PARTS,
@@ -23,8 +23,8 @@ from pipeline.backbone_source import (
     looks_local,
     read_settings,
 )
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError
 
 SUPPORTED = "only Stable Diffusion 1.x and 2.x (text to image) can be trained and sampled here"
 SCHEDULERS = (
@@ -210,7 +210,7 @@ def check_backbone(source: BackboneSource, settings_only: bool = False) -> None:
     _check_index(folder, source.name)
     _check_parts(folder, source)
     if source.is_single_file:
-        from pipeline.backbone_single_file import check_single_file
+        from maskloom.pipeline.backbone_single_file import check_single_file
 
         check_single_file(source, read_settings(folder / "unet" / SETTINGS["unet"]))
     elif not (settings_only and source.has_no_weights()):

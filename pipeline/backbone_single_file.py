@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.backbone_source import KEY, SINGLE_FILE_KEY, BackboneSource
-from pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.backbone_source import KEY, SINGLE_FILE_KEY, BackboneSource
+from maskloom.pipeline.errors import MaskLoomError, one_line
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 """By part: how its weights' names begin."""
@@ -85,7 +85,7 @@ def load_single_file_part(kind: type[Any], source: BackboneSource, part: str) ->
     """
     from accelerate import init_empty_weights
 
-    from pipeline.backbone import new_network
+    from maskloom.pipeline.backbone import new_network
 
     with init_empty_weights():  # weights that are drawn at random first would take longer than all the rest
         network = new_network(kind, source, part)

@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import content_digest, read_json, value_digest
+from maskloom.pipeline.config import TrainConfig
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import content_digest, read_json, value_digest
 
 KEY = "train.pretrained_model_name_or_path"
 TOKENIZER_KEY, SINGLE_FILE_KEY = "train.tokenizer_name", "train.single_file_config"
@@ -100,7 +100,7 @@ class BackboneSource:
         if not self.is_single_file:
             return hub_files(self.name, self.revision, SETTINGS_FILES, KEY)
         if self.single_file_config is None:
-            from pipeline.backbone_single_file import generation_of
+            from maskloom.pipeline.backbone_single_file import generation_of
 
             return ORIGINAL / generation_of(Path(self.name))
         return folder_of(self.single_file_config, None, SETTINGS_FILES, SINGLE_FILE_KEY)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbone_source import KEY, SETTINGS, TOKENIZER_KEY, BackboneSource, read_settings
-from pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.backbone_source import KEY, SETTINGS, TOKENIZER_KEY, BackboneSource, read_settings
+from maskloom.pipeline.errors import MaskLoomError, one_line
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer

@@ -18,12 +18,12 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.averages import Averages
-from pipeline.errors import MaskLoomError, one_line, told_when_unwritable
-from pipeline.files import TEMPORARY_SUFFIX, write_json
-from pipeline.ownership import MANIFEST, OwnedFolder, delete_folder, file_problem, put_in_place, seal_folder
-from pipeline.progress import say
-from pipeline.reading import Record, read_model
+from maskloom.pipeline.averages import Averages
+from maskloom.pipeline.errors import MaskLoomError, one_line, told_when_unwritable
+from maskloom.pipeline.files import TEMPORARY_SUFFIX, write_json
+from maskloom.pipeline.ownership import MANIFEST, OwnedFolder, delete_folder, file_problem, put_in_place, seal_folder
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.reading import Record, read_model
 
 LOOP_FILE = "loop.json"
 LENGTH_SETTINGS = frozenset({"max_train_steps", "num_train_epochs"})

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from pipeline import __version__
-from pipeline.contract import (
+from maskloom.pipeline import __version__
+from maskloom.pipeline.contract import (
     CONTRACT_FILE,
     PLAN_FILE,
     Contract,
@@ -35,12 +35,12 @@ from pipeline.contract import (
     read_contract,
     stored_rows,
 )
-from pipeline.errors import MaskLoomError
-from pipeline.files import read_json, value_digest
-from pipeline.ownership import OwnedFolder, check_places, delete_folder
-from pipeline.progress import say
-from pipeline.reading import row_attributes
-from pipeline.verification import verify_fully
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import read_json, value_digest
+from maskloom.pipeline.ownership import OwnedFolder, check_places, delete_folder
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.reading import row_attributes
+from maskloom.pipeline.verification import verify_fully
 
 ROWS_PER_SHARD = 512
 KEY_PREFIX = "combine-"  # of the writer's key: tells a combined dataset, even an unfinished one, from any other

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 
 CANNY_SIGMA = 2.0
 SPECK = 0.001  # share of the image; smaller islands of the foreground, and smaller holes in it, are noise

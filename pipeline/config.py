@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipeline.bounds import (
+from maskloom.pipeline.bounds import (
     Accumulation,
     BatchSize,
     Copies,
@@ -24,7 +24,7 @@ from pipeline.bounds import (
     Workers,
     unbounded_number,
 )
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NOTHING_TO_DROP = "{name}=false takes out an inherited entry, and none of this name is inherited"

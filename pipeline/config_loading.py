@@ -7,9 +7,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError, nearest_name, one_line
-from pipeline.yaml_reading import NotYaml, parsed_yaml, plain_text, read_yaml
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
+from maskloom.pipeline.yaml_reading import NotYaml, parsed_yaml, plain_text, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -17,13 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pipeline.bounds import LARGEST_INT, Side
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import PIECES, file_digest, json_text, link_or_copy, read_json, remove_leftovers, value_digest
-from pipeline.images import png_bytes
-from pipeline.ownership import OwnedFolder, check_replaceable, put_in_place, restore_outgoing
-from pipeline.progress import say
-from pipeline.reading import Record, checked, inside, read_object
+from maskloom.pipeline.bounds import LARGEST_INT, Side
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import (
+    PIECES,
+    file_digest,
+    json_text,
+    link_or_copy,
+    read_json,
+    remove_leftovers,
+    value_digest,
+)
+from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.ownership import OwnedFolder, check_replaceable, put_in_place, restore_outgoing
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.reading import Record, checked, inside, read_object
 
 if TYPE_CHECKING:
     import datasets
@@ -343,8 +351,8 @@ class DatasetWriter:
             config_hash: hash of the configuration that made the dataset.
             parent: the real dataset behind a synthetic one.
         """
-        from pipeline import __version__
-        from pipeline.provenance import git_sha
+        from maskloom.pipeline import __version__
+        from maskloom.pipeline.provenance import git_sha
 
         ledger = [json.dumps(dict(row), sort_keys=True, ensure_ascii=False) for row in rejected]
         self._owned.write_text(LEDGER_FILE, "".join(line + "\n" for line in ledger))

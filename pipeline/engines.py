@@ -14,9 +14,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pipeline.config import LoopConfig
-from pipeline.errors import MaskLoomError
-from pipeline.task import Task
+from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.task import Task
 
 ONE_FOR_EACH = "use configs/accelerate/ddp.yaml"
 

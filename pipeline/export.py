@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__
-from pipeline.config_loading import validated
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.exporter import DatasetExporter, ExportSource
-from pipeline.files import read_json, write_json
-from pipeline.ownership import MANIFEST, OwnedFolder, check_places, whole_folder
-from pipeline.plugins import load_plugin
-from pipeline.progress import say
-from pipeline.verification import verify_fully
+from maskloom.pipeline import __version__
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.exporter import DatasetExporter, ExportSource
+from maskloom.pipeline.files import read_json, write_json
+from maskloom.pipeline.ownership import MANIFEST, OwnedFolder, check_places, whole_folder
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.verification import verify_fully
 
-PACKAGE = "pipeline.exporters"
+PACKAGE = "maskloom.pipeline.exporters"
 PROVENANCE_FILE = "maskloom.json"
 SAME = ("format", "digest", "splits", "options")  # of the provenance: what makes two exports the same
 

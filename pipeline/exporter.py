@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Section
-from pipeline.contract import Contract, Description, stored_rows
-from pipeline.errors import MaskLoomError
-from pipeline.images import png_array, png_bytes
+from maskloom.pipeline.config import Section
+from maskloom.pipeline.contract import Contract, Description, stored_rows
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.images import png_array, png_bytes
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
 HASH_LETTERS = 8

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, one_line
 
 CHUNK_BYTES = 1 << 20
 MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".bin"})  # not the card and its pictures

@@ -4,10 +4,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.config import LoopConfig
-from pipeline.errors import MaskLoomError
-from pipeline.stream import Positioned, micro_batch
-from pipeline.task import Task
+from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.stream import Positioned, micro_batch
+from maskloom.pipeline.task import Task
 
 MOST_OVERFLOWS = 24  # halvings of a loss scale of 2^16 after which nothing is left of it
 MOST_ROWS_NAMED = 16

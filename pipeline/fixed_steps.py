@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.bounds import BatchSize, Steps
-from pipeline.config import Section
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.bounds import BatchSize, Steps
+from maskloom.pipeline.config import Section
+from maskloom.pipeline.errors import MaskLoomError
 
 if TYPE_CHECKING:
     import torch

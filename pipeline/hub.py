@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.hub_client import Hub, PushOptions, Remote, compare
-from pipeline.hub_parcels import Parcel, Target, check_leaks, check_licence, find_targets, pack
-from pipeline.progress import say
-from pipeline.runs import Run
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.hub_client import Hub, PushOptions, Remote, compare
+from maskloom.pipeline.hub_parcels import Parcel, Target, check_leaks, check_licence, find_targets, pack
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs import Run
 
 
 def push(config: ExperimentConfig, words: Sequence[str], options: PushOptions) -> None:

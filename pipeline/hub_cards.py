@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from pipeline import networks
-from pipeline.contract import CONTRACT_FILE, Contract, Description, read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest
-from pipeline.reading import read_model
-from pipeline.report.evaluation import Cell, Evaluation, Interval, Table, cell_text, is_about, read_evaluations
-from pipeline.report.formatting import duration_text, markdown_table
-from pipeline.runs import Run
-from pipeline.trainings import training_of
+from maskloom.pipeline import networks
+from maskloom.pipeline.contract import CONTRACT_FILE, Contract, Description, read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import file_digest
+from maskloom.pipeline.reading import read_model
+from maskloom.pipeline.report.evaluation import Cell, Evaluation, Interval, Table, cell_text, is_about, read_evaluations
+from maskloom.pipeline.report.formatting import duration_text, markdown_table
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.trainings import training_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import __version__
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import file_digest
-from pipeline.hub_parcels import REPLACED, Parcel, RepoType
+from maskloom.pipeline import __version__
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import file_digest
+from maskloom.pipeline.hub_parcels import REPLACED, Parcel, RepoType
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -7,8 +7,8 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.reading import read_object
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.reading import read_object
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 

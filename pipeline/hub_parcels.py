@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import CONTRACT_FILE, Contract, read_contract, read_ids
-from pipeline.errors import MaskLoomError, nearest_name
-from pipeline.hub_cards import LOADING, Weights, completed_card
-from pipeline.hub_files import check_pushed_file, file_text
-from pipeline.places import ABSOLUTE_PATH
-from pipeline.progress import say
-from pipeline.reading import read_object
-from pipeline.runs import RECORD_FILE, Run, StageRecord, damaged_file, read_record
-from pipeline.verification import verify_quickly
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import CONTRACT_FILE, Contract, read_contract, read_ids
+from maskloom.pipeline.errors import MaskLoomError, nearest_name
+from maskloom.pipeline.hub_cards import LOADING, Weights, completed_card
+from maskloom.pipeline.hub_files import check_pushed_file, file_text
+from maskloom.pipeline.places import ABSOLUTE_PATH
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.reading import read_object
+from maskloom.pipeline.runs import RECORD_FILE, Run, StageRecord, damaged_file, read_record
+from maskloom.pipeline.verification import verify_quickly
 
 CARD, PICTURES = "README.md", "samples.png"
 RepoType = Literal["model", "dataset"]

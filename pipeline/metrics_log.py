@@ -5,8 +5,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.files import write_text
-from pipeline.reading import LogLine, read_line
+from maskloom.pipeline.files import write_text
+from maskloom.pipeline.reading import LogLine, read_line
 
 METRICS_FILE = "metrics.jsonl"
 REMEDY = "delete the line, or the file: only the report's curves need it"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract import CONTRACT_FILE
-from pipeline.errors import MaskLoomError
-from pipeline.files import write_json, write_text
-from pipeline.ownership import OwnedFolder
+from maskloom.pipeline.contract import CONTRACT_FILE
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import write_json, write_text
+from maskloom.pipeline.ownership import OwnedFolder
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from pipeline import __version__
-from pipeline.errors import MaskLoomError
-from pipeline.files import (
+from maskloom.pipeline import __version__
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import (
     LOCK_FILE,
     TEMPORARY_SUFFIX,
     atomic_path,
@@ -25,7 +25,7 @@ from pipeline.files import (
     value_digest,
     write_json,
 )
-from pipeline.reading import Record, inside, read_model
+from maskloom.pipeline.reading import Record, inside, read_model
 
 MANIFEST = ".maskloom.json"
 MANIFESTS = ".maskloom*.json"

@@ -5,7 +5,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import MaskLoomError, nearest_name
+from maskloom.pipeline.errors import MaskLoomError, nearest_name
 
 
 def plugin_names(package: str) -> list[str]:

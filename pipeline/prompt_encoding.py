@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone_source import BackboneSource
-from pipeline.backbone_text import load_text_settings, load_tokenizer
-from pipeline.config import MOST_PROMPT_CHUNKS, TrainConfig
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.progress import say
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.backbone_text import load_text_settings, load_tokenizer
+from maskloom.pipeline.config import MOST_PROMPT_CHUNKS, TrainConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor

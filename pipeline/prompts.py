@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 
 SMALL_SHARE, LARGE_SHARE = 0.03, 0.12  # of the image's area
 ROUND_RATIO, OVAL_RATIO = 1.3, 2.0  # long axis / short axis

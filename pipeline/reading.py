@@ -7,8 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import read_json
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import read_json
 
 Model = TypeVar("Model", bound=BaseModel)
 LONGEST_PATH = 1000

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from pipeline.contract import CONTRACT_FILE
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.ownership import COPIES, MANIFEST, MANIFESTS, OwnedFolder, file_problem
-from pipeline.progress import progress
-from pipeline.runs import RECORD_FILE, Run, read_record
-from pipeline.verification import verify_fully
+from maskloom.pipeline.contract import CONTRACT_FILE
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.ownership import COPIES, MANIFEST, MANIFESTS, OwnedFolder, file_problem
+from maskloom.pipeline.progress import progress
+from maskloom.pipeline.runs import RECORD_FILE, Run, read_record
+from maskloom.pipeline.verification import verify_fully
 
 
 def is_run(folder: Path) -> bool:

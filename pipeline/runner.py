@@ -15,18 +15,18 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import MaskLoomError, nearest_name, one_line
-from pipeline.interruption import Interrupted, end_with_parent, hold_ctrl_c, received, signals_to
-from pipeline.runs import RECORD_FILE, STAGES, Run, read_record
-from pipeline.yaml_reading import read_yaml
+from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
+from maskloom.pipeline.interruption import Interrupted, end_with_parent, hold_ctrl_c, received, signals_to
+from maskloom.pipeline.runs import RECORD_FILE, STAGES, Run, read_record
+from maskloom.pipeline.yaml_reading import read_yaml
 
 MODULES = {
-    "prepare": ("data_prep",),
-    "train": ("train_controlnet",),
-    "baselines": ("train_baselines",),
-    "generate": ("generate",),
-    "evaluate": ("evaluate",),
-    "report": ("pipeline", "report"),
+    "prepare": ("maskloom.data_prep",),
+    "train": ("maskloom.train_controlnet",),
+    "baselines": ("maskloom.train_baselines",),
+    "generate": ("maskloom.generate",),
+    "evaluate": ("maskloom.evaluate",),
+    "report": ("maskloom.pipeline", "report"),
 }
 DISTRIBUTED = ("train", "baselines", "generate")
 ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"

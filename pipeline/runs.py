@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from pipeline import __version__
-from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError
-from pipeline.files import content_digest, sole_writer, value_digest, write_json
-from pipeline.ownership import COPIES, MANIFEST, OwnedFolder, file_problem
-from pipeline.progress import say
-from pipeline.provenance import git_sha, package_versions, peak_memory_mb
-from pipeline.reading import Record, inside, read_model
+from maskloom.pipeline import __version__
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import content_digest, sole_writer, value_digest, write_json
+from maskloom.pipeline.ownership import COPIES, MANIFEST, OwnedFolder, file_problem
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.provenance import git_sha, package_versions, peak_memory_mb
+from maskloom.pipeline.reading import Record, inside, read_model
 
 RECORD_FILE, CONFIG_FILE = "stage.json", "config.yaml"
 DONE, STALE, DAMAGED, MISSING = "done", "stale", "damaged", "missing"

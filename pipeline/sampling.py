@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import GenerateConfig, Section, TrainConfig
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.prompt_encoding import PromptEncoder, text_states
+from maskloom.pipeline.config import GenerateConfig, Section, TrainConfig
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.prompt_encoding import PromptEncoder, text_states
 
 if TYPE_CHECKING:
     import torch

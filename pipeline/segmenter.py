@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from pipeline.config import Size
-from pipeline.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
+from maskloom.pipeline.config import Size
+from maskloom.pipeline.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

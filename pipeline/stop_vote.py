@@ -5,7 +5,7 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.interruption import received
+from maskloom.pipeline.interruption import received
 
 
 class StopVote:

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch import randperm
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.config import LoopConfig
-from pipeline.interruption import outlive_first_signal
-from pipeline.randomness import keyed_generator
+from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.interruption import outlive_first_signal
+from maskloom.pipeline.randomness import keyed_generator
 
 
 class Positioned(Dataset[dict[str, Any]]):

@@ -14,15 +14,15 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator
 
-from pipeline.config import ExperimentConfig, Section
-from pipeline.config_loading import load_config, read_values, validated
-from pipeline.errors import MaskLoomError
-from pipeline.files import LOCK_FILE, link_or_copy, value_digest
-from pipeline.ownership import MANIFESTS, OwnedFolder, check_replaceable, whole_folder
-from pipeline.progress import say
-from pipeline.runner import run_stages
-from pipeline.runs import RECORD_FILE, STAGES, Run, damaged_file, read_record
-from pipeline.sweep_table import print_table, variant_rows, write_table
+from maskloom.pipeline.config import ExperimentConfig, Section
+from maskloom.pipeline.config_loading import load_config, read_values, validated
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import LOCK_FILE, link_or_copy, value_digest
+from maskloom.pipeline.ownership import MANIFESTS, OwnedFolder, check_replaceable, whole_folder
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.runner import run_stages
+from maskloom.pipeline.runs import RECORD_FILE, STAGES, Run, damaged_file, read_record
+from maskloom.pipeline.sweep_table import print_table, variant_rows, write_table
 
 FOLDER = "sweep"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import CONTRACT_FILE, Contract, read_contract
-from pipeline.files import json_text
-from pipeline.ownership import OwnedFolder
-from pipeline.report.evaluation import Evaluation, Interval, cell_text, is_about, read_evaluations
-from pipeline.report.formatting import MISSING, markdown_table
-from pipeline.runs import Run
-from pipeline.trainings import stage_record, training_cost, training_of
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import CONTRACT_FILE, Contract, read_contract
+from maskloom.pipeline.files import json_text
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.report.evaluation import Evaluation, Interval, cell_text, is_about, read_evaluations
+from maskloom.pipeline.report.formatting import MISSING, markdown_table
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.trainings import stage_record, training_cost, training_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pipeline.randomness import Draws
+from maskloom.pipeline.randomness import Draws
 
 
 class Task(ABC):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.config import TrainConfig
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.config import TrainConfig
+from maskloom.pipeline.errors import MaskLoomError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls a LoRA's file."""

@@ -18,9 +18,9 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from pipeline.averages import Averages
-from pipeline.backbone import DTYPES
-from pipeline.checkpoints import (
+from maskloom.pipeline.averages import Averages
+from maskloom.pipeline.backbone import DTYPES
+from maskloom.pipeline.checkpoints import (
     LENGTH_SETTINGS,
     check_checkpoint_names,
     checkpoint_to_resume,
@@ -28,21 +28,27 @@ from pipeline.checkpoints import (
     resume,
     save_checkpoint,
 )
-from pipeline.config import LoopConfig
-from pipeline.cpu_memory import keep_freed_memory
-from pipeline.engines import check_engine, clipped_norm, fill_deepspeed_settings, keep_whole_weights, weights_gathered
-from pipeline.errors import MaskLoomError
-from pipeline.files import remove_leftovers
-from pipeline.finite import FiniteWatch
-from pipeline.interruption import REMEDY, Interrupted, signals_to
-from pipeline.metrics_log import MetricsLog
-from pipeline.progress import progress, say
-from pipeline.randomness import Draws, keyed_generator
-from pipeline.schedules import ENDLESS, learning_rate_schedule, recompute_rate
-from pipeline.stop_vote import StopVote
-from pipeline.stream import Positioned, batches, global_batch, total_steps
-from pipeline.task import Task
-from pipeline.throughput import Throughput
+from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.cpu_memory import keep_freed_memory
+from maskloom.pipeline.engines import (
+    check_engine,
+    clipped_norm,
+    fill_deepspeed_settings,
+    keep_whole_weights,
+    weights_gathered,
+)
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import remove_leftovers
+from maskloom.pipeline.finite import FiniteWatch
+from maskloom.pipeline.interruption import REMEDY, Interrupted, signals_to
+from maskloom.pipeline.metrics_log import MetricsLog
+from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.randomness import Draws, keyed_generator
+from maskloom.pipeline.schedules import ENDLESS, learning_rate_schedule, recompute_rate
+from maskloom.pipeline.stop_vote import StopVote
+from maskloom.pipeline.stream import Positioned, batches, global_batch, total_steps
+from maskloom.pipeline.task import Task
+from maskloom.pipeline.throughput import Throughput
 
 __all__ = ["Positioned", "Task", "make_accelerator", "make_optimizer", "total_steps", "train"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract import Contract
-from pipeline.reading import LogLine, read_lines
-from pipeline.runs import Run, read_record
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.reading import LogLine, read_lines
+from maskloom.pipeline.runs import Run, read_record
 
 STAGE_FILE, METRICS_FILE = "stage.json", "metrics.jsonl"
 

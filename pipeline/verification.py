@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.contract import (
+from maskloom.pipeline.contract import (
     CONTRACT_FILE,
     EXTERNAL_PREFIX,
     LEDGER_FILE,
@@ -20,11 +20,11 @@ from pipeline.contract import (
     stored_rows,
     summarise_splits,
 )
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import file_digest
-from pipeline.images import png_array
-from pipeline.progress import progress
-from pipeline.reading import row_attributes
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import file_digest
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.progress import progress
+from maskloom.pipeline.reading import row_attributes
 
 REPAIR = "the dataset was changed after it was written: write it again with --force"
 

@@ -8,7 +8,7 @@ from yaml import SafeLoader, YAMLError, load
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, ScalarNode
 
-from pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, one_line
 
 MAX_BYTES = 1 << 20  # the largest configuration here has 5 kB
 MAX_DEPTH = 50

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare import PACKAGE
-from pipeline.plugins import load_plugin, plugin_names
+from maskloom.data_prep.prepare import PACKAGE
+from maskloom.pipeline.plugins import load_plugin, plugin_names
 
 NAMES = [name for name in plugin_names(PACKAGE) if load_plugin(PACKAGE, name, "dataset").Adapter.needs_raw_dir]
 MOST_MUTATIONS = 3

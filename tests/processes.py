@@ -22,18 +22,18 @@ ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "data_prep.audit_tables",
-        "data_prep.contact_sheet",
-        "data_prep.prepare",
+        "maskloom.data_prep.audit_tables",
+        "maskloom.data_prep.contact_sheet",
+        "maskloom.data_prep.prepare",
         "datasets",
         "diffusers.training_utils",
-        "generate.generate",
-        "pipeline.cli",
-        "pipeline.training",
-        "train_baselines.train",
-        "train_controlnet.export",
-        "train_controlnet.task",
-        "train_controlnet.train",
+        "maskloom.generate.generate",
+        "maskloom.pipeline.cli",
+        "maskloom.pipeline.training",
+        "maskloom.train_baselines.train",
+        "maskloom.train_controlnet.export",
+        "maskloom.train_controlnet.task",
+        "maskloom.train_controlnet.train",
     ]
 )
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json
-from pipeline.runs import RECORD_FILE, Run, Stage, StageRecord
+from maskloom.pipeline.files import write_json
+from maskloom.pipeline.runs import RECORD_FILE, Run, Stage, StageRecord
 
 
 def record_outputs(run: Run, name: str, outputs: Sequence[Path], **changes: Any) -> None:

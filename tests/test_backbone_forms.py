@@ -11,22 +11,22 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from data_prep.prepare import prepare
-from evaluate.evaluate import evaluate
-from generate.generate import generate
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import load_experiment
-from pipeline.contract import read_contract
-from pipeline.files import read_json
-from pipeline.hub_files import file_text
-from pipeline.hub_parcels import check_leaks, find_targets, pack
-from pipeline.report import write_report
-from pipeline.runs import Run
-from pipeline.verification import verify_fully
+from maskloom.data_prep.prepare import prepare
+from maskloom.evaluate.evaluate import evaluate
+from maskloom.generate.generate import generate
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.files import read_json
+from maskloom.pipeline.hub_files import file_text
+from maskloom.pipeline.hub_parcels import check_leaks, find_targets, pack
+from maskloom.pipeline.report import write_report
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.verification import verify_fully
+from maskloom.train_controlnet.train import train_stage
 from tests.original_layout import write_original
 from tests.pipeline.test_backbone_checks import half_precision
 from tests.tiny_backbone import build_tiny_backbone
-from train_controlnet.train import train_stage
 
 OWNER = "janeroe-of-ward-7"  # a folder of this name holds everything, so it must be in nothing that goes
 

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import load_experiment
-from pipeline.errors import run_command
+from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,7 +28,7 @@ def command(
 
 
 def _stage(config: ExperimentConfig, force: bool, families: list[str] | None) -> None:
-    from train_baselines.train import train_baselines
+    from maskloom.train_baselines.train import train_baselines
 
     train_baselines(config, force, families)
 

@@ -14,11 +14,11 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from pipeline.bounds import BatchSize
-from pipeline.progress import say
-from pipeline.randomness import Draws
-from train_baselines.diff_augment import Policy, augmented
-from train_baselines.family import Family, FamilyOptions
+from maskloom.pipeline.bounds import BatchSize
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.randomness import Draws
+from maskloom.train_baselines.diff_augment import Policy, augmented
+from maskloom.train_baselines.family import Family, FamilyOptions
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 HALF_RANGE = 2.0**10

@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import Contract
-from pipeline.errors import told_when_unwritable
-from pipeline.files import model_digest
-from pipeline.hub_cards import licence_metadata
-from pipeline.ownership import whole_folder
-from pipeline.provenance import git_sha
-from train_baselines.family import Family
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import told_when_unwritable
+from maskloom.pipeline.files import model_digest
+from maskloom.pipeline.hub_cards import licence_metadata
+from maskloom.pipeline.ownership import whole_folder
+from maskloom.pipeline.provenance import git_sha
+from maskloom.train_baselines.family import Family
 
 
 def export(family: Family, name: str, config: ExperimentConfig, contract: Contract, target: Path) -> dict[str, Any]:

@@ -18,15 +18,15 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.bounds import Epochs, Shown
-from pipeline.config import LoopConfig, Size
-from pipeline.images import png_bytes
-from pipeline.progress import say
-from pipeline.randomness import Draws, keyed_generator
-from pipeline.task import Task
-from train_baselines.diversity import COLLAPSED, diversity
-from train_baselines.pictures import preview_grid
-from train_baselines.rows import Rows, stacked
+from maskloom.pipeline.bounds import Epochs, Shown
+from maskloom.pipeline.config import LoopConfig, Size
+from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.randomness import Draws, keyed_generator
+from maskloom.pipeline.task import Task
+from maskloom.train_baselines.diversity import COLLAPSED, diversity
+from maskloom.train_baselines.pictures import preview_grid
+from maskloom.train_baselines.rows import Rows, stacked
 
 
 class FamilyOptions(LoopConfig):

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.bounds import Channels
-from train_baselines.adversarial import GanOptions, normal_start
+from maskloom.pipeline.bounds import Channels
+from maskloom.train_baselines.adversarial import GanOptions, normal_start
 
 SLOPE = 0.2
 """Of the discriminators' LeakyReLU."""

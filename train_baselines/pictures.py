@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.contract import Description
+from maskloom.pipeline.contract import Description
 
 if TYPE_CHECKING:
-    from train_baselines.family import Family, Samples
+    from maskloom.train_baselines.family import Family, Samples
 
 GAP = 2
 Picture = NDArray[np.uint8]

@@ -12,23 +12,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.audit.findings import Dataset
-from pipeline.audit.leaks import require_no_leaks
-from pipeline.config import ExperimentConfig, LoopConfig
-from pipeline.config_loading import validated
-from pipeline.contract import Contract, Description
-from pipeline.errors import MaskLoomError, nearest_name
-from pipeline.ownership import OwnedFolder, check_replaceable
-from pipeline.plugins import load_plugin
-from pipeline.progress import say
-from pipeline.runs import RECORD_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
-from pipeline.verification import verify_for_training
+from maskloom.pipeline.audit.findings import Dataset
+from maskloom.pipeline.audit.leaks import require_no_leaks
+from maskloom.pipeline.config import ExperimentConfig, LoopConfig
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.contract import Contract, Description
+from maskloom.pipeline.errors import MaskLoomError, nearest_name
+from maskloom.pipeline.ownership import OwnedFolder, check_replaceable
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs import RECORD_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
+from maskloom.pipeline.verification import verify_for_training
 
 if TYPE_CHECKING:
-    from train_baselines.family import Family, FamilyOptions
-    from train_baselines.rows import Rows
+    from maskloom.train_baselines.family import Family, FamilyOptions
+    from maskloom.train_baselines.rows import Rows
 
-PACKAGE = "train_baselines.families"
+PACKAGE = "maskloom.train_baselines.families"
 NAME = "baselines"
 
 
@@ -157,7 +157,7 @@ def _check_before_training(
         MaskLoomError: the machine or the dataset lacks what the family needs, something of the user's has the name of its weights or of a
             checkpoint, or, unless `force`, a checkpoint belongs to another training.
     """
-    from pipeline.training import check_machine, check_resumable, launched_processes
+    from maskloom.pipeline.training import check_machine, check_resumable, launched_processes
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
@@ -178,10 +178,10 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
     """Train one family, resuming where an earlier run stopped, and keep its weights."""
     from accelerate.utils import set_seed
 
-    from pipeline.checkpoints import delete_checkpoints
-    from pipeline.engines import check_engine
-    from pipeline.training import make_accelerator, total_steps, train
-    from train_baselines.export import export
+    from maskloom.pipeline.checkpoints import delete_checkpoints
+    from maskloom.pipeline.engines import check_engine
+    from maskloom.pipeline.training import make_accelerator, total_steps, train
+    from maskloom.train_baselines.export import export
 
     options, folder = family_options(config, name), run.baselines / name
     OwnedFolder(folder).check()
@@ -222,7 +222,7 @@ def _family(
 
 def _open_rows(kind: type[Family], options: FamilyOptions, run: Run, contract: Contract, split: str) -> Rows:
     """Return the rows of a split that a family can use, at its size."""
-    from train_baselines.rows import Rows
+    from maskloom.train_baselines.rows import Rows
 
     about = contract.description
     return Rows(run.dataset, split, about, options.image_size or about.image_size, kind.needs_masks)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import load_experiment
-from pipeline.errors import run_command
+from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import run_command
 
 DESCRIPTION = (
     "Train a ControlNet, adapters, or both, on a Stable Diffusion backbone. Further commands, each with its own --help:"
@@ -47,7 +47,7 @@ def plan(
 ) -> None:
     """Say what a training needs, and which switches would make it fit 24, 16 and 12 GB; reads no weights, needs no GPU and no dataset."""
     loaded = load_experiment(config, overrides or [])  # before the seconds that the imports take
-    from train_controlnet.plan_text import print_plan
+    from maskloom.train_controlnet.plan_text import print_plan
 
     print_plan(loaded, processes, json)
 
@@ -62,13 +62,13 @@ def find_lr(
 ) -> None:
     """Raise the learning rate from step to step, watch the loss, and suggest a rate; the run keeps nothing of it but the caches."""
     loaded = load_experiment(config, overrides or [])
-    from train_controlnet.lr_finder import RangeTest, print_range_test
+    from maskloom.train_controlnet.lr_finder import RangeTest, print_range_test
 
     print_range_test(loaded, RangeTest(steps, min_lr, max_lr), json)
 
 
 def _stage(config: ExperimentConfig, force: bool) -> None:
-    from train_controlnet.train import train_stage
+    from maskloom.train_controlnet.train import train_stage
 
     train_stage(config, force)
 

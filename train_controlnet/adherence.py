@@ -22,23 +22,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import value_digest
-from pipeline.masks import resize_mask
-from pipeline.ownership import OwnedFolder
-from pipeline.progress import say
-from pipeline.randomness import keyed_generator
-from pipeline.runs import Run
-from pipeline.segmenter import SegmenterOptions, build_segmenter, dice_scores, predicted_masks, train_segmenter
-from train_controlnet.augmentation import Picture
-from train_controlnet.latent_cache import rgb_array
-from train_controlnet.pictures import Wish
-from train_controlnet.verdict import LEAST_IMAGES, check_adherence, too_few_images
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
+from maskloom.pipeline.files import value_digest
+from maskloom.pipeline.masks import resize_mask
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.randomness import keyed_generator
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.segmenter import SegmenterOptions, build_segmenter, dice_scores, predicted_masks, train_segmenter
+from maskloom.train_controlnet.augmentation import Picture
+from maskloom.train_controlnet.latent_cache import rgb_array
+from maskloom.train_controlnet.pictures import Wish
+from maskloom.train_controlnet.verdict import LEAST_IMAGES, check_adherence, too_few_images
 
 if TYPE_CHECKING:
-    from train_controlnet.rows import Views
+    from maskloom.train_controlnet.rows import Views
 
 READER_FILE = "adherence.safetensors"
 

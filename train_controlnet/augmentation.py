@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.conditioning import conditioning_image
-from pipeline.config import AugmentConfig
-from pipeline.contract import Description
-from pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
-from pipeline.reading import row_attributes
+from maskloom.pipeline.conditioning import conditioning_image
+from maskloom.pipeline.config import AugmentConfig
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
+from maskloom.pipeline.reading import row_attributes
 
 Picture = NDArray[np.uint8]
 AffineMap = tuple[float, ...]

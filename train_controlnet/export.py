@@ -19,17 +19,17 @@ from diffusers.utils import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.contract import Contract
-from pipeline.errors import told_when_unwritable
-from pipeline.ownership import whole_folder
-from pipeline.runs import Run
-from pipeline.trained_parts import KOHYA_FILE, exported_names
-from train_controlnet.model_card import model_card
-from train_controlnet.networks import Networks, load_networks
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import told_when_unwritable
+from maskloom.pipeline.ownership import whole_folder
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.trained_parts import KOHYA_FILE, exported_names
+from maskloom.train_controlnet.model_card import model_card
+from maskloom.train_controlnet.networks import Networks, load_networks
 
 if TYPE_CHECKING:
-    from train_controlnet.task import DiffusionTask
+    from maskloom.train_controlnet.task import DiffusionTask
 
 
 def export(

@@ -22,16 +22,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.backbone_source import BackboneSource
-from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError, told_when_unwritable
-from pipeline.files import remove_leftovers, value_digest
-from pipeline.images import png_array, png_bytes
-from pipeline.ownership import OwnedFolder, delete_folder
-from pipeline.progress import progress, say
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
+from maskloom.pipeline.files import remove_leftovers, value_digest
+from maskloom.pipeline.images import png_array, png_bytes
+from maskloom.pipeline.ownership import OwnedFolder, delete_folder
+from maskloom.pipeline.progress import progress, say
 
 if TYPE_CHECKING:
-    from train_controlnet.rows import Views
+    from maskloom.train_controlnet.rows import Views
 
 Picture = NDArray[np.uint8]
 CACHE_FOLDER = "cache"

@@ -20,18 +20,18 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.errors import MaskLoomError
-from pipeline.named_files import named_file
-from pipeline.ownership import OwnedFolder, check_places
-from pipeline.progress import progress
-from pipeline.randomness import Draws
-from pipeline.runs import open_run
-from pipeline.trained_parts import read_places
-from pipeline.training import Positioned, make_accelerator, make_optimizer
-from pipeline.verification import verify_for_training
-from train_controlnet.task import OPTIMIZER, DiffusionTask
-from train_controlnet.train import check_dataset
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.named_files import named_file
+from maskloom.pipeline.ownership import OwnedFolder, check_places
+from maskloom.pipeline.progress import progress
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import open_run
+from maskloom.pipeline.trained_parts import read_places
+from maskloom.pipeline.training import Positioned, make_accelerator, make_optimizer
+from maskloom.pipeline.verification import verify_for_training
+from maskloom.train_controlnet.task import OPTIMIZER, DiffusionTask
+from maskloom.train_controlnet.train import check_dataset
 
 WATCHED_ROWS, WATCHED_BATCH = 32, 16
 DIVERGED = 4.0  # times the lowest loss, as in fastai and Lightning

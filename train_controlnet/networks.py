@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.backbone import (
+from maskloom.pipeline.backbone import (
     CONTROLNET_KEY,
     DTYPES,
     load_controlnet,
@@ -17,10 +17,10 @@ from pipeline.backbone import (
     load_part,
     use_xformers,
 )
-from pipeline.backbone_source import KEY, BackboneSource
-from pipeline.backbone_text import load_tokenizer
-from pipeline.config import TrainConfig
-from pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.backbone_source import KEY, BackboneSource
+from maskloom.pipeline.backbone_text import load_tokenizer
+from maskloom.pipeline.config import TrainConfig
+from maskloom.pipeline.errors import MaskLoomError, one_line
 
 # Blocks of one class share their code, and beyond so many shapes of them torch would go on uncompiled; its default of 8 is too few.
 MOST_BLOCK_SHAPES = 64
@@ -165,7 +165,7 @@ def _choose_trained(networks: Networks, config: TrainConfig) -> None:
         )
         getattr(networks, name).add_adapter(adapters)
     if config.lora_model_name_or_path is not None:
-        from train_controlnet.starting_adapters import load_adapters
+        from maskloom.train_controlnet.starting_adapters import load_adapters
 
         load_adapters(networks.loaded(), config)
     for module in _trained_modules(networks, config):  # after the adapters: adding them freezes all other weights

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 
 MAX_SNR = 1000.0  # of the debiased weights, as in sd-scripts: the first timesteps would get none otherwise
 

@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.randomness import keyed_generator
-from pipeline.sampling import Sampling, build_pipeline, prompt_embedding, sample, sampling_scheduler
-from train_controlnet.augmentation import Picture
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.randomness import keyed_generator
+from maskloom.pipeline.sampling import Sampling, build_pipeline, prompt_embedding, sample, sampling_scheduler
+from maskloom.train_controlnet.augmentation import Picture
 
 if TYPE_CHECKING:
-    from train_controlnet.task import DiffusionTask
+    from maskloom.train_controlnet.task import DiffusionTask
 
 
 @dataclass(frozen=True)

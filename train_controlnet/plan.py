@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone import DTYPES
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.contract import CONTRACT_FILE, Contract, read_contract
-from pipeline.prompt_encoding import training_prompts
-from pipeline.runs import Run
-from train_controlnet.networks import Networks
-from train_controlnet.plan_networks import planned_networks
-from train_controlnet.plan_phases import StepMemory, encoding_peak, latent_shape, step_memory, validation_peak
+from maskloom.pipeline.backbone import DTYPES
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import CONTRACT_FILE, Contract, read_contract
+from maskloom.pipeline.prompt_encoding import training_prompts
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.networks import Networks
+from maskloom.train_controlnet.plan_networks import planned_networks
+from maskloom.train_controlnet.plan_phases import StepMemory, encoding_peak, latent_shape, step_memory, validation_peak
 
 if TYPE_CHECKING:
     from torch import nn

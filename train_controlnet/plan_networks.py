@@ -6,12 +6,12 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.backbone import KINDS, load_noise_schedule, new_controlnet, new_network
-from pipeline.backbone_checks import check_backbone
-from pipeline.backbone_source import BackboneSource
-from pipeline.config import TrainConfig
-from train_controlnet.networks import Networks, check_controlnet, copied_controlnet, prepared_networks
-from train_controlnet.plan_memory import OnGpu
+from maskloom.pipeline.backbone import KINDS, load_noise_schedule, new_controlnet, new_network
+from maskloom.pipeline.backbone_checks import check_backbone
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.config import TrainConfig
+from maskloom.train_controlnet.networks import Networks, check_controlnet, copied_controlnet, prepared_networks
+from maskloom.train_controlnet.plan_memory import OnGpu
 
 META = torch.device("meta")
 

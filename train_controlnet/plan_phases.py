@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbone import DTYPES
-from pipeline.config import TrainConfig
-from pipeline.randomness import Draws
-from train_controlnet.latent_cache import ENCODE_BATCH
-from train_controlnet.networks import Networks
-from train_controlnet.plan_memory import LiveMemory, OnGpu
-from train_controlnet.plan_networks import META, recompute_on_gpu
-from train_controlnet.task import DiffusionTask
-from train_controlnet.validation import BATCH as VALIDATION_BATCH
+from maskloom.pipeline.backbone import DTYPES
+from maskloom.pipeline.config import TrainConfig
+from maskloom.pipeline.randomness import Draws
+from maskloom.train_controlnet.latent_cache import ENCODE_BATCH
+from maskloom.train_controlnet.networks import Networks
+from maskloom.train_controlnet.plan_memory import LiveMemory, OnGpu
+from maskloom.train_controlnet.plan_networks import META, recompute_on_gpu
+from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.validation import BATCH as VALIDATION_BATCH
 
 PROMPTS = 2  # rows of the made-up table of prompts, which does not count
 

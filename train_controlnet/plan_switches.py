@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config import TrainConfig
-from train_controlnet.plan import Plan, Planner, with_reserve
+from maskloom.pipeline.config import TrainConfig
+from maskloom.train_controlnet.plan import Plan, Planner, with_reserve
 
 Switches = dict[str, Any]
 """Keys of the `train` section with their new values."""

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.named_files import named_file
-from pipeline.prompt_encoding import load_prompt_encoder, training_prompts
-from train_controlnet.plan import GIB, Plan, Planner
-from train_controlnet.plan_switches import Switches, cheapest_fit
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.named_files import named_file
+from maskloom.pipeline.prompt_encoding import load_prompt_encoder, training_prompts
+from maskloom.train_controlnet.plan import GIB, Plan, Planner
+from maskloom.train_controlnet.plan_switches import Switches, cheapest_fit
 
 MIB = 2**20
 GPUS_GIB = (24, 16, 12)

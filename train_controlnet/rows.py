@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from pipeline.config import AugmentConfig
-from pipeline.contract import Description
-from pipeline.images import png_array
-from pipeline.randomness import keyed_generator
-from train_controlnet.augmentation import (
+from maskloom.pipeline.config import AugmentConfig
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.randomness import keyed_generator
+from maskloom.train_controlnet.augmentation import (
     Picture,
     Pictures,
     changed_pictures,
@@ -25,10 +25,10 @@ from train_controlnet.augmentation import (
     mask_words,
     uses_mask_words,
 )
-from train_controlnet.latent_cache import pixels, rgb_array
+from maskloom.train_controlnet.latent_cache import pixels, rgb_array
 
 if TYPE_CHECKING:
-    from train_controlnet.latent_cache import ViewCache
+    from maskloom.train_controlnet.latent_cache import ViewCache
 
 PICTURES = ("image", "mask", "conditioning_image")
 PNG_SIZE = (16, 24)  # where a PNG file says its width and height, four big-endian bytes each

@@ -7,26 +7,32 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.backbone import DTYPES
-from pipeline.config import ExperimentConfig
-from pipeline.contract import Contract, open_split
-from pipeline.prompt_encoding import PromptEncoder, tell_cuts, text_states
-from pipeline.randomness import Draws
-from pipeline.runs import Run
-from pipeline.training import Task
-from train_controlnet.decoder import load_decoder
-from train_controlnet.latent_cache import CACHE_FOLDER, cache_folder, drop_stale_caches, fill_embeddings, fill_views
-from train_controlnet.networks import Networks, load_networks
-from train_controlnet.objective import (
+from maskloom.pipeline.backbone import DTYPES
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import Contract, open_split
+from maskloom.pipeline.prompt_encoding import PromptEncoder, tell_cuts, text_states
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.training import Task
+from maskloom.train_controlnet.decoder import load_decoder
+from maskloom.train_controlnet.latent_cache import (
+    CACHE_FOLDER,
+    cache_folder,
+    drop_stale_caches,
+    fill_embeddings,
+    fill_views,
+)
+from maskloom.train_controlnet.networks import Networks, load_networks
+from maskloom.train_controlnet.objective import (
     denoising_losses,
     lesion_weights,
     prediction_target,
     sample_latents,
     timestep_weights,
 )
-from train_controlnet.prompts import numbered_prompts
-from train_controlnet.rows import TrainingRows, Views, size_buckets
-from train_controlnet.validation import Validator
+from maskloom.train_controlnet.prompts import numbered_prompts
+from maskloom.train_controlnet.rows import TrainingRows, Views, size_buckets
+from maskloom.train_controlnet.validation import Validator
 
 OPTIMIZER = "denoiser"
 

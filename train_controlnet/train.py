@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.audit.findings import Dataset
-from pipeline.audit.leaks import require_no_leaks
-from pipeline.backbone_checks import check_backbone
-from pipeline.backbone_source import BackboneSource
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest, model_digest, value_digest
-from pipeline.ownership import OwnedFolder, check_places, check_replaceable, delete_folder
-from pipeline.runs import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
-from pipeline.trained_parts import EXPORTED, adapter_file, exported_names, read_places
-from pipeline.verification import verify_for_training
-from train_controlnet.verdict import check_adherence
+from maskloom.pipeline.audit.findings import Dataset
+from maskloom.pipeline.audit.leaks import require_no_leaks
+from maskloom.pipeline.backbone_checks import check_backbone
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import file_digest, model_digest, value_digest
+from maskloom.pipeline.ownership import OwnedFolder, check_places, check_replaceable, delete_folder
+from maskloom.pipeline.runs import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
+from maskloom.pipeline.trained_parts import EXPORTED, adapter_file, exported_names, read_places
+from maskloom.pipeline.verification import verify_for_training
+from maskloom.train_controlnet.verdict import check_adherence
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
@@ -42,12 +42,12 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     OwnedFolder(run.generator).check()
     from accelerate.utils import set_seed
 
-    from pipeline.engines import check_engine
-    from pipeline.training import make_accelerator, train
-    from train_controlnet.decoder import check_decoder_engine, train_decoder
-    from train_controlnet.export import export
-    from train_controlnet.networks import load_networks
-    from train_controlnet.task import DiffusionTask
+    from maskloom.pipeline.engines import check_engine
+    from maskloom.pipeline.training import make_accelerator, train
+    from maskloom.train_controlnet.decoder import check_decoder_engine, train_decoder
+    from maskloom.train_controlnet.export import export
+    from maskloom.train_controlnet.networks import load_networks
+    from maskloom.train_controlnet.task import DiffusionTask
 
     check_backbone(BackboneSource.of(config.train))
     accelerator = make_accelerator(config.fine_tuning, run.logs("train"))
@@ -99,9 +99,9 @@ def drop_older_exports(run: Run, names: Sequence[str]) -> None:
 
 def start_afresh(run: Run) -> None:
     """Delete what earlier trainings of the run have left to resume from; trained weights stay until new ones take their place."""
-    from pipeline.checkpoints import delete_checkpoints
-    from train_controlnet.decoder import CHECKPOINTS
-    from train_controlnet.latent_cache import CACHE_FOLDER, delete_caches
+    from maskloom.pipeline.checkpoints import delete_checkpoints
+    from maskloom.train_controlnet.decoder import CHECKPOINTS
+    from maskloom.train_controlnet.latent_cache import CACHE_FOLDER, delete_caches
 
     delete_checkpoints(run.generator)
     delete_checkpoints(run.generator / CHECKPOINTS)
@@ -119,10 +119,10 @@ def check_before_training(
             be read, something of the user's has the name of weights or of a checkpoint, or, unless `force`, a checkpoint belongs to another
             training.
     """
-    from pipeline.prompt_encoding import load_prompt_encoder
-    from pipeline.training import check_resumable
-    from train_controlnet.decoder import CHECKPOINTS, check_decoder_resumable
-    from train_controlnet.pictures import further_wishes
+    from maskloom.pipeline.prompt_encoding import load_prompt_encoder
+    from maskloom.pipeline.training import check_resumable
+    from maskloom.train_controlnet.decoder import CHECKPOINTS, check_decoder_resumable
+    from maskloom.train_controlnet.pictures import further_wishes
 
     further_wishes(config.fine_tuning, contract.description.sizes)
     check_validation_sampling(config)
@@ -140,7 +140,7 @@ def check_validation_sampling(config: ExperimentConfig) -> None:
     Raises:
         MaskLoomError: an option of the generator, the scheduler or a number of steps does not do.
     """
-    from pipeline.sampling import Sampling, check_sampling
+    from maskloom.pipeline.sampling import Sampling, check_sampling
 
     train = config.fine_tuning
     how = Sampling.of_training(config.generate, train)

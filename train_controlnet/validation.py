@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import default_collate
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import Contract
-from pipeline.files import atomic_path
-from pipeline.metrics_log import METRICS_FILE
-from pipeline.progress import say
-from pipeline.randomness import Draws
-from pipeline.runs import Run
-from pipeline.sampling import Sampling
-from pipeline.training import total_steps
-from train_controlnet.adherence import AdherenceMeter
-from train_controlnet.augmentation import Picture
-from train_controlnet.latent_cache import rgb_array
-from train_controlnet.pictures import Wish, further_wishes, grid, sampled_images, show_in_trackers
-from train_controlnet.rows import TrainingRows
-from train_controlnet.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.files import atomic_path
+from maskloom.pipeline.metrics_log import METRICS_FILE
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.sampling import Sampling
+from maskloom.pipeline.training import total_steps
+from maskloom.train_controlnet.adherence import AdherenceMeter
+from maskloom.train_controlnet.augmentation import Picture
+from maskloom.train_controlnet.latent_cache import rgb_array
+from maskloom.train_controlnet.pictures import Wish, further_wishes, grid, sampled_images, show_in_trackers
+from maskloom.train_controlnet.rows import TrainingRows
+from maskloom.train_controlnet.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 
 if TYPE_CHECKING:
-    from train_controlnet.task import DiffusionTask
+    from maskloom.train_controlnet.task import DiffusionTask
 
 BATCH = 16
 Losses = NDArray[np.float64]

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import TrainConfig
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.reading import LogLine, read_lines
+from maskloom.pipeline.config import TrainConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.reading import LogLine, read_lines
 
 FOLLOWED, IGNORED = "condition_followed", "condition_ignored"
 LEAST_GAIN = (

@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.file_names import folder_named, subfolders
-from data_prep.nifti import (
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from maskloom.data_prep.file_names import folder_named, subfolders
+from maskloom.data_prep.nifti import (
     SUFFIXES,
     Volume,
     contrast_range,
@@ -46,10 +46,10 @@ from data_prep.nifti import (
     read_volume,
     require_same_grid,
 )
-from data_prep.readers import files_in, natural_order, unreadable_as_reject
-from pipeline.config import IntensityWindow
-from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.masks import resize_mask
+from maskloom.data_prep.readers import files_in, natural_order, unreadable_as_reject
+from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.masks import resize_mask
 
 Phase = Literal["ED", "ES"]
 PHASES: dict[Phase, str] = {"ED": "end-diastole", "ES": "end-systole"}

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
-from data_prep.file_names import Names, folder_named, subfolders
-from data_prep.readers import decoded_image, eight_bit, files_in, require_same_size
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
+from maskloom.data_prep.file_names import Names, folder_named, subfolders
+from maskloom.data_prep.readers import decoded_image, eight_bit, files_in, require_same_size
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 SPLITS = ("train", "test")
 NAME = re.compile(r"(?P<number>\d+)_(?P<split>train|test)_(?P<level>0|1\+|2\+|3\+)\.png", re.IGNORECASE)

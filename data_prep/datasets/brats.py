@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.file_names import subfolders
-from data_prep.nifti import (
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from maskloom.data_prep.file_names import subfolders
+from maskloom.data_prep.nifti import (
     AXIAL,
     Volume,
     contrast_range,
@@ -38,9 +38,9 @@ from data_prep.nifti import (
     read_volume,
     require_same_grid,
 )
-from data_prep.readers import natural_order
-from pipeline.config import IntensityWindow
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.readers import natural_order
+from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 Modality = Literal["t1", "t1ce", "t2", "flair"]
 WORDS: dict[Modality, str] = {"t1": "T1", "t1ce": "contrast-enhanced T1", "t2": "T2", "flair": "FLAIR"}

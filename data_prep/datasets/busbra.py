@@ -26,12 +26,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
-from data_prep.file_names import Names, entry_named, folder_named, subfolders
-from data_prep.readers import files_in, portable_id, reject_as_error
-from data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
-from pipeline.errors import MaskLoomError, RejectedSample, one_line
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from maskloom.data_prep.breast_ultrasound import (
+    LABELS,
+    MASK_CLASSES,
+    MODALITY,
+    PALETTE,
+    PROMPT_TEMPLATES,
+    image_with_lesion,
+)
+from maskloom.data_prep.file_names import Names, entry_named, folder_named, subfolders
+from maskloom.data_prep.readers import files_in, portable_id, reject_as_error
+from maskloom.data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 RESTORE = "restore the file from the dataset"
 ROOT, TABLE = "BUSBRA", "bus_data.csv"

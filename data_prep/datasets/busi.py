@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from data_prep.file_names import Names, comparable, subfolders
-from data_prep.readers import bright, decoded_image, eight_bit, files_in, portable_id, require_same_size
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from maskloom.data_prep.file_names import Names, comparable, subfolders
+from maskloom.data_prep.readers import bright, decoded_image, eight_bit, files_in, portable_id, require_same_size
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("benign", "malignant", "normal")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}

@@ -40,13 +40,13 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from scipy import ndimage
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.asap import Annotations, drawn, read_annotations
-from data_prep.file_names import is_visible
-from data_prep.readers import natural_order, unreadable_as_reject
-from data_prep.slide_labels import REFERENCE, STAGES, slide_diagnoses
-from data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
-from data_prep.tiles import (
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from maskloom.data_prep.asap import Annotations, drawn, read_annotations
+from maskloom.data_prep.file_names import is_visible
+from maskloom.data_prep.readers import natural_order, unreadable_as_reject
+from maskloom.data_prep.slide_labels import REFERENCE, STAGES, slide_diagnoses
+from maskloom.data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
+from maskloom.data_prep.tiles import (
     TileGrid,
     mask_shares,
     polygon_shares,
@@ -56,7 +56,7 @@ from data_prep.tiles import (
     tissue_threshold,
     without_specks,
 )
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 SLIDE = re.compile(r"(?P<kind>normal|tumor|test)_\d{3}|(?P<patient>patient_\d{3})_node_\d")
 TUMOUR_GROUPS, HOLE_GROUPS = ("tumor", "_0", "_1", "metastases"), ("_2", "normal")

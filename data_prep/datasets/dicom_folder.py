@@ -39,13 +39,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.dicom import Header, is_dicom, read_header, read_picture
-from data_prep.file_names import is_visible
-from data_prep.image_files import decoded_mask
-from data_prep.readers import BLACK_ON_TRANSPARENT, require_same_size
-from pipeline.config import IntensityWindow
-from pipeline.errors import MaskLoomError, RejectedSample, run_command
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from maskloom.data_prep.dicom import Header, is_dicom, read_header, read_picture
+from maskloom.data_prep.file_names import is_visible
+from maskloom.data_prep.image_files import decoded_mask
+from maskloom.data_prep.readers import BLACK_ON_TRANSPARENT, require_same_size
+from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, run_command
 
 LOOKED_AT = 48  # files, to recognise a folder
 SUFFIXES = (".dcm", ".dicom", ".ima")  # anything else after a dot may be part of a UID

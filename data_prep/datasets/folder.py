@@ -35,16 +35,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from data_prep.file_names import NO_TEXT, as_seen, canonical, comparable, is_text
-from data_prep.file_patterns import Confined, has_wildcards, placeholder_values
-from data_prep.folder_listing import Candidate, is_read, listed_candidates, shown_path
-from data_prep.folder_options import FolderOptions, case_clash
-from data_prep.image_files import READ_SUFFIXES, decoded_mask, image_pixels
-from data_prep.label_maps import binary_mask, class_mask, distinct_palette, label_map
-from data_prep.readers import require_same_size
-from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.files import value_digest
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from maskloom.data_prep.file_names import NO_TEXT, as_seen, canonical, comparable, is_text
+from maskloom.data_prep.file_patterns import Confined, has_wildcards, placeholder_values
+from maskloom.data_prep.folder_listing import Candidate, is_read, listed_candidates, shown_path
+from maskloom.data_prep.folder_options import FolderOptions, case_clash
+from maskloom.data_prep.image_files import READ_SUFFIXES, decoded_mask, image_pixels
+from maskloom.data_prep.label_maps import binary_mask, class_mask, distinct_palette, label_map
+from maskloom.data_prep.readers import require_same_size
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.files import value_digest
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),

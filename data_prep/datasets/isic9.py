@@ -21,12 +21,12 @@ from pathlib import Path, PurePath
 
 from pydantic import Field, field_validator
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from data_prep.file_names import comparable, folder_named, printable, subfolders
-from data_prep.readers import decoded_image, eight_bit, files_in, portable_id, reject_as_error
-from data_prep.tables import TableRow, csv_rows
-from pipeline.errors import MaskLoomError
-from pipeline.progress import say
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from maskloom.data_prep.file_names import comparable, folder_named, printable, subfolders
+from maskloom.data_prep.readers import decoded_image, eight_bit, files_in, portable_id, reject_as_error
+from maskloom.data_prep.tables import TableRow, csv_rows
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.progress import say
 
 LABELS = (
     "actinic keratosis",

@@ -37,10 +37,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from data_prep.file_names import folder_named, subfolders
-from data_prep.intensity import window_range
-from data_prep.readers import (
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
+from maskloom.data_prep.file_names import folder_named, subfolders
+from maskloom.data_prep.intensity import window_range
+from maskloom.data_prep.readers import (
     decoded_image,
     eight_bit,
     files_in,
@@ -48,9 +48,9 @@ from data_prep.readers import (
     reject_as_error,
     require_same_size,
 )
-from data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
-from pipeline.config import IntensityWindow
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
+from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("clean", "nodule")
 A_NODULE, NO_NODULE = "a pulmonary nodule", "no pulmonary nodule"

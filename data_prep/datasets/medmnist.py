@@ -31,11 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.file_names import comparable, subfolders
-from data_prep.npz_rows import check_npz_array, npz_header, npz_row, npz_table
-from data_prep.readers import files_in, reject_as_error
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from maskloom.data_prep.file_names import comparable, subfolders
+from maskloom.data_prep.npz_rows import check_npz_array, npz_header, npz_row, npz_table
+from maskloom.data_prep.readers import files_in, reject_as_error
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 DOWNLOAD = "https://zenodo.org/records/10519652"
 MEDMNIST = (

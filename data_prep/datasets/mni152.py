@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 SHAPE = (197, 233, 189)  # left to right, posterior to anterior, inferior to superior; 1 mm each
 BOX = ((22, 175), (23, 211), (0, 158))  # the voxels that hold brain, a few mm more; what lies outside is black

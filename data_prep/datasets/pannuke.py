@@ -37,11 +37,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from data_prep.file_names import entry_named, subfolders
-from data_prep.npz_rows import MAX_HEADER_BYTES, npy_header
-from data_prep.readers import npy_array, reject_as_error, unreadable_as_reject
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
+from maskloom.data_prep.file_names import entry_named, subfolders
+from maskloom.data_prep.npz_rows import MAX_HEADER_BYTES, npy_header
+from maskloom.data_prep.readers import npy_array, reject_as_error, unreadable_as_reject
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 HOMEPAGE = "https://warwick.ac.uk/fac/cross_fac/tia/data/pannuke"
 TISSUES = {

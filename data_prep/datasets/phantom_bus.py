@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from data_prep import phantom
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from data_prep.adapter import Options as BaseOptions
-from pipeline.bounds import Copies, Rows
+from maskloom.data_prep import phantom
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from maskloom.data_prep.adapter import Options as BaseOptions
+from maskloom.pipeline.bounds import Copies, Rows
 
 MASK_MODES = ("1", "L", "RGB", "RGBA")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}

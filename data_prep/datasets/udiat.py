@@ -18,13 +18,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
-from data_prep.breast_ultrasound import LABELS, MASK_CLASSES, MODALITY, PALETTE, PROMPT_TEMPLATES, image_with_lesion
-from data_prep.file_names import comparable, entry_named, folder_named, subfolders
-from data_prep.readers import files_in, portable_id, reject_as_error
-from data_prep.spreadsheets import xlsx_rows
-from data_prep.tables import TableRow, csv_rows
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
+from maskloom.data_prep.breast_ultrasound import (
+    LABELS,
+    MASK_CLASSES,
+    MODALITY,
+    PALETTE,
+    PROMPT_TEMPLATES,
+    image_with_lesion,
+)
+from maskloom.data_prep.file_names import comparable, entry_named, folder_named, subfolders
+from maskloom.data_prep.readers import files_in, portable_id, reject_as_error
+from maskloom.data_prep.spreadsheets import xlsx_rows
+from maskloom.data_prep.tables import TableRow, csv_rows
+from maskloom.pipeline.errors import MaskLoomError
 
 IMAGES, MASKS = ("original",), ("GT",)
 TABLES = ("DatasetB.xlsx", "DatasetB.csv")

@@ -4,9 +4,9 @@ from collections import Counter
 
 import numpy as np
 
-from data_prep.adapter import DatasetInfo
-from data_prep.inspecting.observation import Listing, Sample
-from pipeline.config import DataConfig
+from maskloom.data_prep.adapter import DatasetInfo
+from maskloom.data_prep.inspecting.observation import Listing, Sample
+from maskloom.pipeline.config import DataConfig
 
 MANY = 20_000  # images, from which looking for near-duplicates takes long
 UNEVEN = 3  # images of the most frequent class for one of the rarest

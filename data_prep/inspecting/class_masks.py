@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data_prep.image_files import mask_pixels
-from data_prep.inspecting.names import MASK_WORDS, literal
-from data_prep.inspecting.observation import spread
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.image_files import mask_pixels
+from maskloom.data_prep.inspecting.names import MASK_WORDS, literal
+from maskloom.data_prep.inspecting.observation import spread
+from maskloom.pipeline.errors import RejectedSample
 
 MASKS_TRIED, MEASURED = 300, 8
 MOST_CLASSES = 12

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.file_names import printable
-from data_prep.inspecting.observation import spread
+from maskloom.data_prep.file_names import printable
+from maskloom.data_prep.inspecting.observation import spread
 
 OPENED = 2000  # files, spread over the tree
 SECONDS = 10.0

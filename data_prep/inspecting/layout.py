@@ -8,11 +8,11 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.folder_listing import listed_candidates
-from data_prep.folder_options import FolderOptions
-from data_prep.image_files import READ_SUFFIXES
-from data_prep.inspecting.class_masks import by_area, class_patterns
-from data_prep.inspecting.names import (
+from maskloom.data_prep.folder_listing import listed_candidates
+from maskloom.data_prep.folder_options import FolderOptions
+from maskloom.data_prep.image_files import READ_SUFFIXES
+from maskloom.data_prep.inspecting.class_masks import by_area, class_patterns
+from maskloom.data_prep.inspecting.names import (
     IMAGE_FOLDER,
     MASK_PREFIX,
     MASK_SUFFIX,
@@ -22,11 +22,11 @@ from data_prep.inspecting.names import (
     literal,
     pattern_of,
 )
-from data_prep.inspecting.observation import spread
-from data_prep.inspecting.pixels import channels_of, mask_values_of
-from data_prep.inspecting.raw_tree import RawTree, Table
-from data_prep.inspecting.tables import options_from_table
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.inspecting.observation import spread
+from maskloom.data_prep.inspecting.pixels import channels_of, mask_values_of
+from maskloom.data_prep.inspecting.raw_tree import RawTree, Table
+from maskloom.data_prep.inspecting.tables import options_from_table
+from maskloom.pipeline.errors import MaskLoomError
 
 ENOUGH = 0.9  # share of names or images that a guess must hold for
 MOST_CLASSES = 20

@@ -10,13 +10,13 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from data_prep.decoding import IMAGE_FORMATS
-from data_prep.parts import without_taken_ids
-from data_prep.readers import IMAGE_SUFFIXES
-from data_prep.survey import id_problem, sample_problem
-from pipeline.errors import RejectedSample
-from pipeline.progress import progress
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from maskloom.data_prep.decoding import IMAGE_FORMATS
+from maskloom.data_prep.parts import without_taken_ids
+from maskloom.data_prep.readers import IMAGE_SUFFIXES
+from maskloom.data_prep.survey import id_problem, sample_problem
+from maskloom.pipeline.errors import RejectedSample
+from maskloom.pipeline.progress import progress
 
 VOLUMES = 4  # that are opened; one may hold thousands of slices or tiles and take minutes
 SECONDS = 60.0  # after which no further sample is read

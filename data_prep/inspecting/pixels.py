@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.image_files import JPEG_SUFFIXES, image_pixels, mask_pixels
-from data_prep.inspecting.observation import spread
-from data_prep.label_maps import BACKGROUND, binary_mask, packed, shown_value
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.image_files import JPEG_SUFFIXES, image_pixels, mask_pixels
+from maskloom.data_prep.inspecting.observation import spread
+from maskloom.data_prep.label_maps import BACKGROUND, binary_mask, packed, shown_value
+from maskloom.pipeline.errors import RejectedSample
 
 OPENED = 24  # images, and masks
 MOST_CLASSES = 20

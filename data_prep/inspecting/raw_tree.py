@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data_prep.file_names import is_system_name
-from data_prep.spreadsheets import xlsx_rows
-from data_prep.tables import csv_rows
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.file_names import is_system_name
+from maskloom.data_prep.spreadsheets import xlsx_rows
+from maskloom.data_prep.tables import csv_rows
+from maskloom.pipeline.errors import RejectedSample
 
 MAX_FILES = 200_000
 MAX_SECONDS = 30.0

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_prep.file_names import comparable
-from data_prep.inspecting.names import SPLIT_FOLDER, folder_pattern, literal, names_masks
-from data_prep.inspecting.raw_tree import Table
+from maskloom.data_prep.file_names import comparable
+from maskloom.data_prep.inspecting.names import SPLIT_FOLDER, folder_pattern, literal, names_masks
+from maskloom.data_prep.inspecting.raw_tree import Table
 
 COLUMN_NAMES = {
     "label": ("label", "class", "diagnosis", "dx", "category", "target", "pathology", "classification", "type", "finding"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.file_names import printable
+from maskloom.data_prep.file_names import printable
 
 WIDTH = 100  # where the output is not a terminal, and at most
 MOST_COUNTED = 12

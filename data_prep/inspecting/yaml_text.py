@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.file_names import printable
-from data_prep.inspecting.layout import Guess
-from pipeline.config import DataConfig
+from maskloom.data_prep.file_names import printable
+from maskloom.data_prep.inspecting.layout import Guess
+from maskloom.pipeline.config import DataConfig
 
 PLAIN = re.compile(
     r"/[\w/ .()+-]*[\w/)]|[a-z][a-z_]{5,}(?:/[\w/.-]*\w)?", re.ASCII

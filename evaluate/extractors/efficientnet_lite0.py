@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evaluate.features import Extractor
-from pipeline.files import file_digest
+from maskloom.evaluate.features import Extractor
+from maskloom.pipeline.files import file_digest
 
 INPUT_SIZE = 224
 DIMENSIONS = 1280

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from evaluate.features import Extractor
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import value_digest
+from maskloom.evaluate.features import Extractor
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import value_digest
 
 INPUT_SIZE = 299
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
-from evaluate.classification_scores import RECALL, classification_statistics
-from evaluate.classifier import ClassifierOptions, predicted_probabilities, train_classifier
-from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
-from evaluate.inputs import EvaluationInputs, ImageSet
-from evaluate.results import MetricResult, skipped_result
-from pipeline.fixed_steps import Augment
+from maskloom.evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
+from maskloom.evaluate.classification_scores import RECALL, classification_statistics
+from maskloom.evaluate.classifier import ClassifierOptions, predicted_probabilities, train_classifier
+from maskloom.evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.results import MetricResult, skipped_result
+from maskloom.pipeline.fixed_steps import Augment
 
 VERSION = 2
 QUESTION = "Does the synthetic data help a classification model on real test images?"

@@ -12,14 +12,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
-from evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
-from evaluate.inputs import EvaluationInputs
-from evaluate.masked import MaskedImages, masked_images
-from evaluate.results import MetricResult, skipped_result
-from evaluate.statistics import Statistic, weighted_mean
-from pipeline.fixed_steps import Augment
-from pipeline.segmenter import EMPTY_RULE, SegmenterOptions, dice_scores, iou_scores, predicted_masks, train_segmenter
+from maskloom.evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
+from maskloom.evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
+from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.masked import MaskedImages, masked_images
+from maskloom.evaluate.results import MetricResult, skipped_result
+from maskloom.evaluate.statistics import Statistic, weighted_mean
+from maskloom.pipeline.fixed_steps import Augment
+from maskloom.pipeline.segmenter import (
+    EMPTY_RULE,
+    SegmenterOptions,
+    dice_scores,
+    iou_scores,
+    predicted_masks,
+    train_segmenter,
+)
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,13 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evaluate.inputs import EvaluationInputs
-from evaluate.masked import MaskedImages, masked_images
-from evaluate.results import REAL, Cell, Figure, MetricResult, Table, skipped_result
-from evaluate.statistics import Bootstrap, group_index, weighted_mean
-from pipeline.bounds import Repeats
-from pipeline.progress import progress
-from pipeline.segmenter import EMPTY_RULE, SegmenterOptions, dice_scores, iou_scores, predicted_masks, train_segmenter
+from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.masked import MaskedImages, masked_images
+from maskloom.evaluate.results import REAL, Cell, Figure, MetricResult, Table, skipped_result
+from maskloom.evaluate.statistics import Bootstrap, group_index, weighted_mean
+from maskloom.pipeline.bounds import Repeats
+from maskloom.pipeline.progress import progress
+from maskloom.pipeline.segmenter import (
+    EMPTY_RULE,
+    SegmenterOptions,
+    dice_scores,
+    iou_scores,
+    predicted_masks,
+    train_segmenter,
+)
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evaluate.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
-from evaluate.frechet import frechet_interval
-from evaluate.inputs import EvaluationInputs, in_batches
-from evaluate.pictures import picture_grid
-from evaluate.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
-from evaluate.statistics import Bootstrap, difference, weighted_mean
-from pipeline.backbone_source import BackboneSource
-from pipeline.bounds import BatchSize, Shown
-from pipeline.fixed_steps import normalised
-from pipeline.runs import Run
+from maskloom.evaluate.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
+from maskloom.evaluate.frechet import frechet_interval
+from maskloom.evaluate.inputs import EvaluationInputs, in_batches
+from maskloom.evaluate.pictures import picture_grid
+from maskloom.evaluate.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
+from maskloom.evaluate.statistics import Bootstrap, difference, weighted_mean
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.bounds import BatchSize, Shown
+from maskloom.pipeline.fixed_steps import normalised
+from maskloom.pipeline.runs import Run
 
 VERSION = 2
 QUESTION = "What does the VAE destroy, whatever the generator learns?"
@@ -90,7 +90,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 
 
 def _backbone_vae(inputs: EvaluationInputs, source: BackboneSource) -> Any:
-    from pipeline.backbone import load_part
+    from maskloom.pipeline.backbone import load_part
 
     return load_part(source, "vae").eval().to(inputs.device)
 
@@ -108,7 +108,7 @@ def _tuned_vae(folder: Path, device: str) -> Any:
     """
     from diffusers import AutoencoderKL
 
-    from pipeline.backbone import load_trained
+    from maskloom.pipeline.backbone import load_trained
 
     return load_trained(AutoencoderKL, folder, "run train again with --force").eval().to(device)
 

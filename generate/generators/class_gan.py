@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from generate import generator
-from generate.baseline import BaselineGenerator, class_tensor, seeded_noise, unit_images
-from generate.generator import Condition
-from pipeline.contract import Description
+from maskloom.generate import generator
+from maskloom.generate.baseline import BaselineGenerator, class_tensor, seeded_noise, unit_images
+from maskloom.generate.generator import Condition
+from maskloom.pipeline.contract import Description
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Generator(BaselineGenerator):
         Raises:
             MaskLoomError: its files are damaged.
         """
-        from pipeline.networks.class_generator import ClassGenerator
+        from maskloom.pipeline.networks.class_generator import ClassGenerator
 
         self.device, self.description = device, description
         self.network = self.load_network(ClassGenerator, "generator", device)

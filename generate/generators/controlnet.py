@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from generate.diffusion import BackboneGenerator, BackboneOptions, control_tensor, trained_parts, weight_dtype
-from generate.generator import Condition
-from pipeline.config import ExperimentConfig
-from pipeline.contract import Description
-from pipeline.errors import MaskLoomError
-from pipeline.runs import Run
-from pipeline.sampling import CallOptions
+from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions, control_tensor, trained_parts, weight_dtype
+from maskloom.generate.generator import Condition
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.sampling import CallOptions
 
 if TYPE_CHECKING:
     import torch

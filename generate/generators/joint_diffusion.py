@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
-from generate.diffusion import weight_dtype
-from generate.generator import Condition, JointGenerator, JointOptions
-from pipeline.contract import Description
-from pipeline.sampling import solver
+from maskloom.generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
+from maskloom.generate.diffusion import weight_dtype
+from maskloom.generate.generator import Condition, JointGenerator, JointOptions
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.sampling import solver
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +55,8 @@ class Generator(BaselineGenerator, JointGenerator):
         import torch
         from torch.nn import functional
 
-        from pipeline.networks.guided_denoiser import sampled
-        from pipeline.networks.mask_planes import drawn_planes
+        from maskloom.pipeline.networks.guided_denoiser import sampled
+        from maskloom.pipeline.networks.mask_planes import drawn_planes
 
         about = self.unet.config
         noise = seeded_noise(conditions, (about.in_channels, *about.sample_size), self.device)

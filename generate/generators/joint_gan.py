@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from generate import generator
-from generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
-from generate.generator import Condition, JointGenerator
-from pipeline.contract import Description
+from maskloom.generate import generator
+from maskloom.generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
+from maskloom.generate.generator import Condition, JointGenerator
+from maskloom.pipeline.contract import Description
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class Generator(BaselineGenerator, JointGenerator):
         Raises:
             MaskLoomError: its files are damaged.
         """
-        from pipeline.networks.joint_generator import JointImageMaskGenerator
+        from maskloom.pipeline.networks.joint_generator import JointImageMaskGenerator
 
         self.device, self.description = device, description
         self.network = self.load_network(JointImageMaskGenerator, "generator", device)

@@ -6,8 +6,8 @@ takes part. Hu et al., LoRA (2021), arXiv:2106.09685.
 
 from pathlib import Path
 
-from generate.diffusion import BackboneGenerator, BackboneOptions, trained_parts
-from pipeline.errors import MaskLoomError
+from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions, trained_parts
+from maskloom.pipeline.errors import MaskLoomError
 
 
 class Options(BackboneOptions):

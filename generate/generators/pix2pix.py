@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from generate import generator
-from generate.baseline import BaselineGenerator, mask_tensor, unit_images
-from generate.generator import Condition
-from pipeline.contract import Description
+from maskloom.generate import generator
+from maskloom.generate.baseline import BaselineGenerator, mask_tensor, unit_images
+from maskloom.generate.generator import Condition
+from maskloom.pipeline.contract import Description
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class Generator(BaselineGenerator):
         """
         from torch import nn
 
-        from pipeline.networks.mask_to_image import MaskToImageUNet
+        from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
 
         self.device, self.description = device, description
         self.network = self.load_network(MaskToImageUNet, "generator", device)
@@ -55,7 +55,7 @@ class Generator(BaselineGenerator):
         """Return images of the masks."""
         import torch
 
-        from pipeline.networks.mask_planes import encoded_masks
+        from maskloom.pipeline.networks.mask_planes import encoded_masks
 
         masks = mask_tensor(conditions, self.network.config.sample_size, self.device)
         planes = encoded_masks(masks, len(self.description.mask_classes), self.network.config.in_channels)

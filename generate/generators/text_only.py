@@ -3,7 +3,7 @@
 Nothing that `train` wrote takes part: no ControlNet, no adapters, and the backbone's own UNet and VAE.
 """
 
-from generate.diffusion import BackboneGenerator, BackboneOptions
+from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions
 
 
 class Options(BackboneOptions):

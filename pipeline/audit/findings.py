@@ -10,7 +10,7 @@ from itertools import combinations, groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.contract import Contract
+from maskloom.pipeline.contract import Contract
 
 SHAPING_SPLITS = ("train", "validation")  # what a model is fitted to, and chosen by
 

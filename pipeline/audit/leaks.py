@@ -18,15 +18,15 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from pipeline.audit.findings import Dataset, Finding, identical_findings, told
-from pipeline.audit.pixels import is_blank, pixel_digest
-from pipeline.audit.rows import label_name, split_rows
-from pipeline.errors import MaskLoomError, one_line
-from pipeline.files import value_digest, write_json
-from pipeline.images import png_array
-from pipeline.progress import progress, say
-from pipeline.reading import Record, read_model
-from pipeline.runs import Run
+from maskloom.pipeline.audit.findings import Dataset, Finding, identical_findings, told
+from maskloom.pipeline.audit.pixels import is_blank, pixel_digest
+from maskloom.pipeline.audit.rows import label_name, split_rows
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files import value_digest, write_json
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.reading import Record, read_model
+from maskloom.pipeline.runs import Run
 
 VERSION = 1  # of what is looked for: another one makes every record stale
 NEAR_LIMIT = 20_000  # images, about ten minutes of a core; above it near-duplicates are looked for only where `verify --near` asks for them
@@ -157,7 +157,7 @@ def _require_no_near_duplicates(dataset: Dataset) -> None:
     Raises:
         MaskLoomError: it failed; its own words.
     """
-    command = [sys.executable, "-m", "data_prep", "verify", str(dataset.folder), "--near"]
+    command = [sys.executable, "-m", "maskloom.data_prep", "verify", str(dataset.folder), "--near"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         lines = answer.stderr.strip().splitlines() or [f"{' '.join(command)}: exit code {answer.returncode}"]

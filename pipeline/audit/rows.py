@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract import SPLITS, Contract, stored_rows
+from maskloom.pipeline.contract import SPLITS, Contract, stored_rows
 
 
 def split_rows(folder: Path, contract: Contract, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,9 +12,17 @@ import csv
 from collections import Counter
 from pathlib import Path
 
-from pipeline.contract import Description
-from pipeline.errors import MaskLoomError
-from pipeline.exporter import DatasetExporter, ExportSource, Row, safe_name, visible_mask, visible_values, write_new
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.exporter import (
+    DatasetExporter,
+    ExportSource,
+    Row,
+    safe_name,
+    visible_mask,
+    visible_values,
+    write_new,
+)
 
 TABLE_COLUMNS = ("image_path", "mask_path", "class", "class_label")
 SAMPLE_COLUMNS = ("image_path", "mask_path", "class", "split", "group_id", "sample_id", "origin", "text")

@@ -19,8 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.contract import Description
-from pipeline.exporter import DatasetExporter, ExportSource, Row, index_values, safe_name, write_new
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.exporter import DatasetExporter, ExportSource, Row, index_values, safe_name, write_new
 
 
 class Exporter(DatasetExporter):

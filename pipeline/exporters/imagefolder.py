@@ -12,8 +12,16 @@ Where some image has no mask, `mask_path` names the masks instead, and `mask` is
 import json
 from pathlib import Path
 
-from pipeline.contract import Description
-from pipeline.exporter import DatasetExporter, ExportSource, Row, safe_name, visible_mask, visible_values, write_new
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.exporter import (
+    DatasetExporter,
+    ExportSource,
+    Row,
+    safe_name,
+    visible_mask,
+    visible_values,
+    write_new,
+)
 
 UNLABELLED = "unlabelled"
 METADATA_FILE = "metadata.jsonl"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.contract import Description
-from pipeline.errors import MaskLoomError
-from pipeline.exporter import DatasetExporter, ExportSource, Options, index_values, safe_name, write_new
-from pipeline.files import write_json
-from pipeline.images import png_bytes
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.exporter import DatasetExporter, ExportSource, Options, index_values, safe_name, write_new
+from maskloom.pipeline.files import write_json
+from maskloom.pipeline.images import png_bytes
 
 TRAINING = ("train", "validation")
 

@@ -17,8 +17,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.networks.doubling import Doubling, noise_length, split_noise
-from pipeline.networks.self_attention import SelfAttention
+from maskloom.pipeline.networks.doubling import Doubling, noise_length, split_noise
+from maskloom.pipeline.networks.self_attention import SelfAttention
 
 SLOPE = 0.2
 START = 8  # shorter side of the first feature map

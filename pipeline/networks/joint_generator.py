@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from pipeline.networks.doubling import Doubling, noise_length, split_noise
+from maskloom.pipeline.networks.doubling import Doubling, noise_length, split_noise
 
 SMALLEST_START = 4  # shorter side of the grid that everything grows from, in pixels
 FEWEST_CHANNELS = 8

@@ -3,6 +3,6 @@
 It knows no dataset, generator or metric by name: it shows the datasets, evaluations and records that it finds.
 """
 
-from pipeline.report.stage import write_report
+from maskloom.pipeline.report.stage import write_report
 
 __all__ = ["write_report"]

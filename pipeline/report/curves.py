@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.reading import LogLine
-from pipeline.report.evaluation import Curve
+from maskloom.pipeline.reading import LogLine
+from maskloom.pipeline.report.evaluation import Curve
 
 POINTS = 200  # a longer series is averaged down to this many
 SIZE_INCHES = (5.6, 3.0)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.contract import Contract
-from pipeline.images import png_array
-from pipeline.progress import progress
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.progress import progress
 
 Pixels = NDArray[np.uint8]
 PARENT_SPLIT = "train"

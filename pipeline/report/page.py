@@ -9,15 +9,15 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import Contract
-from pipeline.places import without_places
-from pipeline.report.curves import line_chart, training_curves
-from pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_evaluations
-from pipeline.report.formatting import counts_text, duration_text, number_text
-from pipeline.report.gallery import NEAREST_SIDE, image_grids
-from pipeline.report.pictures import embedded_file, embedded_image, svg_uri
-from pipeline.report.sources import Sources, Training, class_counts, rejection_counts
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.places import without_places
+from maskloom.pipeline.report.curves import line_chart, training_curves
+from maskloom.pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_evaluations
+from maskloom.pipeline.report.formatting import counts_text, duration_text, number_text
+from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
+from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
+from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts
 
 TEMPLATE = "template.html.j2"
 PICTURE_SCALE = 4  # a picture of several panels may be this many times as wide as a grid's image

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pipeline.config import ExperimentConfig
-from pipeline.ownership import OwnedFolder
-from pipeline.places import without_known_places
-from pipeline.progress import say
-from pipeline.report.page import page_renderer
-from pipeline.report.sources import Sources, find_sources
-from pipeline.runs import Run, Stage, open_run
-from pipeline.verification import verify_quickly
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.places import without_known_places
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.report.page import page_renderer
+from maskloom.pipeline.report.sources import Sources, find_sources
+from maskloom.pipeline.runs import Run, Stage, open_run
+from maskloom.pipeline.verification import verify_quickly
 
 IMAGE_SIDES = (
     256,

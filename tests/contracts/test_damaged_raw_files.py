@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from data_prep.inspection import inspect_folder
-from data_prep.prepare import prepare
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.inspection import inspect_folder
+from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.errors import MaskLoomError
 from tests.contracts.test_datasets import decoded, opened, options_of
 from tests.data_prep.experiment import experiment
 from tests.malformed import MUTATIONS, NAMES, STRANGE_NAMES, pristine, snapshot, write_malformed

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.export import PACKAGE, PROVENANCE_FILE, ExportOptions, export
-from pipeline.exporter import DatasetExporter, ExportSource, Options
-from pipeline.images import png_bytes
-from pipeline.ownership import MANIFEST
-from pipeline.plugins import load_plugin, plugin_names
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.export import PACKAGE, PROVENANCE_FILE, ExportOptions, export
+from maskloom.pipeline.exporter import DatasetExporter, ExportSource, Options
+from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.ownership import MANIFEST
+from maskloom.pipeline.plugins import load_plugin, plugin_names
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 
 pytestmark = pytest.mark.parametrize("name", plugin_names(PACKAGE))

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from generate.generate import open_generators
-from pipeline.config_loading import load_experiment
-from pipeline.plugins import load_plugin
-from pipeline.runs import Run
+from maskloom.generate.generate import open_generators
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.runs import Run
+from maskloom.train_baselines.family import Family, FamilyOptions, Samples
+from maskloom.train_baselines.rows import Rows, stacked
+from maskloom.train_baselines.train import PACKAGE, train_baselines
+from maskloom.train_baselines.train import family_options as checked_options
 from tests.generate.workbench import FAMILIES, ROOT, SIDE, family_options
 from tests.pipeline.line_task import forget_accelerator
 from tests.tiny_datasets import tiny_description, write_tiny_run
-from train_baselines.family import Family, FamilyOptions, Samples
-from train_baselines.rows import Rows, stacked
-from train_baselines.train import PACKAGE, train_baselines
-from train_baselines.train import family_options as checked_options
 
 STEPS = {
     "max_train_steps": 2,
@@ -67,7 +67,7 @@ def config(name: str, run: Path):
 
 def opened(name: str, dataset: Path, folder: Path) -> Family:
     """Return a family before its training."""
-    from pipeline.training import make_accelerator
+    from maskloom.pipeline.training import make_accelerator
 
     plugin = load_plugin(PACKAGE, name, "family")
     options = plugin.Options(**{**family_options(name), **STEPS})

@@ -9,21 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from generate.baseline import BaselineGenerator
-from generate.generate import GENERATORS, generate, open_generators
-from generate.generator import Condition, ImageGenerator, JointGenerator, JointOptions, Options
-from pipeline.errors import MaskLoomError
-from pipeline.ownership import seal_folder
-from pipeline.plugins import load_plugin, plugin_names
-from pipeline.verification import verify_fully
+from maskloom.generate.baseline import BaselineGenerator
+from maskloom.generate.generate import PACKAGE, generate, open_generators
+from maskloom.generate.generator import Condition, ImageGenerator, JointGenerator, JointOptions, Options
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.ownership import seal_folder
+from maskloom.pipeline.plugins import load_plugin, plugin_names
+from maskloom.pipeline.verification import verify_fully
 from tests.generate.workbench import FAMILIES, SIDE, Bench
 from tests.pipeline.line_task import forget_accelerator
 from tests.records import record_outputs
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.tiny_datasets import Sample, tiny_description
 
-NAMES = plugin_names(GENERATORS)
-KINDS = {name: load_plugin(GENERATORS, name, "generator").Generator for name in NAMES}
+NAMES = plugin_names(PACKAGE)
+KINDS = {name: load_plugin(PACKAGE, name, "generator").Generator for name in NAMES}
 BASELINES = [name for name, kind in KINDS.items() if issubclass(kind, BaselineGenerator)]
 JOINT = [name for name, kind in KINDS.items() if issubclass(kind, JointGenerator)]
 every_generator = pytest.mark.parametrize("name", NAMES)
@@ -85,7 +85,7 @@ def test_every_family_has_a_generator():
 
 @every_generator
 def test_it_declares_what_the_protocol_asks_for(name: str):
-    plugin = load_plugin(GENERATORS, name, "generator")
+    plugin = load_plugin(PACKAGE, name, "generator")
     assert issubclass(plugin.Options, JointOptions if name in JOINT else Options)
     assert issubclass(plugin.Generator, ImageGenerator)
     assert isinstance(plugin.Generator.uses_mask, bool)

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-import data_prep.__main__ as preparing
-import evaluate.__main__ as evaluating
-import generate.__main__ as generating
-import pipeline.__main__ as whole
-import train_baselines.__main__ as baselines
-import train_controlnet.__main__ as training
-from pipeline.cli import run_stage_command
-from pipeline.config_loading import load_experiment, validated
-from pipeline.errors import MaskLoomError, run_command
-from pipeline.sweep import SweepConfig
-from train_controlnet.backbone.__main__ import main as backbone
+import maskloom.data_prep.__main__ as preparing
+import maskloom.evaluate.__main__ as evaluating
+import maskloom.generate.__main__ as generating
+import maskloom.pipeline.__main__ as whole
+import maskloom.train_baselines.__main__ as baselines
+import maskloom.train_controlnet.__main__ as training
+from maskloom.pipeline.cli import run_stage_command
+from maskloom.pipeline.config_loading import load_experiment, validated
+from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.sweep import SweepConfig
+from maskloom.train_controlnet.backbone.__main__ import main as backbone
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[[list[str]], object]

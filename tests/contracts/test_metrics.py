@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.evaluate import PACKAGE, open_question
-from evaluate.inputs import EvaluationInputs
-from evaluate.results import REAL, MetricResult
-from pipeline.config import Section
-from pipeline.images import png_bytes
-from pipeline.plugins import load_plugin, plugin_names
-from pipeline.report.evaluation import Evaluation
+from maskloom.evaluate.evaluate import PACKAGE, open_question
+from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.results import REAL, MetricResult
+from maskloom.pipeline.config import Section
+from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.plugins import load_plugin, plugin_names
+from maskloom.pipeline.report.evaluation import Evaluation
 from tests.evaluate.runs import answer, faithful, noise, small_options, tiny_inputs
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import tiny_description, write_tiny_run

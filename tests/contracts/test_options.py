@@ -7,19 +7,19 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, Field
 
-from pipeline.config import ExperimentConfig, Section
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError
-from pipeline.plugins import plugin_names
-from pipeline.sweep import SweepConfig
-from train_controlnet.backbone.config import BackboneConfig
+from maskloom.pipeline.config import ExperimentConfig, Section
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.plugins import plugin_names
+from maskloom.pipeline.sweep import SweepConfig
+from maskloom.train_controlnet.backbone.config import BackboneConfig
 
 PLACES = {
-    "data_prep.datasets": "Adapter",
-    "pipeline.exporters": "Exporter",
-    "train_baselines.families": None,
-    "generate.generators": None,
-    "evaluate.metrics": None,
+    "maskloom.data_prep.datasets": "Adapter",
+    "maskloom.pipeline.exporters": "Exporter",
+    "maskloom.train_baselines.families": None,
+    "maskloom.generate.generators": None,
+    "maskloom.evaluate.metrics": None,
 }
 MAY_BE_INFINITE = {"max_grad_norm"}  # of the families: `.inf`, the default, does not clip
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as Outline
 
-from data_prep import asap
-from data_prep.asap import Polygon, drawn, read_annotations
-from pipeline.errors import RejectedSample
+from maskloom.data_prep import asap
+from maskloom.data_prep.asap import Polygon, drawn, read_annotations
+from maskloom.pipeline.errors import RejectedSample
 from tests.writers.camelyon import asap_xml
 
 AREAS, HOLES = ("tumor", "_0"), ("_2",)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.bci import Adapter
-from data_prep.prepare import prepare
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.bci import Adapter
+from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.writers.bci import LEVELS, NAMES, ROOT, SIDE, at, pair, write_raw
 

@@ -3,11 +3,11 @@ import shutil
 import numpy as np
 import pytest
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets import brats
-from data_prep.datasets.brats import Adapter, BratsOptions
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets import brats
+from maskloom.data_prep.datasets.brats import Adapter, BratsOptions
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.writers.brats import ROOT, SHAPE, SPACING, VALUES_2023, at, drawn, write_case, write_raw
 from tests.writers.nifti import rewrite
 

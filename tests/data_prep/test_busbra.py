@@ -5,13 +5,13 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets import busi
-from data_prep.datasets.busbra import Adapter, BusbraOptions
-from data_prep.prepare import open_adapter, prepare
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.prompts import render_prompt, template_keys
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets import busi
+from maskloom.data_prep.datasets.busbra import Adapter, BusbraOptions
+from maskloom.data_prep.prepare import open_adapter, prepare
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.prompts import render_prompt, template_keys
 from tests.data_prep.experiment import experiment
 from tests.writers.busbra import (
     CASES,

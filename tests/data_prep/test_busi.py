@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.busi import Adapter, BusiOptions
-from data_prep.prepare import prepare
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.busi import Adapter, BusiOptions
+from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, experiment
 from tests.writers.busi import write_raw
 

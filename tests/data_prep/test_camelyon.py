@@ -8,9 +8,9 @@ from matplotlib.path import Path as Outline
 from pydantic import ValidationError
 from scipy import ndimage
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.camelyon import NOT_EXHAUSTIVE, Adapter, CamelyonOptions
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.camelyon import NOT_EXHAUSTIVE, Adapter, CamelyonOptions
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.writers import camelyon as writer
 from tests.writers.camelyon import C16, C17, HEIGHT, OPTIONS, SLIDES, TESTING, TRAINING, WIDTH
 

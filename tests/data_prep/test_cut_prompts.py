@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.prepare import prepare
-from pipeline.config import ExperimentConfig
+from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.config import ExperimentConfig
 from tests.tiny_backbone import build_tiny_backbone
 
 LONG = "a report that says much of the device before it comes to the point, the finding is {label}"

@@ -10,12 +10,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data_prep import decoding
-from data_prep.decoding import decode
-from data_prep.image_files import decoded_mask, image_pixels
-from data_prep.label_maps import binary_mask, class_mask, label_map
-from data_prep.readers import decoded_image
-from pipeline.errors import RejectedSample
+from maskloom.data_prep import decoding
+from maskloom.data_prep.decoding import decode
+from maskloom.data_prep.image_files import decoded_mask, image_pixels
+from maskloom.data_prep.label_maps import binary_mask, class_mask, label_map
+from maskloom.data_prep.readers import decoded_image
+from maskloom.pipeline.errors import RejectedSample
 
 SHAPE = (24, 31)
 BLOB = np.zeros(SHAPE, np.uint8)

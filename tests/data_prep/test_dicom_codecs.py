@@ -11,9 +11,9 @@ from pydicom.data import data_manager
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless
 
-from data_prep.dicom import is_dicom, read_header, read_picture
-from data_prep.dicom_codecs import jpeg_size
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.dicom import is_dicom, read_header, read_picture
+from maskloom.data_prep.dicom_codecs import jpeg_size
+from maskloom.pipeline.errors import RejectedSample
 from tests.writers.dicom_folder import dataset, save
 
 GREY = np.random.default_rng(0).integers(0, 4096, (48, 48), dtype=np.uint16)

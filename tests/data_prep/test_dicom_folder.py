@@ -19,10 +19,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.dicom_folder import Adapter, DicomFolderOptions, print_names
-from data_prep.prepare import prepare
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.dicom_folder import Adapter, DicomFolderOptions, print_names
+from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.writers.dicom_folder import (
     FLAWS,

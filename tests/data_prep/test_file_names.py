@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from data_prep.adapter import Reject
-from data_prep.file_names import (
+from maskloom.data_prep.adapter import Reject
+from maskloom.data_prep.file_names import (
     as_seen,
     canonical,
     comparable,
@@ -18,8 +18,8 @@ from data_prep.file_names import (
     is_visible,
     printable,
 )
-from data_prep.prepare import prepare
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import experiment
 from tests.writers import busi
 
@@ -117,7 +117,7 @@ def test_hidden_files_do_not_change_the_fingerprint(tmp_path):
 
 
 def busi_adapter(raw):
-    from data_prep.datasets.busi import Adapter
+    from maskloom.data_prep.datasets.busi import Adapter
 
     return Adapter(raw, Adapter.Options())
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.folder import Adapter
-from data_prep.folder_options import FolderOptions
-from data_prep.prepare import open_adapter
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.folder import Adapter
+from maskloom.data_prep.folder_options import FolderOptions
+from maskloom.data_prep.prepare import open_adapter
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.writers.folder import OPTIONS, PATIENTS, SUFFIXES, VIEWS, drawn, label_of, write_raw
 

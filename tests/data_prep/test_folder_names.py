@@ -6,9 +6,9 @@ import unicodedata
 import numpy as np
 import pytest
 
-from data_prep.grouping import consistent_rows
-from data_prep.parts import Found, without_taken_ids
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.grouping import consistent_rows
+from maskloom.data_prep.parts import Found, without_taken_ids
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.test_folder import COLUMNS, adapter, listed, masks_of, save, square, table, tree
 
 

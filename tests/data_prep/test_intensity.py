@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import BaseModel
 
-from data_prep.adapter import RawImage
-from data_prep.intensity import window_range
-from data_prep.resizing import resized
-from pipeline.config import DataConfig, IntensityWindow, StainConfig
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.adapter import RawImage
+from maskloom.data_prep.intensity import window_range
+from maskloom.data_prep.resizing import resized
+from maskloom.pipeline.config import DataConfig, IntensityWindow, StainConfig
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError
 
 RAMP = np.arange(101, dtype=np.int16) - 20  # -20 .. 80, one voxel a value
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.isic9 import LABELS, Adapter, Isic9Options
-from data_prep.prepare import open_adapter, prepare
-from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.verification import verify_fully
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.isic9 import LABELS, Adapter, Isic9Options
+from maskloom.data_prep.prepare import open_adapter, prepare
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.verification import verify_fully
 from tests.data_prep.experiment import experiment
 from tests.writers.isic9 import CMYK, GREY, ROOT, drawn, listed, write_raw
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data_prep.label_maps import binary_mask, class_mask, colour, distinct_palette, label_map
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.label_maps import binary_mask, class_mask, colour, distinct_palette, label_map
+from maskloom.pipeline.errors import RejectedSample
 
 WHITE = 255
 

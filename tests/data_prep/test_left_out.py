@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import main
-from data_prep.adapter import Reject
-from data_prep.left_out import summed_up, told_left_out
+from maskloom.data_prep.__main__ import main
+from maskloom.data_prep.adapter import Reject
+from maskloom.data_prep.left_out import summed_up, told_left_out
 from tests.data_prep.test_prepare import command_line
 from tests.writers import busi
 

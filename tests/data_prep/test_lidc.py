@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.lidc import Adapter, LidcOptions
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.lidc import Adapter, LidcOptions
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.writers.lidc import (
     CLEAN_PATIENTS,
     NODULE_PATIENTS,

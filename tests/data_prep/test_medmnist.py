@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data_prep import npz_rows
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.medmnist import SETS, Adapter, Finding, Flag, MedMNISTOptions
-from pipeline.config_loading import load_experiment
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep import npz_rows
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.medmnist import SETS, Adapter, Finding, Flag, MedMNISTOptions
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import BUSI
 from tests.writers.medmnist import ROWS, arrays, flip_pixel_byte, rewrite, write_npz, write_raw
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from data_prep.adapter import Options, RawItem, Reject
-from data_prep.datasets import mni152
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.adapter import Options, RawItem, Reject
+from maskloom.data_prep.datasets import mni152
+from maskloom.pipeline.errors import MaskLoomError
 
 pytest.importorskip("nilearn")
 

@@ -3,28 +3,28 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from data_prep import (
+from maskloom.data_prep import (
     near_duplicate_alignment,
     near_duplicate_chance,
     near_duplicate_index,
     near_duplicate_layout,
     near_duplicates,
 )
-from data_prep.adapter import RawItem
-from data_prep.datasets.busi import Adapter, BusiOptions
-from data_prep.grouping import MOST_GROUPS, consistent_rows
-from data_prep.near_duplicate_chance import chance_threshold
-from data_prep.near_duplicate_index import build_index, neighbour_pairs
-from data_prep.near_duplicate_textures import windows
-from data_prep.near_duplicates import (
+from maskloom.data_prep.adapter import RawItem
+from maskloom.data_prep.datasets.busi import Adapter, BusiOptions
+from maskloom.data_prep.grouping import MOST_GROUPS, consistent_rows
+from maskloom.data_prep.near_duplicate_chance import chance_threshold
+from maskloom.data_prep.near_duplicate_index import build_index, neighbour_pairs
+from maskloom.data_prep.near_duplicate_textures import windows
+from maskloom.data_prep.near_duplicates import (
     NearDuplicates,
     Threshold,
     find_near_duplicates,
     near_duplicate_clusters,
     signature,
 )
-from data_prep.parts import Found
-from pipeline.errors import MaskLoomError
+from maskloom.data_prep.parts import Found
+from maskloom.pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 
 

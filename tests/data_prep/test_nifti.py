@@ -6,8 +6,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from data_prep import nifti
-from data_prep.nifti import (
+from maskloom.data_prep import nifti
+from maskloom.data_prep.nifti import (
     AXIAL,
     CORONAL,
     SAGITTAL,
@@ -18,8 +18,8 @@ from data_prep.nifti import (
     read_volume,
     require_same_grid,
 )
-from pipeline.config import IntensityWindow
-from pipeline.errors import RejectedSample
+from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.errors import RejectedSample
 from tests.writers.nifti import rewrite, stored, write
 
 SHAPE = (6, 8, 4)  # right, anterior, superior

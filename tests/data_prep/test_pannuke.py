@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data_prep.adapter import RawItem, Reject
-from data_prep.datasets.pannuke import Adapter, PanNukeOptions
-from data_prep.survey import sample_problem
-from pipeline.config_loading import load_experiment
-from pipeline.errors import MaskLoomError, RejectedSample
-from pipeline.prompts import mask_attributes
+from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.datasets.pannuke import Adapter, PanNukeOptions
+from maskloom.data_prep.survey import sample_problem
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.prompts import mask_attributes
 from tests.writers.pannuke import IMAGES, MASKS, TYPES, WORDS, change, drawn, masks_of, paths, write_fold, write_raw
 
 LABELS = (

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import phantom
-from data_prep.adapter import RawItem
-from data_prep.datasets import phantom_bus
+from maskloom.data_prep import phantom
+from maskloom.data_prep.adapter import RawItem
+from maskloom.data_prep.datasets import phantom_bus
 
 HEIGHT = 128
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_prep.adapter import RawImage
-from data_prep.datasets import acdc, brats, dicom_folder
-from data_prep.dicom import SPACINGS, read_picture
-from data_prep.resizing import resized, true_proportions
-from data_prep.survey import Source, prepared_sample
-from pipeline.config import DataConfig
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.adapter import RawImage
+from maskloom.data_prep.datasets import acdc, brats, dicom_folder
+from maskloom.data_prep.dicom import SPACINGS, read_picture
+from maskloom.data_prep.resizing import resized, true_proportions
+from maskloom.data_prep.survey import Source, prepared_sample
+from maskloom.pipeline.config import DataConfig
+from maskloom.pipeline.errors import RejectedSample
 from tests.writers import nifti
 from tests.writers.brats import write_case
 from tests.writers.dicom_folder import dataset, save

@@ -17,22 +17,22 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
-import data_prep.prepare as prepare_module
-from data_prep.__main__ import main
-from data_prep.adapter import DatasetInfo, RawImage, RawItem, Reject
-from data_prep.card import dataset_card
-from data_prep.datasets import phantom_bus
-from data_prep.datasets.busi import Adapter
-from data_prep.parallel import available_cores, worker_count
-from data_prep.parts import Reading, found_samples, read_part, scanned_parts, without_taken_ids
-from data_prep.prepare import open_adapter, prepare
-from data_prep.resizing import resized
-from data_prep.survey import Source, sample_problem
-from pipeline.config import DataConfig
-from pipeline.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
-from pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
-from pipeline.files import TEMPORARY_SUFFIX
-from pipeline.verification import verify_fully
+import maskloom.data_prep.prepare as prepare_module
+from maskloom.data_prep.__main__ import main
+from maskloom.data_prep.adapter import DatasetInfo, RawImage, RawItem, Reject
+from maskloom.data_prep.card import dataset_card
+from maskloom.data_prep.datasets import phantom_bus
+from maskloom.data_prep.datasets.busi import Adapter
+from maskloom.data_prep.parallel import available_cores, worker_count
+from maskloom.data_prep.parts import Reading, found_samples, read_part, scanned_parts, without_taken_ids
+from maskloom.data_prep.prepare import open_adapter, prepare
+from maskloom.data_prep.resizing import resized
+from maskloom.data_prep.survey import Source, sample_problem
+from maskloom.pipeline.config import DataConfig
+from maskloom.pipeline.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
+from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
+from maskloom.pipeline.files import TEMPORARY_SUFFIX
+from maskloom.pipeline.verification import verify_fully
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
 from tests.processes import Command, finished, limit_file_size, start_server
 from tests.tiny_datasets import tiny_description
@@ -547,7 +547,7 @@ def test_a_part_that_was_read_is_not_read_again(many, tmp_path, monkeypatch):
 
 
 def test_an_orphaned_worker_stops(tmp_path):
-    code = f"from data_prep.parallel import _while_wanted; _while_wanted(1, open, {str(tmp_path / 'written')!r})"
+    code = f"from maskloom.data_prep.parallel import _while_wanted; _while_wanted(1, open, {str(tmp_path / 'written')!r})"
     wanted = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=False)
     assert wanted.returncode == 1 and not (tmp_path / "written").exists()
 
@@ -574,8 +574,8 @@ def second(tmp_path_factory):
 @pytest.fixture
 def external_busi(monkeypatch):
     """BUSI's adapter under a second name, as the adapter of another dataset."""
-    module = importlib.import_module("data_prep.datasets.busi")
-    monkeypatch.setitem(sys.modules, "data_prep.datasets.second_hospital", module)
+    module = importlib.import_module("maskloom.data_prep.datasets.busi")
+    monkeypatch.setitem(sys.modules, "maskloom.data_prep.datasets.second_hospital", module)
     names = prepare_module.load_plugin
 
     def load_plugin(package, name, kind):

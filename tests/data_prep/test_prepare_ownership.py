@@ -2,10 +2,10 @@
 
 import pytest
 
-from data_prep.prepare import prepare
-from pipeline.errors import MaskLoomError
-from pipeline.ownership import MANIFEST, OwnedFolder
-from pipeline.verification import verify_quickly
+from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.ownership import MANIFEST, OwnedFolder
+from maskloom.pipeline.verification import verify_quickly
 from tests.data_prep.experiment import experiment
 from tests.writers.busi import write_raw
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import decoding
-from data_prep.decoding import DecodedImage, decoded_picture
-from data_prep.readers import (
+from maskloom.data_prep import decoding
+from maskloom.data_prep.decoding import DecodedImage, decoded_picture
+from maskloom.data_prep.readers import (
     bright,
     decoded_image,
     eight_bit,
@@ -23,7 +23,7 @@ from data_prep.readers import (
     unreadable_as_reject,
     xml_root,
 )
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 PIXELS = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 

@@ -6,9 +6,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data_prep import slides
-from data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
-from pipeline.errors import RejectedSample
+from maskloom.data_prep import slides
+from maskloom.data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
+from maskloom.pipeline.errors import RejectedSample
 from tests.writers.camelyon import write_slide
 
 WIDTH, HEIGHT = 640, 512

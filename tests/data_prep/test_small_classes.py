@@ -7,7 +7,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from data_prep.prepare import prepare
+from maskloom.data_prep.prepare import prepare
 from tests.data_prep.experiment import experiment
 
 OPTIONS = {"modality": "toy imaging", "images": "images/*.png", "masks": "masks/{stem}.png"}

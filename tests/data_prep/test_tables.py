@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.tables import TableRow, csv_rows, csv_table, table_rows, whole_number, wrong_value
-from pipeline.errors import RejectedSample
+from maskloom.data_prep.tables import TableRow, csv_rows, csv_table, table_rows, whole_number, wrong_value
+from maskloom.pipeline.errors import RejectedSample
 
 
 def written(path, content):

@@ -3,8 +3,8 @@ import pytest
 from matplotlib.path import Path as Outline
 from skimage.color import rgb2hsv
 
-from data_prep.asap import Polygon
-from data_prep.tiles import (
+from maskloom.data_prep.asap import Polygon
+from maskloom.data_prep.tiles import (
     mask_shares,
     polygon_shares,
     sampled,
@@ -13,7 +13,7 @@ from data_prep.tiles import (
     tissue_threshold,
     without_specks,
 )
-from pipeline.errors import RejectedSample
+from maskloom.pipeline.errors import RejectedSample
 
 
 def polygon(points, hole=False):

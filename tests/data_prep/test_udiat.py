@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.adapter import Options, RawItem, Reject
-from data_prep.datasets import busi
-from data_prep.datasets.udiat import Adapter, image_id
-from pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.data_prep.adapter import Options, RawItem, Reject
+from maskloom.data_prep.datasets import busi
+from maskloom.data_prep.datasets.udiat import Adapter, image_id
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.writers.udiat import IMAGES, drawn, label_of, rows, write_raw, write_table
 
 TABLE = "DatasetB.xlsx"

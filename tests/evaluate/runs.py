@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.evaluate import open_question, verified_inputs
-from evaluate.inputs import EvaluationInputs
-from evaluate.results import MetricResult
-from pipeline.config import ExperimentConfig
-from pipeline.runs import Run
+from maskloom.evaluate.evaluate import open_question, verified_inputs
+from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.results import MetricResult
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.runs import Run
 from tests.tiny_datasets import Picture, Sample, tiny_picture
 
 SMALL: dict[str, Any] = {

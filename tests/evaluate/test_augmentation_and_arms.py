@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.arms import (
+from maskloom.evaluate.arms import (
     ARMS,
     ArmOptions,
     arm_data,
@@ -14,9 +14,9 @@ from evaluate.arms import (
     other_generators,
     train_arms,
 )
-from evaluate.augmentation import AugmentationOptions, random_matrices, standard_augmentation
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError
+from maskloom.evaluate.augmentation import AugmentationOptions, random_matrices, standard_augmentation
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError
 from tests.evaluate.runs import faithful, noise, tiny_inputs
 from tests.tiny_datasets import write_tiny_run
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from evaluate.evaluate import evaluate, open_question
-from evaluate.inputs import EvaluationInputs
-from evaluate.results import MetricResult, skipped_result
-from pipeline.audit.findings import Dataset
-from pipeline.audit.leaks import require_no_leaks
-from pipeline.config import ExperimentConfig, Section
-from pipeline.errors import MaskLoomError
-from pipeline.files import write_json
-from pipeline.ownership import OwnedFolder, whole_folder
-from pipeline.runs import Run, StageChecked, check_only
-from pipeline.verification import verify_quickly
+from maskloom.evaluate.evaluate import evaluate, open_question
+from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.results import MetricResult, skipped_result
+from maskloom.pipeline.audit.findings import Dataset
+from maskloom.pipeline.audit.leaks import require_no_leaks
+from maskloom.pipeline.config import ExperimentConfig, Section
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import write_json
+from maskloom.pipeline.ownership import OwnedFolder, whole_folder
+from maskloom.pipeline.runs import Run, StageChecked, check_only
+from maskloom.pipeline.verification import verify_quickly
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
 from tests.records import record_outputs
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
@@ -138,12 +138,12 @@ def with_data(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> N
 
 
 def with_version(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("evaluate.evaluate.__version__", "another")
+    patch.setattr("maskloom.evaluate.evaluate.__version__", "another")
     (run / "logs" / "evaluate" / "stage.json").unlink()
 
 
 def with_metric_version(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("evaluate.metrics.quality.VERSION", 99)
+    patch.setattr("maskloom.evaluate.metrics.quality.VERSION", 99)
 
 
 def with_nothing(values: dict[str, Any], run: Path, patch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_whatever_an_answer_depends_on_asks_again(
         asked.append(inputs)
         return skipped_result("Why?", "it is counted only")
 
-    monkeypatch.setattr("evaluate.metrics.quality.evaluate", answered)
+    monkeypatch.setattr("maskloom.evaluate.metrics.quality.evaluate", answered)
     values = config(run, "quality").model_dump(mode="json")
     evaluate(ExperimentConfig.model_validate(values), force=False)
     change(values, run, monkeypatch)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.comparison import ArmScores, Comparison, Protocol, compare_on_test_sets
-from evaluate.evaluate import open_question
-from evaluate.inputs import EvaluationInputs
-from evaluate.statistics import weighted_mean
-from pipeline.report.evaluation import Evaluation
+from maskloom.evaluate.comparison import ArmScores, Comparison, Protocol, compare_on_test_sets
+from maskloom.evaluate.evaluate import open_question
+from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.statistics import weighted_mean
+from maskloom.pipeline.report.evaluation import Evaluation
 from tests.evaluate.runs import answer, faithful, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
 
@@ -138,9 +138,9 @@ def test_other_metrics_never_open_an_external_split(
         opened.append(split)
         return open_split(folder, split)
 
-    from pipeline.contract import open_split
+    from maskloom.pipeline.contract import open_split
 
-    monkeypatch.setattr("evaluate.inputs.open_split", seen)
+    monkeypatch.setattr("maskloom.evaluate.inputs.open_split", seen)
     results = {
         name: {metric: answer(inputs, metric).as_json() for metric in ("faithfulness", "memorisation", "quality")}
         for name, inputs in runs.items()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.extractors import efficientnet_lite0, inception
-from evaluate.features import ExtractorOptions, batch_features, load_extractor, set_features
-from pipeline.errors import MaskLoomError
-from pipeline.files import file_digest
+from maskloom.evaluate.extractors import efficientnet_lite0, inception
+from maskloom.evaluate.features import ExtractorOptions, batch_features, load_extractor, set_features
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import file_digest
 from tests.evaluate.runs import faithful, tiny_inputs
 from tests.tiny_datasets import write_tiny_run
 

@@ -4,9 +4,9 @@ import torch
 from pydantic import ValidationError
 from sklearn.metrics import f1_score, jaccard_score
 
-from pipeline.errors import MaskLoomError
-from pipeline.fixed_steps import FixedSteps, normalised, train_fixed_steps
-from pipeline.segmenter import (
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.fixed_steps import FixedSteps, normalised, train_fixed_steps
+from maskloom.pipeline.segmenter import (
     SegmenterOptions,
     build_segmenter,
     dice_scores,

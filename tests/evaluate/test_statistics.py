@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluate.results import Interval
-from evaluate.statistics import (
+from maskloom.evaluate.results import Interval
+from maskloom.evaluate.statistics import (
     Bootstrap,
     bootstrap_weights,
     difference,

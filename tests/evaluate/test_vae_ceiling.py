@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from evaluate.metrics.vae_ceiling import BACKBONE, TUNED, through_vae
-from evaluate.results import Interval, MetricResult
-from pipeline.errors import MaskLoomError
+from maskloom.evaluate.metrics.vae_ceiling import BACKBONE, TUNED, through_vae
+from maskloom.evaluate.results import Interval, MetricResult
+from maskloom.pipeline.errors import MaskLoomError
 from tests.evaluate.runs import answer, tiny_inputs
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import tiny_picture, write_tiny_run

@@ -8,14 +8,14 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from generate.generate import generate
-from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError
-from pipeline.runs import Run
-from pipeline.verification import verify_fully
+from maskloom.generate.generate import generate
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.verification import verify_fully
+from maskloom.train_controlnet.train import train_stage
 from tests.generate.workbench import COUNTS, SIDE
 from tests.tiny_datasets import write_tiny_run
-from train_controlnet.train import train_stage
 
 SHORT = {
     "train_batch_size": 2,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from generate.baseline import mask_tensor
+from maskloom.generate.baseline import mask_tensor
 
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (64, 48)])

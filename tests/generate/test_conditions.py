@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from generate.conditions import ConditionReader
-from generate.planning import plan_rows, read_parents
-from pipeline.contract import read_contract
+from maskloom.generate.conditions import ConditionReader
+from maskloom.generate.planning import plan_rows, read_parents
+from maskloom.pipeline.contract import read_contract
 from tests.generate.conftest import MakeBench
 from tests.tiny_datasets import tiny_description
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from generate.diffusion import Sampler, load_backbone
-from generate.generate import open_generators
-from generate.generator import Condition
-from pipeline.errors import MaskLoomError
-from pipeline.sampling import Sampling
+from maskloom.generate.diffusion import Sampler, load_backbone
+from maskloom.generate.generate import open_generators
+from maskloom.generate.generator import Condition
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.sampling import Sampling
 from tests.generate.workbench import PLAIN, Bench
 from tests.tiny_datasets import tiny_description
 

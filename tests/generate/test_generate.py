@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from generate.generate import _settings_of_other_sections, generate, open_generators
-from generate.pixels import checked_pixels
-from pipeline.config_loading import load_experiment
-from pipeline.contract import CONTRACT_FILE, read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import read_json, write_json
-from pipeline.images import png_array
-from pipeline.verification import verify_fully
+from maskloom.generate.generate import _settings_of_other_sections, generate, open_generators
+from maskloom.generate.pixels import checked_pixels
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import CONTRACT_FILE, read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import read_json, write_json
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.verification import verify_fully
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import Bench, content, run_command, start_stage
 from tests.tiny_backbone import build_tiny_controlnet
@@ -149,7 +149,7 @@ def test_without_a_backbone_images_depend_on_the_seed_anew(bench: Bench):
 def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     config = bench.config(generators={"text_only": {}}, num_images=2)
     generate(config, force=False)
-    for module in ("generate.generate", "pipeline.runs"):
+    for module in ("maskloom.generate.generate", "maskloom.pipeline.runs"):
         monkeypatch.setattr(f"{module}.__version__", "another")
     generate(config, force=False)
     assert made_now(bench) == {"text_only": 2}
@@ -170,7 +170,7 @@ def test_what_a_generator_finds_wrong_is_told_before_an_older_set_is_touched(
     def wrong(self: Any) -> None:
         raise MaskLoomError("a setting does not suit the weights")
 
-    monkeypatch.setattr("generate.generators.text_only.Generator.check", wrong)
+    monkeypatch.setattr("maskloom.generate.generators.text_only.Generator.check", wrong)
     with pytest.raises(MaskLoomError, match="does not suit the weights"):
         generate(bench.config(["seed=8"], generators={"text_only": {}}), force=False)
     assert content(bench.run.synthetic) == before
@@ -328,8 +328,8 @@ def test_mistakes_on_the_command_line_are_one_line(bench: Bench):
 def test_a_finished_stage_is_skipped_without_importing_torch(bench: Bench):
     generate(bench.config(), force=False)
     script = (
-        "import sys; from pathlib import Path; from generate.generate import generate;"
-        "from pipeline.config_loading import load_experiment;"
+        "import sys; from pathlib import Path; from maskloom.generate.generate import generate;"
+        "from maskloom.pipeline.config_loading import load_experiment;"
         "generate(load_experiment(Path(sys.argv[1]), []), False); print('torch' in sys.modules)"
     )
     done = run_command([sys.executable, "-c", script, str(bench.config_file())])

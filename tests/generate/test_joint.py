@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from skimage.measure import euler_number, label
 from skimage.morphology import remove_small_objects
 
-from generate import generate as stage
-from generate.cleaning import cleaned
-from generate.generator import Condition, JointGenerator, JointOptions
-from generate.joint import MaskFigures, drawn_attributes, redraw_seed
-from generate.planning import PlannedRow, TrainRow, noise_seed
-from pipeline.conditioning import conditioning_image
-from pipeline.contract import CONTRACT_FILE, Description
-from pipeline.errors import MaskLoomError
-from pipeline.files import read_json
-from pipeline.images import png_array
-from pipeline.prompts import mask_attributes
-from pipeline.verification import verify_fully
+from maskloom.generate import generate as stage
+from maskloom.generate.cleaning import cleaned
+from maskloom.generate.generator import Condition, JointGenerator, JointOptions
+from maskloom.generate.joint import MaskFigures, drawn_attributes, redraw_seed
+from maskloom.generate.planning import PlannedRow, TrainRow, noise_seed
+from maskloom.pipeline.conditioning import conditioning_image
+from maskloom.pipeline.contract import CONTRACT_FILE, Description
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import read_json
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.prompts import mask_attributes
+from maskloom.pipeline.verification import verify_fully
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import SIDE, Bench, content
 from tests.tiny_datasets import PALETTE, Sample, tiny_description

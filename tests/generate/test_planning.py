@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generate.planning import (
+from maskloom.generate.planning import (
     MAX_PARENTS,
     TrainRow,
     check_parents_are_train,
@@ -17,8 +17,8 @@ from generate.planning import (
     read_parents,
     replacement_parents,
 )
-from pipeline.config import GenerateConfig
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.config import GenerateConfig
+from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_datasets import write_tiny_run
 
 LABELS = ("benign", "malignant", "normal")

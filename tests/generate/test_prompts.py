@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from generate.generate import generate
+from maskloom.generate.generate import generate
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import content
 from tests.tiny_datasets import tiny_description

@@ -10,14 +10,14 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from generate.diffusion import ADAPTER_FILE, load_backbone, trained_parts
-from generate.generate import generate, open_generators
-from generate.generator import Condition, ImageGenerator
-from pipeline.errors import MaskLoomError
-from pipeline.images import png_array
-from pipeline.runs import Run
-from pipeline.sampling import sampling_scheduler
-from pipeline.verification import verify_fully
+from maskloom.generate.diffusion import ADAPTER_FILE, load_backbone, trained_parts
+from maskloom.generate.generate import generate, open_generators
+from maskloom.generate.generator import Condition, ImageGenerator
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.images import png_array
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.sampling import sampling_scheduler
+from maskloom.pipeline.verification import verify_fully
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import PLAIN, Bench
 from tests.tiny_backbone import build_tiny_backbone

@@ -3,9 +3,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generate.warping import affine_matrix, elastic_field, resample_mask, valid_warp, warp_coordinates, warp_problem
-from pipeline.config import WarpConfig
-from pipeline.errors import RejectedSample
+from maskloom.generate.warping import (
+    affine_matrix,
+    elastic_field,
+    resample_mask,
+    valid_warp,
+    warp_coordinates,
+    warp_problem,
+)
+from maskloom.pipeline.config import WarpConfig
+from maskloom.pipeline.errors import RejectedSample
 
 SHAPES = st.tuples(st.integers(24, 48), st.integers(24, 48))
 KEYS = st.tuples(st.integers(0, 2**31), st.integers(0, 2**20))

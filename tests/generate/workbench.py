@@ -19,18 +19,18 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextModel
 
-from generate.generate import generate
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import load_experiment
-from pipeline.contract import read_contract
-from pipeline.ownership import seal_folder
-from pipeline.plugins import plugin_names
-from pipeline.runs import Run, open_run
+from maskloom.generate.generate import generate
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.ownership import seal_folder
+from maskloom.pipeline.plugins import plugin_names
+from maskloom.pipeline.runs import Run, open_run
+from maskloom.train_baselines.train import PACKAGE, train_baselines
 from tests.pipeline.line_task import forget_accelerator
 from tests.processes import FORKS
 from tests.records import record_outputs
 from tests.tiny_datasets import write_tiny_run
-from train_baselines.train import PACKAGE, train_baselines
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 32

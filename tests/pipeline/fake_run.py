@@ -11,15 +11,15 @@ import yaml
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from pipeline.conditioning import conditioning_image
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import load_experiment
-from pipeline.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
-from pipeline.files import json_text
-from pipeline.images import png_bytes
-from pipeline.ownership import OwnedFolder
-from pipeline.prompts import mask_attributes, render_prompt
-from pipeline.runs import Run
+from maskloom.pipeline.conditioning import conditioning_image
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
+from maskloom.pipeline.files import json_text
+from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.prompts import mask_attributes, render_prompt
+from maskloom.pipeline.runs import Run
 from tests.records import write_record
 
 SIDE = 64

@@ -10,10 +10,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pipeline.config import LoopConfig
-from pipeline.randomness import Draws
-from pipeline.task import Task
-from pipeline.training import make_accelerator, train
+from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.task import Task
+from maskloom.pipeline.training import make_accelerator, train
 
 
 class Points(Dataset[dict[str, Any]]):

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from data_prep.parallel import parallel_results
-from pipeline.errors import run_command
-from pipeline.interruption import signals_to
+from maskloom.data_prep.parallel import parallel_results
+from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.interruption import signals_to
 
 
 def nap(folder: Path, item: int) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from pipeline import backbone_source
-from pipeline.backbone import load_part
-from pipeline.backbone_checks import check_backbone
-from pipeline.backbone_source import BackboneSource
-from pipeline.backbone_text import load_tokenizer
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline import backbone_source
+from maskloom.pipeline.backbone import load_part
+from maskloom.pipeline.backbone_checks import check_backbone
+from maskloom.pipeline.backbone_source import BackboneSource
+from maskloom.pipeline.backbone_text import load_tokenizer
+from maskloom.pipeline.errors import MaskLoomError
 from tests.hub_server import HubState, Repo
 from tests.pipeline.test_hub import hub as _hub
 from tests.tiny_backbone import build_tiny_backbone

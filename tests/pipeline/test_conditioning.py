@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.conditioning import conditioning_image, edge_map, foreground_map
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.conditioning import conditioning_image, edge_map, foreground_map
+from maskloom.pipeline.errors import MaskLoomError
 
 PALETTE = ((0, 0, 0), (255, 80, 80), (0, 160, 255))
 IMAGE = np.zeros((40, 40), dtype=np.uint8)

@@ -6,7 +6,7 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.contract import (
+from maskloom.pipeline.contract import (
     CONTRACT_FILE,
     LEDGER_FILE,
     SPLITS,
@@ -15,7 +15,7 @@ from pipeline.contract import (
     plan_shards,
     read_contract,
 )
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import UnidentifiedImageError
 
-from pipeline import files
-from pipeline.errors import MaskLoomError
-from pipeline.files import (
+from maskloom.pipeline import files
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import (
     atomic_path,
     content_digest,
     file_digest,
@@ -22,7 +22,7 @@ from pipeline.files import (
     write_json,
     write_text,
 )
-from pipeline.images import png_array, png_bytes
+from maskloom.pipeline.images import png_array, png_bytes
 
 
 def test_a_file_appears_whole(tmp_path):

@@ -19,21 +19,21 @@ from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import load_experiment
-from pipeline.contract import Contract, Parent, read_contract
-from pipeline.errors import run_command
-from pipeline.files import content_digest, file_digest, read_json, write_json
-from pipeline.hub import push
-from pipeline.hub_cards import hub_base_model, licence_metadata
-from pipeline.hub_client import Hub, PushOptions
-from pipeline.hub_parcels import OPEN_LICENCE
-from pipeline.places import ABSOLUTE_PATH
-from pipeline.runs import Run
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import Contract, Parent, read_contract
+from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.files import content_digest, file_digest, read_json, write_json
+from maskloom.pipeline.hub import push
+from maskloom.pipeline.hub_cards import hub_base_model, licence_metadata
+from maskloom.pipeline.hub_client import Hub, PushOptions
+from maskloom.pipeline.hub_parcels import OPEN_LICENCE
+from maskloom.pipeline.places import ABSOLUTE_PATH
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.model_card import model_card
 from tests.hub_server import TOKEN, USER, HubState, Repo, running_hub, sha256
 from tests.pipeline import fake_run
 from tests.records import write_record
-from train_controlnet.model_card import model_card
 
 ROOT = Path(__file__).parents[2]
 BACKBONE = "stable-diffusion-v1-5/stable-diffusion-v1-5@main"

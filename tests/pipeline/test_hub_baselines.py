@@ -9,16 +9,16 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline.config import ExperimentConfig
-from pipeline.config_loading import load_experiment
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import content_digest, write_json
-from pipeline.hub import push
-from pipeline.hub_client import PushOptions
-from pipeline.hub_parcels import Parcel, Target, check_leaks, find_targets, pack
-from pipeline.networks.mask_to_image import MaskToImageUNet
-from pipeline.runs import Run
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import content_digest, write_json
+from maskloom.pipeline.hub import push
+from maskloom.pipeline.hub_client import PushOptions
+from maskloom.pipeline.hub_parcels import Parcel, Target, check_leaks, find_targets, pack
+from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
+from maskloom.pipeline.runs import Run
 from tests.pipeline import fake_run
 from tests.records import write_record
 
@@ -102,7 +102,7 @@ def test_the_card_says_how_to_load_the_network_and_where_it_came_from(world: Wor
     assert metadata["library_name"] == "diffusers"
     assert metadata["tags"] == ["diffusers", "pix2pix", "medical"]
     assert "base_model" not in metadata
-    assert "from pipeline.networks.mask_to_image import MaskToImageUNet" in body
+    assert "from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet" in body
     assert f'generator = MaskToImageUNet.from_pretrained("{REPO}", subfolder="generator")' in body
     assert "SHA-256 of `generator/diffusion_pytorch_model.safetensors`" in body
     assert body.count("samples.png") == 1

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import MaskLoomError
-from pipeline.hub_files import check_pushed_file, file_text
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.hub_files import check_pushed_file, file_text
 
 
 @pytest.mark.parametrize("name", ["id_rsa", ".env", "weights.bin", "notes.txt", "planted.py"])

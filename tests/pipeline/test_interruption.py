@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import runner
-from pipeline.checkpoints import checkpoint_steps
-from pipeline.errors import run_command
-from pipeline.interruption import Interrupted, received, signals_to
-from pipeline.randomness import Draws
+from maskloom.pipeline import runner
+from maskloom.pipeline.checkpoints import checkpoint_steps
+from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.interruption import Interrupted, received, signals_to
+from maskloom.pipeline.randomness import Draws
 from tests.pipeline.line_task import LineTask, forget_accelerator, run
 from tests.processes import Command, run_on_ranks
 
@@ -168,8 +168,8 @@ def test_a_second_signal_ends_a_command_at_once(tmp_path):
 
 RUNNER = """
 from pathlib import Path
-from pipeline import runner
-from pipeline.errors import run_command
+from maskloom.pipeline import runner
+from maskloom.pipeline.errors import run_command
 runner.MODULES["train"] = ("tests.pipeline.stoppable", "nap", {folder!r})
 runner.needs_launcher = lambda config: config is not None
 run_command(lambda: runner.run_stages(["train", "train"], [], {config}))
@@ -216,13 +216,13 @@ import sys, time
 from pathlib import Path
 Path(sys.argv[1]).touch()
 time.sleep(0.5)  # as imports take
-from pipeline.errors import run_command
+from maskloom.pipeline.errors import run_command
 run_command(lambda: time.sleep(60))
 """
 STARTER = """
 import sys
-from pipeline.errors import run_command
-from pipeline.runner import _run
+from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runner import _run
 run_command(lambda: _run([sys.executable, *sys.argv[1:]], launched=False))
 """
 

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from pipeline.checkpoints import checkpoint_steps
-from pipeline.config import LoopConfig
-from pipeline.errors import MaskLoomError
-from pipeline.randomness import Draws
-from pipeline.stream import Positioned, micro_batch
-from pipeline.training import train
+from maskloom.pipeline.checkpoints import checkpoint_steps
+from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.stream import Positioned, micro_batch
+from maskloom.pipeline.training import train
 from tests.pipeline.line_task import LineTask, Points, flat, forget_accelerator, fresh_accelerator, run, settings
 
 SEED = 7  # of `run`

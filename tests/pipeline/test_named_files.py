@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from data_prep.__main__ import main as data_prep
-from pipeline.errors import EXIT_CODE, MaskLoomError
-from pipeline.named_files import NamedFile, named_file
-from pipeline.ownership import OwnedFolder
+from maskloom.data_prep.__main__ import main as data_prep
+from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
+from maskloom.pipeline.named_files import NamedFile, named_file
+from maskloom.pipeline.ownership import OwnedFolder
 
 
 def test_only_its_own_earlier_file_is_replaced(tmp_path):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import MaskLoomError
-from pipeline.files import remove_leftovers
-from pipeline.ownership import (
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import remove_leftovers
+from maskloom.pipeline.ownership import (
     MANIFEST,
     OwnedFolder,
     check_places,

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.places import without_known_places, without_places
+from maskloom.pipeline.places import without_known_places, without_places
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.errors import MaskLoomError
-from pipeline.plugins import load_plugin, plugin_names
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.plugins import load_plugin, plugin_names
 
 
 @pytest.fixture

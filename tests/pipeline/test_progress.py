@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.progress import progress, say
+from maskloom.pipeline.progress import progress, say
 
 ROOT = Path(__file__).parents[2]
 LONG_STEP = (
-    "from pipeline.progress import progress\n"
+    "from maskloom.pipeline.progress import progress\n"
     "with progress('weaving', 4, 'images') as advance:\n"
     "    for i in range(4):\n"
     "        advance(note=f'loss {i}')\n"

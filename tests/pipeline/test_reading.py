@@ -5,15 +5,15 @@ import json
 import pytest
 from pydantic import Field
 
-from pipeline.contract import LedgerRow, read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import read_json
-from pipeline.ownership import OwnedFolder
-from pipeline.reading import LogLine, Record, read_lines, read_model, read_object, row_attributes
-from pipeline.report.curves import training_curves
-from pipeline.report.evaluation import read_evaluations
-from pipeline.report.sources import rejection_counts
-from pipeline.runs import Run
+from maskloom.pipeline.contract import LedgerRow, read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import read_json
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.reading import LogLine, Record, read_lines, read_model, read_object, row_attributes
+from maskloom.pipeline.report.curves import training_curves
+from maskloom.pipeline.report.evaluation import read_evaluations
+from maskloom.pipeline.report.sources import rejection_counts
+from maskloom.pipeline.runs import Run
 from tests.pipeline import fake_run
 
 NOT_JSON = {

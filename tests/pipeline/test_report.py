@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config_loading import load_experiment
-from pipeline.errors import MaskLoomError
-from pipeline.files import content_digest
-from pipeline.ownership import OwnedFolder
-from pipeline.report import write_report
-from pipeline.report.curves import POINTS, averaged, line_chart, training_curves
-from pipeline.report.evaluation import Curve, Interval, Table, cell_text, numeric_columns
-from pipeline.report.formatting import counts_text, duration_text, interval_text, number_text
-from pipeline.report.gallery import image_grids, spread_choice
-from pipeline.report.page import evenly_chosen
-from pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
-from pipeline.report.sources import class_counts, find_sources, rejection_counts
-from pipeline.report.stage import PAGE_BYTES, smallest_enough
-from pipeline.runs import Run
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import content_digest
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.report import write_report
+from maskloom.pipeline.report.curves import POINTS, averaged, line_chart, training_curves
+from maskloom.pipeline.report.evaluation import Curve, Interval, Table, cell_text, numeric_columns
+from maskloom.pipeline.report.formatting import counts_text, duration_text, interval_text, number_text
+from maskloom.pipeline.report.gallery import image_grids, spread_choice
+from maskloom.pipeline.report.page import evenly_chosen
+from maskloom.pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
+from maskloom.pipeline.report.sources import class_counts, find_sources, rejection_counts
+from maskloom.pipeline.report.stage import PAGE_BYTES, smallest_enough
+from maskloom.pipeline.runs import Run
 from tests.pipeline import fake_run
 from tests.records import write_record
 
@@ -291,13 +291,13 @@ def test_grid_rows_prefer_samples_that_were_generated_from():
 
 def test_pages_that_would_be_too_large_carry_smaller_images(whole, monkeypatch):
     run, config, html, _ = whole
-    monkeypatch.setattr("pipeline.report.stage.PAGE_BYTES", 1000)
-    monkeypatch.setattr("pipeline.report.stage.IMAGE_SIDES", (256, 16))
+    monkeypatch.setattr("maskloom.pipeline.report.stage.PAGE_BYTES", 1000)
+    monkeypatch.setattr("maskloom.pipeline.report.stage.IMAGE_SIDES", (256, 16))
     assert len(smallest_enough(config, find_sources(run))) < len(html)
 
 
 def test_ledgers_are_summed_up_by_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.report.sources.REASONS_SHOWN", 1)
+    monkeypatch.setattr("maskloom.pipeline.report.sources.REASONS_SHOWN", 1)
     lines = [{"path": "a", "reason": "dark"}, {"path": "b", "reason": "torn"}, {"path": "c", "reason": "torn"}]
     (tmp_path / "rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert rejection_counts(tmp_path) == ([("torn", 2)], 1)

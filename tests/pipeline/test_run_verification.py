@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 
-from pipeline.__main__ import app
-from pipeline.config_loading import load_experiment
-from pipeline.errors import EXIT_CODE, MaskLoomError, run_command
-from pipeline.ownership import MANIFEST, MANIFESTS
-from pipeline.run_verification import is_run, run_problems
-from pipeline.runs import Run, open_run
+from maskloom.pipeline.__main__ import app
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, run_command
+from maskloom.pipeline.ownership import MANIFEST, MANIFESTS
+from maskloom.pipeline.run_verification import is_run, run_problems
+from maskloom.pipeline.runs import Run, open_run
 from tests.pipeline import fake_run
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runner
-from pipeline.errors import MaskLoomError
-from pipeline.runs import STAGES, Run, read_record
+from maskloom.pipeline import runner
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs import STAGES, Run, read_record
 from tests.pipeline import fake_run
 from tests.records import write_record
 
@@ -92,7 +92,7 @@ def test_a_stage_that_a_signal_ended_gives_128_plus_the_signal(tiny_stages):
 def test_a_killed_runner_takes_its_stage_along(tmp_path):
     (tmp_path / "tiny_prepare.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
     code = (
-        "from pipeline import runner\nrunner.MODULES['prepare'] = ('tiny_prepare',)\n"
+        "from maskloom.pipeline import runner\nrunner.MODULES['prepare'] = ('tiny_prepare',)\n"
         "runner.run_stages(['prepare'], [], None)\n"
     )
     running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import __version__, provenance
-from pipeline.config_loading import load_experiment
-from pipeline.errors import MaskLoomError
-from pipeline.files import LOCK_FILE
-from pipeline.ownership import MANIFEST, OwnedFolder, whole_folder
-from pipeline.runs import STAGES, Run, Stage, StageChecked, check_only, open_run, require_intact, skip_empty_stage
+from maskloom.pipeline import __version__, provenance
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import LOCK_FILE
+from maskloom.pipeline.ownership import MANIFEST, OwnedFolder, whole_folder
+from maskloom.pipeline.runs import (
+    STAGES,
+    Run,
+    Stage,
+    StageChecked,
+    check_only,
+    open_run,
+    require_intact,
+    skip_empty_stage,
+)
 from tests.pipeline import fake_run
 
 
@@ -85,7 +94,7 @@ def test_other_inputs_and_another_configuration_make_a_stage_stale(tmp_path, cha
 
 def test_another_version_makes_a_stage_stale(tmp_path, monkeypatch):
     _run(_stage(tmp_path))
-    monkeypatch.setattr("pipeline.runs.__version__", "another")
+    monkeypatch.setattr("maskloom.pipeline.runs.__version__", "another")
     assert _stage(tmp_path).state() == "stale"
 
 
@@ -319,7 +328,7 @@ def test_packages_that_are_not_installed_are_left_out(monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.files import sole_writer
+from maskloom.pipeline.files import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

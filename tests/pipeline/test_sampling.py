@@ -8,23 +8,23 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
-from generate.diffusion import load_backbone
-from generate.generators import controlnet
-from pipeline.config import ExperimentConfig
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.randomness import keyed_generator
-from pipeline.runs import Run
-from pipeline.sampling import Sampling, check_sampling, prompt_embedding, sample, sampling_scheduler
-from pipeline.training import make_accelerator
+from maskloom.generate.diffusion import load_backbone
+from maskloom.generate.generators import controlnet
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.randomness import keyed_generator
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.sampling import Sampling, check_sampling, prompt_embedding, sample, sampling_scheduler
+from maskloom.pipeline.training import make_accelerator
+from maskloom.train_controlnet.export import export
+from maskloom.train_controlnet.pictures import Wish, sampled_images
+from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import check_validation_sampling
+from maskloom.train_controlnet.validation import Validator
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import fresh_accelerate, tiny_config  # noqa: F401
-from train_controlnet.export import export
-from train_controlnet.pictures import Wish, sampled_images
-from train_controlnet.task import DiffusionTask
-from train_controlnet.train import check_validation_sampling
-from train_controlnet.validation import Validator
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def generated(config: ExperimentConfig, run: Run, wishes: list[Wish]) -> list[by
     options = controlnet.Options(**config.generate.generators.get(name, {}))
     parts = {part: run.generator / part for part in ("controlnet", "unet") if (run.generator / part).is_dir()}
     pipe = load_backbone(config, CPU, parts, [(32, 32)])
-    from pipeline.prompt_encoding import load_prompt_encoder
+    from maskloom.pipeline.prompt_encoding import load_prompt_encoder
 
     encoder = load_prompt_encoder(config.fine_tuning)
     with torch.inference_mode():

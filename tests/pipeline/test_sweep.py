@@ -9,24 +9,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.prepare import prepare
-from evaluate.evaluate import evaluate
-from generate.generate import generate
-from pipeline import sweep as sweeping
-from pipeline.config_loading import load_config, load_experiment
-from pipeline.errors import EXIT_CODE, MaskLoomError
-from pipeline.files import LOCK_FILE, read_json
-from pipeline.ownership import whole_folder
-from pipeline.report import write_report
-from pipeline.report.evaluation import Interval
-from pipeline.runs import Run
-from pipeline.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
-from pipeline.sweep_table import Column, Row, columns_of, print_table, variant_rows, write_table
-from pipeline.verification import verify_quickly
+from maskloom.data_prep.prepare import prepare
+from maskloom.evaluate.evaluate import evaluate
+from maskloom.generate.generate import generate
+from maskloom.pipeline import sweep as sweeping
+from maskloom.pipeline.config_loading import load_config, load_experiment
+from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
+from maskloom.pipeline.files import LOCK_FILE, read_json
+from maskloom.pipeline.ownership import whole_folder
+from maskloom.pipeline.report import write_report
+from maskloom.pipeline.report.evaluation import Interval
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
+from maskloom.pipeline.sweep_table import Column, Row, columns_of, print_table, variant_rows, write_table
+from maskloom.pipeline.verification import verify_quickly
+from maskloom.train_baselines.train import train_baselines
+from maskloom.train_controlnet.train import train_stage
 from tests.pipeline import fake_run
 from tests.records import write_record
-from train_baselines.train import train_baselines
-from train_controlnet.train import train_stage
 
 SMALL = {"patients": 12, "views": 1}
 PIX2PIX = {

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints import _check_identity, checkpoint_steps
-from pipeline.errors import MaskLoomError
-from pipeline.randomness import Draws
-from pipeline.training import make_accelerator, make_optimizer, train
+from maskloom.pipeline.checkpoints import _check_identity, checkpoint_steps
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training import make_accelerator, make_optimizer, train
 from tests.pipeline.line_task import LineTask, flat, forget_accelerator, fresh_accelerator, run, settings
 
 

@@ -9,10 +9,9 @@ from monai.losses.adversarial_loss import PatchAdversarialLoss
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipeline.randomness import Draws
-from pipeline.training import train
-from tests.train_baselines.toys import ToyOptions, made
-from train_baselines.adversarial import (
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training import train
+from maskloom.train_baselines.adversarial import (
     WINS,
     GanOptions,
     add_spectral_norm,
@@ -22,6 +21,7 @@ from train_baselines.adversarial import (
     normal_start,
     r1_penalty,
 )
+from tests.train_baselines.toys import ToyOptions, made
 
 CPU = torch.device("cpu")
 REAL = [2.0, -0.5, 0.3]

@@ -6,14 +6,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.errors import MaskLoomError
-from pipeline.networks.class_generator import ClassGenerator, attention_level, doublings
-from pipeline.networks.self_attention import SelfAttention
-from pipeline.randomness import Draws
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.networks.class_generator import ClassGenerator, attention_level, doublings
+from maskloom.pipeline.networks.self_attention import SelfAttention
+from maskloom.pipeline.randomness import Draws
+from maskloom.train_baselines.families.class_gan import ClassCritic, Options, Phase, phase_at
 from tests.tiny_datasets import Sample, tiny_description, write_tiny_run
 from tests.train_baselines.test_resume import cut_back
 from tests.train_baselines.workbench import opened, tensors, trained
-from train_baselines.families.class_gan import ClassCritic, Options, Phase, phase_at
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.randomness import Draws
-from train_baselines.diff_augment import augmented
+from maskloom.pipeline.randomness import Draws
+from maskloom.train_baselines.diff_augment import augmented
 
 ALL = ["brightness", "translation", "cutout"]
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from maskloom.train_baselines.diversity import COLLAPSED, diversity
+from maskloom.train_baselines.family import evaluation_mode
 from tests.train_baselines.toys import made
-from train_baselines.diversity import COLLAPSED, diversity
-from train_baselines.family import evaluation_mode
 
 ONE_CLASS = torch.zeros(4, dtype=torch.long)
 

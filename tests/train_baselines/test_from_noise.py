@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.networks.doubling import Doubling, noise_length, split_noise
-from train_baselines.families.class_gan import ClassCritic
-from train_baselines.from_noise import BatchDeviation, FromNoiseOptions, kaiming_start
+from maskloom.pipeline.networks.doubling import Doubling, noise_length, split_noise
+from maskloom.train_baselines.families.class_gan import ClassCritic
+from maskloom.train_baselines.from_noise import BatchDeviation, FromNoiseOptions, kaiming_start
 
 SIZES = [(2, 3), (4, 6)]
 

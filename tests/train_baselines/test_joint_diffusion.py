@@ -11,17 +11,17 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from generate.generate import open_generators
-from generate.generator import Condition
-from pipeline.config_loading import validated
-from pipeline.errors import MaskLoomError
-from pipeline.networks.guided_denoiser import guided, sampled
-from pipeline.randomness import Draws
-from pipeline.runs import Run
+from maskloom.generate.generate import open_generators
+from maskloom.generate.generator import Condition
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.networks.guided_denoiser import guided, sampled
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.train_baselines.families.joint_diffusion import Options, denoiser, noise_schedule
+from maskloom.train_baselines.train import train_baselines
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_baselines.workbench import COUNTS, TINY, opened, tiny_config, trained
-from train_baselines.families.joint_diffusion import Options, denoiser, noise_schedule
-from train_baselines.train import train_baselines
 
 MakeRun = Callable[..., Path]
 CPU = torch.device("cpu")

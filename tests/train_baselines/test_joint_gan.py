@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from generate.generate import open_generators
-from generate.generator import Condition, JointGenerator
-from pipeline.config_loading import load_experiment
-from pipeline.errors import MaskLoomError
-from pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
-from pipeline.networks.mask_planes import encoded_masks
-from pipeline.randomness import Draws
-from pipeline.runs import Run
+from maskloom.generate.generate import open_generators
+from maskloom.generate.generator import Condition, JointGenerator
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
+from maskloom.pipeline.networks.mask_planes import encoded_masks
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.train_baselines.families.joint_gan import JointCritic, Options, Trained, softened
+from maskloom.train_baselines.train import family_options as checked_options
+from maskloom.train_baselines.train import train_baselines
 from tests.generate.workbench import ROOT, family_options
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_baselines.workbench import IN_STEPS, tensors
-from train_baselines.families.joint_gan import JointCritic, Options, Trained, softened
-from train_baselines.train import family_options as checked_options
-from train_baselines.train import train_baselines
 
 MakeRun = Callable[..., Path]
 LAYERS = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
@@ -133,9 +133,9 @@ def tiny_config(run: Path, **options: Any) -> Any:
 
 def opened(run: Path, **changes: Any) -> Trained:
     """Return the family before its training, over the run's dataset."""
-    from pipeline.contract import read_contract
-    from pipeline.training import make_accelerator
-    from train_baselines.rows import Rows
+    from maskloom.pipeline.contract import read_contract
+    from maskloom.pipeline.training import make_accelerator
+    from maskloom.train_baselines.rows import Rows
 
     options = Options(**{**family_options("joint_gan"), **changes})
     about = read_contract(run / "dataset").description

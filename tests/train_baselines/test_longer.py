@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.train_baselines.train import train_baselines
 from tests.tiny_datasets import write_tiny_run
 from tests.train_baselines.workbench import COUNTS, TINY, tiny_config, trained
-from train_baselines.train import train_baselines
 
 MakeRun = Callable[..., Path]
 KEPT = {"checkpoints_total_limit": None, "logging_steps": 1, "lr_scheduler": "constant"}
@@ -71,7 +71,7 @@ def test_an_engine_that_cannot_train_it_is_told_before_anything_is_thrown_away(
     run = make_run()
     trained(run, "pix2pix", **KEPT, max_train_steps=1)
     before = content(run)
-    monkeypatch.setattr("pipeline.engines.check_engine", refuse)
+    monkeypatch.setattr("maskloom.pipeline.engines.check_engine", refuse)
     with pytest.raises(MaskLoomError, match="FSDP trains one network"):
         train_baselines(tiny_config(run, {"pix2pix": {}}), force=True, families=["pix2pix"])
     assert content(run) == before

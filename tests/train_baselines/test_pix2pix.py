@@ -10,16 +10,16 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from generate.generate import open_generators
-from generate.generator import Condition
-from pipeline.errors import MaskLoomError
-from pipeline.networks.mask_to_image import MaskToImageUNet
-from pipeline.randomness import Draws
-from pipeline.runs import Run
+from maskloom.generate.generate import open_generators
+from maskloom.generate.generator import Condition
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.train_baselines.families.pix2pix import Options, PatchCritic
+from maskloom.train_baselines.train import train_baselines
 from tests.tiny_datasets import tiny_description, tiny_picture, write_tiny_run
 from tests.train_baselines.workbench import opened, tiny_config, trained
-from train_baselines.families.pix2pix import Options, PatchCritic
-from train_baselines.train import train_baselines
 
 MakeRun = Callable[..., Path]
 

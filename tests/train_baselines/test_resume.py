@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoints import checkpoint_steps
-from pipeline.errors import MaskLoomError
-from pipeline.files import TEMPORARY_SUFFIX
-from pipeline.ownership import seal_folder
+from maskloom.pipeline.checkpoints import checkpoint_steps
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import TEMPORARY_SUFFIX
+from maskloom.pipeline.ownership import seal_folder
 from tests.processes import Command
 from tests.train_baselines.workbench import tiny_values, trained, weights, write_config
 from tests.train_controlnet.test_resume import kill_when

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from maskloom.train_baselines.rows import Rows
 from tests.tiny_datasets import tiny_description, write_tiny_run
-from train_baselines.rows import Rows
 
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8)])

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import MaskLoomError, run_command
-from pipeline.ownership import OwnedFolder
-from pipeline.runs import StageChecked, check_only
+from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.runs import StageChecked, check_only
+from maskloom.train_baselines.__main__ import app
+from maskloom.train_baselines.families.pix2pix import Options
+from maskloom.train_baselines.train import in_steps, train_baselines
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset, write_tiny_run
 from tests.train_baselines.workbench import COUNTS, TINY, tiny_config, tiny_values, weights, write_config
-from train_baselines.__main__ import app
-from train_baselines.families.pix2pix import Options
-from train_baselines.train import in_steps, train_baselines
 
 MakeRun = Callable[..., Path]
 ONE_STEP = {"max_train_steps": 1}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskloom.train_baselines.train import train_baselines
 from tests.processes import run_on_ranks
 from tests.train_baselines.workbench import tensors, tiny_config, tiny_values, write_config
-from train_baselines.train import train_baselines
 
 LEARNING_RATE = 1e-3
 SHARED = {"max_train_steps": 3, "validation_steps": 3, "checkpointing_steps": 3, "learning_rate": LEARNING_RATE}

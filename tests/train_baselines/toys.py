@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.contract import read_contract
-from pipeline.randomness import Draws
-from pipeline.training import make_accelerator
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training import make_accelerator
+from maskloom.train_baselines.adversarial import Gan, GanOptions
+from maskloom.train_baselines.family import Samples
+from maskloom.train_baselines.rows import Rows
 from tests.tiny_datasets import write_tiny_run
-from train_baselines.adversarial import Gan, GanOptions
-from train_baselines.family import Samples
-from train_baselines.rows import Rows
 
 COUNTS = {"train": 12, "validation": 4, "test": 4}
 CELLS = 8

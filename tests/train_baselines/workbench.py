@@ -8,12 +8,12 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import read_contract
-from pipeline.plugins import load_plugin
-from pipeline.training import make_accelerator
-from train_baselines.rows import Rows
-from train_baselines.train import PACKAGE, train_baselines
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.training import make_accelerator
+from maskloom.train_baselines.rows import Rows
+from maskloom.train_baselines.train import PACKAGE, train_baselines
 
 COUNTS = {"train": 12, "validation": 6, "test": 4}
 IN_STEPS = {

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.config import AugmentConfig
-from pipeline.contract import open_split, read_contract
+from maskloom.pipeline.config import AugmentConfig
+from maskloom.pipeline.contract import open_split, read_contract
+from maskloom.train_controlnet import latent_cache
+from maskloom.train_controlnet.rows import Views
 from tests.train_controlnet.test_rows import encoded
-from train_controlnet import latent_cache
-from train_controlnet.rows import Views
 
 if __name__ == "__main__":
     dataset, cache = map(Path, sys.argv[1:])

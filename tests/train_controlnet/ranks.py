@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import training
-from pipeline.config_loading import load_experiment
+from maskloom.pipeline import training
+from maskloom.pipeline.config_loading import load_experiment
+from maskloom.train_controlnet.train import train_stage
 from tests.pipeline.ranks import fsdp_accelerator
-from train_controlnet.train import train_stage
 
 FILE = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp.yaml"
 

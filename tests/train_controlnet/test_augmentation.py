@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.conditioning import conditioning_image
-from pipeline.config import AugmentConfig
-from pipeline.contract import Description
-from pipeline.prompts import mask_attributes, render_prompt
+from maskloom.pipeline.conditioning import conditioning_image
+from maskloom.pipeline.config import AugmentConfig
+from maskloom.pipeline.contract import Description
+from maskloom.pipeline.prompts import mask_attributes, render_prompt
+from maskloom.train_controlnet.augmentation import Pictures, changed_pictures, changed_prompt, uses_mask_words
 from tests.tiny_datasets import tiny_description
-from train_controlnet.augmentation import Pictures, changed_pictures, changed_prompt, uses_mask_words
 
 MODES = ("mask", "edges", "both", "foreground", "image")
 PALETTE = ((0, 0, 0), (255, 0, 0), (0, 0, 255))

@@ -17,16 +17,14 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from pipeline.checkpoints import checkpoint_steps
-from pipeline.config import DecoderConfig, ExperimentConfig
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import read_json
-from pipeline.randomness import Draws
-from pipeline.runs import Run
-from tests.tiny_datasets import Sample, tiny_description, write_tiny_run
-from tests.train_controlnet.conftest import tiny_config
-from train_controlnet.decoder import (
+from maskloom.pipeline.checkpoints import checkpoint_steps
+from maskloom.pipeline.config import DecoderConfig, ExperimentConfig
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import read_json
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.decoder import (
     CHECKPOINTS,
     WEIGHTS,
     DecoderTask,
@@ -37,7 +35,9 @@ from train_controlnet.decoder import (
     random_crops,
     train_decoder,
 )
-from train_controlnet.train import train_stage
+from maskloom.train_controlnet.train import train_stage
+from tests.tiny_datasets import Sample, tiny_description, write_tiny_run
+from tests.train_controlnet.conftest import tiny_config
 
 INPUTS = {"dataset": "d", "backbone": "b"}
 CPU = torch.device("cpu")

@@ -17,16 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.runs import Run
-from pipeline.trained_parts import exported_names
-from pipeline.training import train
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.trained_parts import exported_names
+from maskloom.pipeline.training import train
+from maskloom.train_controlnet.export import export
+from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_backbone import build_tiny_controlnet
 from tests.train_controlnet.conftest import tiny_config
-from train_controlnet.export import export
-from train_controlnet.task import DiffusionTask
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

@@ -16,20 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config import AdherenceConfig, ExperimentConfig
-from pipeline.config_loading import validated
-from pipeline.contract import open_split, read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.report.curves import training_curves
-from pipeline.runs import Run
+from maskloom.pipeline.config import AdherenceConfig, ExperimentConfig
+from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.contract import open_split, read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.report.curves import training_curves
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.adherence import READER_FILE
+from maskloom.train_controlnet.pictures import further_wishes, grid, show_in_trackers
+from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import train_stage
+from maskloom.train_controlnet.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 from tests.tiny_backbone import build_tiny_controlnet
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
-from train_controlnet.adherence import READER_FILE
-from train_controlnet.pictures import further_wishes, grid, show_in_trackers
-from train_controlnet.task import DiffusionTask
-from train_controlnet.train import train_stage
-from train_controlnet.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 
 ADHERENCE = {"num_images": 8, "num_inference_steps": 2, "image_size": 32, "steps": 20}
 BINS = 4

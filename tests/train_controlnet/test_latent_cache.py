@@ -13,20 +13,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
-from pipeline.contract import open_split, read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import TEMPORARY_SUFFIX
-from pipeline.ownership import MANIFEST, OwnedFolder
-from pipeline.runs import Run
+from maskloom.pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import open_split, read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import TEMPORARY_SUFFIX
+from maskloom.pipeline.ownership import MANIFEST, OwnedFolder
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet import latent_cache
+from maskloom.train_controlnet.latent_cache import (
+    ViewCache,
+    cache_folder,
+    drop_stale_caches,
+    fill_embeddings,
+    fill_views,
+)
+from maskloom.train_controlnet.rows import Views
+from maskloom.train_controlnet.task import DiffusionTask
 from tests.processes import run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.test_rows import SIZES, encoded, write_sized
-from train_controlnet import latent_cache
-from train_controlnet.latent_cache import ViewCache, cache_folder, drop_stale_caches, fill_embeddings, fill_views
-from train_controlnet.rows import Views
-from train_controlnet.task import DiffusionTask
 
 AUGMENT = AugmentConfig(variants=1)
 

@@ -12,17 +12,17 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError
-from pipeline.files import read_json
-from pipeline.hub_parcels import Target, pack
-from pipeline.runs import Run
-from pipeline.trained_parts import ADAPTER_FILE, KOHYA_FILE
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import read_json
+from maskloom.pipeline.hub_parcels import Target, pack
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.trained_parts import ADAPTER_FILE, KOHYA_FILE
+from maskloom.train_controlnet.plan import Planner
+from maskloom.train_controlnet.train import train_stage
 from tests.train_controlnet.conftest import tiny_config
 from tests.train_controlnet.test_export import assert_close, exported, prediction, states
 from tests.train_controlnet.test_longer import content
-from train_controlnet.plan import Planner
-from train_controlnet.train import train_stage
 
 BOTH = ["unet", "text_encoder"]
 QUICK = {"use_ema": False, "num_validation_images": 0, "validation_samples": 1, "validation_timestep_bins": 1}

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import ExperimentConfig
-from pipeline.errors import MaskLoomError
-from pipeline.ownership import MANIFEST
-from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
-from train_controlnet.__main__ import main
-from train_controlnet.lr_finder import (
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.ownership import MANIFEST
+from maskloom.train_controlnet.__main__ import main
+from maskloom.train_controlnet.lr_finder import (
     BARS,
     RangeResult,
     RangeTest,
@@ -22,6 +21,7 @@ from train_controlnet.lr_finder import (
     smoothed_losses,
     sparkline,
 )
+from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 
 WIDE = RangeTest(steps=40, min_lr=1e-6, max_lr=10.0)
 

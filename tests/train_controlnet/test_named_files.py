@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.errors import EXIT_CODE
+from maskloom.pipeline.errors import EXIT_CODE
+from maskloom.train_controlnet.__main__ import main
 from tests.train_controlnet.conftest import tiny_values, write_config
-from train_controlnet.__main__ import main
 
 
 @pytest.mark.parametrize("command", ["plan", "find-lr"])

@@ -15,16 +15,16 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel
 
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.randomness import Draws
-from pipeline.runs import Run
-from pipeline.training import make_accelerator, train
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.training import make_accelerator, train
+from maskloom.train_controlnet.networks import LORA_TARGETS, Networks, load_networks
+from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.train_controlnet.conftest import tiny_config
-from train_controlnet.networks import LORA_TARGETS, Networks, load_networks
-from train_controlnet.task import DiffusionTask
 
 CPU = torch.device("cpu")
 CONNECTIONS = r"controlnet_cond_embedding\.|controlnet_down_blocks\.|controlnet_mid_block\."

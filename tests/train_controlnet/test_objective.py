@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.randomness import Draws, keyed_generator
-from pipeline.runs import Run
-from train_controlnet.objective import (
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.randomness import Draws, keyed_generator
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.objective import (
     denoising_losses,
     lesion_weights,
     prediction_target,
     sample_latents,
     timestep_weights,
 )
-from train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.task import DiffusionTask
 
 CPU = torch.device("cpu")
 

@@ -18,15 +18,15 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.config import ExperimentConfig, TrainConfig
-from pipeline.contract import open_split, read_contract
-from pipeline.randomness import Draws
-from pipeline.runs import Run
-from pipeline.training import make_optimizer, train
+from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import open_split, read_contract
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.training import make_optimizer, train
+from maskloom.train_controlnet.networks import compile_repeated_blocks
+from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
-from train_controlnet.networks import compile_repeated_blocks
-from train_controlnet.task import DiffusionTask
 
 CPU = torch.device("cpu")
 POSITIONS = [3, 1, 7, 4]

@@ -10,18 +10,18 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from generate.diffusion import Sampler, load_backbone
-from pipeline.contract import Sample, read_contract
-from pipeline.runs import Run
+from maskloom.generate.diffusion import Sampler, load_backbone
+from maskloom.pipeline.contract import Sample, read_contract
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.__main__ import main
+from maskloom.train_controlnet.latent_cache import cache_folder
+from maskloom.train_controlnet.model_card import model_card
+from maskloom.train_controlnet.pictures import Sampling, Wish, sampled_images
+from maskloom.train_controlnet.plan import Planner
+from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import train_stage
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
-from train_controlnet.__main__ import main
-from train_controlnet.latent_cache import cache_folder
-from train_controlnet.model_card import model_card
-from train_controlnet.pictures import Sampling, Wish, sampled_images
-from train_controlnet.plan import Planner
-from train_controlnet.task import DiffusionTask
-from train_controlnet.train import train_stage
 
 WORDS = (
     "a long report comes to its point at its very end and reads "  # 46 letters: all that the tiny text encoder reads

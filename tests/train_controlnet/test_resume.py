@@ -10,16 +10,16 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.checkpoints import LOOP_FILE, checkpoint_steps
-from pipeline.cli import run_stage_command
-from pipeline.errors import MaskLoomError
-from pipeline.files import TEMPORARY_SUFFIX
-from pipeline.ownership import MANIFEST
+from maskloom.pipeline.checkpoints import LOOP_FILE, checkpoint_steps
+from maskloom.pipeline.cli import run_stage_command
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import TEMPORARY_SUFFIX
+from maskloom.pipeline.ownership import MANIFEST
+from maskloom.train_controlnet.train import train_stage
 from tests.processes import Command, run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
-from train_controlnet.train import train_stage
 
 PLAIN = {"use_ema": False, "num_validation_images": 0, "validation_samples": 2, "validation_timestep_bins": 1}
 BOTH = ["unet", "text_encoder"]

@@ -11,16 +11,16 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import default_collate
 
-from pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
-from pipeline.contract import Description, Sample, open_split, read_contract
-from pipeline.randomness import Draws
-from pipeline.runs import Run
-from pipeline.training import Positioned
+from maskloom.pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
+from maskloom.pipeline.contract import Description, Sample, open_split, read_contract
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.training import Positioned
+from maskloom.train_controlnet.latent_cache import ViewCache, fill_views
+from maskloom.train_controlnet.prompts import numbered_prompts
+from maskloom.train_controlnet.rows import TrainingRows, Views, other_rows, size_buckets
+from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_datasets import PALETTE, tiny_description, tiny_picture, tiny_samples, write_dataset
-from train_controlnet.latent_cache import ViewCache, fill_views
-from train_controlnet.prompts import numbered_prompts
-from train_controlnet.rows import TrainingRows, Views, other_rows, size_buckets
-from train_controlnet.task import DiffusionTask
 
 AUGMENT = AugmentConfig(variants=2)
 SIZES = ((32, 32), (32, 48), (48, 32))

@@ -17,9 +17,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
+from maskloom.train_controlnet.train import train_stage
 from tests.processes import run_on_ranks
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
-from train_controlnet.train import train_stage
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE, SLURM = ROOT / "configs" / "accelerate", ROOT / "configs" / "slurm"

@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from data_prep.prepare import prepare
-from data_prep.resizing import nearest_size
-from evaluate.inputs import ImageSet
-from generate.generate import generate
-from pipeline.config import DataConfig, ExperimentConfig
-from pipeline.contract import CONTRACT_FILE, Description, open_split, read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import read_json
-from pipeline.runs import Run
-from pipeline.verification import verify_fully
+from maskloom.data_prep.prepare import prepare
+from maskloom.data_prep.resizing import nearest_size
+from maskloom.evaluate.inputs import ImageSet
+from maskloom.generate.generate import generate
+from maskloom.pipeline.config import DataConfig, ExperimentConfig
+from maskloom.pipeline.contract import CONTRACT_FILE, Description, open_split, read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import read_json
+from maskloom.pipeline.runs import Run
+from maskloom.pipeline.verification import verify_fully
+from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import train_stage
 from tests.data_prep.experiment import dataset_bytes
 from tests.tiny_datasets import tiny_description, tiny_picture, write_dataset
 from tests.train_controlnet.conftest import tiny_values
 from tests.train_controlnet.test_rows import sized_samples, write_sized
-from train_controlnet.task import DiffusionTask
-from train_controlnet.train import train_stage
 
 RAW_SIZES = ((40, 40), (40, 62), (60, 38))
 SIZES = ((32, 32), (32, 48), (48, 32))

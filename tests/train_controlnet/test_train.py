@@ -14,18 +14,18 @@ from accelerate import Accelerator
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from safetensors.torch import load_file
 
-from pipeline.config import ExperimentConfig
-from pipeline.contract import read_contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import write_json
-from pipeline.ownership import OwnedFolder
-from pipeline.randomness import Draws
-from pipeline.runs import Run
+from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import write_json
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import Run
+from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import train_stage
 from tests.processes import Command, finished, limit_file_size, run_on_ranks, start_server
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
-from train_controlnet.task import DiffusionTask
-from train_controlnet.train import train_stage
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

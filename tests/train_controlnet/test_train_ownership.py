@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import MaskLoomError
-from pipeline.ownership import OwnedFolder
-from pipeline.runs import Run, read_record
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.runs import Run, read_record
+from maskloom.train_controlnet.train import train_stage
 from tests.train_controlnet.conftest import tiny_config
-from train_controlnet.train import train_stage
 
 SHORT = {"max_train_steps": 2, "checkpointing_steps": 1, "num_validation_images": 0}
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.datasets.phantom_bus import _render
+from maskloom.data_prep.datasets.phantom_bus import _render
 from tests.writers import Flaw
 
 ROOT = "BUSBRA"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.datasets import phantom_bus
+from maskloom.data_prep.datasets import phantom_bus
 from tests.writers import Flaw
 
 ROOT = "Dataset_BUSI_with_GT"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from data_prep.datasets.isic9 import LABELS, ROOT
+from maskloom.data_prep.datasets.isic9 import LABELS, ROOT
 from tests.writers import Flaw
 
 WIDTH, HEIGHT = 64, 48

@@ -13,7 +13,7 @@ import openpyxl
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.datasets.phantom_bus import _render
+from maskloom.data_prep.datasets.phantom_bus import _render
 from tests.writers import Flaw
 
 IMAGES = 16

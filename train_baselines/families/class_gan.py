@@ -16,16 +16,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.bounds import BatchSize, Channels, Steps
-from pipeline.config import Size
-from pipeline.errors import MaskLoomError
-from pipeline.networks.class_generator import ClassGenerator, attention_level, doublings, level_widths
-from pipeline.networks.self_attention import SelfAttention
-from pipeline.randomness import Draws
-from pipeline.stream import global_batch, total_steps
-from train_baselines.adversarial import GENERATOR, Gan, normal_start
-from train_baselines.family import Samples
-from train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions
+from maskloom.pipeline.bounds import BatchSize, Channels, Steps
+from maskloom.pipeline.config import Size
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.networks.class_generator import ClassGenerator, attention_level, doublings, level_widths
+from maskloom.pipeline.networks.self_attention import SelfAttention
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.stream import global_batch, total_steps
+from maskloom.train_baselines.adversarial import GENERATOR, Gan, normal_start
+from maskloom.train_baselines.family import Samples
+from maskloom.train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions
 
 
 class Options(FromNoiseOptions):

@@ -21,12 +21,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
-from pipeline.networks.guided_denoiser import class_tokens, sampled
-from pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
-from pipeline.randomness import Draws
-from train_baselines.family import Family, FamilyOptions, Samples
-from train_baselines.rows import stacked
+from maskloom.pipeline.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
+from maskloom.pipeline.networks.guided_denoiser import class_tokens, sampled
+from maskloom.pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
+from maskloom.pipeline.randomness import Draws
+from maskloom.train_baselines.family import Family, FamilyOptions, Samples
+from maskloom.train_baselines.rows import stacked
 
 UNET = "unet"
 VALIDATION_SAMPLES = 64

@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.bounds import BatchSize, Channels, Epochs
-from pipeline.networks.mask_planes import encoded_masks
-from pipeline.networks.mask_to_image import MaskToImageUNet
-from pipeline.randomness import Draws
-from train_baselines.adversarial import Gan, GanOptions, normal_start
-from train_baselines.family import Samples
+from maskloom.pipeline.bounds import BatchSize, Channels, Epochs
+from maskloom.pipeline.networks.mask_planes import encoded_masks
+from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
+from maskloom.pipeline.randomness import Draws
+from maskloom.train_baselines.adversarial import Gan, GanOptions, normal_start
+from maskloom.train_baselines.family import Samples
 
 
 class Options(GanOptions):

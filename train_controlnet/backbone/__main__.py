@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import ConfigOption, OverridesArgument
-from pipeline.config_loading import load_config
-from pipeline.errors import run_command
-from train_controlnet.backbone.config import BackboneConfig
+from maskloom.pipeline.cli import ConfigOption, OverridesArgument
+from maskloom.pipeline.config_loading import load_config
+from maskloom.pipeline.errors import run_command
+from maskloom.train_controlnet.backbone.config import BackboneConfig
 
 ForceOption = Annotated[bool, typer.Option("--force", help="throw checkpoints away and start anew")]
 
@@ -23,7 +23,7 @@ def main(args: list[str] | None = None) -> None:
     @app.command(help="Train a small Stable Diffusion backbone: VAE, then text encoder and UNet.")
     def command(config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False) -> None:
         settings = load_config(config, overrides or [], BackboneConfig)
-        from train_controlnet.backbone.recipe import train_backbone
+        from maskloom.train_controlnet.backbone.recipe import train_backbone
 
         train_backbone(settings, force)
 

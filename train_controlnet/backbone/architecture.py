@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from train_controlnet.backbone.config import Architecture
+from maskloom.train_controlnet.backbone.config import Architecture
 
 FACTOR = 8
 LATENT_CHANNELS = 4

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from pipeline.bounds import Channels, Copies, Layers, Side
-from pipeline.config import MAX_NAME, NAME_PATTERN, LoopConfig, Section
+from maskloom.pipeline.bounds import Channels, Copies, Layers, Side
+from maskloom.pipeline.config import MAX_NAME, NAME_PATTERN, LoopConfig, Section
 
 
 class Source(Section):

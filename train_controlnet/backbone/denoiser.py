@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.progress import progress
-from pipeline.randomness import Draws
-from pipeline.training import Task
-from train_controlnet.backbone.config import DenoiserConfig
-from train_controlnet.backbone.images import TrainImages
-from train_controlnet.backbone.vae import normalised_moments
-from train_controlnet.objective import denoising_losses, prediction_target, sample_latents, timestep_weights
+from maskloom.pipeline.progress import progress
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training import Task
+from maskloom.train_controlnet.backbone.config import DenoiserConfig
+from maskloom.train_controlnet.backbone.images import TrainImages
+from maskloom.train_controlnet.backbone.vae import normalised_moments
+from maskloom.train_controlnet.objective import denoising_losses, prediction_target, sample_latents, timestep_weights
 
 ENCODE_BATCH = 16
 

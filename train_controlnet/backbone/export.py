@@ -12,13 +12,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.contract import Contract
-from pipeline.ownership import whole_folder
-from pipeline.provenance import git_sha
-from pipeline.reading import read_object
-from train_controlnet.backbone.architecture import new_scheduler
-from train_controlnet.backbone.config import BackboneConfig
-from train_controlnet.backbone.vocabulary import CLIP_FILES
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.ownership import whole_folder
+from maskloom.pipeline.provenance import git_sha
+from maskloom.pipeline.reading import read_object
+from maskloom.train_controlnet.backbone.architecture import new_scheduler
+from maskloom.train_controlnet.backbone.config import BackboneConfig
+from maskloom.train_controlnet.backbone.vocabulary import CLIP_FILES
 
 SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_A_PROMPT = 20, 3.0, 2
 MAX_PROMPTS = 12

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from pipeline.contract import open_split
-from pipeline.randomness import Draws, keyed_generator
-from train_controlnet.backbone.config import Source, VaeConfig
+from maskloom.pipeline.contract import open_split
+from maskloom.pipeline.randomness import Draws, keyed_generator
+from maskloom.train_controlnet.backbone.config import Source, VaeConfig
 
 MAX_DEGREES, MAX_SCALE, MAX_STRETCH, MAX_SHIFT, MAX_GAIN = 6.0, 0.07, 0.03, 0.06, 0.05
 

@@ -9,25 +9,37 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.checkpoints import delete_checkpoints
-from pipeline.config import LoopConfig
-from pipeline.contract import Contract
-from pipeline.errors import MaskLoomError
-from pipeline.files import value_digest
-from pipeline.metrics_log import METRICS_FILE
-from pipeline.ownership import OwnedFolder, check_places, check_replaceable
-from pipeline.progress import say
-from pipeline.prompt_encoding import PromptEncoder, tell_cuts
-from pipeline.reading import LogLine, read_lines
-from pipeline.training import Task, check_afresh, make_accelerator, train
-from pipeline.verification import verify_quickly
-from train_controlnet.backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
-from train_controlnet.backbone.config import BackboneConfig
-from train_controlnet.backbone.denoiser import DenoiserTask, LatentRows
-from train_controlnet.backbone.export import model_card, new_pipeline, sample_grid, sample_prompts, write_pipeline
-from train_controlnet.backbone.images import TrainImages
-from train_controlnet.backbone.vae import Autoencoder, VaeTask, latent_statistics, new_discriminator, normalise_vae
-from train_controlnet.backbone.vocabulary import write_tokenizer
+from maskloom.pipeline.checkpoints import delete_checkpoints
+from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import value_digest
+from maskloom.pipeline.metrics_log import METRICS_FILE
+from maskloom.pipeline.ownership import OwnedFolder, check_places, check_replaceable
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.prompt_encoding import PromptEncoder, tell_cuts
+from maskloom.pipeline.reading import LogLine, read_lines
+from maskloom.pipeline.training import Task, check_afresh, make_accelerator, train
+from maskloom.pipeline.verification import verify_quickly
+from maskloom.train_controlnet.backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
+from maskloom.train_controlnet.backbone.config import BackboneConfig
+from maskloom.train_controlnet.backbone.denoiser import DenoiserTask, LatentRows
+from maskloom.train_controlnet.backbone.export import (
+    model_card,
+    new_pipeline,
+    sample_grid,
+    sample_prompts,
+    write_pipeline,
+)
+from maskloom.train_controlnet.backbone.images import TrainImages
+from maskloom.train_controlnet.backbone.vae import (
+    Autoencoder,
+    VaeTask,
+    latent_statistics,
+    new_discriminator,
+    normalise_vae,
+)
+from maskloom.train_controlnet.backbone.vocabulary import write_tokenizer
 
 PARTS = ("vae", "denoiser")
 

@@ -15,10 +15,10 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.randomness import Draws
-from pipeline.training import Task
-from train_controlnet.backbone.config import VaeConfig
-from train_controlnet.backbone.images import TrainImages, random_crops
+from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training import Task
+from maskloom.train_controlnet.backbone.config import VaeConfig
+from maskloom.train_controlnet.backbone.images import TrainImages, random_crops
 
 FEATURE_BLOCKS = (0, 2, 4, 5)  # after each: stride 2, 4, 8, 8
 

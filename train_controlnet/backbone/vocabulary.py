@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from pipeline.backbone_text import read_tokenizer
+from maskloom.pipeline.backbone_text import read_tokenizer
 
 CLIP_FILES = ("vocab.json", "merges.txt")
 START, END = "<|startoftext|>", "<|endoftext|>"
