@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import default_collate
 
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import read_contract
-from maskloom.pipeline.cpu_memory import keep_freed_memory
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.cpu_memory import keep_freed_memory
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.task import DiffusionTask
 
 STEPS = 10

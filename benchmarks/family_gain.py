@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 from maskloom.evaluate.evaluate import verified_inputs
-from maskloom.evaluate.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
-from maskloom.evaluate.frechet import frechet_distance
+from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
+from maskloom.evaluate.scores.frechet import frechet_distance
 from maskloom.generate.conditions import ConditionReader
 from maskloom.generate.generate import open_generators
 from maskloom.generate.generator import JointGenerator
 from maskloom.generate.planning import plan_rows, read_parents
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import read_contract
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_baselines.train import train_baselines
 
 Features = NDArray[np.float64]

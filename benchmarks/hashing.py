@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskloom.pipeline.files import CHUNK_BYTES, content_digest, file_digest
+from maskloom.pipeline.files.atomic import CHUNK_BYTES, content_digest, file_digest
 
 TENSOR = 4096, 4096
 REPEATS = 3

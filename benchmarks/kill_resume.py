@@ -25,8 +25,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from maskloom.pipeline.checkpoints import LOOP_FILE, checkpoint_steps
-from maskloom.pipeline.metrics_log import METRICS_FILE
+from maskloom.pipeline.training.checkpoints import LOOP_FILE, checkpoint_steps
+from maskloom.pipeline.training.log import METRICS_FILE
 
 TRAINING = {
     "experiment": "kill-resume",

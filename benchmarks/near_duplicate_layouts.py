@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
-from maskloom.data_prep.near_duplicates import find_near_duplicates, signature
-from maskloom.data_prep.phantom import LABELS, patient, render
+from maskloom.data_prep.processing.phantom import LABELS, patient, render
+from maskloom.data_prep.splitting.near_duplicates import find_near_duplicates, signature
 from maskloom.pipeline.errors import MaskLoomError
 
 Picture = NDArray[np.uint8]

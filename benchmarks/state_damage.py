@@ -31,10 +31,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.files import LOCK_FILE
-from maskloom.pipeline.runs import STAGES, StageChecked, check_only
+from maskloom.pipeline.files.atomic import LOCK_FILE
+from maskloom.pipeline.runs.run import STAGES, StageChecked, check_only
 
 CONFIG: dict[str, Any] = {
     "experiment": "damage",

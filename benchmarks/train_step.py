@@ -35,7 +35,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError, one_line, run_command
 
 ROOT = Path(__file__).resolve().parent.parent

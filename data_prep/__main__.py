@@ -9,17 +9,17 @@ from typing import Annotated
 
 import typer
 
-from maskloom.data_prep.audit import audit, indexed, open_datasets
-from maskloom.data_prep.audit_tables import print_audit
-from maskloom.data_prep.contact_sheet import contact_sheet_page
-from maskloom.data_prep.inspection import inspect_folder
+from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
+from maskloom.data_prep.audit.contact_sheet import contact_sheet_page
+from maskloom.data_prep.audit.tables import print_audit
+from maskloom.data_prep.inspect.inspect import inspect_folder
 from maskloom.data_prep.prepare import Shard, prepare
-from maskloom.pipeline.audit.leaks import NEAR_LIMIT
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.audit.leaks import NEAR_LIMIT
+from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import MaskLoomError, run_command
-from maskloom.pipeline.named_files import named_file
+from maskloom.pipeline.files.named_files import named_file
 
 DESCRIPTION = (
     "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help:"

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from maskloom.data_prep.file_names import comparable, is_text, is_visible, printable, subfolders
-from maskloom.pipeline.config import Section
+from maskloom.data_prep.readers.file_names import comparable, is_text, is_visible, printable, subfolders
+from maskloom.pipeline.config.experiment import Section
 from maskloom.pipeline.errors import MaskLoomError
 
 
@@ -35,8 +35,8 @@ class DatasetInfo:
         palette: RGB colour of each mask index in the conditioning image, 0..255.
         labels: names of the image-level classes, in the order of their index; empty where there are none.
         prompt_templates: format strings over `{label}`, `{modality}`, `{size}`, `{place}`, `{shape}`, `{mask_classes}` and the
-            keys of `RawItem.attributes`. See `pipeline.prompts`.
-        duplicates: what is looked for before splitting. `near`: the same picture despite changes (`data_prep.near_duplicates`);
+            keys of `RawItem.attributes`. See `pipeline.dataset.prompts`.
+        duplicates: what is looked for before splitting. `near`: the same picture despite changes (`data_prep.splitting.near_duplicates`);
             `identical`: the same pixels alone, where neighbours are alike by construction (slices of a volume, tiles of a slide) and
             `RawItem.group` keeps them together. Images of one value (black slices, blank tiles) are duplicates of nothing.
         paired_image: what `RawImage.condition` shows, in words (`H&E stain`), where the dataset has a second image of every sample that

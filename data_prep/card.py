@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from maskloom.pipeline.contract import LEDGER_FILE, Description
+from maskloom.pipeline.dataset.contract import LEDGER_FILE, Description
 
 # Identifiers of licences that the Hub knows; any other is written as `other` with its own words.
 HUB_LICENCES = {

@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from maskloom.data_prep.adapter import RawItem, Reject
-from maskloom.data_prep.file_names import as_seen, printable
+from maskloom.data_prep.readers.file_names import as_seen, printable
 from maskloom.data_prep.survey import PreparedSample, Source, prepared_sample
-from maskloom.pipeline.config import DataConfig, StainConfig
-from maskloom.pipeline.contract import Sample
+from maskloom.pipeline.config.experiment import DataConfig, StainConfig
+from maskloom.pipeline.dataset.contract import Sample
+from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.errors import RejectedSample
-from maskloom.pipeline.files import TEMPORARY_SUFFIX, atomic_path, file_digest
-from maskloom.pipeline.images import png_bytes
-from maskloom.pipeline.ownership import MANIFEST, OwnedFolder
+from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX, atomic_path, file_digest
+from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
 from maskloom.pipeline.progress import say
 
 if TYPE_CHECKING:
-    from maskloom.data_prep.stains import StainNormaliser
+    from maskloom.data_prep.processing.stains import StainNormaliser
 
 SIGNATURES = "signatures.bin"
 VECTORS = "signatures.windows"  # what the search for near-duplicates makes of them, and removes
@@ -204,7 +204,7 @@ def _stains(config: StainConfig | None) -> "StainNormaliser | None":
     """Return the process's stain normaliser, fitted once."""
     if config is None:
         return None
-    from maskloom.data_prep.stains import stain_normaliser
+    from maskloom.data_prep.processing.stains import stain_normaliser
 
     return stain_normaliser(config)
 

@@ -15,10 +15,7 @@ from typing import Any, NamedTuple
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from maskloom.data_prep.card import dataset_card
-from maskloom.data_prep.file_names import printable
-from maskloom.data_prep.grouping import Grouping, Row, consistent_rows, joined, without_seen
 from maskloom.data_prep.left_out import summed_up, told_left_out
-from maskloom.data_prep.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
 from maskloom.data_prep.parallel import parallel_results, worker_count
 from maskloom.data_prep.parts import (
     SIGNATURES,
@@ -32,12 +29,15 @@ from maskloom.data_prep.parts import (
     scanned_parts,
     without_taken_ids,
 )
-from maskloom.data_prep.small_classes import told_small_classes
-from maskloom.data_prep.splitting import Group, split_of_groups
+from maskloom.data_prep.processing.small_classes import told_small_classes
+from maskloom.data_prep.readers.file_names import printable
+from maskloom.data_prep.splitting.groups import Grouping, Row, consistent_rows, joined, without_seen
+from maskloom.data_prep.splitting.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
+from maskloom.data_prep.splitting.splits import Group, split_of_groups
 from maskloom.data_prep.survey import Source
-from maskloom.pipeline.config import DataConfig, ExperimentConfig, ExternalConfig
-from maskloom.pipeline.config_loading import validated
-from maskloom.pipeline.contract import (
+from maskloom.pipeline.config.experiment import DataConfig, ExperimentConfig, ExternalConfig
+from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.contract import (
     EXTERNAL_PREFIX,
     LEDGER_FILE,
     SPLITS,
@@ -49,11 +49,11 @@ from maskloom.pipeline.contract import (
     plan_shards,
 )
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import file_digest, value_digest, write_text
-from maskloom.pipeline.ownership import OwnedFolder, check_places
+from maskloom.pipeline.files.atomic import file_digest, value_digest, write_text
+from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import Advance, progress, say
-from maskloom.pipeline.runs import CONFIG_FILE, Run, Stage, open_run
+from maskloom.pipeline.runs.run import CONFIG_FILE, Run, Stage, open_run
 
 PACKAGE = "maskloom.data_prep.datasets"
 SCRATCH = ".prepare"
@@ -124,7 +124,7 @@ def _tell_cut_prompts(config: ExperimentConfig, dataset: Path, contract: Contrac
     """Say which prompts the configured backbone's text encoder would not read whole, where it lies on this machine."""
     if config.train is None or not Path(config.train.pretrained_model_name_or_path).is_dir():
         return
-    from maskloom.pipeline.prompt_encoding import load_prompt_encoder, tell_cuts, training_prompts
+    from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, tell_cuts, training_prompts
 
     try:
         encoder = load_prompt_encoder(config.train)

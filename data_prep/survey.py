@@ -9,19 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
-from maskloom.data_prep.file_names import NO_TEXT, is_text
-from maskloom.data_prep.intensity import window_range
-from maskloom.data_prep.near_duplicates import signature
-from maskloom.data_prep.resizing import grey, nearest_size, resized, true_proportions, vanished_areas
-from maskloom.pipeline.audit.pixels import is_blank, pixel_digest
-from maskloom.pipeline.conditioning import conditioning_image
-from maskloom.pipeline.config import DataConfig
+from maskloom.data_prep.processing.intensity import window_range
+from maskloom.data_prep.processing.resizing import grey, nearest_size, resized, true_proportions, vanished_areas
+from maskloom.data_prep.readers.file_names import NO_TEXT, is_text
+from maskloom.data_prep.splitting.near_duplicates import signature
+from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
+from maskloom.pipeline.dataset.conditioning import conditioning_image
+from maskloom.pipeline.dataset.masks import class_counts
+from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt
 from maskloom.pipeline.errors import RejectedSample
-from maskloom.pipeline.masks import class_counts
-from maskloom.pipeline.prompts import mask_attributes, render_prompt
 
 if TYPE_CHECKING:
-    from maskloom.data_prep.stains import StainNormaliser
+    from maskloom.data_prep.processing.stains import StainNormaliser
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]+")
 Picture = NDArray[np.uint8]

@@ -1,7 +1,7 @@
 """`python -m evaluate --config FILE [--force] [key=value ...]`."""
 
 from maskloom.pipeline.cli import run_stage_command
-from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 
 
 def _stage(config: ExperimentConfig, force: bool) -> None:

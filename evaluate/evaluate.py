@@ -12,22 +12,22 @@ from typing import Any
 
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
 from maskloom.evaluate.results import MetricResult
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.trained_parts import read_places
 from maskloom.pipeline import __version__
-from maskloom.pipeline.audit.findings import Dataset
-from maskloom.pipeline.audit.leaks import require_no_leaks
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.config import ExperimentConfig, Section
-from maskloom.pipeline.config_loading import validated
-from maskloom.pipeline.contract import Contract, read_contract
+from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.audit.findings import Dataset
+from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
+from maskloom.pipeline.dataset.contract import Contract, read_contract
+from maskloom.pipeline.dataset.images import png_bytes
+from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import json_text, model_digest, read_json, value_digest
-from maskloom.pipeline.images import png_bytes
-from maskloom.pipeline.ownership import OwnedFolder, check_places
+from maskloom.pipeline.files.atomic import json_text, model_digest, read_json, value_digest
+from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import progress, say
-from maskloom.pipeline.runs import Run, Stage, open_run, require_intact
-from maskloom.pipeline.trained_parts import read_places
-from maskloom.pipeline.verification import verify_quickly
+from maskloom.pipeline.runs.run import Run, Stage, open_run, require_intact
 
 PACKAGE = "maskloom.evaluate.metrics"
 

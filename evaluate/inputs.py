@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.contract import EXTERNAL_PREFIX, Contract, open_split
-from maskloom.pipeline.masks import resize_mask
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX, Contract, open_split
+from maskloom.pipeline.dataset.masks import resize_mask
 
 Images = NDArray[np.uint8]
 BATCH = 64

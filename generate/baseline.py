@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.generate.generator import Condition, ImageGenerator
-from maskloom.pipeline.contract import Description
+from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import model_digest
-from maskloom.pipeline.masks import resize_mask
-from maskloom.pipeline.runs import require_intact
+from maskloom.pipeline.files.atomic import model_digest
+from maskloom.pipeline.runs.run import require_intact
 
 if TYPE_CHECKING:
     import torch
@@ -79,14 +79,14 @@ class BaselineGenerator(ImageGenerator):
         """
         import torch
 
-        from maskloom.pipeline.backbone import load_trained
+        from maskloom.models.stable_diffusion.loading import load_trained
 
         network = load_trained(kind, self.folder / name, AGAIN, dtype or torch.float32)
         return network.eval().requires_grad_(False).to(device)
 
     def load_schedule(self, kind: type[Any], **settings: Any) -> Any:
         """Return the noise schedule in `weights/scheduler` as a scheduler of this kind; see `load_network`."""
-        from maskloom.pipeline.backbone import load_schedule
+        from maskloom.models.stable_diffusion.loading import load_schedule
 
         return load_schedule(kind, self.folder / "scheduler", AGAIN, **settings)
 
@@ -135,7 +135,7 @@ def class_masks(planes: Tensor, description: Description) -> NDArray[np.uint8]:
     """
     from torch.nn import functional
 
-    from maskloom.pipeline.networks.mask_planes import decoded_masks
+    from maskloom.models.mask_planes import decoded_masks
 
     size = tuple(description.image_size)
     planes = planes.float().cpu()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maskloom.generate.joint import MaskFigures
-from maskloom.pipeline.contract import Description
+from maskloom.pipeline.dataset.contract import Description
 
 
 def dataset_card(

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from maskloom.generate.generator import Condition
 from maskloom.generate.planning import PlannedRow, TrainRow, group_by_label, replacement_parents
 from maskloom.generate.warping import valid_warp
-from maskloom.pipeline.conditioning import conditioning_image
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import Description, open_split
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.conditioning import conditioning_image
+from maskloom.pipeline.dataset.contract import Description, open_split
+from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt, template_keys
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
-from maskloom.pipeline.prompts import mask_attributes, render_prompt, template_keys
 
 Picture = NDArray[np.uint8]
 

@@ -11,14 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.generate.generator import Condition, ImageGenerator, Options
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.config import ExperimentConfig, GenerateConfig
-from maskloom.pipeline.contract import Description
-from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.files import file_digest, value_digest
-from maskloom.pipeline.prompt_encoding import PromptEncoder
-from maskloom.pipeline.runs import Run, require_intact
-from maskloom.pipeline.sampling import (
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder
+from maskloom.models.stable_diffusion.sampling import (
     Pipeline,
     Sampling,
     build_pipeline,
@@ -27,7 +21,13 @@ from maskloom.pipeline.sampling import (
     sample,
     sampling_scheduler,
 )
-from maskloom.pipeline.trained_parts import ADAPTER_FILE, exported_names
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.trained_parts import ADAPTER_FILE, exported_names
+from maskloom.pipeline.config.experiment import ExperimentConfig, GenerateConfig
+from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files.atomic import file_digest, value_digest
+from maskloom.pipeline.runs.run import Run, require_intact
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def trained_parts(config: ExperimentConfig, run: Run, wanted: Sequence[str]) -> dict[str, Path]:
-    """Return the folders of those `wanted` weights that this configuration trains, by name (`pipeline.trained_parts`)."""
+    """Return the folders of those `wanted` weights that this configuration trains, by name (`models.stable_diffusion.trained_parts`)."""
     return {name: run.generator / name for name in exported_names(config.fine_tuning) if name in wanted}
 
 
@@ -70,7 +70,7 @@ def check_backbone(config: ExperimentConfig) -> None:
     Raises:
         MaskLoomError: names `train.pretrained_model_name_or_path` and what is wrong with it.
     """
-    from maskloom.pipeline import backbone_checks
+    from maskloom.models.stable_diffusion import checks as backbone_checks
 
     backbone_checks.check_backbone(BackboneSource.of(config.fine_tuning))
 
@@ -91,9 +91,9 @@ def load_backbone(
     """
     import torch
 
-    from maskloom.pipeline.backbone import load_part, use_xformers
-    from maskloom.pipeline.backbone_text import load_tokenizer
-    from maskloom.pipeline.cpu_memory import keep_freed_memory
+    from maskloom.models.stable_diffusion.loading import load_part, use_xformers
+    from maskloom.models.stable_diffusion.text import load_tokenizer
+    from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 
     source, dtype, trained = (
         BackboneSource.of(config.fine_tuning),
@@ -128,7 +128,7 @@ def _models(config: ExperimentConfig, parts: Mapping[str, Path]) -> dict[str, An
     """
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
-    from maskloom.pipeline.backbone import load_trained
+    from maskloom.models.stable_diffusion.loading import load_trained
 
     kinds: dict[str, Any] = {"controlnet": ControlNetModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
     dtype = weight_dtype(config.generate)
@@ -151,7 +151,7 @@ def _add_adapters(pipe: Pipeline, folder: Path) -> None:
 
 def weight_dtype(config: GenerateConfig) -> torch.dtype:
     """Return the type of weights and activations for `generate.mixed_precision`."""
-    from maskloom.pipeline.backbone import DTYPES
+    from maskloom.pipeline.training.precision import DTYPES
 
     return DTYPES[config.mixed_precision]
 

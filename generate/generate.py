@@ -25,10 +25,12 @@ from maskloom.generate.generator import ImageGenerator, JointGenerator
 from maskloom.generate.joint import Drawn, JointRows, MaskFigures, check_joint
 from maskloom.generate.pixels import checked_pixels
 from maskloom.generate.planning import PlannedRow, check_parents_are_train, label_counts, plan_rows, read_parents
+from maskloom.models.stable_diffusion.sampling import unet_is_frozen
+from maskloom.models.stable_diffusion.trained_parts import read_places
 from maskloom.pipeline import __version__
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import validated
-from maskloom.pipeline.contract import (
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.contract import (
     Contract,
     DatasetWriter,
     Description,
@@ -40,15 +42,13 @@ from maskloom.pipeline.contract import (
     plan_shards,
     read_contract,
 )
+from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import value_digest
-from maskloom.pipeline.ownership import check_places
+from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.files.ownership import check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import Advance, progress, say
-from maskloom.pipeline.runs import Run, Stage, open_run
-from maskloom.pipeline.sampling import unet_is_frozen
-from maskloom.pipeline.trained_parts import read_places
-from maskloom.pipeline.verification import verify_quickly
+from maskloom.pipeline.runs.run import Run, Stage, open_run
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -151,7 +151,7 @@ def _tell_cut_prompts(
     readers = {name: one for name, one in generators.items() if isinstance(one, BackboneGenerator)}
     if not readers:
         return False
-    from maskloom.pipeline.prompt_encoding import load_prompt_encoder, tell_cuts
+    from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, tell_cuts
 
     negative = [one.options.negative_prompt for one in readers.values()]
     return tell_cuts("generate", load_prompt_encoder(config.fine_tuning), [*prompts, *negative])

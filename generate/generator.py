@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.pipeline.bounds import Tries
-from maskloom.pipeline.config import ExperimentConfig, Section
-from maskloom.pipeline.contract import Description
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.config.bounds import Tries
+from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     import torch

@@ -17,10 +17,10 @@ from maskloom.generate.conditions import ConditionReader, ResolvedRow
 from maskloom.generate.generator import Condition, JointGenerator
 from maskloom.generate.pixels import checked_pixels
 from maskloom.generate.planning import PlannedRow
-from maskloom.pipeline.conditioning import conditioning_image
-from maskloom.pipeline.contract import Description
+from maskloom.pipeline.dataset.conditioning import conditioning_image
+from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
 
 REDRAW_STREAM = 5  # name of this file's random stream under the experiment's seed
 Drawn = tuple[ResolvedRow, NDArray[np.float32]]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from maskloom.pipeline.config import GenerateConfig
-from maskloom.pipeline.contract import open_split, read_contract, read_ids
+from maskloom.pipeline.config.experiment import GenerateConfig
+from maskloom.pipeline.dataset.contract import open_split, read_contract, read_ids
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
-from maskloom.pipeline.reading import row_attributes
+from maskloom.pipeline.files.reading import row_attributes
 
 # Names of the independent random streams under the experiment's seed.
 PARENT_STREAM, NOISE_STREAM, REPLACEMENT_STREAM = 1, 2, 3

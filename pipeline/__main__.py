@@ -15,7 +15,7 @@ from maskloom.pipeline.plugins import plugin_names
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from maskloom.pipeline.runner import StageState
+    from maskloom.pipeline.runs.runner import StageState
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__.splitlines()[0]
@@ -37,8 +37,8 @@ def run(
     ] = None,
 ) -> None:
     """Run prepare, train, generate, evaluate and report; stages that are up to date skip themselves."""
-    from maskloom.pipeline.config_loading import load_experiment
-    from maskloom.pipeline.runner import check_accelerate_config, run_stages, selected_stages
+    from maskloom.pipeline.config.loading import load_experiment
+    from maskloom.pipeline.runs.runner import check_accelerate_config, run_stages, selected_stages
 
     stages = selected_stages(first, last)
     check_accelerate_config(accelerate_config)
@@ -57,8 +57,8 @@ def sweep(
     ] = None,
 ) -> None:
     """Train, generate and evaluate every generator, or every variant of `sweep.variants`, and print one table."""
-    from maskloom.pipeline import sweep as sweeping
-    from maskloom.pipeline.runner import check_accelerate_config
+    from maskloom.pipeline.runs.runner import check_accelerate_config
+    from maskloom.pipeline.sweep import sweep as sweeping
 
     check_accelerate_config(accelerate_config)
     sweeping.sweep(config, overrides or [], force, accelerate_config)
@@ -69,9 +69,9 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     """Show which stages are done, stale, damaged or missing, what they took and what they read; every output is compared with its digest."""
     from rich.console import Console
 
-    from maskloom.pipeline.config_loading import load_experiment
-    from maskloom.pipeline.runner import stage_states
-    from maskloom.pipeline.runs import Run
+    from maskloom.pipeline.config.loading import load_experiment
+    from maskloom.pipeline.runs.run import Run
+    from maskloom.pipeline.runs.runner import stage_states
 
     folder = load_experiment(config, overrides or []).run_folder
     states = stage_states(Run(folder), ["--config", str(config), *(overrides or [])])
@@ -84,7 +84,7 @@ def report(
 ) -> None:
     """Write the run's report.html from whatever is there."""
     from maskloom.pipeline.cli import run_stage
-    from maskloom.pipeline.config_loading import load_experiment
+    from maskloom.pipeline.config.loading import load_experiment
     from maskloom.pipeline.report import write_report
 
     run_stage(write_report, load_experiment(config, overrides or []), force, check)
@@ -111,8 +111,8 @@ def push(
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="branch to push to; made if missing")] = "main",
 ) -> None:
     """Push the dataset, the trained weights or synthetic datasets to the Hugging Face Hub; private by default."""
-    from maskloom.pipeline import hub
-    from maskloom.pipeline.config_loading import load_experiment
+    from maskloom.pipeline.config.loading import load_experiment
+    from maskloom.pipeline.hub import push as hub
 
     words = what or []
     loaded = load_experiment(config, [word for word in words if "=" in word])
@@ -125,10 +125,10 @@ def verify(
     path: Annotated[Path, typer.Argument(help="a run folder, such as runs/demo, or a mask-and-prompt dataset")],
 ) -> None:
     """Check a whole run, or one dataset: digests of every file that was written, records, splits, groups, parents and every pixel."""
+    from maskloom.pipeline.dataset.verification import verify_fully
     from maskloom.pipeline.errors import MaskLoomError
-    from maskloom.pipeline.run_verification import is_run, run_problems
-    from maskloom.pipeline.runs import Run
-    from maskloom.pipeline.verification import verify_fully
+    from maskloom.pipeline.runs.run import Run
+    from maskloom.pipeline.runs.verification import is_run, run_problems
 
     if is_run(path):
         problems = run_problems(Run(path))
@@ -147,7 +147,7 @@ def verify(
 def export(
     dataset: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset, such as runs/demo/synthetic/controlnet")],
     layout: Annotated[
-        str, typer.Option("--format", help=f"one of {', '.join(plugin_names('maskloom.pipeline.exporters'))}")
+        str, typer.Option("--format", help=f"one of {', '.join(plugin_names('maskloom.pipeline.dataset.exporters'))}")
     ],
     output: Annotated[Path, typer.Option(help="a new or empty folder")],
     values: Annotated[
@@ -157,7 +157,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export of something else")] = False,
 ) -> None:
     """Write a dataset in the layout of another tool."""
-    from maskloom.pipeline.export import ExportOptions, export
+    from maskloom.pipeline.dataset.export import ExportOptions, export
 
     export(dataset, ExportOptions(layout, output, split or [], values or [], force))
 
@@ -178,7 +178,7 @@ def combine(
     force: Annotated[bool, typer.Option("--force", help="replace another combination")] = False,
 ) -> None:
     """Add synthetic rows to the train split of a real dataset; held-out splits stay as they are."""
-    from maskloom.pipeline.combining import CombineOptions, combine
+    from maskloom.pipeline.dataset.combine import CombineOptions, combine
 
     combine(real, synthetic, CombineOptions(output, ratio, balance, schedule, seed, force))
 

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from maskloom.pipeline.interruption import Interrupted, handled_signals
+from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
 
 EXIT_CODE = 2
 DISK_REMEDY = "free space or fix the permissions, then run the same command again"

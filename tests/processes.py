@@ -22,14 +22,14 @@ ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "maskloom.data_prep.audit_tables",
-        "maskloom.data_prep.contact_sheet",
+        "maskloom.data_prep.audit.tables",
+        "maskloom.data_prep.audit.contact_sheet",
         "maskloom.data_prep.prepare",
         "datasets",
         "diffusers.training_utils",
         "maskloom.generate.generate",
         "maskloom.pipeline.cli",
-        "maskloom.pipeline.training",
+        "maskloom.pipeline.training.loop",
         "maskloom.train_baselines.train",
         "maskloom.train_controlnet.export",
         "maskloom.train_controlnet.task",

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskloom.pipeline.files import write_json
-from maskloom.pipeline.runs import RECORD_FILE, Run, Stage, StageRecord
+from maskloom.pipeline.files.atomic import write_json
+from maskloom.pipeline.runs.run import RECORD_FILE, Run, Stage, StageRecord
 
 
 def record_outputs(run: Run, name: str, outputs: Sequence[Path], **changes: Any) -> None:
-    """Write the record that a stage with these outputs leaves; folders have a manifest (`pipeline.ownership.seal_folder`)."""
+    """Write the record that a stage with these outputs leaves; folders have a manifest (`pipeline.files.ownership.seal_folder`)."""
     with Stage(run, name, {}, None, outputs).recorded():
         pass
     if changes:

@@ -14,15 +14,15 @@ from PIL import Image
 from maskloom.data_prep.prepare import prepare
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.generate.generate import generate
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import read_contract
-from maskloom.pipeline.files import read_json
-from maskloom.pipeline.hub_files import file_text
-from maskloom.pipeline.hub_parcels import check_leaks, find_targets, pack
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.verification import verify_fully
+from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.hub.files import file_text
+from maskloom.pipeline.hub.uploads import check_leaks, find_targets, pack
 from maskloom.pipeline.report import write_report
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.verification import verify_fully
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.train import train_stage
 from tests.original_layout import write_original
 from tests.pipeline.test_backbone_checks import half_precision

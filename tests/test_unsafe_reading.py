@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "data_prep", "train_controlnet", "train_baselines", "generate", "evaluate")
-LOADING = {"pipeline/backbone.py", "pipeline/backbone_text.py"}
+LOADING = {"models/stable_diffusion/loading.py", "models/stable_diffusion/text.py"}
 MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 UNSAFE_YAML = {"load", "unsafe_load", "full_load", "load_all", "unsafe_load_all", "full_load_all"}
 UNKNOWN_CLASSES = ("AutoModel", "AutoTokenizer", "AutoPipeline", "DiffusionPipeline")
@@ -72,7 +72,7 @@ def test_weights_are_read_as_safetensors_only() -> None:
     """The one call that reads networks asks for safetensors; tokenizers and schedulers have no weights."""
     calls = [
         {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        for node in ast.walk(ast.parse((ROOT / "pipeline/backbone.py").read_text(encoding="utf-8")))
+        for node in ast.walk(ast.parse((ROOT / "models/stable_diffusion/loading.py").read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
     ]
     networks = [given for given in calls if "output_loading_info" in given]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.pipeline.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
+from maskloom.pipeline.dataset.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
 
 PALETTE = ((0, 0, 0), (255, 0, 0))
 Picture = NDArray[np.uint8]

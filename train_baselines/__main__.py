@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -14,9 +14,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from maskloom.pipeline.bounds import BatchSize
+from maskloom.pipeline.config.bounds import BatchSize
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.diff_augment import Policy, augmented
 from maskloom.train_baselines.family import Family, FamilyOptions
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training.randomness import Draws
 
 Policy = Literal["brightness", "translation", "cutout"]
 TRANSLATION = 1 / 8  # largest shift, as a share of the side

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import told_when_unwritable
-from maskloom.pipeline.files import model_digest
-from maskloom.pipeline.hub_cards import licence_metadata
-from maskloom.pipeline.ownership import whole_folder
-from maskloom.pipeline.provenance import git_sha
+from maskloom.pipeline.files.atomic import model_digest
+from maskloom.pipeline.files.ownership import whole_folder
+from maskloom.pipeline.hub.cards import licence_metadata
+from maskloom.pipeline.runs.provenance import git_sha
 from maskloom.train_baselines.family import Family
 
 

@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from maskloom.pipeline.bounds import Epochs, Shown
-from maskloom.pipeline.config import LoopConfig, Size
-from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.config.bounds import Epochs, Shown
+from maskloom.pipeline.config.experiment import LoopConfig, Size
+from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.randomness import Draws, keyed_generator
-from maskloom.pipeline.task import Task
+from maskloom.pipeline.training.randomness import Draws, keyed_generator
+from maskloom.pipeline.training.task import Task
 from maskloom.train_baselines.diversity import COLLAPSED, diversity
 from maskloom.train_baselines.pictures import preview_grid
 from maskloom.train_baselines.rows import Rows, stacked

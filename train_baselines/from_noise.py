@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from maskloom.pipeline.bounds import Channels
+from maskloom.pipeline.config.bounds import Channels
 from maskloom.train_baselines.adversarial import GanOptions, normal_start
 
 SLOPE = 0.2

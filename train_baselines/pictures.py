@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloom.pipeline.contract import Description
+from maskloom.pipeline.dataset.contract import Description
 
 if TYPE_CHECKING:
     from maskloom.train_baselines.family import Family, Samples

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.contract import Description, open_split
+from maskloom.pipeline.dataset.contract import Description, open_split
+from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.masks import resize_mask
 
 
 class Rows(Dataset[dict[str, Any]]):

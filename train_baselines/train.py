@@ -12,17 +12,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from maskloom.pipeline.audit.findings import Dataset
-from maskloom.pipeline.audit.leaks import require_no_leaks
-from maskloom.pipeline.config import ExperimentConfig, LoopConfig
-from maskloom.pipeline.config_loading import validated
-from maskloom.pipeline.contract import Contract, Description
+from maskloom.pipeline.config.experiment import ExperimentConfig, LoopConfig
+from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.audit.findings import Dataset
+from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
+from maskloom.pipeline.dataset.contract import Contract, Description
+from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
-from maskloom.pipeline.ownership import OwnedFolder, check_replaceable
+from maskloom.pipeline.files.ownership import OwnedFolder, check_replaceable
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs import RECORD_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
-from maskloom.pipeline.verification import verify_for_training
+from maskloom.pipeline.runs.run import RECORD_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
 
 if TYPE_CHECKING:
     from maskloom.train_baselines.family import Family, FamilyOptions
@@ -157,7 +157,7 @@ def _check_before_training(
         MaskLoomError: the machine or the dataset lacks what the family needs, something of the user's has the name of its weights or of a
             checkpoint, or, unless `force`, a checkpoint belongs to another training.
     """
-    from maskloom.pipeline.training import check_machine, check_resumable, launched_processes
+    from maskloom.pipeline.training.loop import check_machine, check_resumable, launched_processes
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
@@ -178,9 +178,9 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
     """Train one family, resuming where an earlier run stopped, and keep its weights."""
     from accelerate.utils import set_seed
 
-    from maskloom.pipeline.checkpoints import delete_checkpoints
-    from maskloom.pipeline.engines import check_engine
-    from maskloom.pipeline.training import make_accelerator, total_steps, train
+    from maskloom.pipeline.training.checkpoints import delete_checkpoints
+    from maskloom.pipeline.training.distributed import check_engine
+    from maskloom.pipeline.training.loop import make_accelerator, total_steps, train
     from maskloom.train_baselines.export import export
 
     options, folder = family_options(config, name), run.baselines / name

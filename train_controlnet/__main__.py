@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import run_command
 
 DESCRIPTION = (
@@ -47,7 +47,7 @@ def plan(
 ) -> None:
     """Say what a training needs, and which switches would make it fit 24, 16 and 12 GB; reads no weights, needs no GPU and no dataset."""
     loaded = load_experiment(config, overrides or [])  # before the seconds that the imports take
-    from maskloom.train_controlnet.plan_text import print_plan
+    from maskloom.train_controlnet.memory_plan.text import print_plan
 
     print_plan(loaded, processes, json)
 

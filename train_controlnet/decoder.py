@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.backbone import load_part
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.config import DecoderConfig, ExperimentConfig, LoopConfig, TrainConfig
-from maskloom.pipeline.contract import Contract, open_split
+from maskloom.models.stable_diffusion.loading import load_part
+from maskloom.models.stable_diffusion.objective import sample_latents
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.pipeline.config.experiment import DecoderConfig, ExperimentConfig, LoopConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import Contract, open_split
 from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
-from maskloom.pipeline.ownership import whole_folder
+from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.randomness import Draws, keyed_generator
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.training import Task, check_resumable, make_accelerator, train
-from maskloom.train_controlnet.latent_cache import pixels
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.loop import Task, check_resumable, make_accelerator, train
+from maskloom.pipeline.training.randomness import Draws, keyed_generator
+from maskloom.train_controlnet.data.latent_cache import pixels
+from maskloom.train_controlnet.data.rows import Views, size_buckets
 from maskloom.train_controlnet.model_card import model_card
-from maskloom.train_controlnet.objective import sample_latents
-from maskloom.train_controlnet.rows import Views, size_buckets
 
 NAME = "vae"
 CHECKPOINTS = "vae_training"

@@ -19,12 +19,12 @@ from diffusers.utils import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import Contract
+from maskloom.models.stable_diffusion.trained_parts import KOHYA_FILE, exported_names
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import told_when_unwritable
-from maskloom.pipeline.ownership import whole_folder
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.trained_parts import KOHYA_FILE, exported_names
+from maskloom.pipeline.files.ownership import whole_folder
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.model_card import model_card
 from maskloom.train_controlnet.networks import Networks, load_networks
 

@@ -20,16 +20,16 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
+from maskloom.models.stable_diffusion.trained_parts import read_places
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.named_files import named_file
-from maskloom.pipeline.ownership import OwnedFolder, check_places
+from maskloom.pipeline.files.named_files import named_file
+from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.progress import progress
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import open_run
-from maskloom.pipeline.trained_parts import read_places
-from maskloom.pipeline.training import Positioned, make_accelerator, make_optimizer
-from maskloom.pipeline.verification import verify_for_training
+from maskloom.pipeline.runs.run import open_run
+from maskloom.pipeline.training.loop import Positioned, make_accelerator, make_optimizer
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.task import OPTIMIZER, DiffusionTask
 from maskloom.train_controlnet.train import check_dataset
 

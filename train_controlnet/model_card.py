@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import Contract
-from maskloom.pipeline.hub_cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
-from maskloom.pipeline.prompt_encoding import MARKS, load_prompt_encoder
-from maskloom.pipeline.provenance import git_sha
-from maskloom.pipeline.trained_parts import ADAPTER_FILE, KOHYA_FILE
+from maskloom.models.stable_diffusion.prompt_encoding import MARKS, load_prompt_encoder
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.trained_parts import ADAPTER_FILE, KOHYA_FILE
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.hub.cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
+from maskloom.pipeline.runs.provenance import git_sha
 
 TITLES = {"controlnet": "ControlNet", "lora": "LoRA adapters", "unet": "UNet", "vae": "VAE"}
 """By weights folder."""

@@ -9,18 +9,18 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from maskloom.pipeline.backbone import (
+from maskloom.models.stable_diffusion.loading import (
     CONTROLNET_KEY,
-    DTYPES,
     load_controlnet,
     load_noise_schedule,
     load_part,
     use_xformers,
 )
-from maskloom.pipeline.backbone_source import KEY, BackboneSource
-from maskloom.pipeline.backbone_text import load_tokenizer
-from maskloom.pipeline.config import TrainConfig
+from maskloom.models.stable_diffusion.source import KEY, BackboneSource
+from maskloom.models.stable_diffusion.text import load_tokenizer
+from maskloom.pipeline.config.experiment import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.training.precision import DTYPES
 
 # Blocks of one class share their code, and beyond so many shapes of them torch would go on uncompiled; its default of 8 is too few.
 MOST_BLOCK_SHAPES = 64
@@ -41,7 +41,7 @@ class Networks:
     Attributes:
         scheduler: the noise schedule that is trained with.
         controlnet: None where there is none.
-        scheduler_settings: of the backbone's own scheduler, from which images are sampled (`pipeline.sampling`).
+        scheduler_settings: of the backbone's own scheduler, from which images are sampled (`models.stable_diffusion.sampling`).
     """
 
     tokenizer: CLIPTokenizer

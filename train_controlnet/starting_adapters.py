@@ -14,9 +14,9 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from maskloom.pipeline.config import TrainConfig
+from maskloom.models.stable_diffusion.trained_parts import LORA_KEY, adapter_file
+from maskloom.pipeline.config.experiment import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.trained_parts import LORA_KEY, adapter_file
 
 METADATA = "lora_adapter_metadata"  # of diffusers' newer files: rank and alpha by network
 UP_NAMES = (".lora_up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight")

@@ -7,32 +7,32 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskloom.pipeline.backbone import DTYPES
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import Contract, open_split
-from maskloom.pipeline.prompt_encoding import PromptEncoder, tell_cuts, text_states
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.training import Task
-from maskloom.train_controlnet.decoder import load_decoder
-from maskloom.train_controlnet.latent_cache import (
-    CACHE_FOLDER,
-    cache_folder,
-    drop_stale_caches,
-    fill_embeddings,
-    fill_views,
-)
-from maskloom.train_controlnet.networks import Networks, load_networks
-from maskloom.train_controlnet.objective import (
+from maskloom.models.stable_diffusion.objective import (
     denoising_losses,
     lesion_weights,
     prediction_target,
     sample_latents,
     timestep_weights,
 )
-from maskloom.train_controlnet.prompts import numbered_prompts
-from maskloom.train_controlnet.rows import TrainingRows, Views, size_buckets
-from maskloom.train_controlnet.validation import Validator
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, tell_cuts, text_states
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import Contract, open_split
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.loop import Task
+from maskloom.pipeline.training.precision import DTYPES
+from maskloom.pipeline.training.randomness import Draws
+from maskloom.train_controlnet.data.latent_cache import (
+    CACHE_FOLDER,
+    cache_folder,
+    drop_stale_caches,
+    fill_embeddings,
+    fill_views,
+)
+from maskloom.train_controlnet.data.prompts import numbered_prompts
+from maskloom.train_controlnet.data.rows import TrainingRows, Views, size_buckets
+from maskloom.train_controlnet.decoder import load_decoder
+from maskloom.train_controlnet.networks import Networks, load_networks
+from maskloom.train_controlnet.validation.validator import Validator
 
 OPTIMIZER = "denoiser"
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from maskloom.pipeline.audit.findings import Dataset
-from maskloom.pipeline.audit.leaks import require_no_leaks
-from maskloom.pipeline.backbone_checks import check_backbone
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import Contract
+from maskloom.models.stable_diffusion.checks import check_backbone
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.trained_parts import EXPORTED, adapter_file, exported_names, read_places
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.audit.findings import Dataset
+from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import file_digest, model_digest, value_digest
-from maskloom.pipeline.ownership import OwnedFolder, check_places, check_replaceable, delete_folder
-from maskloom.pipeline.runs import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
-from maskloom.pipeline.trained_parts import EXPORTED, adapter_file, exported_names, read_places
-from maskloom.pipeline.verification import verify_for_training
-from maskloom.train_controlnet.verdict import check_adherence
+from maskloom.pipeline.files.atomic import file_digest, model_digest, value_digest
+from maskloom.pipeline.files.ownership import OwnedFolder, check_places, check_replaceable, delete_folder
+from maskloom.pipeline.runs.run import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
+from maskloom.train_controlnet.validation.verdict import check_adherence
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
@@ -42,8 +42,8 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     OwnedFolder(run.generator).check()
     from accelerate.utils import set_seed
 
-    from maskloom.pipeline.engines import check_engine
-    from maskloom.pipeline.training import make_accelerator, train
+    from maskloom.pipeline.training.distributed import check_engine
+    from maskloom.pipeline.training.loop import make_accelerator, train
     from maskloom.train_controlnet.decoder import check_decoder_engine, train_decoder
     from maskloom.train_controlnet.export import export
     from maskloom.train_controlnet.networks import load_networks
@@ -99,9 +99,9 @@ def drop_older_exports(run: Run, names: Sequence[str]) -> None:
 
 def start_afresh(run: Run) -> None:
     """Delete what earlier trainings of the run have left to resume from; trained weights stay until new ones take their place."""
-    from maskloom.pipeline.checkpoints import delete_checkpoints
+    from maskloom.pipeline.training.checkpoints import delete_checkpoints
+    from maskloom.train_controlnet.data.latent_cache import CACHE_FOLDER, delete_caches
     from maskloom.train_controlnet.decoder import CHECKPOINTS
-    from maskloom.train_controlnet.latent_cache import CACHE_FOLDER, delete_caches
 
     delete_checkpoints(run.generator)
     delete_checkpoints(run.generator / CHECKPOINTS)
@@ -119,10 +119,10 @@ def check_before_training(
             be read, something of the user's has the name of weights or of a checkpoint, or, unless `force`, a checkpoint belongs to another
             training.
     """
-    from maskloom.pipeline.prompt_encoding import load_prompt_encoder
-    from maskloom.pipeline.training import check_resumable
+    from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder
+    from maskloom.pipeline.training.loop import check_resumable
     from maskloom.train_controlnet.decoder import CHECKPOINTS, check_decoder_resumable
-    from maskloom.train_controlnet.pictures import further_wishes
+    from maskloom.train_controlnet.validation.samples import further_wishes
 
     further_wishes(config.fine_tuning, contract.description.sizes)
     check_validation_sampling(config)
@@ -140,7 +140,7 @@ def check_validation_sampling(config: ExperimentConfig) -> None:
     Raises:
         MaskLoomError: an option of the generator, the scheduler or a number of steps does not do.
     """
-    from maskloom.pipeline.sampling import Sampling, check_sampling
+    from maskloom.models.stable_diffusion.sampling import Sampling, check_sampling
 
     train = config.fine_tuning
     how = Sampling.of_training(config.generate, train)

@@ -17,7 +17,7 @@ The official test patients are the test split; the training patients are divided
 names, with the same voxels (`SAME_PATIENT`): they are one group each, so patient055 (training) is left out for patient118 (testing), and
 patient074 and patient076 (both training) lie in one split. In-plane voxels are 0.7 to 1.9 mm, so slices are
 resampled to one spacing, by default 1.5625 mm: the in-plane median, which nnU-Net chooses for this set. The files' sform has unit scales and no
-origin; the spacing is `pixdim` (`data_prep.nifti`). Slices are cut along the file's last axis and numbered from 0 at the end that its
+origin; the spacing is `pixdim` (`data_prep.readers.nifti`). Slices are cut along the file's last axis and numbered from 0 at the end that its
 header puts nearer to the feet (the back, the left). Which end is the base of the heart the header does not tell; it is taken to be the end
 with the larger ventricular cavities.
 """
@@ -35,8 +35,9 @@ from PIL import Image
 from pydantic import Field
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from maskloom.data_prep.file_names import folder_named, subfolders
-from maskloom.data_prep.nifti import (
+from maskloom.data_prep.readers.common import files_in, natural_order, unreadable_as_reject
+from maskloom.data_prep.readers.file_names import folder_named, subfolders
+from maskloom.data_prep.readers.nifti import (
     SUFFIXES,
     Volume,
     contrast_range,
@@ -46,10 +47,9 @@ from maskloom.data_prep.nifti import (
     read_volume,
     require_same_grid,
 )
-from maskloom.data_prep.readers import files_in, natural_order, unreadable_as_reject
-from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
-from maskloom.pipeline.masks import resize_mask
 
 Phase = Literal["ED", "ES"]
 PHASES: dict[Phase, str] = {"ED": "end-diastole", "ES": "end-systole"}

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
-from maskloom.data_prep.file_names import Names, folder_named, subfolders
-from maskloom.data_prep.readers import decoded_image, eight_bit, files_in, require_same_size
+from maskloom.data_prep.readers.common import decoded_image, eight_bit, files_in, require_same_size
+from maskloom.data_prep.readers.file_names import Names, folder_named, subfolders
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 SPLITS = ("train", "test")

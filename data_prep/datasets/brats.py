@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from maskloom.data_prep.file_names import subfolders
-from maskloom.data_prep.nifti import (
+from maskloom.data_prep.readers.common import natural_order
+from maskloom.data_prep.readers.file_names import subfolders
+from maskloom.data_prep.readers.nifti import (
     AXIAL,
     Volume,
     contrast_range,
@@ -38,8 +39,7 @@ from maskloom.data_prep.nifti import (
     read_volume,
     require_same_grid,
 )
-from maskloom.data_prep.readers import natural_order
-from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.config.experiment import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 Modality = Literal["t1", "t1ce", "t2", "flair"]

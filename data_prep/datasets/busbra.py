@@ -27,7 +27,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from maskloom.data_prep.breast_ultrasound import (
+from maskloom.data_prep.processing.breast_ultrasound import (
     LABELS,
     MASK_CLASSES,
     MODALITY,
@@ -35,9 +35,9 @@ from maskloom.data_prep.breast_ultrasound import (
     PROMPT_TEMPLATES,
     image_with_lesion,
 )
-from maskloom.data_prep.file_names import Names, entry_named, folder_named, subfolders
-from maskloom.data_prep.readers import files_in, portable_id, reject_as_error
-from maskloom.data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
+from maskloom.data_prep.readers.common import files_in, portable_id, reject_as_error
+from maskloom.data_prep.readers.file_names import Names, entry_named, folder_named, subfolders
+from maskloom.data_prep.readers.tables import TableRow, csv_rows, whole_number, wrong_value
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 RESTORE = "restore the file from the dataset"

@@ -7,7 +7,7 @@ Two layouts are read, from their root or from the folder above it:
                          benign (1)_mask_1.png
 
 `images` and `masks` are read as `image` and `mask` are, and upper and lower case of all these folders are one. Several masks of one image are united. Masks come in modes 1, L, RGB and RGBA; any non-dark colour channel counts as lesion, the
-alpha channel does not. The release has no patient ids, so groups are found by content (`data_prep.near_duplicates`).
+alpha channel does not. The release has no patient ids, so groups are found by content (`data_prep.splitting.near_duplicates`).
 """
 
 import re
@@ -19,8 +19,15 @@ import numpy as np
 from pydantic import Field
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from maskloom.data_prep.file_names import Names, comparable, subfolders
-from maskloom.data_prep.readers import bright, decoded_image, eight_bit, files_in, portable_id, require_same_size
+from maskloom.data_prep.readers.common import (
+    bright,
+    decoded_image,
+    eight_bit,
+    files_in,
+    portable_id,
+    require_same_size,
+)
+from maskloom.data_prep.readers.file_names import Names, comparable, subfolders
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("benign", "malignant", "normal")

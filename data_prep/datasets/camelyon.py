@@ -9,9 +9,9 @@ Slides, annotations and tables are found by their names anywhere below the raw f
                testing/lesion_annotations/test_001.xml
                testing/reference.csv
 
-What the slides hold stands in the two tables, which are told by what is in them (`data_prep.slide_labels`): copies give them other names.
+What the slides hold stands in the two tables, which are told by what is in them (`data_prep.readers.slide_labels`): copies give them other names.
 
-Annotations are ASAP polygons in pixels of level 0 (`data_prep.asap`): groups Tumor, _0, _1 and metastases are tumour; _2 and normal are holes.
+Annotations are ASAP polygons in pixels of level 0 (`data_prep.readers.asap`): groups Tumor, _0, _1 and metastases are tumour; _2 and normal are holes.
 Files whose name ends in `_mask` are rendered annotations and are not read.
 
 A slide is a negative only if its name, its table and its annotations say so. Left out, with the reason: slides with metastases but without
@@ -41,12 +41,7 @@ from pydantic import Field, model_validator
 from scipy import ndimage
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from maskloom.data_prep.asap import Annotations, drawn, read_annotations
-from maskloom.data_prep.file_names import is_visible
-from maskloom.data_prep.readers import natural_order, unreadable_as_reject
-from maskloom.data_prep.slide_labels import REFERENCE, STAGES, slide_diagnoses
-from maskloom.data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
-from maskloom.data_prep.tiles import (
+from maskloom.data_prep.processing.tiles import (
     TileGrid,
     mask_shares,
     polygon_shares,
@@ -56,6 +51,11 @@ from maskloom.data_prep.tiles import (
     tissue_threshold,
     without_specks,
 )
+from maskloom.data_prep.readers.asap import Annotations, drawn, read_annotations
+from maskloom.data_prep.readers.common import natural_order, unreadable_as_reject
+from maskloom.data_prep.readers.file_names import is_visible
+from maskloom.data_prep.readers.slide_labels import REFERENCE, STAGES, slide_diagnoses
+from maskloom.data_prep.readers.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 SLIDE = re.compile(r"(?P<kind>normal|tumor|test)_\d{3}|(?P<patient>patient_\d{3})_node_\d")

@@ -5,7 +5,7 @@
                                         indices, or 0 and 255 for one class
     raw/…/CINE.dcm                      several frames: each is a sample (masks: CINE_frame0001.png, counted from 1)
 
-Pictures are what a viewer shows (`data_prep.dicom`): rescaled, in the file's own window unless `data.options.window` gives one, MONOCHROME1 inverted,
+Pictures are what a viewer shows (`data_prep.readers.dicom`): rescaled, in the file's own window unless `data.options.window` gives one, MONOCHROME1 inverted,
 palettes and YBR as RGB. Rejected with the reason: other objects (reports, segmentations, DICOMDIR), files that are not DICOM, another modality than
 the first file's unless `modality_words` names them all, text burned in where the file says so, and compressions whose decoder is not installed.
 
@@ -40,11 +40,11 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from maskloom.data_prep.dicom import Header, is_dicom, read_header, read_picture
-from maskloom.data_prep.file_names import is_visible
-from maskloom.data_prep.image_files import decoded_mask
-from maskloom.data_prep.readers import BLACK_ON_TRANSPARENT, require_same_size
-from maskloom.pipeline.config import IntensityWindow
+from maskloom.data_prep.readers.common import BLACK_ON_TRANSPARENT, require_same_size
+from maskloom.data_prep.readers.dicom import Header, is_dicom, read_header, read_picture
+from maskloom.data_prep.readers.file_names import is_visible
+from maskloom.data_prep.readers.image_files import decoded_mask
+from maskloom.pipeline.config.experiment import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, run_command
 
 LOOKED_AT = 48  # files, to recognise a folder

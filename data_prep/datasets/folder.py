@@ -21,7 +21,7 @@ By a table (CSV or XLSX), one row an image; paths in it are relative to `data.ra
 
 Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bits a channel, float) or `.npy` arrays (H, W) or (H, W, 3). Transparent pixels of a mask are
 background, those of an image black. Masks are black and one bright colour,
-or a map of values or colours named by `mask_values`. Names are compared as they look (`data_prep.file_names`). Several masks of one image are united where there is one foreground class. A mask may
+or a map of values or colours named by `mask_values`. Names are compared as they look (`data_prep.readers.file_names`). Several masks of one image are united where there is one foreground class. A mask may
 be empty (no lesion); an image without a mask file is left out where `masks` are asked for, and so are all images that one mask file
 fits. Files that are masks of another image are no images. Links that lead out of `data.raw_dir` are refused, linked folders not followed.
 """
@@ -36,15 +36,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from maskloom.data_prep.file_names import NO_TEXT, as_seen, canonical, comparable, is_text
-from maskloom.data_prep.file_patterns import Confined, has_wildcards, placeholder_values
-from maskloom.data_prep.folder_listing import Candidate, is_read, listed_candidates, shown_path
-from maskloom.data_prep.folder_options import FolderOptions, case_clash
-from maskloom.data_prep.image_files import READ_SUFFIXES, decoded_mask, image_pixels
-from maskloom.data_prep.label_maps import binary_mask, class_mask, distinct_palette, label_map
-from maskloom.data_prep.readers import require_same_size
+from maskloom.data_prep.processing.label_maps import binary_mask, class_mask, distinct_palette, label_map
+from maskloom.data_prep.readers.common import require_same_size
+from maskloom.data_prep.readers.file_names import NO_TEXT, as_seen, canonical, comparable, is_text
+from maskloom.data_prep.readers.file_patterns import Confined, has_wildcards, placeholder_values
+from maskloom.data_prep.readers.folder_listing import Candidate, is_read, listed_candidates, shown_path
+from maskloom.data_prep.readers.folder_options import FolderOptions, case_clash
+from maskloom.data_prep.readers.image_files import READ_SUFFIXES, decoded_mask, image_pixels
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
-from maskloom.pipeline.files import value_digest
+from maskloom.pipeline.files.atomic import value_digest
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),

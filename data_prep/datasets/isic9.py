@@ -9,7 +9,7 @@ Read from its root or from the folder above it:
 is drawn from Train. An image that lies in both is used in Test, one that lies in several classes not at all. JPEG files are RGB; grey and
 CMYK ones become RGB.
 
-The dataset has no patient or lesion ids: several images of one lesion are found by content (`data_prep.near_duplicates`); what resembles
+The dataset has no patient or lesion ids: several images of one lesion are found by content (`data_prep.splitting.near_duplicates`); what resembles
 a Test image follows it into the test split. Lesions that look unlike each other in two images need the archive's metadata: `metadata:
 NAME.csv`, a file in `data.raw_dir` with the columns `image`, `isic_id` or `image_id`, and `lesion_id`, makes the lesion the group.
 """
@@ -22,9 +22,9 @@ from pathlib import Path, PurePath
 from pydantic import Field, field_validator
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from maskloom.data_prep.file_names import comparable, folder_named, printable, subfolders
-from maskloom.data_prep.readers import decoded_image, eight_bit, files_in, portable_id, reject_as_error
-from maskloom.data_prep.tables import TableRow, csv_rows
+from maskloom.data_prep.readers.common import decoded_image, eight_bit, files_in, portable_id, reject_as_error
+from maskloom.data_prep.readers.file_names import comparable, folder_named, printable, subfolders
+from maskloom.data_prep.readers.tables import TableRow, csv_rows
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.progress import say
 

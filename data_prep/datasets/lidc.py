@@ -38,9 +38,8 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from maskloom.data_prep.file_names import folder_named, subfolders
-from maskloom.data_prep.intensity import window_range
-from maskloom.data_prep.readers import (
+from maskloom.data_prep.processing.intensity import window_range
+from maskloom.data_prep.readers.common import (
     decoded_image,
     eight_bit,
     files_in,
@@ -48,8 +47,9 @@ from maskloom.data_prep.readers import (
     reject_as_error,
     require_same_size,
 )
-from maskloom.data_prep.tables import TableRow, csv_rows, whole_number, wrong_value
-from maskloom.pipeline.config import IntensityWindow
+from maskloom.data_prep.readers.file_names import folder_named, subfolders
+from maskloom.data_prep.readers.tables import TableRow, csv_rows, whole_number, wrong_value
+from maskloom.pipeline.config.experiment import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("clean", "nodule")

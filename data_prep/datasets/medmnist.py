@@ -5,7 +5,7 @@
       train_labels  (N, 1) integers; chestmnist (N, 14) of 0 and 1        val_labels, test_labels
 
 The folder may hold files of several sets and sizes; `data.options.flag` and `data.options.size` choose one. Files are looked for in
-the raw folder and one level below. They are read row by row (`data_prep.npz_rows`): the train images of pathmnist_224 are 13.5 GB.
+the raw folder and one level below. They are read row by row (`data_prep.readers.npz_rows`): the train images of pathmnist_224 are 13.5 GB.
 Listing first unpacks each array once to compare its checksum, so that a damaged download is told before anything is made of it.
 
 Splits: the file's own (`val` is validation). No patient, slide or volume ids, hence no groups: what the makers let cross a split, crosses it.
@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from maskloom.data_prep.file_names import comparable, subfolders
-from maskloom.data_prep.npz_rows import check_npz_array, npz_header, npz_row, npz_table
-from maskloom.data_prep.readers import files_in, reject_as_error
+from maskloom.data_prep.readers.common import files_in, reject_as_error
+from maskloom.data_prep.readers.file_names import comparable, subfolders
+from maskloom.data_prep.readers.npz_rows import check_npz_array, npz_header, npz_row, npz_table
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 DOWNLOAD = "https://zenodo.org/records/10519652"

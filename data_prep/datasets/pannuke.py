@@ -38,9 +38,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject
-from maskloom.data_prep.file_names import entry_named, subfolders
-from maskloom.data_prep.npz_rows import MAX_HEADER_BYTES, npy_header
-from maskloom.data_prep.readers import npy_array, reject_as_error, unreadable_as_reject
+from maskloom.data_prep.readers.common import npy_array, reject_as_error, unreadable_as_reject
+from maskloom.data_prep.readers.file_names import entry_named, subfolders
+from maskloom.data_prep.readers.npz_rows import MAX_HEADER_BYTES, npy_header
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 HOMEPAGE = "https://warwick.ac.uk/fac/cross_fac/tia/data/pannuke"

@@ -1,4 +1,4 @@
-"""`phantom_bus`: simulated breast ultrasound with exact masks (see `data_prep.phantom`), for tests and the backbone.
+"""`phantom_bus`: simulated breast ultrasound with exact masks (see `data_prep.processing.phantom`), for tests and the backbone.
 
 Not a substitute for patients: use it where a dataset is needed that anyone may have, of any size, with known truth.
 """
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from maskloom.data_prep import phantom
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.adapter import Options as BaseOptions
-from maskloom.pipeline.bounds import Copies, Rows
+from maskloom.data_prep.processing import phantom
+from maskloom.pipeline.config.bounds import Copies, Rows
 
 MASK_MODES = ("1", "L", "RGB", "RGBA")
 FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "normal": "no lesion"}
@@ -55,7 +55,7 @@ class Adapter(DatasetAdapter):
                 "{scanner} {modality} of a {size} {label} lesion, {place}",
             ),
             licence="CC0-1.0 (simulated by this project)",
-            citation="MaskLoom breast ultrasound phantom (data_prep/phantom.py)",
+            citation="MaskLoom breast ultrasound phantom (data_prep/processing/phantom.py)",
             homepage="",
             duplicates="identical",
         )

@@ -9,7 +9,7 @@ Read from its root or from the folder above it:
 163 images, 109 benign and 54 malignant. The columns of the table are found by their titles, or, where these are others, by what is in
 them; classes may be abbreviated (`B`, `M`) or Spanish or Portuguese (`Benigno`, `Maligna`). Copies that sort the images into
 `original/benign` and `original/malignant` (and the masks likewise, or not) need no table. There are no patient ids, so groups are found
-by content (`data_prep.near_duplicates`), and no official splits. Labels, classes and colours are those of `busi`, which it can test.
+by content (`data_prep.splitting.near_duplicates`), and no official splits. Labels, classes and colours are those of `busi`, which it can test.
 """
 
 import re
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
-from maskloom.data_prep.breast_ultrasound import (
+from maskloom.data_prep.processing.breast_ultrasound import (
     LABELS,
     MASK_CLASSES,
     MODALITY,
@@ -27,10 +27,10 @@ from maskloom.data_prep.breast_ultrasound import (
     PROMPT_TEMPLATES,
     image_with_lesion,
 )
-from maskloom.data_prep.file_names import comparable, entry_named, folder_named, subfolders
-from maskloom.data_prep.readers import files_in, portable_id, reject_as_error
-from maskloom.data_prep.spreadsheets import xlsx_rows
-from maskloom.data_prep.tables import TableRow, csv_rows
+from maskloom.data_prep.readers.common import files_in, portable_id, reject_as_error
+from maskloom.data_prep.readers.file_names import comparable, entry_named, folder_named, subfolders
+from maskloom.data_prep.readers.spreadsheets import xlsx_rows
+from maskloom.data_prep.readers.tables import TableRow, csv_rows
 from maskloom.pipeline.errors import MaskLoomError
 
 IMAGES, MASKS = ("original",), ("GT",)

@@ -12,13 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
-from maskloom.evaluate.classification_scores import RECALL, classification_statistics
-from maskloom.evaluate.classifier import ClassifierOptions, predicted_probabilities, train_classifier
-from maskloom.evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
+from maskloom.evaluate.downstream.arms import (
+    ArmOptions,
+    Pair,
+    chosen_generator,
+    limited_rows,
+    other_generators,
+    train_arms,
+)
+from maskloom.evaluate.downstream.classifier import ClassifierOptions, predicted_probabilities, train_classifier
+from maskloom.evaluate.downstream.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.results import MetricResult, skipped_result
-from maskloom.pipeline.fixed_steps import Augment
+from maskloom.evaluate.scores.classification import RECALL, classification_statistics
+from maskloom.pipeline.training.fixed_steps import Augment
 
 VERSION = 2
 QUESTION = "Does the synthetic data help a classification model on real test images?"

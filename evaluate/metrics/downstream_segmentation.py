@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.arms import ArmOptions, Pair, chosen_generator, limited_rows, other_generators, train_arms
-from maskloom.evaluate.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
+from maskloom.evaluate.downstream.arms import (
+    ArmOptions,
+    Pair,
+    chosen_generator,
+    limited_rows,
+    other_generators,
+    train_arms,
+)
+from maskloom.evaluate.downstream.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
+from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.masked import MaskedImages, masked_images
 from maskloom.evaluate.results import MetricResult, skipped_result
-from maskloom.evaluate.statistics import Statistic, weighted_mean
-from maskloom.pipeline.fixed_steps import Augment
-from maskloom.pipeline.segmenter import (
+from maskloom.evaluate.scores.statistics import Statistic, weighted_mean
+from maskloom.models.segmenter import (
     EMPTY_RULE,
     SegmenterOptions,
     dice_scores,
@@ -27,6 +33,7 @@ from maskloom.pipeline.segmenter import (
     predicted_masks,
     train_segmenter,
 )
+from maskloom.pipeline.training.fixed_steps import Augment
 
 if TYPE_CHECKING:
     from torch import nn

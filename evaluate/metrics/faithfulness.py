@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.masked import MaskedImages, masked_images
 from maskloom.evaluate.results import REAL, Cell, Figure, MetricResult, Table, skipped_result
-from maskloom.evaluate.statistics import Bootstrap, group_index, weighted_mean
-from maskloom.pipeline.bounds import Repeats
-from maskloom.pipeline.progress import progress
-from maskloom.pipeline.segmenter import (
+from maskloom.evaluate.scores.statistics import Bootstrap, group_index, weighted_mean
+from maskloom.models.segmenter import (
     EMPTY_RULE,
     SegmenterOptions,
     dice_scores,
@@ -29,6 +27,8 @@ from maskloom.pipeline.segmenter import (
     predicted_masks,
     train_segmenter,
 )
+from maskloom.pipeline.config.bounds import Repeats
+from maskloom.pipeline.progress import progress
 
 if TYPE_CHECKING:
     from torch import nn

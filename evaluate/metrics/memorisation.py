@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
-from maskloom.evaluate.pictures import coloured_mask, picture_grid
 from maskloom.evaluate.results import REAL, Cell, Curve, Figure, MetricResult, Picture, Table, skipped_result
-from maskloom.evaluate.statistics import share_interval
-from maskloom.pipeline.bounds import Shown, Side
+from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
+from maskloom.evaluate.scores.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
+from maskloom.evaluate.scores.statistics import share_interval
+from maskloom.evaluate.thumbnails import coloured_mask, picture_grid
+from maskloom.pipeline.config.bounds import Shown, Side
 
 VERSION = 1
 QUESTION = "Does the generator repeat its training images?"

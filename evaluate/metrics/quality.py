@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.diversity import pair_similarities, random_pairs, usable_scales
-from maskloom.evaluate.features import Extractor, ExtractorOptions, load_extractor, set_features
-from maskloom.evaluate.frechet import frechet_distance, frechet_interval
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.kernel_distance import kernel_distance, squared_discrepancy
-from maskloom.evaluate.manifold import manifold_scores
 from maskloom.evaluate.results import REAL, Cell, Figure, MetricResult, Table
-from maskloom.evaluate.statistics import Bootstrap, weighted_mean
-from maskloom.pipeline.bounds import Repeats, Side
+from maskloom.evaluate.scores.diversity import pair_similarities, random_pairs, usable_scales
+from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
+from maskloom.evaluate.scores.frechet import frechet_distance, frechet_interval
+from maskloom.evaluate.scores.kernel_distance import kernel_distance, squared_discrepancy
+from maskloom.evaluate.scores.manifold import manifold_scores
+from maskloom.evaluate.scores.statistics import Bootstrap, weighted_mean
+from maskloom.pipeline.config.bounds import Repeats, Side
 
 VERSION = 1
 QUESTION = "Do the synthetic images look like the real ones, and are they as varied?"

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
-from maskloom.evaluate.frechet import frechet_interval
 from maskloom.evaluate.inputs import EvaluationInputs, in_batches
-from maskloom.evaluate.pictures import picture_grid
 from maskloom.evaluate.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
-from maskloom.evaluate.statistics import Bootstrap, difference, weighted_mean
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.bounds import BatchSize, Shown
-from maskloom.pipeline.fixed_steps import normalised
-from maskloom.pipeline.runs import Run
+from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
+from maskloom.evaluate.scores.frechet import frechet_interval
+from maskloom.evaluate.scores.statistics import Bootstrap, difference, weighted_mean
+from maskloom.evaluate.thumbnails import picture_grid
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.pipeline.config.bounds import BatchSize, Shown
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.fixed_steps import normalised
 
 VERSION = 2
 QUESTION = "What does the VAE destroy, whatever the generator learns?"
@@ -90,7 +90,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 
 
 def _backbone_vae(inputs: EvaluationInputs, source: BackboneSource) -> Any:
-    from maskloom.pipeline.backbone import load_part
+    from maskloom.models.stable_diffusion.loading import load_part
 
     return load_part(source, "vae").eval().to(inputs.device)
 
@@ -108,7 +108,7 @@ def _tuned_vae(folder: Path, device: str) -> Any:
     """
     from diffusers import AutoencoderKL
 
-    from maskloom.pipeline.backbone import load_trained
+    from maskloom.models.stable_diffusion.loading import load_trained
 
     return load_trained(AutoencoderKL, folder, "run train again with --force").eval().to(device)
 

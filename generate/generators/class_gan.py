@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from maskloom.generate import generator
 from maskloom.generate.baseline import BaselineGenerator, class_tensor, seeded_noise, unit_images
 from maskloom.generate.generator import Condition
-from maskloom.pipeline.contract import Description
+from maskloom.pipeline.dataset.contract import Description
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Generator(BaselineGenerator):
         Raises:
             MaskLoomError: its files are damaged.
         """
-        from maskloom.pipeline.networks.class_generator import ClassGenerator
+        from maskloom.models.class_gan import ClassGenerator
 
         self.device, self.description = device, description
         self.network = self.load_network(ClassGenerator, "generator", device)

@@ -16,11 +16,11 @@ from pydantic import Field
 
 from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions, control_tensor, trained_parts, weight_dtype
 from maskloom.generate.generator import Condition
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import Description
+from maskloom.models.stable_diffusion.sampling import CallOptions
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.sampling import CallOptions
+from maskloom.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ from pydantic import Field
 from maskloom.generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
 from maskloom.generate.diffusion import weight_dtype
 from maskloom.generate.generator import Condition, JointGenerator, JointOptions
-from maskloom.pipeline.contract import Description
-from maskloom.pipeline.sampling import solver
+from maskloom.models.stable_diffusion.sampling import solver
+from maskloom.pipeline.dataset.contract import Description
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +55,8 @@ class Generator(BaselineGenerator, JointGenerator):
         import torch
         from torch.nn import functional
 
-        from maskloom.pipeline.networks.guided_denoiser import sampled
-        from maskloom.pipeline.networks.mask_planes import drawn_planes
+        from maskloom.models.joint_diffusion import sampled
+        from maskloom.models.mask_planes import drawn_planes
 
         about = self.unet.config
         noise = seeded_noise(conditions, (about.in_channels, *about.sample_size), self.device)

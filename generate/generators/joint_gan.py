@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from maskloom.generate import generator
 from maskloom.generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
 from maskloom.generate.generator import Condition, JointGenerator
-from maskloom.pipeline.contract import Description
+from maskloom.pipeline.dataset.contract import Description
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class Generator(BaselineGenerator, JointGenerator):
         Raises:
             MaskLoomError: its files are damaged.
         """
-        from maskloom.pipeline.networks.joint_generator import JointImageMaskGenerator
+        from maskloom.models.joint_gan import JointImageMaskGenerator
 
         self.device, self.description = device, description
         self.network = self.load_network(JointImageMaskGenerator, "generator", device)

@@ -12,7 +12,7 @@ from pydantic import Field
 from maskloom.generate import generator
 from maskloom.generate.baseline import BaselineGenerator, mask_tensor, unit_images
 from maskloom.generate.generator import Condition
-from maskloom.pipeline.contract import Description
+from maskloom.pipeline.dataset.contract import Description
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class Generator(BaselineGenerator):
         """
         from torch import nn
 
-        from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
+        from maskloom.models.pix2pix import MaskToImageUNet
 
         self.device, self.description = device, description
         self.network = self.load_network(MaskToImageUNet, "generator", device)
@@ -55,7 +55,7 @@ class Generator(BaselineGenerator):
         """Return images of the masks."""
         import torch
 
-        from maskloom.pipeline.networks.mask_planes import encoded_masks
+        from maskloom.models.mask_planes import encoded_masks
 
         masks = mask_tensor(conditions, self.network.config.sample_size, self.device)
         planes = encoded_masks(masks, len(self.description.mask_classes), self.network.config.in_channels)

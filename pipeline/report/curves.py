@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from maskloom.pipeline.reading import LogLine
+from maskloom.pipeline.files.reading import LogLine
 from maskloom.pipeline.report.evaluation import Curve
 
 POINTS = 200  # a longer series is averaged down to this many

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from maskloom.pipeline.ownership import OwnedFolder
-from maskloom.pipeline.reading import inside, read_model
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.files.reading import inside, read_model
 from maskloom.pipeline.report.formatting import MISSING, interval_text, number_text
 
 TUNED_VAE = "vae"  # an evaluation's input that is no dataset

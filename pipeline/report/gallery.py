@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.pipeline.contract import Contract
-from maskloom.pipeline.images import png_array
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.progress import progress
 
 Pixels = NDArray[np.uint8]

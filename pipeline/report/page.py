@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import Contract
-from maskloom.pipeline.places import without_places
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.files.private_paths import without_places
 from maskloom.pipeline.report.curves import line_chart, training_curves
 from maskloom.pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_evaluations
 from maskloom.pipeline.report.formatting import counts_text, duration_text, number_text

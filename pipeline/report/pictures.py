@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from maskloom.pipeline.images import png_bytes
+from maskloom.pipeline.dataset.images import png_bytes
 
 LOSSLESS_SIDE = 160  # pixels; above it a photograph goes into the page as JPEG
 JPEG_QUALITY = 90

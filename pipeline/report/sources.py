@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskloom.pipeline.contract import CONTRACT_FILE, LEDGER_FILE, REMEDY, Contract, LedgerRow, read_contract
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, REMEDY, Contract, LedgerRow, read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import file_digest, value_digest
-from maskloom.pipeline.ownership import OwnedFolder, file_problem
+from maskloom.pipeline.files.atomic import file_digest, value_digest
+from maskloom.pipeline.files.ownership import OwnedFolder, file_problem
+from maskloom.pipeline.files.reading import read_lines
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.reading import read_lines
 from maskloom.pipeline.report.evaluation import evaluation_files
-from maskloom.pipeline.runs import SHOWN_LOGS, STAGES, Run, read_record
+from maskloom.pipeline.runs.run import SHOWN_LOGS, STAGES, Run, read_record
 
 REASONS_SHOWN = 20
 NO_LABEL_COUNT = "no class"

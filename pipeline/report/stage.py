@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.ownership import OwnedFolder
-from maskloom.pipeline.places import without_known_places
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.verification import verify_quickly
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.files.private_paths import without_known_places
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.report.page import page_renderer
 from maskloom.pipeline.report.sources import Sources, find_sources
-from maskloom.pipeline.runs import Run, Stage, open_run
-from maskloom.pipeline.verification import verify_quickly
+from maskloom.pipeline.runs.run import Run, Stage, open_run
 
 IMAGE_SIDES = (
     256,

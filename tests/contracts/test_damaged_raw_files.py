@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from maskloom.data_prep.inspection import inspect_folder
+from maskloom.data_prep.inspect.inspect import inspect_folder
 from maskloom.data_prep.prepare import prepare
 from maskloom.pipeline.errors import MaskLoomError
 from tests.contracts.test_datasets import decoded, opened, options_of

@@ -20,11 +20,11 @@ from maskloom.data_prep.adapter import DatasetAdapter, RawImage, RawItem, Reject
 from maskloom.data_prep.parts import without_taken_ids
 from maskloom.data_prep.prepare import PACKAGE, open_adapter, prepare
 from maskloom.data_prep.survey import SAFE_ID, id_problem, sample_problem
-from maskloom.pipeline.contract import LEDGER_FILE, SPLITS
+from maskloom.pipeline.dataset.contract import LEDGER_FILE, SPLITS
+from maskloom.pipeline.dataset.prompts import template_keys
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.plugins import load_plugin, plugin_names
-from maskloom.pipeline.prompts import template_keys
-from maskloom.pipeline.verification import verify_fully
 from tests.data_prep.experiment import dataset_bytes, experiment
 
 pytestmark = pytest.mark.parametrize("name", plugin_names(PACKAGE))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskloom.pipeline.contract import Contract
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.export import PACKAGE, PROVENANCE_FILE, ExportOptions, export
+from maskloom.pipeline.dataset.exporter import DatasetExporter, ExportSource, Options
+from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.export import PACKAGE, PROVENANCE_FILE, ExportOptions, export
-from maskloom.pipeline.exporter import DatasetExporter, ExportSource, Options
-from maskloom.pipeline.images import png_bytes
-from maskloom.pipeline.ownership import MANIFEST
+from maskloom.pipeline.files.ownership import MANIFEST
 from maskloom.pipeline.plugins import load_plugin, plugin_names
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from maskloom.generate.generate import open_generators
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.plugins import load_plugin
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_baselines.family import Family, FamilyOptions, Samples
 from maskloom.train_baselines.rows import Rows, stacked
 from maskloom.train_baselines.train import PACKAGE, train_baselines
@@ -67,7 +67,7 @@ def config(name: str, run: Path):
 
 def opened(name: str, dataset: Path, folder: Path) -> Family:
     """Return a family before its training."""
-    from maskloom.pipeline.training import make_accelerator
+    from maskloom.pipeline.training.loop import make_accelerator
 
     plugin = load_plugin(PACKAGE, name, "family")
     options = plugin.Options(**{**family_options(name), **STEPS})

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from maskloom.generate.baseline import BaselineGenerator
 from maskloom.generate.generate import PACKAGE, generate, open_generators
 from maskloom.generate.generator import Condition, ImageGenerator, JointGenerator, JointOptions, Options
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.ownership import seal_folder
+from maskloom.pipeline.files.ownership import seal_folder
 from maskloom.pipeline.plugins import load_plugin, plugin_names
-from maskloom.pipeline.verification import verify_fully
 from tests.generate.workbench import FAMILIES, SIDE, Bench
 from tests.pipeline.line_task import forget_accelerator
 from tests.records import record_outputs

@@ -14,10 +14,10 @@ import maskloom.pipeline.__main__ as whole
 import maskloom.train_baselines.__main__ as baselines
 import maskloom.train_controlnet.__main__ as training
 from maskloom.pipeline.cli import run_stage_command
-from maskloom.pipeline.config_loading import load_experiment, validated
+from maskloom.pipeline.config.loading import load_experiment, validated
 from maskloom.pipeline.errors import MaskLoomError, run_command
-from maskloom.pipeline.sweep import SweepConfig
-from maskloom.train_controlnet.backbone.__main__ import main as backbone
+from maskloom.pipeline.sweep.sweep import SweepConfig
+from maskloom.train_backbone.__main__ import main as backbone
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[[list[str]], object]

@@ -7,16 +7,16 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, Field
 
-from maskloom.pipeline.config import ExperimentConfig, Section
-from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.plugins import plugin_names
-from maskloom.pipeline.sweep import SweepConfig
-from maskloom.train_controlnet.backbone.config import BackboneConfig
+from maskloom.pipeline.sweep.sweep import SweepConfig
+from maskloom.train_backbone.config import BackboneConfig
 
 PLACES = {
     "maskloom.data_prep.datasets": "Adapter",
-    "maskloom.pipeline.exporters": "Exporter",
+    "maskloom.pipeline.dataset.exporters": "Exporter",
     "maskloom.train_baselines.families": None,
     "maskloom.generate.generators": None,
     "maskloom.evaluate.metrics": None,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 
 BUSI = Path(__file__).parents[2] / ".." / "shared" / "data" / "busi"
 BUSI_ABSENT = "BUSI is not in ../shared/data/busi"

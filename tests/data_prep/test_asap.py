@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as Outline
 
-from maskloom.data_prep import asap
-from maskloom.data_prep.asap import Polygon, drawn, read_annotations
+from maskloom.data_prep.readers import asap
+from maskloom.data_prep.readers.asap import Polygon, drawn, read_annotations
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers.camelyon import asap_xml
 

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from maskloom.data_prep import audit as audit_module
-from maskloom.data_prep import audit_duplicates
 from maskloom.data_prep.__main__ import main
-from maskloom.data_prep.audit import Audit, audit, class_shifts, indexed, open_datasets
-from maskloom.data_prep.audit_duplicates import plain_correlations
-from maskloom.data_prep.audit_index import mask_regions
-from maskloom.data_prep.audit_tables import print_audit
-from maskloom.pipeline.audit.pixels import without_padding
+from maskloom.data_prep.audit import duplicates as audit_duplicates
+from maskloom.data_prep.audit.audit import Audit, audit, class_shifts, indexed, open_datasets
+from maskloom.data_prep.audit.audit import audit as audit_module
+from maskloom.data_prep.audit.duplicates import plain_correlations
+from maskloom.data_prep.audit.index import mask_regions
+from maskloom.data_prep.audit.tables import print_audit
+from maskloom.pipeline.dataset.audit.pixels import without_padding
 from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 

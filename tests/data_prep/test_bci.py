@@ -7,7 +7,7 @@ from PIL import Image
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.bci import Adapter
 from maskloom.data_prep.prepare import prepare
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.writers.bci import LEVELS, NAMES, ROOT, SIDE, at, pair, write_raw

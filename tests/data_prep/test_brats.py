@@ -6,7 +6,7 @@ import pytest
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets import brats
 from maskloom.data_prep.datasets.brats import Adapter, BratsOptions
-from maskloom.pipeline.config_loading import validated
+from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.writers.brats import ROOT, SHAPE, SPACING, VALUES_2023, at, drawn, write_case, write_raw
 from tests.writers.nifti import rewrite

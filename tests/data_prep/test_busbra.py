@@ -9,9 +9,9 @@ from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets import busi
 from maskloom.data_prep.datasets.busbra import Adapter, BusbraOptions
 from maskloom.data_prep.prepare import open_adapter, prepare
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.prompts import render_prompt, template_keys
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.prompts import render_prompt, template_keys
 from tests.data_prep.experiment import experiment
 from tests.writers.busbra import (
     CASES,

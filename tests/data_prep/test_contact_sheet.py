@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskloom.data_prep import contact_sheet
-from maskloom.data_prep.audit import indexed, open_datasets
-from maskloom.data_prep.contact_sheet import contact_sheet_page, outlines, spread_samples
+from maskloom.data_prep.audit import contact_sheet
+from maskloom.data_prep.audit.audit import indexed, open_datasets
+from maskloom.data_prep.audit.contact_sheet import contact_sheet_page, outlines, spread_samples
 from tests.tiny_datasets import PALETTE, tiny_description, tiny_samples, write_dataset
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from maskloom.data_prep.prepare import prepare
-from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from tests.tiny_backbone import build_tiny_backbone
 
 LONG = "a report that says much of the device before it comes to the point, the finding is {label}"

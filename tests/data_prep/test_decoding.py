@@ -10,11 +10,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from maskloom.data_prep import decoding
-from maskloom.data_prep.decoding import decode
-from maskloom.data_prep.image_files import decoded_mask, image_pixels
-from maskloom.data_prep.label_maps import binary_mask, class_mask, label_map
-from maskloom.data_prep.readers import decoded_image
+from maskloom.data_prep.processing.label_maps import binary_mask, class_mask, label_map
+from maskloom.data_prep.readers import decoding
+from maskloom.data_prep.readers.common import decoded_image
+from maskloom.data_prep.readers.decoding import decode
+from maskloom.data_prep.readers.image_files import decoded_mask, image_pixels
 from maskloom.pipeline.errors import RejectedSample
 
 SHAPE = (24, 31)

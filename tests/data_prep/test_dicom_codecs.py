@@ -11,8 +11,8 @@ from pydicom.data import data_manager
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless
 
-from maskloom.data_prep.dicom import is_dicom, read_header, read_picture
-from maskloom.data_prep.dicom_codecs import jpeg_size
+from maskloom.data_prep.readers.dicom import is_dicom, read_header, read_picture
+from maskloom.data_prep.readers.dicom_codecs import jpeg_size
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers.dicom_folder import dataset, save
 

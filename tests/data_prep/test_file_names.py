@@ -7,7 +7,8 @@ import unicodedata
 import pytest
 
 from maskloom.data_prep.adapter import Reject
-from maskloom.data_prep.file_names import (
+from maskloom.data_prep.prepare import prepare
+from maskloom.data_prep.readers.file_names import (
     as_seen,
     canonical,
     comparable,
@@ -18,7 +19,6 @@ from maskloom.data_prep.file_names import (
     is_visible,
     printable,
 )
-from maskloom.data_prep.prepare import prepare
 from maskloom.pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import experiment
 from tests.writers import busi

@@ -11,8 +11,8 @@ from PIL import Image
 
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.folder import Adapter
-from maskloom.data_prep.folder_options import FolderOptions
 from maskloom.data_prep.prepare import open_adapter
+from maskloom.data_prep.readers.folder_options import FolderOptions
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.writers.folder import OPTIONS, PATIENTS, SUFFIXES, VIEWS, drawn, label_of, write_raw

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maskloom.data_prep.prepare import prepare
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.data_prep.test_folder import adapter, listed, opened, save, square, tree

@@ -16,17 +16,17 @@ from PIL import Image
 
 from maskloom.data_prep.__main__ import main
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from maskloom.data_prep.inspecting import observation
-from maskloom.data_prep.inspecting.advice import advice_for
-from maskloom.data_prep.inspecting.layout import guessed_options
-from maskloom.data_prep.inspecting.observation import Listing, Sample, listing_of, sample_of, spread
-from maskloom.data_prep.inspecting.raw_tree import RawTree, tables_of, tree_of
+from maskloom.data_prep.inspect import observation
+from maskloom.data_prep.inspect.advice import advice_for
+from maskloom.data_prep.inspect.layout import guessed_options
+from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of, spread
+from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
 from maskloom.data_prep.prepare import PACKAGE, prepare
-from maskloom.pipeline.config import DataConfig
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.plugins import load_plugin, plugin_names
-from maskloom.pipeline.verification import verify_fully
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 from tests.writers import busi, folder, isic9, medmnist
 
@@ -436,8 +436,8 @@ def test_formats_that_other_adapters_read(tmp_path, capsys, name, content, told)
 
 
 def test_dicom_without_an_ending_is_dicom(tmp_path):
-    from maskloom.data_prep.inspecting.content import kinds_of
-    from maskloom.data_prep.inspecting.raw_tree import known_formats
+    from maskloom.data_prep.inspect.content import kinds_of
+    from maskloom.data_prep.inspect.raw_tree import known_formats
 
     (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
     kinds = kinds_of(tmp_path, (tree := tree_of(tmp_path)).files)
@@ -701,7 +701,7 @@ def test_advice(advice, info, listed, sample, data):
 
 
 def test_tables_that_are_too_large_are_left_alone(tmp_path, monkeypatch):
-    from maskloom.data_prep.inspecting import raw_tree
+    from maskloom.data_prep.inspect import raw_tree
 
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     monkeypatch.setattr(raw_tree, "MAX_TABLE_BYTES", 4)
@@ -709,7 +709,7 @@ def test_tables_that_are_too_large_are_left_alone(tmp_path, monkeypatch):
 
 
 def test_of_very_many_files_some_are_looked_at(tmp_path, monkeypatch, capsys):
-    from maskloom.data_prep.inspecting import raw_tree
+    from maskloom.data_prep.inspect import raw_tree
 
     only_images(tmp_path)
     monkeypatch.setattr(raw_tree, "MAX_FILES", 5)

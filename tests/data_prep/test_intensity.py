@@ -11,10 +11,10 @@ from hypothesis.extra.numpy import arrays
 from pydantic import BaseModel
 
 from maskloom.data_prep.adapter import RawImage
-from maskloom.data_prep.intensity import window_range
-from maskloom.data_prep.resizing import resized
-from maskloom.pipeline.config import DataConfig, IntensityWindow, StainConfig
-from maskloom.pipeline.config_loading import validated
+from maskloom.data_prep.processing.intensity import window_range
+from maskloom.data_prep.processing.resizing import resized
+from maskloom.pipeline.config.experiment import DataConfig, IntensityWindow, StainConfig
+from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
 
 RAMP = np.arange(101, dtype=np.int16) - 20  # -20 .. 80, one voxel a value

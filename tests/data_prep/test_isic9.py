@@ -8,8 +8,8 @@ from PIL import Image
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.isic9 import LABELS, Adapter, Isic9Options
 from maskloom.data_prep.prepare import open_adapter, prepare
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
-from maskloom.pipeline.verification import verify_fully
 from tests.data_prep.experiment import experiment
 from tests.writers.isic9 import CMYK, GREY, ROOT, drawn, listed, write_raw
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from maskloom.data_prep.label_maps import binary_mask, class_mask, colour, distinct_palette, label_map
+from maskloom.data_prep.processing.label_maps import binary_mask, class_mask, colour, distinct_palette, label_map
 from maskloom.pipeline.errors import RejectedSample
 
 WHITE = 255

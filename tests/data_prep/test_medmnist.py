@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from maskloom.data_prep import npz_rows
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.medmnist import SETS, Adapter, Finding, Flag, MedMNISTOptions
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.data_prep.readers import npz_rows
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import BUSI
 from tests.writers.medmnist import ROWS, arrays, flip_pixel_byte, rewrite, write_npz, write_raw

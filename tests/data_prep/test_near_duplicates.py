@@ -3,27 +3,25 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from maskloom.data_prep import (
-    near_duplicate_alignment,
-    near_duplicate_chance,
-    near_duplicate_index,
-    near_duplicate_layout,
-    near_duplicates,
-)
 from maskloom.data_prep.adapter import RawItem
 from maskloom.data_prep.datasets.busi import Adapter, BusiOptions
-from maskloom.data_prep.grouping import MOST_GROUPS, consistent_rows
-from maskloom.data_prep.near_duplicate_chance import chance_threshold
-from maskloom.data_prep.near_duplicate_index import build_index, neighbour_pairs
-from maskloom.data_prep.near_duplicate_textures import windows
-from maskloom.data_prep.near_duplicates import (
+from maskloom.data_prep.parts import Found
+from maskloom.data_prep.splitting import alignment as near_duplicate_alignment
+from maskloom.data_prep.splitting import chance as near_duplicate_chance
+from maskloom.data_prep.splitting import layout as near_duplicate_layout
+from maskloom.data_prep.splitting import near_duplicates
+from maskloom.data_prep.splitting import neighbours as near_duplicate_index
+from maskloom.data_prep.splitting.chance import chance_threshold
+from maskloom.data_prep.splitting.groups import MOST_GROUPS, consistent_rows
+from maskloom.data_prep.splitting.near_duplicates import (
     NearDuplicates,
     Threshold,
     find_near_duplicates,
     near_duplicate_clusters,
     signature,
 )
-from maskloom.data_prep.parts import Found
+from maskloom.data_prep.splitting.neighbours import build_index, neighbour_pairs
+from maskloom.data_prep.splitting.textures import windows
 from maskloom.pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 

@@ -6,8 +6,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from maskloom.data_prep import nifti
-from maskloom.data_prep.nifti import (
+from maskloom.data_prep.readers import nifti
+from maskloom.data_prep.readers.nifti import (
     AXIAL,
     CORONAL,
     SAGITTAL,
@@ -18,7 +18,7 @@ from maskloom.data_prep.nifti import (
     read_volume,
     require_same_grid,
 )
-from maskloom.pipeline.config import IntensityWindow
+from maskloom.pipeline.config.experiment import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers.nifti import rewrite, stored, write
 

@@ -10,8 +10,8 @@ from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_LZMA, ZIP_STORED, ZipFile
 import numpy as np
 import pytest
 
-from maskloom.data_prep import npz_rows
-from maskloom.data_prep.npz_rows import check_npz_array, npz_header, npz_row, npz_table
+from maskloom.data_prep.readers import npz_rows
+from maskloom.data_prep.readers.npz_rows import check_npz_array, npz_header, npz_row, npz_table
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers.medmnist import claim_sizes, npy, npy_header, truncate, write_members
 

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.pannuke import Adapter, PanNukeOptions
 from maskloom.data_prep.survey import sample_problem
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.prompts import mask_attributes
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
-from maskloom.pipeline.prompts import mask_attributes
 from tests.writers.pannuke import IMAGES, MASKS, TYPES, WORDS, change, drawn, masks_of, paths, write_fold, write_raw
 
 LABELS = (

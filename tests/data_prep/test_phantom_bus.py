@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskloom.data_prep import phantom
 from maskloom.data_prep.adapter import RawItem
 from maskloom.data_prep.datasets import phantom_bus
+from maskloom.data_prep.processing import phantom
 
 HEIGHT = 128
 

@@ -26,13 +26,13 @@ from maskloom.data_prep.datasets.busi import Adapter
 from maskloom.data_prep.parallel import available_cores, worker_count
 from maskloom.data_prep.parts import Reading, found_samples, read_part, scanned_parts, without_taken_ids
 from maskloom.data_prep.prepare import open_adapter, prepare
-from maskloom.data_prep.resizing import resized
+from maskloom.data_prep.processing.resizing import resized
 from maskloom.data_prep.survey import Source, sample_problem
-from maskloom.pipeline.config import DataConfig
-from maskloom.pipeline.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
+from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
-from maskloom.pipeline.files import TEMPORARY_SUFFIX
-from maskloom.pipeline.verification import verify_fully
+from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
 from tests.processes import Command, finished, limit_file_size, start_server
 from tests.tiny_datasets import tiny_description
@@ -547,7 +547,9 @@ def test_a_part_that_was_read_is_not_read_again(many, tmp_path, monkeypatch):
 
 
 def test_an_orphaned_worker_stops(tmp_path):
-    code = f"from maskloom.data_prep.parallel import _while_wanted; _while_wanted(1, open, {str(tmp_path / 'written')!r})"
+    code = (
+        f"from maskloom.data_prep.parallel import _while_wanted; _while_wanted(1, open, {str(tmp_path / 'written')!r})"
+    )
     wanted = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=False)
     assert wanted.returncode == 1 and not (tmp_path / "written").exists()
 

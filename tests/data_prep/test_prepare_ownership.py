@@ -3,9 +3,9 @@
 import pytest
 
 from maskloom.data_prep.prepare import prepare
+from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.ownership import MANIFEST, OwnedFolder
-from maskloom.pipeline.verification import verify_quickly
+from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
 from tests.data_prep.experiment import experiment
 from tests.writers.busi import write_raw
 

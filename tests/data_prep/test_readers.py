@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskloom.data_prep import decoding
-from maskloom.data_prep.decoding import DecodedImage, decoded_picture
-from maskloom.data_prep.readers import (
+from maskloom.data_prep.readers import decoding
+from maskloom.data_prep.readers.common import (
     bright,
     decoded_image,
     eight_bit,
@@ -23,6 +22,7 @@ from maskloom.data_prep.readers import (
     unreadable_as_reject,
     xml_root,
 )
+from maskloom.data_prep.readers.decoding import DecodedImage, decoded_picture
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 PIXELS = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskloom.data_prep.adapter import RawImage
-from maskloom.data_prep.resizing import fitted_geometry, resized, unit_range
+from maskloom.data_prep.processing.resizing import fitted_geometry, resized, unit_range
 
 SIDES = st.integers(1, 90)
 TARGETS = st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda size: (size[0] * 8, size[1] * 8))

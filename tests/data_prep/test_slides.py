@@ -6,8 +6,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from maskloom.data_prep import slides
-from maskloom.data_prep.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
+from maskloom.data_prep.readers import slides
+from maskloom.data_prep.readers.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers.camelyon import write_slide
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskloom.data_prep.splitting import Group, split_of_groups
-from maskloom.pipeline.config import Splits
+from maskloom.data_prep.splitting.splits import Group, split_of_groups
+from maskloom.pipeline.config.experiment import Splits
 from maskloom.pipeline.errors import MaskLoomError
 
 SHARES = Splits(train=0.7, validation=0.15, test=0.15)

@@ -8,8 +8,8 @@ from datetime import date
 import openpyxl
 import pytest
 
-from maskloom.data_prep import spreadsheets
-from maskloom.data_prep.spreadsheets import xlsx_rows
+from maskloom.data_prep.readers import spreadsheets
+from maskloom.data_prep.readers.spreadsheets import xlsx_rows
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.writers.udiat import SHEET, expand_entities, inflate, parts_of, write_parts, write_table
 

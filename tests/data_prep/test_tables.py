@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maskloom.data_prep.tables import TableRow, csv_rows, csv_table, table_rows, whole_number, wrong_value
+from maskloom.data_prep.readers.tables import TableRow, csv_rows, csv_table, table_rows, whole_number, wrong_value
 from maskloom.pipeline.errors import RejectedSample
 
 

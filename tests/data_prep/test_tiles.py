@@ -3,8 +3,7 @@ import pytest
 from matplotlib.path import Path as Outline
 from skimage.color import rgb2hsv
 
-from maskloom.data_prep.asap import Polygon
-from maskloom.data_prep.tiles import (
+from maskloom.data_prep.processing.tiles import (
     mask_shares,
     polygon_shares,
     sampled,
@@ -13,6 +12,7 @@ from maskloom.data_prep.tiles import (
     tissue_threshold,
     without_specks,
 )
+from maskloom.data_prep.readers.asap import Polygon
 from maskloom.pipeline.errors import RejectedSample
 
 

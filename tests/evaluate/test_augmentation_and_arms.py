@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskloom.evaluate.arms import (
+from maskloom.evaluate.downstream.arms import (
     ARMS,
     ArmOptions,
     arm_data,
@@ -14,8 +14,8 @@ from maskloom.evaluate.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.augmentation import AugmentationOptions, random_matrices, standard_augmentation
-from maskloom.pipeline.config_loading import validated
+from maskloom.evaluate.downstream.augmentation import AugmentationOptions, random_matrices, standard_augmentation
+from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
 from tests.evaluate.runs import faithful, noise, tiny_inputs
 from tests.tiny_datasets import write_tiny_run

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from maskloom.evaluate.classification_scores import classification_statistics
-from maskloom.evaluate.statistics import estimate
+from maskloom.evaluate.scores.classification import classification_statistics
+from maskloom.evaluate.scores.statistics import estimate
 
 NAMES = ("a", "b", "c")
 

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from maskloom.evaluate.comparison import ArmScores, Comparison, Protocol, compare_arms, compare_on_test_sets, finding
+from maskloom.evaluate.downstream.comparison import (
+    ArmScores,
+    Comparison,
+    Protocol,
+    compare_arms,
+    compare_on_test_sets,
+    finding,
+)
 from maskloom.evaluate.results import Interval
-from maskloom.evaluate.statistics import holm_adjusted, weighted_mean
+from maskloom.evaluate.scores.statistics import holm_adjusted, weighted_mean
 
 GROUPS = [f"{index // 3}" for index in range(24)]
 

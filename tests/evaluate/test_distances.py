@@ -3,11 +3,11 @@ import pytest
 from scipy.linalg import sqrtm
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from maskloom.evaluate.diversity import pair_similarities, random_pairs, usable_scales
-from maskloom.evaluate.frechet import frechet_distance, frechet_interval
-from maskloom.evaluate.kernel_distance import kernel_distance, squared_discrepancy
-from maskloom.evaluate.manifold import manifold_scores
-from maskloom.evaluate.statistics import jackknife_interval
+from maskloom.evaluate.scores.diversity import pair_similarities, random_pairs, usable_scales
+from maskloom.evaluate.scores.frechet import frechet_distance, frechet_interval
+from maskloom.evaluate.scores.kernel_distance import kernel_distance, squared_discrepancy
+from maskloom.evaluate.scores.manifold import manifold_scores
+from maskloom.evaluate.scores.statistics import jackknife_interval
 
 
 def textbook_frechet(left: np.ndarray, right: np.ndarray) -> float:

@@ -13,14 +13,14 @@ import yaml
 from maskloom.evaluate.evaluate import evaluate, open_question
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.results import MetricResult, skipped_result
-from maskloom.pipeline.audit.findings import Dataset
-from maskloom.pipeline.audit.leaks import require_no_leaks
-from maskloom.pipeline.config import ExperimentConfig, Section
+from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.dataset.audit.findings import Dataset
+from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
+from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import write_json
-from maskloom.pipeline.ownership import OwnedFolder, whole_folder
-from maskloom.pipeline.runs import Run, StageChecked, check_only
-from maskloom.pipeline.verification import verify_quickly
+from maskloom.pipeline.files.atomic import write_json
+from maskloom.pipeline.files.ownership import OwnedFolder, whole_folder
+from maskloom.pipeline.runs.run import Run, StageChecked, check_only
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
 from tests.records import record_outputs
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskloom.evaluate.comparison import ArmScores, Comparison, Protocol, compare_on_test_sets
+from maskloom.evaluate.downstream.comparison import ArmScores, Comparison, Protocol, compare_on_test_sets
 from maskloom.evaluate.evaluate import open_question
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.statistics import weighted_mean
+from maskloom.evaluate.scores.statistics import weighted_mean
 from maskloom.pipeline.report.evaluation import Evaluation
 from tests.evaluate.runs import answer, faithful, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
@@ -138,7 +138,7 @@ def test_other_metrics_never_open_an_external_split(
         opened.append(split)
         return open_split(folder, split)
 
-    from maskloom.pipeline.contract import open_split
+    from maskloom.pipeline.dataset.contract import open_split
 
     monkeypatch.setattr("maskloom.evaluate.inputs.open_split", seen)
     results = {

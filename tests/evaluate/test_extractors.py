@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskloom.evaluate.extractors import efficientnet_lite0, inception
-from maskloom.evaluate.features import ExtractorOptions, batch_features, load_extractor, set_features
+from maskloom.evaluate.scores.extractors import efficientnet_lite0, inception
+from maskloom.evaluate.scores.features import ExtractorOptions, batch_features, load_extractor, set_features
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import file_digest
+from maskloom.pipeline.files.atomic import file_digest
 from tests.evaluate.runs import faithful, tiny_inputs
 from tests.tiny_datasets import write_tiny_run
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskloom.evaluate.masked import MaskedImages, masked_images
+from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.metrics.faithfulness import Options, Reader, Reading, read_set, trained_readers
 from tests.evaluate.runs import answer, copied, small_options, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskloom.evaluate import nearest
 from maskloom.evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, _table, _verdict
-from maskloom.evaluate.nearest import Nearest, nearest_features, nearest_pixels
+from maskloom.evaluate.scores import nearest
+from maskloom.evaluate.scores.nearest import Nearest, nearest_features, nearest_pixels
 from tests.evaluate.runs import answer, copied, tiny_inputs
 from tests.tiny_datasets import Picture, Sample, tiny_picture, write_tiny_run
 

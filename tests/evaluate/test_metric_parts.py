@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from maskloom.evaluate.features import load_extractor, set_features
+from maskloom.evaluate.downstream.masked import MaskedImages
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.masked import MaskedImages
 from maskloom.evaluate.metrics import downstream_classification, downstream_segmentation, quality
+from maskloom.evaluate.scores.features import load_extractor, set_features
 from tests.evaluate.runs import answer, copied, faithful, small_options, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
 

@@ -4,9 +4,7 @@ import torch
 from pydantic import ValidationError
 from sklearn.metrics import f1_score, jaccard_score
 
-from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.fixed_steps import FixedSteps, normalised, train_fixed_steps
-from maskloom.pipeline.segmenter import (
+from maskloom.models.segmenter import (
     SegmenterOptions,
     build_segmenter,
     dice_scores,
@@ -14,6 +12,8 @@ from maskloom.pipeline.segmenter import (
     predicted_masks,
     train_segmenter,
 )
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.training.fixed_steps import FixedSteps, normalised, train_fixed_steps
 from tests.tiny_datasets import tiny_picture
 
 SMALL = SegmenterOptions(image_size=32, channels=(8, 16), residual_units=0, steps=60, batch_size=8, learning_rate=1e-2)

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from maskloom.evaluate.results import Interval
-from maskloom.evaluate.statistics import (
+from maskloom.evaluate.scores.statistics import (
     Bootstrap,
     bootstrap_weights,
     difference,

@@ -9,10 +9,10 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from maskloom.generate.generate import generate
-from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.verification import verify_fully
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.train import train_stage
 from tests.generate.workbench import COUNTS, SIDE
 from tests.tiny_datasets import write_tiny_run

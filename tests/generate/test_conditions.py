@@ -6,7 +6,7 @@ import numpy as np
 
 from maskloom.generate.conditions import ConditionReader
 from maskloom.generate.planning import plan_rows, read_parents
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.dataset.contract import read_contract
 from tests.generate.conftest import MakeBench
 from tests.tiny_datasets import tiny_description
 

@@ -9,8 +9,8 @@ import torch
 from maskloom.generate.diffusion import Sampler, load_backbone
 from maskloom.generate.generate import open_generators
 from maskloom.generate.generator import Condition
+from maskloom.models.stable_diffusion.sampling import Sampling
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.sampling import Sampling
 from tests.generate.workbench import PLAIN, Bench
 from tests.tiny_datasets import tiny_description
 

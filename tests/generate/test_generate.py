@@ -12,12 +12,12 @@ from datasets import load_dataset
 
 from maskloom.generate.generate import _settings_of_other_sections, generate, open_generators
 from maskloom.generate.pixels import checked_pixels
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import CONTRACT_FILE, read_contract
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, read_contract
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import read_json, write_json
-from maskloom.pipeline.images import png_array
-from maskloom.pipeline.verification import verify_fully
+from maskloom.pipeline.files.atomic import read_json, write_json
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import Bench, content, run_command, start_stage
 from tests.tiny_backbone import build_tiny_controlnet
@@ -149,7 +149,7 @@ def test_without_a_backbone_images_depend_on_the_seed_anew(bench: Bench):
 def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     config = bench.config(generators={"text_only": {}}, num_images=2)
     generate(config, force=False)
-    for module in ("maskloom.generate.generate", "maskloom.pipeline.runs"):
+    for module in ("maskloom.generate.generate", "maskloom.pipeline.runs.run"):
         monkeypatch.setattr(f"{module}.__version__", "another")
     generate(config, force=False)
     assert made_now(bench) == {"text_only": 2}
@@ -329,7 +329,7 @@ def test_a_finished_stage_is_skipped_without_importing_torch(bench: Bench):
     generate(bench.config(), force=False)
     script = (
         "import sys; from pathlib import Path; from maskloom.generate.generate import generate;"
-        "from maskloom.pipeline.config_loading import load_experiment;"
+        "from maskloom.pipeline.config.loading import load_experiment;"
         "generate(load_experiment(Path(sys.argv[1]), []), False); print('torch' in sys.modules)"
     )
     done = run_command([sys.executable, "-c", script, str(bench.config_file())])

@@ -21,13 +21,13 @@ from maskloom.generate.cleaning import cleaned
 from maskloom.generate.generator import Condition, JointGenerator, JointOptions
 from maskloom.generate.joint import MaskFigures, drawn_attributes, redraw_seed
 from maskloom.generate.planning import PlannedRow, TrainRow, noise_seed
-from maskloom.pipeline.conditioning import conditioning_image
-from maskloom.pipeline.contract import CONTRACT_FILE, Description
+from maskloom.pipeline.dataset.conditioning import conditioning_image
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Description
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.dataset.prompts import mask_attributes
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import read_json
-from maskloom.pipeline.images import png_array
-from maskloom.pipeline.prompts import mask_attributes
-from maskloom.pipeline.verification import verify_fully
+from maskloom.pipeline.files.atomic import read_json
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import SIDE, Bench, content
 from tests.tiny_datasets import PALETTE, Sample, tiny_description

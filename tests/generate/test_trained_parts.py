@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from maskloom.generate.diffusion import ADAPTER_FILE, load_backbone, trained_parts
 from maskloom.generate.generate import generate, open_generators
 from maskloom.generate.generator import Condition, ImageGenerator
+from maskloom.models.stable_diffusion.sampling import sampling_scheduler
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.images import png_array
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.sampling import sampling_scheduler
-from maskloom.pipeline.verification import verify_fully
+from maskloom.pipeline.runs.run import Run
 from tests.generate.conftest import MakeBench
 from tests.generate.workbench import PLAIN, Bench
 from tests.tiny_backbone import build_tiny_backbone

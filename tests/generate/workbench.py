@@ -20,12 +20,12 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextModel
 
 from maskloom.generate.generate import generate
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import read_contract
-from maskloom.pipeline.ownership import seal_folder
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.files.ownership import seal_folder
 from maskloom.pipeline.plugins import plugin_names
-from maskloom.pipeline.runs import Run, open_run
+from maskloom.pipeline.runs.run import Run, open_run
 from maskloom.train_baselines.train import PACKAGE, train_baselines
 from tests.pipeline.line_task import forget_accelerator
 from tests.processes import FORKS

@@ -11,15 +11,15 @@ import yaml
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from maskloom.pipeline.conditioning import conditioning_image
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
-from maskloom.pipeline.files import json_text
-from maskloom.pipeline.images import png_bytes
-from maskloom.pipeline.ownership import OwnedFolder
-from maskloom.pipeline.prompts import mask_attributes, render_prompt
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.conditioning import conditioning_image
+from maskloom.pipeline.dataset.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
+from maskloom.pipeline.dataset.images import png_bytes
+from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt
+from maskloom.pipeline.files.atomic import json_text
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.run import Run
 from tests.records import write_record
 
 SIDE = 64

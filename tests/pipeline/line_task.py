@@ -10,10 +10,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.config import LoopConfig
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.task import Task
-from maskloom.pipeline.training import make_accelerator, train
+from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.training.loop import make_accelerator, train
+from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.task import Task
 
 
 class Points(Dataset[dict[str, Any]]):

@@ -14,11 +14,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.config.experiment import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.interruption import Interrupted, handled_signals
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.training import make_accelerator, train
+from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
+from maskloom.pipeline.training.loop import make_accelerator, train
+from maskloom.pipeline.training.randomness import Draws
 from tests.pipeline.line_task import LineTask, settings
 
 

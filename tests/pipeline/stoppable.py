@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maskloom.data_prep.parallel import parallel_results
 from maskloom.pipeline.errors import run_command
-from maskloom.pipeline.interruption import signals_to
+from maskloom.pipeline.runs.interruption import signals_to
 
 
 def nap(folder: Path, item: int) -> None:

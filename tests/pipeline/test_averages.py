@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from maskloom.pipeline.averages import BEST_FILE, Averages
+from maskloom.pipeline.training.ema import BEST_FILE, Averages
 
 
 def weights(*values: float) -> dict[str, list[nn.Parameter]]:

@@ -11,12 +11,12 @@ import pytest
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from safetensors.torch import load_file, save_file
 
-from maskloom.pipeline.backbone import load_controlnet, load_noise_schedule, load_part
-from maskloom.pipeline.backbone_checks import SCHEDULERS, check_backbone
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.backbone_text import load_text_settings, load_tokenizer
+from maskloom.models.stable_diffusion.checks import SCHEDULERS, check_backbone
+from maskloom.models.stable_diffusion.loading import load_controlnet, load_noise_schedule, load_part
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.text import load_text_settings, load_tokenizer
 from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.prompt_encoding import PromptEncoder
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 
 KEY = "train.pretrained_model_name_or_path"

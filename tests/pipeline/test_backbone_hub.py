@@ -7,11 +7,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from maskloom.pipeline import backbone_source
-from maskloom.pipeline.backbone import load_part
-from maskloom.pipeline.backbone_checks import check_backbone
-from maskloom.pipeline.backbone_source import BackboneSource
-from maskloom.pipeline.backbone_text import load_tokenizer
+from maskloom.models.stable_diffusion import source as backbone_source
+from maskloom.models.stable_diffusion.checks import check_backbone
+from maskloom.models.stable_diffusion.loading import load_part
+from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.text import load_tokenizer
 from maskloom.pipeline.errors import MaskLoomError
 from tests.hub_server import HubState, Repo
 from tests.pipeline.test_hub import hub as _hub

@@ -11,7 +11,7 @@ import pytest
 
 from maskloom.pipeline.cli import run_stage_command
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, exit_with, nearest_name, one_line, run_command
-from maskloom.pipeline.runs import Run, Stage
+from maskloom.pipeline.runs.run import Run, Stage
 from tests.pipeline import fake_run
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,13 @@ def test_help_imports_nothing_heavy(arguments):
 
 @pytest.mark.parametrize(
     "module",
-    ["maskloom.pipeline.contract", "maskloom.pipeline.config_loading", "maskloom.pipeline.runs", "maskloom.pipeline.verification", "maskloom.pipeline.report"],
+    [
+        "maskloom.pipeline.dataset.contract",
+        "maskloom.pipeline.config.loading",
+        "maskloom.pipeline.runs.run",
+        "maskloom.pipeline.dataset.verification",
+        "maskloom.pipeline.report",
+    ],
 )
 def test_the_spine_imports_no_torch(module):
     code = f"import sys, {module}; print({{'torch', 'datasets'}} & set(sys.modules))"

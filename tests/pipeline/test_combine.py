@@ -14,13 +14,13 @@ import pytest
 from maskloom.evaluate.evaluate import verified_inputs
 from maskloom.generate.generate import generate
 from maskloom.pipeline.__main__ import app
-from maskloom.pipeline.combining import CombineOptions, combine
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import Contract, Parent, Sample, open_split, read_contract
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.combine import CombineOptions, combine
+from maskloom.pipeline.dataset.contract import Contract, Parent, Sample, open_split, read_contract
+from maskloom.pipeline.dataset.verification import verify_for_training, verify_fully, verify_quickly
 from maskloom.pipeline.errors import MaskLoomError, run_command
-from maskloom.pipeline.files import read_json
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.verification import verify_for_training, verify_fully, verify_quickly
+from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.runs.run import Run
 from tests.data_prep.experiment import dataset_bytes
 from tests.pipeline.test_verification import TRAIN, rehash
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
@@ -339,7 +339,7 @@ def test_what_is_there_is_not_written_again(real: Path, made: Path, tmp_path: Pa
 
 
 def test_an_interrupted_combination_goes_on(real: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("maskloom.pipeline.combining.ROWS_PER_SHARD", 5)
+    monkeypatch.setattr("maskloom.pipeline.dataset.combine.ROWS_PER_SHARD", 5)
     combine(real, [made], CombineOptions(tmp_path / "whole"))
     combine(real, [made], CombineOptions(tmp_path / "out"))
     (tmp_path / "out" / "contract.json").unlink()

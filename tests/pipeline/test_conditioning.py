@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maskloom.pipeline.conditioning import conditioning_image, edge_map, foreground_map
+from maskloom.pipeline.dataset.conditioning import conditioning_image, edge_map, foreground_map
 from maskloom.pipeline.errors import MaskLoomError
 
 PALETTE = ((0, 0, 0), (255, 80, 80), (0, 160, 255))

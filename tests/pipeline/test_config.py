@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_config, load_experiment, validated
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_config, load_experiment, validated
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.sweep import SweepConfig, planned_variants
+from maskloom.pipeline.sweep.sweep import SweepConfig, planned_variants
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Files of other programs, or of other models; their own tests load them.
@@ -296,7 +296,7 @@ def test_the_resolved_configuration_loads_to_itself(tmp_path):
 
 
 def test_options_of_a_plug_in_are_checked_in_the_same_words():
-    from maskloom.pipeline.config import WarpConfig
+    from maskloom.pipeline.config.experiment import WarpConfig
 
     with pytest.raises(MaskLoomError, match=r"here: unknown key 'attemptz': did you mean 'attempts'\?"):
         validated({"attemptz": 1}, WarpConfig, "here")

@@ -6,7 +6,7 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskloom.pipeline.contract import (
+from maskloom.pipeline.dataset.contract import (
     CONTRACT_FILE,
     LEDGER_FILE,
     SPLITS,

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from maskloom.pipeline.engines import weights_gathered
+from maskloom.pipeline.training.distributed import weights_gathered
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from PIL import Image
 from maskloom.data_prep.datasets import phantom_bus
 from maskloom.data_prep.prepare import prepare
 from maskloom.pipeline.__main__ import app
-from maskloom.pipeline.contract import Contract, Parent, open_split, read_contract
+from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, read_contract
+from maskloom.pipeline.dataset.export import PROVENANCE_FILE, ExportOptions, export, open_exporter
+from maskloom.pipeline.dataset.exporter import safe_name, write_new
+from maskloom.pipeline.dataset.exporters.coco import mask_regions, run_lengths
 from maskloom.pipeline.errors import MaskLoomError, run_command
-from maskloom.pipeline.export import PROVENANCE_FILE, ExportOptions, export, open_exporter
-from maskloom.pipeline.exporter import safe_name, write_new
-from maskloom.pipeline.exporters.coco import mask_regions, run_lengths
 from tests.data_prep.experiment import experiment
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 
@@ -86,7 +86,7 @@ def test_real_rows_are_called_real(real: Path, tmp_path: Path):
 
 def test_numbers_grow_wider_with_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "maskloom.pipeline.exporters.busi_tree.LEAST_DIGITS", 1
+        "maskloom.pipeline.dataset.exporters.busi_tree.LEAST_DIGITS", 1
     )  # or it would take a thousand rows to see
     for count in (9, 10):
         samples = tiny_samples("train", count)
@@ -448,7 +448,7 @@ def test_a_failure_leaves_the_earlier_export_and_nothing_else(
     def failing(path: Path, content: bytes) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr("maskloom.pipeline.exporters.coco.write_new", failing)
+    monkeypatch.setattr("maskloom.pipeline.dataset.exporters.coco.write_new", failing)
     with pytest.raises(OSError, match="the disk went away"):
         export(real, ExportOptions("coco", tmp_path / "out"))
     assert sorted(tmp_path.iterdir()) == before

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import UnidentifiedImageError
 
-from maskloom.pipeline import files
+from maskloom.pipeline.dataset.images import png_array, png_bytes
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import (
+from maskloom.pipeline.files import atomic as files
+from maskloom.pipeline.files.atomic import (
     atomic_path,
     content_digest,
     file_digest,
@@ -22,7 +23,6 @@ from maskloom.pipeline.files import (
     write_json,
     write_text,
 )
-from maskloom.pipeline.images import png_array, png_bytes
 
 
 def test_a_file_appears_whole(tmp_path):

@@ -9,16 +9,16 @@ import torch
 import yaml
 from PIL import Image
 
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.config_loading import load_experiment
-from maskloom.pipeline.contract import Contract
+from maskloom.models.pix2pix import MaskToImageUNet
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import content_digest, write_json
-from maskloom.pipeline.hub import push
-from maskloom.pipeline.hub_client import PushOptions
-from maskloom.pipeline.hub_parcels import Parcel, Target, check_leaks, find_targets, pack
-from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.files.atomic import content_digest, write_json
+from maskloom.pipeline.hub.client import PushOptions
+from maskloom.pipeline.hub.push import push
+from maskloom.pipeline.hub.uploads import Parcel, Target, check_leaks, find_targets, pack
+from maskloom.pipeline.runs.run import Run
 from tests.pipeline import fake_run
 from tests.records import write_record
 
@@ -102,7 +102,7 @@ def test_the_card_says_how_to_load_the_network_and_where_it_came_from(world: Wor
     assert metadata["library_name"] == "diffusers"
     assert metadata["tags"] == ["diffusers", "pix2pix", "medical"]
     assert "base_model" not in metadata
-    assert "from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet" in body
+    assert "from maskloom.models.pix2pix import MaskToImageUNet" in body
     assert f'generator = MaskToImageUNet.from_pretrained("{REPO}", subfolder="generator")' in body
     assert "SHA-256 of `generator/diffusion_pytorch_model.safetensors`" in body
     assert body.count("samples.png") == 1

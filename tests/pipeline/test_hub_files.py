@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.hub_files import check_pushed_file, file_text
+from maskloom.pipeline.hub.files import check_pushed_file, file_text
 
 
 @pytest.mark.parametrize("name", ["id_rsa", ".env", "weights.bin", "notes.txt", "planted.py"])

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloom.pipeline import runner
-from maskloom.pipeline.checkpoints import checkpoint_steps
 from maskloom.pipeline.errors import run_command
-from maskloom.pipeline.interruption import Interrupted, received, signals_to
-from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.runs import runner
+from maskloom.pipeline.runs.interruption import Interrupted, received, signals_to
+from maskloom.pipeline.training.checkpoints import checkpoint_steps
+from maskloom.pipeline.training.randomness import Draws
 from tests.pipeline.line_task import LineTask, forget_accelerator, run
 from tests.processes import Command, run_on_ranks
 
@@ -168,7 +168,7 @@ def test_a_second_signal_ends_a_command_at_once(tmp_path):
 
 RUNNER = """
 from pathlib import Path
-from maskloom.pipeline import runner
+from maskloom.pipeline.runs import runner
 from maskloom.pipeline.errors import run_command
 runner.MODULES["train"] = ("tests.pipeline.stoppable", "nap", {folder!r})
 runner.needs_launcher = lambda config: config is not None
@@ -222,7 +222,7 @@ run_command(lambda: time.sleep(60))
 STARTER = """
 import sys
 from maskloom.pipeline.errors import run_command
-from maskloom.pipeline.runner import _run
+from maskloom.pipeline.runs.runner import _run
 run_command(lambda: _run([sys.executable, *sys.argv[1:]], launched=False))
 """
 

@@ -6,13 +6,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from maskloom.pipeline.audit import leaks
-from maskloom.pipeline.audit.findings import Dataset
-from maskloom.pipeline.audit.leaks import require_no_leaks
-from maskloom.pipeline.contract import Parent
+from maskloom.pipeline.dataset.audit import leaks
+from maskloom.pipeline.dataset.audit.findings import Dataset
+from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
+from maskloom.pipeline.dataset.contract import Parent
+from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.verification import verify_quickly
+from maskloom.pipeline.runs.run import Run
 from tests.data_prep.test_audit import darker, picture
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from maskloom.pipeline.checkpoints import checkpoint_steps
-from maskloom.pipeline.config import LoopConfig
+from maskloom.pipeline.config.experiment import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.stream import Positioned, micro_batch
-from maskloom.pipeline.training import train
+from maskloom.pipeline.training.checkpoints import checkpoint_steps
+from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.sampler import Positioned, micro_batch
 from tests.pipeline.line_task import LineTask, Points, flat, forget_accelerator, fresh_accelerator, run, settings
 
 SEED = 7  # of `run`

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskloom.pipeline.masks import class_counts, resize_mask
+from maskloom.pipeline.dataset.masks import class_counts, resize_mask
 
 
 def nearest(mask, size, box=None):

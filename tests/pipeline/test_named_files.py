@@ -6,8 +6,8 @@ import pytest
 
 from maskloom.data_prep.__main__ import main as data_prep
 from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
-from maskloom.pipeline.named_files import NamedFile, named_file
-from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.files.named_files import NamedFile, named_file
+from maskloom.pipeline.files.ownership import OwnedFolder
 
 
 def test_only_its_own_earlier_file_is_replaced(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import remove_leftovers
-from maskloom.pipeline.ownership import (
+from maskloom.pipeline.files.atomic import remove_leftovers
+from maskloom.pipeline.files.ownership import (
     MANIFEST,
     OwnedFolder,
     check_places,

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from maskloom.pipeline.places import without_known_places, without_places
+from maskloom.pipeline.files.private_paths import without_known_places, without_places
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from maskloom.pipeline.config import TrainConfig
-from maskloom.pipeline.contract import read_contract
-from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.prompt_encoding import (
+from maskloom.models.stable_diffusion.prompt_encoding import (
     PromptEncoder,
     load_prompt_encoder,
     tell_cuts,
     text_states,
     training_prompts,
 )
+from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_backbone import MAX_TOKENS, build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt, template_keys
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.prompts import mask_attributes, render_prompt, template_keys
 
 CLASSES = ("background", "lesion", "cyst")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloom.pipeline.stream import Positioned, micro_batch
+from maskloom.pipeline.training.sampler import Positioned, micro_batch
 from tests.pipeline.line_task import LineTask, Points, forget_accelerator, run
 from tests.processes import run_on_ranks
 

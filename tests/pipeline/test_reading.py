@@ -5,15 +5,15 @@ import json
 import pytest
 from pydantic import Field
 
-from maskloom.pipeline.contract import LedgerRow, read_contract
+from maskloom.pipeline.dataset.contract import LedgerRow, read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import read_json
-from maskloom.pipeline.ownership import OwnedFolder
-from maskloom.pipeline.reading import LogLine, Record, read_lines, read_model, read_object, row_attributes
+from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.files.reading import LogLine, Record, read_lines, read_model, read_object, row_attributes
 from maskloom.pipeline.report.curves import training_curves
 from maskloom.pipeline.report.evaluation import read_evaluations
 from maskloom.pipeline.report.sources import rejection_counts
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.runs.run import Run
 from tests.pipeline import fake_run
 
 NOT_JSON = {

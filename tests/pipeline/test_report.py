@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import content_digest
-from maskloom.pipeline.ownership import OwnedFolder
+from maskloom.pipeline.files.atomic import content_digest
+from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.report import write_report
 from maskloom.pipeline.report.curves import POINTS, averaged, line_chart, training_curves
 from maskloom.pipeline.report.evaluation import Curve, Interval, Table, cell_text, numeric_columns
@@ -23,7 +23,7 @@ from maskloom.pipeline.report.page import evenly_chosen
 from maskloom.pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
 from maskloom.pipeline.report.sources import class_counts, find_sources, rejection_counts
 from maskloom.pipeline.report.stage import PAGE_BYTES, smallest_enough
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.runs.run import Run
 from tests.pipeline import fake_run
 from tests.records import write_record
 

@@ -5,11 +5,11 @@ import shutil
 import pytest
 
 from maskloom.pipeline.__main__ import app
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, run_command
-from maskloom.pipeline.ownership import MANIFEST, MANIFESTS
-from maskloom.pipeline.run_verification import is_run, run_problems
-from maskloom.pipeline.runs import Run, open_run
+from maskloom.pipeline.files.ownership import MANIFEST, MANIFESTS
+from maskloom.pipeline.runs.run import Run, open_run
+from maskloom.pipeline.runs.verification import is_run, run_problems
 from tests.pipeline import fake_run
 
 

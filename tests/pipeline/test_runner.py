@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from maskloom.pipeline import runner
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.runs import STAGES, Run, read_record
+from maskloom.pipeline.runs import runner
+from maskloom.pipeline.runs.run import STAGES, Run, read_record
 from tests.pipeline import fake_run
 from tests.records import write_record
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskloom.pipeline import __version__, provenance
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline import __version__
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import LOCK_FILE
-from maskloom.pipeline.ownership import MANIFEST, OwnedFolder, whole_folder
-from maskloom.pipeline.runs import (
+from maskloom.pipeline.files.atomic import LOCK_FILE
+from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder, whole_folder
+from maskloom.pipeline.runs import provenance
+from maskloom.pipeline.runs.run import (
     STAGES,
     Run,
     Stage,
@@ -94,7 +95,7 @@ def test_other_inputs_and_another_configuration_make_a_stage_stale(tmp_path, cha
 
 def test_another_version_makes_a_stage_stale(tmp_path, monkeypatch):
     _run(_stage(tmp_path))
-    monkeypatch.setattr("maskloom.pipeline.runs.__version__", "another")
+    monkeypatch.setattr("maskloom.pipeline.runs.run.__version__", "another")
     assert _stage(tmp_path).state() == "stale"
 
 
@@ -328,7 +329,7 @@ def test_packages_that_are_not_installed_are_left_out(monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from maskloom.pipeline.files import sole_writer
+from maskloom.pipeline.files.atomic import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -10,18 +10,24 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
 from maskloom.generate.diffusion import load_backbone
 from maskloom.generate.generators import controlnet
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import read_contract
+from maskloom.models.stable_diffusion.sampling import (
+    Sampling,
+    check_sampling,
+    prompt_embedding,
+    sample,
+    sampling_scheduler,
+)
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.randomness import keyed_generator
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.sampling import Sampling, check_sampling, prompt_embedding, sample, sampling_scheduler
-from maskloom.pipeline.training import make_accelerator
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.loop import make_accelerator
+from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.train_controlnet.export import export
-from maskloom.train_controlnet.pictures import Wish, sampled_images
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import check_validation_sampling
-from maskloom.train_controlnet.validation import Validator
+from maskloom.train_controlnet.validation.samples import Wish, sampled_images
+from maskloom.train_controlnet.validation.validator import Validator
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import fresh_accelerate, tiny_config  # noqa: F401
@@ -83,7 +89,7 @@ def generated(config: ExperimentConfig, run: Run, wishes: list[Wish]) -> list[by
     options = controlnet.Options(**config.generate.generators.get(name, {}))
     parts = {part: run.generator / part for part in ("controlnet", "unet") if (run.generator / part).is_dir()}
     pipe = load_backbone(config, CPU, parts, [(32, 32)])
-    from maskloom.pipeline.prompt_encoding import load_prompt_encoder
+    from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder
 
     encoder = load_prompt_encoder(config.fine_tuning)
     with torch.inference_mode():

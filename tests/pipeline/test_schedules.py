@@ -6,7 +6,7 @@ from diffusers.optimization import get_scheduler
 from pydantic import ValidationError
 from torch.optim.lr_scheduler import LRScheduler
 
-from maskloom.pipeline.schedules import learning_rate_schedule
+from maskloom.pipeline.training.schedules import learning_rate_schedule
 from tests.pipeline.line_task import settings
 
 RATE = 2e-4

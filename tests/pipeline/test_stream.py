@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from maskloom.pipeline.stream import Positioned, batches, global_batch, micro_batch, total_steps
+from maskloom.pipeline.training.sampler import Positioned, batches, global_batch, micro_batch, total_steps
 from tests.pipeline.line_task import Points, forget_accelerator, settings
 
 ROWS = st.lists(st.integers(0, 3), min_size=1, max_size=40)

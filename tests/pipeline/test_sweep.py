@@ -12,17 +12,17 @@ import yaml
 from maskloom.data_prep.prepare import prepare
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.generate.generate import generate
-from maskloom.pipeline import sweep as sweeping
-from maskloom.pipeline.config_loading import load_config, load_experiment
+from maskloom.pipeline.config.loading import load_config, load_experiment
+from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
-from maskloom.pipeline.files import LOCK_FILE, read_json
-from maskloom.pipeline.ownership import whole_folder
+from maskloom.pipeline.files.atomic import LOCK_FILE, read_json
+from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.report import write_report
 from maskloom.pipeline.report.evaluation import Interval
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
-from maskloom.pipeline.sweep_table import Column, Row, columns_of, print_table, variant_rows, write_table
-from maskloom.pipeline.verification import verify_quickly
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
+from maskloom.pipeline.sweep.sweep import sweep as sweeping
+from maskloom.pipeline.sweep.table import Column, Row, columns_of, print_table, variant_rows, write_table
 from maskloom.train_baselines.train import train_baselines
 from maskloom.train_controlnet.train import train_stage
 from tests.pipeline import fake_run

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from maskloom.pipeline import throughput as module
-from maskloom.pipeline.throughput import Throughput, matmul_peak
+from maskloom.pipeline.training import throughput as module
+from maskloom.pipeline.training.throughput import Throughput, matmul_peak
 from tests.pipeline.line_task import LineTask, forget_accelerator, run
 
 CPU = torch.device("cpu")

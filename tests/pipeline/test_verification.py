@@ -5,11 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maskloom.pipeline.contract import CONTRACT_FILE, Parent, read_contract, read_ids, summarise_splits
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Parent, read_contract, read_ids, summarise_splits
+from maskloom.pipeline.dataset.images import png_bytes
+from maskloom.pipeline.dataset.verification import verify_fully, verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import file_digest
-from maskloom.pipeline.images import png_bytes
-from maskloom.pipeline.verification import verify_fully, verify_quickly
+from maskloom.pipeline.files.atomic import file_digest
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 
 TRAIN, TEST = "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"

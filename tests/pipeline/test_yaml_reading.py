@@ -2,8 +2,8 @@
 
 import pytest
 
+from maskloom.pipeline.config.yaml_reading import MAX_BYTES, MAX_DEPTH, NotYaml, parsed_yaml, plain_text, read_yaml
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.yaml_reading import MAX_BYTES, MAX_DEPTH, NotYaml, parsed_yaml, plain_text, read_yaml
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -9,8 +9,8 @@ from monai.losses.adversarial_loss import PatchAdversarialLoss
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.training import train
+from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.adversarial import (
     WINS,
     GanOptions,

@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from maskloom.models.class_gan import ClassGenerator, attention_level, doublings
+from maskloom.models.layers.self_attention import SelfAttention
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.networks.class_generator import ClassGenerator, attention_level, doublings
-from maskloom.pipeline.networks.self_attention import SelfAttention
-from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.families.class_gan import ClassCritic, Options, Phase, phase_at
 from tests.tiny_datasets import Sample, tiny_description, write_tiny_run
 from tests.train_baselines.test_resume import cut_back

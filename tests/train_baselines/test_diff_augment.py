@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloom.pipeline.randomness import Draws
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.diff_augment import augmented
 
 ALL = ["brightness", "translation", "cutout"]

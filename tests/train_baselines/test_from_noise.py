@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskloom.pipeline.networks.doubling import Doubling, noise_length, split_noise
+from maskloom.models.layers.doubling import Doubling, noise_length, split_noise
 from maskloom.train_baselines.families.class_gan import ClassCritic
 from maskloom.train_baselines.from_noise import BatchDeviation, FromNoiseOptions, kaiming_start
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from maskloom.generate.generate import open_generators
 from maskloom.generate.generator import Condition
-from maskloom.pipeline.config_loading import validated
+from maskloom.models.joint_diffusion import guided, sampled
+from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.networks.guided_denoiser import guided, sampled
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.families.joint_diffusion import Options, denoiser, noise_schedule
 from maskloom.train_baselines.train import train_baselines
 from tests.tiny_datasets import tiny_description, write_tiny_run

@@ -11,12 +11,12 @@ from torch import nn
 
 from maskloom.generate.generate import open_generators
 from maskloom.generate.generator import Condition, JointGenerator
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.models.joint_gan import JointImageMaskGenerator, doublings
+from maskloom.models.mask_planes import encoded_masks
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
-from maskloom.pipeline.networks.mask_planes import encoded_masks
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.families.joint_gan import JointCritic, Options, Trained, softened
 from maskloom.train_baselines.train import family_options as checked_options
 from maskloom.train_baselines.train import train_baselines
@@ -133,8 +133,8 @@ def tiny_config(run: Path, **options: Any) -> Any:
 
 def opened(run: Path, **changes: Any) -> Trained:
     """Return the family before its training, over the run's dataset."""
-    from maskloom.pipeline.contract import read_contract
-    from maskloom.pipeline.training import make_accelerator
+    from maskloom.pipeline.dataset.contract import read_contract
+    from maskloom.pipeline.training.loop import make_accelerator
     from maskloom.train_baselines.rows import Rows
 
     options = Options(**{**family_options("joint_gan"), **changes})

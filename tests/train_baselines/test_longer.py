@@ -71,7 +71,7 @@ def test_an_engine_that_cannot_train_it_is_told_before_anything_is_thrown_away(
     run = make_run()
     trained(run, "pix2pix", **KEPT, max_train_steps=1)
     before = content(run)
-    monkeypatch.setattr("maskloom.pipeline.engines.check_engine", refuse)
+    monkeypatch.setattr("maskloom.pipeline.training.distributed.check_engine", refuse)
     with pytest.raises(MaskLoomError, match="FSDP trains one network"):
         train_baselines(tiny_config(run, {"pix2pix": {}}), force=True, families=["pix2pix"])
     assert content(run) == before

@@ -12,10 +12,10 @@ from torch import nn
 
 from maskloom.generate.generate import open_generators
 from maskloom.generate.generator import Condition
+from maskloom.models.pix2pix import MaskToImageUNet
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.families.pix2pix import Options, PatchCritic
 from maskloom.train_baselines.train import train_baselines
 from tests.tiny_datasets import tiny_description, tiny_picture, write_tiny_run

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from maskloom.pipeline.checkpoints import checkpoint_steps
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import TEMPORARY_SUFFIX
-from maskloom.pipeline.ownership import seal_folder
+from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
+from maskloom.pipeline.files.ownership import seal_folder
+from maskloom.pipeline.training.checkpoints import checkpoint_steps
 from tests.processes import Command
 from tests.train_baselines.workbench import tiny_values, trained, weights, write_config
 from tests.train_controlnet.test_resume import kill_when

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from maskloom.pipeline.config import AugmentConfig
-from maskloom.pipeline.contract import open_split, read_contract
-from maskloom.train_controlnet import latent_cache
-from maskloom.train_controlnet.rows import Views
+from maskloom.pipeline.config.experiment import AugmentConfig
+from maskloom.pipeline.dataset.contract import open_split, read_contract
+from maskloom.train_controlnet.data import latent_cache
+from maskloom.train_controlnet.data.rows import Views
 from tests.train_controlnet.test_rows import encoded
 
 if __name__ == "__main__":

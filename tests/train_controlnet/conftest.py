@@ -8,7 +8,7 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 
-from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from maskloom.pipeline import training
-from maskloom.pipeline.config_loading import load_experiment
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.training import loop as training
 from maskloom.train_controlnet.train import train_stage
 from tests.pipeline.ranks import fsdp_accelerator
 

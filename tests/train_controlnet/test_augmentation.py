@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from maskloom.pipeline.conditioning import conditioning_image
-from maskloom.pipeline.config import AugmentConfig
-from maskloom.pipeline.contract import Description
-from maskloom.pipeline.prompts import mask_attributes, render_prompt
-from maskloom.train_controlnet.augmentation import Pictures, changed_pictures, changed_prompt, uses_mask_words
+from maskloom.pipeline.config.experiment import AugmentConfig
+from maskloom.pipeline.dataset.conditioning import conditioning_image
+from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt
+from maskloom.train_controlnet.data.augmentation import Pictures, changed_pictures, changed_prompt, uses_mask_words
 from tests.tiny_datasets import tiny_description
 
 MODES = ("mask", "edges", "both", "foreground", "image")

@@ -14,16 +14,16 @@ from diffusers import (
 )
 from transformers import CLIPTokenizer
 
-from maskloom.pipeline.config_loading import load_config
+from maskloom.pipeline.config.loading import load_config
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.ownership import OwnedFolder
-from maskloom.train_controlnet.backbone.__main__ import main
-from maskloom.train_controlnet.backbone.architecture import new_vae
-from maskloom.train_controlnet.backbone.config import Architecture, BackboneConfig
-from maskloom.train_controlnet.backbone.images import TrainImages, mirrored_text
-from maskloom.train_controlnet.backbone.recipe import _tokenizer, train_backbone
-from maskloom.train_controlnet.backbone.vae import VaeTask, latent_statistics, normalise_vae, normalised_moments
-from maskloom.train_controlnet.backbone.vocabulary import write_tokenizer
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.train_backbone.__main__ import main
+from maskloom.train_backbone.architecture import new_vae
+from maskloom.train_backbone.config import Architecture, BackboneConfig
+from maskloom.train_backbone.images import TrainImages, mirrored_text
+from maskloom.train_backbone.recipe import _tokenizer, train_backbone
+from maskloom.train_backbone.vae import VaeTask, latent_statistics, normalise_vae, normalised_moments
+from maskloom.train_backbone.vocabulary import write_tokenizer
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 
 ROOT = Path(__file__).parents[2]

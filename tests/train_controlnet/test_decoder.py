@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from maskloom.pipeline.checkpoints import checkpoint_steps
-from maskloom.pipeline.config import DecoderConfig, ExperimentConfig
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.config.experiment import DecoderConfig, ExperimentConfig
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import read_json
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.checkpoints import checkpoint_steps
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.decoder import (
     CHECKPOINTS,
     WEIGHTS,

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import read_contract
+from maskloom.models.stable_diffusion.trained_parts import exported_names
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.trained_parts import exported_names
-from maskloom.pipeline.training import train
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.loop import train
 from maskloom.train_controlnet.export import export
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_backbone import build_tiny_controlnet

@@ -16,17 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskloom.pipeline.config import AdherenceConfig, ExperimentConfig
-from maskloom.pipeline.config_loading import validated
-from maskloom.pipeline.contract import open_split, read_contract
+from maskloom.pipeline.config.experiment import AdherenceConfig, ExperimentConfig
+from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.report.curves import training_curves
-from maskloom.pipeline.runs import Run
-from maskloom.train_controlnet.adherence import READER_FILE
-from maskloom.train_controlnet.pictures import further_wishes, grid, show_in_trackers
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import train_stage
-from maskloom.train_controlnet.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
+from maskloom.train_controlnet.validation.adherence import READER_FILE
+from maskloom.train_controlnet.validation.samples import further_wishes, grid, show_in_trackers
+from maskloom.train_controlnet.validation.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 from tests.tiny_backbone import build_tiny_controlnet
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config

@@ -13,21 +13,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskloom.pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import open_split, read_contract
+from maskloom.pipeline.config.experiment import AugmentConfig, ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import TEMPORARY_SUFFIX
-from maskloom.pipeline.ownership import MANIFEST, OwnedFolder
-from maskloom.pipeline.runs import Run
-from maskloom.train_controlnet import latent_cache
-from maskloom.train_controlnet.latent_cache import (
+from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
+from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
+from maskloom.pipeline.runs.run import Run
+from maskloom.train_controlnet.data import latent_cache
+from maskloom.train_controlnet.data.latent_cache import (
     ViewCache,
     cache_folder,
     drop_stale_caches,
     fill_embeddings,
     fill_views,
 )
-from maskloom.train_controlnet.rows import Views
+from maskloom.train_controlnet.data.rows import Views
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.processes import run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone

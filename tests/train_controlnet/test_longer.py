@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import read_json
+from maskloom.pipeline.files.atomic import read_json
 from maskloom.train_controlnet.train import train_stage
 from tests.train_controlnet.conftest import tiny_config
 from tests.train_controlnet.test_resume import prepared, trained, weights
@@ -133,7 +133,10 @@ def test_a_forced_training_that_is_refused_throws_nothing_away(
     assert (finished / "logs" / "train" / "stage.json").is_file()
 
 
-@pytest.mark.parametrize("check", ["maskloom.pipeline.engines.check_engine", "maskloom.train_controlnet.decoder.check_decoder_engine"])
+@pytest.mark.parametrize(
+    "check",
+    ["maskloom.pipeline.training.distributed.check_engine", "maskloom.train_controlnet.decoder.check_decoder_engine"],
+)
 def test_an_engine_that_cannot_train_it_is_told_before_anything_is_thrown_away(
     finished: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:

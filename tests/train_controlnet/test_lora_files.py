@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maskloom.pipeline.config import ExperimentConfig
+from maskloom.models.stable_diffusion.trained_parts import ADAPTER_FILE, KOHYA_FILE
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import read_json
-from maskloom.pipeline.hub_parcels import Target, pack
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.trained_parts import ADAPTER_FILE, KOHYA_FILE
-from maskloom.train_controlnet.plan import Planner
+from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.hub.uploads import Target, pack
+from maskloom.pipeline.runs.run import Run
+from maskloom.train_controlnet.memory_plan.plan import Planner
 from maskloom.train_controlnet.train import train_stage
 from tests.train_controlnet.conftest import tiny_config
 from tests.train_controlnet.test_export import assert_close, exported, prediction, states

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from maskloom.pipeline.config import ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.ownership import MANIFEST
+from maskloom.pipeline.files.ownership import MANIFEST
 from maskloom.train_controlnet.__main__ import main
 from maskloom.train_controlnet.lr_finder import (
     BARS,

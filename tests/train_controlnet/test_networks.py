@@ -15,12 +15,12 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel
 
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.training import make_accelerator, train
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.loop import make_accelerator, train
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.networks import LORA_TARGETS, Networks, load_networks
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import read_contract
-from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.randomness import Draws, keyed_generator
-from maskloom.pipeline.runs import Run
-from maskloom.train_controlnet.objective import (
+from maskloom.models.stable_diffusion.objective import (
     denoising_losses,
     lesion_weights,
     prediction_target,
     sample_latents,
     timestep_weights,
 )
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.train_controlnet.task import DiffusionTask
 
 CPU = torch.device("cpu")

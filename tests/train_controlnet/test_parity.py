@@ -18,11 +18,11 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import open_split, read_contract
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.training import make_optimizer, train
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import open_split, read_contract
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.loop import make_optimizer, train
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.networks import compile_repeated_blocks
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_datasets import write_tiny_run

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from maskloom.pipeline.backbone_source import ORIGINAL
-from maskloom.pipeline.config import ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import read_contract
+from maskloom.models.stable_diffusion.source import ORIGINAL
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.__main__ import main
+from maskloom.train_controlnet.memory_plan.memory import LiveMemory, OnGpu
+from maskloom.train_controlnet.memory_plan.networks import planned_networks
+from maskloom.train_controlnet.memory_plan.phases import step_memory
+from maskloom.train_controlnet.memory_plan.plan import GIB, Planner
+from maskloom.train_controlnet.memory_plan.switches import cheapest_fit
+from maskloom.train_controlnet.memory_plan.text import overrides, plan_text
 from maskloom.train_controlnet.networks import load_networks
-from maskloom.train_controlnet.plan import GIB, Planner
-from maskloom.train_controlnet.plan_memory import LiveMemory, OnGpu
-from maskloom.train_controlnet.plan_networks import planned_networks
-from maskloom.train_controlnet.plan_phases import step_memory
-from maskloom.train_controlnet.plan_switches import cheapest_fit
-from maskloom.train_controlnet.plan_text import overrides, plan_text
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 

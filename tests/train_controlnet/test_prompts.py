@@ -11,15 +11,15 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
 from maskloom.generate.diffusion import Sampler, load_backbone
-from maskloom.pipeline.contract import Sample, read_contract
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.dataset.contract import Sample, read_contract
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.__main__ import main
-from maskloom.train_controlnet.latent_cache import cache_folder
+from maskloom.train_controlnet.data.latent_cache import cache_folder
+from maskloom.train_controlnet.memory_plan.plan import Planner
 from maskloom.train_controlnet.model_card import model_card
-from maskloom.train_controlnet.pictures import Sampling, Wish, sampled_images
-from maskloom.train_controlnet.plan import Planner
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import train_stage
+from maskloom.train_controlnet.validation.samples import Sampling, Wish, sampled_images
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
 

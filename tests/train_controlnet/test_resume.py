@@ -10,11 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
-from maskloom.pipeline.checkpoints import LOOP_FILE, checkpoint_steps
 from maskloom.pipeline.cli import run_stage_command
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import TEMPORARY_SUFFIX
-from maskloom.pipeline.ownership import MANIFEST
+from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
+from maskloom.pipeline.files.ownership import MANIFEST
+from maskloom.pipeline.training.checkpoints import LOOP_FILE, checkpoint_steps
 from maskloom.train_controlnet.train import train_stage
 from tests.processes import Command, run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone

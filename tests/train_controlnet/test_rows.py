@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import default_collate
 
-from maskloom.pipeline.config import AugmentConfig, ExperimentConfig, TrainConfig
-from maskloom.pipeline.contract import Description, Sample, open_split, read_contract
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.training import Positioned
-from maskloom.train_controlnet.latent_cache import ViewCache, fill_views
-from maskloom.train_controlnet.prompts import numbered_prompts
-from maskloom.train_controlnet.rows import TrainingRows, Views, other_rows, size_buckets
+from maskloom.pipeline.config.experiment import AugmentConfig, ExperimentConfig, TrainConfig
+from maskloom.pipeline.dataset.contract import Description, Sample, open_split, read_contract
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.loop import Positioned
+from maskloom.pipeline.training.randomness import Draws
+from maskloom.train_controlnet.data.latent_cache import ViewCache, fill_views
+from maskloom.train_controlnet.data.prompts import numbered_prompts
+from maskloom.train_controlnet.data.rows import TrainingRows, Views, other_rows, size_buckets
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_datasets import PALETTE, tiny_description, tiny_picture, tiny_samples, write_dataset
 

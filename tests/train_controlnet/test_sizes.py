@@ -12,15 +12,15 @@ from PIL import Image
 from pydantic import ValidationError
 
 from maskloom.data_prep.prepare import prepare
-from maskloom.data_prep.resizing import nearest_size
+from maskloom.data_prep.processing.resizing import nearest_size
 from maskloom.evaluate.inputs import ImageSet
 from maskloom.generate.generate import generate
-from maskloom.pipeline.config import DataConfig, ExperimentConfig
-from maskloom.pipeline.contract import CONTRACT_FILE, Description, open_split, read_contract
+from maskloom.pipeline.config.experiment import DataConfig, ExperimentConfig
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Description, open_split, read_contract
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import read_json
-from maskloom.pipeline.runs import Run
-from maskloom.pipeline.verification import verify_fully
+from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import train_stage
 from tests.data_prep.experiment import dataset_bytes

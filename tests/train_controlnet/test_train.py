@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from safetensors.torch import load_file
 
-from maskloom.pipeline.config import ExperimentConfig
-from maskloom.pipeline.contract import read_contract
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files import write_json
-from maskloom.pipeline.ownership import OwnedFolder
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.runs import Run
+from maskloom.pipeline.files.atomic import write_json
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import train_stage
 from tests.processes import Command, finished, limit_file_size, run_on_ranks, start_server

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.ownership import OwnedFolder
-from maskloom.pipeline.runs import Run, read_record
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.run import Run, read_record
 from maskloom.train_controlnet.train import train_stage
 from tests.train_controlnet.conftest import tiny_config
 

@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskloom.pipeline.bounds import BatchSize, Channels, Steps
-from maskloom.pipeline.config import Size
+from maskloom.models.class_gan import ClassGenerator, attention_level, doublings, level_widths
+from maskloom.models.layers.self_attention import SelfAttention
+from maskloom.pipeline.config.bounds import BatchSize, Channels, Steps
+from maskloom.pipeline.config.experiment import Size
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.networks.class_generator import ClassGenerator, attention_level, doublings, level_widths
-from maskloom.pipeline.networks.self_attention import SelfAttention
-from maskloom.pipeline.randomness import Draws
-from maskloom.pipeline.stream import global_batch, total_steps
+from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.sampler import global_batch, total_steps
 from maskloom.train_baselines.adversarial import GENERATOR, Gan, normal_start
 from maskloom.train_baselines.family import Samples
 from maskloom.train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions

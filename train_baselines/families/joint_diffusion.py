@@ -21,10 +21,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from maskloom.pipeline.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
-from maskloom.pipeline.networks.guided_denoiser import class_tokens, sampled
-from maskloom.pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
-from maskloom.pipeline.randomness import Draws
+from maskloom.models.joint_diffusion import class_tokens, sampled
+from maskloom.models.mask_planes import decoded_masks, drawn_planes, encoded_masks
+from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.family import Family, FamilyOptions, Samples
 from maskloom.train_baselines.rows import stacked
 

@@ -16,11 +16,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskloom.pipeline.bounds import BatchSize, Channels, Epochs, Side
-from maskloom.pipeline.config import Size
-from maskloom.pipeline.networks.joint_generator import JointImageMaskGenerator, doublings
-from maskloom.pipeline.networks.mask_planes import decoded_masks, drawn_planes, encoded_masks
-from maskloom.pipeline.randomness import Draws
+from maskloom.models.joint_gan import JointImageMaskGenerator, doublings
+from maskloom.models.mask_planes import decoded_masks, drawn_planes, encoded_masks
+from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs, Side
+from maskloom.pipeline.config.experiment import Size
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.adversarial import GENERATOR, Gan, normal_start
 from maskloom.train_baselines.family import Samples
 from maskloom.train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions

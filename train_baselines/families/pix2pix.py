@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskloom.pipeline.bounds import BatchSize, Channels, Epochs
-from maskloom.pipeline.networks.mask_planes import encoded_masks
-from maskloom.pipeline.networks.mask_to_image import MaskToImageUNet
-from maskloom.pipeline.randomness import Draws
+from maskloom.models.mask_planes import encoded_masks
+from maskloom.models.pix2pix import MaskToImageUNet
+from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs
+from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.adversarial import Gan, GanOptions, normal_start
 from maskloom.train_baselines.family import Samples
 

@@ -1,0 +1,364 @@
+"""What a prepared dataset holds, and whether its splits share images: the content audit of `python -m data_prep verify`.
+
+A *failure* makes a paper wrong: an image that shapes the model (train, validation) and also measures it, or one image with two labels. Everything else
+is told and left to the reader: near-duplicates between datasets or a little above the threshold, masks that differ between identical images, distributions.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from maskloom.data_prep.audit.duplicates import near_findings, near_threshold
+from maskloom.data_prep.audit.index import AuditIndex
+from maskloom.pipeline.dataset.audit.findings import Dataset, Finding, identical_findings, told
+from maskloom.pipeline.dataset.audit.leaks import FIX, NEAR_LIMIT
+from maskloom.pipeline.dataset.audit.rows import split_order
+from maskloom.pipeline.dataset.verification import verify_fully
+from maskloom.pipeline.errors import MaskLoomError
+
+KEPT_FINDINGS = 1000  # of each kind; further ones are counted
+REFERENCE = "train"
+SIGNIFICANT = 0.01
+
+
+@dataclass(frozen=True)
+class SplitContent:
+    """What one split holds.
+
+    Attributes:
+        labels: rows by class; rows without a class are those of no entry.
+        masks: rows that have a mask; `empty_masks` of them show no foreground.
+        flat_images: of one grey level only.
+        texts: number of distinct prompts.
+        grey_mean, grey_std: means over the images of an image's mean and standard deviation, 0..255.
+        grey_spread: standard deviation of the images' means.
+    """
+
+    dataset: str
+    split: str
+    rows: int
+    groups: int
+    labels: dict[str, int]
+    masks: int
+    empty_masks: int
+    flat_images: int
+    texts: int
+    longest_text: str
+    grey_mean: float
+    grey_std: float
+    grey_spread: float
+
+
+@dataclass(frozen=True)
+class RegionSizes:
+    """Sizes of one foreground class over the images of a split and a label.
+
+    Attributes:
+        masks: rows that have a mask.
+        present: of these, rows whose mask shows the class; the figures below are over them.
+        smallest, p5, median, p95, largest: share of the image's area.
+        components_median, components_most: connected components.
+    """
+
+    dataset: str
+    split: str
+    label: str | None
+    mask_class: str
+    masks: int
+    present: int
+    smallest: float
+    p5: float
+    median: float
+    p95: float
+    largest: float
+    components_median: float
+    components_most: int
+
+
+@dataclass(frozen=True)
+class ClassShift:
+    """How the classes of a split differ from those of train.
+
+    Attributes:
+        label: class whose share differs most.
+        share, train_share: its shares.
+        p_value: chi-square test of equal shares. Images of a group are not independent, so it is rather too small.
+    """
+
+    split: str
+    label: str
+    share: float
+    train_share: float
+    p_value: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether chance alone would hardly give it."""
+        return self.p_value < SIGNIFICANT
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All that was found.
+
+    Attributes:
+        datasets: the audited one, and those that it was compared with.
+        notes: what was looked for, and what could not be found.
+        findings: failures first, at most `KEPT_FINDINGS` of each kind.
+        counts: number of all findings by problem and likeness.
+        failed: number of all failures.
+    """
+
+    datasets: list[str]
+    notes: list[str]
+    findings: list[Finding]
+    counts: dict[str, dict[str, int]]
+    failed: int
+    splits: list[SplitContent]
+    regions: list[RegionSizes]
+    shifts: list[ClassShift]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return asdict(self)
+
+    def require_sound(self) -> None:
+        """Check that nothing failed.
+
+        Raises:
+            MaskLoomError: something did; names the first of each kind.
+        """
+        firsts: dict[str, Finding] = {}
+        for finding in self.findings:
+            if finding.fails:
+                firsts.setdefault(finding.problem, finding)
+        if firsts:
+            failures = "; ".join(told(finding) for finding in firsts.values())
+            raise MaskLoomError(
+                f"{self.datasets[0]}: {self.failed} pair(s) of images make results wrong: {failures}; {FIX}"
+            )
+
+
+def open_datasets(folders: Sequence[Path]) -> list[Dataset]:
+    """Verify datasets whole and return them.
+
+    Raises:
+        MaskLoomError: one is not sound, or is given twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise MaskLoomError(f"--against: {folders[-1]} is given twice; name other datasets than {folders[0]}")
+    return [Dataset(folder, verify_fully(folder)) for folder in folders]
+
+
+@contextmanager
+def indexed(datasets: Sequence[Dataset], near: bool | None) -> Iterator[AuditIndex]:
+    """Yield the index of the datasets; its files are deleted afterwards.
+
+    Args:
+        datasets: the audited one first.
+        near: see `near_plan`.
+    """
+    wanted, _ = near_plan(datasets, near)
+    with TemporaryDirectory(prefix="maskloom-audit-") as scratch:
+        index = AuditIndex(Path(scratch), wanted)
+        try:
+            for number, dataset in enumerate(datasets):
+                index.add(number, *dataset)
+            index.close_pass()
+            yield index
+        finally:
+            index.rows.close()
+
+
+def near_plan(datasets: Sequence[Dataset], near: bool | None) -> tuple[bool, str]:
+    """Return whether near-duplicates are looked for, and what to tell about it.
+
+    Args:
+        datasets: the audited one first.
+        near: whatever the datasets are; None decides by their contracts and their size.
+    """
+    total = sum(dataset.rows for dataset in datasets)
+    threshold = near_threshold(datasets)
+    if near:
+        return True, f"near-duplicates: looked for among {total} images, aligned correlation from {threshold}"
+    if near is False:
+        return False, "near-duplicates: not looked for (--no-near)"
+    if all(dataset.near_correlation is None for dataset in datasets):
+        return (
+            False,
+            "near-duplicates: not looked for: the contract's preprocessing.near_duplicates is empty; --near looks all the same",
+        )
+    if total > NEAR_LIMIT:
+        return (
+            False,
+            f"near-duplicates: not looked for: {total} images are more than {NEAR_LIMIT}; --near looks all the same",
+        )
+    return True, f"near-duplicates: looked for among {total} images, aligned correlation from {threshold}"
+
+
+def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> Audit:
+    """Return what the datasets hold and share.
+
+    Args:
+        datasets: the audited one first, then those that it is compared with.
+        index: from `indexed`, of the same datasets.
+        near: see `near_plan`.
+    """
+    findings = _Findings()
+    notes = [near_plan(datasets, near)[1], *_size_notes(datasets)]
+    try:
+        near_duplicates = list(near_findings(index, datasets)) if index.near else []
+    except MaskLoomError as error:  # unrelated images look alike
+        near_duplicates = []
+        notes.append(f"near-duplicates: none told: {error}")
+    for finding in chain(identical_findings(index.rows, datasets), near_duplicates):
+        findings.add(finding)
+    splits = [content for number in range(len(datasets)) for content in _split_contents(index, datasets, number)]
+    return Audit(
+        datasets=[str(dataset.folder) for dataset in datasets],
+        notes=notes,
+        findings=findings.in_order(),
+        counts=findings.counts(),
+        failed=findings.failed,
+        splits=splits,
+        regions=[sizes for number in range(len(datasets)) for sizes in _region_sizes(index, datasets, number)],
+        shifts=class_shifts({s.split: s.labels for s in splits if s.dataset == str(datasets[0].folder)}),
+    )
+
+
+def _size_notes(datasets: Sequence[Dataset]) -> list[str]:
+    """Name the datasets in which identical images cannot be recognised."""
+    looks = [(one.contract.description.sizes, one.contract.description.channels) for one in datasets]
+    return [
+        f"{other.folder}: its images have another size or number of channels, so an image of both is identical in neither; "
+        "only the search for near-duplicates finds it"
+        for other, look in zip(datasets[1:], looks[1:], strict=True)
+        if look != looks[0]
+    ]
+
+
+def class_shifts(labels: Mapping[str, Mapping[str, int]]) -> list[ClassShift]:
+    """Return how the classes of every split differ from those of train.
+
+    Args:
+        labels: rows by class, by split.
+    """
+    from scipy.stats import chi2_contingency
+
+    train = labels.get(REFERENCE, {})
+    shifts = []
+    for split, counts in labels.items():
+        names = [name for name in dict.fromkeys([*train, *counts]) if train.get(name, 0) + counts.get(name, 0)]
+        table = np.array([[one.get(name, 0) for name in names] for one in (counts, train)])
+        if split == REFERENCE or len(names) < 2 or not table.sum(axis=1).all():
+            continue
+        shares = table / table.sum(axis=1, keepdims=True)
+        most = int(np.abs(shares[0] - shares[1]).argmax())
+        shifts.append(
+            ClassShift(
+                split,
+                names[most],
+                float(shares[0, most]),
+                float(shares[1, most]),
+                float(chi2_contingency(table).pvalue),
+            )
+        )
+    return shifts
+
+
+class _Findings:
+    """Collects findings, and counts those that are too many to keep; failures are kept first."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str, bool], list[Finding]] = {}
+        self.totals: Counter[tuple[str, str]] = Counter()
+        self.failed = 0
+
+    def add(self, finding: Finding) -> None:
+        self.totals[finding.problem, finding.likeness] += 1
+        self.failed += finding.fails
+        kept = self.kept.setdefault((finding.problem, finding.likeness, finding.fails), [])
+        if len(kept) < KEPT_FINDINGS:
+            kept.append(finding)
+
+    def in_order(self) -> list[Finding]:
+        findings = [finding for kept in self.kept.values() for finding in kept]
+        return sorted(findings, key=lambda f: (not f.fails, f.problem, f.likeness, -abs(f.correlation)))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        by_problem: dict[str, dict[str, int]] = {}
+        for (problem, likeness), count in sorted(self.totals.items()):
+            by_problem.setdefault(problem, {})[likeness] = count
+        return by_problem
+
+
+def _split_contents(index: AuditIndex, datasets: Sequence[Dataset], number: int) -> Iterator[SplitContent]:
+    """Yield the content of each split of one dataset, train first."""
+    query = """
+        SELECT COUNT(*), COUNT(DISTINCT grp), COUNT(mask), COALESCE(SUM(foreground = 0), 0), SUM(flat), COUNT(DISTINCT text),
+               AVG(grey_mean), AVG(grey_std), AVG(grey_mean * grey_mean)
+        FROM images WHERE dataset = ? AND split = ?"""
+    splits = [
+        split for (split,) in index.rows.execute("SELECT DISTINCT split FROM images WHERE dataset = ?", (number,))
+    ]
+    for split in sorted(splits, key=split_order):
+        key = number, split
+        rows, groups, masks, empty, flat, texts, mean, spread, mean_square = index.rows.execute(query, key).fetchone()
+        labels = (
+            "SELECT label, COUNT(*) FROM images WHERE dataset = ? AND split = ? AND label IS NOT NULL GROUP BY label"
+        )
+        counts = dict(index.rows.execute(labels, key).fetchall())
+        longest = "SELECT text FROM images WHERE dataset = ? AND split = ? ORDER BY LENGTH(text) DESC, id LIMIT 1"
+        yield SplitContent(
+            dataset=str(datasets[number].folder),
+            split=split,
+            rows=rows,
+            groups=groups,
+            labels={name: counts.get(name, 0) for name in datasets[number].contract.description.labels},
+            masks=masks,
+            empty_masks=empty,
+            flat_images=flat,
+            texts=texts,
+            longest_text=index.rows.execute(longest, key).fetchone()[0],
+            grey_mean=mean,
+            grey_std=spread,
+            grey_spread=max(0.0, mean_square - mean * mean) ** 0.5,
+        )
+
+
+def _region_sizes(index: AuditIndex, datasets: Sequence[Dataset], number: int) -> Iterator[RegionSizes]:
+    """Yield the sizes of each foreground class by label and split, where it occurs."""
+    about = datasets[number].contract.description
+    masks = (
+        "SELECT label, split, COUNT(mask) FROM images WHERE dataset = ? GROUP BY label, split HAVING COUNT(mask) > 0"
+    )
+    parts = index.rows.execute(masks, (number,)).fetchall()
+    position = {label: place for place, label in enumerate((*about.labels, None))}
+    query = "SELECT class, share, components FROM regions WHERE dataset = ? AND label IS ? AND split = ? ORDER BY class"
+    for label, split, count in sorted(parts, key=lambda part: (position[part[0]], split_order(part[1]))):
+        found = index.rows.execute(query, (number, label, split))
+        for value, regions in groupby(found, key=lambda row: row[0]):
+            shares, components = np.array([row[1:] for row in regions]).T
+            smallest, p5, median, p95, largest = map(float, np.quantile(shares, (0, 0.05, 0.5, 0.95, 1)))
+            yield RegionSizes(
+                dataset=str(datasets[number].folder),
+                split=split,
+                label=label,
+                mask_class=about.mask_classes[value],
+                masks=count,
+                present=len(shares),
+                smallest=smallest,
+                p5=p5,
+                median=median,
+                p95=p95,
+                largest=largest,
+                components_median=float(np.median(components)),
+                components_most=int(components.max()),
+            )

@@ -1,0 +1,117 @@
+"""One pass over prepared datasets that keeps on disk what an audit asks for: a row's ids and digests, measures of its mask, its look.
+
+The rows go to an SQLite file, so that duplicates, quantiles and counts are queries and memory holds a batch of images however large
+the datasets are. Where near-duplicates are asked for, two files receive a record an image: the signatures of `near_duplicates`
+(86 kB each) and plain 64 x 64 thumbnails.
+"""
+
+import sqlite3
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from maskloom.data_prep.splitting.near_duplicates import signature
+from maskloom.pipeline.dataset.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
+from maskloom.pipeline.dataset.audit.rows import label_name, split_rows
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.progress import progress
+
+PLAIN_SIDE = 64
+TOUCHING = np.ones((3, 3), dtype=bool)  # regions that meet at a corner are one component
+
+SCHEMA = """
+CREATE TABLE images (
+    id INTEGER PRIMARY KEY,  -- position of its records in the two files
+    dataset INTEGER, split TEXT, sample TEXT, grp TEXT, label TEXT,
+    image BLOB, mask BLOB,   -- digests of the pixels; no mask: NULL
+    flat INTEGER,            -- one value only, but for padding
+    foreground REAL,         -- share of the mask's area; no mask: NULL
+    text TEXT, grey_mean REAL, grey_std REAL
+);
+CREATE TABLE regions (       -- one row for each mask and each foreground class in it
+    dataset INTEGER, split TEXT, label TEXT, class INTEGER, share REAL, components INTEGER
+);
+"""
+
+
+class AuditIndex:
+    """What is kept of the rows of one or several datasets.
+
+    Attributes:
+        rows: the SQLite file; see `SCHEMA`.
+        signatures, thumbnails: files of one record an image, in the order of `id`; absent unless asked for.
+        size: number of images so far.
+    """
+
+    def __init__(self, folder: Path, near: bool) -> None:
+        """Start an empty index.
+
+        Args:
+            folder: an existing, empty folder for its files.
+            near: whether signatures and thumbnails are kept.
+        """
+        self.rows = sqlite3.connect(folder / "rows.sqlite")
+        self.rows.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
+        self.signatures, self.thumbnails = folder / "signatures.bin", folder / "thumbnails.bin"
+        self.near, self.size = near, 0
+
+    def add(self, dataset: int, folder: Path, contract: Contract) -> None:
+        """Read a dataset whole and keep its rows under the number `dataset`."""
+        total = sum(split.rows for split in contract.splits.values())
+        columns = ["image", "mask", "text", "label", "sample_id", "group_id"]
+        with (
+            self.signatures.open("ab") as signatures,
+            self.thumbnails.open("ab") as thumbnails,
+            progress("auditing", total, "rows") as advance,
+            self.rows,
+        ):
+            for split, row in split_rows(folder, contract, columns):
+                image = png_array(row["image"]["bytes"])
+                mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
+                self._add_row(dataset, split, row, label_name(row, contract), image, mask)
+                if self.near:
+                    _keep_look(image, signatures, thumbnails)
+                self.size += 1
+                advance()
+
+    def close_pass(self) -> None:
+        """Call when all datasets are in: makes the questions about duplicates fast."""
+        self.rows.execute("CREATE INDEX images_by_pixels ON images (image)")
+
+    def _add_row(
+        self, dataset: int, split: str, row: dict[str, Any], label: str | None, image: Pixels, mask: Pixels | None
+    ) -> None:
+        foreground = None if mask is None else float((mask > 0).mean())
+        values = (
+            self.size, dataset, split, row["sample_id"], row["group_id"], label, pixel_digest(image),
+            None if mask is None else pixel_digest(mask), is_blank(image), foreground, row["text"],
+            float(image.mean()), float(image.std()),
+        )  # fmt: skip
+        self.rows.execute(f"INSERT INTO images VALUES ({', '.join('?' * len(values))})", values)
+        if foreground and mask is not None:
+            self.rows.executemany(
+                "INSERT INTO regions VALUES (?, ?, ?, ?, ?, ?)",
+                [(dataset, split, label, *region) for region in mask_regions(mask)],
+            )
+
+
+def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
+    """Return (class, share of the area, number of connected components) of each foreground class of a mask (H, W)."""
+    from scipy.ndimage import label
+
+    counts = np.bincount(mask.ravel())
+    return [
+        (int(value), float(counts[value] / mask.size), int(label(mask == value, TOUCHING)[1]))
+        for value in np.flatnonzero(counts)
+        if value > 0
+    ]
+
+
+def _keep_look(image: Pixels, signatures: BinaryIO, thumbnails: BinaryIO) -> None:
+    grey = without_padding(np.asarray(Image.fromarray(image).convert("L")))
+    signatures.write(signature((grey / np.float32(255)).astype(np.float32)))
+    small = Image.fromarray(grey).resize((PLAIN_SIDE, PLAIN_SIDE), Image.Resampling.BOX)
+    thumbnails.write(np.asarray(small).tobytes())

@@ -1,0 +1,281 @@
+"""`python -m data_prep inspect RAW`: what a raw folder is, what would come of it, and the command that prepares it."""
+
+import io
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
+from maskloom.data_prep.inspect.advice import advice_for, fitting_configuration
+from maskloom.data_prep.inspect.content import IMAGES, kinds_of, misnamed
+from maskloom.data_prep.inspect.layout import Guess, guessed_options
+from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of
+from maskloom.data_prep.inspect.raw_tree import RawTree, known_formats, suffix_of, tables_of, tree_of
+from maskloom.data_prep.inspect.text import Page, counted, quantiles, share
+from maskloom.data_prep.inspect.yaml_text import command_line, configuration_text
+from maskloom.data_prep.left_out import summed_up
+from maskloom.data_prep.prepare import PACKAGE
+from maskloom.data_prep.readers.file_names import is_text, printable
+from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.loading import load_experiment, validated
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.plugins import load_plugin, plugin_names
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+REASONS, FOLDERS, SETS = 8, 12, 6  # shown
+
+
+def inspect_folder(raw_dir: Path, samples: int) -> None:
+    """Print what a raw folder is.
+
+    Args:
+        raw_dir: the folder.
+        samples: how many samples to decode, at most.
+
+    Raises:
+        MaskLoomError: it is missing, not a folder, unreadable or empty.
+    """
+    _check_readable(raw_dir)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
+    with Page() as page, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # decoders' remarks on odd files
+        page.title(str(raw_dir))
+        names = recognised(raw_dir, page)
+        tree = tree_of(raw_dir)
+        kinds = kinds_of(raw_dir, tree.files)
+        _print_misnamed(kinds, page)
+        read = [_describe_dataset(name, raw_dir, samples, page) for name in names]
+        if not any(read):
+            _describe_unknown(raw_dir, tree, kinds, samples, page)
+
+
+def recognised(raw_dir: Path, page: Page) -> list[str]:
+    """Return the datasets whose layout the folder has, that with the narrowest layout first, and say so."""
+    names = []
+    for name in plugin_names(PACKAGE):
+        try:
+            if load_plugin(PACKAGE, name, "dataset").Adapter.recognises(raw_dir):
+                names.append(name)
+        except OSError as error:
+            page.line(f"{name}: cannot tell ({error.strerror}: {error.filename})")
+        except MaskLoomError as error:
+            page.line(f"{name}: cannot tell ({error})")
+    # An adapter of a file format (named FORMAT_folder) fits whatever has such files; one of a dataset knows more.
+    names.sort(key=lambda name: (name.endswith("_folder"), name))
+    page.line(f"looks like: {', '.join(names)}" if names else "none of the datasets that have an adapter of their own")
+    return names
+
+
+def _print_misnamed(kinds: dict[str, str], page: Page) -> None:
+    found = misnamed(kinds, {file: suffix_of(file) for file in kinds})
+    if found:
+        page.section("Not what their endings say")
+        for suffix, told in found:
+            page.fact(suffix, told)
+
+
+def _check_readable(raw_dir: Path) -> None:
+    if not is_text(str(raw_dir)):
+        raise MaskLoomError(f"{printable(str(raw_dir))}: a name in this path is not valid UTF-8; rename it")
+    if not raw_dir.is_dir():
+        what = "is a file; give the folder that holds it" if raw_dir.exists() else "no such folder"
+        raise MaskLoomError(f"{raw_dir}: {what}")
+    try:
+        empty = not any(raw_dir.iterdir())
+    except OSError as error:
+        raise MaskLoomError(f"{raw_dir}: cannot be read ({error.strerror}); fix the permissions") from None
+    if empty:
+        raise MaskLoomError(f"{raw_dir}: the folder is empty")
+
+
+def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> bool:
+    """Print what the adapter of a known dataset makes of the folder, and how to prepare it; return whether it could read it."""
+    plugin = load_plugin(PACKAGE, name, "dataset")
+    page.title(f"{name}: {_first_line(plugin.__doc__)}")
+    where = _configuration(name)
+    adapter: type[DatasetAdapter] = plugin.Adapter
+    try:
+        data = load_experiment(Path(where), []).data
+        sets = adapter.needed_options(raw_dir)
+        needed = ", ".join(f"{key}={value}" for key, value in sets[0].items())
+        if data.options or needed:
+            page.line(f"with the options of {where}{needed and f', but {needed}'}")
+        options = validated({**data.options, **sets[0]}, adapter.Options, "data.options")
+        _, listed, sample = _describe(adapter(raw_dir, options), raw_dir, samples, data, page)
+        if not listed.items:
+            raise MaskLoomError(
+                f"no image that can be used, {len(listed.rejects)} left out: prepare would refuse this folder; correct what is said above,"
+                f" or compare the folder with the layout that data_prep/datasets/{name}.py describes"
+            )
+    except (MaskLoomError, OSError) as error:
+        page.section("Problem")
+        page.line(str(error))
+        return False
+    page.section("To prepare it")
+    page.fact("configuration", where)
+    if not sample.items:
+        page.line(
+            "of the sample nothing could be used: correct what is said above first, or prepare will refuse the folder"
+        )
+    for one in sets[:SETS]:
+        page.command(command_line(where, raw_dir, one))
+    if len(sets) > SETS:
+        page.line(f"and {len(sets) - SETS} other sets, with their own data.options")
+    return True
+
+
+def _configuration(name: str) -> str:
+    """Return the path of a dataset's configuration as it can be given where the user is."""
+    here = Path("configs") / f"{name}.yaml"
+    return str(here if here.is_file() else CONFIGS / here.name)
+
+
+def _describe(
+    adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataConfig | None, page: Page
+) -> tuple[DataConfig, Listing, Sample]:
+    """Print what an adapter lists, what a sample holds, what is wrong, and advice on a configuration.
+
+    Args:
+        adapter: reads the folder.
+        raw_dir: the folder.
+        samples: how many samples to decode, at most.
+        data: the configuration; None for one that suits the sample.
+        page: where to print.
+
+    Returns:
+        that configuration, what is listed, and what a sample holds.
+    """
+    info, listing = adapter.info(), listing_of(adapter)
+    _print_listing(info, listing, page)
+    sample = sample_of(adapter, info, listing, samples)
+    _print_sample(info, listing, sample, page)
+    _print_problems([*listing.rejects, *sample.rejects], raw_dir, page)
+    data = data or fitting_configuration(sample)
+    advice = advice_for(info, listing, sample, data)
+    if advice:
+        page.section("Advice")
+        for line in advice:
+            page.bullet(line)
+    return data, listing, sample
+
+
+def _print_listing(info: DatasetInfo, listing: Listing, page: Page) -> None:
+    page.section("Listed")
+    kind = listing.kind
+    page.fact(kind, f"{len(listing.items)} listed, {len(listing.rejects)} left out")
+    page.fact("licence", info.licence)
+    if any(item.label for item in listing.items):
+        page.fact("classes", counted(Counter(item.label or "none" for item in listing.items)))
+    groups = Counter(item.group for item in listing.items if item.group is not None)
+    if groups:
+        page.fact("groups", f"{len(groups)}; {kind} in each: {quantiles(list(groups.values()))}")
+    else:
+        page.fact("groups", "no patient ids known")
+    splits = Counter(item.split or "not fixed" for item in listing.items)
+    page.fact("official splits", counted(splits) if set(splits) - {"not fixed"} else "none; drawn by data.splits")
+
+
+def _print_sample(info: DatasetInfo, listing: Listing, sample: Sample, page: Page) -> None:
+    opened = f" of {sample.inside} in {sample.opened} {listing.kind}" if listing.kind != "images" else ""
+    page.section(f"In a sample of {len(sample.items)} images{opened}{'' if sample.in_time else ' (time was up)'}")
+    if not sample.items:
+        page.line("none could be read")
+        return
+    if listing.kind != "images" and any(item.label for item in sample.items):
+        page.fact("classes", counted(Counter(item.label or "none" for item in sample.items)))
+    by_area = sorted(sample.sizes, key=lambda size: (size[0] * size[1], size))
+    shown = [f"{width} x {height}" for height, width in (by_area[0], by_area[len(by_area) // 2], by_area[-1])]
+    sizes = len(set(by_area))
+    page.fact(
+        "width x height", shown[0] if sizes == 1 else f"{shown[0]} to {shown[2]}, median {shown[1]}; {sizes} sizes"
+    )
+    page.fact("pixels", f"{counted(sample.kinds)}; values {sample.low:g} to {sample.high:g}")
+    if sample.file_modes:
+        page.fact("files", counted(sample.file_modes))
+    if not sample.masks:
+        page.fact("masks", "none")
+        return
+    total = sample.class_pixels.total()
+    page.fact(
+        "mask pixels",
+        ", ".join(f"{name} {share(sample.class_pixels[i] / total)}" for i, name in enumerate(info.mask_classes)),
+    )
+    empty = sample.masks - len(sample.foreground)
+    page.fact("empty masks", f"{empty} of {sample.masks} ({share(empty / sample.masks)})")
+    if sample.foreground:
+        page.fact(
+            "marked area", f"{quantiles([100 * part for part in sample.foreground])} % of the image, empty masks aside"
+        )
+
+
+def _print_problems(rejects: Sequence[Reject], raw_dir: Path, page: Page) -> None:
+    """Print the most frequent reasons, each with the number of files and one of them."""
+    if not rejects:
+        return
+    entries = summed_up(rejects)
+    page.section(f"Left out: {len(rejects)}")
+    for entry in entries[:REASONS]:
+        example = entry.paths[0].removeprefix(f"{printable(str(raw_dir))}/")
+        page.fact(str(len(entry.paths)), f"{entry.reason} (such as {example})")
+    if len(entries) > REASONS:
+        page.line(f"and {len(entries) - REASONS} other reasons; all are listed in rejected.jsonl once it is prepared")
+
+
+def _describe_unknown(raw_dir: Path, tree: RawTree, kinds: dict[str, str], samples: int, page: Page) -> None:
+    """Print what lies in an unknown folder, and a configuration of the dataset `folder` that fits it."""
+    page.section(f"Files: {len(tree.files)}{'' if tree.complete else ' and more; only these were looked at'}")
+    by_folder = tree.kinds_by_folder()
+    for folder, counts in by_folder[:FOLDERS]:
+        page.fact(folder, counted(counts))
+    if len(by_folder) > FOLDERS:
+        page.line(f"and {len(by_folder) - FOLDERS} other folders")
+    tables, unreadable = tables_of(raw_dir, tree)
+    if tables or unreadable:
+        page.section("Tables")
+        for table in tables:
+            page.fact(table.file, f"{len(table.rows)} rows; columns {', '.join(table.columns) or 'none'}")
+        for file, reason in unreadable:
+            page.fact(file, reason)
+    formats = known_formats(tree, kinds)
+    if formats:
+        page.section("Formats")
+        for name, count, advice in formats:
+            page.fact(name, f"{count} files; {advice}")
+    guess = guessed_options(raw_dir, tree.without([file for file, kind in kinds.items() if kind not in IMAGES]), tables)
+    if guess is not None:
+        _describe_guess(guess, raw_dir, samples, page)
+    elif not formats:
+        page.section("Problem")
+        page.line(
+            "no image of a format that is read (PNG, JPEG, BMP, TIFF, npy); see docs/extending.md for an adapter of your own"
+        )
+
+
+def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> None:
+    if guess.mask_values:
+        page.section("Masks")
+        page.fact("values", guess.mask_values)
+    page.title("folder: with the options guessed below")
+    adapter: type[DatasetAdapter] = load_plugin(PACKAGE, "folder", "dataset").Adapter
+    data = DataConfig(dataset="folder")
+    try:
+        opened = adapter(raw_dir, validated({"modality": "images", **guess.options}, adapter.Options, "data.options"))
+        data, _, _ = _describe(opened, raw_dir, samples, None, page)
+    except MaskLoomError as error:
+        page.section("Problem")
+        page.line(str(error))
+    page.section("To prepare it: save this as configs/my_data.yaml, replace TODO, check what was guessed")
+    page.block(configuration_text(guess, raw_dir, data))
+    page.section("Then")
+    page.command("python -m data_prep --config configs/my_data.yaml")
+    page.section("Or without a file of your own")
+    options = {"modality": "medical image", **guess.options}
+    size = {"image_size": data.image_size[0], "conditioning": data.conditioning}
+    page.command(command_line(_configuration("folder"), raw_dir, options, **size))
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().split("\n")[0].partition(": ")[2]

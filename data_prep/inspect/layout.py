@@ -1,0 +1,228 @@
+"""Guesses options of the dataset `folder` for an unknown tree. A guess is only a proposal: it is tried, shown, and left to the user."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from maskloom.data_prep.inspect.class_masks import by_area, class_patterns
+from maskloom.data_prep.inspect.names import (
+    IMAGE_FOLDER,
+    MASK_PREFIX,
+    MASK_SUFFIX,
+    PATIENT_IN_NAME,
+    SPLIT_FOLDER,
+    is_mask,
+    literal,
+    pattern_of,
+)
+from maskloom.data_prep.inspect.observation import spread
+from maskloom.data_prep.inspect.pixels import channels_of, mask_values_of
+from maskloom.data_prep.inspect.raw_tree import RawTree, Table
+from maskloom.data_prep.inspect.tables import options_from_table
+from maskloom.data_prep.readers.folder_listing import listed_candidates
+from maskloom.data_prep.readers.folder_options import FolderOptions
+from maskloom.data_prep.readers.image_files import READ_SUFFIXES
+from maskloom.pipeline.errors import MaskLoomError
+
+ENOUGH = 0.9  # share of names or images that a guess must hold for
+MOST_CLASSES = 20
+MASKS_TRIED, TEMPLATES_TRIED = 300, 8
+
+
+@dataclass
+class Guess:
+    """Options of `folder`, less the modality.
+
+    Attributes:
+        options: by key.
+        why: what a guess rests on, by key; shown as a comment.
+        mask_values: what the masks looked at hold, in words; empty without masks.
+    """
+
+    options: dict[str, Any]
+    why: dict[str, str] = field(default_factory=dict)
+    mask_values: str = ""
+
+
+def guessed_options(root: Path, tree: RawTree, tables: Sequence[Table]) -> Guess | None:
+    """Return options that fit a tree, tried on it; None where it holds no images.
+
+    Args:
+        root: the raw folder.
+        tree: its files.
+        tables: its tables.
+    """
+    pictures = tree.with_suffix(READ_SUFFIXES)
+    if not pictures:
+        return None
+    guess = Guess({})
+    for table in tables:
+        if "table" not in guess.options and (options := options_from_table(table, pictures)) is not None:
+            guess = Guess(options, {"table": f"its column {options['image_column']} names images"})
+    mask_files = [file for file in pictures if is_mask(file)]
+    image_files = [file for file in pictures if not is_mask(file)] or pictures
+    if "table" not in guess.options:
+        guess.options["images"] = pattern_of(image_files)
+        _guess_from_folders(image_files, guess)
+    if (
+        mask_files
+        and "mask_column" not in guess.options
+        and not _guess_class_masks(root, image_files, mask_files, guess)
+    ):
+        _guess_masks(root, image_files, mask_files, guess)
+    fitting = _fitting(root, guess.options)
+    guess.options["channels"] = channels_of(root, [image for image, _ in fitting])
+    if not isinstance(guess.options.get("masks"), dict):
+        _guess_mask_values(root, [mask for _, masks in fitting for mask in masks], guess)
+    return guess
+
+
+def _guess_from_folders(images: Sequence[str], guess: Guess) -> None:
+    """Guess splits, classes and patients from the levels of the images' folders, and patients from their names."""
+    folders = [PurePosixPath(file).parent.parts for file in images]
+    for level in range(min(map(len, folders))):
+        names = Counter(folder[level] for folder in folders)
+        expression = rf"^(?:[^/]+/){{{level}}}([^/]+)/" if level else "^([^/]+)/"
+        shown = ", ".join(list(names)[:4])
+        place = {max(map(len, folders)) - 1: "parent", max(map(len, folders)) - 2: "grandparent"}.get(level)
+        if all(SPLIT_FOLDER.fullmatch(name) for name in names):
+            _propose(guess, "split_pattern", expression, f"folders {shown}")
+        elif len(names) < 2 or len(images) < 2 * len(names) or any(IMAGE_FOLDER.fullmatch(name) for name in names):
+            continue
+        elif sum(any(letter.isdigit() for letter in name) for name in names) >= ENOUGH * len(names) and len(names) > 2:
+            _propose(guess, "group_pattern", expression, f"folders {shown} look like patients")
+        elif place and len(set(map(len, folders))) == 1 and len(names) <= MOST_CLASSES:
+            _propose(guess, "label_from", place, f"folders {shown}")
+    patients = Counter(found[1] for file in images if (found := re.search(PATIENT_IN_NAME, file)))
+    if patients.total() >= ENOUGH * len(images) and 2 < len(patients) < len(images):
+        _propose(guess, "group_pattern", PATIENT_IN_NAME, f"names with {', '.join(list(patients)[:3])}")
+
+
+def _propose(guess: Guess, key: str, value: Any, why: str) -> None:
+    if key not in guess.options:
+        guess.options[key], guess.why[key] = value, why
+
+
+def _guess_class_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess: Guess) -> bool:
+    """Propose a pattern for each class, where masks are one black-and-white file per class; return whether they are."""
+    patterns = class_patterns(masks, _by_stem(images), _folder_templates)
+    if not patterns or not mask_values_of(root, masks).binary:
+        return False
+    found = listed_masks(root, {**guess.options, "masks": patterns})
+    fitted = len(_fitting(root, {**guess.options, "masks": patterns}))
+    if fitted < ENOUGH * len(images) or not all(found.values()):
+        return False
+    guess.options["masks"] = {word: patterns[word] for word in by_area(root, found)}
+    guess.why["masks"] = f"a file per class; fits {fitted} of {len(images)} images; later classes lie over earlier ones"
+    return True
+
+
+def listed_masks(root: Path, options: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the mask files of each class that options find."""
+    candidates, _ = listed_candidates(root, FolderOptions(modality="any", **options))
+    words = list(options["masks"])
+    found: dict[str, list[str]] = {word: [] for word in words}
+    for candidate in candidates:
+        for mask, pattern in zip(candidate.masks, candidate.patterns, strict=True):
+            found[words[pattern]].append(mask)
+    return found
+
+
+def _by_stem(images: Sequence[str]) -> dict[str, list[str]]:
+    stems: dict[str, list[str]] = {}
+    for image in images:
+        stems.setdefault(PurePosixPath(image).stem, []).append(image)
+    return stems
+
+
+def _guess_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess: Guess) -> None:
+    """Try the mask patterns that single pairs suggest, and keep the one that fits most images."""
+    stems = _by_stem(images)
+    templates: Counter[str] = Counter()
+    for mask in spread(masks, MASKS_TRIED):
+        templates.update(_templates_of(mask, stems))
+    if not templates:  # one folder of masks an image, with names of their own
+        templates.update(_siblings_of(PurePosixPath(mask)) for mask in masks[:1])
+    best, fitted = None, 0
+    ranked = sorted(templates, key=lambda template: (-templates[template], -template.count("{"), template))
+    for template in ranked[:TEMPLATES_TRIED]:
+        count = len(_fitting(root, {**guess.options, "masks": template}))
+        if count > fitted:
+            best, fitted = template, count
+    if best is not None:
+        guess.options["masks"] = best
+        guess.why["masks"] = f"fits {fitted} of {len(images)} images"
+
+
+def _templates_of(mask: str, stems: dict[str, list[str]]) -> set[str]:
+    """Return the patterns that would give a mask to an image of the same stem, nearest image first."""
+    path = PurePosixPath(mask)
+    suffixed, prefixed = MASK_SUFFIX.fullmatch(path.stem), MASK_PREFIX.fullmatch(path.stem)
+    names = {path.stem: "{stem}"}
+    if suffixed:
+        names[suffixed["base"]] = f"{{stem}}{literal(suffixed['mark'])}{'*' if suffixed['number'] else ''}"
+    if prefixed:
+        names[prefixed["base"]] = f"{literal(prefixed['mark'])}{{stem}}"
+    found = set()
+    for stem, name in names.items():
+        owners = [image for image in stems.get(stem, []) if image != mask]
+        if owners:
+            image = PurePosixPath(max(owners, key=lambda owner: _shared_folders(owner, mask)))
+            found |= {f"{folder}{name}{literal(path.suffix)}" for folder in _folder_templates(image, path)}
+    return found
+
+
+def _siblings_of(mask: PurePosixPath) -> str:
+    """Return the pattern of all masks in the folder beside the image's."""
+    *above, _, folder, _ = ("", "", *mask.parts)
+    return (
+        "".join(f"{literal(part)}/" for part in above if part)
+        + f"{{grandparent}}/{literal(folder)}/*{literal(mask.suffix)}"
+    )
+
+
+def _shared_folders(one: str, other: str) -> int:
+    parts = PurePosixPath(other).parts[:-1]
+    return sum(part in parts for part in PurePosixPath(one).parts[:-1])
+
+
+def _folder_templates(image: PurePosixPath, mask: PurePosixPath) -> set[str]:
+    """Return the ways to say where a mask lies, seen from its image; each with its last slash."""
+    if image.parent == mask.parent:
+        return {"{folder}/"}
+    above = {image.parent.name: "{parent}", image.parent.parent.name: "{grandparent}"}
+    levels = [{literal(part), above.get(part, literal(part))} for part in mask.parent.parts]
+    return {"".join(f"{part}/" for part in parts) for parts in product(*levels)}
+
+
+def _fitting(root: Path, options: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the images and masks that options find; an image counts only where its masks are its own."""
+    try:
+        candidates, _ = listed_candidates(root, FolderOptions(modality="any", **options))
+    except (MaskLoomError, ValueError):
+        return []
+    uses = Counter(mask for candidate in candidates for mask in set(candidate.masks))
+    asked = "masks" in options or "mask_column" in options
+    return [
+        (candidate.file, candidate.masks)
+        for candidate in candidates
+        if not asked
+        or (candidate.masks and all(uses[mask] == 1 or "mask" in candidate.row for mask in candidate.masks))
+    ]
+
+
+def _guess_mask_values(root: Path, masks: Sequence[str], guess: Guess) -> None:
+    values = mask_values_of(root, masks)
+    if not values.read:
+        return
+    guess.mask_values = str(values)
+    classes = values.classes()
+    if classes is not None:
+        guess.options["mask_values"] = classes
+        guess.why["mask_values"] = "put the classes' names; only some masks were looked at, there may be more"
+    elif not values.binary:
+        guess.why["masks"] = f"{len(values.codes)} values are too many for classes: are these masks?"

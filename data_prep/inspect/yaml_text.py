@@ -1,0 +1,86 @@
+"""A guess as a configuration file, ready to be saved."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maskloom.data_prep.inspect.layout import Guess
+from maskloom.data_prep.readers.file_names import printable
+from maskloom.pipeline.config.experiment import DataConfig
+
+PLAIN = re.compile(
+    r"/[\w/ .()+-]*[\w/)]|[a-z][a-z_]{5,}(?:/[\w/.-]*\w)?", re.ASCII
+)  # not `yes`, `null` or `1e3`, which are no text
+ORDER = (
+    "channels", "images", "masks", "mask_values", "table", "image_column", "mask_column", "label_column", "group_column",
+    "split_column", "label_from", "group_pattern", "split_pattern",
+)  # fmt: skip
+
+
+def configuration_text(guess: Guess, raw_dir: Path, data: DataConfig) -> str:
+    """Return the text of a configuration that extends configs/folder.yaml.
+
+    Args:
+        guess: options, and what they rest on.
+        raw_dir: the raw folder.
+        data: the rest of its section `data`.
+    """
+    lines = [
+        "extends: folder.yaml",
+        "experiment: my_data",
+        "data:",
+        f"  raw_dir: {_quoted(str(raw_dir.resolve()))}",
+        f"  image_size: {data.image_size[0]}",
+        f"  conditioning: {data.conditioning}",
+        "  options:",
+        "    modality: TODO  # the words for the imaging method in prompts, such as breast ultrasound",
+    ]
+    for key in ORDER:
+        if key in guess.options:
+            lines += _entry(key, guess.options[key], guess.why.get(key, ""))
+    return "\n".join(lines)
+
+
+def _entry(key: str, value: Any, why: str) -> list[str]:
+    comment = f"  # {printable(why)}" if why else ""
+    if isinstance(value, dict):
+        items = [f"      {_quoted(item)}: {_quoted(name)}" for item, name in value.items()]
+        return [f"    {key}:{comment}", *items]
+    return [f"    {key}: {_quoted(value)}{comment}"]
+
+
+def command_line(configuration: str, raw_dir: Path, options: Mapping[str, Any], **data: Any) -> str:
+    """Return the command that prepares a folder, to be pasted into a shell.
+
+    Args:
+        configuration: path of the configuration.
+        raw_dir: the raw folder.
+        options: of the dataset.
+        data: further keys of the section `data`.
+    """
+    values = {"raw_dir": str(raw_dir), **data, **{f"options.{key}": value for key, value in options.items()}}
+    overrides = (shlex.quote(f"data.{key}={_plain_or_quoted(value)}") for key, value in values.items())
+    return f"python -m data_prep --config {shlex.quote(configuration)} {' '.join(overrides)}"
+
+
+def _plain_or_quoted(value: Any) -> str:
+    """Return a value as an override states it: names and paths that YAML reads as they stand without quotes."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_quoted(key)}: {_quoted(item)}' for key, item in value.items())}}}"
+    return value if isinstance(value, str) and PLAIN.fullmatch(value) else _quoted(value)
+
+
+def _quoted(value: Any) -> str:
+    """Return a YAML scalar; what a screen cannot show, and what would be taken for a variable, is escaped."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    text = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\\\${")
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    return letter if letter.isprintable() else f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"

@@ -1,0 +1,141 @@
+"""Stain normalisation of H&E images: all tiles get the colours of one reference, by the library torchstain on numpy.
+
+`macenko`: Macenko et al., "A method for normalizing histology slides for quantitative analysis" (ISBI 2009). Both stains' directions in
+optical density are estimated from the tile, and replaced by the reference's. `reinhard`: Reinhard et al., "Color transfer between
+images" (IEEE Computer Graphics and Applications 2001): mean and deviation in the L*a*b* colour space become the reference's.
+
+What torchstain does not say itself: it adds 1 before the logarithm and cuts decimals off, so that even an image that is its own
+reference moves by a grey value; and it returns noise, not an error, where a tile shows too little of two stains. Such tiles are rejected here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from maskloom.data_prep.readers.common import decoded_image, eight_bit
+from maskloom.pipeline.config.experiment import StainConfig
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
+
+WHITE = 240  # torchstain's `Io`: grey value of light without tissue
+LEAST_DENSITY = 0.15  # torchstain's `beta`: optical density of the palest tissue
+PALEST = WHITE * np.exp(-LEAST_DENSITY) - 1  # grey value of that density
+LEAST_TISSUE = (
+    0.1  # share of the tile; below, the stains' 99th percentiles, taken over the whole tile, say little of its tissue
+)
+LEAST_PIXELS = 100  # of tissue
+LEAST_COLOUR = 8  # mean difference between a pixel's highest and lowest channel; a JPEG of a grey image stays below
+LEAST_ANGLE = 3.0  # degrees between the stains' directions; haematoxylin and eosin are 22 apart
+LEAST_STAIN = 0.1  # 99th percentile of a stain's concentration; the published reference has 2.0 and 1.0
+LEAST_SPREAD = 0.1  # standard deviation of L*, a* and b*; Reinhard divides by it
+
+
+@dataclass(frozen=True)
+class StainNormaliser:
+    """Gives images the stains of the reference it was fitted to; can be pickled.
+
+    Attributes:
+        method: `macenko` or `reinhard`.
+        library: torchstain's normaliser, fitted.
+    """
+
+    method: str
+    library: Any
+
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return a tile with the reference's stains; the same tile gives the same values.
+
+        Args:
+            image: (H, W, 3) uint8, RGB.
+
+        Returns:
+            (H, W, 3) uint8.
+
+        Raises:
+            RejectedSample: the tile has no colour, too little tissue, or not two stains that can be told apart.
+        """
+        _fitted(self.method, image)  # for its checks: torchstain would normalise by whatever it finds
+        with np.errstate(over="ignore"), threadpool_limits(1):  # what overflows is white
+            if self.method == "reinhard":
+                return np.asarray(self.library.normalize(image), dtype=np.uint8)
+            return np.asarray(self.library.normalize(image, Io=WHITE, beta=LEAST_DENSITY, stains=False)[0], np.uint8)
+
+
+def stain_normaliser(config: StainConfig) -> StainNormaliser:
+    """Return a normaliser that is fitted to the configured reference, or to torchstain's published vectors for H&E.
+
+    Raises:
+        MaskLoomError: the reference cannot be read, or its stains cannot be estimated.
+    """
+    if config.reference is None:
+        return StainNormaliser(config.method, _unfitted(config.method))
+    try:
+        return StainNormaliser(config.method, _fitted(config.method, _reference_pixels(config.reference)))
+    except RejectedSample as error:
+        raise MaskLoomError(
+            f"data.stain.reference={config.reference}: {one_line(error)}; give a well stained tile with much tissue"
+        ) from error
+
+
+def _reference_pixels(path: Path) -> NDArray[np.uint8]:
+    return eight_bit(decoded_image(path), "RGB")
+
+
+def _unfitted(method: str) -> Any:
+    from torchstain.base.normalizers import MacenkoNormalizer, ReinhardNormalizer
+
+    return {"macenko": MacenkoNormalizer, "reinhard": ReinhardNormalizer}[method](backend="numpy")
+
+
+def _fitted(method: str, image: NDArray[np.uint8]) -> Any:
+    """Return torchstain's normaliser, fitted to an image.
+
+    Raises:
+        RejectedSample: see `StainNormaliser`.
+    """
+    _check_colour_and_tissue(method, image)
+    normaliser = _unfitted(method)
+    with threadpool_limits(1):  # the same bits on any number of cores
+        if method == "reinhard":
+            normaliser.fit(image)
+            _check_spread(normaliser.target_stds)
+        else:
+            normaliser.fit(image, Io=WHITE, beta=LEAST_DENSITY)
+            _check_stains(normaliser.HERef, normaliser.maxCRef)
+    return normaliser
+
+
+def _check_colour_and_tissue(method: str, image: NDArray[np.uint8]) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise RejectedSample(f"no RGB image but {image.shape} {image.dtype}: its stains cannot be normalised")
+    # Macenko's estimate rests on pixels that are dense in all channels; to Reinhard pale pink is tissue as well.
+    tissue = (image.max(axis=2) if method == "macenko" else image.min(axis=2)) <= PALEST
+    if tissue.mean() < LEAST_TISSUE or tissue.sum() < LEAST_PIXELS:
+        raise RejectedSample(
+            f"too little tissue for stain normalisation: {tissue.sum()} pixels, {tissue.mean():.1%} of the image "
+            f"(at least {LEAST_PIXELS} and {LEAST_TISSUE:.0%})"
+        )
+    colour = float(np.ptp(image[tissue], axis=1).mean())
+    if colour < LEAST_COLOUR:
+        raise RejectedSample(
+            f"no colour to normalise: the channels differ by {colour:.1f} of 255 (at least {LEAST_COLOUR})"
+        )
+
+
+def _check_spread(deviations: NDArray[np.float32]) -> None:
+    """Check the standard deviations of L*, a* and b*."""
+    if not deviations.min() >= LEAST_SPREAD:
+        raise RejectedSample("every pixel has nearly the same colour: there is nothing to normalise")
+
+
+def _check_stains(directions: NDArray[np.float64], most: NDArray[np.float64]) -> None:
+    """Check the estimated unit vectors of the stains, (3, 2), and the 99th percentiles of their concentrations, (2,)."""
+    angle = float(np.degrees(np.arccos(np.clip(directions[:, 0] @ directions[:, 1], -1, 1))))
+    if not angle >= LEAST_ANGLE or not most.min() >= LEAST_STAIN:
+        raise RejectedSample(
+            f"two stains cannot be told apart: {angle:.1f} degrees between them (at least {LEAST_ANGLE:g}), "
+            f"concentrations {most[0]:.2f} and {most[1]:.2f} (at least {LEAST_STAIN:g})"
+        )

@@ -1,0 +1,249 @@
+"""Finds the files that a pattern names below a folder, and those that belong to one image.
+
+A pattern is a path with `*`, `?`, `[abc]` and `**/` (any number of folders), and with placeholders such as `{stem}` that each image fills
+in. It fits names as they look, upper or lower case: `images/*.png` also finds `Images/1.PNG`. Hidden files are left out. Patterns cannot leave
+the folder; a link that does is told by `Confined`.
+"""
+
+import os
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+
+from maskloom.data_prep.readers.common import IMAGE_SUFFIXES, natural_order
+from maskloom.data_prep.readers.file_names import as_seen, comparable, is_system_name
+from maskloom.pipeline.errors import RejectedSample
+
+TOKENS = re.compile(r"(\{folder\}/|\{[^{}]*\}|\*\*/|\*|\?|\[!?[^\]]+\])")
+ANYTHING = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
+ANY_VALUE = {"{folder}/": "(?:[^/]+/)*", "{image}": ".+", "{mask}": ".+"}  # the others stand for one name
+FIRST_WILDCARD = re.compile(r"[*?]|\[!?[^\]]+\]")
+WILDCARD_BESIDE_PLACEHOLDER = re.compile(r"\}[*?\[]|[*?\]]\{")
+
+
+def check_pattern(pattern: str, placeholders: Collection[str]) -> None:
+    """Check a pattern as a user wrote it.
+
+    Args:
+        pattern: the pattern.
+        placeholders: the names that it may use in braces.
+
+    Raises:
+        ValueError: it is empty, absolute or leads upwards, holds a backslash, a lone brace or another placeholder, ends in a folder, or has
+            a wildcard right beside a placeholder, where image `1` would also take what belongs to image `10`.
+    """
+    parts = pattern.split("/")
+    unknown = [name for name in re.findall(r"\{([^{}]*)\}", pattern) if name not in placeholders]
+    if not pattern or PurePosixPath(pattern).is_absolute() or ".." in parts or "\\" in pattern:
+        raise ValueError("give a path relative to data.raw_dir, with forward slashes and without '..'")
+    if unknown:
+        known = ", ".join(f"{{{name}}}" for name in placeholders) or "none"
+        raise ValueError(f"unknown placeholder {{{unknown[0]}}}; known here: {known}")
+    if re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", pattern)):
+        raise ValueError("has a lone brace")
+    if any("**" in part and part != "**" for part in parts) or parts[-1] in ("", "**"):
+        raise ValueError("'**' stands for whole folders, and a file must follow, as in 'images/**/*'")
+    if WILDCARD_BESIDE_PLACEHOLDER.search(pattern):
+        raise ValueError(
+            "put a separator such as '_' between a placeholder and a wildcard, or image 1 would also take what belongs to image 10"
+        )
+    if "{folder}" in pattern and (not pattern.startswith("{folder}/") or pattern.count("{folder}") > 1):
+        raise ValueError("{folder} can only stand at the start, as in '{folder}/{stem}_mask.png'")
+    try:
+        _expression(pattern, {})
+    except re.error as error:
+        raise ValueError(f"is not a valid pattern ({error})") from None
+
+
+class FilePool:
+    """The files that a pattern can name for any image, found once, and those that it names for one.
+
+    Attributes:
+        files: paths relative to the folder, with forward slashes, `2.png` before `10.png`.
+        linked_folders: links to folders on the way, which are not followed.
+    """
+
+    def __init__(self, folder: Path, pattern: str) -> None:
+        """Find the files.
+
+        Args:
+            folder: where to look.
+            pattern: a pattern that `check_pattern` passed.
+        """
+        expression = _expression(pattern, {}, loosely=True)
+        found, self.linked_folders = _walked(folder, _literal_folders(pattern))
+        self.files = sorted((file for file in found if expression.fullmatch(as_seen(file))), key=_file_order)
+        self._pattern = pattern
+        self._as_written = _Index(self.files, pattern, loosely=False)
+
+    def matching(self, values: Mapping[str, str]) -> list[str]:
+        """Return the files of one image, `2.png` before `10.png`.
+
+        Args:
+            values: what its placeholders stand for; a pattern without placeholders means the files of the same `stem`.
+        """
+        return self._as_written.matching(values)
+
+    def looking_like(self, values: Mapping[str, str]) -> list[str]:
+        """Return the files that would be those of one image if accents, spaces and letter case were written alike; see `matching`."""
+        return self._as_seen.matching(values)
+
+    @cached_property
+    def _as_seen(self) -> "_Index":
+        return _Index(self.files, self._pattern, loosely=True)
+
+
+class _Index:
+    """Files by path, stem and folder: by their names as they are, or loosely, as `data_prep.readers.file_names` compares them."""
+
+    def __init__(self, files: Sequence[str], pattern: str, loosely: bool) -> None:
+        self._pattern, self._loosely = pattern, loosely
+        self._key: Callable[[str], str] = comparable if loosely else str
+        self._with_path: dict[str, list[str]] = defaultdict(list)
+        self._with_stem: dict[str, list[str]] = defaultdict(list)
+        names_in: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for file in sorted(files):
+            path = PurePosixPath(file)
+            self._with_path[self._key(file)].append(file)
+            self._with_stem[self._key(path.stem)].append(file)
+            names_in[self._start(str(path.parent))].append((self._start(path.name), file))
+        self._names_in = {folder: sorted(names) for folder, names in names_in.items()}
+
+    def matching(self, values: Mapping[str, str]) -> list[str]:
+        """See `FilePool.matching`."""
+        pattern = self._pattern
+        if "{" not in pattern:
+            return list(self._with_stem.get(self._key(values["stem"]), []))
+        if not has_wildcards(pattern):
+            return list(self._with_path.get(self._key(_filled(pattern, values)), []))
+        folder, _, name = pattern.rpartition("/")
+        place, _, start = _filled(
+            FIRST_WILDCARD.split(name if has_wildcards(folder) else pattern)[0], values
+        ).rpartition("/")
+        folders = list(self._names_in) if has_wildcards(folder) else [self._start(place or ".")]
+        candidates = (file for one in folders for file in _beginning(self._names_in.get(one, []), self._start(start)))
+        expression = _expression(pattern, values, self._loosely)
+        fitting = (file for file in candidates if expression.fullmatch(as_seen(file) if self._loosely else file))
+        return sorted(fitting, key=_file_order)
+
+    def _start(self, name: str) -> str:
+        """Return a name in which equal beginnings are equal."""
+        return as_seen(name).casefold() if self._loosely else name
+
+
+class Confined:
+    """Tells files that lie in a folder from links that lead out of it; remembers the folders that it has looked up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._root = folder.resolve()
+        self._resolved: dict[Path, Path] = {}
+
+    def check(self, name: str) -> None:
+        """Check one path relative to the folder.
+
+        Raises:
+            RejectedSample: it leads out of the folder.
+        """
+        path = self._folder / name
+        parent = self._resolved.get(path.parent) or self._resolved.setdefault(path.parent, path.parent.resolve())
+        # Unlike Path.resolve, realpath takes a link to itself for what it is.
+        place = Path(os.path.realpath(path)) if path.is_symlink() else parent / path.name
+        if not place.is_relative_to(self._root):
+            raise RejectedSample(f"{name} is a link that leads out of data.raw_dir; copy the file into it")
+
+
+def placeholder_values(file: str) -> dict[str, str]:
+    """Return what `{stem}`, `{parent}`, `{grandparent}` and `{folder}` stand for, for an image's relative path."""
+    path = PurePosixPath(file)
+    return {
+        "stem": path.stem,
+        "parent": path.parent.name,
+        "grandparent": path.parent.parent.name,
+        "folder": "" if str(path.parent) == "." else str(path.parent),
+    }
+
+
+def _file_order(file: str) -> list[list[tuple[int, str]]]:
+    return [natural_order(Path(part)) for part in file.split("/")]
+
+
+def _walked(root: Path, parts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the visible files and the linked folders below some nested folders of `root`, relative to `root`.
+
+    Links to nothing, pipes and folders that are named as an image count as files, so that whoever reads them says what they are.
+    """
+    files, links = [], []
+    for start in _folders_named(root, parts):
+        for place, folders, names in os.walk(start):
+            here = Path(place).relative_to(root)
+            folders[:] = sorted(name for name in folders if not is_system_name(name))
+            linked = [name for name in folders if (root / here / name).is_symlink()]
+            links += [(here / name).as_posix() for name in linked]
+            named_as_images = [n for n in folders if n.lower().endswith(IMAGE_SUFFIXES) and n not in linked]
+            files += [(here / name).as_posix() for name in (*names, *named_as_images) if not is_system_name(name)]
+    return files, links
+
+
+def _folders_named(root: Path, parts: Sequence[str]) -> list[Path]:
+    """Return the folders that nested names lead to, compared as they look."""
+    folders = [root]
+    for part in parts:
+        below = (entry for folder in folders for entry in sorted(folder.iterdir()) if entry.is_dir())
+        folders = [entry for entry in below if comparable(entry.name) == comparable(part)]
+    return folders
+
+
+def _literal_folders(pattern: str) -> list[str]:
+    """Return the folders that a pattern begins with, up to the first wildcard or placeholder."""
+    return list(takewhile(lambda part: not _special(part), pattern.split("/")[:-1]))
+
+
+def _special(pattern: str) -> bool:
+    return "{" in pattern or has_wildcards(pattern)
+
+
+def has_wildcards(pattern: str) -> bool:
+    """Whether a pattern may name several files of one image."""
+    return FIRST_WILDCARD.search(pattern) is not None
+
+
+def _filled(pattern: str, values: Mapping[str, str]) -> str:
+    """Return a pattern with its placeholders filled in; an image that lies in no folder has no `{folder}/`."""
+    if not values.get("folder"):
+        pattern = pattern.removeprefix("{folder}/")
+    return re.sub(r"\{([^{}]*)\}", lambda match: values[match[1]], pattern)
+
+
+def _beginning(names: list[tuple[str, str]], start: str) -> list[str]:
+    """Return the files whose names, the first of each pair in a sorted list, begin so."""
+    first = bisect_left(names, (start,))
+    return [file for _, file in takewhile(lambda pair: pair[0].startswith(start), names[first:])]
+
+
+def _expression(pattern: str, values: Mapping[str, str], loosely: bool = False) -> re.Pattern[str]:
+    """Return the regular expression of a pattern for one image, or, without values, for any image.
+
+    Args:
+        pattern: the pattern.
+        values: what its placeholders stand for.
+        loosely: fit names as they are seen, upper or lower case; a set such as `[A-Z]` stays what it is.
+    """
+    if loosely:
+        pattern, values = as_seen(pattern), {key: as_seen(value) for key, value in values.items()}
+
+    def translated(token: str) -> str:
+        if token in ANYTHING:
+            return ANYTHING[token]
+        if token.startswith("{"):
+            return re.escape(_filled(token, values)) if values else ANY_VALUE.get(token, "[^/]+")
+        if len(token) > 2 and token[0] == "[" and token[-1] == "]":
+            characters = "[^" + token[2:] if token[1] == "!" else token
+            return f"(?-i:{characters})" if loosely else characters
+        return re.escape(token)
+
+    return re.compile("".join(map(translated, TOKENS.split(pattern))), re.IGNORECASE if loosely else re.NOFLAG)

@@ -1,0 +1,48 @@
+"""What unrelated images of a dataset score by chance, and the threshold that follows.
+
+Each of some images is compared with a few others drawn at random: too few to hold a copy of it. The best score in each draw has a distribution whose
+upper part is that of chance; a normal distribution of single scores (in Fisher's z) that has the same quantiles is extended to all pairs of the dataset.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from maskloom.data_prep.splitting.neighbours import WindowIndex
+
+FEWEST = 16  # images from which chance can be measured
+DRAWS = 256
+LARGEST_DRAW, DRAWN_SHARE = 64, 1 / 12
+QUANTILES = (0.5, 0.85)  # the part above may hold copies
+EXPECTED = 0.1  # chance joins in the whole dataset
+
+
+def drawn_pairs(index: WindowIndex, images: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each draw among some images the first one and the best match among the others drawn, (DRAWS, 2)."""
+    random = np.random.default_rng(0)
+    pairs = []
+    for _ in range(DRAWS):
+        drawn = random.choice(images, draw_size(len(images)) + 1, replace=False)
+        image, others = int(drawn[0]), np.sort(drawn[1:])
+        pairs.append((image, int(others[index.scores(image, others).max(axis=1).argmax()])))
+    return np.array(pairs)
+
+
+def draw_size(count: int) -> int:
+    """Return how many others each image is compared with in a dataset of so many images."""
+    return max(1, min(LARGEST_DRAW, int(DRAWN_SHARE * count)))
+
+
+def chance_threshold(best: NDArray[np.float64], draw: int, count: int) -> float:
+    """Return the score that unrelated pairs of a dataset are expected to reach `EXPECTED` times.
+
+    Args:
+        best: the best score of each draw, -1..1.
+        draw: number of scores in a draw.
+        count: number of images.
+    """
+    low, high = np.quantile(np.arctanh(np.clip(best, -0.999, 0.999)), QUANTILES)
+    z_low, z_high = (norm.ppf(share ** (1 / draw)) for share in QUANTILES)
+    deviation = (high - low) / (z_high - z_low)
+    mean = low - deviation * z_low
+    return float(np.tanh(mean + deviation * norm.isf(EXPECTED / (count * (count - 1) / 2))))

@@ -1,0 +1,146 @@
+"""The arms of a downstream comparison: what a model may train on. All arms take the same number of optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.pipeline.config.bounds import Repeats, Trainings
+from maskloom.pipeline.config.experiment import Section
+from maskloom.pipeline.errors import MaskLoomError, nearest_name
+from maskloom.pipeline.progress import progress
+from maskloom.pipeline.training.fixed_steps import Augment
+
+Pair = tuple[NDArray[np.uint8], NDArray[np.generic]]
+ArmName = Literal["real", "real_augmented", "real_synthetic", "real_synthetic_augmented", "synthetic"]
+WITH_SYNTHETIC = "real_synthetic"
+PREFERRED_GENERATOR = "controlnet"
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm trains on."""
+
+    title: str
+    real: bool
+    synthetic: bool
+    augmented: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "real": Arm("real", real=True, synthetic=False),
+    "real_augmented": Arm("real + standard augmentation", real=True, synthetic=False, augmented=True),
+    "real_synthetic": Arm("real + synthetic", real=True, synthetic=True),
+    "real_synthetic_augmented": Arm(
+        "real + synthetic + standard augmentation", real=True, synthetic=True, augmented=True
+    ),
+    "synthetic": Arm("synthetic only", real=False, synthetic=True),
+}
+
+
+class ArmOptions(Section):
+    """Which arms are compared, and how."""
+
+    arms: tuple[ArmName, ...] = ("real", "real_augmented", "real_synthetic", "synthetic")
+    seeds: Trainings = Field(3, ge=1, description="trainings of each arm; 5 for a headline")
+    generator: str | None = Field(
+        None, description="whose images; null: controlnet where there is one, else the first generator"
+    )
+    every_generator: bool = Field(
+        False,
+        description="also train real + synthetic with each other generator's images, and compare it in the same way",
+    )
+    synthetic_per_real: float | None = Field(
+        None, gt=0, description="most synthetic images for each real one; null: all there are"
+    )
+    resamples: Repeats = Field(2000, ge=100)
+    augmentation: AugmentationOptions = AugmentationOptions()
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_hold_the_baseline(cls, arms: tuple[ArmName, ...]) -> tuple[ArmName, ...]:
+        if "real" not in arms or len(arms) < 2 or len(set(arms)) < len(arms):
+            raise ValueError("must hold 'real' (every other arm is compared with it) and another arm, each once")
+        return arms
+
+
+def chosen_generator(inputs: EvaluationInputs, name: str | None) -> ImageSet | None:
+    """Return the synthetic set that the arms train on; None where there is no synthetic set at all.
+
+    Raises:
+        MaskLoomError: the named generator has no set (lists those that have).
+    """
+    if name is not None and name not in inputs.synthetic:
+        raise MaskLoomError(f"generator={name!r} has no synthetic set: {nearest_name(name, list(inputs.synthetic))}")
+    if not inputs.synthetic:
+        return None
+    return inputs.synthetic[
+        name or (PREFERRED_GENERATOR if PREFERRED_GENERATOR in inputs.synthetic else next(iter(inputs.synthetic)))
+    ]
+
+
+def other_generators(inputs: EvaluationInputs, options: ArmOptions, chosen: ImageSet) -> list[ImageSet]:
+    """Return the synthetic sets besides the chosen one that an arm is trained with: all or none."""
+    return [one for one in inputs.synthetic.values() if options.every_generator and one.name != chosen.name]
+
+
+def arm_title(name: str) -> str:
+    """Return an arm's name for readers; one with another generator's images is called `real_synthetic:GENERATOR`."""
+    kind, _, generator = name.partition(":")
+    return f"{ARMS[kind].title} by {generator}" if generator else ARMS[kind].title
+
+
+def limited_rows(real: int, synthetic: int, options: ArmOptions, seed: int) -> NDArray[np.int64]:
+    """Return which synthetic images are used, in order: all, or a random part that keeps to `synthetic_per_real`."""
+    most = (
+        synthetic
+        if options.synthetic_per_real is None
+        else min(synthetic, max(1, round(real * options.synthetic_per_real)))
+    )
+    return np.sort(np.random.default_rng(seed).permutation(synthetic)[:most])
+
+
+def arm_data(arm: Arm, real: Pair, synthetic: Pair) -> Pair:
+    """Return the images and targets of an arm."""
+    parts = [pair for pair, used in ((real, arm.real), (synthetic, arm.synthetic)) if used]
+    return np.concatenate([images for images, _ in parts]), np.concatenate([targets for _, targets in parts])
+
+
+def train_arms(
+    options: ArmOptions,
+    real: Pair,
+    woven: Mapping[str, Pair],
+    seed: int,
+    train: Callable[[Pair, int, Augment | None], Outcome],
+) -> dict[str, list[Outcome]]:
+    """Return what `train(data, seed, augment)` gives for every arm, one a seed.
+
+    Args:
+        options: the arms and the number of seeds.
+        real: real images (N, H, W, C) and their targets.
+        woven: synthetic images and their targets by generator; the first is the one that `options.arms` are about, each other one is an arm
+            of its own with the real images.
+        seed: the first seed.
+        train: trains one model and returns what came of it on the test images, external ones included.
+    """
+    augment = standard_augmentation(options.augmentation)
+    (_, chosen), *others = woven.items()
+    arms: dict[str, tuple[Arm, Pair]] = {name: (ARMS[name], chosen) for name in options.arms}
+    arms |= {f"{WITH_SYNTHETIC}:{name}": (ARMS[WITH_SYNTHETIC], pair) for name, pair in others}
+    outcomes: dict[str, list[Outcome]] = {}
+    with progress("training downstream models", len(arms) * options.seeds, "models") as advance:
+        for name, (arm, images) in arms.items():
+            data = arm_data(arm, real, images)
+            for offset in range(options.seeds):
+                advance(0, note=f"{arm_title(name)}, seed {seed + offset}")
+                outcomes.setdefault(name, []).append(train(data, seed + offset, augment if arm.augmented else None))
+                advance()
+    return outcomes

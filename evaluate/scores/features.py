@@ -1,0 +1,97 @@
+"""Images -> features of a pretrained network; computed once a set, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from maskloom.evaluate.inputs import EvaluationInputs, Images, ImageSet
+from maskloom.pipeline.config.bounds import Side
+from maskloom.pipeline.config.experiment import Section
+from maskloom.pipeline.plugins import load_plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKAGE = "maskloom.evaluate.scores.extractors"
+
+
+class ExtractorOptions(Section):
+    """Which network looks at the images, and at what size."""
+
+    extractor: str = Field("efficientnet_lite0", description="file name in evaluate/extractors")
+    extractor_size: Side | None = Field(
+        None, ge=32, description="side in pixels; null: the size that the network was trained at"
+    )
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A pretrained network.
+
+    Attributes:
+        name: the file name in evaluate/extractors.
+        digest: SHA-256 that tells its weights apart.
+        side: images are resized to side x side, bicubic with antialiasing, without rounding to 8 bits.
+        features: maps NCHW float32 RGB in [0, 255] to (N, D) float32.
+    """
+
+    name: str
+    digest: str
+    side: int
+    features: Callable[[Tensor], Tensor]
+
+    @property
+    def title(self) -> str:
+        """Name, weights and size: two figures compare only where this is the same."""
+        return f"{self.name} (weights {self.digest[:12]}, {self.side} px, bicubic antialiased)"
+
+
+def load_extractor(inputs: EvaluationInputs, options: ExtractorOptions) -> Extractor:
+    """Return the extractor that the options name, loaded once.
+
+    Raises:
+        MaskLoomError: unknown name (lists the known ones), or it cannot be loaded.
+    """
+    module: Any = load_plugin(PACKAGE, options.extractor, "extractor")
+    side = options.extractor_size or module.INPUT_SIZE
+    extractor: Extractor = inputs.once(("extractor", options.extractor, side), lambda: module.load(side, inputs.device))
+    return extractor
+
+
+def set_features(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSet) -> NDArray[np.float64]:
+    """Return the features of all images of a set, (N, D), computed once."""
+    key = ("features", extractor.name, extractor.side, image_set.name)
+    features: NDArray[np.float64] = inputs.once(
+        key, lambda: batch_features(extractor, image_set.batches("image"), inputs.device)
+    )
+    return features
+
+
+def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]], device: str) -> NDArray[np.float64]:
+    """Return features (N, D) of batches of (H, W) or (H, W, 3) uint8 images, read one batch at a time."""
+    import torch
+
+    found = []
+    with torch.inference_mode():
+        for batch in batches:
+            pixels = torch.from_numpy(np.stack([array for array in batch if array is not None])).to(device)
+            found.append(extractor.features(_as_rgb(pixels, extractor.side)).double().cpu().numpy())
+    return np.concatenate(found) if found else np.zeros((0, 1))
+
+
+def _as_rgb(pixels: Tensor, side: int) -> Tensor:
+    """Return (N, H, W[, 3]) uint8 as (N, 3, side, side) float32 in [0, 255]; grey is repeated."""
+    import torch
+
+    colour = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None].expand(-1, 3, -1, -1)
+    colour = colour.float()
+    if colour.shape[-2:] == (side, side):
+        return colour
+    resized = torch.nn.functional.interpolate(colour, (side, side), mode="bicubic", antialias=True)
+    return resized.clamp(0, 255)

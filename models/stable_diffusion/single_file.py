@@ -1,0 +1,139 @@
+"""Stable Diffusion's original layout: one `.safetensors` file with UNet, VAE and text encoder, as Stability AI and community sites offer it.
+
+The names are translated by diffusers' own converters. Settings and tokenizer are not in the file: see `BackboneSource`. Imports no torch at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maskloom.models.stable_diffusion.source import KEY, SINGLE_FILE_KEY, BackboneSource
+from maskloom.pipeline.errors import MaskLoomError, one_line
+
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+"""By part: how its weights' names begin."""
+GENERATIONS = {
+    "sd1": "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+    "sd2": "cond_stage_model.model.positional_embedding",
+}
+"""By generation: a weight that only its text encoder has."""
+XL_PREFIX = "conditioner.embedders."
+FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
+WITHOUT_PLACE = ("position_ids", "text_projection.weight", "logit_scale")  # of CLIP, unused by Stable Diffusion
+
+
+def generation_of(path: Path) -> str:
+    """Return `sd1` or `sd2`.
+
+    Raises:
+        MaskLoomError: the file is damaged, or holds something else.
+    """
+    keys = _shapes(path)
+    absent = [part for part, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in keys)]
+    found = next((name for name, key in GENERATIONS.items() if key in keys), None)
+    if any(key.startswith(XL_PREFIX) for key in keys):
+        raise MaskLoomError(
+            f"{KEY}={path}: a Stable Diffusion XL file; only Stable Diffusion 1.x and 2.x can be trained and sampled here"
+        )
+    if absent or found is None:
+        raise MaskLoomError(
+            f"{KEY}={path}: holds no {', '.join(absent) or 'text encoder'} in Stable Diffusion's original layout; give a whole checkpoint of "
+            "Stable Diffusion 1.x or 2.x, or a folder in diffusers format"
+        )
+    return found
+
+
+def check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
+    """Check what can be checked without reading weights.
+
+    Args:
+        source: the backbone.
+        unet: the settings that its UNet will have.
+
+    Raises:
+        MaskLoomError: the file is damaged or of another kind, or a setting does not apply.
+    """
+    path = Path(source.name)
+    generation = generation_of(path)
+    if source.variant is not None:
+        raise MaskLoomError(f"train.variant={source.variant}: a single file has no variants; set train.variant=null")
+    shape = _shapes(path).get(FIRST_LAYER, [])
+    if len(shape) != 4 or shape[1] != unet.get("in_channels", 4):
+        raise MaskLoomError(
+            f"{KEY}={path}: its UNet takes {shape[1] if len(shape) == 4 else 'unknown'} channels, not {unet.get('in_channels', 4)} "
+            "(inpainting, depth and editing models take more); only Stable Diffusion 1.x and 2.x (text to image) can be trained and sampled here"
+        )
+    if generation == "sd2" and source.single_file_config is None and source.prediction_type is None:
+        raise MaskLoomError(
+            f"{KEY}={path}: a Stable Diffusion 2.x file does not say what it predicts; set train.prediction_type to v_prediction "
+            f"(768-v) or epsilon (base), or {SINGLE_FILE_KEY} to a pipeline's folder or Hub id"
+        )
+
+
+def load_single_file_part(kind: type[Any], source: BackboneSource, part: str) -> Any:
+    """Return a network with the file's weights, in float32.
+
+    Args:
+        kind: its class.
+        source: the backbone.
+        part: of `PREFIXES`.
+
+    Raises:
+        MaskLoomError: weights are missing, or have other shapes than the settings say.
+    """
+    from accelerate import init_empty_weights
+
+    from maskloom.models.stable_diffusion.loading import new_network
+
+    with init_empty_weights():  # weights that are drawn at random first would take longer than all the rest
+        network = new_network(kind, source, part)
+    try:
+        weights = converted_names(part, _tensors(Path(source.name), PREFIXES[part]), network)
+        network.load_state_dict(weights, assign=True)
+    except Exception as error:  # the converters raise errors of many kinds; the remedy is the same
+        raise MaskLoomError(
+            f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} ({one_line(error)[:200]}); "
+            f"set {SINGLE_FILE_KEY} to the folder or Hub id of a pipeline of the same shape, or give a folder in diffusers format"
+        ) from error
+    return network.float().eval()
+
+
+def converted_names(part: str, weights: dict[str, Any], network: Any) -> dict[str, Any]:
+    """Return a part's weights under the names that its class gives them."""
+    from diffusers.loaders import single_file_utils as converters
+
+    if part == "unet":
+        return converters.convert_ldm_unet_checkpoint(weights, config=network.config)
+    if part == "vae":
+        return converters.convert_ldm_vae_checkpoint(weights, config=network.config)
+    open_clip = GENERATIONS["sd2"] in weights
+    found = (
+        converters.convert_open_clip_checkpoint(network, weights)
+        if open_clip
+        else converters.convert_ldm_clip_checkpoint(weights)
+    )
+    found = {key: value for key, value in found.items() if not key.endswith(WITHOUT_PLACE)}
+    if not hasattr(network, "text_model"):  # transformers 5.6 dropped this level of names
+        found = {key.removeprefix("text_model."): value for key, value in found.items()}
+    return found
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shape of every weight by its name, from the file's header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise MaskLoomError(f"{KEY}={path}: no whole .safetensors file ({error}); download or copy it again") from None
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, Any]:
+    """Return the weights whose names begin so."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118

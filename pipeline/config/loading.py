@@ -1,0 +1,189 @@
+"""Reads configuration files: YAML, `extends`, overrides, and errors that name the key."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.yaml_reading import NotYaml, parsed_yaml, plain_text, read_yaml
+from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
+
+Model = TypeVar("Model", bound=BaseModel)
+
+DROPPABLE = frozenset(
+    {("data", "external"), ("baselines",), ("generate", "generators"), ("evaluate", "metrics"), ("sweep", "variants")}
+)
+"""Sections of named entries; the value `false` takes an inherited one out."""
+
+MAX_PARENTS = 50
+MAX_SHOWN = 100  # characters of a value or key in a message
+TEXT = re.compile(r"\s*[|>]|[^'\"\s].*\s#|#")  # YAML would see a block scalar, or cut the value off
+QUOTES = "in quotes a value is text: {key}='\"…\"'"
+
+
+def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
+    """Return the checked configuration of an experiment.
+
+    Args:
+        path: a YAML file; `extends: OTHER.yaml` (relative to it) is read first.
+        overrides: `key.subkey=value` strings, applied last.
+
+    Raises:
+        MaskLoomError: the file is missing or not YAML; a key is unknown (names the nearest); a value does not fit.
+    """
+    return load_config(path, overrides, ExperimentConfig)
+
+
+def load_config(path: Path, overrides: list[str], model: type[Model]) -> Model:
+    """Return `model` filled from a YAML file and overrides. See `load_experiment`."""
+    return validated(read_values(path, overrides), model, str(path))
+
+
+def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a YAML file, the files that it extends and overrides say together, unchecked.
+
+    Args:
+        path: see `load_experiment`.
+        overrides: likewise.
+        between: values that come over the file's and under the overrides.
+
+    Raises:
+        MaskLoomError: the file is missing or not YAML, or the parts do not fit together.
+    """
+    values = merged(_with_parents(path, ()), between or {}, str(path))
+    for override in overrides:
+        values = merged(values, _from_override(override), f"override {_shown(override)}")
+    return values
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any], where: str, place: tuple[str, ...] = ()) -> Any:
+    """Return `values` with `changes` laid over: mappings key by key, anything else as a whole; see `DROPPABLE` for `false`.
+
+    Args:
+        values: nested mappings.
+        changes: likewise.
+        where: what the changes come from, for messages.
+        place: keys that lead to these mappings.
+
+    Raises:
+        MaskLoomError: a mapping meets what is none.
+    """
+    result = dict(values)
+    for key, change in changes.items():
+        old = result.get(key)
+        here = (*place, str(key))
+        if change is False and place in DROPPABLE and key in result:
+            del result[key]
+        elif isinstance(change, dict) and isinstance(old, dict):
+            result[key] = merged(old, change, where, here)
+        elif (isinstance(change, dict) and old is not None) or (isinstance(change, list) and isinstance(old, dict)):
+            given, there = _kind(change), _kind(old)
+            raise MaskLoomError(
+                f"{where}: {_shown('.'.join(here))}: {given} cannot be laid over {there} ({_shown(repr(old))}); give {there}"
+            )
+        else:
+            result[key] = change
+    return result
+
+
+def validated(values: Any, model: type[Model], where: str) -> Model:
+    """Return `model` filled with `values`.
+
+    Raises:
+        MaskLoomError: names `where`, the key, the value, and for an unknown key the nearest known one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise MaskLoomError(f"{where}: {_first_problem(error, model)}") from None
+
+
+def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    """Return what a file and the files that it extends say."""
+    if not _is_file(path):
+        raise MaskLoomError(f"{_shown(str(path))}: no such configuration file; see configs/ for those that exist")
+    if path.resolve() in children:
+        raise MaskLoomError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*children, path))}")
+    if len(children) >= MAX_PARENTS:
+        raise MaskLoomError(f"{children[0]}: `extends` leads over more than {MAX_PARENTS} files; put them together")
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise MaskLoomError(f"{path}: must hold a mapping of keys to values, and holds {_kind(values)}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str) or not parent:
+        raise MaskLoomError(f"{path}: extends={_shown(repr(parent))}: give the name of one file, or leave it out")
+    return merged(_with_parents(path.parent / parent, (*children, path.resolve())), values, str(path))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or a loop of links
+        return False
+
+
+def _from_override(override: str) -> dict[str, Any]:
+    """Return the nested mappings that `key.subkey=value` stands for."""
+    key, sign, text = override.partition("=")
+    parts = key.split(".")
+    if not sign or override.startswith("-") or not all(part.strip() for part in parts):
+        raise MaskLoomError(f"override {_shown(repr(override))}: write key=value, for example train.learning_rate=1e-5")
+    value = _override_value(key, text)
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _override_value(key: str, text: str) -> Any:
+    """Return a value as YAML has it. What is no YAML, such as `*/images/*.png`, is text; so is what YAML would cut off (` #`, `|`)."""
+    try:
+        if TEXT.match(text):
+            return plain_text(text)
+        try:
+            return parsed_yaml(text)
+        except NotYaml:
+            return plain_text(text)
+    except ValueError as error:
+        raise MaskLoomError(f"override {_shown(key)}={_shown(text)}: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else "one value"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return one line for the first of pydantic's errors, and how many more there are."""
+    first = error.errors()[0]
+    key = ".".join(_shown(str(part)) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return (
+            f"unknown key {key!r}: {nearest_name(str(first['loc'][-1]), _known_keys(model, first['loc'][:-1]))}{more}"
+        )
+    if first["type"] == "missing":
+        return f"{key}: this key is required{more}"
+    value = first["input"]
+    shown = f"={_shown(repr(value))}" if key and (not isinstance(value, dict) or "_type" in first["type"]) else ""
+    remedy = f"; {QUOTES.format(key=key)}" if first["type"] in ("string_type", "path_type") else ""
+    return f"{key}{shown}{': ' if key else ''}{one_line(first['msg']).removeprefix('Value error, ')}{remedy}{more}"
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the model knows at a nested location."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,170 @@
+"""Identical images that datasets share: across splits, across datasets, and with labels or masks that contradict.
+
+A *failure* makes a paper wrong: an image that shapes the model (train, validation) and also measures it, or one image with two labels.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from maskloom.pipeline.dataset.contract import Contract
+
+SHAPING_SPLITS = ("train", "validation")  # what a model is fitted to, and chosen by
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image lies."""
+
+    dataset: str
+    split: str
+    sample_id: str
+    group_id: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Two images that are the same picture, or nearly, and what is wrong with that.
+
+    Attributes:
+        problem: `splits` (in two splits of the dataset), `datasets` (in both datasets), `labels` (with different labels), or `masks`.
+        likeness: `identical` (every pixel) or `near`.
+        correlation: of the two images reduced to 64 x 64.
+        images: size of the set of look-alikes that the pair is taken from.
+        fails: whether the dataset must not be used like this.
+    """
+
+    problem: str
+    likeness: str
+    correlation: float
+    images: int
+    fails: bool
+    first: Place
+    second: Place
+
+
+class Dataset(NamedTuple):
+    """A verified dataset."""
+
+    folder: Path
+    contract: Contract
+
+    @property
+    def rows(self) -> int:
+        """Number of its rows."""
+        return sum(split.rows for split in self.contract.splits.values())
+
+    @property
+    def near_correlation(self) -> float | None:
+        """Threshold by which its groups were meant to catch near-duplicates; None where they were not."""
+        stated = self.contract.description.preprocessing.get("near_duplicates")
+        return float(stated["correlation"]) if isinstance(stated, dict) and "correlation" in stated else None
+
+
+class Member(NamedTuple):
+    """An image in a set of look-alikes."""
+
+    id: int
+    dataset: int
+    split: str
+    sample: str
+    group: str
+    label: str | None
+    image: bytes
+    mask: bytes | None
+    flat: bool
+
+    @property
+    def where(self) -> tuple[int, str]:
+        """Dataset and split."""
+        return self.dataset, self.split
+
+
+MEMBER = "id, dataset, split, sample, grp, label, image, mask, flat"
+
+
+def place(datasets: Sequence[Dataset], member: Member) -> Place:
+    """Return where an image lies, in words."""
+    return Place(str(datasets[member.dataset].folder), member.split, member.sample, member.group, member.label)
+
+
+def measured_on_itself(a: tuple[int, str], b: tuple[int, str]) -> bool:
+    """Whether an image in both places would measure a model that it shaped. Places are (dataset, split)."""
+    return a[1] != b[1] and (a[1] in SHAPING_SPLITS or b[1] in SHAPING_SPLITS)
+
+
+def relation(a: tuple[int, str], b: tuple[int, str]) -> str | None:
+    """Return the problem that an image in both places is, or None. The audited dataset is number 0."""
+    if a[0] == b[0] == 0:
+        return "splits" if a[1] != b[1] else None
+    return "datasets" if 0 in (a[0], b[0]) and a[0] != b[0] else None
+
+
+def contradicts(datasets: Sequence[Dataset], a: Member, b: Member) -> bool:
+    """Whether two labels exclude each other: both are given, differ, and mean something to both datasets."""
+    if a.label is None or b.label is None or a.label == b.label or 0 not in (a.dataset, b.dataset):
+        return False
+    known = [datasets[one.dataset].contract.description.labels for one in (a, b)]
+    return a.label in known[1] and b.label in known[0]
+
+
+def identical_findings(rows: sqlite3.Connection, datasets: Sequence[Dataset]) -> Iterator[Finding]:
+    """Yield what identical images have in common that they should not; images of one value are all alike and mean nothing.
+
+    Args:
+        rows: a database with a table `images` of at least the columns `MEMBER`, and an index of its `image`.
+        datasets: those of its rows, the audited one first.
+    """
+    query = (
+        f"SELECT {MEMBER} FROM images WHERE image IN"
+        " (SELECT image FROM images WHERE NOT flat GROUP BY image HAVING COUNT(*) > 1) ORDER BY image, id"
+    )
+    for _, alike in groupby(map(Member._make, rows.execute(query)), key=lambda member: member.image):
+        yield from _set_findings(datasets, alike)
+
+
+def _set_findings(datasets: Sequence[Dataset], members: Iterable[Member]) -> Iterator[Finding]:
+    """Yield the findings in one set of identical images; of a large set only the first image of each kind is kept in memory."""
+    places: dict[tuple[int, str], Member] = {}
+    labels: dict[tuple[int, str | None], Member] = {}
+    masks: list[Member] = []
+    size = 0
+    for member in members:
+        size += 1
+        places.setdefault(member.where, member)
+        labels.setdefault((member.dataset, member.label), member)
+        if (
+            member.dataset == 0
+            and member.mask is not None
+            and len(masks) < 2
+            and member.mask not in {m.mask for m in masks}
+        ):
+            masks.append(member)
+
+    def finding(problem: str, a: Member, b: Member, fails: bool) -> Finding:
+        return Finding(problem, "identical", 1.0, size, fails, place(datasets, a), place(datasets, b))
+
+    for a, b in combinations(places.values(), 2):
+        problem = relation(a.where, b.where)
+        if problem:
+            yield finding(problem, a, b, measured_on_itself(a.where, b.where))
+    for a, b in combinations(labels.values(), 2):
+        if contradicts(datasets, a, b):
+            yield finding("labels", a, b, True)
+    if len(masks) == 2:
+        yield finding("masks", masks[0], masks[1], False)
+
+
+def told(finding: Finding) -> str:
+    """Return a failure in words."""
+    a, b = finding.first, finding.second
+    alike = "identical images" if finding.likeness == "identical" else "near-duplicates"
+    if finding.problem == "labels":
+        return f"{alike} with different labels: {a.sample_id} ({a.label}) and {b.sample_id} ({b.label})"
+    if finding.problem == "datasets":
+        return f"{alike} in both datasets: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split} of {b.dataset})"
+    return f"{alike} in two splits: {a.sample_id} ({a.split}) and {b.sample_id} ({b.split})"

@@ -1,0 +1,195 @@
+"""What every training and every evaluation asks of its datasets first: that no image shapes a model and measures it as well.
+
+It is the part of `python -m data_prep verify` that can fail. Images are compared pixel by pixel here; where groups were meant to catch near-duplicates as
+well, that command itself is run, once, on the real dataset. Groups, hashes and parents have been checked before (`pipeline.dataset.verification`).
+
+A result is kept in the run, in `logs/audit/DIGEST.json`, under the digest of the content that it is about, so that the stages of a run, and runs that are
+resumed, look once. Only a sound dataset has a record.
+"""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+from maskloom.pipeline.dataset.audit.findings import Dataset, Finding, identical_findings, told
+from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
+from maskloom.pipeline.dataset.audit.rows import label_name, split_rows
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files.atomic import value_digest, write_json
+from maskloom.pipeline.files.reading import Record, read_model
+from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.runs.run import Run
+
+VERSION = 1  # of what is looked for: another one makes every record stale
+NEAR_LIMIT = 20_000  # images, about ten minutes of a core; above it near-duplicates are looked for only where `verify --near` asks for them
+MAX_TOLD = 3  # pairs in an error
+FIX = "prepare the dataset again with data.duplicates=identical or near, so that such images share a group or are left out"
+SCHEMA = """
+CREATE TABLE images (
+    id INTEGER PRIMARY KEY, dataset INTEGER, split TEXT, sample TEXT, grp TEXT, label TEXT, image BLOB, mask BLOB, flat INTEGER
+);
+"""
+INSERT = "INSERT INTO images (dataset, split, sample, grp, label, image, flat) VALUES (?, ?, ?, ?, ?, ?, ?)"
+
+
+class SoundRecord(Record):
+    """That nothing was found, and in what.
+
+    Attributes:
+        version: `VERSION`.
+        datasets: digest of the content of each dataset, the real one first.
+        rows: number of images that were compared.
+        near_duplicates: whether those were looked for in the real one.
+        digest: of all other values.
+    """
+
+    version: int
+    datasets: list[str]
+    rows: int
+    near_duplicates: bool
+    digest: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the values are those that were written."""
+        return self.digest == value_digest(self.model_dump(exclude={"digest"}))
+
+
+def require_no_leaks(run: Run, datasets: Sequence[Dataset]) -> None:
+    """Check that no image lies in train or validation and in a held-out split too, or carries two labels; once per content.
+
+    Call with verified datasets, before anything is computed or deleted. Processes of a distributed run other than the first do nothing.
+
+    Args:
+        run: keeps the record.
+        datasets: the real one, and any synthetic ones made for it.
+
+    Raises:
+        MaskLoomError: one does; names the samples.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    real = datasets[0]
+    if _is_recorded(run, datasets):
+        return
+    start = time.monotonic()
+    rows, failures, count = _failures(datasets)
+    if failures:
+        first = "; ".join(told(finding) for finding in failures)
+        more = f"; and {count - len(failures)} more" if count > len(failures) else ""
+        raise MaskLoomError(f"{real.folder}: {count} pair(s) of images make results wrong: {first}{more}; {FIX}")
+    near = len(datasets) == 1 and looks_for_near_duplicates(real)
+    if near:
+        _require_no_near_duplicates(real)
+    _write_record(run, datasets, rows, near)
+    also = ", near-duplicates included" if near else ""
+    say(f"audit: {rows} images in {time.monotonic() - start:.1f} s, none in two splits{also}")
+
+
+def looks_for_near_duplicates(dataset: Dataset) -> bool:
+    """Whether the groups of a dataset were meant to catch near-duplicates, and it is small enough to look for them unasked."""
+    return dataset.near_correlation is not None and dataset.rows <= NEAR_LIMIT
+
+
+def _failures(datasets: Sequence[Dataset]) -> tuple[int, list[Finding], int]:
+    """Return the number of images, the first failures, and the number of all; memory does not grow with the datasets."""
+    first: list[Finding] = []
+    count = 0
+    with _pixel_rows(datasets) as rows:
+        for finding in identical_findings(rows, datasets):
+            if finding.fails:
+                count += 1
+                first += [finding] if len(first) < MAX_TOLD else []
+        total = rows.execute("SELECT COUNT(*) FROM images").fetchone()[0]
+    return total, first, count
+
+
+@contextmanager
+def _pixel_rows(datasets: Sequence[Dataset]) -> Iterator[sqlite3.Connection]:
+    """Yield a database of the digests of all images, which SQLite keeps in a temporary file of its own once it is large.
+
+    Raises:
+        MaskLoomError: that file cannot be written.
+    """
+    total = sum(dataset.rows for dataset in datasets)
+    rows = sqlite3.connect("")
+    try:
+        rows.executescript(SCHEMA)
+        with progress("comparing pixels", total, "images") as advance, rows:
+            for number, dataset in enumerate(datasets):
+                for values in _values(number, dataset):
+                    rows.execute(INSERT, values)
+                    advance()
+        rows.execute("CREATE INDEX images_by_pixels ON images (image)")
+        yield rows
+    except sqlite3.Error as error:
+        raise MaskLoomError(
+            f"{gettempdir()}: images cannot be compared ({error}); free space there, or set TMPDIR to another folder"
+        ) from error
+    finally:
+        rows.close()
+
+
+def _values(number: int, dataset: Dataset) -> Iterator[tuple[Any, ...]]:
+    columns = ["image", "label", "sample_id", "group_id"]
+    for split, row in split_rows(dataset.folder, dataset.contract, columns):
+        try:
+            image = png_array(row["image"]["bytes"])
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
+            raise MaskLoomError(
+                f"{dataset.folder}: sample {row['sample_id']}: its image cannot be decoded ({one_line(error)}); write the dataset again with --force"
+            ) from None
+        label = label_name(row, dataset.contract)
+        yield number, split, row["sample_id"], row["group_id"], label, pixel_digest(image), is_blank(image)
+
+
+def _require_no_near_duplicates(dataset: Dataset) -> None:
+    """Run `verify`, which knows the measure of likeness, as a process of its own: stages do not import each other.
+
+    Raises:
+        MaskLoomError: it failed; its own words.
+    """
+    command = [sys.executable, "-m", "maskloom.data_prep", "verify", str(dataset.folder), "--near"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        lines = answer.stderr.strip().splitlines() or [f"{' '.join(command)}: exit code {answer.returncode}"]
+        raise MaskLoomError(one_line(lines[-1]).removeprefix("error: "))
+
+
+def _record_path(run: Run, datasets: Sequence[Dataset]) -> Path:
+    digests = [dataset.contract.digest for dataset in datasets]
+    return run.logs("audit") / f"{digests[0] if len(digests) == 1 else value_digest(digests)}.json"
+
+
+def _is_recorded(run: Run, datasets: Sequence[Dataset]) -> bool:
+    """Whether these very datasets were found to be sound; a damaged record is reported and counts for nothing."""
+    path = _record_path(run, datasets)
+    if not path.is_file():
+        return False
+    try:
+        record = read_model(path, SoundRecord, "it is written again")
+    except MaskLoomError as error:
+        say(f"audit: {error}")
+        return False
+    if not record.is_whole:
+        say(f"audit: {path}: damaged: its digest is not that of its values; the images are compared again")
+        return False
+    return record.version == VERSION and record.datasets == [dataset.contract.digest for dataset in datasets]
+
+
+def _write_record(run: Run, datasets: Sequence[Dataset], rows: int, near: bool) -> None:
+    values = {
+        "version": VERSION,
+        "datasets": [dataset.contract.digest for dataset in datasets],
+        "rows": rows,
+        "near_duplicates": near,
+    }
+    write_json(_record_path(run, datasets), {**values, "digest": value_digest(values)})

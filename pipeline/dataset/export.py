@@ -1,0 +1,162 @@
+"""`python -m pipeline export`: a mask-and-prompt dataset in the layout of another tool. The formats are `pipeline/exporters/*.py`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskloom.pipeline import __version__
+from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.exporter import DatasetExporter, ExportSource
+from maskloom.pipeline.dataset.verification import verify_fully
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import read_json, write_json
+from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder, check_places, whole_folder
+from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.progress import say
+
+PACKAGE = "maskloom.pipeline.dataset.exporters"
+PROVENANCE_FILE = "maskloom.json"
+SAME = ("format", "digest", "splits", "options")  # of the provenance: what makes two exports the same
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The command line's switches.
+
+    Attributes:
+        format: file name in `pipeline/exporters`.
+        output: folder of the export.
+        splits: names; empty exports all.
+        values: the format's own options as `key=value`.
+        force: replace an export of something else.
+    """
+
+    format: str
+    output: Path
+    splits: Sequence[str] = ()
+    values: Sequence[str] = ()
+    force: bool = False
+
+
+def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
+    """Write a dataset, whole or not at all, in another tool's layout, with its provenance beside it.
+
+    Args:
+        dataset: folder of a mask-and-prompt dataset: real, synthetic or combined.
+        options: see there.
+
+    Returns:
+        The content of `maskloom.json`.
+
+    Raises:
+        MaskLoomError: the format, an option or a split is unknown; the dataset is damaged or does not fit the layout; the output folder
+            holds something else.
+    """
+    exporter = open_exporter(options.format, options.values)
+    contract = verify_fully(dataset)
+    source = ExportSource.surveyed(dataset, contract, _chosen_splits(dataset, contract, options.splits))
+    _check_fit(exporter, source, options.format)
+    provenance = _provenance(exporter, source, options.format)
+    _check_output(options.output, dataset, provenance, options.force)
+    with whole_folder(options.output.resolve()) as folder:
+        exporter.write(source, folder)
+        write_json(folder / PROVENANCE_FILE, provenance)
+    say(f"{options.output}: {options.format}, {_counts_text(source)}; masks: {provenance['masks']}")
+    return provenance
+
+
+def open_exporter(name: str, values: Sequence[str]) -> DatasetExporter:
+    """Return the exporter of a format.
+
+    Raises:
+        MaskLoomError: an unknown format or option (names the nearest), or a value that does not fit.
+    """
+    exporter: type[DatasetExporter] = load_plugin(PACKAGE, name, "format").Exporter
+    for value in values:
+        if "=" not in value:
+            raise MaskLoomError(f"option {value!r}: write key=value; `python -m pipeline export --help` shows how")
+    given = dict(value.split("=", 1) for value in values)
+    return exporter(validated(given, exporter.Options, f"{PACKAGE}.{name}"))
+
+
+def _chosen_splits(dataset: Path, contract: Contract, names: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in contract.splits]
+    if unknown:
+        raise MaskLoomError(f"{dataset}: no rows in a split {unknown[0]!r}; it has {', '.join(contract.split_names)}")
+    chosen = tuple(name for name in contract.split_names if not names or name in names)
+    if not chosen:
+        raise MaskLoomError(f"{dataset}: there are no rows to export")
+    return chosen
+
+
+def _check_fit(exporter: DatasetExporter, source: ExportSource, name: str) -> None:
+    if exporter.needs_masks and source.without_mask is not None:
+        raise MaskLoomError(
+            f"{source.folder}: sample {source.without_mask} has no mask; {name} needs one beside every image: "
+            "leave its split out with --split, or use imagefolder"
+        )
+    if exporter.needs_labels and source.without_label is not None:
+        raise MaskLoomError(
+            f"{source.folder}: sample {source.without_label} has no class; {name} sorts images into folders of classes: "
+            "leave its split out with --split, or use another format"
+        )
+    exporter.check(source)
+
+
+def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> dict[str, Any]:
+    """Return what `maskloom.json` says: no path of this machine and no time, so that the same dataset gives the same bytes."""
+    about = source.about
+    return {
+        "format": name,
+        "options": exporter.options.model_dump(mode="json"),
+        "dataset": about.dataset,
+        "origin": about.origin,
+        "digest": source.contract.digest,
+        "splits": {split: source.contract.splits[split].rows for split in source.splits},
+        "rows_by_origin": _by_origin(source),
+        "masks": exporter.mask_values(about),
+        "mask_classes": list(about.mask_classes),
+        "labels": list(about.labels),
+        "modality": about.modality,
+        "licence": about.licence,
+        "citation": about.citation,
+        "homepage": about.homepage,
+        "maskloom_version": __version__,
+    }
+
+
+def _check_output(output: Path, dataset: Path, provenance: Mapping[str, Any], force: bool) -> None:
+    """Only an empty place, or an export that this one may replace, is written to: nobody's other files are ever deleted."""
+    check_places({"dataset": dataset}, [output])
+    if output.exists() and not output.is_dir():
+        raise MaskLoomError(f"--output {output}: a file; give a new or empty folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    path = output / PROVENANCE_FILE
+    if not path.is_file() or not OwnedFolder(output).is_marked():
+        raise MaskLoomError(
+            f"--output {output}: not empty and not an earlier export ({PROVENANCE_FILE} or {MANIFEST} is missing); give a new or empty folder"
+        )
+    earlier = read_json(path, "delete the folder, or give another one")
+    if not force and (not isinstance(earlier, dict) or any(earlier.get(key) != provenance[key] for key in SAME)):
+        raise MaskLoomError(
+            f"--output {output}: holds an export of something else (see {PROVENANCE_FILE}); give another folder, or --force to replace it"
+        )
+
+
+def _by_origin(source: ExportSource) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for (_, origin, _), count in source.counts.items():
+        counts[origin] += count
+    return dict(sorted(counts.items()))
+
+
+def _counts_text(source: ExportSource) -> str:
+    splits = ", ".join(f"{split} {source.contract.splits[split].rows}" for split in source.splits)
+    origins = ", ".join(f"{origin} {count}" for origin, count in _by_origin(source).items())
+    return f"{splits} rows ({origins})"

@@ -1,0 +1,202 @@
+"""What an export format provides: a check, and a writer of one layout into a folder.
+
+To add a format, write one file `pipeline/exporters/NAME.py` with a class `Exporter(DatasetExporter)`. Nothing else needs an edit: the
+file's name is the format's name, and the contract tests run over it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskloom.pipeline.config.experiment import Section
+from maskloom.pipeline.dataset.contract import Contract, Description, stored_rows
+from maskloom.pipeline.dataset.images import png_array, png_bytes
+from maskloom.pipeline.errors import MaskLoomError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
+HASH_LETTERS = 8
+KEPT_LETTERS = 60  # of a name that must be changed
+
+
+class Options(Section):
+    """A format's own options, `KEY=VALUE` on the command line; unknown keys are errors."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to export.
+
+    Attributes:
+        image: PNG bytes as the dataset holds them, of mode L or RGB.
+        mask: (H, W) uint8 class indices, 0 = background, or None.
+        label: name of the image-level class, or None.
+        parent_id, generator: of synthetic rows; empty otherwise.
+    """
+
+    split: str
+    sample_id: str
+    group_id: str
+    source: str
+    origin: str
+    label: str | None
+    text: str
+    image: bytes
+    mask: NDArray[np.uint8] | None
+    parent_id: str
+    generator: str
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """The dataset to export, or some splits of it.
+
+    Attributes:
+        folder: where it lies.
+        contract: of the dataset, verified.
+        splits: those to export; each has rows.
+        counts: rows by (split, origin, label).
+        without_mask, without_label: a sample that has none, or None where all have one.
+    """
+
+    folder: Path
+    contract: Contract
+    splits: tuple[str, ...]
+    counts: Counter[tuple[str, str, str | None]]
+    without_mask: str | None
+    without_label: str | None
+
+    @property
+    def about(self) -> Description:
+        """What is true of every row."""
+        return self.contract.description
+
+    @classmethod
+    def surveyed(cls, folder: Path, contract: Contract, splits: tuple[str, ...]) -> ExportSource:
+        """Count the rows; pictures are not read."""
+        counts: Counter[tuple[str, str, str | None]] = Counter()
+        without_mask, without_label = None, None
+        columns = [
+            "sample_id",
+            "label",
+            "origin",
+            "mask.path",
+        ]  # an absent mask has no path either, not even an empty one
+        for split in splits:
+            for file in contract.shard_files(split):
+                for row in stored_rows(folder / file, columns):
+                    label = _label_name(contract.description, row["label"])
+                    counts[split, row["origin"], label] += 1
+                    if row["mask"] is None:
+                        without_mask = without_mask or row["sample_id"]
+                    if label is None:
+                        without_label = without_label or row["sample_id"]
+        return cls(folder, contract, splits, counts, without_mask, without_label)
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yield the rows of a split in order, a few in memory at a time."""
+        for file in self.contract.shard_files(split):
+            for stored in stored_rows(self.folder / file):
+                yield Row(
+                    split=split,
+                    **{name: stored[name] for name in ("sample_id", "group_id", "source", "origin", "text")},
+                    label=_label_name(self.about, stored["label"]),
+                    image=stored["image"]["bytes"],
+                    mask=None if stored["mask"] is None else png_array(stored["mask"]["bytes"]),
+                    parent_id=stored["parent_id"] or "",
+                    generator=stored["generator"] or "",
+                )
+
+
+class DatasetExporter(ABC):
+    """Writes one layout.
+
+    Attributes:
+        Options: the format's options.
+        needs_masks, needs_labels: whether every row must have one.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    needs_masks: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+
+    def __init__(self, options: Any) -> None:
+        """Keep the options, an instance of `Options`."""
+        self.options = options
+
+    @abstractmethod
+    def mask_values(self, about: Description) -> str:
+        """Return in words what the pixels of the exported masks mean."""
+
+    def check(self, source: ExportSource) -> None:  # noqa: B027
+        """Check before anything is written that the dataset fits the layout.
+
+        Raises:
+            MaskLoomError: it does not.
+        """
+
+    @abstractmethod
+    def write(self, source: ExportSource, folder: Path) -> None:
+        """Write the layout into an empty folder; pictures go through `write_new`."""
+
+
+def safe_name(text: str) -> str:
+    """Return a name for a file or folder: `text` itself where it is letters, digits, `.`, `_` and `-`, else what is left of it and a hash.
+
+    No result leads out of a folder (`..`, `/`), is hidden, or ends with a dot; different texts give different names.
+    """
+    if SAFE_NAME.fullmatch(text):
+        return text
+    kept = re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:KEPT_LETTERS]
+    return f"{kept or 'x'}-{hashlib.sha256(text.encode()).hexdigest()[:HASH_LETTERS]}"
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that must not be there yet.
+
+    Raises:
+        MaskLoomError: it is there: two samples have the same name where small and capital letters are one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+    except FileExistsError:
+        raise MaskLoomError(
+            f"{path.name}: two samples would be written to this file; give them ids that differ in more than capital letters"
+        ) from None
+
+
+def is_binary(about: Description) -> bool:
+    """Whether masks know background and one class."""
+    return len(about.mask_classes) == 2
+
+
+def visible_mask(mask: NDArray[np.uint8], about: Description) -> bytes:
+    """Return a mask as PNG: 0 and 255 where there is one class, else class indices. See `visible_values`."""
+    return png_bytes(mask * np.uint8(255) if is_binary(about) else mask)
+
+
+def visible_values(about: Description) -> str:
+    """Return in words what the pixels of `visible_mask` mean."""
+    if is_binary(about):
+        return f"0 {about.mask_classes[0]}, 255 {about.mask_classes[1]}"
+    return index_values(about)
+
+
+def index_values(about: Description) -> str:
+    """Return in words what class indices mean."""
+    return ", ".join(f"{index} {name}" for index, name in enumerate(about.mask_classes))
+
+
+def _label_name(about: Description, label: int | None) -> str | None:
+    return None if label is None or not about.labels else about.labels[label]

@@ -1,0 +1,231 @@
+"""Checks a mask-and-prompt dataset whole. Every stage runs the quick part before it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskloom.pipeline.dataset.contract import (
+    CONTRACT_FILE,
+    EXTERNAL_PREFIX,
+    LEDGER_FILE,
+    SPLITS,
+    Contract,
+    features,
+    read_contract,
+    read_ids,
+    stored_rows,
+    summarise_splits,
+)
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files.atomic import file_digest
+from maskloom.pipeline.files.reading import row_attributes
+from maskloom.pipeline.progress import progress
+
+REPAIR = "the dataset was changed after it was written: write it again with --force"
+
+
+def verify_quickly(folder: Path) -> Contract:
+    """Check hashes, schema, counts, unique ids, group leakage and the parents of synthetic rows; decode no image.
+
+    Returns:
+        The dataset's contract.
+
+    Raises:
+        MaskLoomError: the first problem found, with the file.
+    """
+    contract = read_contract(folder)
+    _check_files(folder, contract)
+    _check_schema(folder, contract)
+    ids = read_ids(folder, _data_files(contract))
+    _check_ids(folder, contract, ids)
+    if contract.parent is not None:
+        _check_parents(folder, contract)
+    if contract.description.origin == "combined":
+        _check_combination(folder, contract)
+    return contract
+
+
+def verify_for_training(folder: Path) -> Contract:
+    """Verify a dataset quickly and check that a generator may be trained on it.
+
+    Raises:
+        MaskLoomError: see `verify_quickly`; or it holds synthetic rows, or its train split is empty.
+    """
+    contract = verify_quickly(folder)
+    if contract.description.origin != "real":
+        raise MaskLoomError(
+            f"{folder}: a {contract.description.origin} dataset; a generator is trained on real images only"
+        )
+    if "train" not in contract.splits:
+        raise MaskLoomError(f"{folder}: the train split is empty; lower data.splits.validation and data.splits.test")
+    return contract
+
+
+def verify_fully(folder: Path) -> Contract:
+    """Check everything that `verify_quickly` does, and every pixel: sizes, modes, mask values, prompts, labels.
+
+    Raises:
+        MaskLoomError: the first problem found, with the file and the sample.
+    """
+    contract = verify_quickly(folder)
+    total = sum(split.rows for split in contract.splits.values())
+    with progress("verifying", total, "rows") as advance:
+        for file in _data_files(contract):
+            for row in stored_rows(folder / file):
+                problem = _row_problem(row, contract)
+                if problem:
+                    raise MaskLoomError(f"{folder / file}: sample {row['sample_id']}: {problem}; {REPAIR}")
+                advance()
+    return contract
+
+
+def _data_files(contract: Contract) -> list[str]:
+    return [file for file in contract.files if file.startswith("data/")]
+
+
+def _check_files(folder: Path, contract: Contract) -> None:
+    for file, digest in contract.files.items():
+        path = folder / file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise MaskLoomError(f"{folder / CONTRACT_FILE}: the file {file!r} lies outside the dataset; {REPAIR}")
+        if file == LEDGER_FILE and not path.is_file():
+            continue  # it names raw files and does not travel with a published dataset
+        if not path.is_file():
+            raise MaskLoomError(f"{path}: missing although {CONTRACT_FILE} lists it; {REPAIR}")
+        if file_digest(path) != digest:
+            raise MaskLoomError(f"{path}: its SHA-256 differs from {CONTRACT_FILE}; {REPAIR}")
+    extra = sorted(
+        str(p.relative_to(folder))
+        for p in (folder / "data").glob("*.parquet")
+        if f"data/{p.name}" not in contract.files
+    )
+    if extra:
+        raise MaskLoomError(
+            f"{folder / extra[0]}: not listed in {CONTRACT_FILE}, and who opens the dataset would read its rows; move it away"
+        )
+
+
+def _check_schema(folder: Path, contract: Contract) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    expected = features(contract.description).arrow_schema
+    for file in _data_files(contract):
+        try:
+            schema = pq.read_schema(folder / file)
+        except pa.ArrowInvalid as error:
+            raise MaskLoomError(f"{folder / file}: not a Parquet file ({one_line(error)}); {REPAIR}") from None
+        if schema.names != expected.names or schema.types != expected.types:
+            raise MaskLoomError(
+                f"{folder / file}: columns {schema.names} are not the contract's {expected.names}; {REPAIR}"
+            )
+
+
+def _check_ids(folder: Path, contract: Contract, ids: dict[str, list[tuple[str, str]]]) -> None:
+    unknown = [split for split in sorted(ids) if split not in SPLITS and not split.startswith(EXTERNAL_PREFIX)]
+    if unknown:
+        raise MaskLoomError(
+            f"{folder}: unknown split {unknown[0]!r}; a dataset has {', '.join(SPLITS)} and {EXTERNAL_PREFIX}NAME"
+        )
+    if summarise_splits(ids) != contract.splits:
+        raise MaskLoomError(f"{folder / CONTRACT_FILE}: rows, groups or ids differ from the shards'; {REPAIR}")
+    counts = Counter(sample for rows in ids.values() for sample, _ in rows)
+    repeated = [sample for sample, count in counts.items() if count > 1]
+    if repeated:
+        raise MaskLoomError(
+            f"{folder}: sample_id {repeated[0]!r} occurs {counts[repeated[0]]} times; ids must be unique"
+        )
+    split_of: dict[str, str] = {}
+    for split, rows in ids.items():
+        for _, group in rows:
+            if split_of.setdefault(group, split) != split:
+                raise MaskLoomError(
+                    f"{folder}: group {group!r} lies in both {split_of[group]} and {split}; a group must lie in one split"
+                )
+
+
+def _check_parents(folder: Path, contract: Contract) -> None:
+    """Every parent of a synthetic row must lie in the train split of the real dataset."""
+    import pyarrow.parquet as pq
+
+    assert contract.parent is not None
+    parent_folder = (folder / contract.parent.path).resolve()
+    parent = read_contract(parent_folder)
+    if parent.digest != contract.parent.digest:
+        again = "combine" if contract.description.origin == "combined" else "generate"
+        raise MaskLoomError(f"{folder}: made from another version of {parent_folder}; run {again} again")
+    rows = read_ids(parent_folder, _data_files(parent))
+    split_of = {sample: split for split, samples in rows.items() for sample, _ in samples}
+    for file in _data_files(contract):
+        for parent_id in pq.read_table(folder / file, columns=["parent_id"])["parent_id"].to_pylist():
+            split = split_of.get(parent_id)
+            if split not in ("train", None):
+                raise MaskLoomError(
+                    f"{folder / file}: parent {parent_id!r} lies in the {split} split of {parent_folder}; masks may come from train only"
+                )
+            if parent_id is not None and split is None:
+                raise MaskLoomError(
+                    f"{folder / file}: parent {parent_id!r} is not in {parent_folder}; run generate again"
+                )
+
+
+def _check_combination(folder: Path, contract: Contract) -> None:
+    """Its real rows must be those of the real dataset, split by split, and synthetic rows lie in train only."""
+    if contract.parent is None:
+        raise MaskLoomError(f"{folder / CONTRACT_FILE}: a combined dataset must name its real one; run combine again")
+    parent_folder = (folder / contract.parent.path).resolve()
+    parent = read_contract(parent_folder)
+    for split in sorted(contract.splits.keys() | parent.splits.keys()):
+        origins = {
+            row["sample_id"]: row["origin"]
+            for file in contract.shard_files(split)
+            for row in stored_rows(folder / file, ["sample_id", "origin"])
+        }
+        if split != "train" and "synthetic" in origins.values():
+            raise MaskLoomError(f"{folder}: the {split} split holds synthetic rows; they may lie in train only")
+        real = {sample for sample, _ in read_ids(parent_folder, parent.shard_files(split)).get(split, [])}
+        if {sample for sample, origin in origins.items() if origin == "real"} != real:
+            raise MaskLoomError(
+                f"{folder}: the real rows of its {split} split are not those of {parent_folder}; run combine again"
+            )
+
+
+def _row_problem(row: dict[str, Any], contract: Contract) -> str | None:
+    """Return what is wrong with a row, or None."""
+    about = contract.description
+    try:
+        image, conditioning = png_array(row["image"]["bytes"]), png_array(row["conditioning_image"]["bytes"])
+        mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
+        return f"an image cannot be decoded ({one_line(error)})"
+    size = image.shape[:2]
+    if (
+        size not in about.sizes
+        or image.shape != (size if about.channels == 1 else (*size, 3))
+        or image.dtype != np.uint8
+    ):
+        sizes = " or ".join(map(str, about.sizes))
+        return f"image is {image.shape} {image.dtype}, the contract says {sizes} with {about.channels} channel(s)"
+    if conditioning.shape != (*size, 3):
+        return f"conditioning_image is {conditioning.shape}, beside this image it must be {(*size, 3)}"
+    if mask is not None:
+        if mask.shape != size:
+            return f"mask is {mask.shape}, the image {size}"
+        if mask.max(initial=0) >= len(about.mask_classes):
+            return f"mask holds the value {mask.max()}, the classes end at {len(about.mask_classes) - 1}"
+    if row["label"] is not None and not 0 <= row["label"] < len(about.labels):
+        return f"label {row['label']} is not one of {len(about.labels)} labels"
+    if not row["text"]:
+        return "text is empty"
+    try:
+        row_attributes(row["attributes"], "")
+    except MaskLoomError:
+        return "attributes are no JSON object of texts"
+    if row["origin"] not in (("real", "synthetic") if about.origin == "combined" else (about.origin,)):
+        return f"origin is {row['origin']!r}, the contract says {about.origin!r}"
+    return None

@@ -1,0 +1,73 @@
+"""Files that a command writes where the user says (`--json FILE`, `--contact-sheet FILE`): only its own earlier one is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import write_json, write_text
+from maskloom.pipeline.files.ownership import OwnedFolder
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file to write.
+
+    Attributes:
+        option: that names it.
+        path: where it goes.
+        what: it holds; an earlier file is replaced if it says that it holds the same.
+    """
+
+    option: str
+    path: Path
+    what: str
+
+    @property
+    def mark(self) -> str:
+        """What the file says of itself."""
+        return f"written by MaskLoom: {self.what}"
+
+    def check(self) -> None:
+        """Check that the file may be written; call before anything is computed.
+
+        Raises:
+            MaskLoomError: it lies in a dataset or a run, or something else is there.
+        """
+        told = f"{self.option} {self.path}"
+        for folder in self.path.resolve().parents:
+            if OwnedFolder(folder).is_marked() or (folder / CONTRACT_FILE).is_file():
+                raise MaskLoomError(f"{told}: lies in {folder}, which MaskLoom keeps itself; give a file elsewhere")
+        if not self.path.exists() and not self.path.is_symlink():
+            return
+        if not self.path.is_file() or self.mark.encode() not in self.path.read_bytes():
+            raise MaskLoomError(
+                f"{told}: is there, and is no earlier {self.what} of MaskLoom; nothing was changed: move it away, or give another file"
+            )
+
+    def write_json(self, values: Mapping[str, Any]) -> None:
+        """Write values as JSON, with the mark; see `check`."""
+        self.check()
+        write_json(self.path, {"about": self.mark, **values})
+
+    def write_page(self, page: str) -> None:
+        """Write an HTML page, with the mark; see `check`."""
+        self.check()
+        write_text(self.path, f"{page.rstrip()}\n<!-- {self.mark} -->\n")
+
+
+def named_file(option: str, path: Path | None, what: str) -> NamedFile | None:
+    """Return the file that an option names, checked, or None where it names none.
+
+    Raises:
+        MaskLoomError: see `NamedFile.check`.
+    """
+    if path is None:
+        return None
+    file = NamedFile(option, path, what)
+    file.check()
+    return file

@@ -1,0 +1,113 @@
+"""A run's dataset, weights and synthetic datasets to the Hugging Face Hub, one repository each.
+
+A push is one commit, made when every large file has arrived: a repository shows the old state or the new one. Running it again after a break
+sends only what the Hub does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.hub.client import Hub, PushOptions, Remote, compare
+from maskloom.pipeline.hub.uploads import Parcel, Target, check_leaks, check_licence, find_targets, pack
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs.run import Run
+
+
+def push(config: ExperimentConfig, words: Sequence[str], options: PushOptions) -> None:
+    """Push parts of a run; prints each repository's address.
+
+    Everything is checked on this machine before the first byte goes.
+
+    Args:
+        config: the experiment.
+        words: `dataset`, `generator`, `generator:KIND`, `baseline:FAMILY`, `synthetic:NAME`; none: `generator`.
+        options: see there.
+
+    Raises:
+        MaskLoomError: there is nothing to push, it must not go, or the Hub cannot be reached or refuses.
+    """
+    run = Run(config.run_folder)
+    targets = find_targets(run, words or ["generator"])
+    hub = Hub(options.dry_run)
+    parcels = [pack(config, run, target, repo_id) for target, repo_id in _addresses(targets, config, options, hub)]
+    for parcel in parcels:
+        check_licence(parcel, options.public, options.may_publish)
+        check_leaks(parcel, config, run)
+    for parcel in parcels:
+        for note in parcel.notes:
+            say(f"{parcel.target}: {note}")
+        _push_one(hub, parcel, options)
+
+
+def _addresses(
+    targets: Sequence[Target], config: ExperimentConfig, options: PushOptions, hub: Hub
+) -> list[tuple[Target, str]]:
+    """Return the repository of each target; a name without a namespace goes to the token's own.
+
+    Raises:
+        MaskLoomError: one name for several repositories, or a name that the Hub does not take.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if options.repo_id and len(targets) > 1:
+        raise MaskLoomError(
+            f"--repo-id {options.repo_id}: one name for {len(targets)} repositories ({', '.join(map(str, targets))}); push them one by one"
+        )
+    names = [options.repo_id or target.repo_name(config.experiment) for target in targets]
+    for name in names:
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise MaskLoomError(f"--repo-id: {one_line(error)}; give NAMESPACE/NAME") from None
+    return [
+        (target, name if "/" in name else f"{hub.namespace()}/{name}")
+        for target, name in zip(targets, names, strict=True)
+    ]
+
+
+def _push_one(hub: Hub, parcel: Parcel, options: PushOptions) -> None:
+    """Bring one repository to the parcel's state, or list what that takes."""
+    visibility = "public" if options.public else "private"
+    remote = hub.look(parcel, options)
+    changes = list(compare(parcel, remote))
+    if remote.exists and remote.private is False and not options.public:
+        raise MaskLoomError(
+            f"{parcel.repo_id}: the repository is public; push with --public, make it private on its settings page, or choose another --repo-id"
+        )
+    if remote.exists and remote.private and options.public:
+        say(f"{parcel.repo_id}: is private and stays so: make it public on its settings page")
+    if options.dry_run:
+        _list(parcel, remote, changes, visibility)
+        return
+    news = [(path, state) for path, _, state in changes if state != "unchanged"]
+    if news:
+        hub.send(parcel, remote, news, options)
+        after = hub.look(parcel, options)
+        missing = next((path for path, _, state in compare(parcel, after) if state != "unchanged"), None)
+        if missing:
+            raise MaskLoomError(
+                f"{parcel.repo_id}: {missing} did not arrive as it is here (does the repository's .gitignore name it?)"
+            )
+    say(f"{parcel.target}: {len(news)} of {len(changes)} files changed" if news else f"{parcel.target}: up to date")
+    print(hub.address(parcel, options))
+
+
+def _list(parcel: Parcel, remote: Remote, changes: Sequence[tuple[str, int, str]], visibility: str) -> None:
+    """Print what a push would do."""
+    does = "would change" if any(state != "unchanged" for *_, state in changes) else "is up to date"
+    state = f"not compared: {remote.unread}" if remote.unread else does if remote.exists else "would create"
+    print(f"{parcel.target} -> {parcel.repo_id} ({parcel.target.repo_type}, {visibility}): {state}")
+    for path, size, change in changes:
+        print(f"  {'would send' if remote.unread else change:<10} {_size(size):>9}  {path}")
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes as `812 B`, `1.2 kB` or `8.8 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

@@ -1,1 +1,0 @@
-"""Networks that training and generation both need, one architecture a file, kept as diffusers keeps models (`from_pretrained`)."""

@@ -1,0 +1,201 @@
+"""`sweep`: one experiment, or several variants of it, trained, generated and evaluated alike and put side by side in one table.
+
+Each variant is a run of its own below the sweep's run folder. Variants of the same data share what `prepare` made of it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator
+
+from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.loading import load_config, read_values, validated
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import LOCK_FILE, link_or_copy, value_digest
+from maskloom.pipeline.files.ownership import MANIFESTS, OwnedFolder, check_replaceable, whole_folder
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run, damaged_file, read_record
+from maskloom.pipeline.runs.runner import run_stages
+from maskloom.pipeline.sweep.table import print_table, variant_rows, write_table
+
+FOLDER = "sweep"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class SweepSection(Section):
+    """`sweep`: what is compared."""
+
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="name -> sections of the configuration, laid over the file's; none: the configuration as it is",
+    )
+
+    @field_validator("variants")
+    @classmethod
+    def _variants_are_runs(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, values in variants.items():
+            if not NAME.fullmatch(name) or name == FOLDER:
+                raise ValueError(f"{name!r} is no name of a folder: letters, digits, dots, hyphens; not {FOLDER!r}")
+            if taken := {"run_dir", "sweep"} & values.keys():
+                raise ValueError(f"{name}: {min(taken)} is the sweep's own; take it out")
+        return variants
+
+
+class SweepConfig(ExperimentConfig):
+    """An experiment with a section `sweep`."""
+
+    sweep: SweepSection = SweepSection()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a sweep.
+
+    Attributes:
+        name: empty where the sweep has no variants and is one run.
+        path: its configuration file, written by the sweep.
+        config: what stands in it.
+    """
+
+    name: str
+    path: Path
+    config: ExperimentConfig
+
+    @property
+    def run(self) -> Run:
+        """Its run."""
+        return Run(self.config.run_folder)
+
+    @property
+    def data_key(self) -> str:
+        """Equal for variants whose `prepare` makes the same dataset."""
+        return value_digest([self.config.data.model_dump(mode="json"), self.config.seed])
+
+
+def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path | None) -> None:
+    """Run every variant, print the table and write it to the run folder as `table.md`, `table.csv` and `table.json`.
+
+    A variant that fails leaves the others as they are; the same command goes on where it stopped.
+
+    Args:
+        path: the sweep's file.
+        overrides: `key=value`, for all variants.
+        force: run stages that are up to date as well.
+        accelerate_config: a file for `accelerate launch --config_file`, or None.
+
+    Raises:
+        MaskLoomError: a mistake in the configuration of any variant, before anything starts; or at the end, a variant failed.
+    """
+    config = load_config(path, overrides, SweepConfig)
+    variants = planned_variants(path, overrides, config)
+    OwnedFolder(config.run_folder).mark()
+    prepared: dict[str, Variant] = {}
+    failed = {}
+    for number, variant in enumerate(variants, start=1):
+        name = variant.path.relative_to(config.run_folder).as_posix()
+        text = yaml.safe_dump(variant.config.model_dump(mode="json"), sort_keys=False)
+        OwnedFolder(config.run_folder).write_text(name, text)
+        if variant.name:
+            say(f"sweep: {variant.name} ({number} of {len(variants)})")
+        stage = run_variant(variant, prepared, force, accelerate_config)
+        if stage:
+            failed[variant.name] = stage
+    rows = [row for variant in variants for row in variant_rows(variant.name, variant.run, variant.config)]
+    write_table(config.run_folder, config.experiment, rows, failed)
+    print_table(config.experiment, rows)
+    say(f"sweep: {config.run_folder / 'table.md'}")
+    if failed:
+        told = ", ".join(f"{name or config.experiment} at {stage}" for name, stage in failed.items())
+        raise MaskLoomError(f"{len(failed)} of {len(variants)} runs failed ({told}); mend that and run the sweep again")
+
+
+def planned_variants(path: Path, overrides: list[str], config: SweepConfig) -> list[Variant]:
+    """Return the checked variants of a sweep in the file's order.
+
+    Args:
+        path: the sweep's file.
+        overrides: come over the variants' own values.
+        config: the sweep's own configuration.
+
+    Raises:
+        MaskLoomError: a variant's values do not fit.
+    """
+    folder = config.run_folder
+    if not config.sweep.variants:
+        return [_variant("", folder, read_values(path, overrides), str(path), folder)]
+    return [
+        _variant(name, folder / name, read_values(path, overrides, values), f"{path}: sweep.variants.{name}", folder)
+        for name, values in config.sweep.variants.items()
+    ]
+
+
+def _variant(name: str, run_dir: Path, values: dict[str, Any], where: str, sweep_folder: Path) -> Variant:
+    own = {key: value for key, value in values.items() if key != "sweep"} | {"run_dir": str(run_dir)}
+    if name:
+        own["experiment"] = f"{own['experiment']}-{name}"
+    config = validated(own, ExperimentConfig, where)
+    return Variant(name, sweep_folder / FOLDER / f"{name or config.experiment}.yaml", config)
+
+
+def run_variant(variant: Variant, prepared: dict[str, Variant], force: bool, accelerate_config: Path | None) -> str:
+    """Run all stages of a variant.
+
+    Args:
+        variant: what to run.
+        prepared: variants whose dataset is there, by `data_key`; gains this one.
+        force: run stages that are up to date as well; a dataset that this sweep has prepared counts as fresh.
+        accelerate_config: see `sweep`.
+
+    Returns:
+        The stage that failed, or an empty text. The stage has printed its own error.
+    """
+    if variant.data_key in prepared:
+        share_dataset(prepared[variant.data_key].run, variant.run)
+    for stage in STAGES:
+        again = force and not (stage == "prepare" and variant.data_key in prepared)
+        arguments = ["--config", str(variant.path), *(["--force"] if again else [])]
+        if stage == "baselines" and _train_families(variant, arguments, again, accelerate_config):
+            return stage
+        if run_stages([stage], arguments if stage != "baselines" else arguments[:2], accelerate_config):
+            return stage
+        if stage == "prepare":
+            prepared.setdefault(variant.data_key, variant)
+    return ""
+
+
+def _train_families(variant: Variant, arguments: list[str], again: bool, accelerate_config: Path | None) -> int:
+    """Train each family in a process of its own, or one's peak memory would hide the next one's; return the first exit code that is not 0."""
+    if again:  # it holds the families' older records
+        (variant.run.logs("baselines") / RECORD_FILE).unlink(missing_ok=True)
+    codes = (
+        run_stages(["baselines"], [*arguments, "--family", family], accelerate_config)
+        for family in variant.config.baselines
+    )
+    return next((code for code in codes if code), 0)
+
+
+def share_dataset(source: Run, target: Run) -> None:
+    """Give a run the dataset that another one has prepared of the same data, unless it has it: its own `prepare` then finds itself up to date.
+
+    Files are hard links where the file system has them: every writer replaces files and changes none.
+    """
+    record, own = read_record(source, "prepare"), read_record(target, "prepare")
+    if record is None:
+        raise MaskLoomError(f"{source.logs('prepare') / RECORD_FILE}: missing; run the sweep again")
+    if own is not None and own.key == record.key and damaged_file(target, own.files) is None:
+        return
+    check_replaceable(target.dataset)
+    target.mark()
+    (target.logs("prepare") / RECORD_FILE).unlink(missing_ok=True)  # between two datasets the run has none
+    not_shared = shutil.ignore_patterns(LOCK_FILE, MANIFESTS)  # a lock, linked, would hold both runs at once
+    with whole_folder(target.dataset) as folder:
+        for name in OwnedFolder(source.dataset).files():  # not what the user has put there
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(source.dataset / name, folder / name)
+    shutil.copytree(source.logs("prepare"), target.logs("prepare"), ignore=not_shared, dirs_exist_ok=True)

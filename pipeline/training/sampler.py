@@ -1,0 +1,104 @@
+"""The rows of a training in order: an endless stream of positions, cut into batches, the batches shared out over processes."""
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+from accelerate import Accelerator
+from torch import randperm
+from torch.utils.data import DataLoader, Dataset
+
+from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.runs.interruption import outlive_first_signal
+from maskloom.pipeline.training.randomness import keyed_generator
+
+
+class Positioned(Dataset[dict[str, Any]]):
+    """A dataset seen as an endless stream: position -> row, every epoch in another order keyed to (seed, epoch)."""
+
+    def __init__(
+        self, dataset: Dataset[dict[str, Any]], seed: int, buckets: Sequence[int] | None = None, batch: int = 1
+    ) -> None:
+        """Keep the parts.
+
+        Args:
+            dataset: what is streamed.
+            seed: keys the orders.
+            buckets: for each row, its bucket; None: there is one.
+            batch: rows of a micro-batch over all processes; each such run of positions lies in one bucket.
+        """
+        self.dataset, self.seed, self.batch = dataset, seed, batch
+        rows = range(len(dataset))  # type: ignore[arg-type]
+        members: dict[int, list[int]] = {}
+        for row in rows:
+            members.setdefault(0 if buckets is None else buckets[row], []).append(row)
+        self.buckets = [members[number] for number in sorted(members)]
+        self.epoch_length = len(self._epoch_order(0))
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def index(self, position: int) -> int:
+        """Return the dataset row at a position of the stream."""
+        epoch, offset = divmod(position, self.epoch_length)
+        if self._order[0] != epoch:
+            self._order = (epoch, self._epoch_order(epoch))
+        return self._order[1][offset]
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {**self.dataset[self.index(position)], "position": position}
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        """Return the rows of an epoch in order.
+
+        With several buckets each one is filled up to whole batches with rows of its own (the first of its order, so other ones every
+        epoch), and the batches are mixed.
+        """
+        if len(self.buckets) == 1:
+            return self._shuffled(self.buckets[0], "epoch order", epoch)
+        batches = []
+        for number, rows in enumerate(self.buckets):
+            whole = -(-len(rows) // self.batch) * self.batch
+            order = list(islice(cycle(self._shuffled(rows, "bucket order", epoch, number)), whole))
+            batches += [order[i : i + self.batch] for i in range(0, whole, self.batch)]
+        return [row for i in self._shuffled(range(len(batches)), "batch order", epoch) for row in batches[i]]
+
+    def _shuffled(self, items: Sequence[int], *key: object) -> list[int]:
+        return [items[i] for i in randperm(len(items), generator=keyed_generator(self.seed, *key)).tolist()]
+
+
+def global_batch(config: LoopConfig, processes: int) -> int:
+    """Return the samples of an optimizer step, over accumulation and processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * processes
+
+
+def total_steps(config: LoopConfig, epoch_length: int, processes: int) -> int:
+    """Return the number of optimizer steps: `max_train_steps`, or as many as see `num_train_epochs` epochs whole."""
+    if config.num_train_epochs is None:
+        return config.max_train_steps
+    return -(-config.num_train_epochs * epoch_length // global_batch(config, processes))
+
+
+def batches(
+    stream: Positioned, config: LoopConfig, accelerator: Accelerator, start: int, steps: int
+) -> Iterator[dict[str, Any]]:
+    """Yield this process's micro-batches from optimizer step `start` on; they run over the ends of epochs."""
+    share, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+    numbers = range(start * accumulation, steps * accumulation)
+    positions = (
+        [*micro_batch(number, share, accelerator.process_index, accelerator.num_processes)] for number in numbers
+    )
+    workers = config.dataloader_num_workers
+    yield from DataLoader(
+        stream,
+        batch_sampler=positions,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=outlive_first_signal,
+        generator=keyed_generator(stream.seed, "loader"),  # or it would draw from the generator that dropout draws from
+    )
+
+
+def micro_batch(number: int, share: int, process: int, processes: int) -> range:
+    """Return the positions that a process sees in its micro-batch of the given number, counted from the training's start."""
+    first = (number * processes + process) * share
+    return range(first, first + share)

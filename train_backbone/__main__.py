@@ -1,0 +1,34 @@
+"""`accelerate launch -m train_controlnet.backbone --config configs/backbone.yaml [key=value ...]`."""
+
+from typing import Annotated
+
+import typer
+
+from maskloom.pipeline.cli import ConfigOption, OverridesArgument
+from maskloom.pipeline.config.loading import load_config
+from maskloom.pipeline.errors import run_command
+from maskloom.train_backbone.config import BackboneConfig
+
+ForceOption = Annotated[bool, typer.Option("--force", help="throw checkpoints away and start anew")]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse the command line and train; a user's mistake becomes one line and exit code 2.
+
+    Args:
+        args: the arguments; by default the process's own.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @app.command(help="Train a small Stable Diffusion backbone: VAE, then text encoder and UNet.")
+    def command(config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False) -> None:
+        settings = load_config(config, overrides or [], BackboneConfig)
+        from maskloom.train_backbone.recipe import train_backbone
+
+        train_backbone(settings, force)
+
+    run_command(lambda: app(args=args))
+
+
+if __name__ == "__main__":
+    main()

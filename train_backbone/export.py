@@ -1,0 +1,178 @@
+"""Writes the trained parts as a StableDiffusionPipeline folder with a model card and a picture of samples."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.files.ownership import whole_folder
+from maskloom.pipeline.files.reading import read_object
+from maskloom.pipeline.runs.provenance import git_sha
+from maskloom.train_backbone.architecture import new_scheduler
+from maskloom.train_backbone.config import BackboneConfig
+from maskloom.train_backbone.vocabulary import CLIP_FILES
+
+SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_A_PROMPT = 20, 3.0, 2
+MAX_PROMPTS = 12
+
+
+def new_pipeline(
+    config: BackboneConfig,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionPipeline:
+    """Return the parts as one pipeline, without safety checker: there is none for medical images."""
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(config.architecture),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_pipeline(
+    pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path, card: str, grid: Image.Image
+) -> None:
+    """Write the folder whole: weights in fp16 safetensors, the tokenizer's files, README.md, samples.png.
+
+    Args:
+        pipe: in float32; left as it is.
+        tokenizer_folder: holds `vocab.json` and `merges.txt`, copied as they are.
+        folder: replaced if it exists.
+        card: the README.
+        grid: the picture of samples.
+    """
+    with whole_folder(folder) as unfinished:
+        copy.deepcopy(pipe).to(dtype=torch.float16).save_pretrained(unfinished, safe_serialization=True)
+        for name in CLIP_FILES:
+            (unfinished / "tokenizer" / name).write_bytes((tokenizer_folder / name).read_bytes())
+        _ask_for_float32(unfinished / "text_encoder" / "config.json")
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        grid.save(unfinished / "samples.png", optimize=True)
+
+
+def sample_prompts(texts: Sequence[Sequence[str]], labels: Sequence[Sequence[int | None]]) -> list[str]:
+    """Return up to `MAX_PROMPTS` training prompts, taken from every class of every source in turn."""
+    by_class: dict[tuple[int, int | None], list[str]] = {}
+    for source, (prompts, classes) in enumerate(zip(texts, labels, strict=True)):
+        for prompt, label in zip(prompts, classes, strict=True):
+            found = by_class.setdefault((source, label), [])
+            if prompt not in found:
+                found.append(prompt)
+    turns = max(len(found) for found in by_class.values())
+    ordered = [found[turn] for turn in range(turns) for found in by_class.values() if turn < len(found)]
+    return ordered[:MAX_PROMPTS]
+
+
+@torch.no_grad()
+def sample_grid(pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> Image.Image:
+    """Return a grey picture with a row a prompt, drawn from text alone."""
+    scheduler = pipe.scheduler
+    pipe.scheduler = UniPCMultistepScheduler.from_config(scheduler.config)
+    rows = [
+        pipe(
+            [prompt] * SAMPLES_A_PROMPT,
+            num_inference_steps=SAMPLE_STEPS,
+            guidance_scale=SAMPLE_GUIDANCE,
+            generator=torch.Generator().manual_seed(seed + number),
+        ).images
+        for number, prompt in enumerate(prompts)
+    ]
+    pipe.scheduler = scheduler
+    side = rows[0][0].width
+    # Two prompts a line keep the picture from being a tall ribbon.
+    lines = -(-len(rows) // 2)
+    grid = Image.new("L", (2 * SAMPLES_A_PROMPT * side, lines * side))
+    for number, row in enumerate(rows):
+        for place, image in enumerate(row):
+            grid.paste(image.convert("L"), (((number % 2) * SAMPLES_A_PROMPT + place) * side, number // 2 * side))
+    return grid
+
+
+def model_card(
+    config: BackboneConfig, contracts: Sequence[Contract], prompts: Sequence[str], facts: dict[str, Any]
+) -> str:
+    """Return the README.md.
+
+    Args:
+        config: the recipe.
+        contracts: of the datasets that were learnt.
+        prompts: of the sample grid.
+        facts: figures of the training by name, such as last losses and parameter counts.
+    """
+    metadata = {
+        "license": "mit",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["stable-diffusion", "medical", "maskloom"],
+    }
+    data = "\n".join(
+        f"- {c.description.dataset} ({c.description.modality}): {c.splits['train'].rows} train images in "
+        f"{c.splits['train'].groups} groups; {c.description.licence}. {c.description.citation}. Digest `{c.digest[:16]}`."
+        for c in contracts
+    )
+    parts = [(f"VAE, crops of {config.vae.pixels} px", config.vae), ("UNet + text encoder", config.denoiser)]
+    steps = "\n".join(
+        f"| {name} | {loop.max_train_steps} | {loop.train_batch_size} | {loop.learning_rate:g}, {loop.lr_scheduler} | {loop.mixed_precision} |"
+        for name, loop in parts
+    )
+    figures = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    legend = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, start=1))
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
+---
+
+# A small Stable Diffusion backbone for trying MaskLoom without a GPU
+
+A `StableDiffusionPipeline` of {config.architecture.image_size}x{config.architecture.image_size} grey images (three equal channels), trained from nothing
+by `make backbone`. It shows that a pipeline works; it knows one average brain and invented breasts, so nothing that it draws says anything
+about patients. For real work, give a full backbone: `train.pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5`.
+
+![samples](samples.png)
+
+Samples from text alone, two a prompt, two prompts a line ({SAMPLE_STEPS} UniPC steps, guidance {SAMPLE_GUIDANCE:g}):
+
+{legend}
+
+## Data
+{data}
+
+Only the train splits were read; validation and test slices of the template are unseen.
+
+## Training
+| part | steps | batch | learning rate | precision |
+|---|---|---|---|---|
+{steps}
+
+| figure | value |
+|---|---|
+{figures}
+| code | `{git_sha()}` |
+
+VAE: L1, features of EfficientNet-Lite0, KL, patch discriminator; latents brought to mean 0 and variance 1 a channel, so
+`scaling_factor` is 1. UNet and text encoder: {config.architecture.prediction_type} prediction, min-SNR gamma {config.denoiser.snr_gamma},
+{config.denoiser.proportion_empty_prompts:.0%} empty prompts, averaged weights.
+"""
+
+
+def _ask_for_float32(path: Path) -> None:
+    """Make transformers load the text encoder in float32 like the other parts; it would follow the file's fp16 otherwise."""
+    settings = read_object(path, "run the recipe again")
+    settings["dtype"] = "float32"
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,194 @@
+"""The recipe, top to bottom: tokenizer, VAE, latents, UNet with text encoder, pipeline folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, tell_cuts
+from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.verification import verify_quickly
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.files.ownership import OwnedFolder, check_places, check_replaceable
+from maskloom.pipeline.files.reading import LogLine, read_lines
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.training.checkpoints import delete_checkpoints
+from maskloom.pipeline.training.log import METRICS_FILE
+from maskloom.pipeline.training.loop import Task, check_afresh, make_accelerator, train
+from maskloom.train_backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
+from maskloom.train_backbone.config import BackboneConfig
+from maskloom.train_backbone.denoiser import DenoiserTask, LatentRows
+from maskloom.train_backbone.export import (
+    model_card,
+    new_pipeline,
+    sample_grid,
+    sample_prompts,
+    write_pipeline,
+)
+from maskloom.train_backbone.images import TrainImages
+from maskloom.train_backbone.vae import (
+    Autoencoder,
+    VaeTask,
+    latent_statistics,
+    new_discriminator,
+    normalise_vae,
+)
+from maskloom.train_backbone.vocabulary import write_tokenizer
+
+PARTS = ("vae", "denoiser")
+
+
+def train_backbone(config: BackboneConfig, force: bool) -> None:
+    """Train all parts and write `config.output_dir`; an interrupted run goes on from its checkpoints.
+
+    Args:
+        config: the recipe.
+        force: throw earlier checkpoints away.
+
+    Raises:
+        MaskLoomError: a dataset cannot be used, a setting does not fit, or a loss was not finite.
+    """
+    contracts = [_checked(verify_quickly(source.path), config) for source in config.sources]
+    check_places(
+        {f"sources[{n}].path": one.path for n, one in enumerate(config.sources)}, [config.run_folder, config.output_dir]
+    )
+    check_places({"output_dir": config.output_dir}, [config.run_folder])
+    check_replaceable(config.output_dir)
+    OwnedFolder(config.run_folder).check()
+    if force:
+        for part, loop in zip(PARTS, (config.vae, config.denoiser), strict=True):
+            check_afresh(loop, config.run_folder / part)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    if processes.is_main_process:
+        OwnedFolder(config.run_folder).claim()
+    if force and processes.is_main_process:
+        for part in PARTS:
+            delete_checkpoints(config.run_folder / part)
+    processes.wait_for_everyone()
+    images = TrainImages(config.sources)
+    with processes.main_process_first():
+        tokenizer = _tokenizer(config, images, told=processes.is_main_process)
+    data = {f"dataset {number}": contract.digest for number, contract in enumerate(contracts)}
+    vae = train_vae(config, images, data)
+    unet, text_encoder = train_denoiser(config, images, vae, tokenizer, data)
+    if processes.is_main_process:
+        pipe = new_pipeline(config, vae.cpu().eval(), text_encoder.cpu().eval(), tokenizer, unet.cpu().eval())
+        prompts = sample_prompts(images.texts, [list(split["label"]) for split in images.splits])
+        facts = {**_sizes({"VAE": vae, "text encoder": text_encoder, "UNet": unet}), **_last_losses(config)}
+        card = model_card(config, contracts, prompts, facts)
+        grid = sample_grid(pipe, prompts, config.seed)
+        write_pipeline(pipe, _tokenizer_folder(config), config.output_dir, card, grid)
+        say(f"backbone: written to {config.output_dir}")
+
+
+def train_vae(config: BackboneConfig, images: TrainImages, data: Mapping[str, str]) -> AutoencoderKL:
+    """Return the trained VAE, before its latents are normalised.
+
+    Args:
+        config: the recipe.
+        images: what is learnt.
+        data: digests of the datasets.
+    """
+    set_seed(config.seed)
+    accelerator = _accelerator(config, config.vae, "vae")
+    task = VaeTask(Autoencoder(new_vae(config.architecture)), new_discriminator(), images, config.vae, accelerator)
+    inputs = {**data, "architecture": value_digest(config.architecture.model_dump(mode="json"))}
+    _train_part(config, task, config.vae, accelerator, "vae", inputs)
+    return accelerator.unwrap_model(task.networks["vae"], False).vae
+
+
+def train_denoiser(
+    config: BackboneConfig, images: TrainImages, vae: AutoencoderKL, tokenizer: CLIPTokenizer, data: Mapping[str, str]
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Normalise the VAE's latents in place, then train UNet and text encoder on them and return both."""
+    accelerator = _accelerator(config, config.denoiser, "denoiser")
+    rows = LatentRows(images, config.architecture.image_size, config.seed)
+    rows.encode(vae, accelerator.device, accelerator.is_main_process)
+    centre, spread = latent_statistics(rows.moments)
+    normalise_vae(vae.cpu(), centre, spread)
+    rows.normalise(centre, spread)
+    rows.tokenise(tokenizer)
+    set_seed(config.seed)
+    text_encoder, unet = new_text_encoder(config.architecture, tokenizer), new_unet(config.architecture)
+    scheduler = DDPMScheduler.from_config(new_scheduler(config.architecture).config)
+    task = DenoiserTask(unet, text_encoder, tokenizer, scheduler, rows, config.denoiser)
+    recipe = config.model_dump(mode="json", include={"architecture", "vae", "sources"})
+    _train_part(config, task, config.denoiser, accelerator, "denoiser", {**data, "recipe": value_digest(recipe)})
+    unet, text_encoder = (accelerator.unwrap_model(network, False) for network in task.networks.values())
+    return unet, text_encoder
+
+
+def _train_part(
+    config: BackboneConfig,
+    task: Task,
+    loop: LoopConfig,
+    accelerator: Accelerator,
+    name: str,
+    inputs: Mapping[str, str],
+) -> None:
+    """Run the shared loop in a folder of the part's own; a part that is finished only loads its weights."""
+    say(f"backbone: {name}, {loop.max_train_steps} steps")
+    train(task, loop, accelerator, config.run_folder / name, config.seed, inputs)
+
+
+def _tokenizer_folder(config: BackboneConfig) -> Path:
+    return config.run_folder / "tokenizer"
+
+
+def _tokenizer(config: BackboneConfig, images: TrainImages, told: bool) -> CLIPTokenizer:
+    """Return the tokenizer of the training prompts, written to the run's folder; say, if `told`, which are longer than it allows."""
+    prompts, length = [text for texts in images.texts for text in texts], config.architecture.model_max_length
+    tokenizer = write_tokenizer(_tokenizer_folder(config), prompts, length)
+    if told:
+        tell_cuts("backbone", PromptEncoder(tokenizer, length), prompts, "raise architecture.model_max_length")
+    return tokenizer
+
+
+def _accelerator(config: BackboneConfig, loop: LoopConfig, name: str) -> Accelerator:
+    return make_accelerator(loop, _logs(config, name))
+
+
+def _logs(config: BackboneConfig, name: str) -> Path:
+    return config.run_folder / "logs" / name
+
+
+def _checked(contract: Contract, config: BackboneConfig) -> Contract:
+    """Return the contract of a dataset that can be learnt.
+
+    Raises:
+        MaskLoomError: it is synthetic, not square, of several sizes, or smaller than the backbone's images.
+    """
+    about, size = contract.description, config.architecture.image_size
+    if about.origin != "real":
+        raise MaskLoomError(
+            f"sources: {about.dataset} is a {about.origin} dataset; a backbone is trained on real images only"
+        )
+    if about.buckets:
+        raise MaskLoomError(f"sources: {about.dataset} holds images of several sizes; prepare it without data.buckets")
+    height, width = about.image_size
+    if height != width or height < size:
+        raise MaskLoomError(
+            f"sources: {about.dataset} holds images of {height}x{width}; prepare it with a square data.image_size of {size} or more"
+        )
+    return contract
+
+
+def _sizes(networks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    """Return the number of parameters of each network, for the card."""
+    return {f"parameters, {name}": f"{sum(p.numel() for p in net.parameters()):,}" for name, net in networks.items()}
+
+
+def _last_losses(config: BackboneConfig) -> dict[str, str]:
+    """Return the last logged loss of each part, for the card."""
+    losses = {}
+    for name in PARTS:
+        log = _logs(config, name) / METRICS_FILE
+        figures = [line.model_dump() for line in read_lines(log, LogLine, "train again with --force")]
+        losses[f"last loss, {name}"] = f"{[f['loss'] for f in figures if 'loss' in f][-1]:.4f}"
+    return losses

