@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from maskloom.data_prep.readers.file_names import comparable, is_text, is_visible, printable, subfolders
-from maskloom.pipeline.config.experiment import Section
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.errors import MaskLoomError
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.readers.file_names import as_seen, printable
 from maskloom.data_prep.survey import PreparedSample, Source, prepared_sample
-from maskloom.pipeline.config.experiment import DataConfig, StainConfig
+from maskloom.pipeline.config.data import DataConfig, StainConfig
 from maskloom.pipeline.dataset.contract import Sample
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.errors import RejectedSample

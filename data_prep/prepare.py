@@ -35,7 +35,8 @@ from maskloom.data_prep.splitting.groups import Grouping, Row, consistent_rows, 
 from maskloom.data_prep.splitting.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
 from maskloom.data_prep.splitting.splits import Group, split_of_groups
 from maskloom.data_prep.survey import Source
-from maskloom.pipeline.config.experiment import DataConfig, ExperimentConfig, ExternalConfig
+from maskloom.pipeline.config.data import DataConfig, ExternalConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.dataset.contract import (
     EXTERNAL_PREFIX,

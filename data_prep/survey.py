@@ -13,7 +13,7 @@ from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.processing.resizing import grey, nearest_size, resized, true_proportions, vanished_areas
 from maskloom.data_prep.readers.file_names import NO_TEXT, is_text
 from maskloom.data_prep.splitting.near_duplicates import signature
-from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.masks import class_counts

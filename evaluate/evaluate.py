@@ -15,7 +15,8 @@ from maskloom.evaluate.results import MetricResult
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import read_places
 from maskloom.pipeline import __version__
-from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.base import Section
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.dataset.audit.findings import Dataset
 from maskloom.pipeline.dataset.audit.leaks import require_no_leaks

@@ -23,7 +23,8 @@ from maskloom.models.stable_diffusion.sampling import (
 )
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import ADAPTER_FILE, exported_names
-from maskloom.pipeline.config.experiment import ExperimentConfig, GenerateConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.generate import GenerateConfig
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import file_digest, value_digest

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.bounds import Tries
-from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.runs.run import Run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskloom.pipeline.config.experiment import GenerateConfig
+from maskloom.pipeline.config.generate import GenerateConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract, read_ids
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.reading import row_attributes

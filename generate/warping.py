@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maskloom.pipeline.config.experiment import WarpConfig
+from maskloom.pipeline.config.generate import WarpConfig
 from maskloom.pipeline.errors import RejectedSample
 
 WARP_STREAM = 4  # name of this file's random stream under the experiment's seed

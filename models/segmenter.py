@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from maskloom.pipeline.config.experiment import Size
+from maskloom.pipeline.config.base import Size
 from maskloom.pipeline.training.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from maskloom.pipeline.config.base import MAX_NAME, NAME_PATTERN, Section
 from maskloom.pipeline.config.bounds import Channels, Copies, Layers, Side
-from maskloom.pipeline.config.experiment import MAX_NAME, NAME_PATTERN, LoopConfig, Section
+from maskloom.pipeline.config.train import LoopConfig
 
 
 class Source(Section):

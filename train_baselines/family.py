@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
+from maskloom.pipeline.config.base import Size
 from maskloom.pipeline.config.bounds import Epochs, Shown
-from maskloom.pipeline.config.experiment import LoopConfig, Size
+from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.training.randomness import Draws, keyed_generator

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from maskloom.pipeline.config.experiment import ExperimentConfig, LoopConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.dataset.audit.findings import Dataset
 from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.contract import Contract, Description

@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from maskloom.models.stable_diffusion.loading import load_part
 from maskloom.models.stable_diffusion.objective import sample_latents
 from maskloom.models.stable_diffusion.source import BackboneSource
-from maskloom.pipeline.config.experiment import DecoderConfig, ExperimentConfig, LoopConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import DecoderConfig, LoopConfig, TrainConfig
 from maskloom.pipeline.dataset.contract import Contract, open_split
 from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
 from maskloom.pipeline.files.ownership import whole_folder

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maskloom.models.stable_diffusion.trained_parts import KOHYA_FILE, exported_names
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import told_when_unwritable
 from maskloom.pipeline.files.ownership import whole_folder

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from maskloom.models.stable_diffusion.trained_parts import read_places
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.named_files import named_file

@@ -8,7 +8,8 @@ import yaml
 from maskloom.models.stable_diffusion.prompt_encoding import MARKS, load_prompt_encoder
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import ADAPTER_FILE, KOHYA_FILE
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.hub.cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
 from maskloom.pipeline.runs.provenance import git_sha

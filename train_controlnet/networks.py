@@ -18,7 +18,7 @@ from maskloom.models.stable_diffusion.loading import (
 )
 from maskloom.models.stable_diffusion.source import KEY, BackboneSource
 from maskloom.models.stable_diffusion.text import load_tokenizer
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.training.precision import DTYPES
 

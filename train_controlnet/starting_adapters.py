@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from maskloom.models.stable_diffusion.trained_parts import LORA_KEY, adapter_file
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 
 METADATA = "lora_adapter_metadata"  # of diffusers' newer files: rank and alpha by network

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from maskloom.models.stable_diffusion.checks import check_backbone
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import EXPORTED, adapter_file, exported_names, read_places
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.audit.findings import Dataset
 from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.contract import Contract

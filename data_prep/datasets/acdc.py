@@ -47,7 +47,7 @@ from maskloom.data_prep.readers.nifti import (
     read_volume,
     require_same_grid,
 )
-from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 

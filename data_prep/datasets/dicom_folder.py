@@ -44,7 +44,7 @@ from maskloom.data_prep.readers.common import BLACK_ON_TRANSPARENT, require_same
 from maskloom.data_prep.readers.dicom import Header, is_dicom, read_header, read_picture
 from maskloom.data_prep.readers.file_names import is_visible
 from maskloom.data_prep.readers.image_files import decoded_mask
-from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, run_command
 
 LOOKED_AT = 48  # files, to recognise a folder

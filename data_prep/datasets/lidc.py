@@ -49,7 +49,7 @@ from maskloom.data_prep.readers.common import (
 )
 from maskloom.data_prep.readers.file_names import folder_named, subfolders
 from maskloom.data_prep.readers.tables import TableRow, csv_rows, whole_number, wrong_value
-from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("clean", "nodule")

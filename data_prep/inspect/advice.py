@@ -6,7 +6,7 @@ import numpy as np
 
 from maskloom.data_prep.adapter import DatasetInfo
 from maskloom.data_prep.inspect.observation import Listing, Sample
-from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.data import DataConfig
 
 MANY = 20_000  # images, from which looking for near-duplicates takes long
 UNEVEN = 3  # images of the most frequent class for one of the rarest

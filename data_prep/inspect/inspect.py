@@ -18,7 +18,7 @@ from maskloom.data_prep.inspect.yaml_text import command_line, configuration_tex
 from maskloom.data_prep.left_out import summed_up
 from maskloom.data_prep.prepare import PACKAGE
 from maskloom.data_prep.readers.file_names import is_text, printable
-from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment, validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.plugins import load_plugin, plugin_names

@@ -9,7 +9,7 @@ from typing import Any
 
 from maskloom.data_prep.inspect.layout import Guess
 from maskloom.data_prep.readers.file_names import printable
-from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.data import DataConfig
 
 PLAIN = re.compile(
     r"/[\w/ .()+-]*[\w/)]|[a-z][a-z_]{5,}(?:/[\w/.-]*\w)?", re.ASCII

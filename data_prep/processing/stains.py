@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from maskloom.data_prep.readers.common import decoded_image, eight_bit
-from maskloom.pipeline.config.experiment import StainConfig
+from maskloom.pipeline.config.data import StainConfig
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
 WHITE = 240  # torchstain's `Io`: grey value of light without tissue

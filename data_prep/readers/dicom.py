@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.processing.intensity import window_range
-from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
 
 if TYPE_CHECKING:

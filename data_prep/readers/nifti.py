@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.readers.common import unreadable_as_reject
-from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
 
 if TYPE_CHECKING:

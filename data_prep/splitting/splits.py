@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from maskloom.pipeline.config.experiment import Splits
+from maskloom.pipeline.config.data import Splits
 from maskloom.pipeline.dataset.contract import SPLITS
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.bounds import Repeats, Trainings
-from maskloom.pipeline.config.experiment import Section
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.progress import progress
 from maskloom.pipeline.training.fixed_steps import Augment

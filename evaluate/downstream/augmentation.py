@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from maskloom.pipeline.config.experiment import Section
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.training.fixed_steps import Augment
 
 if TYPE_CHECKING:

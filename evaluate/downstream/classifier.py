@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from maskloom.pipeline.config.base import Size
 from maskloom.pipeline.config.bounds import Channels
-from maskloom.pipeline.config.experiment import Size
 from maskloom.pipeline.training.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.evaluate.inputs import EvaluationInputs, Images, ImageSet
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.bounds import Side
-from maskloom.pipeline.config.experiment import Section
 from maskloom.pipeline.plugins import load_plugin
 
 if TYPE_CHECKING:

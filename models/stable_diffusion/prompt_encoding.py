@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.text import load_text_settings, load_tokenizer
-from maskloom.pipeline.config.experiment import MOST_PROMPT_CHUNKS, TrainConfig
+from maskloom.pipeline.config.train import MOST_PROMPT_CHUNKS, TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.progress import say

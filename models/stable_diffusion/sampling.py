@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, model_validator
 
 from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, text_states
-from maskloom.pipeline.config.experiment import GenerateConfig, Section, TrainConfig
+from maskloom.pipeline.config.base import Section
+from maskloom.pipeline.config.generate import GenerateConfig
 from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import content_digest, read_json, value_digest
 

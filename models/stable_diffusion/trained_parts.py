@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"

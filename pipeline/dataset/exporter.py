@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.pipeline.config.experiment import Section
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.dataset.contract import Contract, Description, stored_rows
 from maskloom.pipeline.dataset.images import png_array, png_bytes
 from maskloom.pipeline.errors import MaskLoomError

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator
 
-from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.base import Section
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_config, read_values, validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import LOCK_FILE, link_or_copy, value_digest

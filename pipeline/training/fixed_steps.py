@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.bounds import BatchSize, Steps
-from maskloom.pipeline.config.experiment import Section
 from maskloom.pipeline.errors import MaskLoomError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import remove_leftovers
 from maskloom.pipeline.progress import progress, say

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.sampler import Positioned, micro_batch
 from maskloom.pipeline.training.task import Task

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import randperm
 from torch.utils.data import DataLoader, Dataset
 
-from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.runs.interruption import outlive_first_signal
 from maskloom.pipeline.training.randomness import keyed_generator
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.config.train import LoopConfig
 
 ENDLESS = frozenset({"constant", "constant_with_warmup"})
 """Schedules that do not depend on how many steps a training has."""

@@ -12,7 +12,7 @@ import pytest
 from maskloom.evaluate.evaluate import PACKAGE, open_question
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.results import REAL, MetricResult
-from maskloom.pipeline.config.experiment import Section
+from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.plugins import load_plugin, plugin_names
 from maskloom.pipeline.report.evaluation import Evaluation

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, Field
 
-from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.base import Section
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.plugins import plugin_names

@@ -10,7 +10,7 @@ from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets import acdc
 from maskloom.data_prep.datasets.acdc import AcdcOptions, Adapter
 from maskloom.data_prep.prepare import prepare
-from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.dataset.contract import LEDGER_FILE, read_contract, read_ids
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment

@@ -22,7 +22,7 @@ from maskloom.data_prep.inspect.layout import guessed_options
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of, spread
 from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
 from maskloom.data_prep.prepare import PACKAGE, prepare
-from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from maskloom.data_prep.adapter import RawImage
 from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.processing.resizing import resized
-from maskloom.pipeline.config.experiment import DataConfig, IntensityWindow, StainConfig
+from maskloom.pipeline.config.data import DataConfig, IntensityWindow, StainConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
 

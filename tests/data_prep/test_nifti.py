@@ -18,7 +18,7 @@ from maskloom.data_prep.readers.nifti import (
     read_volume,
     require_same_grid,
 )
-from maskloom.pipeline.config.experiment import IntensityWindow
+from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers.nifti import rewrite, stored, write
 

@@ -10,7 +10,7 @@ from maskloom.data_prep.datasets import acdc, brats, dicom_folder
 from maskloom.data_prep.processing.resizing import resized, true_proportions
 from maskloom.data_prep.readers.dicom import SPACINGS, read_picture
 from maskloom.data_prep.survey import Source, prepared_sample
-from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers import nifti
 from tests.writers.brats import write_case

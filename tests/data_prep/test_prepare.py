@@ -28,7 +28,7 @@ from maskloom.data_prep.parts import Reading, found_samples, read_part, scanned_
 from maskloom.data_prep.prepare import open_adapter, prepare
 from maskloom.data_prep.processing.resizing import resized
 from maskloom.data_prep.survey import Source, sample_problem
-from maskloom.pipeline.config.experiment import DataConfig
+from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskloom.data_prep.splitting.splits import Group, split_of_groups
-from maskloom.pipeline.config.experiment import Splits
+from maskloom.pipeline.config.data import Splits
 from maskloom.pipeline.errors import MaskLoomError
 
 SHARES = Splits(train=0.7, validation=0.15, test=0.15)

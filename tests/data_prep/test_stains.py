@@ -14,7 +14,7 @@ from skimage.color import lab2rgb, rgb2lab
 from threadpoolctl import threadpool_limits
 
 from maskloom.data_prep.processing.stains import stain_normaliser
-from maskloom.pipeline.config.experiment import StainConfig
+from maskloom.pipeline.config.data import StainConfig
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 Tile = NDArray[np.uint8]
@@ -190,7 +190,7 @@ def test_the_same_values_in_another_process_and_on_any_number_of_threads(tmp_pat
 
 def test_torch_is_not_imported():
     script = (
-        "import sys, numpy as np; from maskloom.data_prep.processing.stains import stain_normaliser; from maskloom.pipeline.config.experiment import StainConfig;"
+        "import sys, numpy as np; from maskloom.data_prep.processing.stains import stain_normaliser; from maskloom.pipeline.config.data import StainConfig;"
         "image = np.random.default_rng(0).integers(0, 200, (64, 64, 3), dtype=np.uint8);"
         "stain_normaliser(StainConfig(method='macenko'))(image);"
         "print(sorted({'torch', 'tensorflow'} & {name.split('.')[0] for name in sys.modules}), 'torchstain' in sys.modules)"

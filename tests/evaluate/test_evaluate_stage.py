@@ -13,7 +13,8 @@ import yaml
 from maskloom.evaluate.evaluate import evaluate, open_question
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.results import MetricResult, skipped_result
-from maskloom.pipeline.config.experiment import ExperimentConfig, Section
+from maskloom.pipeline.config.base import Section
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.audit.findings import Dataset
 from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.verification import verify_quickly

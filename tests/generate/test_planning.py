@@ -17,7 +17,7 @@ from maskloom.generate.planning import (
     read_parents,
     replacement_parents,
 )
-from maskloom.pipeline.config.experiment import GenerateConfig
+from maskloom.pipeline.config.generate import GenerateConfig
 from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_datasets import write_tiny_run
 

@@ -11,7 +11,7 @@ from maskloom.generate.warping import (
     warp_coordinates,
     warp_problem,
 )
-from maskloom.pipeline.config.experiment import WarpConfig
+from maskloom.pipeline.config.generate import WarpConfig
 from maskloom.pipeline.errors import RejectedSample
 
 SHAPES = st.tuples(st.integers(24, 48), st.integers(24, 48))

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.training.loop import make_accelerator, train
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.task import Task

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from maskloom.pipeline.config.experiment import LoopConfig
+from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
 from maskloom.pipeline.training.loop import make_accelerator, train

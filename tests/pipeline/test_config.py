@@ -296,7 +296,7 @@ def test_the_resolved_configuration_loads_to_itself(tmp_path):
 
 
 def test_options_of_a_plug_in_are_checked_in_the_same_words():
-    from maskloom.pipeline.config.experiment import WarpConfig
+    from maskloom.pipeline.config.generate import WarpConfig
 
     with pytest.raises(MaskLoomError, match=r"here: unknown key 'attemptz': did you mean 'attempts'\?"):
         validated({"attemptz": 1}, WarpConfig, "here")

@@ -14,7 +14,7 @@ from maskloom.models.stable_diffusion.prompt_encoding import (
     text_states,
     training_prompts,
 )
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_backbone import MAX_TOKENS, build_tiny_backbone

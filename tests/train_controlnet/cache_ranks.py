@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from maskloom.pipeline.config.experiment import AugmentConfig
+from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.train_controlnet.data import latent_cache
 from maskloom.train_controlnet.data.rows import Views

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from maskloom.pipeline.config.experiment import AugmentConfig
+from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from maskloom.pipeline.config.experiment import DecoderConfig, ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import DecoderConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskloom.pipeline.config.experiment import AdherenceConfig, ExperimentConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.config.train import AdherenceConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.report.curves import training_curves

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskloom.pipeline.config.experiment import AugmentConfig, ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import AugmentConfig, TrainConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel
 
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run

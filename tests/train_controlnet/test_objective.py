@@ -17,7 +17,8 @@ from maskloom.models.stable_diffusion.objective import (
     sample_latents,
     timestep_weights,
 )
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run

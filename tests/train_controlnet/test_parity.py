@@ -18,7 +18,8 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import make_optimizer, train

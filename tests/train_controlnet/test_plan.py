@@ -16,7 +16,8 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from maskloom.models.stable_diffusion.source import ORIGINAL
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import default_collate
 
-from maskloom.pipeline.config.experiment import AugmentConfig, ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import AugmentConfig, TrainConfig
 from maskloom.pipeline.dataset.contract import Description, Sample, open_split, read_contract
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import Positioned

@@ -15,7 +15,8 @@ from maskloom.data_prep.prepare import prepare
 from maskloom.data_prep.processing.resizing import nearest_size
 from maskloom.evaluate.inputs import ImageSet
 from maskloom.generate.generate import generate
-from maskloom.pipeline.config.experiment import DataConfig, ExperimentConfig
+from maskloom.pipeline.config.data import DataConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Description, open_split, read_contract
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError

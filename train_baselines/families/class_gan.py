@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from maskloom.models.class_gan import ClassGenerator, attention_level, doublings, level_widths
 from maskloom.models.layers.self_attention import SelfAttention
+from maskloom.pipeline.config.base import Size
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Steps
-from maskloom.pipeline.config.experiment import Size
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.sampler import global_batch, total_steps

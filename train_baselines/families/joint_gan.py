@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from maskloom.models.joint_gan import JointImageMaskGenerator, doublings
 from maskloom.models.mask_planes import decoded_masks, drawn_planes, encoded_masks
+from maskloom.pipeline.config.base import Size
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs, Side
-from maskloom.pipeline.config.experiment import Size
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.adversarial import GENERATOR, Gan, normal_start
 from maskloom.train_baselines.family import Samples

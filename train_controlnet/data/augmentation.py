@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.pipeline.config.experiment import AugmentConfig
+from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys

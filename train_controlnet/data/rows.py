@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.config.experiment import AugmentConfig
+from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.training.randomness import keyed_generator

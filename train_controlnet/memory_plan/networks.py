@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from maskloom.models.stable_diffusion.checks import check_backbone
 from maskloom.models.stable_diffusion.loading import KINDS, load_noise_schedule, new_controlnet, new_network
 from maskloom.models.stable_diffusion.source import BackboneSource
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.train_controlnet.memory_plan.memory import OnGpu
 from maskloom.train_controlnet.networks import Networks, check_controlnet, copied_controlnet, prepared_networks
 

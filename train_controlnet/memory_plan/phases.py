@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.data.latent_cache import ENCODE_BATCH

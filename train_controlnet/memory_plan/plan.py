@@ -10,7 +10,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from maskloom.models.stable_diffusion.prompt_encoding import training_prompts
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.precision import DTYPES

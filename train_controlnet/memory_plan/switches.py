@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.train_controlnet.memory_plan.plan import Plan, Planner, with_reserve
 
 Switches = dict[str, Any]

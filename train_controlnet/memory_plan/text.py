@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, training_prompts
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.named_files import named_file

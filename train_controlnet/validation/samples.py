@@ -22,7 +22,8 @@ from maskloom.models.stable_diffusion.sampling import (
     sample,
     sampling_scheduler,
 )
-from maskloom.pipeline.config.experiment import ExperimentConfig, TrainConfig
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.train_controlnet.data.augmentation import Picture

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.pipeline.config.experiment import TrainConfig
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.reading import LogLine, read_lines

@@ -1,0 +1,38 @@
+"""The sections `evaluate` and `report`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from maskloom.pipeline.config.base import Plugins, Section, plugin_options
+from maskloom.pipeline.config.bounds import (
+    Shown,
+)
+
+DEFAULT_METRICS = (
+    "quality",
+    "vae_ceiling",
+    "faithfulness",
+    "memorisation",
+    "downstream_segmentation",
+    "downstream_classification",
+)
+
+
+def _default_metrics() -> Plugins:
+    return {name: {} for name in DEFAULT_METRICS}
+
+
+class EvaluateConfig(Section):
+    """`evaluate`: the questions asked of every synthetic set."""
+
+    metrics: Annotated[Plugins, plugin_options(*DEFAULT_METRICS)] = Field(
+        default_factory=_default_metrics, description="file name in evaluate/metrics -> its options"
+    )
+
+
+class ReportConfig(Section):
+    """`report`: what the page shows."""
+
+    title: str | None = None
+    images_per_class: Shown = Field(4, ge=1)

@@ -1,0 +1,69 @@
+"""The section `generate`: which generators sample from which masks, and how."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from maskloom.pipeline.config.base import Plugins, Precision, Section, plugin_options
+from maskloom.pipeline.config.bounds import (
+    BatchSize,
+    Rows,
+    Timesteps,
+    Tries,
+)
+
+
+class WarpConfig(Section):
+    """How train masks are bent into new ones."""
+
+    rotation_degrees: float = Field(15.0, ge=0, le=180)
+    scale: tuple[float, float] = (0.85, 1.2)
+    shear_degrees: float = Field(5.0, ge=0, lt=45)
+    translation: float = Field(0.05, ge=0, lt=0.5, description="share of the image's side")
+    elastic_alpha: float = Field(0.03, ge=0, description="largest displacement, as a share of the image's side")
+    elastic_sigma: float = Field(0.08, gt=0, description="smoothness, as a share of the image's side")
+    flip_horizontal: bool = False
+    min_area_ratio: float = Field(0.5, gt=0, le=1, description="smallest allowed area of a class against the original")
+    max_area_ratio: float = Field(2.0, ge=1)
+    attempts: Tries = Field(20, ge=1, description="tries before a mask is given up and the reason is listed")
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> "WarpConfig":
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)}: give the smallest and the largest factor, both above 0")
+        return self
+
+
+DEFAULT_GENERATORS = ("controlnet", "text_only")
+
+
+def _default_generators() -> Plugins:
+    return {name: {} for name in DEFAULT_GENERATORS}
+
+
+def _default_mask_source() -> list[Literal["train", "warped"]]:
+    return ["train", "warped"]
+
+
+class GenerateConfig(Section):
+    """`generate`: trained generator + mask source -> synthetic mask-and-prompt dataset."""
+
+    generators: Annotated[Plugins, plugin_options(*DEFAULT_GENERATORS)] = Field(
+        default_factory=_default_generators, description="file name in generate/generators -> its options"
+    )
+    mask_source: list[Literal["train", "warped"]] = Field(default_factory=_default_mask_source, min_length=1)
+    num_images: Rows | None = Field(
+        None, ge=1, description="in all, spread evenly over the classes; null: as many as train has"
+    )
+    images_per_class: dict[str, Rows] | None = Field(
+        None, description="exact counts by class name; overrides num_images"
+    )
+    warp: WarpConfig = WarpConfig()
+    scheduler: Literal["unipc", "dpmsolver++", "ddim"] = "unipc"
+    num_inference_steps: Timesteps = Field(20, ge=1)
+    guidance_scale: float = Field(3.0, ge=0)
+    controlnet_conditioning_scale: float = Field(1.0, ge=0)
+    batch_size: BatchSize = Field(8, ge=1)
+    mixed_precision: Precision = "no"
+    enable_xformers_memory_efficient_attention: bool = False
+    rows_per_shard: Rows = Field(64, ge=1)
