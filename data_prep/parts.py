@@ -21,8 +21,8 @@ from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.readers.file_names import as_seen, printable
 from maskloom.data_prep.survey import PreparedSample, Source, prepared_sample
 from maskloom.pipeline.config.data import DataConfig, StainConfig
-from maskloom.pipeline.dataset.contract import Sample
 from maskloom.pipeline.dataset.images import png_bytes
+from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import RejectedSample
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX, atomic_path, file_digest
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder

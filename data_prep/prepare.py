@@ -38,17 +38,8 @@ from maskloom.data_prep.survey import Source
 from maskloom.pipeline.config.data import DataConfig, ExternalConfig
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.dataset.contract import (
-    EXTERNAL_PREFIX,
-    LEDGER_FILE,
-    SPLITS,
-    Contract,
-    DatasetWriter,
-    Description,
-    Sample,
-    check_dataset_place,
-    plan_shards,
-)
+from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX, LEDGER_FILE, SPLITS, Contract, Description
+from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest, value_digest, write_text
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places

@@ -30,19 +30,9 @@ from maskloom.models.stable_diffusion.trained_parts import read_places
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.dataset.contract import (
-    Contract,
-    DatasetWriter,
-    Description,
-    Parent,
-    Sample,
-    Shard,
-    check_dataset_place,
-    open_split,
-    plan_shards,
-    read_contract,
-)
+from maskloom.pipeline.dataset.contract import Contract, Description, Parent, open_split, read_contract
 from maskloom.pipeline.dataset.verification import verify_quickly
+from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, Shard, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.ownership import check_places

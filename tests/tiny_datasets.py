@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.pipeline.dataset.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
+from maskloom.pipeline.dataset.contract import Contract, Description, Parent
+from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, plan_shards
 
 PALETTE = ((0, 0, 0), (255, 0, 0))
 Picture = NDArray[np.uint8]

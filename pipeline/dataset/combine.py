@@ -25,17 +25,14 @@ from maskloom.pipeline.dataset.contract import (
     CONTRACT_FILE,
     PLAN_FILE,
     Contract,
-    DatasetWriter,
     Description,
     Parent,
-    Sample,
     changed_file,
-    check_dataset_place,
-    plan_shards,
     read_contract,
     stored_rows,
 )
 from maskloom.pipeline.dataset.verification import verify_fully
+from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places, delete_folder

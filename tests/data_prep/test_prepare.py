@@ -29,8 +29,9 @@ from maskloom.data_prep.prepare import open_adapter, prepare
 from maskloom.data_prep.processing.resizing import resized
 from maskloom.data_prep.survey import Source, sample_problem
 from maskloom.pipeline.config.data import DataConfig
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, DatasetWriter, read_contract
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, read_contract
 from maskloom.pipeline.dataset.verification import verify_fully
+from maskloom.pipeline.dataset.writer import DatasetWriter
 from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment

@@ -14,9 +14,10 @@ from scipy.ndimage import gaussian_filter
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.conditioning import conditioning_image
-from maskloom.pipeline.dataset.contract import Contract, DatasetWriter, Description, Parent, Sample, plan_shards
+from maskloom.pipeline.dataset.contract import Contract, Description, Parent
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt
+from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, plan_shards
 from maskloom.pipeline.files.atomic import json_text
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.runs.run import Run

@@ -16,8 +16,9 @@ from maskloom.generate.generate import generate
 from maskloom.pipeline.__main__ import app
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.combine import CombineOptions, combine
-from maskloom.pipeline.dataset.contract import Contract, Parent, Sample, open_split, read_contract
+from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, read_contract
 from maskloom.pipeline.dataset.verification import verify_for_training, verify_fully, verify_quickly
+from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import MaskLoomError, run_command
 from maskloom.pipeline.files.atomic import read_json
 from maskloom.pipeline.runs.run import Run

@@ -6,15 +6,8 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskloom.pipeline.dataset.contract import (
-    CONTRACT_FILE,
-    LEDGER_FILE,
-    SPLITS,
-    DatasetWriter,
-    open_split,
-    plan_shards,
-    read_contract,
-)
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, SPLITS, open_split, read_contract
+from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 

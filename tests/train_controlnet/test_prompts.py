@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
 from maskloom.generate.diffusion import Sampler, load_backbone
-from maskloom.pipeline.dataset.contract import Sample, read_contract
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.__main__ import main
 from maskloom.train_controlnet.data.latent_cache import cache_folder

@@ -13,7 +13,8 @@ from torch.utils.data import default_collate
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import AugmentConfig, TrainConfig
-from maskloom.pipeline.dataset.contract import Description, Sample, open_split, read_contract
+from maskloom.pipeline.dataset.contract import Description, open_split, read_contract
+from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import Positioned
 from maskloom.pipeline.training.randomness import Draws
