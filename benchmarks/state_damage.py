@@ -34,7 +34,8 @@ from rich.table import Table
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import LOCK_FILE
-from maskloom.pipeline.runs.run import STAGES, StageChecked, check_only
+from maskloom.pipeline.runs.run import STAGES
+from maskloom.pipeline.runs.stage import StageChecked, check_only
 
 CONFIG: dict[str, Any] = {
     "experiment": "damage",

@@ -45,7 +45,8 @@ from maskloom.pipeline.files.atomic import file_digest, value_digest, write_text
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import Advance, progress, say
-from maskloom.pipeline.runs.run import CONFIG_FILE, Run, Stage, open_run
+from maskloom.pipeline.runs.run import CONFIG_FILE, Run
+from maskloom.pipeline.runs.stage import Stage, open_run
 
 PACKAGE = "maskloom.data_prep.datasets"
 SCRATCH = ".prepare"

@@ -28,7 +28,9 @@ from maskloom.pipeline.files.atomic import json_text, model_digest, read_json, v
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import progress, say
-from maskloom.pipeline.runs.run import Run, Stage, open_run, require_intact
+from maskloom.pipeline.runs.record import require_intact
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import Stage, open_run
 
 PACKAGE = "maskloom.evaluate.metrics"
 

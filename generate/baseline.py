@@ -14,7 +14,7 @@ from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import model_digest
-from maskloom.pipeline.runs.run import require_intact
+from maskloom.pipeline.runs.record import require_intact
 
 if TYPE_CHECKING:
     import torch

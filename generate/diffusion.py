@@ -28,7 +28,8 @@ from maskloom.pipeline.config.generate import GenerateConfig
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import file_digest, value_digest
-from maskloom.pipeline.runs.run import Run, require_intact
+from maskloom.pipeline.runs.record import require_intact
+from maskloom.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     import torch

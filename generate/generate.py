@@ -38,7 +38,8 @@ from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.ownership import check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import Advance, progress, say
-from maskloom.pipeline.runs.run import Run, Stage, open_run
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import Stage, open_run
 
 if TYPE_CHECKING:
     from accelerate import PartialState

@@ -9,7 +9,7 @@ import typer
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MEMORY_ADVICE, run_command
-from maskloom.pipeline.runs.run import StageChecked, check_only
+from maskloom.pipeline.runs.stage import StageChecked, check_only
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]

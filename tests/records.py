@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from maskloom.pipeline.files.atomic import write_json
-from maskloom.pipeline.runs.run import RECORD_FILE, Run, Stage, StageRecord
+from maskloom.pipeline.runs.record import StageRecord
+from maskloom.pipeline.runs.run import RECORD_FILE, Run
+from maskloom.pipeline.runs.stage import Stage
 
 
 def record_outputs(run: Run, name: str, outputs: Sequence[Path], **changes: Any) -> None:

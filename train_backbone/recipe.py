@@ -20,7 +20,9 @@ from maskloom.pipeline.files.reading import LogLine, read_lines
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.training.checkpoints import delete_checkpoints
 from maskloom.pipeline.training.log import METRICS_FILE
-from maskloom.pipeline.training.loop import Task, check_afresh, make_accelerator, train
+from maskloom.pipeline.training.loop import Task, train
+from maskloom.pipeline.training.resuming import check_afresh
+from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
 from maskloom.train_backbone.config import BackboneConfig
 from maskloom.train_backbone.denoiser import DenoiserTask, LatentRows

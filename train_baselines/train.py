@@ -23,7 +23,8 @@ from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.ownership import OwnedFolder, check_replaceable
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs.run import RECORD_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
+from maskloom.pipeline.runs.run import RECORD_FILE, SHOWN_LOGS, Run
+from maskloom.pipeline.runs.stage import Stage, open_run, skip_empty_stage
 
 if TYPE_CHECKING:
     from maskloom.train_baselines.family import Family, FamilyOptions
@@ -158,7 +159,8 @@ def _check_before_training(
         MaskLoomError: the machine or the dataset lacks what the family needs, something of the user's has the name of its weights or of a
             checkpoint, or, unless `force`, a checkpoint belongs to another training.
     """
-    from maskloom.pipeline.training.loop import check_machine, check_resumable, launched_processes
+    from maskloom.pipeline.training.resuming import check_resumable
+    from maskloom.pipeline.training.setup import check_machine, launched_processes
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
@@ -181,7 +183,8 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
 
     from maskloom.pipeline.training.checkpoints import delete_checkpoints
     from maskloom.pipeline.training.distributed import check_engine
-    from maskloom.pipeline.training.loop import make_accelerator, total_steps, train
+    from maskloom.pipeline.training.loop import total_steps, train
+    from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_baselines.export import export
 
     options, folder = family_options(config, name), run.baselines / name

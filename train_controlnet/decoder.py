@@ -31,8 +31,10 @@ from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import Task, check_resumable, make_accelerator, train
+from maskloom.pipeline.training.loop import Task, train
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
+from maskloom.pipeline.training.resuming import check_resumable
+from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.data.latent_cache import pixels
 from maskloom.train_controlnet.data.rows import Views, size_buckets
 from maskloom.train_controlnet.model_card import model_card

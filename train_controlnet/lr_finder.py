@@ -28,9 +28,10 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.named_files import named_file
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.progress import progress
-from maskloom.pipeline.runs.run import open_run
-from maskloom.pipeline.training.loop import Positioned, make_accelerator, make_optimizer
+from maskloom.pipeline.runs.stage import open_run
+from maskloom.pipeline.training.loop import Positioned
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from maskloom.train_controlnet.task import OPTIMIZER, DiffusionTask
 from maskloom.train_controlnet.train import check_dataset
 

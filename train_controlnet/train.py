@@ -16,7 +16,8 @@ from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest, model_digest, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places, check_replaceable, delete_folder
-from maskloom.pipeline.runs.run import CONFIG_FILE, SHOWN_LOGS, Run, Stage, open_run, skip_empty_stage
+from maskloom.pipeline.runs.run import CONFIG_FILE, SHOWN_LOGS, Run
+from maskloom.pipeline.runs.stage import Stage, open_run, skip_empty_stage
 from maskloom.train_controlnet.validation.verdict import check_adherence
 
 
@@ -44,7 +45,8 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     from accelerate.utils import set_seed
 
     from maskloom.pipeline.training.distributed import check_engine
-    from maskloom.pipeline.training.loop import make_accelerator, train
+    from maskloom.pipeline.training.loop import train
+    from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_controlnet.decoder import check_decoder_engine, train_decoder
     from maskloom.train_controlnet.export import export
     from maskloom.train_controlnet.networks import load_networks
@@ -121,7 +123,7 @@ def check_before_training(
             training.
     """
     from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder
-    from maskloom.pipeline.training.loop import check_resumable
+    from maskloom.pipeline.training.resuming import check_resumable
     from maskloom.train_controlnet.decoder import CHECKPOINTS, check_decoder_resumable
     from maskloom.train_controlnet.validation.samples import further_wishes
 

@@ -21,7 +21,8 @@ from maskloom.pipeline.files.reading import read_object
 from maskloom.pipeline.hub.cards import LOADING, Weights, completed_card
 from maskloom.pipeline.hub.files import check_pushed_file, file_text
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs.run import RECORD_FILE, Run, StageRecord, damaged_file, read_record
+from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record
+from maskloom.pipeline.runs.run import RECORD_FILE, Run
 
 CARD, PICTURES = "README.md", "samples.png"
 RepoType = Literal["model", "dataset"]

@@ -13,7 +13,8 @@ from maskloom.pipeline.files.ownership import OwnedFolder, file_problem
 from maskloom.pipeline.files.reading import read_lines
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.report.evaluation import evaluation_files
-from maskloom.pipeline.runs.run import SHOWN_LOGS, STAGES, Run, read_record
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import SHOWN_LOGS, STAGES, Run
 
 REASONS_SHOWN = 20
 NO_LABEL_COUNT = "no class"

@@ -9,7 +9,8 @@ from maskloom.pipeline.files.private_paths import without_known_places
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.report.page import page_renderer
 from maskloom.pipeline.report.sources import Sources, find_sources
-from maskloom.pipeline.runs.run import Run, Stage, open_run
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import Stage, open_run
 
 IMAGE_SIDES = (
     256,

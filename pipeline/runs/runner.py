@@ -15,10 +15,11 @@ from typing import Any
 
 import psutil
 
+from maskloom.pipeline.config.yaml_reading import read_yaml
 from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
 from maskloom.pipeline.runs.interruption import Interrupted, end_with_parent, hold_ctrl_c, received, signals_to
-from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run, read_record
-from maskloom.pipeline.config.yaml_reading import read_yaml
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
 
 MODULES = {
     "prepare": ("maskloom.data_prep",),

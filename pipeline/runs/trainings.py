@@ -7,7 +7,8 @@ from typing import Any
 
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.files.reading import LogLine, read_lines
-from maskloom.pipeline.runs.run import Run, read_record
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import Run
 
 STAGE_FILE, METRICS_FILE = "stage.json", "metrics.jsonl"
 

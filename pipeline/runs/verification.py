@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE
+from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.ownership import COPIES, MANIFEST, MANIFESTS, OwnedFolder, file_problem
 from maskloom.pipeline.progress import progress
-from maskloom.pipeline.runs.run import RECORD_FILE, Run, read_record
-from maskloom.pipeline.dataset.verification import verify_fully
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import RECORD_FILE, Run
 
 
 def is_run(folder: Path) -> bool:

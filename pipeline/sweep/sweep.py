@@ -21,7 +21,8 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import LOCK_FILE, link_or_copy, value_digest
 from maskloom.pipeline.files.ownership import MANIFESTS, OwnedFolder, check_replaceable, whole_folder
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run, damaged_file, read_record
+from maskloom.pipeline.runs.record import damaged_file, read_record
+from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
 from maskloom.pipeline.runs.runner import run_stages
 from maskloom.pipeline.sweep.table import print_table, variant_rows, write_table
 

@@ -1,22 +1,14 @@
 """The one training loop, on `accelerate`. What is trained is a `Task`; a task may have several optimizers (a GAN)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    get_int_from_env,
-)
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
@@ -25,17 +17,14 @@ from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.interruption import REMEDY, Interrupted, signals_to
 from maskloom.pipeline.training.checkpoints import (
     LENGTH_SETTINGS,
-    check_checkpoint_names,
     checkpoint_to_resume,
     register_network_hooks,
     resume,
     save_checkpoint,
 )
-from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 from maskloom.pipeline.training.distributed import (
     check_engine,
     clipped_norm,
-    fill_deepspeed_settings,
     keep_whole_weights,
     weights_gathered,
 )
@@ -44,26 +33,15 @@ from maskloom.pipeline.training.log import MetricsLog
 from maskloom.pipeline.training.nonfinite import FiniteWatch
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
+from maskloom.pipeline.training.resuming import check_steps_left, length_sentence, training_identity
 from maskloom.pipeline.training.sampler import Positioned, batches, global_batch, total_steps
-from maskloom.pipeline.training.schedules import ENDLESS, learning_rate_schedule, recompute_rate
+from maskloom.pipeline.training.schedules import learning_rate_schedule, recompute_rate
+from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from maskloom.pipeline.training.stop_vote import StopVote
 from maskloom.pipeline.training.task import Task
 from maskloom.pipeline.training.throughput import Throughput
 
 __all__ = ["Positioned", "Task", "make_accelerator", "make_optimizer", "total_steps", "train"]
-
-# While the main process draws validation pictures the others wait; the libraries' ten minutes are too short for that.
-PATIENCE_WITH_OTHERS = timedelta(hours=2)
-
-# Settings that change how a training runs, not what it computes: a resumed run may change them.
-FREE_SETTINGS = frozenset(
-    {
-        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "logging_steps",
-        "report_to", "tracker_project_name", "dataloader_num_workers", "num_validation_images", "validation_samples",
-        "validation_timestep_bins", "adherence", "vae_decoder", "validation_prompt", "validation_image", "gradient_checkpointing", "unet_gradient_checkpointing",
-    }
-)  # fmt: skip
-DECIDING_SETTINGS = frozenset({"validation_steps", "validation_samples", "validation_timestep_bins"})
 
 
 @dataclass
@@ -77,99 +55,6 @@ class _State:
     throughput: Throughput
     watch: FiniteWatch
     sums: dict[str, Tensor] = field(default_factory=dict)
-
-
-def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
-    """Return the accelerator of a training.
-
-    Raises:
-        MaskLoomError: see `check_machine`.
-    """
-    check_machine(config)
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or several processes on a CPU would not know of each other
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_config=ProjectConfiguration(project_dir=str(logs), logging_dir=str(logs)),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True,  # no second copy of gradients
-                # Without it gradients are exchanged in another order from the second step on, and a resumed run's second step is another one.
-                find_unused_parameters=not torch.cuda.is_available() or not config.trains_all_weights,
-            ),
-            InitProcessGroupKwargs(timeout=PATIENCE_WITH_OTHERS),
-        ],
-    )
-    fill_deepspeed_settings(config, accelerator)
-    return accelerator
-
-
-def check_machine(config: LoopConfig) -> None:
-    """Look whether this machine has what the loop asks for.
-
-    Raises:
-        MaskLoomError: fp16 is asked for without a GPU, or a tracker or 8-bit Adam that is not installed.
-    """
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise MaskLoomError(
-            f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
-        )
-    if config.use_8bit_adam and find_spec("bitsandbytes") is None:
-        raise _no_bitsandbytes(config)
-    name = config.report_to
-    if name in ("wandb", "comet_ml") and find_spec(name) is None:
-        raise MaskLoomError(
-            f"{config.section}.report_to={name}: it is not installed; pip install -e .[track], or use tensorboard"
-        )
-
-
-def launched_processes() -> int:
-    """Return how many processes were started, as accelerate finds out, without joining them."""
-    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
-
-
-def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping[str, str], force: bool) -> None:
-    """Refuse what `train` would refuse of the checkpoint that it would go on from; nothing is loaded or changed.
-
-    Args:
-        config: the loop's settings.
-        folder: where checkpoints go.
-        seed: as for `train`.
-        inputs: likewise.
-        force: whether earlier checkpoints are deleted first.
-
-    Raises:
-        MaskLoomError: the checkpoint belongs to another training, has more steps than are asked for, or is not there; or something of the
-            user's has the name of a checkpoint.
-    """
-    if force:
-        check_afresh(config, folder)
-        return
-    identity = _identity(config, seed, inputs, launched_processes())
-    earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity)
-    if earlier and config.num_train_epochs is None:
-        _check_steps_left(config, earlier.step, config.max_train_steps)
-    check_checkpoint_names(folder)
-
-
-def check_afresh(config: LoopConfig, folder: Path) -> None:
-    """Check that the checkpoints in a folder may be deleted for a training that begins afresh.
-
-    Raises:
-        MaskLoomError: one is named as the one to go on from, or something of the user's has the name of a checkpoint.
-    """
-    if config.resume_from_checkpoint not in (None, "latest"):
-        raise MaskLoomError(
-            f"{config.section}.resume_from_checkpoint={config.resume_from_checkpoint}: --force deletes earlier checkpoints and "
-            "trains from the start; leave one of the two out"
-        )
-    check_checkpoint_names(folder)
 
 
 def train(
@@ -195,10 +80,10 @@ def train(
     processes = accelerator.num_processes
     stream = Positioned(task.dataset, seed, task.buckets, config.train_batch_size * processes)
     steps = total_steps(config, stream.epoch_length, processes)
-    identity = _identity(config, seed, inputs, processes)
+    identity = training_identity(config, seed, inputs, processes)
     earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity, whole=False)  # `resume` reads all
     if earlier:
-        _check_steps_left(config, earlier.step, steps)
+        check_steps_left(config, earlier.step, steps)
     if accelerator.is_main_process:
         remove_leftovers(folder)
     state = _prepare(task, config, accelerator, stream, steps)
@@ -246,54 +131,6 @@ def train(
     return done * global_batch(config, processes)
 
 
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], config: LoopConfig, learning_rate: float
-) -> torch.optim.Optimizer:
-    """Return AdamW in its fused form, or bitsandbytes' 8-bit version where asked.
-
-    Raises:
-        MaskLoomError: 8-bit Adam is asked for and bitsandbytes is not installed.
-    """
-    settings: dict[str, Any] = {
-        "lr": learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise _no_bitsandbytes(config) from None
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-
-
-def _no_bitsandbytes(config: LoopConfig) -> MaskLoomError:
-    return MaskLoomError(
-        f"{config.section}.use_8bit_adam needs bitsandbytes: pip install -e .[gpu], or set it to false"
-    )
-
-
-def _identity(config: LoopConfig, seed: int, inputs: Mapping[str, str], processes: int) -> dict[str, Any]:
-    """Return what a training depends on; a checkpoint of another identity is not resumed."""
-    return {**inputs, "seed": seed, "processes": processes, **_fixed_settings(config)}
-
-
-def _check_steps_left(config: LoopConfig, done: int, steps: int) -> None:
-    """Refuse to end before what has been done.
-
-    Raises:
-        MaskLoomError: says how many steps there are, and what to do.
-    """
-    if steps < done:
-        key = "max_train_steps" if config.num_train_epochs is None else "num_train_epochs"
-        raise MaskLoomError(
-            f"{config.section}.{key}={getattr(config, key)}: {steps} steps, and the newest checkpoint has made {done}; raise it, give an "
-            f"earlier one as {config.section}.resume_from_checkpoint, or start afresh with --force"
-        )
-
-
 def _change_length(state: _State, config: LoopConfig, start: int, before: int, steps: int) -> None:
     """Bring the schedules of a resumed training to another number of steps, and say what that means.
 
@@ -308,24 +145,12 @@ def _change_length(state: _State, config: LoopConfig, start: int, before: int, s
     if before != steps:
         rates = [recompute_rate(scheduler) for scheduler in state.schedulers.values()]
         if told:
-            say(_length_sentence(config, start, before, steps, rates[0]))
+            say(length_sentence(config, start, before, steps, rates[0]))
     if told and state.averages.exhausted and start < steps:
         say(
             f"{config.section}: early stopping has ended this training at step {start}; more steps change nothing, "
             "a higher early_stopping_patience needs --force"
         )
-
-
-def _length_sentence(config: LoopConfig, start: int, before: int, steps: int, rates: tuple[float, float]) -> str:
-    opening = f"{config.section}: continuing at step {start} of {steps} a training that was to end at step {before}"
-    if config.lr_scheduler in ENDLESS:
-        if config.early_stopping_patience:
-            return f"{opening}; lr_scheduler={config.lr_scheduler} stays as it is, and early stopping keeps what it has seen"
-        return f"{opening}; with lr_scheduler={config.lr_scheduler} it ends as if it had been started with {steps}"
-    return (
-        f"{opening}; lr_scheduler={config.lr_scheduler} is computed anew for {steps} steps, so the learning rate goes from {rates[0]:.3g} "
-        f"to {rates[1]:.3g} here: not the same as a training of {steps} steps from the start"
-    )
 
 
 def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: Positioned, steps: int) -> _State:
@@ -471,11 +296,3 @@ def _shared_loss(figures: Mapping[str, float], accelerator: Accelerator) -> floa
             "raise data.splits.validation, or set early_stopping_patience to null"
         )
     return shared
-
-
-def _fixed_settings(config: LoopConfig) -> dict[str, Any]:
-    # With early stopping, what is validated and when decides which weights are kept.
-    free = FREE_SETTINGS - DECIDING_SETTINGS if config.early_stopping_patience else FREE_SETTINGS
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in free}
-    # JSON has no infinity, which `max_grad_norm` may be.
-    return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in settings.items()}

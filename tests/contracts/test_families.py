@@ -67,7 +67,7 @@ def config(name: str, run: Path):
 
 def opened(name: str, dataset: Path, folder: Path) -> Family:
     """Return a family before its training."""
-    from maskloom.pipeline.training.loop import make_accelerator
+    from maskloom.pipeline.training.setup import make_accelerator
 
     plugin = load_plugin(PACKAGE, name, "family")
     options = plugin.Options(**{**family_options(name), **STEPS})

@@ -21,7 +21,8 @@ from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import write_json
 from maskloom.pipeline.files.ownership import OwnedFolder, whole_folder
-from maskloom.pipeline.runs.run import Run, StageChecked, check_only
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import StageChecked, check_only
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
 from tests.records import record_outputs
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run

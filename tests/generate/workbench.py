@@ -25,7 +25,8 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.files.ownership import seal_folder
 from maskloom.pipeline.plugins import plugin_names
-from maskloom.pipeline.runs.run import Run, open_run
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import open_run
 from maskloom.train_baselines.train import PACKAGE, train_baselines
 from tests.pipeline.line_task import forget_accelerator
 from tests.processes import FORKS

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from maskloom.pipeline.config.train import LoopConfig
-from maskloom.pipeline.training.loop import make_accelerator, train
+from maskloom.pipeline.training.loop import train
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.pipeline.training.task import Task
 
 

@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
-from maskloom.pipeline.training.loop import make_accelerator, train
+from maskloom.pipeline.training.loop import train
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.setup import make_accelerator
 from tests.pipeline.line_task import LineTask, settings
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from maskloom.pipeline.cli import run_stage_command
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, exit_with, nearest_name, one_line, run_command
-from maskloom.pipeline.runs.run import Run, Stage
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import Stage
 from tests.pipeline import fake_run
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.checkpoints import checkpoint_steps
-from maskloom.pipeline.training.loop import check_resumable
+from maskloom.pipeline.training.resuming import check_resumable
 from tests.pipeline.line_task import LineTask, forget_accelerator, run, settings
 from tests.pipeline.test_training import DuelTask
 

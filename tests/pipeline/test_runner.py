@@ -10,7 +10,8 @@ import pytest
 
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs import runner
-from maskloom.pipeline.runs.run import STAGES, Run, read_record
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import STAGES, Run
 from tests.pipeline import fake_run
 from tests.records import write_record
 

@@ -21,8 +21,8 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import make_accelerator
 from maskloom.pipeline.training.randomness import keyed_generator
+from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.export import export
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import check_validation_sampling

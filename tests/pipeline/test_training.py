@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.checkpoints import _check_identity, checkpoint_steps
-from maskloom.pipeline.training.loop import make_accelerator, make_optimizer, train
+from maskloom.pipeline.training.loop import train
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from tests.pipeline.line_task import LineTask, flat, forget_accelerator, fresh_accelerator, run, settings
 
 

@@ -134,7 +134,7 @@ def tiny_config(run: Path, **options: Any) -> Any:
 def opened(run: Path, **changes: Any) -> Trained:
     """Return the family before its training, over the run's dataset."""
     from maskloom.pipeline.dataset.contract import read_contract
-    from maskloom.pipeline.training.loop import make_accelerator
+    from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_baselines.rows import Rows
 
     options = Options(**{**family_options("joint_gan"), **changes})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskloom.pipeline.errors import MaskLoomError, run_command
 from maskloom.pipeline.files.ownership import OwnedFolder
-from maskloom.pipeline.runs.run import StageChecked, check_only
+from maskloom.pipeline.runs.stage import StageChecked, check_only
 from maskloom.train_baselines.__main__ import app
 from maskloom.train_baselines.families.pix2pix import Options
 from maskloom.train_baselines.train import in_steps, train_baselines

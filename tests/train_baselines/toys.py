@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskloom.pipeline.dataset.contract import read_contract
-from maskloom.pipeline.training.loop import make_accelerator
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_baselines.adversarial import Gan, GanOptions
 from maskloom.train_baselines.family import Samples
 from maskloom.train_baselines.rows import Rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.plugins import load_plugin
-from maskloom.pipeline.training.loop import make_accelerator
+from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_baselines.rows import Rows
 from maskloom.train_baselines.train import PACKAGE, train_baselines
 

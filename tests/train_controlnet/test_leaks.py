@@ -7,7 +7,7 @@ import pytest
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError, run_command
 from maskloom.pipeline.files.ownership import OwnedFolder
-from maskloom.pipeline.runs.run import open_run
+from maskloom.pipeline.runs.stage import open_run
 from maskloom.train_controlnet.train import train_stage
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 from tests.train_controlnet.conftest import tiny_config

@@ -20,8 +20,9 @@ from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import make_accelerator, train
+from maskloom.pipeline.training.loop import train
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.networks import LORA_TARGETS, Networks, load_networks
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet

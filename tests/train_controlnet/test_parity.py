@@ -22,8 +22,9 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import make_optimizer, train
+from maskloom.pipeline.training.loop import train
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.setup import make_optimizer
 from maskloom.train_controlnet.networks import compile_repeated_blocks
 from maskloom.train_controlnet.task import DiffusionTask
 from tests.tiny_datasets import write_tiny_run

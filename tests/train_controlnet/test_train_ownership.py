@@ -7,7 +7,8 @@ import pytest
 
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
-from maskloom.pipeline.runs.run import Run, read_record
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.train import train_stage
 from tests.train_controlnet.conftest import tiny_config
 

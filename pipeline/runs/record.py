@@ -1,0 +1,90 @@
+"""The record that each stage writes last, and whether the files that it names are what was written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.files.ownership import file_problem
+from maskloom.pipeline.files.reading import Record, read_model
+from maskloom.pipeline.runs.run import RECORD_FILE, Files, Run
+
+
+class StageRecord(Record):
+    """The content of `stage.json`; `digest` covers the rest, so that a damaged record is noticed.
+
+    Attributes:
+        key: digest of all that the outputs depend on.
+        inputs: digest of each input by name.
+        wall_seconds, peak_memory_mb: of the stage's main process.
+        results: what the stage itself notes.
+        files: digest of every output by its path below the run folder.
+        shown: the same of what only the report shows: training logs and sample grids.
+    """
+
+    stage: str
+    key: str
+    inputs: dict[str, str]
+    config_hash: str
+    maskloom: str
+    git_sha: str
+    packages: dict[str, str]
+    wall_seconds: float = Field(ge=0)
+    peak_memory_mb: float = Field(ge=0)
+    results: dict[str, Any]
+    files: Files
+    shown: Files = Field(default_factory=dict)
+    digest: str = ""
+
+    def own_digest(self) -> str:
+        """Return the digest of all other fields."""
+        return value_digest(self.model_dump(mode="json", exclude={"digest"}))
+
+
+def read_record(run: Run, stage: str) -> StageRecord | None:
+    """Return what a stage recorded when it ended, or None where it has not.
+
+    Raises:
+        MaskLoomError: the record is damaged.
+    """
+    path = run.logs(stage) / RECORD_FILE
+    if not path.is_file():
+        return None
+    remedy = "run the stage again"
+    record = read_model(path, StageRecord, remedy)
+    if record.digest != record.own_digest():
+        raise MaskLoomError(f"{path}: damaged (its content is not what was written); {remedy}")
+    return record
+
+
+def damaged_file(run: Run, files: Mapping[str, str]) -> str | None:
+    """Return the first of a record's files that is missing or changed, with what is wrong, or None."""
+    problems = (file_problem(run.folder / name, digest) for name, digest in files.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def require_intact(run: Run, stage: str, folder: Path) -> None:
+    """Check that a folder of trained weights holds what the training wrote.
+
+    Args:
+        run: the run.
+        stage: the stage that wrote the folder.
+        folder: below the run folder.
+
+    Raises:
+        MaskLoomError: the stage has not ended, its record is damaged, or a file of the folder is missing or changed.
+    """
+    record = read_record(run, stage)
+    name = stage.split("/")[0]
+    prefix = f"{folder.relative_to(run.folder).as_posix()}/"
+    written = {} if record is None else {file: known for file, known in record.files.items() if file.startswith(prefix)}
+    if not written:
+        raise MaskLoomError(f"{folder}: its training has not ended; run {name} first (make {name})")
+    problem = damaged_file(run, written)
+    if problem:
+        raise MaskLoomError(
+            f"{problem}: damaged since {name} wrote it; run {name} again, which makes it anew (make {name})"
+        )

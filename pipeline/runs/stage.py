@@ -1,0 +1,220 @@
+"""One stage of a run: whether its outputs are done, stale, damaged or missing, and the record that it leaves."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from maskloom.pipeline import __version__
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import content_digest, sole_writer, value_digest, write_json
+from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs.provenance import git_sha, package_versions, peak_memory_mb
+from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record
+from maskloom.pipeline.runs.run import RECORD_FILE, Run
+
+DONE, STALE, DAMAGED, MISSING = "done", "stale", "damaged", "missing"
+_CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
+
+
+class StageChecked(Exception):
+    """Ends a stage that was only asked for its state, at the point where it would begin to compute."""
+
+    def __init__(self, state: str, reason: str = "") -> None:
+        """Keep the state (`done`, `stale`, `damaged` or `missing`) and the reason for it."""
+        super().__init__(state)
+        self.state, self.reason = state, reason
+
+
+@contextmanager
+def check_only() -> Iterator[None]:
+    """Inside the block, `Stage.skips` raises `StageChecked` and nothing is computed."""
+    token = _CHECK_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CHECK_ONLY.reset(token)
+
+
+def open_run(config: ExperimentConfig) -> Run:
+    """Return the run of a configuration; nothing is written before a stage computes (`Stage.recorded`).
+
+    Raises:
+        MaskLoomError: the run folder holds something that would be overwritten and that MaskLoom did not write.
+    """
+    run = Run(config.run_folder, config)
+    if not _CHECK_ONLY.get():
+        run.check()
+    return run
+
+
+def skip_empty_stage(name: str, reason: str) -> None:
+    """Say that a stage has nothing to do.
+
+    Raises:
+        StageChecked: only the state was asked for (`--check`): it is done.
+    """
+    if _CHECK_ONLY.get():
+        raise StageChecked("done")
+    say(f"{name}: nothing to do, {reason}")
+
+
+class Stage:
+    """Decides whether a stage must run, and records that it did.
+
+    A stage is skipped when its `stage.json` has the key of the same inputs and configuration, and every output has the content that it
+    was written with.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        inputs: Mapping[str, str],
+        config: Any,
+        outputs: Sequence[Path],
+        shown: Sequence[str] = (),
+    ) -> None:
+        """Describe the stage.
+
+        Args:
+            run: the run.
+            name: one of `STAGES`.
+            inputs: digest of each input by name.
+            config: every configuration value that the outputs depend on (JSON-able).
+            outputs: files, and folders with a manifest, that are there when the stage is done.
+            shown: patterns of further files, below the stage's logs, that the report shows.
+        """
+        self.run, self.name, self.inputs, self.outputs = run, name, dict(inputs), tuple(outputs)
+        self.shown = tuple(shown)
+        self.config_hash = value_digest(config)
+        self.key = value_digest([name, __version__, self.inputs, self.config_hash])
+        self.path = run.logs(name) / RECORD_FILE
+
+    def is_done(self) -> bool:
+        """Whether the outputs on disk are those of the same inputs and configuration."""
+        return self.state() == DONE
+
+    def record(self) -> dict[str, Any]:
+        """Return what the stage recorded.
+
+        Raises:
+            MaskLoomError: it has not ended, or its record is damaged.
+        """
+        record = read_record(self.run, self.name)
+        if record is None:
+            raise MaskLoomError(f"{self.path}: no such file; run the stage again")
+        return record.model_dump(mode="json")
+
+    def state(self) -> str:
+        """Return `done`, `stale` (ran with other inputs or settings), `damaged` (what it wrote was changed) or `missing`."""
+        return self.examined()[0]
+
+    def examined(self) -> tuple[str, str]:
+        """Return the state and, in words, the reason for it; every output is read and compared with its digest."""
+        if not self.path.is_file():
+            return MISSING, ""
+        try:
+            record = read_record(self.run, self.name)
+        except MaskLoomError as error:
+            return DAMAGED, str(error)
+        if record is None or record.key != self.key:
+            return STALE, "its inputs or settings have changed"
+        lost = [path for path in self.outputs if not path.exists()]
+        problem = (
+            f"{lost[0]}: missing" if lost else damaged_file(self.run, record.files) or self._other_manifest(record)
+        )
+        if problem:
+            return DAMAGED, problem
+        return DONE, damaged_file(self.run, record.shown) or ""
+
+    def _other_manifest(self, record: StageRecord) -> str | None:
+        """Return which output folder's manifest lists other content than was recorded: whoever compares with it would be misled."""
+        for folder in (path for path in self.outputs if path.is_dir()):
+            name = folder.relative_to(self.run.folder).as_posix()
+            recorded = {file: known for file, known in record.files.items() if file.startswith(f"{name}/")}
+            try:
+                listed = {f"{name}/{file}": known for file, known in OwnedFolder(folder).files().items()}
+            except MaskLoomError:
+                continue  # whoever reads it names it
+            if any(digest not in listed.get(file, ()) for file, digest in recorded.items()):
+                return f"{folder / MANIFEST}: not what was written"
+        return None
+
+    def skips(self, force: bool) -> bool:
+        """Whether to leave the stage out; says so, and says what is damaged.
+
+        Raises:
+            StageChecked: only the state was asked for (`--check`).
+        """
+        if force and not _CHECK_ONLY.get():
+            return False
+        state, reason = self.examined()
+        if _CHECK_ONLY.get():
+            raise StageChecked(state, reason)
+        if state == DAMAGED:
+            say(f"{self.name}: damaged: {reason}; making it anew")
+        if state != DONE:
+            return False
+        say(f"{self.name}: up to date in {self.run.folder} (--force runs it again)")
+        if reason:
+            say(f"{self.name}: {reason}; the report leaves it out")
+        return True
+
+    @contextmanager
+    def recorded(self, writes: bool = True) -> Iterator[dict[str, Any]]:
+        """Run the block, then write `stage.json`; the yielded mapping is kept in it under `results`.
+
+        An earlier record stays until the new one takes its place: whether it still holds is a matter of the outputs' digests.
+
+        Args:
+            writes: false on processes other than the main one.
+
+        Raises:
+            MaskLoomError: another process is at work on this stage of this run.
+        """
+        start = time.monotonic()
+        results: dict[str, Any] = {}
+        if not writes:
+            yield results
+            return
+        self.run.mark()
+        with sole_writer(self.path.parent):
+            self.run.keep_config()
+            yield results
+            record = StageRecord(
+                stage=self.name,
+                key=self.key,
+                inputs=self.inputs,
+                config_hash=self.config_hash,
+                maskloom=__version__,
+                git_sha=git_sha(),
+                packages=package_versions(),
+                wall_seconds=round(time.monotonic() - start, 2),
+                peak_memory_mb=round(peak_memory_mb(), 1),
+                results=results,
+                files=self._written(self.outputs),
+                shown=self._written(sorted(p for pattern in self.shown for p in self.path.parent.glob(pattern))),
+            )
+            record.digest = record.own_digest()
+            write_json(self.path, record.model_dump(mode="json"))
+            say(f"{self.name}: done in {record.wall_seconds:.0f} s")
+
+    def forget(self) -> None:
+        """Delete the record: the work begins afresh and must not be taken for done where it is interrupted."""
+        self.path.unlink(missing_ok=True)
+
+    def _written(self, paths: Iterable[Path]) -> dict[str, str]:
+        """Return the digest of every file of the outputs by its path below the run folder; folders have them in their manifest."""
+        files: dict[str, str] = {}
+        for path in paths:
+            name = path.relative_to(self.run.folder).as_posix()
+            if path.is_dir():
+                files |= {f"{name}/{file}": known for file, known in OwnedFolder(path).digests().items()}
+            else:
+                files[name] = content_digest(path)
+        return files

@@ -1,0 +1,111 @@
+"""What a training needs before its first step: accelerate, a machine that fits the configuration, and optimizers."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    get_int_from_env,
+)
+from torch import nn
+
+from maskloom.pipeline.config.train import LoopConfig
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.training.cpu_memory import keep_freed_memory
+from maskloom.pipeline.training.distributed import (
+    fill_deepspeed_settings,
+)
+
+# While the main process draws validation pictures the others wait; the libraries' ten minutes are too short for that.
+PATIENCE_WITH_OTHERS = timedelta(hours=2)
+
+
+def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
+    """Return the accelerator of a training.
+
+    Raises:
+        MaskLoomError: see `check_machine`.
+    """
+    check_machine(config)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or several processes on a CPU would not know of each other
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(project_dir=str(logs), logging_dir=str(logs)),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,  # no second copy of gradients
+                # Without it gradients are exchanged in another order from the second step on, and a resumed run's second step is another one.
+                find_unused_parameters=not torch.cuda.is_available() or not config.trains_all_weights,
+            ),
+            InitProcessGroupKwargs(timeout=PATIENCE_WITH_OTHERS),
+        ],
+    )
+    fill_deepspeed_settings(config, accelerator)
+    return accelerator
+
+
+def check_machine(config: LoopConfig) -> None:
+    """Look whether this machine has what the loop asks for.
+
+    Raises:
+        MaskLoomError: fp16 is asked for without a GPU, or a tracker or 8-bit Adam that is not installed.
+    """
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise MaskLoomError(
+            f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
+        )
+    if config.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise _no_bitsandbytes(config)
+    name = config.report_to
+    if name in ("wandb", "comet_ml") and find_spec(name) is None:
+        raise MaskLoomError(
+            f"{config.section}.report_to={name}: it is not installed; pip install -e .[track], or use tensorboard"
+        )
+
+
+def launched_processes() -> int:
+    """Return how many processes were started, as accelerate finds out, without joining them."""
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], config: LoopConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Return AdamW in its fused form, or bitsandbytes' 8-bit version where asked.
+
+    Raises:
+        MaskLoomError: 8-bit Adam is asked for and bitsandbytes is not installed.
+    """
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise _no_bitsandbytes(config) from None
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def _no_bitsandbytes(config: LoopConfig) -> MaskLoomError:
+    return MaskLoomError(
+        f"{config.section}.use_8bit_adam needs bitsandbytes: pip install -e .[gpu], or set it to false"
+    )
