@@ -149,7 +149,7 @@ def test_without_a_backbone_images_depend_on_the_seed_anew(bench: Bench):
 def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     config = bench.config(generators={"text_only": {}}, num_images=2)
     generate(config, force=False)
-    for module in ("maskloom.generate.generate", "maskloom.pipeline.runs.run"):
+    for module in ("maskloom.generate.generate", "maskloom.pipeline.runs.stage"):
         monkeypatch.setattr(f"{module}.__version__", "another")
     generate(config, force=False)
     assert made_now(bench) == {"text_only": 2}

@@ -88,7 +88,7 @@ def test_other_inputs_and_another_configuration_make_a_stage_stale(tmp_path, cha
 
 def test_another_version_makes_a_stage_stale(tmp_path, monkeypatch):
     _run(_stage(tmp_path))
-    monkeypatch.setattr("maskloom.pipeline.runs.run.__version__", "another")
+    monkeypatch.setattr("maskloom.pipeline.runs.stage.__version__", "another")
     assert _stage(tmp_path).state() == "stale"
 
 
