@@ -23,7 +23,6 @@ from maskloom.pipeline.config.loading import load_experiment, validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.plugins import load_plugin, plugin_names
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 REASONS, FOLDERS, SETS = 8, 12, 6  # shown
 
 
@@ -95,7 +94,7 @@ def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> boo
     """Print what the adapter of a known dataset makes of the folder, and how to prepare it; return whether it could read it."""
     plugin = load_plugin(PACKAGE, name, "dataset")
     page.title(f"{name}: {_first_line(plugin.__doc__)}")
-    where = _configuration(name)
+    where = f"configs/{name}.yaml"  # from any folder: it ships with the package
     adapter: type[DatasetAdapter] = plugin.Adapter
     try:
         data = load_experiment(Path(where), []).data
@@ -125,12 +124,6 @@ def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> boo
     if len(sets) > SETS:
         page.line(f"and {len(sets) - SETS} other sets, with their own data.options")
     return True
-
-
-def _configuration(name: str) -> str:
-    """Return the path of a dataset's configuration as it can be given where the user is."""
-    here = Path("configs") / f"{name}.yaml"
-    return str(here if here.is_file() else CONFIGS / here.name)
 
 
 def _describe(
@@ -274,7 +267,7 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
     page.section("Or without a file of your own")
     options = {"modality": "medical image", **guess.options}
     size = {"image_size": data.image_size[0], "conditioning": data.conditioning}
-    page.command(command_line(_configuration("folder"), raw_dir, options, **size))
+    page.command(command_line("configs/folder.yaml", raw_dir, options, **size))
 
 
 def _first_line(docstring: str | None) -> str:

@@ -219,7 +219,7 @@ def check_backbone(source: BackboneSource, settings_only: bool = False) -> None:
 
 def _check_place(source: BackboneSource) -> None:
     """Check that the name is one of a folder, a file or a repository."""
-    name, path = source.name, Path(source.name)
+    name, path = source.name, source.path
     if source.is_folder:
         return
     if source.is_single_file:
@@ -335,7 +335,7 @@ def _check_weights(source: BackboneSource) -> None:
     for part in WEIGHTS:
         for name in source.weight_names(part) or []:
             if source.is_folder and name.endswith(".safetensors"):
-                check_safetensors(Path(source.name) / part / name, KEY)
+                check_safetensors(source.path / part / name, KEY)
 
 
 def check_safetensors(path: Path, key: str) -> None:

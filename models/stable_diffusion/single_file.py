@@ -55,7 +55,7 @@ def check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
     Raises:
         MaskLoomError: the file is damaged or of another kind, or a setting does not apply.
     """
-    path = Path(source.name)
+    path = source.path
     generation = generation_of(path)
     if source.variant is not None:
         raise MaskLoomError(f"train.variant={source.variant}: a single file has no variants; set train.variant=null")
@@ -90,7 +90,7 @@ def load_single_file_part(kind: type[Any], source: BackboneSource, part: str) ->
     with init_empty_weights():  # weights that are drawn at random first would take longer than all the rest
         network = new_network(kind, source, part)
     try:
-        weights = converted_names(part, _tensors(Path(source.name), PREFIXES[part]), network)
+        weights = converted_names(part, _tensors(source.path, PREFIXES[part]), network)
         network.load_state_dict(weights, assign=True)
     except Exception as error:  # the converters raise errors of many kinds; the remedy is the same
         raise MaskLoomError(

@@ -15,6 +15,7 @@ from typing import Any
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import content_digest, read_json, value_digest
+from maskloom.pipeline.files.shipped import shipped
 
 KEY = "train.pretrained_model_name_or_path"
 TOKENIZER_KEY, SINGLE_FILE_KEY = "train.tokenizer_name", "train.single_file_config"
@@ -43,7 +44,7 @@ SETTINGS_FILES = (
     *(f"{part}/*.json" for part in SETTINGS),
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
 )
-ORIGINAL = Path(__file__).parent / "backbone_settings"
+ORIGINAL = Path(__file__).parent / "settings"
 """Settings of Stable Diffusion 1.x and 2.x, for single files, which hold none."""
 
 
@@ -80,14 +81,19 @@ class BackboneSource:
         )
 
     @property
+    def path(self) -> Path:
+        """Where it lies on this machine, unless it is on the Hub: as named, or in the package (`assets/nano-sd`)."""
+        return shipped(Path(self.name))
+
+    @property
     def is_folder(self) -> bool:
         """Whether it is a folder of this machine."""
-        return Path(self.name).is_dir()
+        return self.path.is_dir()
 
     @property
     def is_single_file(self) -> bool:
         """Whether it is one file of this machine."""
-        return Path(self.name).is_file()
+        return self.path.is_file()
 
     def settings_folder(self) -> Path:
         """Return the folder with `model_index.json` and the parts' settings; from the Hub only these are downloaded.
@@ -96,13 +102,13 @@ class BackboneSource:
             MaskLoomError: they cannot be downloaded, or a single file is of no known kind.
         """
         if self.is_folder:
-            return Path(self.name)
+            return self.path
         if not self.is_single_file:
             return hub_files(self.name, self.revision, SETTINGS_FILES, KEY)
         if self.single_file_config is None:
             from maskloom.models.stable_diffusion.single_file import generation_of
 
-            return ORIGINAL / generation_of(Path(self.name))
+            return ORIGINAL / generation_of(self.path)
         return folder_of(self.single_file_config, None, SETTINGS_FILES, SINGLE_FILE_KEY)
 
     def scheduler_settings(self) -> dict[str, Any]:
@@ -153,7 +159,7 @@ class BackboneSource:
             MaskLoomError: they are not there, or cannot be downloaded.
         """
         if self.is_folder:
-            return Path(self.name)
+            return self.path
         wanted = [
             f"{part}/{name}" for part in WEIGHTS for name in self.weight_names(part) or _any_name(part, self.variant)
         ]
@@ -167,10 +173,10 @@ class BackboneSource:
         """Return the files of this machine that loading reads, as far as they are there; none for a backbone on the Hub."""
         if self.is_single_file:
             settings = self.settings_folder()
-            return [Path(self.name), *(settings / part / name for part, name in SETTINGS.items())]
+            return [self.path, *(settings / part / name for part, name in SETTINGS.items())]
         if not self.is_folder:
             return []
-        folder = Path(self.name)
+        folder = self.path
         found = [folder / INDEX, *(folder / part / name for part, name in SETTINGS.items())]
         for part in WEIGHTS:
             names = self._names(part) or []
@@ -192,7 +198,7 @@ class BackboneSource:
                 "backbone": f"{self.name}@{self.revision or 'main'}" + (f" {self.variant}" if self.variant else "")
             }
         if self.tokenizer_name is not None:
-            folder = Path(self.tokenizer_name)
+            folder = shipped(Path(self.tokenizer_name))
             files = [[path.name, content_digest(path)] for path in _tokenizer_files(folder)]
             found["tokenizer"] = (
                 value_digest(files) if folder.is_dir() else f"{self.tokenizer_name}@{self.revision or 'main'}"
@@ -209,12 +215,12 @@ class BackboneSource:
 
     def _named(self, path: Path) -> str:
         """Return a file's name in a digest, which says nothing of where it lies."""
-        return "" if path == Path(self.name) else path.relative_to(self.settings_folder()).as_posix()
+        return "" if path == self.path else path.relative_to(self.settings_folder()).as_posix()
 
     def _names(self, part: str) -> Collection[str] | None:
         """Return the names of the files in a part's folder, or None where the Hub cannot be asked."""
         if self.is_folder:
-            return sorted(path.name for path in (Path(self.name) / part).glob("*"))
+            return sorted(path.name for path in (self.path / part).glob("*"))
         listed = hub_listing(self.name, self.revision)
         if listed is None:
             return None
@@ -317,8 +323,8 @@ def folder_of(name: str, revision: str | None, patterns: tuple[str, ...], key: s
     Raises:
         MaskLoomError: there is no such folder, or see `hub_files`.
     """
-    if "\0" not in name and Path(name).is_dir():
-        return Path(name)
+    if "\0" not in name and (folder := shipped(Path(name))).is_dir():
+        return folder
     if looks_local(name):
         raise MaskLoomError(f"{key}={name}: no such folder; give a local folder or a Hub id, NAMESPACE/NAME")
     return hub_files(name, revision, patterns, key)

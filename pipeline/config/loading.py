@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.yaml_reading import NotYaml, parsed_yaml, plain_text, read_yaml
 from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
+from maskloom.pipeline.files.shipped import shipped, shipped_names, shipped_only
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -28,7 +29,8 @@ def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
     """Return the checked configuration of an experiment.
 
     Args:
-        path: a YAML file; `extends: OTHER.yaml` (relative to it) is read first.
+        path: a YAML file, or the name of a shipped one, such as `configs/demo.yaml`; `extends: OTHER.yaml` (relative to it, or
+            shipped) is read first.
         overrides: `key.subkey=value` strings, applied last.
 
     Raises:
@@ -53,7 +55,7 @@ def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | N
     Raises:
         MaskLoomError: the file is missing or not YAML, or the parts do not fit together.
     """
-    values = merged(_with_parents(path, ()), between or {}, str(path))
+    values = merged(_with_parents(shipped(path), ()), between or {}, str(path))
     for override in overrides:
         values = merged(values, _from_override(override), f"override {_shown(override)}")
     return values
@@ -104,7 +106,10 @@ def validated(values: Any, model: type[Model], where: str) -> Model:
 def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """Return what a file and the files that it extends say."""
     if not _is_file(path):
-        raise MaskLoomError(f"{_shown(str(path))}: no such configuration file; see configs/ for those that exist")
+        raise MaskLoomError(
+            f"{_shown(str(path))}: no such configuration file; give a path, or one that ships with MaskLoom: "
+            f"{', '.join(shipped_names('configs', '*.yaml'))}"
+        )
     if path.resolve() in children:
         raise MaskLoomError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*children, path))}")
     if len(children) >= MAX_PARENTS:
@@ -117,7 +122,14 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(parent, str) or not parent:
         raise MaskLoomError(f"{path}: extends={_shown(repr(parent))}: give the name of one file, or leave it out")
-    return merged(_with_parents(path.parent / parent, (*children, path.resolve())), values, str(path))
+    return merged(_with_parents(_extended(path, parent), (*children, path.resolve())), values, str(path))
+
+
+def _extended(path: Path, parent: str) -> Path:
+    """Return the file that `extends` names: beside `path`, else shipped, with or without `configs/` before its name."""
+    beside = path.parent / parent
+    candidates = (beside, shipped_only(Path(parent)), shipped_only(Path("configs", parent)))
+    return next((file for file in candidates if file is not None and _is_file(file)), beside)
 
 
 def _is_file(path: Path) -> bool:

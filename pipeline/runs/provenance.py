@@ -24,17 +24,20 @@ PACKAGES = (
 @cache
 def git_sha() -> str:
     """Return the checkout's commit, with `-dirty` where tracked files were changed; `unknown` outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        sha = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=30, check=True
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=30, check=True
         )
+        return done.stdout.strip()
+
+    try:
+        # A package installed into an environment inside another project's checkout must not report that project's commit.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return sha + ("-dirty" if dirty.stdout.strip() else "")
 
 
 def package_versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ import psutil
 
 from maskloom.pipeline.config.yaml_reading import read_yaml
 from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
+from maskloom.pipeline.files.shipped import shipped, shipped_names
 from maskloom.pipeline.runs.interruption import Interrupted, end_with_parent, hold_ctrl_c, received, signals_to
 from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
@@ -108,7 +109,7 @@ def stage_command(stage: str, accelerate_config: Path | None) -> list[str]:
     module = ["-m", *MODULES[stage]]
     if stage not in DISTRIBUTED or not needs_launcher(accelerate_config):
         return [sys.executable, *module]
-    config = ["--config_file", str(accelerate_config)] if accelerate_config else []
+    config = ["--config_file", str(shipped(accelerate_config))] if accelerate_config else []
     # --quiet: accelerate would print a traceback of its own below the stage's one-line error.
     return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config, *module]
 
@@ -121,9 +122,13 @@ def check_accelerate_config(path: Path | None) -> None:
     """
     if path is None:
         return
-    if not path.is_file():
-        raise MaskLoomError(f"--accelerate-config {path}: no such file; see configs/accelerate for those that exist")
-    values = read_yaml(path)
+    file = shipped(path)
+    if not file.is_file():
+        known = ", ".join(shipped_names("configs/accelerate", "*.yaml"))
+        raise MaskLoomError(
+            f"--accelerate-config {path}: no such file; give a path, or one that ships with MaskLoom: {known}"
+        )
+    values = read_yaml(file)
     if not isinstance(values, dict) or not values or not all(isinstance(key, str) for key in values):
         raise MaskLoomError(f"--accelerate-config {path}: holds no settings; see configs/accelerate")
 

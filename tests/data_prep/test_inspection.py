@@ -143,12 +143,13 @@ def test_of_several_sets_each_has_its_command(tmp_path, capsys, monkeypatch):
     assert run_printed(text, tmp_path / "run").description.image_size == (32, 32)
 
 
-def test_elsewhere_the_configuration_is_named_in_full(tmp_path, capsys, monkeypatch):
+def test_the_printed_command_works_from_any_folder(tmp_path, capsys, monkeypatch):
     (tmp_path / "raw").mkdir()
     busi.write_raw(tmp_path / "raw")
     monkeypatch.chdir(tmp_path)
     text = inspected(capsys, "raw")
-    assert f"python -m data_prep --config {ROOT}/configs/busi.yaml 'data.raw_dir=\"raw\"'" in text
+    assert "python -m data_prep --config configs/busi.yaml 'data.raw_dir=\"raw\"'" in text
+    assert run_printed(text, tmp_path / "run").description.dataset == "busi"
 
 
 def test_a_layout_that_is_recognised_but_gives_no_image_has_no_command(tmp_path, capsys, monkeypatch):

@@ -312,6 +312,10 @@ def test_the_commit_is_marked_where_tracked_files_were_changed(tmp_path, monkeyp
     assert len(sha) == 40
     (tmp_path / "pipeline" / "provenance.py").write_text("2")
     assert fresh_sha() == f"{sha}-dirty"
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "provenance.py").write_text("3")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / ".venv" / "provenance.py"))
+    assert fresh_sha() == "unknown"  # installed beside another project's code, whose commit says nothing of it
 
 
 def test_packages_that_are_not_installed_are_left_out(monkeypatch):
