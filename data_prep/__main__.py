@@ -5,21 +5,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
-from maskloom.data_prep.audit.contact_sheet import contact_sheet_page
-from maskloom.data_prep.audit.tables import print_audit
-from maskloom.data_prep.inspect.inspect import inspect_folder
-from maskloom.data_prep.prepare import Shard, prepare
-from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.dataset.audit.leaks import NEAR_LIMIT
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.errors import MaskLoomError, run_command
-from maskloom.pipeline.files.named_files import named_file
+
+if TYPE_CHECKING:
+    from maskloom.data_prep.prepare import Shard
+    from maskloom.pipeline.dataset.contract import Contract
 
 DESCRIPTION = (
     "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help:"
@@ -32,6 +28,23 @@ ShardOption = Annotated[
         "--shard", metavar="I/N", help="read only the I-th of N shares (1/N to N/N) of the raw data; then `merge`"
     ),
 ]
+AgainstOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="another one, in which none of its images should occur (external, synthetic); may be repeated"),
+]
+ContactSheetOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="write an HTML page of images and outlines, class by class")
+]
+PerClassOption = Annotated[int, typer.Option(min=1, help="on the contact sheet")]
+NearOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--near/--no-near",
+        help="look for near-duplicates, or do not; by default where the contract says that groups keep them together, in up to"
+        f" {NEAR_LIMIT} images (10000 take about two minutes on two cores)",
+    ),
+]
+JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="write all findings as JSON")]
 
 
 def main(args: list[str]) -> None:
@@ -51,13 +64,19 @@ def prepare_dataset(
     shard: ShardOption = None,
 ) -> None:
     """Read the raw dataset and write the mask-and-prompt dataset, or read one share of it."""
-    stage = partial(prepare, shard=None if shard is None else parsed_shard(shard))
-    run_stage(stage, load_experiment(config, overrides or []), force, check)
+    part = None if shard is None else parsed_shard(shard)
+    experiment = loaded(config, overrides)
+    from maskloom.data_prep.prepare import prepare
+
+    run_stage(partial(prepare, shard=part), experiment, force, check)
 
 
 def merge(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     """Write the mask-and-prompt dataset from the parts that the shards (`--shard`) have read; same configuration, same run folder."""
-    prepare(load_experiment(config, overrides or []), force=False, merge=True)
+    experiment = loaded(config, overrides)
+    from maskloom.data_prep.prepare import prepare
+
+    prepare(experiment, force=False, merge=True)
 
 
 def inspect(
@@ -65,15 +84,19 @@ def inspect(
     samples: Annotated[int, typer.Option(min=1, help="images to decode at most, spread over the dataset")] = 200,
 ) -> None:
     """Say which dataset a raw folder is, what its images and masks hold, what is wrong with them, and how to prepare it."""
+    from maskloom.data_prep.inspect.inspect import inspect_folder
+
     inspect_folder(raw_dir, samples)
 
 
-def parsed_shard(text: str) -> Shard:
+def parsed_shard(text: str) -> "Shard":
     """Return the shard that `I/N` names.
 
     Raises:
         MaskLoomError: it is not of that form, or not among the N.
     """
+    from maskloom.data_prep.prepare import Shard
+
     numbers = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise MaskLoomError(f"--shard {text[:40]}: write I/N with 1 <= I <= N, for example --shard 3/8")
@@ -82,25 +105,11 @@ def parsed_shard(text: str) -> Shard:
 
 def verify(
     path: Annotated[Path, typer.Argument(help="folder of a mask-and-prompt dataset")],
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="another one, in which none of its images should occur (external, synthetic); may be repeated"
-        ),
-    ] = None,
-    contact_sheet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="write an HTML page of images and outlines, class by class")
-    ] = None,
-    images_per_class: Annotated[int, typer.Option(min=1, help="on the contact sheet")] = 24,
-    near: Annotated[
-        bool | None,
-        typer.Option(
-            "--near/--no-near",
-            help="look for near-duplicates, or do not; by default where the contract says that groups keep them together, in up to"
-            f" {NEAR_LIMIT} images (10000 take about five minutes of a core)",
-        ),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="write all findings as JSON")] = None,
+    against: AgainstOption = None,
+    contact_sheet: ContactSheetOption = None,
+    images_per_class: PerClassOption = 24,
+    near: NearOption = None,
+    json: JsonOption = None,
 ) -> None:
     """Check a dataset whole: what its files say, then what its images show.
 
@@ -119,6 +128,11 @@ def verify(
     It only tells: weaker near-duplicates, near-duplicates of another dataset or with different labels, images in two held-out splits, identical images with
     different masks, and what each split holds: classes, mask regions, grey levels, prompts.
     """
+    from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
+    from maskloom.data_prep.audit.contact_sheet import contact_sheet_page
+    from maskloom.data_prep.audit.tables import print_audit
+    from maskloom.pipeline.files.named_files import named_file
+
     sheet = named_file("--contact-sheet", contact_sheet, "contact sheet")
     findings = named_file("--json", json, "audit")
     datasets = open_datasets([path, *(against or [])])
@@ -133,7 +147,7 @@ def verify(
     found.require_sound()
 
 
-def summary(contract: Contract) -> str:
+def summary(contract: "Contract") -> str:
     """Return one line a split, and one for the rejects."""
     about = contract.description
     lines = [

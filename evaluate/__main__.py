@@ -1,18 +1,24 @@
 """`python -m evaluate --config FILE [--force] [key=value ...]`."""
 
-from maskloom.pipeline.cli import run_stage_command
-from maskloom.pipeline.config.experiment import ExperimentConfig
+import typer
+
+from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.errors import run_command
+
+MEMORY_ADVICE = "lower batch_size or image_size in the options of the metric that was running (evaluate.metrics.NAME)"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def _stage(config: ExperimentConfig, force: bool) -> None:
+@app.command()
+def command(
+    config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
+) -> None:
+    """Ask the configured questions of every synthetic dataset; one JSON file per question."""
+    experiment = loaded(config, overrides)
     from maskloom.evaluate.evaluate import evaluate
 
-    evaluate(config, force)
+    run_stage(evaluate, experiment, force, check)
 
 
 if __name__ == "__main__":
-    run_stage_command(
-        _stage,
-        "Ask the configured questions of every synthetic dataset; one JSON file a question.",
-        memory_advice="lower batch_size or image_size in the options of the metric that was running (evaluate.metrics.NAME)",
-    )
+    run_command(app, MEMORY_ADVICE)

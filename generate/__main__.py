@@ -1,18 +1,24 @@
 """`accelerate launch -m generate --config FILE [--force] [key=value ...]`; plain `python -m generate` works as well."""
 
-from maskloom.pipeline.cli import run_stage_command
-from maskloom.pipeline.config.experiment import ExperimentConfig
+import typer
+
+from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.errors import run_command
+
+MEMORY_ADVICE = "lower generate.batch_size, or set generate.mixed_precision=fp16 (bf16 on a CPU)"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def _stage(config: ExperimentConfig, force: bool) -> None:
+@app.command()
+def command(
+    config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
+) -> None:
+    """Generate a synthetic dataset from masks and prompts, one for each generator of the configuration."""
+    experiment = loaded(config, overrides)
     from maskloom.generate.generate import generate
 
-    generate(config, force)
+    run_stage(generate, experiment, force, check)
 
 
 if __name__ == "__main__":
-    run_stage_command(
-        _stage,
-        "Weave a synthetic dataset from masks and prompts, one for every generator of the configuration.",
-        memory_advice="lower generate.batch_size, or set generate.mixed_precision=fp16 (bf16 on a CPU)",
-    )
+    run_command(app, MEMORY_ADVICE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument
+from maskloom.pipeline.cli import AccelerateConfigOption, CheckOption, ConfigOption, ForceOption, OverridesArgument
 from maskloom.pipeline.errors import run_command
 from maskloom.pipeline.plugins import plugin_names
 
@@ -32,9 +32,7 @@ def run(
     force: ForceOption = False,
     first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="the first stage to run")] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="the last stage to run")] = None,
-    accelerate_config: Annotated[
-        Path | None, typer.Option(envvar="ACCELERATE_CONFIG_FILE", help="for accelerate launch, see configs/accelerate")
-    ] = None,
+    accelerate_config: AccelerateConfigOption = None,
 ) -> None:
     """Run prepare, train, generate, evaluate and report; stages that are up to date skip themselves."""
     from maskloom.pipeline.config.loading import load_experiment
@@ -52,9 +50,7 @@ def sweep(
     config: ConfigOption,
     overrides: OverridesArgument = None,
     force: ForceOption = False,
-    accelerate_config: Annotated[
-        Path | None, typer.Option(envvar="ACCELERATE_CONFIG_FILE", help="for accelerate launch, see configs/accelerate")
-    ] = None,
+    accelerate_config: AccelerateConfigOption = None,
 ) -> None:
     """Train, generate and evaluate every generator, or every variant of `sweep.variants`, and print one table."""
     from maskloom.pipeline.runs.runner import check_accelerate_config

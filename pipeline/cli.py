@@ -1,15 +1,18 @@
-"""The command line that all stages share: `python -m STAGE --config FILE [--force] [--check] [key=value ...]`."""
+"""The options and the ending that all commands share; imports nothing of weight, so that `--help` answers at once."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.errors import MEMORY_ADVICE, run_command
-from maskloom.pipeline.runs.stage import StageChecked, check_only
+if TYPE_CHECKING:
+    from maskloom.pipeline.config.experiment import ExperimentConfig
+
+    StageFunction = Callable[[ExperimentConfig, bool], None]
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]
@@ -19,9 +22,73 @@ CheckOption = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")
 ]
+AccelerateConfigOption = Annotated[
+    Path | None, typer.Option(envvar="ACCELERATE_CONFIG_FILE", help="for accelerate launch, see configs/accelerate")
+]
 
 
-StageFunction = Callable[[ExperimentConfig, bool], None]
+MODULE_FORMS = {"prepare": "data_prep", "inspect": "data_prep inspect"}
+
+
+def shown_command(name: str) -> str:
+    """Return how a command is started, in the form that the user has chosen: `maskloom prepare` or `python -m data_prep`.
+
+    Args:
+        name: of the command, one of `MODULE_FORMS`.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    outside = spec is not None and spec.name.partition(".")[0] != "maskloom"
+    return f"python -m {MODULE_FORMS[name]}" if outside else f"maskloom {name}"
+
+
+def loaded(config: Path, overrides: list[str] | None) -> ExperimentConfig:
+    """Return the checked configuration that a command line names.
+
+    Raises:
+        MaskLoomError: it cannot be read, or a key or value does not fit.
+    """
+    from maskloom.pipeline.config.loading import load_experiment
+
+    return load_experiment(config, overrides or [])
+
+
+def launched(
+    stage: str,
+    options: Sequence[str],
+    config: Path,
+    overrides: list[str] | None,
+    force: bool,
+    check: bool,
+    accelerate_config: Path | None,
+) -> bool:
+    """Run a stage behind `accelerate launch` where this machine may have several devices for it.
+
+    Args:
+        stage: name of the stage.
+        options: further options of its command line.
+        config: the configuration file.
+        overrides: of its keys.
+        force: run even if nothing has changed.
+        check: only print the stage's state.
+        accelerate_config: a file for `accelerate launch --config_file`, or None.
+
+    Returns:
+        False where the stage runs in this process: nothing to launch it on, or it was only asked for its state.
+
+    Raises:
+        MaskLoomError: the configuration of accelerate or of the experiment does not fit.
+        typer.Exit: the stage has run; with its exit code.
+    """
+    from maskloom.pipeline.runs.runner import check_accelerate_config, needs_launcher, run_stages
+
+    check_accelerate_config(accelerate_config)
+    if check or not needs_launcher(accelerate_config):
+        return False
+    loaded(config, overrides)
+    flags = ["--force"] if force else []
+    raise typer.Exit(
+        run_stages([stage], ["--config", str(config), *(overrides or []), *options, *flags], accelerate_config)
+    )
 
 
 def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check: bool) -> None:
@@ -29,6 +96,8 @@ def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check
     if not check:
         stage(config, force)
         return
+    from maskloom.pipeline.runs.stage import StageChecked, check_only
+
     try:
         with check_only():
             stage(config, force)
@@ -36,28 +105,3 @@ def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check
         print(checked.state)
         if checked.reason:
             print(checked.reason)
-
-
-def run_stage_command(
-    stage: StageFunction, description: str, args: list[str] | None = None, memory_advice: str = MEMORY_ADVICE
-) -> None:
-    """Parse a stage's command line and run it; a user's mistake becomes one line and exit code 2.
-
-    Args:
-        stage: takes the configuration and `force`.
-        description: the help text.
-        args: the arguments; by default the process's own.
-        memory_advice: what to change where memory runs out.
-    """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-    @app.command(help=description)
-    def command(
-        config: ConfigOption,
-        overrides: OverridesArgument = None,
-        force: ForceOption = False,
-        check: CheckOption = False,
-    ) -> None:
-        run_stage(stage, load_experiment(config, overrides or []), force, check)
-
-    run_command(lambda: app(args=args), memory_advice)

@@ -22,7 +22,7 @@ PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.
 PATH_REMEDY = "something else has this name, or none can have it; give another path"
 MEMORY_ADVICE = (
     "lower train.train_batch_size, generate.batch_size or data.image_size, or give the job more memory "
-    "(python -m train_controlnet plan says what a training needs)"
+    "(maskloom plan says what a training needs)"
 )
 OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|_ALLOC_FAILED|DefaultCPUAllocator"

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, run_stage
-from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.errors import run_command
 
 DESCRIPTION = (
@@ -18,7 +16,7 @@ DESCRIPTION = (
 )
 MEMORY_ADVICE = (
     "lower train.train_batch_size (and raise train.gradient_accumulation_steps) or data.image_size, or set train.gradient_checkpointing=true "
-    "or train.mixed_precision=bf16; python -m train_controlnet plan says what fits"
+    "or train.mixed_precision=bf16; maskloom plan says what fits"
 )
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures as JSON as well")]
 
@@ -36,7 +34,10 @@ def train(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
     """Train, or only say whether there is anything to do."""
-    run_stage(_stage, load_experiment(config, overrides or []), force, check)
+    experiment = loaded(config, overrides)
+    from maskloom.train_controlnet.train import train_stage
+
+    run_stage(train_stage, experiment, force, check)
 
 
 def plan(
@@ -46,10 +47,10 @@ def plan(
     json: JsonOption = None,
 ) -> None:
     """Say what a training needs, and which switches would make it fit 24, 16 and 12 GB; reads no weights, needs no GPU and no dataset."""
-    loaded = load_experiment(config, overrides or [])  # before the seconds that the imports take
+    experiment = loaded(config, overrides)  # before the seconds that the imports take
     from maskloom.train_controlnet.memory_plan.text import print_plan
 
-    print_plan(loaded, processes, json)
+    print_plan(experiment, processes, json)
 
 
 def find_lr(
@@ -61,16 +62,10 @@ def find_lr(
     json: JsonOption = None,
 ) -> None:
     """Raise the learning rate from step to step, watch the loss, and suggest a rate; the run keeps nothing of it but the caches."""
-    loaded = load_experiment(config, overrides or [])
+    experiment = loaded(config, overrides)
     from maskloom.train_controlnet.lr_finder import RangeTest, print_range_test
 
-    print_range_test(loaded, RangeTest(steps, min_lr, max_lr), json)
-
-
-def _stage(config: ExperimentConfig, force: bool) -> None:
-    from maskloom.train_controlnet.train import train_stage
-
-    train_stage(config, force)
+    print_range_test(experiment, RangeTest(steps, min_lr, max_lr), json)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "find-lr": find_lr}

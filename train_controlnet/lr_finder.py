@@ -114,7 +114,7 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say
     if processes > 1:
         raise MaskLoomError(
-            f"find-lr runs on one process, and {processes} were started; use python -m train_controlnet find-lr, "
+            f"find-lr runs on one process, and {processes} were started; use maskloom find-lr, "
             "and raise train.gradient_accumulation_steps to keep the images a step"
         )
     train = config.fine_tuning.model_copy(update=WITHOUT)

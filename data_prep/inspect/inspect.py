@@ -18,6 +18,7 @@ from maskloom.data_prep.inspect.yaml_text import command_line, configuration_tex
 from maskloom.data_prep.left_out import summed_up
 from maskloom.data_prep.prepare import PACKAGE
 from maskloom.data_prep.readers.file_names import is_text, printable
+from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment, validated
 from maskloom.pipeline.errors import MaskLoomError
@@ -263,7 +264,7 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
     page.section("To prepare it: save this as configs/my_data.yaml, replace TODO, check what was guessed")
     page.block(configuration_text(guess, raw_dir, data))
     page.section("Then")
-    page.command("python -m data_prep --config configs/my_data.yaml")
+    page.command(f"{shown_command('prepare')} --config configs/my_data.yaml")
     page.section("Or without a file of your own")
     options = {"modality": "medical image", **guess.options}
     size = {"image_size": data.image_size[0], "conditioning": data.conditioning}

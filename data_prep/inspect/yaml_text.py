@@ -9,6 +9,7 @@ from typing import Any
 
 from maskloom.data_prep.inspect.layout import Guess
 from maskloom.data_prep.readers.file_names import printable
+from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.config.data import DataConfig
 
 PLAIN = re.compile(
@@ -63,7 +64,7 @@ def command_line(configuration: str, raw_dir: Path, options: Mapping[str, Any], 
     """
     values = {"raw_dir": str(raw_dir), **data, **{f"options.{key}": value for key, value in options.items()}}
     overrides = (shlex.quote(f"data.{key}={_plain_or_quoted(value)}") for key, value in values.items())
-    return f"python -m data_prep --config {shlex.quote(configuration)} {' '.join(overrides)}"
+    return f"{shown_command('prepare')} --config {shlex.quote(configuration)} {' '.join(overrides)}"
 
 
 def _plain_or_quoted(value: Any) -> str:

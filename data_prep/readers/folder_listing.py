@@ -12,6 +12,7 @@ from maskloom.data_prep.readers.folder_options import FolderOptions
 from maskloom.data_prep.readers.image_files import READ_SUFFIXES
 from maskloom.data_prep.readers.spreadsheets import xlsx_rows
 from maskloom.data_prep.readers.tables import TableRow, csv_rows
+from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.errors import MaskLoomError
 
 NO_ROW = TableRow({}, 0)
@@ -54,7 +55,7 @@ def listed_candidates(root: Path, options: FolderOptions) -> tuple[list[Candidat
     if not images and not rejects:
         raise MaskLoomError(
             f"data.options.images={options.image_pattern!r}: no file in data.raw_dir={root} fits;"
-            f" `python -m data_prep inspect {root}` shows what is there"
+            f" `{shown_command('inspect')} {root}` shows what is there"
         )
     return images, rejects
 

@@ -79,7 +79,7 @@ def open_exporter(name: str, values: Sequence[str]) -> DatasetExporter:
     exporter: type[DatasetExporter] = load_plugin(PACKAGE, name, "format").Exporter
     for value in values:
         if "=" not in value:
-            raise MaskLoomError(f"option {value!r}: write key=value; `python -m pipeline export --help` shows how")
+            raise MaskLoomError(f"option {value!r}: write key=value; `maskloom export --help` shows how")
     given = dict(value.split("=", 1) for value in values)
     return exporter(validated(given, exporter.Options, f"{PACKAGE}.{name}"))
 

@@ -13,7 +13,6 @@ import maskloom.generate.__main__ as generating
 import maskloom.pipeline.__main__ as whole
 import maskloom.train_baselines.__main__ as baselines
 import maskloom.train_controlnet.__main__ as training
-from maskloom.pipeline.cli import run_stage_command
 from maskloom.pipeline.config.loading import load_experiment, validated
 from maskloom.pipeline.errors import MaskLoomError, run_command
 from maskloom.pipeline.sweep.sweep import SweepConfig
@@ -31,8 +30,8 @@ CONFIGURED: dict[str, Command] = {
     "find-lr": lambda words: training.main(["find-lr", *words]),
     "backbone": backbone,
     "train_baselines": lambda words: run_command(lambda: baselines.app(args=words)),
-    "generate": lambda words: run_stage_command(generating._stage, "", words),
-    "evaluate": lambda words: run_stage_command(evaluating._stage, "", words),
+    "generate": lambda words: run_command(lambda: generating.app(args=words)),
+    "evaluate": lambda words: run_command(lambda: evaluating.app(args=words)),
     **{
         name: lambda words, name=name: run_command(lambda: whole.app(args=[name, *words]))
         for name in ("run", "status", "report", "push", "sweep")

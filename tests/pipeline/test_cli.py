@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from maskloom.pipeline.cli import run_stage_command
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, exit_with, nearest_name, one_line, run_command
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage
+from tests.commands import run_stage_command
 from tests.pipeline import fake_run
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_mistakes_in_a_run_are_told_before_anything_starts(tmp_path, arguments, 
 
 def _run_stage(stage, config: Path, *arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
-        run_stage_command(stage, "A stage.", ["--config", str(config), *arguments])
+        run_stage_command(stage, ["--config", str(config), *arguments])
     return end.value.code
 
 

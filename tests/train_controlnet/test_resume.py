@@ -10,12 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
-from maskloom.pipeline.cli import run_stage_command
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
 from maskloom.pipeline.files.ownership import MANIFEST
 from maskloom.pipeline.training.checkpoints import LOOP_FILE, checkpoint_steps
 from maskloom.train_controlnet.train import train_stage
+from tests.commands import run_stage_command
 from tests.processes import Command, run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_ends_the_command_with_one_line_whose_remedy_works(
     cut_off(run / "generator" / "checkpoint-6" / "optimizer.bin")
     settings = {"use_ema": True, "checkpoints_total_limit": None, "logging_steps": 1}
     with pytest.raises(SystemExit) as stop:
-        run_stage_command(train_stage, "", command_line(run, backbone, tmp_path, **settings))
+        run_stage_command(train_stage, command_line(run, backbone, tmp_path, **settings))
     assert stop.value.code == 2
     told = capsys.readouterr().err
     assert told.count("error:") == 1

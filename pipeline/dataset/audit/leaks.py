@@ -19,6 +19,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from maskloom.pipeline.dataset.audit.findings import Dataset, Finding, identical_findings, told
+from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
 from maskloom.pipeline.dataset.audit.rows import label_name, split_rows
 from maskloom.pipeline.dataset.images import png_array
@@ -29,7 +30,6 @@ from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import Run
 
 VERSION = 1  # of what is looked for: another one makes every record stale
-NEAR_LIMIT = 20_000  # images, about ten minutes of a core; above it near-duplicates are looked for only where `verify --near` asks for them
 MAX_TOLD = 3  # pairs in an error
 FIX = "prepare the dataset again with data.duplicates=identical or near, so that such images share a group or are left out"
 SCHEMA = """

@@ -1,0 +1,226 @@
+"""`maskloom COMMAND`: every stage and tool in one command, in a checkout as after an installation.
+
+The same functions answer `python -m data_prep` and its like; here `train`, `baselines` and `generate` also start
+`accelerate launch` where a machine has devices for it. What takes long to import is imported when a command runs.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from maskloom.data_prep.__main__ import MEMORY_ADVICE as PREPARE_ADVICE
+from maskloom.data_prep.__main__ import (
+    AgainstOption,
+    ContactSheetOption,
+    JsonOption,
+    NearOption,
+    PerClassOption,
+    inspect,
+    merge,
+    prepare_dataset,
+)
+from maskloom.data_prep.__main__ import verify as verify_dataset
+from maskloom.evaluate.__main__ import MEMORY_ADVICE as EVALUATE_ADVICE
+from maskloom.evaluate.__main__ import command as evaluate_here
+from maskloom.generate.__main__ import MEMORY_ADVICE as GENERATE_ADVICE
+from maskloom.generate.__main__ import command as generate_here
+from maskloom.pipeline import __version__
+from maskloom.pipeline.__main__ import combine, export, push, report, run, status, sweep
+from maskloom.pipeline.__main__ import verify as verify_run
+from maskloom.pipeline.cli import (
+    AccelerateConfigOption,
+    CheckOption,
+    ConfigOption,
+    ForceOption,
+    OverridesArgument,
+    launched,
+)
+from maskloom.pipeline.errors import MEMORY_ADVICE, MaskLoomError, run_command
+from maskloom.train_baselines.__main__ import MEMORY_ADVICE as BASELINES_ADVICE
+from maskloom.train_baselines.__main__ import FamilyOption
+from maskloom.train_baselines.__main__ import command as baselines_here
+from maskloom.train_controlnet.__main__ import MEMORY_ADVICE as TRAIN_ADVICE
+from maskloom.train_controlnet.__main__ import find_lr, plan
+from maskloom.train_controlnet.__main__ import train as train_here
+
+ADVICE = {
+    "prepare": PREPARE_ADVICE,
+    "train": TRAIN_ADVICE,
+    "plan": TRAIN_ADVICE,
+    "find-lr": TRAIN_ADVICE,
+    "baselines": BASELINES_ADVICE,
+    "generate": GENERATE_ADVICE,
+    "evaluate": EVALUATE_ADVICE,
+}
+DEMO = Path("configs/demo.yaml")
+
+
+def example(*lines: str) -> str:
+    """Return the end of a command's help."""
+    return "\n\n".join(["Examples:", *lines])
+
+
+app = typer.Typer(
+    name="maskloom",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Labelled medical images in; a synthetic dataset, and a verdict on it with statistics, out.",
+    epilog=example(
+        "maskloom demo", "maskloom inspect FOLDER", "maskloom run --config configs/busi.yaml data.raw_dir=FOLDER"
+    ),
+)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes one line and exit code 2."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    run_command(app, ADVICE.get(name, MEMORY_ADVICE))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"maskloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+def train(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    force: ForceOption = False,
+    check: CheckOption = False,
+    accelerate_config: AccelerateConfigOption = None,
+) -> None:
+    """Train a ControlNet, adapters, or both, on a Stable Diffusion backbone."""
+    if not launched("train", [], config, overrides, force, check, accelerate_config):
+        train_here(config, overrides, force, check)
+
+
+def baselines(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    family: FamilyOption = None,
+    force: ForceOption = False,
+    check: CheckOption = False,
+    accelerate_config: AccelerateConfigOption = None,
+) -> None:
+    """Train the other generator architectures of the section `baselines`: GANs, pix2pix, joint diffusion."""
+    families = [word for name in family or [] for word in ("--family", name)]
+    if not launched("baselines", families, config, overrides, force, check, accelerate_config):
+        baselines_here(config, overrides, family, force, check)
+
+
+def generate(
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    force: ForceOption = False,
+    check: CheckOption = False,
+    accelerate_config: AccelerateConfigOption = None,
+) -> None:
+    """Generate a synthetic dataset from masks and prompts, one for each generator of the configuration."""
+    if not launched("generate", [], config, overrides, force, check, accelerate_config):
+        generate_here(config, overrides, force, check)
+
+
+def demo(overrides: OverridesArgument = None, force: ForceOption = False) -> None:
+    """Run the whole pipeline on slices of a brain template; needs no GPU, no download and no data. Ends with runs/demo/report.html."""
+    run(DEMO, overrides, force)
+
+
+def doctor(
+    config: Annotated[Path | None, typer.Option("--config", help="also check what this configuration needs")] = None,
+    overrides: OverridesArgument = None,
+) -> None:
+    """Check this machine and installation: versions, devices, memory, optional packages, the Hub; and what a configuration needs of them."""
+    from maskloom.doctor import print_findings
+
+    print_findings(config, overrides or [])
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="a run folder, such as runs/demo, or a mask-and-prompt dataset")],
+    against: AgainstOption = None,
+    contact_sheet: ContactSheetOption = None,
+    images_per_class: PerClassOption = 24,
+    near: NearOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Check that a run, or a dataset, is what was written, and that a dataset's splits share no image.
+
+    Of a run: every file that its stages wrote, against its digest. Of a dataset: files, hashes, rows and pixels; groups in
+    two splits; images that occur in two splits, near-duplicates included where groups were meant to catch them; labels
+    that contradict.
+    """
+    from maskloom.pipeline.runs.verification import is_run
+
+    if not is_run(path):
+        verify_dataset(path, against, contact_sheet, images_per_class, near, json)
+    elif against or contact_sheet or near is not None or json:
+        raise MaskLoomError(f"{path}: a run; options belong to a dataset: give {path / 'dataset'} with them")
+    else:
+        verify_run(path)
+
+
+class Command(NamedTuple):
+    """One command of the menu.
+
+    Attributes:
+        name: what the user types.
+        function: its options are the command's.
+        panel: heading in the help.
+        examples: shown in its own help.
+    """
+
+    name: str
+    function: Callable[..., None]
+    panel: str
+    examples: tuple[str, ...]
+
+
+STAGES, PIPELINE, DATA, TRAINING = "Stages", "The whole pipeline", "Datasets", "Training"
+NNUNET = "maskloom export runs/demo/dataset --format nnunet --output FOLDER dataset_id=502"
+COMBINE = "maskloom combine --real runs/demo/dataset --synthetic runs/demo/synthetic/controlnet --output FOLDER"
+COMMANDS = (
+    Command("demo", demo, PIPELINE, ("maskloom demo", "maskloom demo train.max_train_steps=100")),
+    Command("run", run, PIPELINE, ("maskloom run --config C", "maskloom run --config C --from generate --force")),
+    Command("status", status, PIPELINE, ("maskloom status --config C",)),
+    Command("sweep", sweep, PIPELINE, ("maskloom sweep --config configs/experiments/generators.yaml",)),
+    Command("doctor", doctor, PIPELINE, ("maskloom doctor", "maskloom doctor --config configs/busi.yaml")),
+    Command("prepare", prepare_dataset, STAGES, ("maskloom prepare --config configs/busi.yaml data.raw_dir=FOLDER",)),
+    Command(
+        "train", train, STAGES, ("maskloom train --config C", "maskloom train --config C train.max_train_steps=2000")
+    ),
+    Command("baselines", baselines, STAGES, ("maskloom baselines --config C --family pix2pix",)),
+    Command("generate", generate, STAGES, ("maskloom generate --config C generate.num_images=500",)),
+    Command("evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C",)),
+    Command("report", report, STAGES, ("maskloom report --config C",)),
+    Command("inspect", inspect, DATA, ("maskloom inspect FOLDER",)),
+    Command("merge", merge, DATA, ("maskloom prepare --config C --shard 1/2", "maskloom merge --config C")),
+    Command(
+        "verify",
+        verify,
+        DATA,
+        ("maskloom verify runs/demo", "maskloom verify runs/demo/dataset --contact-sheet sheet.html"),
+    ),
+    Command("export", export, DATA, (NNUNET,)),
+    Command("combine", combine, DATA, (COMBINE,)),
+    Command("push", push, DATA, ("maskloom push --config C --dry-run", "maskloom push --config C dataset")),
+    Command("plan", plan, TRAINING, ("maskloom plan --config configs/busi.yaml",)),
+    Command("find-lr", find_lr, TRAINING, ("maskloom find-lr --config C --steps 200",)),
+)
+for one in COMMANDS:
+    app.command(one.name, rich_help_panel=one.panel, epilog=example(*one.examples))(one.function)
+
+if __name__ == "__main__":
+    main()

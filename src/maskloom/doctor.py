@@ -1,0 +1,118 @@
+"""`maskloom doctor`: what this machine and installation can do, and whether that suffices for a configuration."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from maskloom.pipeline import __version__
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.provenance import package_versions
+
+GIB = 2**30
+OPTIONAL = {
+    "xformers": "train.enable_xformers_memory_efficient_attention",
+    "bitsandbytes": "train.use_8bit_adam",
+    "deepspeed": "configs/accelerate/deepspeed_zero2.yaml",
+    "wandb": "train.report_to=wandb",
+    "torch_fidelity": "the extractor inception",
+}
+"""Packages that only one setting needs."""
+
+
+class Finding(NamedTuple):
+    """One line: what was looked at, what it is, and, where it stops the configuration, why and what to do."""
+
+    name: str
+    text: str
+    problem: str = ""
+
+
+def print_findings(config: Path | None, overrides: list[str]) -> None:
+    """Print what was found.
+
+    Args:
+        config: a configuration to check as well; None checks the machine only.
+        overrides: of its keys.
+
+    Raises:
+        MaskLoomError: the configuration cannot run here.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    experiment = load_experiment(config, overrides) if config else None
+    table = Table("", "found", show_header=False)
+    problems = 0
+    for finding in [*machine(), *(needs(experiment) if experiment else ())]:
+        problems += bool(finding.problem)
+        style = "red" if finding.problem else ""
+        table.add_row(finding.name, Text(finding.problem or finding.text, style))
+    Console().print(table)
+    if problems:
+        raise MaskLoomError(f"{config}: {problems} of its needs are not met here; see above")
+
+
+def machine() -> Iterator[Finding]:
+    """Yield what the machine and the installation are."""
+    import torch
+
+    yield Finding("maskloom", f"{__version__} in {Path(__file__).parent}")
+    yield Finding("system", f"{platform.platform()}, {os.cpu_count()} cores")
+    yield Finding("packages", ", ".join(f"{name} {version}" for name, version in package_versions().items()))
+    yield Finding("memory", f"{psutil.virtual_memory().total / GIB:.0f} GiB")
+    yield Finding("disk", f"{shutil.disk_usage(Path.cwd()).free / GIB:.0f} GiB free in {Path.cwd()}")
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        kinds = "fp16, bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        yield Finding(f"GPU {number}", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {kinds}")
+    if not torch.cuda.is_available():
+        yield Finding(
+            "GPU", f"none that torch {torch.__version__} can use: small backbones only, mixed_precision no or bf16"
+        )
+    for package, use in OPTIONAL.items():
+        yield Finding(package, "installed" if find_spec(package) else f"not installed; only for {use}")
+
+
+def needs(config: ExperimentConfig) -> Iterator[Finding]:
+    """Yield whether what a configuration needs is here: raw data, backbone, precision, packages."""
+    yield _checked("raw data", str(config.data.raw_dir or config.data.dataset), lambda: _check_raw_data(config))
+    if config.train is not None:
+        name = config.train.pretrained_model_name_or_path
+        yield _checked("backbone", str(name), lambda: _check_backbone(config))
+        yield _checked("training", f"mixed_precision={config.train.mixed_precision}", lambda: _check_training(config))
+
+
+def _checked(name: str, text: str, check: Callable[[], None]) -> Finding:
+    try:
+        check()
+    except MaskLoomError as error:
+        return Finding(name, text, str(error))
+    return Finding(name, text)
+
+
+def _check_raw_data(config: ExperimentConfig) -> None:
+    from maskloom.data_prep.prepare import open_sources
+
+    open_sources(config.data)
+
+
+def _check_backbone(config: ExperimentConfig) -> None:
+    from maskloom.models.stable_diffusion.checks import check_backbone
+    from maskloom.models.stable_diffusion.source import BackboneSource
+
+    check_backbone(BackboneSource.of(config.fine_tuning), settings_only=True)
+
+
+def _check_training(config: ExperimentConfig) -> None:
+    from maskloom.pipeline.training.setup import check_machine
+
+    check_machine(config.fine_tuning)
