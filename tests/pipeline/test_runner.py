@@ -93,7 +93,7 @@ def test_a_stage_that_a_signal_ended_gives_128_plus_the_signal(tiny_stages):
 def test_a_killed_runner_takes_its_stage_along(tmp_path):
     (tmp_path / "tiny_prepare.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
     code = (
-        "from maskloom.pipeline import runner\nrunner.MODULES['prepare'] = ('tiny_prepare',)\n"
+        "from maskloom.pipeline.runs import runner\nrunner.MODULES['prepare'] = ('tiny_prepare',)\n"
         "runner.run_stages(['prepare'], [], None)\n"
     )
     running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -121,7 +121,7 @@ def test_the_launcher_is_used_only_where_it_could_matter(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not runner.needs_launcher(None)
-    assert runner.stage_command("train", None) == [sys.executable, "-m", "train_controlnet"]
+    assert runner.stage_command("train", None) == [sys.executable, "-m", "maskloom.train_controlnet"]
     assert runner.needs_launcher(Path("any.yaml"))
     assert runner.stage_command("train", Path("a.yaml"))[1:] == [
         "-m",
@@ -130,9 +130,9 @@ def test_the_launcher_is_used_only_where_it_could_matter(tmp_path, monkeypatch):
         "--config_file",
         "a.yaml",
         "-m",
-        "train_controlnet",
+        "maskloom.train_controlnet",
     ]
-    assert runner.stage_command("prepare", Path("a.yaml")) == [sys.executable, "-m", "data_prep"]
+    assert runner.stage_command("prepare", Path("a.yaml")) == [sys.executable, "-m", "maskloom.data_prep"]
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate" / "default_config.yaml").touch()
     assert runner.needs_launcher(None)
