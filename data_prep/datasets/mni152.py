@@ -1,4 +1,4 @@
-"""`mni152`: slices of the MNI152 T1 template with its grey- and white-matter maps, which the package nilearn carries.
+"""`mni152`: slices of the MNI152 T1 template with its grey- and white-matter maps, which come with this package.
 
 Real anatomy that needs no download (Fonov et al. 2009, the symmetric ICBM 152 template at 1 mm, brain extracted). One volume
 of one average brain: enough to show a pipeline working, never a claim about patients.
@@ -9,19 +9,24 @@ is symmetric: a sagittal slice equals its mirror, so sagittal slabs are cut by d
 of different planes still cross each other; no split of a single volume can avoid that.
 """
 
+import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
-from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
-SHAPE = (197, 233, 189)  # left to right, posterior to anterior, inferior to superior; 1 mm each
-BOX = ((22, 175), (23, 211), (0, 158))  # the voxels that hold brain, a few mm more; what lies outside is black
+# Of a volume of 197 x 233 x 189 voxels, left to right, posterior to anterior, inferior to superior; 1 mm each.
+BOX = ((22, 175), (23, 211), (0, 158))  # the voxels that hold brain, a few mm more: what the file keeps
+FILE = "assets/mni152/mni152.npy.xz"
 MIDLINE = 98  # x of the world's 0
 SLAB = 8
 # One period of slabs; 5 of 7 train. Fixed here and not drawn, so that no seed can move a slab that a backbone was trained on.
@@ -99,7 +104,7 @@ class Adapter(DatasetAdapter):
 
         Raises:
             RejectedSample: the slice holds almost no brain.
-            MaskLoomError: nilearn is not installed.
+            MaskLoomError: the template is not as it was shipped.
         """
         label, index = item.key
         t1, grey, white = (_oriented(_cut(volume, PLANES[label].axis, index)) for volume in _volumes())
@@ -109,16 +114,8 @@ class Adapter(DatasetAdapter):
         return RawImage(image=t1, mask=mask, value_range=(0.0, 1.0))
 
     def fingerprint(self) -> str:
-        """Return what the slices depend on: the package that carries the template, and this file, which cuts it.
-
-        Raises:
-            MaskLoomError: nilearn is not installed.
-        """
-        _import_nilearn()
-        from hashlib import sha256
-        from importlib.metadata import version
-
-        return f"nilearn {version('nilearn')}, {sha256(Path(__file__).read_bytes()).hexdigest()}"
+        """Return what the slices depend on: the template, and this file, which cuts it."""
+        return f"{sha256(_file().read_bytes()).hexdigest()}, {sha256(Path(__file__).read_bytes()).hexdigest()}"
 
 
 def tissue_mask(grey: NDArray[np.float32], white: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -131,35 +128,29 @@ def tissue_mask(grey: NDArray[np.float32], white: NDArray[np.float32]) -> NDArra
     return np.where(grey + white >= TISSUE_THRESHOLD, likelier, 0).astype(np.uint8)
 
 
-def _import_nilearn() -> None:
-    try:
-        import nilearn  # noqa: F401
-    except ImportError as error:
-        raise MaskLoomError(
-            "data.dataset=mni152 needs nilearn, which carries the template: pip install -e .[demo]"
-        ) from error
+def _file() -> Traversable:
+    return files("maskloom") / FILE
 
 
 @lru_cache(maxsize=1)
-def _volumes() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Return the T1 template, grey and white matter maps, each `SHAPE` float32 in 0..1.
+def _volumes() -> NDArray[np.float32]:
+    """Return the T1 template, grey and white matter maps, (3, x, y, z) float32 in 0..1, cropped to `BOX`.
 
     Raises:
-        MaskLoomError: nilearn is not installed, or carries a template of another shape.
+        MaskLoomError: the file is missing or damaged.
     """
-    _import_nilearn()
-    from nilearn import datasets
-
-    load = (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)
-    t1, grey, white = (np.asarray(one(resolution=1).dataobj, dtype=np.float32) for one in load)
-    if not t1.shape == grey.shape == white.shape == SHAPE:
-        raise MaskLoomError(f"nilearn's MNI152 template has shape {t1.shape}, expected {SHAPE}: pip install -e .[demo]")
-    return t1, grey, white
+    try:
+        with _file().open("rb") as packed, lzma.open(packed) as file:
+            stored = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, lzma.LZMAError, EOFError, ValueError) as error:
+        raise MaskLoomError(f"{FILE}: cannot be read ({one_line(error)}); install maskloom again") from None
+    scaled: NDArray[np.float32] = stored.astype(np.float32) / np.float32(255)
+    return scaled
 
 
 def _cut(volume: NDArray[np.float32], axis: int, index: int) -> NDArray[np.float32]:
-    """Return the slice `index` across `axis`, within `BOX`, so that the brain fills the picture."""
-    return volume[tuple(index if i == axis else slice(*BOX[i]) for i in range(3))]
+    """Return the slice that has the number `index` across `axis` in the whole volume."""
+    return volume.take(index - BOX[axis][0], axis)
 
 
 def _oriented(plane: NDArray[np.float32]) -> NDArray[np.float32]:

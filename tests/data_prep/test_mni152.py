@@ -1,7 +1,8 @@
 """The MNI152 adapter: orientation, the mask's rule, and splits that keep neighbours together."""
 
-import sys
+import lzma
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,6 @@ import pytest
 from maskloom.data_prep.adapter import Options, RawItem, Reject
 from maskloom.data_prep.datasets import mni152
 from maskloom.pipeline.errors import MaskLoomError
-
-pytest.importorskip("nilearn")
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +97,31 @@ def test_mask_takes_the_likelier_tissue_where_there_is_tissue() -> None:
     assert mni152.tissue_mask(grey, white).tolist() == [0, 1, 2, 1, 0]
 
 
-def test_without_nilearn_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nilearn", None)
+@pytest.mark.parametrize("content", [b"", b"not compressed", lzma.compress(b"not an array"), None])
+def test_a_damaged_template_is_named(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "template"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(mni152, "_file", lambda: file)
     mni152._volumes.cache_clear()
-    with pytest.raises(MaskLoomError, match=r"pip install -e \.\[demo\]"):
+    with pytest.raises(MaskLoomError, match=r"mni152.npy.xz: cannot be read .*; install maskloom again"):
         mni152._volumes()
-    with pytest.raises(MaskLoomError, match="needs nilearn"):
-        mni152.Adapter(None, Options()).fingerprint()
+
+
+def test_the_template_is_that_of_nilearn() -> None:
+    datasets = pytest.importorskip("nilearn.datasets")
+    box = tuple(slice(*side) for side in mni152.BOX)
+    for name, volume in zip(("", "_gm", "_wm"), mni152._volumes(), strict=True):
+        theirs = getattr(datasets, f"load_mni152{name}_template")(resolution=1)
+        assert np.array_equal(volume, np.asarray(theirs.dataobj, np.float32)[box])
+
+
+def test_the_template_is_part_of_what_a_dataset_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = mni152.Adapter(None, Options())
+    before = adapter.fingerprint()
+    (tmp_path / "template").write_bytes(b"another")
+    monkeypatch.setattr(mni152, "_file", lambda: tmp_path / "template")
+    assert adapter.fingerprint() != before
 
 
 def test_slabs_are_those_that_the_committed_backbone_was_trained_on(entries: list[RawItem | Reject]) -> None:
