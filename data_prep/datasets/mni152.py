@@ -150,7 +150,7 @@ def _volumes() -> NDArray[np.float32]:
 
 def _cut(volume: NDArray[np.float32], axis: int, index: int) -> NDArray[np.float32]:
     """Return the slice that has the number `index` across `axis` in the whole volume."""
-    return volume.take(index - BOX[axis][0], axis)
+    return np.take(volume, [index - BOX[axis][0]], axis).squeeze(axis)
 
 
 def _oriented(plane: NDArray[np.float32]) -> NDArray[np.float32]:
