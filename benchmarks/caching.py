@@ -22,6 +22,7 @@ from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import build_task
 
 STEPS = 10
 WARM_UP = 3
@@ -58,7 +59,7 @@ def main(config: Annotated[Path, typer.Option()] = Path("configs/demo.yaml"), ro
         tasks = {}
         for cached in results:
             changed = experiment.model_copy(update={"train": train.model_copy(update={"cache_latents": cached})})
-            tasks[cached] = DiffusionTask(changed, run, read_contract(run.dataset), Accelerator())
+            tasks[cached] = build_task(changed, run, read_contract(run.dataset), Accelerator())
         optimizers = {
             cached: torch.optim.AdamW(task.networks["controlnet"].parameters()) for cached, task in tasks.items()
         }

@@ -1,1 +1,4 @@
-"""`evaluate`: does the synthetic data help, is it faithful to its masks, and does it repeat its training images?"""
+"""The stage `evaluate`: does the synthetic data help, is it faithful, does it leak patients?
+
+It trains segmenters and classifiers to measure with, never a generator, and imports no other stage.
+"""

@@ -1,1 +1,4 @@
-"""Trained generator + mask source -> synthetic mask-and-prompt dataset."""
+"""The stage `generate`: trained generator + masks -> synthetic mask-and-prompt dataset.
+
+It trains nothing, imports no other stage, and never conditions on a validation or test mask.
+"""

@@ -1,4 +1,7 @@
-"""The spine of MaskLoom: contract, configuration, runs, training loop and report."""
+"""The spine of MaskLoom: configuration, dataset contract, runs, training loop, report, Hub.
+
+Imports no stage and no model, and knows no dataset, generator or metric by name.
+"""
 
 import os
 import sys

@@ -1,1 +1,4 @@
-"""The recipe of a small Stable Diffusion backbone: vocabulary, VAE, then text encoder and UNet together."""
+"""A small Stable Diffusion backbone from a dataset: how assets/nano-sd was made.
+
+It sees the train split only, and imports no other stage.
+"""

@@ -1,1 +1,4 @@
-"""The stage `baselines`: the other generator families, to be compared with ControlNet on the same data and by the same metrics."""
+"""The stage `baselines`: other generator architectures, to compare with ControlNet.
+
+It has no loop of its own (`pipeline.training`) and no network that sampling needs (`models`).
+"""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -26,8 +26,8 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.pipeline.training.task import Task
 from maskloom.train_baselines.diversity import COLLAPSED, diversity
-from maskloom.train_baselines.pictures import preview_grid
 from maskloom.train_baselines.rows import Rows, stacked
+from maskloom.train_baselines.samples import Samples, preview_grid
 
 
 class FamilyOptions(LoopConfig):
@@ -69,18 +69,6 @@ def evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for network, mode in modes.items():
             network.train(mode)
-
-
-class Samples(NamedTuple):
-    """Drawn samples.
-
-    Attributes:
-        images: (N, C, H, W) float32, about -1 to 1.
-        masks: (N, H, W) uint8 class indices where the family draws masks as well, else None.
-    """
-
-    images: Tensor
-    masks: Tensor | None
 
 
 class Family(Task):
@@ -172,7 +160,8 @@ class Family(Task):
 
     def _write_previews(self, step: int) -> None:
         """Write `logs/baselines/NAME/images/step-N.png`: the same classes, masks and noise every time."""
-        grid = preview_grid(self._preview_rows, self._drawn(self._preview_rows, "preview"), self)
+        rows = self._preview_rows
+        grid = preview_grid(rows, self._drawn(rows, "preview"), self.description, self.given_masks)
         self.pictures.mkdir(parents=True, exist_ok=True)
         (self.pictures / f"step-{step:07d}.png").write_bytes(png_bytes(grid))
 

@@ -26,7 +26,7 @@ from maskloom.models.stable_diffusion.objective import sample_latents
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import DecoderConfig, LoopConfig, TrainConfig
-from maskloom.pipeline.dataset.contract import Contract, open_split
+from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.progress import say
@@ -35,8 +35,7 @@ from maskloom.pipeline.training.loop import Task, train
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.pipeline.training.resuming import check_resumable
 from maskloom.pipeline.training.setup import make_accelerator
-from maskloom.train_controlnet.data.latent_cache import pixels
-from maskloom.train_controlnet.data.rows import Views, size_buckets
+from maskloom.train_controlnet.data.views import Views, open_views, pixels, size_buckets
 from maskloom.train_controlnet.model_card import model_card
 
 NAME = "vae"
@@ -207,7 +206,7 @@ class DecoderTask(Task):
         self.vae = vae.requires_grad_(False).eval().to(accelerator.device)
         decoder = Decoder(self.vae)
         self.networks = {"decoder": decoder.requires_grad_(True)}
-        self.views = _open_views(config, run, contract)
+        self.views = open_views(config, run, contract, augment=None)
         self.dataset, self.buckets = TrainImages(self.views["train"]), size_buckets(self.views["train"])
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
@@ -243,17 +242,6 @@ class DecoderTask(Task):
             "psnr": float(-10 * torch.log10(error.clamp_min(1e-10))),
             "ssim": 1 - float(_dissimilarity(found.clamp(-1, 1), image)),
         }
-
-
-def _open_views(config: ExperimentConfig, run: Run, contract: Contract) -> dict[str, Views]:
-    """Return the train rows that `train.max_train_samples` leaves, and the validation rows if there are any."""
-    views: dict[str, Views] = {}
-    for name in ("train", "validation"):
-        if name in contract.splits:
-            rows, most = open_split(run.dataset, name), config.fine_tuning.max_train_samples
-            kept = rows.select(range(min(most, len(rows)))) if name == "train" and most else rows
-            views[name] = Views(kept, contract.description, None, config.seed)
-    return views
 
 
 def random_crops(images: Tensor, side: int, draws: Draws) -> Tensor:

@@ -33,7 +33,7 @@ from maskloom.pipeline.training.loop import Positioned
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from maskloom.train_controlnet.task import OPTIMIZER, DiffusionTask
-from maskloom.train_controlnet.train import check_dataset
+from maskloom.train_controlnet.train import build_task, check_dataset
 
 WATCHED_ROWS, WATCHED_BATCH = 32, 16
 DIVERGED = 4.0  # times the lowest loss, as in fastai and Lightning
@@ -126,7 +126,7 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
     OwnedFolder(run.generator).claim()
     accelerator = make_accelerator(train, run.logs("train"))
     set_seed(config.seed)
-    task = DiffusionTask(config.model_copy(update={"train": train}), run, contract, accelerator)
+    task = build_task(config.model_copy(update={"train": train}), run, contract, accelerator)
     return _tried(_Trial(task, train, accelerator, config.seed, test.steps), test)
 
 

@@ -1,22 +1,23 @@
 """The backbone, and which of its weights (or of a ControlNet's, or of adapters') are trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from maskloom.models.stable_diffusion.keys import CONTROLNET_KEY, KEY
 from maskloom.models.stable_diffusion.loading import (
-    CONTROLNET_KEY,
     load_controlnet,
     load_noise_schedule,
     load_part,
     use_xformers,
 )
-from maskloom.models.stable_diffusion.source import KEY, BackboneSource
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, text_states
+from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.text import load_tokenizer
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
@@ -70,6 +71,16 @@ class Networks:
     def trained(self) -> dict[str, nn.Module]:
         """Return the networks that hold trained weights, by name."""
         return {name: part for name, part in self.loaded().items() if any(p.requires_grad for p in part.parameters())}
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Return mean and log-variance of the latents, (B, 2C, h, w), of (B, 3, H, W) images in [-1, 1]."""
+        return self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
+
+    @torch.no_grad()
+    def text_states(self, encoder: PromptEncoder, prompts: Sequence[str]) -> Tensor:
+        """Return the text encoder's last hidden states, (B, L, D); L counts the tokens of all pieces of a prompt."""
+        return text_states(self.text_encoder, encoder.tokens(prompts).to(self.text_encoder.device))
 
 
 def load_networks(config: TrainConfig, device: torch.device) -> Networks:

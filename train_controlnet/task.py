@@ -1,10 +1,9 @@
 """Training of a ControlNet, adapters, or both, as a task of the shared loop."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from maskloom.models.stable_diffusion.objective import (
@@ -14,65 +13,51 @@ from maskloom.models.stable_diffusion.objective import (
     sample_latents,
     timestep_weights,
 )
-from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, tell_cuts, text_states
-from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import Contract, open_split
-from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import Task
+from maskloom.models.stable_diffusion.prompt_encoding import text_states
+from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_controlnet.data.latent_cache import (
-    CACHE_FOLDER,
-    cache_folder,
-    drop_stale_caches,
-    fill_embeddings,
-    fill_views,
-)
-from maskloom.train_controlnet.data.prompts import numbered_prompts
-from maskloom.train_controlnet.data.rows import TrainingRows, Views, size_buckets
-from maskloom.train_controlnet.decoder import load_decoder
-from maskloom.train_controlnet.networks import Networks, load_networks
-from maskloom.train_controlnet.validation.validator import Validator
+from maskloom.pipeline.training.task import Task
+from maskloom.train_controlnet.data.training_data import TrainingData
+from maskloom.train_controlnet.data.views import size_buckets
+from maskloom.train_controlnet.networks import Networks
 
 OPTIMIZER = "denoiser"
 
 
-class DiffusionTask(Task):
-    """Zhang et al., Adding Conditional Control to Text-to-Image Diffusion Models (2023); Hu et al., LoRA (2021)."""
+class Validates(Protocol):
+    """What measures a training between its steps."""
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        run: Run,
-        contract: Contract,
-        accelerator: Accelerator,
-        parts: Networks | None = None,
-    ) -> None:
-        """Fill the caches and make the rows.
+    def figures(self, step: int) -> dict[str, float]:
+        """Return held-out figures by name after `step` optimizer steps."""
+
+
+class DiffusionTask(Task):
+    """Networks and the denoising loss that trains them.
+
+    Zhang et al., Adding Conditional Control to Text-to-Image Diffusion Models (2023); Hu et al., LoRA (2021).
+
+    Attributes:
+        validator: set once the task is there, for it computes losses with the task; None: nothing is measured.
+    """
+
+    validator: Validates | None = None
+
+    def __init__(self, config: TrainConfig, parts: Networks, data: TrainingData, device: torch.device) -> None:
+        """Keep the parts.
 
         Args:
-            config: the experiment.
-            run: where the caches are kept.
-            contract: the real dataset's.
-            accelerator: of the training.
-            parts: the networks; None: they are loaded.
-
-        Raises:
-            MaskLoomError: a part of the backbone cannot be loaded, or a switch needs a package that is missing.
+            config: the training's.
+            parts: the networks.
+            data: rows and prompts; without rows (the memory plan has none) there is a loss, but nothing for the loop to read.
+            device: of the training.
         """
-        self.config, self.device = config.fine_tuning, accelerator.device
-        self.dtype = DTYPES[config.fine_tuning.mixed_precision]
-        self.parts = load_networks(config.fine_tuning, self.device) if parts is None else parts
-        if config.fine_tuning.vae_decoder is not None:  # for pictures and adherence; the encoder is the backbone's
-            load_decoder(self.parts.vae, run)
-        self.scheduler = self.parts.scheduler
-        self.prompt_encoder = PromptEncoder.of(
-            self.parts.tokenizer, self.parts.text_encoder.config, config.fine_tuning.prompt_chunks
-        )
-        self.networks = self.parts.trained()
+        self.config, self.device, self.dtype = config, device, DTYPES[config.mixed_precision]
+        self.parts, self.scheduler, self.networks = parts, parts.scheduler, parts.trained()
+        self.rows, self.text, self.prompt_encoder = data.rows, data.text, data.prompt_encoder
+        if "train" in data.rows:
+            self.dataset, self.buckets = data.rows["train"], size_buckets(data.rows["train"].views)
         self.trained_parameters = sum(p.numel() for p in self.parameters()[OPTIMIZER])
-        self._fill_caches(config, run, contract, accelerator)
-        self.validator = Validator(self, config, run, contract, accelerator)
 
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
         """Return all trained weights as one optimizer's."""
@@ -102,7 +87,7 @@ class DiffusionTask(Task):
 
     def latents(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """Return (B, C, h, w) float32 latents: a fresh draw from the posterior of each image."""
-        moments = batch["moments"] if "moments" in batch else self.encode(batch["pixels"])
+        moments = batch["moments"] if "moments" in batch else self.parts.moments(batch["pixels"])
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         return sample_latents(moments.float(), draws.normal("posterior", shape), self.parts.vae.config.scaling_factor)
 
@@ -156,23 +141,12 @@ class DiffusionTask(Task):
         return self._network("unet")(noisy, timesteps, encoder_hidden_states=text, return_dict=False, **residuals)[0]
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return the held-out loss by timestep bin and more, and write sample pictures."""
-        return self.validator.figures(step)
+        """Return what the validator finds; nothing without one."""
+        return {} if self.validator is None else self.validator.figures(step)
 
     def row_name(self, index: int) -> str:
         """Return the sample id of a training row."""
-        return self.views["train"].sample_id(index)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the moments (B, 2C, h, w) of (B, 3, H, W) images in [-1, 1]."""
-        vae = self.parts.vae
-        return vae.encode(images.to(self.device, vae.dtype)).latent_dist.parameters
-
-    @torch.no_grad()
-    def embed(self, prompts: list[str]) -> Tensor:
-        """Return the text encoder's last hidden states, (B, L, D); L counts the tokens of all pieces of a prompt."""
-        return text_states(self.parts.text_encoder, self.prompt_encoder.tokens(prompts).to(self.device))
+        return self.rows["train"].views.sample_id(index)
 
     def _network(self, name: str) -> Any:
         """Return a network as the loop prepared it, or as it is where it is not trained."""
@@ -190,54 +164,3 @@ class DiffusionTask(Task):
         if "text_encoder" in self.networks:
             return text_states(self.networks["text_encoder"], self.text[prompts]).to(self.dtype)
         return self.text[prompts]
-
-    def _fill_caches(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
-        """Make training and validation rows; VAE and text encoder leave the device when the caches hold their work."""
-        self.views = self._open_views(config, run, contract)
-        folder = cache_folder(run.generator / CACHE_FOLDER, config, contract.digest)
-        if accelerator.is_main_process:
-            drop_stale_caches(folder.parent, folder)
-        accelerator.wait_for_everyone()
-        cached = self.config.cache_latents
-        caches = {
-            name: fill_views(folder / name, views, self.encode if cached else None, accelerator)
-            for name, views in self.views.items()
-            if cached or views.copies > 1
-        }
-        made = {name: cache.prompts() for name, cache in caches.items()}
-        prompts = numbered_prompts({name: views.prompts(made.get(name, {})) for name, views in self.views.items()})
-        if accelerator.is_main_process:
-            tell_cuts("train", self.prompt_encoder, [*prompts.unique, *self.config.validation_prompt])
-        if "text_encoder" in self.networks:
-            self.text = self.prompt_encoder.tokens(prompts.unique).to(self.device)
-        else:
-            embeddings = fill_embeddings(folder / "prompts.safetensors", prompts.unique, self.embed, accelerator)
-            self.text = embeddings.to(self.device, self.dtype)
-            self.parts.text_encoder.to("cpu")
-        self.rows = {
-            name: TrainingRows(
-                views,
-                caches[name] if cached else None,
-                prompts.numbers[name],
-                with_conditioning=self.parts.controlnet is not None,
-                with_foreground=self.config.lesion_loss_weight > 1,
-                shuffled_by=config.seed if self.config.shuffle_conditioning and name == "train" else None,
-            )
-            for name, views in self.views.items()
-        }
-        self.dataset, self.buckets = self.rows["train"], size_buckets(self.views["train"])
-        if cached:
-            self.parts.vae.to("cpu")
-
-    def _open_views(self, config: ExperimentConfig, run: Run, contract: Contract) -> dict[str, Views]:
-        """Return the views of the train split, with changed copies, and of the validation split if there is one."""
-        views: dict[str, Views] = {}
-        for name in ("train", "validation"):
-            if name not in contract.splits:
-                continue
-            rows = open_split(run.dataset, name)
-            if name == "train" and self.config.max_train_samples:
-                rows = rows.select(range(min(self.config.max_train_samples, len(rows))))
-            augment = self.config.augment if name == "train" else None
-            views[name] = Views(rows, contract.description, augment, config.seed)
-        return views

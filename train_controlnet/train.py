@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from maskloom.models.stable_diffusion.checks import check_backbone
 from maskloom.models.stable_diffusion.source import BackboneSource
@@ -19,6 +20,12 @@ from maskloom.pipeline.files.ownership import OwnedFolder, check_places, check_r
 from maskloom.pipeline.runs.run import CONFIG_FILE, SHOWN_LOGS, Run
 from maskloom.pipeline.runs.stage import Stage, open_run, skip_empty_stage
 from maskloom.train_controlnet.validation.verdict import check_adherence
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from maskloom.train_controlnet.networks import Networks
+    from maskloom.train_controlnet.task import DiffusionTask
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
@@ -50,7 +57,6 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     from maskloom.train_controlnet.decoder import check_decoder_engine, train_decoder
     from maskloom.train_controlnet.export import export
     from maskloom.train_controlnet.networks import load_networks
-    from maskloom.train_controlnet.task import DiffusionTask
 
     check_backbone(BackboneSource.of(config.train))
     accelerator = make_accelerator(config.fine_tuning, run.logs("train"))
@@ -72,7 +78,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
             parts.to("cpu")  # room for the decoder's training
             results["vae_decoder"] = train_decoder(config, run, contract, accelerator, stage.inputs)
             parts.to(accelerator.device)
-        task = DiffusionTask(config, run, contract, accelerator, parts)
+        task = build_task(config, run, contract, accelerator, parts)
         seen = train(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs)
         if accelerator.is_main_process:
             names = export(task, config, run, contract, accelerator)
@@ -80,6 +86,36 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
             results["weights_digest"] = value_digest([model_digest(str(run.generator / name)) for name in names])
             results["trained_parameters"] = task.trained_parameters
             results["samples_seen"] = seen
+
+
+def build_task(
+    config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator, parts: Networks | None = None
+) -> DiffusionTask:
+    """Return the task with its data and its validator; the caches are filled.
+
+    Args:
+        config: the experiment.
+        run: where the caches are kept.
+        contract: the real dataset's.
+        accelerator: of the training.
+        parts: the networks; None: they are loaded.
+
+    Raises:
+        MaskLoomError: a part of the backbone cannot be loaded, a cache cannot be filled, the fine-tuned decoder is not there, or adherence cannot be measured.
+    """
+    from maskloom.train_controlnet.data.training_data import prepare_training_data
+    from maskloom.train_controlnet.decoder import load_decoder
+    from maskloom.train_controlnet.networks import load_networks
+    from maskloom.train_controlnet.task import DiffusionTask
+    from maskloom.train_controlnet.validation.validator import Validator
+
+    parts = load_networks(config.fine_tuning, accelerator.device) if parts is None else parts
+    if config.fine_tuning.vae_decoder is not None:  # for samples and adherence; the encoder is the backbone's
+        load_decoder(parts.vae, run)
+    data = prepare_training_data(config, run, contract, parts, accelerator)
+    task = DiffusionTask(config.fine_tuning, parts, data, accelerator.device)
+    task.validator = Validator(task, config, run, contract, accelerator)
+    return task
 
 
 def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:

@@ -1,1 +1,4 @@
-"""One file a dataset: each module defines `Adapter`, a subclass of `data_prep.adapter.DatasetAdapter`."""
+"""One file per dataset, found by its name; see `data_prep.adapter` for what a file must provide.
+
+A dataset never imports another one; what two need lives in `readers` or `processing`.
+"""

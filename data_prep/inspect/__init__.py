@@ -1,1 +1,4 @@
-"""The parts of `python -m data_prep inspect`: what lies in a raw folder, what an adapter makes of it, and what options fit it."""
+"""`inspect`: what lies in a raw folder, what an adapter makes of it, and which options fit it.
+
+It writes nothing and decides nothing for `prepare`.
+"""

@@ -1,1 +1,1 @@
-"""."""
+"""Layers that several networks of `models` share."""

@@ -12,12 +12,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from maskloom.models.stable_diffusion.keys import KEY, SINGLE_FILE_KEY, TOKENIZER_KEY
+from maskloom.models.stable_diffusion.single_file import FIRST_LAYER, generation_of, weight_shapes
 from maskloom.models.stable_diffusion.source import (
     INDEX,
-    KEY,
     PARTS,
     SETTINGS,
-    TOKENIZER_KEY,
     WEIGHTS,
     BackboneSource,
     looks_local,
@@ -210,11 +210,36 @@ def check_backbone(source: BackboneSource, settings_only: bool = False) -> None:
     _check_index(folder, source.name)
     _check_parts(folder, source)
     if source.is_single_file:
-        from maskloom.models.stable_diffusion.single_file import check_single_file
-
-        check_single_file(source, read_settings(folder / "unet" / SETTINGS["unet"]))
+        _check_single_file(source, read_settings(folder / "unet" / SETTINGS["unet"]))
     elif not (settings_only and source.has_no_weights()):
         _check_weights(source)
+
+
+def _check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
+    """Check what can be checked without reading weights.
+
+    Args:
+        source: the backbone.
+        unet: the settings that its UNet will have.
+
+    Raises:
+        MaskLoomError: the file is damaged or of another kind, or a setting does not apply.
+    """
+    path = source.path
+    generation = generation_of(path)
+    if source.variant is not None:
+        raise MaskLoomError(f"train.variant={source.variant}: a single file has no variants; set train.variant=null")
+    shape = weight_shapes(path).get(FIRST_LAYER, [])
+    if len(shape) != 4 or shape[1] != unet.get("in_channels", 4):
+        raise MaskLoomError(
+            f"{KEY}={path}: its UNet takes {shape[1] if len(shape) == 4 else 'unknown'} channels, not {unet.get('in_channels', 4)} "
+            "(inpainting, depth and editing models take more); only Stable Diffusion 1.x and 2.x (text to image) can be trained and sampled here"
+        )
+    if generation == "sd2" and source.single_file_config is None and source.prediction_type is None:
+        raise MaskLoomError(
+            f"{KEY}={path}: a Stable Diffusion 2.x file does not say what it predicts; set train.prediction_type to v_prediction "
+            f"(768-v) or epsilon (base), or {SINGLE_FILE_KEY} to a pipeline's folder or Hub id"
+        )
 
 
 def _check_place(source: BackboneSource) -> None:

@@ -13,16 +13,17 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from maskloom.models.stable_diffusion.checks import ControlNetSettings, check_backbone
-from maskloom.models.stable_diffusion.single_file import load_single_file_part
-from maskloom.models.stable_diffusion.source import KEY, SETTINGS, BackboneSource, folder_of, read_settings
+from maskloom.models.stable_diffusion.keys import CONTROLNET_KEY, KEY, SINGLE_FILE_KEY
+from maskloom.models.stable_diffusion.single_file import PREFIXES, converted_names, tensors_under
+from maskloom.models.stable_diffusion.source import SETTINGS, BackboneSource, folder_of, read_settings
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError, one_line
 
-CONTROLNET_KEY = "train.controlnet_model_name_or_path"
 CONTROLNET_FILES = (
     "config.json",
     "diffusion_pytorch_model*.safetensors",
@@ -46,7 +47,7 @@ def load_part(source: BackboneSource, part: str, dtype: torch.dtype = torch.floa
     """
     check_backbone(source)
     if source.is_single_file:
-        return load_single_file_part(KINDS[part], source, part).to(dtype)
+        return _load_single_file_part(KINDS[part], source, part).to(dtype)
     folder = source.weights_folder() / part
     return _loaded(
         KINDS[part],
@@ -56,6 +57,30 @@ def load_part(source: BackboneSource, part: str, dtype: torch.dtype = torch.floa
         dtype,
         source.variant,
     )
+
+
+def _load_single_file_part(kind: type[Any], source: BackboneSource, part: str) -> Any:
+    """Return a network with the file's weights, in float32.
+
+    Args:
+        kind: its class.
+        source: the backbone.
+        part: of `PREFIXES`.
+
+    Raises:
+        MaskLoomError: weights are missing, or have other shapes than the settings say.
+    """
+    with init_empty_weights():  # weights that are drawn at random first would take longer than all the rest
+        network = new_network(kind, source, part)
+    try:
+        weights = converted_names(part, tensors_under(source.path, PREFIXES[part]), network)
+        network.load_state_dict(weights, assign=True)
+    except Exception as error:  # the converters raise errors of many kinds; the remedy is the same
+        raise MaskLoomError(
+            f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} ({one_line(error)[:200]}); "
+            f"set {SINGLE_FILE_KEY} to the folder or Hub id of a pipeline of the same shape, or give a folder in diffusers format"
+        ) from error
+    return network.float().eval()
 
 
 def load_noise_schedule(source: BackboneSource, prediction_type: str | None, zero_terminal_snr: bool) -> DDPMScheduler:

@@ -5,12 +5,11 @@ The names are translated by diffusers' own converters. Settings and tokenizer ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskloom.models.stable_diffusion.source import KEY, SINGLE_FILE_KEY, BackboneSource
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.models.stable_diffusion.keys import KEY
+from maskloom.pipeline.errors import MaskLoomError
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 """By part: how its weights' names begin."""
@@ -30,7 +29,7 @@ def generation_of(path: Path) -> str:
     Raises:
         MaskLoomError: the file is damaged, or holds something else.
     """
-    keys = _shapes(path)
+    keys = weight_shapes(path)
     absent = [part for part, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in keys)]
     found = next((name for name, key in GENERATIONS.items() if key in keys), None)
     if any(key.startswith(XL_PREFIX) for key in keys):
@@ -43,61 +42,6 @@ def generation_of(path: Path) -> str:
             "Stable Diffusion 1.x or 2.x, or a folder in diffusers format"
         )
     return found
-
-
-def check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
-    """Check what can be checked without reading weights.
-
-    Args:
-        source: the backbone.
-        unet: the settings that its UNet will have.
-
-    Raises:
-        MaskLoomError: the file is damaged or of another kind, or a setting does not apply.
-    """
-    path = source.path
-    generation = generation_of(path)
-    if source.variant is not None:
-        raise MaskLoomError(f"train.variant={source.variant}: a single file has no variants; set train.variant=null")
-    shape = _shapes(path).get(FIRST_LAYER, [])
-    if len(shape) != 4 or shape[1] != unet.get("in_channels", 4):
-        raise MaskLoomError(
-            f"{KEY}={path}: its UNet takes {shape[1] if len(shape) == 4 else 'unknown'} channels, not {unet.get('in_channels', 4)} "
-            "(inpainting, depth and editing models take more); only Stable Diffusion 1.x and 2.x (text to image) can be trained and sampled here"
-        )
-    if generation == "sd2" and source.single_file_config is None and source.prediction_type is None:
-        raise MaskLoomError(
-            f"{KEY}={path}: a Stable Diffusion 2.x file does not say what it predicts; set train.prediction_type to v_prediction "
-            f"(768-v) or epsilon (base), or {SINGLE_FILE_KEY} to a pipeline's folder or Hub id"
-        )
-
-
-def load_single_file_part(kind: type[Any], source: BackboneSource, part: str) -> Any:
-    """Return a network with the file's weights, in float32.
-
-    Args:
-        kind: its class.
-        source: the backbone.
-        part: of `PREFIXES`.
-
-    Raises:
-        MaskLoomError: weights are missing, or have other shapes than the settings say.
-    """
-    from accelerate import init_empty_weights
-
-    from maskloom.models.stable_diffusion.loading import new_network
-
-    with init_empty_weights():  # weights that are drawn at random first would take longer than all the rest
-        network = new_network(kind, source, part)
-    try:
-        weights = converted_names(part, _tensors(source.path, PREFIXES[part]), network)
-        network.load_state_dict(weights, assign=True)
-    except Exception as error:  # the converters raise errors of many kinds; the remedy is the same
-        raise MaskLoomError(
-            f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} ({one_line(error)[:200]}); "
-            f"set {SINGLE_FILE_KEY} to the folder or Hub id of a pipeline of the same shape, or give a folder in diffusers format"
-        ) from error
-    return network.float().eval()
 
 
 def converted_names(part: str, weights: dict[str, Any], network: Any) -> dict[str, Any]:
@@ -120,7 +64,7 @@ def converted_names(part: str, weights: dict[str, Any], network: Any) -> dict[st
     return found
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def weight_shapes(path: Path) -> dict[str, list[int]]:
     """Return the shape of every weight by its name, from the file's header."""
     from safetensors import SafetensorError, safe_open
 
@@ -131,7 +75,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise MaskLoomError(f"{KEY}={path}: no whole .safetensors file ({error}); download or copy it again") from None
 
 
-def _tensors(path: Path, prefix: str) -> dict[str, Any]:
+def tensors_under(path: Path, prefix: str) -> dict[str, Any]:
     """Return the weights whose names begin so."""
     from safetensors import safe_open
 

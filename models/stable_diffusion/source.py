@@ -12,13 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from maskloom.models.stable_diffusion.keys import KEY, SINGLE_FILE_KEY, TOKENIZER_KEY
+from maskloom.models.stable_diffusion.single_file import generation_of
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import content_digest, read_json, value_digest
 from maskloom.pipeline.files.shipped import shipped
 
-KEY = "train.pretrained_model_name_or_path"
-TOKENIZER_KEY, SINGLE_FILE_KEY = "train.tokenizer_name", "train.single_file_config"
 INDEX = "model_index.json"
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """By part that has weights: how their files' names begin."""
@@ -106,8 +106,6 @@ class BackboneSource:
         if not self.is_single_file:
             return hub_files(self.name, self.revision, SETTINGS_FILES, KEY)
         if self.single_file_config is None:
-            from maskloom.models.stable_diffusion.single_file import generation_of
-
             return ORIGINAL / generation_of(self.path)
         return folder_of(self.single_file_config, None, SETTINGS_FILES, SINGLE_FILE_KEY)
 

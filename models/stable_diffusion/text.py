@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskloom.models.stable_diffusion.source import KEY, SETTINGS, TOKENIZER_KEY, BackboneSource, read_settings
+from maskloom.models.stable_diffusion.keys import KEY, TOKENIZER_KEY
+from maskloom.models.stable_diffusion.source import SETTINGS, BackboneSource, read_settings
 from maskloom.pipeline.errors import MaskLoomError, one_line
 
 if TYPE_CHECKING:

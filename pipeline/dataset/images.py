@@ -20,3 +20,9 @@ def png_array(data: bytes) -> NDArray[np.uint8]:
     """Decode PNG bytes of mode L or RGB to (H, W) or (H, W, 3) uint8."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image)
+
+
+def rgb_array(image: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
+    """Return a grey or RGB image as (H, W, 3) uint8; grey becomes three equal channels."""
+    array = np.asarray(image)
+    return np.array(array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2))

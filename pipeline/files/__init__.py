@@ -1,1 +1,4 @@
-"""."""
+"""Files and folders: atomic writing, typed reading, ownership (what may be deleted).
+
+Nothing here knows what a dataset, a run or a stage is.
+"""

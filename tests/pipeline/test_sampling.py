@@ -24,8 +24,7 @@ from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.export import export
-from maskloom.train_controlnet.task import DiffusionTask
-from maskloom.train_controlnet.train import check_validation_sampling
+from maskloom.train_controlnet.train import build_task, check_validation_sampling
 from maskloom.train_controlnet.validation.samples import Wish, sampled_images
 from maskloom.train_controlnet.validation.validator import Validator
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
@@ -73,7 +72,7 @@ def test_validation_and_generate_give_identical_pixels(
     config = experiment(tmp_path, backbone, {"num_inference_steps": 3, **generate}, **train)
     run = Run(config.run_folder)
     contract, accelerator = read_contract(run.dataset), make_accelerator(config.fine_tuning, run.logs("train"))
-    task = DiffusionTask(config, run, contract, accelerator)
+    task = build_task(config, run, contract, accelerator)
     how = Validator._sampling(task.validator)
     mask = np.zeros((32, 32, 3), np.uint8)
     mask[8:20, 10:25] = 255

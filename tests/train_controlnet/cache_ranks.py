@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.train_controlnet.data import latent_cache
-from maskloom.train_controlnet.data.rows import Views
+from maskloom.train_controlnet.data.views import Views
 from tests.train_controlnet.test_rows import encoded
 
 if __name__ == "__main__":

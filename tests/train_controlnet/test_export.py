@@ -25,6 +25,7 @@ from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import train
 from maskloom.train_controlnet.export import export
 from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import build_task
 from tests.tiny_backbone import build_tiny_controlnet
 from tests.train_controlnet.conftest import tiny_config
 
@@ -42,7 +43,7 @@ def exported(config: ExperimentConfig, spread: float = 0.2, **settings: Any) -> 
     accelerator = Accelerator(
         cpu=True, mixed_precision=config.train.mixed_precision, project_dir=str(run.logs("train"))
     )
-    task = DiffusionTask(config, run, contract, accelerator)
+    task = build_task(config, run, contract, accelerator)
     train(task, config.train, accelerator, run.generator, config.seed, {})
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.report.curves import training_curves
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.task import DiffusionTask
-from maskloom.train_controlnet.train import train_stage
+from maskloom.train_controlnet.train import build_task, train_stage
 from maskloom.train_controlnet.validation.adherence import READER_FILE
 from maskloom.train_controlnet.validation.samples import further_wishes, grid, show_in_trackers
 from maskloom.train_controlnet.validation.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
@@ -59,7 +59,7 @@ def experiment(folder: Path, data: Path, backbone: Path, **train: Any) -> Experi
 
 def task_of(config: ExperimentConfig, accelerator: Accelerator | None = None) -> DiffusionTask:
     run = Run(config.run_folder)
-    return DiffusionTask(config, run, read_contract(run.dataset), accelerator or Accelerator(cpu=True))
+    return build_task(config, run, read_contract(run.dataset), accelerator or Accelerator(cpu=True))
 
 
 def logged(run: Path) -> list[dict[str, Any]]:

@@ -28,8 +28,8 @@ from maskloom.train_controlnet.data.latent_cache import (
     fill_embeddings,
     fill_views,
 )
-from maskloom.train_controlnet.data.rows import Views
-from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.data.views import Views, pixels
+from maskloom.train_controlnet.train import build_task
 from tests.processes import run_on_ranks
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
@@ -92,16 +92,16 @@ def test_moments_are_those_of_the_view(views: Views, folder: Path) -> None:
     assert len(views) == 24
     assert len(content(folder)) == cache.shards == 5
     for index in range(24):
-        expected = encoded(latent_cache.pixels(views.image(index))[None])[0]
+        expected = encoded(pixels(views.image(index))[None])[0]
         torch.testing.assert_close(cache[index], expected, rtol=0, atol=1e-6)
         assert cache[index].is_contiguous()
 
 
 def test_the_moments_of_a_copy_equal_encoding_it_freshly(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
-    task = DiffusionTask(changed(config, augment=AUGMENT), run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(changed(config, augment=AUGMENT), run, read_contract(run.dataset), Accelerator(cpu=True))
     for index in (0, 1, 7, 23):
-        expected = task.encode(latent_cache.pixels(task.views["train"].image(index))[None])[0]
+        expected = task.parts.moments(pixels(task.rows["train"].views.image(index))[None])[0]
         torch.testing.assert_close(task.dataset[index]["moments"], expected, rtol=1e-5, atol=1e-5)
     assert not torch.equal(task.dataset[0]["moments"], task.dataset[1]["moments"])
 
@@ -114,9 +114,7 @@ def test_sizes_share_a_shard(tmp_path: Path) -> None:
     for index in range(len(views)):
         height, width = views.size(index)
         assert cache[index].shape == (6, height // 8, width // 8)
-        torch.testing.assert_close(
-            cache[index], encoded(latent_cache.pixels(views.image(index))[None])[0], rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(cache[index], encoded(pixels(views.image(index))[None])[0], rtol=0, atol=1e-6)
         if views.is_copy(index):
             assert np.array_equal(cache.conditioning(index), views.conditioning(index))
             assert np.array_equal(cache.mask(index), views.mask(index))
@@ -231,11 +229,11 @@ def test_damaged_embeddings_are_told_and_made_again(
 def test_a_damaged_cache_does_not_stop_a_task(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
     contract = read_contract(run.dataset)
-    whole = DiffusionTask(config, run, contract, Accelerator(cpu=True))
+    whole = build_task(config, run, contract, Accelerator(cpu=True))
     rows, text = [whole.dataset[i]["moments"].clone() for i in range(12)], whole.text.clone()
     for file in (run.generator / "cache").rglob("*.safetensors"):
         cut(file)
-    again = DiffusionTask(config, run, contract, Accelerator(cpu=True))
+    again = build_task(config, run, contract, Accelerator(cpu=True))
     assert all(torch.equal(again.dataset[i]["moments"], row) for i, row in enumerate(rows))
     assert torch.equal(again.text, text)
 

@@ -25,6 +25,7 @@ from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.networks import LORA_TARGETS, Networks, load_networks
 from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import build_task
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.train_controlnet.conftest import tiny_config
 
@@ -89,7 +90,7 @@ def new_task(config: ExperimentConfig) -> DiffusionTask:
     run = Run(config.run_folder)
     torch.manual_seed(0)
     accelerator = make_accelerator(config.train, run.logs("train"))
-    return DiffusionTask(config, run, read_contract(run.dataset), accelerator)
+    return build_task(config, run, read_contract(run.dataset), accelerator)
 
 
 def named_weights(parts: Networks) -> dict[tuple[str, str], nn.Parameter]:

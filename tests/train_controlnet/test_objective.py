@@ -24,6 +24,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import build_task
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,7 @@ def made_task(config: ExperimentConfig, **train: object) -> DiffusionTask:
     config = config.model_copy(update={"train": TrainConfig.model_validate(values)})
     run = Run(config.run_folder)
     torch.manual_seed(0)
-    return DiffusionTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    return build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
 
 
 def test_latents_follow_the_posterior() -> None:

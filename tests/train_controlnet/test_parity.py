@@ -27,6 +27,7 @@ from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_optimizer
 from maskloom.train_controlnet.networks import compile_repeated_blocks
 from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import build_task
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
 
@@ -74,7 +75,7 @@ def made_task(config: ExperimentConfig) -> tuple[DiffusionTask, ControlNetModel]
     """Return a task and its ControlNet, whose zero convolutions pass something on: they stop nearly all gradients of a first step."""
     torch.manual_seed(0)
     run = Run(config.run_folder)
-    task = DiffusionTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
     controlnet = task.networks["controlnet"]
     assert isinstance(controlnet, ControlNetModel)
     generator = torch.Generator().manual_seed(1)
@@ -284,7 +285,7 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path: Path, backbone: Path) -
             cpu=True, gradient_accumulation_steps=micro, step_scheduler_with_optimizer=False, project_dir=str(tmp_path)
         )
         torch.manual_seed(0)
-        task = DiffusionTask(config, Run(tmp_path), read_contract(tmp_path / "dataset"), accelerator)
+        task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), accelerator)
         weights["start"] = flat(task)
         train(task, config.train, accelerator, tmp_path / name, config.seed, {})
         weights[name] = flat(task)

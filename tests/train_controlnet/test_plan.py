@@ -31,6 +31,7 @@ from maskloom.train_controlnet.memory_plan.switches import cheapest_fit
 from maskloom.train_controlnet.memory_plan.text import overrides, plan_text
 from maskloom.train_controlnet.networks import load_networks
 from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.train import build_task
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_a_step_keeps_what_a_real_one_keeps(config: ExperimentConfig, kind: str)
     """Bytes alive when the backward pass begins and at the highest moment; and what autograd itself says that it saves."""
     config = changed(config, **KINDS[kind], train_batch_size=4)
     run = Run(config.run_folder)
-    task = DiffusionTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
     batch, draws = default_collate([task.dataset[i] for i in range(4)]), Draws(0, range(4), CPU)
     weights = {tensor.data_ptr() for tensor in tensors(task)}
     saved: dict[int, int] = {}
@@ -209,7 +210,7 @@ def test_the_cache_is_as_large_as_foretold(config: ExperimentConfig) -> None:
     config = changed(config, max_train_samples=8)
     run = Run(config.run_folder)
     foretold = Planner(config).plan(config.train).cache
-    DiffusionTask(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
     size = 0
     for path in (run.generator / "cache").rglob("*.safetensors"):
         with safe_open(path, "pt") as file:

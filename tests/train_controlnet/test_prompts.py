@@ -19,7 +19,7 @@ from maskloom.train_controlnet.data.latent_cache import cache_folder
 from maskloom.train_controlnet.memory_plan.plan import Planner
 from maskloom.train_controlnet.model_card import model_card
 from maskloom.train_controlnet.task import DiffusionTask
-from maskloom.train_controlnet.train import train_stage
+from maskloom.train_controlnet.train import build_task, train_stage
 from maskloom.train_controlnet.validation.samples import Sampling, Wish, sampled_images
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
@@ -53,7 +53,7 @@ def run(tmp_path: Path, long_dataset: Path) -> Path:
 def task_of(run: Path, backbone: Path, **settings: Any) -> DiffusionTask:
     config = tiny_config(run, backbone, **QUICK, **settings)
     accelerator = Accelerator(cpu=True, project_dir=str(Run(run).logs("train")))
-    return DiffusionTask(config, Run(run), read_contract(run / "dataset"), accelerator)
+    return build_task(config, Run(run), read_contract(run / "dataset"), accelerator)
 
 
 def test_training_tells_before_its_first_step(run: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +129,7 @@ def test_training_validation_and_generation_read_a_prompt_alike(run: Path, backb
     pipe = load_backbone(config, torch.device("cpu"), {}, [(32, 32)])
     how = Sampling.of(config.generate)
     sampler = Sampler(pipe, how, tiny_description(), config.train.prompt_chunks)
-    assert torch.equal(sampler.embedding(text), task.embed([text]))
+    assert torch.equal(sampler.embedding(text), task.parts.text_states(task.prompt_encoder, [text]))
     plain = Sampler(pipe, how, tiny_description())
     expected = pipe.encode_prompt(text, pipe.device, 1, do_classifier_free_guidance=False)[0]
     assert torch.equal(plain.embedding(text), expected)  # without pieces: as diffusers does
@@ -159,7 +159,8 @@ def test_the_cards_lines_give_the_states_of_the_training(run: Path, backbone: Pa
     lines: dict[str, Any] = {"pipe": StableDiffusionPipeline.from_pretrained(backbone, safety_checker=None)}
     exec(code, lines)
     text = f"{WORDS}disc"
-    assert torch.equal(lines["prompt_embeds"](text), task_of(run, backbone, prompt_chunks=2).embed([text]))
+    task = task_of(run, backbone, prompt_chunks=2)
+    assert torch.equal(lines["prompt_embeds"](text), task.parts.text_states(task.prompt_encoder, [text]))
     for plain in (
         model_card(tiny_config(run, backbone), read_contract(run / "dataset"), None),
         model_card(config, read_contract(run / "dataset"), None, "vae"),

@@ -20,8 +20,9 @@ from maskloom.pipeline.training.loop import Positioned
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.data.latent_cache import ViewCache, fill_views
 from maskloom.train_controlnet.data.prompts import numbered_prompts
-from maskloom.train_controlnet.data.rows import TrainingRows, Views, other_rows, size_buckets
-from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.data.rows import TrainingRows, other_rows
+from maskloom.train_controlnet.data.views import Views, size_buckets
+from maskloom.train_controlnet.train import build_task
 from tests.tiny_datasets import PALETTE, tiny_description, tiny_picture, tiny_samples, write_dataset
 
 AUGMENT = AugmentConfig(variants=2)
@@ -221,7 +222,7 @@ def test_a_dataset_of_several_sizes_trains(
     changes: dict[str, Any] = {"augment": augment, "lesion_loss_weight": 2.0}
     train = TrainConfig.model_validate({**config.train.model_dump(), **changes})
     config = config.model_copy(update={"run_dir": tmp_path, "train": train})
-    task = DiffusionTask(config, Run(tmp_path), read_contract(tmp_path / "dataset"), Accelerator(cpu=True))
+    task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), Accelerator(cpu=True))
     copies = 3 if augment else 1
     assert task.buckets == [i // copies % 2 for i in range(8 * copies)]
     for bucket, size in ((0, (4, 4)), (1, (4, 6))):

@@ -22,8 +22,7 @@ from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json
 from maskloom.pipeline.runs.run import Run
-from maskloom.train_controlnet.task import DiffusionTask
-from maskloom.train_controlnet.train import train_stage
+from maskloom.train_controlnet.train import build_task, train_stage
 from tests.data_prep.experiment import dataset_bytes
 from tests.tiny_datasets import tiny_description, tiny_picture, write_dataset
 from tests.train_controlnet.conftest import tiny_values
@@ -181,6 +180,6 @@ def test_a_bucket_must_suit_the_vae() -> None:
 def test_validation_takes_rows_of_several_sizes(tmp_path: Path, backbone: Path) -> None:
     write_sized(tmp_path, [SIZES[i % 2] for i in range(6)], [SIZES[i % 2] for i in range(4)])
     config = ExperimentConfig.model_validate(tiny_values(tmp_path, backbone, num_validation_images=2))
-    task = DiffusionTask(config, Run(tmp_path), read_contract(tmp_path / "dataset"), Accelerator(cpu=True))
+    task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), Accelerator(cpu=True))
     figures = task.validate(1)
     assert np.isfinite(figures["loss"])

@@ -11,13 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,11 +26,9 @@ from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
 from maskloom.pipeline.files.atomic import remove_leftovers, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, delete_folder
 from maskloom.pipeline.progress import progress, say
+from maskloom.train_controlnet.data.augmentation import Picture
+from maskloom.train_controlnet.data.views import Views, pixels
 
-if TYPE_CHECKING:
-    from maskloom.train_controlnet.data.rows import Views
-
-Picture = NDArray[np.uint8]
 CACHE_FOLDER = "cache"
 VIEWS_PER_SHARD = 128
 ENCODE_BATCH = 8
@@ -256,14 +251,3 @@ def _is_whole(owned: OwnedFolder, path: Path, of: range | str) -> bool:
     if not whole:
         say(f"{path}: damaged; making it again")
     return whole
-
-
-def pixels(image: Picture | Image.Image) -> Tensor:
-    """Return a grey or RGB image as (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(rgb_array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def rgb_array(image: Picture | Image.Image) -> Picture:
-    """Return a grey or RGB image as (H, W, 3) uint8; grey becomes three equal channels."""
-    array = np.asarray(image)
-    return np.array(array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2))

@@ -3,131 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.config.train import AugmentConfig
-from maskloom.pipeline.dataset.contract import Description
-from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.training.randomness import keyed_generator
-from maskloom.train_controlnet.data.augmentation import (
-    Picture,
-    Pictures,
-    changed_pictures,
-    changed_prompt,
-    mask_words,
-    uses_mask_words,
-)
-from maskloom.train_controlnet.data.latent_cache import pixels, rgb_array
-
-if TYPE_CHECKING:
-    from maskloom.train_controlnet.data.latent_cache import ViewCache
-
-PICTURES = ("image", "mask", "conditioning_image")
-PNG_SIZE = (16, 24)  # where a PNG file says its width and height, four big-endian bytes each
-
-
-class Views:
-    """The rows of a split, each followed by its changed copies: index = row * copies + copy; copy 0 is the row itself."""
-
-    def __init__(self, rows: datasets.Dataset, about: Description, augment: AugmentConfig | None, seed: int) -> None:
-        """Keep the parts.
-
-        Args:
-            rows: contract rows.
-            about: the dataset's description.
-            augment: how copies are made; None: there are none.
-            seed: the experiment's.
-        """
-        self.rows, self.about, self.augment, self.seed = rows, about, augment, seed
-        self.copies = 1 + (augment.variants if augment else 0)
-        self.row_sizes = _picture_sizes(rows)
-        # Selecting a column takes longer than reading a small picture, so it is done once.
-        self.columns = {name: rows.select_columns([name]) for name in ("text", "sample_id")}
-        self.columns |= {
-            name: rows.select_columns([name]).cast_column(name, datasets.Image(decode=False)) for name in PICTURES
-        }
-        self.words = rows.select_columns(["mask", "label", "attributes", "sample_id"])
-        self._words_before: tuple[int, dict[str, str]] = (-1, {})
-
-    def __len__(self) -> int:
-        return len(self.rows) * self.copies
-
-    def is_copy(self, index: int) -> bool:
-        """Whether a view is a changed copy."""
-        return index % self.copies > 0
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Return (height, width) of a view, in pixels."""
-        return self.row_sizes[index // self.copies]
-
-    def batches(self, indices: Iterable[int], most: int) -> Iterator[list[int]]:
-        """Yield the given views in batches of one size, at most so many at a time."""
-        for _, group in groupby(sorted(indices, key=self.size), key=self.size):
-            numbers = list(group)
-            yield from (numbers[i : i + most] for i in range(0, len(numbers), most))
-
-    def pictures(self, index: int) -> Pictures:
-        """Return all pictures of a view; those of a copy are made now."""
-        row, copy = divmod(index, self.copies)
-        if copy == 0 or self.augment is None:
-            return Pictures(self.image(index), self.mask(index), self.conditioning(index))
-        return changed_pictures(self.rows[row], self.about, self.augment, self.seed, copy)
-
-    def image(self, index: int) -> Picture:
-        """Return (H, W) or (H, W, 3) uint8; decodes no other picture where the view is the row itself."""
-        return self.pictures(index).image if self.is_copy(index) else png_array(self._cell("image", index)["bytes"])
-
-    def conditioning(self, index: int) -> Picture:
-        """Return (H, W, 3) uint8; decodes no other picture where the view is the row itself."""
-        if self.is_copy(index):
-            return self.pictures(index).conditioning
-        return rgb_array(png_array(self._cell("conditioning_image", index)["bytes"]))
-
-    def mask(self, index: int) -> Picture | None:
-        """Return (H, W) uint8, or None; decodes no other picture where the view is the row itself."""
-        if self.is_copy(index):
-            return self.pictures(index).mask
-        cell = self._cell("mask", index)
-        return None if cell is None else png_array(cell["bytes"])
-
-    def prompt(self, index: int, mask: Picture | None) -> str:
-        """Return a view's prompt.
-
-        Args:
-            index: the view.
-            mask: of the view, as `pictures` returns it.
-        """
-        if mask is None or not self.is_copy(index) or not uses_mask_words(self.about.prompt_templates):
-            return str(self._cell("text", index))
-        row = index // self.copies
-        cells = self.words[row]
-        if self._words_before[0] != row:  # the copies of a row follow each other
-            self._words_before = (row, mask_words(np.asarray(cells["mask"]), self.about))
-        return changed_prompt(cells, self.about, self._words_before[1], mask_words(mask, self.about))
-
-    def prompts(self, of_copies: Mapping[int, str]) -> list[str]:
-        """Return the prompt of every view.
-
-        Args:
-            of_copies: the copies' prompts by view, made before.
-        """
-        own = list(self.columns["text"]["text"])
-        return [of_copies[i] if self.is_copy(i) else own[i // self.copies] for i in range(len(self))]
-
-    def sample_id(self, index: int) -> str:
-        """Return the id of the row behind a view."""
-        return str(self._cell("sample_id", index))
-
-    def _cell(self, column: str, index: int) -> Any:
-        return self.columns[column][index // self.copies][column]
+from maskloom.train_controlnet.data.augmentation import Picture, Pictures
+from maskloom.train_controlnet.data.latent_cache import ViewCache
+from maskloom.train_controlnet.data.views import Views, pixels
 
 
 class TrainingRows(Dataset[dict[str, Any]]):
@@ -203,21 +90,3 @@ def other_rows(sizes: Sequence[tuple[int, int]], seed: int) -> list[int]:
         rounds[sizes[row]].append(row)
     pairs = [pair for ring in rounds.values() for pair in zip(ring, ring[1:] + ring[:1], strict=True)]
     return [after for _, after in sorted(pairs)]
-
-
-def size_buckets(views: Views) -> list[int] | None:
-    """Return the number of each view's size among all sizes, or None where there is one."""
-    number = {size: i for i, size in enumerate(sorted(set(views.row_sizes)))}
-    if len(number) == 1:
-        return None
-    return [number[size] for size in views.row_sizes for _ in range(views.copies)]
-
-
-def _picture_sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
-    """Return (height, width) of every row's image, read off the head of its PNG file."""
-    import pyarrow.compute as pc
-
-    files = pc.struct_field(rows.with_format("arrow")[:]["image"], "bytes")
-    heads = pc.binary_slice(files, *PNG_SIZE).to_pylist()
-    widths_heights = np.frombuffer(b"".join(heads), dtype=">u4").reshape(-1, 2)
-    return [(int(height), int(width)) for width, height in widths_heights]

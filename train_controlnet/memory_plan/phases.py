@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.data.latent_cache import ENCODE_BATCH
+from maskloom.train_controlnet.data.training_data import TrainingData
 from maskloom.train_controlnet.memory_plan.memory import LiveMemory, OnGpu
 from maskloom.train_controlnet.memory_plan.networks import META, recompute_on_gpu
 from maskloom.train_controlnet.networks import Networks
@@ -35,19 +37,19 @@ class StepMemory:
     peak: int
 
 
-class Rehearsal(DiffusionTask):
-    """The training's own task on networks without content, without data."""
-
-    def __init__(self, config: TrainConfig, networks: Networks) -> None:
-        """Keep the parts; nothing is loaded or cached."""
-        self.config, self.device, self.dtype = config, META, DTYPES[config.mixed_precision]
-        self.parts, self.scheduler, self.networks = networks, networks.scheduler, networks.trained()
-        settings = networks.text_encoder.config
-        length, chunks = settings.max_position_embeddings, config.prompt_chunks or 1  # what CLIP's tokenizers pad to
-        if "text_encoder" in self.networks:
-            self.text = torch.empty(PROMPTS, chunks, length, dtype=torch.int64, device=META)
-        else:
-            self.text = torch.empty(PROMPTS, chunks * length, settings.hidden_size, dtype=self.dtype, device=META)
+def dry_run_task(config: TrainConfig, networks: Networks) -> DiffusionTask:
+    """Return the training's own task on networks without content, without data."""
+    settings = networks.text_encoder.config
+    length, chunks = settings.max_position_embeddings, config.prompt_chunks or 1  # what CLIP's tokenizers pad to
+    if "text_encoder" in networks.trained():
+        text = torch.empty(PROMPTS, chunks, length, dtype=torch.int64, device=META)
+    else:
+        dtype = DTYPES[config.mixed_precision]
+        text = torch.empty(PROMPTS, chunks * length, settings.hidden_size, dtype=dtype, device=META)
+    # There is no tokenizer either.
+    return DiffusionTask(
+        config, networks, TrainingData({}, text, PromptEncoder(networks.tokenizer, length, chunks)), META
+    )
 
 
 def step_memory(config: TrainConfig, networks: Networks, size: tuple[int, int], gradients_stay: bool) -> StepMemory:
@@ -59,7 +61,7 @@ def step_memory(config: TrainConfig, networks: Networks, size: tuple[int, int], 
         size: (height, width) of the images.
         gradients_stay: whether gradients of an earlier micro-batch, or their buckets, are there from the start.
     """
-    task = Rehearsal(config, networks)
+    task = dry_run_task(config, networks)
     gpu = OnGpu(task.networks.values(), task.dtype)
     recompute_on_gpu(networks, config, gpu)
     live = LiveMemory([*_tensors(networks), task.text])
@@ -101,7 +103,7 @@ def validation_peak(config: TrainConfig, networks: Networks, size: tuple[int, in
         images: how many are sampled at once; 0: none are.
         guided: whether sampling asks the UNet twice, with and without the words.
     """
-    task = Rehearsal(config, networks)
+    task = dry_run_task(config, networks)
     live = LiveMemory([*_tensors(networks), task.text])
     batch = max(min(VALIDATION_BATCH, config.validation_samples), images * (2 if guided else 1))
     with live, OnGpu(networks.loaded().values(), task.dtype):
@@ -138,7 +140,7 @@ class _Marks:
         self.left[name] = self.left.get(name, 0) + size
 
 
-def _batch(task: Rehearsal, size: tuple[int, int]) -> dict[str, Tensor]:
+def _batch(task: DiffusionTask, size: tuple[int, int]) -> dict[str, Tensor]:
     """Return a micro-batch as `TrainingRows` hands it out."""
     config, count = task.config, task.config.train_batch_size
     batch = {"prompt": torch.empty(count, dtype=torch.int64, device=META)}

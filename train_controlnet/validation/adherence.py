@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -25,6 +24,7 @@ from torch import nn
 from maskloom.models.segmenter import SegmenterOptions, build_segmenter, dice_scores, predicted_masks, train_segmenter
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.images import rgb_array
 from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
 from maskloom.pipeline.files.atomic import value_digest
@@ -33,12 +33,9 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.train_controlnet.data.augmentation import Picture
-from maskloom.train_controlnet.data.latent_cache import rgb_array
+from maskloom.train_controlnet.data.rows import TrainingRows
 from maskloom.train_controlnet.validation.samples import Wish
 from maskloom.train_controlnet.validation.verdict import LEAST_IMAGES, check_adherence, too_few_images
-
-if TYPE_CHECKING:
-    from maskloom.train_controlnet.data.rows import Views
 
 READER_FILE = "adherence.safetensors"
 
@@ -70,7 +67,12 @@ class AdherenceMeter:
     """Asks for the same masks, with the same words and from the same noise, whenever it is asked."""
 
     def __init__(
-        self, views: Mapping[str, Views], config: ExperimentConfig, run: Run, contract: Contract, device: torch.device
+        self,
+        of: Mapping[str, TrainingRows],
+        config: ExperimentConfig,
+        run: Run,
+        contract: Contract,
+        device: torch.device,
     ) -> None:
         """Choose the masks, and train the reader or take up the one that an earlier run trained.
 
@@ -80,7 +82,7 @@ class AdherenceMeter:
         check_adherence(config.fine_tuning, contract)
         assert config.fine_tuning.adherence is not None
         self.options, self.about, self.device = config.fine_tuning.adherence, contract.description, str(device)
-        rows = views["validation"].rows if "validation" in views else None
+        rows = of["validation"].views.rows if "validation" in of else None
         asked = [] if rows is None else _asked_rows(rows, self.options.num_images, config.seed)
         if rows is None or len(asked) < LEAST_IMAGES:
             raise MaskLoomError(too_few_images(len(asked)))
@@ -88,7 +90,7 @@ class AdherenceMeter:
         seen = [rgb_array(rows[i]["conditioning_image"]) for i in asked]
         self.wishes = [Wish(*wish) for wish in zip(seen, words, strict=True)]
         images, self.masks = self._pictures(rows, asked)
-        self.reader = self._reader(views["train"].rows, run.generator / READER_FILE, contract.digest, config.seed)
+        self.reader = self._reader(of["train"].views.rows, run.generator / READER_FILE, contract.digest, config.seed)
         self.real = self._dice(images, self.masks)
         say(f"mask adherence: the masks of real validation images are read at Dice {self.real.mean():.2f}")
 

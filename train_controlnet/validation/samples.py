@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.train_controlnet.data.augmentation import Picture
-
-if TYPE_CHECKING:
-    from maskloom.train_controlnet.task import DiffusionTask
+from maskloom.train_controlnet.task import DiffusionTask
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch.utils.data import default_collate
 from maskloom.models.stable_diffusion.sampling import Sampling
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.images import rgb_array
 from maskloom.pipeline.files.atomic import atomic_path
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
@@ -23,14 +23,11 @@ from maskloom.pipeline.training.log import METRICS_FILE
 from maskloom.pipeline.training.loop import total_steps
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.data.augmentation import Picture
-from maskloom.train_controlnet.data.latent_cache import rgb_array
 from maskloom.train_controlnet.data.rows import TrainingRows
+from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.validation.adherence import AdherenceMeter
 from maskloom.train_controlnet.validation.samples import Wish, further_wishes, grid, sampled_images, show_in_trackers
 from maskloom.train_controlnet.validation.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
-
-if TYPE_CHECKING:
-    from maskloom.train_controlnet.task import DiffusionTask
 
 BATCH = 16
 Losses = NDArray[np.float64]
@@ -52,7 +49,7 @@ class Validator:
         self.further = further_wishes(config.fine_tuning, contract.description.sizes)
         self.meter = None
         if config.fine_tuning.adherence and accelerator.is_main_process:  # the others never validate
-            self.meter = AdherenceMeter(task.views, config, run, contract, task.device)
+            self.meter = AdherenceMeter(task.rows, config, run, contract, task.device)
         rows = task.rows.get("validation")
         self.rows, self.others = rows, None
         if rows is not None and rows.with_conditioning and len(rows) > 1:
@@ -149,7 +146,7 @@ class Validator:
 
         They are sampled as the stage `generate` is configured to.
         """
-        split = self.task.views["validation"].rows
+        split = self.task.rows["validation"].views.rows
         count = min(self.config.fine_tuning.num_validation_images, len(split))
         rows = [split[i] for i in np.linspace(0, len(split) - 1, count).astype(int).tolist()]
         wishes = [Wish(rgb_array(row["conditioning_image"]), row["text"]) for row in rows] + self.further

@@ -1,1 +1,4 @@
-"""Whether a prepared dataset may be trained on and measured with: images that its splits share, and labels that contradict."""
+"""Whether a dataset may be trained on: images that its splits share, labels that contradict.
+
+Commands and tables lie in `data_prep.audit`.
+"""

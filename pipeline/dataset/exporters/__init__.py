@@ -1,1 +1,4 @@
-"""Layouts that a dataset can be exported to, one file each; found by file name."""
+"""One file per layout to export to, found by its name; see `pipeline.dataset.exporter`.
+
+An exporter never imports another one.
+"""

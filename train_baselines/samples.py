@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,22 +11,38 @@ from torch import Tensor
 
 from maskloom.pipeline.dataset.contract import Description
 
-if TYPE_CHECKING:
-    from maskloom.train_baselines.family import Family, Samples
-
 GAP = 2
 Picture = NDArray[np.uint8]
 
 
-def preview_grid(rows: Mapping[str, Tensor], drawn: Samples, family: Family) -> Picture:
-    """Return (H, W, 3) uint8: for each row of the batch a column of the mask it was drawn from, the sample, the mask drawn with it, and
-    the real image behind a given mask; those that there are.
+class Samples(NamedTuple):
+    """Drawn samples.
+
+    Attributes:
+        images: (N, C, H, W) float32, about -1 to 1.
+        masks: (N, H, W) uint8 class indices where the generator draws masks as well, else None.
     """
-    about = family.description
+
+    images: Tensor
+    masks: Tensor | None
+
+
+def preview_grid(rows: Mapping[str, Tensor], drawn: Samples, about: Description, given_masks: bool) -> Picture:
+    """Return a grid of samples, (H, W, 3) uint8.
+
+    Each row of the batch has a column: the mask it was drawn from, the sample, the mask drawn with it, and the real image behind a given mask;
+    those that there are.
+
+    Args:
+        rows: the batch: `image` (N, C, H, W) in [-1, 1], and `mask` (N, H, W) where masks are given.
+        drawn: a sample of each row.
+        about: the dataset's description; its palette colours the masks.
+        given_masks: whether the samples were drawn from the rows' masks.
+    """
     columns = []
     for number in range(len(drawn.images)):
         cells = [_image(drawn.images[number])]
-        if family.given_masks:
+        if given_masks:
             cells = [_mask(rows["mask"][number], about), *cells, _image(rows["image"][number])]
         if drawn.masks is not None:
             cells.append(_mask(drawn.masks[number], about))
