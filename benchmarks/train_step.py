@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from maskloom.pipeline.dataset.contract import read_contract
-from maskloom.pipeline.errors import MaskLoomError, one_line, run_command
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.runs.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets" / "nano-sd" / "tokenizer"

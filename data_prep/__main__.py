@@ -11,7 +11,8 @@ import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
-from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.command import run_command
 
 if TYPE_CHECKING:
     from maskloom.data_prep.prepare import Shard
@@ -131,7 +132,7 @@ def verify(
     from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
     from maskloom.data_prep.audit.contact_sheet import contact_sheet_page
     from maskloom.data_prep.audit.tables import print_audit
-    from maskloom.pipeline.files.named_files import named_file
+    from maskloom.pipeline.runs.named_files import named_file
 
     sheet = named_file("--contact-sheet", contact_sheet, "contact sheet")
     findings = named_file("--json", json, "audit")

@@ -3,7 +3,7 @@
 import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 
 MEMORY_ADVICE = "lower batch_size or image_size in the options of the metric that was running (evaluate.metrics.NAME)"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -19,7 +19,6 @@ from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.dataset.audit.findings import Dataset
-from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.contract import Contract, read_contract
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.verification import verify_quickly
@@ -28,6 +27,7 @@ from maskloom.pipeline.files.atomic import json_text, model_digest, read_json, v
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.record import require_intact
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage, open_run

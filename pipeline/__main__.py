@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from maskloom.pipeline.cli import AccelerateConfigOption, CheckOption, ConfigOption, ForceOption, OverridesArgument
-from maskloom.pipeline.errors import run_command
 from maskloom.pipeline.plugins import plugin_names
+from maskloom.pipeline.runs.command import run_command
 
 if TYPE_CHECKING:
     from rich.table import Table

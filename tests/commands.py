@@ -6,7 +6,7 @@ import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 
 
 def run_stage_command(stage: Callable[[ExperimentConfig, bool], None], args: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import typer
 
 from maskloom.pipeline.cli import ConfigOption, OverridesArgument
 from maskloom.pipeline.config.loading import load_config
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 from maskloom.train_backbone.config import BackboneConfig
 
 ForceOption = Annotated[bool, typer.Option("--force", help="throw checkpoints away and start anew")]

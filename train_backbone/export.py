@@ -14,8 +14,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.files.ownership import whole_folder
+from maskloom.pipeline.files.provenance import git_sha
 from maskloom.pipeline.files.reading import read_object
-from maskloom.pipeline.runs.provenance import git_sha
 from maskloom.train_backbone.architecture import new_scheduler
 from maskloom.train_backbone.config import BackboneConfig
 from maskloom.train_backbone.vocabulary import CLIP_FILES

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 
 MEMORY_ADVICE = "lower train_batch_size or image_size in the options of the family, or its channels"
 FamilyOption = Annotated[

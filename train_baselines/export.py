@@ -12,8 +12,8 @@ from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import told_when_unwritable
 from maskloom.pipeline.files.atomic import model_digest
 from maskloom.pipeline.files.ownership import whole_folder
+from maskloom.pipeline.files.provenance import git_sha
 from maskloom.pipeline.hub.cards import licence_metadata
-from maskloom.pipeline.runs.provenance import git_sha
 from maskloom.train_baselines.family import Family
 
 

@@ -16,13 +16,13 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.dataset.audit.findings import Dataset
-from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.contract import Contract, Description
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.ownership import OwnedFolder, check_replaceable
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import RECORD_FILE, SHOWN_LOGS, Run
 from maskloom.pipeline.runs.stage import Stage, open_run, skip_empty_stage
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
     "Train a ControlNet, adapters, or both, on a Stable Diffusion backbone. Further commands, each with its own --help:"

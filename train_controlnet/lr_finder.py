@@ -25,9 +25,9 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.named_files import named_file
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.progress import progress
+from maskloom.pipeline.runs.named_files import named_file
 from maskloom.pipeline.runs.stage import open_run
 from maskloom.pipeline.training.loop import Positioned
 from maskloom.pipeline.training.randomness import Draws

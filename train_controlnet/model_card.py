@@ -11,8 +11,8 @@ from maskloom.models.stable_diffusion.trained_parts import ADAPTER_FILE, KOHYA_F
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.files.provenance import git_sha
 from maskloom.pipeline.hub.cards import TAGS, TRAINING_TAG, hub_base_model, licence_metadata
-from maskloom.pipeline.runs.provenance import git_sha
 
 TITLES = {"controlnet": "ControlNet", "lora": "LoRA adapters", "unet": "UNet", "vae": "VAE"}
 """By weights folder."""

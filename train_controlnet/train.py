@@ -11,12 +11,12 @@ from maskloom.models.stable_diffusion.trained_parts import EXPORTED, adapter_fil
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.audit.findings import Dataset
-from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest, model_digest, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places, check_replaceable, delete_folder
+from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import CONFIG_FILE, SHOWN_LOGS, Run
 from maskloom.pipeline.runs.stage import Stage, open_run, skip_empty_stage
 from maskloom.train_controlnet.validation.verdict import check_adherence

@@ -18,10 +18,10 @@ import numpy as np
 from maskloom.data_prep.audit.duplicates import near_findings, near_threshold
 from maskloom.data_prep.audit.index import AuditIndex
 from maskloom.pipeline.dataset.audit.findings import Dataset, Finding, identical_findings, told
-from maskloom.pipeline.dataset.audit.leaks import FIX, NEAR_LIMIT
 from maskloom.pipeline.dataset.audit.rows import split_order
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.leaks import FIX, NEAR_LIMIT
 
 KEPT_FINDINGS = 1000  # of each kind; further ones are counted
 REFERENCE = "train"

@@ -45,7 +45,8 @@ from maskloom.data_prep.readers.dicom import Header, is_dicom, read_header, read
 from maskloom.data_prep.readers.file_names import is_visible
 from maskloom.data_prep.readers.image_files import decoded_mask
 from maskloom.pipeline.config.data import IntensityWindow
-from maskloom.pipeline.errors import MaskLoomError, RejectedSample, run_command
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.runs.command import run_command
 
 LOOKED_AT = 48  # files, to recognise a folder
 SUFFIXES = (".dcm", ".dicom", ".ima")  # anything else after a dot may be part of a UID

@@ -213,7 +213,7 @@ class DatasetWriter:
             parent: the real dataset behind a synthetic one.
         """
         from maskloom.pipeline import __version__
-        from maskloom.pipeline.runs.provenance import git_sha
+        from maskloom.pipeline.files.provenance import git_sha
 
         ledger = [json.dumps(dict(row), sort_keys=True, ensure_ascii=False) for row in rejected]
         self._owned.write_text(LEDGER_FILE, "".join(line + "\n" for line in ledger))

@@ -12,8 +12,8 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest, sole_writer, value_digest, write_json
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
+from maskloom.pipeline.files.provenance import git_sha, package_versions, peak_memory_mb
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs.provenance import git_sha, package_versions, peak_memory_mb
 from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, Run
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from maskloom.pipeline.runs.provenance import peak_memory_mb
+from maskloom.pipeline.files.provenance import peak_memory_mb
 
 MATRIX_SIDE, MATRIX_SIDE_ON_CPU = 4096, 512
 REPEATS = 10

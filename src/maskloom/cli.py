@@ -38,7 +38,8 @@ from maskloom.pipeline.cli import (
     OverridesArgument,
     launched,
 )
-from maskloom.pipeline.errors import MEMORY_ADVICE, MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.command import MEMORY_ADVICE, run_command
 from maskloom.train_baselines.__main__ import MEMORY_ADVICE as BASELINES_ADVICE
 from maskloom.train_baselines.__main__ import FamilyOption
 from maskloom.train_baselines.__main__ import command as baselines_here

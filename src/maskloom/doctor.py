@@ -14,7 +14,7 @@ from maskloom.pipeline import __version__
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.runs.provenance import package_versions
+from maskloom.pipeline.files.provenance import package_versions
 
 GIB = 2**30
 OPTIONAL = {

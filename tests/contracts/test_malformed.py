@@ -14,7 +14,8 @@ import maskloom.pipeline.__main__ as whole
 import maskloom.train_baselines.__main__ as baselines
 import maskloom.train_controlnet.__main__ as training
 from maskloom.pipeline.config.loading import load_experiment, validated
-from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.sweep.sweep import SweepConfig
 from maskloom.train_backbone.__main__ import main as backbone
 

@@ -19,7 +19,8 @@ from maskloom.data_prep.audit.duplicates import plain_correlations
 from maskloom.data_prep.audit.index import mask_regions
 from maskloom.data_prep.audit.tables import print_audit
 from maskloom.pipeline.dataset.audit.pixels import without_padding
-from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.command import EXIT_CODE
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 
 SIZE = 64

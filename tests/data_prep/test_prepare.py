@@ -32,8 +32,9 @@ from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, read_contract
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.dataset.writer import DatasetWriter
-from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, RejectedSample
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
+from maskloom.pipeline.runs.command import EXIT_CODE
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
 from tests.processes import Command, finished, limit_file_size, start_server
 from tests.tiny_datasets import tiny_description

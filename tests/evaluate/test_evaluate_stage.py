@@ -16,11 +16,11 @@ from maskloom.evaluate.results import MetricResult, skipped_result
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.audit.findings import Dataset
-from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import write_json
 from maskloom.pipeline.files.ownership import OwnedFolder, whole_folder
+from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import StageChecked, check_only
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from maskloom.data_prep.parallel import parallel_results
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.interruption import signals_to
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from maskloom.pipeline.errors import MaskLoomError, RejectedSample, exit_with, nearest_name, one_line, run_command
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, nearest_name, one_line
+from maskloom.pipeline.runs.command import exit_with, run_command
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage
 from tests.commands import run_stage_command

@@ -19,8 +19,9 @@ from maskloom.pipeline.dataset.combine import CombineOptions, combine
 from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, read_contract
 from maskloom.pipeline.dataset.verification import verify_for_training, verify_fully, verify_quickly
 from maskloom.pipeline.dataset.writer import Sample
-from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.run import Run
 from tests.data_prep.experiment import dataset_bytes
 from tests.pipeline.test_verification import TRAIN, rehash

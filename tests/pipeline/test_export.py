@@ -18,7 +18,8 @@ from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, rea
 from maskloom.pipeline.dataset.export import PROVENANCE_FILE, ExportOptions, export, open_exporter
 from maskloom.pipeline.dataset.exporter import safe_name, write_new
 from maskloom.pipeline.dataset.exporters.coco import mask_regions, run_lengths
-from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.command import run_command
 from tests.data_prep.experiment import experiment
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 

@@ -22,13 +22,13 @@ from safetensors.numpy import save_file
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
-from maskloom.pipeline.errors import run_command
 from maskloom.pipeline.files.atomic import content_digest, file_digest, read_json, write_json
 from maskloom.pipeline.files.private_paths import ABSOLUTE_PATH
 from maskloom.pipeline.hub.cards import hub_base_model, licence_metadata
 from maskloom.pipeline.hub.client import Hub, PushOptions
 from maskloom.pipeline.hub.push import push
 from maskloom.pipeline.hub.uploads import OPEN_LICENCE
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.model_card import model_card
 from tests.hub_server import TOKEN, USER, HubState, Repo, running_hub, sha256

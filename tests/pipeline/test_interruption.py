@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloom.pipeline.errors import run_command
 from maskloom.pipeline.runs import runner
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.interruption import Interrupted, received, signals_to
 from maskloom.pipeline.training.checkpoints import checkpoint_steps
 from maskloom.pipeline.training.randomness import Draws
@@ -169,7 +169,7 @@ def test_a_second_signal_ends_a_command_at_once(tmp_path):
 RUNNER = """
 from pathlib import Path
 from maskloom.pipeline.runs import runner
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 runner.MODULES["train"] = ("tests.pipeline.stoppable", "nap", {folder!r})
 runner.needs_launcher = lambda config: config is not None
 run_command(lambda: runner.run_stages(["train", "train"], [], {config}))
@@ -216,12 +216,12 @@ import sys, time
 from pathlib import Path
 Path(sys.argv[1]).touch()
 time.sleep(0.5)  # as imports take
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 run_command(lambda: time.sleep(60))
 """
 STARTER = """
 import sys
-from maskloom.pipeline.errors import run_command
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.runner import _run
 run_command(lambda: _run([sys.executable, *sys.argv[1:]], launched=False))
 """

@@ -6,12 +6,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from maskloom.pipeline.dataset.audit import leaks
 from maskloom.pipeline.dataset.audit.findings import Dataset
-from maskloom.pipeline.dataset.audit.leaks import require_no_leaks
 from maskloom.pipeline.dataset.contract import Parent
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs import leaks
+from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import Run
 from tests.data_prep.test_audit import darker, picture
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from maskloom.data_prep.__main__ import main as data_prep
-from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
-from maskloom.pipeline.files.named_files import NamedFile, named_file
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.command import EXIT_CODE
+from maskloom.pipeline.runs.named_files import NamedFile, named_file
 
 
 def test_only_its_own_earlier_file_is_replaced(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 
 from maskloom.pipeline.__main__ import app
 from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import MANIFEST, MANIFESTS
+from maskloom.pipeline.runs.command import EXIT_CODE, run_command
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import open_run
 from maskloom.pipeline.runs.verification import is_run, run_problems

@@ -12,9 +12,9 @@ import yaml
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files import provenance
 from maskloom.pipeline.files.atomic import LOCK_FILE
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder, whole_folder
-from maskloom.pipeline.runs import provenance
 from maskloom.pipeline.runs.record import require_intact
 from maskloom.pipeline.runs.run import STAGES, Run
 from maskloom.pipeline.runs.stage import Stage, StageChecked, check_only, open_run, skip_empty_stage

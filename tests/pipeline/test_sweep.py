@@ -14,11 +14,12 @@ from maskloom.evaluate.evaluate import evaluate
 from maskloom.generate.generate import generate
 from maskloom.pipeline.config.loading import load_config, load_experiment
 from maskloom.pipeline.dataset.verification import verify_quickly
-from maskloom.pipeline.errors import EXIT_CODE, MaskLoomError
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import LOCK_FILE, read_json
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.report import write_report
 from maskloom.pipeline.report.evaluation import Interval
+from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
 from maskloom.pipeline.sweep.sweep import sweep as sweeping

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.stage import StageChecked, check_only
 from maskloom.train_baselines.__main__ import app
 from maskloom.train_baselines.families.pix2pix import Options

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.errors import MaskLoomError, run_command
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.stage import open_run
 from maskloom.train_controlnet.train import train_stage
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset

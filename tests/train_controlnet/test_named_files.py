@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskloom.pipeline.errors import EXIT_CODE
+from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.train_controlnet.__main__ import main
 from tests.train_controlnet.conftest import tiny_values, write_config
 

@@ -7,7 +7,7 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.named_files import named_file
+from maskloom.pipeline.runs.named_files import named_file
 from maskloom.train_controlnet.memory_plan.plan import GIB, Plan, Planner
 from maskloom.train_controlnet.memory_plan.switches import Switches, cheapest_fit
 
