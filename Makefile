@@ -55,7 +55,7 @@ push: $(READY) ## the trained weights of CONFIG to the Hugging Face Hub, private
 backbone: $(READY) ## train assets/nano-sd anew (hours on two cores)
 	$(BIN)/python -m data_prep --config configs/backbone_mni152.yaml
 	$(BIN)/python -m data_prep --config configs/backbone_phantom.yaml
-	$(LAUNCH) -m train_controlnet.backbone --config configs/backbone.yaml $(ARGS)
+	$(LAUNCH) -m train_backbone --config configs/backbone.yaml $(ARGS)
 
 bench: $(READY) ## the measured comparisons
 	$(BIN)/python -m benchmarks.start_up

@@ -24,8 +24,8 @@ from maskloom.pipeline.hub.uploads import check_leaks, find_targets, pack
 from maskloom.pipeline.report import write_report
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.train import train_stage
+from tests.models.stable_diffusion.test_backbone_checks import half_precision
 from tests.original_layout import write_original
-from tests.pipeline.test_backbone_checks import half_precision
 from tests.tiny_backbone import build_tiny_backbone
 
 OWNER = "janeroe-of-ward-7"  # a folder of this name holds everything, so it must be in nothing that goes

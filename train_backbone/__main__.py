@@ -1,4 +1,4 @@
-"""`accelerate launch -m train_controlnet.backbone --config configs/backbone.yaml [key=value ...]`."""
+"""`accelerate launch -m train_backbone --config configs/backbone.yaml [key=value ...]`."""
 
 from typing import Annotated
 

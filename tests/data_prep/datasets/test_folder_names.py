@@ -9,7 +9,7 @@ import pytest
 from maskloom.data_prep.parts import Found, without_taken_ids
 from maskloom.data_prep.splitting.groups import consistent_rows
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
-from tests.data_prep.test_folder import COLUMNS, adapter, listed, masks_of, save, square, table, tree
+from tests.data_prep.datasets.test_folder import COLUMNS, adapter, listed, masks_of, save, square, table, tree
 
 
 def nfd(text):

@@ -1,5 +1,7 @@
 """The backbone recipe end to end at a tiny size, and the weights that are committed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +257,16 @@ def test_committed_backbone_carries_a_controlnet(nano: StableDiffusionPipeline) 
     control = torch.zeros(1, 3, 128, 128)
     image = pipe("T1 brain MRI, axial slice", image=control, num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize("module", ["train_backbone", "train_controlnet.backbone"])
+def test_both_names_of_the_command_are_the_same(module: str, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("experiment: b\ndatasets: []\nvae_steps: 3\n")
+    command = [sys.executable, "-m", module, "--config", str(config)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {config}: ")
+    helped = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert helped.returncode == 0
+    assert "Train a small Stable Diffusion backbone" in helped.stdout

@@ -24,7 +24,7 @@ from maskloom.pipeline.files.atomic import read_json
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.run import Run
 from tests.data_prep.experiment import dataset_bytes
-from tests.pipeline.test_verification import TRAIN, rehash
+from tests.pipeline.dataset.test_verification import TRAIN, rehash
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 
 DISC, SQUARE = 0, 1

@@ -11,7 +11,7 @@ from maskloom.pipeline.config.loading import load_config, load_experiment, valid
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.sweep.sweep import SweepConfig, planned_variants
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 # Files of other programs, or of other models; their own tests load them.
 OTHERS = ("accelerate", "slurm")
 EXPERIMENTS = sorted(

@@ -16,7 +16,7 @@ from maskloom.pipeline.training.sampler import Positioned, micro_batch
 from tests.pipeline.line_task import LineTask, Points, forget_accelerator, run
 from tests.processes import run_on_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCENARIOS = "tests.pipeline.ranks"
 
 

@@ -438,5 +438,5 @@ def test_it_can_be_pickled(raw):
 
 
 def test_the_configuration_asks_for_what_there_is():
-    config = load_experiment(Path(__file__).parents[2] / "configs" / "pannuke.yaml", [])
+    config = load_experiment(Path(__file__).parents[3] / "configs" / "pannuke.yaml", [])
     assert PanNukeOptions(**config.data.options).masks == "semantic" and config.data.conditioning == "mask"

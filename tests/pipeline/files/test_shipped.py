@@ -12,7 +12,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.shipped import shipped, shipped_names, shipped_only
 from maskloom.pipeline.runs.runner import check_accelerate_config, stage_command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO, NANO_SD, DDP = Path("configs/demo.yaml"), Path("assets/nano-sd"), Path("configs/accelerate/ddp.yaml")
 
 

@@ -14,7 +14,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.checkpoints import checkpoint_steps
 from maskloom.pipeline.training.resuming import check_resumable
 from tests.pipeline.line_task import LineTask, forget_accelerator, run, settings
-from tests.pipeline.test_training import DuelTask
+from tests.pipeline.training.test_training import DuelTask
 
 DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_then_linear")
 

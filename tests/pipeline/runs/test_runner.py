@@ -15,7 +15,7 @@ from maskloom.pipeline.runs.run import STAGES, Run
 from tests.pipeline import fake_run
 from tests.records import write_record
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY_STAGE = """
 import os, signal, sys
 from pathlib import Path

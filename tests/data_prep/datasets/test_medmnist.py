@@ -309,7 +309,7 @@ def test_an_adapter_that_has_read_can_still_be_pickled(raw):
 
 
 def test_the_configuration_asks_for_what_there_is():
-    config = load_experiment(Path(__file__).parents[2] / "configs" / "medmnist.yaml", [])
+    config = load_experiment(Path(__file__).parents[3] / "configs" / "medmnist.yaml", [])
     options = MedMNISTOptions(**config.data.options)
     assert (options.flag, options.size) == ("pathmnist", 224) and config.data.conditioning == "edges"
 

@@ -35,7 +35,7 @@ from tests.hub_server import TOKEN, USER, HubState, Repo, running_hub, sha256
 from tests.pipeline import fake_run
 from tests.records import write_record
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BACKBONE = "stable-diffusion-v1-5/stable-diffusion-v1-5@main"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 KEPT = (WEIGHTS, "pytorch_lora_weights.safetensors", "config.json", "samples.png", "README.md")

@@ -17,7 +17,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from tests.original_layout import original_names, write_original
 from tests.tiny_backbone import build_tiny_backbone
 
-NANO = Path(__file__).parents[2] / "assets/nano-sd"
+NANO = Path(__file__).parents[3] / "assets/nano-sd"
 
 
 @pytest.fixture(scope="module")

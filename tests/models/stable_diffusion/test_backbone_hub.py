@@ -14,7 +14,7 @@ from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.text import load_tokenizer
 from maskloom.pipeline.errors import MaskLoomError
 from tests.hub_server import HubState, Repo
-from tests.pipeline.test_hub import hub as _hub
+from tests.pipeline.hub.test_hub import hub as _hub
 from tests.tiny_backbone import build_tiny_backbone
 
 NAME = "someone/backbone"

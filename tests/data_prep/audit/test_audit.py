@@ -25,7 +25,7 @@ from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 
 SIZE = 64
 NEAR = {"resize_mode": "pad", "near_duplicates": {"method": "as prepare", "correlation": 0.55}}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def picture(seed, height=SIZE, width=SIZE):

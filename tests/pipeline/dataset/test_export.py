@@ -23,7 +23,7 @@ from maskloom.pipeline.runs.command import run_command
 from tests.data_prep.experiment import experiment
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

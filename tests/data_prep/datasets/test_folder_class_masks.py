@@ -6,8 +6,8 @@ import pytest
 from maskloom.data_prep.prepare import prepare
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from tests.data_prep.datasets.test_folder import adapter, listed, opened, save, square, tree
 from tests.data_prep.experiment import experiment
-from tests.data_prep.test_folder import adapter, listed, opened, save, square, tree
 
 DISC, CUP = square(2), square(4)
 CLASSES = {"disc": "masks/{stem}_disc.png", "cup": "masks/{stem}_cup.png"}

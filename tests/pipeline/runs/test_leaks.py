@@ -13,7 +13,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs import leaks
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import Run
-from tests.data_prep.test_audit import darker, picture
+from tests.data_prep.audit.test_audit import darker, picture
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 
 COUNTS = {"train": 6, "validation": 4, "test": 4, "external_other": 4}
