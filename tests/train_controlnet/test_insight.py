@@ -384,8 +384,8 @@ def test_the_first_mask_that_is_followed_is_told() -> None:
     figures = {**FOLLOWED, "adherence": 0.612, "adherence_shuffled": 0.4, "adherence_real": 0.87}
     line = told(300, figures, IGNORED, IGNORED)
     assert line is not None
-    assert line.startswith("the mask is being followed since step 300: ")
-    assert "at Dice 0.61, another one at 0.40 (real images their own at 0.87)" in line
+    assert line.startswith("the mask has been followed since step 300: ")
+    assert "at Dice 0.61, another mask at 0.40 (real images show their own at 0.87)" in line
     assert told(400, figures, IGNORED, IGNORED, FOLLOWED) is None
     assert told(400, {**figures, "condition_followed": 0.0}) is None
 
@@ -518,7 +518,7 @@ def test_adherence_rises_with_the_right_masks_and_does_not_with_shuffled_ones(
     assert end["adherence"] > max(half["adherence_shuffled"], end["adherence_shuffled"]) + 0.2
     assert end["condition_gain"] > 0.1
     assert (end["condition_followed"], end["condition_ignored"]) == (1, 0)
-    assert "the mask is being followed since step" in said and "being ignored" not in said
+    assert "the mask has been followed since step" in said and "being ignored" not in said
 
     half, end = learnt(tmp_path / "shuffled", shuffled=True)
     said = capsys.readouterr().err
@@ -526,4 +526,4 @@ def test_adherence_rises_with_the_right_masks_and_does_not_with_shuffled_ones(
         assert abs(figures["adherence"] - figures["adherence_shuffled"]) < 0.05
         assert abs(figures["condition_gain"]) < 0.005
         assert (figures["condition_followed"], figures["condition_ignored"]) == (0, 1)
-    assert "the mask is being ignored after 100 of 100 steps" in said and "being followed" not in said
+    assert "the mask is being ignored after 100 of 100 steps" in said and "has been followed" not in said

@@ -105,14 +105,14 @@ def news(
         config: its learning rate is named.
     """
     if figures[FOLLOWED] and not any(line[FOLLOWED] for line in earlier):
-        return f"the mask is being followed since step {step}: {_evidence(figures)}"
+        return f"the mask has been followed since step {step}: {_evidence(figures)}"
     told = any(line[IGNORED] and 2 * line["step"] >= total for line in earlier)
     if not figures[IGNORED] or 2 * step < total or (told and step < total):
         return None
     return (
-        f"warning: the mask is being ignored after {step} of {total} steps: {_evidence(figures)}. A ControlNet begins to follow suddenly, at "
+        f"warning: the mask is being ignored after {step} of {total} steps: {_evidence(figures)}. A ControlNet starts to follow suddenly, at "
         f"learning_rate 1e-5 after thousands of steps (here {config.learning_rate:g}). Train longer; raise train.learning_rate; raise "
-        "train.proportion_empty_prompts; and see in logs/train/images whether each mask belongs to its image"
+        "train.proportion_empty_prompts; check in logs/train/images that each mask belongs to its image"
     )
 
 
@@ -122,6 +122,6 @@ def _evidence(figures: Mapping[str, float]) -> str:
     if "adherence" not in figures:
         return gain
     return (
-        f"sampled images show the mask asked for at Dice {figures['adherence']:.2f}, another one at {figures['adherence_shuffled']:.2f} "
-        f"(real images their own at {figures['adherence_real']:.2f}); {gain}"
+        f"sampled images show the requested mask at Dice {figures['adherence']:.2f}, another mask at {figures['adherence_shuffled']:.2f} "
+        f"(real images show their own at {figures['adherence_real']:.2f}); {gain}"
     )
