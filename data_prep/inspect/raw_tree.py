@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from maskloom.data_prep.readers.file_names import is_system_name
 from maskloom.data_prep.readers.spreadsheets import xlsx_rows
 from maskloom.data_prep.readers.tables import csv_rows
-from maskloom.pipeline.errors import RejectedSample
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 MAX_FILES = 200_000
 MAX_SECONDS = 30.0
@@ -119,6 +119,6 @@ def tables_of(root: Path, tree: RawTree) -> tuple[list[Table], list[tuple[str, s
                 raise RejectedSample("too large to look into")
             rows = xlsx_rows(root / file) if file.lower().endswith(".xlsx") else csv_rows(root / file, ())
             tables.append(Table(file, list(rows[0]) if rows else [], [*rows]))
-        except (RejectedSample, OSError) as error:
+        except (RejectedSample, MaskLoomError, OSError) as error:
             unreadable.append((file, str(error)))
     return tables, unreadable

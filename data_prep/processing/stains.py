@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from maskloom.data_prep.readers.common import decoded_image, eight_bit
 from maskloom.pipeline.config.data import StainConfig
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
+from maskloom.pipeline.extras import require
 
 WHITE = 240  # torchstain's `Io`: grey value of light without tissue
 LEAST_DENSITY = 0.15  # torchstain's `beta`: optical density of the palest tissue
@@ -68,7 +69,8 @@ def stain_normaliser(config: StainConfig) -> StainNormaliser:
     """Return a normaliser that is fitted to the configured reference, or to torchstain's published vectors for H&E.
 
     Raises:
-        MaskLoomError: the reference cannot be read, or its stains cannot be estimated.
+        MaskLoomError: torchstain (extra `slides`) is not installed; or the reference cannot be read, or its stains cannot be
+            estimated.
     """
     if config.reference is None:
         return StainNormaliser(config.method, _unfitted(config.method))
@@ -85,6 +87,7 @@ def _reference_pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def _unfitted(method: str) -> Any:
+    require("torchstain", "slides", f"data.stain.method={method}")
     from torchstain.base.normalizers import MacenkoNormalizer, ReinhardNormalizer
 
     return {"macenko": MacenkoNormalizer, "reinhard": ReinhardNormalizer}[method](backend="numpy")

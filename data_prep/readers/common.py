@@ -20,6 +20,7 @@ from PIL import Image
 from maskloom.data_prep.readers.decoding import DecodedImage, decode
 from maskloom.data_prep.readers.file_names import as_seen, is_system_name
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
+from maskloom.pipeline.extras import require
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 JPEG_NOISE = 32  # how far JPEG may move black or white
@@ -145,7 +146,9 @@ def xml_root(path: Path) -> Element:
 
     Raises:
         RejectedSample: it is missing, not well formed, or declares entities.
+        MaskLoomError: defusedxml (extra `slides`, which brings such files) is not installed.
     """
+    require("defusedxml", "slides", path.name)
     from defusedxml.ElementTree import parse
 
     with unreadable_as_reject(path):

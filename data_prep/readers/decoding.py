@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
 from maskloom.pipeline.errors import RejectedSample
+from maskloom.pipeline.extras import require
 
 if TYPE_CHECKING:
     from tifffile import TiffPage
@@ -39,6 +40,7 @@ CODESTREAM = (
     b"\xff\x4f\xff\x51"  # begins a JPEG 2000 codestream; byte 40 tells its channels, byte 42 the first one's depth
 )
 LOSSY_TIFF = (6, 7, 33003, 33005, 34712, 34887, 50001)  # compressions: JPEG, JPEG 2000, LERC, WebP
+UNCOMPRESSED = 1  # compression
 UNSIGNED, FLOAT = 1, 3  # SampleFormat
 ASSOCIATED, UNASSOCIATED = 1, 2  # alpha, by ExtraSamples: colours are multiplied by it already, or not
 COLOURS = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3}  # channels of what tifffile decodes here
@@ -95,6 +97,7 @@ def decode(path: Path, turn: bool = False) -> DecodedImage:
 
     Raises:
         RejectedSample: it is too large, has several pictures, is stored turned, or is of a kind that would lose depth.
+        MaskLoomError: imagecodecs (extra `codecs`) is needed and not installed.
     """
     with path.open("rb") as file:
         head = file.read(PNG_DEPTH + 2)
@@ -175,6 +178,7 @@ def _needs_libpng(image: Image.Image, depth: int, colour_type: int) -> bool:
 
 def _decoded_png(path: Path, image: Image.Image) -> DecodedImage:
     """Return a PNG by libpng: grey or RGB, with or without alpha or a transparent colour."""
+    require("imagecodecs", "codecs", f"{path.name} (a PNG that Pillow would reduce)")
     import imagecodecs
 
     if image.width * image.height * 4 > MAX_PIXELS:
@@ -224,6 +228,10 @@ def _tiff_page(path: Path, page: "TiffPage", lossy: bool) -> DecodedImage:
             f"{path.name} has {page.imagewidth}x{page.imagelength} pixels of {samples} channel(s), too many"
         )
     _require_whole(path, page)
+    if int(page.compression) != UNCOMPRESSED:
+        require(
+            "imagecodecs", "codecs", f"{path.name} (a compressed TIFF of more than 8 bits, or with further channels)"
+        )
     stored = page.asarray(maxworkers=1)
     stored = np.moveaxis(stored, 0, -1) if samples > 1 and page.axes[0] == "S" else stored
     stored = stored.reshape(page.imagelength, page.imagewidth, samples)

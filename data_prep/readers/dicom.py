@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from maskloom.data_prep.processing.intensity import window_range
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
+from maskloom.pipeline.extras import require
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -104,9 +105,11 @@ def read_header(path: Path) -> Header:
 
     Raises:
         RejectedSample: it is not a DICOM file, not an image, lacks what identifies it, or needs a decoder that is not installed.
+        MaskLoomError: pydicom or imagecodecs (extra `dicom`) is not installed.
     """
     if not is_dicom(path):
         raise RejectedSample("not a DICOM file: no DICM at byte 128")
+    _require_packages()
     try:
         with path.open("rb") as file:
             dataset = _read(file, HEADER_TAGS)
@@ -135,7 +138,9 @@ def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> Dico
     Raises:
         RejectedSample: the pixels cannot be decoded, are of a kind that is not read, or all of one value; or the file tells
             an impossible size of a pixel.
+        MaskLoomError: pydicom or imagecodecs (extra `dicom`) is not installed.
     """
+    _require_packages()
     from pydicom.pixels import apply_color_lut, pixel_array
 
     dataset = None
@@ -163,6 +168,11 @@ def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> Dico
     if picture.min() == picture.max():
         raise RejectedSample("it shows nothing: every pixel has one value")
     return DicomPicture(picture, (black, white), pixel_size)
+
+
+def _require_packages() -> None:
+    for module in ("pydicom", "imagecodecs"):
+        require(module, "dicom", "DICOM")
 
 
 def _read(file: BinaryIO, tags: list[str]) -> "Dataset":

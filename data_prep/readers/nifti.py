@@ -28,6 +28,7 @@ from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.readers.common import unreadable_as_reject
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
+from maskloom.pipeline.extras import require
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header
@@ -95,6 +96,7 @@ def read_volume(path: Path) -> Volume:
 
     Raises:
         RejectedSample: it is missing, damaged, not 3D, too large, or holds NaN or infinite values.
+        MaskLoomError: nibabel (extra `nifti`) is not installed.
     """
     header, values = _decoded(path)
     with np.errstate(over="ignore"):
@@ -172,6 +174,7 @@ def _decoded(path: Path) -> tuple["Nifti1Header", NDArray[Any]]:
     Raises:
         RejectedSample: see `read_volume`.
     """
+    require("nibabel", "nifti", path.name)
     with unreadable_as_reject(path):
         with path.open("rb") as start:
             packed = start.read(2) == b"\x1f\x8b"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from maskloom.data_prep.readers.common import unreadable_as_reject
 from maskloom.pipeline.errors import RejectedSample
+from maskloom.pipeline.extras import require
 
 if TYPE_CHECKING:
     from openslide import OpenSlide
@@ -31,6 +32,7 @@ def opened_slide(path: Path) -> "OpenSlide":
 
     Raises:
         RejectedSample: it is missing, or OpenSlide cannot read it.
+        MaskLoomError: OpenSlide (extra `slides`) is not installed.
     """
     with unreadable_as_reject(path):
         stat = path.stat()
@@ -47,6 +49,7 @@ def opened_slide(path: Path) -> "OpenSlide":
 
 @lru_cache(maxsize=2)
 def _opened(path: str, size: int, mtime_ns: int, process: int) -> "OpenSlide":
+    require("openslide", "slides", Path(path).name)
     from openslide import OpenSlide
 
     return OpenSlide(path)

@@ -9,6 +9,7 @@ from typing import Any
 from maskloom.data_prep.readers.common import unreadable_as_reject
 from maskloom.data_prep.readers.tables import TableRow, table_rows
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
+from maskloom.pipeline.extras import install_command, require
 
 MAX_UNPACKED_BYTES = 2**24  # of all files in the zip; a table of labels has some 10 kB
 MAX_ROWS, MAX_COLUMNS = 2**15, 2**7  # a cell may claim any place, and openpyxl makes the empty ones before it
@@ -28,7 +29,7 @@ def xlsx_rows(path: Path, columns: Sequence[str] = ()) -> list[TableRow]:
 
     Raises:
         RejectedSample: it is missing, not a spreadsheet, damaged, too large, declares XML entities, or lacks a column.
-        MaskLoomError: openpyxl would read it without defusedxml.
+        MaskLoomError: openpyxl or defusedxml (extra `xlsx`) is not installed, or openpyxl would read it without the latter.
     """
     with unreadable_as_reject(path):
         _check_archive(path)
@@ -55,11 +56,13 @@ def _check_archive(path: Path) -> None:
 
 
 def _first_sheet(path: Path) -> list[list[Any]]:
+    for module in ("openpyxl", "defusedxml"):
+        require(module, "xlsx", str(path), "save it as CSV")
     import openpyxl
 
     if not openpyxl.DEFUSEDXML:
         raise MaskLoomError(
-            f"{path}: spreadsheets are read with defusedxml only; pip install defusedxml, and unset OPENPYXL_DEFUSEDXML"
+            f"{path}: spreadsheets are read with defusedxml only; {install_command('xlsx')}, and unset OPENPYXL_DEFUSEDXML"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of styles and validations, which are not read

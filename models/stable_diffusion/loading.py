@@ -23,6 +23,7 @@ from maskloom.models.stable_diffusion.single_file import PREFIXES, converted_nam
 from maskloom.models.stable_diffusion.source import SETTINGS, BackboneSource, folder_of, read_settings
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.extras import install_command
 
 CONTROLNET_FILES = (
     "config.json",
@@ -260,5 +261,5 @@ def use_xformers(*modules: Any) -> None:
             module.enable_xformers_memory_efficient_attention()
     except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
         raise MaskLoomError(
-            f"enable_xformers_memory_efficient_attention: {one_line(error)[:200]}; pip install -e .[gpu], or leave it off (SDPA is used then)"
+            f"enable_xformers_memory_efficient_attention: {one_line(error)[:200]}; {install_command('gpu')}, or leave it off (SDPA is used then)"
         ) from None

@@ -18,6 +18,7 @@ from torch import nn
 
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.extras import install_command, require
 from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 from maskloom.pipeline.training.distributed import (
     fill_deepspeed_settings,
@@ -68,12 +69,12 @@ def check_machine(config: LoopConfig) -> None:
         raise MaskLoomError(
             f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
         )
-    if config.use_8bit_adam and find_spec("bitsandbytes") is None:
-        raise _no_bitsandbytes(config)
+    if config.use_8bit_adam:
+        _require_bitsandbytes(config)
     name = config.report_to
     if name in ("wandb", "comet_ml") and find_spec(name) is None:
         raise MaskLoomError(
-            f"{config.section}.report_to={name}: it is not installed; pip install -e .[track], or use tensorboard"
+            f"{config.section}.report_to={name}: it is not installed; {install_command('track')}, or use tensorboard"
         )
 
 
@@ -98,14 +99,11 @@ def make_optimizer(
     }
     if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **settings)
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise _no_bitsandbytes(config) from None
+    _require_bitsandbytes(config)
+    import bitsandbytes
+
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
-def _no_bitsandbytes(config: LoopConfig) -> MaskLoomError:
-    return MaskLoomError(
-        f"{config.section}.use_8bit_adam needs bitsandbytes: pip install -e .[gpu], or set it to false"
-    )
+def _require_bitsandbytes(config: LoopConfig) -> None:
+    require("bitsandbytes", "gpu", f"{config.section}.use_8bit_adam", "set it to false")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from maskloom.evaluate.scores.features import Extractor
 from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.extras import require
 from maskloom.pipeline.files.atomic import value_digest
 
 INPUT_SIZE = 299
@@ -21,13 +22,9 @@ def load(side: int, device: str) -> Extractor:
     """
     if side != INPUT_SIZE:
         raise MaskLoomError(f"extractor_size={side}: the extractor inception takes {INPUT_SIZE} only")
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise MaskLoomError(
-            "the extractor inception needs torch-fidelity: pip install -e .[fid], or extractor=efficientnet_lite0"
-        ) from None
+    require("torch_fidelity", "fid", "extractor=inception", "extractor=efficientnet_lite0")
     import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval().to(device)

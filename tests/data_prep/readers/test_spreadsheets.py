@@ -143,7 +143,7 @@ def test_without_defusedxml_nothing_is_read(path, monkeypatch):
     write_table(path, [["a"], [1]])
     monkeypatch.setattr(openpyxl, "DEFUSEDXML", False)
     with pytest.raises(
-        MaskLoomError, match=r"t\.xlsx: spreadsheets are read with defusedxml only; pip install defusedxml"
+        MaskLoomError, match=r"t\.xlsx: spreadsheets are read with defusedxml only; pip install 'maskloom\[xlsx\]'"
     ):
         xlsx_rows(path)
 

@@ -1,0 +1,34 @@
+"""Packages that only some datasets and options need: the extras of `pyproject.toml`, such as `maskloom[dicom]`."""
+
+import importlib
+
+from maskloom.pipeline.errors import MaskLoomError, one_line
+
+
+def require(module: str, extra: str, what_for: str, alternative: str = "") -> None:
+    """Import a module of an extra, so that the imports that follow cannot fail for want of it.
+
+    Args:
+        module: its import name.
+        extra: the extra that installs it.
+        what_for: the file or the configuration key that needs it.
+        alternative: what to do without it, such as `set it to false`.
+
+    Raises:
+        MaskLoomError: it is not installed, or cannot be imported.
+    """
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
+        package = module.partition(".")[0]
+        absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        reason = "" if absent else f", which cannot be imported ({one_line(error)[:200]})"
+        raise MaskLoomError(
+            f"{what_for} needs {package.replace('_', '-')}{reason}: {install_command(extra)}"
+            f"{', or ' if alternative else ''}{alternative}"
+        ) from None
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra, in a checkout as well."""
+    return f"pip install 'maskloom[{extra}]'"
