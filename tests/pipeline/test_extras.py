@@ -10,6 +10,7 @@ import tifffile
 from PIL import Image
 
 from maskloom.data_prep.__main__ import main as data_prep
+from maskloom.data_prep.datasets import mni152
 from maskloom.data_prep.inspect.raw_tree import tables_of, tree_of
 from maskloom.data_prep.processing.stains import stain_normaliser
 from maskloom.data_prep.readers import slides
@@ -153,6 +154,15 @@ def test_preparing_a_dataset_without_its_extra_ends_in_one_line(monkeypatch, tmp
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2
     assert lines[-1].startswith("error: ") and f" needs {module}: pip install 'maskloom[{extra}]'" in lines[-1]
+
+
+def test_the_demo_needs_no_extra(monkeypatch, tmp_path):
+    hide(monkeypatch, *MODULES, "nilearn")
+    mni152._volumes.cache_clear()
+    with pytest.raises(SystemExit) as stopped:
+        data_prep(["--config", str(ROOT / "configs" / "demo.yaml"), f"run_dir={tmp_path}", "data.image_size=32"])
+    assert stopped.value.code == 0
+    assert (tmp_path / "dataset" / "contract.json").is_file()
 
 
 def test_busi_needs_no_extra(monkeypatch, tmp_path):
