@@ -1,7 +1,7 @@
 """What a family of generators provides: its options, its networks and losses, samples to look at, and the weights that it leaves.
 
 To add a family, write `train_baselines/families/NAME.py` with a class `Options(FamilyOptions)` and a class `Trained(Family)`;
-a network that generation needs as well goes to `pipeline/networks/`, and `generate/generators/NAME.py` samples from it.
+a network that generation needs as well goes to `models/`, and `generate/generators/NAME.py` samples from it.
 """
 
 from __future__ import annotations

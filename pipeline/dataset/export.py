@@ -1,4 +1,4 @@
-"""`python -m pipeline export`: a mask-and-prompt dataset in the layout of another tool. The formats are `pipeline/exporters/*.py`."""
+"""`python -m pipeline export`: a mask-and-prompt dataset in the layout of another tool. The formats are `pipeline/dataset/exporters/*.py`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExportOptions:
     """The command line's switches.
 
     Attributes:
-        format: file name in `pipeline/exporters`.
+        format: file name in `pipeline/dataset/exporters`.
         output: folder of the export.
         splits: names; empty exports all.
         values: the format's own options as `key=value`.

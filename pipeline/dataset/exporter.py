@@ -1,6 +1,6 @@
 """What an export format provides: a check, and a writer of one layout into a folder.
 
-To add a format, write one file `pipeline/exporters/NAME.py` with a class `Exporter(DatasetExporter)`. Nothing else needs an edit: the
+To add a format, write one file `pipeline/dataset/exporters/NAME.py` with a class `Exporter(DatasetExporter)`. Nothing else needs an edit: the
 file's name is the format's name, and the contract tests run over it.
 """
 

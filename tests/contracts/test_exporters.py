@@ -1,4 +1,4 @@
-"""Runs over every export format found in `pipeline/exporters`; a new one is tested by existing."""
+"""Runs over every export format found in `pipeline/dataset/exporters`; a new one is tested by existing."""
 
 import json
 import weakref

@@ -1,0 +1,36 @@
+"""What the documentation names is there: files by their paths, and in the architecture's tables the functions beside them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "assets|benchmarks|configs|data_prep|docs|evaluate|generate|models|pipeline|tests|train_backbone|train_baselines|train_controlnet"
+PATH = re.compile(rf"(?<![\w/.:-])(?:\.\./)?((?:{FOLDERS})/[\w./*-]*[\w*/])")
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+MADE_UP = re.compile(r"NAME|\*")  # stands for a name of the reader's
+ROW = re.compile(r"^\| [^|]+ \| [^|]*`([\w/]+\.(?:py|j2))`[^|]* \| (.*) \|$")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_in_the_documentation_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = {match for match in PATH.findall(text) if not MADE_UP.search(match)}
+    missing = sorted(path for path in named if not (ROOT / path).exists())
+    linked = {link for link in LINK.findall(text) if not link.startswith(("http", "mailto"))}
+    assert not missing + sorted(link for link in linked if not (page.parent / link).exists())
+
+
+def test_every_function_in_the_architecture_lies_where_the_table_says() -> None:
+    rows = [ROW.match(line) for line in (ROOT / "docs/architecture.md").read_text(encoding="utf-8").splitlines()]
+    found = [row.groups() for row in rows if row and not MADE_UP.search(row[1])]
+    assert len(found) > 35
+    lost = []
+    for path, words in found:
+        for name in re.findall(r"`(\w+)`", words.split(";")[0]):
+            files = [path, *re.findall(r"`([\w/]+\.py)`", words)]
+            texts = [(ROOT / file).read_text(encoding="utf-8") for file in files]
+            lost += [] if any(re.search(rf"\b{name}\b", text) for text in texts) else [(path, name)]
+    assert lost == []
