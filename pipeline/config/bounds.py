@@ -1,4 +1,4 @@
-"""Upper bounds of configured numbers, each with its reason: a slip (an exponent too many) is a line, not a full memory hours later."""
+"""Upper bounds of configured numbers, each with its reason: a typing mistake gives a one-line error, not an out-of-memory error hours later."""
 
 import math
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-LARGEST_INT = 2**31 - 1  # what a 32-bit counter of the libraries holds
-LARGEST_FLOAT = 1e18  # its square is still a 32-bit float
+LARGEST_INT = 2**31 - 1  # the largest 32-bit counter of the libraries
+LARGEST_FLOAT = 1e18  # its square still fits a 32-bit float
 
 
 def at_most(limit: int, reason: str) -> AfterValidator:
-    """Return a check for `Annotated` that a whole number is not above `limit`; its error tells the reason."""
+    """Return a check for `Annotated` that a whole number is at most `limit`; its error states the reason."""
     return AfterValidator(_check(limit, reason))
 
 
@@ -24,42 +24,42 @@ def _check(limit: int, reason: str) -> Callable[[int], int]:
     return check
 
 
-Side = Annotated[int, at_most(8192, "one image of that side fills the memory of a training by itself")]
-"""Pixels of an image's side."""
+Side = Annotated[int, at_most(8192, "a single image of that size fills the memory of a training")]
+"""Side length of an image in pixels."""
 BatchSize = Annotated[int, at_most(16_384, "no device holds a larger batch")]
-"""Samples that a device holds at once."""
+"""Samples per device and micro-batch."""
 Accumulation = Annotated[int, at_most(16_384, "an optimizer step would take days")]
-"""Micro-batches of an optimizer step."""
+"""Micro-batches per optimizer step."""
 Steps = Annotated[int, at_most(100_000_000, "a hundred million steps of 0.1 s take four months")]
 """Optimizer steps."""
 Epochs = Annotated[int, at_most(1_000_000, "a million epochs of a minute take two years")]
 """Passes over a dataset."""
 Workers = Annotated[int, at_most(1024, "no machine has more cores, and each process takes memory")]
 """Processes."""
-Rows = Annotated[int, at_most(10_000_000, "the list of so many rows alone fills gigabytes")]
+Rows = Annotated[int, at_most(10_000_000, "the list of that many rows alone takes gigabytes")]
 """Images or rows of a dataset."""
 Rank = Annotated[int, at_most(2048, "no attention layer of a Stable Diffusion backbone is wider")]
 """Rank of adapters."""
-Channels = Annotated[int, at_most(8192, "the weights of a layer that wide fill gigabytes")]
-"""Width of a network's layer."""
-Layers = Annotated[int, at_most(256, "no device holds the activations of so many")]
+Channels = Annotated[int, at_most(8192, "the weights of a layer that wide take gigabytes")]
+"""Width of a network layer."""
+Layers = Annotated[int, at_most(256, "no device holds the activations of that many layers")]
 """Depth of a network."""
 Timesteps = Annotated[int, at_most(10_000, "a noise schedule has a thousand timesteps")]
 """Steps of a diffusion process."""
-Repeats = Annotated[int, at_most(1_000_000, "more change no digit that is shown")]
+Repeats = Annotated[int, at_most(1_000_000, "more do not change any digit shown")]
 """Bootstrap resamples, random draws and the like."""
-Trainings = Annotated[int, at_most(1000, "each is a training of its own")]
-"""Networks that are trained to answer one question."""
+Trainings = Annotated[int, at_most(1000, "each is a separate training")]
+"""Networks that are trained for one metric."""
 Copies = Annotated[int, at_most(1000, "each copy of each image is kept on disk")]
-"""Changed copies of an image."""
-Tries = Annotated[int, at_most(100_000, "what has failed so often does not come")]
-"""Attempts before something is given up."""
-Shown = Annotated[int, at_most(1000, "a page with more images does not open")]
+"""Augmented copies of an image."""
+Tries = Annotated[int, at_most(100_000, "an attempt that fails this often will not succeed")]
+"""Attempts before giving up."""
+Shown = Annotated[int, at_most(1000, "a browser cannot open a page with more images")]
 """Images on a page or in a grid."""
 
 
 def unbounded_number(value: Any) -> int | float | None:
-    """Return a number in a value, or in a list, tuple or mapping of values, that no computation here can take; None where there is none."""
+    """Return the first number above the bounds in a value or in nested lists, tuples and mappings; None if there is none."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""The section `data`: which raw dataset is prepared, and how."""
+"""The section `data`: the raw dataset and how it is prepared."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from maskloom.pipeline.config.bounds import (
 
 
 class Splits(Section):
-    """Shares of the groups in each split."""
+    """Share of the groups in each split."""
 
     train: float = Field(0.7, gt=0, le=1)
     validation: float = Field(0.15, ge=0, lt=1)
@@ -27,14 +27,16 @@ class Splits(Section):
 
 
 class IntensityWindow(Section):
-    """Which raw values become black and white; what lies beyond is clipped."""
+    """Raw values that are mapped to black and white; values beyond them are clipped."""
 
     method: Literal["percentile", "window", "zscore"] = "percentile"
-    lower: float = Field(1.0, ge=0, lt=100, description="percentile that becomes black")
-    upper: float = Field(99.0, gt=0, le=100, description="percentile that becomes white")
-    center: float | None = Field(None, description="middle of the window, in raw units (Hounsfield units for CT)")
+    lower: float = Field(1.0, ge=0, lt=100, description="percentile mapped to black")
+    upper: float = Field(99.0, gt=0, le=100, description="percentile mapped to white")
+    center: float | None = Field(None, description="centre of the window, in raw units (Hounsfield units for CT)")
     width: float | None = Field(None, gt=0, description="width of the window, in raw units")
-    deviations: float = Field(3.0, gt=0, description="zscore: mean - and + so many standard deviations")
+    deviations: float = Field(
+        3.0, gt=0, description="zscore: the window spans the mean plus and minus this many standard deviations"
+    )
 
     @model_validator(mode="after")
     def _is_whole(self) -> "IntensityWindow":
@@ -46,22 +48,25 @@ class IntensityWindow(Section):
 
 
 class StainConfig(Section):
-    """Stain normalisation of H&E and like images."""
+    """Stain normalisation of H&E and similar images."""
 
     method: Literal["macenko", "reinhard"]
     reference: Path | None = Field(
-        None, description="image whose stains all others get; null: the published reference vectors (macenko only)"
+        None,
+        description="image to whose stains all others are normalised; null: the published reference vectors (macenko only)",
     )
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> "StainConfig":
         if self.method == "reinhard" and self.reference is None:
-            raise ValueError("method=reinhard needs reference: the path of an image whose colours all others get")
+            raise ValueError(
+                "method=reinhard needs reference: the path of an image to whose colours all others are normalised"
+            )
         return self
 
 
 class ExternalConfig(Section):
-    """A dataset that gives another one an extra test split."""
+    """An external dataset that provides an additional test split."""
 
     raw_dir: Path | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the adapter's own options")
@@ -78,32 +83,33 @@ def _as_external(value: Any) -> Any:
 class DataConfig(Section):
     """`prepare`: raw dataset -> mask-and-prompt dataset."""
 
-    dataset: PluginName = Field(description="file name in data_prep/datasets")
+    dataset: PluginName = Field(description="file name in data_prep/datasets, without extension")
     raw_dir: Path | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the adapter's own options")
     image_size: Size = (512, 512)
     buckets: list[Size] = Field(
         default_factory=list,
-        description="sizes besides image_size; each image goes to the one of the nearest aspect ratio",
+        description="further sizes besides image_size; each image is resized to the one with the nearest aspect ratio",
     )
     resize_mode: Literal["pad", "crop", "stretch"] = "pad"
     conditioning: Literal["mask", "edges", "both", "foreground", "image"] = "mask"
-    intensity: IntensityWindow | None = Field(None, description="null: as the dataset says")
+    intensity: IntensityWindow | None = Field(None, description="null: as the dataset defines")
     stain: StainConfig | None = None
     splits: Splits = Splits()
-    duplicates: Literal["near", "identical", "none"] | None = Field(None, description="null: as the dataset says")
+    duplicates: Literal["near", "identical", "none"] | None = Field(None, description="null: as the dataset defines")
     near_duplicate_correlation: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="alignment correlation that joins two images; null: 0.55, and details beyond what unrelated images share",
+        description="correlation after alignment above which two images are near-duplicates; null: 0.55, and more shared detail than between unrelated images",
     )
     external: Annotated[dict[PluginName, ExternalConfig], BeforeValidator(_as_external)] = Field(
-        default_factory=dict, description="file names in data_prep/datasets; each becomes the split external_NAME"
+        default_factory=dict,
+        description="file name in data_prep/datasets -> its settings; each dataset becomes the split external_NAME",
     )
     rows_per_shard: Rows = Field(512, ge=1)
     num_workers: Workers | None = Field(
-        None, ge=1, description="processes that read; null: one a core, fewer for few images"
+        None, ge=1, description="reading processes; null: one per core, fewer for few images"
     )
 
     @model_validator(mode="after")
@@ -116,5 +122,5 @@ class DataConfig(Section):
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """All sizes that images are brought to, `image_size` first."""
+        """All sizes that images are resized to, `image_size` first."""
         return list(dict.fromkeys([self.image_size, *self.buckets]))

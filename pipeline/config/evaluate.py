@@ -24,7 +24,7 @@ def _default_metrics() -> Plugins:
 
 
 class EvaluateConfig(Section):
-    """`evaluate`: the questions asked of every synthetic set."""
+    """`evaluate`: the metrics that are computed for every synthetic dataset."""
 
     metrics: Annotated[Plugins, plugin_options(*DEFAULT_METRICS)] = Field(
         default_factory=_default_metrics, description="file name in evaluate/metrics -> its options"
@@ -32,7 +32,7 @@ class EvaluateConfig(Section):
 
 
 class ReportConfig(Section):
-    """`report`: what the page shows."""
+    """`report`: the content of the page."""
 
     title: str | None = None
     images_per_class: Shown = Field(4, ge=1)

@@ -1,4 +1,4 @@
-"""The configuration of an experiment, all stages: YAML -> `extends` -> command-line overrides -> checked models."""
+"""The configuration of an experiment with all its stages: YAML -> `extends` -> command-line overrides -> validated models."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,15 +14,16 @@ from maskloom.pipeline.errors import MaskLoomError
 
 
 class ExperimentConfig(Section):
-    """One experiment, all stages."""
+    """The configuration of one experiment with all its stages."""
 
     experiment: str = Field(pattern=NAME_PATTERN, max_length=MAX_NAME)
     run_dir: Path | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig
-    train: TrainConfig | None = Field(None, description="null: no backbone is fine-tuned")
+    train: TrainConfig | None = Field(None, description="null: do not fine-tune a backbone")
     baselines: Annotated[Plugins, plugin_options()] = Field(
-        default_factory=dict, description="generators besides it: file name in train_baselines/families -> its options"
+        default_factory=dict,
+        description="further generator architectures to train: file name in train_baselines/families -> its options",
     )
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -35,14 +36,14 @@ class ExperimentConfig(Section):
 
     @property
     def fine_tuning(self) -> TrainConfig:
-        """The section `train`, for what cannot do without.
+        """The section `train`, for code that requires it.
 
         Raises:
-            MaskLoomError: there is none.
+            MaskLoomError: the configuration has no such section.
         """
         if self.train is None:
             raise MaskLoomError(
-                "the configuration has no section `train`, which names the backbone; give train.pretrained_model_name_or_path, "
-                "or leave out the generators (controlnet, lora, text_only) that need it"
+                "the configuration has no section `train`, which names the backbone; set train.pretrained_model_name_or_path, "
+                "or remove the generators that need it (controlnet, lora, text_only)"
             )
         return self.train

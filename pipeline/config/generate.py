@@ -1,4 +1,4 @@
-"""The section `generate`: which generators sample from which masks, and how."""
+"""The section `generate`: the generators, the masks that they sample from, and the sampling settings."""
 
 from typing import Annotated, Literal
 
@@ -14,18 +14,22 @@ from maskloom.pipeline.config.bounds import (
 
 
 class WarpConfig(Section):
-    """How train masks are bent into new ones."""
+    """How new masks are made by warping train masks."""
 
     rotation_degrees: float = Field(15.0, ge=0, le=180)
     scale: tuple[float, float] = (0.85, 1.2)
     shear_degrees: float = Field(5.0, ge=0, lt=45)
-    translation: float = Field(0.05, ge=0, lt=0.5, description="share of the image's side")
-    elastic_alpha: float = Field(0.03, ge=0, description="largest displacement, as a share of the image's side")
-    elastic_sigma: float = Field(0.08, gt=0, description="smoothness, as a share of the image's side")
+    translation: float = Field(0.05, ge=0, lt=0.5, description="largest shift, as a fraction of the image's side")
+    elastic_alpha: float = Field(0.03, ge=0, description="largest displacement, as a fraction of the image's side")
+    elastic_sigma: float = Field(0.08, gt=0, description="smoothness, as a fraction of the image's side")
     flip_horizontal: bool = False
-    min_area_ratio: float = Field(0.5, gt=0, le=1, description="smallest allowed area of a class against the original")
-    max_area_ratio: float = Field(2.0, ge=1)
-    attempts: Tries = Field(20, ge=1, description="tries before a mask is given up and the reason is listed")
+    min_area_ratio: float = Field(
+        0.5, gt=0, le=1, description="smallest allowed area of a class, relative to the original"
+    )
+    max_area_ratio: float = Field(2.0, ge=1, description="largest allowed area, relative to the original")
+    attempts: Tries = Field(
+        20, ge=1, description="attempts per mask; after the last one the mask is rejected and the reason listed"
+    )
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> "WarpConfig":
@@ -53,10 +57,10 @@ class GenerateConfig(Section):
     )
     mask_source: list[Literal["train", "warped"]] = Field(default_factory=_default_mask_source, min_length=1)
     num_images: Rows | None = Field(
-        None, ge=1, description="in all, spread evenly over the classes; null: as many as train has"
+        None, ge=1, description="total number, spread evenly over the classes; null: as many as the train split has"
     )
     images_per_class: dict[str, Rows] | None = Field(
-        None, description="exact counts by class name; overrides num_images"
+        None, description="exact number of images for each class name; overrides num_images"
     )
     warp: WarpConfig = WarpConfig()
     scheduler: Literal["unipc", "dpmsolver++", "ddim"] = "unipc"

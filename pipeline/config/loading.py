@@ -1,4 +1,4 @@
-"""Reads configuration files: YAML, `extends`, overrides, and errors that name the key."""
+"""Load configuration files: YAML, `extends`, overrides, and errors that name the key."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=BaseModel)
 DROPPABLE = frozenset(
     {("data", "external"), ("baselines",), ("generate", "generators"), ("evaluate", "metrics"), ("sweep", "variants")}
 )
-"""Sections of named entries; the value `false` takes an inherited one out."""
+"""Sections of named entries, in which the value `false` removes an inherited entry."""
 
 MAX_PARENTS = 50
 MAX_SHOWN = 100  # characters of a value or key in a message
@@ -34,7 +34,7 @@ def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
         overrides: `key.subkey=value` strings, applied last.
 
     Raises:
-        MaskLoomError: the file is missing or not YAML; a key is unknown (names the nearest); a value does not fit.
+        MaskLoomError: the file is missing or not YAML; a key is unknown (the error suggests the nearest one); a value is invalid.
     """
     return load_config(path, overrides, ExperimentConfig)
 
@@ -45,15 +45,15 @@ def load_config(path: Path, overrides: list[str], model: type[Model]) -> Model:
 
 
 def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what a YAML file, the files that it extends and overrides say together, unchecked.
+    """Return the merged values of a YAML file, the files that it extends, and overrides, without validating them.
 
     Args:
         path: see `load_experiment`.
-        overrides: likewise.
-        between: values that come over the file's and under the overrides.
+        overrides: see `load_experiment`.
+        between: values that override the file's and are overridden by `overrides`.
 
     Raises:
-        MaskLoomError: the file is missing or not YAML, or the parts do not fit together.
+        MaskLoomError: the file is missing or not YAML, or the parts cannot be merged.
     """
     values = merged(_with_parents(shipped(path), ()), between or {}, str(path))
     for override in overrides:
@@ -62,16 +62,16 @@ def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | N
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any], where: str, place: tuple[str, ...] = ()) -> Any:
-    """Return `values` with `changes` laid over: mappings key by key, anything else as a whole; see `DROPPABLE` for `false`.
+    """Return `values` with `changes` merged in: mappings key by key, anything else as a whole; see `DROPPABLE` for `false`.
 
     Args:
         values: nested mappings.
-        changes: likewise.
-        where: what the changes come from, for messages.
-        place: keys that lead to these mappings.
+        changes: nested mappings.
+        where: source of the changes, for messages.
+        place: path of keys to these mappings.
 
     Raises:
-        MaskLoomError: a mapping meets what is none.
+        MaskLoomError: a mapping would replace another kind of value, or the reverse.
     """
     result = dict(values)
     for key, change in changes.items():
@@ -84,7 +84,7 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any], where: str, pl
         elif (isinstance(change, dict) and old is not None) or (isinstance(change, list) and isinstance(old, dict)):
             given, there = _kind(change), _kind(old)
             raise MaskLoomError(
-                f"{where}: {_shown('.'.join(here))}: {given} cannot be laid over {there} ({_shown(repr(old))}); give {there}"
+                f"{where}: {_shown('.'.join(here))}: {given} cannot replace {there} ({_shown(repr(old))}); give {there}"
             )
         else:
             result[key] = change
@@ -95,7 +95,7 @@ def validated(values: Any, model: type[Model], where: str) -> Model:
     """Return `model` filled with `values`.
 
     Raises:
-        MaskLoomError: names `where`, the key, the value, and for an unknown key the nearest known one.
+        MaskLoomError: a key or value is invalid; the error names `where`, the key and the value, and suggests the nearest known key.
     """
     try:
         return model.model_validate(values)
@@ -104,29 +104,29 @@ def validated(values: Any, model: type[Model], where: str) -> Model:
 
 
 def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """Return what a file and the files that it extends say."""
+    """Return the merged values of a file and of the files that it extends."""
     if not _is_file(path):
         raise MaskLoomError(
             f"{_shown(str(path))}: no such configuration file; give a path, or one that ships with MaskLoom: "
             f"{', '.join(shipped_names('configs', '*.yaml'))}"
         )
     if path.resolve() in children:
-        raise MaskLoomError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*children, path))}")
+        raise MaskLoomError(f"{path}: `extends` forms a cycle: {' -> '.join(p.name for p in (*children, path))}")
     if len(children) >= MAX_PARENTS:
-        raise MaskLoomError(f"{children[0]}: `extends` leads over more than {MAX_PARENTS} files; put them together")
+        raise MaskLoomError(f"{children[0]}: `extends` chains more than {MAX_PARENTS} files; merge some of them")
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise MaskLoomError(f"{path}: must hold a mapping of keys to values, and holds {_kind(values)}")
+        raise MaskLoomError(f"{path}: must contain a mapping of keys to values, not {_kind(values)}")
     parent = values.pop("extends", None)
     if parent is None:
         return values
     if not isinstance(parent, str) or not parent:
-        raise MaskLoomError(f"{path}: extends={_shown(repr(parent))}: give the name of one file, or leave it out")
+        raise MaskLoomError(f"{path}: extends={_shown(repr(parent))}: give the name of one file, or remove this key")
     return merged(_with_parents(_extended(path, parent), (*children, path.resolve())), values, str(path))
 
 
 def _extended(path: Path, parent: str) -> Path:
-    """Return the file that `extends` names: beside `path`, else shipped, with or without `configs/` before its name."""
+    """Return the file that `extends` names: next to `path`, otherwise a shipped file, with or without `configs/` before its name."""
     beside = path.parent / parent
     candidates = (beside, shipped_only(Path(parent)), shipped_only(Path("configs", parent)))
     return next((file for file in candidates if file is not None and _is_file(file)), beside)
@@ -140,7 +140,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _from_override(override: str) -> dict[str, Any]:
-    """Return the nested mappings that `key.subkey=value` stands for."""
+    """Return `key.subkey=value` as nested mappings."""
     key, sign, text = override.partition("=")
     parts = key.split(".")
     if not sign or override.startswith("-") or not all(part.strip() for part in parts):
@@ -152,7 +152,7 @@ def _from_override(override: str) -> dict[str, Any]:
 
 
 def _override_value(key: str, text: str) -> Any:
-    """Return a value as YAML has it. What is no YAML, such as `*/images/*.png`, is text; so is what YAML would cut off (` #`, `|`)."""
+    """Return an override's value, parsed as YAML. Invalid YAML such as `*/images/*.png` is text, as are values that YAML would truncate (` #`, `|`)."""
     try:
         if TEXT.match(text):
             return plain_text(text)
@@ -173,7 +173,7 @@ def _shown(text: str) -> str:
 
 
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return one line for the first of pydantic's errors, and how many more there are."""
+    """Return one line for the first of pydantic's errors, with the number of further errors."""
     first = error.errors()[0]
     key = ".".join(_shown(str(part)) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -190,7 +190,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that the model knows at a nested location."""
+    """Return the keys of the model at a nested location."""
     for part in location:
         field = model.model_fields.get(str(part))
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]

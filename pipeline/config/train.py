@@ -1,6 +1,6 @@
-"""The section `train`, and what every training loop is configured by.
+"""The section `train`, and the settings of the shared training loop.
 
-Keys bear the names of diffusers' own flags, so that a command line of `train_controlnet.py` carries over.
+The keys have the names of diffusers' flags, so that a command line of `train_controlnet.py` can be reused.
 """
 
 from pathlib import Path
@@ -25,18 +25,20 @@ from maskloom.pipeline.config.bounds import (
 )
 
 POLYNOMIAL_END = 1e-7
-"""The learning rate that diffusers' polynomial schedule falls to."""
+"""The final learning rate of diffusers' polynomial schedule."""
 
 
 class LoopConfig(Section):
-    """What the shared training loop needs, whatever is trained."""
+    """The settings of the shared training loop, for any network."""
 
-    train_batch_size: BatchSize = Field(4, ge=1, description="samples a process and micro-batch")
+    train_batch_size: BatchSize = Field(4, ge=1, description="samples per process and micro-batch")
     gradient_accumulation_steps: Accumulation = Field(1, ge=1)
-    max_train_steps: Steps = Field(1000, ge=0, description="optimizer steps; 0 leaves the networks as they start")
-    num_train_epochs: Epochs | None = Field(None, ge=1, description="train so many epochs instead of max_train_steps")
+    max_train_steps: Steps = Field(1000, ge=0, description="optimizer steps; 0 leaves the networks untrained")
+    num_train_epochs: Epochs | None = Field(
+        None, ge=1, description="train for this many epochs instead of max_train_steps"
+    )
     learning_rate: float = Field(1e-5, gt=0)
-    scale_lr: bool = Field(False, description="multiply learning_rate by the global batch")
+    scale_lr: bool = Field(False, description="multiply learning_rate by the global batch size")
     lr_scheduler: Literal[
         "constant",
         "constant_with_warmup",
@@ -48,10 +50,10 @@ class LoopConfig(Section):
     ] = "constant_with_warmup"
     lr_warmup_steps: Steps = Field(0, ge=0)
     lr_decay_start: float = Field(
-        0.5, ge=0, lt=1, description="constant_then_linear: share of the steps before the fall"
+        0.5, ge=0, lt=1, description="constant_then_linear: fraction of the steps before the decay starts"
     )
     lr_num_cycles: Steps = Field(1, ge=1)
-    lr_power: float = Field(1.0, gt=0, description="of the polynomial")
+    lr_power: float = Field(1.0, gt=0, description="exponent of the polynomial schedule")
     use_8bit_adam: bool = False
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -60,18 +62,20 @@ class LoopConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     mixed_precision: Precision = "no"
     allow_tf32: bool = False
-    torch_compile: bool = Field(False, description="compile the networks' repeated blocks (torch.compile, regional)")
-    channels_last: bool = Field(False, description="keep convolutions' tensors channels-last")
+    torch_compile: bool = Field(
+        False, description="compile the repeated blocks of the networks (torch.compile, regional)"
+    )
+    channels_last: bool = Field(False, description="use the channels-last memory format for convolutions")
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
     checkpointing_steps: Steps = Field(500, ge=1)
     checkpoints_total_limit: Steps | None = Field(2, ge=1)
     resume_from_checkpoint: str | None = Field(
-        "latest", description="'latest', a checkpoint folder, or null to start afresh"
+        "latest", description="'latest', a checkpoint folder, or null to start from scratch"
     )
     validation_steps: Steps = Field(500, ge=1)
     early_stopping_patience: Steps | None = Field(
-        None, ge=1, description="stop after so many validations without a lower loss, and keep the best weights"
+        None, ge=1, description="stop after this many validations without a lower loss, and keep the best weights"
     )
     logging_steps: Steps = Field(10, ge=1)
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = "tensorboard"
@@ -82,37 +86,39 @@ class LoopConfig(Section):
     def _polynomial_falls(self) -> Self:
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise ValueError(
-                f"lr_scheduler=polynomial falls to {POLYNOMIAL_END:g}, and learning_rate={self.learning_rate:g} is not above it; "
+                f"lr_scheduler=polynomial decays to {POLYNOMIAL_END:g}, but learning_rate={self.learning_rate:g} is not above it; "
                 "raise learning_rate, or choose another lr_scheduler"
             )
         return self
 
     @property
     def section(self) -> str:
-        """Where these values stand in the configuration, for messages."""
+        """The configuration section of these values, for messages."""
         return "train"
 
     @property
     def trains_all_weights(self) -> bool:
-        """Whether every step gives every weight a gradient."""
+        """Whether every weight receives a gradient in every step."""
         return True
 
 
 class AugmentConfig(Section):
-    """How an image, its mask and its conditioning image are changed alike while training.
+    """Augmentation that transforms an image, its mask and its conditioning image alike.
 
-    Words of the prompt that are read off the mask follow it (a lesion on the left is on the right after a flip). All other words stay as
-    they are: where a report's words or a label tell left from right, set `random_flip=false`.
+    Words of the prompt that describe the mask are updated (a lesion on the left is on the right after a flip). All other words stay the
+    same: set `random_flip=false` where the words of a report or a label distinguish left from right.
     """
 
     variants: Copies = Field(
-        4, ge=1, description="changed copies of each row besides the row itself; all of them are cached"
+        4, ge=1, description="augmented copies of each row besides the row itself; all of them are cached"
     )
-    random_flip: bool = Field(True, description="mirror left and right in half of the copies")
+    random_flip: bool = Field(True, description="flip half of the copies horizontally")
     rotation_degrees: float = Field(5.0, ge=0, le=180)
     scale: tuple[float, float] = (0.95, 1.05)
-    translation: float = Field(0.03, ge=0, lt=0.5, description="share of the image's side")
-    brightness: float = Field(0.05, ge=0, lt=1, description="largest shift, as a share of the grey range; image only")
+    translation: float = Field(0.03, ge=0, lt=0.5, description="largest shift, as a fraction of the image's side")
+    brightness: float = Field(
+        0.05, ge=0, lt=1, description="largest shift, as a fraction of the intensity range; image only"
+    )
     contrast: float = Field(0.1, ge=0, lt=1, description="largest relative change; image only")
 
     @model_validator(mode="after")
@@ -123,15 +129,17 @@ class AugmentConfig(Section):
 
 
 class AdherenceConfig(Section):
-    """Mask adherence while training: a small U-Net, trained on real images, reads the mask off sampled images."""
+    """Mask adherence during training: a small U-Net, trained on real images, segments the sampled images."""
 
-    num_images: Rows = Field(16, ge=8, description="validation masks that images are sampled for; fewer tell nothing")
-    num_inference_steps: Timesteps | None = Field(None, ge=1, description="null: as `generate` samples")
-    guidance_scale: float | None = Field(
-        None, ge=0, description="null: as `generate` samples; 1: without guidance, in half the time"
+    num_images: Rows = Field(
+        16, ge=8, description="validation masks to sample images for; fewer than 8 allow no conclusion"
     )
-    controlnet_conditioning_scale: float | None = Field(None, ge=0, description="null: as `generate` samples")
-    image_size: Size = Field((128, 128), description="that the U-Net sees")
+    num_inference_steps: Timesteps | None = Field(None, ge=1, description="null: the value of `generate`")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="null: the value of `generate`; 1: without guidance, in half the time"
+    )
+    controlnet_conditioning_scale: float | None = Field(None, ge=0, description="null: the value of `generate`")
+    image_size: Size = Field((128, 128), description="input size of the U-Net")
     steps: Steps = Field(300, ge=1, description="training steps of the U-Net")
 
     @model_validator(mode="after")
@@ -142,18 +150,18 @@ class AdherenceConfig(Section):
 
 
 class DecoderConfig(Section):
-    """Fine-tuning of the VAE's decoder before the ControlNet: structures come out truer than from a frozen VAE, texture smoother."""
+    """Fine-tuning of the VAE's decoder before the ControlNet: it reproduces structures more accurately than a frozen decoder, and texture more smoothly."""
 
     max_train_steps: Steps = Field(1000, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     train_batch_size: BatchSize = Field(4, ge=1)
     crop: Side = Field(
-        256, ge=64, multiple_of=64, description="side of the training crops in pixels; a decoder is convolutional"
+        256, ge=64, multiple_of=64, description="side of the training crops in pixels (the decoder is convolutional)"
     )
 
 
 MOST_PROMPT_CHUNKS = 8
-"""600 tokens of Stable Diffusion; the cost of cross-attention grows with them."""
+"""600 tokens of Stable Diffusion; the cost of cross-attention grows with the number of chunks."""
 LoraTarget = Literal["unet", "text_encoder", "controlnet"]
 
 
@@ -168,63 +176,73 @@ class TrainConfig(LoopConfig):
         None,
         ge=2,
         le=MOST_PROMPT_CHUNKS,
-        description="read prompts beyond the text encoder's limit in this many pieces; null: what exceeds it is cut",
+        description="encode prompts beyond the text encoder's limit in this many chunks; null: truncate them",
     )
     single_file_config: str | None = Field(
         None,
-        description="for a backbone that is one .safetensors file: Hub id or folder of a pipeline whose settings and tokenizer it takes; "
+        description="for a backbone in one .safetensors file: Hub id or folder of a pipeline whose settings and tokenizer are used; "
         "null: the settings of Stable Diffusion 1.x or 2.x, and tokenizer_name",
     )
     controlnet_model_name_or_path: str | None = Field(
-        None, description="weights to go on from; null: the UNet's encoder"
+        None, description="initial weights; null: those of the UNet's encoder"
     )
     lora_model_name_or_path: str | None = Field(
-        None, description="adapters to go on from, a folder or a .safetensors file; null: fresh ones"
+        None, description="initial adapters, a folder or a .safetensors file; null: new ones"
     )
-    max_train_samples: Rows | None = Field(None, ge=1, description="train on the first so many rows only")
+    max_train_samples: Rows | None = Field(None, ge=1, description="train on this many rows only, the first ones")
 
     controlnet: Literal["full", "shallow", "zero_convs", "frozen", "none"] = Field(
         "full",
-        description="which of the ControlNet's weights are trained; shallow: the first controlnet_blocks blocks, all zero "
-        "convolutions and what embeds the inputs; zero_convs: these and the conditioning's embedding; none: there is no ControlNet",
+        description="trained weights of the ControlNet; shallow: the first controlnet_blocks blocks, all zero convolutions and the layers "
+        "that embed the inputs; zero_convs: the zero convolutions and the conditioning embedding; none: no ControlNet",
     )
-    controlnet_blocks: Layers = Field(2, ge=1, description="for controlnet=shallow")
-    sd_locked: bool = Field(True, description="false: the UNet's decoder is trained as well")
-    lora: list[LoraTarget] = Field(default_factory=list, description="which networks get adapters on their attention")
-    rank: Rank = Field(4, ge=1, description="of the adapters")
+    controlnet_blocks: Layers = Field(2, ge=1, description="number of trained blocks for controlnet=shallow")
+    sd_locked: bool = Field(True, description="false: also train the UNet's decoder")
+    lora: list[LoraTarget] = Field(
+        default_factory=list, description="networks that get adapters on their attention layers"
+    )
+    rank: Rank = Field(4, ge=1, description="rank of the adapters")
     lora_alpha: float | None = Field(None, gt=0, description="null: the rank")
     vae_decoder: DecoderConfig | None = None
 
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: the ControlNet's, or without one the UNet's"
+        False,
+        description="recompute activations in the backward pass: those of the ControlNet, or without one those of the UNet",
     )
-    unet_gradient_checkpointing: bool = Field(False, description="recompute the UNet's activations as well")
+    unet_gradient_checkpointing: bool = Field(False, description="also recompute the UNet's activations")
     enable_xformers_memory_efficient_attention: bool = False
     cache_latents: bool = True
 
     augment: AugmentConfig | None = None
-    proportion_empty_prompts: float = Field(0.0, ge=0, le=1, description="1: trained on masks only")
-    proportion_empty_conditioning: float = Field(0.0, ge=0, le=1, description="1: trained on prompts only")
+    proportion_empty_prompts: float = Field(
+        0.0, ge=0, le=1, description="fraction of samples with an empty prompt; 1: train on masks only"
+    )
+    proportion_empty_conditioning: float = Field(
+        0.0, ge=0, le=1, description="fraction of samples with a black conditioning image; 1: train on prompts only"
+    )
     shuffle_conditioning: bool = Field(
         False,
-        description="a control experiment: every row gets another row's conditioning image, so none can be followed",
+        description="a control experiment: every row gets another row's conditioning image, so that none can be followed",
     )
-    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weights")
-    debiased_estimation_loss: bool = Field(False, description="weights 1/sqrt(SNR)")
-    lesion_loss_weight: float = Field(1.0, ge=1, description="weight of the mask's foreground against the background")
+    snr_gamma: float | None = Field(None, gt=0, description="gamma of the min-SNR weighting")
+    debiased_estimation_loss: bool = Field(False, description="weight the loss by 1/sqrt(SNR)")
+    lesion_loss_weight: float = Field(
+        1.0, ge=1, description="weight of the mask's foreground relative to the background"
+    )
     noise_offset: float = Field(0.0, ge=0)
     rescale_betas_zero_snr: bool = Field(False, description="zero terminal SNR; needs v_prediction")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
-        None, description="null: as the backbone says"
+        None, description="null: the backbone's"
     )
 
-    num_validation_images: Shown = Field(4, ge=0, description="rows of the validation split in each grid of pictures")
-    validation_prompt: list[str] = Field(default_factory=list, description="further pictures: their prompts, …")
+    num_validation_images: Shown = Field(4, ge=0, description="rows of the validation split in each sample grid")
+    validation_prompt: list[str] = Field(default_factory=list, description="prompts of further samples")
     validation_image: list[Path] = Field(
-        default_factory=list, description="… and their conditioning images, one a prompt, at the dataset's image size"
+        default_factory=list,
+        description="conditioning images of these samples, one per prompt, at the dataset's image size",
     )
     validation_timestep_bins: Timesteps = Field(4, ge=1)
-    validation_samples: Rows = Field(64, ge=1, description="validation rows that the held-out loss is taken over")
+    validation_samples: Rows = Field(64, ge=1, description="validation rows for the held-out loss")
     adherence: AdherenceConfig | None = None
 
     @property
@@ -244,16 +262,16 @@ class TrainConfig(LoopConfig):
             raise ValueError(f"lora={self.lora}: name each network once")
         if "controlnet" in adapted and self.controlnet not in ("zero_convs", "frozen"):
             raise ValueError(
-                f"lora=[controlnet] adapts weights that stay as they are; set controlnet=zero_convs (or frozen), not {self.controlnet}"
+                f"lora=[controlnet] adapts frozen weights; set controlnet=zero_convs (or frozen), not {self.controlnet}"
             )
         if self.controlnet == "frozen" and self.controlnet_model_name_or_path is None:
-            raise ValueError("controlnet=frozen needs controlnet_model_name_or_path: a fresh one says nothing")
+            raise ValueError("controlnet=frozen needs controlnet_model_name_or_path: a new ControlNet has no effect")
         if self.lora_model_name_or_path is not None and not adapted & {"unet", "text_encoder"}:
             raise ValueError(
-                "lora_model_name_or_path needs lora=[unet], [text_encoder] or both: nothing else starts from it"
+                "lora_model_name_or_path needs lora=[unet], [text_encoder] or both: only these can start from it"
             )
         if "unet" in adapted and not self.sd_locked:
-            raise ValueError("lora=[unet] with sd_locked=false trains the UNet twice over; choose one")
+            raise ValueError("lora=[unet] with sd_locked=false trains the UNet twice; choose one")
         return self
 
     @model_validator(mode="after")
@@ -261,17 +279,17 @@ class TrainConfig(LoopConfig):
         prompts, images = len(self.validation_prompt), len(self.validation_image)
         if images != (0 if self.controlnet == "none" else prompts):
             raise ValueError(
-                f"{prompts} validation_prompt and {images} validation_image with controlnet={self.controlnet}: give one image a prompt, "
-                "and none without a ControlNet"
+                f"{prompts} validation_prompt and {images} validation_image with controlnet={self.controlnet}: give one image per prompt, "
+                "and no images without a ControlNet"
             )
         return self
 
     @model_validator(mode="after")
     def _objective_is_one(self) -> "TrainConfig":
         if self.snr_gamma is not None and self.debiased_estimation_loss:
-            raise ValueError("snr_gamma and debiased_estimation_loss are two weightings of the loss; choose one")
+            raise ValueError("snr_gamma and debiased_estimation_loss are alternative loss weightings; choose one")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr leaves no signal at the last step, where the noise says nothing; set prediction_type=v_prediction"
+                "rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon cannot be learnt; set prediction_type=v_prediction"
             )
         return self

@@ -1,4 +1,4 @@
-"""Reads YAML strictly: plain values, each key once, no variables, bounded in size and depth."""
+"""Read YAML strictly: plain values, unique keys, no variables, bounded size and depth."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from maskloom.pipeline.errors import MaskLoomError, one_line
 
 MAX_BYTES = 1 << 20  # the largest configuration here has 5 kB
 MAX_DEPTH = 50
-MAX_VALUES = 100_000  # after anchors are expanded: a few lines of them can stand for billions of values
+MAX_VALUES = 100_000  # after anchors are expanded: a few lines of them can expand to billions of values
 MAX_BITS = 64
 DEEP = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
 SHOWN = 200  # characters of a parser's message
@@ -20,29 +20,29 @@ VARIABLE = re.compile(r"(?<!\\)\$\{")
 
 
 class NotYaml(ValueError):
-    """The text is not YAML, or its values are none that YAML's types can hold."""
+    """The text is not YAML, or a value does not fit YAML's types."""
 
 
 class _Loader(SafeLoader):
-    """PyYAML's safe loader, which takes `1e-5` for a number, dates, times and `010` for text, and no key twice."""
+    """PyYAML's safe loader, changed to read `1e-5` as a number, dates, times and `010` as text, and to reject duplicate keys."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.merged = 0
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """Look for keys that stand twice while nothing is merged into the mapping yet: a merge may be overridden."""
+        """Check for duplicate keys before anything is merged into the mapping: a merged key may be overridden."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if (key.tag, key.value) in seen:
-                    raise ConstructorError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
+                    raise ConstructorError(None, None, f"the key {key.value!r} occurs twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
 
     def flatten_mapping(self, node: MappingNode) -> None:
-        """Merge what `<<` names; a few lines of merges in merges would take forever."""
+        """Merge the mappings of `<<`, up to a limit: a few lines of nested merges would take forever."""
         super().flatten_mapping(node)
         self.merged += len(node.value)
         if self.merged > MAX_VALUES:
@@ -68,13 +68,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds: mappings, lists, text, numbers, flags and null.
+    """Return the content of a YAML file: mappings, lists, text, numbers, booleans and null.
 
     Raises:
-        MaskLoomError: it is too large, not UTF-8, not YAML, or holds what `parsed_yaml` refuses.
+        MaskLoomError: it is too large, not UTF-8, not YAML, or rejected by `parsed_yaml`.
     """
     if path.stat().st_size > MAX_BYTES:
-        raise MaskLoomError(f"{path}: {path.stat().st_size} bytes, more than a configuration has; give a YAML file")
+        raise MaskLoomError(f"{path}: {path.stat().st_size} bytes, too large for a configuration; give a YAML file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -86,11 +86,11 @@ def read_yaml(path: Path) -> Any:
 
 
 def parsed_yaml(text: str) -> Any:
-    r"""Return the value of a YAML text. Nothing is looked up: `${name}` is refused, and `\${name}` is the text `${name}`.
+    r"""Return the value of a YAML text. Variables are not substituted: `${name}` is rejected, and `\${name}` is the text `${name}`.
 
     Raises:
         NotYaml: it cannot be read.
-        ValueError: it holds what is refused; both say in one line what.
+        ValueError: it contains a rejected value. Both messages have one line.
     """
     if DEEP.search(text):  # the parser takes seconds until it gives up
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
@@ -104,11 +104,11 @@ def parsed_yaml(text: str) -> Any:
 
 
 def _checked(value: Any, left: list[int], depth: int) -> Any:
-    """Return a copy in which no part is shared, its text unescaped; `left` counts down the values that may follow."""
+    """Return a copy without shared parts, with its text unescaped; `left` is the number of values that may still follow."""
     left[0] -= 1
     if left[0] < 0 or depth > MAX_DEPTH:
         limit = f"more than {MAX_VALUES} values" if left[0] < 0 else f"nested deeper than {MAX_DEPTH} levels"
-        raise ValueError(f"{limit}; write out what its anchors stand for")
+        raise ValueError(f"{limit}; write out its anchors")
     if isinstance(value, dict):
         return {_checked(k, left, depth + 1): _checked(v, left, depth + 1) for k, v in value.items()}
     if isinstance(value, list):
@@ -116,26 +116,28 @@ def _checked(value: Any, left: list[int], depth: int) -> Any:
     if isinstance(value, str):
         return plain_text(value)
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise ValueError(f"a whole number of {value.bit_length()} bits; at most {MAX_BITS} can be computed with")
+        raise ValueError(f"a whole number of {value.bit_length()} bits; at most {MAX_BITS} are supported")
     if value is None or isinstance(value, bool | int | float):
         return value
-    raise ValueError(f"{one_line(value)[:SHOWN]!r} is no text, number, flag, list or mapping")  # such as !!binary
+    raise ValueError(
+        f"{one_line(value)[:SHOWN]!r} is not text, a number, a boolean, a list or a mapping"
+    )  # such as !!binary
 
 
 def plain_text(text: str) -> str:
     r"""Return a text with `\${` for `${`.
 
     Raises:
-        ValueError: it names a variable, holds a zero byte, or bytes that are not UTF-8.
+        ValueError: it contains a variable, a zero byte, or bytes that are not UTF-8.
     """
     if VARIABLE.search(text):
         raise ValueError(
-            f"{text[:SHOWN]!r}: variables are not looked up; write the value itself (or \\${{ for these two characters)"
+            f"{text[:SHOWN]!r}: variables are not substituted; write the value itself (or \\${{ for these two characters)"
         )
     if "\0" in text:
-        raise ValueError(f"{text[:SHOWN]!r} holds a zero byte; take it out")
+        raise ValueError(f"{text[:SHOWN]!r} contains a zero byte; remove it")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{text[:SHOWN]!a} is not UTF-8 text; rename what it names") from None
+        raise ValueError(f"{text[:SHOWN]!a} is not UTF-8 text; rename the file that it names") from None
     return text.replace("\\" + "${", "${")

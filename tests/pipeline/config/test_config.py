@@ -98,13 +98,13 @@ def test_extends_is_relative_to_the_file_and_goes_on_upwards(tmp_path):
 def test_extends_over_too_many_files(tmp_path):
     for number in range(52):
         _write(tmp_path, {"extends": f"{number + 1}.yaml"}, f"{number}.yaml")
-    assert "0.yaml: `extends` leads over more than 50 files" in _problem(tmp_path / "0.yaml")
+    assert "0.yaml: `extends` chains more than 50 files" in _problem(tmp_path / "0.yaml")
 
 
 def test_extends_in_a_circle(tmp_path):
     _write(tmp_path, {"extends": "two.yaml"}, "one.yaml")
     _write(tmp_path, {"extends": "one.yaml"}, "two.yaml")
-    assert "`extends` runs in a circle: one.yaml -> two.yaml -> one.yaml" in _problem(tmp_path / "one.yaml")
+    assert "`extends` forms a cycle: one.yaml -> two.yaml -> one.yaml" in _problem(tmp_path / "one.yaml")
 
 
 def test_a_missing_file(tmp_path):
@@ -125,15 +125,15 @@ def test_a_file_that_is_not_text(tmp_path):
 
 
 def test_a_file_that_is_not_a_mapping(tmp_path):
-    assert "must hold a mapping of keys to values" in _problem(_write(tmp_path, ["a", "b"]))
+    assert "must contain a mapping of keys to values" in _problem(_write(tmp_path, ["a", "b"]))
 
 
 @pytest.mark.parametrize("text", ["${sed}", "${oc.env:HOME}", "${oc.decode:1}"])
 def test_a_variable_is_not_looked_up(tmp_path, text):
     problem = _problem(_write(tmp_path, {**MINIMAL, "run_dir": text}))
-    assert f"one.yaml: not valid YAML: '{text}': variables are not looked up" in problem
+    assert f"one.yaml: not valid YAML: '{text}': variables are not substituted" in problem
     problem = _problem(_write(tmp_path, MINIMAL), f"run_dir={text}")
-    assert f"override run_dir={text}: '{text}': variables are not looked up" in problem
+    assert f"override run_dir={text}: '{text}': variables are not substituted" in problem
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,12 @@ def test_a_variable_is_not_looked_up(tmp_path, text):
         (["a.yaml"], "extends=['a.yaml']: give the name of one file"),
         ({"a": "b"}, "extends={'a': 'b'}: give the name of one file"),
         ("", "extends='': give the name of one file"),
-        ("a\0b", "holds a zero byte"),
-        ("${oc.env:NONE}", "variables are not looked up"),
+        ("a\0b", "contains a zero byte"),
+        ("${oc.env:NONE}", "variables are not substituted"),
         (".", "no such configuration file"),
         ("x" * 5000, "no such configuration file"),
-        ("one.yaml", "runs in a circle"),
-        ("list.yaml", "data: a mapping cannot be laid over a list ([1, 2]); give a list"),
+        ("one.yaml", "forms a cycle"),
+        ("list.yaml", "data: a mapping cannot replace a list ([1, 2]); give a list"),
     ],
 )
 def test_extends_may_be_anything_and_ends_in_one_line(tmp_path, extends, problem):
@@ -191,7 +191,7 @@ def test_the_last_inherited_entry_can_go(tmp_path):
 @pytest.mark.parametrize("key", ["generate.generators.text_onyl", "baselines.lora", "data.external.bus"])
 def test_false_where_nothing_is_inherited(tmp_path, key):
     name = key.rpartition(".")[2]
-    with pytest.raises(MaskLoomError, match=f"{name}=false takes out an inherited entry, and none of this name is"):
+    with pytest.raises(MaskLoomError, match=f"{name}=false removes an inherited entry, but no entry of this name is"):
         _drops(tmp_path, f"{key}=false")
 
 
@@ -262,21 +262,21 @@ def test_a_missing_key_is_named(tmp_path):
         ("generate.warp.scal.e=1", "unknown key 'generate.warp.scal'"),
         ("train.learning_rate=.nan", "train.learning_rate=nan: Input should be a finite number"),
         ("train.learning_rate=1e999", "train.learning_rate=inf: Input should be a finite number"),
-        ("train.noise_offset=1e300", "train: noise_offset: 1e+300 is larger than anything that can be computed with"),
+        ("train.noise_offset=1e300", "train: noise_offset: 1e+300 is larger than the largest supported number"),
         ("generate.warp.scale=[.nan, 1]", "generate.warp.scale.0=nan: Input should be a finite number"),
         ("data.intensity={method: window, center: .nan, width: 1}", "data.intensity.center=nan"),
         ("data.intensity={method: window, center: 0, width: .inf}", "data.intensity.width=inf"),
-        ("data.image_size=1000000000", "at most 8192: one image of that side fills the memory"),
+        ("data.image_size=1000000000", "at most 8192: a single image of that size fills the memory"),
         ("data.buckets=[[64, 1000000000]]", "data.buckets.0.1=1000000000: at most 8192"),
         ("train.train_batch_size=1000000", "train.train_batch_size=1000000: at most 16384"),
-        ("train.train_batch_size=yes", "train: train_batch_size=True: a flag where a number belongs"),
-        ("train.num_train_epochs=on", "train: num_train_epochs=True: a flag where a number belongs"),
-        ("seed=yes", "one.yaml: seed=True: a flag where a number belongs"),
+        ("train.train_batch_size=yes", "train: train_batch_size=True: give a number, not true or false"),
+        ("train.num_train_epochs=on", "train: num_train_epochs=True: give a number, not true or false"),
+        ("seed=yes", "one.yaml: seed=True: give a number, not true or false"),
         (f"seed={'9' * 5000}", "Unable to parse input string as an integer"),
         ("generate.images_per_class={a: 99999999999}", "generate.images_per_class.a=99999999999: at most 10000000"),
         ("train.tracker_project_name=../../up", "train.tracker_project_name='../../up': "),
         (f"experiment={'x' * 200}", "at most 128 characters"),
-        ("data.dataset.x=1", "data.dataset: a mapping cannot be laid over one value ('phantom_bus')"),
+        ("data.dataset.x=1", "data.dataset: a mapping cannot replace one value ('phantom_bus')"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_its_key(tmp_path, override, message):

@@ -50,17 +50,17 @@ def test_values_that_share_an_anchor_share_nothing():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("${oc.env:HOME}", "variables are not looked up; write the value itself"),
-        ("{a: ['x ${b}']}", "variables are not looked up"),
-        ("${${x}}", "variables are not looked up"),
-        ('"a\\0b"', "holds a zero byte"),
+        ("${oc.env:HOME}", "variables are not substituted; write the value itself"),
+        ("{a: ['x ${b}']}", "variables are not substituted"),
+        ("${${x}}", "variables are not substituted"),
+        ('"a\\0b"', "contains a zero byte"),
         ('"\\ud800"', "is not UTF-8 text"),
         ("[" * 5000 + "]" * 5000, f"nested deeper than {MAX_DEPTH} levels"),
         ("[" * 100 + "]" * 100, f"nested deeper than {MAX_DEPTH} levels"),
         ("&x [*x]", f"nested deeper than {MAX_DEPTH} levels"),
         (LAUGHS, "more than 100000 values"),
         ("0x" + "f" * 5000, "a whole number of 20000 bits"),
-        ("!!binary aGk=", "is no text, number, flag, list or mapping"),
+        ("!!binary aGk=", "is not text, a number, a boolean, a list or a mapping"),
     ],
 )
 def test_what_is_refused(text, problem):
@@ -75,7 +75,7 @@ def test_what_is_refused(text, problem):
     [
         ("*/images/*.png", "while scanning an alias"),
         ("9" * 5000, "Exceeds the limit"),
-        ("a: 1\na: 2", "the key 'a' stands there twice"),
+        ("a: 1\na: 2", "the key 'a' occurs twice"),
         ("a: !!python/object:os.system x", "could not determine a constructor"),
         (MERGES, "more than 100000 values are merged"),
         ("? [1, 2]\n: 3", "found unhashable key"),
@@ -91,14 +91,14 @@ def test_what_is_no_yaml(text, problem):
 
 def test_plain_text_is_checked_as_well():
     assert plain_text("*/a.png") == "*/a.png"
-    with pytest.raises(ValueError, match="variables are not looked up"):
+    with pytest.raises(ValueError, match="variables are not substituted"):
         plain_text("*/${HOME}")
 
 
 def test_a_file_that_is_too_large(tmp_path):
     path = tmp_path / "one.yaml"
     path.write_text("#" * (MAX_BYTES + 1))
-    with pytest.raises(MaskLoomError, match="bytes, more than a configuration has"):
+    with pytest.raises(MaskLoomError, match="bytes, too large for a configuration"):
         read_yaml(path)
 
 
