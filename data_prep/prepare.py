@@ -169,7 +169,7 @@ def _external_source(name: str, section: ExternalConfig, main: Source) -> Source
     if info.mask_classes != main.info.mask_classes:
         raise MaskLoomError(
             f"{where}: its mask classes ({', '.join(info.mask_classes)}) are not those of {main.name} "
-            f"({', '.join(main.info.mask_classes)}); take it out, or prepare it as an experiment of its own"
+            f"({', '.join(main.info.mask_classes)}); set {where}=false, or prepare it as an experiment of its own"
         )
     near = "near" in (main.duplicates, info.duplicates)
     return Source(name, adapter, info, main.labels, info.duplicates, f"{EXTERNAL_PREFIX}{name}", has_signatures=near)
@@ -198,7 +198,7 @@ def _check_intensity(data: DataConfig, sources: Sequence[Source]) -> None:
         if data.intensity is not None and "window" in source.adapter.Options.model_fields:
             options = f"data.external.{source.name}.options" if source.split else "data.options"
             raise MaskLoomError(
-                f"data.intensity: {source.name} has a window of its own, over the raw values; take data.intensity out and set {options}.window"
+                f"data.intensity: {source.name} has a window of its own, over the raw values; set data.intensity=null and {options}.window"
             )
 
 

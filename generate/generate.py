@@ -96,7 +96,7 @@ def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenera
     """
     if not config.generate.generators:
         raise MaskLoomError(
-            "generate.generators is empty; name at least one, for example generate.generators={controlnet:{}}"
+            "generate.generators is empty; name at least one, for example generate.generators.controlnet={}"
         )
     generators = {}
     for name, values in config.generate.generators.items():

@@ -157,7 +157,7 @@ class JointRows:
         return (
             f"{self._sample_id(row)}: {attempts} masks of {_class_words(row.parent.label, self.reader.description)} in a row have no foreground "
             f"after cleaning, and {self.figures.empty} of {self.figures.rows} first draws of this shard ({self.figures.empty / self.figures.rows:.0%}); "
-            f"train longer, raise {key}.attempts, or set {key}.min_area=0; to go on with the other generators, take this one out of generate.generators"
+            f"train longer, raise {key}.attempts, or set {key}.min_area=0; to continue with the other generators, set {key}=false"
         )
 
 

@@ -14,7 +14,7 @@ def checked_pixels(image: NDArray[np.float32], sample_id: str, seed: int) -> NDA
     """
     remedy = (
         "try generate.mixed_precision=no, another generate.scheduler, or train again; "
-        "to go on with the other generators, take this one out of generate.generators"
+        "to continue with the other generators, take this one out with generate.generators.NAME=false"
     )
     if not np.isfinite(image).all():
         raise MaskLoomError(f"{sample_id} (seed {seed}): the image holds NaN or infinite values; {remedy}")

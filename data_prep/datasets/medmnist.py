@@ -329,7 +329,7 @@ class Adapter(DatasetAdapter):
             return () if flag == MULTI_LABEL else tuple(SETS[flag].classes)
         if flag != MULTI_LABEL:
             raise MaskLoomError(
-                f"data.options.finding={self.options.finding}: only {MULTI_LABEL} has findings, not {flag}; take it out"
+                f"data.options.finding={self.options.finding}: only {MULTI_LABEL} has findings, not {flag}; set data.options.finding=null"
             )
         return f"no {self.options.finding}", self.options.finding
 

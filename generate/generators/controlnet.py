@@ -57,7 +57,7 @@ class Generator(BackboneGenerator):
         if self.config.fine_tuning.controlnet == "none":
             raise MaskLoomError(
                 "generate.generators.controlnet: train.controlnet=none trains without a ControlNet; "
-                "set generate.generators={lora: {}, text_only: {}}"
+                "set generate.generators.controlnet=false generate.generators.lora={}"
             )
         return trained_parts(self.config, self.run, ("controlnet", "unet", "lora", "vae"))
 

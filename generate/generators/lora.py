@@ -30,6 +30,6 @@ class Generator(BackboneGenerator):
         if not {"unet", "lora"} & set(parts):
             raise MaskLoomError(
                 "generate.generators.lora: train.lora and train.sd_locked leave UNet and text encoder as they are; "
-                "use text_only or controlnet, or set train.lora=[unet] and train again"
+                "set train.lora=[unet] and train again, or set generate.generators.lora=false generate.generators.text_only={}"
             )
         return parts

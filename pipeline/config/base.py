@@ -63,18 +63,18 @@ class Section(BaseModel):
 
 
 def plugin_options(*defaults: str) -> BeforeValidator:
-    """Return a validator that fills in empty options and, if every entry is `false`, removes these entries from the `defaults`."""
+    """Return a validator that fills in empty options and removes entries that are `false`: from the `defaults` where every entry is."""
 
     def entries(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         dropped = [name for name, options in value.items() if options is False]
-        unknown = [name for name in dropped if name not in defaults or len(dropped) < len(value)]
+        unknown = [name for name in dropped if name not in defaults]
         if unknown:
             raise ValueError(NOTHING_TO_DROP.format(name=unknown[0]))
-        if dropped:
+        if dropped and len(dropped) == len(value):
             return {name: {} for name in defaults if name not in dropped}
-        return {name: {} if options is None else options for name, options in value.items()}
+        return {name: {} if options is None else options for name, options in value.items() if name not in dropped}
 
     return BeforeValidator(entries)
 

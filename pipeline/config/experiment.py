@@ -44,6 +44,6 @@ class ExperimentConfig(Section):
         if self.train is None:
             raise MaskLoomError(
                 "the configuration has no section `train`, which names the backbone; set train.pretrained_model_name_or_path, "
-                "or remove the generators that need it (controlnet, lora, text_only)"
+                "or remove the generators that need it (controlnet, lora, text_only) with generate.generators.NAME=false"
             )
         return self.train

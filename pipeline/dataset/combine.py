@@ -8,9 +8,11 @@ larger share contains a smaller one, and the stages of a schedule are nested.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,10 +198,10 @@ def _balanced_rows(
             for label in needed
             if len(rows[label]) < needed[label]
         )
-        wanted = ",".join(f"{names[label]}:{count}" for label, count in needed.items() if count)
+        wanted = json.dumps({names[label]: count for label, count in needed.items() if count}, ensure_ascii=False)
         raise MaskLoomError(
             f"--balance: not enough synthetic rows for {target} train rows a class ({short}); generate with "
-            f"'generate.images_per_class={{{wanted}}}'"
+            f"{shlex.quote(f'generate.images_per_class={wanted}')}"
         )
     return {label: rows[label][:count] for label, count in needed.items()}
 

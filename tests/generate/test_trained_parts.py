@@ -1,5 +1,6 @@
 """What training left takes part in generation: which weights, which noise schedule, and what an ablation takes away."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from maskloom.generate.diffusion import ADAPTER_FILE, load_backbone, trained_par
 from maskloom.generate.generate import generate, open_generators
 from maskloom.generate.generator import Condition, ImageGenerator
 from maskloom.models.stable_diffusion.sampling import sampling_scheduler
+from maskloom.pipeline.config.generate import DEFAULT_GENERATORS
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
@@ -118,15 +120,27 @@ def test_text_only_fine_tuning_generates_without_a_controlnet(bench: Bench):
 
 
 def test_controlnet_without_a_controlnet_names_what_to_use(bench: Bench):
-    with pytest.raises(
-        MaskLoomError, match=r"train\.controlnet=none .*set generate\.generators=\{lora: \{\}, text_only"
-    ):
+    with pytest.raises(MaskLoomError, match=r"train\.controlnet=none trains without a ControlNet; set ") as error:
         generate(bench.config(["train.controlnet=none"]), force=False)
+    assert_advice_leaves_out("controlnet", bench, ["train.controlnet=none"], str(error.value))
+
+
+def assert_advice_leaves_out(name: str, bench: Bench, overrides: list[str], message: str) -> None:
+    """Check that the overrides that an error advises work, whether or not a file names generators already."""
+    advice = re.findall(r"generate\.generators\.\w+=\S+", message)
+    files = [{"generators": {name: {}}}, {"generators": {name: {}, "pix2pix": {}}}]
+    for values in [*files, *([{}] if name in DEFAULT_GENERATORS else [])]:
+        config = bench.config([*overrides, *advice], **values)
+        assert name not in config.generate.generators
+        opened = open_generators(config, bench.run).items()
+        assert all(one.digest for kind, one in opened if kind != "pix2pix")
+        assert set(config.generate.generators) - {"pix2pix"}
 
 
 def test_lora_where_neither_unet_nor_text_encoder_was_trained(bench: Bench):
-    with pytest.raises(MaskLoomError, match=r"generators\.lora: .*use text_only or controlnet, or set train\.lora"):
+    with pytest.raises(MaskLoomError, match=r"generators\.lora: .*set train\.lora=\[unet\] and train again") as error:
         _ = opened(bench, "lora", ["train.lora=[]"]).digest
+    assert_advice_leaves_out("lora", bench, ["train.lora=[]"], str(error.value))
 
 
 @pytest.mark.parametrize("part", ["controlnet", "unet", "lora", "vae"])

@@ -184,6 +184,14 @@ def test_false_takes_an_entry_of_the_default_out(tmp_path):
     assert "quality" not in config.evaluate.metrics and len(config.evaluate.metrics) == 5
 
 
+def test_one_entry_takes_the_place_of_another_whatever_the_file_says(tmp_path):
+    overrides = ["generate.generators.controlnet=false", "generate.generators.lora={}"]
+    for generators in (None, {"controlnet": {}}, {"controlnet": {"empty_prompt": True}, "pix2pix": {}}):
+        path = _write(tmp_path, {**MINIMAL, **({"generate": {"generators": generators}} if generators else {})})
+        left = [name for name in generators or {} if name != "controlnet"]
+        assert list(load_experiment(path, overrides).generate.generators) == [*left, "lora"]
+
+
 def test_the_last_inherited_entry_can_go(tmp_path):
     assert _drops(tmp_path, "baselines.class_gan=false").baselines == {}
 

@@ -1,6 +1,7 @@
 """Combining real and synthetic datasets: which rows, in which splits, and what is refused."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from maskloom.evaluate.evaluate import verified_inputs
 from maskloom.generate.generate import generate
 from maskloom.pipeline.__main__ import app
 from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.combine import CombineOptions, combine
 from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, read_contract
 from maskloom.pipeline.dataset.verification import verify_for_training, verify_fully, verify_quickly
@@ -141,9 +143,14 @@ def test_a_ratio_too_small_for_the_balance(real: Path, made: Path, tmp_path: Pat
 
 def test_too_few_rows_of_the_rare_class(real: Path, tmp_path: Path):
     write_synthetic(tmp_path / "few", real, {DISC: 10, SQUARE: 3})
-    message = r"\(square: 4 needed, 3 there\); generate with 'generate\.images_per_class=\{square:4\}'"
-    with pytest.raises(MaskLoomError, match=message):
+    with pytest.raises(MaskLoomError, match=r"\(square: 4 needed, 3 there\); generate with ") as error:
         combine(real, [tmp_path / "few"], CombineOptions(tmp_path / "out", balance=True))
+    advice = shlex.split(str(error.value).partition("generate with ")[2])
+    for given in ({}, {"square": 1, "disc": 2}):
+        config = tmp_path / "config.yaml"
+        config.write_text(f"experiment: x\ndata: {{dataset: tiny}}\ngenerate: {{images_per_class: {given}}}\n")
+        counts = load_experiment(config, advice).generate.images_per_class
+        assert counts == {**given, "square": 4}
 
 
 def test_balance_needs_classes(tmp_path: Path):
