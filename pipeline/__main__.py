@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__.splitlines()[0]
 )
 
-STATE_STYLES = {"done": "green", "stale": "yellow", "damaged": "bold red", "missing": "red"}
+STATE_STYLES = {"done": "green", "stale": "yellow", "damaged": "bold red", "missing": "red", "nothing to do": "dim"}
 DIGEST_LETTERS = 8
 
 
@@ -66,12 +66,16 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     from rich.console import Console
 
     from maskloom.pipeline.config.loading import load_experiment
+    from maskloom.pipeline.runs.differences import differences_text, differing_settings
     from maskloom.pipeline.runs.run import Run
     from maskloom.pipeline.runs.runner import stage_states
 
-    folder = load_experiment(config, overrides or []).run_folder
-    states = stage_states(Run(folder), ["--config", str(config), *(overrides or [])])
-    Console().print(_status_table(folder, states))
+    loaded = load_experiment(config, overrides or [])
+    run = Run(loaded.run_folder, loaded)
+    states = stage_states(run, ["--config", str(config), *(overrides or [])])
+    Console().print(_status_table(run.folder, states))
+    if differing := differing_settings(run):
+        print(differences_text(run.folder, differing))
 
 
 @app.command()

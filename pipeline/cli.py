@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]
 CheckOption = Annotated[
-    bool, typer.Option("--check", help="only print whether the outputs are done, stale, damaged or missing")
+    bool, typer.Option("--check", help="only print whether the outputs are done, stale, damaged or missing, or there is nothing to do")
 ]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")
@@ -92,7 +92,7 @@ def launched(
 
 
 def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check: bool) -> None:
-    """Run a stage, or with `check` only print its state (`done`, `stale`, `damaged` or `missing`) and, on a second line, the reason."""
+    """Run a stage, or with `check` only print its state and, on a second line, the reason."""
     if not check:
         stage(config, force)
         return

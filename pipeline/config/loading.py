@@ -34,9 +34,16 @@ def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
         overrides: `key.subkey=value` strings, applied last.
 
     Raises:
-        MaskLoomError: the file is missing or not YAML; a key is unknown (the error suggests the nearest one); a value is invalid.
+        MaskLoomError: the file is missing or not YAML; it describes a sweep; a key is unknown (the error suggests the nearest one);
+            a value is invalid.
     """
-    return load_config(path, overrides, ExperimentConfig)
+    values = read_values(path, overrides)
+    if "sweep" in values:
+        raise MaskLoomError(
+            f"{path}: describes a sweep, not one experiment; use `maskloom sweep --config {path}`, and for one of its "
+            "variants the configuration that this writes, RUN/sweep/VARIANT.yaml"
+        )
+    return validated(values, ExperimentConfig, str(path))
 
 
 def load_config(path: Path, overrides: list[str], model: type[Model]) -> Model:

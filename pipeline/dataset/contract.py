@@ -232,7 +232,7 @@ def read_contract(folder: Path) -> Contract:
         what = (
             "unfinished; run the stage that writes it again"
             if unfinished
-            else "no such dataset; run the stage that writes it first"
+            else "no such dataset; run the stage that writes it first, or correct the path"
         )
         raise MaskLoomError(f"{folder}: {what}")
     path = folder / CONTRACT_FILE

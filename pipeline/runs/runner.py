@@ -146,7 +146,7 @@ def needs_launcher(accelerate_config: Path | None) -> bool:
 
 @dataclass(frozen=True)
 class StageState:
-    """What is known of a stage: `done`, `stale`, `damaged` or `missing`, why, and the record of its last run."""
+    """What is known of a stage: `done`, `stale`, `damaged`, `missing` or `nothing to do`, why, and the record of its last run."""
 
     name: str
     state: str
@@ -168,7 +168,7 @@ def stage_states(run: Run, arguments: Sequence[str]) -> list[StageState]:
     for index, one in enumerate(states):
         if one.state == "done" and blocker:
             states[index] = StageState(one.name, "stale", f"{blocker} must run first", one.record, one.finished)
-        elif one.state != "done":
+        elif one.state not in ("done", "nothing to do"):
             blocker = blocker or one.name
     return states
 

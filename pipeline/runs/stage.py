@@ -17,7 +17,7 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, Run
 
-DONE, STALE, DAMAGED, MISSING = "done", "stale", "damaged", "missing"
+DONE, STALE, DAMAGED, MISSING, EMPTY = "done", "stale", "damaged", "missing", "nothing to do"
 _CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
 
 
@@ -25,7 +25,7 @@ class StageChecked(Exception):
     """Ends a stage that was only asked for its state, at the point where it would begin to compute."""
 
     def __init__(self, state: str, reason: str = "") -> None:
-        """Keep the state (`done`, `stale`, `damaged` or `missing`) and the reason for it."""
+        """Keep the state (`done`, `stale`, `damaged`, `missing` or `nothing to do`) and the reason for it."""
         super().__init__(state)
         self.state, self.reason = state, reason
 
@@ -56,10 +56,10 @@ def skip_empty_stage(name: str, reason: str) -> None:
     """Say that a stage has nothing to do.
 
     Raises:
-        StageChecked: only the state was asked for (`--check`): it is done.
+        StageChecked: only the state was asked for (`--check`).
     """
     if _CHECK_ONLY.get():
-        raise StageChecked("done")
+        raise StageChecked(EMPTY, reason)
     say(f"{name}: nothing to do, {reason}")
 
 

@@ -16,7 +16,15 @@ from maskloom.pipeline.runs.run import RECORD_FILE, Run
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder, and not a dataset."""
+    """Whether a folder is a run folder, and not a dataset.
+
+    Raises:
+        MaskLoomError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise MaskLoomError(
+            f"{folder}: no run and no dataset is there; give the folder of one, such as runs/demo or runs/demo/dataset"
+        )
     return (folder / "logs").is_dir() and not (folder / CONTRACT_FILE).exists()
 
 

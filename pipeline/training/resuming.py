@@ -97,9 +97,13 @@ def length_sentence(config: LoopConfig, start: int, before: int, steps: int, rat
         if config.early_stopping_patience:
             return f"{opening}; lr_scheduler={config.lr_scheduler} stays as it is, and early stopping keeps what it has seen"
         return f"{opening}; with lr_scheduler={config.lr_scheduler} it ends as if it had been started with {steps}"
+    old, new = (f"{rate:.3g}" for rate in rates)
+    anew = f"{opening}; lr_scheduler={config.lr_scheduler} is computed anew for {steps} steps"
+    if old == new:  # in the warm-up, and before a decay begins
+        return f"{anew}, and the learning rate is {new} here either way"
     return (
-        f"{opening}; lr_scheduler={config.lr_scheduler} is computed anew for {steps} steps, so the learning rate goes from {rates[0]:.3g} "
-        f"to {rates[1]:.3g} here: not the same as a training of {steps} steps from the start"
+        f"{anew}, so the learning rate goes from {old} to {new} here: "
+        f"not the same as a training of {steps} steps from the start"
     )
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, nearest_name, one_line
 from maskloom.pipeline.runs.command import exit_with, run_command
+from maskloom.pipeline.runs.differences import differences_text, differing_settings
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage
 from tests.commands import run_stage_command
@@ -79,10 +81,13 @@ def test_verify_says_what_a_valid_dataset_holds(tmp_path):
     assert "valid (train 8, validation 3, test 3 rows; 3 rejected)" in ended.stdout
 
 
-def test_verify_of_a_missing_dataset_is_one_line(tmp_path):
-    ended = _pipeline("verify", str(tmp_path / "none"))
+@pytest.mark.parametrize("module", ["pipeline", "maskloom"])
+def test_verify_of_a_missing_folder_is_one_line(module, tmp_path):
+    command = [sys.executable, "-m", module, "verify", str(tmp_path / "none")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines() == [f"error: {tmp_path}/none: no such dataset; run the stage that writes it first"]
+    told = "no run and no dataset is there; give the folder of one, such as runs/demo or runs/demo/dataset"
+    assert ended.stderr.splitlines() == [f"error: {tmp_path}/none: {told}"]
 
 
 def test_status_shows_every_stage(tmp_path):
@@ -93,6 +98,51 @@ def test_status_shows_every_stage(tmp_path):
         assert stage in ended.stdout
     assert "missing" in ended.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_status_of_a_run_that_has_not_started_has_nothing_stale(tmp_path):
+    ended = _pipeline("status", "--config", str(fake_run.write_config(tmp_path)))
+    assert ended.returncode == 0, ended.stderr
+    assert "stale" not in ended.stdout
+    assert "nothing to do" in next(line for line in ended.stdout.splitlines() if "baselines" in line)
+
+
+def test_status_names_the_overrides_that_a_run_was_given(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    given = load_experiment(tmp_path / "config.yaml", ["data.raw_dir=/data/raw", "seed=3", "generate.generators.lora={}"])
+    Run(run.folder, given).keep_config()
+    assert "differs" not in _pipeline("status", "--config", str(run.folder / "config.yaml")).stdout
+    ended = _pipeline("status", "--config", str(tmp_path / "config.yaml"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == (
+        f"{run.folder}/config.yaml, which the stages were last run with, differs from this configuration in seed (there 3, now 0), "
+        "data.raw_dir (there /data/raw, now null), generate.generators.controlnet (there null, now {}), generate.generators.text_only "
+        "(there null, now {}), generate.generators.lora (there {}, now null). Overrides given to a stage must be given to `status` as well."
+    )
+    assert config.seed == 0
+
+
+def test_of_many_differences_some_are_shown_and_a_damaged_file_shows_none(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder, config)
+    assert differing_settings(run) == {}
+    run.mark()
+    run.keep_config()
+    changed = Run(run.folder, config.model_copy(update={"seed": 1, "experiment": "x" * 100}))
+    assert list(differing_settings(changed)) == ["experiment", "seed"]
+    assert f"now {'x' * 60}…)" in differences_text(run.folder, differing_settings(changed))
+    assert " and 2 more." in differences_text(run.folder, {str(number): (0, 1) for number in range(7)})
+    (run.folder / "config.yaml").write_text("{")
+    assert differing_settings(run) == {}
+
+
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_a_sweep_is_not_taken_for_an_experiment(tmp_path, command):
+    config = fake_run.write_config(tmp_path, sweep={"variants": {"a": {}}})
+    ended = _pipeline(command, "--config", str(config))
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"error: {config}: describes a sweep, not one experiment; use `maskloom sweep --config {config}`")
 
 
 @pytest.mark.parametrize(

@@ -355,8 +355,9 @@ def test_where_no_lock_can_be_had_the_stage_runs_without(tmp_path):
     assert stage.is_done()
 
 
-def test_an_empty_stage_says_so_and_counts_as_done(capsys):
+def test_an_empty_stage_says_that_it_has_nothing_to_do(capsys):
     skip_empty_stage("train", "the configuration has no section `train`")
     assert "train: nothing to do" in capsys.readouterr().err
-    with check_only(), pytest.raises(StageChecked, match="done"):
+    with check_only(), pytest.raises(StageChecked, match="nothing to do") as checked:
         skip_empty_stage("train", "none")
+    assert checked.value.reason == "none"

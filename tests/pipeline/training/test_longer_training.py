@@ -75,6 +75,15 @@ def test_a_decaying_schedule_is_computed_anew_and_the_jump_is_told(
     assert not same(found, expected)
 
 
+def test_where_the_rate_stays_no_jump_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"lr_scheduler": "cosine", "lr_warmup_steps": 6}
+    run(tmp_path, LineTask(), max_train_steps=4, **more)
+    capsys.readouterr()
+    run(tmp_path, LineTask(), **more)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "continuing" in line]
+    assert re.search(r"lr_scheduler=cosine is computed anew for 8 steps, and the learning rate is \S+ here either way$", told)
+
+
 def test_the_first_step_of_the_second_part_has_the_new_rate(tmp_path: Path) -> None:
     """With a rate of zero left over from the old end, it would change nothing."""
     before = run(tmp_path, LineTask(), max_train_steps=4, use_ema=False)

@@ -1,0 +1,57 @@
+"""What a configuration says otherwise than the one that a run's stages were last computed with."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from maskloom.pipeline.config.yaml_reading import read_yaml
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.run import CONFIG_FILE, Run
+
+SHOWN, SHOWN_LETTERS = 5, 60
+
+
+def differing_settings(run: Run) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of the run's own configuration that differ from its `config.yaml`, each with the value there and the value now.
+
+    A run without such a file, or with one that cannot be read, has none.
+    """
+    if run.config is None or not (run.folder / CONFIG_FILE).is_file():
+        return {}
+    try:
+        kept = read_yaml(run.folder / CONFIG_FILE)
+    except MaskLoomError:
+        return {}
+    old = dict(_leaves(kept)) if isinstance(kept, dict) else {}
+    new = dict(_leaves(run.config.model_dump(mode="json")))
+    keys = [*new, *(key for key in old if key not in new)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return what `differing_settings` found as one sentence for the user.
+
+    Args:
+        path: the run folder.
+        differing: at least one key, with its value there and now.
+    """
+    shown = [f"{key} (there {_shown(old)}, now {_shown(new)})" for key, (old, new) in list(differing.items())[:SHOWN]]
+    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    return (
+        f"{path / CONFIG_FILE}, which the stages were last run with, differs from this configuration in "
+        f"{', '.join(shown)}{more}. Overrides given to a stage must be given to `status` as well."
+    )
+
+
+def _leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", value
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"
