@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]
 CheckOption = Annotated[
-    bool, typer.Option("--check", help="only print whether the outputs are done, stale, damaged or missing, or there is nothing to do")
+    bool,
+    typer.Option(
+        "--check", help="only print whether the outputs are done, stale, damaged or missing, or there is nothing to do"
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")

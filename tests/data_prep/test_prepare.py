@@ -680,7 +680,8 @@ def test_where_no_group_is_left_to_train_on_it_is_told_what_was_left_out(tmp_pat
 def test_an_intensity_window_over_values_that_were_windowed_is_refused(tmp_path):
     dicom_folder.write_raw(tmp_path / "raw")
     with pytest.raises(
-        MaskLoomError, match=r"data\.intensity: dicom_folder has a window of its own.*set data\.intensity=null and data\.options\.window"
+        MaskLoomError,
+        match=r"data\.intensity: dicom_folder has a window of its own.*set data\.intensity=null and data\.options\.window",
     ):
         prepare(
             experiment(tmp_path / "run", "dicom_folder", tmp_path / "raw", intensity={}, conditioning="edges"),

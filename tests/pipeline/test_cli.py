@@ -109,7 +109,9 @@ def test_status_of_a_run_that_has_not_started_has_nothing_stale(tmp_path):
 
 def test_status_names_the_overrides_that_a_run_was_given(tmp_path):
     run, config = fake_run.whole_run(tmp_path)
-    given = load_experiment(tmp_path / "config.yaml", ["data.raw_dir=/data/raw", "seed=3", "generate.generators.lora={}"])
+    given = load_experiment(
+        tmp_path / "config.yaml", ["data.raw_dir=/data/raw", "seed=3", "generate.generators.lora={}"]
+    )
     Run(run.folder, given).keep_config()
     assert "differs" not in _pipeline("status", "--config", str(run.folder / "config.yaml")).stdout
     ended = _pipeline("status", "--config", str(tmp_path / "config.yaml"))
@@ -142,7 +144,9 @@ def test_a_sweep_is_not_taken_for_an_experiment(tmp_path, command):
     ended = _pipeline(command, "--config", str(config))
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: {config}: describes a sweep, not one experiment; use `maskloom sweep --config {config}`")
+    assert line.startswith(
+        f"error: {config}: describes a sweep, not one experiment; use `maskloom sweep --config {config}`"
+    )
 
 
 @pytest.mark.parametrize(

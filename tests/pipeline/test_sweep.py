@@ -21,8 +21,8 @@ from maskloom.pipeline.report import write_report
 from maskloom.pipeline.report.evaluation import Interval
 from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
 from maskloom.pipeline.sweep import sweep as sweeping
+from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
 from maskloom.pipeline.sweep.table import Column, Row, columns_of, print_table, variant_rows, write_table
 from maskloom.train_baselines.train import train_baselines
 from maskloom.train_controlnet.train import train_stage

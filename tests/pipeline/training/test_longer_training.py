@@ -81,7 +81,9 @@ def test_where_the_rate_stays_no_jump_is_told(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     run(tmp_path, LineTask(), **more)
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "continuing" in line]
-    assert re.search(r"lr_scheduler=cosine is computed anew for 8 steps, and the learning rate is \S+ here either way$", told)
+    assert re.search(
+        r"lr_scheduler=cosine is computed anew for 8 steps, and the learning rate is \S+ here either way$", told
+    )
 
 
 def test_the_first_step_of_the_second_part_has_the_new_rate(tmp_path: Path) -> None:
