@@ -14,17 +14,25 @@ from maskloom.pipeline import __version__
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.extras import install_command
 from maskloom.pipeline.files.provenance import package_versions
 
 GIB = 2**30
 OPTIONAL = {
-    "xformers": "train.enable_xformers_memory_efficient_attention",
-    "bitsandbytes": "train.use_8bit_adam",
-    "deepspeed": "configs/accelerate/deepspeed_zero2.yaml",
-    "wandb": "train.report_to=wandb",
-    "torch_fidelity": "the extractor inception",
+    "nibabel": ("nifti", "the datasets acdc and brats"),
+    "pydicom": ("dicom", "the dataset dicom_folder"),
+    "openslide": ("slides", "the dataset camelyon"),
+    "torchstain": ("slides", "data.stain"),
+    "openpyxl": ("xlsx", "tables in XLSX"),
+    "imagecodecs": ("codecs", "PNG of 16 bits, compressed TIFF of more than 8 bits and DICOM"),
+    "xformers": ("gpu", "train.enable_xformers_memory_efficient_attention"),
+    "bitsandbytes": ("gpu", "train.use_8bit_adam"),
+    "deepspeed": ("", "configs/accelerate/deepspeed_zero2.yaml"),
+    "wandb": ("track", "train.report_to=wandb"),
+    "comet_ml": ("track", "train.report_to=comet_ml"),
+    "torch_fidelity": ("fid", "the extractor inception"),
 }
-"""Packages that only one setting needs."""
+"""Packages that only one setting or kind of data needs: the extra that installs each, and what for."""
 
 
 class Finding(NamedTuple):
@@ -78,8 +86,9 @@ def machine() -> Iterator[Finding]:
         yield Finding(
             "GPU", f"none that torch {torch.__version__} can use: small backbones only, mixed_precision no or bf16"
         )
-    for package, use in OPTIONAL.items():
-        yield Finding(package, "installed" if find_spec(package) else f"not installed; only for {use}")
+    for package, (extra, use) in OPTIONAL.items():
+        remedy = install_command(extra) if extra else f"pip install {package}"
+        yield Finding(package, "installed" if find_spec(package) else f"not installed; only for {use}: {remedy}")
 
 
 def needs(config: ExperimentConfig) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """Without an extra, what needs it ends in one line that names it, and everything else works."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -18,6 +19,7 @@ from maskloom.data_prep.readers.common import decoded_image, xml_root
 from maskloom.data_prep.readers.dicom import read_header, read_picture
 from maskloom.data_prep.readers.nifti import read_volume
 from maskloom.data_prep.readers.spreadsheets import xlsx_rows
+from maskloom.doctor import OPTIONAL
 from maskloom.pipeline.config.data import StainConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.extras import install_command, require
@@ -67,6 +69,14 @@ def test_all_holds_every_reader_and_dev_holds_all():
     assert EXTRAS["all"] == [f"maskloom[{','.join(READERS)}]"]
     assert "maskloom[all]" in EXTRAS["dev"]
     assert install_command("all") == "pip install 'maskloom[all]'"
+
+
+def test_the_doctor_names_an_extra_that_holds_the_package():
+    named = {package: extra for package, (extra, _) in OPTIONAL.items() if extra}
+    assert set(named.values()) | {"all", "dev"} == set(EXTRAS)
+    packages = {"openslide": "openslide-python", "torch_fidelity": "torch-fidelity"}
+    for package, extra in named.items():
+        assert packages.get(package, package) in {re.split(r"[>=]", entry)[0] for entry in EXTRAS[extra]}
 
 
 def test_nifti(monkeypatch, tmp_path):
