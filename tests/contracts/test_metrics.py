@@ -71,7 +71,7 @@ def test_module_keeps_the_protocol(name: str) -> None:
 def test_metrics_import_without_torch() -> None:
     """An evaluation that is up to date must be skipped fast."""
     imports = "; ".join(f"import {PACKAGE}.{name}" for name in METRICS)
-    code = f"import sys, evaluate.evaluate; {imports}; print({{'torch', 'monai', 'scipy', 'sklearn', 'datasets'}} & set(sys.modules))"
+    code = f"import sys, maskloom.evaluate.evaluate; {imports}; print({{'torch', 'monai', 'scipy', 'sklearn', 'datasets'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -241,7 +241,7 @@ def test_classes_are_spread_over_the_splits(raw, tmp_path):
 
 
 def test_torch_is_not_imported():
-    code = "import sys, data_prep.__main__, datasets; sys.exit('torch' in sys.modules)"
+    code = "import sys, maskloom.data_prep.__main__, maskloom.data_prep.prepare, datasets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=False).returncode == 0
 
 

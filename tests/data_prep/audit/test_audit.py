@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 from maskloom.data_prep.__main__ import main
+from maskloom.data_prep.audit import audit as audit_module
 from maskloom.data_prep.audit import duplicates as audit_duplicates
 from maskloom.data_prep.audit.audit import Audit, audit, class_shifts, indexed, open_datasets
-from maskloom.data_prep.audit.audit import audit as audit_module
 from maskloom.data_prep.audit.duplicates import plain_correlations
 from maskloom.data_prep.audit.index import mask_regions
 from maskloom.data_prep.audit.tables import print_audit

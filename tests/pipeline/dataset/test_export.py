@@ -487,6 +487,6 @@ def test_the_command_line(synthetic: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_command_reads_without_torch():
-    code = "import sys, pipeline.export, pipeline.combining; print({'torch', 'datasets', 'skimage'} & set(sys.modules))"
+    code = "import sys, maskloom.pipeline.dataset.export, maskloom.pipeline.dataset.combine; print({'torch', 'datasets', 'skimage'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "set()"
