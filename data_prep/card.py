@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from maskloom.pipeline.dataset.contract import LEDGER_FILE, Description
+from maskloom.pipeline.errors import one_line
+from maskloom.pipeline.report.formatting import markdown_cell
 
 # Identifiers of licences that the Hub knows; any other is written as `other` with its own words.
 HUB_LICENCES = {
@@ -51,11 +53,13 @@ def dataset_card(
         "## Rows\n",
         _counts_table(about, labels, groups, filled),
         "## Mask classes\n",
-        "".join(f"- {index}: {name}\n" for index, name in enumerate(about.mask_classes)),
+        "".join(f"- {index}: {one_line(name)}\n" for index, name in enumerate(about.mask_classes)),
         "## Left out\n",
         _reasons_table(reasons),
         "## Preprocessing\n",
-        "".join(f"- {key.replace('_', ' ')}: {_shown(value)}\n" for key, value in about.preprocessing.items()),
+        "".join(
+            f"- {key.replace('_', ' ')}: {one_line(_shown(value))}\n" for key, value in about.preprocessing.items()
+        ),
         "## Licence and citation\n",
         f"{about.licence}. {about.citation}. {about.homepage}".strip() + "\n",
     )
@@ -89,7 +93,7 @@ def _counts_table(
     about: Description, labels: Mapping[str, Counter[str]], groups: Mapping[str, int], splits: Sequence[str]
 ) -> str:
     names = list(about.labels) or ["none"]
-    header = f"| split | rows | groups | {' | '.join(names)} |\n|{' --- |' * (3 + len(names))}\n"
+    header = f"| split | rows | groups | {' | '.join(map(markdown_cell, names))} |\n|{' --- |' * (3 + len(names))}\n"
     lines = (
         f"| {split} | {labels[split].total()} | {groups[split]} | {' | '.join(str(labels[split][name]) for name in names)} |\n"
         for split in splits
@@ -103,7 +107,7 @@ def _reasons_table(reasons: Sequence[str]) -> str:
         return "Nothing.\n"
     # A reason may begin with a raw file's name, which may be a patient's: the card travels, the ledger stays.
     counts = Counter(FILE_NAME.sub("a file", re.split(r"[:(]", reason)[0].strip()) for reason in reasons)
-    lines = "".join(f"| {reason} | {count} |\n" for reason, count in counts.most_common())
+    lines = "".join(f"| {markdown_cell(reason)} | {count} |\n" for reason, count in counts.most_common())
     return f"{len(reasons)} inputs; `{LEDGER_FILE}` lists each with its reason.\n\n| reason | inputs |\n| --- | --- |\n{lines}"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from maskloom.generate.joint import MaskFigures
 from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.report.formatting import markdown_cell
 
 
 def dataset_card(
@@ -31,8 +32,18 @@ def dataset_card(
         _summary(description, settings, drawn=figures.rows > 0),
         "",
     ]
-    lines += ["| class | images |", "|---|---|", *(f"| {name} | {count} |" for name, count in counts.items()), ""]
-    lines += ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items()), ""]
+    lines += [
+        "| class | images |",
+        "|---|---|",
+        *(f"| {markdown_cell(name)} | {count} |" for name, count in counts.items()),
+        "",
+    ]
+    lines += [
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {key} | {markdown_cell(value)} |" for key, value in settings.items()),
+        "",
+    ]
     given_up = "because they were empty" if figures.rows else "while warping"
     lines += [f"Masks given up {given_up}, listed in `rejected.jsonl` with the reason: {rejected}.", ""]
     lines += [f"The masks are drawn, not annotated: {figures.sentence()}.", ""] if figures.rows else []

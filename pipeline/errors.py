@@ -4,10 +4,16 @@ Everything a user can get wrong raises a `MaskLoomError`: one line that says wha
 The command line (`pipeline.runs.command`) prints that line and exits with code 2; anything else is a bug and keeps its traceback.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+CREDENTIALS = re.compile(r"(?<=://)[^\s/@'\"]+@")  # as in the address of a mirror, https://USER:PASSWORD@HOST
+# The addresses of uploads and downloads are credentials for a while.
+SIGNED_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]*")
 
 
 class MaskLoomError(Exception):
@@ -21,6 +27,11 @@ class RejectedSample(Exception):
 def one_line(text: object) -> str:
     """Return `text` with all runs of white space (line breaks too) folded into single spaces."""
     return " ".join(str(text).split())
+
+
+def without_secrets(text: str) -> str:
+    """Return text without what looks like a token, names and passwords in addresses, and the signatures of addresses: logs are passed on."""
+    return SIGNED_QUERY.sub(r"\1", CREDENTIALS.sub("", TOKEN.sub("<token>", text)))
 
 
 def nearest_name(unknown: str, known: list[str]) -> str:

@@ -31,6 +31,7 @@ DIRECTORY = "1.2.840.10008.1.3.10"  # SOP class of a DICOMDIR
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_FRAME_BYTES = 2**28  # a small compressed file can claim any size; one that is not compressed is held to its own
+COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # RGB once they are decoded
 PLANES = ("sagittal", "coronal", "axial")  # by the patient's axis (x, y, z) that they are cut across
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")  # the first counts
 MAX_ASPECT = 10  # of a pixel's sides
@@ -155,6 +156,8 @@ def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> Dico
             with np.errstate(over="ignore", invalid="ignore"):  # told below
                 picture, black, white = _grey(stored, dataset, frame, window)
         elif stored.ndim == 3 and stored.shape[2] == 3 and stored.dtype.kind == "u":
+            if dataset.PhotometricInterpretation not in COLOURS:
+                raise RejectedSample("its photometric interpretation is none of three colours that are read: RGB, YBR")
             picture, (black, white) = stored, _colour_range(stored)
         else:
             raise RejectedSample(f"its pixels are {stored.dtype} of shape {stored.shape}; grey and RGB are read")
@@ -399,7 +402,10 @@ def _padding(stored: NDArray[Any], dataset: "Dataset") -> NDArray[np.bool_]:
     if value is None:
         return np.zeros(stored.shape, dtype=bool)
     limit = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted((int(value), int(value if limit is None else limit)))
+    ends = np.array([int(value), int(value if limit is None else limit)], dtype=np.int64)
+    if stored.dtype.kind in "iu":  # signed pixels are often padded with a value that is written as an unsigned one
+        ends = ends.astype(stored.dtype)
+    low, high = ends.min(), ends.max()
     return (stored >= low) & (stored <= high)
 
 

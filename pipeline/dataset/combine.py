@@ -36,10 +36,11 @@ from maskloom.pipeline.dataset.contract import (
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import read_json, value_digest
+from maskloom.pipeline.files.atomic import read_json, sole_maker, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places, delete_folder
 from maskloom.pipeline.files.reading import row_attributes
 from maskloom.pipeline.progress import say
+from maskloom.pipeline.report.formatting import markdown_cell
 
 ROWS_PER_SHARD = 512
 KEY_PREFIX = "combine-"  # of the writer's key: tells a combined dataset, even an unfinished one, from any other
@@ -127,7 +128,7 @@ def combine(real: Path, synthetic: Sequence[Path], options: CombineOptions) -> l
 
     Raises:
         MaskLoomError: a dataset is damaged, of another origin, or of another real dataset; an option makes no sense; there are not enough
-            synthetic rows; the output folder holds something else.
+            synthetic rows; the output folder holds something else, or another process writes there.
     """
     _check_options(options)
     real_contract = _verified_real(real)
@@ -135,10 +136,12 @@ def combine(real: Path, synthetic: Sequence[Path], options: CombineOptions) -> l
     real_labels = _train_labels(real, real_contract)
     chosen = chosen_rows(real_labels, _ordered_pool(sets, options.seed), real_contract.description.labels, options)
     plans = _plans(real_contract, sets, chosen, options)
-    leftovers = _check_output([real, *synthetic], plans, options)
-    contracts = [_written(plan, real, real_contract, sets, real_labels) for plan in plans]
-    for folder in leftovers:
-        delete_folder(folder)
+    _check_output([real, *synthetic], plans, options)
+    with sole_maker(options.output):
+        leftovers = _check_output([real, *synthetic], plans, options)  # again: another process may have been there
+        contracts = [_written(plan, real, real_contract, sets, real_labels) for plan in plans]
+        for folder in leftovers:
+            delete_folder(folder)
     return contracts
 
 
@@ -471,7 +474,7 @@ def _card(
         "## Synthetic datasets\n",
         "| generator | rows taken | rows there | licence | digest |\n| --- | --- | --- | --- | --- |\n"
         + "".join(
-            f"| {_set_settings(one)['generator']} | {added[number]} | {len(one.ids)} | {one.contract.description.licence} |"
+            f"| {_set_settings(one)['generator']} | {added[number]} | {len(one.ids)} | {markdown_cell(one.contract.description.licence)} |"
             f" `{one.contract.digest[:12]}` |\n"
             for number, one in enumerate(sets)
         ),
@@ -489,7 +492,7 @@ def _class_table(names: Sequence[str], real_labels: Sequence[int | None], chosen
     if real[None] or synthetic[None]:
         labels.append(None)
     lines = [
-        f"| {'no class' if label is None else names[label]} | {real[label]} | {synthetic[label]} | {real[label] + synthetic[label]} |\n"
+        f"| {'no class' if label is None else markdown_cell(names[label])} | {real[label]} | {synthetic[label]} | {real[label] + synthetic[label]} |\n"
         for label in labels
     ]
     total = f"| all | {real.total()} | {synthetic.total()} | {real.total() + synthetic.total()} |\n"

@@ -54,15 +54,37 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         MaskLoomError: another process holds it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder / LOCK_FILE, folder):
+        yield
+
+
+@contextmanager
+def sole_maker(path: Path) -> Iterator[None]:
+    """Hold a place where a folder will appear whole; see `sole_writer`. The lock lies beside it and goes with the block.
+
+    Raises:
+        MaskLoomError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}{LOCK_FILE}{TEMPORARY_SUFFIX}")
+    with _held(lock, path):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(path: Path, place: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
+    lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise MaskLoomError(
-            f"{folder}: another process is writing there; wait for it, or end it (a killed launcher can leave its workers running)"
+            f"{place}: another process is writing there; wait for it, or end it (a killed launcher can leave its workers running)"
         ) from None
     except (
         NotImplementedError,

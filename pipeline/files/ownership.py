@@ -22,6 +22,7 @@ from maskloom.pipeline.files.atomic import (
     atomic_path,
     content_digest,
     flush_files,
+    sole_maker,
     value_digest,
     write_json,
 )
@@ -203,22 +204,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
     The older one must be the program's. Its files go only when the new ones are complete; the user's own files in it stay.
 
     Raises:
-        MaskLoomError: what is there is not the program's.
+        MaskLoomError: what is there is not the program's, or another process is making a folder there.
     """
     check_replaceable(path)
-    restore_outgoing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    try:
-        yield temporary
-        seal_folder(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    put_in_place(temporary, path)
+    with sole_maker(path):
+        restore_outgoing(path)
+        temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            seal_folder(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        put_in_place(temporary, path)
 
 
 def check_replaceable(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskloom.pipeline import __version__
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, one_line, without_secrets
 from maskloom.pipeline.files.atomic import file_digest
 from maskloom.pipeline.hub.uploads import REPLACED, Parcel, RepoType
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 MAIN = "main"
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-SIGNED_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]*")  # upload addresses are credentials for a while
 SECONDS = 10.0  # for the first answer
 SHOWN_LETTERS = 300  # of a server's message
 REMEDIES = {
@@ -219,7 +217,7 @@ class Hub:
         """Return the repository's page."""
         prefix = "datasets/" if parcel.target.repo_type == "dataset" else ""
         branch = "" if options.revision == MAIN else f"/tree/{options.revision}"
-        return f"{self.api.endpoint}/{prefix}{parcel.repo_id}{branch}"
+        return without_secrets(f"{self.api.endpoint}/{prefix}{parcel.repo_id}{branch}")
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -231,7 +229,7 @@ class Hub:
         except Exception as error:
             if isinstance(error, OSError) and error.filename is not None:  # a file of this machine
                 raise
-            raise MaskLoomError(f"{what}: {self._reason(error)}") from None
+            raise MaskLoomError(f"{what}: {self._scrubbed(self._reason(error))}") from None
 
     def _reason(self, error: BaseException) -> str:
         from huggingface_hub.constants import ENDPOINT
@@ -253,4 +251,4 @@ class Hub:
         """Return text without the token, anything that looks like one, and the signatures of upload addresses."""
         if self.token:
             text = text.replace(self.token, "<token>")
-        return SIGNED_QUERY.sub(r"\1", TOKEN.sub("<token>", text))
+        return without_secrets(text)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from maskloom.pipeline.errors import one_line
+
 DIGITS = 3
 SMALLEST_SHOWN = 1e-6  # intervals that lie nearer to zero are rounding errors and show as zero
 MISSING, UNDEFINED = "–", "undefined"
@@ -56,7 +58,12 @@ def duration_text(seconds: float) -> str:
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    return [f"| {' | '.join(map(markdown_cell, line))} |" for line in lines]
+
+
+def markdown_cell(value: object) -> str:
+    """Return a value as a cell of a Markdown table: whatever it holds, it neither ends the cell nor the line."""
+    return one_line(value).replace("|", r"\|")
 
 
 def counts_text(counts: Any) -> str:

@@ -106,7 +106,7 @@ def find_sources(run: Run) -> Sources:
 def _training(run: Run, stage: str, left_out: Mapping[str, str]) -> Training:
     """Return what a training left, without the files that were changed since."""
     logs = run.logs(stage)
-    shown = [path for pattern in SHOWN_LOGS for path in sorted(logs.glob(pattern))]
+    shown = [path for pattern in SHOWN_LOGS for path in sorted(logs.glob(pattern)) if path.is_file()]
     kept = [path for path in shown if path.relative_to(run.folder).as_posix() not in left_out]
     metrics = next((path for path in kept if path.suffix == ".jsonl"), None)
     return Training(metrics, tuple(path for path in kept if path.suffix == ".png"))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, one_line, without_secrets
 from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
 
 EXIT_CODE = 2
@@ -28,7 +28,7 @@ SHOWN = 200  # characters of a message that is not this program's
 
 def exit_with(error: object) -> NoReturn:
     """Print a one-line error to stderr and leave with exit code 2."""
-    line = f"error: {one_line(error)}"
+    line = f"error: {without_secrets(one_line(error))}"
     print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names of files may hold any bytes
     raise SystemExit(EXIT_CODE)
 

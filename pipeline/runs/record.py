@@ -57,6 +57,8 @@ def read_record(run: Run, stage: str) -> StageRecord | None:
     record = read_model(path, StageRecord, remedy)
     if record.digest != record.own_digest():
         raise MaskLoomError(f"{path}: damaged (its content is not what was written); {remedy}")
+    if record.stage != stage:
+        raise MaskLoomError(f"{path}: damaged (it is the record of {record.stage}, not of {stage}); {remedy}")
     return record
 
 

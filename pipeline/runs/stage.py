@@ -198,7 +198,9 @@ class Stage:
                 peak_memory_mb=round(peak_memory_mb(), 1),
                 results=results,
                 files=self._written(self.outputs),
-                shown=self._written(sorted(p for pattern in self.shown for p in self.path.parent.glob(pattern))),
+                shown=self._written(
+                    sorted(p for pattern in self.shown for p in self.path.parent.glob(pattern) if p.is_file())
+                ),
             )
             record.digest = record.own_digest()
             write_json(self.path, record.model_dump(mode="json"))

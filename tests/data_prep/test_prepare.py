@@ -148,6 +148,13 @@ def test_an_unknown_licence_is_named_in_full():
     assert front["size_categories"] == ["1K<n<10K"] and "Nothing." in card
 
 
+def test_no_class_name_breaks_the_tables_of_a_card():
+    about = tiny_description(labels=("a|b", "c\nd"))
+    card = dataset_card(about, {"train": Counter({"a|b": 3, "c\nd": 2})}, {"train": 5}, ["unknown class 'x|y'"])
+    assert r"| split | rows | groups | a\|b | c d |" in card and "| train | 5 | 5 | 3 | 2 |" in card
+    assert r"| unknown class 'x\|y' | 1 |" in card
+
+
 def test_a_card_counts_reasons_without_the_names_of_raw_files():
     reasons = ["Smith_John.nii.gz is cut short", "Doe.nii.gz is cut short", "no mask (Doe.png)"]
     card = dataset_card(tiny_description(labels=()), {"train": Counter({"none": 1})}, {"train": 1}, reasons)

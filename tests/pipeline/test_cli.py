@@ -292,6 +292,12 @@ def test_exit_with_folds_lines(capsys):
     assert capsys.readouterr().err == "error: two lines\n"
 
 
+def test_no_secret_stands_in_an_error(capsys):
+    with pytest.raises(SystemExit):
+        exit_with(f"hf_{'a' * 30} at https://me:pass@host/x?sig=1 or git@host of 3 s, https://host/a@b")
+    assert capsys.readouterr().err == "error: <token> at https://host/x or git@host of 3 s, https://host/a@b\n"
+
+
 def test_nearest_names():
     assert nearest_name("sed", ["seed", "data"]) == "did you mean 'seed'? known: data, seed"
     assert nearest_name("zzz", ["seed"]) == "known: seed"

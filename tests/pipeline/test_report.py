@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +25,7 @@ from maskloom.pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embe
 from maskloom.pipeline.report.sources import class_counts, find_sources, rejection_counts
 from maskloom.pipeline.report.stage import PAGE_BYTES, smallest_enough
 from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import Stage
 from tests.pipeline import fake_run
 from tests.records import write_record
 
@@ -457,6 +459,20 @@ def test_picture_files_that_are_no_pictures_give_none(tmp_path):
     assert embedded_file(tmp_path / "no.png", 100) is None
     assert embedded_file(tmp_path / "missing.png", 100) is None
     assert embedded_file(tmp_path / "yes.png", 100).width == 100
+
+
+def test_what_is_no_file_among_the_pictures_of_a_training_is_left_out(tmp_path):
+    """A pipe would be waited for without end."""
+    run = Run(tmp_path / "run")
+    pictures = run.logs("train") / "images"
+    (pictures / "folder.png").mkdir(parents=True)
+    os.mkfifo(pictures / "pipe.png")
+    (pictures / "step-000002.png").write_bytes(b"x")
+    assert list(find_sources(run).trainings["train"].pictures) == [pictures / "step-000002.png"]
+    stage = Stage(run, "train", {}, None, [], shown=("images/*.png",))
+    with stage.recorded():
+        pass
+    assert list(stage.record()["shown"]) == ["logs/train/images/step-000002.png"]
 
 
 def test_evenly_chosen_pictures_hold_the_first_and_the_last():

@@ -72,7 +72,7 @@ def _written(row: Row, source: ExportSource, folder: Path) -> dict[str, str]:
 
 
 def _class_folder(label: str | None) -> str:
-    """Return a class's folder; `datasets` would take a class that is called like a split for one."""
+    """Return a class's folder; `datasets` would take a class that is called like a split for one, and images without a class have theirs."""
     if label is None:
         return UNLABELLED
-    return f"class-{safe_name(label)}" if label.lower() in SPLIT_WORDS else safe_name(label)
+    return f"class-{safe_name(label)}" if label.lower() in (*SPLIT_WORDS, UNLABELLED) else safe_name(label)

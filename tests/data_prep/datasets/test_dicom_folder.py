@@ -195,6 +195,16 @@ def test_padding_is_black_and_does_not_stretch_the_range(tmp_path, photometric, 
     assert one(tmp_path, made).value_range[1] == 60500 - 1024
 
 
+def test_signed_padding_that_is_written_as_an_unsigned_number(tmp_path):
+    """As LIDC has it: pixels of -2000, and 63536 for their PixelPaddingValue."""
+    pixels = hounsfield(0, 0).copy()
+    pixels[:5] = -2000
+    made = dataset(pixels=pixels, RescaleIntercept=0, **SECOND)
+    made.add_new("PixelPaddingValue", "US", 63536)
+    shown = one(tmp_path, made)
+    assert shown.value_range == (pixels[5:].min(), pixels[5:].max()) and (shown.image[:5] == pixels[5:].min()).all()
+
+
 # Colours.
 
 
@@ -240,6 +250,12 @@ def test_colours_of_16_bits_are_shown_in_their_own_range(tmp_path):
     raw = one(tmp_path, dataset(pixels=COLOUR * np.uint16(9)), channels=3)
     np.testing.assert_array_equal(raw.image, COLOUR * np.uint16(9))
     assert raw.value_range == (0, 9 * 255)
+
+
+@pytest.mark.parametrize("photometric", ["HSV", "MONOCHROME1", "MONOCHROME2"])
+def test_three_channels_that_are_no_colours_that_are_read(tmp_path, photometric):
+    made = dataset(pixels=COLOUR, PhotometricInterpretation=photometric)
+    assert "none of three colours that are read" in reason(tmp_path, made)
 
 
 def test_pixels_of_four_channels_are_rejected(tmp_path):

@@ -1,6 +1,7 @@
 """A backbone that cannot be trained or sampled here, or that brings code of its own, is one line before anything is computed."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from safetensors.torch import load_file, save_file
 
@@ -309,6 +311,38 @@ def test_a_text_encoder_that_lacks_weights(backbone: Path) -> None:
     save_file({key: value for key, value in weights.items() if key != lost}, file, {"format": "pt"})
     with pytest.raises(MaskLoomError, match=r"text_encoder: its weights are not those .*final_layer_norm"):
         load_part(BackboneSource(str(backbone)), "text_encoder")
+
+
+def test_a_text_encoder_of_more_layers_than_its_settings_say(backbone: Path) -> None:
+    """Its last layers would be left out without a word; the image encoder of a whole CLIP may be."""
+    file = backbone / "text_encoder/model.safetensors"
+    rest = {"vision_model.weight": torch.ones(2), "logit_scale": torch.ones(1), "text_projection.weight": torch.ones(2)}
+    save_file({**load_file(file), **rest}, file, {"format": "pt"})
+    load_part(BackboneSource(str(backbone)), "text_encoder")
+    change(backbone / "text_encoder/config.json", num_hidden_layers=1)
+    with pytest.raises(MaskLoomError, match=r"text_encoder: its weights are not those .*layers\.1"):
+        load_part(BackboneSource(str(backbone)), "text_encoder")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite(backbone: Path, part: str, value: float) -> None:
+    file = next((backbone / part).glob("*.safetensors"))
+    weights = load_file(file)
+    weights[max(weights)].view(-1)[-1] = value
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(MaskLoomError, match=rf"{part}: its weights hold NaN or infinite values in torch\.float32"):
+        load_part(BackboneSource(str(backbone)), part)
+
+
+def test_weights_that_are_too_large_for_half_precision(backbone: Path) -> None:
+    file = next((backbone / "unet").glob("*.safetensors"))
+    weights = {key: value.float() for key, value in load_file(file).items()}
+    weights["conv_in.bias"][0] = 1e5
+    save_file(weights, file, {"format": "pt"})
+    load_part(BackboneSource(str(backbone)), "unet")
+    with pytest.raises(MaskLoomError, match=r"in torch\.float16 \(such as conv_in\.bias\).*train\.mixed_precision=no"):
+        load_part(BackboneSource(str(backbone)), "unet", torch.float16)
 
 
 def test_weights_of_another_shape(backbone: Path) -> None:

@@ -132,6 +132,13 @@ def test_other_kinds_of_files(file: Path, folder: Path, tmp_path: Path) -> None:
     assert "no whole .safetensors file" in refusal(source)
 
 
+def test_weights_that_are_not_finite(file: Path, folder: Path) -> None:
+    first = "model.diffusion_model.input_blocks.0.0.bias"
+    changed(file, **{first: torch.full_like(load_file(file)[first], torch.nan)})
+    with pytest.raises(MaskLoomError, match=r"unet: its weights hold NaN or infinite values"):
+        load_part(BackboneSource(str(file), single_file_config=str(folder)), "unet")
+
+
 def test_what_stable_diffusion_2_predicts_must_be_said(file: Path, folder: Path, tmp_path: Path) -> None:
     weights = {key: value for key, value in load_file(file).items() if not key.startswith("cond_stage_model.")}
     second = tmp_path / "two.safetensors"

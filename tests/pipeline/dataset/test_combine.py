@@ -22,7 +22,7 @@ from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, rea
 from maskloom.pipeline.dataset.verification import verify_for_training, verify_fully, verify_quickly
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.files.atomic import read_json, sole_maker
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.run import Run
 from tests.data_prep.experiment import dataset_bytes
@@ -369,6 +369,22 @@ def test_the_card_counts_rows_by_origin_and_class(real: Path, made: Path, tmp_pa
     assert "| all | 12 | 4 | 16 |" in card
     assert "- external_other: 2 real" in card
     assert "Licence" in card and "CC0" in card
+
+
+def test_two_combinations_in_one_folder_do_not_mix(real: Path, made: Path, tmp_path: Path):
+    before = sorted(tmp_path.iterdir())
+    with sole_maker(tmp_path / "out"), pytest.raises(MaskLoomError, match="another process is writing there"):
+        combine(real, [made], CombineOptions(tmp_path / "out", schedule=2))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_class_names_and_licences_do_not_break_the_cards_tables(tmp_path: Path):
+    samples = tiny_samples("train", 4)
+    write_dataset(tmp_path / "real", tiny_description(labels=("a | b", "c")), {"train": samples})
+    write_synthetic(tmp_path / "made", tmp_path / "real", {0: 1}, labels=("a | b", "c"), licence="mine |\nall")
+    combine(tmp_path / "real", [tmp_path / "made"], CombineOptions(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert r"| a \| b | 2 | 1 | 3 |" in card and r"| mine \| all |" in card
 
 
 def test_licences_of_both_are_told(real: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from maskloom.pipeline.dataset.export import PROVENANCE_FILE, ExportOptions, exp
 from maskloom.pipeline.dataset.exporter import safe_name, write_new
 from maskloom.pipeline.dataset.exporters.coco import mask_regions, run_lengths
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import sole_maker
 from maskloom.pipeline.runs.command import run_command
 from tests.data_prep.experiment import experiment
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
@@ -300,6 +302,14 @@ def test_classes_called_like_splits_do_not_become_splits(tmp_path: Path):
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 4, "validation": 4}
 
 
+def test_a_class_called_unlabelled_is_not_mixed_with_images_without_a_class(tmp_path: Path):
+    samples = [replace(sample, label=None if sample.label else 0) for sample in tiny_samples("train", 4)]
+    write_dataset(tmp_path / "real", tiny_description(labels=("unlabelled", "other")), {"train": samples})
+    export(tmp_path / "real", ExportOptions("imagefolder", tmp_path / "out"))
+    folders = {path.name: len(list(path.iterdir())) for path in (tmp_path / "out" / "train").iterdir() if path.is_dir()}
+    assert folders == {"class-unlabelled": 2, "unlabelled": 2}
+
+
 # --- coco
 
 
@@ -454,6 +464,16 @@ def test_a_failure_leaves_the_earlier_export_and_nothing_else(
         export(real, ExportOptions("coco", tmp_path / "out"))
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "out" / "images" / "train" / "train-0000.png").is_file()
+
+
+def test_two_exports_to_one_folder_do_not_mix(real: Path, tmp_path: Path):
+    """Both wrote to one temporary folder, and one of them announced half an export."""
+    before = sorted(tmp_path.iterdir())
+    with sole_maker(tmp_path / "out"), pytest.raises(MaskLoomError, match="another process is writing there"):
+        export(real, ExportOptions("coco", tmp_path / "out"))
+    assert sorted(tmp_path.iterdir()) == before
+    export(real, ExportOptions("coco", tmp_path / "out"))
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
 
 
 def test_two_samples_never_share_a_file(tmp_path: Path):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest, file_digest, read_json, write_json
 from maskloom.pipeline.files.private_paths import ABSOLUTE_PATH
 from maskloom.pipeline.hub.cards import hub_base_model, licence_metadata
@@ -751,6 +753,18 @@ def test_diffusers_loads_what_the_command_line_pushed(hub, world, monkeypatch):
     loaded = convert_state_dict_to_diffusers(get_peft_model_state_dict(fresh.unet, adapter_name="default_0"))
     assert loaded.keys() == adapters.keys()
     assert all(torch.equal(value, adapters[key]) for key, value in loaded.items())
+
+
+def test_a_password_in_the_address_of_a_mirror_is_not_told(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    client = Hub(dry_run=True)
+    client.api.endpoint = "https://me:pass@mirror"
+    parcel = SimpleNamespace(target=SimpleNamespace(repo_type="dataset"), repo_id="a/b")
+    assert client.address(parcel, PushOptions()) == "https://mirror/datasets/a/b"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", client.api.endpoint)
+    with pytest.raises(MaskLoomError, match=r"^a/b: no answer from https://mirror, ") as error, client._told("a/b"):
+        raise ConnectionError(f"https://me:pass@mirror?token={TOKEN}")
+    assert "pass" not in str(error.value) and TOKEN not in str(error.value)
 
 
 def linked(path: Path, secret: Path) -> None:

@@ -15,10 +15,11 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files import provenance
 from maskloom.pipeline.files.atomic import LOCK_FILE
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder, whole_folder
-from maskloom.pipeline.runs.record import require_intact
+from maskloom.pipeline.runs.record import read_record, require_intact
 from maskloom.pipeline.runs.run import STAGES, Run
 from maskloom.pipeline.runs.stage import Stage, StageChecked, check_only, open_run, skip_empty_stage
 from tests.pipeline import fake_run
+from tests.records import write_record
 
 
 def _stage(folder: Path, inputs=None, config=1, outputs=("out",)) -> Stage:
@@ -361,3 +362,13 @@ def test_an_empty_stage_says_that_it_has_nothing_to_do(capsys):
     with check_only(), pytest.raises(StageChecked, match="nothing to do") as checked:
         skip_empty_stage("train", "none")
     assert checked.value.reason == "none"
+
+
+def test_the_record_of_another_stage_is_damaged(tmp_path: Path):
+    for stage in ("train", "generate"):
+        write_record(Run(tmp_path), stage)
+    shutil.copy(tmp_path / "logs/train/stage.json", tmp_path / "logs/generate/stage.json")
+    with pytest.raises(
+        MaskLoomError, match=r"generate/stage\.json: damaged \(it is the record of train, not of generate\)"
+    ):
+        read_record(Run(tmp_path), "generate")
