@@ -7,30 +7,36 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch
 
-.PHONY: help demo test lint format prepare train baselines generate evaluate report all sweep status plan push backbone bench clean
+.PHONY: help demo test test-fast lint format prepare train baselines generate evaluate report all sweep status plan push backbone bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z ]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 44
+	@echo "make TARGET [CONFIG=configs/demo.yaml] [ARGS='--force KEY=VALUE ...']"
+	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / { \
+		if (length($$1) < 12) printf "  %-12s%s\n", $$1, $$2; \
+		else printf "  %s\n  %12s%s\n", $$1, "", $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(READY) ## the whole pipeline on real MRI slices, no GPU, minutes: runs/demo/report.html
+demo: $(READY) ## the whole pipeline on real MRI slices, no GPU, minutes
 	$(BIN)/python -m pipeline run --config configs/demo.yaml $(ARGS)
 
 test: $(READY) ## all tests (CPU, minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-fast: $(READY) ## the quick tests, for between edits (under 90 s)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --fast $(ARGS)
 
 lint: $(READY) ## ruff, types, import rules, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell pipeline data_prep train_controlnet train_baselines generate evaluate configs tests benchmarks docs README.md CHANGELOG.md
+	$(BIN)/codespell pipeline data_prep train_controlnet train_baselines train_backbone models generate evaluate configs tests benchmarks docs README.md CHANGELOG.md
 
-format: $(READY) ## let ruff repair what it can
+format: $(READY) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -40,7 +46,7 @@ prepare train baselines generate evaluate report: $(READY) ## one stage of CONFI
 all: $(READY) ## all stages
 	$(BIN)/python -m pipeline run --config $(CONFIG) $(ARGS)
 
-sweep: $(READY) ## every generator family, or every variant of CONFIG, in one table
+sweep: $(READY) ## compare generators, or the variants of CONFIG, in one table
 	$(BIN)/python -m pipeline sweep --config $(if $(filter command line,$(origin CONFIG)),$(CONFIG),configs/experiments/generators.yaml) $(ARGS)
 
 status: $(READY) ## what is done, stale or missing
@@ -49,7 +55,7 @@ status: $(READY) ## what is done, stale or missing
 plan: $(READY) ## does CONFIG fit a GPU of 24, 16, 12 GB
 	$(BIN)/python -m train_controlnet plan --config $(CONFIG) $(ARGS)
 
-push: $(READY) ## the trained weights of CONFIG to the Hugging Face Hub, private; ARGS=--dry-run shows what would go
+push: $(READY) ## upload the trained weights to the Hub, private; ARGS=--dry-run only lists them
 	$(BIN)/python -m pipeline push --config $(CONFIG) $(ARGS)
 
 backbone: $(READY) ## train assets/nano-sd anew (hours on two cores)

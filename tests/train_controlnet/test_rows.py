@@ -87,7 +87,7 @@ def test_one_picture_at_a_time_is_the_same_as_all(dataset: Path) -> None:
 def test_copies_out_of_the_cache_equal_those_made_anew(dataset: Path, tmp_path: Path) -> None:
     views = opened(dataset, AUGMENT)
     prompts = [0] * len(views)
-    cached = TrainingRows(views, filled(tmp_path, views), prompts, True, True)
+    cached = TrainingRows(views, filled(tmp_path / "cache", views), prompts, True, True)
     fresh = TrainingRows(views, None, prompts, True, True)
     for index in range(len(views)):
         one, other = cached[index], fresh[index]
@@ -203,7 +203,7 @@ def test_partners_are_other_rows_of_the_same_size() -> None:
 @pytest.mark.parametrize("cached", [True, False])
 def test_shuffled_conditioning_is_that_of_another_row(dataset: Path, tmp_path: Path, cached: bool) -> None:
     views = opened(dataset, AUGMENT)
-    cache = filled(tmp_path, views) if cached else None
+    cache = filled(tmp_path / "cache", views) if cached else None
     rows = TrainingRows(views, cache, [0] * 36, True, True, shuffled_by=5)
     own = TrainingRows(views, cache, [0] * 36, True, True)
     partners = other_rows(views.row_sizes, 5)

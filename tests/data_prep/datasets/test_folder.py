@@ -566,9 +566,7 @@ def test_arrays_of_other_shapes_and_types(tmp_path, array, reason):
 def test_it_never_recognises_a_folder_and_says_what_to_do_where_nothing_fits(tmp_path):
     write_raw(tmp_path)
     assert not Adapter.recognises(tmp_path)
-    with pytest.raises(
-        MaskLoomError, match=r"data\.options\.images='x/\*': no file in .* fits; `python -m data_prep inspect"
-    ):
+    with pytest.raises(MaskLoomError, match=r"data\.options\.images='x/\*': no file in .* fits; `maskloom inspect"):
         list(adapter(tmp_path, images="x/*").scan())
 
 

@@ -71,7 +71,7 @@ def test_a_polynomial_that_ends_with_its_warm_up(warmup: int, steps: int) -> Non
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"learning_rate": 1e-7}, "falls to 1e-07"), ({"lr_power": 0}, "lr_power"), ({"lr_power": -1}, "lr_power")],
+    [({"learning_rate": 1e-7}, "decays to 1e-07"), ({"lr_power": 0}, "lr_power"), ({"lr_power": -1}, "lr_power")],
 )
 def test_a_polynomial_that_cannot_fall_is_refused(wrong: dict[str, float], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
