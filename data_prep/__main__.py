@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Write the mask-and-prompt dataset of an experiment from its raw dataset. Further commands, each with its own --help:"
-    " `inspect` (say what a raw folder is, and how to prepare it), `merge` (write the dataset from what the shards have read) and `verify` (check a mask-and-prompt dataset whole)."
+    " `inspect` (identify a raw folder and say how to prepare it), `merge` (write the dataset from the parts that the shards have read) and `verify` (check a whole mask-and-prompt dataset)."
 )
 MEMORY_ADVICE = "lower data.num_workers (each process holds whole images or volumes), or give the job more memory"
 ShardOption = Annotated[
     str | None,
     typer.Option(
-        "--shard", metavar="I/N", help="read only the I-th of N shares (1/N to N/N) of the raw data; then `merge`"
+        "--shard", metavar="I/N", help="read only the I-th of N shards (1/N to N/N) of the raw data; then run `merge`"
     ),
 ]
 AgainstOption = Annotated[
     list[Path] | None,
-    typer.Option(help="another one, in which none of its images should occur (external, synthetic); may be repeated"),
+    typer.Option(help="another dataset that should share no image with it (external, synthetic); may be repeated"),
 ]
 ContactSheetOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="write an HTML page of images and outlines, class by class")
+    Path | None, typer.Option(metavar="FILE", help="write an HTML page of images with mask outlines, class by class")
 ]
-PerClassOption = Annotated[int, typer.Option(min=1, help="on the contact sheet")]
+PerClassOption = Annotated[int, typer.Option(min=1, help="images per class on the contact sheet")]
 NearOption = Annotated[
     bool | None,
     typer.Option(
         "--near/--no-near",
-        help="look for near-duplicates, or do not; by default where the contract says that groups keep them together, in up to"
+        help="search for near-duplicates, or do not; default: search if the contract states that groups keep them together, for up to"
         f" {NEAR_LIMIT} images (10000 take about two minutes on two cores)",
     ),
 ]
@@ -49,7 +49,7 @@ JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="write all
 
 
 def main(args: list[str]) -> None:
-    """Run the command that the first argument names; without one, prepare a dataset."""
+    """Run the command named by the first argument; without one, prepare a dataset."""
     name = args[0] if args and args[0] in COMMANDS else None
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else prepare_dataset)
@@ -64,7 +64,7 @@ def prepare_dataset(
     check: CheckOption = False,
     shard: ShardOption = None,
 ) -> None:
-    """Read the raw dataset and write the mask-and-prompt dataset, or read one share of it."""
+    """Read the raw dataset and write the mask-and-prompt dataset, or read only one shard of the raw data."""
     part = None if shard is None else parsed_shard(shard)
     experiment = loaded(config, overrides)
     from maskloom.data_prep.prepare import prepare
@@ -73,7 +73,7 @@ def prepare_dataset(
 
 
 def merge(config: ConfigOption, overrides: OverridesArgument = None) -> None:
-    """Write the mask-and-prompt dataset from the parts that the shards (`--shard`) have read; same configuration, same run folder."""
+    """Write the mask-and-prompt dataset from the parts read by `prepare --shard`; use the same configuration and run folder."""
     experiment = loaded(config, overrides)
     from maskloom.data_prep.prepare import prepare
 
@@ -82,19 +82,21 @@ def merge(config: ConfigOption, overrides: OverridesArgument = None) -> None:
 
 def inspect(
     raw_dir: Annotated[Path, typer.Argument(metavar="RAW", help="folder of a raw dataset")],
-    samples: Annotated[int, typer.Option(min=1, help="images to decode at most, spread over the dataset")] = 200,
+    samples: Annotated[
+        int, typer.Option(min=1, help="largest number of images to decode, spread over the dataset")
+    ] = 200,
 ) -> None:
-    """Say which dataset a raw folder is, what its images and masks hold, what is wrong with them, and how to prepare it."""
+    """Identify the dataset in a raw folder, describe its images and masks and their problems, and say how to prepare it."""
     from maskloom.data_prep.inspect.inspect import inspect_folder
 
     inspect_folder(raw_dir, samples)
 
 
 def parsed_shard(text: str) -> "Shard":
-    """Return the shard that `I/N` names.
+    """Return the shard given as `I/N`.
 
     Raises:
-        MaskLoomError: it is not of that form, or not among the N.
+        MaskLoomError: the text has another form, or I is not between 1 and N.
     """
     from maskloom.data_prep.prepare import Shard
 
@@ -112,22 +114,22 @@ def verify(
     near: NearOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Check a dataset whole: what its files say, then what its images show.
+    """Check a whole dataset: first its files, then its images.
 
-    It fails, with one line and exit code 2, on
+    The check fails, with a one-line error and exit code 2, on
 
-    - files, hashes, rows or pixels that break the contract
+    - files, hashes, rows or pixels that violate the contract
 
-    - a group in two splits, a synthetic row whose parent is held out
+    - a group in two splits, or a synthetic row whose parent is held out
 
-    - identical images in train or validation and in another split, or in such splits of a dataset given by --against
+    - identical images in train or validation and in another split, also across the datasets given by --against
 
-    - clear near-duplicates in such splits, where groups were meant to catch them
+    - clear near-duplicates in such splits, if the groups should keep them together
 
     - identical images with different labels
 
-    It only tells: weaker near-duplicates, near-duplicates of another dataset or with different labels, images in two held-out splits, identical images with
-    different masks, and what each split holds: classes, mask regions, grey levels, prompts.
+    It only reports weaker near-duplicates, near-duplicates in another dataset or with different labels, images in two held-out splits, identical images with
+    different masks, and the content of each split: classes, mask regions, grey levels, prompts.
     """
     from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
     from maskloom.data_prep.audit.contact_sheet import contact_sheet_page
@@ -149,7 +151,7 @@ def verify(
 
 
 def summary(contract: "Contract") -> str:
-    """Return one line a split, and one for the rejects."""
+    """Return one line per split, and one for the rejected inputs."""
     about = contract.description
     lines = [
         f"{about.dataset} ({about.origin}): sound, {' or '.join(f'{height}x{width}' for height, width in about.sizes)}, {about.channels} channel(s)"

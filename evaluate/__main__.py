@@ -13,7 +13,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Ask the configured questions of every synthetic dataset; one JSON file per question."""
+    """Evaluate every synthetic dataset with the configured metrics; writes one JSON file per question."""
     experiment = loaded(config, overrides)
     from maskloom.evaluate.evaluate import evaluate
 

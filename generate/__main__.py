@@ -13,7 +13,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Generate a synthetic dataset from masks and prompts, one for each generator of the configuration."""
+    """Generate one synthetic dataset for each generator of the configuration, from masks and prompts."""
     experiment = loaded(config, overrides)
     from maskloom.generate.generate import generate
 

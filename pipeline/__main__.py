@@ -1,6 +1,6 @@
-"""`python -m pipeline run|sweep|status|report|push|verify|export|combine`: the whole pipeline, and what it left behind.
+"""`python -m pipeline run|sweep|status|report|push|verify|export|combine`: run the whole pipeline and work with its outputs.
 
-Every import of weight waits until its command runs, so that `--help` answers at once.
+Slow imports happen when a command runs, so that `--help` answers at once.
 """
 
 from pathlib import Path
@@ -34,13 +34,13 @@ def run(
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="the last stage to run")] = None,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
-    """Run prepare, train, generate, evaluate and report; stages that are up to date skip themselves."""
+    """Run prepare, train, baselines, generate, evaluate and report; stages that are up to date are skipped."""
     from maskloom.pipeline.config.loading import load_experiment
     from maskloom.pipeline.runs.runner import check_accelerate_config, run_stages, selected_stages
 
     stages = selected_stages(first, last)
     check_accelerate_config(accelerate_config)
-    load_experiment(config, overrides or [])  # a mistake in it is told before anything starts
+    load_experiment(config, overrides or [])  # report a mistake in it before anything starts
     arguments = ["--config", str(config), *(overrides or []), *(["--force"] if force else [])]
     raise typer.Exit(run_stages(stages, arguments, accelerate_config))
 
@@ -52,7 +52,7 @@ def sweep(
     force: ForceOption = False,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
-    """Train, generate and evaluate every generator, or every variant of `sweep.variants`, and print one table."""
+    """Train, generate and evaluate all generators, or all variants of `sweep.variants`, and print one table."""
     from maskloom.pipeline.runs.runner import check_accelerate_config
     from maskloom.pipeline.sweep import sweep as sweeping
 
@@ -62,7 +62,7 @@ def sweep(
 
 @app.command()
 def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
-    """Show which stages are done, stale, damaged or missing, what they took and what they read; every output is compared with its digest."""
+    """Show which stages are done, stale, damaged or missing, their run times and inputs; every output is checked against its digest."""
     from rich.console import Console
 
     from maskloom.pipeline.config.loading import load_experiment
@@ -82,7 +82,7 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
 def report(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Write the run's report.html from whatever is there."""
+    """Write the run's report.html from whatever exists in the run."""
     from maskloom.pipeline.cli import run_stage
     from maskloom.pipeline.config.loading import load_experiment
     from maskloom.pipeline.report import write_report
@@ -97,18 +97,19 @@ def push(
         list[str] | None,
         typer.Argument(
             metavar="[WHAT|KEY=VALUE]...",
-            help="dataset, generator (default), generator:KIND, baseline:FAMILY, synthetic:NAME; and overrides of the configuration",
+            help="dataset, generator (default), generator:KIND, baseline:NAME, synthetic:NAME; and overrides of the configuration",
         ),
     ] = None,
     repo_id: Annotated[
-        str | None, typer.Option(help="NAMESPACE/NAME, or NAME in your own; default: named after the experiment")
+        str | None,
+        typer.Option(help="NAMESPACE/NAME, or NAME in your own namespace; default: named after the experiment"),
     ] = None,
-    public: Annotated[bool, typer.Option("--public/--private", help="who may see a new repository")] = False,
+    public: Annotated[bool, typer.Option("--public/--private", help="visibility of a new repository")] = False,
     may_publish: Annotated[
-        bool, typer.Option("--i-have-the-right", help="publish although the data's licence does not plainly allow it")
+        bool, typer.Option("--i-have-the-right", help="publish although the data's licence does not clearly allow it")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what would go")] = False,
-    revision: Annotated[str, typer.Option(metavar="BRANCH", help="branch to push to; made if missing")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what would be pushed")] = False,
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="branch to push to; created if missing")] = "main",
 ) -> None:
     """Push the dataset, the trained weights or synthetic datasets to the Hugging Face Hub; private by default."""
     from maskloom.pipeline.config.loading import load_experiment
@@ -124,7 +125,7 @@ def push(
 def verify(
     path: Annotated[Path, typer.Argument(help="a run folder, such as runs/demo, or a mask-and-prompt dataset")],
 ) -> None:
-    """Check a whole run, or one dataset: digests of every file that was written, records, splits, groups, parents and every pixel."""
+    """Check a whole run, or one dataset: digests of all written files, records, splits, groups, parents and all pixels."""
     from maskloom.pipeline.dataset.verification import verify_fully
     from maskloom.pipeline.errors import MaskLoomError
     from maskloom.pipeline.runs.run import Run
@@ -136,7 +137,7 @@ def verify(
             print(problem)
         if problems:
             raise MaskLoomError(f"{path}: {len(problems)} problem(s); run the stages that wrote these files again")
-        print(f"{path}: everything is as it was written")
+        print(f"{path}: all files are as they were written")
         return
     contract = verify_fully(path)
     rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
@@ -153,10 +154,10 @@ def export(
     values: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's options, such as dataset_id=502")
     ] = None,
-    split: Annotated[list[str] | None, typer.Option(help="a split to export; may be repeated; default: all")] = None,
-    force: Annotated[bool, typer.Option("--force", help="replace an earlier export of something else")] = False,
+    split: Annotated[list[str] | None, typer.Option(help="split to export; may be repeated; default: all")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export of other data")] = False,
 ) -> None:
-    """Write a dataset in the layout of another tool."""
+    """Export a dataset in the layout of another tool."""
     from maskloom.pipeline.dataset.export import ExportOptions, export
 
     export(dataset, ExportOptions(layout, output, split or [], values or [], force))
@@ -165,17 +166,19 @@ def export(
 @app.command()
 def combine(
     real: Annotated[Path, typer.Option(help="the real dataset; all its rows are kept")],
-    synthetic: Annotated[list[Path], typer.Option(help="a dataset that was generated from it; may be repeated")],
+    synthetic: Annotated[list[Path], typer.Option(help="a synthetic dataset generated from it; may be repeated")],
     output: Annotated[Path, typer.Option(help="a new or empty folder")],
     ratio: Annotated[
-        float | None, typer.Option(help="synthetic rows for each real train row; default: all, or as --balance needs")
+        float | None,
+        typer.Option(help="synthetic rows per real train row; default: all, or as many as --balance needs"),
     ] = None,
     balance: Annotated[bool, typer.Option("--balance", help="the same number of train rows in every class")] = False,
     schedule: Annotated[
-        int | None, typer.Option(metavar="K", help="write stage-1 to stage-K, from no synthetic rows to all of them")
+        int | None,
+        typer.Option(metavar="K", help="write the folders stage-1 to stage-K, with none to all of the synthetic rows"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the choice of synthetic rows")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="replace another combination")] = False,
+    seed: Annotated[int, typer.Option(help="seed for the choice of synthetic rows")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier, different combination")] = False,
 ) -> None:
     """Add synthetic rows to the train split of a real dataset; held-out splits stay as they are."""
     from maskloom.pipeline.dataset.combine import CombineOptions, combine
@@ -184,7 +187,7 @@ def combine(
 
 
 def _status_table(folder: Path, states: "list[StageState]") -> "Table":
-    """Return one row a stage."""
+    """Return a table with one row per stage."""
     from datetime import datetime
 
     from rich.table import Table

@@ -26,7 +26,10 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")
 ]
 AccelerateConfigOption = Annotated[
-    Path | None, typer.Option(envvar="ACCELERATE_CONFIG_FILE", help="for accelerate launch, see configs/accelerate")
+    Path | None,
+    typer.Option(
+        envvar="ACCELERATE_CONFIG_FILE", help="configuration file for accelerate launch, see configs/accelerate"
+    ),
 ]
 
 

@@ -8,9 +8,9 @@ import typer
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.runs.command import run_command
 
-MEMORY_ADVICE = "lower train_batch_size or image_size in the options of the family, or its channels"
+MEMORY_ADVICE = "lower train_batch_size, image_size or channels in the options of the architecture (baselines.NAME)"
 FamilyOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="train this one of `baselines` only; may be repeated")
+    list[str] | None, typer.Option(metavar="NAME", help="train only this entry of `baselines`; may be repeated")
 ]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -23,7 +23,7 @@ def command(
     force: ForceOption = False,
     check: CheckOption = False,
 ) -> None:
-    """Train the generator families of the section `baselines`: GANs, pix2pix, joint diffusion."""
+    """Train the generator architectures of the section `baselines`: GANs, pix2pix, joint diffusion."""
     experiment = loaded(config, overrides)
     from maskloom.train_baselines.train import train_baselines
 

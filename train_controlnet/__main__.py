@@ -12,17 +12,17 @@ from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
     "Train a ControlNet, adapters, or both, on a Stable Diffusion backbone. Further commands, each with its own --help:"
-    " `plan` (parameters, memory and disk, before anything is loaded) and `find-lr` (a learning-rate range test)."
+    " `plan` (estimate parameters, memory and disk before anything is loaded) and `find-lr` (a learning-rate range test)."
 )
 MEMORY_ADVICE = (
     "lower train.train_batch_size (and raise train.gradient_accumulation_steps) or data.image_size, or set train.gradient_checkpointing=true "
     "or train.mixed_precision=bf16; maskloom plan says what fits"
 )
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures as JSON as well")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the figures as JSON")]
 
 
 def main(args: list[str]) -> None:
-    """Run the command that the first argument names; without one, train."""
+    """Run the command named by the first argument; without one, train."""
     name = args[0] if args and args[0] in COMMANDS else None
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else train)
@@ -33,7 +33,7 @@ def main(args: list[str]) -> None:
 def train(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Train, or only say whether there is anything to do."""
+    """Train, or only print whether there is anything to do."""
     experiment = loaded(config, overrides)
     from maskloom.train_controlnet.train import train_stage
 
@@ -43,10 +43,10 @@ def train(
 def plan(
     config: ConfigOption,
     overrides: OverridesArgument = None,
-    processes: Annotated[int, typer.Option(min=1, max=100_000, help="GPUs, each with one process (DDP)")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=100_000, help="number of GPUs, with one process each (DDP)")] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Say what a training needs, and which switches would make it fit 24, 16 and 12 GB; reads no weights, needs no GPU and no dataset."""
+    """Estimate the memory and disk space of a training, and name switches that make it fit 24, 16 and 12 GB; needs no weights, GPU or dataset."""
     experiment = loaded(config, overrides)  # before the seconds that the imports take
     from maskloom.train_controlnet.memory_plan.text import print_plan
 
@@ -56,12 +56,12 @@ def plan(
 def find_lr(
     config: ConfigOption,
     overrides: OverridesArgument = None,
-    steps: Annotated[int, typer.Option(min=20, max=1_000_000, help="optimizer steps")] = 100,
+    steps: Annotated[int, typer.Option(min=20, max=1_000_000, help="number of optimizer steps")] = 100,
     min_lr: Annotated[float, typer.Option(help="learning rate of the first step")] = 1e-7,
     max_lr: Annotated[float, typer.Option(help="learning rate of the last step")] = 1e-1,
     json: JsonOption = None,
 ) -> None:
-    """Raise the learning rate from step to step, watch the loss, and suggest a rate; the run keeps nothing of it but the caches."""
+    """Run a learning-rate range test and suggest a rate; only the caches are kept in the run."""
     experiment = loaded(config, overrides)
     from maskloom.train_controlnet.lr_finder import RangeTest, print_range_test
 

@@ -1,4 +1,4 @@
-"""The arms of a downstream comparison: what a model may train on. All arms take the same number of optimizer steps."""
+"""The arms of a downstream comparison and their training data. All arms take the same number of optimizer steps."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class ArmOptions(Section):
     """Which arms are compared, and how."""
 
     arms: tuple[ArmName, ...] = ("real", "real_augmented", "real_synthetic", "synthetic")
-    seeds: Trainings = Field(3, ge=1, description="trainings of each arm; 5 for a headline")
+    seeds: Trainings = Field(3, ge=1, description="trainings per arm; 5 for a result to publish")
     generator: str | None = Field(
-        None, description="whose images; null: controlnet where there is one, else the first generator"
+        None, description="generator whose images are used; null: controlnet if there is one, otherwise the first"
     )
     every_generator: bool = Field(
         False,
-        description="also train real + synthetic with each other generator's images, and compare it in the same way",
+        description="also train real + synthetic with the images of each other generator, and compare it in the same way",
     )
     synthetic_per_real: float | None = Field(
-        None, gt=0, description="most synthetic images for each real one; null: all there are"
+        None, gt=0, description="largest number of synthetic images per real one; null: all images"
     )
     resamples: Repeats = Field(2000, ge=100)
     augmentation: AugmentationOptions = AugmentationOptions()

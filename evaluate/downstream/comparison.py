@@ -180,7 +180,7 @@ def _change_table(changes: Mapping[str, Mapping[str, Any]], protocol: Protocol) 
                 tests = [found["wilcoxon_p"], found["wilcoxon_p_holm"]]
             rows.append([arm_title(arm), name, _interval_of(found[name]), spread, *tests])
     note = (
-        "Arm minus real, same test images, same seeds. 95 % interval: paired bootstrap of groups over the mean of the seeds; left out "
+        "Arm minus real, same test images, same seeds. 95 % interval: paired bootstrap of groups over the mean of the seeds; omitted "
         "where a figure rests on one group. Wilcoxon signed-rank test over group means of "
         f"{protocol.tested}, adjusted for the number of arms (Holm)."
     )
@@ -260,8 +260,8 @@ def _external_sentence(name: str, external: Comparison, own: Comparison) -> str:
 def _warnings(arms: Mapping[str, ArmScores], protocol: Protocol, clusters: int) -> list[str]:
     found = []
     if clusters < FEW_GROUPS:
-        found.append(f"{clusters} test group(s) only: intervals are rough")
+        found.append(f"only {clusters} test group(s): intervals are imprecise")
     seeds = len(arms[BASELINE].statistics)
     if seeds < FEW_SEEDS and not protocol.external:  # once is enough: the models are the same everywhere
-        found.append(f"{seeds} seed(s) only: at least {FEW_SEEDS} are needed to tell chance from effect")
+        found.append(f"only {seeds} seed(s): at least {FEW_SEEDS} are needed to tell an effect from chance")
     return found

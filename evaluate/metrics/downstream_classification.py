@@ -1,7 +1,7 @@
 """Does the synthetic data help a classification model on real test images?
 
-The same classifier is trained on each arm for the same number of steps and with the same seeds. Nothing is chosen: the last step's
-weights are scored on the test images, once, and on those of external test sets; the validation split is not used.
+The same classifier is trained on each arm for the same number of steps and with the same seeds. No checkpoint is selected: the weights
+of the last step are scored once on the test images and on those of external test sets; the validation split is not used.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             *_ceiling_warning(comparison.values["arms"]["real"][PRIMARY]["value"]),
         ],
         limits=[
-            f"Holds for {options.architecture}, {options.steps} steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
-            "Averages over classes take in the classes that have test images. AUROC: one class against the rest, averaged.",
-            "The interval covers other test patients, not other training sets or other trained generators.",
+            f"Valid for {options.architecture}, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
+            "Averages over classes include only classes that have test images. AUROC: one class against the rest, averaged.",
+            "The interval accounts for other test patients, not for other training sets or other trained generators.",
         ],
         figures=generator_figures(comparison, generator.name),
         values=comparison.values,
@@ -112,22 +112,22 @@ def labelled_images(image_set: ImageSet, size: tuple[int, int]) -> LabelledImage
 
 
 def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str:
-    """Return why there is nothing to classify, or an empty text."""
+    """Return why classification cannot be evaluated, or an empty string."""
     if generator is None:
         return "there is no synthetic set"
     if len(inputs.real.description.labels) < 2:
-        return "the dataset has no image-level classes to tell apart"
+        return "the dataset has no image-level classes to distinguish"
     for image_set in (inputs.train, generator, inputs.test):
         if not len(image_set) or (image_set.labels < 0).all():
             return f"no image of {image_set.name} has a label"
     present = np.unique(inputs.train.labels[inputs.train.labels >= 0])
     if len(present) < 2:
-        return f"all labelled train images are of one class ({inputs.real.description.labels[present[0]]})"
+        return f"all labelled train images belong to one class ({inputs.real.description.labels[present[0]]})"
     return ""
 
 
 def _limited(part: LabelledImages, real: int, options: Options, seed: int) -> Pair:
-    """Return the images and labels of a synthetic set that an arm is given, where there are `real` real ones."""
+    """Return the images and labels of a synthetic set for an arm, given `real` real ones."""
     rows = limited_rows(real, len(part), options, seed)
     return part.images[rows], part.labels[rows]
 
@@ -165,7 +165,7 @@ def scored_arms(
 def arm_scores(
     probabilities: Sequence[NDArray[np.float64]], labels: NDArray[np.int64], names: Sequence[str]
 ) -> ArmScores:
-    """Return an arm's statistics, one set a seed, from its predicted probabilities (N, K)."""
+    """Return an arm's statistics, one set per seed, from its predicted probabilities (N, K)."""
     statistics = [classification_statistics(labels, one, names) for one in probabilities]
     return ArmScores(statistics, np.stack([one[np.arange(len(labels)), labels] for one in probabilities]))
 
@@ -177,10 +177,10 @@ def _ceiling_warning(baseline: float | None) -> list[str]:
 
 
 def _class_warnings(test: LabelledImages, names: Sequence[str]) -> list[str]:
-    """Return a warning for each class that too few test groups hold."""
+    """Return a warning for each class with too few test groups."""
     found = []
     for k, name in enumerate(names):
         groups = {group for group, label in zip(test.groups, test.labels, strict=True) if label == k}
         if len(groups) < 2:
-            found.append(f"{name}: all test images are of one group" if groups else f"{name}: no test image")
+            found.append(f"{name}: all test images belong to one group" if groups else f"{name}: no test image")
     return found

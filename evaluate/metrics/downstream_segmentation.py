@@ -1,7 +1,7 @@
 """Does the synthetic data help a segmentation model on real test images?
 
-The same U-Net is trained on each arm for the same number of steps and with the same seeds. Nothing is chosen: the last step's weights
-are scored on the test images, once, and on those of external test sets; the validation split is not used.
+The same U-Net is trained on each arm for the same number of steps and with the same seeds. No checkpoint is selected: the weights of the
+last step are scored once on the test images and on those of external test sets; the validation split is not used.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             *(f"{name}: no image has a mask, so it is left out" for name in found if name not in externals),
         ],
         limits=[
-            f"Holds for this network, {options.steps} steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
+            f"Valid for this network, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
             f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
-            "The interval covers other test patients, not other training sets or other trained generators.",
+            "The interval accounts for other test patients, not for other training sets or other trained generators.",
         ],
         figures=generator_figures(comparison, generator.name),
         values=comparison.values,
@@ -113,7 +113,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 
 
 def _limited(part: MaskedImages, real: int, options: Options, seed: int) -> Pair:
-    """Return the images and masks of a synthetic set that an arm is given, where there are `real` real ones."""
+    """Return the images and masks of a synthetic set for an arm, given `real` real ones."""
     rows = limited_rows(real, len(part), options, seed)
     return part.images[rows], part.masks[rows]
 
@@ -162,7 +162,7 @@ def image_scores(network: nn.Module, test: MaskedImages, classes: int, device: s
 
 
 def arm_scores(by_seed: Sequence[Scores], classes: Sequence[str]) -> ArmScores:
-    """Return an arm's statistics, one set a seed."""
+    """Return an arm's statistics, one set per seed."""
     statistics = [_statistics(dice, iou, classes) for dice, iou in by_seed]
     return ArmScores(statistics, np.stack([dice.mean(axis=1) for dice, _ in by_seed]))
 
@@ -180,6 +180,6 @@ def _empty_warning(test: MaskedImages, classes: Sequence[str]) -> list[str]:
         share = float((~(test.masks == k).any(axis=(1, 2))).mean())
         if share > 0.1:
             found.append(
-                f"{share:.0%} of the test masks hold no {name}: their Dice is 1 or 0, see the rule for empty masks"
+                f"{share:.0%} of the test masks contain no {name}: their Dice is 1 or 0, see the rule for empty masks"
             )
     return found

@@ -1,9 +1,9 @@
 """Does a synthetic image show the mask that it was made from?
 
-A segmenter that was trained on real images only reads the mask off each synthetic image; Dice and IoU with the mask that the image
-was conditioned on, beside the same segmenter on real test images: the gap is the finding. Masks come from train, and a segmenter
-knows its own training masks by heart, so the real groups are cut in folds and each synthetic image is read by the segmenters that
-did not see its parent's group.
+A segmentation model trained on real images only segments each synthetic image. Dice and IoU compare its prediction with the mask
+that the image was conditioned on; the same model on real test images gives the reference. The masks come from the train split, and a
+model may memorise its training masks. The real groups are therefore split into folds, and each synthetic image is segmented by the
+models that were not trained on its parent's group.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ COLUMNS: tuple[tuple[str, str, Literal["higher"] | None], ...] = (
 
 
 class Options(SegmenterOptions):
-    """Size and training of the segmenter, and how its scores are taken."""
+    """Input size and training of the segmentation model, and the computation of its scores."""
 
     folds: int = Field(
         2,
         ge=1,
         le=10,
-        description="cross-fitting: no segmenter reads an image whose parent it was trained on; 1 turns it off",
+        description="folds of the cross-fitting: no model segments an image whose parent it was trained on; 1 turns it off",
     )
-    shuffles: Repeats = Field(5, ge=1, description="random pairings of images and masks behind the chance level")
+    shuffles: Repeats = Field(5, ge=1, description="random pairings of images and masks for the chance level")
     resamples: Repeats = Field(2000, ge=100)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A segmenter and the real groups that it was trained on."""
+    """A segmentation model and the real groups that it was trained on."""
 
     network: nn.Module
     groups: frozenset[str]
@@ -69,7 +69,7 @@ class Reading:
     """Scores of one set, each (N, classes - 1).
 
     Attributes:
-        name: what the table calls the set.
+        name: name of the set in the table.
         dice, iou: against the image's own mask.
         chance: Dice against masks of other images of the set.
         groups: group of each image.
@@ -86,7 +86,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     """Score every generator's images against their masks.
 
     Raises:
-        MaskLoomError: the segmenter's training failed.
+        MaskLoomError: the training of the segmentation model failed.
     """
     train = masked_images(inputs, inputs.train, options.image_size)
     if not len(train) or len(inputs.classes) < 2:
@@ -101,12 +101,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 
 
 def trained_readers(inputs: EvaluationInputs, train: MaskedImages, options: Options) -> list[Reader]:
-    """Return one segmenter a fold, each trained on all real groups but the fold's own."""
+    """Return one segmentation model per fold, each trained on all real groups outside the fold."""
     fold = group_index(train.groups)
     folds = min(options.folds, int(fold.max()) + 1)
     fold = np.random.default_rng(inputs.seed).permutation(int(fold.max()) + 1)[fold] % folds
     readers = []
-    with progress("training segmenters on real images", folds, "segmenters") as advance:
+    with progress("training segmentation models on real images", folds, "models") as advance:
         for out in range(folds):
             kept = np.flatnonzero(fold != out) if folds > 1 else np.arange(len(train))
             network = train_segmenter(
@@ -120,7 +120,7 @@ def trained_readers(inputs: EvaluationInputs, train: MaskedImages, options: Opti
 def read_set(
     name: str, masked: MaskedImages, readers: list[Reader], inputs: EvaluationInputs, options: Options
 ) -> Reading:
-    """Return a set's scores, each image's averaged over the segmenters that did not see its group (all, if all did)."""
+    """Return a set's scores, averaged for each image over the models not trained on its group (over all if all were)."""
     seen = np.array([[group in reader.groups for reader in readers] for group in masked.groups])
     weights = np.where(seen.all(axis=1, keepdims=True), 1.0, ~seen)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -157,7 +157,7 @@ def _result(inputs: EvaluationInputs, options: Options, train: MaskedImages, rea
         tables=[table],
         warnings=_warnings(inputs, train, readings),
         limits=[
-            "The segmenter is itself imperfect and knows real images only: a low score may mean an image that misses its mask or one that looks unlike the real ones.",
+            "The segmentation model is imperfect and was trained on real images only: a low score means that an image does not follow its mask, or that it does not look like real images.",
             "A good score says nothing about texture, pathology or diversity.",
         ],
         figures=_figures(values, {inputs.test.name: REAL, **{reading.name: reading.name for reading in synthetic}}),
@@ -170,7 +170,7 @@ def _result(inputs: EvaluationInputs, options: Options, train: MaskedImages, rea
 def _table(
     inputs: EvaluationInputs, options: Options, readings: list[Reading]
 ) -> tuple[Table, dict[str, dict[str, Any]]]:
-    """Return rows set x class, and the same figures for machines."""
+    """Return one row per set and class, and the same figures as values."""
     names = [MEAN, *inputs.classes[1:]]
     rows: list[list[Cell]] = []
     values: dict[str, dict[str, Any]] = {}
@@ -191,7 +191,7 @@ def _table(
 
 
 def _figures(values: dict[str, dict[str, Any]], rows: dict[str, str]) -> list[Figure]:
-    """Return Dice and its chance level of each set that was read; `rows` gives its row in the table of generators."""
+    """Return Dice and its chance level for each set; `rows` maps a set to its row in the table of generators."""
     return [
         Figure(of=row, name=column, better=better, **values[name][MEAN][kind])
         for name, row in rows.items()
@@ -211,13 +211,13 @@ def _verdict(values: dict[str, dict[str, Any]], generators: list[str], test_name
     if not generators:
         return "No synthetic image has a mask, so faithfulness was not measured."
     parts = [f"{name} {dice(name):.2f} (chance {dice(name, 'chance_dice'):.2f})" for name in generators]
-    beside = f"; on real test images the same segmenter reaches {dice(test_name):.2f}" if test_name in values else ""
-    return f"Mean Dice between the mask and what a segmenter trained on real images sees: {', '.join(parts)}{beside}."
+    beside = f"; on real test images the same model reaches {dice(test_name):.2f}" if test_name in values else ""
+    return f"Mean Dice between the mask and the prediction of a segmentation model trained on real images: {', '.join(parts)}{beside}."
 
 
 def _warnings(inputs: EvaluationInputs, train: MaskedImages, readings: list[Reading]) -> list[str]:
     found = [
-        f"{reading.name}: {len(set(reading.groups))} groups only; its intervals are rough"
+        f"{reading.name}: only {len(set(reading.groups))} groups; its intervals are imprecise"
         for reading in readings
         if len(set(reading.groups)) < FEW_GROUPS
     ]

@@ -1,7 +1,8 @@
 """Does the generator repeat its training images?
 
-How near each synthetic image lies to its nearest training image, in a network's features and pixel by pixel, judged by how near real
-images that the generator never saw (validation and test) lie to the training images: nearer than nearly all of those is flagged.
+The distance of each synthetic image to its nearest training image is measured in a network's feature space and pixel by pixel. It is
+compared with the distances of real images that the generator has not seen (validation and test). An image is flagged if it is closer to
+a training image than nearly all of those.
 """
 
 from __future__ import annotations
@@ -28,18 +29,21 @@ FEW_HELD_OUT = 100
 
 
 class Options(ExtractorOptions):
-    """The extractor, the threshold, and the pictures."""
+    """The feature extractor, the threshold, and the images shown."""
 
     percentile: float = Field(
-        5.0, gt=0, lt=50, description="of held-out real images' distances; synthetic images below it are flagged"
+        5.0,
+        gt=0,
+        lt=50,
+        description="percentile of the held-out real images' distances; synthetic images below it are flagged",
     )
-    shown_pairs: Shown = Field(6, ge=0, description="nearest pairs that are shown of each generator")
+    shown_pairs: Shown = Field(6, ge=0, description="nearest pairs shown for each generator")
     picture_side: Side = Field(128, ge=16, description="side of each shown image")
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found of one generator.
+    """The result for one generator.
 
     Attributes:
         image_set: its images.
@@ -122,13 +126,13 @@ def _result(
         tables=[table],
         curves=[_curve(space, calibration[space], audits) for space in (FEATURES, PIXELS)],
         pictures=[_picture(inputs, options, audit) for audit in audits if options.shown_pairs],
-        warnings=[f"calibrated on {count} held-out real images only: the threshold is rough"]
+        warnings=[f"calibrated on only {count} held-out real images: the threshold is imprecise"]
         if count < FEW_HELD_OUT
         else [],
         limits=[
-            "A passing audit is not a privacy guarantee: it sees near copies of whole images only, not rare attributes or parts.",
-            f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over mirrors and {CROP:.0%} crops of the synthetic image.",
-            "An image made from a training mask shares its anatomy with that mask's image: such a pair is expected to be near, and still counts.",
+            "Passing this audit does not guarantee privacy: it detects only near copies of whole images, not copied parts or rare attributes.",
+            f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over flips and {CROP:.0%} crops of the synthetic image.",
+            "An image made from a training mask shares its anatomy with the image of that mask: such a pair is expected to be close, but still counts.",
         ],
         figures=_figures(options, audits),
         values={"held_out": {"n": count, "thresholds": thresholds, "percentile": options.percentile}, **values},
@@ -153,18 +157,18 @@ def _table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str, Any]
                 "parent_is_nearest": of_parent.model_dump(),
             }
     note = (
-        f"Flagged: nearer to a training image than {100 - options.percentile:g} % of the held-out real images are, so about {options.percentile:g} % "
-        "would be flagged in either space alone if synthetic images kept the distance of real ones. 95 % Wilson intervals. Last column: of the flagged, how many "
-        "have as nearest training image the one whose mask they were made from."
+        f"Flagged: closer to a training image than {100 - options.percentile:g} % of the held-out real images, so about {options.percentile:g} % "
+        "would be flagged in either space alone if synthetic images were as far away as real ones. 95 % Wilson intervals. Last column: share of the flagged images "
+        "whose nearest training image is the one whose mask they were made from."
     )
     columns = ["set", "space", "N", "flagged", "share flagged", "nearest is the mask's own image"]
     return Table(
-        title="Synthetic images that lie suspiciously near a training image", note=note, columns=columns, rows=rows
+        title="Synthetic images suspiciously close to a training image", note=note, columns=columns, rows=rows
     ), values
 
 
 def _figures(options: Options, audits: list[Audit]) -> list[Figure]:
-    """Return the share flagged in each space, and what it is of unseen real images by the threshold's making."""
+    """Return the share flagged in each space, and the share of unseen real images that the threshold implies."""
     found = []
     for space in (FEATURES, PIXELS):
         column, expected = f"near copies by {space}", options.percentile / 100
@@ -212,14 +216,14 @@ def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Pictur
         for i in worst
     ]
     return Picture(
-        title=f"{audit.image_set.name}: the images nearest to training",
+        title=f"{audit.image_set.name}: the images closest to training images",
         caption="From left to right: synthetic image, nearest training image by features, nearest by pixels, the mask it was made from. Nearest pairs first.",
         pixels=picture_grid(rows, options.picture_side),
     )
 
 
 def _verdict(audits: list[Audit], options: Options) -> str:
-    """Return the share flagged in each space; a generator is named where the interval lies above what chance would flag."""
+    """Return the share flagged in each space; names the generators whose interval lies above the expected share."""
     parts, near = [], []
     for audit in audits:
         shares = {space: share_interval(int(flagged.sum()), len(flagged)) for space, flagged in audit.flagged.items()}
@@ -229,17 +233,15 @@ def _verdict(audits: list[Audit], options: Options) -> str:
         parts.append(f"{audit.image_set.name} {' and '.join(figures)}")
         if any((share.low or 0) > options.percentile / 100 for share in shares.values()):
             near.append(
-                f"{audit.image_set.name} lies nearer to training images than unseen real images do{_share_of_parents(audit)}"
+                f"{audit.image_set.name} is closer to training images than unseen real images are{_share_of_parents(audit)}"
             )
-    expected = f"of unseen real images {options.percentile:g} % would be"
-    finding = f"{'; '.join(near)}: look at the pairs" if near else "no sign of copying"
-    return (
-        f"Images flagged as suspiciously near to a training image ({expected}): {'; '.join(parts)}. Finding: {finding}."
-    )
+    expected = f"{options.percentile:g} % of unseen real images would be"
+    finding = f"{'; '.join(near)}: inspect the pairs" if near else "no sign of copying"
+    return f"Images flagged as suspiciously close to a training image ({expected}): {'; '.join(parts)}. Finding: {finding}."
 
 
 def _share_of_parents(audit: Audit) -> str:
-    """Return how often the near image is the one that lent its mask: likeness that a copy and a shared mask both explain."""
+    """Return how often the nearest image is the one whose mask was used: both a copy and the shared mask can explain this."""
     flagged = np.stack(list(audit.flagged.values()))
     share = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
-    return f" (for {share:.0%} of the flagged that is the image whose mask was used)"
+    return f" (for {share:.0%} of the flagged images, the nearest one is the image whose mask was used)"

@@ -21,25 +21,25 @@ from maskloom.pipeline.config.bounds import Repeats, Side
 
 VERSION = 1
 QUESTION = "Do the synthetic images look like the real ones, and are they as varied?"
-FEWEST = 8  # below this neither halves nor neighbours mean anything
+FEWEST = 8  # with fewer images neither halves nor neighbours are meaningful
 FLOOR = "real train, other half"
-RECOMMENDED = 2048  # images, below which the Fréchet distance says more about N than about images
+RECOMMENDED = 2048  # with fewer images the Fréchet distance depends more on N than on the images
 
 
 class Options(ExtractorOptions):
-    """The extractor, and how much is drawn."""
+    """The feature extractor, and the sizes of the random samples."""
 
     neighbours: Repeats = Field(5, ge=1, description="k of precision, recall, density, coverage")
-    subsets: Repeats = Field(100, ge=2, description="subsets behind the kernel distance and its standard deviation")
-    jackknife_blocks: Repeats = Field(20, ge=2, description="blocks behind the interval of the Fréchet distance")
-    draws: Repeats = Field(5, ge=1, description="random draws of the comparison at equal N")
-    pairs: Repeats = Field(500, ge=1, description="pairs of images of one class behind the diversity of a set")
+    subsets: Repeats = Field(100, ge=2, description="subsets for the kernel distance and its standard deviation")
+    jackknife_blocks: Repeats = Field(20, ge=2, description="blocks for the interval of the Fréchet distance")
+    draws: Repeats = Field(5, ge=1, description="random draws for the comparison at equal N")
+    pairs: Repeats = Field(500, ge=1, description="pairs of images of one class for the diversity of a set")
     diversity_size: Side = Field(256, ge=16, description="largest side at which pairs are compared")
 
 
 @dataclass(frozen=True)
 class Featured:
-    """A set with its features (N, D) and groups."""
+    """An image set with its features (N, D) and groups."""
 
     name: str
     features: NDArray[np.float64]
@@ -73,8 +73,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         tables=[*tables, *diversity],
         warnings=warnings,
         limits=[
-            f"Distances hold for this extractor only: {extractor.title}. It was trained on photographs; small medical differences may escape it.",
-            "The Fréchet distance is biased upwards where images are few: compare rows of equal N only.",
+            f"Distances are valid for this extractor only: {extractor.title}. It was trained on photographs and may miss small medical differences.",
+            "The Fréchet distance is biased upwards for small N: compare only rows with equal N.",
         ],
         figures=_figures(values, list(inputs.synthetic)),
         values={"extractor": {"name": extractor.name, "digest": extractor.digest, "side": extractor.side}, **values},
@@ -147,7 +147,7 @@ def _equal_table(
 ) -> tuple[Table, dict[str, Any]]:
     """Compare every set with a random half of the train groups, at the same N on every side.
 
-    A small test split would drag every row down to its N, so there are two rounds where it is the smallest: without it and with it.
+    A small test split would limit every row to its N, so if it is the smallest set there are two rounds: without it and with it.
     """
     halves = [_halves(train, np.random.default_rng([seed, draw])) for draw in range(options.draws)]
     smallest_half = min(len(half.features) for pair in halves for half in pair)
@@ -162,18 +162,18 @@ def _equal_table(
         ]
         values.append({"n": count, "draws": options.draws, **figures})
     note = (
-        f"As many images on each side, drawn {options.draws} times; the halves of train share no group. The floor is what two sets of real "
-        f"images differ by. Extractor: {extractor.title}."
+        f"The same number of images on each side, drawn {options.draws} times; the halves of train share no group. The floor is the distance "
+        f"between two sets of real images. Extractor: {extractor.title}."
     )
     columns = [
-        "set, against a half of real train",
+        "set, against half of real train",
         "N",
         "Fréchet distance",
         "its standard deviation",
         "kernel distance (KID)",
         "its standard deviation",
     ]
-    title = "The same at equal N, beside the real-against-real floor"
+    title = "The same at equal N, with the distance between real images as a floor"
     return Table(title=title, note=note, columns=columns, rows=rows), {"rounds": values}
 
 
@@ -223,10 +223,10 @@ def _diversity_table(inputs: EvaluationInputs, options: Options) -> tuple[list[T
             values[image_set.name] = {"pairs": len(pairs), "ms_ssim": interval.model_dump()}
     note = (
         f"Mean MS-SSIM between random pairs of one class at {size[0]} x {size[1]}, {scales} scales, Gaussian window of 11 pixels, data range "
-        "255. Higher is less varied: a generator far above the real row repeats itself. Intervals cluster by the first image's group."
+        "255. Higher means less variety: a generator far above the real row repeats itself. Intervals are clustered by the first image's group."
     )
     table = Table(
-        title="Diversity: how alike two images of one set are",
+        title="Diversity: similarity between two images of one set",
         note=note,
         columns=["set", "pairs", "MS-SSIM"],
         rows=rows,
@@ -245,16 +245,16 @@ def _warnings(inputs: EvaluationInputs) -> list[str]:
     small = [f"{name} ({count})" for name, count in counts.items() if FEWEST <= count < RECOMMENDED]
     found = []
     if few:
-        found.append(f"too few images for any distance, at least {FEWEST} are needed; left out: {', '.join(few)}")
+        found.append(f"too few images for a distance (at least {FEWEST} are needed); left out: {', '.join(few)}")
     if small:
         found.append(
-            f"Fréchet distances under {RECOMMENDED} images are biased upwards, compare equal N only: {', '.join(small)}"
+            f"Fréchet distances of fewer than {RECOMMENDED} images are biased upwards; compare only equal N: {', '.join(small)}"
         )
     return found
 
 
 def _verdict(values: dict[str, Any], generators: list[str], test_name: str) -> str:
-    """Return the Fréchet distances at equal N that hold every generator measured."""
+    """Return the Fréchet distances at the equal N that covers most generators."""
     equal = _round_of_most(values, generators)
     if equal is None:
         return "Too few images to measure a distance at equal N."
@@ -268,13 +268,13 @@ def _verdict(values: dict[str, Any], generators: list[str], test_name: str) -> s
 
 
 def _round_of_most(values: dict[str, Any], generators: list[str]) -> dict[str, Any] | None:
-    """Return the comparison at equal N that holds most generators; None where none holds one."""
+    """Return the comparison at equal N that covers most generators; None if none covers any."""
     rounds = [one for one in values.get("equal_n", {}).get("rounds", []) if any(name in one for name in generators)]
     return max(rounds, key=lambda one: sum(name in one for name in generators), default=None)
 
 
 def _figures(values: dict[str, Any], generators: list[str]) -> list[Figure]:
-    """Return each generator's distances and manifold scores, and for real images what two halves of them differ by."""
+    """Return each generator's distances and manifold scores, and the distance between two halves of the real images."""
     whole, equal = values.get("all", {}), _round_of_most(values, generators) or {}
     found = []
     for name in (name for name in generators if name in whole):

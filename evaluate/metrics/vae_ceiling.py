@@ -1,6 +1,6 @@
-"""What does the VAE destroy, whatever the generator learns, and how much of it does a fine-tuned decoder give back?
+"""What does the VAE destroy, whatever the generator learns, and how much of it does a fine-tuned decoder recover?
 
-Real test images, encoded and decoded: no image that the generator makes can be truer than these. A run whose `generator/vae/` holds a
+Real test images are encoded and decoded: no generated image can be more accurate than these. A run whose `generator/vae/` holds a
 fine-tuned decoder (`train.vae_decoder`) is measured with both, on the same images.
 """
 
@@ -33,7 +33,7 @@ BACKBONE, TUNED = "the backbone's VAE", "fine-tuned decoder"
 
 
 class Options(ExtractorOptions):
-    """The extractor, and how the images pass through the VAE."""
+    """The feature extractor, and how the images are encoded and decoded."""
 
     batch_size: BatchSize = Field(8, ge=1)
     shown_images: Shown = Field(4, ge=0)
@@ -41,7 +41,7 @@ class Options(ExtractorOptions):
 
 @dataclass(frozen=True)
 class Passage:
-    """Images after a VAE: (N, H, W, C) uint8, with PSNR in dB and SSIM of each against itself before, (N,) each."""
+    """Decoded images (N, H, W, C) uint8, and the PSNR in dB and SSIM of each against its original, (N,) each."""
 
     decoded: NDArray[np.uint8]
     noise_ratio: NDArray[np.float64]
@@ -49,7 +49,7 @@ class Passage:
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
-    """Compare real test images with what each VAE makes of them.
+    """Compare real test images with their reconstructions by each VAE.
 
     Raises:
         MaskLoomError: a VAE or the extractor cannot be loaded.
@@ -73,9 +73,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         tables=[_table(figures, gain, extractor, len(images))],
         pictures=[_picture(images, passages, options.shown_images)] if options.shown_images else [],
         limits=[
-            "PSNR and SSIM are fair here, and only here, because each image is compared with itself.",
+            "PSNR and SSIM are valid here, and only here, because each image is compared with itself.",
             *(
-                ["A decoder trained for likeness may smooth texture: read PSNR and SSIM beside the distance."]
+                [
+                    "A decoder trained with a reconstruction loss may smooth texture: read PSNR and SSIM together with the distance."
+                ]
                 if gain
                 else []
             ),
@@ -96,7 +98,7 @@ def _backbone_vae(inputs: EvaluationInputs, source: BackboneSource) -> Any:
 
 
 def _tuned_folder(inputs: EvaluationInputs) -> Path:
-    """Return where `train` leaves a fine-tuned VAE: in the run that the real dataset lies in."""
+    """Return where `train` writes a fine-tuned VAE: in the run that contains the real dataset."""
     return Run(inputs.test.folder.parent).generator / "vae"
 
 
@@ -130,7 +132,7 @@ def _figures(inputs: EvaluationInputs, extractor: Extractor, bootstrap: Bootstra
 
 
 def _gain(bootstrap: Bootstrap, passages: dict[str, Passage]) -> dict[str, Interval]:
-    """Return fine-tuned less backbone, image by image."""
+    """Return the paired difference, fine-tuned minus backbone."""
     before, after = passages[BACKBONE], passages[TUNED]
     pairs = {
         "PSNR in dB": (after.noise_ratio, before.noise_ratio),
@@ -148,9 +150,9 @@ def _table(
     columns = list(figures[BACKBONE])
     rows: list[list[Cell]] = [[name, count, *row.values()] for name, row in figures.items()]
     if gain:
-        rows.append(["difference, image by image", count, *(gain.get(name) for name in columns)])
+        rows.append(["paired difference", count, *(gain.get(name) for name in columns)])
     return Table(
-        title="The VAE's ceiling",
+        title="VAE ceiling",
         note=f"{count} real test images against the same images encoded (mean of the posterior) and decoded. {extractor.title}. "
         "SSIM: Gaussian window, sigma 1.5, data range 255. 95 % intervals over groups.",
         columns=["VAE", "N", *columns],
@@ -162,13 +164,13 @@ def _verdict(figures: dict[str, dict[str, Interval]], gain: dict[str, Interval],
     name = TUNED if gain else BACKBONE
     distance, noise_ratio, similarity = (one.value for one in figures[name].values())
     sentence = (
-        f"Real test images that pass through {'the VAE with its fine-tuned decoder' if gain else name} keep a PSNR of "
+        f"Real test images after {'the VAE with its fine-tuned decoder' if gain else name} have a PSNR of "
         f"{noise_ratio:.1f} dB and an SSIM of {similarity:.2f}; Fréchet distance {distance:.1f} (N = {count})"
     )
     if not gain:
         return sentence + "."
     before = [one.value for one in figures[BACKBONE].values()]
-    return f"{sentence}; with the backbone's own decoder {before[1]:.1f} dB, {before[2]:.2f} and {before[0]:.1f}."
+    return f"{sentence}; with the backbone's own decoder they have {before[1]:.1f} dB, {before[2]:.2f} and {before[0]:.1f}."
 
 
 def _as_values(row: dict[str, Interval]) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _as_values(row: dict[str, Interval]) -> dict[str, Any]:
 
 
 def through_vae(vae: Any, images: NDArray[np.uint8], batch_size: int, device: str) -> NDArray[np.uint8]:
-    """Return images encoded and decoded, of the same shape (N, H, W, C) uint8; grey ones pass as equal channels."""
+    """Return the images (N, H, W, C) uint8 encoded and decoded; grey images are repeated to three channels."""
     import torch
 
     parts = []
@@ -190,7 +192,7 @@ def through_vae(vae: Any, images: NDArray[np.uint8], batch_size: int, device: st
 
 
 def _pairwise(images: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return PSNR in dB and SSIM (Wang et al. 2004) of each image with its decoded self, (N,) each."""
+    """Return PSNR in dB and SSIM (Wang et al. 2004) between each image and its reconstruction, (N,) each."""
     from skimage.metrics import structural_similarity
 
     error = ((images.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
@@ -209,6 +211,6 @@ def _picture(images: NDArray[np.uint8], passages: dict[str, Passage], count: int
     rows = [[one[i] for i in chosen] for one in (images, *(passage.decoded for passage in passages.values()))]
     return Picture(
         title="Through the VAE",
-        caption=f"From above: real test images; the same after {', and after the '.join(passages)}.",
+        caption=f"From top to bottom: real test images; the same images after {', and after the '.join(passages)}.",
         pixels=picture_grid(rows, max(images.shape[1:3])),
     )

@@ -1,6 +1,6 @@
-"""The report: one HTML file that shows a run to a reader without a network.
+"""The report: one self-contained HTML file that shows a run.
 
-It knows no dataset, generator or metric by name: it shows what a run holds.
+It knows no dataset, generator or metric by name and shows whatever a run contains.
 """
 
 from maskloom.pipeline.report.stage import write_report

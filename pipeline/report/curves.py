@@ -1,4 +1,4 @@
-"""Line charts as SVG, and the training curves behind them."""
+"""Training curves, and line charts as SVG."""
 
 import io
 import math
@@ -32,7 +32,7 @@ STYLE: Any = {
 
 
 class _AnyLine(LogLine):
-    """A line whose further values may be anything: only numbers are drawn."""
+    """A log line with any further values; only numbers are plotted."""
 
     __pydantic_extra__: dict[str, Any]
 
@@ -70,8 +70,8 @@ def training_curves(path: Path) -> tuple[list[Curve], int]:
     """Return charts of every scalar in a `metrics.jsonl`, and the number of lines that could not be read.
 
     Series of one kind share a chart: `loss` and `validation/loss`; `validation/loss_bin_0`, `validation/loss_bin_1`, …; a figure and
-    what it is compared with, such as `adherence`, `adherence_shuffled`, `adherence_real`; the gradients of all networks. The losses of several
-    networks differ in size, and have a chart each; that of a single one is the `loss`.
+    its reference values, such as `adherence`, `adherence_shuffled`, `adherence_real`; the gradients of all networks. The losses of several
+    networks differ in scale and get one chart each; the loss of a single network is the `loss`.
     """
     charts: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
     series, unreadable = _read_series(path)
@@ -91,7 +91,7 @@ def _chart_title(key: str) -> str:
 
 
 def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float | None]]:
-    """Return the points, or where there are more than `POINTS`, the means of runs of equal length."""
+    """Return the points, or the means of runs of equal length if there are more than `POINTS`."""
     kept = list(points)
     run = -(-len(kept) // POINTS)
     groups = [kept[start : start + run] for start in range(0, len(kept), run)] if kept else []
@@ -114,7 +114,7 @@ def _read_series(path: Path) -> tuple[dict[str, dict[float, float]], int]:
 
 
 def _parsed(line: bytes) -> Mapping[str, Any] | None:
-    """Return a line's values, or None where a killed process left half a line."""
+    """Return a line's values, or None for the partial line of a killed process."""
     try:
         return _AnyLine.model_validate_json(line).model_dump()
     except ValidationError:
@@ -122,5 +122,5 @@ def _parsed(line: bytes) -> Mapping[str, Any] | None:
 
 
 def _plain(text: str) -> str:
-    """Return text that matplotlib does not take for mathematics or for a hidden legend entry."""
+    """Return text that matplotlib does not interpret as mathematics or as a hidden legend entry."""
     return text.replace("$", r"\$").lstrip("_")

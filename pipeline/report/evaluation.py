@@ -1,4 +1,4 @@
-"""Reads what `evaluate` wrote: one JSON a question."""
+"""Read the results of `evaluate`: one JSON file per question."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +10,12 @@ from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.files.reading import inside, read_model
 from maskloom.pipeline.report.formatting import MISSING, interval_text, number_text
 
-TUNED_VAE = "vae"  # an evaluation's input that is no dataset
+TUNED_VAE = "vae"  # an evaluation's input that is not a dataset
 REMEDY = "run evaluate again with --force"
 
 
 class _Part(BaseModel):
-    """Fields that the report does not show are the metric's own business, so unknown ones are no error."""
+    """Unknown fields are allowed: a metric may write fields that the report does not show."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -58,7 +58,7 @@ class Curve(_Part):
 
 
 class Figure(Interval):
-    """A figure of one set of images, for the table that puts generators side by side."""
+    """A figure of one set of images, for the table that compares generators."""
 
     of: str
     name: str
@@ -87,22 +87,22 @@ class Evaluation(_Part):
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Return every evaluation in a folder: headlines first, questions that were not measured last, else by file name.
+    """Return every evaluation in a folder: headlines first, skipped questions last, otherwise sorted by file name.
 
     Raises:
-        MaskLoomError: a file is not an evaluation (names the file and the field).
+        MaskLoomError: a file is not a valid evaluation (names the file and the field).
     """
     found = [_read(path) for path in evaluation_files(folder)]
     return sorted(found, key=lambda one: (one.skipped is not None, not one.headline))
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """Return the answers that `evaluate` wrote to a folder, sorted; the user's own files beside them are not looked at."""
+    """Return the sorted result files that `evaluate` wrote to a folder; other files in it are ignored."""
     return sorted(folder / name for name in OwnedFolder(folder).files() if name.endswith(".json"))
 
 
 def is_about(one: Evaluation, digests: Mapping[str, str]) -> bool:
-    """Whether an evaluation is of these datasets, by the digest of the real one (`real`) and of each synthetic one by its name."""
+    """Return whether an evaluation used these datasets, given the digests of the real one (`real`) and of each synthetic one by name."""
     inputs = {name: digest for name, digest in (one.inputs or {}).items() if name != TUNED_VAE}
     return bool(inputs) and inputs.items() <= digests.items()
 
@@ -112,7 +112,7 @@ def _read(path: Path) -> Evaluation:
 
 
 def cell_text(cell: Cell) -> str:
-    """Return a cell as text: three significant digits, `0.712 [0.690, 0.731]`, a dash for nothing."""
+    """Return a cell as text: three significant digits, `0.712 [0.690, 0.731]`, a dash if empty."""
     if isinstance(cell, Interval):
         return MISSING if cell.value is None else interval_text(cell.value, cell.low, cell.high)
     if cell is None:
@@ -123,7 +123,7 @@ def cell_text(cell: Cell) -> str:
 
 
 def numeric_columns(table: Table) -> set[int]:
-    """Return the indices of the columns that hold numbers (and perhaps gaps), and so are set flush right."""
+    """Return the indices of the columns that contain only numbers and gaps; they are right-aligned."""
     numbers = {
         index for row in table.rows for index, cell in enumerate(row) if isinstance(cell, int | float | Interval)
     }

@@ -1,4 +1,4 @@
-"""Numbers, intervals and durations as a reader wants them."""
+"""Format numbers, intervals and durations for readers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ MISSING, UNDEFINED = "–", "undefined"
 
 
 def number_text(value: float) -> str:
-    """Return a number with three significant digits; whole numbers in full, with thousands apart."""
+    """Return a number with three significant digits; integers in full, with thousands separators."""
     if not math.isfinite(value):
         return UNDEFINED
     if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10**DIGITS):
@@ -36,7 +36,7 @@ def interval_text(value: float, low: float | None, high: float | None) -> str:
 
 
 def decimals(numbers: Sequence[float]) -> int:
-    """Return how many decimals give the largest of some finite numbers three significant digits."""
+    """Return the decimals that give the largest of some finite numbers three significant digits."""
     largest = max(abs(number) for number in numbers)
     return max(0, DIGITS - 1 - math.floor(math.log10(largest))) if largest else DIGITS - 1
 

@@ -1,4 +1,4 @@
-"""Which images the report shows side by side: mask, real, synthetic from the same mask, nearest training image."""
+"""Choose the images that the report shows side by side: mask, real, synthetic from the same mask, nearest training image."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +27,11 @@ class Shown:
 
     Attributes:
         image: (H, W) or (H, W, 3) uint8.
-        seed: of its noise.
-        same_parent: whether it was made from the mask of its grid row; false where the generator has no such image.
-        drew_mask: whether the generator drew a mask of its own instead of following one.
-        own_condition: its conditioning image where that differs from the row's (a warped mask), else None.
-        nearest_id, nearest, correlation: the training image most like it, see `find_nearest`.
+        seed: seed of its noise.
+        same_parent: whether it was made from the mask of its grid row; false if the generator has no such image.
+        drew_mask: whether the generator generated its own mask instead of following one.
+        own_condition: its conditioning image if it differs from the row's (a warped mask), else None.
+        nearest_id, nearest, correlation: the most similar training image, see `find_nearest`.
     """
 
     image: Pixels
@@ -46,7 +46,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class GridRow:
-    """One training sample, and what each generator made of its mask (None: nothing of this class)."""
+    """One training sample, and the image of each generator for its mask (None: no image of this class)."""
 
     sample_id: str
     text: str
@@ -63,7 +63,7 @@ def image_grids(
     Args:
         real: folder and contract of the real dataset.
         synthetic: folder and contract of each generator's dataset.
-        per_class: rows a class; samples that most generators have a synthetic image for come first.
+        per_class: rows per class; samples for which most generators have a synthetic image come first.
     """
     heads = _heads(*real, split=PARENT_SPLIT)
     children = {name: _heads(*pair) for name, pair in synthetic.items()}
@@ -86,9 +86,9 @@ def image_grids(
 
 
 def spread_choice(rows: Sequence[dict[str, Any]], made_from: Sequence[set[str]], count: int) -> list[dict[str, Any]]:
-    """Return `count` rows (or all): those with most synthetic images first, evenly spread over equal ones by id.
+    """Return `count` rows (or all): those with the most synthetic images first, ties evenly spread by id.
 
-    Neighbours by id are often alike (slices of a volume, views of a patient), so an even spread shows more of the data.
+    Neighbours by id are often similar (slices of a volume, views of a patient), so an even spread shows more of the data.
     """
     merit: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -102,9 +102,9 @@ def spread_choice(rows: Sequence[dict[str, Any]], made_from: Sequence[set[str]],
 
 
 def find_nearest(real: tuple[Path, Contract], shown: Sequence[Shown]) -> None:
-    """Fill in the training image nearest to each synthetic one.
+    """Set the nearest training image of each synthetic one.
 
-    Nearest by the correlation of pixels, both images reduced to 32 x 32 and brought to mean 0 and norm 1. The train
+    The nearest image has the highest pixel correlation, with both images reduced to 32 x 32, mean 0 and norm 1. The train
     split is read once, in batches, so memory does not grow with it.
     """
     if not shown:
@@ -131,7 +131,7 @@ def _shown(
     chosen: Mapping[str, Sequence[dict[str, Any]]],
     parents: Mapping[str, dict[str, Any]],
 ) -> dict[str, Shown]:
-    """Return the synthetic image for each chosen training sample that has one of its class."""
+    """Return the synthetic image for each chosen training sample whose class has one."""
     by_parent: dict[str | None, list[str]] = defaultdict(list)
     by_class: dict[str, list[str]] = defaultdict(list)
     for row in heads:

@@ -1,4 +1,4 @@
-"""Fills the page's template."""
+"""Render the page's template."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ CONDITIONS = {"edges": "edge map", "foreground": "foreground map", "image": "pai
 
 
 def page_renderer(config: ExperimentConfig, sources: Sources) -> Callable[[int], str]:
-    """Return a function from the longest side of an embedded image (pixels) to the page; reading happens only once."""
+    """Return a function that renders the page for a longest image side in pixels; the sources are read only once."""
     template = _environment().get_template(TEMPLATE)
     context = _context(config, sources)
 
@@ -42,7 +42,7 @@ def page_renderer(config: ExperimentConfig, sources: Sources) -> Callable[[int],
 
 
 def evenly_chosen(items: Sequence[Path], count: int) -> list[Path]:
-    """Return at most `count` items, evenly spaced, the first and the last among them."""
+    """Return at most `count` items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
@@ -73,7 +73,7 @@ def _pretty_json(value: Any) -> str:
 
 
 def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
-    """Return what the template shows, by name."""
+    """Return the variables of the template."""
     about = sources.real[1].description if sources.real else None
     condition = CONDITIONS.get(about.conditioning, "mask") if about else "mask"
     return {
@@ -99,19 +99,19 @@ def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
 
 
 def _training_summary(stage: str, training: Training) -> dict[str, Any]:
-    """Return a training's curves and some of its pictures: over its course for `train`, of its end for the many families."""
+    """Return a training's curves and sample grids: several over time for `train`, only the last for other architectures."""
     curves, unreadable = training_curves(training.metrics) if training.metrics else ([], 0)
     pictures = evenly_chosen(training.pictures, VALIDATION_PICTURES) if stage == "train" else training.pictures[-1:]
     return {"curves": curves, "unreadable_lines": unreadable, "pictures": pictures}
 
 
 def _saw_masks(contract: Contract) -> bool:
-    """Whether a synthetic dataset says that its generator was given the masks; true where it does not say."""
+    """Return whether a synthetic dataset's generator was conditioned on masks; true if the dataset does not state it."""
     return bool(contract.description.preprocessing.get("generation", {}).get("uses_mask", True))
 
 
 def _dataset_summaries(sources: Sources) -> list[dict[str, Any]]:
-    """Return counts and rejections of the real and then of each synthetic dataset."""
+    """Return counts and rejections of the real dataset, then of each synthetic one."""
     named = [(f"synthetic: {name}", *pair) for name, pair in sources.synthetic.items()]
     if sources.real:
         named.insert(0, ("real", *sources.real))

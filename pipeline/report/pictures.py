@@ -1,4 +1,4 @@
-"""Images as data URIs, small enough for one page."""
+"""Embed images as data URIs, small enough for one page."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ TINY_SIDE = 80  # images up to this side are shown at twice their size, with har
 
 @dataclass(frozen=True)
 class Embedded:
-    """An image inside the page: its data URI, the CSS width to show it at, and whether to keep its pixels hard."""
+    """An embedded image: its data URI, its CSS width, and whether to show it without smoothing."""
 
     uri: str
     width: int
@@ -44,7 +44,7 @@ def embedded_image(array: NDArray[np.uint8], side: int, exact: bool = False) -> 
 
 
 def embedded_file(path: Path, side: int) -> Embedded | None:
-    """Embed a picture file, reduced to `side`; None where it is missing or no image."""
+    """Embed an image file, reduced to `side`; None if it is missing or not an image."""
     try:
         with Image.open(path) as opened:
             image = _reduced(opened.convert("RGB"), side, Image.Resampling.LANCZOS)

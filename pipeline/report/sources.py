@@ -1,4 +1,4 @@
-"""Everything of a run that the report shows, as far as it is there."""
+"""Find everything in a run folder that the report shows."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ NO_LABEL_COUNT = "no class"
 
 @dataclass(frozen=True)
 class Training:
-    """What a training left to look at.
+    """The log and sample grids of a training.
 
     Attributes:
-        metrics: its log, or None.
-        pictures: that it drew, in the order of their steps.
+        metrics: the log, or None.
+        pictures: the sample grids, in the order of their steps.
     """
 
     metrics: Path | None
@@ -35,7 +35,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Sources:
-    """What was found in a run folder.
+    """The parts of a run folder that exist.
 
     Attributes:
         real: the real dataset, or None.
@@ -43,7 +43,7 @@ class Sources:
         unfinished: names of synthetic folders without a contract.
         trainings: by the name of their stage, `train` first, then `baselines/FAMILY`.
         records: each stage's `stage.json`.
-        damaged: what is wrong with training logs and sample grids that are no longer what was written; they are left out.
+        damaged: one problem for each training log or sample grid that has changed since it was written; these files are left out.
     """
 
     run: Run
@@ -55,7 +55,7 @@ class Sources:
     damaged: tuple[str, ...] = ()
 
     def digests(self) -> dict[str, str]:
-        """Return a digest of each source: what the page depends on."""
+        """Return a digest of each source that the page depends on."""
         digests = {"dataset": self.real[1].digest if self.real else "missing"}
         digests |= {f"synthetic/{name}": contract.digest for name, (_, contract) in self.synthetic.items()}
         digests |= {f"synthetic/{name}": "unfinished" for name in self.unfinished}
@@ -66,7 +66,7 @@ class Sources:
         return digests | {str(path.relative_to(self.run.folder)): file_digest(path) for path in files}
 
     def missing(self) -> list[str]:
-        """Return a sentence for each part that is not there."""
+        """Return one sentence for each missing part."""
         parts = {
             "The dataset has not been prepared.": self.real,
             "No synthetic images have been generated.": self.synthetic,
@@ -79,10 +79,10 @@ class Sources:
 
 
 def find_sources(run: Run) -> Sources:
-    """Look through a run folder.
+    """Return the sources of the report in a run folder.
 
     Raises:
-        MaskLoomError: a part is there but damaged.
+        MaskLoomError: a part exists but is damaged.
     """
     folders = sorted(p for p in run.synthetic.glob("*") if p.is_dir() and not p.name.startswith("."))
     finished = [folder for folder in folders if (folder / CONTRACT_FILE).is_file()]
@@ -104,7 +104,7 @@ def find_sources(run: Run) -> Sources:
 
 
 def _training(run: Run, stage: str, left_out: Mapping[str, str]) -> Training:
-    """Return what a training left, without the files that were changed since."""
+    """Return the log and sample grids of a training, without files that have changed since."""
     logs = run.logs(stage)
     shown = [path for pattern in SHOWN_LOGS for path in sorted(logs.glob(pattern)) if path.is_file()]
     kept = [path for path in shown if path.relative_to(run.folder).as_posix() not in left_out]
@@ -113,7 +113,7 @@ def _training(run: Run, stage: str, left_out: Mapping[str, str]) -> Training:
 
 
 def _changed_logs(run: Run, stage: str) -> dict[str, str]:
-    """Return what is wrong with each file that a finished training recorded for the report; says so."""
+    """Return, and print, the problem of each changed file that a finished training recorded for the report."""
     record = read_record(run, stage)
     shown = {} if record is None else record.shown
     problems = {name: problem for name, digest in shown.items() if (problem := file_problem(run.folder / name, digest))}
@@ -123,21 +123,21 @@ def _changed_logs(run: Run, stage: str) -> dict[str, str]:
 
 
 def _check_evaluation(run: Run) -> None:
-    """Check that every answer and picture is what `evaluate` wrote.
+    """Check that every result and image is as `evaluate` wrote it.
 
     Raises:
-        MaskLoomError: names the first that is missing or changed.
+        MaskLoomError: a file is missing or changed (names the first one).
     """
     answers = OwnedFolder(run.evaluation)
     problem = next((p for name in answers.files() if (p := answers.problem(name))), None)
     if problem:
         raise MaskLoomError(
-            f"{problem}: damaged since evaluate wrote it; run evaluate again, which makes it anew (make evaluate)"
+            f"{problem}: damaged since evaluate wrote it; run evaluate again to recompute it (make evaluate)"
         )
 
 
 def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:
-    """Return rows by split and class name: train, validation, test, then external test sets."""
+    """Return the number of rows by split and class name: train, validation, test, then external test sets."""
     import pyarrow.parquet as pq
 
     labels = contract.description.labels
@@ -151,7 +151,7 @@ def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:
 
 
 def rejection_counts(folder: Path) -> tuple[list[tuple[str, int]], int]:
-    """Return the commonest reasons of a dataset's ledger with their counts, and how many inputs have a rarer reason."""
+    """Return the most common reasons for rejection with their counts, and the number of inputs rejected for other reasons."""
     ledger = folder / LEDGER_FILE  # a dataset from the Hub comes without it
     rows = read_lines(ledger, LedgerRow, REMEDY) if ledger.is_file() else ()
     reasons = Counter(row.reason for row in rows)

@@ -1,4 +1,4 @@
-"""The stage `report`: finds what a run holds and writes the page."""
+"""The stage `report`: write the page from the content of a run."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ PAGE_BYTES = 5_000_000
 
 
 def write_report(config: ExperimentConfig, force: bool) -> None:
-    """Write `report.html` from whatever the run holds; parts that are missing are named on the page.
+    """Write `report.html` from whatever exists in the run; the page names missing parts.
 
     Raises:
-        MaskLoomError: a dataset, an evaluation or a record is there but damaged.
+        MaskLoomError: a dataset, an evaluation or a record is damaged.
     """
     run = open_run(config)
     sources = find_sources(run)
@@ -41,7 +41,7 @@ def write_report(config: ExperimentConfig, force: bool) -> None:
 
 
 def _places(config: ExperimentConfig, run: Run) -> list[Path | None]:
-    """Return the folders of this machine that a text on the page may name."""
+    """Return the local folders whose paths may occur in texts on the page."""
     external = [one.raw_dir for one in config.data.external.values()]
     return [run.folder, config.data.raw_dir, *external, Path.cwd(), Path.home()]
 

@@ -16,7 +16,7 @@ def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
     write_tiny_run(tmp_path, {"copied": copied}, {"train": 8, "validation": 4, "test": 6})
     result = answer(tiny_inputs(tmp_path, ("copied",)), "memorisation")
     assert result.values["held_out"]["n"] == 10
-    assert "calibrated on 10 held-out real images only: the threshold is rough" in result.warnings
+    assert "calibrated on only 10 held-out real images: the threshold is imprecise" in result.warnings
 
 
 def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_generator_is_named_where_more_is_flagged_than_chance_explains(
     some = {space: np.arange(20) < flagged for space in (FEATURES, PIXELS)}
     image_set = tiny_inputs(tmp_path, ("copied",)).synthetic["copied"]
     verdict = _verdict([Audit(image_set, {FEATURES: found, PIXELS: found}, some, some)], Options())
-    assert ("copied lies nearer to training images" in verdict) == named
+    assert ("copied is closer to training images" in verdict) == named
     assert ("no sign of copying" in verdict) != named
 
 

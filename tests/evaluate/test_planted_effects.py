@@ -42,9 +42,9 @@ def test_memorisation_flags_copies_only(inputs: EvaluationInputs) -> None:
         assert result.values["copied"][space]["parent_is_nearest"]["value"] == 1
         assert result.values["unfaithful"][space]["share"]["value"] < 0.3
         assert result.values["noise"][space]["share"]["value"] == 0
-    assert "copied lies nearer to training images than unseen real images do (for 100% of the flagged" in result.verdict
-    assert "noise lies nearer" not in result.verdict
-    assert any("not a privacy guarantee" in limit for limit in result.limits)
+    assert "copied is closer to training images than unseen real images are (for 100% of the flagged" in result.verdict
+    assert "noise is closer" not in result.verdict
+    assert any("does not guarantee privacy" in limit for limit in result.limits)
 
 
 def test_mirrored_and_cropped_copies_are_found_by_pixels(tmp_path: Path) -> None:

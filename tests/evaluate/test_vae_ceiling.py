@@ -56,7 +56,7 @@ def test_without_a_tuned_decoder_there_is_one_row(run: Path, backbone: Path) -> 
     assert table.columns == COLUMNS
     assert [row[:2] for row in table.rows] == [[BACKBONE, 12]]
     assert set(result.values) == {"n", BACKBONE}
-    assert "the backbone's VAE keep a PSNR" in result.verdict
+    assert "the backbone's VAE have a PSNR" in result.verdict
 
 
 def test_a_tuned_decoder_stands_beside_the_backbones(run: Path, backbone: Path) -> None:
@@ -64,9 +64,9 @@ def test_a_tuned_decoder_stands_beside_the_backbones(run: Path, backbone: Path) 
     leave_tuned_vae(run, backbone)
     result = ceiling(run, backbone)
     rows = {row[0]: row for row in result.tables[0].rows}
-    assert list(rows) == [BACKBONE, TUNED, "difference, image by image"]
+    assert list(rows) == [BACKBONE, TUNED, "paired difference"]
     assert rows[BACKBONE] == before.tables[0].rows[0]
-    gain = rows["difference, image by image"]
+    gain = rows["paired difference"]
     assert gain[2] is None  # a distance between sets has no value an image
     for column in (3, 4):
         old, new, gained = (row[column] for row in (rows[BACKBONE], rows[TUNED], gain))
@@ -77,12 +77,12 @@ def test_a_tuned_decoder_stands_beside_the_backbones(run: Path, backbone: Path) 
         assert gained.low <= gained.value <= gained.high
     assert gain[3].low > 3  # dB
     assert result.values["gain"]["PSNR in dB"]["value"] == gain[3].value
-    assert "fine-tuned decoder keep a PSNR" in result.verdict
+    assert "fine-tuned decoder have a PSNR" in result.verdict
     assert "with the backbone's own decoder" in result.verdict
     assert any("smooth texture" in limit for limit in result.limits)
     assert result.pictures[0].pixels.shape[0] > before.pictures[0].pixels.shape[0]
     assert (
-        "real test images; the same after the backbone's VAE, and after the fine-tuned decoder"
+        "real test images; the same images after the backbone's VAE, and after the fine-tuned decoder"
         in result.pictures[0].caption
     )
 

@@ -103,7 +103,7 @@ def test_numbers_carry_their_intervals(whole):
 
 def test_counts_ledger_limits_and_provenance_are_shown(whole):
     text = whole[3].text
-    assert "3 left out:" in text
+    assert "3 rejected:" in text
     assert "One test set, one scanner." in text
     assert "0123456789ab -dirty" in text or "0123456789ab-dirty" in text
     assert "1 min 23 s" in text
@@ -140,7 +140,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path):
         "nothing has been evaluated",
         "The dataset has not been prepared.",
         "There is no training log.",
-        "No stage has left a record.",
+        "No stage has been recorded.",
     ):
         assert sentence in page.text
 
@@ -161,7 +161,7 @@ def test_generators_that_do_not_see_masks_are_marked(tmp_path):
     run = Run(config.run_folder)
     real = fake_run.write_real(run, preprocessing={"generation": {"uses_mask": False}})
     fake_run.write_synthetic(run, "blind", real)
-    assert "blind, not shown the mask" in _report(config)[1].text
+    assert "blind, not conditioned on the mask" in _report(config)[1].text
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_other_kinds_of_datasets(tmp_path, changes):
     assert page.tags.count("img") >= 8
     words = {"edges": "edge map", "foreground": "foreground map", "image": "paired image"}
     seen = words.get(changes.get("conditioning"), "mask")
-    assert f"Its {seen} is what the generators were given" in page.text
+    assert f"The generators received its {seen}, unless" in page.text
     assert f"for this {seen}, seed" in page.text
     assert ('class="swatch"' in html) == (seen == "mask")  # the legend of colours
 
@@ -228,7 +228,7 @@ def test_a_dataset_edited_by_hand_is_refused_and_no_report_is_left(tmp_path):
 def test_a_missing_picture_is_said_to_be_missing(tmp_path):
     run, config = fake_run.whole_run(tmp_path)
     OwnedFolder(run.evaluation).remove(["pictures/worst.png"])
-    assert "This picture is missing or cannot be read: worst.png" in _report(config)[1].text
+    assert "This image is missing or cannot be read: worst.png" in _report(config)[1].text
 
 
 @pytest.mark.parametrize("name", ["b_help.json", "pictures/worst.png"])
@@ -413,7 +413,7 @@ def test_masks_that_a_generator_drew_are_told_from_those_it_was_given(tmp_path):
     real = fake_run.write_real(run)
     fake_run.write_synthetic(run, "joint", real, own_masks=True)
     text = _report(config)[1].text
-    assert "drawn with this mask (inset), seed" in text
+    assert "generated with this mask (inset), seed" in text
     assert "for another mask" not in text
     assert "for this mask" not in text
 
