@@ -22,6 +22,7 @@ from maskloom.data_prep.inspect.layout import guessed_options
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of, spread
 from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
 from maskloom.data_prep.prepare import PACKAGE, prepare
+from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.verification import verify_fully
@@ -30,6 +31,7 @@ from maskloom.pipeline.plugins import load_plugin, plugin_names
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 from tests.writers import busi, folder, isic9, medmnist
 
+PREPARE = shown_command("prepare")
 ROOT = Path(__file__).parents[2]
 MEDMNIST = ROOT / ".." / "shared" / "data" / "medmnist"
 WITH_WRITER = [name for name in plugin_names(PACKAGE) if (ROOT / "tests" / "writers" / f"{name}.py").is_file()]
@@ -80,16 +82,14 @@ def test_every_dataset_is_named_with_its_command(name, tmp_path, capsys):
     text = inspected(capsys, tmp_path, "--samples", "12")
     assert f"  looks like: {name}\n" in text
     options = " data.options.flag=bloodmnist data.options.size=28" if name == "medmnist" else ""
-    assert f"\n  python -m data_prep --config configs/{name}.yaml data.raw_dir={tmp_path}{options}\n" in text
+    assert f"\n  {PREPARE} --config configs/{name}.yaml data.raw_dir={tmp_path}{options}\n" in text
     assert (ROOT / "configs" / f"{name}.yaml").is_file()
     assert "\nListed\n" in text and "Problem" not in text
 
 
 def printed_commands(text):
     """The commands as a shell would take them."""
-    return [
-        shlex.split(line) for line in text.splitlines() if line.startswith("  python -m data_prep --config configs/")
-    ]
+    return [shlex.split(line) for line in text.splitlines() if line.startswith(f"  {PREPARE} --config configs/")]
 
 
 SMALL = {"camelyon": ("data.options.tile_size=64",)}  # the writer's slides are smaller than a tile of real ones
@@ -100,7 +100,7 @@ def run_printed(text, run, *more):
     words = printed_commands(text)[-1]
     assert words[:3] == ["python", "-m", "data_prep"]
     with pytest.raises(SystemExit) as end:
-        main([*words[3:], "data.image_size=32", "data.num_workers=1", f"run_dir={run}", *more])
+        main([*words[len(PREPARE.split()) :], "data.image_size=32", "data.num_workers=1", f"run_dir={run}", *more])
     assert end.value.code == 0
     return verify_fully(run / "dataset")
 
@@ -148,7 +148,7 @@ def test_the_printed_command_works_from_any_folder(tmp_path, capsys, monkeypatch
     busi.write_raw(tmp_path / "raw")
     monkeypatch.chdir(tmp_path)
     text = inspected(capsys, "raw")
-    assert "python -m data_prep --config configs/busi.yaml 'data.raw_dir=\"raw\"'" in text
+    assert f"{PREPARE} --config configs/busi.yaml 'data.raw_dir=\"raw\"'" in text
     assert run_printed(text, tmp_path / "run").description.dataset == "busi"
 
 
