@@ -37,10 +37,12 @@ class JointOptions(Options):
     components: int | None = Field(
         None,
         ge=1,
-        description="largest pieces that are kept of each foreground class; null: one where there is one such class, else all",
+        description="number of largest components kept of each foreground class; null: one if there is one such class, otherwise all",
     )
-    min_area: float = Field(0.001, ge=0, lt=1, description="share of the image; smaller pieces and holes are noise")
-    attempts: Tries = Field(10, ge=1, description="draws of a mask before its class is said to come out empty")
+    min_area: float = Field(
+        0.001, ge=0, lt=1, description="fraction of the image; smaller components and holes are removed"
+    )
+    attempts: Tries = Field(10, ge=1, description="samples of a mask before its class is reported as empty")
 
 
 @dataclass(frozen=True)

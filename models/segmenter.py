@@ -27,7 +27,7 @@ class SegmenterOptions(FixedSteps):
 
     image_size: Size = (256, 256)
     channels: tuple[int, ...] = Field(
-        (32, 64, 128, 256), min_length=2, description="of each level; each halves the size"
+        (32, 64, 128, 256), min_length=2, description="channels of each level; each level halves the size"
     )
     residual_units: int = Field(2, ge=0)
 

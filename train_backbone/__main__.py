@@ -9,7 +9,7 @@ from maskloom.pipeline.config.loading import load_config
 from maskloom.pipeline.runs.command import run_command
 from maskloom.train_backbone.config import BackboneConfig
 
-ForceOption = Annotated[bool, typer.Option("--force", help="throw checkpoints away and start anew")]
+ForceOption = Annotated[bool, typer.Option("--force", help="discard checkpoints and start from scratch")]
 
 
 def main(args: list[str] | None = None) -> None:

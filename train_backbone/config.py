@@ -13,11 +13,11 @@ class Source(Section):
     """A prepared mask-and-prompt dataset whose train split is learnt."""
 
     path: Path
-    copies: Copies = Field(1, ge=1, description="times each image is seen an epoch, each time otherwise augmented")
+    copies: Copies = Field(1, ge=1, description="copies of each image per epoch, each with its own augmentation")
     random_flip: bool = Field(
-        False, description="mirror half of the copies; `left` and `right` change places in prompts"
+        False, description="flip half of the copies horizontally; `left` and `right` are swapped in their prompts"
     )
-    affine: bool = Field(False, description="turn, scale and shift all copies but the first a little")
+    affine: bool = Field(False, description="slightly rotate, scale and shift all copies but the first")
 
 
 class Architecture(Section):
@@ -29,7 +29,9 @@ class Architecture(Section):
     text_width: Channels = 96
     text_layers: Layers = 2
     text_heads: Channels = 6
-    model_max_length: Channels = Field(32, ge=8, description="tokens a prompt is padded or cut to")
+    model_max_length: Channels = Field(
+        32, ge=8, description="number of tokens to which prompts are padded or truncated"
+    )
     unet_channels: tuple[Channels, Channels, Channels] = (64, 96, 96)
     unet_head_dim: Channels = 16
     unet_norm_groups: Channels = 16
@@ -42,16 +44,20 @@ class VaeConfig(LoopConfig):
     It is convolutional, so it learns on crops, which are a few times cheaper than whole images.
     """
 
-    pixels: Side = Field(64, ge=16, multiple_of=8, description="side of what the network sees")
-    crop: tuple[Side, Side] = Field((72, 120), description="smallest and largest side cut from a prepared image")
+    pixels: Side = Field(64, ge=16, multiple_of=8, description="side of the training images in pixels")
+    crop: tuple[Side, Side] = Field(
+        (72, 120), description="smallest and largest side of the crops from a prepared image"
+    )
     brightness: tuple[float, float] = (0.85, 1.1)
     kl_weight: float = Field(5e-4, ge=0)
     perceptual_weight: float = Field(1.0, ge=0)
     adversarial_weight: float = Field(0.1, ge=0)
     adversarial_start: int | None = Field(
-        None, ge=0, description="samples seen before the discriminator joins; null: never"
+        None, ge=0, description="samples seen before adversarial training starts; null: never"
     )
-    adversarial_ramp: int = Field(2400, ge=1, description="samples over which its weight grows to the full")
+    adversarial_ramp: int = Field(
+        2400, ge=1, description="samples over which the adversarial weight grows to its full value"
+    )
 
 
 class DenoiserConfig(LoopConfig):
@@ -65,8 +71,8 @@ class BackboneConfig(Section):
     """The whole recipe."""
 
     experiment: str = Field(pattern=NAME_PATTERN, max_length=MAX_NAME)
-    run_dir: Path | None = Field(None, description="checkpoints and logs; by default runs/EXPERIMENT")
-    output_dir: Path = Field(description="the StableDiffusionPipeline folder that is written at the end")
+    run_dir: Path | None = Field(None, description="folder of checkpoints and logs; by default runs/EXPERIMENT")
+    output_dir: Path = Field(description="StableDiffusionPipeline folder, written at the end")
     seed: int = Field(0, ge=0, lt=2**31)
     sources: tuple[Source, ...] = Field(min_length=1)
     architecture: Architecture = Architecture()

@@ -36,7 +36,7 @@ class GanOptions(FamilyOptions):
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = "constant"
     gan_loss: Literal["bce", "hinge"] = "bce"
     r1_gamma: float = Field(0.0, ge=0, description="weight of the R1 penalty; 0: none")
-    spectral_norm: bool = Field(False, description="of the discriminator's layers")
+    spectral_norm: bool = Field(False, description="spectral normalisation of the discriminator's layers")
     diff_augment: list[Policy] = Field(
         default_factory=list, description="for small data: [brightness, translation, cutout]"
     )

@@ -36,12 +36,12 @@ class FamilyOptions(LoopConfig):
     The cadences in epochs, where given, take the place of those in steps.
     """
 
-    image_size: Size | None = Field(None, description="what the networks see and draw; null: the dataset's")
-    random_flip: bool = Field(False, description="mirror half of the samples left and right, image and mask alike")
+    image_size: Size | None = Field(None, description="size of the training and generated images; null: the dataset's")
+    random_flip: bool = Field(False, description="flip half of the samples horizontally, image and mask alike")
     adam_weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(float("inf"), gt=0, allow_inf_nan=True, description=".inf: gradients are not clipped")
+    max_grad_norm: float = Field(float("inf"), gt=0, allow_inf_nan=True, description=".inf: do not clip gradients")
     logging_epochs: Epochs | None = Field(None, ge=1)
-    validation_epochs: Epochs | None = Field(None, ge=1, description="previews and their diversity")
+    validation_epochs: Epochs | None = Field(None, ge=1, description="epochs between sample grids and their diversity")
     checkpointing_epochs: Epochs | None = Field(None, ge=1)
     preview_images_per_class: Shown = Field(4, ge=1)
 

@@ -22,13 +22,13 @@ class FromNoiseOptions(GanOptions):
     """Options of the GANs that draw from noise."""
 
     noise_planes: Channels = Field(
-        0, ge=0, description="planes of noise that the generator adds at every size, for texture such as speckle"
+        0, ge=0, description="noise planes that the generator adds at every resolution, for texture such as speckle"
     )
     discriminator_norm: bool = Field(
-        True, description="batch norm in the discriminator; without it, it sees how strong textures are"
+        True, description="batch norm in the discriminator; without it, the discriminator sees the strength of textures"
     )
     batch_deviation: bool = Field(
-        False, description="tell the discriminator how much the samples of a batch differ, against collapse"
+        False, description="show the discriminator how much the samples of a batch differ, against mode collapse"
     )
 
     def start(self, discriminator: nn.Module) -> None:

@@ -24,9 +24,9 @@ class AugmentationOptions(Section):
     flip_horizontal: bool = True
     rotation_degrees: float = Field(15.0, ge=0, le=180)
     scale: float = Field(0.15, ge=0, lt=1, description="zoom between 1 - scale and 1 + scale")
-    translation: float = Field(0.05, ge=0, lt=0.5, description="share of the image's side")
+    translation: float = Field(0.05, ge=0, lt=0.5, description="largest shift, as a fraction of the image's side")
     contrast: float = Field(0.2, ge=0, lt=1, description="factor between 1 - contrast and 1 + contrast")
-    brightness: float = Field(0.1, ge=0, lt=1, description="share of the full range")
+    brightness: float = Field(0.1, ge=0, lt=1, description="largest shift, as a fraction of the full range")
 
 
 def standard_augmentation(options: AugmentationOptions) -> Augment:

@@ -23,7 +23,7 @@ class ClassifierOptions(FixedSteps):
 
     image_size: Size = (256, 256)
     architecture: Literal["resnet10", "resnet18", "densenet121"] = "resnet18"
-    width: Channels = Field(64, ge=4, description="channels of a ResNet's first stage; each next stage doubles them")
+    width: Channels = Field(64, ge=4, description="channels of a ResNet's first stage; each further stage doubles them")
 
 
 def build_classifier(options: ClassifierOptions, image_channels: int, classes: int, seed: int) -> nn.Module:

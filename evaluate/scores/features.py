@@ -24,9 +24,9 @@ PACKAGE = "maskloom.evaluate.scores.extractors"
 class ExtractorOptions(Section):
     """Which network looks at the images, and at what size."""
 
-    extractor: str = Field("efficientnet_lite0", description="file name in evaluate/extractors")
+    extractor: str = Field("efficientnet_lite0", description="file name in evaluate/scores/extractors")
     extractor_size: Side | None = Field(
-        None, ge=32, description="side in pixels; null: the size that the network was trained at"
+        None, ge=32, description="input side in pixels; null: the size at which the network was trained"
     )
 
 

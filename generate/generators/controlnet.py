@@ -30,10 +30,10 @@ class Options(BackboneOptions, CallOptions):
     """Options of `controlnet`."""
 
     empty_conditioning: bool = Field(
-        False, description="an ablation: a black conditioning image, as `train.proportion_empty_conditioning` shows"
+        False, description="an ablation: a black conditioning image, as in `train.proportion_empty_conditioning`"
     )
     empty_prompt: bool = Field(
-        False, description="an ablation: the empty prompt, as `train.proportion_empty_prompts` shows"
+        False, description="an ablation: the empty prompt, as in `train.proportion_empty_prompts`"
     )
 
 

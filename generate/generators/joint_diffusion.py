@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Options(JointOptions):
     """Options of `joint_diffusion`."""
 
-    guidance_scale: float = Field(1.5, ge=0, description="of the class; 1: as trained, in half the time")
+    guidance_scale: float = Field(1.5, ge=0, description="class guidance; 1: without guidance, in half the time")
 
 
 class Generator(BaselineGenerator, JointGenerator):

@@ -23,7 +23,7 @@ class Options(generator.Options):
     """Options of `pix2pix`."""
 
     dropout_noise: bool = Field(
-        True, description="drop features as in training, by the image's seed; false: one mask gives one image"
+        True, description="keep dropout on as in training, seeded per image; false: one mask gives one image"
     )
 
 

@@ -32,18 +32,18 @@ class Options(FromNoiseOptions):
     """Options of `class_gan`."""
 
     image_size: Size | None = Field((64, 64), description="null: the dataset's")
-    train_batch_size: BatchSize = Field(16, ge=2, description="batch norm compares samples")
+    train_batch_size: BatchSize = Field(16, ge=2, description="at least 2, for batch norm")
     max_train_steps: Steps = Field(100_000, ge=0)
     logging_steps: Steps = Field(100, ge=1)
     validation_steps: Steps = Field(1000, ge=1)
     checkpointing_steps: Steps = Field(5000, ge=1)
     latent_dim: Channels = Field(100, ge=1, description="length of the noise")
-    base_channels: Channels = Field(64, ge=1, description="of the layers next to the image; the page's: 64")
-    self_attention: bool = Field(False, description="at 32 x 32, in both networks")
+    base_channels: Channels = Field(64, ge=1, description="channels of the layers next to the image")
+    self_attention: bool = Field(False, description="self-attention at 32 x 32, in both networks")
     growth_samples: int | None = Field(
         None,
         ge=1,
-        description="progressive growing from 8 x 8: samples for which each size fades in, and for which it is held; null: full size at once",
+        description="progressive growing from 8 x 8: samples over which each size is faded in, and over which it is then kept; null: full size from the start",
     )
 
     @property

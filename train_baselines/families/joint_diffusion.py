@@ -48,25 +48,29 @@ class Options(FamilyOptions):
     checkpointing_epochs: Epochs | None = Field(10, ge=1)
     model_channels: Channels = Field(128, ge=8, multiple_of=8)
     channel_multipliers: tuple[Layers, ...] = Field(
-        (1, 1, 2, 2, 2), min_length=1, description="of model_channels, by level"
+        (1, 1, 2, 2, 2), min_length=1, description="multiples of model_channels, by level"
     )
-    layers_per_block: Layers = Field(2, ge=1, description="residual blocks a level")
-    attention_side: Side = Field(32, ge=1, description="levels of at most so many pixels a side have transformers")
-    transformer_depth: Layers = Field(6, ge=1, description="blocks of each transformer")
+    layers_per_block: Layers = Field(2, ge=1, description="residual blocks per level")
+    attention_side: Side = Field(
+        32, ge=1, description="levels with at most this side length in pixels have transformers"
+    )
+    transformer_depth: Layers = Field(6, ge=1, description="number of blocks per transformer")
     num_heads: Channels = Field(8, ge=1)
     patch_size: Side = Field(
         1,
         ge=1,
-        description="squares of so many pixels a side are folded into channels before the first layer: cheaper, coarser",
+        description="side of the pixel squares that are folded into channels before the first layer: cheaper, coarser",
     )
     num_train_timesteps: Timesteps = Field(1000, ge=2)
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     class_dropout: float = Field(
-        0.1, ge=0, lt=1, description="share of the samples that are trained on without their class"
+        0.1, ge=0, lt=1, description="fraction of the samples whose class is dropped in training"
     )
-    preview_steps: Timesteps = Field(20, ge=1, description="of UniPC, for previews; they are drawn without guidance")
+    preview_steps: Timesteps = Field(
+        20, ge=1, description="UniPC steps for sample grids, which are sampled without guidance"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
     @model_validator(mode="after")

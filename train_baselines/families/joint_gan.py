@@ -29,22 +29,26 @@ from maskloom.train_baselines.from_noise import SLOPE, BatchDeviation, FromNoise
 class Options(FromNoiseOptions):
     """Options of `joint_gan`."""
 
-    image_size: Size | None = Field((256, 256), description="what the networks see and draw; null: the dataset's")
-    train_batch_size: BatchSize = Field(8, ge=2, description="batch norm compares samples")
+    image_size: Size | None = Field(
+        (256, 256), description="size of the training and generated images; null: the dataset's"
+    )
+    train_batch_size: BatchSize = Field(8, ge=2, description="at least 2, for batch norm")
     num_train_epochs: Epochs | None = Field(200, ge=1)
     logging_epochs: Epochs | None = Field(1, ge=1)
     validation_epochs: Epochs | None = Field(20, ge=1)
     checkpointing_epochs: Epochs | None = Field(20, ge=1)
-    latent_dim: Channels = Field(100, ge=1, description="length of the noise, and of a class's embedding")
+    latent_dim: Channels = Field(100, ge=1, description="length of the noise vector and of the class embedding")
     channels: Channels = Field(
-        512, ge=8, description="of the generator's first grid; halved with every doubling of the size"
+        512, ge=8, description="channels of the generator's first grid; halved with every doubling of the size"
     )
-    discriminator_channels: Channels = Field(64, ge=1, description="of the first layer; doubled with every halving")
+    discriminator_channels: Channels = Field(
+        64, ge=1, description="channels of the first layer; doubled with every halving of the size"
+    )
     soft_edges: Side = Field(
         0,
         ge=0,
-        description="pixels over which the edges of real masks run from one class to the other for the discriminator, "
-        "which else knows them by being hard, as drawn ones never are",
+        description="width in pixels of the blurred edges of real masks that the discriminator sees; "
+        "without it, hard edges identify real masks, because generated ones never have them",
     )
 
     def check_size(self, size: tuple[int, int]) -> None:

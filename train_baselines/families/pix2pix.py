@@ -36,10 +36,12 @@ class Options(GanOptions):
     validation_epochs: Epochs | None = Field(10, ge=1)
     checkpointing_epochs: Epochs | None = Field(10, ge=1)
     channels: tuple[Channels, ...] = Field(
-        (64, 128, 256, 512, 512, 512), min_length=4, description="of the U-Net's levels"
+        (64, 128, 256, 512, 512, 512), min_length=4, description="channels of the U-Net's levels"
     )
-    dropout: float = Field(0.5, ge=0, lt=1, description="in the first three upward blocks")
-    mask_encoding: Literal["grey", "one_hot"] = Field("grey", description="one plane of grey levels, or one a class")
+    dropout: float = Field(0.5, ge=0, lt=1, description="dropout rate in the first three upsampling blocks")
+    mask_encoding: Literal["grey", "one_hot"] = Field(
+        "grey", description="one plane of grey levels, or one plane per class"
+    )
     l1_weight: float = Field(100.0, ge=0)
     ssim_weight: float = Field(5.0, ge=0)
 
