@@ -12,7 +12,7 @@ import yaml
 
 from maskloom.pipeline.dataset.contract import LEDGER_FILE, Description
 from maskloom.pipeline.errors import one_line
-from maskloom.pipeline.report.formatting import markdown_cell
+from maskloom.pipeline.files.formatting import markdown_cell
 
 # Identifiers of licences that the Hub knows; any other is written as `other` with its own words.
 HUB_LICENCES = {

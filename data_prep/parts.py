@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.readers.file_names import as_seen, printable
+from maskloom.data_prep.splitting.groups import Found
 from maskloom.data_prep.survey import PreparedSample, Source, prepared_sample
 from maskloom.pipeline.config.data import DataConfig, StainConfig
 from maskloom.pipeline.dataset.images import png_bytes
@@ -85,30 +86,6 @@ class Reading:
     folder: Path
     sources: tuple[Source, ...]
     data: DataConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What is kept in memory of one usable sample: enough to group and split, and the place of its record.
-
-    Attributes:
-        source: index of its source.
-        has_signature: whether the part's `.near` file holds a record of it.
-        part: number of its part.
-        record: (offset, length) of its line in the part's `.jsonl`, in bytes.
-    """
-
-    sample_id: str
-    path: str
-    label: str | None
-    group: str | None
-    split: str | None
-    digest: str
-    shown: str
-    source: int
-    has_signature: bool
-    part: int
-    record: tuple[int, int]
 
 
 def scanned_parts(sources: Sequence[Source]) -> list[Part]:

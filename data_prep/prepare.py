@@ -19,7 +19,6 @@ from maskloom.data_prep.left_out import summed_up, told_left_out
 from maskloom.data_prep.parallel import parallel_results, worker_count
 from maskloom.data_prep.parts import (
     SIGNATURES,
-    Found,
     Part,
     Reading,
     clear_parts,
@@ -29,9 +28,9 @@ from maskloom.data_prep.parts import (
     scanned_parts,
     without_taken_ids,
 )
-from maskloom.data_prep.processing.small_classes import told_small_classes
 from maskloom.data_prep.readers.file_names import printable
-from maskloom.data_prep.splitting.groups import Grouping, Row, consistent_rows, joined, without_seen
+from maskloom.data_prep.small_classes import told_small_classes
+from maskloom.data_prep.splitting.groups import Found, Grouping, Row, consistent_rows, joined, without_seen
 from maskloom.data_prep.splitting.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
 from maskloom.data_prep.splitting.splits import Group, split_of_groups
 from maskloom.data_prep.survey import Source

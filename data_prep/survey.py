@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
-from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.processing.resizing import grey, nearest_size, resized, true_proportions, vanished_areas
 from maskloom.data_prep.readers.file_names import NO_TEXT, is_text
+from maskloom.data_prep.readers.intensity import window_range
 from maskloom.data_prep.splitting.near_duplicates import signature
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest

@@ -6,7 +6,7 @@ from typing import Any
 
 from maskloom.generate.joint import MaskFigures
 from maskloom.pipeline.dataset.contract import Description
-from maskloom.pipeline.report.formatting import markdown_cell
+from maskloom.pipeline.files.formatting import markdown_cell
 
 
 def dataset_card(

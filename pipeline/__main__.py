@@ -193,7 +193,7 @@ def _status_table(folder: Path, states: "list[StageState]") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from maskloom.pipeline.report.formatting import duration_text
+    from maskloom.pipeline.files.formatting import duration_text
 
     table = Table("stage", "state", "took", "finished", "inputs / reason", title=str(folder))
     for one in states:

@@ -36,12 +36,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
+from maskloom.data_prep.folder.listing import Candidate, is_read, listed_candidates, shown_path
+from maskloom.data_prep.folder.options import FolderOptions, case_clash
 from maskloom.data_prep.processing.label_maps import binary_mask, class_mask, distinct_palette, label_map
 from maskloom.data_prep.readers.common import require_same_size
 from maskloom.data_prep.readers.file_names import NO_TEXT, as_seen, canonical, comparable, is_text
 from maskloom.data_prep.readers.file_patterns import Confined, has_wildcards, placeholder_values
-from maskloom.data_prep.readers.folder_listing import Candidate, is_read, listed_candidates, shown_path
-from maskloom.data_prep.readers.folder_options import FolderOptions, case_clash
 from maskloom.data_prep.readers.image_files import READ_SUFFIXES, decoded_mask, image_pixels
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.files.atomic import value_digest

@@ -38,7 +38,6 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Options, RawImage, RawItem, Reject, unread_folders
-from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.readers.common import (
     decoded_image,
     eight_bit,
@@ -48,6 +47,7 @@ from maskloom.data_prep.readers.common import (
     require_same_size,
 )
 from maskloom.data_prep.readers.file_names import folder_named, subfolders
+from maskloom.data_prep.readers.intensity import window_range
 from maskloom.data_prep.readers.tables import TableRow, csv_rows, whole_number, wrong_value
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample

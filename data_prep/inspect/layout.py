@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from maskloom.data_prep.folder.listing import listed_candidates
+from maskloom.data_prep.folder.options import FolderOptions
 from maskloom.data_prep.inspect.class_masks import by_area, class_patterns
 from maskloom.data_prep.inspect.names import (
     IMAGE_FOLDER,
@@ -23,8 +25,6 @@ from maskloom.data_prep.inspect.observation import spread
 from maskloom.data_prep.inspect.pixels import channels_of, mask_values_of
 from maskloom.data_prep.inspect.raw_tree import RawTree, Table
 from maskloom.data_prep.inspect.tables import options_from_table
-from maskloom.data_prep.readers.folder_listing import listed_candidates
-from maskloom.data_prep.readers.folder_options import FolderOptions
 from maskloom.data_prep.readers.image_files import READ_SUFFIXES
 from maskloom.pipeline.errors import MaskLoomError
 

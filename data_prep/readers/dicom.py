@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.data_prep.processing.intensity import window_range
+from maskloom.data_prep.readers.intensity import window_range
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
 from maskloom.pipeline.extras import require

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.readers.common import unreadable_as_reject
+from maskloom.data_prep.readers.intensity import window_range
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
 from maskloom.pipeline.extras import require
@@ -157,7 +157,7 @@ def require_same_grid(part: Volume, volume: Volume) -> None:
 
 
 def contrast_range(name: str, values: NDArray[Any], window: IntensityWindow) -> tuple[float, float]:
-    """Return the raw values (black, white) of a window over the values of a volume. See `data_prep.processing.intensity.window_range`.
+    """Return the raw values (black, white) of a window over the values of a volume. See `data_prep.readers.intensity.window_range`.
 
     Raises:
         RejectedSample: there is no contrast: black and white are the same.

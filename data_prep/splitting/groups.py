@@ -7,11 +7,34 @@ from dataclasses import dataclass
 from scipy.cluster.hierarchy import DisjointSet
 
 from maskloom.data_prep.adapter import Reject
-from maskloom.data_prep.parts import Found
 from maskloom.data_prep.readers.file_names import comparable
 from maskloom.pipeline.dataset.contract import SPLITS
 
 MOST_GROUPS = 5  # that may share a picture: a patient with two names, not a page that every examination begins with
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is kept in memory of one usable sample: enough to group and split, and the place of its record.
+
+    Attributes:
+        source: index of its source.
+        has_signature: whether the part's `.near` file holds a record of it.
+        part: number of its part.
+        record: (offset, length) of its line in the part's `.jsonl`, in bytes.
+    """
+
+    sample_id: str
+    path: str
+    label: str | None
+    group: str | None
+    split: str | None
+    digest: str
+    shown: str
+    source: int
+    has_signature: bool
+    part: int
+    record: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json, sole_maker, value_digest
+from maskloom.pipeline.files.formatting import markdown_cell
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places, delete_folder
 from maskloom.pipeline.files.reading import row_attributes
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.report.formatting import markdown_cell
 
 ROWS_PER_SHARD = 512
 KEY_PREFIX = "combine-"  # of the writer's key: tells a combined dataset, even an unfinished one, from any other

@@ -18,9 +18,9 @@ from pydantic import BaseModel, Field
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, Description, read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest
+from maskloom.pipeline.files.formatting import duration_text, markdown_table
 from maskloom.pipeline.files.reading import read_model
 from maskloom.pipeline.report.evaluation import Cell, Evaluation, Interval, Table, cell_text, is_about, read_evaluations
-from maskloom.pipeline.report.formatting import duration_text, markdown_table
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import training_of
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.files.reading import inside, read_model
-from maskloom.pipeline.report.formatting import MISSING, interval_text, number_text
 
 TUNED_VAE = "vae"  # an evaluation's input that is not a dataset
 REMEDY = "run evaluate again with --force"

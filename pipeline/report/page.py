@@ -11,10 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.files.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.files.private_paths import without_places
 from maskloom.pipeline.report.curves import line_chart, training_curves
 from maskloom.pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_evaluations
-from maskloom.pipeline.report.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
 from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
 from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract
 from maskloom.pipeline.files.atomic import json_text
+from maskloom.pipeline.files.formatting import MISSING, markdown_table
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.report.evaluation import Evaluation, Interval, cell_text, is_about, read_evaluations
-from maskloom.pipeline.report.formatting import MISSING, markdown_table
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import stage_record, training_cost, training_of
 

@@ -14,11 +14,11 @@ from PIL import Image
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest
+from maskloom.pipeline.files.formatting import counts_text, duration_text, interval_text, number_text
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.report import write_report
 from maskloom.pipeline.report.curves import POINTS, averaged, line_chart, training_curves
 from maskloom.pipeline.report.evaluation import Curve, Interval, Table, cell_text, numeric_columns
-from maskloom.pipeline.report.formatting import counts_text, duration_text, interval_text, number_text
 from maskloom.pipeline.report.gallery import image_grids, spread_choice
 from maskloom.pipeline.report.page import evenly_chosen
 from maskloom.pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image

@@ -11,8 +11,9 @@ from PIL import Image
 
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.folder import Adapter
+from maskloom.data_prep.folder.options import FolderOptions
 from maskloom.data_prep.prepare import open_adapter
-from maskloom.data_prep.readers.folder_options import FolderOptions
+from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.writers.folder import OPTIONS, PATIENTS, SUFFIXES, VIEWS, drawn, label_of, write_raw
@@ -566,7 +567,9 @@ def test_arrays_of_other_shapes_and_types(tmp_path, array, reason):
 def test_it_never_recognises_a_folder_and_says_what_to_do_where_nothing_fits(tmp_path):
     write_raw(tmp_path)
     assert not Adapter.recognises(tmp_path)
-    with pytest.raises(MaskLoomError, match=r"data\.options\.images='x/\*': no file in .* fits; `maskloom inspect"):
+    with pytest.raises(
+        MaskLoomError, match=rf"data\.options\.images='x/\*': no file in .* fits; `{shown_command('inspect')} "
+    ):
         list(adapter(tmp_path, images="x/*").scan())
 
 

@@ -6,8 +6,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from maskloom.data_prep.parts import Found, without_taken_ids
-from maskloom.data_prep.splitting.groups import consistent_rows
+from maskloom.data_prep.parts import without_taken_ids
+from maskloom.data_prep.splitting.groups import Found, consistent_rows
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.datasets.test_folder import COLUMNS, adapter, listed, masks_of, save, square, table, tree
 

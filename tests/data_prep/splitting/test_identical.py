@@ -8,8 +8,9 @@ from PIL import Image
 
 from maskloom.data_prep.adapter import RawImage
 from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
-from maskloom.data_prep.parts import Found, Reading
+from maskloom.data_prep.parts import Reading
 from maskloom.data_prep.prepare import _clusters, prepare
+from maskloom.data_prep.splitting.groups import Found
 from maskloom.data_prep.survey import raw_digest
 from maskloom.pipeline.dataset.audit.pixels import is_blank
 from maskloom.pipeline.dataset.contract import LEDGER_FILE, read_contract, stored_rows

@@ -5,14 +5,13 @@ from scipy.ndimage import gaussian_filter
 
 from maskloom.data_prep.adapter import RawItem
 from maskloom.data_prep.datasets.busi import Adapter, BusiOptions
-from maskloom.data_prep.parts import Found
 from maskloom.data_prep.splitting import alignment as near_duplicate_alignment
 from maskloom.data_prep.splitting import chance as near_duplicate_chance
 from maskloom.data_prep.splitting import layout as near_duplicate_layout
 from maskloom.data_prep.splitting import near_duplicates
 from maskloom.data_prep.splitting import neighbours as near_duplicate_index
 from maskloom.data_prep.splitting.chance import chance_threshold
-from maskloom.data_prep.splitting.groups import MOST_GROUPS, consistent_rows
+from maskloom.data_prep.splitting.groups import MOST_GROUPS, Found, consistent_rows
 from maskloom.data_prep.splitting.near_duplicates import (
     NearDuplicates,
     Threshold,

@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 from pydantic import BaseModel
 
 from maskloom.data_prep.adapter import RawImage
-from maskloom.data_prep.processing.intensity import window_range
 from maskloom.data_prep.processing.resizing import resized
+from maskloom.data_prep.readers.intensity import window_range
 from maskloom.pipeline.config.data import DataConfig, IntensityWindow, StainConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError

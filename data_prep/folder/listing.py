@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskloom.data_prep.adapter import Reject
+from maskloom.data_prep.folder.options import FolderOptions
 from maskloom.data_prep.readers.common import reject_as_error
 from maskloom.data_prep.readers.file_patterns import Confined, FilePool, placeholder_values
-from maskloom.data_prep.readers.folder_options import FolderOptions
 from maskloom.data_prep.readers.image_files import READ_SUFFIXES
 from maskloom.data_prep.readers.spreadsheets import xlsx_rows
 from maskloom.data_prep.readers.tables import TableRow, csv_rows
