@@ -29,7 +29,7 @@ from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.progress import progress
 from maskloom.pipeline.runs.named_files import named_file
 from maskloom.pipeline.runs.stage import open_run
-from maskloom.pipeline.training.loop import Positioned
+from maskloom.pipeline.training.loop import ResumableStream
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from maskloom.train_controlnet.task import OPTIMIZER, DiffusionTask
@@ -172,10 +172,10 @@ class _Trial:
     def _losses(self, batch: dict[str, Any], positions: range) -> Iterator[tuple[str, Tensor]]:
         return self.task.losses(batch, Draws(self.seed, positions, self.task.device))
 
-    def _stream(self, batch: int) -> Positioned:
-        return Positioned(self.task.dataset, self.seed, self.task.buckets, batch)
+    def _stream(self, batch: int) -> ResumableStream:
+        return ResumableStream(self.task.dataset, self.seed, self.task.buckets, batch)
 
-    def _batch(self, rows: Positioned, positions: range) -> dict[str, Any]:
+    def _batch(self, rows: ResumableStream, positions: range) -> dict[str, Any]:
         batch = default_collate([rows[position] for position in positions])
         return {key: value.to(self.task.device) for key, value in batch.items() if key != "position"}
 

@@ -30,7 +30,7 @@ from maskloom.pipeline.files.ownership import (
 )
 from maskloom.pipeline.files.reading import Record, read_model
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.training.ema import Averages
+from maskloom.pipeline.training.ema import EMAWeights
 
 LOOP_FILE = "loop.json"
 LENGTH_SETTINGS = frozenset({"max_train_steps", "num_train_epochs"})
@@ -42,7 +42,7 @@ class LoopRecord(Record):
 
     Attributes:
         step: number of optimizer steps done.
-        averages: what `Averages.save` returned.
+        averages: what `EMAWeights.save` returned.
         identity: what the training depends on.
     """
 
@@ -90,7 +90,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    averages: Averages,
+    averages: EMAWeights,
     identity: Mapping[str, Any],
     limit: int | None,
 ) -> None:
@@ -129,7 +129,7 @@ def resume(
     accelerator: Accelerator,
     folder: Path,
     wanted: str | None,
-    averages: Averages,
+    averages: EMAWeights,
     identity: Mapping[str, Any],
 ) -> int:
     """Load a checkpoint into the accelerator's objects and the averages.

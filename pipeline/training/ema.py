@@ -1,4 +1,4 @@
-"""Weights kept besides the trained ones: a moving average, and those of the best validation (early stopping)."""
+"""The weights that a training keeps besides the trained ones: their moving average (EMA), and those of the best validation."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,11 @@ Parameters = Mapping[str, Sequence[nn.Parameter]]
 BEST_FILE = "best.safetensors"
 
 
-class Averages:
-    """Moving averages (Morales-Brotons et al., Exponential Moving Average of Weights in Deep Learning, 2024) and the best weights so far.
+class EMAWeights:
+    """Exponential moving averages of the trained weights, and the weights with the lowest validation loss so far.
 
-    Early stopping: Prechelt, Early Stopping - But When? (1998), patience counted in validations.
+    Averages: Morales-Brotons et al., Exponential Moving Average of Weights in Deep Learning (2024). Early stopping: Prechelt,
+    Early Stopping - But When? (1998), with the patience counted in validations.
     """
 
     def __init__(self, parameters: Parameters, decay: float | None, patience: int | None) -> None:
@@ -25,8 +26,8 @@ class Averages:
 
         Args:
             parameters: the trained weights by optimizer.
-            decay: of the moving averages; None: there are none.
-            patience: validations without a lower loss after which the training stops; None: it does not.
+            decay: decay of the moving averages per optimizer step; None: no averages are kept.
+            patience: number of validations without a lower loss after which the training stops; None: it never stops early.
         """
         self.parameters, self.patience = parameters, patience
         self.emas = {} if decay is None else _moving_averages(parameters, decay)
@@ -35,17 +36,17 @@ class Averages:
 
     @property
     def exhausted(self) -> bool:
-        """Whether early stopping's patience is at its end."""
+        """Whether the patience of early stopping is exhausted."""
         return self.patience is not None and self.waited >= self.patience
 
-    def step(self, name: str) -> None:
-        """Take the weights of an optimizer into their average."""
+    def update(self, name: str) -> None:
+        """Update the averages of an optimizer's weights after its step."""
         if name in self.emas:
             self.emas[name].step(self.parameters[name])
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Lend the networks their averaged weights for the block, if averages are kept."""
+    def swapped_in(self) -> Iterator[None]:
+        """Give the networks their averaged weights for the block, if averages are kept."""
         for name, ema in self.emas.items():
             ema.store(self.parameters[name])
             ema.copy_to(self.parameters[name])
@@ -55,8 +56,8 @@ class Averages:
             for name, ema in self.emas.items():
                 ema.restore(self.parameters[name])
 
-    def see(self, loss: float, step: int) -> None:
-        """Take note of a validation; where its loss is the lowest so far, keep the networks' present weights."""
+    def update_best(self, loss: float, step: int) -> None:
+        """Record a validation loss; keep a copy of the networks' present weights if it is the lowest so far."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.waited, self._best = loss, step, 0, _copies(self.parameters)
         else:
@@ -64,7 +65,7 @@ class Averages:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Leave the networks with their best weights, or else with their averaged ones."""
+        """Leave the networks with their best weights where early stopping kept some, otherwise with the averaged ones."""
         for name, ema in self.emas.items():
             ema.copy_to(self.parameters[name])
         for key, parameter in _keyed(self.parameters).items():
@@ -72,7 +73,7 @@ class Averages:
                 parameter.copy_(self._best[key])
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write the weights into a checkpoint's folder; return the rest of the state for its record."""
+        """Write the averages and the best weights into a checkpoint folder; return the rest of the state for `loop.json`."""
         for name, ema in self.emas.items():
             shadow = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(ema.shadow_params)}
             save_file(shadow, folder / f"ema_{name}.safetensors")
@@ -83,7 +84,7 @@ class Averages:
         return {"ema_updates": updates, "best_loss": best, "best_step": self.best_step, "waited": self.waited}
 
     def load(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Take up what `save` wrote."""
+        """Restore the state that `save` wrote."""
         for name, ema in self.emas.items():
             shadow = load_file(folder / f"ema_{name}.safetensors")
             for i, parameter in enumerate(ema.shadow_params):
@@ -95,7 +96,7 @@ class Averages:
 
 
 def _moving_averages(parameters: Parameters, decay: float) -> dict[str, Any]:
-    from diffusers.training_utils import EMAModel  # it loads much that other trainings do not need
+    from diffusers.training_utils import EMAModel  # a slow import that trainings without averages do not need
 
     return {name: EMAModel(group, decay=decay) for name, group in parameters.items()}
 
@@ -106,5 +107,5 @@ def _copies(parameters: Parameters) -> dict[str, Tensor]:
 
 
 def _keyed(parameters: Parameters) -> dict[str, nn.Parameter]:
-    """Return the weights by their keys in a file: optimizer and number."""
+    """Return the weights by their keys in a file: OPTIMIZER.INDEX."""
     return {f"{name}.{i}": parameter for name, group in parameters.items() for i, parameter in enumerate(group)}

@@ -28,20 +28,20 @@ from maskloom.pipeline.training.distributed import (
     keep_whole_weights,
     weights_gathered,
 )
-from maskloom.pipeline.training.ema import Averages
+from maskloom.pipeline.training.ema import EMAWeights
 from maskloom.pipeline.training.log import MetricsLog
 from maskloom.pipeline.training.nonfinite import FiniteWatch
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.pipeline.training.resuming import check_steps_left, length_sentence, training_identity
-from maskloom.pipeline.training.sampler import Positioned, batches, global_batch, total_steps
+from maskloom.pipeline.training.sampler import ResumableStream, batches, global_batch, total_steps
 from maskloom.pipeline.training.schedules import learning_rate_schedule, recompute_rate
 from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from maskloom.pipeline.training.stop_vote import StopVote
 from maskloom.pipeline.training.task import Task
 from maskloom.pipeline.training.throughput import Throughput
 
-__all__ = ["Positioned", "Task", "make_accelerator", "make_optimizer", "total_steps", "train"]
+__all__ = ["ResumableStream", "Task", "make_accelerator", "make_optimizer", "total_steps", "train"]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class _State:
     accelerator: Accelerator
     optimizers: dict[str, Any]
     schedulers: dict[str, Any]
-    averages: Averages
+    averages: EMAWeights
     throughput: Throughput
     watch: FiniteWatch
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def train(
             cannot do what is asked, or a checkpoint does not fit.
     """
     processes = accelerator.num_processes
-    stream = Positioned(task.dataset, seed, task.buckets, config.train_batch_size * processes)
+    stream = ResumableStream(task.dataset, seed, task.buckets, config.train_batch_size * processes)
     steps = total_steps(config, stream.epoch_length, processes)
     identity = training_identity(config, seed, inputs, processes)
     earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity, whole=False)  # `resume` reads all
@@ -153,7 +153,7 @@ def _change_length(state: _State, config: LoopConfig, start: int, before: int, s
         )
 
 
-def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: Positioned, steps: int) -> _State:
+def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: ResumableStream, steps: int) -> _State:
     """Hand networks, optimizers and schedulers to accelerate, all at once as sharding engines ask; start what watches them."""
     check_engine(task.networks, config, accelerator)
     _check_precision(task)
@@ -167,7 +167,7 @@ def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: P
     for group in (task.networks, optimizers, schedulers):
         group.update({name: prepared.pop(0) for name in group})
     register_network_hooks(accelerator, task.networks)
-    averages = Averages(task.parameters(), config.ema_decay if config.use_ema else None, config.early_stopping_patience)
+    averages = EMAWeights(task.parameters(), config.ema_decay if config.use_ema else None, config.early_stopping_patience)
     # Compiled code would run uncompiled while its operations are counted, and round differently.
     throughput = Throughput(accelerator.device, None if config.torch_compile else DTYPES[config.mixed_precision])
     watch = FiniteWatch(task, stream, config, accelerator)
@@ -196,7 +196,7 @@ def _step(task: Task, rows: Iterator[dict[str, Any]], config: LoopConfig, state:
         skipped |= _micro_step(task, next(rows), config, state, seed, number)
     for name in (name for name in state.schedulers if name not in skipped):
         state.schedulers[name].step()
-        state.averages.step(name)
+        state.averages.update(name)
     state.watch.see_step(step, bool(skipped))
 
 
@@ -273,12 +273,12 @@ def _logged_figures(state: _State, config: LoopConfig, steps: int) -> dict[str, 
 def _validation_figures(task: Task, state: _State, step: int) -> dict[str, float]:
     """Return the task's held-out figures, asked of the averaged weights; early stopping takes note of the loss."""
     figures: dict[str, float] = {}
-    with state.throughput.paused(), state.averages.lent(), weights_gathered(task, state.accelerator):
+    with state.throughput.paused(), state.averages.swapped_in(), weights_gathered(task, state.accelerator):
         if state.accelerator.is_main_process:
             figures = {f"validation/{key}": value for key, value in task.validate(step).items()}
         state.accelerator.wait_for_everyone()
         if state.averages.patience is not None:
-            state.averages.see(_shared_loss(figures, state.accelerator), step)
+            state.averages.update_best(_shared_loss(figures, state.accelerator), step)
     return figures
 
 

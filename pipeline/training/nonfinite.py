@@ -6,7 +6,7 @@ from torch import Tensor
 
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.training.sampler import Positioned, micro_batch
+from maskloom.pipeline.training.sampler import ResumableStream, micro_batch
 from maskloom.pipeline.training.task import Task
 
 MOST_OVERFLOWS = 24  # halvings of a loss scale of 2^16 after which nothing is left of it
@@ -17,7 +17,7 @@ NONE_YET = -1
 class FiniteWatch:
     """Remembers, without waiting for the device, the first micro-batch whose loss or gradient was not finite."""
 
-    def __init__(self, task: Task, stream: Positioned, config: LoopConfig, accelerator: Accelerator) -> None:
+    def __init__(self, task: Task, stream: ResumableStream, config: LoopConfig, accelerator: Accelerator) -> None:
         self.task, self.stream, self.config, self.accelerator = task, stream, config, accelerator
         self._bad_loss, self._bad_gradient = (torch.full((), NONE_YET, device=accelerator.device) for _ in range(2))
         self._overflows, self._last_overflow = 0, 0

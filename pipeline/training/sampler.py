@@ -1,4 +1,4 @@
-"""The rows of a training in order: an endless stream of positions, cut into batches, the batches shared out over processes."""
+"""The order of a training's rows: an endless stream of positions, cut into batches that are divided among the processes."""
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
@@ -13,19 +13,22 @@ from maskloom.pipeline.runs.interruption import outlive_first_signal
 from maskloom.pipeline.training.randomness import keyed_generator
 
 
-class Positioned(Dataset[dict[str, Any]]):
-    """A dataset seen as an endless stream: position -> row, every epoch in another order keyed to (seed, epoch)."""
+class ResumableStream(Dataset[dict[str, Any]]):
+    """A dataset as an endless stream that can be resumed at any position.
+
+    The row at a position depends on the seed alone: each epoch has an order of its own, keyed to (seed, epoch).
+    """
 
     def __init__(
         self, dataset: Dataset[dict[str, Any]], seed: int, buckets: Sequence[int] | None = None, batch: int = 1
     ) -> None:
-        """Keep the parts.
+        """Sort the rows into their buckets.
 
         Args:
-            dataset: what is streamed.
+            dataset: the rows to stream.
             seed: keys the orders.
-            buckets: for each row, its bucket; None: there is one.
-            batch: rows of a micro-batch over all processes; each such run of positions lies in one bucket.
+            buckets: number of each row's bucket; None: all rows share one.
+            batch: rows per micro-batch over all processes; each run of so many positions lies within one bucket.
         """
         self.dataset, self.seed, self.batch = dataset, seed, batch
         rows = range(len(dataset))  # type: ignore[arg-type]
@@ -37,7 +40,7 @@ class Positioned(Dataset[dict[str, Any]]):
         self._order: tuple[int, list[int]] = (-1, [])
 
     def index(self, position: int) -> int:
-        """Return the dataset row at a position of the stream."""
+        """Return the dataset index of the row at a position of the stream."""
         epoch, offset = divmod(position, self.epoch_length)
         if self._order[0] != epoch:
             self._order = (epoch, self._epoch_order(epoch))
@@ -49,8 +52,8 @@ class Positioned(Dataset[dict[str, Any]]):
     def _epoch_order(self, epoch: int) -> list[int]:
         """Return the rows of an epoch in order.
 
-        With several buckets each one is filled up to whole batches with rows of its own (the first of its order, so other ones every
-        epoch), and the batches are mixed.
+        With several buckets, each is filled up to whole batches by repeating the first rows of its order, which differ from epoch to
+        epoch; then the batches are shuffled.
         """
         if len(self.buckets) == 1:
             return self._shuffled(self.buckets[0], "epoch order", epoch)
@@ -66,21 +69,21 @@ class Positioned(Dataset[dict[str, Any]]):
 
 
 def global_batch(config: LoopConfig, processes: int) -> int:
-    """Return the samples of an optimizer step, over accumulation and processes."""
+    """Return the number of samples per optimizer step, over accumulation and processes."""
     return config.train_batch_size * config.gradient_accumulation_steps * processes
 
 
 def total_steps(config: LoopConfig, epoch_length: int, processes: int) -> int:
-    """Return the number of optimizer steps: `max_train_steps`, or as many as see `num_train_epochs` epochs whole."""
+    """Return the number of optimizer steps: `max_train_steps`, or enough for `num_train_epochs` whole epochs."""
     if config.num_train_epochs is None:
         return config.max_train_steps
     return -(-config.num_train_epochs * epoch_length // global_batch(config, processes))
 
 
 def batches(
-    stream: Positioned, config: LoopConfig, accelerator: Accelerator, start: int, steps: int
+    stream: ResumableStream, config: LoopConfig, accelerator: Accelerator, start: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield this process's micro-batches from optimizer step `start` on; they run over the ends of epochs."""
+    """Yield this process's micro-batches from optimizer step `start` on; a batch may span two epochs."""
     share, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     numbers = range(start * accumulation, steps * accumulation)
     positions = (
@@ -99,6 +102,6 @@ def batches(
 
 
 def micro_batch(number: int, share: int, process: int, processes: int) -> range:
-    """Return the positions that a process sees in its micro-batch of the given number, counted from the training's start."""
+    """Return the stream positions of a process's micro-batch `number`, counted from the start of the training."""
     first = (number * processes + process) * share
     return range(first, first + share)

@@ -16,7 +16,7 @@ from maskloom.pipeline.config.train import AugmentConfig, TrainConfig
 from maskloom.pipeline.dataset.contract import Description, open_split, read_contract
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import Positioned
+from maskloom.pipeline.training.loop import ResumableStream
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.data.latent_cache import ViewCache, fill_views
 from maskloom.train_controlnet.data.prompts import numbered_prompts
@@ -169,7 +169,7 @@ def test_rows_of_several_sizes_get_buckets_and_batches_of_one_size(tmp_path: Pat
     buckets = size_buckets(views)
     assert buckets == [i // 3 % 3 for i in range(27)]
     rows = TrainingRows(views, filled(tmp_path / "cache", views), [0] * 27, True, True)
-    stream = Positioned(rows, seed=0, buckets=buckets, batch=4)
+    stream = ResumableStream(rows, seed=0, buckets=buckets, batch=4)
     seen = set()
     for start in range(0, stream.epoch_length, 4):
         batch = default_collate([stream[start + i] for i in range(4)])

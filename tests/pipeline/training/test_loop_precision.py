@@ -16,7 +16,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.checkpoints import checkpoint_steps
 from maskloom.pipeline.training.loop import train
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.pipeline.training.sampler import Positioned, micro_batch
+from maskloom.pipeline.training.sampler import ResumableStream, micro_batch
 from tests.pipeline.line_task import LineTask, Points, flat, forget_accelerator, fresh_accelerator, run, settings
 
 SEED = 7  # of `run`
@@ -182,7 +182,7 @@ def test_a_loss_that_is_infinite_in_fp16_stops(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("accumulation", "logging"), [(1, 1), (2, 3), (3, 50)])
 def test_a_loss_that_is_no_number_names_its_micro_batch(tmp_path: Path, accumulation: int, logging: int) -> None:
-    stream = Positioned(Points(), SEED)
+    stream = ResumableStream(Points(), SEED)
     rows = ([stream.index(p) for p in micro_batch(number, 3, 0, 1)] for number in range(4))
     number, bad = next((number, some) for number, some in enumerate(rows) if 4 in some)
     named = ", ".join(f"point-{row}" for row in bad)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloom.pipeline.training.sampler import Positioned, micro_batch
+from maskloom.pipeline.training.sampler import ResumableStream, micro_batch
 from tests.pipeline.line_task import LineTask, Points, forget_accelerator, run
 from tests.processes import run_on_ranks
 
@@ -60,7 +60,7 @@ def test_two_processes_learn_what_one_learns_and_resume_to_the_bit(
 
 def test_a_loss_that_is_no_number_on_one_process_stops_both_with_its_own_rows(tmp_path: Path) -> None:
     run_on_ranks(SCENARIOS, ["ddp", "stumble", str(tmp_path)])
-    stream = Positioned(Points(), 7, batch=4)
+    stream = ResumableStream(Points(), 7, batch=4)
     number, bad = next(
         (number, rows)
         for number in range(6)

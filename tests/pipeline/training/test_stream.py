@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from maskloom.pipeline.training.sampler import Positioned, batches, global_batch, micro_batch, total_steps
+from maskloom.pipeline.training.sampler import ResumableStream, batches, global_batch, micro_batch, total_steps
 from tests.pipeline.line_task import Points, forget_accelerator, settings
 
 ROWS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
 
-def stream(buckets: list[int] | None, batch: int, seed: int = 3) -> Positioned:
-    return Positioned(list(range(len(buckets or range(10)))), seed, buckets, batch)  # type: ignore[arg-type]
+def stream(buckets: list[int] | None, batch: int, seed: int = 3) -> ResumableStream:
+    return ResumableStream(list(range(len(buckets or range(10)))), seed, buckets, batch)  # type: ignore[arg-type]
 
 
-def epoch(positioned: Positioned, number: int) -> list[int]:
+def epoch(positioned: ResumableStream, number: int) -> list[int]:
     length = positioned.epoch_length
     return [positioned.index(number * length + i) for i in range(length)]
 
@@ -86,7 +86,7 @@ def test_batches_go_on_where_a_resumed_training_starts() -> None:
     forget_accelerator()
     accelerator = Accelerator(cpu=True)
     config = settings(train_batch_size=3, gradient_accumulation_steps=2)
-    positioned = Positioned(Points(), 1)
+    positioned = ResumableStream(Points(), 1)
     whole = [batch["position"].tolist() for batch in batches(positioned, config, accelerator, 0, 6)]
     rest = [batch["position"].tolist() for batch in batches(positioned, config, accelerator, 4, 6)]
     assert [p for batch in whole for p in batch] == list(range(36))
