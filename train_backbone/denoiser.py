@@ -16,8 +16,8 @@ from maskloom.models.stable_diffusion.objective import (
     timestep_weights,
 )
 from maskloom.pipeline.progress import progress
-from maskloom.pipeline.training.loop import Task
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.task import Task
 from maskloom.train_backbone.config import DenoiserConfig
 from maskloom.train_backbone.images import TrainImages
 from maskloom.train_backbone.vae import normalised_moments

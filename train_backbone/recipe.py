@@ -20,9 +20,10 @@ from maskloom.pipeline.files.reading import LogLine, read_lines
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.training.checkpoints import delete_checkpoints
 from maskloom.pipeline.training.log import METRICS_FILE
-from maskloom.pipeline.training.loop import Task, train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.resuming import check_afresh
 from maskloom.pipeline.training.setup import make_accelerator
+from maskloom.pipeline.training.task import Task
 from maskloom.train_backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
 from maskloom.train_backbone.config import BackboneConfig
 from maskloom.train_backbone.denoiser import DenoiserTask, LatentRows
@@ -136,7 +137,7 @@ def _train_part(
 ) -> None:
     """Run the shared loop in a folder of the part's own; a part that is finished only loads its weights."""
     say(f"backbone: {name}, {loop.max_train_steps} steps")
-    train(task, loop, accelerator, config.run_folder / name, config.seed, inputs)
+    TrainingLoop(task, loop, accelerator, config.run_folder / name, config.seed, inputs).run()
 
 
 def _tokenizer_folder(config: BackboneConfig) -> Path:

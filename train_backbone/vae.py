@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskloom.models.efficientnet_lite0 import load_efficientnet_lite0
-from maskloom.pipeline.training.loop import Task
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.task import Task
 from maskloom.train_backbone.config import VaeConfig
 from maskloom.train_backbone.images import TrainImages, random_crops
 

@@ -183,7 +183,8 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
 
     from maskloom.pipeline.training.checkpoints import delete_checkpoints
     from maskloom.pipeline.training.distributed import check_engine
-    from maskloom.pipeline.training.loop import total_steps, train
+    from maskloom.pipeline.training.loop import TrainingLoop
+    from maskloom.pipeline.training.sampler import total_steps
     from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_baselines.export import export
 
@@ -204,7 +205,7 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
         options = in_steps(options, len(family.rows), accelerator.num_processes)
         if main:
             say(f"baselines: {name}, {total_steps(options, len(family.rows), accelerator.num_processes)} steps")
-        seen = train(family, options, accelerator, folder, config.seed, stage.inputs)
+        seen = TrainingLoop(family, options, accelerator, folder, config.seed, stage.inputs).run()
         if main:
             results["samples_seen"] = seen
             results |= export(family, name, config, contract, weights_folder(run, name))

@@ -31,10 +31,11 @@ from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import Task, train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.pipeline.training.resuming import check_resumable
 from maskloom.pipeline.training.setup import make_accelerator
+from maskloom.pipeline.training.task import Task
 from maskloom.train_controlnet.data.views import Views, open_views, pixels, size_buckets
 from maskloom.train_controlnet.model_card import model_card
 
@@ -74,7 +75,7 @@ def train_decoder(
         say(f"train: the VAE's decoder, {loop.max_train_steps} steps")
         before = task.validate(0)
     with _told_of_the_decoder():
-        train(task, loop, own, run.generator / CHECKPOINTS, config.seed, _decoder_inputs(inputs, decoder))
+        TrainingLoop(task, loop, own, run.generator / CHECKPOINTS, config.seed, _decoder_inputs(inputs, decoder)).run()
     accelerator.gradient_accumulation_steps = (
         config.fine_tuning.gradient_accumulation_steps
     )  # accelerators share this number

@@ -29,8 +29,8 @@ from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.progress import progress
 from maskloom.pipeline.runs.named_files import named_file
 from maskloom.pipeline.runs.stage import open_run
-from maskloom.pipeline.training.loop import ResumableStream
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.sampler import ResumableStream
 from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from maskloom.train_controlnet.task import OPTIMIZER, DiffusionTask
 from maskloom.train_controlnet.train import build_task, check_dataset

@@ -52,7 +52,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     from accelerate.utils import set_seed
 
     from maskloom.pipeline.training.distributed import check_engine
-    from maskloom.pipeline.training.loop import train
+    from maskloom.pipeline.training.loop import TrainingLoop
     from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_controlnet.decoder import check_decoder_engine, train_decoder
     from maskloom.train_controlnet.export import export
@@ -79,7 +79,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
             results["vae_decoder"] = train_decoder(config, run, contract, accelerator, stage.inputs)
             parts.to(accelerator.device)
         task = build_task(config, run, contract, accelerator, parts)
-        seen = train(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs)
+        seen = TrainingLoop(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs).run()
         if accelerator.is_main_process:
             names = export(task, config, run, contract, accelerator)
             drop_older_exports(run, names)

@@ -1,8 +1,11 @@
-"""The one training loop, on `accelerate`. What is trained is a `Task`; a task may have several optimizers (a GAN)."""
+"""The training loop of every network here, built on `accelerate`.
+
+A `Task` says what is trained, with one or several optimizers (a GAN); `TrainingLoop.run` is the whole course of a training.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,270 +32,295 @@ from maskloom.pipeline.training.distributed import (
     weights_gathered,
 )
 from maskloom.pipeline.training.ema import EMAWeights
-from maskloom.pipeline.training.log import MetricsLog
+from maskloom.pipeline.training.log import MetricsLog, RunningFigures
 from maskloom.pipeline.training.nonfinite import FiniteWatch
-from maskloom.pipeline.training.precision import DTYPES
+from maskloom.pipeline.training.precision import DTYPES, check_trained_precision, try_step
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.pipeline.training.resuming import check_steps_left, length_sentence, training_identity
 from maskloom.pipeline.training.sampler import ResumableStream, batches, global_batch, total_steps
 from maskloom.pipeline.training.schedules import learning_rate_schedule, recompute_rate
-from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
+from maskloom.pipeline.training.setup import make_optimizer
 from maskloom.pipeline.training.stop_vote import StopVote
 from maskloom.pipeline.training.task import Task
 from maskloom.pipeline.training.throughput import Throughput
 
-__all__ = ["ResumableStream", "Task", "make_accelerator", "make_optimizer", "total_steps", "train"]
 
+class TrainingLoop:
+    """Trains a task to its last step, resuming where an earlier run stopped.
 
-@dataclass
-class _State:
-    """Everything that the loop holds besides the task."""
-
-    accelerator: Accelerator
-    optimizers: dict[str, Any]
-    schedulers: dict[str, Any]
-    averages: EMAWeights
-    throughput: Throughput
-    watch: FiniteWatch
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-
-def train(
-    task: Task, config: LoopConfig, accelerator: Accelerator, folder: Path, seed: int, inputs: Mapping[str, str]
-) -> int:
-    """Train a task to its last step, resuming where an earlier run stopped, and return how many samples it has seen since its start.
-
-    The networks end up with their averaged weights where `use_ema` is set, with their best ones where `early_stopping_patience` is.
-
-    Args:
-        task: what is trained.
-        config: the loop's settings.
-        accelerator: from `make_accelerator`.
-        folder: where checkpoints go.
-        seed: keys data order and noise.
-        inputs: digests of what the training reads; part of a checkpoint's identity.
-
-    Raises:
-        Interrupted: a signal asked to stop; a checkpoint of the last step has been saved.
-        MaskLoomError: a loss or gradient is not finite (names the step and the rows), trained weights are in half precision, the engine
-            cannot do what is asked, or a checkpoint does not fit.
+    Attributes:
+        start: optimizer steps that earlier runs made.
+        step: optimizer steps made so far; during a step, its number counted from 1.
+        steps: optimizer steps of the whole training.
+        ema: the averaged weights, and the best ones of early stopping.
     """
-    processes = accelerator.num_processes
-    stream = ResumableStream(task.dataset, seed, task.buckets, config.train_batch_size * processes)
-    steps = total_steps(config, stream.epoch_length, processes)
-    identity = training_identity(config, seed, inputs, processes)
-    earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity, whole=False)  # `resume` reads all
-    if earlier:
-        check_steps_left(config, earlier.step, steps)
-    if accelerator.is_main_process:
-        remove_leftovers(folder)
-    state = _prepare(task, config, accelerator, stream, steps)
-    # For dropout alone, different on every process; all else draws its own numbers.
-    torch.manual_seed(keyed_generator(seed, "process", accelerator.process_index).initial_seed())
-    start = resume(accelerator, folder, config.resume_from_checkpoint, state.averages, identity)
-    if earlier:
-        before = config.model_copy(update={key: earlier.identity.get(key) for key in LENGTH_SETTINGS})
-        _change_length(state, config, start, total_steps(before, stream.epoch_length, processes), steps)
-    log = MetricsLog(accelerator, Path(accelerator.project_dir), config.tracker_project_name, start)
-    rows = batches(stream, config, accelerator, start, steps)
-    vote = StopVote(accelerator)
-    with (
-        signals_to(lambda number: None),  # asked for after each step
-        progress("training", steps, "steps", done=start, show=accelerator.is_main_process) as advance,
-    ):
-        state.throughput.start()
-        logged = done = start
-        for step in range(start + 1, steps + 1):
-            if state.averages.exhausted:
-                break
-            _step(task, rows, config, state, seed, step)
-            done = step
-            stop = vote.signal()
-            every = (config.validation_steps, config.logging_steps, config.checkpointing_steps)
-            validates, logs, saves = (step % n == 0 or step == steps for n in every)
-            if validates or logs or saves or stop:
-                state.watch.check()
-            if validates:
-                log.write(step, _validation_figures(task, state, step))
-            if logs or state.averages.exhausted:
-                figures = _logged_figures(state, config, step - logged)
-                log.write(step, figures)
-                advance(step - logged, f"loss {figures['loss']:.4f}")
-                logged = step
-            if saves or state.averages.exhausted or stop:
-                with state.throughput.paused():
-                    save_checkpoint(accelerator, folder, step, state.averages, identity, config.checkpoints_total_limit)
-            if stop:
-                raise Interrupted(stop, f"checkpoint-{step} is saved; {REMEDY}")
-    state.averages.finish()
-    keep_whole_weights(task, accelerator)
-    for tracker in accelerator.trackers:  # the processes stay together: another training, or the export, may follow
-        tracker.finish()
-    return done * global_batch(config, processes)
 
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        accelerator: Accelerator,
+        folder: Path,
+        seed: int,
+        inputs: Mapping[str, str],
+    ) -> None:
+        """Compute the length and the identity of the training; nothing is loaded or written yet.
 
-def _change_length(state: _State, config: LoopConfig, start: int, before: int, steps: int) -> None:
-    """Bring the schedules of a resumed training to another number of steps, and say what that means.
+        Args:
+            task: the networks to train, with their data and losses.
+            config: settings of the loop.
+            accelerator: from `make_accelerator`.
+            folder: folder of the checkpoints.
+            seed: keys the data order and the noise.
+            inputs: digests of everything that the training reads; part of a checkpoint's identity.
+        """
+        self.task, self.config, self.accelerator, self.folder, self.seed = task, config, accelerator, folder, seed
+        processes = accelerator.num_processes
+        self.stream = ResumableStream(task.dataset, seed, task.buckets, config.train_batch_size * processes)
+        self.steps = total_steps(config, self.stream.epoch_length, processes)
+        self.identity = training_identity(config, seed, inputs, processes)
 
-    Args:
-        state: with the checkpoint loaded.
-        config: the loop's settings.
-        start: steps that are done.
-        before: steps of the training that wrote the checkpoint.
-        steps: steps of this one.
-    """
-    told = state.accelerator.is_main_process
-    if before != steps:
-        rates = [recompute_rate(scheduler) for scheduler in state.schedulers.values()]
-        if told:
-            say(length_sentence(config, start, before, steps, rates[0]))
-    if told and state.averages.exhausted and start < steps:
-        say(
-            f"{config.section}: early stopping has ended this training at step {start}; more steps change nothing, "
-            "a higher early_stopping_patience needs --force"
-        )
+    def run(self) -> int:
+        """Train, and return the number of samples seen since the start of the training.
 
+        The networks end with their averaged weights if `use_ema` is set, with their best ones if `early_stopping_patience` is.
 
-def _prepare(task: Task, config: LoopConfig, accelerator: Accelerator, stream: ResumableStream, steps: int) -> _State:
-    """Hand networks, optimizers and schedulers to accelerate, all at once as sharding engines ask; start what watches them."""
-    check_engine(task.networks, config, accelerator)
-    _check_precision(task)
-    accelerator.gradient_accumulation_steps = (
-        config.gradient_accumulation_steps
-    )  # all accelerators of a process share it
-    rate = config.learning_rate * (global_batch(config, accelerator.num_processes) if config.scale_lr else 1)
-    optimizers = {name: make_optimizer(group, config, rate) for name, group in task.parameters().items()}
-    schedulers = {name: learning_rate_schedule(optimizer, config, steps) for name, optimizer in optimizers.items()}
-    prepared = list(accelerator.prepare(*task.networks.values(), *optimizers.values(), *schedulers.values()))
-    for group in (task.networks, optimizers, schedulers):
-        group.update({name: prepared.pop(0) for name in group})
-    register_network_hooks(accelerator, task.networks)
-    averages = EMAWeights(task.parameters(), config.ema_decay if config.use_ema else None, config.early_stopping_patience)
-    # Compiled code would run uncompiled while its operations are counted, and round differently.
-    throughput = Throughput(accelerator.device, None if config.torch_compile else DTYPES[config.mixed_precision])
-    watch = FiniteWatch(task, stream, config, accelerator)
-    return _State(accelerator, optimizers, schedulers, averages, throughput, watch)
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint of the last step has been saved.
+            MaskLoomError: a loss or gradient is not finite (names the step and the rows), trained weights are in half precision, the
+                engine does not support the configuration, or a checkpoint does not fit.
+        """
+        self.check_checkpoint()
+        self.prepare()
+        self.resume()
+        self.start_monitoring()
+        with self.progress_bar():
+            while self.step < self.steps and not self.ema.exhausted:
+                self.step += 1
+                self.train_step()
+                stop = self.stop_vote.signal()
+                if self.validation_due or self.log_due or self.checkpoint_due or stop:
+                    self.finite_watch.check()
+                if self.validation_due:
+                    self.validate()
+                if self.log_due:
+                    self.log_figures()
+                if self.checkpoint_due or stop:
+                    self.save_checkpoint()
+                if stop:
+                    raise Interrupted(stop, f"checkpoint-{self.step} is saved; {REMEDY}")
+        self.finish()
+        return self.step * global_batch(self.config, self.accelerator.num_processes)
 
+    def check_checkpoint(self) -> None:
+        """Check the checkpoint to resume from, if there is one, before anything is changed for it.
 
-def _check_precision(task: Task) -> None:
-    """Refuse trained weights in half precision: they lose small updates, and fp16's loss scale cannot be taken off their gradients.
+        Raises:
+            MaskLoomError: it belongs to another training, or has made more steps than this one has.
+        """
+        wanted = self.config.resume_from_checkpoint
+        self.earlier = checkpoint_to_resume(self.folder, wanted, self.identity, whole=False)  # `resume` reads all of it
+        if self.earlier:
+            check_steps_left(self.config, self.earlier.step, self.steps)
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.folder)
 
-    Raises:
-        MaskLoomError: names the network and the weight.
-    """
-    for name, network in task.networks.items():
-        for key, parameter in network.named_parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-                raise MaskLoomError(
-                    f"{name}: the trained weight {key} is {parameter.dtype}, and mixed precision trains float32 weights; "
-                    "load the network with torch_dtype=torch.float32 (diffusers.training_utils.cast_training_params)"
-                )
+    def prepare(self) -> None:
+        """Prepare networks, optimizers and schedulers with accelerate, all in one call as sharding engines require."""
+        task, config, accelerator = self.task, self.config, self.accelerator
+        check_engine(task.networks, config, accelerator)
+        check_trained_precision(task.networks)
+        # accelerate shares this number among all accelerators of a process.
+        accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+        rate = config.learning_rate * (global_batch(config, accelerator.num_processes) if config.scale_lr else 1)
+        self.optimizers: dict[str, Any] = {
+            name: make_optimizer(group, config, rate) for name, group in task.parameters().items()
+        }
+        self.schedulers: dict[str, Any] = {
+            name: learning_rate_schedule(optimizer, config, self.steps) for name, optimizer in self.optimizers.items()
+        }
+        groups: tuple[dict[str, Any], ...] = (task.networks, self.optimizers, self.schedulers)
+        prepared = list(accelerator.prepare(*(part for group in groups for part in group.values())))
+        for group in groups:
+            group.update({name: prepared.pop(0) for name in group})
+        register_network_hooks(accelerator, task.networks)
+        decay = config.ema_decay if config.use_ema else None
+        self.ema = EMAWeights(task.parameters(), decay, config.early_stopping_patience)
 
+    def resume(self) -> None:
+        """Load the checkpoint to resume from, if there is one; bring its schedules to the length of this training."""
+        # For dropout alone, different on every process; everything else draws from keyed generators.
+        torch.manual_seed(keyed_generator(self.seed, "process", self.accelerator.process_index).initial_seed())
+        wanted = self.config.resume_from_checkpoint
+        self.start = self.step = resume(self.accelerator, self.folder, wanted, self.ema, self.identity)
+        if self.earlier:
+            identity = self.earlier.identity
+            before = self.config.model_copy(update={key: identity.get(key) for key in LENGTH_SETTINGS})
+            self.change_length(total_steps(before, self.stream.epoch_length, self.accelerator.num_processes))
 
-def _step(task: Task, rows: Iterator[dict[str, Any]], config: LoopConfig, state: _State, seed: int, step: int) -> None:
-    """Make an optimizer step: all micro-batches of an accumulation, then schedules and averages."""
-    skipped: set[str] = set()
-    for number in range((step - 1) * config.gradient_accumulation_steps, step * config.gradient_accumulation_steps):
-        skipped |= _micro_step(task, next(rows), config, state, seed, number)
-    for name in (name for name in state.schedulers if name not in skipped):
-        state.schedulers[name].step()
-        state.averages.update(name)
-    state.watch.see_step(step, bool(skipped))
+    def change_length(self, before: int) -> None:
+        """Recompute the learning rates if the checkpoint's training had another number of steps, and report what that means.
 
+        Args:
+            before: optimizer steps of the training that wrote the checkpoint.
+        """
+        config, reports = self.config, self.accelerator.is_main_process
+        if before != self.steps:
+            rates = [recompute_rate(scheduler) for scheduler in self.schedulers.values()]
+            if reports:
+                say(length_sentence(config, self.start, before, self.steps, rates[0]))
+        if reports and self.ema.exhausted and self.start < self.steps:
+            say(
+                f"{config.section}: early stopping has ended this training at step {self.start}; more steps change nothing, "
+                "a higher early_stopping_patience needs --force"
+            )
 
-def _micro_step(
-    task: Task, batch: dict[str, Any], config: LoopConfig, state: _State, seed: int, number: int
-) -> set[str]:
-    """Forward and backward of one micro-batch; optimizers step at the end of an accumulation.
+    def start_monitoring(self) -> None:
+        """Open the log, and start what reads the rows and monitors the steps from here on."""
+        config, accelerator = self.config, self.accelerator
+        # Counting operations makes compiled code run uncompiled, which rounds differently.
+        dtype = None if config.torch_compile else DTYPES[config.mixed_precision]
+        self.throughput = Throughput(accelerator.device, dtype)
+        self.finite_watch = FiniteWatch(self.task, self.stream, config, accelerator)
+        self.log = MetricsLog(accelerator, Path(accelerator.project_dir), config.tracker_project_name, self.start)
+        self.figures = RunningFigures()
+        self.logged = self.start
+        self.batches = batches(self.stream, config, accelerator, self.start, self.steps)
+        self.stop_vote = StopVote(accelerator)
 
-    Returns:
-        The optimizers whose step an fp16 overflow left out.
-    """
-    accelerator = state.accelerator
-    positions = batch.pop("position").tolist()
-    batch = {k: v.to(accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    sizes = tuple(v.shape for v in batch.values() if isinstance(v, Tensor))
-    skipped = set()
-    with accelerator.accumulate(*task.networks.values()), state.throughput.micro_batch(len(positions), sizes):
-        for name, loss in task.losses(batch, Draws(seed, positions, accelerator.device)):
-            accelerator.backward(loss)
-            _add(state, "loss/" + name, loss.detach())
-            state.watch.see_loss(loss.detach(), number)
-            optimizer = state.optimizers[name]
-            if accelerator.sync_gradients:
-                parameters = state.averages.parameters[name]
-                _see_norm(state, name, clipped_norm(parameters, optimizer, config.max_grad_norm, accelerator), number)
-                if not _makes_step(optimizer, accelerator):
-                    skipped.add(name)
-            optimizer.zero_grad(set_to_none=True)
-        for key, value in task.notes().items():
-            _add(state, key, value.detach())
-    return skipped
+    @contextmanager
+    def progress_bar(self) -> Iterator[None]:
+        """Show the progress of the block; a signal does not end it at once, `run` asks for one after each step."""
+        shown = self.accelerator.is_main_process
+        with (
+            signals_to(lambda number: None),
+            progress("training", self.steps, "steps", done=self.start, show=shown) as self.advance,
+        ):
+            self.throughput.start()
+            yield
 
+    def train_step(self) -> None:
+        """Make an optimizer step: all micro-batches of an accumulation, then learning rates and averaged weights."""
+        accumulation = self.config.gradient_accumulation_steps
+        self.skipped: set[str] = set()  # optimizers whose step an fp16 overflow left out
+        for number in range((self.step - 1) * accumulation, self.step * accumulation):
+            self.micro_step(number)
+        for name in (name for name in self.schedulers if name not in self.skipped):
+            self.schedulers[name].step()
+            self.ema.update(name)
+        self.finite_watch.see_step(self.step, bool(self.skipped))
 
-def _makes_step(optimizer: Any, accelerator: Accelerator) -> bool:
-    """Make an optimizer's step; return whether it was made, and not left out for an fp16 overflow.
+    def micro_step(self, number: int) -> None:
+        """Run forward and backward on one micro-batch; at the end of an accumulation the optimizers step.
 
-    AdamW's fused form leaves the step out inside its kernel, unseen by accelerate; the loss scale, halved then, tells.
-    """
-    scaler = accelerator.scaler
-    before = 0.0 if scaler is None else scaler.get_scale()
-    optimizer.step()
-    return not optimizer.step_was_skipped if scaler is None else scaler.get_scale() >= before
+        Args:
+            number: number of the micro-batch, counted from the start of the training.
+        """
+        batch, positions = self.next_batch()
+        shapes = tuple(value.shape for value in batch.values() if isinstance(value, Tensor))
+        accumulating = self.accelerator.accumulate(*self.task.networks.values())
+        with accumulating, self.throughput.micro_batch(len(positions), shapes):
+            for name, loss in self.task.losses(batch, Draws(self.seed, positions, self.accelerator.device)):
+                self.accelerator.backward(loss)
+                self.figures.add("loss/" + name, loss.detach())
+                self.finite_watch.see_loss(loss.detach(), number)
+                if self.accelerator.sync_gradients:
+                    self.clip_gradients(name, number)
+                    self.step_optimizer(name)
+                self.optimizers[name].zero_grad(set_to_none=True)
+            for key, value in self.task.notes().items():
+                self.figures.add(key, value.detach())
 
+    def next_batch(self) -> tuple[dict[str, Any], list[int]]:
+        """Return the next micro-batch of this process, on its device, and the stream positions of its rows."""
+        batch = next(self.batches)
+        positions = batch.pop("position").tolist()
+        device = self.accelerator.device
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return moved, positions
 
-def _add(state: _State, key: str, value: Tensor) -> None:
-    """Add to a running sum without waiting for the device."""
-    state.sums[key] = state.sums.get(key, torch.zeros((), device=value.device)) + value.float()
+    def clip_gradients(self, name: str, number: int) -> None:
+        """Clip the gradients of one optimizer, and log and check their norm before that."""
+        most = self.config.max_grad_norm
+        norm = clipped_norm(self.ema.parameters[name], self.optimizers[name], most, self.accelerator)
+        if norm is not None:
+            self.figures.set_norm(name, norm)
+            self.finite_watch.see_gradient(norm, number)
 
+    def step_optimizer(self, name: str) -> None:
+        """Make one optimizer's step, or note that an fp16 overflow left it out."""
+        if not try_step(self.optimizers[name], self.accelerator):
+            self.skipped.add(name)
 
-def _see_norm(state: _State, name: str, norm: Tensor | None, number: int) -> None:
-    """Keep the newest norm that is finite for the log, and watch for others."""
-    if norm is not None:
-        key = "grad_norm/" + name
-        state.sums[key] = torch.where(torch.isfinite(norm), norm, state.sums.get(key, torch.zeros_like(norm)))
-        state.watch.see_gradient(norm, number)
+    @property
+    def validation_due(self) -> bool:
+        """Whether this step is validated."""
+        return self.is_due(self.config.validation_steps)
 
+    @property
+    def log_due(self) -> bool:
+        """Whether this step is logged; the step that ends a training early always is."""
+        return self.is_due(self.config.logging_steps) or self.ema.exhausted
 
-def _logged_figures(state: _State, config: LoopConfig, steps: int) -> dict[str, float]:
-    """Return losses averaged over steps, accumulation and processes, norms, learning rate, speed and memory; reset the sums."""
-    accelerator = state.accelerator
-    count = steps * config.gradient_accumulation_steps
-    figures = {}
-    for key, value in state.sums.items():
-        mean = value if key.startswith("grad_norm/") else accelerator.reduce(value / count, reduction="mean")
-        figures[key] = float(mean)
-    state.sums = {}
-    figures["loss"] = sum(value for key, value in figures.items() if key.startswith("loss/"))
-    figures["lr"] = float(next(iter(state.schedulers.values())).get_last_lr()[0])
-    if accelerator.scaler is not None:
-        figures["loss_scale"] = float(accelerator.scaler.get_scale())
-    return figures | state.throughput.figures(accelerator.num_processes)
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether this step is saved; the step that ends a training early always is."""
+        return self.is_due(self.config.checkpointing_steps) or self.ema.exhausted
 
+    def is_due(self, every: int) -> bool:
+        """Return whether something that happens every so many steps, and after the last one, happens now."""
+        return self.step % every == 0 or self.step == self.steps
 
-def _validation_figures(task: Task, state: _State, step: int) -> dict[str, float]:
-    """Return the task's held-out figures, asked of the averaged weights; early stopping takes note of the loss."""
-    figures: dict[str, float] = {}
-    with state.throughput.paused(), state.averages.swapped_in(), weights_gathered(task, state.accelerator):
-        if state.accelerator.is_main_process:
-            figures = {f"validation/{key}": value for key, value in task.validate(step).items()}
-        state.accelerator.wait_for_everyone()
-        if state.averages.patience is not None:
-            state.averages.update_best(_shared_loss(figures, state.accelerator), step)
-    return figures
+    def validate(self) -> None:
+        """Log the task's held-out figures with the averaged weights swapped in; early stopping records the loss."""
+        figures: dict[str, float] = {}
+        with self.throughput.paused(), self.ema.swapped_in(), weights_gathered(self.task, self.accelerator):
+            if self.accelerator.is_main_process:
+                found = self.task.validate(self.step)
+                figures = {f"validation/{key}": value for key, value in found.items()}
+            self.accelerator.wait_for_everyone()
+            if self.ema.patience is not None:
+                self.ema.update_best(self.share_validation_loss(figures), self.step)
+        self.log.write(self.step, figures)
 
+    def share_validation_loss(self, figures: Mapping[str, float]) -> float:
+        """Return the main process's validation loss on every process.
 
-def _shared_loss(figures: Mapping[str, float], accelerator: Accelerator) -> float:
-    """Return the main process's validation loss on every process.
+        Raises:
+            MaskLoomError: there is none.
+        """
+        loss = figures.get("validation/loss", math.nan if self.accelerator.is_main_process else 0.0)
+        shared = float(self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), reduction="sum"))
+        if math.isnan(shared):
+            raise MaskLoomError(
+                "early_stopping_patience needs a validation split, and this dataset has none (or its loss is not a number); "
+                "raise data.splits.validation, or set early_stopping_patience to null"
+            )
+        return shared
 
-    Raises:
-        MaskLoomError: there is none.
-    """
-    loss = figures.get("validation/loss", math.nan if accelerator.is_main_process else 0.0)
-    shared = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), reduction="sum"))
-    if math.isnan(shared):
-        raise MaskLoomError(
-            "early_stopping_patience needs a validation split, and this dataset has none (or its loss is not a number); "
-            "raise data.splits.validation, or set early_stopping_patience to null"
-        )
-    return shared
+    def log_figures(self) -> None:
+        """Log the mean losses since the last log line, gradient norms, learning rate, speed and memory."""
+        made = self.step - self.logged
+        figures = self.figures.take(made * self.config.gradient_accumulation_steps, self.accelerator)
+        figures["loss"] = sum(value for key, value in figures.items() if key.startswith("loss/"))
+        figures["lr"] = float(next(iter(self.schedulers.values())).get_last_lr()[0])
+        if self.accelerator.scaler is not None:
+            figures["loss_scale"] = float(self.accelerator.scaler.get_scale())
+        figures |= self.throughput.figures(self.accelerator.num_processes)
+        self.log.write(self.step, figures)
+        self.advance(made, f"loss {figures['loss']:.4f}")
+        self.logged = self.step
+
+    def save_checkpoint(self) -> None:
+        """Save `checkpoint-STEP`, and delete the oldest checkpoints beyond the limit."""
+        limit = self.config.checkpoints_total_limit
+        with self.throughput.paused():
+            save_checkpoint(self.accelerator, self.folder, self.step, self.ema, self.identity, limit)
+
+    def finish(self) -> None:
+        """Leave the networks with the weights to keep, and close the trackers."""
+        self.ema.finish()
+        keep_whole_weights(self.task, self.accelerator)
+        # The processes stay together: another training, or the export, may follow.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()

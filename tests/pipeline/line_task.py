@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from maskloom.pipeline.config.train import LoopConfig
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.pipeline.training.task import Task
@@ -92,7 +92,7 @@ def run(folder: Path, task: Task, **changes: Any) -> dict[str, Tensor]:
     """Train a task in a folder and return its weights by name."""
     config = settings(**changes)
     accelerator = fresh_accelerator(folder, config)
-    train(task, config, accelerator, folder, 7, {"dataset": "points"})
+    TrainingLoop(task, config, accelerator, folder, 7, {"dataset": "points"}).run()
     return {
         f"{n}.{k}": v.clone()
         for n, net in task.networks.items()

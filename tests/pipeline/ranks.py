@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator
 from tests.pipeline.line_task import LineTask, settings
@@ -66,12 +66,12 @@ def learn(folder: Path, make: Any) -> None:
         accelerator = make(config, folder / name / "logs")
         try:
             task = UsedTask(accelerator, crash_at)
-            train(task, config, accelerator, folder / name, 7, {})
+            TrainingLoop(task, config, accelerator, folder / name, 7, {}).run()
         except KeyError:
             GradientState._reset_state()  # as in a new process
             accelerator = make(config, folder / name / "logs")
             task = UsedTask(accelerator)
-            train(task, config, accelerator, folder / name, 7, {})
+            TrainingLoop(task, config, accelerator, folder / name, 7, {}).run()
         if accelerator.is_main_process:
             torch.save(weights(task, accelerator), folder / f"{name}.pt")
         if make is fsdp_accelerator:
@@ -83,7 +83,7 @@ def stumble(folder: Path, make: Any) -> None:
     config = settings(train_batch_size=2, checkpointing_steps=3, logging_steps=3)
     accelerator = make(config, folder / "logs")
     try:
-        train(LineTask(bad_row=4), config, accelerator, folder, 7, {})
+        TrainingLoop(LineTask(bad_row=4), config, accelerator, folder, 7, {}).run()
     except MaskLoomError as error:
         (folder / f"error-{accelerator.process_index}.txt").write_text(str(error))
 
@@ -104,7 +104,7 @@ def stop(folder: Path, make: Any) -> None:
         accelerator = make(config, folder / name / "logs")
         try:
             with handled_signals():
-                train(task, config, accelerator, folder / name, 7, {})
+                TrainingLoop(task, config, accelerator, folder / name, 7, {}).run()
         except Interrupted as stopped:
             (folder / f"stopped-{accelerator.process_index}.txt").write_text(str(stopped.line()))
             GradientState._reset_state()
@@ -131,7 +131,7 @@ def refuse(folder: Path, make: Any) -> None:
         config = settings(**{"use_ema": False, **changes})
         accelerator = make(config, folder / "logs")
         try:
-            train(task, config, accelerator, folder, 7, {})
+            TrainingLoop(task, config, accelerator, folder, 7, {}).run()
         except MaskLoomError as error:
             if accelerator.is_main_process:
                 (folder / f"{name}.txt").write_text(str(error))

@@ -9,7 +9,7 @@ from monai.losses.adversarial_loss import PatchAdversarialLoss
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.adversarial import (
     WINS,
@@ -218,7 +218,7 @@ def test_the_two_networks_learn_against_each_other_in_the_loop(tmp_path, kind):
     family = made(tmp_path, variety=0.1, sharpness=1.0, gan_loss=kind, max_train_steps=5, learning_rate=0.01)
     before = [w.item() for w in (family.generator.variety, family.discriminator.sharpness)]
     accelerator: Accelerator = family.accelerator
-    train(family, family.options, accelerator, tmp_path / "checkpoints", 0, {})
+    TrainingLoop(family, family.options, accelerator, tmp_path / "checkpoints", 0, {}).run()
     after = [w.item() for w in (family.generator.variety, family.discriminator.sharpness)]
     assert all(a != b for a, b in zip(before, after, strict=True))
     assert (family.pictures / "step-0000005.png").is_file()

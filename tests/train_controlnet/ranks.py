@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.training import loop as training
+from maskloom.pipeline.training import setup
 from maskloom.train_controlnet.train import train_stage
 from tests.pipeline.ranks import fsdp_accelerator
 
@@ -16,7 +16,7 @@ FILE = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp.yaml"
 
 if __name__ == "__main__":
     engine = yaml.safe_load(FILE.read_text())["fsdp_config"]
-    training.make_accelerator = partial(  # type: ignore[assignment]
+    setup.make_accelerator = partial(  # type: ignore[assignment]
         fsdp_accelerator,
         auto_wrap_policy=engine["fsdp_auto_wrap_policy"],
         transformer_cls_names_to_wrap=engine["fsdp_transformer_layer_cls_to_wrap"].split(","),

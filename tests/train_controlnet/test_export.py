@@ -22,7 +22,7 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.train_controlnet.export import export
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task
@@ -44,7 +44,7 @@ def exported(config: ExperimentConfig, spread: float = 0.2, **settings: Any) -> 
         cpu=True, mixed_precision=config.train.mixed_precision, project_dir=str(run.logs("train"))
     )
     task = build_task(config, run, contract, accelerator)
-    train(task, config.train, accelerator, run.generator, config.seed, {})
+    TrainingLoop(task, config.train, accelerator, run.generator, config.seed, {}).run()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for network in task.parts.trained().values():

@@ -20,7 +20,7 @@ from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.networks import LORA_TARGETS, Networks, load_networks
@@ -115,7 +115,7 @@ def test_exactly_the_documented_weights_change(config: ExperimentConfig, control
     assert {network for network, _ in expected} == set(patterns)
     assert task.trained_parameters == sum(before[key].numel() for key in expected)
     accelerator = make_accelerator(config.train, config.run_folder / "logs")
-    train(task, config.train, accelerator, config.run_folder / "generator", config.seed, {})
+    TrainingLoop(task, config.train, accelerator, config.run_folder / "generator", config.seed, {}).run()
     after = named_weights(task.parts)
     assert {key for key in before if not torch.equal(after[key], before[key])} == expected
 
@@ -152,7 +152,7 @@ def test_bf16_trains_the_same_weights(config: ExperimentConfig, controlnet: Path
     task = new_task(config)
     before = {key: weight.detach().clone() for key, weight in named_weights(task.parts).items()}
     accelerator = make_accelerator(config.train, config.run_folder / "logs")
-    train(task, config.train, accelerator, config.run_folder / "generator", config.seed, {})
+    TrainingLoop(task, config.train, accelerator, config.run_folder / "generator", config.seed, {}).run()
     changed = {key for key, weight in named_weights(task.parts).items() if not torch.equal(weight, before[key])}
     assert changed == documented(before, patterns)
 

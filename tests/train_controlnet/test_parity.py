@@ -22,7 +22,7 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import open_split, read_contract
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_optimizer
 from maskloom.train_controlnet.networks import compile_repeated_blocks
@@ -287,7 +287,7 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path: Path, backbone: Path) -
         torch.manual_seed(0)
         task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), accelerator)
         weights["start"] = flat(task)
-        train(task, config.train, accelerator, tmp_path / name, config.seed, {})
+        TrainingLoop(task, config.train, accelerator, tmp_path / name, config.seed, {}).run()
         weights[name] = flat(task)
     moved = (weights["whole"] - weights["start"]).norm()
     assert float(moved) > 1e-3

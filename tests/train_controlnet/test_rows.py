@@ -16,8 +16,8 @@ from maskloom.pipeline.config.train import AugmentConfig, TrainConfig
 from maskloom.pipeline.dataset.contract import Description, open_split, read_contract
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.loop import ResumableStream
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.sampler import ResumableStream
 from maskloom.train_controlnet.data.latent_cache import ViewCache, fill_views
 from maskloom.train_controlnet.data.prompts import numbered_prompts
 from maskloom.train_controlnet.data.rows import TrainingRows, other_rows

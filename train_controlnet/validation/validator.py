@@ -20,8 +20,8 @@ from maskloom.pipeline.files.atomic import atomic_path
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.log import METRICS_FILE
-from maskloom.pipeline.training.loop import total_steps
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.pipeline.training.sampler import total_steps
 from maskloom.train_controlnet.data.augmentation import Picture
 from maskloom.train_controlnet.data.rows import TrainingRows
 from maskloom.train_controlnet.task import DiffusionTask

@@ -119,7 +119,7 @@ def test_a_checkpoint_keeps_all_of_it(tmp_path: Path) -> None:
     set_to(others, 5.0, 6.0)
     set_to(parameters, 5.0, 6.0)
     for one in (averages, loaded):
-        one.step("a")
+        one.update("a")
     with averages.swapped_in(), loaded.swapped_in():
         assert now(others) == now(parameters)
     loaded.finish()

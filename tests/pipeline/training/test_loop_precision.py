@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.checkpoints import checkpoint_steps
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.sampler import ResumableStream, micro_batch
 from tests.pipeline.line_task import LineTask, Points, flat, forget_accelerator, fresh_accelerator, run, settings
@@ -46,7 +46,7 @@ def run_fp16(folder: Path, task: LineTask, scale: float = 2.0**8, **changes: Any
     config = settings(
         mixed_precision="fp16", **{"validation_steps": 1, "logging_steps": 1, "use_ema": False, **changes}
     )
-    train(task, config, fp16_accelerator(folder, scale), folder, SEED, {})
+    TrainingLoop(task, config, fp16_accelerator(folder, scale), folder, SEED, {}).run()
     return config
 
 

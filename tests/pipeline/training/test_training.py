@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.checkpoints import _check_identity, checkpoint_steps
-from maskloom.pipeline.training.loop import train
+from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator, make_optimizer
 from tests.pipeline.line_task import LineTask, flat, forget_accelerator, fresh_accelerator, run, settings
@@ -308,7 +308,9 @@ def test_two_trainings_in_one_process_keep_their_own_accumulation(tmp_path: Path
     config = settings()
     accelerator = fresh_accelerator(tmp_path / "second", config)
     other = settings(gradient_accumulation_steps=3, max_train_steps=2)
-    train(LineTask(), other, make_accelerator(other, tmp_path / "first" / "logs"), tmp_path / "first", 7, {})
+    TrainingLoop(
+        LineTask(), other, make_accelerator(other, tmp_path / "first" / "logs"), tmp_path / "first", 7, {}
+    ).run()
     task = LineTask()
-    train(task, config, accelerator, tmp_path / "second", 7, {"dataset": "points"})
+    TrainingLoop(task, config, accelerator, tmp_path / "second", 7, {"dataset": "points"}).run()
     assert torch.equal(flat(task), torch.cat([value.flatten() for value in alone.values()]))
