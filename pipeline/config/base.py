@@ -1,5 +1,6 @@
 """The base class of all configuration sections, and the types that several sections share."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -30,6 +31,23 @@ def _as_precision(value: Any) -> Any:
 
 Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_as_precision)]
 """Precision of the computation, with accelerate's names."""
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Marks a setting that may differ when a training is resumed: it changes how the training runs, not what it computes.
+
+    Every other setting of a training is part of a checkpoint's identity. A subclass that only changes the default keeps the mark.
+
+    Attributes:
+        with_early_stopping: false where the setting decides which weights early stopping keeps; it may then differ only without it.
+    """
+
+    with_early_stopping: bool = True
+
+
+RESUMABLE = Resumable()
+RESUMABLE_UNLESS_STOPPED_EARLY = Resumable(with_early_stopping=False)
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -4,11 +4,20 @@ The keys have the names of diffusers' flags, so that a command line of `train_co
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maskloom.pipeline.config.base import MAX_NAME, NAME_PATTERN, Precision, Section, Size
+from maskloom.pipeline.config.base import (
+    MAX_NAME,
+    NAME_PATTERN,
+    RESUMABLE,
+    RESUMABLE_UNLESS_STOPPED_EARLY,
+    Precision,
+    Resumable,
+    Section,
+    Size,
+)
 from maskloom.pipeline.config.bounds import (
     Accumulation,
     BatchSize,
@@ -68,19 +77,19 @@ class LoopConfig(Section):
     channels_last: bool = Field(False, description="use the channels-last memory format for convolutions")
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
-    checkpointing_steps: Steps = Field(500, ge=1)
-    checkpoints_total_limit: Steps | None = Field(2, ge=1)
-    resume_from_checkpoint: str | None = Field(
+    checkpointing_steps: Annotated[Steps, RESUMABLE] = Field(500, ge=1)
+    checkpoints_total_limit: Annotated[Steps | None, RESUMABLE] = Field(2, ge=1)
+    resume_from_checkpoint: Annotated[str | None, RESUMABLE] = Field(
         "latest", description="'latest', a checkpoint folder, or null to start from scratch"
     )
-    validation_steps: Steps = Field(500, ge=1)
+    validation_steps: Annotated[Steps, RESUMABLE_UNLESS_STOPPED_EARLY] = Field(500, ge=1)
     early_stopping_patience: Steps | None = Field(
         None, ge=1, description="stop after this many validations without a lower loss, and keep the best weights"
     )
-    logging_steps: Steps = Field(10, ge=1)
-    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = "tensorboard"
-    tracker_project_name: str = Field("maskloom", pattern=NAME_PATTERN, max_length=MAX_NAME)
-    dataloader_num_workers: Workers = Field(0, ge=0)
+    logging_steps: Annotated[Steps, RESUMABLE] = Field(10, ge=1)
+    report_to: Annotated[Literal["tensorboard", "wandb", "comet_ml", "all"] | None, RESUMABLE] = "tensorboard"
+    tracker_project_name: Annotated[str, RESUMABLE] = Field("maskloom", pattern=NAME_PATTERN, max_length=MAX_NAME)
+    dataloader_num_workers: Annotated[Workers, RESUMABLE] = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _polynomial_falls(self) -> Self:
@@ -95,6 +104,15 @@ class LoopConfig(Section):
     def section(self) -> str:
         """The configuration section of these values, for messages."""
         return "train"
+
+    @property
+    def resumable_settings(self) -> frozenset[str]:
+        """The settings that may differ when this training is resumed: those marked `Resumable`, here or in a base class."""
+        classes = [one for one in reversed(type(self).__mro__) if issubclass(one, LoopConfig)]
+        fields = [item for one in classes for item in one.model_fields.items()]
+        marks = {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Resumable)}
+        stops_early = self.early_stopping_patience is not None
+        return frozenset(name for name, mark in marks.items() if mark.with_early_stopping or not stops_early)
 
     @property
     def trains_all_weights(self) -> bool:
@@ -203,13 +221,15 @@ class TrainConfig(LoopConfig):
     )
     rank: Rank = Field(4, ge=1, description="rank of the adapters")
     lora_alpha: float | None = Field(None, gt=0, description="null: the rank")
-    vae_decoder: DecoderConfig | None = None
+    vae_decoder: Annotated[DecoderConfig | None, RESUMABLE] = None
 
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, RESUMABLE] = Field(
         False,
         description="recompute activations in the backward pass: those of the ControlNet, or without one those of the UNet",
     )
-    unet_gradient_checkpointing: bool = Field(False, description="also recompute the UNet's activations")
+    unet_gradient_checkpointing: Annotated[bool, RESUMABLE] = Field(
+        False, description="also recompute the UNet's activations"
+    )
     enable_xformers_memory_efficient_attention: bool = False
     cache_latents: bool = True
 
@@ -235,15 +255,21 @@ class TrainConfig(LoopConfig):
         None, description="null: the backbone's"
     )
 
-    num_validation_images: Shown = Field(4, ge=0, description="rows of the validation split in each sample grid")
-    validation_prompt: list[str] = Field(default_factory=list, description="prompts of further samples")
-    validation_image: list[Path] = Field(
+    num_validation_images: Annotated[Shown, RESUMABLE] = Field(
+        4, ge=0, description="rows of the validation split in each sample grid"
+    )
+    validation_prompt: Annotated[list[str], RESUMABLE] = Field(
+        default_factory=list, description="prompts of further samples"
+    )
+    validation_image: Annotated[list[Path], RESUMABLE] = Field(
         default_factory=list,
         description="conditioning images of these samples, one per prompt, at the dataset's image size",
     )
-    validation_timestep_bins: Timesteps = Field(4, ge=1)
-    validation_samples: Rows = Field(64, ge=1, description="validation rows for the held-out loss")
-    adherence: AdherenceConfig | None = None
+    validation_timestep_bins: Annotated[Timesteps, RESUMABLE_UNLESS_STOPPED_EARLY] = Field(4, ge=1)
+    validation_samples: Annotated[Rows, RESUMABLE_UNLESS_STOPPED_EARLY] = Field(
+        64, ge=1, description="validation rows for the held-out loss"
+    )
+    adherence: Annotated[AdherenceConfig | None, RESUMABLE] = None
 
     @property
     def recomputes_unet(self) -> bool:

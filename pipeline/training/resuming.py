@@ -14,24 +14,14 @@ from maskloom.pipeline.training.checkpoints import (
 from maskloom.pipeline.training.schedules import ENDLESS
 from maskloom.pipeline.training.setup import launched_processes
 
-# Settings that change how a training runs, not what it computes: a resumed run may change them.
-FREE_SETTINGS = frozenset(
-    {
-        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "logging_steps",
-        "report_to", "tracker_project_name", "dataloader_num_workers", "num_validation_images", "validation_samples",
-        "validation_timestep_bins", "adherence", "vae_decoder", "validation_prompt", "validation_image", "gradient_checkpointing", "unet_gradient_checkpointing",
-    }
-)  # fmt: skip
-DECIDING_SETTINGS = frozenset({"validation_steps", "validation_samples", "validation_timestep_bins"})
-
 
 def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping[str, str], force: bool) -> None:
-    """Refuse what `train` would refuse of the checkpoint that it would go on from; nothing is loaded or changed.
+    """Refuse the checkpoints that `TrainingLoop` would refuse to resume from; nothing is loaded or changed.
 
     Args:
         config: the loop's settings.
         folder: where checkpoints go.
-        seed: as for `train`.
+        seed: as for `TrainingLoop`.
         inputs: likewise.
         force: whether earlier checkpoints are deleted first.
 
@@ -108,8 +98,7 @@ def length_sentence(config: LoopConfig, start: int, before: int, steps: int, rat
 
 
 def _fixed_settings(config: LoopConfig) -> dict[str, Any]:
-    # With early stopping, what is validated and when decides which weights are kept.
-    free = FREE_SETTINGS - DECIDING_SETTINGS if config.early_stopping_patience else FREE_SETTINGS
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in free}
+    resumable = config.resumable_settings
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in resumable}
     # JSON has no infinity, which `max_grad_norm` may be.
     return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in settings.items()}

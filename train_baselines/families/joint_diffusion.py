@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import gcd
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from maskloom.models.joint_diffusion import class_tokens, sampled
 from maskloom.models.mask_planes import decoded_masks, drawn_planes, encoded_masks
+from maskloom.pipeline.config.base import RESUMABLE
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.family import Family, FamilyOptions, Samples
@@ -71,7 +72,9 @@ class Options(FamilyOptions):
     preview_steps: Timesteps = Field(
         20, ge=1, description="UniPC steps for sample grids, which are sampled without guidance"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    gradient_checkpointing: Annotated[bool, RESUMABLE] = Field(
+        False, description="recompute activations in the backward pass"
+    )
 
     @model_validator(mode="after")
     def _heads_share_the_channels(self) -> Options:
