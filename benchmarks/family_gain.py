@@ -27,7 +27,7 @@ from maskloom.generate.generator import JointGenerator
 from maskloom.generate.planning import plan_rows, read_parents
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_baselines.train import train_baselines
 
@@ -46,11 +46,12 @@ def untrained_features(config: ExperimentConfig, run: Run, name: str, extractor:
 
 
 def _drawn_batches(config: ExperimentConfig, run: Run, name: str) -> list[list[NDArray[np.uint8] | None]]:
-    about, parents = read_contract(run.dataset).description, read_parents(run.dataset)
+    dataset = MaskPromptDataset.open(run.dataset)
+    about, parents = dataset.description, read_parents(dataset)
     generators = config.generate.model_copy(update={"generators": {name: config.generate.generators[name]}})
     generator = open_generators(config.model_copy(update={"generate": generators}), run)[name]
     generator.load(torch.device("cpu"), about)
-    reader = ConditionReader(run.dataset, about, config, parents)
+    reader = ConditionReader(dataset, config, parents)
     rows = plan_rows(parents, about.labels, config.generate, config.seed)
     batches: list[list[NDArray[np.uint8] | None]] = []
     for start in range(0, len(rows), config.generate.batch_size):

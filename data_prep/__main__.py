@@ -143,7 +143,7 @@ def verify(
     with indexed(datasets, near) as index:
         found = audit(datasets, index, near)
         if sheet:
-            sheet.write_page(contact_sheet_page(*datasets[0], index, images_per_class))
+            sheet.write_page(contact_sheet_page(datasets[0], index, images_per_class))
     print_audit(found)
     if findings:
         findings.write_json(found.as_json())

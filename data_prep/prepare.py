@@ -37,7 +37,8 @@ from maskloom.data_prep.survey import Source
 from maskloom.pipeline.config.data import DataConfig, ExternalConfig
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX, LEDGER_FILE, SPLITS, Contract, Description
+from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX, LEDGER_FILE, SPLITS, Description
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest, value_digest, write_text
@@ -102,7 +103,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         contract = writer.finish(card, ledger, stage.config_hash, parent=None)
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
         _note_items(run, reading, parts)
-        _tell_cut_prompts(config, run.dataset, contract)
+        _tell_cut_prompts(config, MaskPromptDataset(run.dataset, contract))
         small_classes = told_small_classes(reading.folder, parts)
         clear_parts(run.folder / SCRATCH)
     rows_written = sum(part.rows for part in contract.splits.values())
@@ -112,7 +113,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         say(small_classes)
 
 
-def _tell_cut_prompts(config: ExperimentConfig, dataset: Path, contract: Contract) -> None:
+def _tell_cut_prompts(config: ExperimentConfig, dataset: MaskPromptDataset) -> None:
     """Say which prompts the configured backbone's text encoder would not read whole, where it lies on this machine."""
     if config.train is None or not Path(config.train.pretrained_model_name_or_path).is_dir():
         return
@@ -122,7 +123,7 @@ def _tell_cut_prompts(config: ExperimentConfig, dataset: Path, contract: Contrac
         encoder = load_prompt_encoder(config.train)
     except MaskLoomError:  # the dataset is whole; what is wrong with the backbone is the training's to say
         return
-    tell_cuts("prepare", encoder, training_prompts(dataset, contract))
+    tell_cuts("prepare", encoder, training_prompts(dataset))
 
 
 def open_adapter(data: DataConfig) -> DatasetAdapter:

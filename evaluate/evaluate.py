@@ -18,8 +18,7 @@ from maskloom.pipeline import __version__
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.dataset.audit.findings import Dataset
-from maskloom.pipeline.dataset.contract import Contract, read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
@@ -57,7 +56,8 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     """
     questions = [open_question(name, options) for name, options in config.evaluate.metrics.items()]
     run = open_run(config)
-    digests = {name: contract.digest for name, contract in _contracts(run, config).items()}
+    sets = {"real": run.dataset, **{name: run.synthetic / name for name in config.generate.generators}}
+    digests = {name: MaskPromptDataset.open(folder).digest for name, folder in sets.items()}
     backbone = "none" if config.train is None else BackboneSource.of(config.train).digest()
     tuned = run.generator / "vae"
     if tuned.is_dir():  # a fine-tuned decoder, which `vae_ceiling` looks at
@@ -108,26 +108,21 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
         raise MaskLoomError(
             f"{run.dataset}: a {real.description.origin} dataset; synthetic images are compared with a real one"
         )
-    if not real.splits.get("train"):
+    if "train" not in real.contract.splits:
         raise MaskLoomError(f"{run.dataset}: the train split is empty; nothing can be compared with it")
     synthetic = {}
     for name in config.generate.generators:
-        folder = run.synthetic / name
-        contract = verify_quickly(folder)
-        if contract.parent is not None and contract.parent.digest != real.digest:
-            raise MaskLoomError(f"{folder}: made from another version of {run.dataset}; run generate again")
-        synthetic[name] = (folder, contract)
-    require_no_leaks(run, [Dataset(run.dataset, real)])
+        synthetic[name] = verify_quickly(run.synthetic / name)
+        parent = synthetic[name].contract.parent
+        if parent is not None and parent.digest != real.digest:
+            raise MaskLoomError(
+                f"{synthetic[name].folder}: made from another version of {run.dataset}; run generate again"
+            )
+    require_no_leaks(run, [real])
     if synthetic:
-        require_no_leaks(run, [Dataset(run.dataset, real), *(Dataset(*one) for one in synthetic.values())])
+        require_no_leaks(run, [real, *synthetic.values()])
     backbone = None if config.train is None else BackboneSource.of(config.train)
-    return open_inputs(run.dataset, real, synthetic, backbone, config.seed)
-
-
-def _contracts(run: Run, config: ExperimentConfig) -> dict[str, Contract]:
-    """Return the contracts of the real dataset and of every generator's, not verified yet."""
-    synthetic = {name: read_contract(run.synthetic / name) for name in config.generate.generators}
-    return {"real": read_contract(run.dataset), **synthetic}
+    return open_inputs(real, synthetic, backbone, config.seed)
 
 
 def _remove_other_answers(answers: OwnedFolder, questions: list[Question]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskloom.models.stable_diffusion.source import BackboneSource
-from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX, Contract, open_split
+from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.masks import resize_mask
 
 Images = NDArray[np.uint8]
@@ -26,32 +26,27 @@ class ImageSet:
 
     Attributes:
         name: what tables call it, such as `real train` or a generator's name.
-        folder: the dataset.
-        contract: its contract, already verified.
+        dataset: where it lies; already verified.
         split: `train`, `validation`, `test` or `external_NAME`.
         group_of: group of each real sample id; gives synthetic images their parents' groups.
     """
 
     name: str
-    folder: Path
-    contract: Contract
+    dataset: MaskPromptDataset
     split: str
     group_of: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of images; 0 where the dataset lacks the split."""
-        summary = self.contract.splits.get(self.split)
+        summary = self.dataset.contract.splits.get(self.split)
         return 0 if summary is None else summary.rows
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
         """`sample_id`, `group_id`, `parent_id` and `label` of every row, read without decoding an image."""
-        import pyarrow.parquet as pq
-
         names = ["sample_id", "group_id", "parent_id", "label"]
-        files = [self.folder / f for f in sorted(self.contract.files) if f.startswith(f"data/{self.split}-")]
-        tables = [pq.read_table(file, columns=names) for file in files]
-        return {name: [value for table in tables for value in table[name].to_pylist()] for name in names}
+        rows = list(self.dataset.rows(self.split, names))
+        return {name: [row[name] for row in rows] for name in names}
 
     @property
     def parents(self) -> list[str | None]:
@@ -82,22 +77,23 @@ class ImageSet:
         """
         if not len(self):
             return
-        if size is None and self.contract.description.buckets:
-            size = self.contract.description.image_size
-        rows = open_split(self.folder, self.split).select_columns([column])
+        if size is None and self.dataset.description.buckets:
+            size = self.dataset.description.image_size
+        rows = self.dataset.split(self.split).select_columns([column])
         for start in range(0, len(rows), BATCH):
             pictures = rows[start : start + BATCH][column]
             yield [None if picture is None else _resized(picture, size, column) for picture in pictures]
 
     def images(self, size: tuple[int, int] | None = None) -> Images:
         """Return all images, (N, H, W, C) uint8, C = 1 or 3."""
-        height, width = size or self.contract.description.image_size
+        about = self.dataset.description
+        height, width = size or about.image_size
         arrays = [array for batch in self.batches("image", size) for array in batch]
-        return np.array(arrays, dtype=np.uint8).reshape(len(arrays), height, width, self.contract.description.channels)
+        return np.array(arrays, dtype=np.uint8).reshape(len(arrays), height, width, about.channels)
 
     def masks(self, size: tuple[int, int] | None = None) -> tuple[Images, NDArray[np.bool_]]:
         """Return all masks, (N, H, W) uint8 class indices, and whether each image has one, (N,); zeros where not."""
-        blank = np.zeros(size or self.contract.description.image_size, dtype=np.uint8)
+        blank = np.zeros(size or self.dataset.description.image_size, dtype=np.uint8)
         arrays = [array for batch in self.batches("mask", size) for array in batch]
         stacked = np.array([blank if array is None else array for array in arrays], dtype=np.uint8)
         return stacked.reshape(-1, *blank.shape), np.array([array is not None for array in arrays], dtype=bool)
@@ -123,7 +119,7 @@ class EvaluationInputs:
     """All that a metric may look at.
 
     Attributes:
-        real: the real dataset's contract.
+        real: the real dataset.
         train, validation, test: its splits.
         synthetic: synthetic sets by generator name, in the configuration's order.
         backbone: of the configuration; None where none is fine-tuned.
@@ -131,7 +127,7 @@ class EvaluationInputs:
         externals: further test sets, by the name of the dataset that they come from; empty where there are none.
     """
 
-    real: Contract
+    real: MaskPromptDataset
     train: ImageSet
     validation: ImageSet
     test: ImageSet
@@ -166,26 +162,25 @@ class EvaluationInputs:
 
 
 def open_inputs(
-    real_folder: Path,
-    real: Contract,
-    synthetic: dict[str, tuple[Path, Contract]],
+    real: MaskPromptDataset,
+    synthetic: dict[str, MaskPromptDataset],
     backbone: BackboneSource | None,
     seed: int,
 ) -> EvaluationInputs:
     """Return the inputs over datasets that were verified."""
-    splits = {split: ImageSet(f"real {split}", real_folder, real, split) for split in ("train", "validation", "test")}
+    splits = {split: ImageSet(f"real {split}", real, split) for split in ("train", "validation", "test")}
     group_of = {
         sample: group
         for image_set in splits.values()
         if len(image_set)
         for sample, group in zip(image_set.columns["sample_id"], image_set.columns["group_id"], strict=True)
     }
-    sets = {name: ImageSet(name, folder, contract, "train", group_of) for name, (folder, contract) in synthetic.items()}
+    sets = {name: ImageSet(name, dataset, "train", group_of) for name, dataset in synthetic.items()}
     externals = {
         split.removeprefix(EXTERNAL_PREFIX): ImageSet(
-            f"external test set {split.removeprefix(EXTERNAL_PREFIX)}", real_folder, real, split
+            f"external test set {split.removeprefix(EXTERNAL_PREFIX)}", real, split
         )
-        for split in real.split_names
+        for split in real.contract.split_names
         if split.startswith(EXTERNAL_PREFIX)
     }
     return EvaluationInputs(

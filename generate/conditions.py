@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from maskloom.generate.planning import PlannedRow, TrainRow, group_by_label, rep
 from maskloom.generate.warping import valid_warp
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.conditioning import conditioning_image
-from maskloom.pipeline.dataset.contract import Description, open_split
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt, template_keys
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
@@ -53,23 +52,18 @@ class ResolvedRow:
 class ConditionReader:
     """Reads masks of the train split, and the pictures that conditioning images are drawn from, one row at a time."""
 
-    def __init__(
-        self, dataset: Path, description: Description, config: ExperimentConfig, parents: Sequence[TrainRow]
-    ) -> None:
+    def __init__(self, dataset: MaskPromptDataset, config: ExperimentConfig, parents: Sequence[TrainRow]) -> None:
         """Open the train split; only the columns that are needed are ever decoded.
 
         Args:
             dataset: the real dataset.
-            description: its description.
             config: warping limits and the seed.
             parents: the rows of the train split.
         """
-        self.description, self.config = description, config
+        self.description, self.config = dataset.description, config
         self.by_label = group_by_label(parents)
-        self.drawn_from = PICTURE_COLUMN[description.conditioning]
-        self.table = open_split(dataset, "train").select_columns(
-            ["mask", *([self.drawn_from] if self.drawn_from else [])]
-        )
+        self.drawn_from = PICTURE_COLUMN[self.description.conditioning]
+        self.table = dataset.split("train").select_columns(["mask", *([self.drawn_from] if self.drawn_from else [])])
         self._may_be_empty: dict[int | None, bool] = {}
 
     @cached_property

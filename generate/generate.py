@@ -30,7 +30,8 @@ from maskloom.models.stable_diffusion.trained_parts import read_places
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.dataset.contract import Contract, Description, Parent, open_split, read_contract
+from maskloom.pipeline.dataset.contract import Description, Parent
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, Shard, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
@@ -61,11 +62,11 @@ def generate(config: ExperimentConfig, force: bool) -> None:
         MaskLoomError: the dataset or a generator's weights are missing or damaged, or an image comes out constant or not finite.
     """
     run = open_run(config)
-    contract = _real_contract(run.dataset)
+    dataset = _real_dataset(run.dataset)
     generators = open_generators(config, run)
     if config.train is not None:
         check_places(read_places(config.train), [run.synthetic, run.logs("generate")])
-    stage = _stage(config, run, contract, generators)
+    stage = _stage(config, run, dataset, generators)
     if stage.skips(force):
         return
     processes = _join_processes()
@@ -76,7 +77,7 @@ def generate(config: ExperimentConfig, force: bool) -> None:
             verify_quickly(run.dataset)
         for generator in generators.values():
             generator.check()
-        weaving = _Weaving.planned(config, run, contract, stage.config_hash, processes)
+        weaving = _Weaving.planned(config, run, dataset, stage.config_hash, processes)
         told = (
             _tell_cut_prompts(config, generators, weaving.reader.prompts(weaving.rows))
             if processes.is_main_process
@@ -106,20 +107,22 @@ def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenera
     return generators
 
 
-def _real_contract(dataset: Path) -> Contract:
-    contract = read_contract(dataset)
-    if contract.description.origin != "real":
+def _real_dataset(folder: Path) -> MaskPromptDataset:
+    dataset = MaskPromptDataset.open(folder)
+    if dataset.description.origin != "real":
         raise MaskLoomError(
-            f"{dataset}: a {contract.description.origin} dataset; masks must come from a real one, run prepare"
+            f"{folder}: a {dataset.description.origin} dataset; masks must come from a real one, run prepare"
         )
-    return contract
+    return dataset
 
 
-def _stage(config: ExperimentConfig, run: Run, contract: Contract, generators: Mapping[str, ImageGenerator]) -> Stage:
+def _stage(
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, generators: Mapping[str, ImageGenerator]
+) -> Stage:
     return Stage(
         run,
         "generate",
-        inputs={"dataset": contract.digest, **{f"weights of {name}": one.digest for name, one in generators.items()}},
+        inputs={"dataset": dataset.digest, **{f"weights of {name}": one.digest for name, one in generators.items()}},
         config=[config.generate.model_dump(mode="json"), *_settings_of_other_sections(config)],
         outputs=[run.synthetic / name for name in generators],
     )
@@ -151,7 +154,7 @@ def _tell_cut_prompts(
 def _written_prompts(run: Run, generators: Mapping[str, ImageGenerator]) -> list[str]:
     """Return the prompts of one of the written sets; they all have the same, but for those that draw their masks."""
     name = next((name for name, one in generators.items() if isinstance(one, BackboneGenerator)), None)
-    return [] if name is None else open_split(run.synthetic / name, "train")["text"]
+    return [] if name is None else MaskPromptDataset.open(run.synthetic / name).split("train")["text"]
 
 
 def _join_processes() -> PartialState:
@@ -170,7 +173,7 @@ class _Weaving:
 
     config: ExperimentConfig
     run: Run
-    contract: Contract
+    dataset: MaskPromptDataset
     config_hash: str
     processes: PartialState
     rows: Sequence[PlannedRow]
@@ -178,20 +181,20 @@ class _Weaving:
 
     @classmethod
     def planned(
-        cls, config: ExperimentConfig, run: Run, contract: Contract, config_hash: str, processes: PartialState
+        cls, config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, config_hash: str, processes: PartialState
     ) -> _Weaving:
         """Plan the rows once the dataset is verified."""
         processes.wait_for_everyone()
-        parents = read_parents(run.dataset)
-        rows = plan_rows(parents, contract.description.labels, config.generate, config.seed)
-        check_parents_are_train(rows, run.dataset)
-        reader = ConditionReader(run.dataset, contract.description, config, parents)
-        return cls(config, run, contract, config_hash, processes, rows, reader)
+        parents = read_parents(dataset)
+        rows = plan_rows(parents, dataset.description.labels, config.generate, config.seed)
+        check_parents_are_train(rows, dataset)
+        reader = ConditionReader(dataset, config, parents)
+        return cls(config, run, dataset, config_hash, processes, rows, reader)
 
     def write_set(self, name: str, generator: ImageGenerator, force: bool) -> dict[str, Any]:
         """Write one generator's dataset and return what `stage.json` keeps about it."""
         if isinstance(generator, JointGenerator):
-            check_joint(name, self.contract.description, self.rows, self.reader)
+            check_joint(name, self.dataset.description, self.rows, self.reader)
         settings = _settings(name, generator, self.config)
         writer = self._writer(name, generator, settings)
         if self.processes.is_main_process:
@@ -216,7 +219,7 @@ class _Weaving:
         }
 
     def _writer(self, name: str, generator: ImageGenerator, settings: Mapping[str, Any]) -> DatasetWriter:
-        about = self.contract.description
+        about = self.dataset.description
         preprocessing = {**about.preprocessing, "generation": dict(settings)}
         description = about.model_copy(update={"origin": "synthetic", "preprocessing": preprocessing})
         shared = self.config.generate.model_dump(mode="json", exclude={"generators"})
@@ -224,7 +227,7 @@ class _Weaving:
         key = value_digest(
             [
                 __version__,
-                self.contract.digest,
+                self.dataset.digest,
                 name,
                 generator.digest,
                 options,
@@ -263,7 +266,7 @@ class _Weaving:
             planned = self.rows[start : min(start + self.config.generate.batch_size, shard.stop)]
             for row, image in joint.drawn(planned) if joint else self._paired(planned, generator):
                 rejected += row.rejected
-                yield _sample(row, image, name, generator, self.contract.description)
+                yield _sample(row, image, name, generator, self.dataset.description)
             advance(len(planned))
         # Before the shard takes its name: a shard that exists has its part of the ledger.
         _write_ledger(writer, shard, rejected, joint.figures if joint else MaskFigures())
@@ -280,7 +283,7 @@ class _Weaving:
         rejected: Sequence[Mapping[str, str]],
         figures: MaskFigures,
     ) -> None:
-        parent = Parent(path=os.path.relpath(self.run.dataset, writer.folder), digest=self.contract.digest)
+        parent = Parent(path=os.path.relpath(self.run.dataset, writer.folder), digest=self.dataset.digest)
         counts = label_counts(self.rows, writer.description.labels)
         card = dataset_card(writer.description, counts, settings, len(rejected), figures)
         writer.finish(card, rejected, self.config_hash, parent)

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from maskloom.pipeline.config.generate import GenerateConfig
-from maskloom.pipeline.dataset.contract import open_split, read_contract, read_ids
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.reading import row_attributes
 
@@ -57,15 +56,15 @@ class PlannedRow:
     seed: int
 
 
-def read_parents(dataset: Path, split: str = "train") -> list[TrainRow]:
+def read_parents(dataset: MaskPromptDataset, split: str = "train") -> list[TrainRow]:
     """Return the rows whose masks may be used, without their images.
 
     Raises:
         MaskLoomError: `split` is held out (any but train: validation, test, external test sets), or empty.
     """
     if split != "train":
-        raise MaskLoomError(f"{dataset}: masks of the {split} split must not be seen by a generator; use train")
-    table = open_split(dataset, split).select_columns(["sample_id", "group_id", "label", "attributes"])
+        raise MaskLoomError(f"{dataset.folder}: masks of the {split} split must not be seen by a generator; use train")
+    table = dataset.split(split).select_columns(["sample_id", "group_id", "label", "attributes"])
     return [
         TrainRow(
             position,
@@ -142,19 +141,20 @@ def replacement_parents(
         yield others[place]
 
 
-def check_parents_are_train(rows: Sequence[PlannedRow], dataset: Path) -> None:
+def check_parents_are_train(rows: Sequence[PlannedRow], dataset: MaskPromptDataset) -> None:
     """Refuse a plan that uses the mask of a held-out row, or of a group that has one.
 
     Raises:
         MaskLoomError: names the row and its split.
     """
-    ids = read_ids(dataset, [file for file in read_contract(dataset).files if file.startswith("data/")])
-    held_out = {name: split for split, pairs in ids.items() if split != "train" for pair in pairs for name in pair}
+    held_out = {
+        name: split for split, pairs in dataset.ids().items() if split != "train" for pair in pairs for name in pair
+    }
     for row in rows:
         for name in (row.parent.sample_id, row.parent.group_id):
             if name in held_out:
                 raise MaskLoomError(
-                    f"{dataset}: the mask of {name!r} lies in the {held_out[name]} split; masks may come from train only"
+                    f"{dataset.folder}: the mask of {name!r} lies in the {held_out[name]} split; masks may come from train only"
                 )
 
 

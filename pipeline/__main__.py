@@ -139,7 +139,7 @@ def verify(
             raise MaskLoomError(f"{path}: {len(problems)} problem(s); run the stages that wrote these files again")
         print(f"{path}: all files are as they were written")
         return
-    contract = verify_fully(path)
+    contract = verify_fully(path).contract
     rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
     print(f"{path}: valid ({rows} rows; {contract.rejected} rejected)")
 

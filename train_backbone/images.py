@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.dataset.contract import open_split
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
 from maskloom.train_backbone.config import Source, VaeConfig
 
@@ -29,7 +29,7 @@ class TrainImages(Dataset[dict[str, Any]]):
             MaskLoomError: a dataset is missing, unfinished, or has no train split.
         """
         self.sources = tuple(sources)
-        self.splits = [open_split(source.path, "train") for source in sources]
+        self.splits = [MaskPromptDataset.open(source.path).split("train") for source in sources]
         self.texts = [list(split["text"]) for split in self.splits]
         self.places = [
             (s, row, copy)

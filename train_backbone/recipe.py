@@ -57,7 +57,7 @@ def train_backbone(config: BackboneConfig, force: bool) -> None:
     Raises:
         MaskLoomError: a dataset cannot be used, a setting does not fit, or a loss was not finite.
     """
-    contracts = [_checked(verify_quickly(source.path), config) for source in config.sources]
+    contracts = [_checked(verify_quickly(source.path).contract, config) for source in config.sources]
     check_places(
         {f"sources[{n}].path": one.path for n, one in enumerate(config.sources)}, [config.run_folder, config.output_dir]
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maskloom.pipeline.dataset.contract import Description, open_split
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError
 
@@ -24,20 +23,20 @@ class Rows(Dataset[dict[str, Any]]):
     needed, and with label 0 where the dataset has no labels: a single class.
     """
 
-    def __init__(
-        self, dataset: Path, split: str, description: Description, size: tuple[int, int], with_mask: bool
-    ) -> None:
+    def __init__(self, dataset: MaskPromptDataset, split: str, size: tuple[int, int], with_mask: bool) -> None:
         """Open the split; rows without a class, or without a mask where one is needed, are left out.
 
         Raises:
             MaskLoomError: no row is left.
         """
-        self.description, self.size, self.with_mask = description, size, with_mask
-        rows = open_split(dataset, split)
-        kept = _usable_rows(dataset, rows, description, with_mask)
+        self.description, self.size, self.with_mask = dataset.description, size, with_mask
+        rows = dataset.split(split)
+        kept = _usable_rows(dataset, rows, with_mask)
         if not kept:
-            wanted = " and ".join([*(["a mask"] if with_mask else []), *(["a label"] if description.labels else [])])
-            raise MaskLoomError(f"{dataset}: no row of the {split} split has {wanted}, and this family needs it")
+            wanted = " and ".join(
+                [*(["a mask"] if with_mask else []), *(["a label"] if dataset.description.labels else [])]
+            )
+            raise MaskLoomError(f"{dataset.folder}: no row of the {split} split has {wanted}, and this family needs it")
         self.left_out = len(rows) - len(kept)
         self.table = rows.select(kept)
 
@@ -65,16 +64,18 @@ class Rows(Dataset[dict[str, Any]]):
         return [label or 0 for label in self.table["label"]]
 
 
-def _usable_rows(dataset: Path, rows: Any, description: Description, with_mask: bool) -> list[int]:
+def _usable_rows(dataset: MaskPromptDataset, rows: Any, with_mask: bool) -> list[int]:
     """Return the numbers of the rows that have all that is needed; pictures are not decoded for it."""
-    if with_mask and not description.mask_classes:
-        raise MaskLoomError(f"{dataset}: the dataset has no masks, and this family learns from them; use class_gan")
+    if with_mask and not dataset.description.mask_classes:
+        raise MaskLoomError(
+            f"{dataset.folder}: the dataset has no masks, and this family learns from them; use class_gan"
+        )
     columns = rows.select_columns(["mask", "label"]).with_format("arrow")
     masks, labels = columns[:]["mask"].is_valid().to_pylist(), columns[:]["label"].is_valid().to_pylist()
     return [
         number
         for number, (has_mask, has_label) in enumerate(zip(masks, labels, strict=True))
-        if (has_mask or not with_mask) and (has_label or not description.labels)
+        if (has_mask or not with_mask) and (has_label or not dataset.description.labels)
     ]
 
 

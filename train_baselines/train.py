@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.config.train import LoopConfig
-from maskloom.pipeline.dataset.audit.findings import Dataset
-from maskloom.pipeline.dataset.contract import Contract, Description
+from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.ownership import OwnedFolder, check_replaceable
@@ -50,22 +50,22 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
         skip_empty_stage(NAME, "the configuration has no section `baselines`")
         return
     chosen = _chosen(config, families)
-    contract = verify_for_training(run.dataset)
-    if contract.description.buckets:
+    dataset = verify_for_training(run.dataset)
+    if dataset.description.buckets:
         raise MaskLoomError(f"{run.dataset}: images of several sizes, and the baselines draw one; set data.buckets=[]")
     options = {name: family_options(config, name) for name in config.baselines}
     _check_one_precision(options)
-    _check_sizes(options, contract.description)
-    stages = {name: _family_stage(config, run, contract, name, options[name]) for name in chosen}
-    whole = None if families else _whole_stage(config, run, contract, options)
+    _check_sizes(options, dataset.description)
+    stages = {name: _family_stage(config, run, dataset, name, options[name]) for name in chosen}
+    whole = None if families else _whole_stage(config, run, dataset, options)
     if whole is not None and whole.skips(force):
         return
     due = [name for name, stage in stages.items() if not stage.skips(force)]
     for name in due:
-        _check_before_training(config, run, contract, stages[name], options[name], force)
+        _check_before_training(config, run, dataset, stages[name], options[name], force)
     if due:
-        require_no_leaks(run, [Dataset(run.dataset, contract)])
-    train_due = partial(_train_families, config, run, contract, {name: stages[name] for name in due}, force)
+        require_no_leaks(run, [dataset])
+    train_due = partial(_train_families, config, run, dataset, {name: stages[name] for name in due}, force)
     if whole is None:
         train_due()
         return
@@ -135,23 +135,27 @@ def _check_sizes(options: Mapping[str, FamilyOptions], about: Description) -> No
             raise MaskLoomError(f"{NAME}.{name}.image_size={list(size)}{whose}: {error}") from error
 
 
-def _family_stage(config: ExperimentConfig, run: Run, contract: Contract, name: str, options: FamilyOptions) -> Stage:
+def _family_stage(
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, name: str, options: FamilyOptions
+) -> Stage:
     settings = [options.model_dump(mode="json"), config.seed]
     outputs = [weights_folder(run, name)]
-    return Stage(run, f"{NAME}/{name}", {"dataset": contract.digest}, settings, outputs, shown=SHOWN_LOGS)
+    return Stage(run, f"{NAME}/{name}", {"dataset": dataset.digest}, settings, outputs, shown=SHOWN_LOGS)
 
 
-def _whole_stage(config: ExperimentConfig, run: Run, contract: Contract, options: Mapping[str, FamilyOptions]) -> Stage:
+def _whole_stage(
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, options: Mapping[str, FamilyOptions]
+) -> Stage:
     settings = [{name: one.model_dump(mode="json") for name, one in options.items()}, config.seed]
     outputs = [weights_folder(run, name) for name in options]
     outputs += [
         run.logs(f"{NAME}/{name}") / RECORD_FILE for name in options
     ]  # without its record, weights count as untrained
-    return Stage(run, NAME, {"dataset": contract.digest}, settings, outputs)
+    return Stage(run, NAME, {"dataset": dataset.digest}, settings, outputs)
 
 
 def _check_before_training(
-    config: ExperimentConfig, run: Run, contract: Contract, stage: Stage, options: FamilyOptions, force: bool
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stage: Stage, options: FamilyOptions, force: bool
 ) -> None:
     """Refuse what cannot be trained while everything is still as it was, and before another family has trained for hours.
 
@@ -164,20 +168,22 @@ def _check_before_training(
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
-    rows = _open_rows(load_plugin(PACKAGE, name, "family").Trained, options, run, contract, "train")
+    rows = _open_rows(load_plugin(PACKAGE, name, "family").Trained, options, dataset, "train")
     check_replaceable(weights_folder(run, name))
     loop = in_steps(options, len(rows), launched_processes())
     check_resumable(loop, run.baselines / name, config.seed, stage.inputs, force)
 
 
 def _train_families(
-    config: ExperimentConfig, run: Run, contract: Contract, stages: Mapping[str, Stage], force: bool
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stages: Mapping[str, Stage], force: bool
 ) -> None:
     for name, stage in stages.items():
-        _train_family(config, run, contract, name, stage, force)
+        _train_family(config, run, dataset, name, stage, force)
 
 
-def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: str, stage: Stage, force: bool) -> None:
+def _train_family(
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, name: str, stage: Stage, force: bool
+) -> None:
     """Train one family, resuming where an earlier run stopped, and keep its weights."""
     from accelerate.utils import set_seed
 
@@ -193,7 +199,7 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
     accelerator = make_accelerator(options, run.logs(stage.name))
     main = accelerator.is_main_process
     set_seed(config.seed)
-    family = _family(load_plugin(PACKAGE, name, "family"), options, run, contract, config.seed, accelerator)
+    family = _family(load_plugin(PACKAGE, name, "family"), options, dataset, config.seed, accelerator)
     check_engine(family.networks, options, accelerator)
     with stage.recorded(main) as results:
         if main:
@@ -208,26 +214,26 @@ def _train_family(config: ExperimentConfig, run: Run, contract: Contract, name: 
         seen = TrainingLoop(family, options, accelerator, folder, config.seed, stage.inputs).run()
         if main:
             results["samples_seen"] = seen
-            results |= export(family, name, config, contract, weights_folder(run, name))
+            results |= export(family, name, config, dataset.contract, weights_folder(run, name))
     accelerator.free_memory()
 
 
 def _family(
-    plugin: ModuleType, options: FamilyOptions, run: Run, contract: Contract, seed: int, accelerator: Any
+    plugin: ModuleType, options: FamilyOptions, dataset: MaskPromptDataset, seed: int, accelerator: Any
 ) -> Family:
     """Open the rows and build a family's networks."""
     kind = plugin.Trained
-    rows = _open_rows(kind, options, run, contract, "train")
+    rows = _open_rows(kind, options, dataset, "train")
     if rows.left_out and accelerator.is_main_process:
         say(f"baselines: {rows.left_out} train rows without a mask or label are left out")
-    has_validation = "validation" in contract.splits
-    previews = _open_rows(kind, options, run, contract, "validation") if has_validation else rows
+    has_validation = "validation" in dataset.contract.splits
+    previews = _open_rows(kind, options, dataset, "validation") if has_validation else rows
     return kind(options, rows, previews, seed, accelerator)
 
 
-def _open_rows(kind: type[Family], options: FamilyOptions, run: Run, contract: Contract, split: str) -> Rows:
+def _open_rows(kind: type[Family], options: FamilyOptions, dataset: MaskPromptDataset, split: str) -> Rows:
     """Return the rows of a split that a family can use, at its size."""
     from maskloom.train_baselines.rows import Rows
 
-    about = contract.description
-    return Rows(run.dataset, split, about, options.image_size or about.image_size, kind.needs_masks)
+    about = dataset.description
+    return Rows(dataset, split, options.image_size or about.image_size, kind.needs_masks)

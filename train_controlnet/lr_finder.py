@@ -119,7 +119,7 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
         )
     train = config.fine_tuning.model_copy(update=WITHOUT)
     run = open_run(config)
-    contract = verify_for_training(run.dataset)
+    contract = verify_for_training(run.dataset).contract
     check_dataset(run, contract, train)
     check_places(read_places(train), [run.generator])
     run.mark()

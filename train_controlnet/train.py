@@ -10,7 +10,6 @@ from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import EXPORTED, adapter_file, exported_names, read_places
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.audit.findings import Dataset
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
@@ -42,7 +41,8 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     if config.train is None:
         skip_empty_stage("train", "the configuration has no section `train`")
         return
-    contract = verify_for_training(run.dataset)
+    dataset = verify_for_training(run.dataset)
+    contract = dataset.contract
     check_dataset(run, contract, config.train)
     check_places(read_places(config.train), [run.generator, run.logs("train"), run.folder / CONFIG_FILE])
     stage = _stage(config, run, contract)
@@ -66,7 +66,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
     parts = load_networks(config.fine_tuning, accelerator.device)
     check_engine(parts.trained(), config.fine_tuning, accelerator)
-    require_no_leaks(run, [Dataset(run.dataset, contract)])
+    require_no_leaks(run, [dataset])
     with stage.recorded(accelerator.is_main_process) as results:
         if accelerator.is_main_process:
             OwnedFolder(run.generator).claim()

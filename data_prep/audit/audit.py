@@ -17,8 +17,9 @@ import numpy as np
 
 from maskloom.data_prep.audit.duplicates import near_findings, near_threshold
 from maskloom.data_prep.audit.index import AuditIndex
-from maskloom.pipeline.dataset.audit.findings import Dataset, Finding, identical_findings, told
-from maskloom.pipeline.dataset.audit.rows import split_order
+from maskloom.pipeline.dataset.audit.findings import Finding, identical_findings, near_correlation, told
+from maskloom.pipeline.dataset.contract import split_order
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.leaks import FIX, NEAR_LIMIT
@@ -146,7 +147,7 @@ class Audit:
             )
 
 
-def open_datasets(folders: Sequence[Path]) -> list[Dataset]:
+def open_datasets(folders: Sequence[Path]) -> list[MaskPromptDataset]:
     """Verify datasets whole and return them.
 
     Raises:
@@ -154,11 +155,11 @@ def open_datasets(folders: Sequence[Path]) -> list[Dataset]:
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise MaskLoomError(f"--against: {folders[-1]} is given twice; name other datasets than {folders[0]}")
-    return [Dataset(folder, verify_fully(folder)) for folder in folders]
+    return [verify_fully(folder) for folder in folders]
 
 
 @contextmanager
-def indexed(datasets: Sequence[Dataset], near: bool | None) -> Iterator[AuditIndex]:
+def indexed(datasets: Sequence[MaskPromptDataset], near: bool | None) -> Iterator[AuditIndex]:
     """Yield the index of the datasets; its files are deleted afterwards.
 
     Args:
@@ -170,27 +171,27 @@ def indexed(datasets: Sequence[Dataset], near: bool | None) -> Iterator[AuditInd
         index = AuditIndex(Path(scratch), wanted)
         try:
             for number, dataset in enumerate(datasets):
-                index.add(number, *dataset)
+                index.add(number, dataset)
             index.close_pass()
             yield index
         finally:
             index.rows.close()
 
 
-def near_plan(datasets: Sequence[Dataset], near: bool | None) -> tuple[bool, str]:
+def near_plan(datasets: Sequence[MaskPromptDataset], near: bool | None) -> tuple[bool, str]:
     """Return whether near-duplicates are looked for, and what to tell about it.
 
     Args:
         datasets: the audited one first.
         near: whatever the datasets are; None decides by their contracts and their size.
     """
-    total = sum(dataset.rows for dataset in datasets)
+    total = sum(dataset.num_rows for dataset in datasets)
     threshold = near_threshold(datasets)
     if near:
         return True, f"near-duplicates: looked for among {total} images, aligned correlation from {threshold}"
     if near is False:
         return False, "near-duplicates: not looked for (--no-near)"
-    if all(dataset.near_correlation is None for dataset in datasets):
+    if all(near_correlation(dataset) is None for dataset in datasets):
         return (
             False,
             "near-duplicates: not looked for: the contract's preprocessing.near_duplicates is empty; --near looks all the same",
@@ -203,7 +204,7 @@ def near_plan(datasets: Sequence[Dataset], near: bool | None) -> tuple[bool, str
     return True, f"near-duplicates: looked for among {total} images, aligned correlation from {threshold}"
 
 
-def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> Audit:
+def audit(datasets: Sequence[MaskPromptDataset], index: AuditIndex, near: bool | None) -> Audit:
     """Return what the datasets hold and share.
 
     Args:
@@ -233,9 +234,9 @@ def audit(datasets: Sequence[Dataset], index: AuditIndex, near: bool | None) -> 
     )
 
 
-def _size_notes(datasets: Sequence[Dataset]) -> list[str]:
+def _size_notes(datasets: Sequence[MaskPromptDataset]) -> list[str]:
     """Name the datasets in which identical images cannot be recognised."""
-    looks = [(one.contract.description.sizes, one.contract.description.channels) for one in datasets]
+    looks = [(one.description.sizes, one.description.channels) for one in datasets]
     return [
         f"{other.folder}: its images have another size or number of channels, so an image of both is identical in neither; "
         "only the search for near-duplicates finds it"
@@ -299,7 +300,7 @@ class _Findings:
         return by_problem
 
 
-def _split_contents(index: AuditIndex, datasets: Sequence[Dataset], number: int) -> Iterator[SplitContent]:
+def _split_contents(index: AuditIndex, datasets: Sequence[MaskPromptDataset], number: int) -> Iterator[SplitContent]:
     """Yield the content of each split of one dataset, train first."""
     query = """
         SELECT COUNT(*), COUNT(DISTINCT grp), COUNT(mask), COALESCE(SUM(foreground = 0), 0), SUM(flat), COUNT(DISTINCT text),
@@ -321,7 +322,7 @@ def _split_contents(index: AuditIndex, datasets: Sequence[Dataset], number: int)
             split=split,
             rows=rows,
             groups=groups,
-            labels={name: counts.get(name, 0) for name in datasets[number].contract.description.labels},
+            labels={name: counts.get(name, 0) for name in datasets[number].description.labels},
             masks=masks,
             empty_masks=empty,
             flat_images=flat,
@@ -333,9 +334,9 @@ def _split_contents(index: AuditIndex, datasets: Sequence[Dataset], number: int)
         )
 
 
-def _region_sizes(index: AuditIndex, datasets: Sequence[Dataset], number: int) -> Iterator[RegionSizes]:
+def _region_sizes(index: AuditIndex, datasets: Sequence[MaskPromptDataset], number: int) -> Iterator[RegionSizes]:
     """Yield the sizes of each foreground class by label and split, where it occurs."""
-    about = datasets[number].contract.description
+    about = datasets[number].description
     masks = (
         "SELECT label, split, COUNT(mask) FROM images WHERE dataset = ? GROUP BY label, split HAVING COUNT(mask) > 0"
     )

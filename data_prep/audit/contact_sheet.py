@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskloom.data_prep.audit.index import AuditIndex
-from maskloom.pipeline.dataset.audit.rows import split_order, split_rows
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.contract import Description, split_order
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.dataset.masks import resize_mask
 
@@ -56,20 +56,20 @@ class Section:
     figures: list[Figure]
 
 
-def contact_sheet_page(folder: Path, contract: Contract, index: AuditIndex, per_class: int) -> str:
+def contact_sheet_page(dataset: MaskPromptDataset, index: AuditIndex, per_class: int) -> str:
     """Return the page.
 
     Args:
-        folder: of the dataset.
-        contract: its contract.
+        dataset: what is shown.
         index: of the dataset, as its number 0.
         per_class: images of each class; fewer where all classes together would exceed `MOST_IMAGES`.
     """
-    counts = _class_counts(index, contract.description.labels)
+    about, contract = dataset.description, dataset.contract
+    counts = _class_counts(index, about.labels)
     shown = dict(list(counts.items())[:MOST_IMAGES])
     each = max(1, min(per_class, MOST_IMAGES // max(1, len(shown))))
     chosen = {label: spread_samples(index, label, each) for label in shown}
-    figures = _figures(folder, contract, [sample for samples in chosen.values() for sample in samples])
+    figures = _figures(dataset, [sample for samples in chosen.values() for sample in samples])
     sections = [
         Section(NO_CLASS if label is None else label, *shown[label], [figures[sample] for sample in samples])
         for label, samples in chosen.items()
@@ -81,14 +81,11 @@ def contact_sheet_page(folder: Path, contract: Contract, index: AuditIndex, per_
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    about = contract.description
     return environment.get_template(TEMPLATE).render(
         about=about,
         sections=sections,
         legend=list(zip(about.mask_classes, about.palette, strict=True))[1:],
-        splits={
-            split: part.rows for split, part in sorted(contract.splits.items(), key=lambda item: split_order(item[0]))
-        },
+        splits={split: contract.splits[split].rows for split in contract.split_names},
         rows=sum(rows for rows, _ in counts.values()),
         images=len(figures),
         side=SIDE,
@@ -143,18 +140,19 @@ def _class_counts(index: AuditIndex, labels: Sequence[str]) -> dict[str | None, 
     return {label: counts[label] for label in (*labels, None) if label in counts}
 
 
-def _figures(folder: Path, contract: Contract, samples: Iterable[str]) -> dict[str, Figure]:
+def _figures(dataset: MaskPromptDataset, samples: Iterable[str]) -> dict[str, Figure]:
     """Return the pictures of some samples by id, read in one pass."""
     wanted = set(samples)
     columns = ["sample_id", "group_id", "text", "image", "mask"]
     return {
-        row["sample_id"]: _figure(split, row, contract)
-        for split, row in split_rows(folder, contract, columns)
+        row["sample_id"]: _figure(split, row, dataset.description)
+        for split in dataset.contract.split_names
+        for row in dataset.rows(split, columns)
         if row["sample_id"] in wanted
     }
 
 
-def _figure(split: str, row: Mapping[str, Any], contract: Contract) -> Figure:
+def _figure(split: str, row: Mapping[str, Any], about: Description) -> Figure:
     image = Image.fromarray(png_array(row["image"]["bytes"]))
     scale = SIDE / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -162,7 +160,7 @@ def _figure(split: str, row: Mapping[str, Any], contract: Contract) -> Figure:
     if row["mask"] is not None:
         mask = resize_mask(png_array(row["mask"]["bytes"]), size[::-1]).mask
         if mask.any():
-            drawn = _uri("png", outlines(mask, contract.description.palette))
+            drawn = _uri("png", outlines(mask, about.palette))
     text = row["text"]
     return Figure(
         image=_uri("jpeg", _jpeg(image.resize(size, Image.Resampling.LANCZOS))),

@@ -17,20 +17,21 @@ from maskloom.data_prep.parallel import worker_count
 from maskloom.data_prep.splitting.near_duplicates import CORRELATION, find_near_duplicates
 from maskloom.pipeline.dataset.audit.findings import (
     MEMBER,
-    Dataset,
     Finding,
     Member,
     contradicts,
     measured_on_itself,
+    near_correlation,
     place,
     relation,
 )
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 
 MARGIN = 0.1
 IMAGES_PER_TASK = 200
 
 
-def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Finding]:
+def near_findings(index: AuditIndex, datasets: Sequence[MaskPromptDataset]) -> Iterator[Finding]:
     """Yield pairs of near-duplicates that lie in two splits, in two datasets, or carry two labels."""
     threshold = near_threshold(datasets)
     # Images of one grey level are alike without being duplicates; they get digests of their own.
@@ -42,7 +43,7 @@ def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Fi
     if not suspects:
         return
     # Where groups were not meant to catch near-duplicates, none fails.
-    clear_of = {} if datasets[0].near_correlation is None else dict(enumerate(found.clusters(MARGIN)))
+    clear_of = {} if near_correlation(datasets[0]) is None else dict(enumerate(found.clusters(MARGIN)))
     thumbnails = np.memmap(index.thumbnails, np.uint8, "r", shape=(index.size, PLAIN_SIDE**2))
     for members in suspects:
         correlations = plain_correlations(np.stack([thumbnails[member.id] for member in members]))
@@ -50,7 +51,7 @@ def near_findings(index: AuditIndex, datasets: Sequence[Dataset]) -> Iterator[Fi
 
 
 def _cluster_findings(
-    datasets: Sequence[Dataset],
+    datasets: Sequence[MaskPromptDataset],
     members: Sequence[Member],
     correlations: NDArray[np.float32],
     clear_of: Mapping[int, int],
@@ -103,7 +104,7 @@ def plain_correlations(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.clip(unit @ unit.T, -1, 1).astype(np.float32)
 
 
-def _suspicious(datasets: Sequence[Dataset], members: Sequence[Member]) -> bool:
+def _suspicious(datasets: Sequence[MaskPromptDataset], members: Sequence[Member]) -> bool:
     return any(relation(a.where, b.where) or contradicts(datasets, a, b) for a, b in combinations(members, 2))
 
 
@@ -119,7 +120,7 @@ def _member(index: AuditIndex, number: int) -> Member:
     return Member._make(index.rows.execute(f"SELECT {MEMBER} FROM images WHERE id = ?", (number,)).fetchone())
 
 
-def near_threshold(datasets: Sequence[Dataset]) -> float:
+def near_threshold(datasets: Sequence[MaskPromptDataset]) -> float:
     """Return the aligned correlation from which images are near-duplicates: as grouping had it, else the default."""
-    stated = [dataset.near_correlation for dataset in datasets if dataset.near_correlation is not None]
+    stated = [correlation for one in datasets if (correlation := near_correlation(one)) is not None]
     return stated[0] if stated else CORRELATION

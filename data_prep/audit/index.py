@@ -14,8 +14,7 @@ from PIL import Image
 
 from maskloom.data_prep.splitting.near_duplicates import signature
 from maskloom.pipeline.dataset.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
-from maskloom.pipeline.dataset.audit.rows import label_name, split_rows
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.progress import progress
 
@@ -58,24 +57,24 @@ class AuditIndex:
         self.signatures, self.thumbnails = folder / "signatures.bin", folder / "thumbnails.bin"
         self.near, self.size = near, 0
 
-    def add(self, dataset: int, folder: Path, contract: Contract) -> None:
-        """Read a dataset whole and keep its rows under the number `dataset`."""
-        total = sum(split.rows for split in contract.splits.values())
+    def add(self, number: int, dataset: MaskPromptDataset) -> None:
+        """Read a dataset whole and keep its rows under its number."""
         columns = ["image", "mask", "text", "label", "sample_id", "group_id"]
         with (
             self.signatures.open("ab") as signatures,
             self.thumbnails.open("ab") as thumbnails,
-            progress("auditing", total, "rows") as advance,
+            progress("auditing", dataset.num_rows, "rows") as advance,
             self.rows,
         ):
-            for split, row in split_rows(folder, contract, columns):
-                image = png_array(row["image"]["bytes"])
-                mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
-                self._add_row(dataset, split, row, label_name(row, contract), image, mask)
-                if self.near:
-                    _keep_look(image, signatures, thumbnails)
-                self.size += 1
-                advance()
+            for split in dataset.contract.split_names:
+                for row in dataset.rows(split, columns):
+                    image = png_array(row["image"]["bytes"])
+                    mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
+                    self._add_row(number, split, row, dataset.description.label_name(row["label"]), image, mask)
+                    if self.near:
+                        _keep_look(image, signatures, thumbnails)
+                    self.size += 1
+                    advance()
 
     def close_pass(self) -> None:
         """Call when all datasets are in: makes the questions about duplicates fast."""

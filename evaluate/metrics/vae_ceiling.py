@@ -99,7 +99,7 @@ def _backbone_vae(inputs: EvaluationInputs, source: BackboneSource) -> Any:
 
 def _tuned_folder(inputs: EvaluationInputs) -> Path:
     """Return where `train` writes a fine-tuned VAE: in the run that contains the real dataset."""
-    return Run(inputs.test.folder.parent).generator / "vae"
+    return Run(inputs.real.folder.parent).generator / "vae"
 
 
 def _tuned_vae(folder: Path, device: str) -> Any:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.text import load_text_settings, load_tokenizer
 from maskloom.pipeline.config.train import MOST_PROMPT_CHUNKS, TrainConfig
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.progress import say
 
@@ -170,22 +169,15 @@ def load_prompt_encoder(train: TrainConfig) -> PromptEncoder:
     return PromptEncoder.of(load_tokenizer(source), load_text_settings(source), train.prompt_chunks)
 
 
-def training_prompts(dataset: Path, contract: Contract, most: int | None = None) -> list[str]:
+def training_prompts(dataset: MaskPromptDataset, most: int | None = None) -> list[str]:
     """Return the prompts of the train and validation rows as they are written, one per row.
 
     Args:
-        dataset: a mask-and-prompt dataset.
-        contract: its contract.
+        dataset: what is learnt.
         most: train rows that count, as `train.max_train_samples`; None: all.
     """
-    import pyarrow.parquet as pq
-
-    found: list[str] = []
-    for split in ("train", "validation"):
-        files = sorted(file for file in contract.files if file.startswith(f"data/{split}-"))
-        texts = [text for file in files for text in pq.read_table(dataset / file, columns=["text"])["text"].to_pylist()]
-        found += texts[:most] if split == "train" else texts
-    return found
+    train, validation = ([row["text"] for row in dataset.rows(name, ["text"])] for name in ("train", "validation"))
+    return train[:most] + validation
 
 
 def tell_cuts(stage: str, encoder: PromptEncoder, prompts: Iterable[str], remedy: str | None = None) -> bool:

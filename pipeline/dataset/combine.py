@@ -29,10 +29,8 @@ from maskloom.pipeline.dataset.contract import (
     Contract,
     Description,
     Parent,
-    changed_file,
-    read_contract,
-    stored_rows,
 )
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
@@ -93,13 +91,13 @@ class SyntheticSet:
     """A synthetic dataset whose rows may be added.
 
     Attributes:
+        dataset: where they lie.
         prefix: put before its sample ids, where they would repeat another set's; mostly empty.
         labels: of its rows, in order.
         ids: its sample ids, in order.
     """
 
-    folder: Path
-    contract: Contract
+    dataset: MaskPromptDataset
     prefix: str
     labels: tuple[int | None, ...]
     ids: tuple[str, ...]
@@ -131,15 +129,15 @@ def combine(real: Path, synthetic: Sequence[Path], options: CombineOptions) -> l
             synthetic rows; the output folder holds something else, or another process writes there.
     """
     _check_options(options)
-    real_contract = _verified_real(real)
-    sets = _verified_sets(synthetic, real_contract, real)
-    real_labels = _train_labels(real, real_contract)
-    chosen = chosen_rows(real_labels, _ordered_pool(sets, options.seed), real_contract.description.labels, options)
-    plans = _plans(real_contract, sets, chosen, options)
+    source = _verified_real(real)
+    sets = _verified_sets(synthetic, source)
+    real_labels = [row["label"] for row in source.rows("train", ["label"])]
+    chosen = chosen_rows(real_labels, _ordered_pool(sets, options.seed), source.description.labels, options)
+    plans = _plans(source, sets, chosen, options)
     _check_output([real, *synthetic], plans, options)
     with sole_maker(options.output):
         leftovers = _check_output([real, *synthetic], plans, options)  # again: another process may have been there
-        contracts = [_written(plan, real, real_contract, sets, real_labels) for plan in plans]
+        contracts = [_written(plan, source, sets, real_labels) for plan in plans]
         for folder in leftovers:
             delete_folder(folder)
     return contracts
@@ -221,52 +219,41 @@ def _check_options(options: CombineOptions) -> None:
         )
 
 
-def _verified_real(folder: Path) -> Contract:
-    contract = verify_fully(folder)
-    if contract.description.origin != "real":
-        raise MaskLoomError(f"--real {folder}: a {contract.description.origin} dataset; give the real one")
-    if "train" not in contract.splits:
+def _verified_real(folder: Path) -> MaskPromptDataset:
+    dataset = verify_fully(folder)
+    if dataset.description.origin != "real":
+        raise MaskLoomError(f"--real {folder}: a {dataset.description.origin} dataset; give the real one")
+    if "train" not in dataset.contract.splits:
         raise MaskLoomError(f"--real {folder}: the train split is empty; there is nothing to add rows to")
-    return contract
+    return dataset
 
 
-def _verified_sets(folders: Sequence[Path], real: Contract, real_folder: Path) -> list[SyntheticSet]:
+def _verified_sets(folders: Sequence[Path], real: MaskPromptDataset) -> list[SyntheticSet]:
     """Return the sets whose rows may be added, their ids told apart from all others."""
-    taken = {
-        row["sample_id"]
-        for split in real.splits
-        for file in real.shard_files(split)
-        for row in stored_rows(real_folder / file, ["sample_id"])
-    }
+    taken = {row["sample_id"] for row in real.rows(columns=["sample_id"])}
     sets: list[SyntheticSet] = []
     for number, folder in enumerate(folders, start=1):
-        contract = verify_fully(folder)
-        _check_set(folder, contract, real, real_folder)
-        if contract.digest in {one.contract.digest for one in sets}:
+        dataset = verify_fully(folder)
+        _check_set(dataset, real)
+        if dataset.digest in {one.dataset.digest for one in sets}:
             raise MaskLoomError(f"--synthetic {folder}: these rows are given twice; name each synthetic dataset once")
-        rows = [
-            (row["sample_id"], row["label"])
-            for file in contract.shard_files("train")
-            for row in stored_rows(folder / file, ["sample_id", "label"])
-        ]
+        rows = [(row["sample_id"], row["label"]) for row in dataset.rows("train", ["sample_id", "label"])]
         prefix = ""
         while taken & {prefix + sample for sample, _ in rows}:
             prefix += f"set{number}-"
         taken |= {prefix + sample for sample, _ in rows}
-        sets.append(
-            SyntheticSet(folder, contract, prefix, tuple(label for _, label in rows), tuple(i for i, _ in rows))
-        )
+        sets.append(SyntheticSet(dataset, prefix, tuple(label for _, label in rows), tuple(i for i, _ in rows)))
     return sets
 
 
-def _check_set(folder: Path, contract: Contract, real: Contract, real_folder: Path) -> None:
+def _check_set(dataset: MaskPromptDataset, real: MaskPromptDataset) -> None:
     """Only rows that were made from the train split of this very dataset may be added: others may know its held-out images."""
-    about = contract.description
+    folder, contract, about = dataset.folder, dataset.contract, dataset.description
     if about.origin != "synthetic":
         raise MaskLoomError(f"--synthetic {folder}: a {about.origin} dataset; give those that generate wrote")
     if contract.parent is None or contract.parent.digest != real.digest:
         raise MaskLoomError(
-            f"--synthetic {folder}: not made from {real_folder} as it is now, and may know images that are held out there; run generate again"
+            f"--synthetic {folder}: not made from {real.folder} as it is now, and may know images that are held out there; run generate again"
         )
     held_out = [split for split in contract.split_names if split != "train"]
     if held_out:
@@ -274,12 +261,8 @@ def _check_set(folder: Path, contract: Contract, real: Contract, real_folder: Pa
     other = [key for key in SAME if getattr(about, key) != getattr(real.description, key)]
     if other:
         raise MaskLoomError(
-            f"--synthetic {folder}: its {other[0]} is {getattr(about, other[0])}, that of {real_folder} is {getattr(real.description, other[0])}"
+            f"--synthetic {folder}: its {other[0]} is {getattr(about, other[0])}, that of {real.folder} is {getattr(real.description, other[0])}"
         )
-
-
-def _train_labels(folder: Path, contract: Contract) -> list[int | None]:
-    return [row["label"] for file in contract.shard_files("train") for row in stored_rows(folder / file, ["label"])]
 
 
 def _ordered_pool(sets: Sequence[SyntheticSet], seed: int) -> list[SyntheticRow]:
@@ -287,13 +270,13 @@ def _ordered_pool(sets: Sequence[SyntheticSet], seed: int) -> list[SyntheticRow]
     pool = []
     for number, one in enumerate(sets):
         for position, (sample, label) in enumerate(zip(one.ids, one.labels, strict=True)):
-            key = hashlib.sha256(f"{seed}\0{one.contract.digest}\0{sample}".encode()).hexdigest()
+            key = hashlib.sha256(f"{seed}\0{one.dataset.digest}\0{sample}".encode()).hexdigest()
             pool.append(SyntheticRow(number, position, label, key))
     return sorted(pool, key=lambda row: row.order)
 
 
 def _plans(
-    real: Contract,
+    real: MaskPromptDataset,
     sets: Sequence[SyntheticSet],
     chosen: Mapping[int | None, Sequence[SyntheticRow]],
     options: CombineOptions,
@@ -320,9 +303,9 @@ def _plans(
 
 def _set_settings(one: SyntheticSet) -> dict[str, Any]:
     """Return what the contract tells of a set; not where it lies on this machine."""
-    generation = one.contract.description.preprocessing.get("generation", {})
+    generation = one.dataset.description.preprocessing.get("generation", {})
     return {
-        "digest": one.contract.digest,
+        "digest": one.dataset.digest,
         "generator": generation.get("generator", "unknown") if isinstance(generation, dict) else "unknown",
         "sample_id_prefix": one.prefix,
     }
@@ -369,25 +352,21 @@ def _check_place(folder: Path, key: str, force: bool) -> None:
 
 
 def _written(
-    plan: Combination,
-    real: Path,
-    real_contract: Contract,
-    sets: Sequence[SyntheticSet],
-    real_labels: Sequence[int | None],
+    plan: Combination, real: MaskPromptDataset, sets: Sequence[SyntheticSet], real_labels: Sequence[int | None]
 ) -> Contract:
     """Write one dataset, or leave it where it is there already."""
-    if _is_there(plan):
+    if there := _intact(plan):
         say(f"{plan.folder}: up to date")
-        return read_contract(plan.folder)
-    description = _description(real_contract, sets, plan)
-    rows = {split: summary.rows for split, summary in real_contract.splits.items()}
+        return there.contract
+    description = _description(real.description, sets, plan)
+    rows = {split: real.contract.splits[split].rows for split in real.contract.split_names}
     rows["train"] += len(plan.chosen)
-    shards = plan_shards({split: rows[split] for split in real_contract.split_names}, ROWS_PER_SHARD)
+    shards = plan_shards(rows, ROWS_PER_SHARD)
     writer = DatasetWriter(plan.folder, description, shards, plan.key)
     writer.prepare_folder()
     missing = set(writer.missing_shards())
-    for split in real_contract.split_names:
-        samples = _samples(split, real, real_contract, sets, plan)
+    for split in rows:
+        samples = _samples(split, real, sets, plan)
         for shard in (shard for shard in shards if shard.split == split):
             some = islice(samples, shard.stop - shard.start)
             if shard in missing:
@@ -395,33 +374,32 @@ def _written(
             else:
                 for _ in some:  # written before an interruption: only pass over its rows
                     pass
-    card = _card(description, real_contract, sets, plan, real_labels)
-    parent = Parent(path=os.path.relpath(real.resolve(), plan.folder.resolve()), digest=real_contract.digest)
+    card = _card(description, real, sets, plan, real_labels)
+    parent = Parent(path=os.path.relpath(real.folder.resolve(), plan.folder.resolve()), digest=real.digest)
     contract = writer.finish(card, [], value_digest(plan.settings), parent)
     say(f"{plan.folder}: train {rows['train']} rows (real {len(real_labels)}, synthetic {len(plan.chosen)})")
     return contract
 
 
-def _is_there(plan: Combination) -> bool:
-    """Whether the dataset was written whole and has not been edited since."""
+def _intact(plan: Combination) -> MaskPromptDataset | None:
+    """Return the planned dataset if it was written whole and has not been edited since."""
     if not (plan.folder / CONTRACT_FILE).is_file():
-        return False
-    return read_json(plan.folder / PLAN_FILE, "delete it") == {"key": plan.key} and changed_file(plan.folder) is None
+        return None
+    if read_json(plan.folder / PLAN_FILE, "delete it") != {"key": plan.key}:
+        return None
+    dataset = MaskPromptDataset.open(plan.folder)
+    return dataset if dataset.changed_file() is None else None
 
 
-def _samples(
-    split: str, real: Path, real_contract: Contract, sets: Sequence[SyntheticSet], plan: Combination
-) -> Iterator[Sample]:
+def _samples(split: str, real: MaskPromptDataset, sets: Sequence[SyntheticSet], plan: Combination) -> Iterator[Sample]:
     """Yield the rows of a split, a few in memory at a time: the real ones, then the chosen ones set by set in their order."""
-    for file in real_contract.shard_files(split):
-        for row in stored_rows(real / file):
-            yield _sample(row, "")
+    for row in real.rows(split):
+        yield _sample(row, "")
     if split != "train":
         return
     for number, one in enumerate(sets):
         chosen = {row.position for row in plan.chosen if row.set == number}
-        rows = (row for file in one.contract.shard_files("train") for row in stored_rows(one.folder / file))
-        for position, row in enumerate(rows):
+        for position, row in enumerate(one.dataset.rows("train")):
             if position in chosen:
                 yield _sample(row, one.prefix)
 
@@ -432,9 +410,8 @@ def _sample(row: Mapping[str, Any], prefix: str) -> Sample:
     return Sample(**{**row, **pictures, "attributes": attributes, "sample_id": prefix + row["sample_id"]})
 
 
-def _description(real: Contract, sets: Sequence[SyntheticSet], plan: Combination) -> Description:
-    about = real.description
-    licences = dict.fromkeys([about.licence, *(one.contract.description.licence for one in sets)])
+def _description(about: Description, sets: Sequence[SyntheticSet], plan: Combination) -> Description:
+    licences = dict.fromkeys([about.licence, *(one.dataset.description.licence for one in sets)])
     return about.model_copy(
         update={
             "origin": "combined",
@@ -446,7 +423,7 @@ def _description(real: Contract, sets: Sequence[SyntheticSet], plan: Combination
 
 def _card(
     about: Description,
-    real: Contract,
+    real: MaskPromptDataset,
     sets: Sequence[SyntheticSet],
     plan: Combination,
     real_labels: Sequence[int | None],
@@ -469,13 +446,17 @@ def _card(
         "## Train rows\n",
         _class_table(about.labels, real_labels, plan.chosen),
         "## Other splits\n",
-        "".join(f"- {split}: {real.splits[split].rows} real\n" for split in real.split_names if split != "train")
+        "".join(
+            f"- {split}: {real.contract.splits[split].rows} real\n"
+            for split in real.contract.split_names
+            if split != "train"
+        )
         or "None.\n",
         "## Synthetic datasets\n",
         "| generator | rows taken | rows there | licence | digest |\n| --- | --- | --- | --- | --- |\n"
         + "".join(
-            f"| {_set_settings(one)['generator']} | {added[number]} | {len(one.ids)} | {markdown_cell(one.contract.description.licence)} |"
-            f" `{one.contract.digest[:12]}` |\n"
+            f"| {_set_settings(one)['generator']} | {added[number]} | {len(one.ids)} | {markdown_cell(one.dataset.description.licence)} |"
+            f" `{one.dataset.digest[:12]}` |\n"
             for number, one in enumerate(sets)
         ),
         f"Ratio: {'as many as there are or are needed' if plan.settings['ratio'] is None else plan.settings['ratio']}; classes balanced: "

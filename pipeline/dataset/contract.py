@@ -6,7 +6,7 @@ A folder of Parquet shards that `datasets.load_dataset("PATH")` opens, a dataset
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -15,11 +15,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from maskloom.pipeline.config.bounds import LARGEST_INT, Side
-from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.files.atomic import (
-    file_digest,
-    value_digest,
-)
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.reading import Record, checked, inside, read_object
 
 if TYPE_CHECKING:
@@ -98,6 +95,10 @@ class Description(Record):
         """Every (height, width) that a row may have, `image_size` first."""
         return (self.image_size, *self.buckets)
 
+    def label_name(self, label: int | None) -> str | None:
+        """Return the name of a row's class; None where the row, or the whole dataset, has none."""
+        return None if label is None or not self.labels else self.labels[label]
+
     @model_serializer(mode="wrap")
     def _without_empty_buckets(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A dataset of one size says nothing of buckets, as before there were any: its digest stays."""
@@ -127,11 +128,7 @@ class Contract(Record):
     @property
     def split_names(self) -> list[str]:
         """The splits that have rows: train, validation, test, then external test sets by name."""
-        return [name for name in (*SPLITS, *sorted(self.splits.keys() - set(SPLITS))) if name in self.splits]
-
-    def shard_files(self, split: str) -> list[str]:
-        """Return the shards of a split in the order of their rows, as paths inside the dataset."""
-        return sorted(file for file in self.files if file.startswith(f"data/{split}-"))
+        return sorted(self.splits, key=split_order)
 
     @property
     def digest(self) -> str:
@@ -165,50 +162,14 @@ def features(description: Description) -> datasets.Features:
     )
 
 
+def split_order(split: str) -> tuple[int, str]:
+    """Return a sort key: train, validation, test, then external test sets by name."""
+    return (SPLITS.index(split) if split in SPLITS else len(SPLITS)), split
+
+
 def staging_folder(folder: Path) -> Path:
     """Return where a dataset is written before it takes its place."""
     return folder.with_name(f".{folder.name}.unfinished")
-
-
-def changed_file(folder: Path) -> str | None:
-    """Return the first file of a finished dataset that is missing or differs from its contract; None where all is well.
-
-    An unfinished dataset (no contract) has nothing to differ from.
-    """
-    if not (folder / CONTRACT_FILE).is_file():
-        return None
-    files = read_contract(folder).files
-    return next(
-        (f for f, digest in files.items() if not (folder / f).is_file() or file_digest(folder / f) != digest), None
-    )
-
-
-def stored_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a shard as they are stored, a few in memory at a time; pictures are PNG bytes and are not decoded.
-
-    Args:
-        file: the Parquet file.
-        columns: names of those to read; a dot leads into one (`mask.path`); None reads all.
-    """
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=ROW_GROUP, columns=columns):
-            yield from batch.to_pylist()
-
-
-def read_ids(folder: Path, files: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
-    """Return (sample_id, group_id) of every row by split, read without decoding images."""
-    import pyarrow.parquet as pq
-
-    ids: dict[str, list[tuple[str, str]]] = {}
-    for file in files:
-        split = Path(file).name.split("-")[0]
-        table = pq.read_table(folder / file, columns=["sample_id", "group_id"])
-        ids.setdefault(split, []).extend(
-            zip(table["sample_id"].to_pylist(), table["group_id"].to_pylist(), strict=True)
-        )
-    return ids
 
 
 def summarise_splits(ids: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, SplitSummary]:
@@ -247,27 +208,3 @@ def read_contract(folder: Path) -> Contract:
             f"{path}: schema version {version}, this MaskLoom reads {SCHEMA_VERSION}; write the dataset again"
         )
     return checked(values, Contract, str(path), REMEDY)
-
-
-def open_split(folder: Path, split: str) -> datasets.Dataset:
-    """Return one split as a Hugging Face dataset (memory-mapped; images decode to PIL on access).
-
-    Raises:
-        MaskLoomError: the dataset has no such split, or its memory-mapped copy cannot be made.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.utils.logging import disable_progress_bar
-
-    contract = read_contract(folder)
-    files = sorted(str(folder / file) for file in contract.files if file.startswith(f"data/{split}-"))
-    if not files:
-        raise MaskLoomError(f"{folder}: the split {split!r} is empty; it has {', '.join(contract.splits)}")
-    disable_progress_bar()
-    try:
-        return load_dataset("parquet", data_files={split: files}, split=split, features=features(contract.description))
-    except DatasetGenerationError as error:
-        raise MaskLoomError(
-            f"{folder}: the split {split!r} cannot be opened ({one_line(error.__cause__ or error)}); "
-            "free space where Hugging Face keeps its cache (HF_HOME), then run the same command again"
-        ) from None

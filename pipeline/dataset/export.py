@@ -10,7 +10,7 @@ from typing import Any
 
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.exporter import DatasetExporter, ExportSource
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
@@ -58,8 +58,8 @@ def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
             holds something else.
     """
     exporter = open_exporter(options.format, options.values)
-    contract = verify_fully(dataset)
-    source = ExportSource.surveyed(dataset, contract, _chosen_splits(dataset, contract, options.splits))
+    verified = verify_fully(dataset)
+    source = ExportSource.surveyed(verified, _chosen_splits(verified, options.splits))
     _check_fit(exporter, source, options.format)
     provenance = _provenance(exporter, source, options.format)
     _check_output(options.output, dataset, provenance, options.force)
@@ -84,13 +84,14 @@ def open_exporter(name: str, values: Sequence[str]) -> DatasetExporter:
     return exporter(validated(given, exporter.Options, f"{PACKAGE}.{name}"))
 
 
-def _chosen_splits(dataset: Path, contract: Contract, names: Sequence[str]) -> tuple[str, ...]:
-    unknown = [name for name in names if name not in contract.splits]
+def _chosen_splits(dataset: MaskPromptDataset, names: Sequence[str]) -> tuple[str, ...]:
+    known = dataset.contract.split_names
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise MaskLoomError(f"{dataset}: no rows in a split {unknown[0]!r}; it has {', '.join(contract.split_names)}")
-    chosen = tuple(name for name in contract.split_names if not names or name in names)
+        raise MaskLoomError(f"{dataset.folder}: no rows in a split {unknown[0]!r}; it has {', '.join(known)}")
+    chosen = tuple(name for name in known if not names or name in names)
     if not chosen:
-        raise MaskLoomError(f"{dataset}: there are no rows to export")
+        raise MaskLoomError(f"{dataset.folder}: there are no rows to export")
     return chosen
 
 
@@ -116,8 +117,8 @@ def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> d
         "options": exporter.options.model_dump(mode="json"),
         "dataset": about.dataset,
         "origin": about.origin,
-        "digest": source.contract.digest,
-        "splits": {split: source.contract.splits[split].rows for split in source.splits},
+        "digest": source.dataset.digest,
+        "splits": {split: source.dataset.contract.splits[split].rows for split in source.splits},
         "rows_by_origin": _by_origin(source),
         "masks": exporter.mask_values(about),
         "mask_classes": list(about.mask_classes),
@@ -157,6 +158,6 @@ def _by_origin(source: ExportSource) -> dict[str, int]:
 
 
 def _counts_text(source: ExportSource) -> str:
-    splits = ", ".join(f"{split} {source.contract.splits[split].rows}" for split in source.splits)
+    splits = ", ".join(f"{split} {source.dataset.contract.splits[split].rows}" for split in source.splits)
     origins = ", ".join(f"{origin} {count}" for origin, count in _by_origin(source).items())
     return f"{splits} rows ({origins})"

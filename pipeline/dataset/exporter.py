@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.pipeline.config.base import Section
-from maskloom.pipeline.dataset.contract import Contract, Description, stored_rows
+from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array, png_bytes
 from maskloom.pipeline.errors import MaskLoomError
 
@@ -61,15 +62,13 @@ class ExportSource:
     """The dataset to export, or some splits of it.
 
     Attributes:
-        folder: where it lies.
-        contract: of the dataset, verified.
+        dataset: verified.
         splits: those to export; each has rows.
         counts: rows by (split, origin, label).
         without_mask, without_label: a sample that has none, or None where all have one.
     """
 
-    folder: Path
-    contract: Contract
+    dataset: MaskPromptDataset
     splits: tuple[str, ...]
     counts: Counter[tuple[str, str, str | None]]
     without_mask: str | None
@@ -78,10 +77,15 @@ class ExportSource:
     @property
     def about(self) -> Description:
         """What is true of every row."""
-        return self.contract.description
+        return self.dataset.description
+
+    @property
+    def folder(self) -> Path:
+        """Where the dataset lies."""
+        return self.dataset.folder
 
     @classmethod
-    def surveyed(cls, folder: Path, contract: Contract, splits: tuple[str, ...]) -> ExportSource:
+    def surveyed(cls, dataset: MaskPromptDataset, splits: tuple[str, ...]) -> ExportSource:
         """Count the rows; pictures are not read."""
         counts: Counter[tuple[str, str, str | None]] = Counter()
         without_mask, without_label = None, None
@@ -92,29 +96,27 @@ class ExportSource:
             "mask.path",
         ]  # an absent mask has no path either, not even an empty one
         for split in splits:
-            for file in contract.shard_files(split):
-                for row in stored_rows(folder / file, columns):
-                    label = _label_name(contract.description, row["label"])
-                    counts[split, row["origin"], label] += 1
-                    if row["mask"] is None:
-                        without_mask = without_mask or row["sample_id"]
-                    if label is None:
-                        without_label = without_label or row["sample_id"]
-        return cls(folder, contract, splits, counts, without_mask, without_label)
+            for row in dataset.rows(split, columns):
+                label = dataset.description.label_name(row["label"])
+                counts[split, row["origin"], label] += 1
+                if row["mask"] is None:
+                    without_mask = without_mask or row["sample_id"]
+                if label is None:
+                    without_label = without_label or row["sample_id"]
+        return cls(dataset, splits, counts, without_mask, without_label)
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yield the rows of a split in order, a few in memory at a time."""
-        for file in self.contract.shard_files(split):
-            for stored in stored_rows(self.folder / file):
-                yield Row(
-                    split=split,
-                    **{name: stored[name] for name in ("sample_id", "group_id", "source", "origin", "text")},
-                    label=_label_name(self.about, stored["label"]),
-                    image=stored["image"]["bytes"],
-                    mask=None if stored["mask"] is None else png_array(stored["mask"]["bytes"]),
-                    parent_id=stored["parent_id"] or "",
-                    generator=stored["generator"] or "",
-                )
+        for stored in self.dataset.rows(split):
+            yield Row(
+                split=split,
+                **{name: stored[name] for name in ("sample_id", "group_id", "source", "origin", "text")},
+                label=self.about.label_name(stored["label"]),
+                image=stored["image"]["bytes"],
+                mask=None if stored["mask"] is None else png_array(stored["mask"]["bytes"]),
+                parent_id=stored["parent_id"] or "",
+                generator=stored["generator"] or "",
+            )
 
 
 class DatasetExporter(ABC):
@@ -196,7 +198,3 @@ def visible_values(about: Description) -> str:
 def index_values(about: Description) -> str:
     """Return in words what class indices mean."""
     return ", ".join(f"{index} {name}" for index, name in enumerate(about.mask_classes))
-
-
-def _label_name(about: Description, label: int | None) -> str | None:
-    return None if label is None or not about.labels else about.labels[label]

@@ -13,13 +13,11 @@ from maskloom.pipeline.dataset.contract import (
     EXTERNAL_PREFIX,
     LEDGER_FILE,
     SPLITS,
-    Contract,
+    Description,
     features,
-    read_contract,
-    read_ids,
-    stored_rows,
     summarise_splits,
 )
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset, shard_rows
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import file_digest
@@ -29,67 +27,62 @@ from maskloom.pipeline.progress import progress
 REPAIR = "the dataset was changed after it was written: write it again with --force"
 
 
-def verify_quickly(folder: Path) -> Contract:
+def verify_quickly(folder: Path) -> MaskPromptDataset:
     """Check hashes, schema, counts, unique ids, group leakage and the parents of synthetic rows; decode no image.
 
     Returns:
-        The dataset's contract.
+        The dataset.
 
     Raises:
         MaskLoomError: the first problem found, with the file.
     """
-    contract = read_contract(folder)
-    _check_files(folder, contract)
-    _check_schema(folder, contract)
-    ids = read_ids(folder, _data_files(contract))
-    _check_ids(folder, contract, ids)
-    if contract.parent is not None:
-        _check_parents(folder, contract)
-    if contract.description.origin == "combined":
-        _check_combination(folder, contract)
-    return contract
+    dataset = MaskPromptDataset.open(folder)
+    _check_files(dataset)
+    _check_schema(dataset)
+    _check_ids(dataset)
+    if dataset.contract.parent is not None:
+        _check_parents(dataset)
+    if dataset.description.origin == "combined":
+        _check_combination(dataset)
+    return dataset
 
 
-def verify_for_training(folder: Path) -> Contract:
+def verify_for_training(folder: Path) -> MaskPromptDataset:
     """Verify a dataset quickly and check that a generator may be trained on it.
 
     Raises:
         MaskLoomError: see `verify_quickly`; or it holds synthetic rows, or its train split is empty.
     """
-    contract = verify_quickly(folder)
-    if contract.description.origin != "real":
+    dataset = verify_quickly(folder)
+    if dataset.description.origin != "real":
         raise MaskLoomError(
-            f"{folder}: a {contract.description.origin} dataset; a generator is trained on real images only"
+            f"{folder}: a {dataset.description.origin} dataset; a generator is trained on real images only"
         )
-    if "train" not in contract.splits:
+    if "train" not in dataset.contract.splits:
         raise MaskLoomError(f"{folder}: the train split is empty; lower data.splits.validation and data.splits.test")
-    return contract
+    return dataset
 
 
-def verify_fully(folder: Path) -> Contract:
+def verify_fully(folder: Path) -> MaskPromptDataset:
     """Check everything that `verify_quickly` does, and every pixel: sizes, modes, mask values, prompts, labels.
 
     Raises:
         MaskLoomError: the first problem found, with the file and the sample.
     """
-    contract = verify_quickly(folder)
-    total = sum(split.rows for split in contract.splits.values())
-    with progress("verifying", total, "rows") as advance:
-        for file in _data_files(contract):
-            for row in stored_rows(folder / file):
-                problem = _row_problem(row, contract)
+    dataset = verify_quickly(folder)
+    with progress("verifying", dataset.num_rows, "rows") as advance:
+        for shard in dataset.shards():
+            for row in shard_rows(shard):
+                problem = _row_problem(row, dataset.description)
                 if problem:
-                    raise MaskLoomError(f"{folder / file}: sample {row['sample_id']}: {problem}; {REPAIR}")
+                    raise MaskLoomError(f"{shard}: sample {row['sample_id']}: {problem}; {REPAIR}")
                 advance()
-    return contract
+    return dataset
 
 
-def _data_files(contract: Contract) -> list[str]:
-    return [file for file in contract.files if file.startswith("data/")]
-
-
-def _check_files(folder: Path, contract: Contract) -> None:
-    for file, digest in contract.files.items():
+def _check_files(dataset: MaskPromptDataset) -> None:
+    folder, files = dataset.folder, dataset.contract.files
+    for file, digest in files.items():
         path = folder / file
         if not path.resolve().is_relative_to(folder.resolve()):
             raise MaskLoomError(f"{folder / CONTRACT_FILE}: the file {file!r} lies outside the dataset; {REPAIR}")
@@ -100,9 +93,7 @@ def _check_files(folder: Path, contract: Contract) -> None:
         if file_digest(path) != digest:
             raise MaskLoomError(f"{path}: its SHA-256 differs from {CONTRACT_FILE}; {REPAIR}")
     extra = sorted(
-        str(p.relative_to(folder))
-        for p in (folder / "data").glob("*.parquet")
-        if f"data/{p.name}" not in contract.files
+        str(p.relative_to(folder)) for p in (folder / "data").glob("*.parquet") if f"data/{p.name}" not in files
     )
     if extra:
         raise MaskLoomError(
@@ -110,29 +101,28 @@ def _check_files(folder: Path, contract: Contract) -> None:
         )
 
 
-def _check_schema(folder: Path, contract: Contract) -> None:
+def _check_schema(dataset: MaskPromptDataset) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    expected = features(contract.description).arrow_schema
-    for file in _data_files(contract):
+    expected = features(dataset.description).arrow_schema
+    for shard in dataset.shards():
         try:
-            schema = pq.read_schema(folder / file)
+            schema = pq.read_schema(shard)
         except pa.ArrowInvalid as error:
-            raise MaskLoomError(f"{folder / file}: not a Parquet file ({one_line(error)}); {REPAIR}") from None
+            raise MaskLoomError(f"{shard}: not a Parquet file ({one_line(error)}); {REPAIR}") from None
         if schema.names != expected.names or schema.types != expected.types:
-            raise MaskLoomError(
-                f"{folder / file}: columns {schema.names} are not the contract's {expected.names}; {REPAIR}"
-            )
+            raise MaskLoomError(f"{shard}: columns {schema.names} are not the contract's {expected.names}; {REPAIR}")
 
 
-def _check_ids(folder: Path, contract: Contract, ids: dict[str, list[tuple[str, str]]]) -> None:
+def _check_ids(dataset: MaskPromptDataset) -> None:
+    folder, ids = dataset.folder, dataset.ids()
     unknown = [split for split in sorted(ids) if split not in SPLITS and not split.startswith(EXTERNAL_PREFIX)]
     if unknown:
         raise MaskLoomError(
             f"{folder}: unknown split {unknown[0]!r}; a dataset has {', '.join(SPLITS)} and {EXTERNAL_PREFIX}NAME"
         )
-    if summarise_splits(ids) != contract.splits:
+    if summarise_splits(ids) != dataset.contract.splits:
         raise MaskLoomError(f"{folder / CONTRACT_FILE}: rows, groups or ids differ from the shards'; {REPAIR}")
     counts = Counter(sample for rows in ids.values() for sample, _ in rows)
     repeated = [sample for sample, count in counts.items() if count > 1]
@@ -149,55 +139,46 @@ def _check_ids(folder: Path, contract: Contract, ids: dict[str, list[tuple[str, 
                 )
 
 
-def _check_parents(folder: Path, contract: Contract) -> None:
+def _check_parents(dataset: MaskPromptDataset) -> None:
     """Every parent of a synthetic row must lie in the train split of the real dataset."""
     import pyarrow.parquet as pq
 
-    assert contract.parent is not None
-    parent_folder = (folder / contract.parent.path).resolve()
-    parent = read_contract(parent_folder)
-    if parent.digest != contract.parent.digest:
-        again = "combine" if contract.description.origin == "combined" else "generate"
-        raise MaskLoomError(f"{folder}: made from another version of {parent_folder}; run {again} again")
-    rows = read_ids(parent_folder, _data_files(parent))
-    split_of = {sample: split for split, samples in rows.items() for sample, _ in samples}
-    for file in _data_files(contract):
-        for parent_id in pq.read_table(folder / file, columns=["parent_id"])["parent_id"].to_pylist():
+    assert dataset.contract.parent is not None
+    parent = MaskPromptDataset.open((dataset.folder / dataset.contract.parent.path).resolve())
+    if parent.digest != dataset.contract.parent.digest:
+        again = "combine" if dataset.description.origin == "combined" else "generate"
+        raise MaskLoomError(f"{dataset.folder}: made from another version of {parent.folder}; run {again} again")
+    split_of = {sample: split for split, rows in parent.ids().items() for sample, _ in rows}
+    for shard in dataset.shards():
+        for parent_id in pq.read_table(shard, columns=["parent_id"])["parent_id"].to_pylist():
             split = split_of.get(parent_id)
             if split not in ("train", None):
                 raise MaskLoomError(
-                    f"{folder / file}: parent {parent_id!r} lies in the {split} split of {parent_folder}; masks may come from train only"
+                    f"{shard}: parent {parent_id!r} lies in the {split} split of {parent.folder}; masks may come from train only"
                 )
             if parent_id is not None and split is None:
-                raise MaskLoomError(
-                    f"{folder / file}: parent {parent_id!r} is not in {parent_folder}; run generate again"
-                )
+                raise MaskLoomError(f"{shard}: parent {parent_id!r} is not in {parent.folder}; run generate again")
 
 
-def _check_combination(folder: Path, contract: Contract) -> None:
+def _check_combination(dataset: MaskPromptDataset) -> None:
     """Its real rows must be those of the real dataset, split by split, and synthetic rows lie in train only."""
+    folder, contract = dataset.folder, dataset.contract
     if contract.parent is None:
         raise MaskLoomError(f"{folder / CONTRACT_FILE}: a combined dataset must name its real one; run combine again")
-    parent_folder = (folder / contract.parent.path).resolve()
-    parent = read_contract(parent_folder)
-    for split in sorted(contract.splits.keys() | parent.splits.keys()):
-        origins = {
-            row["sample_id"]: row["origin"]
-            for file in contract.shard_files(split)
-            for row in stored_rows(folder / file, ["sample_id", "origin"])
-        }
+    parent = MaskPromptDataset.open((folder / contract.parent.path).resolve())
+    for split in sorted(contract.splits.keys() | parent.contract.splits.keys()):
+        origins = {row["sample_id"]: row["origin"] for row in dataset.rows(split, ["sample_id", "origin"])}
         if split != "train" and "synthetic" in origins.values():
             raise MaskLoomError(f"{folder}: the {split} split holds synthetic rows; they may lie in train only")
-        real = {sample for sample, _ in read_ids(parent_folder, parent.shard_files(split)).get(split, [])}
+        real = {sample for sample, _ in parent.ids(split).get(split, [])}
         if {sample for sample, origin in origins.items() if origin == "real"} != real:
             raise MaskLoomError(
-                f"{folder}: the real rows of its {split} split are not those of {parent_folder}; run combine again"
+                f"{folder}: the real rows of its {split} split are not those of {parent.folder}; run combine again"
             )
 
 
-def _row_problem(row: dict[str, Any], contract: Contract) -> str | None:
+def _row_problem(row: dict[str, Any], about: Description) -> str | None:
     """Return what is wrong with a row, or None."""
-    about = contract.description
     try:
         image, conditioning = png_array(row["image"]["bytes"]), png_array(row["conditioning_image"]["bytes"])
         mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])

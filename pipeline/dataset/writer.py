@@ -22,10 +22,10 @@ from maskloom.pipeline.dataset.contract import (
     Picture,
     Producer,
     features,
-    read_ids,
     staging_folder,
     summarise_splits,
 )
+from maskloom.pipeline.dataset.dataset import shard_ids
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.files.atomic import (
     PIECES,
@@ -224,7 +224,7 @@ class DatasetWriter:
             description=self.description,
             producer=Producer(version=__version__, git_sha=git_sha(), config_hash=config_hash),
             parent=parent,
-            splits=summarise_splits(read_ids(self.staging, [shard.file for shard in self.shards])),
+            splits=summarise_splits(shard_ids(self.staging / shard.file for shard in self.shards)),
             files={file: self._sha256(file) for file in files},
             rejected=len(ledger),
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract, read_ids
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.private_paths import ABSOLUTE_PATH
@@ -143,16 +143,20 @@ def _packed_set(run: Run, target: Target, repo_id: str) -> Parcel:
     folder = target.folder(run)
     if target.part != "dataset":  # the real one may be shared between runs by a link
         _check_place(folder, run)
-    contract = verify_quickly(folder)
-    files = {name: folder / name for name in (*contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)}
+    dataset = verify_quickly(folder)
+    files = {
+        name: folder / name for name in (*dataset.contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)
+    }
     for path in files.values():
         check_pushed_file(path, folder)
-    shards = [name for name in files if name.startswith("data/")]
-    if not shards:
+    first = next(dataset.rows(columns=["sample_id", "group_id"]), None)
+    if first is None:
         raise MaskLoomError(f"{folder}: there are no rows to push; write the dataset again with --force")
-    sample, group = next(iter(read_ids(folder, shards[:1]).values()))[0]
-    note = f"rows are named like sample_id {sample!r}, group_id {group!r}: make sure that such names tell no patient"
-    return Parcel(target, repo_id, dict(files), _licences(contract), (note,))
+    note = (
+        f"rows are named like sample_id {first['sample_id']!r}, group_id {first['group_id']!r}: "
+        "make sure that such names tell no patient"
+    )
+    return Parcel(target, repo_id, dict(files), _licences(dataset.contract), (note,))
 
 
 def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:

@@ -1,16 +1,16 @@
 """Choose the images that the report shows side by side: mask, real, synthetic from the same mask, nearest training image."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.progress import progress
 
@@ -56,24 +56,24 @@ class GridRow:
 
 
 def image_grids(
-    real: tuple[Path, Contract], synthetic: Mapping[str, tuple[Path, Contract]], per_class: int
+    real: MaskPromptDataset, synthetic: Mapping[str, MaskPromptDataset], per_class: int
 ) -> dict[str, list[GridRow]]:
     """Return the grid rows of each class, in the order of the contract's labels.
 
     Args:
-        real: folder and contract of the real dataset.
-        synthetic: folder and contract of each generator's dataset.
+        real: the real dataset.
+        synthetic: each generator's dataset.
         per_class: rows per class; samples for which most generators have a synthetic image come first.
     """
-    heads = _heads(*real, split=PARENT_SPLIT)
-    children = {name: _heads(*pair) for name, pair in synthetic.items()}
+    heads = _heads(real, PARENT_SPLIT)
+    children = {name: _heads(dataset) for name, dataset in synthetic.items()}
     made_from = [{row["parent_id"] for row in rows} for rows in children.values()]
-    by_class: dict[str, list[dict[str, Any]]] = {name: [] for name in real[1].description.labels}
+    by_class: dict[str, list[dict[str, Any]]] = {name: [] for name in real.description.labels}
     for row in heads:
         by_class.setdefault(row["label"], []).append(row)
     chosen = {name: spread_choice(rows, made_from, per_class) for name, rows in by_class.items() if rows}
-    parents = _images(*real, ids=[row["sample_id"] for rows in chosen.values() for row in rows])
-    shown = {name: _shown(pair, children[name], chosen, parents) for name, pair in synthetic.items()}
+    parents = _images(real, [row["sample_id"] for rows in chosen.values() for row in rows])
+    shown = {name: _shown(dataset, children[name], chosen, parents) for name, dataset in synthetic.items()}
     grids = {
         label: [
             _grid_row(parents[row["sample_id"]], {name: shown[name].get(row["sample_id"]) for name in shown})
@@ -101,7 +101,7 @@ def spread_choice(rows: Sequence[dict[str, Any]], made_from: Sequence[set[str]],
     return chosen
 
 
-def find_nearest(real: tuple[Path, Contract], shown: Sequence[Shown]) -> None:
+def find_nearest(real: MaskPromptDataset, shown: Sequence[Shown]) -> None:
     """Set the nearest training image of each synthetic one.
 
     The nearest image has the highest pixel correlation, with both images reduced to 32 x 32, mean 0 and norm 1. The train
@@ -110,9 +110,9 @@ def find_nearest(real: tuple[Path, Contract], shown: Sequence[Shown]) -> None:
     if not shown:
         return
     queries = np.stack([_normalised(one.image) for one in shown])
-    folder, contract = real
-    with progress("nearest training images", contract.splits[PARENT_SPLIT].rows, "images") as advance:
-        for rows in _batches(folder, _files(contract, PARENT_SPLIT), ["sample_id", "image"]):
+    stored = real.rows(PARENT_SPLIT, ["sample_id", "image"])
+    with progress("nearest training images", real.contract.splits[PARENT_SPLIT].rows, "images") as advance:
+        while rows := list(islice(stored, BATCH_ROWS)):
             images = [png_array(row["image"]["bytes"]) for row in rows]
             correlations = queries @ np.stack([_normalised(image) for image in images]).T
             for one, best, scores in zip(shown, correlations.argmax(axis=1), correlations, strict=True):
@@ -126,7 +126,7 @@ def find_nearest(real: tuple[Path, Contract], shown: Sequence[Shown]) -> None:
 
 
 def _shown(
-    source: tuple[Path, Contract],
+    dataset: MaskPromptDataset,
     heads: Sequence[dict[str, Any]],
     chosen: Mapping[str, Sequence[dict[str, Any]]],
     parents: Mapping[str, dict[str, Any]],
@@ -142,7 +142,7 @@ def _shown(
         for index, row in enumerate(rows):
             others = by_class[label][index : index + 1]
             candidates[row["sample_id"]] = by_parent.get(row["sample_id"]) or others
-    images = _images(*source, ids=[sample for samples in candidates.values() for sample in samples])
+    images = _images(dataset, [sample for samples in candidates.values() for sample in samples])
     return {
         parent_id: _best_shown(parents[parent_id], [images[sample] for sample in samples])
         for parent_id, samples in candidates.items()
@@ -176,34 +176,22 @@ def _normalised(image: Pixels) -> NDArray[np.float32]:
     return vector / max(float(np.linalg.norm(vector)), 1e-6)
 
 
-def _files(contract: Contract, split: str | None = None) -> list[str]:
-    return [file for file in contract.files if file.startswith(f"data/{split}-" if split else "data/")]
-
-
-def _batches(folder: Path, files: Sequence[str], columns: list[str]) -> Iterator[list[dict[str, Any]]]:
-    import pyarrow.parquet as pq
-
-    for file in files:
-        for batch in pq.ParquetFile(folder / file).iter_batches(batch_size=BATCH_ROWS, columns=columns):
-            yield batch.to_pylist()
-
-
-def _heads(folder: Path, contract: Contract, split: str | None = None) -> list[dict[str, Any]]:
+def _heads(dataset: MaskPromptDataset, split: str | None = None) -> list[dict[str, Any]]:
     """Return id, parent and class name of every row, without images."""
-    labels = contract.description.labels
-    rows = [
-        row for batch in _batches(folder, _files(contract, split), ["sample_id", "parent_id", "label"]) for row in batch
-    ]
-    return [{**row, "label": NO_LABEL if row["label"] is None or not labels else labels[row["label"]]} for row in rows]
+    rows = list(dataset.rows(split, ["sample_id", "parent_id", "label"]))
+    for row in rows:
+        name = dataset.description.label_name(row["label"])
+        row["label"] = NO_LABEL if name is None else name
+    return rows
 
 
-def _images(folder: Path, contract: Contract, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _images(dataset: MaskPromptDataset, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return some rows by id, images decoded."""
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
 
     columns = ["sample_id", "parent_id", "seed", "text", "image", "conditioning_image"]
-    files = ds.dataset([str(folder / file) for file in _files(contract)], format="parquet")
+    files = ds.dataset([str(shard) for shard in dataset.shards()], format="parquet")
     rows = files.to_table(columns=columns, filter=pc.field("sample_id").isin(list(ids))).to_pylist()
     for row in rows:
         row.update({column: png_array(row[column]["bytes"]) for column in ("image", "conditioning_image")})

@@ -10,7 +10,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.files.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.files.private_paths import without_places
 from maskloom.pipeline.report.curves import line_chart, training_curves
@@ -74,7 +74,7 @@ def _pretty_json(value: Any) -> str:
 
 def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
     """Return the variables of the template."""
-    about = sources.real[1].description if sources.real else None
+    about = sources.real.description if sources.real else None
     condition = CONDITIONS.get(about.conditioning, "mask") if about else "mask"
     return {
         "title": config.report.title or f"MaskLoom: {config.experiment}",
@@ -84,7 +84,7 @@ def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
         "evaluation_folder": sources.run.evaluation,
         "grids": image_grids(sources.real, sources.synthetic, config.report.images_per_class) if sources.real else {},
         "generators": list(sources.synthetic),
-        "maskless": [name for name, (_, contract) in sources.synthetic.items() if not _saw_masks(contract)],
+        "maskless": [name for name, dataset in sources.synthetic.items() if not _saw_masks(dataset)],
         "nearest_side": NEAREST_SIDE,
         "about": about,
         "condition": condition,
@@ -105,33 +105,32 @@ def _training_summary(stage: str, training: Training) -> dict[str, Any]:
     return {"curves": curves, "unreadable_lines": unreadable, "pictures": pictures}
 
 
-def _saw_masks(contract: Contract) -> bool:
+def _saw_masks(dataset: MaskPromptDataset) -> bool:
     """Return whether a synthetic dataset's generator was conditioned on masks; true if the dataset does not state it."""
-    return bool(contract.description.preprocessing.get("generation", {}).get("uses_mask", True))
+    return bool(dataset.description.preprocessing.get("generation", {}).get("uses_mask", True))
 
 
 def _dataset_summaries(sources: Sources) -> list[dict[str, Any]]:
     """Return counts and rejections of the real dataset, then of each synthetic one."""
-    named = [(f"synthetic: {name}", *pair) for name, pair in sources.synthetic.items()]
-    if sources.real:
-        named.insert(0, ("real", *sources.real))
-    return [_dataset_summary(name, folder, contract) for name, folder, contract in named]
+    named = {"real": sources.real} if sources.real else {}
+    named |= {f"synthetic: {name}": dataset for name, dataset in sources.synthetic.items()}
+    return [_dataset_summary(name, dataset) for name, dataset in named.items()]
 
 
-def _dataset_summary(name: str, folder: Path, contract: Contract) -> dict[str, Any]:
-    counts = class_counts(folder, contract)
-    reasons, rarer = rejection_counts(folder)
+def _dataset_summary(name: str, dataset: MaskPromptDataset) -> dict[str, Any]:
+    counts = class_counts(dataset)
+    reasons, rarer = rejection_counts(dataset.folder)
     return {
         "name": name,
-        "contract": contract,
+        "contract": dataset.contract,
         "counts": counts,
-        "classes": sorted({label for row in counts.values() for label in row}, key=_order_of(contract)),
+        "classes": sorted({label for row in counts.values() for label in row}, key=_order_of(dataset)),
         "reasons": reasons,
         "rarer": rarer,
     }
 
 
-def _order_of(contract: Contract) -> Callable[[str], int]:
+def _order_of(dataset: MaskPromptDataset) -> Callable[[str], int]:
     """Return a sort key: the contract's order of labels, rows without a class last."""
-    labels = contract.description.labels
+    labels = dataset.description.labels
     return lambda name: labels.index(name) if name in labels else len(labels)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, REMEDY, Contract, LedgerRow, read_contract
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, REMEDY, LedgerRow
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, file_problem
@@ -47,8 +48,8 @@ class Sources:
     """
 
     run: Run
-    real: tuple[Path, Contract] | None
-    synthetic: Mapping[str, tuple[Path, Contract]]
+    real: MaskPromptDataset | None
+    synthetic: Mapping[str, MaskPromptDataset]
     unfinished: tuple[str, ...]
     trainings: Mapping[str, Training]
     records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -56,8 +57,8 @@ class Sources:
 
     def digests(self) -> dict[str, str]:
         """Return a digest of each source that the page depends on."""
-        digests = {"dataset": self.real[1].digest if self.real else "missing"}
-        digests |= {f"synthetic/{name}": contract.digest for name, (_, contract) in self.synthetic.items()}
+        digests = {"dataset": self.real.digest if self.real else "missing"}
+        digests |= {f"synthetic/{name}": dataset.digest for name, dataset in self.synthetic.items()}
         digests |= {f"synthetic/{name}": "unfinished" for name in self.unfinished}
         if self.run.evaluation.is_dir():
             digests["evaluation"] = value_digest(OwnedFolder(self.run.evaluation).digests())
@@ -94,8 +95,8 @@ def find_sources(run: Run) -> Sources:
     _check_evaluation(run)
     return Sources(
         run=run,
-        real=(run.dataset, read_contract(run.dataset)) if (run.dataset / CONTRACT_FILE).is_file() else None,
-        synthetic={folder.name: (folder, read_contract(folder)) for folder in finished},
+        real=MaskPromptDataset.open(run.dataset) if (run.dataset / CONTRACT_FILE).is_file() else None,
+        synthetic={folder.name: MaskPromptDataset.open(folder) for folder in finished},
         unfinished=tuple(folder.name for folder in folders if folder not in finished),
         trainings={stage: one for stage, one in trainings.items() if one.metrics or one.pictures},
         records={stage: record.model_dump(mode="json") for stage, record in records.items() if record},
@@ -136,18 +137,13 @@ def _check_evaluation(run: Run) -> None:
         )
 
 
-def class_counts(folder: Path, contract: Contract) -> dict[str, dict[str, int]]:
+def class_counts(dataset: MaskPromptDataset) -> dict[str, dict[str, int]]:
     """Return the number of rows by split and class name: train, validation, test, then external test sets."""
-    import pyarrow.parquet as pq
-
-    labels = contract.description.labels
-    counts: dict[str, Counter[str]] = {split: Counter() for split in contract.split_names}
-    for file in contract.files:
-        if file.startswith("data/"):
-            for label in pq.read_table(folder / file, columns=["label"])["label"].to_pylist():
-                name = NO_LABEL_COUNT if label is None or not labels else labels[label]
-                counts[Path(file).name.split("-")[0]][name] += 1
-    return {split: dict(counter) for split, counter in counts.items()}
+    counts = {}
+    for split in dataset.contract.split_names:
+        names = (dataset.description.label_name(row["label"]) for row in dataset.rows(split, ["label"]))
+        counts[split] = dict(Counter(NO_LABEL_COUNT if name is None else name for name in names))
+    return counts
 
 
 def rejection_counts(folder: Path) -> tuple[list[tuple[str, int]], int]:

@@ -32,8 +32,8 @@ def write_report(config: ExperimentConfig, force: bool) -> None:
     if stage.skips(force):
         return
     with stage.recorded() as results:
-        for folder, _ in [*([sources.real] if sources.real else []), *sources.synthetic.values()]:
-            verify_quickly(folder)
+        for dataset in [*([sources.real] if sources.real else []), *sources.synthetic.values()]:
+            verify_quickly(dataset.folder)
         page = without_known_places(smallest_enough(config, sources), _places(config, run))
         OwnedFolder(run.folder).write_text(run.report.name, page)
         results["bytes"] = len(page.encode())

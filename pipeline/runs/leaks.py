@@ -18,10 +18,10 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from maskloom.pipeline.dataset.audit.findings import Dataset, Finding, identical_findings, told
+from maskloom.pipeline.dataset.audit.findings import Finding, identical_findings, near_correlation, told
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
-from maskloom.pipeline.dataset.audit.rows import label_name, split_rows
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import value_digest, write_json
@@ -63,7 +63,7 @@ class SoundRecord(Record):
         return self.digest == value_digest(self.model_dump(exclude={"digest"}))
 
 
-def require_no_leaks(run: Run, datasets: Sequence[Dataset]) -> None:
+def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
     """Check that no image lies in train or validation and in a held-out split too, or carries two labels; once per content.
 
     Call with verified datasets, before anything is computed or deleted. Processes of a distributed run other than the first do nothing.
@@ -94,12 +94,12 @@ def require_no_leaks(run: Run, datasets: Sequence[Dataset]) -> None:
     say(f"audit: {rows} images in {time.monotonic() - start:.1f} s, none in two splits{also}")
 
 
-def looks_for_near_duplicates(dataset: Dataset) -> bool:
+def looks_for_near_duplicates(dataset: MaskPromptDataset) -> bool:
     """Whether the groups of a dataset were meant to catch near-duplicates, and it is small enough to look for them unasked."""
-    return dataset.near_correlation is not None and dataset.rows <= NEAR_LIMIT
+    return near_correlation(dataset) is not None and dataset.num_rows <= NEAR_LIMIT
 
 
-def _failures(datasets: Sequence[Dataset]) -> tuple[int, list[Finding], int]:
+def _failures(datasets: Sequence[MaskPromptDataset]) -> tuple[int, list[Finding], int]:
     """Return the number of images, the first failures, and the number of all; memory does not grow with the datasets."""
     first: list[Finding] = []
     count = 0
@@ -113,13 +113,13 @@ def _failures(datasets: Sequence[Dataset]) -> tuple[int, list[Finding], int]:
 
 
 @contextmanager
-def _pixel_rows(datasets: Sequence[Dataset]) -> Iterator[sqlite3.Connection]:
+def _pixel_rows(datasets: Sequence[MaskPromptDataset]) -> Iterator[sqlite3.Connection]:
     """Yield a database of the digests of all images, which SQLite keeps in a temporary file of its own once it is large.
 
     Raises:
         MaskLoomError: that file cannot be written.
     """
-    total = sum(dataset.rows for dataset in datasets)
+    total = sum(dataset.num_rows for dataset in datasets)
     rows = sqlite3.connect("")
     try:
         rows.executescript(SCHEMA)
@@ -138,20 +138,22 @@ def _pixel_rows(datasets: Sequence[Dataset]) -> Iterator[sqlite3.Connection]:
         rows.close()
 
 
-def _values(number: int, dataset: Dataset) -> Iterator[tuple[Any, ...]]:
+def _values(number: int, dataset: MaskPromptDataset) -> Iterator[tuple[Any, ...]]:
     columns = ["image", "label", "sample_id", "group_id"]
-    for split, row in split_rows(dataset.folder, dataset.contract, columns):
-        try:
-            image = png_array(row["image"]["bytes"])
-        except (OSError, SyntaxError, TypeError, ValueError) as error:
-            raise MaskLoomError(
-                f"{dataset.folder}: sample {row['sample_id']}: its image cannot be decoded ({one_line(error)}); write the dataset again with --force"
-            ) from None
-        label = label_name(row, dataset.contract)
-        yield number, split, row["sample_id"], row["group_id"], label, pixel_digest(image), is_blank(image)
+    for split in dataset.contract.split_names:
+        for row in dataset.rows(split, columns):
+            try:
+                image = png_array(row["image"]["bytes"])
+            except (OSError, SyntaxError, TypeError, ValueError) as error:
+                raise MaskLoomError(
+                    f"{dataset.folder}: sample {row['sample_id']}: its image cannot be decoded ({one_line(error)}); "
+                    "write the dataset again with --force"
+                ) from None
+            label = dataset.description.label_name(row["label"])
+            yield number, split, row["sample_id"], row["group_id"], label, pixel_digest(image), is_blank(image)
 
 
-def _require_no_near_duplicates(dataset: Dataset) -> None:
+def _require_no_near_duplicates(dataset: MaskPromptDataset) -> None:
     """Run `verify`, which knows the measure of likeness, as a process of its own: stages do not import each other.
 
     Raises:
@@ -164,12 +166,12 @@ def _require_no_near_duplicates(dataset: Dataset) -> None:
         raise MaskLoomError(one_line(lines[-1]).removeprefix("error: "))
 
 
-def _record_path(run: Run, datasets: Sequence[Dataset]) -> Path:
-    digests = [dataset.contract.digest for dataset in datasets]
+def _record_path(run: Run, datasets: Sequence[MaskPromptDataset]) -> Path:
+    digests = [dataset.digest for dataset in datasets]
     return run.logs("audit") / f"{digests[0] if len(digests) == 1 else value_digest(digests)}.json"
 
 
-def _is_recorded(run: Run, datasets: Sequence[Dataset]) -> bool:
+def _is_recorded(run: Run, datasets: Sequence[MaskPromptDataset]) -> bool:
     """Whether these very datasets were found to be sound; a damaged record is reported and counts for nothing."""
     path = _record_path(run, datasets)
     if not path.is_file():
@@ -182,13 +184,13 @@ def _is_recorded(run: Run, datasets: Sequence[Dataset]) -> bool:
     if not record.is_whole:
         say(f"audit: {path}: damaged: its digest is not that of its values; the images are compared again")
         return False
-    return record.version == VERSION and record.datasets == [dataset.contract.digest for dataset in datasets]
+    return record.version == VERSION and record.datasets == [dataset.digest for dataset in datasets]
 
 
-def _write_record(run: Run, datasets: Sequence[Dataset], rows: int, near: bool) -> None:
+def _write_record(run: Run, datasets: Sequence[MaskPromptDataset], rows: int, near: bool) -> None:
     values = {
         "version": VERSION,
-        "datasets": [dataset.contract.digest for dataset in datasets],
+        "datasets": [dataset.digest for dataset in datasets],
         "rows": rows,
         "near_duplicates": near,
     }

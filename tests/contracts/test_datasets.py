@@ -206,7 +206,7 @@ def test_prepared_it_loads_verifies_and_repeats(name, adapter, raw_dir, tmp_path
         prepare(config, force=False)
     assert dataset_bytes(tmp_path / "one" / "dataset") == dataset_bytes(tmp_path / "two" / "dataset")
 
-    contract = verify_fully(tmp_path / "one" / "dataset")
+    contract = verify_fully(tmp_path / "one" / "dataset").contract
     assert {"train", "validation", "test"} == set(contract.splits)
     rows = load_dataset(str(tmp_path / "one" / "dataset"))
     entries = entries_of(open_adapter(config.data))

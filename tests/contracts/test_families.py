@@ -9,6 +9,7 @@ import torch
 
 from maskloom.generate.generate import open_generators
 from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_baselines.family import Family, FamilyOptions, Samples
@@ -71,7 +72,7 @@ def opened(name: str, dataset: Path, folder: Path) -> Family:
 
     plugin = load_plugin(PACKAGE, name, "family")
     options = plugin.Options(**{**family_options(name), **STEPS})
-    rows = Rows(dataset, "train", tiny_description(SIDE), (SIDE, SIDE), plugin.Trained.needs_masks)
+    rows = Rows(MaskPromptDataset.open(dataset), "train", (SIDE, SIDE), plugin.Trained.needs_masks)
     torch.manual_seed(0)
     return plugin.Trained(options, rows, rows, 3, make_accelerator(options, folder))
 

@@ -206,4 +206,4 @@ def test_damaged_weights_are_an_error_that_says_what_to_do(bench: Bench, name: s
 def test_it_writes_a_dataset_that_verifies(bench: Bench, name: str):
     open_one(bench, name)
     generate(bench.config(generators={name: {}}, num_images=4), force=False)
-    assert verify_fully(bench.run.synthetic / name).splits["train"].rows == 4
+    assert verify_fully(bench.run.synthetic / name).contract.splits["train"].rows == 4

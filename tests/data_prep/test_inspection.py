@@ -102,7 +102,7 @@ def run_printed(text, run, *more):
     with pytest.raises(SystemExit) as end:
         main([*words[len(PREPARE.split()) :], "data.image_size=32", "data.num_workers=1", f"run_dir={run}", *more])
     assert end.value.code == 0
-    return verify_fully(run / "dataset")
+    return verify_fully(run / "dataset").contract
 
 
 @pytest.mark.parametrize("name", WITH_WRITER)
@@ -392,7 +392,7 @@ def test_the_configuration_for_an_unknown_folder_works_as_printed(write, rows, c
     experiment = load_experiment(config, overrides)
     assert {key: experiment.data.options[key] for key in expected} == expected
     prepare(experiment, force=False)
-    contract = verify_fully(tmp_path / "run" / "dataset")
+    contract = verify_fully(tmp_path / "run" / "dataset").contract
     assert sum(part.rows for part in contract.splits.values()) == rows and contract.rejected == 0
     assert contract.description.mask_classes == classes and contract.description.modality == "skin photograph"
 

@@ -126,7 +126,7 @@ def test_rows_come_back_exactly(raw, prepared):
 
 
 def test_the_dataset_is_sound_and_its_card_is_read(prepared):
-    contract = verify_fully(prepared / "dataset")
+    contract = verify_fully(prepared / "dataset").contract
     assert contract.rejected == len(ledger(prepared))
     card = (prepared / "dataset" / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
@@ -454,7 +454,7 @@ def test_a_volume_is_expanded_and_an_unusable_one_is_one_reject(tmp_path):
 @pytest.mark.skipif(not BUSI.is_dir(), reason=BUSI_ABSENT)
 def test_real_busi(tmp_path):
     prepare(experiment(tmp_path, raw_dir=BUSI, rows_per_shard=512), force=False)
-    contract = verify_fully(tmp_path / "dataset")
+    contract = verify_fully(tmp_path / "dataset").contract
     images = [path for path in BUSI.rglob("*.png") if "_mask" not in path.name]
     rows = sum(split.rows for split in contract.splits.values())
     assert rows + contract.rejected == len(images)
@@ -605,7 +605,7 @@ def test_an_external_set_is_a_split_of_its_own_and_moves_nothing_else(raw, prepa
     prepare(experiment(tmp_path, raw_dir=raw, external=external), force=False)
     ours, alone = dataset_bytes(tmp_path / "dataset"), dataset_bytes(prepared / "dataset")
     assert all(ours[file] == content for file, content in alone.items() if file.startswith("data/"))
-    contract = verify_fully(tmp_path / "dataset")
+    contract = verify_fully(tmp_path / "dataset").contract
     assert contract.splits["external_second_hospital"].rows == 10
     split = load_dataset(str(tmp_path / "dataset"))["external_second_hospital"]
     assert set(split["source"]) == {"second_hospital"}

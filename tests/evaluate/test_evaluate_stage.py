@@ -15,7 +15,6 @@ from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.results import MetricResult, skipped_result
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.audit.findings import Dataset
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import write_json
@@ -226,8 +225,7 @@ def test_a_leak_stops_the_evaluation_before_anything_is_touched(tmp_path: Path, 
 
 
 def test_images_are_compared_once_for_all_stages(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    contract = verify_quickly(run / "dataset")
-    require_no_leaks(Run(run), [Dataset(run / "dataset", contract)])
+    require_no_leaks(Run(run), [verify_quickly(run / "dataset")])
     capsys.readouterr()
     evaluate(config(run), force=False)
     assert capsys.readouterr().err.count("audit:") == 1  # with the synthetic sets

@@ -11,6 +11,7 @@ from maskloom.evaluate.downstream.comparison import ArmScores, Comparison, Proto
 from maskloom.evaluate.evaluate import open_question
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.scores.statistics import weighted_mean
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.report.evaluation import Evaluation
 from tests.evaluate.runs import answer, faithful, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
@@ -134,13 +135,12 @@ def test_other_metrics_never_open_an_external_split(
 ) -> None:
     opened = []
 
-    def seen(folder: Path, split: str) -> Any:
-        opened.append(split)
-        return open_split(folder, split)
+    def seen(dataset: MaskPromptDataset, name: str) -> Any:
+        opened.append(name)
+        return split(dataset, name)
 
-    from maskloom.pipeline.dataset.contract import open_split
-
-    monkeypatch.setattr("maskloom.evaluate.inputs.open_split", seen)
+    split = MaskPromptDataset.split
+    monkeypatch.setattr(MaskPromptDataset, "split", seen)
     results = {
         name: {metric: answer(inputs, metric).as_json() for metric in ("faithfulness", "memorisation", "quality")}
         for name, inputs in runs.items()

@@ -92,7 +92,7 @@ def test_what_was_trained_generates(
     assert {path.parent.name for path in run.generator.glob("*/README.md")} == parts
     generate(config, force=False)
     for name in generators:
-        contract = verify_fully(run.synthetic / name)
+        contract = verify_fully(run.synthetic / name).contract
         assert contract.splits["train"].rows == 2
         assert contract.description.preprocessing["generation"]["uses_mask"] == (name == "controlnet")
 

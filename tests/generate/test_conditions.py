@@ -6,7 +6,7 @@ import numpy as np
 
 from maskloom.generate.conditions import ConditionReader
 from maskloom.generate.planning import plan_rows, read_parents
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from tests.generate.conftest import MakeBench
 from tests.tiny_datasets import tiny_description
 
@@ -17,14 +17,14 @@ def test_warps_differ_by_seed_row_and_try_and_words_by_row(make_bench: MakeBench
     about = tiny_description().model_copy(update={"prompt_templates": TEMPLATES})
     bench = make_bench(description=about)
     config = bench.config(mask_source=["warped"])
-    parents = read_parents(bench.run.dataset)
-    contract = read_contract(bench.run.dataset)
+    dataset = MaskPromptDataset.open(bench.run.dataset)
+    parents = read_parents(dataset)
 
     def reader(seed: int) -> ConditionReader:
         changed = config.model_copy(update={"seed": seed})
-        return ConditionReader(bench.run.dataset, contract.description, changed, parents)
+        return ConditionReader(dataset, changed, parents)
 
-    first = plan_rows(parents, contract.description.labels, config.generate, config.seed)[0]
+    first = plan_rows(parents, dataset.description.labels, config.generate, config.seed)[0]
     rows = [replace(first, index=index) for index in range(8)]
     one = reader(7)
     found = [one.resolve(row).condition for row in rows]

@@ -39,7 +39,7 @@ def made_now(bench: Bench) -> dict[str, int]:
 def test_every_generator_gets_the_same_rows_and_makes_other_images(bench: Bench):
     generate(bench.config(), force=False)
     for name in ("controlnet", "text_only"):
-        contract = verify_fully(bench.run.synthetic / name)
+        contract = verify_fully(bench.run.synthetic / name).contract
         assert contract.description.origin == "synthetic"
         assert contract.description.preprocessing["generation"]["uses_mask"] == (name == "controlnet")
         assert contract.splits["train"].rows == 6
@@ -249,7 +249,7 @@ def test_masks_that_cannot_be_warped_are_replaced_and_listed(make_bench: MakeBen
     rows = rows_of(bench, "controlnet")
     assert sorted(row["label"] for row in rows) == [0, 0, 0, 1, 1, 1]
     assert {row["parent_id"] for row in rows if row["label"] == 0} == {"train-0000"}
-    assert verify_fully(bench.run.synthetic / "controlnet").rejected == len(ledger)
+    assert verify_fully(bench.run.synthetic / "controlnet").contract.rejected == len(ledger)
 
 
 def test_limits_that_no_mask_meets_are_an_error_that_names_them(bench: Bench):

@@ -18,6 +18,7 @@ from maskloom.generate.planning import (
     replacement_parents,
 )
 from maskloom.pipeline.config.generate import GenerateConfig
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_datasets import write_tiny_run
 
@@ -139,7 +140,7 @@ COUNTS = {"train": 4, "validation": 2, "test": 2, "external_other": 2}
 def test_held_out_masks_are_refused(tmp_path: Path, split: str):
     write_tiny_run(tmp_path, {}, COUNTS)
     with pytest.raises(MaskLoomError, match=f"masks of the {split} split must not be seen"):
-        read_parents(tmp_path / "dataset", split)
+        read_parents(MaskPromptDataset.open(tmp_path / "dataset"), split)
 
 
 @pytest.mark.parametrize("split", ["validation", "test", "external_other"])
@@ -149,11 +150,12 @@ def test_a_planned_row_of_a_held_out_sample_or_group_is_refused(tmp_path: Path, 
     sample, group = (f"{split}-0000", "x") if name == "sample" else ("x", f"{split}-group-0000")
     rows = plan_rows([TrainRow(0, sample, group, 0, {})], LABELS, GenerateConfig(), 0)
     with pytest.raises(MaskLoomError, match=rf"the mask of '{split}-.*0000' lies in the {split} split"):
-        check_parents_are_train(rows, tmp_path / "dataset")
+        check_parents_are_train(rows, MaskPromptDataset.open(tmp_path / "dataset"))
 
 
 def test_rows_of_the_train_split_pass(tmp_path: Path):
     write_tiny_run(tmp_path, {}, COUNTS)
-    rows = plan_rows(read_parents(tmp_path / "dataset"), LABELS, GenerateConfig(num_images=8), 0)
+    dataset = MaskPromptDataset.open(tmp_path / "dataset")
+    rows = plan_rows(read_parents(dataset), LABELS, GenerateConfig(num_images=8), 0)
     assert {row.parent.sample_id.split("-")[0] for row in rows} == {"train"}
-    check_parents_are_train(rows, tmp_path / "dataset")
+    check_parents_are_train(rows, dataset)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest
 from maskloom.pipeline.files.formatting import counts_text, duration_text, interval_text, number_text
@@ -199,7 +200,7 @@ def test_external_test_sets_are_listed_after_the_own_splits(tmp_path):
         for split, count in splits.items()
     }
     real = fake_run.write_dataset(run.dataset, about, rows)
-    assert list(class_counts(run.dataset, real)) == ["train", "test", "external_abroad"]
+    assert list(class_counts(MaskPromptDataset(run.dataset, real))) == ["train", "test", "external_abroad"]
     text = _report(config)[1].text
     assert "external_abroad 1 1 2 2" in text  # a row of each class, two images, two groups
 
@@ -274,7 +275,8 @@ def test_the_nearest_training_image_of_a_copy_is_its_original(tmp_path):
     run = Run(tmp_path)
     real = fake_run.write_real(run)
     synthetic = fake_run.write_synthetic(run, "copier", real)
-    grids = image_grids((run.dataset, real), {"copier": (run.synthetic / "copier", synthetic)}, per_class=8)
+    sets = {"copier": MaskPromptDataset(run.synthetic / "copier", synthetic)}
+    grids = image_grids(MaskPromptDataset(run.dataset, real), sets, per_class=8)
     rows = [row for rows in grids.values() for row in rows]
     assert len(rows) == fake_run.ROWS["train"]
     for row in rows:

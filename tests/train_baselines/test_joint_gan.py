@@ -133,13 +133,12 @@ def tiny_config(run: Path, **options: Any) -> Any:
 
 def opened(run: Path, **changes: Any) -> Trained:
     """Return the family before its training, over the run's dataset."""
-    from maskloom.pipeline.dataset.contract import read_contract
+    from maskloom.pipeline.dataset.dataset import MaskPromptDataset
     from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_baselines.rows import Rows
 
     options = Options(**{**family_options("joint_gan"), **changes})
-    about = read_contract(run / "dataset").description
-    rows = Rows(run / "dataset", "train", about, (32, 32), with_mask=True)
+    rows = Rows(MaskPromptDataset.open(run / "dataset"), "train", (32, 32), with_mask=True)
     torch.manual_seed(0)
     return Trained(options, rows, rows, 3, make_accelerator(options, run / "logs"))
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.train_baselines.rows import Rows
-from tests.tiny_datasets import tiny_description, write_tiny_run
+from tests.tiny_datasets import write_tiny_run
 
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8)])
@@ -14,7 +15,7 @@ def test_a_small_lesion_is_still_there_at_the_networks_size(tmp_path, size):
         sample.mask[9, 9] = 1
 
     write_tiny_run(tmp_path, {}, {"train": 3}, change=dot)
-    rows = Rows(tmp_path / "dataset", "train", tiny_description(), size, with_mask=True)
+    rows = Rows(MaskPromptDataset.open(tmp_path / "dataset"), "train", size, with_mask=True)
     for index in range(3):
         row = rows[index]
         assert row["image"].shape == (1, *size)

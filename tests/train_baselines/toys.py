@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_baselines.adversarial import Gan, GanOptions
@@ -73,8 +73,7 @@ class Toy(Gan):
 def made(folder: Path, counts: Mapping[str, int] = COUNTS, **options: Any) -> Toy:
     """Return the toy, ready to learn from discs and squares of 32 x 32."""
     write_tiny_run(folder / "run", {}, counts)
-    dataset = folder / "run" / "dataset"
-    about = read_contract(dataset).description
-    rows, previews = (Rows(dataset, split, about, (32, 32), False) for split in ("train", "validation"))
+    dataset = MaskPromptDataset.open(folder / "run" / "dataset")
+    rows, previews = (Rows(dataset, split, (32, 32), False) for split in ("train", "validation"))
     checked = ToyOptions(report_to=None, **options)
     return Toy(checked, rows, previews, 0, make_accelerator(checked, folder / "logs"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_baselines.rows import Rows
@@ -83,10 +83,8 @@ def opened(run: Path, family: str, **changes: Any) -> Any:
     """Return a family before its training, on the CPU, as the stage opens it."""
     plugin = load_plugin(PACKAGE, family, "family")
     options = plugin.Options(**{**TINY[family], **changes})
-    about = read_contract(run / "dataset").description
-    size = options.image_size or about.image_size
-    rows, previews = (
-        Rows(run / "dataset", split, about, size, plugin.Trained.needs_masks) for split in ("train", "validation")
-    )
+    dataset = MaskPromptDataset.open(run / "dataset")
+    size = options.image_size or dataset.description.image_size
+    rows, previews = (Rows(dataset, split, size, plugin.Trained.needs_masks) for split in ("train", "validation"))
     torch.manual_seed(0)
     return plugin.Trained(options, rows, previews, 3, make_accelerator(options, run / "logs"))

@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.config.train import AdherenceConfig
-from maskloom.pipeline.dataset.contract import open_split, read_contract
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.report.curves import training_curves
 from maskloom.pipeline.runs.run import Run
@@ -100,7 +101,7 @@ def test_without_a_controlnet_there_is_no_condition_to_judge(tmp_path: Path, dat
     figures = task_of(experiment(tmp_path, data, backbone, controlnet="none", lora=["unet"])).validate(3)
     assert set(figures) == {"loss", *(f"loss_bin_{i}" for i in range(BINS))}
     picture = np.asarray(Image.open(tmp_path / "logs/train/images/step-000003.png"))
-    row = open_split(tmp_path / "dataset", "validation")[0]
+    row = MaskPromptDataset.open(tmp_path / "dataset").split("validation")[0]
     assert picture.shape == (2 * 32, 3 * 32, 3)
     assert (picture[:32, :32] == np.asarray(row["conditioning_image"])).all()
 
@@ -119,7 +120,7 @@ def test_adherence_reads_real_images_and_asks_with_the_words_of_others(
     task = task_of(experiment(tmp_path, data, backbone, adherence={**ADHERENCE, "num_images": 10, "steps": 150}))
     meter = task.validator.meter
     assert meter is not None
-    rows = list(open_split(data, "validation"))
+    rows = list(MaskPromptDataset.open(data).split("validation"))
     seen = {np.asarray(row["conditioning_image"]).tobytes(): i for i, row in enumerate(rows)}
     asked = [seen[wish.conditioning.tobytes()] for wish in meter.wishes]
     assert sorted(asked) == list(range(10))  # the eleventh has no foreground
@@ -164,7 +165,8 @@ def test_colour_images_are_read_in_colour(tmp_path: Path, backbone: Path) -> Non
     meter = task_of(tiny_config(tmp_path, backbone, adherence={**ADHERENCE, "image_size": [16, 24]})).validator.meter
     assert meter is not None
     rows = {
-        np.asarray(row["conditioning_image"]).tobytes(): row for row in open_split(tmp_path / "dataset", "validation")
+        np.asarray(row["conditioning_image"]).tobytes(): row
+        for row in MaskPromptDataset.open(tmp_path / "dataset").split("validation")
     }
     reading = meter.reading([np.asarray(rows[wish.conditioning.tobytes()]["image"]) for wish in meter.wishes])
     assert (reading.asked == reading.real).all()
@@ -394,7 +396,7 @@ def test_the_first_mask_that_is_followed_is_told() -> None:
 
 
 def test_further_pictures_are_drawn_below_the_validation_rows(tmp_path: Path, data: Path, backbone: Path) -> None:
-    row = open_split(data, "validation")[3]
+    row = MaskPromptDataset.open(data).split("validation")[3]
     row["conditioning_image"].save(tmp_path / "wish.png")
     wish = {"validation_prompt": ["toy imaging"], "validation_image": [str(tmp_path / "wish.png")]}
     task_of(experiment(tmp_path / "run", data, backbone, num_validation_images=1, **wish)).validate(1)

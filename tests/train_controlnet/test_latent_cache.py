@@ -15,7 +15,8 @@ from torch import Tensor
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import AugmentConfig, TrainConfig
-from maskloom.pipeline.dataset.contract import open_split, read_contract
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
@@ -45,7 +46,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def views(dataset: Path) -> Views:
-    return Views(open_split(dataset, "train"), read_contract(dataset).description, AUGMENT, 0)
+    return Views(MaskPromptDataset.open(dataset).split("train"), read_contract(dataset).description, AUGMENT, 0)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_the_moments_of_a_copy_equal_encoding_it_freshly(config: ExperimentConfi
 def test_sizes_share_a_shard(tmp_path: Path) -> None:
     write_sized(tmp_path, [SIZES[i % 3] for i in range(9)])
     dataset = tmp_path / "dataset"
-    views = Views(open_split(dataset, "train"), read_contract(dataset).description, AUGMENT, 0)
+    views = Views(MaskPromptDataset.open(dataset).split("train"), read_contract(dataset).description, AUGMENT, 0)
     cache = fill(tmp_path / "cache", views, encoded)
     for index in range(len(views)):
         height, width = views.size(index)

@@ -20,7 +20,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import open_split, read_contract
+from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
@@ -117,7 +118,7 @@ def plain_loss(config: ExperimentConfig, controlnet: ControlNetModel) -> Tensor:
     schedule = DDPMScheduler.from_pretrained(
         folder, subfolder="scheduler", prediction_type=kind, rescale_betas_zero_snr=settings.rescale_betas_zero_snr
     )
-    split, draws = open_split(Run(config.run_folder).dataset, "train"), Draws(0, POSITIONS, CPU)
+    split, draws = MaskPromptDataset.open(Run(config.run_folder).dataset).split("train"), Draws(0, POSITIONS, CPU)
     rows = [split[p] for p in POSITIONS]
     pixels = torch.stack([unit_tensor(row["image"]) for row in rows]) * 2 - 1
     conditioning = torch.stack([unit_tensor(row["conditioning_image"]) for row in rows])
@@ -237,7 +238,7 @@ def test_looked_up_embeddings_are_those_of_a_fresh_text_encoder(config: Experime
     task, _ = made_task(config)
     encoder = CLIPTextModel.from_pretrained(backbone, subfolder="text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(backbone, subfolder="tokenizer")
-    split = open_split(Run(config.run_folder).dataset, "train")
+    split = MaskPromptDataset.open(Run(config.run_folder).dataset).split("train")
     for index in range(len(split)):
         ids = tokenizer(
             split[index]["text"], padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"

@@ -13,7 +13,8 @@ from torch.utils.data import default_collate
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import AugmentConfig, TrainConfig
-from maskloom.pipeline.dataset.contract import Description, open_split, read_contract
+from maskloom.pipeline.dataset.contract import Description, read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws
@@ -48,7 +49,7 @@ def opened(folder: Path, augment: AugmentConfig | None, templates: tuple[str, ..
     description = read_contract(folder).description
     if templates:
         description = description.model_copy(update={"prompt_templates": templates})
-    return Views(open_split(folder, "train"), description, augment, 0)
+    return Views(MaskPromptDataset.open(folder).split("train"), description, augment, 0)
 
 
 def encoded(images: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ def filled(folder: Path, views: Views) -> ViewCache:
 
 
 def test_copy_0_is_the_row_itself_byte_for_byte(dataset: Path) -> None:
-    views, rows = opened(dataset, AUGMENT), open_split(dataset, "train")
+    views, rows = opened(dataset, AUGMENT), MaskPromptDataset.open(dataset).split("train")
     assert len(views) == 3 * len(rows) == 36
     assert [i for i in range(6) if views.is_copy(i)] == [1, 2, 4, 5]
     for row in range(len(rows)):
@@ -152,7 +153,7 @@ def edges() -> Description:
 def test_rows_know_their_sizes_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [SIZES[i % 3] for i in range(9)]
     write_sized(tmp_path, sizes)
-    rows = open_split(tmp_path / "dataset", "train")
+    rows = MaskPromptDataset.open(tmp_path / "dataset").split("train")
     with monkeypatch.context() as patched:
         patched.setattr(Image, "open", None)
         views = Views(rows, tiny_description(), AUGMENT, 0)

@@ -17,7 +17,8 @@ from maskloom.evaluate.inputs import ImageSet
 from maskloom.generate.generate import generate
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Description, open_split, read_contract
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Description, read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json
@@ -67,7 +68,7 @@ def experiment(run: Path, backbone: Path, raw: Path, data: dict[str, Any], **tra
 
 
 def shapes(dataset: Path, split: str = "train") -> list[tuple[int, int]]:
-    return [(row["image"].height, row["image"].width) for row in open_split(dataset, split)]
+    return [(row["image"].height, row["image"].width) for row in MaskPromptDataset.open(dataset).split(split)]
 
 
 def test_an_image_that_is_not_square_goes_all_the_way(tmp_path: Path, backbone: Path) -> None:
@@ -89,11 +90,11 @@ def test_buckets_go_all_the_way(tmp_path: Path, backbone: Path) -> None:
     config = experiment(tmp_path / "run", backbone, write_raw(tmp_path / "raw"), data)
     prepare(config, force=False)
     run = Run(config.run_folder)
-    contract = verify_fully(run.dataset)
-    assert contract.description.sizes == SIZES
+    real = verify_fully(run.dataset)
+    assert real.description.sizes == SIZES
     assert read_json(run.dataset / CONTRACT_FILE, "")["description"]["buckets"] == [[32, 48], [48, 32]]
     for split in ("train", "test"):
-        for row in open_split(run.dataset, split):
+        for row in real.split(split):
             expected = SIZES[int(row["sample_id"][-2:]) % 3]
             for name in ("image", "mask", "conditioning_image"):
                 assert (row[name].height, row[name].width) == expected
@@ -102,15 +103,12 @@ def test_buckets_go_all_the_way(tmp_path: Path, backbone: Path) -> None:
     with Image.open(run.logs("train") / "images" / "step-000002.png") as grid:
         assert grid.width % 3 == 0
     generate(config, force=False)
-    verify_fully(run.synthetic / "controlnet")
-    parents = {row["sample_id"]: row["image"].size for row in open_split(run.dataset, "train")}
-    made = open_split(run.synthetic / "controlnet", "train")
+    synthetic = verify_fully(run.synthetic / "controlnet")
+    parents = {row["sample_id"]: row["image"].size for row in real.split("train")}
+    made = synthetic.split("train")
     assert all(row["image"].size == row["mask"].size == parents[row["parent_id"]] for row in made)
     assert len({row["image"].size for row in made}) > 1
-    for image_set in (
-        ImageSet("real", run.dataset, contract, "train"),
-        ImageSet("made", run.synthetic / "controlnet", read_contract(run.synthetic / "controlnet"), "train"),
-    ):
+    for image_set in (ImageSet("real", real, "train"), ImageSet("made", synthetic, "train")):
         assert image_set.images().shape == (len(image_set), 32, 32, 1)
         assert image_set.masks()[0].shape == (len(image_set), 32, 32)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import AugmentConfig
-from maskloom.pipeline.dataset.contract import Contract, Description, open_split
+from maskloom.pipeline.dataset.contract import Contract, Description
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array, rgb_array
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.data.augmentation import (
@@ -140,7 +141,7 @@ def open_views(
     splits: dict[str, Views] = {}
     for name in ("train", "validation"):
         if name in contract.splits:
-            rows, most = open_split(run.dataset, name), config.fine_tuning.max_train_samples
+            rows, most = MaskPromptDataset(run.dataset, contract).split(name), config.fine_tuning.max_train_samples
             kept = rows.select(range(min(most, len(rows)))) if name == "train" and most else rows
             splits[name] = Views(kept, contract.description, augment if name == "train" else None, config.seed)
     return splits

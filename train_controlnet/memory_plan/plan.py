@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from maskloom.models.stable_diffusion.prompt_encoding import training_prompts
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.train_controlnet.memory_plan.networks import planned_networks
@@ -161,9 +162,9 @@ class Planner:
             processes: GPUs, each with one process.
         """
         self.config, self.processes = config, processes
-        self.dataset = Run(config.run_folder).dataset
-        self.contract = read_contract(self.dataset) if (self.dataset / CONTRACT_FILE).is_file() else None
-        self.image_size = config.data.image_size if self.contract is None else self.contract.description.image_size
+        folder = Run(config.run_folder).dataset
+        self.dataset = MaskPromptDataset.open(folder) if (folder / CONTRACT_FILE).is_file() else None
+        self.image_size = config.data.image_size if self.dataset is None else self.dataset.description.image_size
         self._last: tuple[TrainConfig, Networks] | None = None
         self._fixed: dict[str, Fixed] = {}
         self._plans: dict[str, Plan] = {}
@@ -233,18 +234,20 @@ class Planner:
             prompt_bytes=0
             if "text_encoder" in train.lora
             else (train.prompt_chunks or 1) * settings.max_position_embeddings * settings.hidden_size * item,
-            views=None if self.contract is None else _views(self.contract, train),
-            prompts=None if self.contract is None else self._prompts(self.contract, train),
+            views=None if self.dataset is None else _views(self.dataset, train),
+            prompts=None if self.dataset is None else _prompts(self.dataset, train),
         )
 
-    def _prompts(self, contract: Contract, train: TrainConfig) -> int:
-        """Return how many unique prompts the rows have, and the empty one; those of changed copies are not known yet."""
-        return len({"", *training_prompts(self.dataset, contract, train.max_train_samples)})
+
+def _prompts(dataset: MaskPromptDataset, train: TrainConfig) -> int:
+    """Return how many unique prompts the rows have, and the empty one; those of changed copies are not known yet."""
+    return len({"", *training_prompts(dataset, train.max_train_samples)})
 
 
-def _views(contract: Contract, train: TrainConfig) -> int:
+def _views(dataset: MaskPromptDataset, train: TrainConfig) -> int:
     """Return how many images, changed copies among them, the cache holds."""
-    rows = {name: contract.splits[name].rows if name in contract.splits else 0 for name in ("train", "validation")}
+    splits = dataset.contract.splits
+    rows = {name: splits[name].rows if name in splits else 0 for name in ("train", "validation")}
     copies = 1 + (train.augment.variants if train.augment else 0)
     return min(rows["train"], train.max_train_samples or rows["train"]) * copies + rows["validation"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, training_prompts
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.named_files import named_file
 from maskloom.train_controlnet.memory_plan.plan import GIB, Plan, Planner
@@ -28,8 +28,8 @@ def print_plan(config: ExperimentConfig, processes: int, json: Path | None) -> N
     plan = planner.plan(config.fine_tuning)
     fits = {size: cheapest_fit(planner, config.fine_tuning, size * GIB) for size in GPUS_GIB}
     print(plan_text(config, plan, fits, processes))
-    if planner.contract is not None:
-        print("\n" + "\n".join(_prompt_lines(config.fine_tuning, planner.dataset, planner.contract)))
+    if planner.dataset is not None:
+        print("\n" + "\n".join(_prompt_lines(config.fine_tuning, planner.dataset)))
     if file:
         answers = {
             str(size): None if fit is None else {"switches": fit[0], "needed": fit[1].needed}
@@ -125,13 +125,13 @@ def _disk_lines(plan: Plan, train: TrainConfig) -> list[str]:
     return lines
 
 
-def _prompt_lines(train: TrainConfig, dataset: Path, contract: Contract) -> list[str]:
+def _prompt_lines(train: TrainConfig, dataset: MaskPromptDataset) -> list[str]:
     """Return whether the prompts are read whole, as they are written; those of changed copies are not known yet."""
     try:
         encoder = load_prompt_encoder(train)
     except MaskLoomError as error:
         return [f"prompts: not looked at ({error})"]
-    cuts = encoder.cuts([*training_prompts(dataset, contract, train.max_train_samples), *train.validation_prompt])
+    cuts = encoder.cuts([*training_prompts(dataset, train.max_train_samples), *train.validation_prompt])
     whole = f"all {cuts.prompts} are read whole, at most {cuts.longest} of {cuts.room} tokens"
     return [f"prompts: {line}" for line in cuts.lines() or [whole]]
 

@@ -7,10 +7,9 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
-from pathlib import Path
 from typing import NamedTuple
 
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 
 SHAPING_SPLITS = ("train", "validation")  # what a model is fitted to, and chosen by
 
@@ -47,24 +46,6 @@ class Finding:
     second: Place
 
 
-class Dataset(NamedTuple):
-    """A verified dataset."""
-
-    folder: Path
-    contract: Contract
-
-    @property
-    def rows(self) -> int:
-        """Number of its rows."""
-        return sum(split.rows for split in self.contract.splits.values())
-
-    @property
-    def near_correlation(self) -> float | None:
-        """Threshold by which its groups were meant to catch near-duplicates; None where they were not."""
-        stated = self.contract.description.preprocessing.get("near_duplicates")
-        return float(stated["correlation"]) if isinstance(stated, dict) and "correlation" in stated else None
-
-
 class Member(NamedTuple):
     """An image in a set of look-alikes."""
 
@@ -87,9 +68,15 @@ class Member(NamedTuple):
 MEMBER = "id, dataset, split, sample, grp, label, image, mask, flat"
 
 
-def place(datasets: Sequence[Dataset], member: Member) -> Place:
+def place(datasets: Sequence[MaskPromptDataset], member: Member) -> Place:
     """Return where an image lies, in words."""
     return Place(str(datasets[member.dataset].folder), member.split, member.sample, member.group, member.label)
+
+
+def near_correlation(dataset: MaskPromptDataset) -> float | None:
+    """Return the threshold by which groups were meant to catch near-duplicates; None where they were not."""
+    stated = dataset.description.preprocessing.get("near_duplicates")
+    return float(stated["correlation"]) if isinstance(stated, dict) and "correlation" in stated else None
 
 
 def measured_on_itself(a: tuple[int, str], b: tuple[int, str]) -> bool:
@@ -104,15 +91,15 @@ def relation(a: tuple[int, str], b: tuple[int, str]) -> str | None:
     return "datasets" if 0 in (a[0], b[0]) and a[0] != b[0] else None
 
 
-def contradicts(datasets: Sequence[Dataset], a: Member, b: Member) -> bool:
+def contradicts(datasets: Sequence[MaskPromptDataset], a: Member, b: Member) -> bool:
     """Whether two labels exclude each other: both are given, differ, and mean something to both datasets."""
     if a.label is None or b.label is None or a.label == b.label or 0 not in (a.dataset, b.dataset):
         return False
-    known = [datasets[one.dataset].contract.description.labels for one in (a, b)]
+    known = [datasets[one.dataset].description.labels for one in (a, b)]
     return a.label in known[1] and b.label in known[0]
 
 
-def identical_findings(rows: sqlite3.Connection, datasets: Sequence[Dataset]) -> Iterator[Finding]:
+def identical_findings(rows: sqlite3.Connection, datasets: Sequence[MaskPromptDataset]) -> Iterator[Finding]:
     """Yield what identical images have in common that they should not; images of one value are all alike and mean nothing.
 
     Args:
@@ -127,7 +114,7 @@ def identical_findings(rows: sqlite3.Connection, datasets: Sequence[Dataset]) ->
         yield from _set_findings(datasets, alike)
 
 
-def _set_findings(datasets: Sequence[Dataset], members: Iterable[Member]) -> Iterator[Finding]:
+def _set_findings(datasets: Sequence[MaskPromptDataset], members: Iterable[Member]) -> Iterator[Finding]:
     """Yield the findings in one set of identical images; of a large set only the first image of each kind is kept in memory."""
     places: dict[tuple[int, str], Member] = {}
     labels: dict[tuple[int, str | None], Member] = {}

@@ -19,7 +19,7 @@ def page(folder, splits, per_class=24, description=None):
     write_dataset(folder, description or tiny_description(), splits)
     datasets = open_datasets([folder])
     with indexed(datasets, near=False) as index:
-        return contact_sheet_page(*datasets[0], index, per_class)
+        return contact_sheet_page(datasets[0], index, per_class)
 
 
 def chosen(folder, splits, label, count):

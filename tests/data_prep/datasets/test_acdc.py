@@ -11,7 +11,8 @@ from maskloom.data_prep.datasets import acdc
 from maskloom.data_prep.datasets.acdc import AcdcOptions, Adapter
 from maskloom.data_prep.prepare import prepare
 from maskloom.pipeline.config.data import IntensityWindow
-from maskloom.pipeline.dataset.contract import LEDGER_FILE, read_contract, read_ids
+from maskloom.pipeline.dataset.contract import LEDGER_FILE
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment
 from tests.writers.acdc import GROUPS, SHAPE, SPACING, at, drawn, frames_of, patient_folder, write_patient, write_raw
@@ -444,5 +445,4 @@ def test_patients_with_equal_voxels_that_no_list_names_are_found(tmp_path, capsy
 
 
 def _ids(run):
-    contract = read_contract(run / "dataset")
-    return read_ids(run / "dataset", [file for file in contract.files if file.startswith("data/")]).items()
+    return MaskPromptDataset.open(run / "dataset").ids().items()

@@ -224,6 +224,6 @@ def test_validation_is_drawn_from_train_and_test_is_test(raw, tmp_path_factory, 
     run = tmp_path_factory.mktemp("run")
     config = experiment(run, dataset="isic9", raw_dir=raw, conditioning=conditioning, duplicates="none")
     prepare(config, force=False)
-    contract = verify_fully(run / "dataset")
+    contract = verify_fully(run / "dataset").contract
     rows = {split: part.rows for split, part in contract.splits.items()}
     assert rows["test"] == 9 and rows["train"] + rows["validation"] == 27 and rows["validation"] >= 3

@@ -13,7 +13,8 @@ from maskloom.data_prep.prepare import _clusters, prepare
 from maskloom.data_prep.splitting.groups import Found
 from maskloom.data_prep.survey import raw_digest
 from maskloom.pipeline.dataset.audit.pixels import is_blank
-from maskloom.pipeline.dataset.contract import LEDGER_FILE, read_contract, stored_rows
+from maskloom.pipeline.dataset.contract import LEDGER_FILE
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import experiment
 
@@ -49,13 +50,8 @@ def prepared(raw, **data):
     datasets = open_datasets([run / "dataset"])
     with indexed(datasets, near=False) as index:
         audit(datasets, index, near=False).require_sound()
-    contract = read_contract(run / "dataset")
-    rows = {
-        row["sample_id"][-4:]: (split, row["group_id"])
-        for split in contract.splits
-        for file in contract.shard_files(split)
-        for row in stored_rows(run / "dataset" / file, ["sample_id", "group_id"])
-    }
+    ids = MaskPromptDataset.open(run / "dataset").ids()
+    rows = {sample[-4:]: (split, group) for split, pairs in ids.items() for sample, group in pairs}
     ledger = [json.loads(line) for line in (run / "dataset" / LEDGER_FILE).read_text().splitlines()]
     return rows, {entry["path"]: entry["reason"] for entry in ledger}
 

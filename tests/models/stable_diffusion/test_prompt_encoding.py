@@ -15,7 +15,7 @@ from maskloom.models.stable_diffusion.prompt_encoding import (
     training_prompts,
 )
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_backbone import MAX_TOKENS, build_tiny_backbone
 from tests.tiny_datasets import write_tiny_run
@@ -128,10 +128,10 @@ def test_another_tokenizer_counts(backbone: Path) -> None:
 
 def test_the_prompts_of_a_dataset_are_those_that_training_reads(tmp_path: Path) -> None:
     write_tiny_run(tmp_path, {}, {"train": 5, "validation": 3, "test": 2})
-    contract = read_contract(tmp_path / "dataset")
-    assert len(training_prompts(tmp_path / "dataset", contract)) == 8
-    assert len(training_prompts(tmp_path / "dataset", contract, 2)) == 5
-    assert set(training_prompts(tmp_path / "dataset", contract)) == {"toy imaging of a disc", "toy imaging of a square"}
+    dataset = MaskPromptDataset.open(tmp_path / "dataset")
+    assert len(training_prompts(dataset)) == 8
+    assert len(training_prompts(dataset, 2)) == 5
+    assert set(training_prompts(dataset)) == {"toy imaging of a disc", "toy imaging of a square"}
 
 
 @pytest.mark.parametrize(("prompts", "told"), [([DISC], True), (["a disc"], False)])

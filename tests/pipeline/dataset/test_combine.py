@@ -18,7 +18,8 @@ from maskloom.pipeline.__main__ import app
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.combine import CombineOptions, combine
-from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, read_contract
+from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_for_training, verify_fully, verify_quickly
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import MaskLoomError
@@ -66,7 +67,7 @@ def made(tmp_path: Path, real: Path) -> Path:
 
 
 def rows_of(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    return list(open_split(folder, split))
+    return list(MaskPromptDataset.open(folder).split(split))
 
 
 def ids(folder: Path, origin: str = "synthetic") -> list[str]:
@@ -79,7 +80,7 @@ def shares(folder: Path) -> Counter[tuple[str, int]]:
 
 def test_everything_is_added_where_nothing_is_said(real: Path, made: Path, tmp_path: Path):
     (contract,) = combine(real, [made], CombineOptions(tmp_path / "out"))
-    assert verify_fully(tmp_path / "out") == contract
+    assert verify_fully(tmp_path / "out").contract == contract
     assert contract.description.origin == "combined"
     assert contract.parent == Parent(path="../real", digest=read_contract(real).digest)
     assert ids(tmp_path / "out", "real") == [row["sample_id"] for row in rows_of(real)]
@@ -207,7 +208,7 @@ def test_a_schedule_is_nested_and_grows_evenly(real: Path, made: Path, tmp_path:
     chosen = []
     for number, contract in enumerate(contracts, start=1):
         folder = tmp_path / "out" / f"stage-{number}"
-        assert verify_fully(folder) == contract
+        assert verify_fully(folder).contract == contract
         assert contract.description.preprocessing["combination"]["stage"] == f"{number} of 4"
         assert len(ids(folder, "real")) == 12
         chosen.append(ids(folder))

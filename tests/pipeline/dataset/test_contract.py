@@ -6,7 +6,7 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, SPLITS, open_split, read_contract
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, SPLITS, read_contract
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
@@ -154,14 +154,3 @@ def test_a_contract_that_is_not_json(folder):
     (folder / CONTRACT_FILE).write_text("{")
     with pytest.raises(MaskLoomError, match=r"contract\.json: not valid JSON.*--force"):
         read_contract(folder)
-
-
-def test_open_split(folder):
-    rows = open_split(folder, "validation")
-    assert len(rows) == 4 and rows[0]["image"].size == (32, 32)
-
-
-def test_an_empty_split(tmp_path, splits):
-    write_dataset(tmp_path / "dataset", tiny_description(), {"train": splits["train"]})
-    with pytest.raises(MaskLoomError, match="the split 'test' is empty; it has train"):
-        open_split(tmp_path / "dataset", "test")

@@ -15,7 +15,8 @@ from PIL import Image
 from maskloom.data_prep.datasets import phantom_bus
 from maskloom.data_prep.prepare import prepare
 from maskloom.pipeline.__main__ import app
-from maskloom.pipeline.dataset.contract import Contract, Parent, open_split, read_contract
+from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.export import PROVENANCE_FILE, ExportOptions, export, open_exporter
 from maskloom.pipeline.dataset.exporter import safe_name, write_new
 from maskloom.pipeline.dataset.exporters.coco import mask_regions, run_lengths
@@ -69,7 +70,7 @@ def test_the_busi_tree_of_a_synthetic_dataset(synthetic: Path, tmp_path: Path):
     }
     table = rows_of(tmp_path / "out" / "synthetic_dataset.csv")
     assert list(table[0]) == ["image_path", "mask_path", "class", "class_label"]
-    samples = {row["sample_id"]: row for row in open_split(synthetic, "train")}
+    samples = {row["sample_id"]: row for row in MaskPromptDataset.open(synthetic).split("train")}
     details = rows_of(tmp_path / "out" / "samples.csv")
     assert len(table) == len(details) == 6
     for row, detail in zip(table, details, strict=True):
@@ -133,7 +134,7 @@ def busi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Contract]:
 
 def pictures_of(dataset: Path) -> dict[bytes, tuple[bytes, str]]:
     """Return mask and class by image, over all splits."""
-    rows = [row for split in read_contract(dataset).split_names for row in open_split(dataset, split)]
+    rows = [row for split in read_contract(dataset).split_names for row in MaskPromptDataset.open(dataset).split(split)]
     names = read_contract(dataset).description.labels
     return {row["image"].tobytes(): (row["mask"].tobytes(), names[row["label"]]) for row in rows}
 
@@ -256,7 +257,7 @@ def test_datasets_loads_the_image_folder(real: Path, tmp_path: Path):
     loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"))
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 6, "validation": 4, "test": 2}
     for split, rows in loaded.items():
-        samples = {row["sample_id"]: row for row in open_split(real, split)}
+        samples = {row["sample_id"]: row for row in MaskPromptDataset.open(real).split(split)}
         for row in rows:
             sample = samples.pop(row["sample_id"])
             np.testing.assert_array_equal(np.asarray(row["image"]), np.asarray(sample["image"]))
@@ -356,7 +357,7 @@ def test_the_coco_files_of_a_dataset(real: Path, tmp_path: Path):
     for split in ("train", "validation", "test"):
         content = json.loads((tmp_path / "out" / "annotations" / f"instances_{split}.json").read_text())
         assert content["categories"] == [{"id": 1, "name": "lesion", "supercategory": "toy imaging"}]
-        samples = {row["sample_id"]: row for row in open_split(real, split)}
+        samples = {row["sample_id"]: row for row in MaskPromptDataset.open(real).split(split)}
         assert len(content["images"]) == len(samples)
         ids = [annotation["id"] for annotation in content["annotations"]]
         assert len(set(ids)) == len(ids) >= len(samples)

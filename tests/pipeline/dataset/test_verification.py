@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Parent, read_contract, read_ids, summarise_splits
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Parent, read_contract, summarise_splits
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.verification import verify_fully, verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
@@ -56,13 +57,13 @@ def rehash(folder, recount):
     contract = json.loads(path.read_text())
     contract["files"] = {name: file_digest(folder / name) for name in contract["files"]}
     if recount:
-        ids = read_ids(folder, [name for name in contract["files"] if name.startswith("data/")])
+        ids = MaskPromptDataset.open(folder).ids()
         contract["splits"] = {split: part.model_dump() for split, part in summarise_splits(ids).items()}
     path.write_text(json.dumps(contract))
 
 
 def test_a_sound_dataset(folder):
-    assert verify_fully(folder).splits["train"].rows == 8
+    assert verify_fully(folder).contract.splits["train"].rows == 8
 
 
 def test_a_file_edited_by_hand(folder):
@@ -80,7 +81,7 @@ def test_a_missing_shard(folder):
 
 def test_a_published_dataset_comes_without_its_ledger(folder):
     (folder / "rejected.jsonl").unlink()
-    assert verify_fully(folder).splits["train"].rows == 8
+    assert verify_fully(folder).contract.splits["train"].rows == 8
 
 
 def test_an_extra_shard(folder):
@@ -187,7 +188,7 @@ def test_a_row_that_breaks_the_contract(folder, change, problem):
 
 
 def test_parents_in_train(synthetic):
-    assert verify_fully(synthetic(tiny_samples("train", 4))).parent is not None
+    assert verify_fully(synthetic(tiny_samples("train", 4))).contract.parent is not None
 
 
 @pytest.mark.parametrize("split", ["validation", "test", "external_abroad"])
