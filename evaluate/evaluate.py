@@ -12,6 +12,7 @@ from typing import Any
 
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
 from maskloom.evaluate.results import MetricResult
+from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import read_places
 from maskloom.pipeline import __version__
@@ -94,6 +95,17 @@ def open_question(name: str, options: dict[str, Any] | None) -> Question:
     """
     module = load_plugin(PACKAGE, name, "metric")
     return Question(name, module, validated(options or {}, module.Options, f"evaluate.metrics.{name}"))
+
+
+def check_question(name: str, options: dict[str, Any] | None) -> None:
+    """Check a metric's options, and that the network which it looks through can be used here.
+
+    Raises:
+        MaskLoomError: see `open_question`; or the package of the feature extractor is not installed.
+    """
+    question = open_question(name, options)
+    if isinstance(question.options, ExtractorOptions):
+        check_extractor(question.options)
 
 
 def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:

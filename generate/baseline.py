@@ -39,10 +39,7 @@ class BaselineGenerator(ImageGenerator):
         Raises:
             MaskLoomError: they are not there.
         """
-        if self.family not in self.config.baselines:
-            raise MaskLoomError(
-                f"generate.generators.{self.family}: the section `baselines` does not train it; add baselines.{self.family}={{}}"
-            )
+        self.check_settings()
         folder = self.run.baselines / self.family / "weights"
         if not folder.is_dir():
             raise MaskLoomError(f"{folder}: missing; run baselines first (make baselines)")
@@ -56,6 +53,17 @@ class BaselineGenerator(ImageGenerator):
         """
         require_intact(self.run, f"baselines/{self.family}", self.folder)
         return model_digest(str(self.folder))
+
+    def check_settings(self) -> None:
+        """Check that the configuration trains the family.
+
+        Raises:
+            MaskLoomError: it does not.
+        """
+        if self.family not in self.config.baselines:
+            raise MaskLoomError(
+                f"generate.generators.{self.family}: the section `baselines` does not train it; add baselines.{self.family}={{}}"
+            )
 
     def check(self) -> None:
         """Look for the weights.

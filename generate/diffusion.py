@@ -231,13 +231,16 @@ class BackboneGenerator(ImageGenerator):
         """
         return weights_digest(self.config, self.run, self.parts)
 
-    def check(self) -> None:
+    def check_settings(self) -> None:
         """Check the backbone, and that its noise schedule can be sampled from."""
+        trained = bool(self.parts)  # first: without a ControlNet the backbone does not matter
         check_backbone(self.config)
         source, steps = BackboneSource.of(self.config.fine_tuning), [self.config.generate.num_inference_steps]
-        check_sampling(
-            source.scheduler_settings(), self.config.generate, self.config.fine_tuning, bool(self.parts), steps
-        )
+        check_sampling(source.scheduler_settings(), self.config.generate, self.config.fine_tuning, trained, steps)
+
+    def check(self) -> None:
+        """See `check_settings`."""
+        self.check_settings()
 
     def load(self, device: torch.device, description: Description) -> None:
         """Read the backbone and the trained weights.

@@ -95,16 +95,32 @@ def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenera
     Raises:
         MaskLoomError: an unknown generator or option, or no generator at all.
     """
+    require_generators(config)
+    return {name: open_generator(config, run, name) for name in config.generate.generators}
+
+
+def require_generators(config: ExperimentConfig) -> None:
+    """Check that the configuration names a generator.
+
+    Raises:
+        MaskLoomError: it names none.
+    """
     if not config.generate.generators:
         raise MaskLoomError(
             "generate.generators is empty; name at least one, for example generate.generators.controlnet={}"
         )
-    generators = {}
-    for name, values in config.generate.generators.items():
-        plugin = load_plugin(PACKAGE, name, "generator")
-        options = validated(values, plugin.Options, f"{KEY}.{name}")
-        generators[name] = plugin.Generator(config, run, options)
-    return generators
+
+
+def open_generator(config: ExperimentConfig, run: Run, name: str) -> ImageGenerator:
+    """Return one of the configured generators, its weights not yet read.
+
+    Raises:
+        MaskLoomError: an unknown generator or option.
+    """
+    plugin = load_plugin(PACKAGE, name, "generator")
+    options = validated(config.generate.generators[name], plugin.Options, f"{KEY}.{name}")
+    generator: ImageGenerator = plugin.Generator(config, run, options)
+    return generator
 
 
 def _real_dataset(folder: Path) -> MaskPromptDataset:

@@ -90,6 +90,13 @@ class ImageGenerator(ABC):
             MaskLoomError: the weights are missing (says which stage to run, or which key to change).
         """
 
+    def check_settings(self) -> None:  # noqa: B027, a generator without such mistakes needs none
+        """Find mistakes in the configuration that show before anything has been trained.
+
+        Raises:
+            MaskLoomError: names the key to change.
+        """
+
     @abstractmethod
     def check(self) -> None:
         """Find mistakes in the configuration of the weights; called before an older synthetic dataset is replaced.

@@ -36,13 +36,15 @@ def run(
 ) -> None:
     """Run prepare, train, baselines, generate, evaluate and report; stages that are up to date are skipped."""
     from maskloom.pipeline.config.loading import load_experiment
-    from maskloom.pipeline.runs.runner import check_accelerate_config, run_stages, selected_stages
+    from maskloom.pipeline.runs.run import Run
+    from maskloom.pipeline.runs.runner import check_accelerate_config, check_settings, run_stages, selected_stages
 
     stages = selected_stages(first, last)
     check_accelerate_config(accelerate_config)
-    load_experiment(config, overrides or [])  # report a mistake in it before anything starts
-    arguments = ["--config", str(config), *(overrides or []), *(["--force"] if force else [])]
-    raise typer.Exit(run_stages(stages, arguments, accelerate_config))
+    loaded = load_experiment(config, overrides or [])
+    arguments = ["--config", str(config), *(overrides or [])]
+    check_settings(Run(loaded.run_folder, loaded), stages, arguments, accelerate_config, force)
+    raise typer.Exit(run_stages(stages, [*arguments, *(["--force"] if force else [])], accelerate_config))
 
 
 @app.command()

@@ -85,16 +85,17 @@ def launched(
         MaskLoomError: the configuration of accelerate or of the experiment does not fit.
         typer.Exit: the stage has run; with its exit code.
     """
-    from maskloom.pipeline.runs.runner import check_accelerate_config, needs_launcher, run_stages
+    from maskloom.pipeline.runs.run import Run
+    from maskloom.pipeline.runs.runner import check_accelerate_config, check_settings, needs_launcher, run_stages
 
     check_accelerate_config(accelerate_config)
     if check or not needs_launcher(accelerate_config):
         return False
-    loaded(config, overrides)
+    experiment = loaded(config, overrides)
+    arguments = ["--config", str(config), *(overrides or [])]
+    check_settings(Run(experiment.run_folder, experiment), [stage], arguments, accelerate_config, force)
     flags = ["--force"] if force else []
-    raise typer.Exit(
-        run_stages([stage], ["--config", str(config), *(overrides or []), *options, *flags], accelerate_config)
-    )
+    raise typer.Exit(run_stages([stage], [*arguments, *options, *flags], accelerate_config))
 
 
 def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check: bool) -> None:

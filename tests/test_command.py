@@ -75,6 +75,7 @@ def test_commands_are_shown_in_the_form_that_was_used(monkeypatch):
 def test_a_machine_with_devices_gets_the_launcher(name, tmp_path, monkeypatch):
     config = fake_run.write_config(tmp_path)
     asked = []
+    monkeypatch.setattr("maskloom.pipeline.runs.runner.check_settings", lambda *words: None)
     monkeypatch.setattr("maskloom.pipeline.runs.runner.needs_launcher", lambda file: True)
     monkeypatch.setattr("maskloom.pipeline.runs.runner.run_stages", lambda *words: asked.append(words) or 7)
     more = ["--family", "pix2pix"] if name == "baselines" else []

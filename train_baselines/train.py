@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.config.train import LoopConfig
-from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "maskloom.train_baselines.families"
 NAME = "baselines"
+SEVERAL_SIZES = "{where}: images of several sizes, and the baselines draw one; set data.buckets=[]"
 
 
 def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[str] | None = None) -> None:
@@ -52,10 +52,10 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
     chosen = _chosen(config, families)
     dataset = verify_for_training(run.dataset)
     if dataset.description.buckets:
-        raise MaskLoomError(f"{run.dataset}: images of several sizes, and the baselines draw one; set data.buckets=[]")
+        raise MaskLoomError(SEVERAL_SIZES.format(where=run.dataset))
     options = {name: family_options(config, name) for name in config.baselines}
     _check_one_precision(options)
-    _check_sizes(options, dataset.description)
+    _check_sizes(options, dataset.description.image_size)
     stages = {name: _family_stage(config, run, dataset, name, options[name]) for name in chosen}
     whole = None if families else _whole_stage(config, run, dataset, options)
     if whole is not None and whole.skips(force):
@@ -83,6 +83,19 @@ def family_options(config: ExperimentConfig, name: str) -> FamilyOptions:
         MaskLoomError: an unknown family or option, or a value that does not fit.
     """
     return validated(config.baselines[name], load_plugin(PACKAGE, name, "family").Options, f"{NAME}.{name}")
+
+
+def check_family_settings(config: ExperimentConfig) -> None:
+    """Check the options of every family as far as that goes without the dataset.
+
+    Raises:
+        MaskLoomError: an unknown family or option, several precisions, or a size that a family cannot draw.
+    """
+    options = {name: family_options(config, name) for name in config.baselines}
+    _check_one_precision(options)
+    if config.data.buckets:
+        raise MaskLoomError(SEVERAL_SIZES.format(where="data.buckets"))
+    _check_sizes(options, config.data.image_size)
 
 
 def in_steps(options: FamilyOptions, epoch_length: int, processes: int) -> FamilyOptions:
@@ -120,14 +133,14 @@ def _check_one_precision(options: Mapping[str, LoopConfig]) -> None:
         raise MaskLoomError(f"baselines: mixed_precision must be the same for all families, not {sorted(precisions)}")
 
 
-def _check_sizes(options: Mapping[str, FamilyOptions], about: Description) -> None:
+def _check_sizes(options: Mapping[str, FamilyOptions], image_size: tuple[int, int]) -> None:
     """Find sizes that a family cannot draw before another one has trained for hours.
 
     Raises:
         MaskLoomError: names the family and the size.
     """
     for name, one in options.items():
-        size = one.image_size or about.image_size
+        size = one.image_size or image_size
         try:
             one.check_size(size)
         except ValueError as error:

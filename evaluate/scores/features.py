@@ -52,6 +52,16 @@ class Extractor:
         return f"{self.name} (weights {self.digest[:12]}, {self.side} px, bicubic antialiased)"
 
 
+def check_extractor(options: ExtractorOptions) -> None:
+    """Check that the extractor that the options name takes the size, and that its package is installed; no weights are read.
+
+    Raises:
+        MaskLoomError: unknown name (lists the known ones), or it cannot be used.
+    """
+    module: Any = load_plugin(PACKAGE, options.extractor, "extractor")
+    module.check(options.extractor_size or module.INPUT_SIZE)
+
+
 def load_extractor(inputs: EvaluationInputs, options: ExtractorOptions) -> Extractor:
     """Return the extractor that the options name, loaded once.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +26,7 @@ from maskloom.models.stable_diffusion.source import (
 )
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.extras import install_command
 
 SUPPORTED = "only Stable Diffusion 1.x and 2.x (text to image) can be trained and sampled here"
 SCHEDULERS = (
@@ -240,6 +242,23 @@ def _check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
             f"{KEY}={path}: a Stable Diffusion 2.x file does not say what it predicts; set train.prediction_type to v_prediction "
             f"(768-v) or epsilon (base), or {SINGLE_FILE_KEY} to a pipeline's folder or Hub id"
         )
+
+
+def check_xformers(key: str) -> None:
+    """Check that xFormers can be used here.
+
+    Args:
+        key: that asks for it.
+
+    Raises:
+        MaskLoomError: it is not installed, or there is no GPU.
+    """
+    if find_spec("xformers") is None:
+        raise MaskLoomError(f"{key} needs xformers: {install_command('gpu')}, or set it to false (SDPA is used then)")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MaskLoomError(f"{key} needs a GPU and none was found; set it to false (SDPA is used then)")
 
 
 def _check_place(source: BackboneSource) -> None:

@@ -26,10 +26,11 @@ OUT_OF_MEMORY = re.compile(
 SHOWN = 200  # characters of a message that is not this program's
 
 
-def exit_with(error: object) -> NoReturn:
-    """Print a one-line error to stderr and leave with exit code 2."""
-    line = f"error: {without_secrets(one_line(error))}"
-    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names of files may hold any bytes
+def exit_with(*errors: object) -> NoReturn:
+    """Print errors to stderr, each on a line of its own, and leave with exit code 2."""
+    for error in errors:
+        line = f"error: {without_secrets(one_line(error))}"
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names of files may hold any bytes
     raise SystemExit(EXIT_CODE)
 
 

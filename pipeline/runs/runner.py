@@ -3,6 +3,7 @@
 Stages are known here by their command lines only; a stage that is up to date finds that out by itself and ends at once.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import psutil
 from maskloom.pipeline.config.yaml_reading import read_yaml
 from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
 from maskloom.pipeline.files.shipped import shipped, shipped_names
+from maskloom.pipeline.runs.command import exit_with
 from maskloom.pipeline.runs.interruption import Interrupted, end_with_parent, hold_ctrl_c, received, signals_to
 from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
@@ -30,6 +32,7 @@ MODULES = {
     "evaluate": ("maskloom.evaluate",),
     "report": ("maskloom.pipeline", "report"),
 }
+PREFLIGHT = "maskloom.preflight"  # a command line as well: it imports the stages
 DISTRIBUTED = ("train", "baselines", "generate")
 ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"
 DEVICE_TOOLS = ("nvidia-smi", "rocm-smi", "xpu-smi")  # a machine with one of these may have several devices
@@ -48,6 +51,38 @@ def selected_stages(first: str | None, last: str | None) -> tuple[str, ...]:
     if start >= stop:
         raise MaskLoomError(f"--from {first} --to {last}: the stages run in the order {', '.join(STAGES)}")
     return STAGES[start:stop]
+
+
+def check_settings(
+    run: Run, stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None, force: bool
+) -> None:
+    """Check what can be checked before the first stage reads its data: settings, backbone, machine and packages of all stages.
+
+    Stages that are done need nothing, so their problems do not count.
+
+    Args:
+        run: the run that the configuration names.
+        stages: names of those that will run.
+        arguments: `--config FILE` and overrides.
+        accelerate_config: see `run_stages`.
+        force: whether stages that are done run again.
+
+    Raises:
+        SystemExit: something would stop a stage; all problems have been printed, one on each line.
+    """
+    options = [word for stage in stages for word in ("--stage", stage)]
+    options += ["--accelerate-config", str(accelerate_config)] if accelerate_config else []
+    command = [sys.executable, "-m", PREFLIGHT, *arguments, *options]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if answer.returncode:
+        raise SystemExit(answer.returncode)
+    problems = json.loads(answer.stdout)
+    recorded = any((run.logs(stage) / RECORD_FILE).is_file() for stage, _ in problems)
+    if recorded and not force:
+        done = {one.name for one in stage_states(run, arguments) if one.state in ("done", "nothing to do")}
+        problems = [(stage, message) for stage, message in problems if stage not in done]
+    if problems:
+        exit_with(*dict.fromkeys(message for _, message in problems))
 
 
 def run_stages(stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None) -> int:

@@ -65,17 +65,32 @@ def check_machine(config: LoopConfig) -> None:
     Raises:
         MaskLoomError: fp16 is asked for without a GPU, or a tracker or 8-bit Adam that is not installed.
     """
+    for check in MACHINE_CHECKS:
+        check(config)
+
+
+def _check_precision(config: LoopConfig) -> None:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise MaskLoomError(
             f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
         )
+
+
+def _check_optimizer(config: LoopConfig) -> None:
     if config.use_8bit_adam:
         _require_bitsandbytes(config)
+
+
+def _check_tracker(config: LoopConfig) -> None:
     name = config.report_to
     if name in ("wandb", "comet_ml") and find_spec(name) is None:
         raise MaskLoomError(
             f"{config.section}.report_to={name}: it is not installed; {install_command('track')}, or use tensorboard"
         )
+
+
+MACHINE_CHECKS = (_check_precision, _check_optimizer, _check_tracker)
+"""What `check_machine` checks; each raises for itself, so that a caller may report all problems at once."""
 
 
 def launched_processes() -> int:

@@ -3,7 +3,7 @@
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.extras import install_command
 from maskloom.pipeline.files.provenance import package_versions
+from maskloom.preflight import CHECKS, find_problems
 
 GIB = 2**30
 OPTIONAL = {
@@ -92,36 +93,11 @@ def machine() -> Iterator[Finding]:
 
 
 def needs(config: ExperimentConfig) -> Iterator[Finding]:
-    """Yield whether what a configuration needs is here: raw data, backbone, precision, packages."""
-    yield _checked("raw data", str(config.data.raw_dir or config.data.dataset), lambda: _check_raw_data(config))
-    if config.train is not None:
-        name = config.train.pretrained_model_name_or_path
-        yield _checked("backbone", str(name), lambda: _check_backbone(config))
-        yield _checked("training", f"mixed_precision={config.train.mixed_precision}", lambda: _check_training(config))
-
-
-def _checked(name: str, text: str, check: Callable[[], None]) -> Finding:
-    try:
-        check()
-    except MaskLoomError as error:
-        return Finding(name, text, str(error))
-    return Finding(name, text)
-
-
-def _check_raw_data(config: ExperimentConfig) -> None:
-    from maskloom.data_prep.prepare import open_sources
-
-    open_sources(config.data)
-
-
-def _check_backbone(config: ExperimentConfig) -> None:
-    from maskloom.models.stable_diffusion.checks import check_backbone
-    from maskloom.models.stable_diffusion.source import BackboneSource
-
-    check_backbone(BackboneSource.of(config.fine_tuning), settings_only=True)
-
-
-def _check_training(config: ExperimentConfig) -> None:
-    from maskloom.pipeline.training.setup import check_machine
-
-    check_machine(config.fine_tuning)
+    """Yield whether what the stages of a configuration need is here: raw data, backbone, precision, packages."""
+    known: set[str] = set()
+    for stage in CHECKS:
+        problems = [message for _, message in find_problems(config, [stage]) if message not in known]
+        known.update(problems)
+        yield from (Finding(stage, "", message) for message in problems)
+        if not problems:
+            yield Finding(stage, "has what it needs, as far as that can be known before")

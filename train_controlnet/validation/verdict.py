@@ -28,6 +28,7 @@ def check_adherence(config: TrainConfig, contract: Contract) -> None:
     """
     if config.adherence is None:
         return
+    check_adherence_settings(config)
     if not contract.description.mask_classes:
         raise MaskLoomError(
             f"train.adherence: dataset {contract.description.dataset} has no masks to follow; set train.adherence=null"
@@ -35,7 +36,15 @@ def check_adherence(config: TrainConfig, contract: Contract) -> None:
     rows = contract.splits["validation"].rows if "validation" in contract.splits else 0
     if rows < LEAST_IMAGES:
         raise MaskLoomError(too_few_images(rows))
-    if config.controlnet == "none":
+
+
+def check_adherence_settings(config: TrainConfig) -> None:
+    """Tell what can be told without the dataset.
+
+    Raises:
+        MaskLoomError: there is no ControlNet.
+    """
+    if config.adherence is not None and config.controlnet == "none":
         raise MaskLoomError(
             "train.adherence: without a ControlNet (train.controlnet=none) no image can follow a mask; set train.adherence=null"
         )

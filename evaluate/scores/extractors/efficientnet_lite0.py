@@ -10,6 +10,10 @@ DIMENSIONS = 1280
 MEAN, SCALE = 127.0, 128.0  # of TensorFlow's Lite models, which these weights were converted from
 
 
+def check(side: int) -> None:
+    """Check what `load` needs; the network is convolutional and takes any side, and its weights come with the package."""
+
+
 def load(side: int, device: str) -> Extractor:
     """Return the extractor: mean of the last convolution's 1280 maps over the picture.
 

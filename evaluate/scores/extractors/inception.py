@@ -10,19 +10,31 @@ from maskloom.pipeline.files.atomic import value_digest
 INPUT_SIZE = 299
 
 
-def load(side: int, device: str) -> Extractor:
-    """Return the extractor: the 2048 features after the last pooling.
+def check(side: int) -> None:
+    """Check what `load` needs, short of the weights.
 
     Args:
         side: must be 299, the only size that published figures are for.
-        device: `cpu` or `cuda`.
 
     Raises:
-        MaskLoomError: torch-fidelity is not installed, its weights cannot be had, or another side is asked for.
+        MaskLoomError: torch-fidelity is not installed, or another side is asked for.
     """
     if side != INPUT_SIZE:
         raise MaskLoomError(f"extractor_size={side}: the extractor inception takes {INPUT_SIZE} only")
     require("torch_fidelity", "fid", "extractor=inception", "extractor=efficientnet_lite0")
+
+
+def load(side: int, device: str) -> Extractor:
+    """Return the extractor: the 2048 features after the last pooling.
+
+    Args:
+        side: see `check`.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        MaskLoomError: see `check`; or its weights cannot be downloaded.
+    """
+    check(side)
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

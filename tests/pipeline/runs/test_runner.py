@@ -168,7 +168,7 @@ def test_states_come_from_the_stages_themselves_and_pass_down(tmp_path):
 
 
 def test_run_stops_at_a_stage_that_the_user_must_repair(tmp_path):
-    config = fake_run.write_config(tmp_path, data={"dataset": "no_such_dataset", "image_size": 64})
+    config = fake_run.write_config(tmp_path, data={"dataset": "no_such_dataset", "image_size": 64}, train=None)
     command = [sys.executable, "-m", "pipeline", "run", "--config", str(config), "--to", "train"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2

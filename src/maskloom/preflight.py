@@ -1,0 +1,171 @@
+"""What of a configuration can be checked before its first stage runs: settings, backbone, machine, packages; no dataset is read.
+
+`python -m maskloom.preflight --config FILE --stage NAME [--stage NAME ...] [--accelerate-config FILE] [KEY=VALUE ...]` prints
+what is wrong as a JSON list of pairs, stage and message. `maskloom run` asks it in a process of its own: the pipeline
+imports no stage.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskloom.pipeline.cli import AccelerateConfigOption, ConfigOption, OverridesArgument, loaded
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.files.shipped import shipped
+from maskloom.pipeline.runs.command import run_command
+from maskloom.pipeline.runs.runner import DISTRIBUTED
+
+Check = Callable[[], object]
+"""Raises `MaskLoomError` where something is wrong."""
+
+
+def find_problems(
+    config: ExperimentConfig, stages: Sequence[str], accelerate_config: Path | None = None
+) -> list[tuple[str, str]]:
+    """Return everything that would stop the stages and does not depend on the dataset, as (stage, message).
+
+    Args:
+        config: the experiment.
+        stages: names of those that will run.
+        accelerate_config: of `accelerate launch`, or None.
+    """
+    found = []
+    for stage in stages:
+        for check in _checks(config, stage, accelerate_config):
+            try:
+                check()
+            except MaskLoomError as error:
+                found.append((stage, one_line(error)))
+    return found
+
+
+def _checks(config: ExperimentConfig, stage: str, accelerate_config: Path | None) -> Iterator[Check]:
+    """Yield the checks of a stage; each raises for itself, so that all problems are found at once."""
+    if accelerate_config is not None and stage in DISTRIBUTED:
+        yield partial(check_launch, accelerate_config)
+    if stage in CHECKS:
+        yield from CHECKS[stage](config)
+
+
+def check_launch(path: Path) -> None:
+    """Check that `accelerate launch` can read its configuration, and that this machine has what it names.
+
+    Raises:
+        MaskLoomError: a setting is wrong or unknown, DeepSpeed is missing, or there are fewer GPUs than processes.
+    """
+    import torch
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    where = f"--accelerate-config {path}"
+    try:
+        settings = load_config_from_file(str(shipped(path)))
+    except Exception as error:  # the reader raises errors of many kinds; the remedy is the same
+        raise MaskLoomError(f"{where}: {one_line(error)[:200].rstrip('.')}; see configs/accelerate") from None
+    if str(settings.distributed_type).endswith("DEEPSPEED") and find_spec("deepspeed") is None:
+        raise MaskLoomError(f"{where} needs deepspeed: pip install deepspeed, or another file of configs/accelerate")
+    devices, processes = torch.cuda.device_count(), settings.num_processes // max(1, settings.num_machines)
+    if 0 < devices < processes and not settings.use_cpu:
+        raise MaskLoomError(f"{where}: {processes} processes and only {devices} GPU(s) here; lower num_processes")
+
+
+def raw_data_checks(config: ExperimentConfig) -> Iterator[Check]:
+    """Yield the checks of `prepare`: adapter, options, raw folder, conditioning."""
+    from maskloom.data_prep.prepare import open_sources
+
+    yield partial(open_sources, config.data)
+
+
+def training_checks(config: ExperimentConfig) -> Iterator[Check]:
+    """Yield the checks of `train`."""
+    train = config.train
+    if train is None:
+        return
+    from maskloom.models.stable_diffusion.checks import check_xformers
+    from maskloom.models.stable_diffusion.trained_parts import adapter_file
+    from maskloom.pipeline.training.setup import MACHINE_CHECKS
+    from maskloom.train_controlnet.validation.verdict import check_adherence_settings
+
+    yield from backbone_checks(config)
+    for check in MACHINE_CHECKS:
+        yield partial(check, train)
+    if train.enable_xformers_memory_efficient_attention:
+        yield partial(check_xformers, "train.enable_xformers_memory_efficient_attention")
+    if train.lora_model_name_or_path:
+        yield partial(adapter_file, train.lora_model_name_or_path)
+    yield partial(check_adherence_settings, train)
+
+
+def backbone_checks(config: ExperimentConfig) -> Iterator[Check]:
+    """Yield the check of the backbone, with its weights."""
+    from maskloom.models.stable_diffusion.checks import check_backbone
+    from maskloom.models.stable_diffusion.source import BackboneSource
+
+    yield lambda: check_backbone(BackboneSource.of(config.fine_tuning))
+
+
+def baselines_checks(config: ExperimentConfig) -> Iterator[Check]:
+    """Yield the checks of `baselines`, family by family."""
+    if not config.baselines:
+        return
+    from maskloom.pipeline.training.setup import MACHINE_CHECKS
+    from maskloom.train_baselines.train import check_family_settings, family_options
+
+    yield partial(check_family_settings, config)
+    for name in config.baselines:
+        try:
+            options = family_options(config, name)
+        except MaskLoomError:  # reported by the check before
+            continue
+        for check in MACHINE_CHECKS:
+            yield partial(check, options)
+
+
+def generate_checks(config: ExperimentConfig) -> Iterator[Check]:
+    """Yield the checks of `generate`, generator by generator."""
+    from maskloom.generate.generate import open_generator, require_generators
+    from maskloom.models.stable_diffusion.checks import check_xformers
+    from maskloom.pipeline.runs.run import Run
+
+    yield partial(require_generators, config)
+    run = Run(config.run_folder, config)
+    for name in config.generate.generators:
+        yield lambda name=name: open_generator(config, run, name).check_settings()  # type: ignore[misc]
+    if config.generate.enable_xformers_memory_efficient_attention:
+        yield partial(check_xformers, "generate.enable_xformers_memory_efficient_attention")
+
+
+def evaluate_checks(config: ExperimentConfig) -> Iterator[Check]:
+    """Yield the checks of `evaluate`, metric by metric."""
+    from maskloom.evaluate.evaluate import check_question
+
+    for name, options in config.evaluate.metrics.items():
+        yield partial(check_question, name, options)
+
+
+CHECKS: dict[str, Callable[[ExperimentConfig], Iterator[Check]]] = {
+    "prepare": raw_data_checks,
+    "train": training_checks,
+    "baselines": baselines_checks,
+    "generate": generate_checks,
+    "evaluate": evaluate_checks,
+}
+
+
+def command(
+    config: ConfigOption,
+    stage: Annotated[list[str], typer.Option(help="that will run; may be repeated")],
+    overrides: OverridesArgument = None,
+    accelerate_config: AccelerateConfigOption = None,
+) -> None:
+    """Print what would stop these stages and can be known before anything is computed."""
+    print(json.dumps(find_problems(loaded(config, overrides), stage, accelerate_config)))
+
+
+if __name__ == "__main__":
+    run_command(lambda: typer.run(command))
