@@ -1,9 +1,9 @@
-"""Runs a script or module as it is and notes what it took: `python -m benchmarks.reference_script RESULT GIB TARGET [ARGUMENT ...]`.
+"""Runs a script or module as it is and notes what it took.
 
-Both sides of `benchmarks.train_step` run under it, so that neither is changed for being measured. RESULT is a JSON file that is written at the
-end, GIB the GPU memory that the process may use (0: all), TARGET a path that ends in `.py` or a module's name.
+Both sides of `benchmarks.train_step` run under it, so that neither is changed for being measured.
 """
 
+import argparse
 import importlib.util
 import json
 import runpy
@@ -61,19 +61,25 @@ def device_figures() -> dict[str, Any]:
 
 def main() -> None:
     """Run the target with its arguments; write the result even where it fails."""
-    result, gib, target, *arguments = sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reference_script", description=__doc__)
+    parser.add_argument("result", metavar="RESULT", help="JSON file that is written at the end")
+    parser.add_argument("gib", metavar="GIB", type=float, help="GPU memory that the process may use; 0: all")
+    parser.add_argument("target", metavar="TARGET", help="a path that ends in .py, or a module's name")
+    parser.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="of the target")
+    given = parser.parse_args()
+    target, gib = given.target, given.gib
     is_script = target.endswith(".py")
     declared = define_missing_operators() if is_script else None
-    if float(gib) > 0:
-        limit_device_memory(float(gib))
-    sys.argv = [target, *arguments]
+    if gib > 0:
+        limit_device_memory(gib)
+    sys.argv = [target, *given.arguments]
     try:
         if is_script:
             runpy.run_path(target, run_name="__main__")
         else:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
     finally:
-        Path(result).write_text(json.dumps(device_figures()), encoding="utf-8")
+        Path(given.result).write_text(json.dumps(device_figures()), encoding="utf-8")
         del declared
 
 

@@ -1,5 +1,6 @@
 """How long the command lines take to answer: whole processes, median of several runs."""
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-RUNS = 5
 MODULES = ("pipeline", "data_prep", "train_controlnet", "generate", "evaluate")
 
 
@@ -20,10 +20,13 @@ def seconds_to_help(module: str) -> float:
 
 
 def main() -> None:
-    """Print one row a command."""
-    table = Table("command", f"median of {RUNS} [s]", "fastest [s]", title="time to --help")
+    """Print one row per command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="of each command")
+    runs = parser.parse_args().runs
+    table = Table("command", f"median of {runs} [s]", "fastest [s]", title="time to --help")
     for module in MODULES:
-        times = [seconds_to_help(module) for _ in range(RUNS)]
+        times = [seconds_to_help(module) for _ in range(runs)]
         table.add_row(f"python -m {module} --help", f"{statistics.median(times):.2f}", f"{min(times):.2f}")
     Console().print(table)
 

@@ -5,12 +5,16 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 from typing import NoReturn
 
 from maskloom.pipeline.errors import MaskLoomError, one_line, without_secrets
 from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
 
 EXIT_CODE = 2
+REPORTED = "MASKLOOM_REPORTED"
+"""Variable that names the folder in which processes that were launched together note the errors that are printed."""
 DISK_REMEDY = "free space or fix the permissions, then run the same command again"
 PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY})
 PATH_REMEDY = "something else has this name, or none can have it; give another path"
@@ -29,9 +33,24 @@ SHOWN = 200  # characters of a message that is not this program's
 def exit_with(*errors: object) -> NoReturn:
     """Print errors to stderr, each on a line of its own, and leave with exit code 2."""
     for error in errors:
-        line = f"error: {without_secrets(one_line(error))}"
-        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names of files may hold any bytes
+        text = without_secrets(one_line(error))
+        line = f"error: {text}".encode(errors="backslashreplace")  # names of files may hold any bytes
+        if _is_first_to_report(line):
+            print(line.decode(), file=sys.stderr)
     raise SystemExit(EXIT_CODE)
+
+
+def _is_first_to_report(line: bytes) -> bool:
+    """Whether no other process of the same launch has printed this line."""
+    if REPORTED not in os.environ:
+        return True
+    try:
+        Path(os.environ[REPORTED], sha256(line).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # twice is better than never
+        pass
+    return True
 
 
 def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVICE) -> None:

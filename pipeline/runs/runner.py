@@ -32,6 +32,7 @@ MODULES = {
     "evaluate": ("maskloom.evaluate",),
     "report": ("maskloom.pipeline", "report"),
 }
+LAUNCHER = "maskloom.pipeline.runs.launcher"
 PREFLIGHT = "maskloom.preflight"  # a command line as well: it imports the stages
 DISTRIBUTED = ("train", "baselines", "generate")
 ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"
@@ -145,8 +146,7 @@ def stage_command(stage: str, accelerate_config: Path | None) -> list[str]:
     if stage not in DISTRIBUTED or not needs_launcher(accelerate_config):
         return [sys.executable, *module]
     config = ["--config_file", str(shipped(accelerate_config))] if accelerate_config else []
-    # --quiet: accelerate would print a traceback of its own below the stage's one-line error.
-    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config, *module]
+    return [sys.executable, "-m", LAUNCHER, *config, *module]
 
 
 def check_accelerate_config(path: Path | None) -> None:

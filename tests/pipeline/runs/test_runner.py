@@ -113,8 +113,34 @@ def test_accelerate_launch_starts_a_stage_and_its_failure_is_seen(tiny_stages, t
         "num_machines: 1\nnum_processes: 1\nuse_cpu: true\n"
     )
     set_outcome("train", code=3)
-    assert runner.run_stages(["train"], ["--config", "c.yaml"], config) != 0
+    assert runner.run_stages(["train"], ["--config", "c.yaml"], config) == 3
     assert log() == ["train --config c.yaml"]
+
+
+FAILING_STAGE = """
+import os, signal, sys, time
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.command import run_command
+def fail():
+    if "{error}":
+        raise MaskLoomError("{error}")
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+run_command(fail)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [("set a smaller one", 2, "error: set a smaller one"), ("", 128 + 9, "error: a process was ended by SIGKILL")],
+)
+@pytest.mark.usefixtures("tiny_stages")
+def test_of_several_processes_the_error_is_printed_once_and_the_exit_code_kept(tmp_path, capfd, error, code, told):
+    (tmp_path / "tiny_train.py").write_text(FAILING_STAGE.format(error=error))
+    assert runner.run_stages(["train"], [], Path("configs/accelerate/ddp.yaml")) == code
+    shown = capfd.readouterr().err
+    assert [line for line in shown.splitlines() if "rror" in line or "raceback" in line] == [told]
 
 
 def test_the_launcher_is_used_only_where_it_could_matter(tmp_path, monkeypatch):
@@ -125,8 +151,7 @@ def test_the_launcher_is_used_only_where_it_could_matter(tmp_path, monkeypatch):
     assert runner.needs_launcher(Path("any.yaml"))
     assert runner.stage_command("train", Path("a.yaml"))[1:] == [
         "-m",
-        "accelerate.commands.launch",
-        "--quiet",
+        "maskloom.pipeline.runs.launcher",
         "--config_file",
         "a.yaml",
         "-m",
