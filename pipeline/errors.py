@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+SHOWN = 200  # characters of a message that is not this program's
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 CREDENTIALS = re.compile(r"(?<=://)[^\s/@'\"]+@")  # as in the address of a mirror, https://USER:PASSWORD@HOST
 # The addresses of uploads and downloads are credentials for a while.
@@ -34,6 +35,19 @@ def without_secrets(text: str) -> str:
     return SIGNED_QUERY.sub(r"\1", CREDENTIALS.sub("", TOKEN.sub("<token>", text)))
 
 
+def excerpt(text: object) -> str:
+    """Return a message that is not this program's as one line: whole if it is short, else as many whole sentences of it as are."""
+    whole, taken = one_line(text), ""
+    if len(whole) <= SHOWN:
+        return whole
+    for sentence in re.split(r"(?<=[.!?])\s+|\n+", str(text).strip()):
+        longer = one_line(f"{taken} {sentence}")
+        if len(longer) > SHOWN:
+            break
+        taken = longer
+    return taken or f"{whole[:SHOWN].rpartition(' ')[0] or whole[:SHOWN]} …"
+
+
 def nearest_name(unknown: str, known: list[str]) -> str:
     """Return a sentence that names the nearest known name, if one is near, and all known names."""
     near = get_close_matches(unknown, known, n=1, cutoff=0.5)
@@ -54,6 +68,6 @@ def told_when_unwritable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise MaskLoomError(
-            f"{path}: could not be written ({one_line(error)[:200]}); free space or fix the permissions, "
+            f"{path}: could not be written ({excerpt(error)}); free space or fix the permissions, "
             "then run the same command again: finished work is kept"
         ) from error

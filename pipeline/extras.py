@@ -2,7 +2,7 @@
 
 import importlib
 
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt
 
 
 def require(module: str, extra: str, what_for: str, alternative: str = "") -> None:
@@ -22,7 +22,7 @@ def require(module: str, extra: str, what_for: str, alternative: str = "") -> No
     except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
         package = module.partition(".")[0]
         absent = isinstance(error, ModuleNotFoundError) and error.name == package
-        reason = "" if absent else f", which cannot be imported ({one_line(error)[:200]})"
+        reason = "" if absent else f", which cannot be imported ({excerpt(error)})"
         raise MaskLoomError(
             f"{what_for} needs {package.replace('_', '-')}{reason}: {install_command(extra)}"
             f"{', or ' if alternative else ''}{alternative}"

@@ -20,7 +20,7 @@ from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, text
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.text import load_tokenizer
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt
 from maskloom.pipeline.training.precision import DTYPES
 
 # Blocks of one class share their code, and beyond so many shapes of them torch would go on uncompiled; its default of 8 is too few.
@@ -141,7 +141,7 @@ def copied_controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> Contro
         return ControlNetModel.from_unet(unet)
     except Exception as error:  # whatever a UNet of another make raises, the remedy is the same
         raise MaskLoomError(
-            f"{KEY}={config.pretrained_model_name_or_path}: no ControlNet can be made from its UNet ({one_line(error)[:200]}); "
+            f"{KEY}={config.pretrained_model_name_or_path}: no ControlNet can be made from its UNet ({excerpt(error)}); "
             "give a backbone of Stable Diffusion 1.x or 2.x, or set train.controlnet=none"
         ) from error
 

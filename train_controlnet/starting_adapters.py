@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskloom.models.stable_diffusion.trained_parts import LORA_KEY, adapter_file
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt
 
 METADATA = "lora_adapter_metadata"  # of diffusers' newer files: rank and alpha by network
 UP_NAMES = (".lora_up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight")
@@ -87,7 +87,7 @@ def _read(file: Path, where: str) -> dict[str, dict[str, Tensor]]:
         return {part: _with_noted_alpha(weights, notes, part) for part, weights in named.items()}
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
         raise MaskLoomError(
-            f"{where}: {file.name} cannot be read as LoRA of Stable Diffusion ({one_line(error)[:200]}); "
+            f"{where}: {file.name} cannot be read as LoRA of Stable Diffusion ({excerpt(error)}); "
             "give a .safetensors file in diffusers', PEFT's or kohya's names"
         ) from error
 

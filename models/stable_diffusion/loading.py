@@ -22,7 +22,7 @@ from maskloom.models.stable_diffusion.keys import CONTROLNET_KEY, KEY, SINGLE_FI
 from maskloom.models.stable_diffusion.single_file import PREFIXES, converted_names, tensors_under
 from maskloom.models.stable_diffusion.source import SETTINGS, BackboneSource, folder_of, read_settings
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt
 from maskloom.pipeline.extras import install_command
 
 CONTROLNET_FILES = (
@@ -86,7 +86,7 @@ def _load_single_file_part(kind: type[Any], source: BackboneSource, part: str) -
         network.load_state_dict(weights, assign=True)
     except Exception as error:  # the converters raise errors of many kinds; the remedy is the same
         raise MaskLoomError(
-            f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} ({one_line(error)[:200]}); "
+            f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} ({excerpt(error)}); "
             f"set {SINGLE_FILE_KEY} to the folder or Hub id of a pipeline of the same shape, or give a folder in diffusers format"
         ) from error
     return network.float().eval()
@@ -263,7 +263,7 @@ def _built(kind: type[Any], settings: dict[str, Any], where: str) -> Any:
 
 
 def _unreadable(where: str, kind: type[Any], error: Exception, remedy: str) -> MaskLoomError:
-    return MaskLoomError(f"{where}: cannot be read as {kind.__name__}: {one_line(error)[:300]}; {remedy}")
+    return MaskLoomError(f"{where}: cannot be read as {kind.__name__}: {excerpt(error)}; {remedy}")
 
 
 def silence_loading() -> None:
@@ -285,5 +285,5 @@ def use_xformers(*modules: Any) -> None:
             module.enable_xformers_memory_efficient_attention()
     except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
         raise MaskLoomError(
-            f"enable_xformers_memory_efficient_attention: {one_line(error)[:200]}; {install_command('gpu')}, or leave it off (SDPA is used then)"
+            f"enable_xformers_memory_efficient_attention: {excerpt(error)}; {install_command('gpu')}, or leave it off (SDPA is used then)"
         ) from None

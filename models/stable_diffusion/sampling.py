@@ -16,7 +16,7 @@ from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.generate import GenerateConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def check_sampling(
 def _unusable(generate: GenerateConfig, train: TrainConfig, error: Exception) -> MaskLoomError:
     return MaskLoomError(
         f"generate.scheduler={generate.scheduler}: cannot sample with scheduler/scheduler_config.json of {train.pretrained_model_name_or_path} "
-        f"({type(error).__name__}: {one_line(error)[:200]}); choose another scheduler or number of steps, or download the backbone again"
+        f"({type(error).__name__}: {excerpt(error)}); choose another scheduler or number of steps, or download the backbone again"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from maskloom.models.stable_diffusion.keys import KEY, SINGLE_FILE_KEY, TOKENIZER_KEY
 from maskloom.models.stable_diffusion.single_file import generation_of
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt
 from maskloom.pipeline.files.atomic import content_digest, read_json, value_digest
 from maskloom.pipeline.files.shipped import shipped
 
@@ -348,7 +348,7 @@ def hub_files(name: str, revision: str | None, patterns: tuple[str, ...], key: s
     except Exception as error:  # the client raises errors of many kinds; the remedy is the same
         at = f" of revision {revision}" if revision else ""
         raise MaskLoomError(
-            f"{key}={name}: its files{at} are neither in the Hub's cache nor can they be downloaded ({one_line(error)[:200]}); "
+            f"{key}={name}: its files{at} are neither in the Hub's cache nor can they be downloaded ({excerpt(error)}); "
             "connect to the network once, correct the name, or give a local folder"
         ) from None
 

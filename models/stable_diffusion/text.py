@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from maskloom.models.stable_diffusion.keys import KEY, TOKENIZER_KEY
 from maskloom.models.stable_diffusion.source import SETTINGS, BackboneSource, read_settings
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path, where: str) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
         raise MaskLoomError(
-            f"{where}: {folder} cannot be read as CLIPTokenizer: {one_line(error)[:200]}; download the tokenizer again"
+            f"{where}: {folder} cannot be read as CLIPTokenizer: {excerpt(error)}; download the tokenizer again"
         ) from error
 
 
@@ -60,6 +60,6 @@ def load_text_settings(source: BackboneSource) -> CLIPTextConfig:
         return CLIPTextConfig(**read_settings(path))
     except Exception as error:  # whatever transformers makes of a wrong setting, the remedy is the same
         raise MaskLoomError(
-            f"{KEY}={source.name}: {path} cannot be read as CLIPTextConfig: {one_line(error)[:200]}; "
+            f"{KEY}={source.name}: {path} cannot be read as CLIPTextConfig: {excerpt(error)}; "
             "give a folder in diffusers format"
         ) from error

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt, one_line
 from maskloom.pipeline.files.reading import read_object
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -37,9 +37,7 @@ def check_pushed_file(path: Path, folder: Path) -> None:
     except MaskLoomError:
         raise
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
-        raise MaskLoomError(
-            f"{path}: damaged, or no {path.suffix} file at all ({one_line(error)[:200]}); {again}"
-        ) from error
+        raise MaskLoomError(f"{path}: damaged, or no {path.suffix} file at all ({excerpt(error)}); {again}") from error
 
 
 def file_text(path: Path) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maskloom.pipeline.errors import MaskLoomError, one_line, told_when_unwritable
+from maskloom.pipeline.errors import MaskLoomError, excerpt, one_line, told_when_unwritable
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX, write_json
 from maskloom.pipeline.files.ownership import (
     MANIFEST,
@@ -157,7 +157,7 @@ def resume(
         accelerator.load_state(str(path), load_kwargs={"weights_only": True})
         averages.load(path, record.averages)
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
-        raise MaskLoomError(f"{path}: cannot be read ({one_line(error)[:200]}); {_remedy(path)}") from error
+        raise MaskLoomError(f"{path}: cannot be read ({excerpt(error)}); {_remedy(path)}") from error
     _check_random_states_restored(path, accelerator)
     if accelerator.is_main_process:
         say(f"resuming from {path}")

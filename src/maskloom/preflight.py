@@ -16,7 +16,7 @@ import typer
 
 from maskloom.pipeline.cli import AccelerateConfigOption, ConfigOption, OverridesArgument, loaded
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, excerpt, one_line
 from maskloom.pipeline.files.shipped import shipped
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.runner import DISTRIBUTED
@@ -66,7 +66,7 @@ def check_launch(path: Path) -> None:
     try:
         settings = load_config_from_file(str(shipped(path)))
     except Exception as error:  # the reader raises errors of many kinds; the remedy is the same
-        raise MaskLoomError(f"{where}: {one_line(error)[:200].rstrip('.')}; see configs/accelerate") from None
+        raise MaskLoomError(f"{where}: {excerpt(error).rstrip('.')}; see configs/accelerate") from None
     if str(settings.distributed_type).endswith("DEEPSPEED") and find_spec("deepspeed") is None:
         raise MaskLoomError(f"{where} needs deepspeed: pip install deepspeed, or another file of configs/accelerate")
     devices, processes = torch.cuda.device_count(), settings.num_processes // max(1, settings.num_machines)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.errors import MaskLoomError, RejectedSample, nearest_name, one_line
+from maskloom.pipeline.errors import MaskLoomError, RejectedSample, excerpt, nearest_name, one_line
 from maskloom.pipeline.runs.command import exit_with, run_command
 from maskloom.pipeline.runs.differences import differences_text, differing_settings
 from maskloom.pipeline.runs.run import Run
@@ -303,3 +303,11 @@ def test_nearest_names():
     assert nearest_name("zzz", ["seed"]) == "known: seed"
     assert nearest_name("zzz", []) == "known: none"
     assert one_line(" a\n b\t c ") == "a b c"
+
+
+def test_of_a_long_message_whole_sentences_are_quoted():
+    assert excerpt("Short.\nAnd  whole") == "Short. And whole"
+    assert excerpt(f"Got: no network\n{'It is long ' * 20}.") == "Got: no network"
+    assert excerpt(f"One. Two! {'x ' * 200}") == "One. Two!"
+    assert excerpt("word " * 100) == f"{'word ' * 40}…"
+    assert excerpt("x" * 300) == f"{'x' * 200} …"

@@ -217,6 +217,8 @@ def test_the_cache_is_as_large_as_foretold(config: ExperimentConfig) -> None:
             size += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 (a file, not a dictionary)
     assert foretold.views == 8 + 6
     assert foretold.prompts == 3  # two labels, and none
+    shown = plan_text(config, Planner(config).plan(config.train), {}, 1)
+    assert "14 images and 3 prompts, the empty one included: " in shown
     assert foretold.total == size
 
 

@@ -119,7 +119,9 @@ def _disk_lines(plan: Plan, train: TrainConfig) -> list[str]:
         lines[0] += "; how many there are is known when the dataset is prepared"
     elif parts:
         more = "; changed copies may add prompts" if train.augment else ""
-        lines[0] += f"; {cache.views:,} images and {cache.prompts:,} prompts: {size_text(cache.total or 0)}{more}"
+        lines[0] += (
+            f"; {cache.views:,} images and {cache.prompts:,} prompts, the empty one included: {size_text(cache.total or 0)}{more}"
+        )
     if plan.best_on_cpu:
         lines.append(f"memory of the machine: {size_text(plan.best_on_cpu)} for the weights of the best validation")
     return lines
