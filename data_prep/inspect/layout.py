@@ -147,15 +147,26 @@ def _guess_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess:
         templates.update(_templates_of(mask, stems))
     if not templates:  # one folder of masks an image, with names of their own
         templates.update(_siblings_of(PurePosixPath(mask)) for mask in masks[:1])
-    best, fitted = None, 0
+    best, fitted, taken = None, 0, 0
     ranked = sorted(templates, key=lambda template: (-templates[template], -template.count("{"), template))
     for template in ranked[:TEMPLATES_TRIED]:
-        count = len(_fitting(root, {**guess.options, "masks": template}))
-        if count > fitted:
-            best, fitted = template, count
+        for pattern in (template, _with_further_masks(template)):
+            found = _fitting(root, {**guess.options, "masks": pattern})
+            files = sum(len(files) for _, files in found)
+            if (len(found), files) > (fitted, taken):
+                best, fitted, taken = pattern, len(found), files
     if best is not None:
         guess.options["masks"] = best
-        guess.why["masks"] = f"fits {fitted} of {len(images)} images"
+        more = len(masks) - taken
+        guess.why["masks"] = f"fits {fitted} of {len(images)} images" + (
+            f"; {more} of {len(masks)} mask files belong to none of them and are left out" if more > 0 else ""
+        )
+
+
+def _with_further_masks(template: str) -> str:
+    """Return a pattern that takes `a_mask_1.png` beside `a_mask.png` as well; the same where a wildcard cannot stand."""
+    name, dot, ending = template.rpartition(".")
+    return template if not dot or name.endswith(("*", "}")) else f"{name}*.{ending}"
 
 
 def _templates_of(mask: str, stems: dict[str, list[str]]) -> set[str]:

@@ -280,6 +280,14 @@ def several_masks(raw):
             mask(raw / "scans" / f"{number}_mask_{part}.png", 255, number=number + part)
 
 
+def further_masks(raw):
+    """As BUSI's class folders: a few images have a second lesion."""
+    for number in range(1, 13):
+        picture(raw / f"benign ({number}).png", number)
+        mask(raw / f"benign ({number})_mask.png", 255, number=number)
+    mask(raw / "benign (11)_mask_1.png", 255, number=1)
+
+
 def prefixed(raw):
     for number in range(9):
         picture(raw / "a b" / f"{number:02d}.bmp", number)
@@ -342,6 +350,7 @@ def table(raw):
         ),
         (a_folder_an_image, 9, ("background", "lesion"), {"masks": "{grandparent}/masks/*.png"}),
         (several_masks, 12, ("background", "lesion"), {"masks": "{folder}/{stem}_mask*.png", "images": "scans/*.tif"}),
+        (further_masks, 12, ("background", "lesion"), {"images": "*.png", "masks": "{folder}/{stem}_mask*.png"}),
         (prefixed, 9, ("background", "lesion"), {"masks": "a b masks/mask_{stem}.png", "images": "a b/*.bmp"}),
         (only_images, 9, ("background", "lesion"), {"images": "*.png"}),
         (
@@ -395,6 +404,15 @@ def test_the_configuration_for_an_unknown_folder_works_as_printed(write, rows, c
     contract = verify_fully(tmp_path / "run" / "dataset").contract
     assert sum(part.rows for part in contract.splits.values()) == rows and contract.rejected == 0
     assert contract.description.mask_classes == classes and contract.description.modality == "skin photograph"
+
+
+def test_masks_that_no_pattern_joins_are_said_to_be_left_out(tmp_path, capsys):
+    for number in range(12):
+        picture(tmp_path / "images" / f"{number}.png", number)
+        mask(tmp_path / "masks" / f"{number}.png", 255, number=number)
+    mask(tmp_path / "masks" / "3_2.png", 255, number=1)
+    text = inspected(capsys, tmp_path)
+    assert "fits 12 of 12 images; 1 of 13 mask files belong to none of them and are left out" in text
 
 
 def test_the_proposal_does_not_depend_on_the_order_of_files(tmp_path):

@@ -194,7 +194,7 @@ def test_without_families_there_is_nothing_to_do(make_run: MakeRun, capsys: pyte
     train_baselines(tiny_config(run, {}), force=False)
     assert "baselines: nothing to do, the configuration has no section `baselines`" in capsys.readouterr().err
     assert not stage("baselines", run).exists()
-    assert state_of(tiny_config(run, {})) == "done"
+    assert state_of(tiny_config(run, {})) == "nothing to do"
 
 
 def test_datasets_that_no_family_can_learn_from_are_refused(tmp_path: Path) -> None:
