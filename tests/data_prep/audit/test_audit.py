@@ -461,7 +461,7 @@ def test_help_says_what_fails_and_what_is_only_told():
     )  # fmt: skip
     for words in (
         "exit code 2",
-        "It only tells",
+        "It only reports",
         "--against",
         "--contact-sheet",
         "--images-per-class",
