@@ -120,6 +120,20 @@ def test_stages_that_are_done_need_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert end.value.code == 2
 
 
+def test_overrides_that_were_not_given_again_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = fake_run.write_config(tmp_path, data={"dataset": "busi", "image_size": 64}, train=None)
+    run = Run(tmp_path / "run", load_experiment(config, ["data.raw_dir=/data/raw"]))
+    run.mark()
+    run.keep_config()
+    with pytest.raises(SystemExit):
+        check_settings(
+            Run(run.folder, load_experiment(config, [])), ["prepare"], ["--config", str(config)], None, False
+        )
+    note, error = capfd.readouterr().err.splitlines()
+    assert "data.raw_dir (there /data/raw, now null). Give the same overrides to every command." in note
+    assert error.startswith("error: data.raw_dir is not set")
+
+
 def test_a_check_that_cannot_run_ends_with_its_own_code(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         check_settings(Run(tmp_path), ["evaluate"], ["--config", str(tmp_path / "none.yaml")], None, False)

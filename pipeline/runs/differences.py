@@ -40,7 +40,7 @@ def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> st
     more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
     return (
         f"{path / CONFIG_FILE}, which the stages were last run with, differs from this configuration in "
-        f"{', '.join(shown)}{more}. Overrides given to a stage must be given to `status` as well."
+        f"{', '.join(shown)}{more}. Give the same overrides to every command."
     )
 
 

@@ -20,6 +20,7 @@ from maskloom.pipeline.config.yaml_reading import read_yaml
 from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
 from maskloom.pipeline.files.shipped import shipped, shipped_names
 from maskloom.pipeline.runs.command import exit_with
+from maskloom.pipeline.runs.differences import differences_text, differing_settings
 from maskloom.pipeline.runs.interruption import Interrupted, end_with_parent, hold_ctrl_c, received, signals_to
 from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
@@ -83,6 +84,8 @@ def check_settings(
         done = {one.name for one in stage_states(run, arguments) if one.state in ("done", "nothing to do")}
         problems = [(stage, message) for stage, message in problems if stage not in done]
     if problems:
+        if differing := differing_settings(run):
+            print(differences_text(run.folder, differing), file=sys.stderr)
         exit_with(*dict.fromkeys(message for _, message in problems))
 
 

@@ -119,7 +119,7 @@ def test_status_names_the_overrides_that_a_run_was_given(tmp_path):
     assert ended.stdout.splitlines()[-1] == (
         f"{run.folder}/config.yaml, which the stages were last run with, differs from this configuration in seed (there 3, now 0), "
         "data.raw_dir (there /data/raw, now null), generate.generators.controlnet (there null, now {}), generate.generators.text_only "
-        "(there null, now {}), generate.generators.lora (there {}, now null). Overrides given to a stage must be given to `status` as well."
+        "(there null, now {}), generate.generators.lora (there {}, now null). Give the same overrides to every command."
     )
     assert config.seed == 0
 
