@@ -161,9 +161,9 @@ def check_before_training(
     from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder
     from maskloom.pipeline.training.resuming import check_resumable
     from maskloom.train_controlnet.decoder import CHECKPOINTS, check_decoder_resumable
-    from maskloom.train_controlnet.validation.samples import further_wishes
+    from maskloom.train_controlnet.validation.samples import further_requests
 
-    further_wishes(config.fine_tuning, contract.description.sizes)
+    further_requests(config.fine_tuning, contract.description.sizes)
     check_validation_sampling(config)
     load_prompt_encoder(config.fine_tuning)
     for name in exported_names(config.fine_tuning):

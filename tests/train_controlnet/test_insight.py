@@ -27,7 +27,7 @@ from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task, train_stage
 from maskloom.train_controlnet.validation.adherence import READER_FILE
-from maskloom.train_controlnet.validation.samples import further_wishes, grid, show_in_trackers
+from maskloom.train_controlnet.validation.samples import further_requests, grid, show_in_trackers
 from maskloom.train_controlnet.validation.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 from tests.tiny_backbone import build_tiny_controlnet
 from tests.tiny_datasets import tiny_description, write_tiny_run
@@ -122,10 +122,10 @@ def test_adherence_reads_real_images_and_asks_with_the_words_of_others(
     assert meter is not None
     rows = list(MaskPromptDataset.open(data).split("validation"))
     seen = {np.asarray(row["conditioning_image"]).tobytes(): i for i, row in enumerate(rows)}
-    asked = [seen[wish.conditioning.tobytes()] for wish in meter.wishes]
+    asked = [seen[request.conditioning.tobytes()] for request in meter.requests]
     assert sorted(asked) == list(range(10))  # the eleventh has no foreground
     assert [rows[i]["label"] for i in asked] == [0] * 5 + [1] * 5
-    assert [wish.prompt for wish in meter.wishes] == [rows[i]["text"] for i in (asked[-1], *asked[:-1])]
+    assert [request.prompt for request in meter.requests] == [rows[i]["text"] for i in (asked[-1], *asked[:-1])]
     real = [np.repeat(np.asarray(rows[i]["image"])[..., None], 3, axis=2) for i in asked]
     faithful, of_the_words = meter.reading(real), meter.reading([real[-1], *real[:-1]])
     assert faithful.real.mean() > 0.85
@@ -168,7 +168,7 @@ def test_colour_images_are_read_in_colour(tmp_path: Path, backbone: Path) -> Non
         np.asarray(row["conditioning_image"]).tobytes(): row
         for row in MaskPromptDataset.open(tmp_path / "dataset").split("validation")
     }
-    reading = meter.reading([np.asarray(rows[wish.conditioning.tobytes()]["image"]) for wish in meter.wishes])
+    reading = meter.reading([np.asarray(rows[request.conditioning.tobytes()]["image"]) for request in meter.requests])
     assert (reading.asked == reading.real).all()
 
 
@@ -397,9 +397,9 @@ def test_the_first_mask_that_is_followed_is_told() -> None:
 
 def test_further_pictures_are_drawn_below_the_validation_rows(tmp_path: Path, data: Path, backbone: Path) -> None:
     row = MaskPromptDataset.open(data).split("validation")[3]
-    row["conditioning_image"].save(tmp_path / "wish.png")
-    wish = {"validation_prompt": ["toy imaging"], "validation_image": [str(tmp_path / "wish.png")]}
-    task_of(experiment(tmp_path / "run", data, backbone, num_validation_images=1, **wish)).validate(1)
+    row["conditioning_image"].save(tmp_path / "request.png")
+    request = {"validation_prompt": ["toy imaging"], "validation_image": [str(tmp_path / "request.png")]}
+    task_of(experiment(tmp_path / "run", data, backbone, num_validation_images=1, **request)).validate(1)
     picture = np.asarray(Image.open(tmp_path / "run/logs/train/images/step-000001.png"))
     assert picture.shape == (64, 96, 3)
     assert (picture[32:, :32] == np.asarray(row["conditioning_image"])).all()
@@ -413,9 +413,9 @@ def test_no_pictures_are_drawn_where_none_are_wanted(tmp_path: Path, data: Path,
 
 def test_further_prompts_need_no_image_without_a_controlnet(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path, controlnet="none", lora=["unet"], validation_prompt=["a", "b"])
-    wishes = further_wishes(config.train, [(16, 24), (32, 32)])
-    assert [wish.prompt for wish in wishes] == ["a", "b"]
-    assert all(wish.conditioning.shape == (16, 24, 3) for wish in wishes)
+    requests = further_requests(config.train, [(16, 24), (32, 32)])
+    assert [request.prompt for request in requests] == ["a", "b"]
+    assert all(request.conditioning.shape == (16, 24, 3) for request in requests)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_further_image_that_does_not_fit_is_named(tmp_path: Path, name: str, s
     Image.new("RGB", (16, 8)).save(tmp_path / "small.png")
     config = tiny_config(tmp_path, tmp_path, validation_prompt=["a"], validation_image=[str(tmp_path / name)])
     with pytest.raises(MaskLoomError, match=rf"train\.validation_image: .*{name} {said}"):
-        further_wishes(config.train, [(32, 32), (16, 24)])
+        further_requests(config.train, [(32, 32), (16, 24)])
 
 
 def test_missing_and_smaller_tiles_leave_white() -> None:

@@ -20,7 +20,7 @@ from maskloom.train_controlnet.memory_plan.plan import Planner
 from maskloom.train_controlnet.model_card import model_card
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task, train_stage
-from maskloom.train_controlnet.validation.samples import Sampling, Wish, sampled_images
+from maskloom.train_controlnet.validation.samples import Sampling, SampleRequest, sampled_images
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
 
@@ -144,7 +144,7 @@ def test_validation_pictures_see_the_end_of_a_prompt(run: Path, backbone: Path) 
         task = task_of(run, backbone, prompt_chunks=chunks)
         accelerator = Accelerator(cpu=True)
         one, other = (
-            sampled_images(task, accelerator, [Wish(blank, WORDS + end)], config, how, "test")[0]
+            sampled_images(task, accelerator, [SampleRequest(blank, WORDS + end)], config, how, "test")[0]
             for end in ("disc", "square")
         )
         differ.append(not np.array_equal(one, other))

@@ -34,7 +34,7 @@ from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.train_controlnet.data.augmentation import Picture
 from maskloom.train_controlnet.data.rows import TrainingRows
-from maskloom.train_controlnet.validation.samples import Wish
+from maskloom.train_controlnet.validation.samples import SampleRequest
 from maskloom.train_controlnet.validation.verdict import LEAST_IMAGES, check_adherence, too_few_images
 
 READER_FILE = "adherence.safetensors"
@@ -88,14 +88,14 @@ class AdherenceMeter:
             raise MaskLoomError(too_few_images(len(asked)))
         words = [rows[i]["text"] for i in np.roll(asked, 1).tolist()]
         seen = [rgb_array(rows[i]["conditioning_image"]) for i in asked]
-        self.wishes = [Wish(*wish) for wish in zip(seen, words, strict=True)]
+        self.requests = [SampleRequest(*request) for request in zip(seen, words, strict=True)]
         images, self.masks = self._pictures(rows, asked)
         self.reader = self._reader(of["train"].views.rows, run.generator / READER_FILE, contract.digest, config.seed)
         self.real = self._dice(images, self.masks)
         say(f"mask adherence: the masks of real validation images are read at Dice {self.real.mean():.2f}")
 
     def reading(self, images: Sequence[Picture]) -> Reading:
-        """Return the scores of the images, (H, W, 3) uint8, that were sampled for `wishes`."""
+        """Return the scores of the images, (H, W, 3) uint8, that were sampled for `requests`."""
         small = np.stack([self._small(Image.fromarray(image)) for image in images])
         return Reading(self._dice(small, self.masks), self._dice(small, np.roll(self.masks, 1, axis=0)), self.real)
 

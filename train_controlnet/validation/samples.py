@@ -31,20 +31,20 @@ from maskloom.train_controlnet.task import DiffusionTask
 
 
 @dataclass(frozen=True)
-class Wish:
-    """An image to be sampled.
+class SampleRequest:
+    """A request for one sample: its prompt and its conditioning image.
 
     Attributes:
-        conditioning: (H, W, 3) uint8 for the ControlNet; not looked at where there is none.
-        prompt: what the text encoder reads.
+        conditioning: (H, W, 3) uint8 for the ControlNet; ignored without one.
+        prompt: the text to encode.
     """
 
     conditioning: Picture
     prompt: str
 
 
-def further_wishes(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> list[Wish]:
-    """Return the pictures of `train.validation_prompt` and `train.validation_image`.
+def further_requests(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
+    """Return a request for each entry of `train.validation_prompt` and `train.validation_image`.
 
     Args:
         config: the training's.
@@ -55,9 +55,9 @@ def further_wishes(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> lis
     """
     blank = np.full((*sizes[0], 3), 255, dtype=np.uint8)
     if config.controlnet == "none":
-        return [Wish(blank, prompt) for prompt in config.validation_prompt]
+        return [SampleRequest(blank, prompt) for prompt in config.validation_prompt]
     pairs = zip(config.validation_image, config.validation_prompt, strict=True)
-    return [Wish(_conditioning_file(path, sizes), prompt) for path, prompt in pairs]
+    return [SampleRequest(_conditioning_file(path, sizes), prompt) for path, prompt in pairs]
 
 
 def _conditioning_file(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
@@ -80,7 +80,7 @@ def _conditioning_file(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
 def sampled_images(
     task: DiffusionTask,
     accelerator: Accelerator,
-    wishes: Sequence[Wish],
+    requests: Sequence[SampleRequest],
     config: ExperimentConfig,
     how: Sampling,
     purpose: str,
@@ -93,7 +93,7 @@ def sampled_images(
     Args:
         task: holds the networks.
         accelerator: of the training.
-        wishes: what to sample.
+        requests: the samples to draw.
         config: the experiment; names the scheduler and the seed.
         how: steps and guidance.
         purpose: keys the starting noise; the same purpose means the same noise for the same place in a list.
@@ -108,16 +108,16 @@ def sampled_images(
         unet=parts.unet,
         scheduler=sampling_scheduler(parts.scheduler_settings, config.generate, task.config, trained=True),
         controlnet=parts.controlnet,
-        sizes=[wish.conditioning.shape[:2] for wish in wishes],
+        sizes=[request.conditioning.shape[:2] for request in requests],
     )
     images: dict[int, Picture] = {}
     with torch.inference_mode(), accelerator.autocast(), _residuals_as_trained(task):
         embedding = cache(partial(prompt_embedding, pipe, task.prompt_encoder))
-        for numbers in _batches_of_one_size(wishes, task.config.train_batch_size):
-            batch = [wishes[number] for number in numbers]
+        for numbers in _batches_of_one_size(requests, task.config.train_batch_size):
+            batch = [requests[number] for number in numbers]
             found = sample(
                 pipe,
-                [embedding(wish.prompt) for wish in batch],
+                [embedding(request.prompt) for request in batch],
                 embedding(how.negative_prompt),
                 _control(batch) if parts.controlnet is not None else None,
                 batch[0].conditioning.shape[:2],
@@ -129,12 +129,12 @@ def sampled_images(
         task.parts.text_encoder.to("cpu")
     if task.config.cache_latents:
         task.parts.vae.to("cpu")
-    return [images[number] for number in range(len(wishes))]
+    return [images[number] for number in range(len(requests))]
 
 
-def _control(batch: Sequence[Wish]) -> torch.Tensor:
+def _control(batch: Sequence[SampleRequest]) -> torch.Tensor:
     """Return the conditioning images as (B, 3, H, W) in 0..1."""
-    return torch.from_numpy(np.stack([wish.conditioning for wish in batch])).permute(0, 3, 1, 2) / 255
+    return torch.from_numpy(np.stack([request.conditioning for request in batch])).permute(0, 3, 1, 2) / 255
 
 
 def _as_bytes(images: torch.Tensor) -> Picture:
@@ -142,13 +142,13 @@ def _as_bytes(images: torch.Tensor) -> Picture:
     return (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
-def _batches_of_one_size(wishes: Sequence[Wish], most: int) -> Iterator[list[int]]:
-    """Yield the numbers of wishes of one size, at most so many at a time."""
+def _batches_of_one_size(requests: Sequence[SampleRequest], most: int) -> Iterator[list[int]]:
+    """Yield the indices of requests that share a size, at most `most` at a time."""
 
     def size(number: int) -> tuple[int, ...]:
-        return wishes[number].conditioning.shape
+        return requests[number].conditioning.shape
 
-    for _, group in groupby(sorted(range(len(wishes)), key=size), key=size):
+    for _, group in groupby(sorted(range(len(requests)), key=size), key=size):
         numbers = list(group)
         yield from (numbers[i : i + most] for i in range(0, len(numbers), most))
 

@@ -26,7 +26,7 @@ from maskloom.train_controlnet.data.augmentation import Picture
 from maskloom.train_controlnet.data.rows import TrainingRows
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.validation.adherence import AdherenceMeter
-from maskloom.train_controlnet.validation.samples import Wish, further_wishes, grid, sampled_images, show_in_trackers
+from maskloom.train_controlnet.validation.samples import SampleRequest, further_requests, grid, sampled_images, show_in_trackers
 from maskloom.train_controlnet.validation.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 
 BATCH = 16
@@ -46,7 +46,7 @@ class Validator:
         """
         self.task, self.config, self.accelerator = task, config, accelerator
         self.logs = run.logs("train")
-        self.further = further_wishes(config.fine_tuning, contract.description.sizes)
+        self.further = further_requests(config.fine_tuning, contract.description.sizes)
         self.meter = None
         if config.fine_tuning.adherence and accelerator.is_main_process:  # the others never validate
             self.meter = AdherenceMeter(task.rows, config, run, contract, task.device)
@@ -74,7 +74,7 @@ class Validator:
                 gains = 1 - right.mean(axis=1) / wrong.mean(axis=1)
                 figures |= _bin_figures("condition_gain", gains, 1 - right.mean() / wrong.mean())
             if self.meter is not None:
-                images = self._sampled(self.meter.wishes, self._adherence_sampling(), "adherence")
+                images = self._sampled(self.meter.requests, self._adherence_sampling(), "adherence")
                 reading = self.meter.reading(images)
                 figures |= reading.figures()
             self._write_pictures(step)
@@ -91,8 +91,8 @@ class Validator:
         if line:
             say(line)
 
-    def _sampled(self, wishes: Sequence[Wish], how: Sampling, purpose: str) -> list[Picture]:
-        return sampled_images(self.task, self.accelerator, wishes, self.config, how, purpose)
+    def _sampled(self, requests: Sequence[SampleRequest], how: Sampling, purpose: str) -> list[Picture]:
+        return sampled_images(self.task, self.accelerator, requests, self.config, how, purpose)
 
     def _sampling(self) -> Sampling:
         """Return how the stage `generate` will sample from what is trained."""
@@ -149,12 +149,12 @@ class Validator:
         split = self.task.rows["validation"].views.rows
         count = min(self.config.fine_tuning.num_validation_images, len(split))
         rows = [split[i] for i in np.linspace(0, len(split) - 1, count).astype(int).tolist()]
-        wishes = [Wish(rgb_array(row["conditioning_image"]), row["text"]) for row in rows] + self.further
-        if not wishes:
+        requests = [SampleRequest(rgb_array(row["conditioning_image"]), row["text"]) for row in rows] + self.further
+        if not requests:
             return
         real = [rgb_array(row["image"]) for row in rows] + [None] * len(self.further)
-        samples = self._sampled(wishes, self._sampling(), "picture")
-        picture = grid(list(zip([wish.conditioning for wish in wishes], real, samples, strict=True)))
+        samples = self._sampled(requests, self._sampling(), "picture")
+        picture = grid(list(zip([request.conditioning for request in requests], real, samples, strict=True)))
         with atomic_path(self.logs / "images" / f"step-{step:06d}.png") as temporary:
             Image.fromarray(picture).save(temporary, format="PNG")
         show_in_trackers(self.accelerator, picture, step)

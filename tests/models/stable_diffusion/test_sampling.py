@@ -25,7 +25,7 @@ from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.export import export
 from maskloom.train_controlnet.train import build_task, check_validation_sampling
-from maskloom.train_controlnet.validation.samples import Wish, sampled_images
+from maskloom.train_controlnet.validation.samples import SampleRequest, sampled_images
 from maskloom.train_controlnet.validation.validator import Validator
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.tiny_datasets import write_tiny_run
@@ -76,13 +76,13 @@ def test_validation_and_generate_give_identical_pixels(
     how = Validator._sampling(task.validator)
     mask = np.zeros((32, 32, 3), np.uint8)
     mask[8:20, 10:25] = 255
-    wishes = [Wish(mask, "a disc"), Wish(mask[::-1].copy(), "a square on the left")]
-    validation = sampled_images(task, accelerator, wishes, config, how, "picture")
+    requests = [SampleRequest(mask, "a disc"), SampleRequest(mask[::-1].copy(), "a square on the left")]
+    validation = sampled_images(task, accelerator, requests, config, how, "picture")
     export(task, config, run, contract, accelerator)
-    assert generated(config, run, wishes) == [image.tobytes() for image in validation]
+    assert generated(config, run, requests) == [image.tobytes() for image in validation]
 
 
-def generated(config: ExperimentConfig, run: Run, wishes: list[Wish]) -> list[bytes]:
+def generated(config: ExperimentConfig, run: Run, requests: list[SampleRequest]) -> list[bytes]:
     """Return the images of the pipeline that the stage `generate` loads, called as its generators call it, in bytes."""
     name = "lora" if config.fine_tuning.controlnet == "none" else "controlnet"
     options = controlnet.Options(**config.generate.generators.get(name, {}))
@@ -94,13 +94,13 @@ def generated(config: ExperimentConfig, run: Run, wishes: list[Wish]) -> list[by
     with torch.inference_mode():
         batch = sample(
             pipe,
-            [prompt_embedding(pipe, encoder, wish.prompt) for wish in wishes],
+            [prompt_embedding(pipe, encoder, request.prompt) for request in requests],
             prompt_embedding(pipe, encoder, options.negative_prompt),
-            torch.from_numpy(np.stack([wish.conditioning for wish in wishes])).permute(0, 3, 1, 2) / 255
+            torch.from_numpy(np.stack([request.conditioning for request in requests])).permute(0, 3, 1, 2) / 255
             if "controlnet" in parts
             else None,
             (32, 32),
-            [keyed_generator(config.seed, "picture", number) for number in range(len(wishes))],
+            [keyed_generator(config.seed, "picture", number) for number in range(len(requests))],
             Sampling.of(config.generate, options.model_dump()),
         )
     pixels = (batch.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
