@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from maskloom.pipeline import __version__
 from maskloom.pipeline.errors import MaskLoomError, one_line, without_secrets
 from maskloom.pipeline.files.atomic import file_digest
-from maskloom.pipeline.hub.uploads import REPLACED, Parcel, RepoType
+from maskloom.pipeline.hub.uploads import REPLACED, Upload, RepoType
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -71,15 +71,15 @@ class Remote:
     unread: str = ""
 
 
-def compare(parcel: Parcel, remote: Remote) -> Iterator[tuple[str, int, str]]:
+def compare(upload: Upload, remote: Remote) -> Iterator[tuple[str, int, str]]:
     """Yield path, size and `new`, `changed`, `unchanged` or `removed` for every file of either side that a push concerns."""
-    for path, source in sorted(parcel.files.items()):
+    for path, source in sorted(upload.files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         there = remote.files.get(path)
         state = "new" if there is None else "unchanged" if _is_same(source, size, there) else "changed"
         yield path, size, state
-    replaced = REPLACED[parcel.target.repo_type]
-    for path in sorted(remote.files.keys() - parcel.files.keys()):
+    replaced = REPLACED[upload.target.repo_type]
+    for path in sorted(remote.files.keys() - upload.files.keys()):
         if replaced.fullmatch(path):
             yield path, remote.files[path].size, "removed"
 
@@ -136,7 +136,7 @@ class Hub:
                 return "NAMESPACE"
             raise
 
-    def look(self, parcel: Parcel, options: PushOptions) -> Remote:
+    def look(self, upload: Upload, options: PushOptions) -> Remote:
         """Return what the Hub has; in a dry run a Hub that does not answer is no error.
 
         Raises:
@@ -145,29 +145,29 @@ class Hub:
         if self.token is None:
             return Remote(unread="no token (`hf auth login`)")
         try:
-            with self._told(parcel.repo_id):
-                return self._read(parcel, options.revision)
+            with self._told(upload.repo_id):
+                return self._read(upload, options.revision)
         except MaskLoomError as error:
             if self.dry_run:
                 return Remote(unread=str(error))
             raise
 
-    def _read(self, parcel: Parcel, revision: str) -> Remote:
+    def _read(self, upload: Upload, revision: str) -> Remote:
         from huggingface_hub.errors import RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
-        info = self._info(parcel.repo_id, parcel.target.repo_type)
+        info = self._info(upload.repo_id, upload.target.repo_type)
         if info is None:
-            other: RepoType = "dataset" if parcel.target.repo_type == "model" else "model"
-            if self._info(parcel.repo_id, other) is not None:
+            other: RepoType = "dataset" if upload.target.repo_type == "model" else "model"
+            if self._info(upload.repo_id, other) is not None:
                 raise MaskLoomError(
-                    f"{parcel.repo_id}: exists as a {other}, and this is a {parcel.target.repo_type}; choose another --repo-id"
+                    f"{upload.repo_id}: exists as a {other}, and this is a {upload.target.repo_type}; choose another --repo-id"
                 )
             return Remote()
         try:
             tree = list(
                 self.api.list_repo_tree(
-                    parcel.repo_id, recursive=True, revision=revision, repo_type=parcel.target.repo_type
+                    upload.repo_id, recursive=True, revision=revision, repo_type=upload.target.repo_type
                 )
             )
         except RevisionNotFoundError:
@@ -183,7 +183,7 @@ class Hub:
         except RepositoryNotFoundError:
             return None
 
-    def send(self, parcel: Parcel, remote: Remote, news: Sequence[tuple[str, str]], options: PushOptions) -> None:
+    def send(self, upload: Upload, remote: Remote, news: Sequence[tuple[str, str]], options: PushOptions) -> None:
         """Make the repository and the branch where they are missing, and commit what is new.
 
         Raises:
@@ -191,33 +191,33 @@ class Hub:
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        where: dict[str, Any] = {"repo_id": parcel.repo_id, "repo_type": parcel.target.repo_type}
-        with self._told(parcel.repo_id), warnings.catch_warnings():
+        where: dict[str, Any] = {"repo_id": upload.repo_id, "repo_type": upload.target.repo_type}
+        with self._told(upload.repo_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the client prints what the server says about the card
             if not remote.exists:
                 self.api.create_repo(**where, private=not options.public)
                 if not options.public and not self.api.repo_info(**where).private:
                     raise MaskLoomError(
-                        f"{parcel.repo_id}: {self.api.endpoint} made it public although private was asked for; nothing was sent"
+                        f"{upload.repo_id}: {self.api.endpoint} made it public although private was asked for; nothing was sent"
                     )
             if not remote.has_branch and options.revision != MAIN:
                 self.api.create_branch(**where, branch=options.revision, exist_ok=True)
             operations = [
-                CommitOperationDelete(path) if state == "removed" else CommitOperationAdd(path, parcel.files[path])
+                CommitOperationDelete(path) if state == "removed" else CommitOperationAdd(path, upload.files[path])
                 for path, state in news
             ]
             self.api.create_commit(
                 **where,
                 operations=operations,
                 revision=options.revision,
-                commit_message=f"Push {parcel.target} (MaskLoom {__version__})",
+                commit_message=f"Push {upload.target} (MaskLoom {__version__})",
             )
 
-    def address(self, parcel: Parcel, options: PushOptions) -> str:
+    def address(self, upload: Upload, options: PushOptions) -> str:
         """Return the repository's page."""
-        prefix = "datasets/" if parcel.target.repo_type == "dataset" else ""
+        prefix = "datasets/" if upload.target.repo_type == "dataset" else ""
         branch = "" if options.revision == MAIN else f"/tree/{options.revision}"
-        return without_secrets(f"{self.api.endpoint}/{prefix}{parcel.repo_id}{branch}")
+        return without_secrets(f"{self.api.endpoint}/{prefix}{upload.repo_id}{branch}")
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:

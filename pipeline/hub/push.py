@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.hub.client import Hub, PushOptions, Remote, compare
-from maskloom.pipeline.hub.uploads import Parcel, Target, check_leaks, check_licence, find_targets, pack
+from maskloom.pipeline.hub.uploads import Upload, Target, check_leaks, check_licence, find_targets, pack
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
 
@@ -32,14 +32,14 @@ def push(config: ExperimentConfig, words: Sequence[str], options: PushOptions) -
     run = Run(config.run_folder)
     targets = find_targets(run, words or ["generator"])
     hub = Hub(options.dry_run)
-    parcels = [pack(config, run, target, repo_id) for target, repo_id in _addresses(targets, config, options, hub)]
-    for parcel in parcels:
-        check_licence(parcel, options.public, options.may_publish)
-        check_leaks(parcel, config, run)
-    for parcel in parcels:
-        for note in parcel.notes:
-            say(f"{parcel.target}: {note}")
-        _push_one(hub, parcel, options)
+    uploads = [pack(config, run, target, repo_id) for target, repo_id in _addresses(targets, config, options, hub)]
+    for upload in uploads:
+        check_licence(upload, options.public, options.may_publish)
+        check_leaks(upload, config, run)
+    for upload in uploads:
+        for note in upload.notes:
+            say(f"{upload.target}: {note}")
+        _push_one(hub, upload, options)
 
 
 def _addresses(
@@ -69,38 +69,38 @@ def _addresses(
     ]
 
 
-def _push_one(hub: Hub, parcel: Parcel, options: PushOptions) -> None:
-    """Bring one repository to the parcel's state, or list what that takes."""
+def _push_one(hub: Hub, upload: Upload, options: PushOptions) -> None:
+    """Bring one repository to the upload's state, or list what that takes."""
     visibility = "public" if options.public else "private"
-    remote = hub.look(parcel, options)
-    changes = list(compare(parcel, remote))
+    remote = hub.look(upload, options)
+    changes = list(compare(upload, remote))
     if remote.exists and remote.private is False and not options.public:
         raise MaskLoomError(
-            f"{parcel.repo_id}: the repository is public; push with --public, make it private on its settings page, or choose another --repo-id"
+            f"{upload.repo_id}: the repository is public; push with --public, make it private on its settings page, or choose another --repo-id"
         )
     if remote.exists and remote.private and options.public:
-        say(f"{parcel.repo_id}: is private and stays so: make it public on its settings page")
+        say(f"{upload.repo_id}: is private and stays so: make it public on its settings page")
     if options.dry_run:
-        _list(parcel, remote, changes, visibility)
+        _list(upload, remote, changes, visibility)
         return
     news = [(path, state) for path, _, state in changes if state != "unchanged"]
     if news:
-        hub.send(parcel, remote, news, options)
-        after = hub.look(parcel, options)
-        missing = next((path for path, _, state in compare(parcel, after) if state != "unchanged"), None)
+        hub.send(upload, remote, news, options)
+        after = hub.look(upload, options)
+        missing = next((path for path, _, state in compare(upload, after) if state != "unchanged"), None)
         if missing:
             raise MaskLoomError(
-                f"{parcel.repo_id}: {missing} did not arrive as it is here (does the repository's .gitignore name it?)"
+                f"{upload.repo_id}: {missing} did not arrive as it is here (does the repository's .gitignore name it?)"
             )
-    say(f"{parcel.target}: {len(news)} of {len(changes)} files changed" if news else f"{parcel.target}: up to date")
-    print(hub.address(parcel, options))
+    say(f"{upload.target}: {len(news)} of {len(changes)} files changed" if news else f"{upload.target}: up to date")
+    print(hub.address(upload, options))
 
 
-def _list(parcel: Parcel, remote: Remote, changes: Sequence[tuple[str, int, str]], visibility: str) -> None:
+def _list(upload: Upload, remote: Remote, changes: Sequence[tuple[str, int, str]], visibility: str) -> None:
     """Print what a push would do."""
     does = "would change" if any(state != "unchanged" for *_, state in changes) else "is up to date"
     state = f"not compared: {remote.unread}" if remote.unread else does if remote.exists else "would create"
-    print(f"{parcel.target} -> {parcel.repo_id} ({parcel.target.repo_type}, {visibility}): {state}")
+    print(f"{upload.target} -> {upload.repo_id} ({upload.target.repo_type}, {visibility}): {state}")
     for path, size, change in changes:
         print(f"  {'would send' if remote.unread else change:<10} {_size(size):>9}  {path}")
 

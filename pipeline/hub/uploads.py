@@ -87,8 +87,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What goes into one repository.
+class Upload:
+    """The files that go into one repository.
 
     Attributes:
         files: a file, or the bytes themselves, by path in the repository.
@@ -130,7 +130,7 @@ def find_targets(run: Run, words: Sequence[str]) -> list[Target]:
     return list(found)
 
 
-def pack(config: ExperimentConfig, run: Run, target: Target, repo_id: str) -> Parcel:
+def pack(config: ExperimentConfig, run: Run, target: Target, repo_id: str) -> Upload:
     """Return what of a target goes, checked.
 
     Raises:
@@ -139,7 +139,7 @@ def pack(config: ExperimentConfig, run: Run, target: Target, repo_id: str) -> Pa
     return _packed_weights(run, target, repo_id) if target.is_weights else _packed_set(run, target, repo_id)
 
 
-def _packed_set(run: Run, target: Target, repo_id: str) -> Parcel:
+def _packed_set(run: Run, target: Target, repo_id: str) -> Upload:
     folder = target.folder(run)
     if target.part != "dataset":  # the real one may be shared between runs by a link
         _check_place(folder, run)
@@ -156,10 +156,10 @@ def _packed_set(run: Run, target: Target, repo_id: str) -> Parcel:
         f"rows are named like sample_id {first['sample_id']!r}, group_id {first['group_id']!r}: "
         "make sure that such names tell no patient"
     )
-    return Parcel(target, repo_id, dict(files), _licences(dataset.contract), (note,))
+    return Upload(target, repo_id, dict(files), _licences(dataset.contract), (note,))
 
 
-def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
+def _packed_weights(run: Run, target: Target, repo_id: str) -> Upload:
     folder = target.folder(run)
     contract = read_contract(run.dataset)
     stage, again = ("train", "train") if target.part == "generator" else (f"baselines/{target.name}", "baselines")
@@ -190,7 +190,7 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Parcel:
     notes: list[str] = []
     weights = Weights(target.name, folder, stage, record.model_dump(mode="json"))
     files[CARD] = completed_card(text, weights, repo_id, run, notes).encode()
-    return Parcel(target, repo_id, files, _licences(contract), tuple(notes))
+    return Upload(target, repo_id, files, _licences(contract), tuple(notes))
 
 
 def _check_as_written(run: Run, record: StageRecord, folder: Path, names: Sequence[str], again: str) -> None:
@@ -240,7 +240,7 @@ def _licences(contract: Contract) -> tuple[str, ...]:
     return tuple(dict.fromkeys([contract.description.licence, *(str(about["licence"]) for about in external.values())]))
 
 
-def check_licence(parcel: Parcel, public: bool, may_publish: bool) -> None:
+def check_licence(upload: Upload, public: bool, may_publish: bool) -> None:
     """Say the data's licences; refuse to publish where they do not plainly allow it.
 
     Weights count as well: their sample pictures show real images, and they may have learnt some by heart.
@@ -248,18 +248,18 @@ def check_licence(parcel: Parcel, public: bool, may_publish: bool) -> None:
     Raises:
         MaskLoomError: it would be public, and the user has not said that it may be.
     """
-    closed = [licence for licence in parcel.licences if not OPEN_LICENCE.fullmatch(licence.strip())]
+    closed = [licence for licence in upload.licences if not OPEN_LICENCE.fullmatch(licence.strip())]
     if closed and public and not may_publish:
         raise MaskLoomError(
-            f"{parcel.target}: the licence of its data does not plainly let everyone pass it on: {closed[0]!r}; "
+            f"{upload.target}: the licence of its data does not plainly let everyone pass it on: {closed[0]!r}; "
             "push without --public, or add --i-have-the-right if you may publish it"
         )
-    say(f"{parcel.target}: licence of the data: {'; '.join(parcel.licences)}")
+    say(f"{upload.target}: licence of the data: {'; '.join(upload.licences)}")
     if closed and not public:
-        say(f"{parcel.target}: who may see the private repository must be allowed to have the data")
+        say(f"{upload.target}: who may see the private repository must be allowed to have the data")
 
 
-def check_leaks(parcel: Parcel, config: ExperimentConfig, run: Run) -> None:
+def check_leaks(upload: Upload, config: ExperimentConfig, run: Run) -> None:
     """Refuse any text that names a place on this machine.
 
     Raises:
@@ -267,12 +267,12 @@ def check_leaks(parcel: Parcel, config: ExperimentConfig, run: Run) -> None:
     """
     places = [Path.home(), Path.cwd(), run.folder.absolute(), run.folder.resolve(), config.data.raw_dir]
     known = [str(place) for place in places if place is not None and place.is_absolute() and len(place.parts) > 2]
-    for name, source in parcel.files.items():
+    for name, source in upload.files.items():
         text = file_text(source) if isinstance(source, Path) else source.decode("utf-8", "replace")
         found = next((place for place in known if place in text), None) or ABSOLUTE_PATH.search(text)
         if found:
             shown = found if isinstance(found, str) else found[0]
             raise MaskLoomError(
-                f"{parcel.target.folder(run) / name}: names a path of this machine, {shown!r}, which must not be published; "
+                f"{upload.target.folder(run) / name}: names a path of this machine, {shown!r}, which must not be published; "
                 "give it relative, or take it out of the configuration, and write the folder again"
             )

@@ -85,8 +85,8 @@ def source(tmp_path_factory: pytest.TempPathFactory, dataset: Path, backbone: Pa
 
 def test_an_upload_holds_both_files(source: Path, backbone: Path) -> None:
     run = Run(source.parents[1])
-    parcel = pack(tiny_config(run.folder, backbone), run, Target("generator", "lora"), "someone/lora")
-    assert {ADAPTER_FILE, KOHYA_FILE} <= parcel.files.keys()
+    upload = pack(tiny_config(run.folder, backbone), run, Target("generator", "lora"), "someone/lora")
+    assert {ADAPTER_FILE, KOHYA_FILE} <= upload.files.keys()
 
 
 def in_peft_names(weights: Weights) -> Weights:

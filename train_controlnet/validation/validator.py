@@ -26,7 +26,13 @@ from maskloom.train_controlnet.data.augmentation import Picture
 from maskloom.train_controlnet.data.rows import TrainingRows
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.validation.adherence import AdherenceMeter
-from maskloom.train_controlnet.validation.samples import SampleRequest, further_requests, grid, sampled_images, show_in_trackers
+from maskloom.train_controlnet.validation.samples import (
+    SampleRequest,
+    further_requests,
+    grid,
+    sampled_images,
+    show_in_trackers,
+)
 from maskloom.train_controlnet.validation.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
 
 BATCH = 16

@@ -759,8 +759,8 @@ def test_a_password_in_the_address_of_a_mirror_is_not_told(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     client = Hub(dry_run=True)
     client.api.endpoint = "https://me:pass@mirror"
-    parcel = SimpleNamespace(target=SimpleNamespace(repo_type="dataset"), repo_id="a/b")
-    assert client.address(parcel, PushOptions()) == "https://mirror/datasets/a/b"
+    upload = SimpleNamespace(target=SimpleNamespace(repo_type="dataset"), repo_id="a/b")
+    assert client.address(upload, PushOptions()) == "https://mirror/datasets/a/b"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", client.api.endpoint)
     with pytest.raises(MaskLoomError, match=r"^a/b: no answer from https://mirror, ") as error, client._told("a/b"):
         raise ConnectionError(f"https://me:pass@mirror?token={TOKEN}")

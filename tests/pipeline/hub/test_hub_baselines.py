@@ -17,7 +17,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest, write_json
 from maskloom.pipeline.hub.client import PushOptions
 from maskloom.pipeline.hub.push import push
-from maskloom.pipeline.hub.uploads import Parcel, Target, check_leaks, find_targets, pack
+from maskloom.pipeline.hub.uploads import Upload, Target, check_leaks, find_targets, pack
 from maskloom.pipeline.runs.run import Run
 from tests.pipeline import fake_run
 from tests.records import write_record
@@ -61,13 +61,13 @@ class World:
     def record(self, **changes: object) -> None:
         write_record(self.run, "baselines/pix2pix", **changes)
 
-    def parcel(self) -> Parcel:
+    def upload(self) -> Upload:
         if (self.run.logs("baselines/pix2pix") / "stage.json").is_file():
             self.record_weights()
         return pack(self.config, self.run, Target("baseline", "pix2pix"), REPO)
 
     def card(self) -> tuple[dict[str, object], str]:
-        text = self.parcel().files["README.md"]
+        text = self.upload().files["README.md"]
         assert isinstance(text, bytes)
         _, metadata, body = text.decode().split("---\n", 2)
         return yaml.safe_load(metadata), body
@@ -131,32 +131,32 @@ def test_figures_of_other_images_are_left_out(world: World):
     metadata, body = world.card()
     assert "model-index" not in metadata
     assert "Does it faith?" not in body
-    assert "run generate and evaluate again" in world.parcel().notes[0]
+    assert "run generate and evaluate again" in world.upload().notes[0]
 
 
 def test_a_path_of_this_machine_in_a_network_is_found(world: World):
     config = world.folder / "generator" / "config.json"
     write_json(config, {**json.loads(config.read_text()), "from": str(world.run.folder / "x")})
     with pytest.raises(MaskLoomError, match=re.escape("weights/generator/config.json: names a path of this machine")):
-        check_leaks(world.parcel(), world.config, world.run)
+        check_leaks(world.upload(), world.config, world.run)
 
 
 def test_weights_of_another_dataset_do_not_go(world: World):
     world.record(inputs={"dataset": "0" * 64})
     with pytest.raises(MaskLoomError, match=r"trained on another dataset than .* is now; run baselines again"):
-        world.parcel()
+        world.upload()
 
 
 def test_an_unfinished_training_does_not_go(world: World):
     (world.run.logs("baselines/pix2pix") / "stage.json").unlink()
     with pytest.raises(MaskLoomError, match="the training has not ended; run baselines again"):
-        world.parcel()
+        world.upload()
 
 
 def test_weights_must_be_there(world: World):
     (world.folder / "generator" / WEIGHTS).unlink()
     with pytest.raises(MaskLoomError, match=r"no weights to push \(\*\.safetensors\); run baselines again"):
-        world.parcel()
+        world.upload()
 
 
 def test_a_family_that_was_not_trained_is_named(world: World, tmp_path: Path):
