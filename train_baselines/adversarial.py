@@ -57,14 +57,14 @@ class GanOptions(FamilyOptions):
 class Gan(Family):
     """Goodfellow et al., Generative Adversarial Nets (2014). In each step the discriminator learns first, then the generator.
 
-    Subclasses build `generator` and `discriminator` and call `compete`.
+    Subclasses build `generator` and `discriminator` and call `prepare_networks`.
     """
 
     options: Any
     generator: Any
     discriminator: Any
 
-    def compete(self) -> None:
+    def prepare_networks(self) -> None:
         """Prepare the two networks for the loop."""
         if self.options.spectral_norm:
             add_spectral_norm(self.discriminator)
@@ -82,7 +82,7 @@ class Gan(Family):
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return what the discriminator sees of drawn samples for the same classes or masks, with gradients to the generator."""
 
-    def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
+    def discriminate(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
         """Return the discriminator's logits; a family whose discriminator is given the classes passes them on."""
         return network(planes)
 
@@ -97,7 +97,7 @@ class Gan(Family):
         drawn = self.drawn_planes(batch, draws)
         yield DISCRIMINATOR, self._discriminator_loss(real, drawn.detach(), labels, draws)
         with frozen(self.discriminator):
-            logits = self.judged(self.discriminator, self._seen(drawn, draws, "generator"), labels)
+            logits = self.discriminate(self.discriminator, self._seen(drawn, draws, "generator"), labels)
         further = self.further_losses(drawn, real)
         self._notes |= {key: value.detach() for key, value in further.items()}
         yield GENERATOR, generator_loss(logits, self.options.gan_loss) + sum(further.values())
@@ -126,8 +126,8 @@ class Gan(Family):
         network, penalised = self.networks[DISCRIMINATOR], self.options.r1_gamma > 0
         seen = self._seen(real, draws, "discriminator").requires_grad_(penalised)
         with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():  # the others are differentiable once
-            on_real = self.judged(network, seen, labels)
-        on_drawn = self.judged(network, self._seen(drawn, draws, "discriminator"), labels)
+            on_real = self.discriminate(network, seen, labels)
+        on_drawn = self.discriminate(network, self._seen(drawn, draws, "discriminator"), labels)
         self._see_answers(on_real, on_drawn)
         loss = discriminator_loss(on_real, on_drawn, self.options.gan_loss)
         if penalised:

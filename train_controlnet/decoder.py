@@ -217,7 +217,7 @@ class DecoderTask(Task):
             moments = self.vae.encode(images).latent_dist.parameters.float()
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         latents = sample_latents(moments, draws.normal("decoder posterior", shape), 1.0)
-        yield "decoder", likeness_loss(self.networks["decoder"](latents), images)
+        yield "decoder", reconstruction_loss(self.networks["decoder"](latents), images)
 
     def row_name(self, index: int) -> str:
         """Return the sample id of a training row."""
@@ -239,7 +239,7 @@ class DecoderTask(Task):
             found = self.vae.decode(self.vae.encode(image).latent_dist.mode()).sample.float()
         error = functional.mse_loss(_unit_range(found).clamp(0, 1), _unit_range(image))
         return {
-            "loss": float(likeness_loss(found, image)),
+            "loss": float(reconstruction_loss(found, image)),
             "psnr": float(-10 * torch.log10(error.clamp_min(1e-10))),
             "ssim": 1 - float(_dissimilarity(found.clamp(-1, 1), image)),
         }
@@ -265,7 +265,7 @@ def random_crops(images: Tensor, side: int, draws: Draws) -> Tensor:
     return torch.stack(crops)
 
 
-def likeness_loss(found: Tensor, images: Tensor) -> Tensor:
+def reconstruction_loss(found: Tensor, images: Tensor) -> Tensor:
     """Return 0.16 L1 + 0.84 (1 - SSIM) on the range 0..1, a scalar.
 
     Args:

@@ -57,7 +57,7 @@ class Toy(Gan):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.generator, self.discriminator = Painter(self.options.variety), Gauge(self.options.sharpness)
-        self.compete()
+        self.prepare_networks()
 
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["image"]

@@ -31,7 +31,7 @@ from maskloom.train_controlnet.decoder import (
     DecoderTask,
     check_decoder_engine,
     decoder_loop,
-    likeness_loss,
+    reconstruction_loss,
     load_decoder,
     random_crops,
     train_decoder,
@@ -234,8 +234,8 @@ def test_the_loss_is_l1_and_ssim_as_others_compute_them() -> None:
     ]
     expected = 0.84 * (1 - np.mean(ssim)) + 0.16 * abs(images - found).mean()
     as_tensors = (torch.from_numpy(2 * one - 1).float() for one in (found, images))
-    assert float(likeness_loss(*as_tensors)) == pytest.approx(expected, rel=0.01)  # they treat the border otherwise
-    assert float(likeness_loss(torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32))) == pytest.approx(0, abs=1e-6)
+    assert float(reconstruction_loss(*as_tensors)) == pytest.approx(expected, rel=0.01)  # they treat the border otherwise
+    assert float(reconstruction_loss(torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32))) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("wanted", "taken"), [("latest", "latest"), ("runs/x/checkpoint-3", "latest"), (None, None)])

@@ -181,7 +181,7 @@ class Trained(Gan):
         )
         normal_start(self.generator)
         options.start(self.discriminator)
-        self.compete()
+        self.prepare_networks()
         self._enter_phase(0)
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
@@ -203,7 +203,7 @@ class Trained(Gan):
         noise = draws.normal("latent", [self.noise_length])
         return self.networks[GENERATOR](noise, batch["label"], self.phase.level, self.alpha).float()
 
-    def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
+    def discriminate(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
         """Return the discriminator's logits for images said to be of the classes."""
         return network(planes, labels, self.alpha)
 

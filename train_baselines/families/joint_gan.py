@@ -1,4 +1,4 @@
-"""`joint_gan`: image and mask together from noise and a class, judged together.
+"""`joint_gan`: image and mask together, from noise and a class, with one discriminator for both.
 
 The architecture and settings are those of a conditional GAN for breast ultrasound (BUSI): 256 x 256, noise of 100, batches of 8, 200 epochs at a
 rate of 2e-4, a checkpoint and previews every 20 epochs. Conditional as in Mirza and Osindero (2014), convolutional as in Radford et al. (2016).
@@ -116,7 +116,7 @@ class Trained(Gan):
         )
         normal_start(self.generator)
         options.start(self.discriminator)
-        self.compete()
+        self.prepare_networks()
 
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return images and masks."""
@@ -128,7 +128,7 @@ class Trained(Gan):
         noise = draws.normal("noise", (self.noise_length,))
         return torch.cat([part.float() for part in self.networks[GENERATOR](noise, batch["label"])], dim=1)
 
-    def judged(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
+    def discriminate(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
         """Return the logits of image, mask and class."""
         return network(planes, labels)
 

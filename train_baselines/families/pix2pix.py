@@ -87,7 +87,7 @@ class Trained(Gan):
         normal_start(self.generator)
         normal_start(self.discriminator)
         self.similarity = SSIMLoss(spatial_dims=2, data_range=2.0)
-        self.compete()
+        self.prepare_networks()
 
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return images and masks."""
