@@ -216,7 +216,7 @@ def audit(datasets: Sequence[MaskPromptDataset], index: AuditIndex, near: bool |
     notes = [near_plan(datasets, near)[1], *_size_notes(datasets)]
     try:
         near_duplicates = list(near_findings(index, datasets)) if index.near else []
-    except MaskLoomError as error:  # unrelated images look alike
+    except MaskLoomError as error:  # unrelated images correlate
         near_duplicates = []
         notes.append(f"near-duplicates: none told: {error}")
     for finding in chain(identical_findings(index.rows, datasets), near_duplicates):

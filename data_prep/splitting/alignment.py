@@ -62,7 +62,7 @@ def align_pairs(
     """Return the agreement of each pair, (N, 2), of images."""
     parts = [pairs[start : start + PAIRS] for start in range(0, len(pairs), PAIRS)]
     found: list[Agreement] = []
-    with progress("aligning look-alikes", len(pairs), "pairs") as advance:
+    with progress("aligning near-duplicates", len(pairs), "pairs") as advance:
         for part in parallel_results(partial(_aligned_part, signatures, index, layout), parts, workers, True):
             found += part
             advance(len(part))

@@ -33,7 +33,7 @@ class Finding:
         problem: `splits` (in two splits of the dataset), `datasets` (in both datasets), `labels` (with different labels), or `masks`.
         likeness: `identical` (every pixel) or `near`.
         correlation: of the two images reduced to 64 x 64.
-        images: size of the set of look-alikes that the pair is taken from.
+        images: size of the set of near-duplicates that the pair is taken from.
         fails: whether the dataset must not be used like this.
     """
 
@@ -47,7 +47,7 @@ class Finding:
 
 
 class Member(NamedTuple):
-    """An image in a set of look-alikes."""
+    """An image in a set of near-duplicates."""
 
     id: int
     dataset: int

@@ -29,7 +29,7 @@ def is_blank(image: NDArray[Any]) -> bool:
 def without_padding(image: Pixels, black: int = BLACK) -> Pixels:
     """Return the image, (H, W) or (H, W, 3), less the black rows and columns around it; the image itself where all is black.
 
-    Padding is the same in every image of one aspect: its edges would make strangers look alike.
+    Padding is the same in every image of one aspect: its edges would make unrelated images correlate.
 
     Args:
         image: the picture.

@@ -142,7 +142,7 @@ def pictures_of(dataset: Path) -> dict[bytes, tuple[bytes, str]]:
 def test_the_busi_adapter_reads_the_tree_back(busi: tuple[Path, Contract], tmp_path: Path):
     dataset, contract = busi
     export(dataset, ExportOptions("busi_tree", tmp_path / "tree"))
-    # Phantoms of 64 pixels look alike; that they are told apart or not is no matter of the tree.
+    # Phantoms of 64 pixels are near-duplicates; whether they are found does not matter for the tree.
     prepare(experiment(tmp_path / "run", "busi", tmp_path / "tree", duplicates="none"), force=False)
     again = read_contract(tmp_path / "run" / "dataset")
     assert sum(split.rows for split in again.splits.values()) == sum(split.rows for split in contract.splits.values())
