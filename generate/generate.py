@@ -77,14 +77,12 @@ def generate(config: ExperimentConfig, force: bool) -> None:
             verify_quickly(run.dataset)
         for generator in generators.values():
             generator.check()
-        weaving = _Weaving.planned(config, run, dataset, stage.config_hash, processes)
+        job = GenerationJob.planned(config, run, dataset, stage.config_hash, processes)
         told = (
-            _tell_cut_prompts(config, generators, weaving.reader.prompts(weaving.rows))
-            if processes.is_main_process
-            else True
+            _tell_cut_prompts(config, generators, job.reader.prompts(job.rows)) if processes.is_main_process else True
         )
         for name, generator in generators.items():
-            results[name] = weaving.write_set(name, generator, force)
+            results[name] = job.write_set(name, generator, force)
         if not told:  # a warped mask's words may be longer than its parent's
             _tell_cut_prompts(config, generators, _written_prompts(run, generators))
 
@@ -184,8 +182,8 @@ def _join_processes() -> PartialState:
 
 
 @dataclass(frozen=True)
-class _Weaving:
-    """What all generators of a run share: the plan, the masks, the processes."""
+class GenerationJob:
+    """The generation of all synthetic sets of a run, which share the plan, the masks and the processes."""
 
     config: ExperimentConfig
     run: Run
@@ -198,7 +196,7 @@ class _Weaving:
     @classmethod
     def planned(
         cls, config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, config_hash: str, processes: PartialState
-    ) -> _Weaving:
+    ) -> GenerationJob:
         """Plan the rows once the dataset is verified."""
         processes.wait_for_everyone()
         parents = read_parents(dataset)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from maskloom.pipeline import __version__
 from maskloom.pipeline.errors import MaskLoomError, one_line, without_secrets
 from maskloom.pipeline.files.atomic import file_digest
-from maskloom.pipeline.hub.uploads import REPLACED, Upload, RepoType
+from maskloom.pipeline.hub.uploads import REPLACED, RepoType, Upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.hub.client import Hub, PushOptions, Remote, compare
-from maskloom.pipeline.hub.uploads import Upload, Target, check_leaks, check_licence, find_targets, pack
+from maskloom.pipeline.hub.uploads import Target, Upload, check_leaks, check_licence, find_targets, pack
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
 

@@ -153,7 +153,9 @@ def test_the_discriminator_sees_image_mask_and_class_of_both_sides_alike(make_ru
     drawn = family.drawn_planes(batch, Draws(0, [0, 1], torch.device("cpu")))
     assert drawn.shape == real.shape
     assert drawn.requires_grad
-    first, second = (family.discriminate(family.discriminator.eval(), real, torch.full((2,), label)) for label in (0, 1))
+    first, second = (
+        family.discriminate(family.discriminator.eval(), real, torch.full((2,), label)) for label in (0, 1)
+    )
     assert (first != second).all()
     other = family.drawn_planes(batch, Draws(0, [2, 3], torch.device("cpu")))
     assert (other != drawn).any()

@@ -31,9 +31,9 @@ from maskloom.train_controlnet.decoder import (
     DecoderTask,
     check_decoder_engine,
     decoder_loop,
-    reconstruction_loss,
     load_decoder,
     random_crops,
+    reconstruction_loss,
     train_decoder,
 )
 from maskloom.train_controlnet.train import train_stage
@@ -234,7 +234,9 @@ def test_the_loss_is_l1_and_ssim_as_others_compute_them() -> None:
     ]
     expected = 0.84 * (1 - np.mean(ssim)) + 0.16 * abs(images - found).mean()
     as_tensors = (torch.from_numpy(2 * one - 1).float() for one in (found, images))
-    assert float(reconstruction_loss(*as_tensors)) == pytest.approx(expected, rel=0.01)  # they treat the border otherwise
+    assert float(reconstruction_loss(*as_tensors)) == pytest.approx(
+        expected, rel=0.01
+    )  # they treat the border otherwise
     assert float(reconstruction_loss(torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32))) == pytest.approx(0, abs=1e-6)
 
 

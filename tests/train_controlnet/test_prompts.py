@@ -20,7 +20,7 @@ from maskloom.train_controlnet.memory_plan.plan import Planner
 from maskloom.train_controlnet.model_card import model_card
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task, train_stage
-from maskloom.train_controlnet.validation.samples import Sampling, SampleRequest, sampled_images
+from maskloom.train_controlnet.validation.samples import SampleRequest, Sampling, sampled_images
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
 

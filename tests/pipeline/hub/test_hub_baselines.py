@@ -17,7 +17,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest, write_json
 from maskloom.pipeline.hub.client import PushOptions
 from maskloom.pipeline.hub.push import push
-from maskloom.pipeline.hub.uploads import Upload, Target, check_leaks, find_targets, pack
+from maskloom.pipeline.hub.uploads import Target, Upload, check_leaks, find_targets, pack
 from maskloom.pipeline.runs.run import Run
 from tests.pipeline import fake_run
 from tests.records import write_record
