@@ -90,7 +90,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    averages: EMAWeights,
+    ema: EMAWeights,
     identity: Mapping[str, Any],
     limit: int | None,
 ) -> None:
@@ -100,7 +100,7 @@ def save_checkpoint(
         accelerator: holds models, optimizers, schedulers and each process's random state.
         folder: where checkpoints live.
         step: number of optimizer steps done.
-        averages: the weights kept besides the trained ones.
+        ema: the averaged weights, and the best ones of early stopping.
         identity: what the training depends on; `resume` refuses a checkpoint of another one.
         limit: how many checkpoints stay; None keeps all.
     """
@@ -111,7 +111,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     with told_when_unwritable(temporary):
         accelerator.save_state(str(temporary))
-        kept = averages.save(temporary) if accelerator.is_main_process else {}
+        kept = ema.save(temporary) if accelerator.is_main_process else {}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         record = LoopRecord(step=step, averages=kept, identity=json.loads(json.dumps(dict(identity))))
@@ -129,16 +129,16 @@ def resume(
     accelerator: Accelerator,
     folder: Path,
     wanted: str | None,
-    averages: EMAWeights,
+    ema: EMAWeights,
     identity: Mapping[str, Any],
 ) -> int:
-    """Load a checkpoint into the accelerator's objects and the averages.
+    """Load a checkpoint into the accelerator's objects and the averaged weights.
 
     Args:
         accelerator: its models, optimizers, schedulers and random states are filled.
         folder: where checkpoints live.
         wanted: `latest`, a checkpoint folder's path, or None to start afresh.
-        averages: the weights kept besides the trained ones.
+        ema: the averaged weights, and the best ones of early stopping.
         identity: what the training depends on.
 
     Returns:
@@ -155,7 +155,7 @@ def resume(
     _check_random_states(path, accelerator)
     try:
         accelerator.load_state(str(path), load_kwargs={"weights_only": True})
-        averages.load(path, record.averages)
+        ema.load(path, record.averages)
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
         raise MaskLoomError(f"{path}: cannot be read ({excerpt(error)}); {_remedy(path)}") from error
     _check_random_states_restored(path, accelerator)

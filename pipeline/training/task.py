@@ -1,4 +1,4 @@
-"""What is trained, as the loop sees it."""
+"""The interface between the training loop and what it trains."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +11,14 @@ from maskloom.pipeline.training.randomness import Draws
 
 
 class Task(ABC):
-    """What is trained.
+    """Networks to train, with their data and losses.
 
     Attributes:
-        networks: the trained modules by name; the loop replaces them by their prepared (distributed) versions.
-        dataset: rows as dictionaries of tensors (and strings); `len` rows an epoch.
-        buckets: for each row, the number of its bucket: rows of one batch share it (they have one size); None: all do.
-        whole_weights: after a training whose engine gives each process a part of the weights (FSDP, DeepSpeed): each network's
-            state dictionary, whole, on the main process; None: the networks themselves hold it.
+        networks: the trained modules by name; the loop replaces them with their prepared (distributed) versions.
+        dataset: rows as dictionaries of tensors (and strings); `len` rows per epoch.
+        buckets: number of each row's bucket; the rows of a batch come from one bucket, so they share a size. None: one bucket.
+        whole_weights: after a training with sharded weights (FSDP, DeepSpeed), the whole state dictionary of each network, on the
+            main process; None: the networks hold their weights themselves.
     """
 
     networks: dict[str, nn.Module]
@@ -27,7 +27,7 @@ class Task(ABC):
     whole_weights: dict[str, dict[str, Tensor]] | None = None
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trained parameters of each optimizer; by default one optimizer a network, of the same name."""
+        """Return the trained parameters of each optimizer; by default one optimizer per network, of the same name."""
         return {name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()}
 
     @abstractmethod
