@@ -1,4 +1,4 @@
-"""Raw labelled images -> mask-and-prompt dataset: the stage `prepare`; `inspect` and `verify`.
+"""Raw labelled images -> mask-and-prompt dataset: the stage `prepare`, with `inspect` and `verify`.
 
-Imports no torch when it is imported, and no other stage; a raw file is only ever read.
+Importing it does not import torch, nor any other stage. Raw files are only read, never changed.
 """

@@ -1,4 +1,7 @@
-"""`python -m data_prep --config FILE [KEY=VALUE ...] [--force] [--shard I/N]`, and the commands `inspect`, `merge` and `verify`."""
+"""`python -m data_prep --config FILE [KEY=VALUE ...] [--force] [--shard I/N]`.
+
+Further commands: `inspect`, `merge` and `verify`.
+"""
 
 import re
 import sys
@@ -64,7 +67,7 @@ def prepare_dataset(
     check: CheckOption = False,
     shard: ShardOption = None,
 ) -> None:
-    """Read the raw dataset and write the mask-and-prompt dataset, or read only one shard of the raw data."""
+    """Read the raw dataset and write the mask-and-prompt dataset, or read only one shard."""
     part = None if shard is None else parsed_shard(shard)
     experiment = loaded(config, overrides)
     from maskloom.data_prep.prepare import prepare
@@ -73,7 +76,10 @@ def prepare_dataset(
 
 
 def merge(config: ConfigOption, overrides: OverridesArgument = None) -> None:
-    """Write the mask-and-prompt dataset from the parts read by `prepare --shard`; use the same configuration and run folder."""
+    """Write the mask-and-prompt dataset from the parts read by `prepare --shard`.
+
+    Use the same configuration and run folder.
+    """
     experiment = loaded(config, overrides)
     from maskloom.data_prep.prepare import prepare
 
@@ -86,7 +92,7 @@ def inspect(
         int, typer.Option(min=1, help="largest number of images to decode, spread over the dataset")
     ] = 200,
 ) -> None:
-    """Identify the dataset in a raw folder, describe its images and masks and their problems, and say how to prepare it."""
+    """Identify a raw folder, summarise its images and masks, and show how to prepare it."""
     from maskloom.data_prep.inspect.inspect import inspect_folder
 
     inspect_folder(raw_dir, samples)
@@ -122,14 +128,16 @@ def verify(
 
     - a group in two splits, or a synthetic row whose parent is held out
 
-    - identical images in train or validation and in another split, also across the datasets given by --against
+    - identical images in train or validation and in another split, also across the datasets given
+      by --against
 
     - clear near-duplicates in such splits, if the groups should keep them together
 
     - identical images with different labels
 
-    It only reports weaker near-duplicates, near-duplicates in another dataset or with different labels, images in two held-out splits, identical images with
-    different masks, and the content of each split: classes, mask regions, grey levels, prompts.
+    It only reports weaker near-duplicates, near-duplicates in another dataset or with different
+    labels, images in two held-out splits, identical images with different masks, and the content of
+    each split: classes, mask regions, grey levels, prompts.
     """
     from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
     from maskloom.data_prep.audit.contact_sheet import contact_sheet_page

@@ -1,7 +1,8 @@
-"""What a dataset plug-in provides: a description, a listing, and a reader of one sample.
+"""The interface of a dataset plug-in: description, listing of samples, and decoding of one sample.
 
-To add a dataset, write one file `data_prep/datasets/NAME.py` with a class `Adapter(DatasetAdapter)`. Nothing else
-needs an edit: the file's name is the dataset's name, and the contract tests run over it.
+To add a dataset, write one file `data_prep/datasets/NAME.py` with a class
+`Adapter(DatasetAdapter)`. Nothing else has to be edited: the file name is the name of the dataset,
+and the contract tests cover it.
 """
 
 import os
@@ -21,26 +22,30 @@ from maskloom.pipeline.errors import MaskLoomError
 
 
 class Options(Section):
-    """The adapter's own options, `data.options` in the configuration; unknown keys are errors."""
+    """The options of an adapter, `data.options` in the configuration; unknown keys are errors."""
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is true of every sample of a dataset.
+    """Describes a dataset: properties shared by all of its samples.
 
     Attributes:
-        modality: the words for the imaging method in prompts, such as `breast ultrasound`.
-        channels: 1 (grey) or 3 (RGB) of the prepared image.
+        modality: name of the imaging method in prompts, such as `breast ultrasound`.
+        channels: channels of the prepared image, 1 (grey) or 3 (RGB).
         mask_classes: name of each mask index; index 0 is always `background`.
         palette: RGB colour of each mask index in the conditioning image, 0..255.
-        labels: names of the image-level classes, in the order of their index; empty where there are none.
-        prompt_templates: format strings over `{label}`, `{modality}`, `{size}`, `{place}`, `{shape}`, `{mask_classes}` and the
-            keys of `RawItem.attributes`. See `pipeline.dataset.prompts`.
-        duplicates: what is looked for before splitting. `near`: the same picture despite changes (`data_prep.splitting.near_duplicates`);
-            `identical`: the same pixels alone, where neighbours are alike by construction (slices of a volume, tiles of a slide) and
-            `RawItem.group` keeps them together. Images of one value (black slices, blank tiles) are duplicates of nothing.
-        paired_image: what `RawImage.condition` shows, in words (`H&E stain`), where the dataset has a second image of every sample that
-            ControlNet can be conditioned on (`data.conditioning=image`); None where it has none.
+        labels: names of the image-level classes, in the order of their index; may be empty.
+        prompt_templates: format strings over `{label}`, `{modality}`, `{size}`, `{place}`,
+            `{shape}`, `{mask_classes}` and the keys of `RawItem.attributes`. See
+            `pipeline.dataset.prompts`.
+        duplicates: which duplicates are searched for before splitting. `near`: near-duplicates
+            (`data_prep.splitting.near_duplicates`); `identical`: identical pixels only, for
+            datasets whose neighbouring images are similar by construction (slices of a volume,
+            tiles of a slide) and kept together by `RawItem.group`. Constant images (black slices,
+            blank tiles) never count as duplicates.
+        paired_image: content of `RawImage.condition` in words (`H&E stain`), if every sample has a
+            second image that ControlNet can be conditioned on (`data.conditioning=image`); else
+            None.
     """
 
     modality: str
@@ -58,18 +63,19 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class RawItem:
-    """One raw sample, listed but not yet decoded.
+    """A raw sample that has been listed but not decoded.
 
     Attributes:
         sample_id: unique and stable across runs; letters, digits, `-`, `_`, `.` only.
-        path: the raw image file, a place in one (`scan.nii.gz#slice=012`), or a pseudo path (`mni152/axial/0090`); unique; named in
-            errors and in `rejected.jsonl`.
-        mask_paths: the raw mask files, if masks are files.
+        path: the raw image file, a location in it (`scan.nii.gz#slice=012`), or a pseudo path
+            (`mni152/axial/0090`); unique; used in errors and in `rejected.jsonl`.
+        mask_paths: the raw mask files, if masks are files of their own.
         label: image-level class name, or None.
-        group: patient, lesion or slab id where the dataset knows it, else None (near-duplicates are then found by content).
-        split: `train`, `validation` or `test` where the dataset fixes it, else None.
+        group: patient, lesion or slab id if the dataset provides one, else None (near-duplicates
+            are then found by content).
+        split: `train`, `validation` or `test` if the dataset fixes it, else None.
         attributes: further values for the prompt templates.
-        key: whatever `load` needs besides the paths (a slice index, a seed, …).
+        key: anything else that `load` needs (a slice index, a seed, …).
     """
 
     sample_id: str
@@ -84,23 +90,23 @@ class RawItem:
 
 @dataclass(frozen=True)
 class Reject:
-    """A raw input that `scan` leaves out, with the reason; both are made printable, whatever the names of files in them."""
+    """A raw input that is left out, with the reason; unprintable characters in both are escaped."""
 
     path: str
     reason: str
 
     def __post_init__(self) -> None:
-        """Escape what no ledger could hold."""
+        """Escape characters that the ledger cannot hold."""
         object.__setattr__(self, "path", printable(self.path))
         object.__setattr__(self, "reason", printable(self.reason))
 
 
 def unread_folders(folder: Path, read: Collection[str] = ()) -> Iterator[Reject]:
-    """Yield a reject for every visible folder with files in a folder of which only the files are read: nothing is left out silently.
+    """Yield a reject for every visible, non-empty subfolder that is not read.
 
     Args:
-        folder: may be missing.
-        read: names, in lower case, of the folders in it that are read.
+        folder: the folder; may be missing.
+        read: lower-case names of the subfolders that are read.
     """
     for path in subfolders(folder):
         if comparable(path.name) in read or not any(p.is_file() for p in path.rglob("*")):
@@ -114,12 +120,14 @@ class RawImage:
     """One decoded sample.
 
     Attributes:
-        image: (H, W) or (H, W, 3), uint8, or uint16/float in any range (`value_range` then says black and white).
-        mask: (H, W) uint8 class indices with 0 = background, or None where the dataset has no masks.
-        value_range: (black, white) for images that are not uint8; None takes the image's own minimum and maximum.
-        condition: (H, W) or (H, W, 3) uint8, of the image's height and width: the paired picture of `DatasetInfo.paired_image`.
-        pixel_size: (height, width) of a pixel, in millimetres or any other unit, where they may differ: the resized image then has square
-            pixels. None: they are square.
+        image: (H, W) or (H, W, 3), uint8, or uint16/float in any range (see `value_range`).
+        mask: (H, W) uint8 class indices with 0 = background, or None if the dataset has no masks.
+        value_range: (black, white) for images that are not uint8; None: the minimum and maximum of
+            the image.
+        condition: (H, W) or (H, W, 3) uint8, of the size of the image: the paired image
+            (`DatasetInfo.paired_image`).
+        pixel_size: (height, width) of a pixel, in millimetres or any other unit, if pixels may not
+            be square; resizing then makes them square. None: square pixels.
     """
 
     image: NDArray[Any]
@@ -130,12 +138,16 @@ class RawImage:
 
 
 class DatasetAdapter(ABC):
-    """Reads one dataset's raw layout. Never writes; never imports torch; can be pickled, for it works in several processes.
+    """Reads the raw layout of one dataset.
+
+    An adapter never writes and never imports torch. It must be picklable, because several processes
+    use it.
 
     Attributes:
-        Options: the adapter's options.
-        needs_raw_dir: false where the data comes with a package or is computed.
-        items_per_part: how many scanned items are read, and kept for resuming, at a time; 1 where an item is a volume or a slide.
+        Options: class of the adapter's options.
+        needs_raw_dir: false if the data comes with a package or is computed.
+        items_per_part: number of listed items that are read and stored as one resumable part; 1 for
+            volumes and slides.
     """
 
     Options: ClassVar[type[Options]] = Options
@@ -143,10 +155,10 @@ class DatasetAdapter(ABC):
     items_per_part: ClassVar[int] = 32
 
     def __init__(self, raw_dir: Path | None, options: BaseModel) -> None:
-        """Keep the folder and the options.
+        """Store the folder and the options.
 
         Raises:
-            MaskLoomError: the adapter needs a raw folder and none is given, or it is not a folder.
+            MaskLoomError: the adapter needs a raw folder and it is not set, or is not a folder.
         """
         self.options = options
         if self.needs_raw_dir:
@@ -164,20 +176,20 @@ class DatasetAdapter(ABC):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether a folder looks like this dataset, told from file and folder names alone (for `python -m data_prep inspect`)."""
+        """Whether a folder looks like this dataset, by file and folder names only (for `inspect`)."""
         return False
 
     @classmethod
     def needed_options(cls, raw_dir: Path) -> list[dict[str, Any]]:
-        """Return the options that a folder needs, one mapping for each dataset that it holds (for `python -m data_prep inspect`)."""
+        """Return the options that a folder needs, one mapping per dataset in it (for `inspect`)."""
         return [{}]
 
     @abstractmethod
     def info(self) -> DatasetInfo:
-        """Return what is true of every sample.
+        """Return the description of the dataset.
 
         Raises:
-            MaskLoomError: the raw data has to be read for it (class names), and cannot be.
+            MaskLoomError: the raw data is needed for it (class names) and cannot be read.
         """
 
     @abstractmethod
@@ -185,11 +197,13 @@ class DatasetAdapter(ABC):
         """List every raw image, volume or slide once, in a stable order, without decoding pixels.
 
         Raises:
-            MaskLoomError: the folder does not look like this dataset (says what was looked for).
+            MaskLoomError: the folder does not look like this dataset; names the expected layout.
         """
 
     def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
-        """List the samples inside one scanned item, in order: the slices of a volume, the tiles of a slide. By default itself.
+        """List the samples in an item, in order: the slices of a volume, the tiles of a slide.
+
+        By default, the item is its only sample.
 
         Raises:
             RejectedSample: the whole item is unusable.
@@ -201,11 +215,15 @@ class DatasetAdapter(ABC):
         """Decode one sample; called in the order of `expand`, in any process.
 
         Raises:
-            RejectedSample: the sample is unreadable or inconsistent; the reason goes to `rejected.jsonl`.
+            RejectedSample: the sample is unreadable or inconsistent; the reason is written to
+                `rejected.jsonl`.
         """
 
     def fingerprint(self) -> str:
-        """Return a string that changes when the raw data changes; by default every visible file's path, size and time."""
+        """Return a string that changes with the raw data.
+
+        By default a hash of path, size and modification time of every visible file.
+        """
         import hashlib
 
         if self.raw_dir is None:

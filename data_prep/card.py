@@ -1,7 +1,9 @@
 """The dataset card: README.md with the front matter that the Hub reads.
 
-The front matter names no `configs`: the shards' names tell the splits, and where a local card names its files `datasets` 5.2
-forgets to look at their content, so that `load_dataset(PATH)` would return the cached rows of any other dataset with the same card and folder name.
+The front matter has no `configs`, because `datasets` infers the splits from the names of the
+shards. With `configs` in a local card, `datasets` 5.2 ignores the content of the files when it
+computes its cache key, so that `load_dataset(PATH)` would return the cached rows of another dataset
+with the same card and folder name.
 """
 
 import re
@@ -14,7 +16,7 @@ from maskloom.pipeline.dataset.contract import LEDGER_FILE, Description
 from maskloom.pipeline.errors import one_line
 from maskloom.pipeline.files.formatting import markdown_cell
 
-# Identifiers of licences that the Hub knows; any other is written as `other` with its own words.
+# Licence identifiers of the Hub; any other licence is written as `other` with its name.
 HUB_LICENCES = {
     "cc0-1.0",
     "cc-by-4.0",
@@ -32,13 +34,13 @@ SIZE_CATEGORIES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"
 def dataset_card(
     about: Description, labels: Mapping[str, Counter[str]], groups: Mapping[str, int], reasons: Sequence[str]
 ) -> str:
-    """Return the card's text.
+    """Return the text of the card.
 
     Args:
-        about: the dataset's description.
-        labels: rows by class for every split.
-        groups: number of groups in every split.
-        reasons: the reason of every input that was left out.
+        about: description of the dataset.
+        labels: number of rows per class for each split.
+        groups: number of groups in each split.
+        reasons: the reason for every input that was left out.
     """
     filled = [split for split in labels if labels[split]]
     front = yaml.safe_dump(
@@ -102,10 +104,11 @@ def _counts_table(
 
 
 def _reasons_table(reasons: Sequence[str]) -> str:
-    """Count the reasons by their words before any detail (names, numbers); the ledger has them in full."""
+    """Return a table of reasons and counts, without the details (names, numbers) in the ledger."""
     if not reasons:
         return "Nothing.\n"
-    # A reason may begin with a raw file's name, which may be a patient's: the card travels, the ledger stays.
+    # A reason may begin with the name of a raw file, which may name a patient; the card is
+    # published.
     counts = Counter(FILE_NAME.sub("a file", re.split(r"[:(]", reason)[0].strip()) for reason in reasons)
     lines = "".join(f"| {markdown_cell(reason)} | {count} |\n" for reason, count in counts.most_common())
     return f"{len(reasons)} inputs; `{LEDGER_FILE}` lists each with its reason.\n\n| reason | inputs |\n| --- | --- |\n{lines}"

@@ -1,4 +1,4 @@
-"""Reasons why inputs were left out, summed up: reasons that differ in names and numbers only count as one."""
+"""Summary of the inputs that were left out, by reason without names and numbers."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,14 +15,17 @@ WITH_DIGITS = re.compile(r"[^\s(),;:]*\d[^\s(),;:]*")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A reason, and the paths of the inputs that were left out for it, in the order of the listing."""
+    """A reason and the paths of the inputs that were left out for it, in listing order."""
 
     reason: str
     paths: list[str]
 
 
-def summed_up(rejects: Iterable[Reject]) -> list[LeftOut]:
-    """Return one entry per reason, the commonest first. What differs within one is replaced: `FILE is …, the image …`."""
+def group_by_reason(rejects: Iterable[Reject]) -> list[LeftOut]:
+    """Return one entry per reason, most frequent first.
+
+    Parts that differ within an entry are replaced by placeholders: `FILE is …, the image …`.
+    """
     alike: dict[str, list[Reject]] = {}
     for reject in rejects:
         alike.setdefault(_general(reject), []).append(reject)
@@ -33,17 +36,19 @@ def summed_up(rejects: Iterable[Reject]) -> list[LeftOut]:
     return sorted(found, key=lambda entry: -len(entry.paths))
 
 
-def told_left_out(rejects: Sequence[Reject], rows: int, ledger: Path) -> str:
-    """Return how many inputs were left out, the commonest reasons, and where all are listed; nothing where none was.
+def left_out_summary(rejects: Sequence[Reject], rows: int, ledger: Path) -> str:
+    """Return how many inputs were left out, the most frequent reasons, and where all are listed.
+
+    Empty if no input was left out.
 
     Args:
-        rejects: what was left out.
-        rows: number of those that were not.
+        rejects: the inputs that were left out.
+        rows: number of inputs that were used.
         ledger: the file that lists the rejects.
     """
     if not rejects:
         return ""
-    entries = summed_up(rejects)
+    entries = group_by_reason(rejects)
     lines = [f"{len(rejects)} of {len(rejects) + rows} inputs were left out; {ledger} lists each with its reason"]
     lines += [f"  {len(entry.paths)}: {entry.reason} (such as {entry.paths[0]})" for entry in entries[:COMMONEST]]
     if len(entries) > COMMONEST:
@@ -53,7 +58,7 @@ def told_left_out(rejects: Sequence[Reject], rows: int, ledger: Path) -> str:
 
 
 def _general(reject: Reject) -> str:
-    """Return a reason without the names and numbers in it."""
+    """Return a reason with names and numbers replaced by placeholders."""
     path = PurePosixPath(reject.path)
     general = reject.reason
     for name in (path.name, path.stem):

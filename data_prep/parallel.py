@@ -1,4 +1,4 @@
-"""Runs independent tasks on several processes: decoding is compute, and threads of one Python interpreter would share it badly."""
+"""Runs independent tasks in several processes; decoding is CPU-bound, so threads would not help."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -8,44 +8,46 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TASKS_PER_WORKER = (
-    2  # fewer tasks than this a worker: its start-up (importing numpy, Pillow, …) would cost more than it saves
-)
+# With fewer tasks per worker, starting it (importing numpy, Pillow, …) costs more than it saves.
+TASKS_PER_WORKER = 2
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use (a SLURM job or a container may have fewer than the machine)."""
+    """Return the number of cores available to this process, as limited by SLURM or a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count(tasks: int, wanted: int | None) -> int:
-    """Return the number of processes for so many tasks: what is wanted, else one a core, fewer where there is little to do."""
+    """Return the number of worker processes: `wanted`, else one per core, fewer for few tasks."""
     return wanted or max(1, min(available_cores(), tasks // TASKS_PER_WORKER))
 
 
 def parallel_results(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, ordered: bool = False
 ) -> Iterator[Result]:
-    """Yield `function(item)` for every item as it becomes ready, or in the order of the items; in this process where `workers` is 1.
+    """Yield `function(item)` for every item; with `workers=1`, in this process.
 
     Args:
-        function: can be pickled, as its items and results can.
+        function: a picklable function of picklable items with picklable results.
         items: the tasks.
         workers: number of processes.
-        ordered: whether results come in the order of the items.
+        ordered: yield results in the order of the items instead of as they become ready.
     """
     if workers == 1:
         yield from map(function, items)
         return
     from joblib import Parallel, delayed
 
-    task = delayed(partial(_while_wanted, os.getpid(), function))
+    task = delayed(partial(_unless_orphaned, os.getpid(), function))
     pool = Parallel(n_jobs=workers, return_as="generator" if ordered else "generator_unordered", batch_size=1)
     yield from pool(task(item) for item in items)
 
 
-def _while_wanted(parent: int, function: Callable[[Any], Result], item: Any) -> Result:
-    """Call the function, unless the process that asked for it was killed: an orphan must not write into a later run's folder."""
+def _unless_orphaned(parent: int, function: Callable[[Any], Result], item: Any) -> Result:
+    """Call the function unless the parent process has died.
+
+    An orphaned worker must not write into the folder of a later run.
+    """
     if os.getppid() != parent:
         os._exit(1)
     return function(item)

@@ -1,11 +1,12 @@
-"""Parts: runs of raw items that are read at a time, kept on disk until the dataset is written.
+"""Parts: batches of raw items that are read together and kept on disk until the dataset is written.
 
-A part is a slide, a volume, or some dozens of images. Reading one needs nothing of the others, so parts are read by several processes, by
-several jobs of a cluster (`--shard i/n`), and never twice: a part's records appear, whole, when it is done. Three files a part:
+A part is a slide, a volume, or some dozens of images. Parts are independent of each other, so they
+can be read by several processes or by several cluster jobs (`--shard i/n`), and none is read twice:
+the records of a part appear on disk at once when it is complete. Each part has three files:
 
-    part-00012.jsonl   one record a sample: ids, prompt, where its pixels are; or a reject with its reason
-    part-00012.bin     the samples' pictures, as PNG, one after the other
-    part-00012.near    their near-duplicate signatures, one after the other
+    part-00012.jsonl   one record per sample: ids, prompt, location of its pixels; or a reject with its reason
+    part-00012.bin     the images of the samples as PNG, concatenated
+    part-00012.near    their near-duplicate signatures, concatenated
 """
 
 import json
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from maskloom.data_prep.processing.stains import StainNormaliser
 
 SIGNATURES = "signatures.bin"
-VECTORS = "signatures.windows"  # what the search for near-duplicates makes of them, and removes
-SEAL = "sha256"  # suffix of the file that is written last and holds the digests of a part's others
+VECTORS = "signatures.windows"  # temporary file of the near-duplicate search
+SEAL = "sha256"  # suffix of the file that is written last, with the digests of the part's other files
 SUFFIXES = ("jsonl", "bin", "near")
 PART_FILES = (*(f"part-*.{suffix}" for suffix in (*SUFFIXES, SEAL)), SIGNATURES, VECTORS, f".*{TEMPORARY_SUFFIX}")
 PICTURES = ("image", "mask", "conditioning_image")
@@ -42,12 +43,12 @@ PICTURES = ("image", "mask", "conditioning_image")
 
 @dataclass(frozen=True)
 class Part:
-    """Some scanned items of one source.
+    """A batch of listed items of one source.
 
     Attributes:
-        number: position among all parts; parts in order give the scan's order.
-        source: index of its source.
-        entries: what `DatasetAdapter.scan` listed.
+        number: position among all parts, in listing order.
+        source: index of the source.
+        entries: the items and rejects listed by `DatasetAdapter.scan`.
     """
 
     number: int
@@ -59,7 +60,7 @@ class Part:
         return folder / f"part-{self.number:06d}.{suffix}"
 
     def is_done(self, folder: Path) -> bool:
-        """Whether it has been read, and its files are as they were written; a damaged one is reported."""
+        """Whether the part has been read and its files are intact; damage is reported."""
         seal = self.path(folder, SEAL)
         if not seal.is_file():
             return False
@@ -69,17 +70,18 @@ class Part:
         return False
 
     def forget(self, folder: Path) -> None:
-        """Have the part read again."""
+        """Mark the part as unread."""
         self.path(folder, SEAL).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What all parts are read by.
+    """Settings shared by all parts.
 
     Attributes:
-        folder: where parts are kept.
-        sources: the datasets; the first is the main one, whose channels, labels and palette hold for all.
+        folder: folder of the parts.
+        sources: the datasets; the first is the main one, whose channels, labels and palette apply
+            to all.
         data: the `data` section of the configuration.
     """
 
@@ -89,7 +91,7 @@ class Reading:
 
 
 def scanned_parts(sources: Sequence[Source]) -> list[Part]:
-    """List every source's raw items and cut the lists into parts."""
+    """List the raw items of every source and divide them into parts."""
     parts: list[Part] = []
     for index, source in enumerate(sources):
         entries = list(source.adapter.scan())
@@ -100,10 +102,10 @@ def scanned_parts(sources: Sequence[Source]) -> list[Part]:
 
 
 def read_part(reading: Reading, part: Part) -> int:
-    """Read one part and keep it; return its number of usable samples.
+    """Read one part, write its files, and return its number of usable samples.
 
     Raises:
-        MaskLoomError: the configuration does not suit the dataset.
+        MaskLoomError: the configuration does not fit the dataset.
     """
     usable = 0
     with ExitStack() as files:
@@ -126,17 +128,17 @@ def read_part(reading: Reading, part: Part) -> int:
 
 
 def _digests(part: Part, folder: Path) -> bytes:
-    """Return the digests of a part's files, a line each; a file that is missing has none."""
+    """Return the digests of a part's files, one per line; `missing` for an absent file."""
     paths = [part.path(folder, suffix) for suffix in SUFFIXES]
     return "".join(f"{file_digest(path) if path.is_file() else 'missing'}\n" for path in paths).encode()
 
 
 def clear_parts(scratch: Path, keep: Path | None = None) -> None:
-    """Delete the files of parts in the marked folders of a folder, and the folders where nothing else is left in them.
+    """Delete the part files in the marked subfolders, and the folders that are then empty.
 
     Args:
-        scratch: holds a folder for each set of inputs and settings.
-        keep: one that stays.
+        scratch: folder with one subfolder for each set of inputs and settings.
+        keep: a subfolder to keep.
     """
     for folder in scratch.glob("*"):
         if folder == keep or folder.is_symlink() or not OwnedFolder(folder).is_marked():
@@ -150,7 +152,7 @@ def clear_parts(scratch: Path, keep: Path | None = None) -> None:
 
 
 def _samples(reading: Reading, part: Part) -> Iterator[tuple[RawItem, PreparedSample] | Reject]:
-    """Yield every sample of a part, read, or why it cannot be."""
+    """Yield every sample of a part, prepared, or its reject."""
     for item in _expanded(reading.sources[part.source], part.entries):
         yield item if isinstance(item, Reject) else _read(reading, reading.sources[part.source], item)
 
@@ -178,7 +180,7 @@ def _read(reading: Reading, source: Source, item: RawItem) -> tuple[RawItem, Pre
 
 @lru_cache(maxsize=1)
 def _stains(config: StainConfig | None) -> "StainNormaliser | None":
-    """Return the process's stain normaliser, fitted once."""
+    """Return the stain normaliser, fitted once per process."""
     if config is None:
         return None
     from maskloom.data_prep.processing.stains import stain_normaliser
@@ -187,7 +189,7 @@ def _stains(config: StainConfig | None) -> "StainNormaliser | None":
 
 
 def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[str, Any]:
-    """Write a sample's pictures and return its record."""
+    """Write the images of a sample and return its record."""
     places = {}
     for name in PICTURES:
         pixels = getattr(sample, name)
@@ -213,9 +215,9 @@ def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[s
 
 
 def found_samples(folder: Path, parts: Sequence[Part], sources: Sequence[Source]) -> tuple[list[Found], list[Reject]]:
-    """Return the samples of all parts in scan order, and what was left out.
+    """Return the samples of all parts in listing order, and the rejects.
 
-    An external source's ids and groups are prefixed with its name, and its samples lie in its split.
+    Ids and groups of an external source are prefixed with its name; its samples form its own split.
     """
     found: list[Found] = []
     rejected: list[Reject] = []
@@ -254,12 +256,13 @@ Identified = TypeVar("Identified", RawItem, Found)
 
 
 def without_taken_ids(samples: Sequence[Identified]) -> tuple[list[Identified], list[Reject]]:
-    """Return the samples whose id no earlier one has, and the others as rejects."""
+    """Return the samples with unique ids, and a reject for each later sample with the same id."""
     owner: dict[str, str] = {}
     kept, rejected = [], []
     for sample in samples:
         if sample.sample_id in owner:
-            # The name alone: the ledger is published, and does not tell where the raw folder was.
+            # Only the file name: the published ledger must not reveal the location of the raw
+            # folder.
             first = Path(owner[sample.sample_id]).name
             alike = as_seen(first) == as_seen(Path(sample.path).name)
             same = ", whose name looks the same; rename one of them" if alike else ""
@@ -272,7 +275,7 @@ def without_taken_ids(samples: Sequence[Identified]) -> tuple[list[Identified], 
 
 
 def row_sample(folder: Path, source: Source, labels: Sequence[str], found: Found, group: str) -> Sample:
-    """Return a found sample as a row of the dataset, its pictures as the PNG files they are kept as."""
+    """Return a sample as a row of the dataset, with its images as the stored PNG bytes."""
     part = Part(found.part, found.source, ())
     record = json.loads(_bytes_at(part.path(folder, "jsonl"), *found.record))
     pictures = {name: _bytes_at(part.path(folder, "bin"), *place) for name, place in record["pictures"].items()}
@@ -291,7 +294,10 @@ def row_sample(folder: Path, source: Source, labels: Sequence[str], found: Found
 
 
 def _bytes_at(path: Path, offset: int, length: int) -> bytes:
-    """Return a stretch of a file. Rows are mixed over all parts, so this is one short read of many files; none is kept open."""
+    """Return a byte range of a file.
+
+    Rows are shuffled over all parts, so each call reads from a different file and closes it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.pread(descriptor, length, offset)

@@ -1,8 +1,8 @@
 """`prepare`: raw dataset -> mask-and-prompt dataset.
 
-First every raw image, volume and slide is read, in parts that are kept on disk (`data_prep.parts`), by several processes or by several jobs.
-Then near-duplicates, groups and splits follow from what was found, and the shards that are not there yet are written from the parts.
-Memory holds the list of samples and the pixels of a few.
+First, every raw image, volume and slide is read by several processes or several jobs, in parts that
+are kept on disk (`data_prep.parts`). Then near-duplicates, groups and splits are computed, and the
+missing shards are written from the parts. Memory holds the list of samples and the pixels of a few.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from maskloom.data_prep.card import dataset_card
-from maskloom.data_prep.left_out import summed_up, told_left_out
+from maskloom.data_prep.left_out import group_by_reason, left_out_summary
 from maskloom.data_prep.parallel import parallel_results, worker_count
 from maskloom.data_prep.parts import (
     SIGNATURES,
@@ -29,7 +29,7 @@ from maskloom.data_prep.parts import (
     without_taken_ids,
 )
 from maskloom.data_prep.readers.file_names import printable
-from maskloom.data_prep.small_classes import told_small_classes
+from maskloom.data_prep.small_classes import small_classes_summary
 from maskloom.data_prep.splitting.groups import Found, Grouping, Row, consistent_rows, joined, without_seen
 from maskloom.data_prep.splitting.near_duplicates import METHOD, RECORD, Threshold, find_near_duplicates
 from maskloom.data_prep.splitting.splits import Group, split_of_groups
@@ -50,12 +50,12 @@ from maskloom.pipeline.runs.stage import Stage, open_run
 
 PACKAGE = "maskloom.data_prep.datasets"
 SCRATCH = ".prepare"
-SHOWN_GROUPS = 5  # united ones that are named
+SHOWN_GROUPS = 5  # merged groups to name in the report
 Splits = Mapping[str, Sequence[Row]]
 
 
 class Shard(NamedTuple):
-    """One of `of` jobs that share the reading; `number` counts from 1."""
+    """One of `of` jobs that read the raw data together; `number` counts from 1."""
 
     number: int
     of: int
@@ -66,12 +66,13 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
 
     Args:
         config: the experiment.
-        force: read and write everything anew.
-        shard: read only this job's share of the parts, and write no dataset.
-        merge: read nothing; write the dataset from the parts that the shards have read.
+        force: read and write everything again.
+        shard: read only the parts of this job, and write no dataset.
+        merge: read nothing; write the dataset from the parts read by the shards.
 
     Raises:
-        MaskLoomError: the raw folder or an option is wrong, no usable image remains, or a shard has not finished.
+        MaskLoomError: the raw folder or an option is wrong, no usable image remains, or a shard has
+            not finished.
     """
     sources = open_sources(config.data)
     run = open_run(config)
@@ -92,7 +93,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         else:
             _read_missing(reading, parts)
         rows, rejected, joins = _usable_rows(reading, parts)
-        splits = _splits_or_why_not(rows, rejected, config)
+        splits = _checked_splits(rows, rejected, config)
         writer = _writer(run.dataset, _description(sources, config, joins), config, splits, stage.key)
         writer.prepare_folder(afresh=force)
         _write_shards(writer, reading, splits)
@@ -103,31 +104,31 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         contract = writer.finish(card, ledger, stage.config_hash, parent=None)
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
         _note_items(run, reading, parts)
-        _tell_cut_prompts(config, MaskPromptDataset(run.dataset, contract))
-        small_classes = told_small_classes(reading.folder, parts)
+        _report_truncated_prompts(config, MaskPromptDataset(run.dataset, contract))
+        small_classes = small_classes_summary(reading.folder, parts)
         clear_parts(run.folder / SCRATCH)
     rows_written = sum(part.rows for part in contract.splits.values())
-    if told := told_left_out([Reject(**row) for row in ledger], rows_written, run.dataset / LEDGER_FILE):
+    if told := left_out_summary([Reject(**row) for row in ledger], rows_written, run.dataset / LEDGER_FILE):
         say(told)
     if small_classes:
         say(small_classes)
 
 
-def _tell_cut_prompts(config: ExperimentConfig, dataset: MaskPromptDataset) -> None:
-    """Say which prompts the configured backbone's text encoder would not read whole, where it lies on this machine."""
+def _report_truncated_prompts(config: ExperimentConfig, dataset: MaskPromptDataset) -> None:
+    """Report the prompts that the text encoder truncates, if the backbone is on this machine."""
     if config.train is None or not Path(config.train.pretrained_model_name_or_path).is_dir():
         return
     from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, tell_cuts, training_prompts
 
     try:
         encoder = load_prompt_encoder(config.train)
-    except MaskLoomError:  # the dataset is whole; what is wrong with the backbone is the training's to say
+    except MaskLoomError:  # the dataset is complete; training reports problems of the backbone
         return
     tell_cuts("prepare", encoder, training_prompts(dataset))
 
 
 def open_adapter(data: DataConfig) -> DatasetAdapter:
-    """Return the adapter that a configuration names, with its options checked.
+    """Return the configured adapter with validated options.
 
     Raises:
         MaskLoomError: the dataset is unknown, an option is wrong, or the raw folder is missing.
@@ -139,8 +140,8 @@ def open_sources(data: DataConfig) -> tuple[Source, ...]:
     """Return the main dataset and the external ones.
 
     Raises:
-        MaskLoomError: see `open_adapter`; or an external dataset's mask classes are not the main one's, or the conditioning needs what
-            the dataset does not have.
+        MaskLoomError: as for `open_adapter`; or the mask classes of an external dataset differ from
+            those of the main one, or the dataset lacks what the conditioning needs.
     """
     adapter = open_adapter(data)
     info = adapter.info()
@@ -169,7 +170,7 @@ def _external_source(name: str, section: ExternalConfig, main: Source) -> Source
     if info.mask_classes != main.info.mask_classes:
         raise MaskLoomError(
             f"{where}: its mask classes ({', '.join(info.mask_classes)}) are not those of {main.name} "
-            f"({', '.join(main.info.mask_classes)}); set {where}=false, or prepare it as an experiment of its own"
+            f"({', '.join(main.info.mask_classes)}); set {where}=false, or prepare it as a separate experiment"
         )
     near = "near" in (main.duplicates, info.duplicates)
     return Source(name, adapter, info, main.labels, info.duplicates, f"{EXTERNAL_PREFIX}{name}", has_signatures=near)
@@ -189,7 +190,9 @@ def _check_conditioning(data: DataConfig, info: DatasetInfo) -> None:
 
 
 def _check_intensity(data: DataConfig, sources: Sequence[Source]) -> None:
-    """Check that no dataset that windows its values while it reads them is windowed once more: what it returns need not be in raw units.
+    """Check that `data.intensity` is not set for a dataset with its own window.
+
+    Such a dataset may return values that are no longer in raw units.
 
     Raises:
         MaskLoomError: names the dataset and its own option.
@@ -198,12 +201,12 @@ def _check_intensity(data: DataConfig, sources: Sequence[Source]) -> None:
         if data.intensity is not None and "window" in source.adapter.Options.model_fields:
             options = f"data.external.{source.name}.options" if source.split else "data.options"
             raise MaskLoomError(
-                f"data.intensity: {source.name} has a window of its own, over the raw values; set data.intensity=null and {options}.window"
+                f"data.intensity: {source.name} has its own window on the raw values; set data.intensity=null and {options}.window"
             )
 
 
 def _inputs(sources: Sequence[Source], data: DataConfig) -> dict[str, str]:
-    """Return a digest of everything that is read."""
+    """Return a digest of each input."""
     inputs = {source.split or "raw": source.adapter.fingerprint() for source in sources}
     if data.stain is not None and data.stain.reference is not None:
         path = data.stain.reference
@@ -214,28 +217,31 @@ def _inputs(sources: Sequence[Source], data: DataConfig) -> dict[str, str]:
 
 
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Return what the dataset depends on; not where the raw files lie (their content has a fingerprint), nor how many read them."""
+    """Return the settings that the dataset depends on.
+
+    Not the location of the raw files, whose content has a fingerprint, nor the number of workers.
+    """
     places = {"raw_dir": True, "num_workers": True, "stain": {"reference"}}
     data = config.data.model_dump(mode="json", exclude=places)  # type: ignore[arg-type]
     data["external"] = {name: section.options for name, section in config.data.external.items()}
-    if not config.data.buckets:  # as before there were any: a dataset of one size stays up to date
+    if not config.data.buckets:  # keeps the key of datasets of a single size
         del data["buckets"]
     data["options"] = {name: _ordered(value) for name, value in data["options"].items()}
     return {"data": data, "seed": config.seed}
 
 
 def _ordered(option: Any) -> Any:
-    """Return an option so that the order of its keys, which is the order of mask classes, changes its digest."""
+    """Return an option whose digest depends on the order of its keys, the order of mask classes."""
     if not isinstance(option, dict) or list(map(str, option)) == sorted(map(str, option)):
         return option
     return [[str(key), value] for key, value in option.items()]
 
 
 def _check_places(run: Run, sources: Sequence[Source], data: DataConfig) -> None:
-    """Check that no raw folder lies where the stage writes, or the other way round.
+    """Check that no raw folder lies inside an output of the stage, or the other way round.
 
     Raises:
-        MaskLoomError: names the key and both places.
+        MaskLoomError: names the key and both paths.
     """
     inputs = {
         "data.raw_dir" if not source.split else f"data.external.{source.name}.raw_dir": source.adapter.raw_dir
@@ -247,12 +253,12 @@ def _check_places(run: Run, sources: Sequence[Source], data: DataConfig) -> None
 
 
 def _clear_leftovers(run: Run, parts_folder: Path, keep_parts: bool) -> None:
-    """Remove what a killed run has left: parts that were read for other inputs or settings, or all where it begins afresh."""
+    """Remove parts of an interrupted run: those of other inputs or settings, or all of them."""
     clear_parts(run.folder / SCRATCH, keep=parts_folder if keep_parts else None)
 
 
 def _read_shard(reading: Reading, shard: Shard, force: bool) -> None:
-    """Read the parts of one job. Jobs run side by side: each removes nothing but its own."""
+    """Read the parts of one job; jobs run concurrently, so each one removes only its own parts."""
     parts = scanned_parts(reading.sources)[shard.number - 1 :: shard.of]
     if force:
         for part in parts:
@@ -262,11 +268,7 @@ def _read_shard(reading: Reading, shard: Shard, force: bool) -> None:
 
 
 def _read_missing(reading: Reading, parts: Sequence[Part]) -> None:
-    """Read the parts that are not there yet, on several processes.
-
-    Raises:
-        MaskLoomError: nothing is listed.
-    """
+    """Read the parts that have not been read yet, in several processes."""
     OwnedFolder(reading.folder).claim()
     missing = [part for part in parts if not part.is_done(reading.folder)]
     total, left = (sum(len(part.entries) for part in some) for some in (parts, missing))
@@ -279,7 +281,7 @@ def _read_missing(reading: Reading, parts: Sequence[Part]) -> None:
 
 
 def _read(reading: Reading, part: Part) -> tuple[int, int]:
-    """Read a part; return how many items it has, and how many usable samples they hold."""
+    """Read a part; return its number of items and its number of usable samples."""
     return len(part.entries), read_part(reading, part)
 
 
@@ -293,10 +295,11 @@ def _require_all(parts: Sequence[Part], folder: Path) -> None:
 
 
 def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], list[Reject], Threshold | None]:
-    """Return the rows of the dataset in scan order, each with its group, everything that is left out, and what joined near-duplicates.
+    """Return the rows of the dataset with their groups, the rejects, and the duplicate threshold.
 
     Raises:
-        MaskLoomError: nothing is usable, or near-duplicates cannot be told from unrelated images.
+        MaskLoomError: no sample is usable, or near-duplicates cannot be distinguished from
+            unrelated images.
     """
     sources = reading.sources
     found, rejected = found_samples(reading.folder, parts, sources)
@@ -313,7 +316,7 @@ def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], li
         rejected += seen
         for index, source in enumerate(sources[1:], start=1):
             members = [(sample, cluster) for sample, cluster in fresh if sample.source == index]
-            if source.duplicates != "near":  # compared by likeness with the main dataset alone
+            if source.duplicates != "near":  # near-duplicates are searched for only against the main dataset
                 samples = [sample for sample, _ in members]
                 members = list(zip(samples, _identical_clusters(samples), strict=True))
             external = consistent_rows(*zip(*members, strict=True)) if members else Grouping([], [], [])
@@ -327,7 +330,7 @@ def _usable_rows(reading: Reading, parts: Sequence[Part]) -> tuple[list[Row], li
 
 
 def _report_duplicates(sources: Sequence[Source], united: Sequence[tuple[str, ...]]) -> None:
-    """Say which groups of the datasets became one, and where nothing was looked for."""
+    """Report merged groups, and datasets in which duplicates were not searched for."""
     for source in sources:
         if source.duplicates == "none":
             say(
@@ -353,9 +356,10 @@ def _nothing_usable(source: Source, rejected: Sequence[Reject]) -> MaskLoomError
 
 
 def _clusters(reading: Reading, found: Sequence[Found]) -> tuple[list[int], Threshold | None]:
-    """Return the cluster of each sample: near-duplicates, identical raw pixels, and pictures that are identical as they are written.
+    """Return the duplicate cluster of each sample, and the threshold for near-duplicates.
 
-    With it comes what joined the near-duplicates; None where none were looked for.
+    A cluster joins near-duplicates, identical raw pixels, and identical prepared images. The
+    threshold is None if near-duplicates were not searched for.
     """
     near_name: dict[int, int] = {}
     joins: Threshold | None = None
@@ -377,12 +381,12 @@ def _identical_clusters(found: Sequence[Found]) -> list[int]:
 
 
 def _pixels(sample: Found) -> tuple[str | None, str | None]:
-    """Return what samples share whose raw pixels, and whose pictures as they are written, are identical."""
+    """Return keys that are equal for identical raw pixels and for identical prepared images."""
     return f"raw {sample.digest}" if sample.digest else None, f"shown {sample.shown}" if sample.shown else None
 
 
 def _join_signatures(folder: Path, found: Sequence[Found], signatures: Path) -> None:
-    """Write the signatures of some samples, in order, as one file."""
+    """Write the signatures of the samples to one file, in order."""
     wanted: dict[int, set[int]] = defaultdict(set)
     for sample in found:
         wanted[sample.part].add(sample.record[0])
@@ -399,24 +403,24 @@ def _join_signatures(folder: Path, found: Sequence[Found], signatures: Path) -> 
                     offset += len(line)
 
 
-def _splits_or_why_not(rows: Sequence[Row], rejected: Sequence[Reject], config: ExperimentConfig) -> Splits:
+def _checked_splits(rows: Sequence[Row], rejected: Sequence[Reject], config: ExperimentConfig) -> Splits:
     """Return the rows of each split.
 
     Raises:
-        MaskLoomError: a split would be empty; names the commonest reason for which inputs were left out.
+        MaskLoomError: a split would be empty; names the most frequent reason for inputs left out.
     """
     try:
         return _rows_by_split(rows, config)
     except MaskLoomError as error:
         if not rejected:
             raise
-        commonest = summed_up(rejected)[0]
+        commonest = group_by_reason(rejected)[0]
         told = f"{len(rejected)} of {len(rejected) + len(rows)} inputs were left out, {len(commonest.paths)} of them: {commonest.reason}"
         raise MaskLoomError(f"{error} ({told})") from None
 
 
 def _rows_by_split(rows: Sequence[Row], config: ExperimentConfig) -> dict[str, list[Row]]:
-    """Return the rows of each split, in an order that mixes classes and sources and depends on nothing but the ids."""
+    """Return the rows of each split, shuffled in an order that depends only on the ids."""
     members: dict[str, list[Found]] = defaultdict(list)
     for row in rows:
         if row.item.source == 0:
@@ -430,7 +434,7 @@ def _rows_by_split(rows: Sequence[Row], config: ExperimentConfig) -> dict[str, l
 
 
 def _group(name: str, items: Sequence[Found]) -> Group:
-    """Return a group for splitting; its class is the most frequent one (a patient may have lesions of several)."""
+    """Return a group for splitting; its class is the most frequent one among its samples."""
     label = Counter(item.label for item in items).most_common(1)[0][0]
     return Group(name, len(items), label, next((item.split for item in items if item.split), None))
 
@@ -481,7 +485,7 @@ def _stated(intensity: Any) -> dict[str, Any] | str:
 
 
 def _reference(data: DataConfig) -> str:
-    """Return what the stains were brought to: the digest of an image, for its path tells nothing elsewhere."""
+    """Return the stain reference: name and digest of the image, without its local path."""
     assert data.stain is not None
     path = data.stain.reference
     return "published reference vectors" if path is None else f"{path.name} ({file_digest(path)[:16]})"
@@ -514,7 +518,7 @@ def _counted(samples: Iterator[Sample], advance: Advance) -> Iterator[Sample]:
 
 
 def _note_items(run: Run, reading: Reading, parts: Sequence[Part]) -> None:
-    """Keep, where raw items hold several samples (slides, volumes), what came of each: `logs/prepare/items.jsonl`."""
+    """Write samples and rejects per slide or volume to `logs/prepare/items.jsonl`."""
     lines = []
     for part in parts:
         adapter = reading.sources[part.source].adapter
@@ -534,7 +538,7 @@ def _note_items(run: Run, reading: Reading, parts: Sequence[Part]) -> None:
 
 
 def _shown_path(path: str, sources: Sequence[Source]) -> str:
-    """Return a raw path relative to its raw folder, so that a published ledger does not tell where the folder was."""
+    """Return a path relative to its raw folder, so that the published ledger has no local path."""
     for source in sources:
         raw_dir = source.adapter.raw_dir
         if raw_dir and _lies_in(raw_dir, path):

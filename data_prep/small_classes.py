@@ -1,4 +1,4 @@
-"""What resizing did to small classes of masks, summed up for the user."""
+"""Summary of the effects of resizing on small mask classes."""
 
 import json
 from collections import Counter
@@ -8,12 +8,14 @@ from pathlib import Path
 from maskloom.data_prep.parts import Part
 
 
-def told_small_classes(folder: Path, parts: Sequence[Part]) -> str:
-    """Return how many masks kept a single pixel of a class, how many lost one, and how many small areas vanished; nothing where none did.
+def small_classes_summary(folder: Path, parts: Sequence[Part]) -> str:
+    """Return a report on masks that kept one pixel of a class, or lost a class or an area.
+
+    Empty if there are none.
 
     Args:
-        folder: where the parts are kept.
-        parts: all of them.
+        folder: folder of the parts.
+        parts: all parts.
     """
     kept: Counter[str] = Counter()
     lost: Counter[str] = Counter()
@@ -31,7 +33,7 @@ def told_small_classes(folder: Path, parts: Sequence[Part]) -> str:
         )
     if lost:
         told.append(
-            f"data.resize_mode lost {_listed(lost)}: these images go on as ones without; data.resize_mode=pad keeps all"
+            f"data.resize_mode lost {_listed(lost)}: these images continue without it; data.resize_mode=pad keeps all classes"
         )
     if areas:
         listed = ", ".join(f"{count} of {name}" for name, count in areas.most_common())

@@ -1,4 +1,4 @@
-"""Reads one sample: decoded, checked, normalised, resized, described; what a part keeps of it (`data_prep.parts`)."""
+"""Prepares one sample for a part: decode, check, normalise, resize, describe."""
 
 import hashlib
 import re
@@ -29,16 +29,17 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Source:
-    """A raw dataset that is read: the main one, or one that gives an external test split.
+    """A raw dataset: the main one, or one that becomes an external test split.
 
     Attributes:
-        name: the dataset's.
-        adapter: reads it.
+        name: name of the dataset.
+        adapter: its adapter.
         info: its description.
-        labels: class names of the main dataset, which an external one's must be among.
-        duplicates: what duplicates are looked for; see `DatasetInfo`.
+        labels: class names of the main dataset; an external dataset must use a subset of them.
+        duplicates: which duplicates are searched for; see `DatasetInfo`.
         split: `external_NAME`, or None for the main dataset.
-        has_signatures: whether near-duplicates are looked for: in itself, or between it and the main dataset.
+        has_signatures: whether near-duplicates are searched for, within it or against the main
+            dataset.
     """
 
     name: str
@@ -52,20 +53,21 @@ class Source:
 
 @dataclass(frozen=True)
 class PreparedSample:
-    """A sample that needs only its group and split to be a row.
+    """A prepared sample; only its group and split are missing.
 
     Attributes:
         image: (H, W) or (H, W, 3) uint8.
         mask: (H, W) uint8 class indices, or None.
         conditioning_image: (H, W, 3) uint8.
         text: the prompt.
-        attributes: the values behind it.
-        digest: SHA-256 of the raw pixels, empty where no duplicates are looked for, or the image is of one value.
-        shown: digest of the prepared image, likewise: raw pixels that differ may become the same picture.
-        signature: near-duplicate signature, empty where none are looked for.
-        kept: names of the classes of which one pixel was kept that nearest neighbour would have erased.
-        lost: names of the classes of the raw mask that the result does not show: `resize_mode=crop` cut them off.
-        areas: of the other classes, how many separate areas the result does not show.
+        attributes: the values that the prompt was rendered from.
+        digest: SHA-256 of the raw pixels; empty if duplicates are not searched for or the image is
+            constant.
+        shown: digest of the prepared image, likewise; different raw pixels may give the same image.
+        signature: near-duplicate signature; empty if near-duplicates are not searched for.
+        kept: names of the classes that kept one pixel which nearest neighbour would have removed.
+        lost: names of the classes of the raw mask that `resize_mode=crop` cut off.
+        areas: for the other classes, the number of connected areas that vanished.
     """
 
     image: Picture
@@ -85,19 +87,19 @@ def prepared_sample(
     source: Source, data: DataConfig, channels: int, palette: tuple[tuple[int, int, int], ...],
     stains: "StainNormaliser | None", item: RawItem,
 ) -> PreparedSample:  # fmt: skip
-    """Decode a sample and bring it to the form of the contract.
+    """Decode a sample and convert it to the format of the contract.
 
     Args:
-        source: the dataset that it is of.
-        data: size, conditioning, intensity window.
-        channels: 1 or 3 of the result.
+        source: the dataset of the sample.
+        data: size, conditioning and intensity window.
+        channels: channels of the result, 1 or 3.
         palette: colours of the conditioning image.
-        stains: the stain normalisation, or None.
+        stains: the stain normaliser, or None.
         item: the sample.
 
     Raises:
-        RejectedSample: it is unreadable or inconsistent.
-        MaskLoomError: the configuration asks for what the dataset does not have (conditioning on masks where there are none).
+        RejectedSample: the sample is unreadable or inconsistent.
+        MaskLoomError: the dataset lacks what the configuration asks for (masks to condition on).
     """
     problem = id_problem(item)
     if problem is None:
@@ -105,7 +107,8 @@ def prepared_sample(
         problem = sample_problem(raw, item, replace(source.info, labels=source.labels))
     if problem is not None:
         raise RejectedSample(problem)
-    # Duplicates are told by the raw pixels first: another window or stain must not move an image to another split.
+    # Duplicates are found on raw pixels: another window or stain must not move an image to another
+    # split.
     compared = source.duplicates != "none" and not is_blank(raw.image)
     digest = raw_digest(raw) if compared else ""
     seen = signature(grey(raw)) if source.has_signatures else b""
@@ -134,7 +137,7 @@ def prepared_sample(
 
 
 def _lost_classes(before: Picture | None, after: Picture | None, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the classes that a mask has no longer."""
+    """Return the names of the classes that are no longer in the mask."""
     if before is None or after is None:
         return ()
     lost = np.flatnonzero((class_counts(before) > 0) & (class_counts(after) == 0))
@@ -142,26 +145,26 @@ def _lost_classes(before: Picture | None, after: Picture | None, names: tuple[st
 
 
 def _normalised(raw: RawImage, data: DataConfig, stains: "StainNormaliser | None") -> RawImage:
-    """Return the sample in the configured intensity window and stains."""
+    """Return the sample with the configured intensity window and stain normalisation."""
     if data.intensity is not None:
         raw = replace(raw, value_range=window_range(raw.image, data.intensity))
     return raw if stains is None else replace(raw, image=stains(raw.image))
 
 
 def _paired(raw: RawImage, data: DataConfig, size: tuple[int, int]) -> Picture | None:
-    """Return the paired picture, (H, W, 3), in the geometry of the image."""
+    """Return the paired image, (H, W, 3), resized like the image."""
     if raw.condition is None:
         return None
     return resized(RawImage(raw.condition, None, pixel_size=raw.pixel_size), size, data.resize_mode, 3).image
 
 
 def raw_digest(raw: RawImage) -> str:
-    """Return what identical raw images share: SHA-256 of size, dtype and pixels."""
+    """Return the SHA-256 of shape, dtype and pixels of a raw image."""
     return hashlib.sha256(repr((raw.image.shape, raw.image.dtype)).encode() + raw.image.tobytes()).hexdigest()
 
 
 def id_problem(item: RawItem) -> str | None:
-    """Return what is wrong with a sample's id, or with a name that it stems from, or None."""
+    """Return what is wrong with the id of a sample or the names in it, or None."""
     names = (item.path, *item.mask_paths, item.label or "", item.group or "", *item.attributes.values())
     if not all(map(is_text, names)):
         return NO_TEXT

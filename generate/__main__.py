@@ -1,4 +1,7 @@
-"""`accelerate launch -m generate --config FILE [--force] [key=value ...]`; plain `python -m generate` works as well."""
+"""`accelerate launch -m generate --config FILE [--force] [KEY=VALUE ...]`.
+
+Plain `python -m generate` works as well.
+"""
 
 import typer
 
@@ -13,7 +16,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Generate one synthetic dataset for each generator of the configuration, from masks and prompts."""
+    """Generate one synthetic dataset for each generator of the configuration, from masks and
+    prompts.
+    """
     experiment = loaded(config, overrides)
     from maskloom.generate.generate import generate
 

@@ -1,4 +1,4 @@
-"""What the generators that the stage `baselines` trained share: where their weights lie, and how they are read."""
+"""Base class and helpers of the generators that the stage `baselines` trains."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ AGAIN = "run baselines again with --force"
 
 
 class BaselineGenerator(ImageGenerator):
-    """Reads `baselines/FAMILY/weights` of the run; the plug-in's file bears the family's name.
+    """Loads the weights from `baselines/NAME/weights` in the run folder.
 
     Attributes:
-        family: the folder in `baselines`.
+        family: NAME, the architecture; also the name of the plug-in's file.
     """
 
     family: ClassVar[str]
 
     @property
     def folder(self) -> Path:
-        """Where the trained weights lie.
+        """The folder of the trained weights.
 
         Raises:
-            MaskLoomError: they are not there.
+            MaskLoomError: the architecture is not configured or not trained yet.
         """
         self.check_settings()
         folder = self.run.baselines / self.family / "weights"
@@ -49,7 +49,7 @@ class BaselineGenerator(ImageGenerator):
         """Return a hash of the weights' content.
 
         Raises:
-            MaskLoomError: the family has not been trained, or its weights are no longer what was trained.
+            MaskLoomError: the weights are missing, or have changed since training.
         """
         require_intact(self.run, f"baselines/{self.family}", self.folder)
         return model_digest(str(self.folder))
@@ -66,7 +66,7 @@ class BaselineGenerator(ImageGenerator):
             )
 
     def check(self) -> None:
-        """Look for the weights.
+        """Check that the weights exist.
 
         Raises:
             MaskLoomError: they are missing.
@@ -74,13 +74,13 @@ class BaselineGenerator(ImageGenerator):
         _ = self.folder
 
     def load_network(self, kind: type[Any], name: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-        """Return a network of the family, ready to sample.
+        """Return a network of the architecture, ready to sample.
 
         Args:
-            kind: has diffusers' `from_pretrained`.
-            name: the folder in `weights`.
-            device: where to compute.
-            dtype: of the weights; None: float32.
+            kind: class with diffusers' `from_pretrained`.
+            name: the subfolder of `weights`.
+            device: the device to load it onto.
+            dtype: the dtype of the weights; None: float32.
 
         Raises:
             MaskLoomError: the files are damaged.
@@ -93,14 +93,19 @@ class BaselineGenerator(ImageGenerator):
         return network.eval().requires_grad_(False).to(device)
 
     def load_schedule(self, kind: type[Any], **settings: Any) -> Any:
-        """Return the noise schedule in `weights/scheduler` as a scheduler of this kind; see `load_network`."""
+        """Return the noise schedule in `weights/scheduler` as a scheduler of this kind; see
+        `load_network`.
+        """
         from maskloom.models.stable_diffusion.loading import load_schedule
 
         return load_schedule(kind, self.folder / "scheduler", AGAIN, **settings)
 
 
 def seeded_noise(conditions: Sequence[Condition], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return (B, *shape) of standard normal numbers, each row from its condition's seed; drawn on the CPU, so all devices see the same."""
+    """Return standard normal noise (B, *shape), each row from its condition's seed.
+
+    Drawn on the CPU, so that it is the same on all devices.
+    """
     import torch
 
     rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(c.seed)) for c in conditions]
@@ -108,14 +113,17 @@ def seeded_noise(conditions: Sequence[Condition], shape: Sequence[int], device: 
 
 
 def class_tensor(conditions: Sequence[Condition], device: torch.device) -> Tensor:
-    """Return (B,) int64 classes; 0 where the dataset has none."""
+    """Return the classes of the conditions, (B,) int64; 0 in a dataset without classes."""
     import torch
 
     return torch.tensor([condition.label or 0 for condition in conditions], device=device)
 
 
 def mask_tensor(conditions: Sequence[Condition], size: Sequence[int], device: torch.device) -> Tensor:
-    """Return masks, (B, H, W) uint8, brought to a network's (height, width) by nearest neighbour; no class vanishes."""
+    """Return masks, (B, H, W) uint8, resized to a network's (height, width).
+
+    Nearest neighbour, but every class keeps at least one pixel.
+    """
     import torch
 
     height, width = size
@@ -125,7 +133,15 @@ def mask_tensor(conditions: Sequence[Condition], size: Sequence[int], device: to
 
 
 def unit_images(planes: Tensor, description: Description) -> NDArray[np.float32]:
-    """Return images of [-1, 1], (B, C, h, w), as the contract has them: the dataset's size, 0..1, (B, H, W) or (B, H, W, 3)."""
+    """Convert network output to images of the dataset's size.
+
+    Args:
+        planes: (B, C, h, w) in [-1, 1].
+        description: size and channels of the dataset.
+
+    Returns:
+        (B, H, W) or (B, H, W, 3) float32 in 0..1.
+    """
     from torch.nn import functional
 
     size = tuple(description.image_size)
@@ -137,9 +153,16 @@ def unit_images(planes: Tensor, description: Description) -> NDArray[np.float32]
 
 
 def class_masks(planes: Tensor, description: Description) -> NDArray[np.uint8]:
-    """Return the masks that drawn planes of [-1, 1], (B, P, h, w), stand for: class indices, (B, H, W), at the dataset's size.
+    """Convert generated mask planes to class indices at the dataset's size.
 
-    The planes are brought to that size before a class is chosen, so borders stay as smooth as they were drawn.
+    The planes are resized before the class is chosen, which keeps borders smooth.
+
+    Args:
+        planes: (B, P, h, w) in [-1, 1].
+        description: size and mask classes of the dataset.
+
+    Returns:
+        (B, H, W) uint8 class indices.
     """
     from torch.nn import functional
 

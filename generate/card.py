@@ -20,10 +20,10 @@ def dataset_card(
 
     Args:
         description: of the synthetic dataset.
-        counts: rows by class name.
-        settings: how the images were made.
+        counts: number of rows per class.
+        settings: the generation settings.
         rejected: number of masks in `rejected.jsonl`.
-        figures: of the drawn masks; those of no rows where masks were not drawn.
+        figures: statistics of generated masks; zero rows if masks were not generated.
     """
     lines = [
         *_front_matter(description),

@@ -1,4 +1,4 @@
-"""Cleans drawn masks: networks leave specks and holes that no annotator would have drawn."""
+"""Cleaning of generated masks: removes specks and holes that no annotator would have drawn."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from scipy import ndimage
 from maskloom.generate.generator import JointOptions
 
 Mask = NDArray[np.uint8]
-TOUCHING = np.ones((3, 3))  # foreground pixels that touch at a corner belong together, background pixels do not
+TOUCHING = np.ones((3, 3))  # 8-connectivity for the foreground; the background is 4-connected
 
 
 class CleanedMask(NamedTuple):
-    """A mask, and what was done to it.
+    """A cleaned mask, and how much was changed.
 
     Attributes:
         mask: (H, W) class indices.
-        removed_components: pieces of the foreground that became background.
-        removed_pixels: of these pieces.
-        filled_pixels: of holes that became foreground.
+        removed_components: number of foreground components that became background.
+        removed_pixels: number of pixels in these components.
+        filled_pixels: number of pixels in holes that became foreground.
     """
 
     mask: Mask
@@ -31,16 +31,17 @@ class CleanedMask(NamedTuple):
 
 
 def cleaned(mask: Mask, classes: int, options: JointOptions) -> CleanedMask:
-    """Return a mask without small pieces and holes. A mask that is clean stays as it is.
+    """Return a mask without small components and holes; a clean mask is returned unchanged.
 
-    Of each foreground class the largest pieces of at least `min_area` stay. With a single foreground class every hole is filled, with
-    more only those below `min_area`: there, what lies between the classes may be background by right, as a ventricle in white matter.
-    A hole gets the class that most of the pixels around it have.
+    The largest components of each foreground class are kept if they have at least `min_area`. With
+    a single foreground class, every hole is filled. With several, only holes below `min_area` are
+    filled, because background between classes may be correct (a ventricle in white matter). A hole
+    gets the most frequent class around it.
 
     Args:
         mask: (H, W) class indices, 0 = background.
-        classes: how many there are, background included.
-        options: how many pieces are kept, and the smallest area, as a share of the image.
+        classes: number of classes, including background.
+        options: number of components to keep, and the smallest area as a fraction of the image.
     """
     smallest = options.min_area * mask.size
     most = options.components or (1 if classes == 2 else None)
@@ -56,13 +57,13 @@ def cleaned(mask: Mask, classes: int, options: JointOptions) -> CleanedMask:
 
 
 def _largest(pieces: NDArray[np.int32], most: int | None, smallest: float) -> list[int]:
-    """Return the numbers of at most so many pieces, the largest first, none smaller than `smallest` pixels."""
+    """Return the labels of the `most` largest components of at least `smallest` pixels."""
     areas = np.bincount(pieces.ravel())[1:]
     return [int(place) + 1 for place in np.argsort(-areas, kind="stable")[:most] if areas[place] >= smallest]
 
 
 def _filled(mask: Mask, limit: float) -> Mask:
-    """Return the mask with every hole of fewer than `limit` pixels filled; a hole does not reach the image's border."""
+    """Return the mask with holes of fewer than `limit` pixels filled, except at the image border."""
     background, _ = ndimage.label(mask == 0)
     areas = np.bincount(background.ravel())
     border = np.concatenate([background[0], background[-1], background[:, 0], background[:, -1]])

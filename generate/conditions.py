@@ -1,4 +1,4 @@
-"""Turns a planned row into what the generator sees: mask, conditioning image, prompt."""
+"""Builds the condition of a planned row: mask, conditioning image and prompt."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt, template_keys
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
-# By `data.conditioning`: the column that a conditioning image is drawn from besides the mask. A train row's stored conditioning image
-# is the paired picture itself where that is what ControlNet sees.
-PICTURE_COLUMN: Mapping[str, str | None] = {
+# For each `data.conditioning`, the column that the conditioning image is derived from besides the
+# mask. With `image`, the stored conditioning image of a train row is the paired image itself.
+IMAGE_COLUMN: Mapping[str, str | None] = {
     "mask": None,
     "edges": "image",
     "both": "image",
@@ -33,13 +33,14 @@ PICTURE_COLUMN: Mapping[str, str | None] = {
 
 @dataclass(frozen=True)
 class ResolvedRow:
-    """A planned row with everything that is made before its image.
+    """A planned row with its condition.
 
     Attributes:
-        parent: the train row whose mask it is; another than planned where that one could not be warped, None where it was drawn.
-        condition: what the generator sees, or what was made from the drawn mask.
-        attributes: the values behind the prompt.
-        rejected: masks that were tried and given up, as ledger rows.
+        parent: the train row of the mask: the planned one, or its replacement if that could not be
+            warped; None for a generated mask.
+        condition: the condition, from the train mask or from the generated one.
+        attributes: the values that the prompt was rendered from.
+        rejected: masks that were tried and discarded, as ledger rows.
     """
 
     planned: PlannedRow
@@ -50,30 +51,32 @@ class ResolvedRow:
 
 
 class ConditionReader:
-    """Reads masks of the train split, and the pictures that conditioning images are drawn from, one row at a time."""
+    """Reads masks, and the images that conditioning images are derived from, row by row."""
 
     def __init__(self, dataset: MaskPromptDataset, config: ExperimentConfig, parents: Sequence[TrainRow]) -> None:
-        """Open the train split; only the columns that are needed are ever decoded.
+        """Open the train split; only the required columns are decoded.
 
         Args:
             dataset: the real dataset.
-            config: warping limits and the seed.
+            config: provides the warping limits and the seed.
             parents: the rows of the train split.
         """
         self.description, self.config = dataset.description, config
         self.by_label = group_by_label(parents)
-        self.drawn_from = PICTURE_COLUMN[self.description.conditioning]
-        self.table = dataset.split("train").select_columns(["mask", *([self.drawn_from] if self.drawn_from else [])])
+        self.image_column = IMAGE_COLUMN[self.description.conditioning]
+        self.table = dataset.split("train").select_columns(
+            ["mask", *([self.image_column] if self.image_column else [])]
+        )
         self._may_be_empty: dict[int | None, bool] = {}
 
     @cached_property
     def labels_with_masks(self) -> set[int | None]:
-        """The labels of rows that have a mask."""
+        """The labels for which at least one row has a mask."""
         has_mask = self.table.with_format("arrow")[:]["mask"].is_valid().to_pylist()
         return {label for label, rows in self.by_label.items() if any(has_mask[row.position] for row in rows)}
 
     def may_be_empty(self, label: int | None) -> bool:
-        """Return whether some mask of a label's rows has no foreground; read when first asked for."""
+        """Return whether any train mask of a label has no foreground; computed on first use."""
         if label not in self._may_be_empty:
             masks = (self.table[row.position]["mask"] for row in self.by_label[label])
             self._may_be_empty[label] = any(mask is not None and not np.asarray(mask).any() for mask in masks)
@@ -88,18 +91,18 @@ class ConditionReader:
         rejected: list[Mapping[str, str]] = []
         for tried, parent in enumerate(replacement_parents(row, self.by_label, self.config.seed)):
             try:
-                mask, picture = self._pictures(row, parent, tried)
+                mask, image = self._mask_and_image(row, parent, tried)
             except RejectedSample as problem:
                 rejected.append({"path": parent.sample_id, "reason": f"row {row.index}: {problem}"})
                 continue
-            return self._resolved(row, parent, mask, picture, rejected)
+            return self._resolved(row, parent, mask, image, rejected)
         raise MaskLoomError(
             f"no mask like {row.parent.sample_id!r} can be warped: {rejected[-1]['reason']}; "
             "loosen generate.warp or set generate.mask_source=[train]"
         )
 
     def prompts(self, rows: Sequence[PlannedRow]) -> list[str]:
-        """Return the prompts of planned rows with the words of the masks as they are in the train split; decodes no mask."""
+        """Return the prompts of planned rows from the stored attributes; decodes no masks."""
         about = self.description
         attributes = [{**self._known(row.parent), **row.parent.attributes} for row in rows]
         usable = [
@@ -110,37 +113,38 @@ class ConditionReader:
         return [render_prompt(about.prompt_templates, f"row-{row.index}", values) for row, values in usable]
 
     def _known(self, parent: TrainRow) -> dict[str, str]:
-        """Return the values of a prompt that no mask is needed for."""
+        """Return the prompt values that need no mask: modality and label."""
         about = self.description
         label = {} if parent.label is None or not about.labels else {"label": about.labels[parent.label]}
         return {"modality": about.modality, **label}
 
-    def _pictures(self, row: PlannedRow, parent: TrainRow, tried: int) -> tuple[Picture | None, Picture | None]:
-        """Return the mask and the picture that the conditioning image is drawn from, warped alike where the row says so.
+    def _mask_and_image(self, row: PlannedRow, parent: TrainRow, tried: int) -> tuple[Pixels | None, Pixels | None]:
+        """Return the mask and the image that the conditioning image is derived from.
 
-        Each is None where there is none or it is not needed. The picture is the train image, or its paired picture.
+        Both are warped together if the row asks for it; each is None where absent or not needed.
+        The image is the train image or its paired image.
         """
         cells = self.table[parent.position]
         mask = None if cells["mask"] is None else np.asarray(cells["mask"], dtype=np.uint8)
-        picture = np.asarray(cells[self.drawn_from], dtype=np.uint8) if self.drawn_from else None
-        if row.source == "train" or (mask is None and picture is None):
-            return mask, picture
-        return valid_warp(mask, picture, self.config.generate.warp, (self.config.seed, row.index, tried))
+        image = np.asarray(cells[self.image_column], dtype=np.uint8) if self.image_column else None
+        if row.source == "train" or (mask is None and image is None):
+            return mask, image
+        return valid_warp(mask, image, self.config.generate.warp, (self.config.seed, row.index, tried))
 
     def _resolved(
         self,
         row: PlannedRow,
         parent: TrainRow,
-        mask: Picture | None,
-        picture: Picture | None,
+        mask: Pixels | None,
+        image: Pixels | None,
         rejected: Sequence[Mapping[str, str]],
     ) -> ResolvedRow:
         about = self.description
         of_mask = mask_attributes(mask, about.mask_classes)
         attributes = {**self._known(parent), **parent.attributes, **of_mask}
-        paired = picture if about.conditioning == "image" else None
-        image = np.zeros(about.image_size, np.uint8) if picture is None else picture
+        paired = image if about.conditioning == "image" else None
+        image = np.zeros(about.image_size, np.uint8) if image is None else image
         seen = conditioning_image(mask, image, about.conditioning, about.palette, paired)
-        # The template is chosen by the row, not by the parent: a mask that is used again gets other words as well.
+        # The template depends on the row, not on the parent: a reused mask gets other prompts.
         text = render_prompt(about.prompt_templates, f"row-{row.index}", attributes)
         return ResolvedRow(row, parent, Condition(text, mask, seen, parent.label, row.seed), attributes, rejected)

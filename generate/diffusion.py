@@ -1,4 +1,4 @@
-"""What the Stable Diffusion generators share: reading a backbone and what was trained on it, and sampling in batches."""
+"""Base class and helpers of the Stable Diffusion generators: loading weights, batched sampling."""
 
 from __future__ import annotations
 
@@ -40,20 +40,23 @@ MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def trained_parts(config: ExperimentConfig, run: Run, wanted: Sequence[str]) -> dict[str, Path]:
-    """Return the folders of those `wanted` weights that this configuration trains, by name (`models.stable_diffusion.trained_parts`)."""
+    """Return the folders of the `wanted` weights that this configuration trains, by name.
+
+    The names are those of `models.stable_diffusion.trained_parts`.
+    """
     return {name: run.generator / name for name in exported_names(config.fine_tuning) if name in wanted}
 
 
 def weights_digest(config: ExperimentConfig, run: Run, parts: Mapping[str, Path]) -> str:
-    """Return the identity of the backbone and of the content of trained parts.
+    """Return a digest of the backbone's identity and the content of the trained parts.
 
     Args:
         config: names the backbone.
-        run: whose training wrote the parts.
+        run: the run that trained the parts.
         parts: from `trained_parts`.
 
     Raises:
-        MaskLoomError: a part has not been trained yet, or is no longer what was trained.
+        MaskLoomError: a part has not been trained yet, or has changed since training.
     """
     for folder in parts.values():
         require_intact(run, "train", folder)
@@ -67,10 +70,10 @@ def _files(part: str) -> Sequence[str]:
 
 
 def check_backbone(config: ExperimentConfig) -> None:
-    """Check that the backbone can be sampled here, before anything is computed.
+    """Check, before anything is computed, that the backbone can be sampled on this machine.
 
     Raises:
-        MaskLoomError: names `train.pretrained_model_name_or_path` and what is wrong with it.
+        MaskLoomError: names `train.pretrained_model_name_or_path` and the problem.
     """
     from maskloom.models.stable_diffusion import checks as backbone_checks
 
@@ -80,16 +83,17 @@ def check_backbone(config: ExperimentConfig) -> None:
 def load_backbone(
     config: ExperimentConfig, device: torch.device, parts: Mapping[str, Path], sizes: Sequence[tuple[int, int]]
 ) -> Pipeline:
-    """Return a Stable Diffusion pipeline ready to sample; a ControlNet pipeline where `parts` holds a `controlnet`.
+    """Return a Stable Diffusion pipeline; a ControlNet pipeline if `parts` has a `controlnet`.
 
     Args:
         config: names the backbone and the scheduler.
-        device: where to compute.
-        parts: trained weights that take the place of the backbone's, or are added to it; from `trained_parts`.
-        sizes: (height, width) of the images that will be asked for.
+        device: the device to load it onto.
+        parts: trained weights that replace or extend those of the backbone; from `trained_parts`.
+        sizes: (height, width) of the images to be generated.
 
     Raises:
-        MaskLoomError: the backbone or a part cannot be read, or xFormers is asked for and missing.
+        MaskLoomError: the backbone or a part cannot be read, or xFormers is requested and not
+            installed.
     """
     import torch
 
@@ -123,7 +127,7 @@ def load_backbone(
 
 
 def _models(config: ExperimentConfig, parts: Mapping[str, Path]) -> dict[str, Any]:
-    """Return the trained parts that are whole networks.
+    """Return the trained parts that are complete networks.
 
     Raises:
         MaskLoomError: a part's files are damaged.
@@ -138,38 +142,38 @@ def _models(config: ExperimentConfig, parts: Mapping[str, Path]) -> dict[str, An
 
 
 def _add_adapters(pipe: Pipeline, folder: Path) -> None:
-    """Add adapters (LoRA) to the weights that they adapt: sampling then costs what it costs without them.
+    """Fuse LoRA adapters into the weights, so that sampling costs the same as without them.
 
     Raises:
-        MaskLoomError: the file is damaged, or made for another backbone.
+        MaskLoomError: the file is damaged or belongs to another backbone.
     """
     try:
         pipe.load_lora_weights(folder, weight_name=ADAPTER_FILE, local_files_only=True, use_safetensors=True)
-    except Exception as error:  # whatever the readers inside raise, the remedy is the same
+    except Exception as error:  # loaders raise many types; the remedy is the same
         raise MaskLoomError(f"{folder}: cannot be read as LoRA of this backbone: {one_line(error)}; {AGAIN}") from error
     pipe.fuse_lora()
-    pipe.unload_lora_weights()  # the wrappers around the layers; their weights keep the sum
+    pipe.unload_lora_weights()  # removes the wrapper layers; the fused weights stay
 
 
 def weight_dtype(config: GenerateConfig) -> torch.dtype:
-    """Return the type of weights and activations for `generate.mixed_precision`."""
+    """Return the dtype of weights and activations for `generate.mixed_precision`."""
     from maskloom.pipeline.training.precision import DTYPES
 
     return DTYPES[config.mixed_precision]
 
 
 class Sampler:
-    """Samples batches from a pipeline, with a noise seed for every image."""
+    """Samples batches from a pipeline, with one noise seed per image."""
 
     def __init__(
         self, pipe: Pipeline, how: Sampling, description: Description, prompt_chunks: int | None = None
     ) -> None:
-        """Keep the pipeline.
+        """Store the pipeline and the sampling settings.
 
         Args:
             pipe: from `load_backbone`.
             how: steps and guidance.
-            description: channels of the dataset.
+            description: provides the channels of the dataset.
             prompt_chunks: `train.prompt_chunks`.
         """
         self.pipe, self.how, self.description = pipe, how, description
@@ -177,11 +181,11 @@ class Sampler:
         self.embedding = lru_cache(maxsize=CACHED_PROMPTS)(partial(prompt_embedding, pipe, self.prompt_encoder))
 
     def images(self, conditions: Sequence[Condition], conditioning: torch.Tensor | None = None) -> NDArray[np.float32]:
-        """Return images, (B, H, W) or (B, H, W, 3), in 0..1, of the conditioning images' size.
+        """Return images, (B, H, W) or (B, H, W, 3) in 0..1, of the size of the conditioning images.
 
         Args:
-            conditions: prompts, seeds and, all of one size, conditioning images.
-            conditioning: what a ControlNet sees, from `control_tensor`; None without one.
+            conditions: prompts, seeds and conditioning images, all of one size.
+            conditioning: the input of the ControlNet, from `control_tensor`; None without one.
         """
         import torch
 
@@ -195,7 +199,7 @@ class Sampler:
         return self._in_dataset_channels(batch.numpy())
 
     def _in_dataset_channels(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (B, 3, H, W) as (B, H, W, 3), or as (B, H, W) by the mean of the channels for grey datasets."""
+        """Return (B, 3, H, W) as (B, H, W, 3), or as the channel mean (B, H, W) for grey datasets."""
         return batch.mean(axis=1) if self.description.channels == 1 else np.moveaxis(batch, 1, -1)
 
 
@@ -208,31 +212,34 @@ def control_tensor(conditions: Sequence[Condition], dtype: torch.dtype) -> torch
 
 
 class BackboneOptions(Options):
-    """Options of every generator on a Stable Diffusion backbone."""
+    """Options shared by the Stable Diffusion generators."""
 
     negative_prompt: str = ""
 
 
 class BackboneGenerator(ImageGenerator):
-    """Stable Diffusion with the trained weights that `parts` names; plug-ins differ in these and in what they show it."""
+    """Stable Diffusion with the trained weights in `parts`.
+
+    Plug-ins differ in these weights and in the conditions that they pass on.
+    """
 
     options: Any
 
     @property
     def parts(self) -> dict[str, Path]:
-        """The trained weights that take part, by name; from `trained_parts`."""
+        """The trained weights to load, by name; from `trained_parts`."""
         return {}
 
     def weights_digest(self) -> str:
-        """Return the identity of the backbone and of the trained weights.
+        """Return a digest of the backbone and of the trained weights.
 
         Raises:
-            MaskLoomError: a part has not been trained yet, or never will be.
+            MaskLoomError: a part has not been trained, or is not trained by this configuration.
         """
         return weights_digest(self.config, self.run, self.parts)
 
     def check_settings(self) -> None:
-        """Check the backbone, and that its noise schedule can be sampled from."""
+        """Check the backbone, and that the sampler supports its noise schedule."""
         trained = bool(self.parts)  # first: without a ControlNet the backbone does not matter
         check_backbone(self.config)
         source, steps = BackboneSource.of(self.config.fine_tuning), [self.config.generate.num_inference_steps]
@@ -253,5 +260,5 @@ class BackboneGenerator(ImageGenerator):
         self.sampler = Sampler(pipe, how, description, self.config.fine_tuning.prompt_chunks)
 
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
-        """Return images of the prompts; masks are not looked at."""
+        """Return images of the prompts; masks are ignored."""
         return self.sampler.images(conditions)

@@ -1,7 +1,8 @@
-"""The stage `generate`: for every generator of the configuration, one synthetic mask-and-prompt dataset.
+"""The stage `generate`: one synthetic mask-and-prompt dataset for each configured generator.
 
-Verify the real dataset -> plan rows (counts, masks, seeds) -> for each generator: shards over the processes, batches within
-a shard, one image a row -> card, ledger, contract. A shard that is on disk is whole and is not made again.
+Verify the real dataset -> plan rows (counts, masks, seeds) -> for each generator: distribute shards
+over the processes, generate batches within each shard, one image per row -> write card, ledger and
+contract. A shard on disk is complete and is not generated again.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
 
 KEY = "generate.generators"
 PACKAGE = "maskloom.generate.generators"
-LEDGERS = ".rejected"  # of each shard; hidden, so that `load_dataset` and an upload pass it by
-LONGEST_WAIT = timedelta(days=30)  # of a process for the others: a barrier must not time out while they still compute
+LEDGERS = ".rejected"  # one per shard; hidden, so that `load_dataset` and uploads skip it
+LONGEST_WAIT = timedelta(days=30)  # at a barrier: it must not time out while other processes still compute
 
 
 def generate(config: ExperimentConfig, force: bool) -> None:
@@ -56,10 +57,11 @@ def generate(config: ExperimentConfig, force: bool) -> None:
 
     Args:
         config: the experiment.
-        force: make everything anew.
+        force: generate everything again.
 
     Raises:
-        MaskLoomError: the dataset or a generator's weights are missing or damaged, or an image comes out constant or not finite.
+        MaskLoomError: the dataset or a generator's weights are missing or damaged, or a generated
+            image is constant or not finite.
     """
     run = open_run(config)
     dataset = _real_dataset(run.dataset)
@@ -78,20 +80,22 @@ def generate(config: ExperimentConfig, force: bool) -> None:
         for generator in generators.values():
             generator.check()
         job = GenerationJob.planned(config, run, dataset, stage.config_hash, processes)
-        told = (
-            _tell_cut_prompts(config, generators, job.reader.prompts(job.rows)) if processes.is_main_process else True
+        any_truncated = (
+            _report_truncated_prompts(config, generators, job.reader.prompts(job.rows))
+            if processes.is_main_process
+            else True
         )
         for name, generator in generators.items():
             results[name] = job.write_set(name, generator, force)
-        if not told:  # a warped mask's words may be longer than its parent's
-            _tell_cut_prompts(config, generators, _written_prompts(run, generators))
+        if not any_truncated:  # the prompt of a warped mask may be longer than its parent's
+            _report_truncated_prompts(config, generators, _written_prompts(run, generators))
 
 
 def open_generators(config: ExperimentConfig, run: Run) -> dict[str, ImageGenerator]:
-    """Return the configured generators by name, their weights not yet read.
+    """Return the configured generators by name, without reading their weights.
 
     Raises:
-        MaskLoomError: an unknown generator or option, or no generator at all.
+        MaskLoomError: a generator or option is unknown, or no generator is configured.
     """
     require_generators(config)
     return {name: open_generator(config, run, name) for name in config.generate.generators}
@@ -143,19 +147,19 @@ def _stage(
 
 
 def _settings_of_other_sections(config: ExperimentConfig) -> list[Any]:
-    """Return what the images depend on outside `generate` and the weights' digests."""
+    """Return the settings outside `generate` and the weights that the images depend on."""
     train = config.train
     if train is None:
         return [config.seed]
     prediction = train.prediction_type and [train.prediction_type, unet_is_frozen(train)]
-    chunks = [train.prompt_chunks] if train.prompt_chunks else []  # sets made without them keep their key
+    chunks = [train.prompt_chunks] if train.prompt_chunks else []  # keeps the key of datasets that do not use it
     return [config.seed, prediction, train.rescale_betas_zero_snr, train.variant, *chunks]
 
 
-def _tell_cut_prompts(
+def _report_truncated_prompts(
     config: ExperimentConfig, generators: Mapping[str, ImageGenerator], prompts: Sequence[str]
 ) -> bool:
-    """Say which prompts the text encoder does not read whole; return whether there are any."""
+    """Report the prompts that the text encoder truncates; return whether there are any."""
     readers = {name: one for name, one in generators.items() if isinstance(one, BackboneGenerator)}
     if not readers:
         return False
@@ -166,7 +170,7 @@ def _tell_cut_prompts(
 
 
 def _written_prompts(run: Run, generators: Mapping[str, ImageGenerator]) -> list[str]:
-    """Return the prompts of one of the written sets; they all have the same, but for those that draw their masks."""
+    """Return the prompts of one written dataset; all generators share them, except joint ones."""
     name = next((name for name, one in generators.items() if isinstance(one, BackboneGenerator)), None)
     return [] if name is None else MaskPromptDataset.open(run.synthetic / name).split("train")["text"]
 
@@ -176,14 +180,14 @@ def _join_processes() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    # Without an accelerator it must be told so, or several processes on a CPU would not know of each other.
+    # Without `cpu=True`, several processes on a machine without accelerator would not form a group.
     cpu = not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=LONGEST_WAIT) if "LOCAL_RANK" in os.environ else PartialState(cpu=cpu)
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """The generation of all synthetic sets of a run, which share the plan, the masks and the processes."""
+    """Generates the synthetic datasets of a run, which share plan, masks and processes."""
 
     config: ExperimentConfig
     run: Run
@@ -197,7 +201,7 @@ class GenerationJob:
     def planned(
         cls, config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, config_hash: str, processes: PartialState
     ) -> GenerationJob:
-        """Plan the rows once the dataset is verified."""
+        """Plan the rows, after the main process has verified the dataset."""
         processes.wait_for_everyone()
         parents = read_parents(dataset)
         rows = plan_rows(parents, dataset.description.labels, config.generate, config.seed)
@@ -206,7 +210,7 @@ class GenerationJob:
         return cls(config, run, dataset, config_hash, processes, rows, reader)
 
     def write_set(self, name: str, generator: ImageGenerator, force: bool) -> dict[str, Any]:
-        """Write one generator's dataset and return what `stage.json` keeps about it."""
+        """Write the dataset of one generator and return its entry in `stage.json`."""
         if isinstance(generator, JointGenerator):
             check_joint(name, self.dataset.description, self.rows, self.reader)
         settings = _settings(name, generator, self.config)
@@ -215,7 +219,7 @@ class GenerationJob:
             writer.prepare_folder(afresh=force)
         self.processes.wait_for_everyone()
         missing = writer.missing_shards()
-        self.processes.wait_for_everyone()  # nobody writes before everybody has looked
+        self.processes.wait_for_everyone()  # no process writes before all have listed the missing shards
         seconds = self._write_shards(writer, missing, name, generator)
         self.processes.wait_for_everyone()
         rejected, figures = _read_ledgers(writer) if self.processes.is_main_process else ([], MaskFigures())
@@ -256,7 +260,7 @@ class GenerationJob:
     def _write_shards(
         self, writer: DatasetWriter, missing: Sequence[Shard], name: str, generator: ImageGenerator
     ) -> float:
-        """Write this process's part of the missing shards and return the seconds that it took."""
+        """Write this process's share of the missing shards and return the time in seconds."""
         mine = missing[self.processes.process_index :: self.processes.num_processes]
         if mine:
             generator.load(self.processes.device, writer.description)
@@ -271,7 +275,10 @@ class GenerationJob:
     def _shard_samples(
         self, writer: DatasetWriter, shard: Shard, name: str, generator: ImageGenerator, advance: Advance
     ) -> Iterator[Sample]:
-        """Yield a shard's samples. Batches start at the shard's first row, so a resumed run makes the same batches."""
+        """Yield the samples of a shard.
+
+        Batches start at the first row of the shard, so a resumed run forms the same batches.
+        """
         rejected: list[Mapping[str, str]] = []
         joint = None
         if isinstance(generator, JointGenerator):
@@ -282,11 +289,11 @@ class GenerationJob:
                 rejected += row.rejected
                 yield _sample(row, image, name, generator, self.dataset.description)
             advance(len(planned))
-        # Before the shard takes its name: a shard that exists has its part of the ledger.
+        # Before the shard gets its final name: every existing shard has its part of the ledger.
         _write_ledger(writer, shard, rejected, joint.figures if joint else MaskFigures())
 
     def _paired(self, planned: Sequence[PlannedRow], generator: ImageGenerator) -> Iterator[Drawn]:
-        """Return each row, its mask taken from the train split, with the image that was made for it."""
+        """Return each row, with its mask from the train split, and the image generated for it."""
         resolved = [self.reader.resolve(row) for row in planned]
         return zip(resolved, _images(generator, resolved), strict=True)
 
@@ -308,7 +315,7 @@ class GenerationJob:
 
 
 def _images(generator: ImageGenerator, rows: Sequence[ResolvedRow]) -> list[NDArray[np.float32]]:
-    """Return one image a row; rows of one size are generated together."""
+    """Return one image per row; rows of one size are generated together."""
     places: dict[tuple[int, ...], list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault(row.condition.conditioning_image.shape, []).append(place)
@@ -319,7 +326,7 @@ def _images(generator: ImageGenerator, rows: Sequence[ResolvedRow]) -> list[NDAr
 
 
 def _settings(name: str, generator: ImageGenerator, config: ExperimentConfig) -> dict[str, Any]:
-    """Return how the images are made, for the contract and the card: no path of this machine."""
+    """Return the generation settings for the contract and the card, without local paths."""
     keys = (
         "mask_source",
         "scheduler",
@@ -368,7 +375,7 @@ def _write_ledger(
 
 
 def _read_ledgers(writer: DatasetWriter) -> tuple[list[Mapping[str, str]], MaskFigures]:
-    """Return the rejected masks of all shards, and what their drawn masks were like."""
+    """Return the rejected masks of all shards, and the statistics of their generated masks."""
     rejected: list[Mapping[str, str]] = []
     figures = MaskFigures()
     for note in writer.notes():

@@ -1,8 +1,9 @@
-"""What a generator plug-in provides: the identity of its weights, and images for conditions.
+"""The interface of a generator plug-in: a digest of its weights, and images for conditions.
 
 To add a generator, write one file `generate/generators/NAME.py` with a class `Options` and a class
-`Generator(ImageGenerator)`. Nothing else needs an edit: the file's name is the generator's name in `generate.generators`, and the contract tests run over it.
-One that draws masks as well has `Options(JointOptions)` and `Generator(JointGenerator)`.
+`Generator(ImageGenerator)`. Nothing else has to be edited: the file name is the generator's name in
+`generate.generators`, and the contract tests cover it. A generator that produces masks as well
+defines `Options(JointOptions)` and `Generator(JointGenerator)`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 
 class Options(Section):
-    """A generator's own options, `generate.generators.NAME` in the configuration; unknown keys are errors."""
+    """The options of a generator, `generate.generators.NAME`; unknown keys are errors."""
 
 
 class JointOptions(Options):
-    """How drawn masks are cleaned, and how often an empty one is drawn again."""
+    """How generated masks are cleaned, and how often empty ones are generated again."""
 
     components: int | None = Field(
         None,
@@ -47,14 +48,14 @@ class JointOptions(Options):
 
 @dataclass(frozen=True)
 class Condition:
-    """What one image is made from; the same for every generator, so that their images can be compared in pairs.
+    """The condition of one image, the same for every generator to allow paired comparisons.
 
     Attributes:
         text: the prompt.
         mask: (H, W) uint8 class indices, or None where the dataset has no masks.
         conditioning_image: (H, W, 3) uint8.
         label: index into the description's labels, or None.
-        seed: of the image's noise, 0 .. 2**32 - 1.
+        seed: seed of the image's noise, 0 .. 2**32 - 1.
     """
 
     text: str
@@ -65,21 +66,22 @@ class Condition:
 
 
 class ImageGenerator(ABC):
-    """Makes images. Imports torch only in `load` and `images`: asking for the digest must stay fast.
+    """Generates images; imports torch only in `load` and `images`, so the digest stays fast.
 
     Attributes:
-        uses_mask: whether the images follow the mask; set by the class, or by the options. Kept in the dataset's description.
+        uses_mask: whether the images follow the mask; set by the class or by the options, and
+            recorded in the dataset's description.
     """
 
     uses_mask: bool
 
     def __init__(self, config: ExperimentConfig, run: Run, options: Options) -> None:
-        """Keep the configuration; no weights are read."""
+        """Store the configuration; no weights are read."""
         self.config, self.run, self.options = config, run, options
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the weights, computed once: gigabytes may have to be read for it."""
+        """Digest of the weights, computed once because it may have to read gigabytes."""
         return self.weights_digest()
 
     @abstractmethod
@@ -87,7 +89,7 @@ class ImageGenerator(ABC):
         """Return the identity of the weights: a hash of their content, or the Hub id and revision.
 
         Raises:
-            MaskLoomError: the weights are missing (says which stage to run, or which key to change).
+            MaskLoomError: the weights are missing; names the stage to run or the key to change.
         """
 
     def check_settings(self) -> None:  # noqa: B027, a generator without such mistakes needs none
@@ -99,7 +101,7 @@ class ImageGenerator(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Find mistakes in the configuration of the weights; called before an older synthetic dataset is replaced.
+        """Check the configuration and the weights before an existing dataset is replaced.
 
         Raises:
             MaskLoomError: names the key to change.
@@ -107,11 +109,11 @@ class ImageGenerator(ABC):
 
     @abstractmethod
     def load(self, device: torch.device, description: Description) -> None:
-        """Read the weights onto a device; called once, before `images`.
+        """Load the weights onto a device; called once, before `images`.
 
         Args:
-            device: where to compute.
-            description: of the dataset: image size, channels, classes.
+            device: the device to load them onto.
+            description: image size, channels and classes of the dataset.
 
         Raises:
             MaskLoomError: the weights cannot be read.
@@ -119,17 +121,18 @@ class ImageGenerator(ABC):
 
     @abstractmethod
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
-        """Return one image for each condition; the same conditions in the same order give the same values.
+        """Return one image per condition; deterministic for the same conditions in the same order.
 
         Returns:
-            (B, H, W) for one channel or (B, H, W, 3), float32 in 0..1. Values that are not finite are found by the caller.
+            (B, H, W) for one channel or (B, H, W, 3), float32 in 0..1. The caller checks that the
+            values are finite.
         """
 
 
 class JointGenerator(ImageGenerator):
-    """Draws images and masks together: it is given a class and a seed, the rest of a condition is not looked at.
+    """Generates images and masks together from a class and a seed; other conditions are ignored.
 
-    What becomes of the masks is `generate.joint`'s business: they are cleaned, and words and conditioning images are made from them.
+    `generate.joint` cleans the masks and derives prompts and conditioning images from them.
     """
 
     options: JointOptions
@@ -137,10 +140,10 @@ class JointGenerator(ImageGenerator):
 
     @abstractmethod
     def pairs(self, conditions: Sequence[Condition]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Return an image and its mask for each condition's `label` and `seed`; the same conditions give the same values.
+        """Return an image and a mask for each condition's `label` and `seed`, deterministically.
 
         Returns:
-            images: as `images` returns them.
+            images: as returned by `images`.
             masks: (B, H, W) uint8 class indices, of the dataset's size.
         """
 

@@ -1,7 +1,8 @@
-"""Rows of a generator that draws image and mask together.
+"""Rows of a generator that produces image and mask together.
 
-The plan gives a row its class and seed; mask, conditioning image and prompt come from what was drawn. Masks are cleaned, and one without
-foreground is drawn again with another seed, unless train masks of its class are empty as well.
+The plan gives each row a class and a seed. Mask, conditioning image and prompt come from the
+generated pair. Masks are cleaned. A mask without foreground is generated again with another seed,
+unless train masks of its class may be empty as well.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ Drawn = tuple[ResolvedRow, NDArray[np.float32]]
 
 @dataclass
 class MaskFigures:
-    """What the first draw of every row was like; later draws replace empty ones and would flatter the generator.
+    """Statistics of the first mask generated for every row.
+
+    Later attempts replace empty masks, so counting them would overstate the quality of the
+    generator.
 
     Attributes:
-        rows: how many there are.
-        empty: masks without foreground after cleaning.
-        removed_components, removed_pixels, filled_pixels: see `generate.cleaning.CleanedMask`.
+        rows: number of rows.
+        empty: number of masks without foreground after cleaning.
+        removed_components, removed_pixels, filled_pixels: sums of the fields of
+            `generate.cleaning.CleanedMask`.
     """
 
     rows: int = 0
@@ -43,18 +48,18 @@ class MaskFigures:
     filled_pixels: int = 0
 
     def add(self, other: MaskFigures) -> None:
-        """Count other rows in."""
+        """Add the statistics of other rows."""
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     def per_mask(self) -> dict[str, float]:
-        """Return the share of empty masks, and means over all masks."""
+        """Return the rate of empty masks, and the other statistics per mask."""
         names = ("removed_components", "removed_pixels", "filled_pixels")
         means = {f"{name}_per_mask": round(getattr(self, name) / self.rows, 3) for name in names}
         return {"empty_mask_rate": round(self.empty / self.rows, 4), **means}
 
     def sentence(self) -> str:
-        """Return the figures in words."""
+        """Return the statistics as a sentence of the dataset card."""
         per_mask = self.per_mask()
         return (
             f"{self.empty} of {self.rows} masks ({per_mask['empty_mask_rate']:.1%}) had no foreground when they were first drawn and cleaned; "
@@ -64,14 +69,15 @@ class MaskFigures:
 
 
 def check_joint(name: str, description: Description, rows: Sequence[PlannedRow], reader: ConditionReader) -> None:
-    """Find out before anything is drawn whether a joint generator can make the planned rows.
+    """Check, before anything is generated, that a joint generator supports the planned rows.
 
     Raises:
-        MaskLoomError: the conditioning image is a paired picture, or no train row of a planned class has a mask to learn from.
+        MaskLoomError: the conditioning image is a paired image, or no train row of a planned class
+            has a mask to learn from.
     """
     if description.conditioning == "image":
         raise MaskLoomError(
-            f"generate.generators.{name}: it draws image and mask, but no paired picture, and data.conditioning=image needs one; "
+            f"generate.generators.{name}: it generates image and mask, but no paired image, which data.conditioning=image needs; "
             "set data.conditioning=mask and prepare again, or leave this generator out"
         )
     with_masks = reader.labels_with_masks
@@ -85,7 +91,7 @@ def check_joint(name: str, description: Description, rows: Sequence[PlannedRow],
 
 @dataclass
 class JointRows:
-    """Draws the rows of one shard, batch after batch."""
+    """Generates the rows of one shard, batch by batch."""
 
     name: str
     generator: JointGenerator
@@ -97,7 +103,8 @@ class JointRows:
         """Return every planned row with its image; the same rows give the same values.
 
         Raises:
-            MaskLoomError: masks of a class come out empty again and again, or an image is constant or not finite.
+            MaskLoomError: all attempts for a row give empty masks, or an image is constant or not
+                finite.
         """
         rejected: dict[int, list[Mapping[str, str]]] = {row.index: [] for row in planned}
         done: dict[int, Drawn] = {}
@@ -105,7 +112,7 @@ class JointRows:
             waiting = [row for row in planned if row.index not in done]
             if not waiting:
                 break
-            conditions = [self._asked(row, attempt) for row in waiting]
+            conditions = [self._attempt_condition(row, attempt) for row in waiting]
             for row, condition, image, mask in zip(waiting, conditions, *self.generator.pairs(conditions), strict=True):
                 clean = self._clean(mask, first=attempt == 0)
                 if clean.any() or self.reader.may_be_empty(row.parent.label):
@@ -115,11 +122,11 @@ class JointRows:
                     rejected[row.index].append({"path": self._sample_id(row), "reason": reason})
         for row in planned:
             if row.index not in done:
-                raise MaskLoomError(self._given_up(row))
+                raise MaskLoomError(self._no_foreground_error(row))
         return [done[row.index] for row in planned]
 
-    def _asked(self, row: PlannedRow, attempt: int) -> Condition:
-        """Return what the generator is told: class and seed."""
+    def _attempt_condition(self, row: PlannedRow, attempt: int) -> Condition:
+        """Return the condition of an attempt: class and seed."""
         blank = np.zeros((*self.reader.description.image_size, 3), np.uint8)
         seed = row.seed if attempt == 0 else redraw_seed(self.seed, row.index, attempt)
         return Condition("", None, blank, row.parent.label, seed)
@@ -152,7 +159,7 @@ class JointRows:
     def _sample_id(self, row: PlannedRow) -> str:
         return f"{self.name}-{row.index:06d}"
 
-    def _given_up(self, row: PlannedRow) -> str:
+    def _no_foreground_error(self, row: PlannedRow) -> str:
         attempts, key = self.generator.options.attempts, f"generate.generators.{self.name}"
         return (
             f"{self._sample_id(row)}: {attempts} masks of {_class_words(row.parent.label, self.reader.description)} in a row have no foreground "
@@ -162,22 +169,22 @@ class JointRows:
 
 
 def redraw_seed(seed: int, index: int, attempt: int) -> int:
-    """Return the seed of a row's next draw, 0 .. 2**32 - 1."""
+    """Return the seed of a row's next attempt, 0 .. 2**32 - 1."""
     return int(np.random.SeedSequence([seed, REDRAW_STREAM, index, attempt]).generate_state(1, np.uint32)[0])
 
 
 def drawn_attributes(row: PlannedRow, mask: NDArray[np.uint8], about: Description) -> Mapping[str, str]:
-    """Return the words of a drawn row: modality, class, and what its mask shows.
+    """Return the prompt values of a generated row: modality, class and mask attributes.
 
-    Nothing else is known of it. Only where no template does without a further word (a scanner, a level) are the words of the row's
-    train row taken, one of its class that the plan chose.
+    Nothing else is known about it. If every template needs a further value (a scanner, a level),
+    the remaining values are taken from the planned train row of the same class.
     """
     label = {} if row.parent.label is None or not about.labels else {"label": about.labels[row.parent.label]}
     known = {"modality": about.modality, **label, **mask_attributes(mask, about.mask_classes)}
     if any(template_keys(template) <= known.keys() for template in about.prompt_templates):
         return known
-    lent = {name: word for name, word in row.parent.attributes.items() if name not in MASK_WORDS}
-    return {**lent, **known}
+    further = {name: word for name, word in row.parent.attributes.items() if name not in MASK_WORDS}
+    return {**further, **known}
 
 
 def _class_words(label: int | None, about: Description) -> str:

@@ -1,4 +1,4 @@
-"""From what a generator returns to the pixels of a dataset."""
+"""Conversion of generator output to dataset pixels."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +10,11 @@ def checked_pixels(image: NDArray[np.float32], sample_id: str, seed: int) -> NDA
     """Return an image of 0..1 as uint8.
 
     Raises:
-        MaskLoomError: it holds values that are not finite, or one single value.
+        MaskLoomError: the image is constant or has values that are not finite.
     """
     remedy = (
         "try generate.mixed_precision=no, another generate.scheduler, or train again; "
-        "to continue with the other generators, take this one out with generate.generators.NAME=false"
+        "to continue with the other generators, switch this one off with generate.generators.NAME=false"
     )
     if not np.isfinite(image).all():
         raise MaskLoomError(f"{sample_id} (seed {seed}): the image holds NaN or infinite values; {remedy}")

@@ -1,7 +1,8 @@
-"""Which rows a synthetic dataset has: counts by class, the mask that each row starts from, and its seed.
+"""Plans the rows of a synthetic dataset: counts per class, parent mask and seed of each row.
 
-A plan depends on the dataset, the configuration and `seed`, never on the generator: every generator gets the same masks,
-prompts and seeds, and differences between their sets are differences between generators.
+A plan depends on the dataset, the configuration and `seed`, never on the generator. Every generator
+gets the same masks, prompts and seeds, so that differences between their datasets are differences
+between generators.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from maskloom.pipeline.files.reading import row_attributes
 
 # Names of the independent random streams under the experiment's seed.
 PARENT_STREAM, NOISE_STREAM, REPLACEMENT_STREAM = 1, 2, 3
-MAX_PARENTS = 10  # tried for one row before its class is said to be unwarpable
+MAX_PARENTS = 10  # tried for one row before the run stops with an error
 
 
 @dataclass(frozen=True)
 class TrainRow:
-    """A row of the train split that lends its mask.
+    """A row of the train split whose mask may be used.
 
     Attributes:
-        position: in the train split.
+        position: index in the train split.
         label: index into the description's labels, or None.
-        attributes: the values behind its prompt.
+        attributes: the values that its prompt was rendered from.
     """
 
     position: int
@@ -41,13 +42,13 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row to make.
+    """A row to generate.
 
     Attributes:
-        index: of the row, 0 .. number of rows - 1.
-        source: `train` (the mask as it is) or `warped`.
+        index: index of the row, 0 .. number of rows - 1.
+        source: `train` (the mask unchanged) or `warped`.
         parent: the train row whose mask is used, or tried first.
-        seed: of the image's noise, 0 .. 2**32 - 1.
+        seed: seed of the image's noise, 0 .. 2**32 - 1.
     """
 
     index: int
@@ -60,7 +61,7 @@ def read_parents(dataset: MaskPromptDataset, split: str = "train") -> list[Train
     """Return the rows whose masks may be used, without their images.
 
     Raises:
-        MaskLoomError: `split` is held out (any but train: validation, test, external test sets), or empty.
+        MaskLoomError: `split` is held out (any split except train), or empty.
     """
     if split != "train":
         raise MaskLoomError(f"{dataset.folder}: masks of the {split} split must not be seen by a generator; use train")
@@ -80,11 +81,11 @@ def read_parents(dataset: MaskPromptDataset, split: str = "train") -> list[Train
 def plan_rows(
     parents: Sequence[TrainRow], labels: Sequence[str], config: GenerateConfig, seed: int
 ) -> list[PlannedRow]:
-    """Return every row to make, classes interleaved so that any run of rows has nearly the plan's class shares.
+    """Return the rows to generate, interleaved by class so that any range of rows is balanced.
 
     Args:
         parents: the train rows.
-        labels: names of the image-level classes; empty where there are none.
+        labels: names of the image-level classes; may be empty.
         config: counts and mask sources.
         seed: the experiment's seed.
 
@@ -105,7 +106,9 @@ def plan_rows(
 
 
 def group_by_label(parents: Sequence[TrainRow]) -> dict[int | None, list[TrainRow]]:
-    """Return the train rows of each label, in the order of the labels; rows without a label come first."""
+    """Return the train rows of each label, in the order of the labels; rows without a label come
+    first.
+    """
     groups: dict[int | None, list[TrainRow]] = {}
     for parent in sorted(parents, key=lambda row: (_stream_number(row.label), row.position)):
         groups.setdefault(parent.label, []).append(parent)
@@ -115,10 +118,10 @@ def group_by_label(parents: Sequence[TrainRow]) -> dict[int | None, list[TrainRo
 def rows_per_label(
     by_label: Mapping[int | None, Sequence[TrainRow]], labels: Sequence[str], config: GenerateConfig
 ) -> dict[int | None, int]:
-    """Return how many rows to make for each label: exact, spread evenly, or as in train.
+    """Return the number of rows for each label: as configured, spread evenly, or as in train.
 
     Raises:
-        MaskLoomError: see `plan_rows`.
+        MaskLoomError: a configured class is unknown, has no train mask, or its count is negative.
     """
     if config.images_per_class is not None:
         return _exact_counts(config.images_per_class, by_label, labels)
@@ -133,7 +136,7 @@ def rows_per_label(
 def replacement_parents(
     row: PlannedRow, by_label: Mapping[int | None, Sequence[TrainRow]], seed: int
 ) -> Iterator[TrainRow]:
-    """Yield the row's parent, then others of its class in a random order, at most `MAX_PARENTS` in all."""
+    """Yield the row's parent, then others of its class in random order, `MAX_PARENTS` at most."""
     yield row.parent
     others = [parent for parent in by_label[row.parent.label] if parent is not row.parent]
     order = np.random.default_rng([seed, REPLACEMENT_STREAM, row.index]).permutation(len(others))
@@ -142,7 +145,7 @@ def replacement_parents(
 
 
 def check_parents_are_train(rows: Sequence[PlannedRow], dataset: MaskPromptDataset) -> None:
-    """Refuse a plan that uses the mask of a held-out row, or of a group that has one.
+    """Check that no planned row uses a mask of a held-out row, or of a group with held-out rows.
 
     Raises:
         MaskLoomError: names the row and its split.
@@ -159,7 +162,7 @@ def check_parents_are_train(rows: Sequence[PlannedRow], dataset: MaskPromptDatas
 
 
 def noise_seed(seed: int, index: int) -> int:
-    """Return the seed of a row's noise, 0 .. 2**32 - 1: short enough to read, and no two rows of a run share one."""
+    """Return the seed of a row's noise, 0 .. 2**32 - 1; different for every row of a run."""
     first = int(np.random.SeedSequence([seed, NOISE_STREAM]).generate_state(1, np.uint32)[0])
     return (first + index) % 2**32
 
@@ -191,23 +194,23 @@ def _exact_counts(
 def _sources_and_parents(
     candidates: Sequence[TrainRow], sources: Sequence[str], count: int, seed: int, stream: int
 ) -> Iterator[tuple[str, TrainRow]]:
-    """Yield `count` pairs: sources in turn; each source goes through all parents, shuffled anew each time."""
-    walks = [
-        _endless_walk(candidates, np.random.default_rng([seed, PARENT_STREAM, stream, place]))
+    """Yield `count` pairs: sources alternate; each iterates over the parents, reshuffled each time."""
+    parents = [
+        _reshuffled(candidates, np.random.default_rng([seed, PARENT_STREAM, stream, place]))
         for place in range(len(sources))
     ]
     for place in range(count):
         turn = place % len(sources)
-        yield sources[turn], next(walks[turn])
+        yield sources[turn], next(parents[turn])
 
 
-def _endless_walk(candidates: Sequence[TrainRow], rng: np.random.Generator) -> Iterator[TrainRow]:
+def _reshuffled(candidates: Sequence[TrainRow], rng: np.random.Generator) -> Iterator[TrainRow]:
     while True:
         for place in rng.permutation(len(candidates)):
             yield candidates[place]
 
 
 def label_counts(rows: Sequence[PlannedRow], labels: Sequence[str]) -> dict[str, int]:
-    """Return the number of rows by class name; `none` counts rows without a label."""
+    """Return the number of rows per class name; `none` counts rows without a label."""
     counted = Counter("none" if row.parent.label is None else labels[row.parent.label] for row in rows)
     return dict(sorted(counted.items()))

@@ -1,4 +1,4 @@
 """The stage `baselines`: other generator architectures, to compare with ControlNet.
 
-It has no loop of its own (`pipeline.training`) and no network that sampling needs (`models`).
+The training loop is `pipeline.training`; networks that sampling needs as well live in `models`.
 """

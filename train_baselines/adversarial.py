@@ -1,4 +1,4 @@
-"""What the GANs share: two networks with an optimizer each, their losses and penalties, and a look at the balance between them."""
+"""The training shared by all GANs: two networks, their losses and penalties, and balance checks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from maskloom.train_baselines.diff_augment import Policy, augmented
 from maskloom.train_baselines.family import Family, FamilyOptions
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
-HALF_RANGE = 2.0**10
-"""Lifts the R1 penalty's small gradients into the range of fp16 on their way back; a power of two changes no digit of float32."""
+R1_LOSS_SCALE = 2.0**10
+"""Loss scale that keeps the small gradients of the R1 penalty within the range of fp16.
+
+A power of two is exact in float32.
+"""
 WINS = 0.98
-"""Share of right answers, of real and of drawn samples alike, from which on the discriminator has won."""
+"""Accuracy, on real and on generated samples alike, above which the discriminator has won."""
 
 
 class GanOptions(FamilyOptions):
-    """Options of every GAN; the defaults of the loop are those of DCGAN (Radford et al. 2016)."""
+    """Options shared by all GANs; the optimizer defaults are those of DCGAN (Radford et al. 2016)."""
 
     train_batch_size: BatchSize = Field(16, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
@@ -38,24 +41,29 @@ class GanOptions(FamilyOptions):
     r1_gamma: float = Field(0.0, ge=0, description="weight of the R1 penalty; 0: none")
     spectral_norm: bool = Field(False, description="spectral normalisation of the discriminator's layers")
     diff_augment: list[Policy] = Field(
-        default_factory=list, description="for small data: [brightness, translation, cutout]"
+        default_factory=list,
+        description="differentiable augmentation for small datasets: [brightness, translation, cutout]",
     )
 
     @model_validator(mode="after")
-    def _nothing_to_stop_by(self) -> GanOptions:
+    def _has_no_early_stopping(self) -> GanOptions:
         if self.early_stopping_patience is not None:
-            raise ValueError("early_stopping_patience waits for a lower validation loss, which a GAN does not have")
+            raise ValueError("early_stopping_patience needs a validation loss, which a GAN does not have")
         return self
 
     @model_validator(mode="after")
-    def _compiled_once_differentiable(self) -> GanOptions:
+    def _compiles_without_r1(self) -> GanOptions:
         if self.torch_compile and self.r1_gamma > 0:
-            raise ValueError("torch_compile does not go with r1_gamma: compiled code cannot be differentiated twice")
+            raise ValueError(
+                "torch_compile cannot be combined with r1_gamma: compiled code cannot be differentiated twice"
+            )
         return self
 
 
 class Gan(Family):
-    """Goodfellow et al., Generative Adversarial Nets (2014). In each step the discriminator learns first, then the generator.
+    """Trains a generator against a discriminator (Goodfellow et al. 2014, arXiv:1406.2661).
+
+    Each step updates the discriminator first, then the generator.
 
     Subclasses build `generator` and `discriminator` and call `prepare_networks`.
     """
@@ -71,86 +79,89 @@ class Gan(Family):
         self.generator, self.discriminator = self.placed(self.generator), self.placed(self.discriminator)
         self.networks = {DISCRIMINATOR: self.discriminator, GENERATOR: self.generator}
         self._notes: dict[str, Tensor] = {}
-        self._right: dict[str, Tensor] = {}
-        self._seen_batches = 0
+        self._accuracy: dict[str, Tensor] = {}
+        self._batches = 0
 
     @abstractmethod
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return what the discriminator sees of real rows, (B, planes, H, W): images first."""
+        """Return the discriminator's input for real rows, (B, planes, H, W), image planes first."""
 
     @abstractmethod
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
-        """Return what the discriminator sees of drawn samples for the same classes or masks, with gradients to the generator."""
+        """Return the discriminator's input for samples generated from the same classes or masks.
+
+        Gradients flow back to the generator.
+        """
 
     def discriminate(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
-        """Return the discriminator's logits; a family whose discriminator is given the classes passes them on."""
+        """Return the discriminator's logits; class-conditional discriminators also use `labels`."""
         return network(planes)
 
     def further_losses(self, drawn: Tensor, real: Tensor) -> Mapping[str, Tensor]:
-        """Return what the generator's loss gains besides the adversarial term, by name."""
+        """Return the terms of the generator's loss besides the adversarial one, by name."""
         return {}
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        """Yield the discriminator's loss, then the generator's against the discriminator that has learnt from it."""
+        """Yield the discriminator's loss, then the generator's against the updated discriminator."""
         batch = self.flipped(batch, draws)
         labels, real = batch["label"], self.real_planes(batch)
         drawn = self.drawn_planes(batch, draws)
         yield DISCRIMINATOR, self._discriminator_loss(real, drawn.detach(), labels, draws)
         with frozen(self.discriminator):
-            logits = self.discriminate(self.discriminator, self._seen(drawn, draws, "generator"), labels)
+            logits = self.discriminate(self.discriminator, self._augmented(drawn, draws, "generator"), labels)
         further = self.further_losses(drawn, real)
         self._notes |= {key: value.detach() for key, value in further.items()}
         yield GENERATOR, generator_loss(logits, self.options.gan_loss) + sum(further.values())
 
     def notes(self) -> Mapping[str, Tensor]:
-        """Return the discriminator's share of right answers, and the parts of the generator's loss."""
+        """Return the discriminator's accuracy and the terms of the generator's loss."""
         return self._notes
 
     def validate(self, step: int) -> dict[str, float]:
-        """Write previews; warn where the samples or the balance of the two networks tell of a failure."""
+        """Write previews; warn if the samples have collapsed or the discriminator has won."""
         figures = super().validate(step)
-        right = {key: float(total) / self._seen_batches for key, total in self._right.items()}
-        if right and min(right.values()) > WINS:
+        accuracy = {key: float(total) / self._batches for key, total in self._accuracy.items()}
+        if accuracy and min(accuracy.values()) > WINS:
             say(
-                f"step {step}: the discriminator is right in {min(right.values()):.0%} of all cases, so the generator learns little from it. "
+                f"step {step}: the discriminator is right in {min(accuracy.values()):.0%} of all cases, so the generator learns little from it. "
                 "Lower learning_rate, or use r1_gamma, spectral_norm or diff_augment"
             )
-        self._right, self._seen_batches = {}, 0
+        self._accuracy, self._batches = {}, 0
         return figures
 
     def weights(self) -> Mapping[str, Any]:
-        """Return the generator: the discriminator is of no use without training."""
+        """Return the generator; the discriminator is not needed for sampling."""
         return {GENERATOR: self.generator}
 
     def _discriminator_loss(self, real: Tensor, drawn: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         network, penalised = self.networks[DISCRIMINATOR], self.options.r1_gamma > 0
-        seen = self._seen(real, draws, "discriminator").requires_grad_(penalised)
-        with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():  # the others are differentiable once
+        seen = self._augmented(real, draws, "discriminator").requires_grad_(penalised)
+        with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():  # the other kernels are differentiable once
             on_real = self.discriminate(network, seen, labels)
-        on_drawn = self.discriminate(network, self._seen(drawn, draws, "discriminator"), labels)
-        self._see_answers(on_real, on_drawn)
+        on_drawn = self.discriminate(network, self._augmented(drawn, draws, "discriminator"), labels)
+        self._record_accuracy(on_real, on_drawn)
         loss = discriminator_loss(on_real, on_drawn, self.options.gan_loss)
         if penalised:
             loss = loss + self.options.r1_gamma / 2 * r1_penalty(on_real, seen)
         return loss
 
-    def _seen(self, planes: Tensor, draws: Draws, purpose: str) -> Tensor:
+    def _augmented(self, planes: Tensor, draws: Draws, purpose: str) -> Tensor:
         return augmented(planes, self.description.channels, self.options.diff_augment, draws, purpose)
 
-    def _see_answers(self, on_real: Tensor, on_drawn: Tensor) -> None:
+    def _record_accuracy(self, on_real: Tensor, on_drawn: Tensor) -> None:
         right = {"real": (on_real > 0).float().mean(), "drawn": (on_drawn < 0).float().mean()}
         self._notes = {f"right/{key}": value.detach() for key, value in right.items()}
         for key, value in right.items():
-            self._right[key] = self._right.get(key, torch.zeros_like(value)) + value.detach()
-        self._seen_batches += 1
+            self._accuracy[key] = self._accuracy.get(key, torch.zeros_like(value)) + value.detach()
+        self._batches += 1
 
 
 def discriminator_loss(on_real: Tensor, on_drawn: Tensor, kind: str) -> Tensor:
-    """Return the mean of both sides' losses, from logits of any shape.
+    """Return the mean of the losses on real and generated samples, from logits of any shape.
 
     Args:
         on_real: logits of real samples.
-        on_drawn: logits of drawn samples.
+        on_drawn: logits of generated samples.
         kind: `bce` (Goodfellow et al. 2014) or `hinge` (Lim and Ye, Geometric GAN, 2017).
     """
     if kind == "hinge":
@@ -170,18 +181,19 @@ def generator_loss(on_drawn: Tensor, kind: str) -> Tensor:
 def r1_penalty(on_real: Tensor, real: Tensor) -> Tensor:
     """Return the mean squared norm of the discriminator's gradient at real samples.
 
-    Mescheder et al., Which Training Methods for GANs do actually Converge? (2018), before the factor gamma / 2.
+    The R1 penalty without its factor gamma / 2: Mescheder et al., Which Training Methods for GANs
+    do actually Converge? (2018).
 
     Args:
-        on_real: logits, in whose graph `real` stands.
+        on_real: logits computed from `real`, with the graph.
         real: (B, C, H, W), requiring gradients.
     """
-    (gradient,) = torch.autograd.grad(on_real.sum() * HALF_RANGE, real, create_graph=True)
-    return (gradient.float() / HALF_RANGE).square().flatten(1).sum(dim=1).mean()
+    (gradient,) = torch.autograd.grad(on_real.sum() * R1_LOSS_SCALE, real, create_graph=True)
+    return (gradient.float() / R1_LOSS_SCALE).square().flatten(1).sum(dim=1).mean()
 
 
 def add_spectral_norm(network: nn.Module) -> None:
-    """Hold the largest singular value of every linear and convolutional layer at 1 (Miyato et al. 2018)."""
+    """Apply spectral normalisation to every linear and convolutional layer (Miyato et al. 2018)."""
     for layer in list(network.modules()):
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             spectral_norm(layer)
@@ -189,7 +201,7 @@ def add_spectral_norm(network: nn.Module) -> None:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a network for the block without being kept for its weights."""
+    """Freeze a network's weights within the block; gradients still flow through it."""
     network.requires_grad_(False)
     try:
         yield
@@ -198,7 +210,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def normal_start(network: nn.Module) -> None:
-    """Draw the weights as DCGAN does: normal with deviation 0.02, those of batch norm around 1; biases 0."""
+    """Initialise the weights as DCGAN does: N(0, 0.02), batch norm N(1, 0.02), biases 0."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(layer.weight, 0.0, 0.02)

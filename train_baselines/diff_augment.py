@@ -1,7 +1,8 @@
-"""Differentiable augmentation: what the discriminator sees is changed alike for real and drawn samples, so that few images last longer.
+"""Differentiable augmentation of the discriminator's input, real and generated samples alike.
 
-Zhao et al., Differentiable Augmentation for Data-Efficient GAN Training (2020): brightness, translation and cutout, with the ranges of their
-code; here each sample's numbers are keyed to (seed, position), and real and drawn samples get the same.
+Zhao et al., Differentiable Augmentation for Data-Efficient GAN Training (2020): brightness,
+translation and cutout, with the ranges of their code. Here each sample's parameters are keyed to
+(seed, position), and real and generated samples get the same ones.
 """
 
 from typing import Literal
@@ -18,14 +19,14 @@ CUTOUT = 1 / 2  # side of the square that is blanked, as a share of the side
 
 
 def augmented(planes: Tensor, image_channels: int, policies: list[Policy], draws: Draws, purpose: str) -> Tensor:
-    """Return changed samples; gradients pass.
+    """Return augmented samples; the operations are differentiable.
 
     Args:
-        planes: (B, C, H, W), images in the first `image_channels` planes, masks behind them.
-        image_channels: brightness changes these alone.
-        policies: what is changed.
-        draws: of the batch.
-        purpose: keys the numbers; the same purpose means the same change.
+        planes: (B, C, H, W), images in the first `image_channels` planes, masks in the others.
+        image_channels: number of image planes; brightness changes only these.
+        policies: the augmentations to apply.
+        draws: random numbers of the batch.
+        purpose: key of the random numbers; the same purpose gives the same augmentation.
     """
     if "brightness" in policies:
         shift = (draws.uniform(f"{purpose} brightness") - 0.5).view(-1, 1, 1, 1)
@@ -38,7 +39,7 @@ def augmented(planes: Tensor, image_channels: int, policies: list[Policy], draws
 
 
 def _translated(planes: Tensor, draws: Draws, purpose: str) -> Tensor:
-    """Return samples shifted by whole pixels; what comes in is 0, as in the paper's code."""
+    """Return samples shifted by whole pixels; the uncovered border is 0, as in the paper's code."""
     sides = planes.shape[2:]
     margins = [round(side * TRANSLATION) for side in sides]
     rows, columns = (
@@ -52,7 +53,10 @@ def _translated(planes: Tensor, draws: Draws, purpose: str) -> Tensor:
 
 
 def _outside_of_squares(planes: Tensor, draws: Draws, purpose: str) -> Tensor:
-    """Return (B, 1, H, W): 0 inside a square of half the side, placed anywhere, also across the border; 1 outside."""
+    """Return (B, 1, H, W): 0 inside a square of half the side, 1 outside.
+
+    The square may extend beyond the border.
+    """
     near = []
     for name, side in zip(("cut row", "cut column"), planes.shape[2:], strict=True):
         cut = round(side * CUTOUT)

@@ -1,18 +1,20 @@
-"""How much samples of a class differ from each other: the sign of a generator that draws the same picture again and again."""
+"""Within-class diversity of generated images, to detect mode collapse."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-COARSE = 16  # side that pictures are pooled to: speckle and noise differ between two copies of one picture, its layout does not
+COARSE = 16  # side after pooling, which averages out speckle and noise and keeps the layout
 COLLAPSED = 0.3
 """Share of the real images' diversity below which a collapse is reported."""
 
 
 def diversity(images: Tensor, labels: Tensor) -> float:
-    """Return the mean distance between pooled images of the same class, per pixel; 0 where no class has two.
+    """Return the mean distance between pooled images of the same class, per pixel; 0 where no class
+    has two.
 
-    It tells one picture from many. A generator that draws two pictures in turn keeps half of what many different ones have.
+    It separates one repeated image from many: a generator that alternates between two images keeps
+    half of the distance of many different ones.
 
     Args:
         images: (N, C, H, W) in [-1, 1].

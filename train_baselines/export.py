@@ -1,4 +1,4 @@
-"""Writes what a family leaves: its weights as diffusers keeps models, with a model card and the newest previews."""
+"""Export of a trained architecture: weights for diffusers, model card, latest previews."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from maskloom.train_baselines.family import Family
 
 
 def export(family: Family, name: str, config: ExperimentConfig, contract: Contract, target: Path) -> dict[str, Any]:
-    """Write the weights whole or not at all.
+    """Write the weights, the model card and the latest previews to `target`, atomically.
 
     Args:
-        family: after its training.
-        name: the family's.
+        family: the trained architecture.
+        name: its name in the configuration.
         config: the experiment.
-        contract: the real dataset's.
-        target: the folder; each network of `Family.weights` becomes a folder in it.
+        contract: the contract of the real dataset.
+        target: the output folder; each entry of `Family.weights` becomes a subfolder.
 
     Returns:
-        digest of the weights, and how many were trained for generation and in all.
+        The digest of the weights, and the number of trained parameters of each network.
     """
     weights = family.weights()
-    pictures = max(family.pictures.glob("step-*.png"), default=None)
+    preview = max(family.preview_folder.glob("step-*.png"), default=None)
     sizes = {key: sum(p.numel() for p in network.parameters()) for key, network in family.networks.items()}
     with told_when_unwritable(target), whole_folder(target) as folder:
         for key, network in weights.items():
             network.save_pretrained(folder / key)
-        (folder / "README.md").write_text(_card(family, name, config, contract, sizes, pictures), encoding="utf-8")
-        if pictures:
-            (folder / "samples.png").write_bytes(pictures.read_bytes())
+        (folder / "README.md").write_text(_card(family, name, config, contract, sizes, preview), encoding="utf-8")
+        if preview:
+            (folder / "samples.png").write_bytes(preview.read_bytes())
     return {"weights_digest": model_digest(str(target)), "trained_parameters": sizes}
 
 
@@ -48,9 +48,9 @@ def _card(
     config: ExperimentConfig,
     contract: Contract,
     sizes: dict[str, int],
-    pictures: Path | None,
+    preview: Path | None,
 ) -> str:
-    """Return the README.md beside the weights; it names no path of this machine."""
+    """Return the text of the model card (README.md), without local paths."""
     about, options = contract.description, family.options
     metadata = {**licence_metadata(about), "tags": ["medical", "maskloom", name.replace("_", "-")]}
     height, width = family.rows.size
@@ -62,7 +62,7 @@ def _card(
 # `{name}` for {about.modality} ({about.dataset})
 
 Trained by MaskLoom on real images only; `python -m generate` samples from it.
-{"![previews](samples.png)" if pictures else ""}
+{"![previews](samples.png)" if preview else ""}
 
 | | |
 |---|---|

@@ -1,7 +1,8 @@
-"""What a family of generators provides: its options, its networks and losses, samples to look at, and the weights that it leaves.
+"""The interface of a generator architecture: options, networks, losses, previews, exported weights.
 
-To add a family, write `train_baselines/families/NAME.py` with a class `Options(FamilyOptions)` and a class `Trained(Family)`;
-a network that generation needs as well goes to `models/`, and `generate/generators/NAME.py` samples from it.
+To add an architecture, write `train_baselines/families/NAME.py` with a class
+`Options(FamilyOptions)` and a class `Trained(Family)`. A network that generation needs as well goes
+to `models/`, and `generate/generators/NAME.py` samples from it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from maskloom.train_baselines.samples import Samples, preview_grid
 
 
 class FamilyOptions(LoopConfig):
-    """Options of every family, `baselines.NAME` in the configuration: those of the shared loop, and these.
+    """Options shared by all architectures (`baselines.NAME`), on top of those of the training loop.
 
-    The cadences in epochs, where given, take the place of those in steps.
+    Intervals in epochs, where given, take precedence over intervals in steps.
     """
 
     image_size: Size | None = Field(None, description="size of the training and generated images; null: the dataset's")
@@ -47,20 +48,21 @@ class FamilyOptions(LoopConfig):
 
     @property
     def section(self) -> str:
-        """See `LoopConfig.section`; a family's file bears its name."""
+        """The configuration section, `baselines.NAME`; NAME is the name of the module."""
         return f"baselines.{type(self).__module__.rpartition('.')[2]}"
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Look whether the networks can draw images of (height, width); asked before anything is trained.
+        """Check, before any training, that the networks support images of (height, width).
 
         Raises:
-            ValueError: they cannot; says which sizes they can draw, or which option to change.
+            ValueError: the size is not supported; names the supported sizes or the option to
+                change.
         """
 
 
 @contextmanager
 def evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Put networks in evaluation mode for the block; afterwards each is in the mode that it was in."""
+    """Put networks in evaluation mode within the block; restore each one's mode afterwards."""
     modes = {network: network.training for network in networks}
     try:
         for network in modes:
@@ -72,54 +74,57 @@ def evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Family(Task):
-    """A generator in training.
+    """A generator architecture in training.
 
     Attributes:
-        needs_masks: whether it learns from masks.
-        given_masks: whether its samples are drawn from masks that it is given.
-        diversity_samples: how many are drawn, over all classes, to see how diverse they are.
-        collapse_remedy: what to try where they are not.
+        needs_masks: whether training needs masks.
+        given_masks: whether samples are generated from given masks.
+        diversity_samples: number of samples, over all classes, for the diversity check.
+        collapse_remedy: advice shown when the samples have collapsed.
     """
 
     needs_masks: ClassVar[bool]
     given_masks: ClassVar[bool] = False
     diversity_samples: ClassVar[int] = 64
     collapse_remedy: ClassVar[str] = (
-        "Train on from an earlier checkpoint with a lower learning_rate, or with diff_augment, r1_gamma or spectral_norm"
+        "Resume from an earlier checkpoint with a lower learning_rate, or with diff_augment, r1_gamma or spectral_norm"
     )
 
     def __init__(self, options: Any, rows: Rows, previews: Rows, seed: int, accelerator: Accelerator) -> None:
-        """Keep what the training needs; subclasses build their networks, in float32, on the accelerator's device.
+        """Store the inputs of training; subclasses build their float32 networks on the device.
 
         Args:
-            options: the family's own.
-            rows: what is trained on.
-            previews: rows of the validation split, or the same; lend their classes and masks to previews.
-            seed: the experiment's.
-            accelerator: of this training.
+            options: the options of this architecture.
+            rows: the training rows.
+            previews: rows of the validation split, or the training rows; their classes and masks
+                are used for previews.
+            seed: the seed of the experiment.
+            accelerator: the accelerator of this training.
         """
         self.options, self.dataset, self.previews, self.seed = options, rows, previews, seed
         self.rows, self.accelerator, self.device = rows, accelerator, accelerator.device
         self.description = rows.description
         self.classes = max(1, len(self.description.labels))
-        self.pictures = Path(accelerator.project_dir) / "images"
+        self.preview_folder = Path(accelerator.project_dir) / "images"
 
     @abstractmethod
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
-        """Return one sample a label; the same arguments give the same samples. Called with averaged weights if any, without gradients.
+        """Return one sample per label; the same arguments give the same samples.
+
+        Called without gradients, with the EMA weights if there are any.
 
         Args:
             labels: (N,) int64 classes.
-            masks: (N, H, W) uint8 where `given_masks`.
-            seed: of the noise.
+            masks: (N, H, W) uint8 class indices where `given_masks`, else None.
+            seed: the seed of the noise.
         """
 
     @abstractmethod
     def weights(self) -> Mapping[str, Any]:
-        """Return what is kept of the training, by folder name: whatever has diffusers' `save_pretrained`."""
+        """Return the objects to export by folder name; each has diffusers' `save_pretrained`."""
 
     def placed(self, network: nn.Module) -> Any:
-        """Return a network on the device in training mode, laid out and compiled as the options say."""
+        """Return a network on the device, in training mode, channels-last and compiled if asked."""
         network = network.to(self.device).train()
         if self.options.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -128,7 +133,7 @@ class Family(Task):
         return network
 
     def flipped(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
-        """Return the batch, half of its rows mirrored where the options say so."""
+        """Return the batch with half of its rows flipped horizontally if `random_flip` is set."""
         if not self.options.random_flip:
             return batch
         mirrored = draws.uniform("flip") < 0.5
@@ -144,7 +149,10 @@ class Family(Task):
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Write a grid of previews; return how diverse samples are against as many real images, and warn of a collapse."""
+        """Write a preview grid and return the diversity of samples relative to real images.
+
+        Warns below `COLLAPSED`.
+        """
         self._write_previews(step)
         reals = self._rows_of_each_class(self.rows, max(2, self.diversity_samples // self.classes))
         of_reals = diversity(reals["image"], reals["label"])
@@ -159,11 +167,11 @@ class Family(Task):
         return {"diversity": ratio}
 
     def _write_previews(self, step: int) -> None:
-        """Write `logs/baselines/NAME/images/step-N.png`: the same classes, masks and noise every time."""
+        """Write `logs/baselines/NAME/images/step-N.png` from fixed classes, masks and noise."""
         rows = self._preview_rows
         grid = preview_grid(rows, self._drawn(rows, "preview"), self.description, self.given_masks)
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        (self.pictures / f"step-{step:07d}.png").write_bytes(png_bytes(grid))
+        self.preview_folder.mkdir(parents=True, exist_ok=True)
+        (self.preview_folder / f"step-{step:07d}.png").write_bytes(png_bytes(grid))
 
     @cached_property
     def _preview_rows(self) -> dict[str, Tensor]:
@@ -178,7 +186,7 @@ class Family(Task):
         return stacked([rows[number] for number in chosen])
 
     def _drawn(self, rows: Mapping[str, Tensor], purpose: str) -> Samples:
-        """Return samples of the rows' classes (and masks), on the CPU, in batches no larger than the training's."""
+        """Return samples for the rows' classes (and masks) on the CPU, computed batch by batch."""
         parts = []
         with evaluation_mode(self.networks.values()):
             for start in range(0, len(rows["label"]), self.options.train_batch_size):

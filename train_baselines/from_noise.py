@@ -1,6 +1,7 @@
-"""What the GANs that draw from noise share beyond all GANs: three options for images whose texture matters, off as in their sources.
+"""Options of the GANs that generate from noise, for images whose texture matters; off by default.
 
-Without them a discriminator with batch norm judges textures poorly: it sees real and drawn batches apart, and batch norm gives both the same strength.
+A discriminator with batch norm is insensitive to texture contrast: real and generated batches pass
+through it separately, and batch norm scales both to the same contrast.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from maskloom.pipeline.config.bounds import Channels
 from maskloom.train_baselines.adversarial import GanOptions, normal_start
 
 SLOPE = 0.2
-"""Of the discriminators' LeakyReLU."""
+"""Negative slope of the discriminators' LeakyReLU."""
 SMALLEST_VARIANCE = 1e-8
-"""Keeps the gradient of a square root finite where samples are the same."""
+"""Keeps the gradient of the square root finite for identical samples."""
 
 
 class FromNoiseOptions(GanOptions):
-    """Options of the GANs that draw from noise."""
+    """Options of the GANs that generate from noise."""
 
     noise_planes: Channels = Field(
         0, ge=0, description="noise planes that the generator adds at every resolution, for texture such as speckle"
@@ -32,14 +33,15 @@ class FromNoiseOptions(GanOptions):
     )
 
     def start(self, discriminator: nn.Module) -> None:
-        """Draw the discriminator's first weights as suits its layers."""
+        """Initialise the discriminator: as DCGAN with batch norm, else as He et al."""
         (normal_start if self.discriminator_norm else kaiming_start)(discriminator)
 
 
 class BatchDeviation(nn.Module):
-    """Adds to features (B, C, H, W) a plane that says how much the samples differ: the mean of their standard deviations, everywhere the same.
+    """Minibatch standard deviation: appends a constant plane to features (B, C, H, W).
 
-    Karras et al., Progressive Growing of GANs (2018), section 3, over the whole batch of a process.
+    The plane holds the mean standard deviation over the batch of one process (Karras et al.,
+    Progressive Growing of GANs, 2018, section 3).
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class BatchDeviation(nn.Module):
 
 
 def kaiming_start(network: nn.Module) -> None:
-    """Draw the weights so that signals keep their size without norms (He et al. 2015), for LeakyReLU 0.2; biases 0."""
+    """Initialise the weights for LeakyReLU 0.2 without norm layers (He et al. 2015); biases 0."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, SLOPE)

@@ -1,4 +1,4 @@
-"""What a family learns from: images, masks and classes of one split, at one size."""
+"""Training rows: images, masks and classes of one split, at one size."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from maskloom.pipeline.errors import MaskLoomError
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """Rows of a split, decoded when they are asked for.
+    """Rows of a split, decoded on access.
 
-    A row is `{"image": (C, H, W) float32 in [-1, 1], "mask": (H, W) uint8 class indices, "label": int64}`; without `mask` where it is not
-    needed, and with label 0 where the dataset has no labels: a single class.
+    A row is `{"image": (C, H, W) float32 in [-1, 1], "mask": (H, W) uint8 class indices, "label":
+    int64}`. `mask` is absent where it is not needed; `label` is 0 in a dataset without labels.
     """
 
     def __init__(self, dataset: MaskPromptDataset, split: str, size: tuple[int, int], with_mask: bool) -> None:
-        """Open the split; rows without a class, or without a mask where one is needed, are left out.
+        """Open the split, leaving out rows without a class, or without a mask where one is needed.
 
         Raises:
-            MaskLoomError: no row is left.
+            MaskLoomError: no row remains.
         """
         self.description, self.size, self.with_mask = dataset.description, size, with_mask
         rows = dataset.split(split)
@@ -36,7 +36,9 @@ class Rows(Dataset[dict[str, Any]]):
             wanted = " and ".join(
                 [*(["a mask"] if with_mask else []), *(["a label"] if dataset.description.labels else [])]
             )
-            raise MaskLoomError(f"{dataset.folder}: no row of the {split} split has {wanted}, and this family needs it")
+            raise MaskLoomError(
+                f"{dataset.folder}: no row of the {split} split has {wanted}, and this architecture needs it"
+            )
         self.left_out = len(rows) - len(kept)
         self.table = rows.select(kept)
 
@@ -55,7 +57,7 @@ class Rows(Dataset[dict[str, Any]]):
         return row
 
     def sample_id(self, index: int) -> str:
-        """Return a row's name."""
+        """Return the sample id of a row."""
         return str(self.table[index]["sample_id"])
 
     @property
@@ -65,10 +67,10 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 def _usable_rows(dataset: MaskPromptDataset, rows: Any, with_mask: bool) -> list[int]:
-    """Return the numbers of the rows that have all that is needed; pictures are not decoded for it."""
+    """Return the indices of the rows with all required columns, without decoding any image."""
     if with_mask and not dataset.description.mask_classes:
         raise MaskLoomError(
-            f"{dataset.folder}: the dataset has no masks, and this family learns from them; use class_gan"
+            f"{dataset.folder}: the dataset has no masks, and this architecture needs them; use class_gan"
         )
     columns = rows.select_columns(["mask", "label"]).with_format("arrow")
     masks, labels = columns[:]["mask"].is_valid().to_pylist(), columns[:]["label"].is_valid().to_pylist()

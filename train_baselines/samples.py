@@ -1,4 +1,4 @@
-"""The grid of previews: a column a sample, classes side by side."""
+"""The preview grid: one column per sample, classes side by side."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Picture = NDArray[np.uint8]
 
 
 class Samples(NamedTuple):
-    """Drawn samples.
+    """Generated samples.
 
     Attributes:
         images: (N, C, H, W) float32, about -1 to 1.
-        masks: (N, H, W) uint8 class indices where the generator draws masks as well, else None.
+        masks: (N, H, W) uint8 class indices where the generator produces masks as well, else None.
     """
 
     images: Tensor
@@ -28,16 +28,17 @@ class Samples(NamedTuple):
 
 
 def preview_grid(rows: Mapping[str, Tensor], drawn: Samples, about: Description, given_masks: bool) -> Picture:
-    """Return a grid of samples, (H, W, 3) uint8.
+    """Return a sample grid, (H, W, 3) uint8.
 
-    Each row of the batch has a column: the mask it was drawn from, the sample, the mask drawn with it, and the real image behind a given mask;
-    those that there are.
+    Each row of the batch becomes a column with, as far as they exist: the given mask, the sample,
+    the generated mask, and the real image of the given mask.
 
     Args:
-        rows: the batch: `image` (N, C, H, W) in [-1, 1], and `mask` (N, H, W) where masks are given.
-        drawn: a sample of each row.
+        rows: the batch: `image` (N, C, H, W) in [-1, 1], and `mask` (N, H, W) where masks are
+            given.
+        drawn: one sample for each row.
         about: the dataset's description; its palette colours the masks.
-        given_masks: whether the samples were drawn from the rows' masks.
+        given_masks: whether the samples were generated from the rows' masks.
     """
     columns = []
     for number in range(len(drawn.images)):

@@ -1,6 +1,6 @@
-"""The stage `baselines`: real dataset -> a trained generator of each family of the configuration.
+"""The stage `baselines`: real dataset -> one trained generator for each configured architecture.
 
-Each family is a stage of its own below this one: another family, or a changed option of one, leaves the others as they are.
+Each architecture is a sub-stage: adding one, or changing its options, leaves the others up to date.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ SEVERAL_SIZES = "{where}: images of several sizes, and the baselines draw one; s
 
 
 def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[str] | None = None) -> None:
-    """Train every family of `baselines`, or leave out those that are up to date.
+    """Train every architecture of `baselines` that is not up to date.
 
     Args:
         config: the experiment.
-        force: throw earlier checkpoints away and train from the start.
-        families: train these only; None: all.
+        force: delete earlier checkpoints and train from scratch.
+        families: train only these architectures; None: all.
 
     Raises:
-        MaskLoomError: an unknown family or option, or the dataset cannot be used; a loss was not finite.
+        MaskLoomError: an architecture or option is unknown, the dataset cannot be used, or a loss
+            was not finite.
     """
     run = open_run(config)
     if not config.baselines:
@@ -77,19 +78,20 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
 
 
 def family_options(config: ExperimentConfig, name: str) -> FamilyOptions:
-    """Return the checked options of a family.
+    """Return the validated options of an architecture.
 
     Raises:
-        MaskLoomError: an unknown family or option, or a value that does not fit.
+        MaskLoomError: the architecture or an option is unknown, or a value is invalid.
     """
     return validated(config.baselines[name], load_plugin(PACKAGE, name, "family").Options, f"{NAME}.{name}")
 
 
 def check_family_settings(config: ExperimentConfig) -> None:
-    """Check the options of every family as far as that goes without the dataset.
+    """Check the options of every architecture as far as possible without the dataset.
 
     Raises:
-        MaskLoomError: an unknown family or option, several precisions, or a size that a family cannot draw.
+        MaskLoomError: an architecture or option is unknown, precisions differ, or a size is not
+            supported.
     """
     options = {name: family_options(config, name) for name in config.baselines}
     _check_one_precision(options)
@@ -99,7 +101,7 @@ def check_family_settings(config: ExperimentConfig) -> None:
 
 
 def in_steps(options: FamilyOptions, epoch_length: int, processes: int) -> FamilyOptions:
-    """Return the options with the cadences in epochs brought to optimizer steps."""
+    """Return the options with intervals in epochs converted to optimizer steps."""
     samples = options.train_batch_size * options.gradient_accumulation_steps * processes
     cadences = {"logging": "logging_steps", "validation": "validation_steps", "checkpointing": "checkpointing_steps"}
     changed = {
@@ -111,7 +113,7 @@ def in_steps(options: FamilyOptions, epoch_length: int, processes: int) -> Famil
 
 
 def weights_folder(run: Run, name: str) -> Path:
-    """Return where a family's trained weights lie."""
+    """Return the folder of an architecture's trained weights."""
     return run.baselines / name / "weights"
 
 
@@ -123,21 +125,23 @@ def _chosen(config: ExperimentConfig, families: Sequence[str] | None) -> list[st
 
 
 def _check_one_precision(options: Mapping[str, LoopConfig]) -> None:
-    """Families are trained one after another in one process, which computes in one precision.
+    """Check that all architectures ask for one precision: they are trained in the same process.
 
     Raises:
         MaskLoomError: they ask for several.
     """
     precisions = {one.mixed_precision for one in options.values()}
     if len(precisions) > 1:
-        raise MaskLoomError(f"baselines: mixed_precision must be the same for all families, not {sorted(precisions)}")
+        raise MaskLoomError(
+            f"baselines: mixed_precision must be the same for all architectures, not {sorted(precisions)}"
+        )
 
 
 def _check_sizes(options: Mapping[str, FamilyOptions], image_size: tuple[int, int]) -> None:
-    """Find sizes that a family cannot draw before another one has trained for hours.
+    """Check the image size of every architecture before the first one is trained.
 
     Raises:
-        MaskLoomError: names the family and the size.
+        MaskLoomError: a size is not supported; names the architecture and the size.
     """
     for name, one in options.items():
         size = one.image_size or image_size
@@ -163,18 +167,19 @@ def _whole_stage(
     outputs = [weights_folder(run, name) for name in options]
     outputs += [
         run.logs(f"{NAME}/{name}") / RECORD_FILE for name in options
-    ]  # without its record, weights count as untrained
+    ]  # weights without a record count as untrained
     return Stage(run, NAME, {"dataset": dataset.digest}, settings, outputs)
 
 
 def _check_before_training(
     config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stage: Stage, options: FamilyOptions, force: bool
 ) -> None:
-    """Refuse what cannot be trained while everything is still as it was, and before another family has trained for hours.
+    """Check that an architecture can be trained, before anything is changed or trained.
 
     Raises:
-        MaskLoomError: the machine or the dataset lacks what the family needs, something of the user's has the name of its weights or of a
-            checkpoint, or, unless `force`, a checkpoint belongs to another training.
+        MaskLoomError: the machine or the dataset lacks what the architecture needs, a file of the
+            user has the name of its weights or of a checkpoint, or, unless `force`, a checkpoint
+            belongs to another training.
     """
     from maskloom.pipeline.training.resuming import check_resumable
     from maskloom.pipeline.training.setup import check_machine, launched_processes
@@ -197,7 +202,7 @@ def _train_families(
 def _train_family(
     config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, name: str, stage: Stage, force: bool
 ) -> None:
-    """Train one family, resuming where an earlier run stopped, and keep its weights."""
+    """Train one architecture, resuming from the last checkpoint, and export its weights."""
     from accelerate.utils import set_seed
 
     from maskloom.pipeline.training.checkpoints import delete_checkpoints
@@ -234,7 +239,7 @@ def _train_family(
 def _family(
     plugin: ModuleType, options: FamilyOptions, dataset: MaskPromptDataset, seed: int, accelerator: Any
 ) -> Family:
-    """Open the rows and build a family's networks."""
+    """Open the rows and build the networks of an architecture."""
     kind = plugin.Trained
     rows = _open_rows(kind, options, dataset, "train")
     if rows.left_out and accelerator.is_main_process:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Prepare a dataset on a SLURM cluster: an array of jobs reads the raw data, one more writes the dataset. From the checkout:
+# Prepare a dataset on a SLURM cluster: a job array reads the raw data, one further job writes the
+# dataset. Run from the checkout:
 #   job=$(sbatch --parsable --array=1-16 configs/slurm/prepare.sh configs/camelyon.yaml data.raw_dir=PATH)
 #   sbatch --dependency=afterok:$job configs/slurm/prepare.sh configs/camelyon.yaml data.raw_dir=PATH
-# A job that is preempted, or whose time is up, goes back to the queue by itself: what it has read is kept. One that was killed is
-# submitted again. The run folder must lie on a disk that all nodes see.
+# A job that is preempted or reaches its time limit is requeued and keeps what it has read. Resubmit
+# a job that was killed. The run folder must be on a disk that all nodes share.
 #SBATCH --job-name=maskloom-prepare
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=8G
@@ -16,7 +17,7 @@ python=${PYTHON:-.venv/bin/python}
 
 requeue() {
     trap '' USR1 TERM
-    echo "asked to stop: back to the queue"
+    echo "received a stop signal: requeueing"
     kill -TERM "$reader" || true
     wait "$reader" || true
     scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Train on one node of a SLURM cluster, on all the GPUs that the job gets. From the checkout:
+# Train on all allocated GPUs of one node of a SLURM cluster. Run from the checkout:
 #   sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml [KEY=VALUE ...]
-#   ENGINE=fsdp sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml        (a file of configs/accelerate)
-# Before its time is up, or when it is preempted, the training ends its optimizer step and saves a checkpoint; the job goes back
-# to the queue, and then on from there.
+#   ENGINE=fsdp sbatch --gpus=4 configs/slurm/train.sh configs/busi.yaml
+# ENGINE names a file in configs/accelerate. Before its time limit, or when it is preempted, the
+# training finishes its optimizer step and saves a checkpoint; the job is requeued and resumes from
+# there.
 #SBATCH --job-name=maskloom-train
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -20,8 +21,9 @@ engine=${ENGINE:-$([[ $gpus -gt 1 ]] && echo ddp || echo single)}
 
 requeue() {
     trap '' USR1 TERM
-    echo "asked to stop: saving a checkpoint, then back to the queue"
-    pkill -TERM -P "$launcher" || true # the training's processes: the launcher would end without waiting for them
+    echo "received a stop signal: saving a checkpoint, then requeueing"
+    # Signal the training processes: the launcher would exit without waiting for them.
+    pkill -TERM -P "$launcher" || true
     wait "$launcher" || true
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Train on several nodes of a SLURM cluster, on all the GPUs that the job gets. From the checkout, which must lie on a disk that
-# all nodes see, with the run folder:
+# Train on all allocated GPUs of several nodes of a SLURM cluster. The checkout and the run folder
+# must be on a disk that all nodes share. Run from the checkout:
 #   sbatch --nodes=2 --gpus-per-node=4 configs/slurm/train_multinode.sh configs/busi.yaml [KEY=VALUE ...]
-#   ENGINE=fsdp sbatch --nodes=2 --gpus-per-node=4 configs/slurm/train_multinode.sh configs/busi.yaml        (a file of configs/accelerate)
-# Before its time is up, or when it is preempted, the training ends its optimizer step and saves a checkpoint; the job goes back
-# to the queue, and then on from there.
+#   ENGINE=fsdp sbatch --nodes=2 --gpus-per-node=4 configs/slurm/train_multinode.sh configs/busi.yaml
+# ENGINE names a file in configs/accelerate. Before its time limit, or when it is preempted, the
+# training finishes its optimizer step and saves a checkpoint; the job is requeued and resumes from
+# there.
 #SBATCH --job-name=maskloom-train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -23,15 +24,16 @@ main=${nodes%%$'\n'*}
 
 requeue() {
     trap '' USR1 TERM
-    echo "asked to stop: saving a checkpoint, then back to the queue"
-    kill -TERM "$launchers" || true # srun hands it to the launchers, and these to the training's processes
+    echo "received a stop signal: saving a checkpoint, then requeueing"
+    # srun forwards the signal to the launchers, which forward it to the training processes.
+    kill -TERM "$launchers" || true
     wait "$launchers" || true
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
 trap requeue USR1 TERM
 
-# One launcher a node, which starts a process for each GPU; they meet at the first node.
+# One launcher per node starts one process per GPU; the first node is the rendezvous host.
 export python gpus engine main port=$((20000 + SLURM_JOB_ID % 20000))
 # shellcheck disable=SC2016  # expanded on each node, where SLURM_NODEID is its own
 srun --kill-on-bad-exit=1 bash -c 'exec "$python" -m accelerate.commands.launch \

@@ -1,4 +1,4 @@
-"""`python -m data_prep verify`: an audit of prepared datasets, its tables and its contact sheet.
+"""`python -m data_prep verify`: audit of prepared datasets, with tables and a contact sheet.
 
-It reads datasets and changes none. What every stage asks first lies in `pipeline.dataset`.
+It only reads datasets. The checks that every stage runs first are in `pipeline.dataset`.
 """

@@ -1,7 +1,8 @@
-"""What a prepared dataset holds, and whether its splits share images: the content audit of `python -m data_prep verify`.
+"""The content audit of `python -m data_prep verify`: statistics of the splits, and shared images.
 
-A *failure* makes a paper wrong: an image that shapes the model (train, validation) and also measures it, or one image with two labels. Everything else
-is told and left to the reader: near-duplicates between datasets or a little above the threshold, masks that differ between identical images, distributions.
+A *failure* invalidates results: an image used for training or model selection that is also in a
+test split, or one image with two labels. Everything else is only reported: near-duplicates between
+datasets or slightly above the threshold, different masks of identical images, distributions.
 """
 
 from collections import Counter
@@ -24,22 +25,22 @@ from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.leaks import FIX, NEAR_LIMIT
 
-KEPT_FINDINGS = 1000  # of each kind; further ones are counted
+KEPT_FINDINGS = 1000  # per kind; further findings are only counted
 REFERENCE = "train"
 SIGNIFICANT = 0.01
 
 
 @dataclass(frozen=True)
 class SplitContent:
-    """What one split holds.
+    """Statistics of one split.
 
     Attributes:
-        labels: rows by class; rows without a class are those of no entry.
-        masks: rows that have a mask; `empty_masks` of them show no foreground.
-        flat_images: of one grey level only.
+        labels: number of rows per class; rows without a class are not counted.
+        masks: number of rows with a mask; `empty_masks` of them have no foreground.
+        flat_images: number of constant images.
         texts: number of distinct prompts.
-        grey_mean, grey_std: means over the images of an image's mean and standard deviation, 0..255.
-        grey_spread: standard deviation of the images' means.
+        grey_mean, grey_std: mean over the images of their mean and standard deviation, 0..255.
+        grey_spread: standard deviation of the image means.
     """
 
     dataset: str
@@ -62,10 +63,10 @@ class RegionSizes:
     """Sizes of one foreground class over the images of a split and a label.
 
     Attributes:
-        masks: rows that have a mask.
-        present: of these, rows whose mask shows the class; the figures below are over them.
-        smallest, p5, median, p95, largest: share of the image's area.
-        components_median, components_most: connected components.
+        masks: number of rows with a mask.
+        present: number of these whose mask has the class; the statistics below are over them.
+        smallest, p5, median, p95, largest: fraction of the image area.
+        components_median, components_most: number of connected components.
     """
 
     dataset: str
@@ -85,12 +86,13 @@ class RegionSizes:
 
 @dataclass(frozen=True)
 class ClassShift:
-    """How the classes of a split differ from those of train.
+    """Difference between the class distributions of a split and of train.
 
     Attributes:
-        label: class whose share differs most.
+        label: the class whose share differs most.
         share, train_share: its shares.
-        p_value: chi-square test of equal shares. Images of a group are not independent, so it is rather too small.
+        p_value: p-value of a chi-square test of equal shares. Images of a group are not
+            independent, so it tends to be too small.
     """
 
     split: str
@@ -101,20 +103,20 @@ class ClassShift:
 
     @property
     def differs(self) -> bool:
-        """Whether chance alone would hardly give it."""
+        """Whether the difference is significant."""
         return self.p_value < SIGNIFICANT
 
 
 @dataclass(frozen=True)
 class Audit:
-    """All that was found.
+    """The result of an audit.
 
     Attributes:
-        datasets: the audited one, and those that it was compared with.
-        notes: what was looked for, and what could not be found.
+        datasets: the audited dataset, and those that it was compared with.
+        notes: which checks were run, and which were not possible.
         findings: failures first, at most `KEPT_FINDINGS` of each kind.
-        counts: number of all findings by problem and likeness.
-        failed: number of all failures.
+        counts: total number of findings by problem and likeness.
+        failed: total number of failures.
     """
 
     datasets: list[str]
@@ -131,10 +133,10 @@ class Audit:
         return asdict(self)
 
     def require_sound(self) -> None:
-        """Check that nothing failed.
+        """Check that there are no failures.
 
         Raises:
-            MaskLoomError: something did; names the first of each kind.
+            MaskLoomError: there are failures; names the first of each kind.
         """
         firsts: dict[str, Finding] = {}
         for finding in self.findings:
@@ -179,11 +181,11 @@ def indexed(datasets: Sequence[MaskPromptDataset], near: bool | None) -> Iterato
 
 
 def near_plan(datasets: Sequence[MaskPromptDataset], near: bool | None) -> tuple[bool, str]:
-    """Return whether near-duplicates are looked for, and what to tell about it.
+    """Return whether to search for near-duplicates, and a note about it.
 
     Args:
-        datasets: the audited one first.
-        near: whatever the datasets are; None decides by their contracts and their size.
+        datasets: the datasets, the audited one first.
+        near: the user's choice; None: decided by the contracts and the size of the datasets.
     """
     total = sum(dataset.num_rows for dataset in datasets)
     threshold = near_threshold(datasets)
@@ -205,20 +207,20 @@ def near_plan(datasets: Sequence[MaskPromptDataset], near: bool | None) -> tuple
 
 
 def audit(datasets: Sequence[MaskPromptDataset], index: AuditIndex, near: bool | None) -> Audit:
-    """Return what the datasets hold and share.
+    """Return the audit of the datasets.
 
     Args:
-        datasets: the audited one first, then those that it is compared with.
-        index: from `indexed`, of the same datasets.
+        datasets: the audited dataset, then those that it is compared with.
+        index: from `indexed`, for the same datasets.
         near: see `near_plan`.
     """
     findings = _Findings()
     notes = [near_plan(datasets, near)[1], *_size_notes(datasets)]
     try:
         near_duplicates = list(near_findings(index, datasets)) if index.near else []
-    except MaskLoomError as error:  # unrelated images correlate
+    except MaskLoomError as error:  # unrelated images are too similar
         near_duplicates = []
-        notes.append(f"near-duplicates: none told: {error}")
+        notes.append(f"near-duplicates: not available: {error}")
     for finding in chain(identical_findings(index.rows, datasets), near_duplicates):
         findings.add(finding)
     splits = [content for number in range(len(datasets)) for content in _split_contents(index, datasets, number)]
@@ -235,7 +237,7 @@ def audit(datasets: Sequence[MaskPromptDataset], index: AuditIndex, near: bool |
 
 
 def _size_notes(datasets: Sequence[MaskPromptDataset]) -> list[str]:
-    """Name the datasets in which identical images cannot be recognised."""
+    """Return a note for each dataset in which identical images cannot be recognised."""
     looks = [(one.description.sizes, one.description.channels) for one in datasets]
     return [
         f"{other.folder}: its images have another size or number of channels, so an image of both is identical in neither; "
@@ -246,10 +248,10 @@ def _size_notes(datasets: Sequence[MaskPromptDataset]) -> list[str]:
 
 
 def class_shifts(labels: Mapping[str, Mapping[str, int]]) -> list[ClassShift]:
-    """Return how the classes of every split differ from those of train.
+    """Return the class shift of every split relative to train.
 
     Args:
-        labels: rows by class, by split.
+        labels: number of rows per class for each split.
     """
     from scipy.stats import chi2_contingency
 
@@ -275,7 +277,7 @@ def class_shifts(labels: Mapping[str, Mapping[str, int]]) -> list[ClassShift]:
 
 
 class _Findings:
-    """Collects findings, and counts those that are too many to keep; failures are kept first."""
+    """Collects findings up to a limit per kind, and counts all of them."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str, bool], list[Finding]] = {}
@@ -301,7 +303,7 @@ class _Findings:
 
 
 def _split_contents(index: AuditIndex, datasets: Sequence[MaskPromptDataset], number: int) -> Iterator[SplitContent]:
-    """Yield the content of each split of one dataset, train first."""
+    """Yield the statistics of each split of one dataset, train first."""
     query = """
         SELECT COUNT(*), COUNT(DISTINCT grp), COUNT(mask), COALESCE(SUM(foreground = 0), 0), SUM(flat), COUNT(DISTINCT text),
                AVG(grey_mean), AVG(grey_std), AVG(grey_mean * grey_mean)

@@ -1,7 +1,7 @@
-"""A contact sheet of a prepared dataset: one HTML file that shows, class by class, a spread of its images with the mask's outlines.
+"""A contact sheet of a dataset: an HTML page of sample images with mask outlines, by class.
 
-The page holds everything it shows (images as data URIs), needs no network and no script, and its size is bounded: at most
-`MOST_IMAGES` pictures of `SIDE` pixels.
+The page is self-contained (images are data URIs, no network, no scripts) and limited to
+`MOST_IMAGES` images of `SIDE` pixels.
 """
 
 import base64
@@ -34,7 +34,7 @@ NO_CLASS = "no class"
 
 @dataclass(frozen=True)
 class Figure:
-    """One picture of the sheet: image and outlines as data URIs, and what is written below."""
+    """A figure of the sheet: image and outlines as data URIs, and its caption."""
 
     image: str
     outlines: str | None
@@ -48,7 +48,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """The pictures of one class, and how many rows and groups the dataset has of it."""
+    """The figures of one class, with its number of rows and groups."""
 
     name: str
     rows: int
@@ -62,7 +62,8 @@ def contact_sheet_page(dataset: MaskPromptDataset, index: AuditIndex, per_class:
     Args:
         dataset: what is shown.
         index: of the dataset, as its number 0.
-        per_class: images of each class; fewer where all classes together would exceed `MOST_IMAGES`.
+        per_class: images of each class; fewer where all classes together would exceed
+            `MOST_IMAGES`.
     """
     about, contract = dataset.description, dataset.contract
     counts = _class_counts(index, about.labels)
@@ -95,9 +96,10 @@ def contact_sheet_page(dataset: MaskPromptDataset, index: AuditIndex, per_class:
 
 
 def spread_samples(index: AuditIndex, label: str | None, count: int) -> list[str]:
-    """Return the ids of `count` images of a class (or all), evenly spread over splits and groups; each group's first image before others.
+    """Return the ids of `count` images of a class, evenly spread over splits and groups.
 
-    Images of a group (a patient, a volume, near-duplicates) are often alike, so this shows more of the data.
+    The first image of each group comes first: images of a group (patient, volume, near-duplicates)
+    are often similar. All images are returned if there are fewer.
     """
     firsts, rows = index.rows.execute(
         "SELECT COUNT(DISTINCT grp), COUNT(*) FROM images WHERE dataset = 0 AND label IS ?", (label,)
@@ -114,7 +116,7 @@ def spread_samples(index: AuditIndex, label: str | None, count: int) -> list[str
 
 
 def outlines(mask: Pixels, palette: Sequence[tuple[int, int, int]]) -> bytes:
-    """Return a transparent PNG of the inner outlines of each foreground class, in the palette's colours.
+    """Return a transparent PNG with the inner outlines of the foreground classes.
 
     Args:
         mask: (H, W) class indices.
@@ -134,14 +136,16 @@ def outlines(mask: Pixels, palette: Sequence[tuple[int, int, int]]) -> bytes:
 
 
 def _class_counts(index: AuditIndex, labels: Sequence[str]) -> dict[str | None, tuple[int, int]]:
-    """Return (rows, groups) of each class that occurs, in the contract's order; rows without a class last."""
+    """Return (rows, groups) of each class that occurs, in the contract's order; rows without a
+    class last.
+    """
     query = "SELECT label, COUNT(*), COUNT(DISTINCT grp) FROM images WHERE dataset = 0 GROUP BY label"
     counts = {label: (rows, groups) for label, rows, groups in index.rows.execute(query)}
     return {label: counts[label] for label in (*labels, None) if label in counts}
 
 
 def _figures(dataset: MaskPromptDataset, samples: Iterable[str]) -> dict[str, Figure]:
-    """Return the pictures of some samples by id, read in one pass."""
+    """Return the figures of some samples by id, read in one pass."""
     wanted = set(samples)
     columns = ["sample_id", "group_id", "text", "image", "mask"]
     return {

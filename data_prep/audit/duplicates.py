@@ -1,8 +1,10 @@
-"""Near-duplicates that datasets share: across splits, across datasets, and with labels that contradict.
+"""Near-duplicates across splits, across datasets, and with contradicting labels.
 
-Near-duplicates are found as in `near_duplicates`, on the prepared images less their padding. Those are smaller than the raw images on which `prepare`
-formed groups, so a pair fails only where the images still match at `MARGIN` above the threshold; the others are warnings. Measured on BUSI (576 rows,
-prepared at 128 x 128 and 64 x 64): the same 107 clusters as in the raw images, all inside a group; at 32 x 32 one more, below the margin.
+The search is that of `near_duplicates`, on the prepared images without padding. These are smaller
+than the raw images on which `prepare` formed groups, so a pair fails only if it still matches at
+`MARGIN` above the threshold; other pairs are warnings. Measured on BUSI (576 rows, prepared at 128
+x 128 and 64 x 64): the same 107 clusters as on the raw images, all within groups; at 32 x 32 one
+more, below the margin.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +36,7 @@ IMAGES_PER_TASK = 200
 def near_findings(index: AuditIndex, datasets: Sequence[MaskPromptDataset]) -> Iterator[Finding]:
     """Yield pairs of near-duplicates that lie in two splits, in two datasets, or carry two labels."""
     threshold = near_threshold(datasets)
-    # Images of one grey level are alike without being duplicates; they get digests of their own.
+    # Constant images match without being duplicates; they get unique digests.
     query = "SELECT id, image, flat FROM images ORDER BY id"
     digests = [f"flat {number}" if flat else image.hex() for number, image, flat in index.rows.execute(query)]
     workers = worker_count(len(digests) // IMAGES_PER_TASK, None)
@@ -42,7 +44,7 @@ def near_findings(index: AuditIndex, datasets: Sequence[MaskPromptDataset]) -> I
     suspects = [members for members in _clusters(index, found.clusters()) if _suspicious(datasets, members)]
     if not suspects:
         return
-    # Where groups were not meant to catch near-duplicates, none fails.
+    # If groups were not meant to keep near-duplicates together, none fails.
     clear_of = {} if near_correlation(datasets[0]) is None else dict(enumerate(found.clusters(MARGIN)))
     thumbnails = np.memmap(index.thumbnails, np.uint8, "r", shape=(index.size, PLAIN_SIDE**2))
     for members in suspects:
@@ -56,20 +58,21 @@ def _cluster_findings(
     correlations: NDArray[np.float32],
     clear_of: Mapping[int, int],
 ) -> Iterator[Finding]:
-    """Yield the closest pair of each two places that share a cluster, and the closest pair with different labels.
+    """Yield the closest pair of each two splits or datasets, and of different labels.
 
     Args:
-        datasets: the audited one first.
-        members: of the cluster.
+        datasets: the datasets, the audited one first.
+        members: the members of the cluster.
         correlations: (n, n), plain correlation of all pairs.
-        clear_of: cluster at the stricter threshold, by id; empty where groups were not meant to catch near-duplicates.
+        clear_of: cluster at the stricter threshold, by id; empty if groups were not meant to keep
+            near-duplicates together.
     """
 
     def is_clear(a: Member, b: Member) -> bool:
         return a.id in clear_of and clear_of[a.id] == clear_of.get(b.id)
 
     best: dict[tuple[Any, ...], tuple[tuple[bool, float], int, int]] = {}
-    told = set()  # by an identical pair already
+    told = set()  # already reported by an identical pair
     for i, j in combinations(range(len(members)), 2):
         a, b = members[i], members[j]
         keys: list[tuple[Any, ...]] = []
@@ -93,7 +96,7 @@ def _cluster_findings(
 
 
 def plain_correlations(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the correlation of all pairs of thumbnails, (n, n); 0 with one that is flat.
+    """Return the correlation of all pairs of thumbnails, (n, n); 0 for constant ones.
 
     Args:
         thumbnails: (n, pixels).
@@ -109,7 +112,7 @@ def _suspicious(datasets: Sequence[MaskPromptDataset], members: Sequence[Member]
 
 
 def _clusters(index: AuditIndex, cluster_of: Sequence[int]) -> list[list[Member]]:
-    """Return the clusters of several images; `cluster_of` names each image's."""
+    """Return the clusters with several images; `cluster_of` is the cluster of each image."""
     by_cluster: dict[int, list[int]] = {}
     for number, cluster in enumerate(cluster_of):
         by_cluster.setdefault(cluster, []).append(number)
@@ -121,6 +124,6 @@ def _member(index: AuditIndex, number: int) -> Member:
 
 
 def near_threshold(datasets: Sequence[MaskPromptDataset]) -> float:
-    """Return the aligned correlation from which images are near-duplicates: as grouping had it, else the default."""
+    """Return the threshold of the aligned correlation: that used for grouping, else the default."""
     stated = [correlation for one in datasets if (correlation := near_correlation(one)) is not None]
     return stated[0] if stated else CORRELATION

@@ -1,8 +1,8 @@
-"""One pass over prepared datasets that keeps on disk what an audit asks for: a row's ids and digests, measures of its mask, its look.
+"""On-disk index of prepared datasets for the audit: ids, digests, mask measurements, signatures.
 
-The rows go to an SQLite file, so that duplicates, quantiles and counts are queries and memory holds a batch of images however large
-the datasets are. Where near-duplicates are asked for, two files receive a record an image: the signatures of `near_duplicates`
-(86 kB each) and plain 64 x 64 thumbnails.
+One pass writes the rows to an SQLite file, so that duplicates, quantiles and counts are queries,
+and memory holds only a batch of images. For the near-duplicate search, two files receive one record
+per image: the signatures of `near_duplicates` (86 kB each) and plain 64 x 64 thumbnails.
 """
 
 import sqlite3
@@ -19,7 +19,7 @@ from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.progress import progress
 
 PLAIN_SIDE = 64
-TOUCHING = np.ones((3, 3), dtype=bool)  # regions that meet at a corner are one component
+TOUCHING = np.ones((3, 3), dtype=bool)  # 8-connectivity
 
 SCHEMA = """
 CREATE TABLE images (
@@ -37,20 +37,21 @@ CREATE TABLE regions (       -- one row for each mask and each foreground class 
 
 
 class AuditIndex:
-    """What is kept of the rows of one or several datasets.
+    """Index of the rows of one or several datasets.
 
     Attributes:
-        rows: the SQLite file; see `SCHEMA`.
-        signatures, thumbnails: files of one record an image, in the order of `id`; absent unless asked for.
+        rows: connection to the SQLite file; see `SCHEMA`.
+        signatures, thumbnails: files with one record per image, in the order of `id`; only with
+            `near`.
         size: number of images so far.
     """
 
     def __init__(self, folder: Path, near: bool) -> None:
-        """Start an empty index.
+        """Create an empty index.
 
         Args:
             folder: an existing, empty folder for its files.
-            near: whether signatures and thumbnails are kept.
+            near: whether to write signatures and thumbnails.
         """
         self.rows = sqlite3.connect(folder / "rows.sqlite")
         self.rows.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
@@ -72,12 +73,12 @@ class AuditIndex:
                     mask = None if row["mask"] is None else png_array(row["mask"]["bytes"])
                     self._add_row(number, split, row, dataset.description.label_name(row["label"]), image, mask)
                     if self.near:
-                        _keep_look(image, signatures, thumbnails)
+                        _write_signatures(image, signatures, thumbnails)
                     self.size += 1
                     advance()
 
     def close_pass(self) -> None:
-        """Call when all datasets are in: makes the questions about duplicates fast."""
+        """Finish after all datasets have been added: creates the database index for duplicates."""
         self.rows.execute("CREATE INDEX images_by_pixels ON images (image)")
 
     def _add_row(
@@ -98,7 +99,7 @@ class AuditIndex:
 
 
 def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
-    """Return (class, share of the area, number of connected components) of each foreground class of a mask (H, W)."""
+    """Return (class, area fraction, components) of each foreground class of a mask (H, W)."""
     from scipy.ndimage import label
 
     counts = np.bincount(mask.ravel())
@@ -109,7 +110,7 @@ def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
     ]
 
 
-def _keep_look(image: Pixels, signatures: BinaryIO, thumbnails: BinaryIO) -> None:
+def _write_signatures(image: Pixels, signatures: BinaryIO, thumbnails: BinaryIO) -> None:
     grey = without_padding(np.asarray(Image.fromarray(image).convert("L")))
     signatures.write(signature((grey / np.float32(255)).astype(np.float32)))
     small = Image.fromarray(grey).resize((PLAIN_SIDE, PLAIN_SIDE), Image.Resampling.BOX)

@@ -1,4 +1,4 @@
-"""An audit as tables on the standard output."""
+"""Prints an audit as tables."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ TITLES = {
 
 
 def print_audit(audit: Audit) -> None:
-    """Print every table that has something to say."""
+    """Print all non-empty tables."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
     numbers = {dataset: f" [{number}]" for number, dataset in enumerate(audit.datasets)} if audit.datasets[1:] else {}
     for dataset, number in numbers.items():
@@ -158,7 +158,7 @@ def _findings_table(title: str, found: Sequence[Finding], total: int, numbers: M
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: set[int], more: int = 0) -> Table:
-    """Return a table; texts of the dataset are shown as they are, never as markup or control codes."""
+    """Return a table; text from the dataset is never interpreted as markup or control codes."""
     caption = f"and {more} more; --json FILE lists up to 1000 of each kind" if more > 0 else None
     table = Table(
         title=_plain(title), caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"

@@ -1,25 +1,31 @@
-"""`acdc`: Automated Cardiac Diagnosis Challenge (Bernard et al. 2018): short-axis cine MRI, one sample a slice.
+"""`acdc`: Automated Cardiac Diagnosis Challenge (Bernard et al. 2018): short-axis cine MRI.
 
-The release's layout, read from its root (or from `database`, the folder above it, or a folder of patients itself):
+Layout of the release, read from its root (or from `database`, the folder above, or a folder of
+patients):
 
     database/training/patient001/Info.cfg                           ED: 1, ES: 12, Group: DCM, …
-                                 patient001_4d.nii.gz               the whole heart beat; not read
-                                 patient001_frame01.nii.gz          the frame of end-diastole
+                                 patient001_4d.nii.gz               the full cardiac cycle; not read
+                                 patient001_frame01.nii.gz          end-diastole
                                  patient001_frame01_gt.nii.gz
-                                 patient001_frame12.nii.gz          the frame of end-systole
+                                 patient001_frame12.nii.gz          end-systole
                                  patient001_frame12_gt.nii.gz
     database/testing/patient101/…                                   official test set, 101..150
 
-Which frame is end-diastole (ED) and which end-systole (ES) stands in `Info.cfg`; ED is not always frame 1. Ground truth: 0 background, 1 right
-ventricular cavity, 2 myocardium of the left ventricle, 3 left ventricular cavity. Groups: NOR, MINF, DCM, HCM, RV (some copies write ARV).
+`Info.cfg` states the frames of end-diastole (ED) and end-systole (ES); ED is not always frame 1.
+Ground truth: 0 background, 1 right ventricular cavity, 2 myocardium of the left ventricle, 3 left
+ventricular cavity. Groups: NOR, MINF, DCM, HCM, RV (some copies write ARV).
 
-The official test patients are the test split; the training patients are divided by patient. Two patients of the release are there under two
-names, with the same voxels (`SAME_PATIENT`): they are one group each, so patient055 (training) is left out for patient118 (testing), and
-patient074 and patient076 (both training) lie in one split. In-plane voxels are 0.7 to 1.9 mm, so slices are
-resampled to one spacing, by default 1.5625 mm: the in-plane median, which nnU-Net chooses for this set. The files' sform has unit scales and no
-origin; the spacing is `pixdim` (`data_prep.readers.nifti`). Slices are cut along the file's last axis and numbered from 0 at the end that its
-header puts nearer to the feet (the back, the left). Which end is the base of the heart the header does not tell; it is taken to be the end
-with the larger ventricular cavities.
+The official test patients form the test split; the training patients are divided by patient. Two
+patients are in the release under two names, with identical voxels (`SAME_PATIENT`). Each pair is
+one group: patient055 (training) is left out because of patient118 (testing), and patient074 and
+patient076 (both training) go to one split.
+
+The in-plane spacing is 0.7 to 1.9 mm, so slices are resampled to one spacing, by default 1.5625 mm:
+the in-plane median, which nnU-Net chooses for this dataset. The sform of the files has unit scales
+and no origin; the spacing is `pixdim` (`data_prep.readers.nifti`). Slices are taken along the last
+axis of the file and numbered from 0 at the end that is closer to the feet (or back, or left)
+according to the header. The header does not state which end is the base of the heart; it is assumed
+to be the end with the larger ventricular cavities.
 """
 
 import math
@@ -74,22 +80,24 @@ MAX_SIDE = 4096  # pixels of a resampled slice
 
 
 class AcdcOptions(Options):
-    """Which slices, and how they are resampled."""
+    """Selection and resampling of slices."""
 
     phases: tuple[Phase, ...] = Field(("ED", "ES"), min_length=1, description="end-diastole (ED), end-systole (ES)")
     include_empty: bool = Field(
-        False, description="use slices without a labelled structure; part of the heart can be in view there"
+        False, description="use slices without a labelled structure, which may still show part of the heart"
     )
     spacing_mm: float | None = Field(
-        1.5625, ge=0.1, le=10, description="pixel size of all slices; null: as each was acquired"
+        1.5625, ge=0.1, le=10, description="pixel size of all slices in mm; null: keep the acquired size"
     )
     field_mm: float | None = Field(
         None,
         gt=0,
         le=1000,
-        description="side of the square around the image's centre that is kept, padded with black; null: all",
+        description="side in mm of the central square to keep, padded with black; null: the whole slice",
     )
-    window: IntensityWindow = Field(IntensityWindow(), description="over all voxels of the volume")
+    window: IntensityWindow = Field(
+        IntensityWindow(), description="intensity window, computed over all voxels of the volume"
+    )
 
 
 class Adapter(DatasetAdapter):
@@ -127,7 +135,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the volumes patient by patient, end-diastole first, and every frame that cannot be used.
+        """List the volumes by patient, end-diastole first, and a reject for every unusable frame.
 
         Raises:
             MaskLoomError: there is no patient folder.
@@ -147,10 +155,10 @@ class Adapter(DatasetAdapter):
                 yield Reject(str(folder), f"{folder.name} is already read from {seen[folder.name].parent.name}")
 
     def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
-        """List the slices of a volume, and reject those without a labelled structure unless they are asked for.
+        """List the slices of a volume; slices without a labelled structure are rejected by default.
 
         Raises:
-            RejectedSample: the volume or its ground truth is unusable, or they do not fit.
+            RejectedSample: the volume or its ground truth is unusable, or they do not match.
         """
         stack = self._stack(item, item.key)
         slices = np.moveaxis(stack.mask.values, stack.image.stack_axis, 0)
@@ -171,13 +179,14 @@ class Adapter(DatasetAdapter):
                 yield Reject(path, "no structure is labelled in this slice (data.options.include_empty=false)")
 
     def load(self, item: RawItem) -> RawImage:
-        """Cut one slice and resample it.
+        """Extract and resample one slice.
 
         Returns:
-            image (H, W) float32, its range (black, white) of the volume's window, and its mask, on one geometry.
+            The image (H, W) float32 with (black, white) from the window of the volume, and its
+            mask.
 
         Raises:
-            RejectedSample: the volume is unusable, or resampled it would be too large.
+            RejectedSample: the volume is unusable, or the resampled slice would be too large.
         """
         image_path, index = item.key
         stack = self._stack(item, image_path)
@@ -225,14 +234,14 @@ class Adapter(DatasetAdapter):
 
 
 class Patient(NamedTuple):
-    """What `Info.cfg` says: the number of the frame of each phase, and the diagnosis."""
+    """Content of `Info.cfg`: frame number of each phase, and diagnosis."""
 
     frames: dict[Phase, int]
     group: str
 
 
 class Stack(NamedTuple):
-    """One volume, its ground truth on the same grid, and the raw values that become black and white."""
+    """A volume, its ground truth on the same grid, and its raw values of black and white."""
 
     image: Volume
     mask: Volume
@@ -240,7 +249,7 @@ class Stack(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One side of a slice: where the kept part begins and how long it is, in source pixels; its pixels and where they are put."""
+    """Resampling along one axis: range in source pixels, number of output pixels, placement."""
 
     begin: float
     length: float
@@ -251,10 +260,11 @@ class Span(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _stack(image_path: str, mask_path: str, window: IntensityWindow, *versions: tuple[int, int]) -> Stack:
-    """Return a volume; its slices are asked for one after the other, and decoded once.
+    """Return a volume, cached for its consecutive slices.
 
     Raises:
-        RejectedSample: a file is unusable, the two do not fit, nothing is labelled, or there is no contrast.
+        RejectedSample: a file is unusable, the two do not match, nothing is labelled, or there is
+            no contrast.
     """
     image = read_volume(Path(image_path))
     mask = read_labels(Path(mask_path), CODES, "ACDC")
@@ -265,7 +275,7 @@ def _stack(image_path: str, mask_path: str, window: IntensityWindow, *versions: 
 
 
 def _patients(raw_dir: Path) -> list[tuple[Path, str | None]]:
-    """Return the patient folders and the split that each is fixed to, training first."""
+    """Return the patient folders with their fixed split, training first."""
     if flat := _patient_folders(raw_dir):
         return [(folder, "test" if int(folder.name[-3:]) >= FIRST_TEST_PATIENT else None) for folder in flat]
     for root in _roots(raw_dir):
@@ -289,10 +299,11 @@ def _patient_folders(folder: Path) -> list[Path]:
 
 
 def _patient_info(path: Path) -> Patient:
-    """Read `Info.cfg`: lines of `key: value`. Height and weight are not kept.
+    """Read `Info.cfg`, lines of `key: value`; height and weight are ignored.
 
     Raises:
-        RejectedSample: it is missing or not text, or a key is missing or has an unexpected value.
+        RejectedSample: the file is missing or not text, or a key is missing or has an unexpected
+            value.
     """
     with unreadable_as_reject(path), path.open("rb") as file:
         lines = file.read(MAX_INFO_BYTES).decode("utf-8-sig").splitlines()
@@ -327,22 +338,24 @@ def _volume_item(image: Path, truth: Path, phase: Phase, group: str, split: str 
 
 
 def _levels(slices: NDArray[np.uint8]) -> list[str]:
-    """Return the word for the third of the ventricles' length that each slice lies in; slices beyond them count to the nearest.
+    """Return the level of each slice: the third of the ventricles' length in which it lies.
+
+    Slices beyond the ventricles get the nearest level.
 
     Args:
-        slices: the mask, (slices, …); something is labelled.
+        slices: the mask, (slices, …), with at least one labelled voxel.
     """
     labelled = np.flatnonzero(slices.any(axis=(1, 2)))
     first, count = labelled[0], labelled[-1] - labelled[0] + 1
     cavities = np.count_nonzero((slices == RIGHT) | (slices == LEFT), axis=(1, 2))[first : first + count]
     half = count // 2
     words = LEVELS if cavities[:half].sum() >= cavities[count - half :].sum() else LEVELS[::-1]
-    # By the slice's middle, so that a stack that is stored the other way up gets the same words.
+    # By the middle of the slice, so that a reversed stack gets the same levels.
     return [words[min(max((2 * (index - first) + 1) * 3 // (2 * count), 0), 2)] for index in range(len(slices))]
 
 
 def _grid(shape: tuple[int, ...], pixel_mm: tuple[float, float], options: AcdcOptions) -> tuple[Span, Span]:
-    """Return how rows and columns are resampled.
+    """Return the resampling of rows and columns.
 
     Raises:
         RejectedSample: the result would be too large.
@@ -351,15 +364,16 @@ def _grid(shape: tuple[int, ...], pixel_mm: tuple[float, float], options: AcdcOp
     if max(rows.side, columns.side) > MAX_SIDE:
         raise RejectedSample(
             f"resampled to data.options.spacing_mm={options.spacing_mm}, the slice would be {columns.side}x{rows.side}, "
-            f"more than {MAX_SIDE} pixels a side"
+            f"more than {MAX_SIDE} pixels per side"
         )
     return rows, columns
 
 
 def _span(count: int, size: float, options: AcdcOptions) -> Span:
-    """Return how one side of `count` pixels of `size` mm is resampled.
+    """Return the resampling of an axis with `count` pixels of `size` mm.
 
-    Only whole new pixels are taken, around the centre, so that the new pixels have exactly the asked size.
+    Only complete output pixels around the centre are kept, so that they have exactly the requested
+    size.
     """
     new = options.spacing_mm or size
     whole = max(1, math.floor(count * size / new + 1e-6))
@@ -367,19 +381,19 @@ def _span(count: int, size: float, options: AcdcOptions) -> Span:
     pixels = min(whole, side)
     length = min(pixels * new / size, float(count))
     begin = (count - length) / 2
-    # Without resampling, a cut between pixels would shift the image by half a pixel and blur it.
+    # Without resampling, a fractional start would shift the image by half a pixel and blur it.
     return Span(math.floor(begin) if new == size else begin, length, pixels, (side - pixels) // 2, side)
 
 
 def _resampled(plane: NDArray[Any], grid: tuple[Span, Span]) -> NDArray[Any]:
-    """Return a plane resampled; Pillow's bicubic filter widens when it reduces, so it does not alias."""
+    """Return a resampled plane; Pillow's bicubic filter is antialiased."""
     rows, columns = grid
     size = columns.pixels, rows.pixels
     return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC, box=_box(grid)))
 
 
 def _resampled_mask(mask: NDArray[np.uint8], grid: tuple[Span, Span]) -> NDArray[np.uint8]:
-    """Return a mask resampled by nearest neighbour; a class that would vanish keeps one pixel."""
+    """Return a mask resampled by nearest neighbour; every class keeps at least one pixel."""
     rows, columns = grid
     return resize_mask(mask, (rows.pixels, columns.pixels), _box(grid)).mask
 
@@ -390,7 +404,7 @@ def _box(grid: tuple[Span, Span]) -> tuple[float, float, float, float]:
 
 
 def _placed(plane: NDArray[Any], grid: tuple[Span, Span], fill: float) -> NDArray[Any]:
-    """Return a resampled plane in its place on a background of one value."""
+    """Return a resampled plane at its offset on a constant background."""
     rows, columns = grid
     placed = np.full((rows.side, columns.side), fill, dtype=plane.dtype)
     placed[rows.offset : rows.offset + rows.pixels, columns.offset : columns.offset + columns.pixels] = plane

@@ -1,19 +1,25 @@
-"""`bci`: Breast Cancer Immunohistochemical image generation (Liu et al. 2022), registered pairs of an H&E and a HER2 stain.
+"""`bci`: Breast Cancer Immunohistochemical image generation (Liu et al. 2022), H&E and HER2 pairs.
 
-Read from its root or from the folder above it; the challenge's archives have the two levels the other way round (`train/HE/…`):
+The two images of a pair are registered. Read from its root or from the folder above. In the
+archives of the challenge, the two folder levels are swapped (`train/HE/…`):
 
     BCI_dataset/HE/train/00000_train_1+.png      BCI_dataset/IHC/train/00000_train_1+.png
                 HE/test/00000_test_2+.png                    IHC/test/00000_test_2+.png
 
-4873 pairs of 1024 x 1024 pixels, 3896 to train and 977 to test. A pair has one name in both stains: number, split, HER2 level (0, 1+, 2+, 3+).
+4873 pairs of 1024 x 1024 pixels, 3896 for training and 977 for testing. Both images of a pair have
+the same name: number, split, HER2 level (0, 1+, 2+, 3+).
 
-- The immunohistochemistry (IHC) image is what a generator learns, the H&E image what it sees (`data.conditioning=image`). No masks.
-- The level is that of the whole slide, not of the crop (the release's README): prompts speak of the specimen, never of the staining seen.
-- Splits: test is the release's; validation is drawn from its train images.
-- Groups: none. The crops come from 51 pairs of slides, and neither slide nor patient is published, so crops of one slide lie in
-  train, validation and test alike, in the release's own split too: scores tell of known slides, not of new patients. Content cannot bring the slides
-  back, because crops of one slide are different places, and tissue is alike everywhere. Only identical pixels are therefore looked for;
-  `data.duplicates=near` also joins crops that overlap, with a threshold that was never measured on stained tissue.
+- The generator learns the immunohistochemistry (IHC) image, conditioned on the H&E image
+  (`data.conditioning=image`). There are no masks.
+- The level is that of the whole slide, not of the crop (README of the release), so prompts describe
+  the specimen, not the visible staining.
+- Splits: the test split is that of the release; validation is drawn from its training images.
+- Groups: none. The crops come from 51 pairs of slides, but slides and patients are not published,
+  so crops of one slide are in train, validation and test, also in the split of the release. Scores
+  therefore describe known slides, not new patients. The slides cannot be recovered from content,
+  because crops of one slide show different places and tissue is similar everywhere. Therefore only
+  identical pixels are searched for; `data.duplicates=near` also joins overlapping crops, with a
+  threshold that has not been validated on stained tissue.
 """
 
 import re
@@ -30,7 +36,8 @@ from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 SPLITS = ("train", "test")
 NAME = re.compile(r"(?P<number>\d+)_(?P<split>train|test)_(?P<level>0|1\+|2\+|3\+)\.png", re.IGNORECASE)
-# American Society of Clinical Oncology / College of American Pathologists: 0 and 1+ negative, 2+ equivocal, 3+ positive.
+# American Society of Clinical Oncology / College of American Pathologists: 0 and 1+ negative, 2+
+# equivocal, 3+ positive.
 STATUS = {"0": "negative", "1+": "negative", "2+": "equivocal", "3+": "positive"}
 
 
@@ -39,7 +46,7 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether there is an H&E image that is named as the release names them, and a folder of the other stain."""
+        """Whether there is an H&E image named as in the release, and a folder of the other stain."""
         root = _root(raw_dir)
         if root is None:
             return False
@@ -69,7 +76,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the pairs by split and number, and every file that has no partner or another name.
+        """List the pairs by split and number, and rejects for files without partner or valid name.
 
         Raises:
             MaskLoomError: there is no folder of each stain.
@@ -88,7 +95,7 @@ class Adapter(DatasetAdapter):
         """Decode a pair.
 
         Returns:
-            the IHC image, and the H&E image as condition, both (H, W, 3) uint8.
+            The IHC image, and the H&E image as condition, both (H, W, 3) uint8.
 
         Raises:
             RejectedSample: a file is unreadable or not in colour, or the two differ in size.
@@ -109,7 +116,7 @@ def _has_both_stains(folder: Path) -> bool:
 
 
 def _folder(root: Path, stain: str, split: str) -> Path:
-    """Return the folder of one stain and split, in either order of the two levels."""
+    """Return the folder of a stain and split, in either order of the folder levels."""
     by_split = folder_named(root, split, stain)
     return by_split if by_split.is_dir() else folder_named(root, stain, split)
 
@@ -135,7 +142,7 @@ def _split_entries(root: Path, split: str) -> Iterator[RawItem | Reject]:
 
 
 def _name_problem(file_name: str, split: str) -> str:
-    """Return why a file cannot be a pair's, or nothing."""
+    """Return why a file name is not that of a pair; empty if it is."""
     name = NAME.fullmatch(file_name)
     if name is None:
         return "not named NUMBER_train_LEVEL.png or NUMBER_test_LEVEL.png with a HER2 level of 0, 1+, 2+ or 3+"

@@ -1,18 +1,20 @@
-"""`brats`: Brain Tumor Segmentation challenges 2017-2021 and 2023: four MRI sequences of gliomas, one sample an axial slice.
+"""`brats`: Brain Tumor Segmentation challenges 2017-2021 and 2023: axial MRI slices of gliomas.
 
-A case is a folder, at most four levels below `data.raw_dir`, in one of two schemes; `.nii` is read as well as `.nii.gz`:
+There are four MRI sequences per case. A case is a folder, at most four levels below `data.raw_dir`,
+with one of two naming schemes; `.nii` and `.nii.gz` are read:
 
     BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz                     2021: 1 necrotic core, 2 oedema, 4 enhancing tumour
     MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_….nii     2020, the same names and values
     HGG/Brats18_2013_2_1/…, LGG/BraTS19_TMC_06290_1/…                                 2017-2019, the same; by tumour grade
     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii.gz              2023: 3 enhancing tumour; BraTS-SSA likewise
 
-The mask's classes are the same for all: 0 background, 1 necrotic core (to 2020 also non-enhancing tumour), 2 oedema, 3 enhancing tumour. The
-scheme says which values a segmentation may hold, and a case with others is left out. Quirks: the segmentation of `BraTS20_Training_355`
-is named `W39_1998.09.19_Segm.nii`; the last number of a 2023 case is the time point, so the patient, which is the group, is the name without it;
-validation cases have no segmentation and are left out.
+The mask classes are the same for all: 0 background, 1 necrotic core (until 2020 also non-enhancing
+tumour), 2 oedema, 3 enhancing tumour. The scheme defines the allowed values of a segmentation; a
+case with other values is left out. Special cases: the segmentation of `BraTS20_Training_355` is
+named `W39_1998.09.19_Segm.nii`. The last number of a 2023 case is the time point; the group is the
+patient, the name without it. Validation cases have no segmentation and are left out.
 
-Releases share patients under other names, so one raw folder must hold one release only.
+Releases share patients under different names, so a raw folder must contain only one release.
 """
 
 import re
@@ -49,19 +51,20 @@ GRADES = {"HGG": "high-grade glioma", "LGG": "low-grade glioma"}
 MISNAMED = {"BraTS20_Training_355": "W39_1998.09.19_Segm"}
 LEVELS = ("inferior", "middle", "superior")
 DEPTH = 4  # BraTS2020_TrainingData/MICCAI_BraTS2020_TrainingData/HGG/CASE
-HEALTHY_BRAIN = 0.5  # of the fullest slice's brain: what a slice without tumour must show
+HEALTHY_BRAIN = 0.5  # smallest brain area of a slice without tumour, relative to the largest one
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the files of a case are named and what its segmentation holds.
+    """File naming and label values of a range of releases.
 
     Attributes:
-        case: pattern of a case's name, with the groups `patient` and, where one scheme spans several releases, `release`.
-        convention: the scheme's name.
-        separator: between the case's name and the sequence's.
-        suffixes: the name of each sequence.
-        codes: class index of each value.
+        case: pattern of a case name, with the groups `patient` and, if the scheme covers several
+            releases, `release`.
+        convention: name of the scheme.
+        separator: separator between the names of case and sequence.
+        suffixes: name of each sequence.
+        codes: class index of each label value.
     """
 
     case: re.Pattern[str]
@@ -100,21 +103,23 @@ def _one_or_three(value: tuple[Modality, ...]) -> tuple[Modality, ...]:
 
 
 class BratsOptions(Options):
-    """Which sequences and which slices."""
+    """Selection of sequences and slices."""
 
     modality: Annotated[tuple[Modality, ...], BeforeValidator(_as_list), AfterValidator(_one_or_three)] = Field(
         ("flair",), description="t1, t1ce, t2, flair, or a list of three that become red, green and blue"
     )
     slices_per_volume: int | None = Field(8, ge=1, description="slices with tumour of each case; null: all")
     selection: Literal["spread", "largest"] = Field(
-        "spread", description="which: evenly spread over those with enough tumour, or those with the most"
+        "spread", description="choice of slices: evenly spread over those with enough tumour, or those with most tumour"
     )
-    min_tumour_area_mm2: float = Field(100.0, ge=0, description="slices with less tumour, but some, are left out")
+    min_tumour_area_mm2: float = Field(
+        100.0, ge=0, description="slices with some tumour, but less than this area, are left out"
+    )
     healthy_slices_per_volume: int = Field(
-        0, ge=0, description="further slices without tumour, evenly spread over those that show much brain"
+        0, ge=0, description="additional slices without tumour, evenly spread over those with much brain"
     )
     window: IntensityWindow = Field(
-        IntensityWindow(), description="over the voxels of the volume that are not 0, one by one for each sequence"
+        IntensityWindow(), description="intensity window, computed over the non-zero voxels of each sequence"
     )
 
 
@@ -131,7 +136,7 @@ class Adapter(DatasetAdapter):
         return next(_cases(raw_dir), None) is not None
 
     def info(self) -> DatasetInfo:
-        """Return what is true of every slice; the modality's words follow the option."""
+        """Return the description; the name of the modality depends on the option."""
         names = [WORDS[modality] for modality in self.options.modality]
         channels = f"{names[0]}, {names[1]} and {names[2]} in red, green and blue" if len(names) == 3 else ""
         return DatasetInfo(
@@ -157,7 +162,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the cases, and those that lack a file.
+        """List the cases, and a reject for those that lack a file.
 
         Raises:
             MaskLoomError: there is no case, or there are cases of several releases.
@@ -186,10 +191,10 @@ class Adapter(DatasetAdapter):
             )
 
     def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
-        """List the chosen slices of a case, from the feet to the head.
+        """List the selected slices of a case, from inferior to superior.
 
         Raises:
-            RejectedSample: a file is unusable, they do not fit, or no slice holds enough tumour.
+            RejectedSample: a file is unusable, files do not match, or no slice has enough tumour.
         """
         volumes = self._volumes(item.key, item.mask_paths[0])
         area = _voxels_by_slice(volumes.mask) * float(np.prod(volumes.mask.pixel_mm(AXIAL)))
@@ -215,13 +220,14 @@ class Adapter(DatasetAdapter):
             )
 
     def load(self, item: RawItem) -> RawImage:
-        """Cut one slice.
+        """Extract one slice.
 
         Returns:
-            image (H, W) as stored with the window of its volume, or (H, W, 3) float32 with each channel's window brought to 0..1; and its mask.
+            The image (H, W) as stored with the window of its volume, or (H, W, 3) float32 with each
+            channel windowed to 0..1; and its mask.
 
         Raises:
-            RejectedSample: a file is unusable, or they do not fit.
+            RejectedSample: a file is unusable, or files do not match.
         """
         images, index = item.key
         volumes = self._volumes(images, item.mask_paths[0])
@@ -234,7 +240,7 @@ class Adapter(DatasetAdapter):
         return RawImage(np.stack(channels, axis=-1), mask, value_range=(0.0, 1.0), pixel_size=pixel_size)
 
     def _case_entry(self, case: "Case") -> RawItem | Reject:
-        """Return a case as an item, or what it lacks."""
+        """Return a case as an item, or a reject that names the missing file."""
         images = []
         for modality in self.options.modality:
             stem = f"{case.folder.name}{case.scheme.separator}{case.scheme.suffixes[modality]}"
@@ -262,11 +268,11 @@ class Adapter(DatasetAdapter):
         return _volumes(images, mask, self.options.window, versions)
 
     def _chosen_slices(self, area: NDArray[np.floating[Any]], brain: NDArray[np.int64]) -> list[int]:
-        """Return the indices of the slices to use, rising; none where no slice has enough tumour.
+        """Return the sorted indices of the selected slices; empty if no slice has enough tumour.
 
         Args:
-            area: tumour in each slice, in mm2.
-            brain: voxels of brain in each slice.
+            area: tumour area of each slice, in mm2.
+            brain: number of brain voxels in each slice.
         """
         holds_tumour = np.flatnonzero((area > 0) & (area >= self.options.min_tumour_area_mm2)).tolist()
         if not holds_tumour:
@@ -281,7 +287,7 @@ class Adapter(DatasetAdapter):
 
 
 class Case(NamedTuple):
-    """A folder that is named as a case: its scheme, its release (a year) and its patient."""
+    """A case folder with its naming scheme, release (year) and patient."""
 
     folder: Path
     scheme: Scheme
@@ -290,7 +296,7 @@ class Case(NamedTuple):
 
 
 class Volumes(NamedTuple):
-    """The asked sequences of a case, the raw values that become black and white in each, and the mask, all on one grid."""
+    """The sequences of a case with their raw values of black and white, and the mask, on one grid."""
 
     images: tuple[Volume, ...]
     value_ranges: tuple[tuple[float, float], ...]
@@ -301,10 +307,11 @@ class Volumes(NamedTuple):
 def _volumes(
     images: tuple[str, ...], mask: str, window: IntensityWindow, versions: tuple[tuple[int, int], ...]
 ) -> Volumes:
-    """Return the volumes of a case; its slices are asked for one after the other, and decoded once.
+    """Return the volumes of a case, cached for its consecutive slices.
 
     Raises:
-        RejectedSample: a file is unusable, two do not fit, or a sequence is empty or has no contrast.
+        RejectedSample: a file is unusable, files do not match, or a sequence is empty or has no
+            contrast.
     """
     case = _case(Path(mask).parent)
     assert case is not None  # it was listed
@@ -322,7 +329,7 @@ def _volumes(
 
 
 def _cases(folder: Path, depth: int = DEPTH) -> Iterator[Case]:
-    """Yield the cases among a folder and those below it, in the order of their numbers."""
+    """Yield the cases in a folder tree in natural order."""
     if case := _case(folder):
         yield case
     elif depth:
@@ -338,17 +345,17 @@ def _case(folder: Path) -> Case | None:
 
 
 def _voxels_by_slice(volume: Volume) -> NDArray[np.int64]:
-    """Return the number of voxels that are not 0 in each axial slice."""
+    """Return the number of non-zero voxels in each axial slice."""
     return np.count_nonzero(volume.values, axis=(0, 1)).astype(np.int64)
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """Return `count` of the indices, the middle ones of as many equal parts."""
+    """Return `count` evenly spaced indices: the middle of each of `count` equal parts."""
     return [indices[(2 * part + 1) * len(indices) // (2 * count)] for part in range(count)]
 
 
 def _level(brain: NDArray[np.int64], index: int) -> str:
-    """Return the word for the third of the brain's height that a slice lies in."""
+    """Return the level of a slice: the third of the brain's height in which it lies."""
     slices = np.flatnonzero(brain)
     first, last = int(slices[0]), int(slices[-1])
     return LEVELS[min(max((2 * (index - first) + 1) * 3 // (2 * (last - first + 1)), 0), 2)]

@@ -1,22 +1,27 @@
-"""`busbra`: BUS-BRA, breast ultrasound images of biopsied lesions with BI-RADS categories (Gómez-Flores et al. 2024).
+"""`busbra`: BUS-BRA, breast ultrasound of biopsied lesions with BI-RADS (Gómez-Flores et al. 2024).
 
-Read from its root or from the folder above it:
+Read from its root or from the folder above:
 
-    BUSBRA/Images/bus_0001-l.png      -l, -r: two views of a case; -s: a single one
+    BUSBRA/Images/bus_0001-l.png      -l, -r: two views of a case; -s: a single view
            Masks/mask_0001-l.png      the lesion
            bus_data.csv               ID, Case, Histology, Pathology, BIRADS, Device, Width, Height, Side, BBOX
            5-fold-cv.csv              ID, Pathology, kFold (1..5), valid_1..valid_5
            10-fold-cv.csv
 
-1875 images of 1064 patients, 722 benign and 342 malignant cases. The group is `Case`, the patient. `Side` (left, right, single) is not
-documented to be the side of the body, and the two views of a case show like lesions in like places: prompts call it a view, and only
-where `attributes` asks for it. Labels, classes and colours are those of `busi`, which it can test.
+1875 images of 1064 patients, 722 benign and 342 malignant cases. The group is `Case`, the patient.
+`Side` (left, right, single) is not documented as the side of the body, and the two views of a case
+show similar lesions in similar positions, so prompts call it a view, and only if `attributes`
+includes it. Labels, classes and colours are those of `busi`, so it can serve as external test set
+for that dataset.
 
-`folds: 5` (or 10) and `test_fold: 1` take the split that comes with the dataset: images with `kFold` 1 are the test split, and of the
-others those with `valid_1` 0 validation and those with 1 train (as the authors' code reads that column). `validation_fold: 2` makes the
-images with `kFold` 2 the validation split instead. `kFold` keeps cases whole; the columns `valid_…` are drawn per image, so a case may have
-one view with 0 and one with 1. Its first view (in the order of the IDs: `-l` before `-r`) then decides for the whole case, which keeps the
-drawn share of validation and loses no image. Should a copy's `kFold` tear a case that is partly test, its other views are left out and listed.
+`folds: 5` (or 10) and `test_fold: 1` use the published split: images with `kFold` 1 form the test
+split; of the others, those with `valid_1` 0 form the validation split and those with 1 the training
+split (as in the authors' code). With `validation_fold: 2`, the images with `kFold` 2 form the
+validation split instead. `kFold` keeps cases together. The columns `valid_…` are drawn per image,
+so a case may have one view with 0 and one with 1. The first view (in the order of the IDs: `-l`
+before `-r`) then decides for the whole case, which preserves the validation share and loses no
+image. If `kFold` of a copy splits a case that is partly test, its other views are left out and
+listed.
 """
 
 import re
@@ -62,17 +67,17 @@ TEMPLATES_WITH: Mapping[Attribute, tuple[str, ...]] = {
 
 
 class BusbraOptions(Options):
-    """Which official split, and which words in prompts."""
+    """Published split, and attributes in prompts."""
 
     folds: Literal[5, 10] | None = Field(
-        None, description="take the splits of 5-fold-cv.csv or 10-fold-cv.csv; null: own ones"
+        None, description="use the splits of 5-fold-cv.csv or 10-fold-cv.csv; null: data.splits"
     )
     test_fold: int | None = Field(None, description="fold that is the test split")
     validation_fold: int | None = Field(
         None, description="fold that is the validation split; null: as the file says for this test fold"
     )
     attributes: list[Attribute] = Field(
-        default=["birads", "device"], description="columns of bus_data.csv that prompts speak of"
+        default=["birads", "device"], description="columns of bus_data.csv to use in prompts"
     )
 
     @model_validator(mode="after")
@@ -122,10 +127,10 @@ class Adapter(DatasetAdapter):
         )  # fmt: skip
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the images in the order of their numbers, then the masks and the rows of the table that have no image.
+        """List the images in natural order, and rejects for masks and table rows without an image.
 
         Raises:
-            MaskLoomError: a folder or a table is missing, or a table cannot be understood.
+            MaskLoomError: a folder or a table is missing, or a table is malformed.
         """
         root = self._root()
         rows = _rows_by_id(
@@ -160,10 +165,10 @@ class Adapter(DatasetAdapter):
     def _item(
         self, image: Path, mask: Path | None, row: TableRow | None, splits: Mapping[str, str | None] | None
     ) -> RawItem:
-        """Describe one image.
+        """Return the item of one image.
 
         Raises:
-            RejectedSample: it has no mask, no row, no fold, or values that are not known.
+            RejectedSample: the image has no mask, no row, no fold, or unknown values.
         """
         if not IMAGE_NAME.fullmatch(image.name):
             raise RejectedSample("not named bus_CASE-VIEW.png")
@@ -187,14 +192,15 @@ class Adapter(DatasetAdapter):
         )
 
     def _splits_by_id(self, root: Path, cases: Mapping[str, TableRow]) -> dict[str, str | None] | None:
-        """Return the split of each image as the chosen folds say, None where they leave it open; None without folds.
+        """Return the split of each image by the chosen folds, None if left open; None without
+        folds.
 
         Args:
-            root: the folder of the tables.
-            cases: the rows of the table of cases by image id.
+            root: folder of the tables.
+            cases: rows of the table of cases by image id.
 
         Raises:
-            MaskLoomError: the file of the folds is missing or cannot be understood.
+            MaskLoomError: the file of the folds is missing or malformed.
         """
         options = self.options
         if options.folds is None:
@@ -248,7 +254,7 @@ def _rows_by_id(path: Path, columns: Sequence[str]) -> dict[str, TableRow]:
     """Return the rows of a table by image id.
 
     Raises:
-        MaskLoomError: it is missing, unreadable, lacks a column, or names an image twice.
+        MaskLoomError: the table is missing, unreadable, lacks a column, or names an image twice.
     """
     with reject_as_error(path, RESTORE):
         rows = csv_rows(path, columns)
@@ -266,11 +272,11 @@ def _rows_by_id(path: Path, columns: Sequence[str]) -> dict[str, TableRow]:
 
 
 def _whole_cases(splits: Mapping[str, str | None], case_of: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the splits with no case both in train and in validation: the view with the first ID decides.
+    """Return the splits with every case entirely in train or validation, as its first view.
 
     Args:
-        splits: of each image.
-        case_of: the case of each image.
+        splits: split of each image.
+        case_of: case of each image.
     """
     drawn: dict[str, str | None] = {}
     for identity in sorted(splits):
@@ -283,10 +289,10 @@ def _whole_cases(splits: Mapping[str, str | None], case_of: Mapping[str, str]) -
 
 
 def _number_in(row: TableRow, title: str, allowed: range, path: Path) -> int:
-    """Return a whole number of a table, which MATLAB may have written as `1.0`.
+    """Return an integer of a table, also when written as `1.0` (MATLAB).
 
     Raises:
-        MaskLoomError: it is none, or not allowed.
+        MaskLoomError: the value is not an integer, or not allowed.
     """
     number = whole_number(row[title])
     if number is None or number not in allowed:
@@ -295,10 +301,10 @@ def _number_in(row: TableRow, title: str, allowed: range, path: Path) -> int:
 
 
 def _words(row: TableRow, name: Attribute) -> str:
-    """Return what prompts say of a column, empty where its cell is.
+    """Return the prompt text of a column; empty for an empty cell.
 
     Raises:
-        RejectedSample: the value is not known, or no words.
+        RejectedSample: the value is unknown, or not a short text.
     """
     column = COLUMN_OF[name]
     text = one_line(row[column])
@@ -314,16 +320,16 @@ def _words(row: TableRow, name: Attribute) -> str:
 
 
 def _one_of(known: Sequence[str], row: TableRow, column: str, value: str | None = None) -> str:
-    """Return a value in lower case.
+    """Return a value in lower case, after checking it against the known values.
 
     Args:
-        known: what it may be.
-        row: of the table of cases.
-        column: of the value.
-        value: where it is not what stands in the cell.
+        known: the known values.
+        row: row of the table of cases.
+        column: column of the value.
+        value: the value, if it differs from the cell.
 
     Raises:
-        RejectedSample: it is not known.
+        RejectedSample: the value is unknown.
     """
     found = (row[column] if value is None else value).lower()
     if found not in known:

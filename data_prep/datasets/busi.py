@@ -1,13 +1,15 @@
-"""`busi`: Dataset of breast ultrasound images (Al-Dhabyani et al. 2020), as released and as curated copies lay it out.
+"""`busi`: Dataset of breast ultrasound images (Al-Dhabyani et al. 2020), original or curated.
 
-Two layouts are read, from their root or from the folder above it:
+Two layouts are read, from their root or from the folder above:
 
     Dataset_BUSI_with_GT/benign/benign (1).png          benign/image/benign (1).png
                          benign (1)_mask.png            benign/mask/benign (1)_mask.png (or benign (1).png)
                          benign (1)_mask_1.png
 
-`images` and `masks` are read as `image` and `mask` are, and upper and lower case of all these folders are one. Several masks of one image are united. Masks come in modes 1, L, RGB and RGBA; any non-dark colour channel counts as lesion, the
-alpha channel does not. The release has no patient ids, so groups are found by content (`data_prep.splitting.near_duplicates`).
+Folders may also be named `images` and `masks`, in any case. Several masks of an image are merged.
+Masks have the modes 1, L, RGB and RGBA; a bright value in any colour channel counts as lesion, the
+alpha channel does not. The release has no patient ids, so groups are found by content
+(`data_prep.splitting.near_duplicates`).
 """
 
 import re
@@ -38,7 +40,7 @@ MASK_NAME = re.compile(r"(?P<image>.+)_mask(_\d+)?", re.IGNORECASE)
 
 
 class BusiOptions(Options):
-    """Which classes."""
+    """Selection of classes."""
 
     include_normal: bool = Field(True, description="use the images without a lesion; their masks are all background")
 
@@ -51,7 +53,7 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether there are folders benign and malignant with images and masks as either layout names them."""
+        """Whether there are folders benign and malignant with masks in either layout."""
         root = _class_root(raw_dir)
         folders = {} if root is None else _class_folders(root)
         return all(label in folders and any(_files(folder).masks for folder in folders[label]) for label in LABELS[:2])
@@ -77,7 +79,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the images class by class in the order of their numbers, and every file that cannot be used.
+        """List the images by class in natural order, and a reject for every unusable file.
 
         Raises:
             MaskLoomError: there is no class folder.
@@ -89,10 +91,11 @@ class Adapter(DatasetAdapter):
                 yield from entries if label in self._labels() else _left_out(entries)
 
     def load(self, item: RawItem) -> RawImage:
-        """Decode an image to (H, W) uint8 and unite its masks.
+        """Decode an image to (H, W) uint8 and merge its masks.
 
         Raises:
-            RejectedSample: a file is unreadable, a mask has another size, a lesion's mask is empty, or a normal image's is not.
+            RejectedSample: a file is unreadable, a mask has another size, or the mask of a lesion
+                is empty or that of a normal image is not.
         """
         image = eight_bit(decoded_image(Path(item.path)), "L")
         mask = np.zeros(image.shape, dtype=np.uint8)
@@ -108,7 +111,7 @@ class Adapter(DatasetAdapter):
         return LABELS if self.options.include_normal else LABELS[:2]
 
     def _root(self) -> Path:
-        """Return the folder that holds the class folders: `raw_dir` or the tree one level below it."""
+        """Return the folder of the class folders: `raw_dir` or a folder one level below."""
         assert self.raw_dir is not None
         root = _class_root(self.raw_dir)
         if root is None:
@@ -125,7 +128,7 @@ def _class_root(raw_dir: Path) -> Path | None:
 
 
 def _class_folders(root: Path) -> dict[str, list[Path]]:
-    """Return the folders that are named as a class, by class."""
+    """Return the folders that are named after a class, by class."""
     folders: dict[str, list[Path]] = {}
     for folder in subfolders(root):
         if comparable(folder.name) in LABELS:
@@ -134,14 +137,17 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
 
 
 class ClassFiles(NamedTuple):
-    """The files of one class folder of any layout."""
+    """The files of a class folder in either layout."""
 
     images: list[Path]
     masks: list[Path]
 
 
 def _files(folder: Path) -> ClassFiles:
-    """Sort the files of a class folder and of the folders in it; beside its image, a file named as its mask is one."""
+    """Divide the files of a class folder and its subfolders into images and masks.
+
+    A file in an image folder counts as mask if it is named like the mask of an image beside it.
+    """
     loose = files_in(folder)
     inner = subfolders(folder)
     sorted_out = [file for path in inner if comparable(path.name) in IMAGE_FOLDERS for file in files_in(path)]
@@ -164,7 +170,7 @@ def _files(folder: Path) -> ClassFiles:
 
 
 def _class_entries(folder: Path, label: str) -> Iterator[RawItem | Reject]:
-    """List one class folder of either layout."""
+    """List a class folder of either layout."""
     files = _files(folder)
     masks: dict[str, list[Path]] = {image.stem: [] for image in files.images if image.suffix.lower() == ".png"}
     yield from unread_folders(folder, (*IMAGE_FOLDERS, *MASK_FOLDERS))

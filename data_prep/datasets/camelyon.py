@@ -1,6 +1,7 @@
-"""`camelyon`: CAMELYON16 and CAMELYON17, whole slides of lymph node sections with outlined metastases, cut into tiles.
+"""`camelyon`: CAMELYON16 and CAMELYON17, tiles of lymph node slides with outlined metastases.
 
-Slides, annotations and tables are found by their names anywhere below the raw folder, so one root may hold either dataset or both:
+Slides, annotations and tables are found by name anywhere below the raw folder, which may hold
+either dataset or both:
 
     CAMELYON16/training/normal/normal_001.tif        CAMELYON17/training/center_0/patient_004_node_4.tif
                training/tumor/tumor_001.tif                     lesion_annotations/patient_004_node_4.xml
@@ -9,23 +10,29 @@ Slides, annotations and tables are found by their names anywhere below the raw f
                testing/lesion_annotations/test_001.xml
                testing/reference.csv
 
-What the slides hold stands in the two tables, which are told by what is in them (`data_prep.readers.slide_labels`): copies give them other names.
+The diagnoses of the slides are in the two tables, which are recognised by content, because copies
+have other names (`data_prep.readers.slide_labels`).
 
-Annotations are ASAP polygons in pixels of level 0 (`data_prep.readers.asap`): groups Tumor, _0, _1 and metastases are tumour; _2 and normal are holes.
-Files whose name ends in `_mask` are rendered annotations and are not read.
+Annotations are ASAP polygons in pixels of level 0 (`data_prep.readers.asap`). The groups Tumor, _0,
+_1 and metastases are tumour; _2 and normal are holes. Files whose name ends in `_mask` are rendered
+annotations and are not read.
 
-A slide is a negative only if its name, its table and its annotations say so. Left out, with the reason: slides with metastases but without
-an XML file, slides whose label is unknown, slides whose label and annotations contradict each other, slides that are there twice, and
+A slide counts as negative only if its name, its table and its annotations agree. Left out with a
+reason are: slides with metastases but without an XML file, slides with an unknown label, slides
+whose label contradicts their annotations, slides that exist twice, and
 
 - test_049, the duplicate of another slide (`keep_duplicate=true` keeps it);
-- normal_086, which shows tumour and was renamed to tumor_111, and normal_144, which holds unmarked tumour (arXiv:1703.02442);
-- slides that are not annotated exhaustively: 20 of CAMELYON16 and test_114 (its README), and CAMELYON17 nodes with isolated tumour cells
-  (its data page). With `incomplete=tumour_tiles` they give the tiles in which tumour is marked, and never a normal one.
+- normal_086, which shows tumour and was renamed to tumor_111, and normal_144, which has unmarked
+  tumour (arXiv:1703.02442);
+- slides that are not annotated exhaustively: 20 slides of CAMELYON16 and test_114 (README), and
+  CAMELYON17 nodes with isolated tumour cells (data page). With `incomplete=tumour_tiles`, only
+  their tiles with marked tumour are used, never a normal tile.
 
-An annotation that encloses no area (one or two points) is listed and changes nothing; any other oddity in an XML file rejects the slide, for
-the mask would not be the one that was drawn. A tile is `tumour` where `min_tumour` of its pixels or more are tumour, `normal` where none are;
-the tiles between the two are not used. Groups are patients in CAMELYON17 and slides in CAMELYON16, which has no patient ids. Slides of
-the CAMELYON16 test set are test; all others are free.
+An annotation that encloses no area (one or two points) is listed and ignored. Any other
+irregularity in an XML file rejects the slide, because the mask would be wrong. A tile is `tumour`
+if the fraction of tumour pixels is at least `min_tumour`, and `normal` if it is zero; other tiles
+are not used. Groups are patients in CAMELYON17 and slides in CAMELYON16, which has no patient ids.
+Slides of the CAMELYON16 test set form the test split; all others may go to any split.
 """
 
 import re
@@ -73,30 +80,34 @@ NOT_EXHAUSTIVE = {"test_114"} | {
 }
 FINDINGS = {"normal": "no metastasis", "tumour": "metastatic breast carcinoma"}
 DEFAULT_MPP = 0.5  # about 20x
-SPECK = 0.1  # tissue of less than this share of a tile's area is dirt
-SMOOTHING = 1 / 64  # of a tile's side: nuclei and cracks are not the outline of tissue
+SPECK = 0.1  # smaller tissue areas, as a fraction of a tile's area, are dirt
+SMOOTHING = 1 / 64  # of a tile's side; smooths over nuclei and cracks
 
 
 class CamelyonOptions(Options):
-    """Which slides, tiles and masks."""
+    """Selection of slides and tiles, and content of masks."""
 
-    tile_size: int = Field(512, ge=32, le=4096, description="side of a tile, in pixels of the resolution asked for")
+    tile_size: int = Field(512, ge=32, le=4096, description="side of a tile in pixels, at the requested resolution")
     mpp: float | None = Field(
-        None, ge=0.05, le=100, description="microns per pixel; 0.5, about 20x, where level is not given either"
+        None, ge=0.05, le=100, description="microns per pixel; 0.5, about 20x, if neither mpp nor level is set"
     )
-    level: int | None = Field(None, ge=0, description="a level of the slide's pyramid, instead of mpp")
+    level: int | None = Field(None, ge=0, description="level of the slide's pyramid, instead of mpp")
     stride: int | None = Field(None, ge=8, description="distance between tiles, in the same pixels; null: tile_size")
-    min_tissue: float = Field(0.5, ge=0, le=1, description="share of a tile that must be tissue")
-    min_tumour: float = Field(0.05, ge=0, le=1, description="share of tumour pixels from which a tile is a tumour tile")
+    min_tissue: float = Field(0.5, ge=0, le=1, description="smallest fraction of tissue in a tile")
+    min_tumour: float = Field(0.05, ge=0, le=1, description="smallest fraction of tumour pixels in a tumour tile")
     max_tiles_per_slide: int | None = Field(100, ge=1, description="null: all")
-    tumour_tiles: float = Field(0.5, ge=0, le=1, description="share of that number that is for tumour tiles")
-    tissue: Literal["otsu", "all"] = Field("otsu", description="all: take glass for tissue as well")
+    tumour_tiles: float = Field(
+        0.5, ge=0, le=1, description="fraction of max_tiles_per_slide reserved for tumour tiles"
+    )
+    tissue: Literal["otsu", "all"] = Field(
+        "otsu", description="otsu: detect tissue; all: use every tile, glass included"
+    )
     mask: Literal["tumour", "tissue_tumour"] = Field("tumour", description="tissue_tumour: three classes")
     incomplete: Literal["leave_out", "tumour_tiles"] = Field(
-        "leave_out", description="what to take from slides whose metastases are not all annotated"
+        "leave_out", description="use of slides whose metastases are not all annotated"
     )
     keep_duplicate: bool = Field(False, description=f"use {DUPLICATE}, which is the duplicate of another slide")
-    seed: int = Field(0, description="of the choice of tiles")
+    seed: int = Field(0, description="seed of the selection of tiles")
 
     @model_validator(mode="after")
     def _has_one_resolution(self) -> "CamelyonOptions":
@@ -106,13 +117,13 @@ class CamelyonOptions(Options):
 
 
 class Place(NamedTuple):
-    """Where a tile is on its slide; `RawItem.key`.
+    """Position of a tile on its slide; the `RawItem.key`.
 
     Attributes:
-        x: of its corner, on level 0.
-        y: of its corner, on level 0.
-        downsample: side of one of its pixels in pixels of level 0.
-        threshold: saturation of the slide above which there is tissue.
+        x: x of its corner on level 0.
+        y: y of its corner on level 0.
+        downsample: side of a tile pixel in pixels of level 0.
+        threshold: saturation threshold of tissue on this slide.
     """
 
     x: int
@@ -130,7 +141,7 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether a slide with a name of CAMELYON lies somewhere below."""
+        """Whether there is a slide with a CAMELYON name anywhere below."""
         slides = (path for path in raw_dir.rglob("*.[tT][iI][fF]") if is_visible(path, raw_dir))
         return any(SLIDE.fullmatch(path.stem.lower()) for path in slides)
 
@@ -164,7 +175,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the slides in the order of their names, then annotations without a slide.
+        """List the slides in natural order, and rejects for annotations without a slide.
 
         Raises:
             MaskLoomError: there is no slide, or a table is damaged or has an unknown label.
@@ -177,10 +188,11 @@ class Adapter(DatasetAdapter):
             yield Reject(str(path), f"an annotation without a slide {path.stem}.tif")
 
     def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
-        """List the chosen tiles of a slide row by row, after its annotations that enclose no area.
+        """List the selected tiles of a slide row by row, after rejects for empty annotations.
 
         Raises:
-            RejectedSample: slide or annotation cannot be read or do not belong together, or no tile qualifies.
+            RejectedSample: the slide or its annotation cannot be read, they do not match, or no
+                tile qualifies.
         """
         path = Path(item.path)
         slide = opened_slide(path)
@@ -218,10 +230,10 @@ class Adapter(DatasetAdapter):
             )
 
     def load(self, item: RawItem) -> RawImage:
-        """Decode one tile, (tile_size, tile_size, 3) uint8, and draw its mask.
+        """Decode one tile, (tile_size, tile_size, 3) uint8, and rasterise its mask.
 
         Raises:
-            RejectedSample: the part of the slide is damaged.
+            RejectedSample: this part of the slide is damaged.
         """
         place, size = Place(*item.key), self.options.tile_size
         path = Path(item.path.rpartition("#")[0])
@@ -255,7 +267,7 @@ class Adapter(DatasetAdapter):
     def _slide_entries(
         self, name: str, paths: list[Path], annotations: list[Path], labels: Mapping[str, str]
     ) -> Iterator[RawItem | Reject]:
-        """List one slide, or every file of that name with the reason why it cannot be used."""
+        """List one slide, or rejects for all files with its name."""
         parts = SLIDE.fullmatch(name)
         if parts is None:
             yield from (Reject(str(path), f"not named like a slide of CAMELYON ({EXAMPLES})") for path in paths)
@@ -289,7 +301,7 @@ class Adapter(DatasetAdapter):
         return missing if diagnosis else f"neither {name}.xml nor a label in {' or '.join(tables)} is there"
 
     def _grid(self, item: RawItem) -> TileGrid:
-        """Return the tiles of a slide at the resolution asked for."""
+        """Return the tile grid of a slide at the requested resolution."""
         path, options = Path(item.path), self.options
         slide = opened_slide(path)
         if options.level is not None:
@@ -300,7 +312,7 @@ class Adapter(DatasetAdapter):
         return tile_grid(slide.dimensions, downsample, unit, options.tile_size, options.stride or options.tile_size)
 
     def _tissue_shares(self, item: RawItem, grid: TileGrid) -> tuple[int, NDArray[np.float64]]:
-        """Return the saturation above which there is tissue, and the share of tissue of each tile."""
+        """Return the saturation threshold of tissue, and the tissue fraction of each tile."""
         if self.options.tissue == "all":
             return -1, np.ones(grid.shape)
         path = Path(item.path)
@@ -318,7 +330,7 @@ def _is_incomplete(name: str, diagnosis: str | None) -> bool:
 
 
 def _several(name: str, slides: Sequence[Path], annotations: Sequence[Path]) -> str | None:
-    """Return a reason where a slide or its annotation is there more than once: which of them holds is not ours to say."""
+    """Return a reason if a slide or its annotation exists more than once; the choice is the user's."""
     for what, paths in (("slide", slides), ("annotation", annotations)):
         if len(paths) > 1:
             folders = ", ".join(sorted({path.parent.name for path in paths}))
@@ -327,10 +339,10 @@ def _several(name: str, slides: Sequence[Path], annotations: Sequence[Path]) -> 
 
 
 def _annotations(item: RawItem) -> Annotations:
-    """Return the annotations of a slide, or none where it has no file.
+    """Return the annotations of a slide; empty if it has no annotation file.
 
     Raises:
-        RejectedSample: they cannot be read.
+        RejectedSample: the file cannot be read.
     """
     if not item.mask_paths:
         return Annotations((), {})
@@ -346,10 +358,11 @@ def _read_once(path: Path, size: int, mtime_ns: int) -> Annotations:
 
 
 def _check_annotations(item: RawItem, annotations: Annotations, dimensions: tuple[int, int]) -> None:
-    """Check that annotations fit the slide and what is said of it.
+    """Check the annotations of a slide against its size and its label.
 
     Raises:
-        RejectedSample: one lies beside the slide, or there is tumour in a negative slide, or none in another one.
+        RejectedSample: an annotation is outside the slide, a negative slide has tumour, or another
+            slide has none.
     """
     width, height = dimensions
     for polygon in annotations.polygons:

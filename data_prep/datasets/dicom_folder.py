@@ -1,28 +1,35 @@
-"""`dicom_folder`: your own DICOM files, in any folder tree: CT, MR, radiographs, mammograms, ultrasound, and others.
+"""`dicom_folder`: your own DICOM files in any folder tree: CT, MR, radiographs, ultrasound, others.
 
-    raw/any/folders/IM0001.dcm          with or without a suffix; recognised by the DICM at byte 128
-    raw/masks/any/folders/IM0001.png    data.options.masks=masks: the same place and name (masks=. : beside the image); class
+    raw/any/folders/IM0001.dcm          with or without a suffix; recognised by DICM at byte 128
+    raw/masks/any/folders/IM0001.png    data.options.masks=masks: same relative path (masks=. : beside the image); class
                                         indices, or 0 and 255 for one class
     raw/…/CINE.dcm                      several frames: each is a sample (masks: CINE_frame0001.png, counted from 1)
 
-Pictures are what a viewer shows (`data_prep.readers.dicom`): rescaled, in the file's own window unless `data.options.window` gives one, MONOCHROME1 inverted,
-palettes and YBR as RGB. Rejected with the reason: other objects (reports, segmentations, DICOMDIR), files that are not DICOM, another modality than
-the first file's unless `modality_words` names them all, text burned in where the file says so, and compressions whose decoder is not installed.
+Images are decoded as a viewer shows them (`data_prep.readers.dicom`): rescaled, with the window of
+the file unless `data.options.window` is set, MONOCHROME1 inverted, palettes and YBR converted to
+RGB. Rejected with a reason are: other objects (reports, segmentations, DICOMDIR), files that are
+not DICOM, other modalities than that of the first file unless `modality_words` covers all, files
+that declare burned-in text, and compressions without an installed decoder.
 
-Groups are patients (PatientID, without it StudyInstanceUID); no split is given. Slices of a volume are alike, so only identical pixels are looked for.
-Where anonymisation gave every patient the same PatientID, use `group_by=study`.
+Groups are patients (PatientID, or StudyInstanceUID if it is missing); there is no fixed split.
+Slices of a volume are similar, so only identical pixels are searched for. If anonymisation has
+given all patients the same PatientID, use `group_by=study`.
 
-**Who is in the pictures stays in the raw files.** The prepared dataset, its ledger and its card hold no value of a DICOM element but the modality, the
-plane, and the body part where it is one of a list. Patients, images and files have pseudonyms: HMAC-SHA-256 under a key that is the digest of all
-SOPInstanceUIDs below the raw folder. A plain digest of a hospital number could be undone by trying all numbers; this one needs the whole set of UIDs, which
-who has them has from the raw files. The key is not stored, is the same for the same files, and changes with every file that is added: so do the pseudonyms,
-and the splits. Two folders share no pseudonym, so that a patient in both is not noticed, in external test sets either. File names, which may be patients'
-names, are replaced too: the ledger calls a file `file-0123456789abcdef`. Which it is, is told by
+**Patient identities stay in the raw files.** The prepared dataset, its ledger and its card contain
+no value of a DICOM element except the modality, the plane, and the body part if it is in a fixed
+list. Patients, images and files get pseudonyms: HMAC-SHA-256 with a key that is the digest of all
+SOPInstanceUIDs below the raw folder. A plain digest of a hospital number could be reversed by
+trying all numbers; this one requires the complete set of UIDs, that is, the raw files. The key is
+not stored. It is the same for the same files and changes with every added file, and so do the
+pseudonyms and the splits. Two folders share no pseudonyms, so a patient in both is not detected,
+not even for external test sets. File names, which may contain patient names, are also replaced: the
+ledger lists a file as `file-0123456789abcdef`. To map these names to files, run
 
     python -m data_prep.datasets.dicom_folder RAW_DIR
 
-What no program can promise: text that is burned into the pixels (BurnedInAnnotation is often missing; look at ultrasound and secondary captures), and class
-names, which are your folders' names under `label_from=folder` (one that is part of a patient's name or number ends the work).
+Not covered are text that is burned into the pixels (BurnedInAnnotation is often missing; check
+ultrasound and secondary captures) and class names, which are folder names with `label_from=folder`
+(a class that is part of a patient's name or number stops the program).
 """
 
 import hashlib
@@ -48,7 +55,7 @@ from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.runs.command import run_command
 
-LOOKED_AT = 48  # files, to recognise a folder
+LOOKED_AT = 48  # files to open when recognising a folder
 SUFFIXES = (".dcm", ".dicom", ".ima")  # anything else after a dot may be part of a UID
 MODALITY_WORDS = {
     "CT": "CT", "MR": "MRI", "PT": "PET", "NM": "scintigraphy", "CR": "radiograph", "DX": "radiograph", "MG": "mammogram",
@@ -70,20 +77,20 @@ PALETTE = (
 
 
 class DicomFolderOptions(Options):
-    """What the tags do not tell."""
+    """Information that is not in the DICOM tags."""
 
     modality_words: str | None = Field(
         None,
         min_length=1,
-        description="the imaging method in prompts; null: by the first file's Modality, and no other is read",
+        description="name of the imaging method in prompts; null: from the Modality of the first file, and others are rejected",
     )
     channels: Literal[1, 3] = Field(1, description="3 keeps the colours of ultrasound, endoscopy, photographs")
     label_from: Literal["none", "folder"] = Field(
         "none", description="folder: the first level below the raw folder names the class"
     )
-    group_by: Literal["patient", "study"] = Field("patient", description="what must not lie in two splits")
+    group_by: Literal["patient", "study"] = Field("patient", description="unit that is kept in one split")
     window: IntensityWindow | None = Field(
-        None, description="what becomes black and white, in Hounsfield units for CT; null: as the file says"
+        None, description="intensity window, in Hounsfield units for CT; null: the window of the file"
     )
     masks: str | None = Field(
         None, min_length=1, description="folder of PNG masks, relative to the raw folder; `.`: beside the images"
@@ -93,9 +100,11 @@ class DicomFolderOptions(Options):
         max_length=len(PALETTE) - 1,
         description="names of the mask's values 1, 2, …; 0 is background",
     )
-    frame_step: int = Field(1, ge=1, description="of several frames in a file: 1 takes all, 2 every second, …")
-    max_frames: int | None = Field(None, ge=1, description="of several frames in a file: at most so many")
-    accept_burned_in: bool = Field(False, description="also take pictures that are said to show text about the patient")
+    frame_step: int = Field(
+        1, ge=1, description="step between frames of a multi-frame file: 1 uses all, 2 every second, …"
+    )
+    max_frames: int | None = Field(None, ge=1, description="largest number of frames per file")
+    accept_burned_in: bool = Field(False, description="also use images that declare burned-in text about the patient")
 
     @model_validator(mode="after")
     def _masks_have_classes(self) -> "DicomFolderOptions":
@@ -107,7 +116,7 @@ class DicomFolderOptions(Options):
 
 
 class Place(NamedTuple):
-    """Where a sample's pixels are: a file, how many frames it has, and which one is meant (from 0)."""
+    """Location of a sample's pixels: file, number of frames, and frame index (from 0)."""
 
     file: str
     frames: int
@@ -115,7 +124,7 @@ class Place(NamedTuple):
 
 
 class Pseudonyms:
-    """Names that tell nothing of what they stand for; see the module's description.
+    """Pseudonyms of patients, images and files; see the docstring of the module.
 
     Args:
         instance_uids: every SOPInstanceUID below the raw folder.
@@ -137,14 +146,15 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether one of the first files has the DICOM mark; names alone do not tell."""
+        """Whether one of the first files is DICOM; file names are not sufficient."""
         return any(is_dicom(path) for path in islice(_visible(raw_dir, raw_dir.rglob("*")), LOOKED_AT))
 
     def info(self) -> DatasetInfo:
-        """Return what is true of every image, as the options and the first DICOM file say.
+        """Return the description from the options and the first DICOM file.
 
         Raises:
-            MaskLoomError: there is no DICOM image, or its Modality is not known, or there are no folders to name classes.
+            MaskLoomError: there is no DICOM image, its Modality is unknown, or there are no class
+                folders.
         """
         words = self.options.modality_words or MODALITY_WORDS[self._modality()]
         label = "{label}, " if self.options.label_from == "folder" else ""
@@ -170,7 +180,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List every DICOM image by the order of the paths, every file that is none, and every mask without an image.
+        """List the DICOM images in path order, and rejects for other files and stray masks.
 
         Raises:
             MaskLoomError: no file is DICOM, or a class is named after a patient.
@@ -195,7 +205,7 @@ class Adapter(DatasetAdapter):
                     yield Reject(self._shown(names, path), "a mask without an image")
 
     def expand(self, item: RawItem) -> Iterator[RawItem | Reject]:
-        """List the frames of a file, as `frame_step` and `max_frames` say; a file of one frame is itself."""
+        """List the frames of a file according to `frame_step` and `max_frames`."""
         place: Place = item.key
         if place.frames == 1:
             yield item
@@ -214,10 +224,12 @@ class Adapter(DatasetAdapter):
         """Decode one frame and its mask.
 
         Returns:
-            image (H, W) float32 in rescaled units with its black and white, or (H, W, 3) uint8.
+            The image, (H, W) float32 in rescaled units with (black, white), or (H, W, 3) uint8, and
+            its mask.
 
         Raises:
-            RejectedSample: the pixels cannot be decoded; the mask is missing, of another size, or holds an unknown value.
+            RejectedSample: the pixels cannot be decoded; the mask is missing, of another size, or
+                holds an unknown value.
         """
         place: Place = item.key
         picture = read_picture(Path(place.file), place.frame, self.options.window)
@@ -242,7 +254,7 @@ class Adapter(DatasetAdapter):
         )
 
     def _reason_against(self, path: Path, header: Header, modality: str | None, taken: set[str]) -> str:
-        """Return why a readable image is left out, or nothing."""
+        """Return why a readable image is left out; empty if it is used."""
         if header.instance_uid in taken:
             return "a copy: an earlier file has the same SOPInstanceUID"
         if modality is not None and header.modality != modality:
@@ -299,13 +311,13 @@ class Adapter(DatasetAdapter):
             )
         if first.modality not in MODALITY_WORDS:
             raise MaskLoomError(
-                "data.options.modality_words is not set, and the first file's Modality tells no imaging method; give the words that prompts"
+                "data.options.modality_words is not set, and the first file's Modality names no imaging method; give the words that prompts"
                 " shall use, such as data.options.modality_words=radiograph"
             )
         return first.modality
 
     def _files(self, masks: bool = False) -> list[Path]:
-        """Return the visible files, the PNG files of the mask folder or all others, in the order of their paths."""
+        """Return the visible files in path order: the masks in the mask folder, or all other files."""
         assert self.raw_dir is not None
         folder = self._mask_folder()
 
@@ -315,7 +327,7 @@ class Adapter(DatasetAdapter):
         return sorted(path for path in _visible(self.raw_dir, self.raw_dir.rglob("*")) if is_mask(path) == masks)
 
     def _mask_folder(self) -> Path | None:
-        """Return the folder of the masks, or None where there are none.
+        """Return the folder of the masks, or None if there is none.
 
         Raises:
             MaskLoomError: it does not exist, or lies outside the raw folder.
@@ -331,7 +343,7 @@ class Adapter(DatasetAdapter):
         return folder
 
     def _mask_paths(self, path: Path, frames: int) -> list[Path]:
-        """Return where the masks of a file's frames belong; none where there is no mask folder."""
+        """Return the expected mask paths of a file's frames; empty without a mask folder."""
         folder = self._mask_folder()
         if folder is None:
             return []
@@ -345,20 +357,23 @@ class Adapter(DatasetAdapter):
         return path.relative_to(self.raw_dir)
 
     def _shown(self, names: Pseudonyms, path: Path) -> str:
-        """Return the path that ledgers and errors call a file by."""
+        """Return the pseudonymous path of a file for ledgers and errors."""
         assert self.raw_dir is not None
         return str(self.raw_dir / f"file-{names.name('file', self._relative(path).as_posix())}")
 
 
 def _visible(raw_dir: Path, paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the files that are not hidden, nor in a hidden folder."""
+    """Yield the files that are neither hidden nor in a hidden folder."""
     for path in paths:
         if path.is_file() and is_visible(path, raw_dir):
             yield path
 
 
 def _names_patient(label: str, patient_words: frozenset[str]) -> bool:
-    """Whether a folder's name holds a word of a patient's name or number; short ones count as whole words only."""
+    """Whether a folder name contains part of a patient's name or number.
+
+    Short parts must match whole words.
+    """
     words = set(re.split(r"[\W_]+", label.casefold()))
     return any(word in words or (len(word) > 4 and word in label.casefold()) for word in patient_words)
 
@@ -371,7 +386,7 @@ def _header_or_reason(path: Path) -> Header | str:
 
 
 def _mask(path: Path, classes: int) -> NDArray[np.uint8]:
-    """Return (H, W) of class indices; the reasons do not name the file.
+    """Return class indices, (H, W); error messages do not name the file.
 
     Raises:
         RejectedSample: it is missing, unreadable, not grey or indexed, or holds an unknown value.
@@ -397,7 +412,7 @@ def _mask(path: Path, classes: int) -> NDArray[np.uint8]:
 
 
 def print_names(raw_dir: Path) -> None:
-    """Print which file each pseudonym of a raw folder stands for, one a line."""
+    """Print the pseudonyms of a raw folder with their files, one per line."""
     adapter = Adapter(raw_dir, DicomFolderOptions())
     files = adapter._files()
     headers = (_header_or_reason(path) for path in files)

@@ -1,6 +1,6 @@
-"""`folder`: your own images and masks, found by patterns or listed in a table. Nothing is guessed; every option is explained below.
+"""`folder`: your own images and masks, found by patterns or listed in a table; nothing is guessed.
 
-By patterns (the defaults, and what the options say for other trees):
+By patterns (the defaults first, then options for other layouts):
 
     images/a.png                     images: "images/**/*"               masks: "masks/{stem}.png"
     masks/a.png
@@ -12,18 +12,22 @@ By patterns (the defaults, and what the options say for other trees):
     p01/masks/1.png                  group_pattern: '^(p\\d+)/'
 
     images/a.png                     masks: {disc: "masks/{stem}_disc.png", cup: "masks/{stem}_cup.png"}
-    masks/a_disc.png, a_cup.png      (a black-and-white file for each class; the cup lies over the disc)
+    masks/a_disc.png, a_cup.png      (a black-and-white file per class; the cup is drawn over the disc)
 
-By a table (CSV or XLSX), one row an image; paths in it are relative to `data.raw_dir`:
+By a table (CSV or XLSX), one row per image; paths are relative to `data.raw_dir`:
 
     labels.csv                       table: labels.csv                   image_column: file   mask_column: mask   label_column: dx
     file,mask,dx,patient             group_column: patient               images: "{image}" (default), or "part_*/{image}.jpg"
 
-Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bits a channel, float) or `.npy` arrays (H, W) or (H, W, 3). Transparent pixels of a mask are
-background, those of an image black. Masks are black and one bright colour,
-or a map of values or colours named by `mask_values`. Names are compared as they look (`data_prep.readers.file_names`). Several masks of one image are united where there is one foreground class. A mask may
-be empty (no lesion); an image without a mask file is left out where `masks` are asked for, and so are all images that one mask file
-fits. Files that are masks of another image are no images. Links that lead out of `data.raw_dir` are refused, linked folders not followed.
+Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bits per channel, float) or `.npy` arrays (H, W)
+or (H, W, 3). Transparent pixels of a mask are background, those of an image black. Masks are binary
+(black and one bright colour) or label maps with values or colours named by `mask_values`. Names are
+compared by appearance (`data_prep.readers.file_names`). Several masks of one image are merged if
+there is one foreground class.
+
+A mask may be empty (no lesion). If `masks` is set, an image without a mask file is left out, and so
+are all images that share one mask file. Files that are masks of another image do not count as
+images. Links out of `data.raw_dir` are rejected, and linked folders are not followed.
 """
 
 import re
@@ -54,7 +58,7 @@ SPLIT_NAMES = {
 
 
 class Adapter(DatasetAdapter):
-    """Images and masks of any folder, as the options describe it."""
+    """Images and masks in any folder layout, described by the options."""
 
     Options = FolderOptions
     options: FolderOptions
@@ -63,7 +67,8 @@ class Adapter(DatasetAdapter):
         """Return what is true of every image.
 
         Raises:
-            MaskLoomError: class names have to be found, and the folder or the table does not fit the options.
+            MaskLoomError: class names must be read from the data, and the folder or the table does
+                not match the options.
         """
         options = self.options
         return DatasetInfo(
@@ -80,10 +85,10 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the images in the order of their paths, or of the table, and every file or row that cannot be used.
+        """List the images in path or table order, and rejects for every unusable file or row.
 
         Raises:
-            MaskLoomError: nothing fits the options, or the table is not as they say.
+            MaskLoomError: no file matches the options, or the table does not.
         """
         labels = self._labels
         candidates, rejects = self._listing
@@ -103,7 +108,8 @@ class Adapter(DatasetAdapter):
         """Decode an image and its masks.
 
         Raises:
-            RejectedSample: a file is unreadable, a mask has another size than its image, or a value that no class is named for.
+            RejectedSample: a file is unreadable, or a mask has another size than its image or a
+                value without a class.
         """
         image = image_pixels(Path(item.path))
         if not item.mask_paths:
@@ -112,7 +118,8 @@ class Adapter(DatasetAdapter):
         for path, pattern in zip(map(Path, item.mask_paths), item.key, strict=True):
             part = self._mask(path)
             require_same_size(f"mask {path.name}", part, image)
-            # Of masks by class the patterns are in the order of the classes, and later ones lie over earlier ones.
+            # With masks by class, patterns are in class order, and later classes are drawn over
+            # earlier ones.
             mask = np.maximum(mask, part * np.uint8(pattern + 1))
         return RawImage(image, mask)
 
@@ -125,7 +132,7 @@ class Adapter(DatasetAdapter):
         return class_mask(mask.values, classes, path.name, mask.transparent, mask.lossy)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the listing behind: a process that loads samples has no use for it."""
+        """Exclude the listing, which worker processes do not need."""
         return {name: value for name, value in self.__dict__.items() if name != "_listing"}
 
     @property
@@ -135,7 +142,7 @@ class Adapter(DatasetAdapter):
 
     @cached_property
     def _labels(self) -> tuple[str, ...]:
-        """The class names in order: as the options give them, or those that are found."""
+        """The class names in order: from the options, or as found."""
         if self.options.label_source is None:
             return ()
         images = [candidate for candidate in self._listing[0] if is_read(candidate.file) and is_text(candidate.file)]
@@ -162,7 +169,7 @@ class Adapter(DatasetAdapter):
         """Return the item of a candidate.
 
         Raises:
-            RejectedSample: the file, its masks, or one of its values cannot be used.
+            RejectedSample: the file, its masks, or one of its values is unusable.
         """
         for file in (candidate.file, *candidate.masks):
             if not is_read(file):
@@ -220,7 +227,7 @@ class Adapter(DatasetAdapter):
                 )
 
     def _label(self, candidate: Candidate) -> str | None:
-        """Return an image's class name as the options spell it, else as it is seen; empty where it should have one and has none."""
+        """Return the class name of an image in the spelling of the options; empty if it is missing."""
         source = self.options.label_source
         if source is None:
             return None
@@ -237,14 +244,15 @@ class Adapter(DatasetAdapter):
         return None if value is None else SPLIT_NAMES[comparable(value)]
 
     def _table_place(self, candidate: Candidate, meaning: str) -> str:
-        """Return where a value of an image stands in the table, in words."""
+        """Return the location of a value in the table as text."""
         return f" in row {candidate.row.number}, column {self.options.columns[meaning]!r} of {self.options.table}"
 
     def _value(self, candidate: Candidate, meaning: str, pattern: str | None) -> str | None:
-        """Return what a column or a regular expression over the path says, or None where neither is given.
+        """Return the value from a column or a regular expression on the path, or None without
+        either.
 
         Raises:
-            RejectedSample: it says nothing for this image.
+            RejectedSample: there is no value for this image.
         """
         if pattern is not None:
             found = re.search(pattern, candidate.file)
@@ -261,7 +269,7 @@ class Adapter(DatasetAdapter):
 
 
 def _sample_id(file: str) -> str:
-    """Return a portable id; where a path has other characters, a digest of it keeps two of them apart."""
+    """Return a portable id, with a digest if the path has other characters."""
     name = str(PurePosixPath(file).with_suffix(""))
     portable = re.sub(r"[^A-Za-z0-9_.]+", "-", as_seen(name)).strip("-.")
     if portable == name.replace("/", "-"):
@@ -270,7 +278,7 @@ def _sample_id(file: str) -> str:
 
 
 def _templates(with_label: bool, with_masks: bool) -> tuple[str, ...]:
-    """Return prompts that fit any dataset."""
+    """Return generic prompt templates."""
     if with_label:
         plain = (
             "{modality} image, {label}",

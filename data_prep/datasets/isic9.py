@@ -1,17 +1,19 @@
-"""`isic9`: Kaggle's "Skin cancer ISIC", dermoscopic images of nine classes from the ISIC Archive; no masks.
+"""`isic9`: Kaggle's "Skin cancer ISIC", dermoscopic images of nine classes; no masks.
 
-Read from its root or from the folder above it:
+The images come from the ISIC Archive. Read from its root or from the folder above:
 
     Skin cancer ISIC The International Skin Imaging Collaboration/Train/melanoma/ISIC_0000139.jpg
                                                                   Test/melanoma/ISIC_0000002.jpg
 
-2239 images in Train and 118 in Test; a folder a class (upper or lower case, with spaces, `_` or `-`). Test is the test split; validation
-is drawn from Train. An image that lies in both is used in Test, one that lies in several classes not at all. JPEG files are RGB; grey and
-CMYK ones become RGB.
+2239 images in Train and 118 in Test, one folder per class (in any case, with spaces, `_` or `-`).
+Test is the test split; validation is drawn from Train. An image in both is used in Test; an image
+in several classes is not used. JPEG files are RGB; grey and CMYK ones are converted to RGB.
 
-The dataset has no patient or lesion ids: several images of one lesion are found by content (`data_prep.splitting.near_duplicates`); what resembles
-a Test image follows it into the test split. Lesions that look unlike each other in two images need the archive's metadata: `metadata:
-NAME.csv`, a file in `data.raw_dir` with the columns `image`, `isic_id` or `image_id`, and `lesion_id`, makes the lesion the group.
+The dataset has no patient or lesion ids, so several images of one lesion are found by content
+(`data_prep.splitting.near_duplicates`); near-duplicates of a Test image go to the test split.
+Images of one lesion that look different need the metadata of the archive: `metadata: NAME.csv`, a
+file in `data.raw_dir` with the columns `image`, `isic_id` or `image_id`, and `lesion_id`, makes the
+lesion the group.
 """
 
 import re
@@ -43,11 +45,11 @@ ROOT = "Skin cancer ISIC The International Skin Imaging Collaboration"
 SPLIT_OF = {"Train": None, "Test": "test"}
 SUFFIXES = (".jpg", ".jpeg")
 ID_COLUMNS = ("image", "isic_id", "image_id", "image_name")
-SHRUNK = "_downsampled"  # what the ISIC 2019 metadata add to the names of images that it made smaller
+SHRUNK = "_downsampled"  # suffix in the ISIC 2019 metadata for downsampled images
 
 
 class Isic9Options(Options):
-    """Where groups come from."""
+    """Source of the groups."""
 
     metadata: str | None = Field(None, description="CSV file in data.raw_dir with a lesion_id for each image id")
 
@@ -67,7 +69,7 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether there are folders Train and Test and all folders in Train are named after classes."""
+        """Whether there are folders Train and Test, and all folders in Train are class names."""
         root = _root_of(raw_dir)
         if root is None:
             return False
@@ -94,7 +96,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List Train and then Test, class by class, in the order of the images' numbers.
+        """List Train and then Test, class by class, in natural order.
 
         Raises:
             MaskLoomError: there are no folders Train and Test, or the metadata cannot be used.
@@ -134,15 +136,15 @@ class Adapter(DatasetAdapter):
         """Decode an image to (H, W, 3) uint8.
 
         Raises:
-            RejectedSample: it is unreadable, or has more than 8 bits a channel.
+            RejectedSample: the file is unreadable, or has more than 8 bits per channel.
         """
         return RawImage(image=eight_bit(decoded_image(Path(item.path), turn=True), "RGB"), mask=None)
 
     def _lesions(self) -> dict[str, str]:
-        """Return the lesion of each image id, as far as the metadata know it.
+        """Return the lesion of each image id in the metadata.
 
         Raises:
-            MaskLoomError: they are missing, lack a column, or give an image two lesions.
+            MaskLoomError: the metadata are missing, lack a column, or give an image two lesions.
         """
         if self.options.metadata is None:
             return {}
@@ -165,10 +167,10 @@ class Adapter(DatasetAdapter):
         return {identity: row["lesion_id"] for identity, row in first.items()}
 
     def _check_lesions(self, lesions: Mapping[str, str], files: Sequence[Path]) -> None:
-        """Check that the metadata are those of these images, and say how many they do not know: these are grouped by their looks alone.
+        """Check the metadata against the images, and report images without lesion_id.
 
         Raises:
-            MaskLoomError: they know none of the images.
+            MaskLoomError: no image is in the metadata.
         """
         unknown = [file for file in files if _identity(file.name) not in lesions]
         if self.options.metadata is None or not unknown:
@@ -181,7 +183,7 @@ class Adapter(DatasetAdapter):
             )
         say(
             f"{where}: no lesion_id for {len(unknown)} of {len(files)} images (the first: {printable(unknown[0].name)}); "
-            "near-duplicates alone tell which of them belong together"
+            "these are grouped by near-duplicates only"
         )
 
     def _root(self) -> Path:
@@ -196,7 +198,7 @@ class Adapter(DatasetAdapter):
 
 
 def _identity(name: str) -> str:
-    """Return the id of an image in the archive from the name of its file, or from how a table names it."""
+    """Return the archive id of an image from its file name or its name in a table."""
     stem = PurePath(name.replace("\\", "/")).name.removesuffix(" ")
     return comparable(re.sub(r"\.(jpe?g|png)$", "", stem, flags=re.IGNORECASE).removesuffix(SHRUNK))
 

@@ -1,8 +1,10 @@
-"""`lidc`: slices of the lung nodule collection LIDC-IDRI (Armato et al. 2011), as two preprocessings lay them out.
+"""`lidc`: slices of the lung nodule collection LIDC-IDRI (Armato et al. 2011), in two layouts.
 
-Both are read from their root or from the folder above it.
+The layouts are those of two preprocessing pipelines. Both are read from their root or from the
+folder above.
 
-The *masks tree*, an 8-bit slice with the mask of lung and nodule, or of the lung alone; 128 x 128 in its description, any size here:
+The *masks tree*: 8-bit slices with masks of lung and nodule, or of the lung only; 128 x 128 in its
+description, any size here:
 
     dataset_lidc_masks/train/with_nodules/LIDC-IDRI-0001_slice_0042.png
                              with_nodules/LIDC-IDRI-0001_combined_mask_0042.npy     0 other, 1 lung, 2 nodule
@@ -10,21 +12,26 @@ The *masks tree*, an 8-bit slice with the mask of lung and nodule, or of the lun
                              clean/LIDC-IDRI-0028_lung_mask_0017.npy                0 other, 1 lung
                        test/…
 
-Classes: background, lung, nodule. The tree's description does not state the codes of the masks: those above are taken, `mask_codes` gives others,
-and a mask with any other value is rejected. `test` is kept as the test split, validation is drawn from `train`. A patient in both stays in test
-only. Where a folder also holds the other kind of mask of a slice, it is not used.
+Classes: background, lung, nodule. The description of this layout does not state the codes of the
+masks; those above are the defaults, `mask_codes` sets others, and a mask with any other value is
+rejected. `test` is the test split; validation is drawn from `train`. A patient in both is used only
+in test. If a folder also has the other kind of mask for a slice, that mask is not used.
 
-The *nodule tree*, as LIDC-IDRI-Preprocessing (github.com/jaeho3690/LIDC-IDRI-Preprocessing) writes it: segmented lungs in standard deviations, 0 outside:
+The *nodule tree*, written by LIDC-IDRI-Preprocessing
+(github.com/jaeho3690/LIDC-IDRI-Preprocessing): segmented lungs in standard deviations, 0 outside:
 
     data/Image/LIDC-IDRI-0001/0001_NI000_slice000.npy           Mask/LIDC-IDRI-0001/0001_MA000_slice000.npy
          Clean/Image/LIDC-IDRI-0028/0028_CN001_slice000.npy     Clean/Mask/LIDC-IDRI-0028/0028_CM001_slice000.npy
          Meta/meta_info.csv (or meta_info.csv)                  columns original_image, malignancy and others
 
-Classes: background, nodule. No split is given. `NI000` counts the nodules of a patient and `slice000` the slices of that nodule, so a slice through two
-nodules comes twice, each time with one of them in the mask. Where there is a table, it gives the malignancy of each nodule (1 to 5, the upper median of up to four
-readers); a nodule that it does not list is rejected. Slices in which the segmentation found no lung are one flat value, and rejected.
+Classes: background, nodule. There is no fixed split. `NI000` counts the nodules of a patient and
+`slice000` the slices of a nodule, so a slice through two nodules occurs twice, each time with one
+of them in the mask. If there is a table, it gives the malignancy of each nodule (1 to 5, the upper
+median of up to four readers), and a nodule that is not listed is rejected. Slices in which no lung
+was segmented are constant, and rejected.
 
-Groups are patients; slices of one patient are neighbours, so only identical pixels are looked for.
+Groups are patients. Slices of one patient are neighbours, so only identical pixels are searched
+for.
 """
 
 import re
@@ -54,7 +61,7 @@ from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 LABELS = ("clean", "nodule")
 A_NODULE, NO_NODULE = "a pulmonary nodule", "no pulmonary nodule"
-# The scale of the readers' form, LIDC-IDRI.
+# The malignancy scale of the LIDC-IDRI reading form.
 MALIGNANCY = {
     1: "a pulmonary nodule highly unlikely to be malignant",
     2: "a pulmonary nodule moderately unlikely to be malignant",
@@ -68,12 +75,12 @@ TEMPLATES = (
     "{modality}, transverse plane, {finding}",
 )
 MASKS_TREE_TEMPLATE = "axial {modality} slice showing {mask_classes}, {finding}"
-# Here the foreground is the nodule alone, so that its size, shape and place can be told.
+# The foreground is only the nodule, so its size, shape and place are known.
 NODULE_TREE_TEMPLATE = "axial {modality} with {finding}, {size}, {shape}, {place}"
 
 
 class LidcOptions(Options):
-    """The codes of the masks tree."""
+    """Codes of the masks tree."""
 
     mask_codes: tuple[int, int] = Field((1, 2), description="value of the lung and of a nodule in combined masks")
 
@@ -92,10 +99,10 @@ class MasksFolder:
     """A class folder of the masks tree.
 
     Attributes:
-        name: of the folder.
+        name: name of the folder.
         label: its class.
-        mask: the word in the names of the masks that are read.
-        finding: words for prompts.
+        mask: the word in the names of its masks.
+        finding: the finding for prompts.
     """
 
     name: str
@@ -108,14 +115,14 @@ MASKS_FOLDERS = (
     MasksFolder("with_nodules", "nodule", "combined", A_NODULE),
     MasksFolder("clean", "clean", "lung", NO_NODULE),
 )
-SPLITS = ("test", "train")  # the held-out one first: of a slice that lies in both, it keeps its id
+SPLITS = ("test", "train")  # held-out split first, so that it keeps the id of a slice in both
 SLICE = re.compile(r"(?P<patient>LIDC-IDRI-\d{4})_slice_(?P<slice>\d+)\.png")
 SLICE_MASK = re.compile(r"(?P<patient>LIDC-IDRI-\d{4})_(?P<kind>combined|lung)_mask_(?P<slice>\d+)\.npy")
 
 
 @dataclass(frozen=True)
 class NodulesFolder:
-    """A class folder of the nodule tree: where it lies, its label, and the letters in the names of images and masks."""
+    """A class folder of the nodule tree: its location, label, and codes in image and mask names."""
 
     place: str
     label: str
@@ -127,7 +134,7 @@ NODULES_FOLDERS = (NodulesFolder(".", "nodule", "NI", "MA"), NodulesFolder("Clea
 PATIENT = re.compile(r"LIDC-IDRI-(\d{4})")
 ARRAY = re.compile(r"(?P<patient>\d{4})_(?P<kind>NI|CN|MA|CM)(?P<nodule>\d+)_slice(?P<slice>\d+)\.npy")
 TABLES = ("Meta/meta_info.csv", "meta_info.csv")
-ONE_IMAGE_PER_ROW = "write the table anew with one row per image, or remove it to go without malignancy"
+ONE_IMAGE_PER_ROW = "write the table again with one row per image, or remove it to continue without malignancy"
 
 
 class Found(NamedTuple):
@@ -145,7 +152,7 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether either tree lies here or one level below, with a file that is named as in it."""
+        """Whether either tree is here or one level below, with a matching file name."""
         found = _found(raw_dir)
         if found is None:
             return False
@@ -156,7 +163,7 @@ class Adapter(DatasetAdapter):
         return any(ARRAY.fullmatch(file.name) for folder in arrays for file in folder.glob("LIDC-IDRI-*/*.npy"))
 
     def info(self) -> DatasetInfo:
-        """Return what is true of every slice; the mask's classes depend on the tree.
+        """Return the description; the mask classes depend on the tree.
 
         Raises:
             MaskLoomError: there is neither tree.
@@ -177,7 +184,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the slices, and every file that cannot be used.
+        """List the slices, and a reject for every unusable file.
 
         Raises:
             MaskLoomError: there is neither tree, or the table of nodules cannot be read.
@@ -189,12 +196,13 @@ class Adapter(DatasetAdapter):
         """Decode a slice and its mask.
 
         Returns:
-            masks tree: image (H, W) uint8 and mask of 0, 1 lung, 2 nodule. Nodule tree: image (H, W) float, black and white at the 1st
-            and 99th percentile of the lung's pixels, and mask of 0, 1 nodule.
+            Masks tree: image (H, W) uint8 and mask with 1 lung, 2 nodule. Nodule tree: image (H, W)
+                float with black and white at the 1st and 99th percentile of the lung's pixels, and
+                mask with 1 nodule.
 
         Raises:
-            RejectedSample: a file is unreadable, the mask has another size, an unknown value, or contradicts the label, or
-                the slice shows nothing.
+            RejectedSample: a file is unreadable, the mask has another size or an unknown value or
+                contradicts the label, or the slice is constant.
         """
         mask_path = Path(item.mask_paths[0])
         if item.path.endswith(".png"):
@@ -228,7 +236,7 @@ def _found(raw_dir: Path) -> Found | None:
 
 
 def _masks_tree_entries(root: Path) -> Iterator[RawItem | Reject]:
-    """List the four class folders; a slice that is in both classes is rejected in both."""
+    """List the four class folders; a slice in both classes is rejected in both."""
     folders = [
         (split, kind, files_in(folder_named(root, split, kind.name))) for split in SPLITS for kind in MASKS_FOLDERS
     ]
@@ -282,10 +290,11 @@ def _item(sample_id: str, file: Path, mask: Path, label: str, patient: str, spli
 
 
 def _masks_tree_mask(path: Path, label: str, codes: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return (H, W) of 0, 1 lung, 2 nodule.
+    """Return a mask (H, W) with 1 lung, 2 nodule.
 
     Raises:
-        RejectedSample: it is unreadable, holds another value, or lacks what its class shows.
+        RejectedSample: the file is unreadable, has another value, or lacks the structure of its
+            class.
     """
     lung, nodule = codes
     known = {0: 0, lung: 1, nodule: 2} if label == "nodule" else {0: 0, 1: 1, lung: 1}
@@ -301,9 +310,9 @@ def _recoded(path: Path, known: dict[int, int], advice: str) -> NDArray[np.uint8
     """Return the class indices of a mask that is stored in other codes.
 
     Args:
-        path: an `.npy` file of (H, W), of any number type.
-        known: index of each code.
-        advice: what to do about a value that is not known.
+        path: an `.npy` file of shape (H, W) and any numeric dtype.
+        known: class index of each code.
+        advice: what to do about an unknown value.
 
     Raises:
         RejectedSample: it is unreadable or holds another value.
@@ -321,7 +330,7 @@ def _recoded(path: Path, known: dict[int, int], advice: str) -> NDArray[np.uint8
 
 
 def _nodule_tree_entries(root: Path) -> Iterator[RawItem | Reject]:
-    """List the nodules and the clean slices, and the rows of the table that no file belongs to."""
+    """List the nodules and the clean slices, and rejects for table rows without a file."""
     tables = (folder_named(root, *name.split("/")) for name in TABLES)
     table = next((path for path in tables if path.is_file()), None)
     findings = None if table is None else _findings(table)
@@ -370,12 +379,13 @@ def _patient_entries(
 
 
 def _findings(table: Path) -> dict[str, str]:
-    """Return words for each nodule's image by its name without folder and suffix.
+    """Return the finding of each nodule's image, by file name without folder and suffix.
 
     Raises:
-        MaskLoomError: the table cannot be read, lacks a column, names no image in a row, or gives a nodule an unknown malignancy or two.
+        MaskLoomError: the table cannot be read, lacks a column, has a row without image, or gives a
+            nodule an unknown malignancy or two of them.
     """
-    with reject_as_error(table, "write it anew, or remove it to go without malignancy"):
+    with reject_as_error(table, "write it again, or remove it to continue without malignancy"):
         rows = csv_rows(table, ["original_image", "malignancy"])
     grades: dict[str, tuple[int, TableRow]] = {}
     for row in rows:
@@ -396,10 +406,10 @@ def _findings(table: Path) -> dict[str, str]:
 
 
 def _segmented_lung(path: Path) -> tuple[NDArray[Any], tuple[float, float]]:
-    """Return an image (H, W) of floats and its black and white.
+    """Return an image, (H, W) float, with its black and white values.
 
     Raises:
-        RejectedSample: it is unreadable, not of floats, or shows no lung.
+        RejectedSample: the file is unreadable, not of floating-point values, or shows no lung.
     """
     image = npy_array(path, ndim=2, kinds="f")
     if not np.isfinite(image).all():

@@ -1,24 +1,30 @@
-"""`medmnist`: the 12 two-dimensional sets of MedMNIST v2 and MedMNIST+ (Yang et al. 2023), each one `.npz` file of standardised images.
+"""`medmnist`: the 12 two-dimensional sets of MedMNIST v2 and MedMNIST+ (Yang et al. 2023).
+
+Each set and size is one `.npz` file of standardised images:
 
     pathmnist.npz          pathmnist_64.npz  pathmnist_128.npz  pathmnist_224.npz       (28 x 28 has no number)
       train_images  (N, S, S) or (N, S, S, 3) uint8        val_images, test_images
       train_labels  (N, 1) integers; chestmnist (N, 14) of 0 and 1        val_labels, test_labels
 
-The folder may hold files of several sets and sizes; `data.options.flag` and `data.options.size` choose one. Files are looked for in
-the raw folder and one level below. They are read row by row (`data_prep.readers.npz_rows`): the train images of pathmnist_224 are 13.5 GB.
-Listing first unpacks each array once to compare its checksum, so that a damaged download is told before anything is made of it.
+The folder may contain files of several sets and sizes; `data.options.flag` and `data.options.size`
+select one. Files are searched in the raw folder and one level below. They are read row by row
+(`data_prep.readers.npz_rows`), because the train images of pathmnist_224 have 13.5 GB. Listing
+decompresses each array once to verify its checksum, so that a damaged download is reported first.
 
-Splits: the file's own (`val` is validation). No patient, slide or volume ids, hence no groups: what the makers let cross a split, crosses it.
-Labels: `SETS`; names are those of the package medmnist 3.0.2 (`medmnist/info.py`), put into words where they are numbers or lists.
-No masks: use `data.conditioning=edges`.
+Splits: those of the file (`val` is validation). There are no patient, slide or volume ids and hence
+no groups, so leakage between the published splits remains. Labels: `SETS`; names are those of the
+package medmnist 3.0.2 (`medmnist/info.py`), spelled out where they are numbers or lists. There are
+no masks: use `data.conditioning=edges`.
 
-Known faults of the sets themselves:
-  - dermamnist: its random split puts images of one lesion, and identical ones, into several splits (Abhishek et al., Scientific Data 12, 196, 2025,
-    who give DermaMNIST-C instead). Identical pixels are found here; for the others set `data.duplicates=near`, or use HAM10000 with lesion ids.
-  - breastmnist is BUSI (dataset `busi`), normal and benign as one class; 0 is malignant. Do not test on one what was trained on the other.
-  - retinamnist: the package names the grades 0..4 only; the words are those of the international clinical scale, by which its source DeepDRiD
-    grades.
-  - chestmnist: labels were mined from reports; several findings an image, or none.
+Known issues of the sets:
+  - dermamnist: its random split has images of one lesion, and identical images, in several splits
+    (Abhishek et al., Scientific Data 12, 196, 2025, who propose DermaMNIST-C). Identical pixels are
+    found here; for the others set `data.duplicates=near`, or use HAM10000 with lesion ids.
+  - breastmnist is BUSI (dataset `busi`) with normal and benign as one class; 0 is malignant. Do not
+    train on one of them and test on the other.
+  - retinamnist: the package only numbers the grades 0..4; the names are those of the international
+    clinical scale, which its source DeepDRiD uses.
+  - chestmnist: labels were mined from reports; an image has several findings or none.
 """
 
 import re
@@ -54,14 +60,14 @@ MULTI_LABEL = "chestmnist"
 
 @dataclass(frozen=True)
 class MedSet:
-    """What is true of one set.
+    """Description of one set.
 
     Attributes:
-        modality: words for the imaging method.
+        modality: name of the imaging method.
         channels: 1 or 3.
-        classes: class name -> words for it in a prompt, in the order of the label values.
-        source: citation of the images' source.
-        licence: as `medmnist/info.py` states it.
+        classes: class name -> its text in a prompt, in the order of the label values.
+        source: citation of the source of the images.
+        licence: licence stated in `medmnist/info.py`.
     """
 
     modality: str
@@ -235,9 +241,9 @@ MULTI_LABEL_TEMPLATES = (
 
 
 class MedMNISTOptions(Options):
-    """Which set, at which size."""
+    """Selection of set and size."""
 
-    flag: Flag | None = Field(None, description="name of the set; null: that of the only file of the size")
+    flag: Flag | None = Field(None, description="name of the set; null: that of the only file with the given size")
     size: Literal[28, 64, 128, 224] = Field(28, description="height and width of the images, pixels")
     finding: Finding | None = Field(
         None, description="chestmnist only: classify this finding, yes or no; null: all findings, in the prompt alone"
@@ -245,7 +251,7 @@ class MedMNISTOptions(Options):
 
 
 class Row(NamedTuple):
-    """Where the pixels of an item are: file, name of the array, row."""
+    """Location of an item's pixels: file, array name, row."""
 
     file: str
     array: str
@@ -253,7 +259,7 @@ class Row(NamedTuple):
 
 
 class MedFile(NamedTuple):
-    """A file of a set, and what its name says."""
+    """A file of a set, with the set and size in its name."""
 
     path: Path
     flag: str
@@ -265,11 +271,11 @@ class Adapter(DatasetAdapter):
 
     Options = MedMNISTOptions
     options: MedMNISTOptions
-    items_per_part = 512  # small images; each process unpacks the file from its begin to its own parts
+    items_per_part = 512  # small images; each process decompresses the file from the start up to its parts
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether a file of any of the sets lies here or one level below."""
+        """Whether there is a file of any set here or one level below."""
         return bool(_files_of(raw_dir))
 
     @classmethod
@@ -279,10 +285,11 @@ class Adapter(DatasetAdapter):
         return [{"flag": flag, "size": size} for flag, size in found]
 
     def info(self) -> DatasetInfo:
-        """Return what is true of every image of the chosen set.
+        """Return the description of the selected set.
 
         Raises:
-            MaskLoomError: no set is named and the folder does not say which; or an option does not suit the set.
+            MaskLoomError: no set is selected and the folder is ambiguous, or an option does not
+                apply to the set.
         """
         flag = self.options.flag or self._file().flag
         about = SETS[flag]
@@ -300,13 +307,15 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the rows of the train, validation and test arrays in order, after checking all of them.
+        """List the rows of the train, validation and test arrays in order, after checking all of
+        them.
 
         Raises:
-            MaskLoomError: there is no such file, or several; it is damaged or not of this set; or an option does not suit the set.
+            MaskLoomError: there is no such file, or several; the file is damaged or not of this
+                set; or an option does not apply to the set.
         """
         file = self._file()
-        self._labels(file.flag)  # refuses options that do not suit the set
+        self._labels(file.flag)  # checks that the options apply to the set
         with reject_as_error(file.path, f"download {file.path.name} again from {DOWNLOAD}"):
             labels = {name: _checked_labels(file, name) for name in SPLIT_NAMES}
         for name, rows in labels.items():
@@ -316,7 +325,7 @@ class Adapter(DatasetAdapter):
         """Return a row's image, (S, S) or (S, S, 3) uint8.
 
         Raises:
-            RejectedSample: the file has changed since it was listed, and cannot be read.
+            RejectedSample: the file has changed since listing and cannot be read.
         """
         place = Row(*item.key)
         image = npz_row(Path(place.file), place.array, place.row)
@@ -339,7 +348,7 @@ class Adapter(DatasetAdapter):
         return MULTI_LABEL_TEMPLATES if flag == MULTI_LABEL else CLASS_TEMPLATES
 
     def _file(self) -> MedFile:
-        """Return the only file that the options fit."""
+        """Return the only file that matches the options."""
         assert self.raw_dir is not None
         files, flag, size = _files_of(self.raw_dir), self.options.flag, self.options.size
         fitting = [file for file in files if file.size == size and flag in (None, file.flag)]
@@ -377,7 +386,7 @@ class Adapter(DatasetAdapter):
             )
 
     def _described(self, flag: str, values: list[int]) -> tuple[str | None, dict[str, str]]:
-        """Return the class name and the words of an image with these label values."""
+        """Return the class name and prompt attributes for the label values of an image."""
         names = list(SETS[flag].classes)
         if flag != MULTI_LABEL:
             name = names[values[0]]
@@ -389,7 +398,7 @@ class Adapter(DatasetAdapter):
 
 
 def _files_of(raw_dir: Path) -> list[MedFile]:
-    """Return the files of MedMNIST in a folder, or else in those one level below."""
+    """Return the MedMNIST files in a folder, or else one level below."""
     here = _files_in(raw_dir)
     below = subfolders(raw_dir) if not here else []
     return here + [file for folder in below for file in _files_in(folder)]
@@ -401,10 +410,10 @@ def _files_in(folder: Path) -> list[MedFile]:
 
 
 def _checked_labels(file: MedFile, name: str) -> NDArray[Any]:
-    """Return the labels of a split, (N, 1) or (N, findings), after checking them against the split's images.
+    """Return the labels of a split, (N, 1) or (N, findings), validated against its images.
 
     Raises:
-        RejectedSample: shapes, dtypes or checksums are not as they must be.
+        RejectedSample: shapes, dtypes or checksums are wrong.
     """
     path, about = file.path, SETS[file.flag]
     images = npz_header(path, f"{name}_images")

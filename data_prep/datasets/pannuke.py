@@ -1,7 +1,8 @@
-"""`pannuke`: PanNuke (Gamper et al. 2019, 2020), H&E patches of 19 tissues with the outlines of 190,000 nuclei of five kinds.
+"""`pannuke`: PanNuke (Gamper et al. 2019, 2020), H&E patches of 19 tissues with outlined nuclei.
 
-Three layouts are read, from the folder that holds the folds, the folder above it, or one fold; upper and lower case are one, and
-`Fold 1`, `fold_1`, `fold-1`, `fold1` too:
+The dataset has 190,000 nuclei of five kinds. Three layouts are read, from the folder of the folds,
+the folder above, or a single fold, in any case; `Fold 1`, `fold_1`, `fold-1` and `fold1` are
+equivalent:
 
     Fold 1/images/fold1/images.npy     fold1/images/images.npy     fold1/images.npy
                         types.npy                   types.npy            types.npy
@@ -9,21 +10,25 @@ Three layouts are read, from the folder that holds the folds, the folder above i
 
     images.npy  (N, 256, 256, 3), values 0..255, released as float64; any number type is read
     types.npy   (N,) unicode, the tissue
-    masks.npy   (N, 256, 256, 6), released as float64: channels 0..4 hold instance ids, 0 where there is none: neoplastic, inflammatory,
-                connective, dead, epithelial. Channel 5, the background, is not used: it says nothing that the others do not.
+    masks.npy   (N, 256, 256, 6), released as float64: channels 0..4 hold instance ids, 0 = none:
+                neoplastic, inflammatory, connective, dead, epithelial. Channel 5, the background,
+                is redundant and not used.
 
-Where folds are numbered 0..2, they are folds 1..3. The arrays are mapped into memory and read a patch at a time.
+Folds numbered 0..2 are treated as folds 1..3. The arrays are memory-mapped and read patch by patch.
 
 Masks (`data.options.masks`):
-  - `semantic`: the five kinds. Where nuclei of two kinds overlap, the later channel counts (as in `binarize` of the authors' PanNuke-metrics).
+  - `semantic`: the five kinds. If nuclei of two kinds overlap, the later channel counts (as in
+    `binarize` of the authors' PanNuke-metrics).
   - `binary`: nuclei.
-  - `boundary`: inside of a nucleus, and its outermost pixels (scikit-image `find_boundaries`, mode `inner`, on the ids of each channel), which
-    keep touching nuclei apart.
-Patches without a nucleus are part of the dataset; their masks are all background.
+  - `boundary`: interior of nuclei, and their outermost pixels (scikit-image `find_boundaries`, mode
+    `inner`, on the ids of each channel), which separate touching nuclei.
+Patches without nuclei are part of the dataset; their masks are all background.
 
-Splits: the three folds, by default 1 train, 2 validation, 3 test; the authors rotate them, and so can `data.options.fold1=test` and so on.
-The release names neither patients nor slides, so there are no groups: patches of one slide may lie in several folds. Identical patches are looked
-for; `data.duplicates=near` asks for near-duplicates, which was never measured on stained tissue.
+Splits: the three folds, by default 1 train, 2 validation, 3 test. The authors rotate them;
+`data.options.fold1=test` and so on does the same. The release names neither patients nor slides, so
+there are no groups, and patches of one slide may be in several folds. Identical patches are
+searched for; `data.duplicates=near` also searches near-duplicates, which has not been validated on
+stained tissue.
 """
 
 import re
@@ -65,7 +70,7 @@ TISSUES = {
     "thyroid": "thyroid",
     "uterus": "uterus",
 }
-"""The words of `types.npy`, without signs and capitals -> the label."""
+"""Tissue in `types.npy`, lower-case letters only -> label."""
 KINDS = 5  # of nuclei; the channels before the background
 MASK_CLASSES = {
     "semantic": (
@@ -89,10 +94,10 @@ SplitName = Literal["train", "validation", "test"]
 
 
 class PanNukeOptions(Options):
-    """What masks show, and which fold is which split."""
+    """Content of masks, and split of each fold."""
 
     masks: Literal["semantic", "binary", "boundary"] = Field(
-        "semantic", description="the five kinds of nuclei; nuclei or none; or nuclei with their boundaries"
+        "semantic", description="semantic: five kinds of nuclei; binary: nuclei; boundary: nuclei and their boundaries"
     )
     fold1: SplitName = Field("train", description="split of fold 1 (fold 0 where folds are numbered from 0)")
     fold2: SplitName = Field("validation", description="split of fold 2")
@@ -110,7 +115,7 @@ class Fold:
 
 
 class Row(NamedTuple):
-    """Where an item is: the arrays of its fold, and the row in both."""
+    """Location of an item: the arrays of its fold, and the row."""
 
     images: str
     masks: str
@@ -155,10 +160,11 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the patches of each fold in order, after checking that the arrays of all folds fit each other.
+        """List the patches of each fold in order, after checking the arrays of all folds.
 
         Raises:
-            MaskLoomError: there is no fold, or an array of one is missing, damaged, of another shape, or pickled.
+            MaskLoomError: there is no fold, or an array is missing, damaged, of another shape, or
+                pickled.
         """
         tissues = {fold: _checked_tissues(fold) for fold in self._folds()}
         for fold, names in tissues.items():
@@ -170,7 +176,8 @@ class Adapter(DatasetAdapter):
         """Return a patch, (H, W, 3) uint8, and its mask.
 
         Raises:
-            RejectedSample: an array cannot be read any more, or holds values that are no colours or no instance ids.
+            RejectedSample: an array can no longer be read, or has values that are not valid colours
+                or instance ids.
         """
         place = Row(*item.key)
         image = _colours(_row_of(Path(place.images), place.row))
@@ -203,7 +210,7 @@ class Adapter(DatasetAdapter):
 
 
 def _arrays_of(raw_dir: Path, name: str) -> list[tuple[int, Path]]:
-    """Return the files of this name, each with its fold, in folders named as in the layouts: below `raw_dir`, or else one level further down."""
+    """Return the files of a name with their folds, below `raw_dir` or else one level further down."""
     found = list(_found_below(raw_dir, name, LEVELS))
     if not found:
         others = (folder for folder in subfolders(raw_dir) if not _is_ours(folder))
@@ -226,7 +233,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _fold_number(file: Path, raw_dir: Path) -> int | None:
-    """Return the number in the name of the nearest folder that is named as a fold, `raw_dir` or one below it."""
+    """Return the number of the nearest folder that is named as a fold, up to `raw_dir`."""
     parts = (raw_dir.resolve().name, *file.parent.relative_to(raw_dir).parts)
     names = (FOLD_NAME.fullmatch(part) for part in reversed(parts))
     return next((int(name["number"]) for name in names if name), None)
@@ -248,10 +255,10 @@ def _by_fold(files: list[tuple[int, Path]]) -> dict[int, Path]:
 
 
 def _checked_tissues(fold: Fold) -> list[str]:
-    """Return the tissue words of a fold's patches, after checking its arrays against each other.
+    """Return the tissues of a fold's patches, after checking the consistency of its arrays.
 
     Raises:
-        MaskLoomError: an array is unreadable, or their shapes do not fit.
+        MaskLoomError: an array is unreadable, or the shapes do not match.
     """
     arrays = []
     for path, channels in ((fold.images, 3), (fold.masks, KINDS + 1)):
@@ -291,9 +298,9 @@ def _words(path: Path) -> list[str]:
             )
         array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype.kind != "U" or array.ndim != 1 or array.nbytes > MAX_TYPES_BYTES:
-            raise RejectedSample(f"it holds {array.dtype} of shape {array.shape}, expected one word a patch")
+            raise RejectedSample(f"it holds {array.dtype} of shape {array.shape}, expected one word per patch")
         codes = np.array(array).view(np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
-        if codes.max(initial=0) > sys.maxunicode:  # numpy would hand them on as a string that Python cannot bear
+        if codes.max(initial=0) > sys.maxunicode:  # numpy would create an invalid Python string
             raise RejectedSample("it holds characters that do not exist")
         return [str(word) for word in array]
 
@@ -358,7 +365,7 @@ def _instance_ids(values: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def _semantic(instances: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Return 0 and 1 + the last channel that has a nucleus."""
+    """Return 1 + the last channel with a nucleus, 0 without one."""
     mask = np.zeros(instances.shape[:2], np.uint8)
     for kind in range(KINDS):
         mask[instances[..., kind] > 0] = kind + 1
@@ -366,12 +373,12 @@ def _semantic(instances: NDArray[np.int32]) -> NDArray[np.uint8]:
 
 
 def _binary(instances: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Return 1 where any channel has a nucleus."""
+    """Return 1 where any channel has a nucleus, else 0."""
     return np.any(instances > 0, axis=2).astype(np.uint8)
 
 
 def _boundary(instances: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Return 1 inside of nuclei and 2 on the outermost pixels of any."""
+    """Return 1 inside nuclei and 2 on their outermost pixels."""
     from skimage.segmentation import find_boundaries
 
     mask = _binary(instances)

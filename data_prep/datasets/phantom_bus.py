@@ -1,6 +1,7 @@
-"""`phantom_bus`: simulated breast ultrasound with exact masks (see `data_prep.processing.phantom`), for tests and the backbone.
+"""`phantom_bus`: simulated breast ultrasound with exact masks, for tests and the backbone.
 
-Not a substitute for patients: use it where a dataset is needed that anyone may have, of any size, with known truth.
+Rendered by `data_prep.processing.phantom`. Not a substitute for patient data: use it if a freely
+available dataset of any size with exact ground truth is needed.
 """
 
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ FINDINGS = {"benign": "a benign lesion", "malignant": "a malignant lesion", "nor
 
 
 class PhantomOptions(BaseOptions):
-    """How many phantoms, and which."""
+    """Number and kind of phantoms."""
 
     patients: Rows = Field(120, ge=1)
     views: Copies = Field(
-        3, ge=1, description="images a patient: the same anatomy from another place, with other speckle"
+        3, ge=1, description="images per patient: the same anatomy from another position, with other speckle"
     )
     seed: int = Field(0, ge=0)
     include_normal: bool = Field(True, description="every fifth patient has no lesion")
@@ -34,7 +35,7 @@ class PhantomOptions(BaseOptions):
 
 
 class Adapter(DatasetAdapter):
-    """Phantoms made on the fly; nothing is read."""
+    """Phantoms rendered on the fly; no files are read."""
 
     Options = PhantomOptions
     options: PhantomOptions
@@ -61,7 +62,7 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List patients in order, and the views of each."""
+        """List the views of each patient, in order."""
         for number in range(self.options.patients):
             label = label_of(number, self.options.include_normal)
             scanner = phantom.patient(self.options.seed, number, label).scanner.name
@@ -82,28 +83,28 @@ class Adapter(DatasetAdapter):
         return RawImage(image=image, mask=mask)
 
     def fingerprint(self) -> str:
-        """Return what the pixels depend on besides the options: the code that renders them."""
+        """Return a hash of the code that renders the phantoms."""
         import hashlib
 
         return hashlib.sha256(Path(str(phantom.__file__)).read_bytes()).hexdigest()
 
 
 def label_of(number: int, include_normal: bool) -> str:
-    """Return the class of a patient: benign and malignant in turn, every fifth normal where asked."""
+    """Return the class of a patient: benign and malignant alternate, every fifth may be normal."""
     if include_normal and number % 5 == 4:
         return "normal"
     return phantom.LABELS[number % 5 % 2] if include_normal else phantom.LABELS[number % 2]
 
 
 def write_raw(folder: Path, patients: int, views: int = 1, seed: int = 0, height: int = 256) -> list[Path]:
-    """Write phantoms as files in the layout of BUSI, with its quirks.
+    """Write phantoms as files in the layout of BUSI, including its irregularities.
 
-    `Dataset_BUSI_with_GT/benign/benign (1).png`, `benign (1)_mask.png`; masks in modes 1, L, RGB and RGBA in turn; the lesion of
-    every third image that has one is cut in two, the second half in `_mask_1.png` (their union is the mask); masks of normal
-    images are all zero. Images are RGB, as there.
+    `Dataset_BUSI_with_GT/benign/benign (1).png`, `benign (1)_mask.png`. Masks alternate between the
+    modes 1, L, RGB and RGBA. The lesion of every third image is split in two, with the second half
+    in `_mask_1.png` (the mask is their union). Masks of normal images are all zero. Images are RGB.
 
     Returns:
-        the images, in the order written.
+        The paths of the images, in the order written.
     """
     root = folder / "Dataset_BUSI_with_GT"
     counts = dict.fromkeys(phantom.LABELS, 0)
@@ -121,7 +122,7 @@ def write_raw(folder: Path, patients: int, views: int = 1, seed: int = 0, height
 
 
 def _write_masks(image_path: Path, mask: NDArray[np.uint8], mode: str, halves: bool) -> None:
-    """Write `… _mask.png`, and `… _mask_1.png` where the lesion is cut in two halves along its middle row."""
+    """Write `… _mask.png`, and `… _mask_1.png` if the lesion is split at its middle row."""
     parts = [mask]
     if halves and mask.any():
         middle = int(np.flatnonzero(mask.any(axis=1)).mean())

@@ -1,15 +1,18 @@
-"""`udiat`: breast ultrasound dataset B of the UDIAT Diagnostic Centre (Yap et al. 2018), one lesion an image.
+"""`udiat`: breast ultrasound dataset B of the UDIAT Diagnostic Centre (Yap et al. 2018).
 
-Read from its root or from the folder above it:
+There is one lesion per image. Read from its root or from the folder above:
 
     original/000001.png
-    GT/000001.png          lesion mask of the image of that number
-    DatasetB.xlsx          a row an image: `Image` (1, 000001 or 000001.png), `Type` (Benign, Malignant); or DatasetB.csv
+    GT/000001.png          lesion mask of the image with this number
+    DatasetB.xlsx          one row per image: `Image` (1, 000001 or 000001.png), `Type` (Benign,
+                           Malignant); or DatasetB.csv
 
-163 images, 109 benign and 54 malignant. The columns of the table are found by their titles, or, where these are others, by what is in
-them; classes may be abbreviated (`B`, `M`) or Spanish or Portuguese (`Benigno`, `Maligna`). Copies that sort the images into
-`original/benign` and `original/malignant` (and the masks likewise, or not) need no table. There are no patient ids, so groups are found
-by content (`data_prep.splitting.near_duplicates`), and no official splits. Labels, classes and colours are those of `busi`, which it can test.
+163 images, 109 benign and 54 malignant. The columns of the table are found by title, or else by
+content; classes may be abbreviated (`B`, `M`), Spanish or Portuguese (`Benigno`, `Maligna`). Copies
+that sort the images into `original/benign` and `original/malignant` (and possibly the masks) need
+no table. There are no patient ids, so groups are found by content
+(`data_prep.splitting.near_duplicates`), and no official splits. Labels, classes and colours are
+those of `busi`, so it can serve as external test set for that dataset.
 """
 
 import re
@@ -56,7 +59,7 @@ CLASS_WORDS = {
 
 
 class Stated(NamedTuple):
-    """The word for the class of an image, and where it stands."""
+    """The class word of an image, and where it was found."""
 
     word: str
     where: str
@@ -67,7 +70,7 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether there are folders original and GT, and a table or class folders that say which lesions are malignant."""
+        """Whether there are folders original and GT, and a table or class folders."""
         root = _root_of(raw_dir)
         if root is None:
             return False
@@ -89,10 +92,10 @@ class Adapter(DatasetAdapter):
         )
 
     def scan(self) -> Iterator[RawItem | Reject]:
-        """List the images in the order of their numbers, then the masks and the rows of the table that have no image.
+        """List the images in natural order, and rejects for masks and table rows without an image.
 
         Raises:
-            MaskLoomError: a folder or the table is missing, or the table cannot be understood.
+            MaskLoomError: a folder or the table is missing, or the table is malformed.
         """
         root, images_folder, masks_folder = self._folders()
         images, masks = _files_by_class(images_folder), _files_by_class(masks_folder)
@@ -122,7 +125,7 @@ class Adapter(DatasetAdapter):
         return image_with_lesion(Path(item.path), Path(item.mask_paths[0]))
 
     def _folders(self) -> tuple[Path, Path, Path]:
-        """Return the root and in it the folders of images and of masks."""
+        """Return the root folder, and its folders of images and masks."""
         assert self.raw_dir is not None
         root = _root_of(self.raw_dir)
         if root is None:
@@ -137,7 +140,7 @@ class Adapter(DatasetAdapter):
 
 
 def image_id(text: str) -> str:
-    """Return what `1`, `1.0`, `000001` and `000001.png` have in common, the number; text that is none as it is."""
+    """Return the number in `1`, `1.0`, `000001` or `000001.png`; other text as a comparable name."""
     number = re.fullmatch(
         r"0*([0-9]+)(\.png|\.bmp|\.jpg|\.0+)?", text.strip(), re.IGNORECASE
     )  # 1.0: a number as pandas writes it
@@ -158,7 +161,7 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _files_by_class(folder: Path) -> list[tuple[str | None, Path]]:
-    """Return the files of a folder, and those of its class folders, each of these with that folder's name."""
+    """Return the files of a folder (with None) and of its class folders (with their name)."""
     loose: list[tuple[str | None, Path]] = [(None, file) for file in files_in(folder)]
     return loose + [(inner.name, file) for inner in _class_folders(folder) for file in files_in(inner)]
 
@@ -204,10 +207,10 @@ def _names(files: Sequence[Path]) -> str:
 
 
 def _classes_by_id(root: Path) -> dict[str, Stated]:
-    """Return the class word of each image id of the table.
+    """Return the class word of each image id in the table.
 
     Raises:
-        MaskLoomError: there is no table, or it is unreadable, lacks a column, or names an image twice.
+        MaskLoomError: the table is missing, unreadable, lacks a column, or names an image twice.
     """
     path = _present(root, TABLES)
     if path is None:
@@ -234,7 +237,7 @@ def _classes_by_id(root: Path) -> dict[str, Stated]:
 def _column(
     path: Path, rows: Sequence[Mapping[str, str]], titles: Sequence[str], fits: Callable[[str], bool], content: str
 ) -> str:
-    """Return the column with the first of the titles that any column has, else the only one whose values all fit.
+    """Return the column with the first matching title, else the only column whose values all fit.
 
     Raises:
         MaskLoomError: there is no such column, or several fit.

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and which masks fit each: by patterns, or by the rows of a table. Pixels are not read."""
+"""Lists the images of a folder with their masks, by patterns or a table; reads no pixels."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,13 +20,14 @@ NO_ROW = TableRow({}, 0)
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image to be.
+    """A candidate image with its matching masks.
 
     Attributes:
-        file: its path relative to the raw folder, with forward slashes.
-        row: its row of the table, keyed by what the columns mean (image, mask, label, group, split); empty, and number 0, without a table.
-        masks: the mask files that fit it, likewise relative.
-        patterns: for each of these, which of the options' mask patterns it fits.
+        file: path relative to the raw folder, with forward slashes.
+        row: its table row, keyed by the role of the columns (image, mask, label, group, split);
+            empty, with number 0, without a table.
+        masks: relative paths of the matching mask files.
+        patterns: for each mask, the index of the mask pattern that it matches.
     """
 
     file: str
@@ -36,14 +37,14 @@ class Candidate:
 
 
 def listed_candidates(root: Path, options: FolderOptions) -> tuple[list[Candidate], list[Reject]]:
-    """Return every image with the masks that fit it, and the files and rows that are not even that.
+    """Return every candidate image with its masks, and rejects for unusable files and rows.
 
     Args:
         root: the raw folder.
-        options: how it is laid out.
+        options: its layout.
 
     Raises:
-        MaskLoomError: nothing fits the options, or the table is missing, damaged or empty.
+        MaskLoomError: no file matches the options, or the table is missing, damaged or empty.
     """
     images, rejects = _table_images(root, options) if options.table else _pattern_images(root, options)
     if options.has_masks:
@@ -61,12 +62,12 @@ def listed_candidates(root: Path, options: FolderOptions) -> tuple[list[Candidat
 
 
 def is_read(file: str) -> bool:
-    """Whether a file is of a format that images and masks are read from."""
+    """Whether a file has the suffix of a supported image or mask format."""
     return file.lower().endswith(READ_SUFFIXES)
 
 
 def shown_path(root: Path, file: str) -> str:
-    """Return a path in full."""
+    """Return the full path as text."""
     return str(root / file)
 
 
@@ -88,27 +89,27 @@ def _with_masks(images: Sequence[Candidate], pools: Sequence[FilePool]) -> list[
 
 
 def _fitting(pool: FilePool, wanted: Sequence[Sequence[dict[str, str]]]) -> list[list[str]]:
-    """Return the files of each image: those that its values name as they are written, else those that look like them.
+    """Return the matching files of each image: exact matches, else comparable ones.
 
     Args:
-        pool: the files that a pattern can name.
-        wanted: for each image, what the placeholders stand for, in the ways in which it may have been written.
+        pool: the files that match a pattern.
+        wanted: for each image, the values of the placeholders in each possible spelling.
     """
     found = [next(filter(None, map(pool.matching, ways)), []) for ways in wanted]
-    taken = {file for files in found for file in files}  # a file that is named exactly is nobody else's
+    taken = {file for files in found for file in files}  # an exact match is not shared
     return [
-        files or [file for file in next(filter(None, map(pool.looking_like, ways)), []) if file not in taken]
+        files or [file for file in next(filter(None, map(pool.matching_loosely, ways)), []) if file not in taken]
         for files, ways in zip(found, wanted, strict=True)
     ]
 
 
 def _spellings(path: str) -> list[str]:
-    r"""Return how a table may mean a path: as it stands, and where it was written on Windows, `images\1.png`, with slashes."""
+    r"""Return the spellings of a path in a table: as written, and with slashes for Windows paths."""
     return list(dict.fromkeys((path, path.replace("\\", "/").removeprefix("./"))))
 
 
 def _without_masks_as_images(images: Sequence[Candidate], pool: Sequence[str]) -> tuple[list[Candidate], list[str]]:
-    """Return the images that are not masks of another one, and the files that could be masks but belong to no image."""
+    """Return the images that are not masks of another image, and the masks without an image."""
     masks = {mask for image in images for mask in image.masks if mask != image.file}
     images = [image for image in images if image.file not in masks]
     taken = masks | {image.file for image in images}
@@ -124,7 +125,7 @@ def _pattern_images(root: Path, options: FolderOptions) -> tuple[list[Candidate]
 
 
 def _table_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], list[Reject]]:
-    """Return the images that the table names, and a reject for each row that names none or several, and each image with several rows."""
+    """Return the images in the table, and rejects for ambiguous or unmatched rows and images."""
     rows = _table_rows(root, options)
     pool = FilePool(root, options.image_pattern)
     rows_of: dict[str, list[TableRow]] = defaultdict(list)
@@ -145,7 +146,7 @@ def _table_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], 
 
 
 def _table_rows(root: Path, options: FolderOptions) -> list[TableRow]:
-    """Return the rows of the table, keyed by what the columns mean."""
+    """Return the rows of the table, keyed by the role of the columns."""
     path = root / str(options.table)
     names = list(dict.fromkeys(options.columns.values()))
     with reject_as_error(path, "correct data.options.table, or the key (image_column and so on) that names the column"):

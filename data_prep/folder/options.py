@@ -1,4 +1,7 @@
-"""The options of the dataset `folder`: where images, masks, classes, patients and splits are found. Each mistake is told by its key."""
+"""The options of the dataset `folder`: where to find images, masks, classes, patients and splits.
+
+Errors name the key of the option.
+"""
 
 import re
 import string
@@ -18,13 +21,13 @@ COLUMNS = ("image", "mask", "label", "group", "split")
 
 
 class FolderOptions(Options):
-    """How a folder of images is laid out and what its masks mean."""
+    """Layout of a folder of images, and meaning of its masks."""
 
-    modality: str = Field(description="words for the imaging method in prompts, such as `breast ultrasound`")
+    modality: str = Field(description="name of the imaging method in prompts, such as `breast ultrasound`")
     channels: Literal[1, 3] = Field(1, description="1: grey, 3: colour")
     images: str | None = Field(
         None,
-        description="pattern of the images, default `images/**/*`; with a table, where its {image} is found, default `{image}`",
+        description="pattern of the images, default `images/**/*`; with a table, the path of its {image}, default `{image}`",
     )
     masks: str | dict[str, str] | None = Field(
         None,
@@ -36,21 +39,21 @@ class FolderOptions(Options):
     image_column: str | None = Field(None, description="column of the image's path")
     mask_column: str | None = Field(None, description="column of the mask's path")
     label_column: str | None = Field(None, description="column of the class")
-    group_column: str | None = Field(None, description="column of the patient; a patient lies in one split")
+    group_column: str | None = Field(None, description="column of the patient; all images of a patient go to one split")
     split_column: str | None = Field(None, description="column of the split: train, val, test and the like")
     label_from: Literal["parent", "grandparent", "table"] | None = Field(
-        None, description="classes are the names of the images' folders, of the folders above those, or in label_column"
+        None, description="source of the class: the name of the image's folder, of the folder above, or label_column"
     )
     labels: tuple[str, ...] | None = Field(
-        None, description="class names in order; images of others are left out; null: all that are found, sorted"
+        None, description="class names in order; images of other classes are left out; null: all classes found, sorted"
     )
     group_pattern: str | None = Field(
         None,
-        description="regular expression over an image's path below raw_dir; its group 1 (or `group`) is the patient",
+        description="regular expression on an image's path below raw_dir; its group 1 (or `group`) is the patient",
     )
     split_pattern: str | None = Field(
         None,
-        description="regular expression over that path; its group 1 (or `split`) is the split: train, val, test and the like",
+        description="regular expression on that path; its group 1 (or `split`) is the split: train, val, test and the like",
     )
     mask_values: dict[int | str, str] | None = Field(
         None,
@@ -58,7 +61,7 @@ class FolderOptions(Options):
         " null: black, and one bright colour that is a lesion",
     )
     palette: dict[str, str] | None = Field(
-        None, description="colour of each class but the background in the conditioning image; null: well visible ones"
+        None, description="colour of each foreground class in the conditioning image; null: default colours"
     )
     prompts: tuple[str, ...] | None = Field(
         None,
@@ -69,12 +72,12 @@ class FolderOptions(Options):
 
     @property
     def image_pattern(self) -> str:
-        """The pattern that images are found by."""
+        """The pattern of the images."""
         return self.images or ("{image}" if self.table else "images/**/*")
 
     @property
     def mask_patterns(self) -> tuple[str, ...]:
-        """The patterns that masks are found by: one, or one for each class; only where `has_masks`."""
+        """The patterns of the masks: one, or one per class; only if `has_masks`."""
         return tuple(self.masks.values()) if isinstance(self.masks, dict) else (self.masks or "{mask}",)
 
     @property
@@ -91,18 +94,18 @@ class FolderOptions(Options):
 
     @property
     def colours(self) -> tuple[Colour, ...] | None:
-        """The palette by mask index, or None where it is not given."""
+        """The palette by mask index, or None if it is not given."""
         palette = self.palette
         return None if palette is None else ((0, 0, 0), *(colour(palette[name]) for name in self.mask_classes[1:]))
 
     @property
     def label_source(self) -> Literal["parent", "grandparent", "table"] | None:
-        """Where classes come from; a `label_column` says it without `label_from`."""
+        """The source of the classes: `label_from`, or the table if `label_column` is set."""
         return self.label_from or ("table" if self.label_column else None)
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column of each meaning that the table has one for."""
+        """The configured columns by role."""
         named = {meaning: getattr(self, f"{meaning}_column") for meaning in COLUMNS}
         return {meaning: column for meaning, column in named.items() if column}
 
@@ -164,7 +167,7 @@ class FolderOptions(Options):
     @field_validator("mask_values", "palette", mode="before")
     @classmethod
     def _names_are_canonical(cls, named: Any, info: ValidationInfo) -> Any:
-        """Write the names of classes in one way, so that two that look the same are one."""
+        """Normalise class names, so that names that look the same are one class."""
         if not isinstance(named, dict):
             return named
         if info.field_name == "palette":
@@ -274,7 +277,7 @@ class FolderOptions(Options):
 
 
 def case_clash(names: Iterable[str]) -> str:
-    """Return which two names differ in letter case or spaces only, in words; nothing where none do."""
+    """Return a sentence about two names that differ only in letter case or spaces; else empty."""
     first: dict[str, str] = {}
     for name in sorted(names):
         other = first.setdefault(comparable(name), name)
@@ -284,10 +287,10 @@ def case_clash(names: Iterable[str]) -> str:
 
 
 def _placeholders(prompt: str) -> set[str]:
-    """Return the names in a template's braces.
+    """Return the names of a template's placeholders.
 
     Raises:
-        ValueError: it is not a template.
+        ValueError: the template is malformed.
     """
     try:
         parts = list(string.Formatter().parse(prompt))

@@ -1,4 +1,4 @@
-"""`inspect`: what lies in a raw folder, what an adapter makes of it, and which options fit it.
+"""`inspect`: describes a raw folder, tries the matching adapters on it, and suggests options.
 
-It writes nothing and decides nothing for `prepare`.
+It writes nothing and does not influence `prepare`.
 """

@@ -1,4 +1,4 @@
-"""Advice on the configuration, from what an adapter lists and what a sample of it holds."""
+"""Advice on the configuration, based on the listing of an adapter and a sample of its images."""
 
 from collections import Counter
 
@@ -8,21 +8,21 @@ from maskloom.data_prep.adapter import DatasetInfo
 from maskloom.data_prep.inspect.observation import Listing, Sample
 from maskloom.pipeline.config.data import DataConfig
 
-MANY = 20_000  # images, from which looking for near-duplicates takes long
-UNEVEN = 3  # images of the most frequent class for one of the rarest
+MANY = 20_000  # images above which the near-duplicate search is slow
+UNEVEN = 3  # ratio of the most frequent to the rarest class
 MANY_REJECTS = 0.05
 VAE_FACTOR = 8
-SMALL_LESIONS = 0.25  # share of masks
-SMALLEST_SIDE, LARGEST_SIDE, STEP = 256, 512, 64  # backbones trained at 512 draw poorly below 256
+SMALL_LESIONS = 0.25  # fraction of the masks
+SMALLEST_SIDE, LARGEST_SIDE, STEP = 256, 512, 64  # backbones trained at 512 generate poor images below 256
 
 
 def advice_for(info: DatasetInfo, listing: Listing, sample: Sample, data: DataConfig) -> list[str]:
-    """Return sentences that a user should read before preparing.
+    """Return advice to read before preparing the dataset.
 
     Args:
-        info: the dataset's description.
-        listing: what is listed.
-        sample: what some of it holds.
+        info: description of the dataset.
+        listing: all listed items.
+        sample: measurements of a sample.
         data: the configuration that would be used.
     """
     found = [
@@ -39,7 +39,10 @@ def advice_for(info: DatasetInfo, listing: Listing, sample: Sample, data: DataCo
 
 
 def fitting_configuration(sample: Sample) -> DataConfig:
-    """Return a configuration for a folder of somebody's own: an image size near the median image's longer side, from 256 to 512."""
+    """Return a configuration for a custom folder.
+
+    The image size is close to the median of the longer sides, between 256 and 512.
+    """
     longer = float(np.median([max(size) for size in sample.sizes])) if sample.sizes else LARGEST_SIDE
     side = int(min(LARGEST_SIDE, max(SMALLEST_SIDE, round(longer / STEP) * STEP)))
     return DataConfig(dataset="folder", image_size=(side, side), conditioning="mask" if sample.masks else "edges")
@@ -56,7 +59,7 @@ def _on_rejects(listing: Listing, sample: Sample) -> str | None:
 def _on_empty_classes(info: DatasetInfo, listing: Listing, sample: Sample) -> str | None:
     found = {item.label for item in (*listing.items, *sample.items)}
     if listing.kind != "images" and not any(item.label for item in listing.items):
-        return None  # only some files were opened
+        return None  # only a sample of the files was opened
     absent = [label for label in info.labels if label not in found]
     if not absent or found == {None}:
         return None
@@ -77,7 +80,7 @@ def _on_size(sample: Sample, data: DataConfig) -> str | None:
 
 
 def _on_lesions(sample: Sample, data: DataConfig) -> str | None:
-    """Advise where marked areas would be smaller than what one latent pixel covers."""
+    """Return advice if many marked areas are smaller than one latent pixel."""
     height, width = data.image_size
     cell = VAE_FACTOR**2 / (height * width)
     tiny = float(np.mean([part < cell for part in sample.foreground])) if sample.foreground else 0.0
@@ -115,7 +118,7 @@ def _on_classes(listing: Listing) -> str | None:
 def _on_groups(listing: Listing) -> str | None:
     groups = Counter(item.group for item in listing.items if item.group is not None)
     if len(groups) == 1 and not any(item.split for item in listing.items):
-        return "all images are of one group, so they cannot be split: see how groups are told"
+        return "all images are of one group, so they cannot be split: check how groups are defined"
     splits: dict[str | None, set[str]] = {}
     for item in listing.items:
         if item.split is not None:
@@ -124,7 +127,7 @@ def _on_groups(listing: Listing) -> str | None:
     if spread:
         return (
             f"{spread} of {len(groups)} groups lie in several of the dataset's splits; of such a group only the images in the most"
-            " held-out split are used: check how groups are told"
+            " held-out split are used: check how groups are defined"
         )
     return None
 

@@ -1,4 +1,7 @@
-"""Recognises masks that come as one black-and-white file per class: `a_disc.png` and `a_cup.png`, or `disc/a.png` and `cup/a.png`."""
+"""Recognises masks stored as one black-and-white file per class.
+
+For example `a_disc.png` and `a_cup.png`, or `disc/a.png` and `cup/a.png`.
+"""
 
 import re
 from collections import defaultdict
@@ -14,7 +17,7 @@ from maskloom.pipeline.errors import RejectedSample
 
 MASKS_TRIED, MEASURED = 300, 8
 MOST_CLASSES = 12
-COMMON = 0.1  # share of the commonest class's files that another one must have
+COMMON = 0.1  # smallest number of files of a class, relative to the most frequent class
 CLASS_WORD = re.compile(r"(?P<sign>[-_ .]+)(?P<word>[^\W\d_][^\d]*)")
 NO_CLASS = re.compile(rf"{MASK_WORDS}|images?|imgs?|train|training|val|valid|validation|test|testing", re.IGNORECASE)
 
@@ -24,12 +27,12 @@ def class_patterns(
     stems: Mapping[str, Sequence[str]],
     folders: Callable[[PurePosixPath, PurePosixPath], set[str]],
 ) -> dict[str, str]:
-    """Return a pattern for each class that files of masks are named after; nothing where they are not.
+    """Return a pattern for each class in the names of mask files; empty if names have no classes.
 
     Args:
         masks: the mask files.
         stems: the images of each stem.
-        folders: returns the ways to say where a mask lies, seen from its image.
+        folders: returns the folder patterns of a mask relative to its image.
     """
     found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for mask in map(PurePosixPath, spread(masks, MASKS_TRIED)):
@@ -46,11 +49,11 @@ def class_patterns(
 
 
 def by_area(root: Path, masks_of: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the classes from the largest marked area to the smallest, so that a small part lies over the whole that holds it.
+    """Return the classes by decreasing marked area, so that smaller structures are drawn on top.
 
     Args:
         root: the raw folder.
-        masks_of: some mask files of each class.
+        masks_of: sample mask files of each class.
     """
     areas = {
         word: np.mean([_area(root / mask) for mask in spread(masks, MEASURED)]) for word, masks in masks_of.items()
@@ -59,7 +62,7 @@ def by_area(root: Path, masks_of: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _readings(mask: PurePosixPath, stems: Mapping[str, Sequence[str]]) -> list[tuple[str, str, str]]:
-    """Return how a mask's name can be understood: its image, the word for its class, and its name as a pattern."""
+    """Return the possible interpretations of a mask's name: image, class word, and name pattern."""
     found = []
     for end in range(1, len(mask.stem)):
         rest = CLASS_WORD.fullmatch(mask.stem[end:])

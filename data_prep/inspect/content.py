@@ -1,4 +1,4 @@
-"""What files are by their first bytes, whatever their endings say."""
+"""Detects file types by their first bytes, independent of the suffix."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 from maskloom.data_prep.inspect.observation import spread
 from maskloom.data_prep.readers.file_names import printable
 
-OPENED = 2000  # files, spread over the tree
+OPENED = 2000  # files to open, spread over the tree
 SECONDS = 10.0
 HEAD_BYTES = 512
 IMAGES = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "JPEG 2000", "NumPy array")
@@ -32,11 +32,12 @@ SIGNATURES = (
     (b"\0\0\x01\x5c", "NIfTI"),
 )
 BARE_DICOM = "DICOM without its preamble"
-# Group 0002 or 0008, an element, and a value representation (explicit) or a short length (implicit).
+# Group 0002 or 0008, an element, and a value representation (explicit) or a short length
+# (implicit).
 DICOM_ELEMENT = re.compile(rb"[\x02\x08]\x00[\x00-\xff]\x00(?:[A-Z]{2}|[\x00-\x80]\x00\x00\x00)", re.DOTALL)
 PLAIN_TEXT = re.compile(rb"[\t\n\r\x20-\x7e\x80-\xff]*")
 
-# What a file with an ending is expected to be; endings that are not listed promise nothing.
+# Expected types of a suffix; other suffixes have no expectation.
 EXPECTED = {
     ".png": ("PNG",), ".jpg": ("JPEG",), ".jpeg": ("JPEG",), ".bmp": ("BMP",), ".tif": ("TIFF",), ".tiff": ("TIFF",),
     ".npy": ("NumPy array",), ".npz": ("zip",), ".dcm": ("DICOM",), ".dicom": ("DICOM",), ".ima": ("DICOM",),
@@ -50,7 +51,7 @@ ADVICE = {
 
 
 def kind_of(path: Path) -> str | None:
-    """Return what a file is: `PNG`, `DICOM`, `text`, `empty`, …; None where that is not known, or it is no file that can be read."""
+    """Return the type of a file: `PNG`, `DICOM`, `text`, `empty`, …; None if unknown or unreadable."""
     try:
         if not path.is_file():
             return None
@@ -71,7 +72,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def kinds_of(root: Path, files: Sequence[str]) -> dict[str, str]:
-    """Return what some files, spread over a list, are; those of which it is not known are missing."""
+    """Return the types of a sample of files, without those of unknown type."""
     until = time.monotonic() + SECONDS
     found = {}
     for file in spread(files, OPENED):
@@ -83,11 +84,11 @@ def kinds_of(root: Path, files: Sequence[str]) -> dict[str, str]:
 
 
 def misnamed(kinds: dict[str, str], suffix_of: dict[str, str]) -> list[tuple[str, str]]:
-    """Return what is not what its ending says, in words: `.jpg` and `3 are PNG (such as images/a.jpg)`.
+    """Return the mismatches of suffix and type, such as `.jpg` and `3 are PNG (…)`.
 
     Args:
-        kinds: what each file is.
-        suffix_of: the ending of each file.
+        kinds: the type of each file.
+        suffix_of: the suffix of each file.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for file, kind in kinds.items():
@@ -96,10 +97,10 @@ def misnamed(kinds: dict[str, str], suffix_of: dict[str, str]) -> list[tuple[str
         unnamed = suffix not in EXPECTED and (kind in (*IMAGES, "DICOM", BARE_DICOM, "NIfTI"))
         if unnamed or (promised and kind not in promised):
             groups.setdefault((suffix, kind), []).append(file)
-    return [(suffix, _told(suffix, kind, files)) for (suffix, kind), files in sorted(groups.items())]
+    return [(suffix, _mismatch(suffix, kind, files)) for (suffix, kind), files in sorted(groups.items())]
 
 
-def _told(suffix: str, kind: str, files: Sequence[str]) -> str:
+def _mismatch(suffix: str, kind: str, files: Sequence[str]) -> str:
     advice = ADVICE.get(kind, "")
     if not advice and kind in IMAGES:
         advice = "read as what they are" if suffix in EXPECTED else "the adapter folder goes by endings: give them one"

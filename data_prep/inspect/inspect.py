@@ -1,4 +1,4 @@
-"""`python -m data_prep inspect RAW`: what a raw folder is, what would come of it, and the command that prepares it."""
+"""`python -m data_prep inspect RAW`: describes a raw folder and how to prepare it."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, 
 from maskloom.data_prep.inspect.raw_tree import RawTree, known_formats, suffix_of, tables_of, tree_of
 from maskloom.data_prep.inspect.text import Page, counted, quantiles, share
 from maskloom.data_prep.inspect.yaml_text import command_line, configuration_text
-from maskloom.data_prep.left_out import summed_up
+from maskloom.data_prep.left_out import group_by_reason
 from maskloom.data_prep.prepare import PACKAGE
 from maskloom.data_prep.readers.file_names import is_text, printable
 from maskloom.pipeline.cli import shown_command
@@ -28,20 +28,22 @@ REASONS, FOLDERS, SETS = 8, 12, 6  # shown
 
 
 def inspect_folder(raw_dir: Path, samples: int) -> None:
-    """Print what a raw folder is.
+    """Print a description of a raw folder.
 
     Args:
         raw_dir: the folder.
-        samples: how many samples to decode, at most.
+        samples: largest number of samples to decode.
 
     Raises:
-        MaskLoomError: it is missing, not a folder, unreadable or empty.
+        MaskLoomError: the folder is missing, not a folder, unreadable or empty.
     """
     _check_readable(raw_dir)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # file names may have characters that the terminal cannot show
     with Page() as page, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # decoders' remarks on odd files
+        warnings.simplefilter("ignore")  # decoder warnings about unusual files
         page.title(str(raw_dir))
         names = recognised(raw_dir, page)
         tree = tree_of(raw_dir)
@@ -53,17 +55,18 @@ def inspect_folder(raw_dir: Path, samples: int) -> None:
 
 
 def recognised(raw_dir: Path, page: Page) -> list[str]:
-    """Return the datasets whose layout the folder has, that with the narrowest layout first, and say so."""
+    """Return and print the datasets whose layout matches the folder, most specific first."""
     names = []
     for name in plugin_names(PACKAGE):
         try:
             if load_plugin(PACKAGE, name, "dataset").Adapter.recognises(raw_dir):
                 names.append(name)
         except OSError as error:
-            page.line(f"{name}: cannot tell ({error.strerror}: {error.filename})")
+            page.line(f"{name}: not checked ({error.strerror}: {error.filename})")
         except MaskLoomError as error:
-            page.line(f"{name}: cannot tell ({error})")
-    # An adapter of a file format (named FORMAT_folder) fits whatever has such files; one of a dataset knows more.
+            page.line(f"{name}: not checked ({error})")
+    # Adapters of a file format (named FORMAT_folder) match any such files; adapters of a dataset
+    # are more specific.
     names.sort(key=lambda name: (name.endswith("_folder"), name))
     page.line(f"looks like: {', '.join(names)}" if names else "none of the datasets that have an adapter of their own")
     return names
@@ -92,10 +95,10 @@ def _check_readable(raw_dir: Path) -> None:
 
 
 def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> bool:
-    """Print what the adapter of a known dataset makes of the folder, and how to prepare it; return whether it could read it."""
+    """Describe the folder with the adapter of a known dataset; return whether it could be read."""
     plugin = load_plugin(PACKAGE, name, "dataset")
     page.title(f"{name}: {_first_line(plugin.__doc__)}")
-    where = f"configs/{name}.yaml"  # from any folder: it ships with the package
+    where = f"configs/{name}.yaml"  # works from any folder, because it ships with the package
     adapter: type[DatasetAdapter] = plugin.Adapter
     try:
         data = load_experiment(Path(where), []).data
@@ -107,7 +110,7 @@ def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> boo
         _, listed, sample = _describe(adapter(raw_dir, options), raw_dir, samples, data, page)
         if not listed.items:
             raise MaskLoomError(
-                f"no image that can be used, {len(listed.rejects)} left out: prepare would refuse this folder; correct what is said above,"
+                f"no image that can be used, {len(listed.rejects)} left out: prepare would refuse this folder; fix the problems above,"
                 f" or compare the folder with the layout that data_prep/datasets/{name}.py describes"
             )
     except (MaskLoomError, OSError) as error:
@@ -118,7 +121,7 @@ def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> boo
     page.fact("configuration", where)
     if not sample.items:
         page.line(
-            "of the sample nothing could be used: correct what is said above first, or prepare will refuse the folder"
+            "no image of the sample could be used: fix the problems above first, or prepare will refuse the folder"
         )
     for one in sets[:SETS]:
         page.command(command_line(where, raw_dir, one))
@@ -130,17 +133,17 @@ def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> boo
 def _describe(
     adapter: DatasetAdapter, raw_dir: Path, samples: int, data: DataConfig | None, page: Page
 ) -> tuple[DataConfig, Listing, Sample]:
-    """Print what an adapter lists, what a sample holds, what is wrong, and advice on a configuration.
+    """Print the listing, statistics of a sample, problems, and advice on the configuration.
 
     Args:
-        adapter: reads the folder.
+        adapter: the adapter of the folder.
         raw_dir: the folder.
-        samples: how many samples to decode, at most.
-        data: the configuration; None for one that suits the sample.
-        page: where to print.
+        samples: largest number of samples to decode.
+        data: the configuration; None: one that fits the sample.
+        page: the output.
 
     Returns:
-        that configuration, what is listed, and what a sample holds.
+        The configuration, the listing, and the sample.
     """
     info, listing = adapter.info(), listing_of(adapter)
     _print_listing(info, listing, page)
@@ -206,10 +209,10 @@ def _print_sample(info: DatasetInfo, listing: Listing, sample: Sample, page: Pag
 
 
 def _print_problems(rejects: Sequence[Reject], raw_dir: Path, page: Page) -> None:
-    """Print the most frequent reasons, each with the number of files and one of them."""
+    """Print the most frequent reasons, each with the number of files and an example."""
     if not rejects:
         return
-    entries = summed_up(rejects)
+    entries = group_by_reason(rejects)
     page.section(f"Left out: {len(rejects)}")
     for entry in entries[:REASONS]:
         example = entry.paths[0].removeprefix(f"{printable(str(raw_dir))}/")
@@ -219,7 +222,7 @@ def _print_problems(rejects: Sequence[Reject], raw_dir: Path, page: Page) -> Non
 
 
 def _describe_unknown(raw_dir: Path, tree: RawTree, kinds: dict[str, str], samples: int, page: Page) -> None:
-    """Print what lies in an unknown folder, and a configuration of the dataset `folder` that fits it."""
+    """Describe an unknown folder, and print a matching configuration of the dataset `folder`."""
     page.section(f"Files: {len(tree.files)}{'' if tree.complete else ' and more; only these were looked at'}")
     by_folder = tree.kinds_by_folder()
     for folder, counts in by_folder[:FOLDERS]:

@@ -1,4 +1,7 @@
-"""Guesses options of the dataset `folder` for an unknown tree. A guess is only a proposal: it is tried, shown, and left to the user."""
+"""Guesses options of the dataset `folder` for an unknown folder tree.
+
+A guess is a proposal: it is tried on the files and shown to the user, who decides.
+"""
 
 import re
 from collections import Counter
@@ -28,19 +31,19 @@ from maskloom.data_prep.inspect.tables import options_from_table
 from maskloom.data_prep.readers.image_files import READ_SUFFIXES
 from maskloom.pipeline.errors import MaskLoomError
 
-ENOUGH = 0.9  # share of names or images that a guess must hold for
+ENOUGH = 0.9  # fraction of names or images that a guess must fit
 MOST_CLASSES = 20
 MASKS_TRIED, TEMPLATES_TRIED = 300, 8
 
 
 @dataclass
 class Guess:
-    """Options of `folder`, less the modality.
+    """Guessed options of `folder`, without the modality.
 
     Attributes:
-        options: by key.
-        why: what a guess rests on, by key; shown as a comment.
-        mask_values: what the masks looked at hold, in words; empty without masks.
+        options: the options by key.
+        why: the evidence for an option, by key; shown as a comment.
+        mask_values: description of the values in the sampled masks; empty without masks.
     """
 
     options: dict[str, Any]
@@ -49,7 +52,7 @@ class Guess:
 
 
 def guessed_options(root: Path, tree: RawTree, tables: Sequence[Table]) -> Guess | None:
-    """Return options that fit a tree, tried on it; None where it holds no images.
+    """Return options that fit a folder tree; None if it has no images.
 
     Args:
         root: the raw folder.
@@ -82,7 +85,7 @@ def guessed_options(root: Path, tree: RawTree, tables: Sequence[Table]) -> Guess
 
 
 def _guess_from_folders(images: Sequence[str], guess: Guess) -> None:
-    """Guess splits, classes and patients from the levels of the images' folders, and patients from their names."""
+    """Guess splits, classes and patients from folder names, and patients from file names."""
     folders = [PurePosixPath(file).parent.parts for file in images]
     for level in range(min(map(len, folders))):
         names = Counter(folder[level] for folder in folders)
@@ -108,7 +111,7 @@ def _propose(guess: Guess, key: str, value: Any, why: str) -> None:
 
 
 def _guess_class_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess: Guess) -> bool:
-    """Propose a pattern for each class, where masks are one black-and-white file per class; return whether they are."""
+    """Propose a pattern per class if masks are one file per class; return whether they are."""
     patterns = class_patterns(masks, _by_stem(images), _folder_templates)
     if not patterns or not mask_values_of(root, masks).binary:
         return False
@@ -122,7 +125,7 @@ def _guess_class_masks(root: Path, images: Sequence[str], masks: Sequence[str], 
 
 
 def listed_masks(root: Path, options: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the mask files of each class that options find."""
+    """Return the mask files of each class for the given options."""
     candidates, _ = listed_candidates(root, FolderOptions(modality="any", **options))
     words = list(options["masks"])
     found: dict[str, list[str]] = {word: [] for word in words}
@@ -140,12 +143,12 @@ def _by_stem(images: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _guess_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess: Guess) -> None:
-    """Try the mask patterns that single pairs suggest, and keep the one that fits most images."""
+    """Try mask patterns derived from sample pairs, and keep the one that fits most images."""
     stems = _by_stem(images)
     templates: Counter[str] = Counter()
     for mask in spread(masks, MASKS_TRIED):
         templates.update(_templates_of(mask, stems))
-    if not templates:  # one folder of masks an image, with names of their own
+    if not templates:  # one folder of masks per image, with unrelated names
         templates.update(_siblings_of(PurePosixPath(mask)) for mask in masks[:1])
     best, fitted, taken = None, 0, 0
     ranked = sorted(templates, key=lambda template: (-templates[template], -template.count("{"), template))
@@ -170,7 +173,7 @@ def _with_further_masks(template: str) -> str:
 
 
 def _templates_of(mask: str, stems: dict[str, list[str]]) -> set[str]:
-    """Return the patterns that would give a mask to an image of the same stem, nearest image first."""
+    """Return the patterns that assign a mask to the nearest image with the same stem."""
     path = PurePosixPath(mask)
     suffixed, prefixed = MASK_SUFFIX.fullmatch(path.stem), MASK_PREFIX.fullmatch(path.stem)
     names = {path.stem: "{stem}"}
@@ -188,7 +191,7 @@ def _templates_of(mask: str, stems: dict[str, list[str]]) -> set[str]:
 
 
 def _siblings_of(mask: PurePosixPath) -> str:
-    """Return the pattern of all masks in the folder beside the image's."""
+    """Return the pattern of all masks in a sibling of the image's folder."""
     *above, _, folder, _ = ("", "", *mask.parts)
     return (
         "".join(f"{literal(part)}/" for part in above if part)
@@ -202,7 +205,7 @@ def _shared_folders(one: str, other: str) -> int:
 
 
 def _folder_templates(image: PurePosixPath, mask: PurePosixPath) -> set[str]:
-    """Return the ways to say where a mask lies, seen from its image; each with its last slash."""
+    """Return the folder patterns of a mask relative to its image, with trailing slash."""
     if image.parent == mask.parent:
         return {"{folder}/"}
     above = {image.parent.name: "{parent}", image.parent.parent.name: "{grandparent}"}
@@ -211,7 +214,7 @@ def _folder_templates(image: PurePosixPath, mask: PurePosixPath) -> set[str]:
 
 
 def _fitting(root: Path, options: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the images and masks that options find; an image counts only where its masks are its own."""
+    """Return the images and masks for the given options, only images whose masks are not shared."""
     try:
         candidates, _ = listed_candidates(root, FolderOptions(modality="any", **options))
     except (MaskLoomError, ValueError):

@@ -1,4 +1,4 @@
-"""What names of files, folders and columns tell: masks, splits, patients, classes; and the patterns that fit files."""
+"""Naming conventions of files, folders and columns (masks, splits, patients), and file patterns."""
 
 import re
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ PATIENT_IN_NAME = r"(?i)(?:^|/)((?:patient|pat|case|subject|subj|sub|pt|p|id|lid
 
 
 def is_mask(file: str) -> bool:
-    """Whether the name of a file, or of one of its folders, says mask, label, segmentation or the like."""
+    """Whether the name of a file or folder in a path says mask, label or segmentation."""
     path = PurePosixPath(file)
     named = MASK_SUFFIX.fullmatch(path.stem) or MASK_PREFIX.fullmatch(path.stem)
     return named is not None or any(MASK_FOLDER.fullmatch(part) for part in path.parts[:-1])
 
 
 def pattern_of(files: Sequence[str]) -> str:
-    """Return a pattern that fits files: the folders that they share by name, the others as `*`, and their ending if it is one."""
+    """Return a pattern for files: common folders by name, others as `*`, with a common suffix."""
     folder = folder_pattern(files)
     endings = {PurePosixPath(file).suffix for file in files}
     return f"{folder}{'*' + literal(endings.pop()) if len(endings) == 1 else '*'}"
 
 
 def folder_pattern(files: Sequence[str]) -> str:
-    """Return the folders' part of such a pattern, with its last slash."""
+    """Return the folder part of such a pattern, with trailing slash."""
     folders = sorted({PurePosixPath(file).parent.parts for file in files})
     if len({len(folder) for folder in folders}) == 1:
         levels = [set(level) for level in zip(*folders, strict=True)]
@@ -40,10 +40,10 @@ def folder_pattern(files: Sequence[str]) -> str:
 
 
 def literal(name: str) -> str:
-    """Return a name in which nothing is a wildcard or a placeholder; `?` stands for what would be one."""
+    """Return a name as a literal pattern; special characters become `?`."""
     return re.sub(r"[*?\[\]{}\\]", "?", name)
 
 
 def names_masks(column: str) -> bool:
-    """Whether the title of a column says mask, segmentation or the like."""
+    """Whether the title of a column says mask, segmentation or similar."""
     return re.search(rf"(?:^|[-_ ]){MASK_WORDS}(?:$|[-_ ])", column, re.IGNORECASE) is not None

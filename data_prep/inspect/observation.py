@@ -1,4 +1,4 @@
-"""What an adapter makes of a raw folder: everything that it lists, and measurements of a sample spread over the list."""
+"""Observations of an adapter on a raw folder: its full listing, and measurements of a sample."""
 
 import time
 from collections import Counter
@@ -18,20 +18,21 @@ from maskloom.data_prep.survey import id_problem, sample_problem
 from maskloom.pipeline.errors import RejectedSample
 from maskloom.pipeline.progress import progress
 
-VOLUMES = 4  # that are opened; one may hold thousands of slices or tiles and take minutes
-SECONDS = 60.0  # after which no further sample is read
+VOLUMES = 4  # volumes or slides to open; one may have thousands of slices or tiles and take minutes
+SECONDS = 60.0  # time limit for reading samples
 
 Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What `scan` lists.
+    """The listing of an adapter.
 
     Attributes:
         items: the images, volumes or slides.
-        rejects: what is left out already.
-        kind: what an item is: `images`, `files` that may hold several images, or `volumes or slides`, which take long.
+        rejects: the inputs that are left out.
+        kind: kind of the items: `images`, `files` that may hold several images, or `volumes or
+            slides`.
     """
 
     items: list[RawItem]
@@ -41,21 +42,21 @@ class Listing:
 
 @dataclass
 class Sample:
-    """Measurements of some samples.
+    """Measurements of a sample of items.
 
     Attributes:
-        items: those that could be used.
-        rejects: those that could not.
-        opened: how many volumes or slides were opened.
-        inside: how many samples these hold.
-        in_time: whether all that was asked for was read before time was up.
+        items: the usable items.
+        rejects: the unusable items.
+        opened: number of volumes or slides opened.
+        inside: number of samples in these.
+        in_time: whether the whole sample was read within the time limit.
         sizes: (height, width) of each image.
-        kinds: how many images are of each type, such as `uint8 grey`.
-        file_modes: how many files are of each Pillow mode, such as `image RGB`.
-        low, high: the raw values' range over all images.
-        class_pixels: pixels of each mask index over all masks.
-        masks: how many samples have one.
-        foreground: share of each mask that is not background, of the masks that are not empty.
+        kinds: number of images per type, such as `uint8 grey`.
+        file_modes: number of files per Pillow mode, such as `image RGB`.
+        low, high: range of the raw values over all images.
+        class_pixels: number of pixels per mask index over all masks.
+        masks: number of samples with a mask.
+        foreground: foreground fraction of each non-empty mask.
     """
 
     items: list[RawItem] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Sample:
     foreground: list[float] = field(default_factory=list)
 
     def add(self, item: RawItem, raw: RawImage) -> None:
-        """Measure one sample."""
+        """Add the measurements of one sample."""
         image, mask = raw.image, raw.mask
         self.items.append(item)
         self.sizes.append((image.shape[0], image.shape[1]))
@@ -91,10 +92,10 @@ class Sample:
 
 
 def listing_of(adapter: DatasetAdapter) -> Listing:
-    """Return everything that an adapter lists.
+    """Return the full listing of an adapter.
 
     Raises:
-        MaskLoomError: the folder does not fit the adapter or its options.
+        MaskLoomError: the folder does not match the adapter or its options.
     """
     entries = list(adapter.scan())
     items = [entry for entry in entries if isinstance(entry, RawItem)]
@@ -106,19 +107,21 @@ def listing_of(adapter: DatasetAdapter) -> Listing:
 
 
 def sample_of(adapter: DatasetAdapter, info: DatasetInfo, listing: Listing, count: int) -> Sample:
-    """Return measurements of up to `count` samples, spread over the list; of volumes and slides only a few are opened.
+    """Return measurements of up to `count` samples, spread over the listing.
+
+    Only a few volumes or slides are opened.
 
     Args:
-        adapter: reads them.
+        adapter: the adapter.
         info: its description.
-        listing: what it lists.
-        count: the most samples to read; fewer where `SECONDS` are over before.
+        listing: its listing.
+        count: largest number of samples to read; fewer if the time limit is reached.
     """
     sample = Sample()
     until = time.monotonic() + SECONDS
     items = spread(listing.items, VOLUMES if listing.kind == "volumes or slides" else count)
     share = -(-count // max(1, len(items)))
-    with progress("looking at samples", len(items), listing.kind) as advance:
+    with progress("reading samples", len(items), listing.kind) as advance:
         for item in items:
             if time.monotonic() > until:
                 sample.in_time = False
@@ -127,13 +130,13 @@ def sample_of(adapter: DatasetAdapter, info: DatasetInfo, listing: Listing, coun
                 if time.monotonic() > until:
                     sample.in_time = False
                     break
-                _look(adapter, info, inner, sample)
+                _measure(adapter, info, inner, sample)
             advance()
     return sample
 
 
 def spread(entries: Sequence[Entry], count: int) -> list[Entry]:
-    """Return up to `count` entries at even distances, the first and the last among them."""
+    """Return up to `count` evenly spaced entries, including the first and the last."""
     if len(entries) <= count:
         return list(entries)
     places = np.linspace(0, len(entries) - 1, count).round().astype(int)
@@ -141,7 +144,7 @@ def spread(entries: Sequence[Entry], count: int) -> list[Entry]:
 
 
 def _inside(adapter: DatasetAdapter, item: RawItem, sample: Sample) -> list[RawItem]:
-    """Return the samples inside a volume or slide, and note what is left out."""
+    """Return the samples in a volume or slide, and record its rejects."""
     sample.opened += 1
     try:
         entries = list(adapter.expand(item))
@@ -154,7 +157,7 @@ def _inside(adapter: DatasetAdapter, item: RawItem, sample: Sample) -> list[RawI
     return inside
 
 
-def _look(adapter: DatasetAdapter, info: DatasetInfo, item: RawItem, sample: Sample) -> None:
+def _measure(adapter: DatasetAdapter, info: DatasetInfo, item: RawItem, sample: Sample) -> None:
     try:
         raw = adapter.load(item)
     except RejectedSample as error:
@@ -168,11 +171,11 @@ def _look(adapter: DatasetAdapter, info: DatasetInfo, item: RawItem, sample: Sam
 
 
 def _file_mode(path: str) -> str | None:
-    """Return the format and mode of an image file; None of anything else."""
+    """Return the format and mode of an image file, or None."""
     if not path.lower().endswith(IMAGE_SUFFIXES):
         return None
     try:
         with Image.open(Path(path), formats=IMAGE_FORMATS) as image:
             return f"{image.format} {image.mode}"
-    except Exception:  # a decoder may raise anything on odd bytes; the adapter has read the sample, so nothing is lost
+    except Exception:  # decoders may raise anything; the sample itself has been read already
         return None

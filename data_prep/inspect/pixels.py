@@ -1,4 +1,4 @@
-"""Guesses from some images and masks whether images are coloured, and what the values of masks stand for."""
+"""Guesses from sample images and masks whether images are coloured, and what mask values mean."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from maskloom.data_prep.processing.label_maps import BACKGROUND, binary_mask, pa
 from maskloom.data_prep.readers.image_files import JPEG_SUFFIXES, image_pixels, mask_pixels
 from maskloom.pipeline.errors import RejectedSample
 
-OPENED = 24  # images, and masks
+OPENED = 24  # images, and masks, to open
 MOST_CLASSES = 20
 
 
 @dataclass
 class MaskValues:
-    """What some masks hold.
+    """Values in a sample of masks.
 
     Attributes:
-        read: how many could be read.
-        grey: how often each value occurs.
-        colours: how often each colour occurs, as 0xRRGGBB.
-        coloured: whether one is not grey.
-        binary: whether all are black and one bright colour.
+        read: number of masks that could be read.
+        grey: frequency of each grey value.
+        colours: frequency of each colour, as 0xRRGGBB.
+        coloured: whether any mask is coloured.
+        binary: whether all masks are black with one bright colour.
     """
 
     read: int
@@ -38,11 +38,11 @@ class MaskValues:
 
     @property
     def codes(self) -> Counter[int]:
-        """How often each value, or of coloured masks each colour, occurs."""
+        """Frequency of each value, or of each colour for coloured masks."""
         return self.colours if self.coloured else self.grey
 
     def __str__(self) -> str:
-        """Say the most frequent ones."""
+        """Return the most frequent values as text."""
         codes = self.codes
         common = (
             f"{shown_value(code, self.coloured)} ({count / codes.total():.1%})" for code, count in codes.most_common(8)
@@ -50,7 +50,7 @@ class MaskValues:
         return f"{', '.join(common)}{', …' if len(codes) > 8 else ''} in {self.read} masks"
 
     def classes(self) -> dict[int | str, str] | None:
-        """Return `mask_values` with a name to be replaced for each; None where they are no classes, or black and one colour."""
+        """Return `mask_values` with placeholder names; None for binary masks or too many values."""
         if self.binary or len(self.codes) > MOST_CLASSES or len(self.codes) < 2:
             return None
         keys = [shown_value(code, True) if self.coloured else code for code in sorted(self.codes)]
@@ -58,12 +58,12 @@ class MaskValues:
 
 
 def channels_of(root: Path, images: Sequence[str]) -> int:
-    """Return 3 if one of some images is coloured, else 1."""
+    """Return 3 if any image of a sample is coloured, else 1."""
     return 3 if any(_is_coloured(root / image) for image in spread(images, OPENED)) else 1
 
 
 def mask_values_of(root: Path, masks: Sequence[str]) -> MaskValues:
-    """Return what some masks, spread over the list, hold."""
+    """Return the values in a sample of masks."""
     found = MaskValues(0, Counter(), Counter(), coloured=False, binary=True)
     for mask in spread(masks, OPENED):
         try:

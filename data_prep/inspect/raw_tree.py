@@ -1,4 +1,4 @@
-"""What lies in a raw folder that no adapter knows: files by kind and folder, tables, and formats that an adapter reads."""
+"""Content of an unknown raw folder: files by type and folder, tables, and supported formats."""
 
 import os
 import time
@@ -18,7 +18,7 @@ MAX_TABLES = 20
 MAX_TABLE_BYTES = 2**26
 DOUBLE_SUFFIXES = (".nii.gz", ".tar.gz")
 
-# Formats that are no single images, and what to do with them.
+# Formats other than single images, and what to do with them.
 FORMATS = {
     "DICOM": ((".dcm", ".ima"), "the adapter dicom_folder reads DICOM series: data.dataset=dicom_folder"),
     "NIfTI": (
@@ -50,24 +50,24 @@ class RawTree:
     """The visible files of a folder, relative to it.
 
     Attributes:
-        files: with forward slashes, sorted.
-        complete: false where there are more than are looked at.
+        files: sorted paths with forward slashes.
+        complete: false if the search stopped at its limit.
     """
 
     files: list[str]
     complete: bool
 
     def with_suffix(self, suffixes: Sequence[str]) -> list[str]:
-        """Return the files with one of these endings."""
+        """Return the files with one of the suffixes."""
         return [file for file in self.files if file.lower().endswith(tuple(suffixes))]
 
     def without(self, files: Collection[str]) -> "RawTree":
-        """Return the tree less some files."""
+        """Return the tree without some files."""
         left_out = set(files)
         return RawTree([file for file in self.files if file not in left_out], self.complete)
 
     def kinds_by_folder(self) -> list[tuple[str, Counter[str]]]:
-        """Return how many files of each ending each folder holds, the fullest folder first."""
+        """Return the number of files per suffix for each folder, largest folder first."""
         folders: dict[str, Counter[str]] = {}
         for file in self.files:
             folders.setdefault(str(PurePosixPath(file).parent), Counter())[suffix_of(file)] += 1
@@ -75,7 +75,10 @@ class RawTree:
 
 
 def tree_of(root: Path) -> RawTree:
-    """Return the visible files below a folder, up to a number and a time; linked folders are not followed."""
+    """Return the visible files below a folder, within limits of number and time.
+
+    Linked folders are not followed.
+    """
     files: list[str] = []
     until = time.monotonic() + MAX_SECONDS
     for place, folders, names in os.walk(root):
@@ -88,7 +91,7 @@ def tree_of(root: Path) -> RawTree:
 
 
 def suffix_of(file: str) -> str:
-    """Return a file's ending in lower case, such as `.nii.gz`; `no ending` where it has none."""
+    """Return the lower-case suffix of a file, such as `.nii.gz`; `no ending` without one."""
     name = file.lower()
     return (
         next((ending for ending in DOUBLE_SUFFIXES if name.endswith(ending)), PurePosixPath(name).suffix) or "no ending"
@@ -96,11 +99,11 @@ def suffix_of(file: str) -> str:
 
 
 def known_formats(tree: RawTree, kinds: Mapping[str, str]) -> list[tuple[str, int, str]]:
-    """Return the formats found that are no single images: name, number of files, and what to do.
+    """Return the formats other than single images: name, number of files, and advice.
 
     Args:
         tree: the files.
-        kinds: what some of them are by their content.
+        kinds: detected types of some of the files.
     """
     found = []
     for name, (suffixes, advice) in FORMATS.items():
@@ -111,7 +114,7 @@ def known_formats(tree: RawTree, kinds: Mapping[str, str]) -> list[tuple[str, in
 
 
 def tables_of(root: Path, tree: RawTree) -> tuple[list[Table], list[tuple[str, str]]]:
-    """Return the tables that can be read, and the others with the reason; of very many only the first."""
+    """Return the readable tables, and the unreadable ones with the reason, up to `MAX_TABLES`."""
     tables, unreadable = [], []
     for file in tree.with_suffix((".csv", ".tsv", ".xlsx"))[:MAX_TABLES]:
         try:

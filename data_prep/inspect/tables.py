@@ -13,13 +13,13 @@ COLUMN_NAMES = {
     "group": ("patient", "patient_id", "patientid", "patient id", "case", "case_id", "subject", "subject_id", "lesion_id", "slide", "slide_id"),
     "split": ("split", "set", "subset", "partition", "fold"),
 }  # fmt: skip
-ENOUGH = 0.9  # share of the rows tried that must name a picture
+ENOUGH = 0.9  # fraction of the sampled rows that must name an image
 ROWS_TRIED = 300
 MOST_CLASSES = 50
 
 
 def options_from_table(table: Table, pictures: Sequence[str]) -> dict[str, Any] | None:
-    """Return what a table says, where one of its columns names the images; else None.
+    """Return the options for a table with a column that names the images; else None.
 
     Args:
         table: the table.
@@ -54,11 +54,11 @@ FITS: dict[str, Callable[[Sequence[str]], bool]] = {
     "group": lambda values: all(values) and len(set(values)) > 1,
     "split": lambda values: all(SPLIT_FOLDER.fullmatch(value) for value in values),
 }
-"""What the values of a column must be like."""
+"""Predicates on the values of a column, by role."""
 
 
 def _place_of(values: Sequence[str], pictures: Sequence[str]) -> str | None:
-    """Return the pattern over {image} under which a column's values name pictures; None where they do not."""
+    """Return the {image} pattern under which the values of a column name images, or None."""
     by_name: dict[str, list[str]] = {}
     for picture in pictures:
         path = PurePosixPath(picture)

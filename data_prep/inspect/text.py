@@ -1,4 +1,4 @@
-"""Plain, aligned text on standard output."""
+"""Prints aligned plain text."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from rich.text import Text
 
 from maskloom.data_prep.readers.file_names import printable
 
-WIDTH = 100  # where the output is not a terminal, and at most
+WIDTH = 100  # upper limit, and the width if the output is not a terminal
 MOST_COUNTED = 12
 
 
 class Page:
-    """Writes titles, sections, facts (aligned below each other), lines and commands; flushes at the end of a `with`."""
+    """Prints titles, sections, aligned facts, lines and commands; flushes at the end of a `with`."""
 
     def __init__(self) -> None:
         console = Console(highlight=False, markup=False, emoji=False)
@@ -43,7 +43,7 @@ class Page:
         self.title(text)
 
     def fact(self, name: str, value: str) -> None:
-        """Print a value beside its name, below the facts before it."""
+        """Print a name and its value, aligned with the previous facts."""
         self._facts.append((printable(name), printable(value)))
 
     def line(self, text: str) -> None:
@@ -51,16 +51,16 @@ class Page:
         self._row((" ", printable(text)))
 
     def bullet(self, text: str) -> None:
-        """Print one point of a list."""
+        """Print one list item."""
         self._row(("  -", printable(text)))
 
     def command(self, text: str) -> None:
-        """Print a command line, unbroken, to be copied."""
+        """Print a command line without line breaks, for copying."""
         self._flush()
         self._console.print(Text(f"  {printable(text)}"), soft_wrap=True)
 
     def block(self, text: str) -> None:
-        """Print lines as they are, to be copied."""
+        """Print lines unchanged, for copying."""
         self._flush()
         self._console.print(Text(text), soft_wrap=True)
 
@@ -83,25 +83,25 @@ class Page:
         self._facts.clear()
 
     def _print(self, table: Table) -> None:
-        """Print a table without the blanks that rich fills its last column with."""
+        """Print a table without the trailing spaces of rich."""
         with self._console.capture() as captured:
             self._console.print(table)
         self._console.out("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def counted(counts: Counter[str]) -> str:
-    """Return `benign 12, malignant 3`, the most frequent first, of very many only some."""
+    """Return counts as text, most frequent first: `benign 12, malignant 3`."""
     shown = [f"{name} {count}" for name, count in counts.most_common(MOST_COUNTED)]
     more = f" and {len(counts) - MOST_COUNTED} more" if len(counts) > MOST_COUNTED else ""
     return ", ".join(shown) + more
 
 
 def quantiles(values: Sequence[float]) -> str:
-    """Return `2 to 40, median 7`; `7` where all are one."""
+    """Return a range as text: `2 to 40, median 7`, or `7` for equal values."""
     low, median, high = np.quantile(values, (0, 0.5, 1))
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}, median {median:.3g}"
 
 
 def share(part: float) -> str:
-    """Return a share in per cent; a small one is not rounded to nothing."""
+    """Return a fraction in per cent, with more digits for small ones."""
     return f"{part:.2%}" if 0 < part < 0.01 else f"{part:.1%}"

@@ -1,4 +1,4 @@
-"""A guess as a configuration file, ready to be saved."""
+"""Formats guessed options as a configuration file or a command line."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from maskloom.pipeline.config.data import DataConfig
 
 PLAIN = re.compile(
     r"/[\w/ .()+-]*[\w/)]|[a-z][a-z_]{5,}(?:/[\w/.-]*\w)?", re.ASCII
-)  # not `yes`, `null` or `1e3`, which are no text
+)  # not `yes`, `null` or `1e3`, which YAML does not read as text
 ORDER = (
     "channels", "images", "masks", "mask_values", "table", "image_column", "mask_column", "label_column", "group_column",
     "split_column", "label_from", "group_pattern", "split_pattern",
@@ -25,9 +25,9 @@ def configuration_text(guess: Guess, raw_dir: Path, data: DataConfig) -> str:
     """Return the text of a configuration that extends configs/folder.yaml.
 
     Args:
-        guess: options, and what they rest on.
+        guess: the options with their evidence.
         raw_dir: the raw folder.
-        data: the rest of its section `data`.
+        data: the rest of the `data` section.
     """
     lines = [
         "extends: folder.yaml",
@@ -54,13 +54,13 @@ def _entry(key: str, value: Any, why: str) -> list[str]:
 
 
 def command_line(configuration: str, raw_dir: Path, options: Mapping[str, Any], **data: Any) -> str:
-    """Return the command that prepares a folder, to be pasted into a shell.
+    """Return a shell command that prepares a folder.
 
     Args:
         configuration: path of the configuration.
         raw_dir: the raw folder.
-        options: of the dataset.
-        data: further keys of the section `data`.
+        options: options of the dataset.
+        data: further keys of the `data` section.
     """
     values = {"raw_dir": str(raw_dir), **data, **{f"options.{key}": value for key, value in options.items()}}
     overrides = (shlex.quote(f"data.{key}={_plain_or_quoted(value)}") for key, value in values.items())
@@ -68,14 +68,14 @@ def command_line(configuration: str, raw_dir: Path, options: Mapping[str, Any], 
 
 
 def _plain_or_quoted(value: Any) -> str:
-    """Return a value as an override states it: names and paths that YAML reads as they stand without quotes."""
+    """Return a value for an override, without quotes where YAML needs none."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_quoted(key)}: {_quoted(item)}' for key, item in value.items())}}}"
     return value if isinstance(value, str) and PLAIN.fullmatch(value) else _quoted(value)
 
 
 def _quoted(value: Any) -> str:
-    """Return a YAML scalar; what a screen cannot show, and what would be taken for a variable, is escaped."""
+    """Return a quoted YAML scalar with unprintable characters and `${` escaped."""
     if not isinstance(value, str):
         return json.dumps(value)
     text = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\\\${")

@@ -1,4 +1,4 @@
-"""What is done to a decoded image or mask: intensity, stains, size, tiles, label maps.
+"""Processing of decoded images and masks: stains, resizing, tiles, label maps.
 
-Functions from arrays to arrays; no file of a dataset is opened here.
+The functions map arrays to arrays and open no dataset files.
 """

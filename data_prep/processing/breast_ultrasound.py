@@ -1,4 +1,7 @@
-"""What the breast ultrasound datasets share, so that one can test what was trained on another: classes, colours, words, reading."""
+"""Classes, colours, prompts and decoding shared by the breast ultrasound datasets.
+
+With common definitions, one dataset can serve as external test set of another.
+"""
 
 from pathlib import Path
 
@@ -22,7 +25,8 @@ def image_with_lesion(image_path: Path, mask_path: Path) -> RawImage:
     """Return an image (H, W) uint8 and its lesion mask (H, W) of 0 and 1.
 
     Raises:
-        RejectedSample: a file is unreadable or has more than 8 bits a channel, or the mask has another size or is empty.
+        RejectedSample: a file is unreadable or has more than 8 bits per channel, or the mask has
+            another size or is empty.
     """
     image = eight_bit(decoded_image(image_path), "L")
     mask = bright(decoded_image(mask_path))

@@ -1,6 +1,7 @@
-"""Masks whose pixel values or colours stand for classes, and masks that are black and one bright colour.
+"""Label maps (masks whose pixel values or colours stand for classes) and binary masks.
 
-Nothing is guessed: a value that no class was named for, and a black-and-white mask that holds something in between, are told.
+Nothing is guessed: values without a class, and intermediate values in a binary mask, are rejected
+with a reason.
 """
 
 import colorsys
@@ -19,11 +20,11 @@ from maskloom.pipeline.errors import RejectedSample
 Colour = tuple[int, int, int]
 BACKGROUND = "background"
 MAX_CLASSES = 256  # indices of uint8
-ON_VALUES = (1, 255, 65535)  # what marks the foreground of a two-valued mask, by its depth
-THRESHOLD = 127  # of an 8-bit mask; above is bright
+ON_VALUES = (1, 255, 65535)  # foreground values of a binary mask, depending on its depth
+THRESHOLD = 127  # of an 8-bit mask; larger values are bright
 NEARLY_WHITE = 240
 SHOWN_VALUES = 6
-FEW_COLOURS = 3  # besides black; a mask that was halved has four, of which thin lines consist as well
+FEW_COLOURS = 3  # besides black; antialiased masks have more, and thin lines consist of them as well
 LEAST_LINE = 4  # pixels
 COLOURS: tuple[Colour, ...] = (
     (255, 80, 80),
@@ -39,12 +40,12 @@ COLOURS: tuple[Colour, ...] = (
     (90, 90, 255),
     (190, 190, 190),
 )
-"""Well visible on black and far from each other."""
+"""Default palette: clearly visible on black and well separated."""
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What the pixels of a mask mean.
+    """Mapping from pixel codes to classes.
 
     Attributes:
         classes: name of each index; index 0 is `background`.
@@ -58,14 +59,16 @@ class LabelMap:
 
 
 def label_map(mask_values: Mapping[int | str, str]) -> LabelMap:
-    """Return the label map of a mapping from pixel value to class name, as a configuration states it.
+    """Return the label map of the option `mask_values`, from pixel value to class name.
 
     Args:
-        mask_values: keys are integers (grey values, palette indices), or colours (`#ff8000` or `255,128,0`), not both; several keys may
-            bear one name. `background` becomes class 0 wherever it stands; the other classes keep their order.
+        mask_values: keys are either integers (grey values, palette indices) or colours (`#ff8000`
+            or `255,128,0`); several keys may have the same name. `background` becomes class 0
+            wherever it is listed; the other classes keep their order.
 
     Raises:
-        ValueError: a key is neither, kinds are mixed, a key comes twice, a name is empty, or nothing but background is named.
+        ValueError: a key is invalid, kinds are mixed, a key occurs twice, a name is empty, or only
+            background is named.
     """
     codes = [_code(str(key)) for key in mask_values]
     names = [BACKGROUND if name.strip().lower() == BACKGROUND else name.strip() for name in mask_values.values()]
@@ -83,10 +86,10 @@ def label_map(mask_values: Mapping[int | str, str]) -> LabelMap:
 
 
 def colour(text: str) -> Colour:
-    """Return the colour that `#ff8000` or `255,128,0` stands for.
+    """Parse a colour such as `#ff8000` or `255,128,0`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text has neither form.
     """
     if re.fullmatch(r"#[0-9a-fA-F]{6}", text.strip()):
         value = int(text.strip()[1:], 16)
@@ -98,7 +101,7 @@ def colour(text: str) -> Colour:
 
 
 def distinct_palette(classes: int) -> tuple[Colour, ...]:
-    """Return a colour for each class, all different; the first, of the background, is black."""
+    """Return distinct colours for the classes; the first (background) is black."""
     found: dict[Colour, None] = dict.fromkeys(((0, 0, 0), *COLOURS))
     turn = 0
     while len(found) < classes:
@@ -118,15 +121,15 @@ def class_mask(
     """Return (H, W) uint8 class indices.
 
     Args:
-        pixels: (H, W) or (H, W, 3) of integers, or of floats that are whole.
-        classes: what its values mean.
-        name: of the file, for messages.
-        transparent: (H, W), pixels that are background whatever their value.
-        lossy: a JPEG, which blurs values into their neighbours.
+        pixels: (H, W) or (H, W, 3), integers or whole-numbered floats.
+        classes: the label map.
+        name: file name for error messages.
+        transparent: (H, W) bool, pixels that are background whatever their value.
+        lossy: whether the file has lossy compression, which blurs values.
 
     Raises:
-        RejectedSample: a value has no class (names it and the known ones), values and colours do not suit each other, or the compression
-            may have turned one class into another.
+        RejectedSample: a value has no class (names it and the known ones), grey values and colours
+            do not match, or lossy compression may have confused classes.
     """
     if lossy and _least_distance(classes) <= 2 * JPEG_NOISE:
         raise RejectedSample(
@@ -153,7 +156,7 @@ def class_mask(
 
 
 def _least_distance(classes: LabelMap) -> int:
-    """Return by how much two of the values or colours differ at least, in the channel that differs most."""
+    """Return the smallest distance between two codes, by the channel that differs most."""
     codes = np.array(list(classes.index_of))
     channels = np.stack([codes >> 16, codes >> 8 & 255, codes & 255] if classes.coloured else [codes])
     apart = np.abs(channels[:, :, None] - channels[:, None]).max(axis=0)
@@ -163,16 +166,18 @@ def _least_distance(classes: LabelMap) -> int:
 def binary_mask(
     pixels: NDArray[Any], name: str, lossy: bool = False, transparent: NDArray[np.bool_] | None = None
 ) -> NDArray[np.uint8]:
-    """Return (H, W) of 0 and 1 from a mask of black and one bright colour; smooth edges are cut at half brightness.
+    """Return a binary mask, (H, W) of 0 and 1, from black and one bright colour.
+
+    Smooth edges are thresholded at half brightness.
 
     Args:
-        pixels: (H, W) or (H, W, 3) uint8, or of another type that holds 0 and one of 1, 255 and 65535.
-        name: of the file, for messages.
-        lossy: a JPEG, which blurs black and white.
-        transparent: (H, W), pixels that are background whatever their value.
+        pixels: (H, W) or (H, W, 3) uint8, or of another dtype with 0 and one of 1, 255 and 65535.
+        name: file name for error messages.
+        lossy: whether the file has lossy compression, which blurs black and white.
+        transparent: (H, W) bool, pixels that are background whatever their value.
 
     Raises:
-        RejectedSample: the mask holds areas of some other value: it may have several classes, which only its owner can name. Or it is
+        RejectedSample: the mask has areas of another value, which may be further classes, or is
             black on transparent.
     """
     if transparent is not None:
@@ -199,7 +204,7 @@ def binary_mask(
 
 
 def packed(pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Return each pixel of (H, W) or (H, W, 3) uint8 as one number, 0xRRGGBB."""
+    """Return the pixels of (H, W) or (H, W, 3) uint8 as numbers 0xRRGGBB."""
     if pixels.ndim == 2:
         return pixels.astype(np.int32) * 0x010101
     red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
@@ -207,12 +212,12 @@ def packed(pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
 
 
 def shown_value(code: int, coloured: bool) -> str:
-    """Return a code as a configuration would state it: `128`, or `#ff8000`."""
+    """Return a code in the notation of the configuration: `128` or `#ff8000`."""
     return f"#{code:06x}" if coloured else str(code)
 
 
 def _code(key: str) -> tuple[int, bool]:
-    """Return a key's code, and whether it is a colour."""
+    """Return the code of a key, and whether it is a colour."""
     if re.fullmatch(r"-?\d+", key.strip()):
         return int(key), False
     red, green, blue = colour(key)
@@ -226,10 +231,10 @@ def _codes(pixels: NDArray[Any], coloured: bool, name: str) -> NDArray[Any]:
 
 
 def _eight_bit_colours(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """Return colours of 16 bits as those of 8 bits that they stand for: drawn with the same numbers, or stretched (255 became 65535).
+    """Convert 16-bit colours to 8 bits, if they use the 8-bit range or its exact multiples (257).
 
     Raises:
-        RejectedSample: they stand for none.
+        RejectedSample: the conversion would not be exact.
     """
     if pixels.dtype.kind == "u" and pixels.max(initial=0) <= 255:
         return pixels.astype(np.uint8)
@@ -239,7 +244,7 @@ def _eight_bit_colours(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
 
 
 def _codes_of_grey(pixels: NDArray[Any], name: str) -> NDArray[Any]:
-    """Return (H, W) of a grey mask, which may have come as three equal channels."""
+    """Return a grey mask as (H, W), also from three equal channels."""
     if pixels.ndim == 3 and (pixels != pixels[..., :1]).any():
         raise RejectedSample(
             f"{name} is coloured, and grey values are expected; name its colours in data.options.mask_values"
@@ -248,16 +253,17 @@ def _codes_of_grey(pixels: NDArray[Any], name: str) -> NDArray[Any]:
 
 
 def _whole(values: NDArray[Any], name: str) -> NDArray[Any]:
-    """Check that floats are whole numbers, of which masks consist."""
+    """Check that floating-point values are whole numbers."""
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.rint(values)).all()):
         raise RejectedSample(f"{name} holds fractions or NaN; a mask holds whole numbers")
     return values
 
 
 def _areas(pixels: NDArray[np.uint8], lossy: bool) -> list[int]:
-    """Return the colours, other than black, that fill a square of 3 x 3 pixels somewhere, or are lines and spots; smooth edges are neither.
+    """Return the colours, except black, that form areas (3 x 3 pixels), lines or spots.
 
-    In a JPEG what is nearly black or nearly white counts as such.
+    Pixels of smooth edges do not count. With lossy compression, nearly black and nearly white
+    pixels count as black and white.
     """
     if lossy:
         pixels = np.where(pixels <= JPEG_NOISE, np.uint8(0), pixels)
@@ -268,9 +274,10 @@ def _areas(pixels: NDArray[np.uint8], lossy: bool) -> list[int]:
 
 
 def _lines(pixels: NDArray[np.uint8], codes: NDArray[np.int32]) -> list[int]:
-    """Return the colours, other than black, of lines and spots: of which most pixels touch no other colour that is as bright.
+    """Return the colours, except black, of lines and spots.
 
-    The pixels of a smooth edge lie beside brighter ones. Where there are many colours, thin things are smooth as a whole.
+    Most of their pixels have no brighter neighbour; pixels of a smooth edge have brighter
+    neighbours. With many colours, thin structures consist entirely of edge pixels.
     """
     colours, counts = np.unique(codes[codes > 0], return_counts=True)
     if not 1 < len(colours) <= FEW_COLOURS:
@@ -286,7 +293,7 @@ def _lines(pixels: NDArray[np.uint8], codes: NDArray[np.int32]) -> list[int]:
 
 
 def _listed(codes: Sequence[int] | NDArray[Any], coloured: bool) -> str:
-    """Return the first few codes in words."""
+    """Return the first few codes as text."""
     shown = ", ".join(shown_value(int(code), coloured) for code in codes[:SHOWN_VALUES])
     kind = ("colour" if coloured else "value") + ("s" if len(codes) > 1 else "")
     return f"the {kind} {shown}" + (f" and {len(codes) - SHOWN_VALUES} more" if len(codes) > SHOWN_VALUES else "")

@@ -1,9 +1,11 @@
-"""Brings an image and its mask to one size by the same geometry: image antialiased, mask by nearest neighbour.
+"""Resizes an image and its mask with the same geometry: image antialiased, mask nearest neighbour.
 
-Grey values are windowed and resampled as floats and quantised once, at the end, so 16-bit and float images neither wrap nor
-lose steps. Resampling is Pillow's: its antialiased bicubic (the support grows with the reduction) and its nearest neighbour
-read the same source box, with pixel centres at half integers, so image and mask stay aligned to a fraction of a pixel. Pixels that are not square
-(`RawImage.pixel_size`) become so in the same step. A class of the mask that would vanish keeps one pixel (`pipeline.dataset.masks`).
+Grey values are windowed and resampled in floating point and quantised once at the end, so 16-bit
+and float images neither wrap nor lose precision. Resampling is done by Pillow: its antialiased
+bicubic filter and its nearest neighbour use the same source box with pixel centres at half
+integers, so image and mask stay aligned to a fraction of a pixel. Non-square pixels
+(`RawImage.pixel_size`) become square in the same step. A mask class that would vanish keeps one
+pixel (`pipeline.dataset.masks`).
 """
 
 import math
@@ -23,12 +25,12 @@ SQUARE = 1.01  # ratio of a pixel's sides up to which it counts as square
 
 
 class Geometry(NamedTuple):
-    """Where the source lands.
+    """Geometry of a resize.
 
     Attributes:
-        box: part of the source that is used: left, top, right, bottom, in source pixels.
-        size: (height, width) that the box is resized to.
-        offset: (top, left) of that area in the target; the rest is padding.
+        box: the source region: left, top, right, bottom, in source pixels.
+        size: (height, width) of the resized region.
+        offset: (top, left) of that region in the target; the rest is padding.
     """
 
     box: tuple[float, float, float, float]
@@ -41,8 +43,8 @@ class Resized(NamedTuple):
 
     Attributes:
         image: (H, W) or (H, W, 3) uint8.
-        mask: (H, W) uint8 with values of the raw mask only (and 0 in the padding), or None.
-        kept: the classes of which one pixel was kept that nearest neighbour would have erased.
+        mask: (H, W) uint8 with values of the raw mask (and 0 in the padding), or None.
+        kept: the classes that kept one pixel which nearest neighbour would have removed.
     """
 
     image: NDArray[np.uint8]
@@ -56,9 +58,10 @@ def resized(raw: RawImage, size: tuple[int, int], mode: str, channels: int) -> R
     Args:
         raw: one decoded sample.
         size: (height, width) of the result.
-        mode: `pad` keeps the aspect and fills with 0 (black, background), `crop` keeps it and cuts the longer side around
-            the centre, `stretch` does not keep it. The aspect is that of what is shown: pixels need not be square.
-        channels: 1 or 3 of the resulting image.
+        mode: `pad` keeps the aspect ratio and pads with 0 (black, background), `crop` keeps it and
+            crops the longer side around the centre, `stretch` does not keep it. The aspect ratio is
+            the physical one; pixels need not be square.
+        channels: channels of the result, 1 or 3.
     """
     proportions = true_proportions(raw)
     geometry = _in_pixels(fitted_geometry(proportions, size, mode), proportions, raw.image.shape)
@@ -73,7 +76,9 @@ def resized(raw: RawImage, size: tuple[int, int], mode: str, channels: int) -> R
 
 
 def vanished_areas(raw: RawImage, size: tuple[int, int], mode: str) -> dict[int, int]:
-    """Return of each class how many separate areas `resized` leaves no pixel of, where it leaves others of the class: a small second lesion.
+    """Return, per class, the number of connected areas that vanish in `resized`.
+
+    For example a small second lesion. Only classes of which another area remains are counted.
 
     Args:
         raw: one decoded sample.
@@ -91,12 +96,15 @@ def vanished_areas(raw: RawImage, size: tuple[int, int], mode: str) -> dict[int,
             small = Image.fromarray(areas.astype(np.int32))
             small = small.resize(geometry.size[::-1], Image.Resampling.NEAREST, box=geometry.box)
             left = int(np.count_nonzero(np.unique(np.asarray(small))))
-            gone[int(index)] = count - max(1, left)  # of a class that would vanish, one pixel is kept
+            gone[int(index)] = count - max(1, left)  # a class that would vanish keeps one pixel
     return {index: areas for index, areas in gone.items() if areas}
 
 
 def true_proportions(raw: RawImage) -> tuple[float, float]:
-    """Return (height, width) in units of the shorter side of a pixel; the numbers of rows and columns where pixels are square."""
+    """Return the physical (height, width) in units of the shorter side of a pixel.
+
+    For square pixels, these are the numbers of rows and columns.
+    """
     height, width = raw.image.shape[:2]
     tall, wide = raw.pixel_size or (1.0, 1.0)
     short = min(tall, wide)
@@ -106,7 +114,7 @@ def true_proportions(raw: RawImage) -> tuple[float, float]:
 
 
 def _in_pixels(geometry: Geometry, proportions: tuple[float, float], shape: tuple[int, ...]) -> Geometry:
-    """Return a geometry that was fitted to the true proportions with its box in source pixels."""
+    """Convert the box of a geometry from true proportions to source pixels."""
     (tall, wide), (height, width) = proportions, shape[:2]
     if (tall, wide) == (height, width):
         return geometry
@@ -117,13 +125,15 @@ def _in_pixels(geometry: Geometry, proportions: tuple[float, float], shape: tupl
 
 
 def nearest_size(source: tuple[float, float], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size of the nearest aspect ratio (aspect-ratio bucketing: NovelAI, 2022; sd-scripts, BucketManager).
+    """Return the size of the nearest aspect ratio (aspect-ratio bucketing: NovelAI, 2022;
+    sd-scripts, BucketManager).
 
-    Ratios are compared as such, 2:1 being as far from 1:1 as 1:2; among equal ones the area nearest to the source's wins, then the first.
+    Ratios are compared on a log scale: 2:1 is as far from 1:1 as 1:2. Ties are resolved by the area
+    closest to the source, then by order.
 
     Args:
         source: (height, width) of the raw image, see `true_proportions`.
-        sizes: to choose from.
+        sizes: the available sizes.
     """
     height, width = source
     return min(
@@ -136,7 +146,7 @@ def nearest_size(source: tuple[float, float], sizes: Sequence[tuple[int, int]]) 
 
 
 def fitted_geometry(source: tuple[float, float], target: tuple[int, int], mode: str) -> Geometry:
-    """Return how a source of (height, width) is put into a target of (height, width). See `resized` for the modes."""
+    """Return the geometry from a source (height, width) to a target; see `resized` for the modes."""
     (height, width), (target_height, target_width) = source, target
     whole = (0.0, 0.0, float(width), float(height))
     if mode == "stretch":
@@ -156,8 +166,8 @@ def unit_range(image: NDArray[Any], value_range: tuple[float, float] | None) -> 
     """Return an image as float32 in 0..1.
 
     Args:
-        image: (H, W) or (H, W, 3); uint8 is divided by 255, anything else is windowed.
-        value_range: (black, white); None takes the image's own minimum and maximum.
+        image: (H, W) or (H, W, 3); uint8 is divided by 255, other dtypes are windowed.
+        value_range: (black, white); None: the minimum and maximum of the image.
     """
     if image.dtype == np.uint8 and value_range is None:
         return (image / np.float32(255)).astype(np.float32)
@@ -185,7 +195,7 @@ def _resampled(plane: NDArray[np.float32], geometry: Geometry) -> NDArray[np.flo
 
 
 def _placed(plane: NDArray[Any], geometry: Geometry, size: tuple[int, int]) -> NDArray[Any]:
-    """Return a resized plane in its place on a background of zeros."""
+    """Return a resized plane at its offset on a background of zeros."""
     height, width = geometry.size
     top, left = geometry.offset
     placed = np.zeros(size, dtype=plane.dtype)

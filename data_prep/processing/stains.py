@@ -1,11 +1,14 @@
-"""Stain normalisation of H&E images: all tiles get the colours of one reference, by the library torchstain on numpy.
+"""Stain normalisation of H&E images to a reference, with torchstain on numpy.
 
-`macenko`: Macenko et al., "A method for normalizing histology slides for quantitative analysis" (ISBI 2009). Both stains' directions in
-optical density are estimated from the tile, and replaced by the reference's. `reinhard`: Reinhard et al., "Color transfer between
-images" (IEEE Computer Graphics and Applications 2001): mean and deviation in the L*a*b* colour space become the reference's.
+`macenko`: Macenko et al., "A method for normalizing histology slides for quantitative analysis"
+(ISBI 2009). The directions of both stains in optical density are estimated from the tile and
+replaced by those of the reference. `reinhard`: Reinhard et al., "Color transfer between images"
+(IEEE Computer Graphics and Applications 2001): mean and standard deviation in the L*a*b* colour
+space become those of the reference.
 
-What torchstain does not say itself: it adds 1 before the logarithm and cuts decimals off, so that even an image that is its own
-reference moves by a grey value; and it returns noise, not an error, where a tile shows too little of two stains. Such tiles are rejected here.
+Undocumented behaviour of torchstain: it adds 1 before the logarithm and truncates decimals, so that
+even an image that is its own reference changes by one grey value. It returns noise instead of an
+error if a tile has too little of the two stains. Such tiles are rejected here.
 """
 
 from dataclasses import dataclass
@@ -24,9 +27,7 @@ from maskloom.pipeline.extras import require
 WHITE = 240  # torchstain's `Io`: grey value of light without tissue
 LEAST_DENSITY = 0.15  # torchstain's `beta`: optical density of the palest tissue
 PALEST = WHITE * np.exp(-LEAST_DENSITY) - 1  # grey value of that density
-LEAST_TISSUE = (
-    0.1  # share of the tile; below, the stains' 99th percentiles, taken over the whole tile, say little of its tissue
-)
+LEAST_TISSUE = 0.1  # fraction of the tile; below, percentiles over the whole tile do not describe its tissue
 LEAST_PIXELS = 100  # of tissue
 LEAST_COLOUR = 8  # mean difference between a pixel's highest and lowest channel; a JPEG of a grey image stays below
 LEAST_ANGLE = 3.0  # degrees between the stains' directions; haematoxylin and eosin are 22 apart
@@ -36,7 +37,7 @@ LEAST_SPREAD = 0.1  # standard deviation of L*, a* and b*; Reinhard divides by i
 
 @dataclass(frozen=True)
 class StainNormaliser:
-    """Gives images the stains of the reference it was fitted to; can be pickled.
+    """Normalises images to the stains of a fitted reference; picklable.
 
     Attributes:
         method: `macenko` or `reinhard`.
@@ -47,7 +48,7 @@ class StainNormaliser:
     library: Any
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return a tile with the reference's stains; the same tile gives the same values.
+        """Return a tile with the stains of the reference; deterministic.
 
         Args:
             image: (H, W, 3) uint8, RGB.
@@ -56,21 +57,22 @@ class StainNormaliser:
             (H, W, 3) uint8.
 
         Raises:
-            RejectedSample: the tile has no colour, too little tissue, or not two stains that can be told apart.
+            RejectedSample: the tile has no colour, too little tissue, or no two distinguishable
+                stains.
         """
-        _fitted(self.method, image)  # for its checks: torchstain would normalise by whatever it finds
-        with np.errstate(over="ignore"), threadpool_limits(1):  # what overflows is white
+        _fitted(self.method, image)  # runs the checks, which torchstain lacks
+        with np.errstate(over="ignore"), threadpool_limits(1):  # overflows are white
             if self.method == "reinhard":
                 return np.asarray(self.library.normalize(image), dtype=np.uint8)
             return np.asarray(self.library.normalize(image, Io=WHITE, beta=LEAST_DENSITY, stains=False)[0], np.uint8)
 
 
 def stain_normaliser(config: StainConfig) -> StainNormaliser:
-    """Return a normaliser that is fitted to the configured reference, or to torchstain's published vectors for H&E.
+    """Return a normaliser fitted to the configured reference, or to torchstain's H&E vectors.
 
     Raises:
-        MaskLoomError: torchstain (extra `slides`) is not installed; or the reference cannot be read, or its stains cannot be
-            estimated.
+        MaskLoomError: torchstain (extra `slides`) is not installed, or the reference cannot be read
+            or its stains estimated.
     """
     if config.reference is None:
         return StainNormaliser(config.method, _unfitted(config.method))
@@ -101,7 +103,7 @@ def _fitted(method: str, image: NDArray[np.uint8]) -> Any:
     """
     _check_colour_and_tissue(method, image)
     normaliser = _unfitted(method)
-    with threadpool_limits(1):  # the same bits on any number of cores
+    with threadpool_limits(1):  # the same result on any number of cores
         if method == "reinhard":
             normaliser.fit(image)
             _check_spread(normaliser.target_stds)
@@ -114,7 +116,8 @@ def _fitted(method: str, image: NDArray[np.uint8]) -> Any:
 def _check_colour_and_tissue(method: str, image: NDArray[np.uint8]) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise RejectedSample(f"no RGB image but {image.shape} {image.dtype}: its stains cannot be normalised")
-    # Macenko's estimate rests on pixels that are dense in all channels; to Reinhard pale pink is tissue as well.
+    # Macenko estimates stains from pixels that are dense in all channels; for Reinhard, pale pink
+    # is tissue as well.
     tissue = (image.max(axis=2) if method == "macenko" else image.min(axis=2)) <= PALEST
     if tissue.mean() < LEAST_TISSUE or tissue.sum() < LEAST_PIXELS:
         raise RejectedSample(
@@ -135,7 +138,7 @@ def _check_spread(deviations: NDArray[np.float32]) -> None:
 
 
 def _check_stains(directions: NDArray[np.float64], most: NDArray[np.float64]) -> None:
-    """Check the estimated unit vectors of the stains, (3, 2), and the 99th percentiles of their concentrations, (2,)."""
+    """Check the estimated stain vectors, (3, 2), and 99th percentiles of the concentrations, (2,)."""
     angle = float(np.degrees(np.arccos(np.clip(directions[:, 0] @ directions[:, 1], -1, 1))))
     if not angle >= LEAST_ANGLE or not most.min() >= LEAST_STAIN:
         raise RejectedSample(

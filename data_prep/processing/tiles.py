@@ -1,4 +1,4 @@
-"""Chooses tiles of a whole slide: a regular grid, which of its squares hold tissue and annotated area, and a reproducible sample of them."""
+"""Tile selection on whole slides: grid, tissue and annotation coverage, reproducible sampling."""
 
 import hashlib
 import math
@@ -12,22 +12,22 @@ from scipy import ndimage
 from maskloom.data_prep.readers.asap import Polygon, drawn
 from maskloom.pipeline.errors import RejectedSample
 
-DARK = 25  # of 255: pixels without any brighter channel are unscanned area or ink, whose hue means nothing
-LEAST_SATURATION = 13  # of 255: below, glass and its compression noise; keeps a blank slide from being split in two
-MAX_SQUARES = 2**24  # of one grid
+DARK = 25  # of 255; darker pixels are unscanned area or ink, and their hue is meaningless
+LEAST_SATURATION = 13  # of 255; lower limit of the tissue threshold, above glass and compression noise
+MAX_SQUARES = 2**24  # per grid
 
 Corner = tuple[int, int]
-"""x, y of a tile's upper left corner on level 0."""
+"""x, y of the upper left corner of a tile on level 0."""
 
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Squares of one slide that lie wholly on it, in pixels of level 0.
+    """A regular grid of tiles that lie completely on the slide.
 
     Attributes:
         size: side of a tile in its own pixels.
-        downsample: side of one of these in pixels of level 0.
-        step: distance between the corners of neighbours.
+        downsample: side of a tile pixel in pixels of level 0.
+        step: distance between neighbouring tiles in pixels of level 0.
         shape: (rows, columns).
     """
 
@@ -42,22 +42,23 @@ class TileGrid:
         return self.size * self.downsample
 
     def corner(self, row: int, column: int) -> Corner:
-        """Return the place of a tile."""
+        """Return the corner of a tile."""
         return int(column) * self.step, int(row) * self.step
 
 
 def tile_grid(dimensions: tuple[int, int], downsample: float, unit: int, size: int, stride: int) -> TileGrid:
-    """Return the grid of a slide; what is left at its right and lower edge is narrower than a tile.
+    """Return the grid of a slide; incomplete tiles at the right and lower edge are left out.
 
     Args:
         dimensions: (width, height) of level 0.
-        downsample: side of a tile's pixel in pixels of level 0.
-        unit: corners are multiples of this, so that they fall on whole pixels of the level that is read.
+        downsample: side of a tile pixel in pixels of level 0.
+        unit: corners are multiples of this, so that they fall on whole pixels of the level that is
+            read.
         size: side of a tile in its own pixels.
-        stride: distance of neighbours, in the same pixels.
+        stride: distance between neighbouring tiles, in the same pixels.
 
     Raises:
-        RejectedSample: there are more than 2^24 squares.
+        RejectedSample: there are more than 2^24 tiles.
     """
     step = max(1, round(stride * downsample / unit)) * unit
     columns, rows = (max(0, math.floor((side - size * downsample) / step + 1e-9) + 1) for side in dimensions)
@@ -67,7 +68,7 @@ def tile_grid(dimensions: tuple[int, int], downsample: float, unit: int, size: i
 
 
 def saturation(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the saturation of HSV of an image (H, W, 3), scaled to 0..255; 0 where it is dark."""
+    """Return the HSV saturation of an image (H, W, 3), scaled to 0..255; 0 for dark pixels."""
     red, green, blue = (image[..., channel] for channel in range(3))
     brightest = np.maximum(np.maximum(red, green), blue)
     chroma = brightest - np.minimum(np.minimum(red, green), blue)
@@ -76,14 +77,14 @@ def saturation(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def tissue_threshold(values: NDArray[np.uint8]) -> int:
-    """Return the saturation above which a slide's overview is tissue: Otsu's, but not lower than that of empty glass."""
+    """Return the saturation threshold for tissue: Otsu's, but at least that of empty glass."""
     from skimage.filters import threshold_otsu
 
     return max(LEAST_SATURATION, int(threshold_otsu(values)))
 
 
 def without_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
-    """Return the mask without connected parts of fewer pixels than `smallest`."""
+    """Return the mask without connected components of fewer pixels than `smallest`."""
     parts, _ = ndimage.label(mask)
     large = np.bincount(parts.ravel()) >= smallest
     large[0] = False
@@ -91,12 +92,13 @@ def without_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_
 
 
 def mask_shares(grid: TileGrid, mask: NDArray[np.bool_], scale: tuple[float, float]) -> NDArray[np.float64]:
-    """Return what share of each tile a mask of the whole slide covers, (rows, columns) in 0..1.
+    """Return the fraction of each tile covered by a slide's mask, (rows, columns) in 0..1.
 
     Args:
         grid: the tiles.
-        mask: (H, W), of the slide at a coarse resolution.
-        scale: pixels of level 0 that make one pixel of the mask, across and down. Tiles are judged by its whole pixels.
+        mask: (H, W), mask of the slide at a coarse resolution.
+        scale: pixels of level 0 per mask pixel, horizontally and vertically. Tiles are rounded to
+            whole mask pixels.
     """
     sums = np.pad(np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1), ((1, 0), (1, 0)))
     left, right = _mask_pixels(grid, grid.shape[1], scale[0], mask.shape[1])
@@ -108,7 +110,7 @@ def mask_shares(grid: TileGrid, mask: NDArray[np.bool_], scale: tuple[float, flo
 
 
 def _mask_pixels(grid: TileGrid, count: int, scale: float, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first mask pixel of each tile along one axis and the one after its last; at least one lies between."""
+    """Return the first mask pixel of each tile along one axis, and the one after its last."""
     corners = np.arange(count) * grid.step
     first = np.floor(corners / scale).astype(np.int64).clip(0, length - 1)
     stop = np.rint((corners + grid.span) / scale).astype(np.int64).clip(1, length)
@@ -116,18 +118,17 @@ def _mask_pixels(grid: TileGrid, count: int, scale: float, length: int) -> tuple
 
 
 def polygon_shares(grid: TileGrid, polygons: Sequence[Polygon], wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return what share of each tile's pixels the polygons cover, (rows, columns) in 0..1; exact where `wanted`.
+    """Return the fraction of each tile covered by polygons, (rows, columns) in 0..1.
 
-    A tile that no outline crosses lies inside or outside as its centre does; only the others are drawn.
+    It is exact where `wanted`. A tile that no outline crosses is inside or outside like its centre;
+    only the others are rasterised.
 
     Args:
         grid: the tiles.
         polygons: areas and holes.
-        wanted: (rows, columns), the tiles whose share is needed.
+        wanted: (rows, columns) bool, the tiles for which the fraction is needed.
     """
-    first = (
-        grid.span - grid.step
-    ) / 2  # so that the centres of a raster of squares of side `step` are those of the tiles
+    first = (grid.span - grid.step) / 2  # aligns the pixel centres of a raster of side `step` with the tile centres
     shares = drawn(polygons, first, first, grid.step, grid.shape).astype(np.float64)
     crossed = _crossed(grid, polygons) if polygons else np.zeros(grid.shape, np.bool_)
     for row, column in np.argwhere(wanted & crossed):
@@ -136,7 +137,7 @@ def polygon_shares(grid: TileGrid, polygons: Sequence[Polygon], wanted: NDArray[
 
 
 def _crossed(grid: TileGrid, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
-    """Return the tiles that some edge may cross: those that the box around an edge touches."""
+    """Return the tiles that an edge may cross: those that touch the bounding box of an edge."""
     rows, columns = grid.shape
     starts = np.concatenate([polygon.points for polygon in polygons])
     ends = np.concatenate([np.roll(polygon.points, -1, axis=0) for polygon in polygons])
@@ -153,15 +154,16 @@ def _crossed(grid: TileGrid, polygons: Sequence[Polygon]) -> NDArray[np.bool_]:
 def sampled(
     preferred: Sequence[Corner], others: Sequence[Corner], limit: int | None, share: float, seed: str
 ) -> list[Corner]:
-    """Return at most `limit` tiles, of which `share` are preferred ones as far as there are enough of either, row by row.
+    """Return at most `limit` tiles, row by row, with a fraction `share` of preferred ones.
 
-    The order in which tiles are taken follows from a hash of seed and place alone: raising the limit adds to a sample and takes nothing away.
+    Tiles are chosen by a hash of seed and position, so a larger limit extends a sample without
+    changing it.
 
     Args:
-        preferred: corners of the tiles of one kind.
-        others: corners of the tiles of the other kind.
-        limit: how many in all; None takes all.
-        share: part of the limit that is kept for the preferred kind.
+        preferred: corners of the preferred tiles.
+        others: corners of the other tiles.
+        limit: total number of tiles; None: all.
+        share: fraction of the limit reserved for preferred tiles.
         seed: any text.
     """
     if limit is None:

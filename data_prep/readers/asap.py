@@ -1,12 +1,13 @@
-"""Reads the polygons of ASAP (the annotation program of the CAMELYON challenges) and draws them at any place and resolution.
+"""Reads polygon annotations of ASAP, the software of the CAMELYON challenges, and rasterises them.
 
     <ASAP_Annotations><Annotations>
       <Annotation Name="Annotation 0" Type="Polygon" PartOfGroup="Tumor">
         <Coordinates><Coordinate Order="0" X="12711.3" Y="88778.1"/> …
 
-Coordinates are pixels of the slide's level 0; a pixel's centre lies at half integers. A point is inside a polygon where the polygon's winding
-number is not zero, as in ASAP's own conversion to masks (its AnnotationToMask.cpp), so that a contour that crosses itself leaves no gap.
-Holes are cut after all areas are drawn.
+Coordinates are pixels of level 0 of the slide, with pixel centres at half integers. A point is
+inside a polygon if the winding number is not zero, as in ASAP's own conversion to masks
+(AnnotationToMask.cpp), so that a self-intersecting contour leaves no gap. Holes are subtracted
+after all areas have been drawn.
 """
 
 import math
@@ -22,8 +23,8 @@ from maskloom.data_prep.readers.common import unreadable_as_reject, xml_root
 from maskloom.pipeline.errors import RejectedSample
 
 MAX_XML_BYTES = 2**26
-FARTHEST = 2.0**31  # a coordinate beyond is not a place on a slide
-CLOSED_TYPES = ("polygon", "rectangle", "spline")  # a spline is taken through its points, which ASAP sets densely
+FARTHEST = 2.0**31  # larger coordinates cannot lie on a slide
+CLOSED_TYPES = ("polygon", "rectangle", "spline")  # splines are read as polygons; ASAP samples them densely
 CROSSINGS_AT_A_TIME = 2**22
 
 
@@ -31,10 +32,10 @@ class Polygon(NamedTuple):
     """One annotated area, or a hole in others.
 
     Attributes:
-        name: as the file has it.
-        hole: whether it is cut out.
-        points: (N, 2) corners x, y in order.
-        box: left, top, right, bottom.
+        name: the name in the file.
+        hole: whether the area is subtracted.
+        points: (N, 2) vertices x, y in order.
+        box: bounding box: left, top, right, bottom.
     """
 
     name: str
@@ -44,12 +45,12 @@ class Polygon(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """What one file annotates.
+    """The annotations of one file.
 
     Attributes:
-        polygons: all that enclose an area.
-        stray: what is wrong with each annotation that encloses no area (one or two points, or all on a line: a slip of the mouse), by its
-            number in the file.
+        polygons: the annotations that enclose an area.
+        stray: the problem of each annotation that encloses no area (collinear points, usually an
+            accidental click), by its index in the file.
     """
 
     polygons: tuple[Polygon, ...]
@@ -65,8 +66,8 @@ def read_annotations(path: Path, areas: Collection[str], holes: Collection[str])
         holes: names of the groups that are holes, in lower case.
 
     Raises:
-        RejectedSample: it is missing, damaged or too large, or has a group, a type or a coordinate that means nothing here: the mask
-            would be another one than was drawn.
+        RejectedSample: the file is missing, damaged or too large, or has an unknown group, type or
+            coordinate, with which the mask would be wrong.
     """
     with unreadable_as_reject(path):
         size = path.stat().st_size
@@ -92,13 +93,13 @@ def read_annotations(path: Path, areas: Collection[str], holes: Collection[str])
 def drawn(
     polygons: Sequence[Polygon], left: float, top: float, step: float, shape: tuple[int, int]
 ) -> NDArray[np.bool_]:
-    """Return where areas without their holes are, at the centres of the pixels of a raster on the slide.
+    """Rasterise areas without their holes, sampled at the centres of the raster's pixels.
 
     Args:
         polygons: areas and holes.
-        left: x of the raster's corner on level 0.
+        left: x of the upper left corner of the raster on level 0.
         top: y of that corner.
-        step: side of one raster pixel in pixels of level 0.
+        step: side of a raster pixel in pixels of level 0.
         shape: (height, width) of the raster.
 
     Returns:
@@ -114,18 +115,20 @@ def drawn(
 
 
 def _winding_numbers(points: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Return how often a polygon winds around each pixel.
+    """Return the winding number of a polygon around each pixel.
 
-    Along a row the number changes only where an edge crosses that row, by +1 or -1 for an edge that leads down or up; so every crossing is
-    noted at the first pixel to its right, and the row is summed from the left.
+    Along a row, the winding number changes only where an edge crosses the row: by +1 for a downward
+    and -1 for an upward edge. Every crossing is recorded at the first pixel to its right, and the
+    row is accumulated from the left.
 
     Args:
-        points: (N, 2) corners in units of pixels, with pixel centres at integers.
+        points: (N, 2) vertices in pixels, with pixel centres at integers.
         shape: (height, width).
     """
     height, width = shape
     (x, y), (next_x, next_y) = points.T, np.roll(points, -1, axis=0).T
-    # An edge crosses the rows from its upper end, included, to its lower end, excluded: corners are counted once.
+    # An edge crosses the rows from its upper end (inclusive) to its lower end (exclusive), so that
+    # vertices count once.
     first, stop = (np.clip(np.ceil(end(y, next_y)), 0, height).astype(np.int64) for end in (np.minimum, np.maximum))
     crossing = np.flatnonzero(stop > first)
     changes = np.zeros(height * (width + 1), dtype=np.int64)
@@ -150,7 +153,7 @@ def _is_hole(annotation: Element, areas: Collection[str], holes: Collection[str]
 
 
 def _points(annotation: Element, where: str) -> NDArray[np.float64]:
-    """Return the corners in the order of their numbers, (N, 2) with N >= 1."""
+    """Return the vertices, ordered by `Order`, (N, 2) with N >= 1."""
     coordinates = annotation.findall("./Coordinates/Coordinate")
     if not coordinates:
         raise RejectedSample(f"{where} has no coordinates; restore them or delete the annotation from the file")

@@ -1,7 +1,8 @@
-"""Safe readers of the file formats that several datasets share.
+"""Safe readers of file formats shared by several datasets.
 
-Raw files are not trusted: nothing here unpickles, expands XML entities, or allocates what a damaged header asks for. A decoder that is fed
-damaged bytes may raise anything at all, so each reader turns any failure of its decoder, and of nothing else, into `RejectedSample`.
+Raw files are not trusted: the readers do not unpickle, expand XML entities, or allocate memory on
+the word of a damaged header. Decoders may raise any exception on damaged bytes, so each reader
+converts any failure of its decoder, and of nothing else, into `RejectedSample`.
 """
 
 import hashlib
@@ -23,19 +24,19 @@ from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 from maskloom.pipeline.extras import require
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-JPEG_NOISE = 32  # how far JPEG may move black or white
+JPEG_NOISE = 32  # largest change of black or white by JPEG compression
 BLACK_ON_TRANSPARENT = (
-    "what the mask shows is black on transparent, so which of the two is meant is not known: draw it in white on black"
+    "what the mask shows is black on transparent, so it is unclear which of the two is meant: draw it in white on black"
 )
 
 
 @contextmanager
 def unreadable_as_reject(path: Path) -> Iterator[None]:
-    """Turn any failure of the block, which must do nothing but decode `path`, into a reject.
+    """Convert any failure of the block, which must only decode `path`, into a reject.
 
     Raises:
-        RejectedSample: the block failed; names the file (not its folder, which is nobody else's concern) and the decoder's reason. Or
-            the path is no file: reading a named pipe would wait forever.
+        RejectedSample: decoding failed (names the file, not its folder, and the reason), or the
+            path is not a regular file: reading a named pipe would block forever.
     """
     try:
         if path.exists() and not path.is_file():
@@ -52,10 +53,10 @@ def unreadable_as_reject(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reject_as_error(path: Path, advice: str) -> Iterator[None]:
-    """Turn a reject into a user's error: for a file that the whole dataset hangs on, such as its table of labels.
+    """Convert a reject into an error, for a file that the whole dataset depends on (a label table).
 
     Raises:
-        MaskLoomError: the block rejected; names the file in full and what to do.
+        MaskLoomError: the block raised a reject; names the full path and what to do.
     """
     try:
         yield
@@ -64,26 +65,28 @@ def reject_as_error(path: Path, advice: str) -> Iterator[None]:
 
 
 def decoded_image(path: Path, turn: bool = False) -> DecodedImage:
-    """Return a fully decoded image, with all of its depth. See `data_prep.readers.decoding`.
+    """Return a decoded image at its full bit depth. See `data_prep.readers.decoding`.
 
     Args:
         path: the file.
-        turn: turn a picture that is stored turned (Exif), instead of rejecting it: for images without masks.
+        turn: apply an Exif rotation instead of rejecting the image; for images without masks.
 
     Raises:
-        RejectedSample: it is missing, truncated, too large, stored turned, of several pictures, or not an image.
+        RejectedSample: the file is missing, truncated, too large, rotated by Exif, has several
+            pages, or is not an image.
     """
     with unreadable_as_reject(path):
         return decode(path, turn)
 
 
 def bright(mask: DecodedImage, threshold: int = 127) -> NDArray[np.uint8]:
-    """Return (H, W) of 0 and 1: where a mask of 8 bits a channel is bright in any of them; transparent pixels are background.
+    """Return a binary mask, (H, W) of 0 and 1, from an 8-bit image: 1 where any channel is bright.
 
-    One that is drawn with 0 and 1 instead of 0 and 255 is understood as well.
+    Transparent pixels are background. A mask drawn with 0 and 1 instead of 0 and 255 is accepted.
 
     Raises:
-        RejectedSample: it has more than 8 bits a channel, is drawn, but not brightly, or is transparent where it is not black.
+        RejectedSample: the mask has more than 8 bits per channel, no bright pixel among its
+            non-zero ones, or is black on transparent.
     """
     _require_eight_bits(mask)
     pixels = mask.pixels if mask.pixels.ndim == 2 else mask.pixels.max(axis=2)
@@ -101,10 +104,10 @@ def bright(mask: DecodedImage, threshold: int = 127) -> NDArray[np.uint8]:
 
 
 def eight_bit(image: DecodedImage, mode: Literal["L", "RGB"]) -> NDArray[np.uint8]:
-    """Return the pixels of an image of 8 bits a channel, (H, W) for mode `L` and (H, W, 3) for `RGB`, as they show on black.
+    """Return the pixels of an 8-bit image over black, (H, W) for `L` and (H, W, 3) for `RGB`.
 
     Raises:
-        RejectedSample: it has more bits; everything above 255 would be cut off.
+        RejectedSample: the image has more than 8 bits per channel, so values would be clipped.
     """
     _require_eight_bits(image)
     return np.array(Image.fromarray(image.over_black()).convert(mode))
@@ -112,23 +115,25 @@ def eight_bit(image: DecodedImage, mode: Literal["L", "RGB"]) -> NDArray[np.uint
 
 def _require_eight_bits(image: DecodedImage) -> None:
     if image.pixels.dtype != np.uint8:
-        raise RejectedSample(f"the picture holds {image.pixels.dtype}, expected 8 bits a channel")
+        raise RejectedSample(f"the picture holds {image.pixels.dtype}, expected 8 bits per channel")
 
 
 def npy_array(path: Path, ndim: int, kinds: str = "biuf", memory_map: bool = False) -> NDArray[Any]:
-    """Return the array of an `.npy` file; object arrays are refused.
+    """Return the array of an `.npy` file; object arrays are rejected.
 
     Args:
         path: the file.
-        ndim: the number of axes that it must have.
-        kinds: the numpy kinds of dtype that it may have (`b` bool, `i` and `u` integers, `f` floats).
-        memory_map: read from disk on access instead of now.
+        ndim: required number of axes.
+        kinds: allowed numpy dtype kinds (`b` bool, `i` and `u` integers, `f` floats).
+        memory_map: return a memory map instead of an array in memory.
 
     Raises:
-        RejectedSample: it is missing, truncated, pickled, or of another dtype or number of axes.
+        RejectedSample: the file is missing, truncated, pickled, or has another dtype or number of
+            axes.
     """
     with unreadable_as_reject(path):
-        # Mapped first: a header that claims more than the file holds is then an error and not an allocation.
+        # Memory-mapped first: a header that claims more than the file holds fails before any
+        # allocation.
         array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype.kind not in kinds or array.ndim != ndim or array.size == 0:
             raise RejectedSample(
@@ -142,11 +147,11 @@ _KINDS = {"b": "bool", "i": "integers", "u": "unsigned integers", "f": "floats"}
 
 
 def xml_root(path: Path) -> Element:
-    """Return the root of an XML file; entities and external references are refused (defusedxml).
+    """Return the root element of an XML file, parsed by defusedxml without entities.
 
     Raises:
-        RejectedSample: it is missing, not well formed, or declares entities.
-        MaskLoomError: defusedxml (extra `slides`, which brings such files) is not installed.
+        RejectedSample: the file is missing, not well formed, or declares entities.
+        MaskLoomError: defusedxml (extra `slides`) is not installed.
     """
     require("defusedxml", "slides", path.name)
     from defusedxml.ElementTree import parse
@@ -159,13 +164,14 @@ def xml_root(path: Path) -> Element:
 
 
 def files_in(folder: Path, suffixes: Sequence[str] = ()) -> list[Path]:
-    """Return the visible files of a folder, `benign (2)` before `benign (10)`; none where the folder is missing.
+    """Return the visible files of a folder in natural order; empty if the folder is missing.
 
-    Links to nothing, pipes and folders that are named as an image are among them, so that whoever reads them says what they are.
+    Broken links, pipes and folders with an image suffix are included, so that the reader reports
+    them.
 
     Args:
         folder: the folder.
-        suffixes: endings in lower case, such as `.png`; all where empty.
+        suffixes: lower-case suffixes, such as `.png`; empty: all files.
     """
     if not folder.is_dir():
         return []
@@ -181,21 +187,22 @@ def _is_plain_folder(path: Path) -> bool:
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:
-    """Return a sort key under which the numbers in a file's name count as numbers."""
+    """Return a sort key for natural order: `benign (2)` before `benign (10)`."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def portable_id(text: str) -> str:
-    """Return `text` with every run of other characters than ASCII letters, digits, `_` and `.` replaced by a `-`.
+    """Return an id of ASCII letters, digits, `_`, `.` and `-`, which replaces the others.
 
-    A digest keeps names apart that differ in other letters than these (`Müller`, `Möller`); names that look the same get the same id.
+    A digest distinguishes names that differ in other letters (`Müller`, `Möller`). Names that look
+    the same get the same id.
     """
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", as_seen(text)).strip("-.")
     return name if text.isascii() else f"{name}-{name_digest(text)}".lstrip("-")
 
 
 def name_digest(text: str) -> str:
-    """Return eight hexadecimal digits that names share which look the same."""
+    """Return a digest of eight hexadecimal digits, the same for names that look the same."""
     return hashlib.sha256(as_seen(text).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
@@ -205,7 +212,7 @@ def shown_size(pixels: NDArray[Any]) -> str:
 
 
 def require_same_size(name: str, part: NDArray[Any], image: NDArray[Any]) -> None:
-    """Check that a mask (or a paired image) covers its image.
+    """Check that a mask (or a paired image) has the size of its image.
 
     Raises:
         RejectedSample: height or width differ.

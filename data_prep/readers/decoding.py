@@ -1,9 +1,10 @@
-"""Decodes image files with all of their depth.
+"""Decodes image files at their full bit depth.
 
-Pillow decodes what it keeps whole: everything of 8 bits a channel. It reduces several channels of 16 bits to their high bytes
-without a word, does not invert 16-bit TIFF files whose zero is white, and drops what TIFF files hold beside their colours. So PNG of 16 bits goes
-to imagecodecs (libpng); TIFF of more than 8 bits, of signed or floating values, or with further channels to tifffile. What none of
-them keeps whole is rejected.
+Pillow decodes images of 8 bits per channel. It silently reduces multi-channel 16-bit images to
+their high bytes, does not invert 16-bit TIFF files whose zero is white, and drops extra channels of
+TIFF files. Therefore 16-bit PNG files are decoded by imagecodecs (libpng), and TIFF files with more
+than 8 bits, signed or floating-point values, or extra channels by tifffile. Files that none of them
+decodes without loss are rejected.
 """
 
 import logging
@@ -23,8 +24,9 @@ from maskloom.pipeline.extras import require
 if TYPE_CHECKING:
     from tifffile import TiffPage
 
-MAX_PIXELS = 2**28  # of one image, and values of a deep one; a slide is read by tiles and never whole
-# Pillow tries every format it knows whatever a file's name says, and runs Ghostscript on PostScript.
+MAX_PIXELS = 2**28  # per image, and values of a deep one; slides are read tile by tile
+# Pillow detects formats by content, not by file name, and would run Ghostscript on PostScript
+# files.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "WEBP", "JPEG2000")
 LOSSY_FORMATS = ("JPEG", "WEBP", "JPEG2000")
 GREY_MODES = ("1", "L", "LA")
@@ -34,18 +36,16 @@ ORIENTATION = 0x0112  # Exif and TIFF
 UPRIGHT = (0, 1)
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_DEPTH = 24  # byte of the bit depth in a PNG's first chunk, after width and height; the colour type is the next
+PNG_DEPTH = 24  # offset of the bit depth in the first chunk of a PNG; the colour type follows
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-CODESTREAM = (
-    b"\xff\x4f\xff\x51"  # begins a JPEG 2000 codestream; byte 40 tells its channels, byte 42 the first one's depth
-)
+CODESTREAM = b"\xff\x4f\xff\x51"  # start of a JPEG 2000 codestream; channels in byte 40, depth of the first in byte 42
 LOSSY_TIFF = (6, 7, 33003, 33005, 34712, 34887, 50001)  # compressions: JPEG, JPEG 2000, LERC, WebP
 UNCOMPRESSED = 1  # compression
 UNSIGNED, FLOAT = 1, 3  # SampleFormat
-ASSOCIATED, UNASSOCIATED = 1, 2  # alpha, by ExtraSamples: colours are multiplied by it already, or not
+ASSOCIATED, UNASSOCIATED = 1, 2  # ExtraSamples: alpha premultiplied or not
 COLOURS = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3}  # channels of what tifffile decodes here
 
-# tifffile logs what it finds wrong, with the file's path; what matters raises.
+# tifffile logs warnings with the path of the file; real problems raise.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
@@ -54,10 +54,12 @@ class DecodedImage:
     """The content of an image file.
 
     Attributes:
-        pixels: (H, W) grey or (H, W, 3) RGB: uint8, or the file's own type where that is deeper, in the machine's byte order.
-        alpha: (H, W) uint8, or the type of `pixels`, 0 transparent; None where there is no alpha channel, or it is the same everywhere.
-        indices: (H, W) uint8 of a file with a palette, else None.
-        lossy: whether its compression changes values, as JPEG does.
+        pixels: (H, W) grey or (H, W, 3) RGB: uint8, or the dtype of the file if that is deeper, in
+            native byte order.
+        alpha: (H, W) uint8 or of the dtype of `pixels`, 0 = transparent; None without an alpha
+            channel or if it is constant.
+        indices: (H, W) uint8 palette indices, else None.
+        lossy: whether the compression changes values, as JPEG does.
     """
 
     pixels: NDArray[Any]
@@ -66,10 +68,10 @@ class DecodedImage:
     lossy: bool = False
 
     def over_black(self) -> NDArray[Any]:
-        """Return the pixels as they show on black; those without an alpha channel as they are.
+        """Return the pixels composited over black; unchanged without an alpha channel.
 
         Raises:
-            RejectedSample: the alpha channel is not in the range of its type.
+            RejectedSample: the alpha channel is outside the range of its dtype.
         """
         if self.alpha is None:
             return self.pixels
@@ -81,7 +83,7 @@ class DecodedImage:
         return (shown if self.pixels.dtype.kind == "f" else np.rint(shown)).astype(self.pixels.dtype)
 
     def transparent(self) -> NDArray[np.bool_] | None:
-        """Return where it is less than half as opaque as at its most opaque, (H, W); None where nothing is."""
+        """Return where alpha is below half of its maximum, (H, W); None if it nowhere is."""
         if self.alpha is None:
             return None
         hidden = self.alpha < float(self.alpha.max()) / 2
@@ -89,20 +91,21 @@ class DecodedImage:
 
 
 def decode(path: Path, turn: bool = False) -> DecodedImage:
-    """Return what a file of one picture holds; may raise anything at all on damaged bytes.
+    """Return the content of a single-page image file; damaged bytes may raise any exception.
 
     Args:
         path: the file.
-        turn: turn a picture that is stored turned (Exif), instead of rejecting it: for images without masks.
+        turn: apply an Exif rotation instead of rejecting the image; for images without masks.
 
     Raises:
-        RejectedSample: it is too large, has several pictures, is stored turned, or is of a kind that would lose depth.
+        RejectedSample: the image is too large, has several pages, is rotated by Exif, or would lose
+            bit depth.
         MaskLoomError: imagecodecs (extra `codecs`) is needed and not installed.
     """
     with path.open("rb") as file:
         head = file.read(PNG_DEPTH + 2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's tell of the file, over and over; what matters raises
+        warnings.simplefilter("ignore")  # Pillow repeats warnings per file; real problems raise
         return _decoded_tiff(path) if head[:4] in TIFF_MAGIC else _decoded(path, head, turn)
 
 
@@ -122,10 +125,10 @@ def _decoded(path: Path, head: bytes, turn: bool) -> DecodedImage:
 
 
 def decoded_picture(image: Image.Image, lossy: bool = False) -> DecodedImage:
-    """Return the content of a picture that Pillow has decoded.
+    """Return the content of an image decoded by Pillow.
 
     Raises:
-        RejectedSample: it is of a mode that cannot be converted without loss.
+        RejectedSample: its mode cannot be converted without loss.
     """
     if image.mode in DEEP_MODES or image.mode.startswith("I;"):
         pixels = np.asarray(image)
@@ -150,12 +153,12 @@ def _require_size(name: str, width: int, height: int) -> None:
 
 
 def _varying(alpha: NDArray[Any]) -> NDArray[Any] | None:
-    """Return an alpha channel, or None where it is the same everywhere and so tells nothing."""
+    """Return an alpha channel, or None if it is constant."""
     return None if alpha.size == 0 or (alpha == alpha.flat[0]).all() else alpha
 
 
 def _require_depth_kept(path: Path, image: ImageFile.ImageFile) -> None:
-    """Reject colours of more than 8 bits a channel in the formats for which there is no other decoder here."""
+    """Reject colours of more than 8 bits per channel in formats without another decoder here."""
     deep = False
     if image.format == "PPM" and image.mode == "RGB":  # the decoder's arguments: mode, and the largest value if not 255
         arguments = image.tile[0].args
@@ -167,17 +170,17 @@ def _require_depth_kept(path: Path, image: ImageFile.ImageFile) -> None:
         deep = start < 0 or len(head) < start + 43 or ((head[start + 42] & 0x7F) + 1 > 8 and head[start + 41] > 1)
     if deep:
         raise RejectedSample(
-            f"{path.name} has colours of more than 8 bits a channel, which are not read from {image.format}; save it as PNG or TIFF"
+            f"{path.name} has colours of more than 8 bits per channel, which are not read from {image.format}; save it as PNG or TIFF"
         )
 
 
 def _needs_libpng(image: Image.Image, depth: int, colour_type: int) -> bool:
-    """Whether Pillow would reduce a PNG, or compare its transparent grey with values that it has stretched to 8 bits."""
+    """Whether Pillow would lose bit depth of a PNG, or mistake its transparent grey value."""
     return depth == 16 or (depth < 8 and colour_type == 0 and "transparency" in image.info)
 
 
 def _decoded_png(path: Path, image: Image.Image) -> DecodedImage:
-    """Return a PNG by libpng: grey or RGB, with or without alpha or a transparent colour."""
+    """Decode a PNG with libpng: grey or RGB, with or without alpha or a transparent colour."""
     require("imagecodecs", "codecs", f"{path.name} (a PNG that Pillow would reduce)")
     import imagecodecs
 
@@ -192,10 +195,10 @@ def _decoded_png(path: Path, image: Image.Image) -> DecodedImage:
 
 
 def _decoded_tiff(path: Path) -> DecodedImage:
-    """Return a TIFF file's only picture: by tifffile where it is deeper than 8 bits, else by Pillow."""
+    """Decode a single-page TIFF file: with tifffile beyond plain 8-bit images, else with Pillow."""
     from tifffile import TiffFile
 
-    with TiffFile(path, is_ome=False) as file:  # OME-TIFF names other files, which would be opened
+    with TiffFile(path, is_ome=False) as file:  # OME-TIFF refers to other files, which would be opened
         pictures, page = len(file.pages), file.pages.first
         if pictures == 1 and not (file.is_ndpi or file.is_svs):  # some writers put a stack into one page
             pictures = max(1, math.prod(file.series[0].shape) // max(1, math.prod(page.shape)))
@@ -216,7 +219,7 @@ def _decoded_tiff(path: Path) -> DecodedImage:
 
 
 def _tiff_page(path: Path, page: "TiffPage", lossy: bool) -> DecodedImage:
-    """Return a page that Pillow would reduce: of more than 8 bits a channel, of signed or floating values, or with further channels."""
+    """Decode a page with more than 8 bits per channel, signed or float values, or extra channels."""
     samples, dtype, kind = page.samplesperpixel, page.dtype, _photometric(page)
     colours = COLOURS.get(kind, 0)
     if not colours or not colours <= samples <= colours + 1 or dtype is None or dtype.kind not in "iuf":
@@ -253,7 +256,7 @@ def _photometric(page: "TiffPage") -> str:
 
 
 def _unmultiplied(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
-    """Return colours, (H, W, C), that were stored multiplied by the alpha channel, without it."""
+    """Return colours, (H, W, C), without the premultiplied alpha."""
     top = 1.0 if alpha.dtype.kind == "f" else float(np.iinfo(alpha.dtype).max)
     share = np.maximum(alpha.astype(np.float64) / top, np.finfo(np.float64).tiny)[..., None]
     colours = np.where(share > np.finfo(np.float64).tiny, np.minimum(pixels / share, top), 0)
@@ -261,17 +264,20 @@ def _unmultiplied(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
 
 
 def _require_whole(path: Path, page: "TiffPage") -> None:
-    """Reject a page of which tifffile would fill missing parts with zeros."""
+    """Reject a truncated page; tifffile would fill the missing parts with zeros."""
     size = path.stat().st_size
     parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-    # Uncompressed strips come as one part; of other parts there is one for each chunk of the picture.
+    # Contiguous uncompressed strips count as one part; otherwise there is one part per chunk.
     fewer = len(parts) < math.prod(page.chunked) and not page.is_contiguous
     if not parts or fewer or any(length == 0 or offset + length > size for offset, length in parts):
         raise RejectedSample(f"{path.name} is cut short: a part of its pixels is missing")
 
 
 def _inverted(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Return values of which 0 was white as such of which it is black; signed and floating ones have no fixed white and keep their range."""
+    """Invert values stored with 0 as white.
+
+    Signed and floating-point values have no fixed white; they are inverted within their range.
+    """
     if pixels.dtype.kind == "u":
         return pixels.dtype.type(2**bits - 1) - pixels
     return pixels.max() - pixels + pixels.min()

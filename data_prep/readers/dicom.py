@@ -1,7 +1,8 @@
-"""DICOM files: what a header says, and pixels as a viewer shows them.
+"""DICOM files: header fields, and pixels as a viewer shows them.
 
-Headers and pixels come from pydicom. No error told here repeats a value of the file or its name, either of which may name a patient: reasons go to the
-ledger of a dataset that may be published. What identifies a patient is returned by `read_header` alone, in fields that say so.
+Headers and pixels are read with pydicom. No error message repeats the file name or a value of the
+file, which may identify a patient: reasons are written to the ledger of a dataset that may be
+published. Only `read_header` returns identifying values, in fields documented as such.
 """
 
 import math
@@ -30,12 +31,12 @@ PREAMBLE = 128
 DIRECTORY = "1.2.840.10008.1.3.10"  # SOP class of a DICOMDIR
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 DEFLATED = "1.2.840.10008.1.2.1.99"
-MAX_FRAME_BYTES = 2**28  # a small compressed file can claim any size; one that is not compressed is held to its own
+MAX_FRAME_BYTES = 2**28  # a small compressed file can claim any size; uncompressed files are checked against their size
 COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # RGB once they are decoded
-PLANES = ("sagittal", "coronal", "axial")  # by the patient's axis (x, y, z) that they are cut across
+PLANES = ("sagittal", "coronal", "axial")  # by the patient axis (x, y, z) perpendicular to the plane
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")  # the first counts
-MAX_ASPECT = 10  # of a pixel's sides
-OBLIQUE = 0.8  # below this cosine to an axis a plane bears no name
+MAX_ASPECT = 10  # ratio of a pixel's sides
+OBLIQUE = 0.8  # cosine to an axis below which a plane counts as oblique
 
 HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "PatientID", "PatientName", "Modality", "BodyPartExamined",
@@ -55,16 +56,17 @@ PICTURE_TAGS = [
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """Header fields of a DICOM file.
 
     Attributes:
-        instance_uid, study_uid, patient_id: identify a person, as do the names; empty where the file has none.
-        patient_words: `patient_id` and the parts of PatientName of three letters or more, in lower case.
+        instance_uid, study_uid, patient_id: identify a person; empty if the file has none.
+        patient_words: identifying words: `patient_id` and the parts of PatientName with at least
+            three letters, in lower case.
         modality: the DICOM code, such as `CT`.
         body_part: BodyPartExamined in upper case, or empty.
         plane: `axial`, `coronal`, `sagittal`, or empty for oblique planes and projections.
-        burned_in: whether the file says that text about the patient is part of the picture.
-        frames: the number of pictures.
+        burned_in: whether the file declares text about the patient in its pixels.
+        frames: number of frames.
     """
 
     instance_uid: str
@@ -82,9 +84,9 @@ class DicomPicture(NamedTuple):
     """One frame.
 
     Attributes:
-        image: (H, W) float32 in rescaled units, or (H, W, 3) uint8, or another type where colours are deeper.
+        image: (H, W) float32 in rescaled units, or (H, W, 3) uint8 or a deeper dtype for colours.
         value_range: its (black, white).
-        pixel_size: (height, width) of a pixel, in millimetres or as a ratio; None where the file does not tell.
+        pixel_size: (height, width) of a pixel, in millimetres or as a ratio; None if not stated.
     """
 
     image: NDArray[Any]
@@ -93,7 +95,7 @@ class DicomPicture(NamedTuple):
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is in the DICOM file format: `DICM` follows a preamble of 128 bytes."""
+    """Whether a file has the DICOM file format, `DICM` after a preamble of 128 bytes."""
     try:
         with path.open("rb") as file:
             return file.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
@@ -102,10 +104,13 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_header(path: Path) -> Header:
-    """Return what a file says of itself; its pixels are not read, but it is checked that they are there and can be decoded.
+    """Return the header of a file, after checking that its pixels are present and decodable.
+
+    The pixels themselves are not read.
 
     Raises:
-        RejectedSample: it is not a DICOM file, not an image, lacks what identifies it, or needs a decoder that is not installed.
+        RejectedSample: the file is not a DICOM image, lacks identifiers, or needs a decoder that is
+            not installed.
         MaskLoomError: pydicom or imagecodecs (extra `dicom`) is not installed.
     """
     if not is_dicom(path):
@@ -125,20 +130,20 @@ def read_header(path: Path) -> Header:
 
 
 def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> DicomPicture:
-    """Return one frame as a viewer shows it: bright is bright, whatever the photometric interpretation.
+    """Return one frame as a viewer shows it, independent of the photometric interpretation.
 
-    Grey values are rescaled (Hounsfield units for CT) and keep their range; colours become RGB. What becomes black and white is: `window`;
-    without it the file's first window or lookup table (values of interest, VOI); without that all of an 8-bit range, or of the picture's own values.
-    Padding is black.
+    Grey values are rescaled (Hounsfield units for CT) and keep their range; colours become RGB.
+    Black and white come from `window`; else from the file's first window or lookup table (value of
+    interest, VOI); else from the 8-bit range or the range of the frame's values. Padding is black.
 
     Args:
         path: the file.
-        frame: number of the frame, from 0.
-        window: what becomes black and white, in rescaled units; None takes the file's own.
+        frame: index of the frame, from 0.
+        window: intensity window in rescaled units; None: the window of the file.
 
     Raises:
-        RejectedSample: the pixels cannot be decoded, are of a kind that is not read, or all of one value; or the file tells
-            an impossible size of a pixel.
+        RejectedSample: the pixels cannot be decoded, are of an unsupported kind or constant, or the
+            file states an impossible pixel size.
         MaskLoomError: pydicom or imagecodecs (extra `dicom`) is not installed.
     """
     _require_packages()
@@ -153,7 +158,7 @@ def read_picture(path: Path, frame: int, window: IntensityWindow | None) -> Dico
             stored = apply_color_lut(stored, dataset)[..., :3]
             stored = (stored >> 8).astype(np.uint8) if stored.dtype == np.uint16 else stored
         if stored.ndim == 2:
-            with np.errstate(over="ignore", invalid="ignore"):  # told below
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
                 picture, black, white = _grey(stored, dataset, frame, window)
         elif stored.ndim == 3 and stored.shape[2] == 3 and stored.dtype.kind == "u":
             if dataset.PhotometricInterpretation not in COLOURS:
@@ -179,7 +184,7 @@ def _require_packages() -> None:
 
 
 def _read(file: BinaryIO, tags: list[str]) -> "Dataset":
-    """Return the asked elements; `file` then stands at the pixel data, or at its end."""
+    """Return the requested elements; `file` is then positioned at the pixel data, or at its end."""
     import pydicom
 
     from maskloom.data_prep.readers.dicom_codecs import register
@@ -190,7 +195,7 @@ def _read(file: BinaryIO, tags: list[str]) -> "Dataset":
     file.seek(PREAMBLE + 4)
     meta = pydicom.filereader.read_file_meta_info(file.name)
     if meta.TransferSyntaxUID == DEFLATED:
-        # Inflated by pydicom as a whole, however much that is.
+        # pydicom would inflate the whole file, whatever its size.
         raise RejectedSample(
             "its transfer syntax Deflated Explicit VR Little Endian is not read; write it as Explicit VR"
         )
@@ -200,7 +205,7 @@ def _read(file: BinaryIO, tags: list[str]) -> "Dataset":
 
 @lru_cache(maxsize=2)
 def _picture_dataset(path: Path, size: int, time: int) -> "Dataset":
-    """Return what the pixels are understood by; kept for the next frame of the same file, as long as it does not change."""
+    """Return the elements needed to interpret the pixels, cached for the next frame of the file."""
     with path.open("rb") as file:
         return _read(file, PICTURE_TAGS)
 
@@ -234,7 +239,10 @@ def _require_decoder(syntax: "UID") -> None:
 
 
 def _require_pixels(dataset: "Dataset", file: BinaryIO) -> None:
-    """Check that the claimed pixels are in the file, so that no more is allocated than it holds; compressed ones have a limit instead."""
+    """Check the claimed size of the pixels before anything is allocated.
+
+    Uncompressed pixels must be in the file; compressed frames have an upper limit.
+    """
     if any(tag not in dataset for tag in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")):
         raise RejectedSample("holds no image: a report, a plan or another object without pixels")
     rows, columns, samples = (int(dataset.get(tag, 1)) for tag in ("Rows", "Columns", "SamplesPerPixel"))
@@ -257,7 +265,7 @@ def _require_pixels(dataset: "Dataset", file: BinaryIO) -> None:
 
 
 def _pixel_data_length(dataset: "Dataset", file: BinaryIO) -> tuple[int, int]:
-    """Return the declared length of the pixel data at which `file` stands, and the number of bytes that really follow."""
+    """Return the declared length of the pixel data at `file`, and the actual length."""
     syntax = dataset.file_meta.TransferSyntaxUID
     order = "<" if syntax.is_little_endian else ">"
     start = file.read(8 if syntax.is_implicit_VR else 12)
@@ -290,7 +298,7 @@ def _header(dataset: "Dataset") -> Header:
 
 
 def _plane(orientation: Any) -> str:
-    """Return the name of the plane with these direction cosines of rows and columns (six numbers)."""
+    """Return the name of the plane with these six direction cosines of rows and columns."""
     if orientation is None or len(orientation) != 6:
         return ""
     cosines = np.asarray(orientation, dtype=np.float64)
@@ -301,7 +309,7 @@ def _plane(orientation: Any) -> str:
 def _grey(
     stored: NDArray[Any], dataset: "Dataset", frame: int, window: IntensityWindow | None
 ) -> tuple[NDArray[np.float32], float, float]:
-    """Return a frame in rescaled units, (H, W) float32, and its black and white. See `read_picture`."""
+    """Return a frame in rescaled units, (H, W) float32, with its black and white values."""
     from pydicom.pixels import apply_modality_lut
 
     padding = _padding(stored, dataset)
@@ -320,7 +328,7 @@ def _grey(
 def _values_of_interest(
     rescaled: NDArray[Any], padding: NDArray[np.bool_], stored: NDArray[Any], dataset: "Dataset", frame: int
 ) -> tuple[NDArray[Any], float, float]:
-    """Return the values that are shown, and the file's own black and white. DICOM PS3.3 C.11.2."""
+    """Return the values after the VOI transformation, and black and white (DICOM PS3.3 C.11.2)."""
     from pydicom.pixels import apply_voi
 
     voi = _group(dataset, frame, "FrameVOILUTSequence")
@@ -333,13 +341,13 @@ def _values_of_interest(
         return rescaled, *_full_range(rescaled[~padding], stored, dataset, frame)
     if function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (rescaled - center) / width)), 0.0, 1.0
-    if function == "LINEAR":  # half a unit narrower, for whole numbers
+    if function == "LINEAR":  # half a unit narrower on each side (PS3.3 C.11.2.1.2)
         center, width = center - 0.5, max(width - 1, 0.0)
     return rescaled, center - width / 2, center + width / 2
 
 
 def _full_range(valid: NDArray[Any], stored: NDArray[Any], dataset: "Dataset", frame: int) -> tuple[float, float]:
-    """Return black and white where neither the user nor the file gives a window."""
+    """Return black and white if neither the user nor the file gives a window."""
     from pydicom.pixels import apply_modality_lut
 
     bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
@@ -352,22 +360,22 @@ def _full_range(valid: NDArray[Any], stored: NDArray[Any], dataset: "Dataset", f
 
 
 def _colour_range(stored: NDArray[Any]) -> tuple[float, float]:
-    """Return black and white of colours: all of 8 bits; of more the picture's own values, for not all bits may be in use."""
+    """Return black and white of colours: the 8-bit range, or the range of deeper values."""
     return (0.0, 255.0) if stored.dtype == np.uint8 else (float(stored.min()), float(stored.max()))
 
 
 def _pixel_size(dataset: "Dataset", frame: int) -> tuple[float, float] | None:
-    """Return (height, width) of a frame's pixels: the distances between rows and between columns, or their ratio.
+    """Return (height, width) of a frame's pixels: row and column spacing, or their ratio.
 
     Raises:
-        RejectedSample: one is ten times the other or more.
+        RejectedSample: the sides differ by a factor of more than ten.
     """
     measures = _group(dataset, frame, "PixelMeasuresSequence")
     for source, tag in ((measures, "PixelSpacing"), *((dataset, tag) for tag in SPACINGS)):
         value = source.get(tag)
         sides = list(map(float, value)) if isinstance(value, Sequence) and not isinstance(value, str) else []
         if len(sides) != 2 or not all(math.isfinite(side) and side > 0 for side in sides):
-            continue  # zeros are what some programs write for `not known`
+            continue  # some programs write zeros for unknown values
         if max(sides) > MAX_ASPECT * min(sides):
             raise RejectedSample(f"its {tag} says that a pixel's sides are as {max(sides) / min(sides):.0f} to 1")
         return sides[0], sides[1]
@@ -375,7 +383,7 @@ def _pixel_size(dataset: "Dataset", frame: int) -> tuple[float, float] | None:
 
 
 def _undecoded(dataset: "Dataset | None", error: Exception) -> str:
-    """Return why pixels could not be decoded, without the words of an error, which may quote the file."""
+    """Return why pixels could not be decoded, without the error's text, which may quote the file."""
     if dataset is None:
         return f"its header cannot be read ({type(error).__name__})"
     syntax = dataset.file_meta.TransferSyntaxUID
@@ -386,7 +394,7 @@ def _undecoded(dataset: "Dataset | None", error: Exception) -> str:
 
 
 def _group(dataset: "Dataset", frame: int, sequence: str) -> "Dataset":
-    """Return where a frame's transformation is: in its own functional group, in the shared one, or in the dataset itself."""
+    """Return the functional group of a frame: its own, the shared one, or the dataset itself."""
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or ()
     shared = dataset.get("SharedFunctionalGroupsSequence") or ()
     for groups in (*per_frame[frame : frame + 1], *shared[:1]):
@@ -397,7 +405,7 @@ def _group(dataset: "Dataset", frame: int, sequence: str) -> "Dataset":
 
 
 def _padding(stored: NDArray[Any], dataset: "Dataset") -> NDArray[np.bool_]:
-    """Return where a frame is padded: PixelPaddingValue, or between it and PixelPaddingRangeLimit."""
+    """Return the padded pixels: PixelPaddingValue, or the range up to PixelPaddingRangeLimit."""
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, dtype=bool)

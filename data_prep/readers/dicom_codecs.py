@@ -1,6 +1,7 @@
-"""Decodes compressed DICOM frames for pydicom by imagecodecs: JPEG of 12 bits, lossless JPEG and JPEG-LS.
+"""A pydicom decoder plug-in on imagecodecs for 12-bit JPEG, lossless JPEG and JPEG-LS.
 
-With Pillow alone pydicom decodes JPEG of 8 bits and JPEG 2000. Of the plug-ins that it knows for the others, those for JPEG of 12 bits are under the GPL.
+With Pillow alone, pydicom decodes 8-bit JPEG and JPEG 2000. Its other plug-ins for 12-bit JPEG are
+under the GPL.
 """
 
 import struct
@@ -21,13 +22,13 @@ CODECS = {
     JPEGLSNearLossless: "jpegls_decode",
 }
 DECODER_DEPENDENCIES = dict.fromkeys(CODECS, ("numpy", "imagecodecs"))
-# Markers of a JPEG that begin with its size: every SOF, and that of JPEG-LS.
+# JPEG markers that start a frame header with its size: all SOF markers and that of JPEG-LS.
 FRAME_MARKERS = (*(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)), 0xF7)
 
 
 @cache
 def register() -> None:
-    """Give pydicom's decoders this one as well; those that they have come first."""
+    """Register this decoder with pydicom; decoders that are already registered take precedence."""
     from pydicom.pixels import get_decoder
 
     for syntax in CODECS:
@@ -35,30 +36,32 @@ def register() -> None:
 
 
 def is_available(syntax: str) -> bool:
-    """Whether this decodes a transfer syntax."""
+    """Whether this plug-in decodes a transfer syntax."""
     return syntax in CODECS
 
 
 def decode_frame(src: bytes, runner: "DecodeRunner") -> bytes:
-    """Return the values of one frame, colours pixel by pixel and as they are stored.
+    """Return the values of one frame, interleaved by pixel, in the stored colour space.
 
     Args:
         src: the compressed frame.
-        runner: what pydicom knows of the frame; it is told how many bits the values have.
+        runner: pydicom's description of the frame; its `bits_allocated` is updated.
 
     Raises:
-        ValueError: the frame has another size than the header of the file says.
+        ValueError: the size of the frame differs from the header of the file.
     """
     import imagecodecs
 
     if jpeg_size(src) != (runner.rows, runner.columns):
         raise ValueError("the compressed frame has another size than the file's header says")
-    # What the header says of colours is pydicom's to apply.
+    # pydicom converts colours according to the header.
     stored = {"colorspace": "RGB", "outcolorspace": "RGB"} if runner.samples_per_pixel > 1 else {}
     codec = CODECS[runner.transfer_syntax]
     pixels = getattr(imagecodecs, codec)(src, **(stored if codec == "jpeg8_decode" else {}))
     bits = pixels.dtype.itemsize * 8
-    if runner.pixel_representation == 1 and runner.bits_stored < bits:  # the sign is the highest of the stored bits
+    if (
+        runner.pixel_representation == 1 and runner.bits_stored < bits
+    ):  # sign extension: the sign is the highest stored bit
         unused = bits - runner.bits_stored
         pixels = (pixels << unused).view(f"i{pixels.dtype.itemsize}") >> unused
     if runner.samples_per_pixel > 1:
@@ -68,7 +71,7 @@ def decode_frame(src: bytes, runner: "DecodeRunner") -> bytes:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (height, width) as a JPEG or JPEG-LS states it, or None where it does not."""
+    """Return (height, width) stated in a JPEG or JPEG-LS stream, or None."""
     place = 2
     while place + 9 <= len(data) and data[place] == 0xFF:
         if data[place + 1] in FRAME_MARKERS:

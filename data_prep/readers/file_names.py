@@ -1,8 +1,9 @@
-"""Names of files, folders, classes and columns as people see them, compared and shown in one way everywhere.
+"""Comparison and display of names of files, folders, classes and columns.
 
-One archive, unpacked on a Mac, on Windows and on Linux, gives names that differ in ways that nobody sees: accents composed (NFC) or decomposed
-(NFD), no-break and double spaces, invisible marks, upper and lower case. What a table or a pattern names is therefore looked for as it is
-written first, and then as it looks.
+The same archive, unpacked on macOS, Windows and Linux, may give names with invisible differences:
+composed (NFC) or decomposed (NFD) accents, no-break and double spaces, invisible characters, upper
+and lower case. Names in tables and patterns are therefore matched exactly first, and then by
+appearance.
 """
 
 import re
@@ -13,28 +14,32 @@ from pathlib import Path
 
 from maskloom.pipeline.errors import MaskLoomError
 
-# What file managers leave behind; hidden files, such as `.DS_Store` and the resource forks `._image.png`, count as well.
+# Files created by file managers. Hidden files, such as `.DS_Store` and resource forks
+# `._image.png`, count as well.
 SYSTEM_NAMES = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin"})
 NO_TEXT = "its name is not valid UTF-8; rename it"
 
 
 def is_system_name(name: str) -> bool:
-    """Whether a file or folder is hidden or left behind by a file manager: such are no data, and are ignored everywhere."""
+    """Whether a file or folder is hidden or created by a file manager, and so ignored everywhere."""
     return name.startswith(".") or name.casefold() in SYSTEM_NAMES
 
 
 def is_visible(path: Path, root: Path) -> bool:
-    """Whether neither a file nor a folder between it and `root` is one of `is_system_name`."""
+    """Whether neither a file nor any folder between it and `root` has a system name."""
     return not any(is_system_name(part) for part in path.relative_to(root).parts)
 
 
 def is_text(name: str) -> bool:
-    """Whether a name is text, and not bytes that merely came through as such (surrogates), which no file format holds."""
+    """Whether a name is valid text, without the surrogates that stand for undecodable bytes."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def as_seen(name: str) -> str:
-    """Return what names have in common that look the same: accents composed, every space plain, nothing invisible."""
+    """Normalise the appearance of a name: NFC, plain spaces, no invisible characters.
+
+    Names that look the same give the same result.
+    """
     if name.isascii() and name.isprintable():
         return name
     composed = unicodedata.normalize("NFC", name)
@@ -43,15 +48,16 @@ def as_seen(name: str) -> str:
 
 
 def canonical(name: str) -> str:
-    """Return a name as it is seen, with single spaces and none around it: what a class is called, however it was typed."""
+    """Return the canonical spelling of a class name: `as_seen`, with single spaces and stripped."""
     return " ".join(as_seen(name).split())
 
 
 def comparable(name: str) -> str:
-    """Return what names have in common that differ in letter case or in spaces at most, beyond those that look the same.
+    """Return a key that is equal for names which differ at most in appearance, case or spaces.
 
     Args:
-        name: of a file (spaces before its ending do not count), a folder, a class, or a path with forward slashes.
+        name: name of a file (spaces before the suffix are ignored), a folder or a class, or a path
+            with forward slashes.
     """
     if "/" in name:
         return "/".join(map(comparable, name.split("/")))
@@ -60,9 +66,9 @@ def comparable(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return text in which all that a screen would obey, could not show, or shows as nothing is escaped: `\xff`, `\n`, `\u200f`.
+    r"""Return text with unprintable characters escaped: `\xff`, `\n`, `\u200f`.
 
-    The result can be written anywhere: to a terminal, JSON, HTML or Parquet.
+    The result is safe for terminals, JSON, HTML and Parquet.
     """
     return text if text.isprintable() else "".join(map(_escaped, text))
 
@@ -70,23 +76,23 @@ def printable(text: str) -> str:
 def _escaped(letter: str) -> str:
     if letter.isprintable():
         return letter
-    if "\udc80" <= letter <= "\udcff":  # a byte that is no UTF-8
+    if "\udc80" <= letter <= "\udcff":  # a byte that is not UTF-8
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class Names:
-    """Finds a name among others: as it is written, else the only one that is comparable."""
+    """Looks up names: an exact match, else the only comparable one."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Keep the names."""
+        """Index the names."""
         self._written = set(names)
         self._alike: dict[str, list[str]] = defaultdict(list)
         for name in sorted(self._written):
             self._alike[comparable(name)].append(name)
 
     def find(self, name: str) -> str | None:
-        """Return the name that is meant, or None where there is none, or several that are not written so."""
+        """Return the matching name, or None if there is none or the match is ambiguous."""
         if name in self._written:
             return name
         alike = self._alike.get(comparable(name), [])
@@ -94,17 +100,17 @@ class Names:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Return the visible folders in a folder, sorted; none where it is missing."""
+    """Return the visible subfolders of a folder, sorted; empty if it is missing."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_system_name(path.name))
 
 
 def entry_named(folder: Path, name: str) -> Path | None:
-    """Return the file or folder of a name in a folder, or the only one whose name is comparable; None where there is none.
+    """Return the only file or folder with a comparable name in a folder, or None.
 
     Raises:
-        MaskLoomError: several names count as this one.
+        MaskLoomError: several names are comparable.
     """
     wanted = comparable(name)
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -116,10 +122,10 @@ def entry_named(folder: Path, name: str) -> Path | None:
 
 
 def folder_named(folder: Path, *names: str) -> Path:
-    """Return the folder that nested names lead to, each found by `entry_named`, else the path where it would be.
+    """Return the nested folder with comparable names, or the path that it would have.
 
     Raises:
-        MaskLoomError: see `entry_named`.
+        MaskLoomError: several names are comparable.
     """
     for name in names:
         folder = entry_named(folder, name) or folder / name

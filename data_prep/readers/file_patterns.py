@@ -1,8 +1,9 @@
-"""Finds the files that a pattern names below a folder, and those that belong to one image.
+"""File patterns: finds the files that match a pattern, and those that belong to one image.
 
-A pattern is a path with `*`, `?`, `[abc]` and `**/` (any number of folders), and with placeholders such as `{stem}` that each image fills
-in. It fits names as they look, upper or lower case: `images/*.png` also finds `Images/1.PNG`. Hidden files are left out. Patterns cannot leave
-the folder; a link that does is told by `Confined`.
+A pattern is a path with `*`, `?`, `[abc]` and `**/` (any number of folders), and with placeholders
+such as `{stem}` that are filled in for each image. Names are matched by appearance and without
+case: `images/*.png` also finds `Images/1.PNG`. Hidden files are ignored. Patterns cannot leave the
+folder; `Confined` rejects links that do.
 """
 
 import os
@@ -20,21 +21,22 @@ from maskloom.pipeline.errors import RejectedSample
 
 TOKENS = re.compile(r"(\{folder\}/|\{[^{}]*\}|\*\*/|\*|\?|\[!?[^\]]+\])")
 ANYTHING = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
-ANY_VALUE = {"{folder}/": "(?:[^/]+/)*", "{image}": ".+", "{mask}": ".+"}  # the others stand for one name
+ANY_VALUE = {"{folder}/": "(?:[^/]+/)*", "{image}": ".+", "{mask}": ".+"}  # all others match one name
 FIRST_WILDCARD = re.compile(r"[*?]|\[!?[^\]]+\]")
 WILDCARD_BESIDE_PLACEHOLDER = re.compile(r"\}[*?\[]|[*?\]]\{")
 
 
 def check_pattern(pattern: str, placeholders: Collection[str]) -> None:
-    """Check a pattern as a user wrote it.
+    """Validate a pattern written by a user.
 
     Args:
         pattern: the pattern.
-        placeholders: the names that it may use in braces.
+        placeholders: names that are allowed in braces.
 
     Raises:
-        ValueError: it is empty, absolute or leads upwards, holds a backslash, a lone brace or another placeholder, ends in a folder, or has
-            a wildcard right beside a placeholder, where image `1` would also take what belongs to image `10`.
+        ValueError: the pattern is empty, absolute or contains `..`, a backslash, a lone brace or an
+            unknown placeholder, ends in a folder, or has a wildcard next to a placeholder, with
+            which image `1` would also match the files of image `10`.
     """
     parts = pattern.split("/")
     unknown = [name for name in re.findall(r"\{([^{}]*)\}", pattern) if name not in placeholders]
@@ -60,45 +62,46 @@ def check_pattern(pattern: str, placeholders: Collection[str]) -> None:
 
 
 class FilePool:
-    """The files that a pattern can name for any image, found once, and those that it names for one.
+    """The files that match a pattern for any image, with a lookup for single images.
 
     Attributes:
-        files: paths relative to the folder, with forward slashes, `2.png` before `10.png`.
-        linked_folders: links to folders on the way, which are not followed.
+        files: paths relative to the folder, with forward slashes, in natural order.
+        linked_folders: links to folders, which are not followed.
     """
 
     def __init__(self, folder: Path, pattern: str) -> None:
         """Find the files.
 
         Args:
-            folder: where to look.
-            pattern: a pattern that `check_pattern` passed.
+            folder: the folder to search.
+            pattern: a pattern validated by `check_pattern`.
         """
         expression = _expression(pattern, {}, loosely=True)
         found, self.linked_folders = _walked(folder, _literal_folders(pattern))
         self.files = sorted((file for file in found if expression.fullmatch(as_seen(file))), key=_file_order)
         self._pattern = pattern
-        self._as_written = _Index(self.files, pattern, loosely=False)
+        self._exact_index = _Index(self.files, pattern, loosely=False)
 
     def matching(self, values: Mapping[str, str]) -> list[str]:
-        """Return the files of one image, `2.png` before `10.png`.
+        """Return the files of one image by exact names, in natural order.
 
         Args:
-            values: what its placeholders stand for; a pattern without placeholders means the files of the same `stem`.
+            values: values of the placeholders; a pattern without placeholders matches the files
+                with the same `stem`.
         """
-        return self._as_written.matching(values)
+        return self._exact_index.matching(values)
 
-    def looking_like(self, values: Mapping[str, str]) -> list[str]:
-        """Return the files that would be those of one image if accents, spaces and letter case were written alike; see `matching`."""
-        return self._as_seen.matching(values)
+    def matching_loosely(self, values: Mapping[str, str]) -> list[str]:
+        """Return the files of one image by comparable names; see `matching`."""
+        return self._loose_index.matching(values)
 
     @cached_property
-    def _as_seen(self) -> "_Index":
+    def _loose_index(self) -> "_Index":
         return _Index(self.files, self._pattern, loosely=True)
 
 
 class _Index:
-    """Files by path, stem and folder: by their names as they are, or loosely, as `data_prep.readers.file_names` compares them."""
+    """Index of files by path, stem and folder, with exact or comparable names (`file_names`)."""
 
     def __init__(self, files: Sequence[str], pattern: str, loosely: bool) -> None:
         self._pattern, self._loosely = pattern, loosely
@@ -131,12 +134,12 @@ class _Index:
         return sorted(fitting, key=_file_order)
 
     def _start(self, name: str) -> str:
-        """Return a name in which equal beginnings are equal."""
+        """Return a key that preserves common prefixes."""
         return as_seen(name).casefold() if self._loosely else name
 
 
 class Confined:
-    """Tells files that lie in a folder from links that lead out of it; remembers the folders that it has looked up."""
+    """Rejects links that lead out of a folder; caches resolved folders."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -144,21 +147,21 @@ class Confined:
         self._resolved: dict[Path, Path] = {}
 
     def check(self, name: str) -> None:
-        """Check one path relative to the folder.
+        """Check a path relative to the folder.
 
         Raises:
-            RejectedSample: it leads out of the folder.
+            RejectedSample: the path leads out of the folder.
         """
         path = self._folder / name
         parent = self._resolved.get(path.parent) or self._resolved.setdefault(path.parent, path.parent.resolve())
-        # Unlike Path.resolve, realpath takes a link to itself for what it is.
+        # Unlike Path.resolve, realpath does not fail on a link to itself.
         place = Path(os.path.realpath(path)) if path.is_symlink() else parent / path.name
         if not place.is_relative_to(self._root):
             raise RejectedSample(f"{name} is a link that leads out of data.raw_dir; copy the file into it")
 
 
 def placeholder_values(file: str) -> dict[str, str]:
-    """Return what `{stem}`, `{parent}`, `{grandparent}` and `{folder}` stand for, for an image's relative path."""
+    """Return the values of `{stem}`, `{parent}`, `{grandparent}` and `{folder}` for an image path."""
     path = PurePosixPath(file)
     return {
         "stem": path.stem,
@@ -173,9 +176,10 @@ def _file_order(file: str) -> list[list[tuple[int, str]]]:
 
 
 def _walked(root: Path, parts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the visible files and the linked folders below some nested folders of `root`, relative to `root`.
+    """Return the visible files and linked folders below nested folders of `root`.
 
-    Links to nothing, pipes and folders that are named as an image count as files, so that whoever reads them says what they are.
+    Broken links, pipes and folders with an image suffix count as files, so that the reader reports
+    them.
     """
     files, links = [], []
     for start in _folders_named(root, parts):
@@ -190,7 +194,7 @@ def _walked(root: Path, parts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _folders_named(root: Path, parts: Sequence[str]) -> list[Path]:
-    """Return the folders that nested names lead to, compared as they look."""
+    """Return the nested folders with comparable names."""
     folders = [root]
     for part in parts:
         below = (entry for folder in folders for entry in sorted(folder.iterdir()) if entry.is_dir())
@@ -199,7 +203,7 @@ def _folders_named(root: Path, parts: Sequence[str]) -> list[Path]:
 
 
 def _literal_folders(pattern: str) -> list[str]:
-    """Return the folders that a pattern begins with, up to the first wildcard or placeholder."""
+    """Return the leading folders of a pattern, up to the first wildcard or placeholder."""
     return list(takewhile(lambda part: not _special(part), pattern.split("/")[:-1]))
 
 
@@ -208,19 +212,19 @@ def _special(pattern: str) -> bool:
 
 
 def has_wildcards(pattern: str) -> bool:
-    """Whether a pattern may name several files of one image."""
+    """Whether a pattern may match several files of one image."""
     return FIRST_WILDCARD.search(pattern) is not None
 
 
 def _filled(pattern: str, values: Mapping[str, str]) -> str:
-    """Return a pattern with its placeholders filled in; an image that lies in no folder has no `{folder}/`."""
+    """Return a pattern with its placeholders filled in; `{folder}/` is empty at the top level."""
     if not values.get("folder"):
         pattern = pattern.removeprefix("{folder}/")
     return re.sub(r"\{([^{}]*)\}", lambda match: values[match[1]], pattern)
 
 
 def _beginning(names: list[tuple[str, str]], start: str) -> list[str]:
-    """Return the files whose names, the first of each pair in a sorted list, begin so."""
+    """Return the files whose name, the first of each pair in a sorted list, starts with `start`."""
     first = bisect_left(names, (start,))
     return [file for _, file in takewhile(lambda pair: pair[0].startswith(start), names[first:])]
 
@@ -230,8 +234,9 @@ def _expression(pattern: str, values: Mapping[str, str], loosely: bool = False) 
 
     Args:
         pattern: the pattern.
-        values: what its placeholders stand for.
-        loosely: fit names as they are seen, upper or lower case; a set such as `[A-Z]` stays what it is.
+        values: values of the placeholders.
+        loosely: match names by appearance and without case; a set such as `[A-Z]` stays
+            case-sensitive.
     """
     if loosely:
         pattern, values = as_seen(pattern), {key: as_seen(value) for key, value in values.items()}

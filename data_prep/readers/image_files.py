@@ -1,4 +1,4 @@
-"""Images and masks as single files of common formats, decoded without silent conversion."""
+"""Reads images and masks in common file formats without silent conversion."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ READ_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 
 @dataclass(frozen=True, eq=False)
 class DecodedMask:
-    """What a mask file holds.
+    """The content of a mask file.
 
     Attributes:
-        values: (H, W) grey values or palette indices, or (H, W, 3) colours; 1-bit masks count as 0 and 255. Transparent pixels are 0.
-        transparent: (H, W), where the mask is transparent; None where it is nowhere.
-        lossy: whether its compression changes values, as JPEG does.
+        values: (H, W) grey values or palette indices, or (H, W, 3) colours; 1-bit masks have 0 and
+            255. Transparent pixels are 0.
+        transparent: (H, W) bool, the transparent pixels; None if there are none.
+        lossy: whether the compression changes values, as JPEG does.
     """
 
     values: NDArray[Any]
@@ -31,10 +32,11 @@ class DecodedMask:
 
 
 def image_pixels(path: Path) -> NDArray[Any]:
-    """Return an image, (H, W) or (H, W, 3): uint8, or the file's own type where it is deeper. Transparency shows black.
+    """Return an image over black, (H, W) or (H, W, 3), uint8 or the deeper dtype of the file.
 
     Raises:
-        RejectedSample: it is unreadable, has several pages, is stored turned, or is an array of another shape.
+        RejectedSample: the file is unreadable, has several pages, is rotated by Exif, or is an
+            array of another shape.
     """
     if path.suffix.lower() == ".npy":
         return _array(path, "uif")
@@ -42,14 +44,14 @@ def image_pixels(path: Path) -> NDArray[Any]:
 
 
 def decoded_mask(path: Path, coloured: bool) -> DecodedMask:
-    """Return what a mask file holds.
+    """Return the content of a mask file.
 
     Args:
         path: the file.
-        coloured: of a mask with a palette return the colours instead of the palette's indices.
+        coloured: return the colours of a mask with a palette instead of its indices.
 
     Raises:
-        RejectedSample: as `image_pixels`.
+        RejectedSample: as for `image_pixels`.
     """
     if path.suffix.lower() == ".npy":
         return DecodedMask(_array(path, "buif"))
@@ -63,14 +65,15 @@ def decoded_mask(path: Path, coloured: bool) -> DecodedMask:
 
 
 def mask_pixels(path: Path, coloured: bool) -> NDArray[Any]:
-    """Return the values of a mask alone. See `decoded_mask`."""
+    """Return only the values of a mask. See `decoded_mask`."""
     return decoded_mask(path, coloured).values
 
 
 def _array(path: Path, kinds: str) -> NDArray[Any]:
     """Return the array of an `.npy` file as (H, W) or (H, W, 3)."""
     with unreadable_as_reject(path):
-        # Mapped first: a header that claims more than the file holds is then an error and not an allocation.
+        # Memory-mapped first: a header that claims more than the file holds fails before any
+        # allocation.
         array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
         if array.ndim == 3 and array.shape[2] == 1:
             array = array[..., 0]
@@ -80,5 +83,5 @@ def _array(path: Path, kinds: str) -> NDArray[Any]:
             )
         if array.shape[0] * array.shape[1] > MAX_PIXELS:
             raise RejectedSample(f"{path.name} has {array.shape[1]}x{array.shape[0]} pixels, more than {MAX_PIXELS}")
-        # A copy in memory, in the machine's byte order, which resampling expects.
+        # A copy in native byte order, as resampling requires.
         return np.array(array, dtype=array.dtype.newbyteorder("="))

@@ -1,4 +1,4 @@
-"""Intensity windows: which raw values of CT, MRI or X-ray become black and white."""
+"""Intensity windows: the raw values of CT, MRI or X-ray images that become black and white."""
 
 from typing import Any
 
@@ -12,8 +12,10 @@ def window_range(values: NDArray[Any], window: IntensityWindow) -> tuple[float, 
     """Return the raw values (black, white) of a window.
 
     Args:
-        values: what percentiles, mean and deviation are taken over, any shape: an image, or the non-zero voxels of a volume.
-        window: `percentile`, `window` (center and width in raw units, as viewers state it for CT), or `zscore`.
+        values: the values for percentiles, mean and deviation, of any shape: an image, or the
+            non-zero voxels of a volume.
+        window: `percentile`, `window` (center and width in raw units, as in CT viewers), or
+            `zscore`.
     """
     if window.method == "window":
         assert window.center is not None  # IntensityWindow checks it
@@ -22,7 +24,7 @@ def window_range(values: NDArray[Any], window: IntensityWindow) -> tuple[float, 
     if values.size == 0:
         return 0.0, 1.0
     if window.method == "percentile":
-        # numpy interpolates within the dtype: the difference of two int16 may not fit into int16.
+        # numpy interpolates in the dtype of the values; the difference of two int16 may overflow.
         exact: NDArray[Any] = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
         black, white = np.percentile(exact, (window.lower, window.upper))
         return float(black), float(white)

@@ -1,15 +1,18 @@
-"""Reads 3D NIfTI-1 volumes (`.nii`, `.nii.gz`) safely, in one orientation, and cuts pictures as a radiologist views them.
+"""Safe reader of 3D NIfTI-1 volumes (`.nii`, `.nii.gz`), with slices in radiological orientation.
 
-**Safety.** Before anything is allocated, the size that the header states is held against a limit and against what the file can hold
-(deflate packs at most 1032 to 1). Then exactly that many bytes are decompressed; a file with fewer or more is refused, so that neither a
-gzip bomb nor a damaged header costs memory or gives scrambled voxels.
+**Safety.** Before anything is allocated, the size stated in the header is checked against a limit
+and against what the file can hold (deflate compresses at most 1032 to 1). Then exactly that many
+bytes are decompressed. A file with fewer or more bytes is rejected, so that neither a gzip bomb nor
+a damaged header exhausts memory or yields scrambled voxels.
 
-**Orientation.** Axes are permuted and flipped to the closest to Right, Anterior, Superior (nibabel's canonical orientation): the voxels
-stay as they are. `Volume.picture` shows axial planes with anterior up and the patient's right at the left of the picture, coronal planes
-with superior up and the right at the left, sagittal planes with superior up and facing left.
+**Orientation.** Axes are permuted and flipped to the closest canonical orientation of nibabel
+(Right, Anterior, Superior), without resampling. `Volume.picture` shows axial planes with anterior
+up and the patient's right on the left, coronal planes with superior up and the right on the left,
+sagittal planes with superior up and facing left.
 
-**Spacing.** The voxel's size is `pixdim`, and the affine's columns are scaled to it. They are not always the same: ACDC's files have an sform
-with unit scales, whatever their voxels (https://github.com/MIC-DKFZ/nnUNet/issues/2741).
+**Spacing.** The voxel size is `pixdim`, and the columns of the affine are scaled to it. They are
+not always consistent: the files of ACDC have an sform with unit scales, whatever their voxel size
+(https://github.com/MIC-DKFZ/nnUNet/issues/2741).
 """
 
 import gzip
@@ -36,13 +39,13 @@ if TYPE_CHECKING:
 SUFFIXES = (".nii.gz", ".nii")
 SAGITTAL, CORONAL, AXIAL = 0, 1, 2  # the axis that a plane is perpendicular to
 HEADER_BYTES = 348
-FIRST_OFFSET, LAST_OFFSET = 352, 2**20  # where voxels may begin: after the header, and after extensions of a sane size
+FIRST_OFFSET, LAST_OFFSET = 352, 2**20  # allowed range of the voxel offset
 MAX_VOXEL_BYTES = 2**30  # of one volume
-DEFLATE_RATIO = 1032  # the most that deflate packs (https://zlib.net/zlib_tech.html)
+DEFLATE_RATIO = 1032  # largest compression ratio of deflate (https://zlib.net/zlib_tech.html)
 CHUNK = 2**20
-SPACING_MM = (0.01, 100.0)  # of any medical image; beyond it the header is damaged
-LEAST_VOLUME = 0.5  # of the cell that the axes' unit vectors span; 1 where they are perpendicular
-WHOLE_NUMBER = 1e-3  # how far a stored label may lie from one: a scaled integer is not always exact in floats
+SPACING_MM = (0.01, 100.0)  # plausible range; beyond it the header is damaged
+LEAST_VOLUME = 0.5  # of the cell spanned by the unit vectors of the axes; 1 if they are perpendicular
+WHOLE_NUMBER = 1e-3  # tolerance for labels: scaled integers are not always exact in floating point
 UNKNOWN = 255
 
 
@@ -51,11 +54,13 @@ class Volume:
     """Voxels in canonical orientation.
 
     Attributes:
-        name: the file's name, for errors.
-        values: (X, Y, Z), growing towards the patient's right, front and head: int8, uint8, int16 or uint16 as stored, else float32.
-        affine: (4, 4) float64, voxel indices to millimetres (right, anterior, superior).
-        spacing: millimetres between voxels along each axis.
-        stack_axis: the axis of `values` that is last in the file: the one across the slices of a stack of 2D images.
+        name: file name for error messages.
+        values: (X, Y, Z) towards the patient's right, anterior and superior: int8, uint8, int16 or
+            uint16 as stored, else float32.
+        affine: (4, 4) float64, from voxel indices to millimetres (right, anterior, superior).
+        spacing: voxel spacing along each axis, in millimetres.
+        stack_axis: the axis of `values` that is last in the file: the slice axis of a stack of 2D
+            images.
     """
 
     name: str
@@ -65,26 +70,27 @@ class Volume:
     stack_axis: int
 
     def picture(self, axis: int, index: int) -> NDArray[Any]:
-        """Return the plane `index` across `axis` as it is viewed, (H, W), contiguous. See the module's docstring."""
-        # Without `axis`, the order of axes is (x, y), (x, z) or (y, z): rows fall along the second, columns along the first.
+        """Return slice `index` along `axis` in viewing orientation, (H, W), contiguous."""
+        # The remaining axes are (x, y), (x, z) or (y, z); both are flipped, and the second becomes
+        # the rows.
         return np.ascontiguousarray(np.moveaxis(self.values, axis, 0)[index].T[::-1, ::-1])
 
     def pixel_mm(self, axis: int) -> tuple[float, float]:
-        """Return the millimetres between rows and between columns of the pictures across `axis`."""
+        """Return the row and column spacing of slices along `axis`, in millimetres."""
         columns, rows = (size for i, size in enumerate(self.spacing) if i != axis)
         return rows, columns
 
 
 def nifti_file(folder: Path, stem: str) -> Path | None:
-    """Return the file `stem.nii.gz` or `stem.nii` of a folder, the first that exists, or None."""
+    """Return `stem.nii.gz` or `stem.nii` in a folder, the first that exists, or None."""
     return next((file for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()), None)
 
 
 def file_version(path: Path) -> tuple[int, int]:
-    """Return size and time of a file: part of the key of a cache, so that a file that is replaced is read again.
+    """Return size and modification time of a file, for cache keys.
 
     Raises:
-        RejectedSample: there is no such file.
+        RejectedSample: the file does not exist.
     """
     with unreadable_as_reject(path):
         stat = path.stat()
@@ -92,10 +98,11 @@ def file_version(path: Path) -> tuple[int, int]:
 
 
 def read_volume(path: Path) -> Volume:
-    """Return the intensities of a file, scaled as its header says.
+    """Return the intensities of a file, with the scaling of its header applied.
 
     Raises:
-        RejectedSample: it is missing, damaged, not 3D, too large, or holds NaN or infinite values.
+        RejectedSample: the file is missing, damaged, not 3D, too large, or holds NaN or infinite
+            values.
         MaskLoomError: nibabel (extra `nifti`) is not installed.
     """
     header, values = _decoded(path)
@@ -111,14 +118,15 @@ def read_labels(path: Path, classes: Mapping[int, int], convention: str) -> Volu
 
     Args:
         path: the file.
-        classes: class index (0..254) of each value (0..254) that may occur.
-        convention: whose values these are, for the error.
+        classes: class index (0..254) of each allowed value (0..254).
+        convention: name of the label convention, for error messages.
 
     Returns:
-        a volume of uint8.
+        A volume of uint8.
 
     Raises:
-        RejectedSample: the file is unusable (see `read_volume`), or a value is not a whole number or not in `classes`.
+        RejectedSample: the file is unusable (see `read_volume`), or a value is not an integer or
+            not in `classes`.
     """
     header, values = _decoded(path)
     _require_finite(path, values)
@@ -140,14 +148,15 @@ def read_labels(path: Path, classes: Mapping[int, int], convention: str) -> Volu
 
 
 def require_same_grid(part: Volume, volume: Volume) -> None:
-    """Check that two volumes cover the same place voxel by voxel.
+    """Check that two volumes share one voxel grid.
 
     Raises:
-        RejectedSample: their shapes differ, or voxels of the same index lie more than half a voxel apart.
+        RejectedSample: their shapes differ, or corresponding voxels are more than half a voxel
+            apart.
     """
     if part.values.shape != volume.values.shape:
         raise RejectedSample(f"{part.name} has {_size(part)} voxels, {volume.name} {_size(volume)}")
-    # An affine map moves no voxel further than it moves the farthest corner.
+    # The largest displacement under an affine map occurs at a corner.
     corners = np.array([(*corner, 1) for corner in product(*((0, n - 1) for n in part.values.shape))])
     apart = float(np.linalg.norm(corners @ (part.affine - volume.affine).T, axis=1).max())
     if apart > min(volume.spacing) / 2:
@@ -157,10 +166,12 @@ def require_same_grid(part: Volume, volume: Volume) -> None:
 
 
 def contrast_range(name: str, values: NDArray[Any], window: IntensityWindow) -> tuple[float, float]:
-    """Return the raw values (black, white) of a window over the values of a volume. See `data_prep.readers.intensity.window_range`.
+    """Return the raw values (black, white) of an intensity window on the values of a volume.
+
+    See `data_prep.readers.intensity.window_range`.
 
     Raises:
-        RejectedSample: there is no contrast: black and white are the same.
+        RejectedSample: there is no contrast: black and white are equal.
     """
     black, white = window_range(values, window)
     if not black < white:
@@ -169,7 +180,7 @@ def contrast_range(name: str, values: NDArray[Any], window: IntensityWindow) -> 
 
 
 def _decoded(path: Path) -> tuple["Nifti1Header", NDArray[Any]]:
-    """Return the header and the voxels in the file's order of axes, (I, J, K), scaled where the header says so.
+    """Return the header and the scaled voxels in the axis order of the file, (I, J, K).
 
     Raises:
         RejectedSample: see `read_volume`.
@@ -191,7 +202,7 @@ def _header(name: str, block: bytes) -> "Nifti1Header":
 
     if len(block) < HEADER_BYTES:
         raise RejectedSample(f"{name} is cut short: {len(block)} bytes, a NIfTI-1 header has {HEADER_BYTES}")
-    header = Nifti1Header(block, check=False)  # its checks would mend what is wrong: a spacing of 0 becomes 1
+    header = Nifti1Header(block, check=False)  # its checks would fix errors silently: a spacing of 0 becomes 1
     if header["magic"].item() != b"n+1":
         raise RejectedSample(f"{name} is not a single-file NIfTI-1 image")
     return header
@@ -222,14 +233,14 @@ def _offset(name: str, header: "Nifti1Header") -> int:
 
 
 def _bytes_after(name: str, file: BufferedIOBase, offset: int, size: int, room: int) -> NDArray[np.uint8]:
-    """Return the `size` bytes from `offset` to the end of a file that was read up to the end of the header.
+    """Return the `size` bytes from `offset` to the end of a file whose header has been read.
 
     Args:
-        name: the file's name.
-        file: yields decompressed bytes.
-        offset: where the voxels begin.
-        size: what the header states.
-        room: the most that the file can hold, decompressed.
+        name: file name for error messages.
+        file: the decompressed stream.
+        offset: start of the voxels, in bytes.
+        size: number of bytes stated in the header.
+        room: largest possible size of the decompressed file.
     """
     if size > MAX_VOXEL_BYTES:
         raise RejectedSample(f"{name} states {size} bytes of voxels, more than the limit of {MAX_VOXEL_BYTES}")
@@ -244,13 +255,13 @@ def _bytes_after(name: str, file: BufferedIOBase, offset: int, size: int, room: 
         filled += len(chunk)
     if filled < size:
         raise RejectedSample(f"{name} is cut short: it states {size} bytes of voxels and holds {filled}")
-    if file.read(1):  # at the end of a gzip stream this also checks its checksum
+    if file.read(1):  # at the end of a gzip stream, this also verifies the checksum
         raise RejectedSample(f"{name} holds more than the {size} bytes of voxels that its header states")
     return data
 
 
 def _scaled(stored: NDArray[Any], header: "Nifti1Header") -> NDArray[Any]:
-    """Return values in the machine's byte order; float32 where the header scales them (a slope of 0 means that it does not)."""
+    """Return values in native byte order, float32 if the header scales them (slope 0: no scaling)."""
     slope, inter = header.get_slope_inter()
     if slope is None or inter is None or (slope, inter) == (1.0, 0.0):
         return stored.astype(stored.dtype.newbyteorder("="), copy=False)
@@ -267,7 +278,7 @@ def _require_finite(path: Path, values: NDArray[Any]) -> None:
 
 
 def _canonical(path: Path, header: "Nifti1Header", values: NDArray[Any]) -> Volume:
-    """Return a volume whose axes are nearest to right, anterior, superior."""
+    """Return a volume in the closest canonical orientation: right, anterior, superior."""
     from nibabel.affines import voxel_sizes
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
@@ -286,7 +297,7 @@ def _canonical(path: Path, header: "Nifti1Header", values: NDArray[Any]) -> Volu
 
 
 def _affine(name: str, header: "Nifti1Header") -> NDArray[np.float64]:
-    """Return the affine of the stored voxels: the header's sform, else qform, its columns as long as `pixdim` says."""
+    """Return the affine of the stored voxels: sform, else qform, with columns scaled to `pixdim`."""
     unit = header.get_xyzt_units()[0]
     if unit not in ("mm", "unknown"):
         raise RejectedSample(f"{name} gives its voxel size in {unit}, expected mm")
@@ -298,7 +309,7 @@ def _affine(name: str, header: "Nifti1Header") -> NDArray[np.float64]:
     with np.errstate(all="ignore"):
         unit_vectors = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
         spanned = abs(np.linalg.det(unit_vectors))
-    if not np.isfinite(affine).all() or not spanned >= LEAST_VOLUME:  # NaN is not either
+    if not np.isfinite(affine).all() or not spanned >= LEAST_VOLUME:  # also rejects NaN
         raise RejectedSample(f"{name} has no usable orientation: the axes of its affine are not near to perpendicular")
     affine[:3, :3] = unit_vectors * spacing
     return affine

@@ -1,9 +1,11 @@
-"""Rows of the arrays in an `.npz` file, one at a time: a compressed array of many GB is read in a few MB of memory.
+"""Streaming access to single rows of arrays in an `.npz` file, in a few MB of memory.
 
-`numpy.load` maps no member of an `.npz` into memory and unpacks it whole. Here a member is unpacked as a stream: a row that lies ahead is reached
-by unpacking what lies between, one that lies behind by beginning again. Reading rows in order costs one pass.
+`numpy.load` cannot memory-map members of an `.npz` file and decompresses them completely. Here, a
+member is decompressed as a stream: reading a later row decompresses the rows in between, reading an
+earlier row restarts the stream. Reading all rows in order takes one pass.
 
-The zip checksum covers a whole member and is known at its end only: `check_npz_array` makes the pass that says whether all rows are sound.
+The zip checksum covers a whole member and is verified only at its end: `check_npz_array` makes a
+full pass to verify all rows.
 """
 
 import io
@@ -26,20 +28,20 @@ from maskloom.pipeline.errors import RejectedSample
 
 MAX_ROW_BYTES = 2**26
 MAX_TABLE_BYTES = 2**25
-MAX_HEADER_BYTES = 2**14  # numpy's own limit is 10,000, which it checks after reading what the file says
-DEFLATE_RATIO = 1032  # the most that deflate can compress (zlib's technical details, https://zlib.net/zlib_tech.html)
+MAX_HEADER_BYTES = 2**14  # numpy checks its own limit of 10,000 only after reading the stated length
+DEFLATE_RATIO = 1032  # largest compression ratio of deflate (https://zlib.net/zlib_tech.html)
 CHUNK = 2**20
-STREAMS = 4  # kept open a process
+STREAMS = 4  # kept open per process
 
 
 @dataclass(frozen=True)
 class NpyHeader:
-    """What the header of a stored array says; rows lie one after the other from `offset`.
+    """The header of a stored array; its rows are contiguous from `offset`.
 
     Attributes:
-        shape: of the whole array, rows first.
-        dtype: of its elements.
-        offset: where the elements begin, in bytes from the begin of the member.
+        shape: shape of the array, rows first.
+        dtype: dtype of the elements.
+        offset: start of the elements, in bytes from the start of the member.
     """
 
     shape: tuple[int, ...]
@@ -48,53 +50,55 @@ class NpyHeader:
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row."""
+        """Size of one row, in bytes."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def data_bytes(self) -> int:
-        """Size of all rows."""
+        """Size of all rows, in bytes."""
         return self.shape[0] * self.row_bytes
 
 
 def npz_header(path: Path, name: str) -> NpyHeader:
-    """Return the checked header of the array `name` of an `.npz` file.
+    """Return the validated header of the array `name` in an `.npz` file.
 
     Raises:
-        RejectedSample: the file or the array is missing, damaged, pickled, not of numbers, in column order, or of another size than it says.
+        RejectedSample: the file or the array is missing, damaged, pickled, not numeric, in Fortran
+            order, or of another size than stated.
     """
-    with _told_of(path, name):
+    with _failures_as_rejects(path, name):
         header, stream = _opened(path, name)
         stream.close()
         return header
 
 
 def npz_row(path: Path, name: str, row: int) -> NDArray[Any]:
-    """Return one row of the array `name`, of the shape that the header gives after its first axis.
+    """Return one row of the array `name`, with the shape of the array without its first axis.
 
     The stream stays open for the next row; each process and thread has its own.
 
     Raises:
-        RejectedSample: as `npz_header`; or there is no such row, it is larger than `MAX_ROW_BYTES`, or the data ends or breaks before its end.
+        RejectedSample: as for `npz_header`; or the row does not exist, is larger than
+            `MAX_ROW_BYTES`, or is truncated or damaged.
     """
-    with _told_of(path, name):
+    with _failures_as_rejects(path, name):
         stat = path.stat()
-        # A forked process shares its parent's place in an open file, and threads would wind each other's back and forth.
+        # Forked processes share the file position of their parent, and threads that of each other.
         reader = _reader(path, name, (stat.st_mtime_ns, stat.st_size), (os.getpid(), threading.get_ident()))
         try:
             return reader.row(row)
         except Exception:
-            _reader.cache_clear()  # a stream that broke is not read on
+            _reader.cache_clear()  # a broken stream must not be reused
             raise
 
 
 def npz_table(path: Path, name: str) -> NDArray[Any]:
-    """Return the whole array `name`, of at most `MAX_TABLE_BYTES`, its checksum checked.
+    """Return the complete array `name`, of at most `MAX_TABLE_BYTES`, after verifying its checksum.
 
     Raises:
-        RejectedSample: as `npz_header`; or it is larger, or its data is damaged.
+        RejectedSample: as for `npz_header`; or the array is larger, or its data is damaged.
     """
-    with _told_of(path, name):
+    with _failures_as_rejects(path, name):
         header, stream = _opened(path, name)
         with stream:
             if header.data_bytes > MAX_TABLE_BYTES:
@@ -105,19 +109,19 @@ def npz_table(path: Path, name: str) -> NDArray[Any]:
 
 
 def check_npz_array(path: Path, name: str) -> None:
-    """Unpack the array `name` once from begin to end, keep nothing, and compare its length and checksum.
+    """Verify length and checksum of the array `name` by decompressing it once.
 
     Raises:
-        RejectedSample: as `npz_header`; or its data is damaged.
+        RejectedSample: as for `npz_header`; or its data is damaged.
     """
-    with _told_of(path, name):
+    with _failures_as_rejects(path, name):
         header, stream = _opened(path, name)
         with stream:
             _skip(stream, header.data_bytes)
 
 
 class _RowReader:
-    """A stream of rows that knows where it is."""
+    """A seekable stream of rows."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.header, self.stream = _opened(path, name)
@@ -138,12 +142,12 @@ class _RowReader:
 
 @lru_cache(maxsize=STREAMS)
 def _reader(path: Path, name: str, version: tuple[int, int], owner: tuple[int, int]) -> _RowReader:
-    """Return the owner's reader of an array of this version of a file."""
+    """Return the cached reader of an array for a process and thread and a version of the file."""
     return _RowReader(path, name)
 
 
 def _opened(path: Path, name: str) -> tuple[NpyHeader, IO[bytes]]:
-    """Return the checked header of an array and the stream of its bytes, at the first element."""
+    """Return the validated header of an array, and its stream at the first element."""
     with ZipFile(path) as archive:
         entry = _entry(path, archive, name)
         stream = archive.open(entry)  # outlives the archive, which closes when its last stream does
@@ -162,7 +166,7 @@ def _opened(path: Path, name: str) -> tuple[NpyHeader, IO[bytes]]:
 
 
 def _entry(path: Path, archive: ZipFile, name: str) -> ZipInfo:
-    """Return the entry of an array in the archive's directory, if what it says is possible."""
+    """Return the entry of an array in the archive's directory, after plausibility checks."""
     names = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
     if names.count(name) != 1:
         problem = f"has no array {name}" if name not in names else f"holds the array {name} {names.count(name)} times"
@@ -180,7 +184,7 @@ def _entry(path: Path, archive: ZipFile, name: str) -> ZipInfo:
 
 
 def _header(begin: bytes, what: str) -> NpyHeader:
-    """Return the header of an array whose rows can be read, from the begin of its `.npy` file."""
+    """Return the header of an array with readable rows, from the first bytes of its `.npy` file."""
     shape, by_columns, dtype, offset = npy_header(begin)
     if dtype.kind not in "biuf" or not shape or min(shape) < 0:
         pickled = ": pickled objects are not read, for unpickling can run code" if dtype.hasobject else ""
@@ -191,12 +195,13 @@ def _header(begin: bytes, what: str) -> NpyHeader:
 
 
 def npy_header(begin: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return shape, whether by columns, dtype, and where the data begins, from the first `MAX_HEADER_BYTES` of an `.npy` file.
+    """Parse the header of an `.npy` file: shape, whether in Fortran order, dtype, data offset.
 
-    Nothing beyond `begin` is read, however long the header says it is.
+    Nothing beyond `begin`, the first `MAX_HEADER_BYTES`, is read, whatever length the header
+    states.
 
     Raises:
-        ValueError: it is no header of format 1.0 or 2.0, or longer.
+        ValueError: the header is longer, or not of format 1.0 or 2.0.
     """
     buffer = io.BytesIO(begin)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -223,12 +228,12 @@ def _skip(stream: IO[bytes], size: int) -> None:
 
 
 @contextmanager
-def _told_of(path: Path, name: str) -> Iterator[None]:
-    """Turn any failure of the block into a reject that names the file and the array."""
+def _failures_as_rejects(path: Path, name: str) -> Iterator[None]:
+    """Convert any failure of the block into a reject that names the file and the array."""
     with unreadable_as_reject(path):
         try:
             yield
-        except (RejectedSample, OSError):  # they say where by themselves
+        except (RejectedSample, OSError):  # these already name the file
             raise
         except Exception as error:
             raise ValueError(f"the array {name}: {str(error) or type(error).__name__}") from error

@@ -1,10 +1,10 @@
-"""The tables of CAMELYON16 and CAMELYON17 that say what is in a slide, told by what is in them and not by their names.
+"""Slide-level label tables of CAMELYON16 and CAMELYON17, recognised by content, not by file name.
 
     patient,stage                   CAMELYON17, published as stage_labels.csv or stages.csv: patient_004.zip,pN1mi (not used) and
                                     patient_004_node_4.tif,macro: negative, itc, micro, macro
     test_001,Tumor,IDC,Macro        CAMELYON16, published as reference.csv, with or without a header; the second column counts: Normal, Tumor
 
-A CSV file that is neither is nobody's concern, unless it has one of the published names.
+Other CSV files are ignored, unless they have one of the published names.
 """
 
 import re
@@ -23,19 +23,19 @@ TEST_COLUMNS = ("slide", "label")
 TEST_LABELS = {"normal": "normal", "tumor": "tumour", "tumour": "tumour"}
 NODE_LABELS = {"negative": "normal", "itc": "itc", "micro": "tumour", "macro": "tumour"}
 TEST_SLIDE = re.compile(r"test_\d{3}(\.tif)?", re.IGNORECASE)
-MAX_BYTES = 2**24  # of a table; the published ones have some 10 kB
+MAX_BYTES = 2**24  # per table; the published ones have about 10 kB
 ADVICE = "restore the table of CAMELYON16 or CAMELYON17, or remove it to use annotated slides only"
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The rows of a table that speak of slides.
+    """The rows of a table that describe slides.
 
     Attributes:
         path: the file.
-        columns: names of the column of slides and of that of labels.
-        rows: of the table.
-        meaning: `normal`, `tumour` or `itc` for each label in lower case.
+        columns: names of the slide column and the label column.
+        rows: the rows.
+        meaning: `normal`, `tumour` or `itc` for each lower-case label.
     """
 
     path: Path
@@ -45,10 +45,14 @@ class LabelTable:
 
 
 def slide_diagnoses(paths: Iterable[Path]) -> dict[str, str]:
-    """Return what the tables among some CSV files say of slides, by slide id in lower case: `normal`, `tumour` or `itc`.
+    """Return the diagnosis of each slide in the label tables among the given CSV files.
+
+    Returns:
+        `normal`, `tumour` or `itc`, by slide id in lower case.
 
     Raises:
-        MaskLoomError: a table is damaged, has an unknown label, or contradicts itself or another; or a file with a published name is no table.
+        MaskLoomError: a table is damaged, has an unknown label, or contradicts itself or another
+            one; or a file with a published name is not a label table.
     """
     found: dict[str, tuple[str, Path, TableRow]] = {}
     for path in paths:
@@ -59,10 +63,10 @@ def slide_diagnoses(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def label_table(path: Path) -> LabelTable | None:
-    """Return a file as a table of labels, or None where it is something else.
+    """Return the label table in a file, or None if the file is something else.
 
     Raises:
-        MaskLoomError: it has a published name, and cannot be read or is neither table.
+        MaskLoomError: the file has a published name, but is unreadable or neither table.
     """
     published = path.stem.lower() in PUBLISHED
     with reject_as_error(path, ADVICE):
@@ -79,7 +83,7 @@ def _small_table(path: Path) -> list[list[str]]:
     """Return the rows of a CSV file.
 
     Raises:
-        RejectedSample: it cannot be read, or is no table of labels by its size.
+        RejectedSample: the file cannot be read, or is too large for a label table.
     """
     with unreadable_as_reject(path):
         size = path.stat().st_size
@@ -89,7 +93,7 @@ def _small_table(path: Path) -> list[list[str]]:
 
 
 def _nodes_table(path: Path, table: list[list[str]]) -> LabelTable | None:
-    """Return the table of CAMELYON17, or None where the header is not its.
+    """Return the table of CAMELYON17, or None if the header is a different one.
 
     Raises:
         RejectedSample: a row has more values than the header.
@@ -105,15 +109,15 @@ def _nodes_table(path: Path, table: list[list[str]]) -> LabelTable | None:
 
 
 def _test_table(path: Path, table: list[list[str]], published: bool) -> LabelTable | None:
-    """Return the table of CAMELYON16, or None where a file without its name has other rows.
+    """Return the table of CAMELYON16, or None if a file with another name has other rows.
 
     Raises:
-        RejectedSample: the file has a published name, and rows of another form.
+        RejectedSample: the file has a published name, but rows of another form.
     """
     filled = [
         TableRow(dict(zip(TEST_COLUMNS, [*row, ""], strict=False)), n) for n, row in enumerate(table, 1) if any(row)
     ]
-    rows = filled if filled and TEST_SLIDE.fullmatch(filled[0]["slide"]) else filled[1:]  # less the header
+    rows = filled if filled and TEST_SLIDE.fullmatch(filled[0]["slide"]) else filled[1:]  # without the header
     slides = [row for row in rows if TEST_SLIDE.fullmatch(row["slide"])]
     if published and not slides:
         begin = f"; it begins with {','.join(filled[0].values())[:80]!r}" if filled else ""

@@ -1,4 +1,4 @@
-"""Reads whole slides with OpenSlide: a small overview, and single tiles at any resolution; never a whole slide at level 0."""
+"""Reads whole-slide images with OpenSlide: an overview, and single tiles at any resolution."""
 
 import math
 import os
@@ -17,26 +17,26 @@ from maskloom.pipeline.extras import require
 if TYPE_CHECKING:
     from openslide import OpenSlide
 
-OVERVIEW_PIXELS = 2**23  # at most; a level of a real slide with a pyramid has a quarter of it or more
-REGION_PIXELS = 2**26  # read at a time, before reduction
-STORED_TILE_SIDE = 2**13  # of the file's own tiles; real ones have 240 to 4096 pixels
+OVERVIEW_PIXELS = 2**23  # upper limit; the pyramid of a real slide has a level with at least a quarter of it
+REGION_PIXELS = 2**26  # read at once, before downsampling
+STORED_TILE_SIDE = 2**13  # limit for the tiles stored in the file; real ones have 240 to 4096 pixels
 PLAUSIBLE_MPP = (0.02, 100.0)
-ANISOTROPY = 1.05  # pixels that are longer by more in one direction than in the other
-LEVEL_DISTORTION = 0.02  # a level that is reduced by more in one direction would put annotations in the wrong place
-ENLARGEMENT = 1.1  # more would invent detail
+ANISOTROPY = 1.05  # largest ratio of a pixel's sides
+LEVEL_DISTORTION = 0.02  # a level with a larger anisotropy would misplace annotations
+ENLARGEMENT = 1.1  # largest upsampling factor
 MICRONS_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
 
 
 def opened_slide(path: Path) -> "OpenSlide":
-    """Return a slide, opened once a process; OpenSlide closes it when it is dropped from the cache.
+    """Return a slide, opened once per process; OpenSlide closes it when the cache drops it.
 
     Raises:
-        RejectedSample: it is missing, or OpenSlide cannot read it.
+        RejectedSample: the file is missing, or OpenSlide cannot read it.
         MaskLoomError: OpenSlide (extra `slides`) is not installed.
     """
     with unreadable_as_reject(path):
         stat = path.stat()
-        # A handle must not be shared with a forked process, nor outlive a change of the file.
+        # A handle must not be shared with a forked process, or reused after the file has changed.
         slide = _opened(str(path), stat.st_size, stat.st_mtime_ns, os.getpid())
     for level in range(slide.level_count):
         width, height = (
@@ -56,14 +56,14 @@ def _opened(path: str, size: int, mtime_ns: int, process: int) -> "OpenSlide":
 
 
 def downsample_of_mpp(slide: "OpenSlide", path: Path, mpp: float) -> float:
-    """Return how many pixels of level 0 make one pixel of `mpp` microns.
+    """Return the downsampling factor from level 0 to pixels of `mpp` microns.
 
     Raises:
-        RejectedSample: the slide states no plausible pixel size, or a coarser one than is asked for.
+        RejectedSample: the slide states no plausible pixel size, or a coarser one than requested.
     """
     stated = [_stated_mpp(slide, axis) for axis in "xy"]
     across, down = (value if value is not None else math.nan for value in stated)
-    if not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in (across, down)):  # NaN is not
+    if not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in (across, down)):  # also false for NaN
         raise RejectedSample(
             f"{path.name} states no plausible pixel size (microns per pixel: {stated[0]} x {stated[1]});"
             " give data.options.level instead of data.options.mpp"
@@ -79,10 +79,10 @@ def downsample_of_mpp(slide: "OpenSlide", path: Path, mpp: float) -> float:
 
 
 def downsample_of_level(slide: "OpenSlide", path: Path, level: int) -> float:
-    """Return how many pixels of level 0 make one pixel of a level.
+    """Return the downsampling factor from level 0 to a level.
 
     Raises:
-        RejectedSample: the slide has no such level, or states pixels that are not square.
+        RejectedSample: the slide has no such level, or its pixels are not square.
     """
     across, down = (_stated_mpp(slide, axis) or math.nan for axis in "xy")
     _require_square(path, across, down)
@@ -92,7 +92,7 @@ def downsample_of_level(slide: "OpenSlide", path: Path, level: int) -> float:
 
 
 def _require_square(path: Path, across: float, down: float) -> None:
-    """Reject a slide whose pixels are not square; NaN is not known, and passes."""
+    """Reject a slide whose pixels are not square; NaN (unknown) passes."""
     if max(across, down) > min(across, down) * ANISOTROPY:
         raise RejectedSample(f"{path.name} has pixels that are not square: {across:g} x {down:g} microns")
 
@@ -101,7 +101,7 @@ def overview(slide: "OpenSlide", path: Path) -> NDArray[np.uint8]:
     """Return the finest level of at most 2^23 pixels, (H, W, 3).
 
     Raises:
-        RejectedSample: there is none, or it cannot be decoded.
+        RejectedSample: there is no such level, or it cannot be decoded.
     """
     small = [n for n, (width, height) in enumerate(slide.level_dimensions) if width * height <= OVERVIEW_PIXELS]
     if not small:
@@ -116,20 +116,21 @@ def overview(slide: "OpenSlide", path: Path) -> NDArray[np.uint8]:
 def tile_image(
     slide: "OpenSlide", path: Path, corner: tuple[int, int], downsample: float, size: int
 ) -> NDArray[np.uint8]:
-    """Return a square tile at any resolution, (size, size, 3); what the slide leaves open is white.
+    """Return a square tile at any resolution, (size, size, 3); unscanned areas are white.
 
-    It is read from the level that is nearest and not coarser, and reduced with an antialiasing filter. Pixel (i, j) shows the square of
-    level 0 whose corner is `corner + downsample * (j, i)` and whose side is `downsample`.
+    The tile is read from the nearest level that is not coarser, and downsampled with antialiasing.
+    Pixel (i, j) shows the square of level 0 with the corner `corner + downsample * (j, i)` and the
+    side `downsample`.
 
     Args:
         slide: the slide.
-        path: its file, named in errors.
-        corner: x, y of the tile's corner on level 0.
-        downsample: side of one pixel of the tile in pixels of level 0.
+        path: its file, for error messages.
+        corner: x, y of the upper left corner of the tile on level 0.
+        downsample: side of a tile pixel in pixels of level 0.
         size: side of the tile in its own pixels.
 
     Raises:
-        RejectedSample: a part of it cannot be decoded, or no level is near enough to read it from.
+        RejectedSample: part of the tile cannot be decoded, or no level is close enough.
     """
     level = slide.get_best_level_for_downsample(downsample)
     side = size * downsample / slide.level_downsamples[level]
@@ -146,7 +147,7 @@ def tile_image(
 
 
 def _region(slide: "OpenSlide", path: Path, corner: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-    """Return pixels of one level as RGB on white."""
+    """Return a region of one level as RGB over white."""
     (width, height), (level_width, level_height) = slide.dimensions, slide.level_dimensions[level]
     across, down = width / level_width, height / level_height
     if (
@@ -160,14 +161,15 @@ def _region(slide: "OpenSlide", path: Path, corner: tuple[int, int], level: int,
         with unreadable_as_reject(path):
             region = slide.read_region(corner, level, size)
     except RejectedSample:
-        # After an error OpenSlide refuses every other part of the slide too, so the next one gets a new handle.
+        # After an error, an OpenSlide handle refuses all further reads, so the next one opens a new
+        # handle.
         _opened.cache_clear()
         raise
     return Image.alpha_composite(Image.new("RGBA", region.size, "white"), region).convert("RGB")
 
 
 def _stated_mpp(slide: "OpenSlide", axis: str) -> float | None:
-    """Return microns per pixel as OpenSlide or the TIFF's resolution tags give them, or None."""
+    """Return microns per pixel from OpenSlide or from the TIFF resolution tags, or None."""
     properties = slide.properties
     try:
         if f"openslide.mpp-{axis}" in properties:

@@ -1,4 +1,4 @@
-"""Safe reader of spreadsheets (XLSX): a zip of XML files, both of which can be built to exhaust memory."""
+"""Safe reader of XLSX files, whose zip and XML can be crafted to exhaust memory."""
 
 import warnings
 import zipfile
@@ -11,25 +11,27 @@ from maskloom.data_prep.readers.tables import TableRow, table_rows
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.extras import install_command, require
 
-MAX_UNPACKED_BYTES = 2**24  # of all files in the zip; a table of labels has some 10 kB
-MAX_ROWS, MAX_COLUMNS = 2**15, 2**7  # a cell may claim any place, and openpyxl makes the empty ones before it
+MAX_UNPACKED_BYTES = 2**24  # of all files in the zip; a label table has about 10 kB
+MAX_ROWS, MAX_COLUMNS = 2**15, 2**7  # a cell may claim any position, and openpyxl creates all empty cells before it
 
 
 def xlsx_rows(path: Path, columns: Sequence[str] = ()) -> list[TableRow]:
-    """Return the rows of a spreadsheet's first sheet as `tables.csv_rows` does those of a CSV file.
+    """Return the rows of the first sheet, like `tables.csv_rows` for a CSV file.
 
-    Empty rows above the header are skipped; of a formula the value that was last saved is read; 1.0 reads as 1.
+    Empty rows above the header are skipped. Formulas give the last saved value. 1.0 is read as 1.
 
     Args:
         path: the file.
-        columns: names that the header must hold; upper and lower case are one.
+        columns: required columns, compared without case.
 
     Returns:
-        one mapping per row; the asked columns are keyed as asked, the others as the header has them.
+        One mapping per row, keyed by the names in `columns`, and by the header for other columns.
 
     Raises:
-        RejectedSample: it is missing, not a spreadsheet, damaged, too large, declares XML entities, or lacks a column.
-        MaskLoomError: openpyxl or defusedxml (extra `xlsx`) is not installed, or openpyxl would read it without the latter.
+        RejectedSample: the file is missing, not a spreadsheet, damaged, too large, declares XML
+            entities, or lacks a column.
+        MaskLoomError: openpyxl or defusedxml (extra `xlsx`) is not installed, or openpyxl does not
+            use defusedxml.
     """
     with unreadable_as_reject(path):
         _check_archive(path)
@@ -41,16 +43,16 @@ def xlsx_rows(path: Path, columns: Sequence[str] = ()) -> list[TableRow]:
 
 
 def _check_archive(path: Path) -> None:
-    """Check that a zip unpacks to what it declares, and that this is little.
+    """Check that a zip is small when unpacked and matches its declared sizes.
 
     Raises:
-        RejectedSample: it is too large, or one of its files is damaged.
+        RejectedSample: the content is too large, or one of its files is damaged.
     """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > MAX_UNPACKED_BYTES:
             raise RejectedSample(f"{path.name} unpacks to {unpacked} bytes, more than {MAX_UNPACKED_BYTES}")
-        damaged = archive.testzip()  # reads in bounded pieces: a size that lies is found here and not by openpyxl
+        damaged = archive.testzip()  # reads in bounded chunks, so a false size is found before openpyxl reads it
         if damaged is not None:
             raise RejectedSample(f"{path.name} is damaged: {damaged} does not match its checksum")
 
@@ -65,11 +67,11 @@ def _first_sheet(path: Path) -> list[list[Any]]:
             f"{path}: spreadsheets are read with defusedxml only; {install_command('xlsx')}, and unset OPENPYXL_DEFUSEDXML"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of styles and validations, which are not read
+        warnings.simplefilter("ignore")  # about styles and validations, which are not read
         try:
             book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
         except ValueError as error:
-            raise error.__cause__ or error from None  # openpyxl's own words name no reason
+            raise error.__cause__ or error from None  # openpyxl's own message names no reason
         try:
             if not book.worksheets:
                 raise RejectedSample(f"{path.name} has no sheet")

@@ -1,6 +1,6 @@
-"""Tables of labels, patients and splits: rows that know their number, so that an error can name the place.
+"""Reads tables of labels, patients and splits; rows keep their number for error messages.
 
-Like the readers of images, nothing here trusts a file: what cannot be read as a table is a reject with a reason.
+Files are not trusted: a file that cannot be read as a table is rejected with a reason.
 """
 
 import codecs
@@ -15,35 +15,36 @@ from maskloom.data_prep.readers.common import unreadable_as_reject
 from maskloom.data_prep.readers.file_names import comparable
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
-LONGEST_SHOWN = 40  # characters of a value in an error
+LONGEST_SHOWN = 40  # characters of a value in an error message
 
 
 class TableRow(dict[str, str]):
-    """A row below the header: values by the name of their column.
+    """A row below the header: values by column name.
 
     Attributes:
-        number: of the row in its file, as a spreadsheet counts them: a header in the first row is row 1.
+        number: row number in the file, as in a spreadsheet: the first row is 1.
     """
 
     def __init__(self, values: dict[str, str], number: int) -> None:
-        """Keep values and number."""
+        """Store values and number."""
         super().__init__(values)
         self.number = number
 
 
 def csv_table(path: Path) -> list[list[str]]:
-    """Return all rows of a CSV file, the header too, values stripped; blank lines are empty rows.
+    """Return all rows of a CSV file, header included; blank lines are empty rows.
 
     Args:
-        path: the file, UTF-8, or UTF-16 with a byte order mark (as Excel's "Unicode text"), separated by `,`, `;` or tab.
+        path: the file: UTF-8, or UTF-16 with a byte order mark (Excel's "Unicode text"), separated
+            by `,`, `;` or tab.
 
     Raises:
-        RejectedSample: it is missing, not text, or its quotes do not match.
+        RejectedSample: the file is missing, not text, or has unbalanced quotes.
     """
     with unreadable_as_reject(path):
-        text = _decoded(path).removeprefix("sep=;\n").removeprefix("sep=;\r\n")  # a line for Excel
+        text = _decoded(path).removeprefix("sep=;\n").removeprefix("sep=;\r\n")  # separator hint for Excel
         delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-        # Not str.splitlines, which also breaks rows at form feeds and other separators inside a value.
+        # Not str.splitlines, which also splits at form feeds and other separators within values.
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         try:
             table = list(reader)
@@ -58,7 +59,7 @@ def _decoded(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        RejectedSample: it is in another encoding (says where).
+        RejectedSample: the file has another encoding; names the row.
     """
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -78,33 +79,34 @@ def _decoded(path: Path) -> str:
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> list[TableRow]:
-    """Return the rows of a CSV file with a header, values stripped; further columns are kept.
+    """Return the rows of a CSV file with a header, with stripped values; extra columns are kept.
 
     Args:
         path: see `csv_table`.
-        columns: names that the header must hold; upper and lower case are one.
+        columns: required columns, compared without case.
 
     Returns:
-        one mapping per row; the asked columns are keyed as asked, the others as the header has them.
+        One mapping per row, keyed by the names in `columns`, and by the header for other columns.
 
     Raises:
-        RejectedSample: it is missing, not text, lacks a column (names those it has), has it twice, or a row has more values
-            than the header has names.
+        RejectedSample: the file is missing or not text, a column is missing (names the existing
+            ones) or occurs twice, or a row has more values than the header.
     """
     return table_rows(path.name, csv_table(path), columns)
 
 
 def table_rows(name: str, table: Sequence[Sequence[Any]], columns: Sequence[str], first: int = 1) -> list[TableRow]:
-    """Return the rows below the header of a table as mappings, without the empty ones. See `csv_rows`.
+    """Return the non-empty rows below the header of a table as mappings. See `csv_rows`.
 
     Args:
-        name: of the file, for errors.
-        table: the header, and the rows below it.
-        columns: names that the header must hold.
-        first: number of the header's row in the file.
+        name: file name for error messages.
+        table: the header and the rows below it.
+        columns: required columns.
+        first: row number of the header in the file.
 
     Raises:
-        RejectedSample: there is no header, it lacks a column or has it twice, or a row is longer than the header.
+        RejectedSample: there is no header, a column is missing or occurs twice, or a row is longer
+            than the header.
     """
     header = [_cell(value) for value in table[0]] if table else []
     asked = {comparable(column): column for column in columns}
@@ -117,7 +119,7 @@ def table_rows(name: str, table: Sequence[Sequence[Any]], columns: Sequence[str]
     rows = []
     for number, values in enumerate(table[1:], start=first + 1):
         row = [_cell(value) for value in values]
-        if any(row[len(keys) :]):  # a separator inside a value has moved the others
+        if any(row[len(keys) :]):  # an unquoted separator within a value
             raise RejectedSample(f"{name} has {len(row)} values in row {number}, but {len(keys)} columns")
         if any(row):
             rows.append(TableRow(dict(zip(keys, row + [""] * len(keys), strict=False)), number))
@@ -125,15 +127,15 @@ def table_rows(name: str, table: Sequence[Sequence[Any]], columns: Sequence[str]
 
 
 def wrong_value(path: Path, row: TableRow, column: str, expected: str, advice: str, of: str = "") -> MaskLoomError:
-    """Return the error that a value of a table is not what it must be: file, row, column and value in one line.
+    """Return the error for an invalid value in a table, with file, row, column and value.
 
     Args:
         path: the table.
-        row: where the value is.
+        row: the row of the value.
         column: its column.
-        expected: what it should be.
+        expected: description of valid values.
         advice: what to do.
-        of: what the row is about, where it names that.
+        of: subject of the row, if known.
     """
     value = row[column]
     told = f"is {value[:LONGEST_SHOWN]!r}" if value else "is empty"
@@ -142,7 +144,7 @@ def wrong_value(path: Path, row: TableRow, column: str, expected: str, advice: s
 
 
 def whole_number(text: str) -> int | None:
-    """Return a whole number, which MATLAB and pandas may have written as `1.0`; None for any other text."""
+    """Return the integer in a text, also when written as `1.0` (MATLAB, pandas); else None."""
     return int(text.split(".")[0]) if re.fullmatch(r"[0-9]{1,9}(\.0+)?", text) else None
 
 

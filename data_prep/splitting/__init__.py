@@ -1,4 +1,4 @@
-"""Which rows lie in which split: near-duplicates, groups, and splits that keep every group whole.
+"""Assigns rows to splits: near-duplicates, groups, and splits that keep every group together.
 
-It sees rows and small descriptions of images, never a raw file.
+The modules work on rows and image signatures, never on raw files.
 """

@@ -1,7 +1,8 @@
-"""How well two images agree once one is aligned with a window of the other.
+"""Similarity of two images after aligning one with a window of the other.
 
-The window's edges climb to the largest correlation (normalised template matching with free translation and scale: Lewis, Fast
-Normalized Cross-Correlation, 1995); there the details are compared (`data_prep.splitting.layout`).
+Hill climbing over the edges of the window maximises the correlation (normalised template matching
+with free translation and scale: Lewis, Fast Normalized Cross-Correlation, 1995). At the maximum,
+the details are compared (`data_prep.splitting.layout`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,12 @@ from maskloom.pipeline.progress import progress
 ALIGNED_SIDE = 64
 STEPS, FINE_STEPS = (6.0, 3.0, 1.5), (1.5, 0.75)  # thumbnail pixels
 ROUNDS = 4
-GAIN = 1e-6  # less may be rounding, which differs between processes
+GAIN = 1e-6  # smaller gains may be rounding errors, which differ between processes
 DECIMALS = 4
-# Correlation below which further steps do not make a copy's, and from which the other direction need not be tried.
+# Below HOPELESS, finer steps cannot reach the correlation of a copy; from CERTAIN on, the other
+# direction is not tried.
 HOPELESS, CERTAIN = 0.35, 0.9
-# Only where the decision is open the details are aligned once more, by themselves.
+# Only for undecided pairs, the details are aligned once more on their own.
 OPEN_CORRELATION, OPEN_LIKENESS = 0.5, (0.25, 0.9)
 TILE_STARTS = np.linspace(0, ALIGNED_SIDE, 7)[:-1].astype(int)
 PAIRS = 64  # aligned at a time
@@ -45,11 +47,12 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 class Agreement(NamedTuple):
-    """How well two images agree.
+    """Similarity of two images.
 
     Attributes:
         correlation: absolute correlation of the aligned textures, 0..1.
-        detail: correlation of what of them is not the dataset's layout, the median over tiles, -1..1.
+        detail: correlation of their details (without the dataset's layout), median over tiles,
+            -1..1.
     """
 
     correlation: float
@@ -70,14 +73,14 @@ def align_pairs(
 
 
 def agreement(a: Floats, b: Floats, in_a: Box, in_b: Box, layout: Layout) -> Agreement:
-    """Return how all of `a` agrees with a window of `b`, or, where that leaves it open, all of `b` with a window of `a`.
+    """Return the similarity of `a` with a window of `b`, or, if undecided, of `b` with one of `a`.
 
     Args:
         a: texture of one image.
         b: texture of the other.
-        in_a: window of `a` from which the climb starts.
-        in_b: window of `b`.
-        layout: what does not count as detail.
+        in_a: start window in `a`.
+        in_b: start window in `b`.
+        layout: the layout of the dataset, which does not count as detail.
     """
     whole, other = a, b
     correlation, box = _climbed(a, b, in_b)
@@ -89,7 +92,7 @@ def agreement(a: Floats, b: Floats, in_a: Box, in_b: Box, layout: Layout) -> Agr
     detail = layout.detail(target)
 
     def details(edges: Edges) -> tuple[Floats, Floats]:
-        """The detail of the target, with the sign that makes the textures correlate positively, and of the window."""
+        """Return the details of target (with the sign of a positive correlation) and window."""
         vector = window_vector(other, edges, ALIGNED_SIDE)
         return np.sign(target @ vector) * detail, layout.detail(vector)
 
@@ -103,13 +106,13 @@ def agreement(a: Floats, b: Floats, in_a: Box, in_b: Box, layout: Layout) -> Agr
 
 
 def median_tile_correlation(a: Floats, b: Floats) -> float:
-    """Return the median of the correlations of an image's tiles, each weighted by the contrast that it has in both, -1..1.
+    """Return the median correlation over the tiles of two images, weighted by contrast, -1..1.
 
-    Most parts of a copy agree; text and calipers that two images share agree in a few.
+    Copies agree in most tiles; shared text and calipers agree in few.
 
     Args:
         a: one image, (pixels,), of mean 0.
-        b: the other.
+        b: the other image.
     """
 
     def tile_sums(values: Floats) -> Floats:
@@ -128,12 +131,12 @@ def median_tile_correlation(a: Floats, b: Floats) -> float:
 def _aligned_part(
     signatures: Path, index: WindowIndex, layout: Layout, pairs: Sequence[tuple[int, int]]
 ) -> list[Agreement]:
-    """Return the agreement of each pair, in the direction in which its vectors match better."""
+    """Return the agreement of each pair, in the better direction."""
     boxes = windows()
     found = []
     with threadpool_limits(1):
         for pair in pairs:
-            # First the direction in which the vectors match better.
+            # Start with the direction in which the vectors match better.
             scores = {tuple(ends): index.scores(ends[0], ends[1:])[0] for ends in (pair, pair[::-1])}
             a, b = max(scores, key=lambda ends: scores[ends].max())
             in_a, in_b = boxes[int(scores[b, a].argmax())], boxes[int(scores[a, b].argmax())]
@@ -142,7 +145,10 @@ def _aligned_part(
 
 
 def _climbed(whole: Floats, other: Floats, start: Box) -> tuple[float, Edges]:
-    """Return the largest correlation of `whole` with a window of `other` that moving the edges of `start` reaches, and the window."""
+    """Return the largest correlation of `whole` with a window of `other`, and the window.
+
+    Hill climbing over the edges, from `start`.
+    """
     target = window_vector(whole, np.array(WHOLE) * SIDE, ALIGNED_SIDE)
     image = Image.fromarray(other)
 
@@ -156,7 +162,7 @@ def _climbed(whole: Floats, other: Floats, start: Box) -> tuple[float, Edges]:
 
 
 def _climb(value_of: Callable[[Edges], float], box: Edges, steps: Sequence[float]) -> tuple[float, Edges]:
-    """Return the largest value that moving the edges of a box by the steps, one after the other, reaches, and the box."""
+    """Maximise a function of a box by hill climbing with the given steps; return value and box."""
     best = value_of(box)
     for step in steps:
         for _ in range(ROUNDS):
@@ -174,7 +180,7 @@ def _climb(value_of: Callable[[Edges], float], box: Edges, steps: Sequence[float
 
 
 def _moves(step: float) -> Iterator[Edges]:
-    """Yield each edge moved by the step either way, then both edges of an axis together."""
+    """Yield moves of each edge by the step in both directions, then of both edges of an axis."""
     for edges in ((0,), (1,), (2,), (3,), (0, 2), (1, 3)):
         for signed in (-step, step):
             move = np.zeros(4)

@@ -1,7 +1,8 @@
-"""What unrelated images of a dataset score by chance, and the threshold that follows.
+"""Distribution of chance scores between unrelated images of a dataset, and the resulting threshold.
 
-Each of some images is compared with a few others drawn at random: too few to hold a copy of it. The best score in each draw has a distribution whose
-upper part is that of chance; a normal distribution of single scores (in Fisher's z) that has the same quantiles is extended to all pairs of the dataset.
+A sample of images is compared with a few random others each, too few to include a copy. A normal
+distribution of single scores (in Fisher's z) is fitted to quantiles of the best score per draw, and
+extrapolated to all pairs of the dataset.
 """
 
 import numpy as np
@@ -10,15 +11,15 @@ from scipy.stats import norm
 
 from maskloom.data_prep.splitting.neighbours import WindowIndex
 
-FEWEST = 16  # images from which chance can be measured
+FEWEST = 16  # images needed to estimate the chance distribution
 DRAWS = 256
 LARGEST_DRAW, DRAWN_SHARE = 64, 1 / 12
-QUANTILES = (0.5, 0.85)  # the part above may hold copies
-EXPECTED = 0.1  # chance joins in the whole dataset
+QUANTILES = (0.5, 0.85)  # the part above may contain copies
+EXPECTED = 0.1  # expected number of chance matches in the whole dataset
 
 
 def drawn_pairs(index: WindowIndex, images: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each draw among some images the first one and the best match among the others drawn, (DRAWS, 2)."""
+    """Return one image and its best match for each random draw, (DRAWS, 2)."""
     random = np.random.default_rng(0)
     pairs = []
     for _ in range(DRAWS):
@@ -29,12 +30,12 @@ def drawn_pairs(index: WindowIndex, images: NDArray[np.int64]) -> NDArray[np.int
 
 
 def draw_size(count: int) -> int:
-    """Return how many others each image is compared with in a dataset of so many images."""
+    """Return the number of images per draw, for a dataset of `count` images."""
     return max(1, min(LARGEST_DRAW, int(DRAWN_SHARE * count)))
 
 
 def chance_threshold(best: NDArray[np.float64], draw: int, count: int) -> float:
-    """Return the score that unrelated pairs of a dataset are expected to reach `EXPECTED` times.
+    """Return the score that unrelated pairs in the dataset are expected to exceed `EXPECTED` times.
 
     Args:
         best: the best score of each draw, -1..1.

@@ -1,4 +1,4 @@
-"""Groups: what must lie in one split. Patients where the dataset knows them, near-duplicates where it does not, or both."""
+"""Groups of rows that must stay in one split: patients, clusters of near-duplicates, or both."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -10,18 +10,18 @@ from maskloom.data_prep.adapter import Reject
 from maskloom.data_prep.readers.file_names import comparable
 from maskloom.pipeline.dataset.contract import SPLITS
 
-MOST_GROUPS = 5  # that may share a picture: a patient with two names, not a page that every examination begins with
+MOST_GROUPS = 5  # that may share an image: a patient with two ids, but not the title page of every examination
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is kept in memory of one usable sample: enough to group and split, and the place of its record.
+    """The in-memory entry of a usable sample: what grouping and splitting need, and its record.
 
     Attributes:
-        source: index of its source.
-        has_signature: whether the part's `.near` file holds a record of it.
-        part: number of its part.
-        record: (offset, length) of its line in the part's `.jsonl`, in bytes.
+        source: index of the source.
+        has_signature: whether the `.near` file of the part has a signature for it.
+        part: number of the part.
+        record: (offset, length) of its line in the `.jsonl` file of the part, in bytes.
     """
 
     sample_id: str
@@ -39,7 +39,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Row:
-    """One row to be: a sample and the name of its group."""
+    """A future row: a sample and the name of its group."""
 
     item: Found
     group: str
@@ -47,12 +47,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Grouping:
-    """What becomes of some samples.
+    """The result of grouping.
 
     Attributes:
-        rows: those that are used, in their order.
-        rejected: the others, with the reason.
-        united: names of groups of the dataset that became one, because images of both are duplicates.
+        rows: the samples that are used, in order.
+        rejected: the other samples, with the reason.
+        united: names of groups that were merged because they share duplicates.
     """
 
     rows: list[Row]
@@ -61,15 +61,16 @@ class Grouping:
 
 
 def consistent_rows(items: Sequence[Found], clusters: Sequence[int]) -> Grouping:
-    """Return the items, each with the name of its group, and those that contradict their group.
+    """Group the items, and reject those that contradict their group.
 
-    Left out are pictures that more than `MOST_GROUPS` groups share (a title page, a test pattern: of no patient, and they would join all of
-    them), all images of a cluster of duplicates that carries several labels (at least one label is wrong, and nothing says
-    which), and of a group that the dataset itself spreads over several splits, those outside the most held-out one.
+    Rejected are: images shared by more than `MOST_GROUPS` groups (a title page or test pattern,
+    which belongs to no patient and would merge all of them); all images of a cluster of duplicates
+    with several labels (at least one label is wrong, and it is unknown which); and, in a group that
+    the dataset assigns to several splits, the images outside the most held-out split.
 
     Args:
         items: the usable items.
-        clusters: cluster of duplicates of each item.
+        clusters: duplicate cluster of each item.
     """
     own, shared = _without_shared_pictures(items, clusters)
     agreeing, rejected = _without_label_conflicts(own)
@@ -91,13 +92,13 @@ def consistent_rows(items: Sequence[Found], clusters: Sequence[int]) -> Grouping
 
 
 def without_seen(samples: Sequence[Found], clusters: Sequence[int]) -> tuple[list[tuple[Found, int]], list[Reject]]:
-    """Return the samples whose cluster no earlier source has, each with its cluster, and the others as rejects.
+    """Return the samples without duplicates in an earlier source, and the rejects.
 
-    An external test image that the main dataset holds as well would be no test.
+    An external test image that is also in the main dataset would invalidate the test.
 
     Args:
-        samples: those of all sources, the main dataset's first.
-        clusters: near-duplicate cluster of each.
+        samples: the samples of all sources, the main dataset first.
+        clusters: near-duplicate cluster of each sample.
     """
     owner: dict[int, Found] = {}
     kept, rejected = [], []
@@ -111,7 +112,10 @@ def without_seen(samples: Sequence[Found], clusters: Sequence[int]) -> tuple[lis
 
 
 def joined(keys: Sequence[tuple[Hashable, ...]]) -> list[int]:
-    """Return the component of each row, named by one of its rows; rows that share a key (other than None) are linked."""
+    """Return the connected component of each row, where rows are linked by common keys except None.
+
+    A component is named by one of its rows.
+    """
     sets = DisjointSet(range(len(keys)))
     first: dict[Hashable, int] = {}
     for row, of_row in enumerate(keys):
@@ -124,7 +128,7 @@ def joined(keys: Sequence[tuple[Hashable, ...]]) -> list[int]:
 def _without_shared_pictures(
     items: Sequence[Found], clusters: Sequence[int]
 ) -> tuple[list[tuple[Found, int]], list[Reject]]:
-    """Return the items with their clusters, less those whose very picture lies in too many groups of the dataset."""
+    """Return the items with their clusters, and rejects for images that are in too many groups."""
     groups: dict[str, set[str]] = defaultdict(set)
     for item in items:
         if item.shown and item.group:
@@ -154,13 +158,14 @@ def _without_label_conflicts(items: Sequence[tuple[Found, int]]) -> tuple[list[t
 
 
 def _without_split_conflicts(items: Sequence[Found]) -> tuple[list[Row], list[Reject]]:
-    """Return a group's items, named, less those that do not lie in the most held-out split that the dataset itself gives the group.
+    """Return the rows of a group in its most held-out published split, and rejects for the others.
 
-    A published test split stays what it is: an image without a split that belongs to one of its groups does not join it.
+    A published test split stays unchanged: images without a split do not join it through their
+    group.
     """
     name = next((item.group for item in items if item.group), items[0].sample_id)
     fixed = {item.split for item in items if item.split}
-    # An external set's images all have the same split, which is none of these.
+    # The images of an external dataset all have the same split, which is not in SPLITS.
     split = max(fixed, key=SPLITS.index) if len(fixed) > 1 else next(iter(fixed), None)
     allowed = (None, split) if split in (None, "train") else (split,)
     inside = [Row(item, name) for item in items if item.split in allowed]
@@ -170,7 +175,7 @@ def _without_split_conflicts(items: Sequence[Found]) -> tuple[list[Row], list[Re
 
 
 def _by(keys: Iterable[Hashable]) -> list[list[int]]:
-    """Return the indices that share a key, for each key in order of first appearance."""
+    """Return the indices of each key, in order of first appearance."""
     members: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
         members[key].append(index)

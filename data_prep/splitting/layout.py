@@ -1,8 +1,10 @@
-"""What the images of one dataset have in common, so that it does not count as likeness.
+"""The layout shared by all images of a dataset, which must not count as similarity.
 
-A dark blob in the middle of light skin, the outline of a chest, the disc of a fundus: unrelated images of such a dataset correlate by their layout
-alone. The leading principal components of their textures span that layout; what is left of an image is its *detail*, which only the same picture
-shares (whitening of descriptors against co-occurring patterns: Jegou and Chum, Negative Evidences and Co-occurences in Image Retrieval, ECCV 2012).
+A dark lesion in the middle of light skin, the outline of a chest, the disc of a fundus: unrelated
+images of such datasets correlate because of their layout. The leading principal components of the
+textures span the layout. The residual of an image is its *detail*, which only copies share
+(whitening of descriptors against co-occurring patterns: Jegou and Chum, Negative Evidences and
+Co-occurences in Image Retrieval, ECCV 2012).
 """
 
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ from sklearn.utils.extmath import randomized_svd
 from maskloom.data_prep.splitting.textures import SIDE, Floats, read_texture, unit, window_vector, windows
 
 COMPONENTS = 64
-IMAGES_PER_COMPONENT = 2  # of few images more components would span the images themselves
+IMAGES_PER_COMPONENT = 2  # with fewer images per component, the components would span the images themselves
 SAMPLED_WINDOWS = 1024
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The common components.
+    """The principal components of the layout.
 
     Attributes:
         components: (K, pixels), orthonormal.
@@ -29,23 +31,23 @@ class Layout:
     components: Floats
 
     def detail(self, vector: Floats) -> Floats:
-        """Return what of a window is not common, (pixels,), of mean 0 and length 1; zeros where nothing is left."""
+        """Return the detail of a window, (pixels,), with mean 0 and norm 1; zeros if it vanishes."""
         return unit(vector - self.components.T @ (self.components @ vector))
 
 
 def layout_size(count: int) -> int:
-    """Return the number of components for a dataset of so many images."""
+    """Return the number of layout components for a dataset of `count` images."""
     return min(COMPONENTS, count // IMAGES_PER_COMPONENT)
 
 
 def principal_components(signatures: Path, count: int, side: int, number: int) -> Floats:
-    """Return the leading principal components of windows of a dataset's textures, (number, side * side), the strongest first.
+    """Return the leading principal components of texture windows, (number, side * side).
 
     Args:
         signatures: file of records.
-        count: number of its images.
-        side: of a window, pixels.
-        number: of components, at most `SAMPLED_WINDOWS`.
+        count: number of images in it.
+        side: side of a window in pixels.
+        number: number of components, at most `SAMPLED_WINDOWS`.
     """
     if number == 0:
         return np.zeros((0, side * side), np.float32)

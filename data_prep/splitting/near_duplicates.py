@@ -1,12 +1,17 @@
-"""Near-duplicates by content: images that show the same picture despite calipers, changed contrast, or a crop.
+"""Near-duplicate search by content: copies of an image with calipers, other contrast, or a crop.
 
-1. *Texture* of each image (`data_prep.splitting.textures`). Correlations are taken absolute, so an inverted picture matches as well.
-2. *Neighbours* of each image, by windows that a crop may have left (`data_prep.splitting.neighbours`).
-3. *Alignment* of each pair of neighbours (`data_prep.splitting.alignment`): the correlation of the textures, and that of their details, the part
-   that is not the dataset's common layout (`data_prep.splitting.layout`).
-4. *Threshold*, from what unrelated pairs of this dataset score (`data_prep.splitting.chance`). A pair is joined where the textures correlate from
-   `CORRELATION` on (or the plain 64 x 64 thumbnails above 0.98, the measure of the published counts of BUSI's duplicates: Pawlowska et al.,
-   Data in Brief 48, 109247, 2023) and the details correlate from that threshold on.
+1. *Texture* of each image (`data_prep.splitting.textures`). Absolute correlations also match
+   inverted images.
+2. *Neighbours* of each image, by windows that a crop may have left
+   (`data_prep.splitting.neighbours`).
+3. *Alignment* of each pair of neighbours (`data_prep.splitting.alignment`): the correlation of the
+   textures, and that of their details, the part that is not the dataset's common layout
+   (`data_prep.splitting.layout`).
+4. *Threshold*, from the scores of unrelated pairs of this dataset (`data_prep.splitting.chance`). A
+   pair is joined if the correlation of the textures reaches `CORRELATION` (or that of the plain 64
+   x 64 thumbnails exceeds 0.98, the criterion of the published duplicate counts of BUSI: Pawlowska
+   et al., Data in Brief 48, 109247, 2023) and the correlation of the details reaches that
+   threshold.
 
 Mirrored and rotated copies are not found. Identical pixels are always joined.
 """
@@ -30,12 +35,13 @@ __all__ = ["METHOD", "RECORD", "NearDuplicates", "find_near_duplicates", "near_d
 
 METHOD = "aligned correlation of locally normalised textures"
 CORRELATION = 0.55
-DETAIL, LARGEST_DETAIL = 0.45, 0.95  # the least threshold, and the largest that still tells copies from chance
-# The least where images are too few for all of the layout's components, and where they are too few to measure chance.
+DETAIL, LARGEST_DETAIL = 0.45, 0.95  # limits of the threshold; a larger one cannot separate copies from chance
+# Lower limits with too few images for all layout components, and with too few to estimate chance.
 DETAIL_OF_SOME, DETAIL_OF_FEW = 0.65, 0.9
 HEADROOM = 0.15
 PLAIN_CORRELATION = 0.98
-# A cluster of so many images, and of such a share of all, most of which are not plainly the same picture, was joined by chance or is a sequence.
+# A larger cluster, in which most checked pairs are not clearly the same image, is a chain of chance
+# matches or a sequence.
 LARGE_CLUSTER, LARGE_SHARE, CHECKED_PAIRS = 10, 0.2, 32
 SAME_CORRELATION = 0.95
 REMEDY = "set data.duplicates=identical, or give the patient or lesion of each image as its group"
@@ -46,30 +52,30 @@ Scorer = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Threshold:
-    """What joins two images.
+    """The thresholds above which two images are joined.
 
     Attributes:
-        correlation: of the aligned textures, from which they are joined.
-        detail: of their details, from which they are joined; None: details do not matter.
+        correlation: smallest correlation of the aligned textures.
+        detail: smallest correlation of the details; None: details are not compared.
     """
 
     correlation: float
     detail: float | None
 
     def stated(self) -> dict[str, float]:
-        """Return the values as a contract states them."""
+        """Return the values for the contract."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """The pairs that may be joined, and what joins them.
+    """Candidate pairs with their scores, and the threshold of the dataset.
 
     Attributes:
-        threshold: of this dataset.
+        threshold: the threshold of this dataset.
         identical: index of the first image with the same pixels, for each image.
-        pairs: (N, 2), the neighbours.
-        scores: (N, 3), of each pair the correlations of textures, details, and plain thumbnails.
+        pairs: (N, 2), pairs of neighbours.
+        scores: (N, 3), correlations of textures, details and plain thumbnails of each pair.
     """
 
     threshold: Threshold
@@ -78,7 +84,7 @@ class NearDuplicates:
     scores: NDArray[np.float64]
 
     def joined(self, margin: float = 0.0) -> NDArray[np.int64]:
-        """Return the pairs that are near-duplicates, (N, 2), by a threshold that is stricter by a margin."""
+        """Return the near-duplicate pairs, (N, 2), at the threshold plus a margin."""
         return self.pairs[_reaches(self.scores, self.threshold, margin)]
 
     def clusters(self, margin: float = 0.0) -> list[int]:
@@ -93,7 +99,9 @@ class NearDuplicates:
 def near_duplicate_clusters(
     signatures: Path, digests: Sequence[str], correlation: float | None = None, workers: int = 1
 ) -> list[int]:
-    """Return the cluster of each image, named by the index of its first member; see `find_near_duplicates`."""
+    """Return the cluster of each image, named by the index of its first member; see
+    `find_near_duplicates`.
+    """
     return find_near_duplicates(signatures, digests, correlation, workers).clusters()
 
 
@@ -102,16 +110,18 @@ def find_near_duplicates(
 ) -> NearDuplicates:
     """Find the near-duplicates among the images of a dataset.
 
-    Memory holds a few windows' vectors and a few numbers per image; a file of 20 kB per image lies beside the signatures meanwhile.
+    Memory holds the vectors of a few windows and a few numbers per image. A temporary file of 20 kB
+    per image is written beside the signatures.
 
     Args:
         signatures: file of `signature` records, one per image.
         digests: digest of each image's pixels.
-        correlation: aligned correlation from which two images are joined, whatever unrelated ones score; None: calibrated on the dataset.
+        correlation: fixed threshold of the aligned correlation; None: calibrated on the dataset.
         workers: number of processes; the result does not depend on it.
 
     Raises:
-        MaskLoomError: unrelated images are too alike to tell copies from chance, or a large cluster is a chain of chance matches.
+        MaskLoomError: unrelated images are too similar to separate copies from chance, or a large
+            cluster is a chain of chance matches.
     """
     first: dict[str, int] = {}
     identical = [first.setdefault(digest, index) for index, digest in enumerate(digests)]
@@ -141,15 +151,15 @@ def find_near_duplicates(
 
 
 def _calibrated(index: WindowIndex, distinct: NDArray[np.int64], scored: Scorer) -> Threshold:
-    """Return the threshold for a dataset, by what its unrelated pairs score.
+    """Return the threshold for a dataset, calibrated on its unrelated pairs.
 
     Args:
-        index: of its windows.
-        distinct: images of which no two have the same pixels.
-        scored: returns the scores of pairs.
+        index: index of its windows.
+        distinct: images with distinct pixels.
+        scored: function that returns the scores of pairs.
 
     Raises:
-        MaskLoomError: they score as much as copies.
+        MaskLoomError: unrelated pairs score as high as copies.
     """
     if len(distinct) < FEWEST:
         return Threshold(CORRELATION, DETAIL_OF_FEW)
@@ -157,13 +167,13 @@ def _calibrated(index: WindowIndex, distinct: NDArray[np.int64], scored: Scorer)
     detail = chance_threshold(details, draw_size(len(distinct)), len(distinct))
     if detail > LARGEST_DETAIL:
         raise MaskLoomError(
-            f"data.duplicates=near: unrelated images of this dataset are too alike to tell copies from chance (some of the {len(distinct)} "
+            f"data.duplicates=near: unrelated images of this dataset are too similar to tell copies from chance (some of the {len(distinct)} "
             f"would correlate up to {detail:.3f} in what is not common to all; at most {LARGEST_DETAIL} can be told apart); {REMEDY}"
         )
     least = DETAIL
-    if layout_size(index.count) < COMPONENTS:  # the layout is not known whole, and chance less well
+    if layout_size(index.count) < COMPONENTS:  # incomplete layout, less precise chance estimate
         least, detail = DETAIL_OF_SOME, detail + HEADROOM * (1 - detail)
-    return Threshold(CORRELATION, max(least, round(detail, 3)))  # rounded: equal on all machines
+    return Threshold(CORRELATION, max(least, round(detail, 3)))  # rounded to be equal on all machines
 
 
 def _reaches(scores: NDArray[np.float64], threshold: Threshold, margin: float = 0.0) -> NDArray[np.bool_]:
@@ -182,13 +192,13 @@ def _plain_correlation(signatures: Path, a: int, b: int) -> float:
 
 
 def _require_believable(found: NearDuplicates, scored: Scorer) -> None:
-    """Check that the images of each large cluster are plainly copies of one another, not joined one by one through weak matches.
+    """Check that large clusters consist of copies, not of a chain of weak matches.
 
     Raises:
-        MaskLoomError: most pairs of such a cluster are not.
+        MaskLoomError: most pairs of such a cluster are not clearly copies.
     """
     clusters = np.array(found.clusters())
-    distinct = np.unique(found.identical)  # of identical images one is enough
+    distinct = np.unique(found.identical)  # one of several identical images is enough
     names, sizes = np.unique(clusters[distinct], return_counts=True)
     for name, size in zip(names, sizes, strict=True):
         if size <= max(LARGE_CLUSTER, LARGE_SHARE * len(distinct)):

@@ -1,9 +1,11 @@
-"""A nearest-neighbour index of images by windows of their textures: which images may show the same picture.
+"""Nearest-neighbour index on texture windows, to find candidate pairs of near-duplicates.
 
-Every window of every image becomes a short vector: its detail (`data_prep.splitting.layout`), reduced to principal components. The neighbours of
-an image are the images of which some window is nearest to the whole of it. Up to `EXACT` images every window is compared; of more, only those in the
-cells of a k-means partition that lie nearest (inverted file: Jegou, Douze and Schmid, Product Quantization for Nearest Neighbor Search, PAMI 2011).
-The vectors lie in a file; memory holds one cell of it.
+Every window of every image is described by a short vector: its detail
+(`data_prep.splitting.layout`), reduced to principal components. The neighbours of an image are the
+images with a window closest to the whole image. Up to `EXACT` images, the search is exhaustive;
+beyond, it visits the nearest cells of a k-means partition (inverted file: Jegou, Douze and Schmid,
+Product Quantization for Nearest Neighbor Search, PAMI 2011). The vectors are in a file; memory
+holds one cell.
 """
 
 from collections.abc import Sequence
@@ -24,11 +26,11 @@ from maskloom.pipeline.progress import progress
 WINDOW_SIDE = 32
 DIMENSIONS = 256
 NEIGHBOURS = 6
-LEAST = 0.3  # correlation of vectors below which an image is no neighbour
-EXACT = 16384  # images; of 10000, all comparisons take half a minute of a core
-CELLS_PER_ROOT = 4  # cells: this times the square root of the number of images
-PROBED = 80  # cells that a query visits, nearest first: time grows with the 1.5th power of the number of images
-TRAINED_ON = 64  # vectors per cell
+LEAST = 0.3  # smallest correlation of vectors of neighbours
+EXACT = 16384  # images; an exhaustive search among 10000 takes half a minute on one core
+CELLS_PER_ROOT = 4  # number of cells per square root of the number of images
+PROBED = 80  # nearest cells visited per query; time grows with the power 1.5 of the number of images
+TRAINED_ON = 64  # training vectors per cell
 BLOCK, QUERIES = 128, 1024
 
 Indices = NDArray[np.int64]
@@ -47,20 +49,20 @@ class WindowIndex:
     count: int
 
     def vectors(self) -> NDArray[np.float16]:
-        """Return the vectors, mapped from the file."""
+        """Return the vectors as a memory map."""
         return np.memmap(self.file, np.float16, "r", shape=(self.count, len(windows()), DIMENSIONS))
 
     def scores(self, image: int, others: Sequence[int] | Indices) -> Floats:
-        """Return how well the whole of an image matches each window of some others, (others, windows), 0..1."""
+        """Return the match of an image with each window of other images, (others, windows), 0..1."""
         vectors = self.vectors()
         return np.abs(vectors[others].astype(np.float32) @ vectors[image, 0].astype(np.float32))
 
 
 class Cell(NamedTuple):
-    """Some windows, and the images that are compared with them.
+    """A cell of the index: windows, and the images to compare them with.
 
     Attributes:
-        entries: numbers of the windows (image * windows per image + window), in order.
+        entries: sorted numbers of the windows (image * windows per image + window).
         queries: numbers of the images.
     """
 
@@ -69,13 +71,13 @@ class Cell(NamedTuple):
 
 
 def build_index(signatures: Path, count: int, common: int, file: Path, workers: int) -> WindowIndex:
-    """Write the vectors of all windows.
+    """Compute the vectors of all windows and write them to a file.
 
     Args:
         signatures: file of records.
-        count: number of its images.
-        common: number of leading components that all images share and that are left out.
-        file: receives the vectors.
+        count: number of images in it.
+        common: number of leading (layout) components to leave out.
+        file: output file of the vectors.
         workers: number of processes.
     """
     components = principal_components(signatures, count, WINDOW_SIDE, common + DIMENSIONS)
@@ -89,11 +91,11 @@ def build_index(signatures: Path, count: int, common: int, file: Path, workers: 
 
 
 def neighbour_pairs(index: WindowIndex, workers: int) -> Indices:
-    """Return the pairs (a, b), a < b, of images of which one is among the nearest neighbours of the other, (N, 2), in order."""
+    """Return sorted pairs (a, b), a < b, in which one image is a neighbour of the other, (N, 2)."""
     most = min(NEIGHBOURS, index.count - 1)
     ids, scores = np.full((index.count, most), -1, np.int64), np.zeros((index.count, most), np.float32)
     cells = _blocks(index) if index.count <= EXACT else _cells(index)
-    with progress("looking for neighbours", len(cells), "cells") as advance:
+    with progress("searching neighbours", len(cells), "cells") as advance:
         for cell, (near, score) in zip(
             cells, parallel_results(partial(_nearest, index, most), cells, workers, True), strict=True
         ):
@@ -105,7 +107,7 @@ def neighbour_pairs(index: WindowIndex, workers: int) -> Indices:
 
 
 def _described(signatures: Path, components: Floats, images: range) -> NDArray[np.float16]:
-    """Return the vectors of some images' windows, (images, windows, DIMENSIONS)."""
+    """Return the vectors of the windows of some images, (images, windows, DIMENSIONS)."""
     boxes = windows()
     with threadpool_limits(1):
         found = [window_vectors(read_texture(signatures, image), WINDOW_SIDE, boxes) @ components.T for image in images]
@@ -115,7 +117,7 @@ def _described(signatures: Path, components: Floats, images: range) -> NDArray[n
 
 
 def _blocks(index: WindowIndex) -> list[Cell]:
-    """Return cells that compare everything with everything."""
+    """Return cells for an exhaustive search."""
     each = len(windows())
     everyone = np.arange(index.count)
     starts = range(0, index.count, BLOCK)
@@ -123,7 +125,10 @@ def _blocks(index: WindowIndex) -> list[Cell]:
 
 
 def _cells(index: WindowIndex) -> list[Cell]:
-    """Return the cells of a k-means partition, each with the images that it lies near to; opposite vectors count as equal."""
+    """Return the cells of a k-means partition, each with its nearest images.
+
+    Opposite vectors count as equal.
+    """
     from sklearn.cluster import MiniBatchKMeans
 
     number = int(CELLS_PER_ROOT * np.sqrt(index.count))
@@ -159,7 +164,7 @@ def _nearest(index: WindowIndex, most: int, cell: Cell) -> tuple[Indices, Floats
         for start in range(0, len(cell.queries), QUERIES):
             queries = cell.queries[start : start + QUERIES]
             found = np.abs(vectors[queries, 0].astype(np.float32) @ part)
-            best = np.maximum.reduceat(found, starts, axis=1).round(4)  # beyond it processes may differ
+            best = np.maximum.reduceat(found, starts, axis=1).round(4)  # further digits may differ between processes
             best[queries[:, None] == images] = -1
             places = np.argpartition(-best, kept - 1, axis=1)[:, :kept]
             ids.append(images[places])
@@ -168,7 +173,7 @@ def _nearest(index: WindowIndex, most: int, cell: Cell) -> tuple[Indices, Floats
 
 
 def _strongest(ids: Indices, scores: Floats, most: int) -> tuple[Indices, Floats]:
-    """Return of each row the `most` strongest ids, each once, and their scores, strongest first."""
+    """Return the `most` best distinct ids of each row and their scores, best first."""
     by_id = np.lexsort((-scores, ids), axis=1)
     ids, scores = np.take_along_axis(ids, by_id, axis=1), np.take_along_axis(scores, by_id, axis=1)
     scores[:, 1:][ids[:, 1:] == ids[:, :-1]] = -1

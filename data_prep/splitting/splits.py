@@ -1,4 +1,4 @@
-"""Splits groups into train, validation and test: stratified by class, repeatable, every group whole."""
+"""Splits groups into train, validation and test: stratified by class and reproducible."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ class Group:
 
     Attributes:
         name: the group's id.
-        rows: how many rows it has.
+        rows: number of rows.
         label: its most frequent class, or None.
-        split: where the dataset itself puts it, or None.
+        split: the split published with the dataset, or None.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Group:
 def split_of_groups(groups: Sequence[Group], shares: Splits, seed: int) -> dict[str, str]:
     """Return the split of each group by name.
 
-    A split that the dataset itself fills takes no further groups; the remaining groups are divided among the remaining splits, class
-    by class, in the ratio of their shares of rows.
+    A split published with the dataset takes no further groups. The other groups are divided among
+    the other splits, class by class, in proportion to the requested shares of rows.
 
     Args:
         groups: all groups.
-        shares: asked shares of rows.
-        seed: another seed gives another, equally good division.
+        shares: requested shares of rows.
+        seed: seed of the order of groups of equal size.
 
     Raises:
-        MaskLoomError: fewer groups than splits that are asked for, or none in train.
+        MaskLoomError: there are fewer groups than requested splits, or none for train.
     """
     fixed = {group.name: group.split for group in groups if group.split is not None}
     free = [group for group in groups if group.split is None]
@@ -53,7 +53,7 @@ def split_of_groups(groups: Sequence[Group], shares: Splits, seed: int) -> dict[
             " add data, or set the share of a split to 0 (data.splits.test=0 and so on)"
         )
     else:
-        # Every split is fixed and yet some groups are free: they can only be used for training.
+        # If every split is published and some groups are free, they go to train.
         chosen = fixed | _divided(free, open_shares or {"train": 1.0}, seed)
     if "train" not in chosen.values():
         raise MaskLoomError("no group is left for the train split; add data or change data.splits")
@@ -61,7 +61,7 @@ def split_of_groups(groups: Sequence[Group], shares: Splits, seed: int) -> dict[
 
 
 def _divided(groups: Sequence[Group], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Assign class by class; what one class leaves over or short by rounding is carried to the next."""
+    """Assign groups class by class; rounding differences are carried over to the next class."""
     total = sum(shares.values())
     fractions = {split: share / total for split, share in shares.items()}
     strata: dict[str, list[Group]] = defaultdict(list)
@@ -81,12 +81,15 @@ def _divided(groups: Sequence[Group], shares: Mapping[str, float], seed: int) ->
 
 
 def _ordered(groups: Sequence[Group], seed: int) -> list[Group]:
-    """Return large groups first, so that small ones level the splits out; equal ones in a random order keyed to the seed."""
+    """Return the groups by decreasing size; groups of equal size in an order keyed to the seed."""
     return sorted(groups, key=lambda group: (-group.rows, value_digest([seed, group.name])))
 
 
 def _fill(groups: Sequence[Group], targets: Mapping[str, float]) -> list[tuple[Group, str]]:
-    """Put each group where the split is then least full, relative to its target (Graham's LPT rule for machines of unlike speed)."""
+    """Assign each group to the split that is then least full relative to its target.
+
+    Graham's LPT rule for machines of different speed.
+    """
     filled: Counter[str] = Counter()
     assigned = []
     for group in groups:
@@ -101,7 +104,7 @@ def _fill(groups: Sequence[Group], targets: Mapping[str, float]) -> list[tuple[G
 
 
 def _give_every_split_a_group(chosen: dict[str, str], groups: Sequence[Group], fractions: Mapping[str, float]) -> None:
-    """Move the smallest groups of the splits with most groups into those that got none (few, large groups)."""
+    """Move the smallest group of the split with most groups into each empty split."""
     for split in fractions:
         if split not in chosen.values():
             donor = Counter(chosen.values()).most_common(1)[0][0]

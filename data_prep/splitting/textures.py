@@ -1,7 +1,8 @@
-"""What the search for near-duplicates keeps of an image: a plain thumbnail, and its texture.
+"""Image signatures for the near-duplicate search: a plain thumbnail and a texture.
 
-A texture is a 128 x 128 thumbnail less its blur (difference of Gaussians), divided by its local standard deviation: gain, gamma, and time-gain
-curves fall out, anatomy and speckle envelope remain (local contrast normalisation: Pinto et al., PLoS Comput Biol 4(1) e27, 2008).
+A texture is a band-passed 128 x 128 thumbnail (difference of Gaussians) divided by its local
+standard deviation. This removes gain, gamma and time-gain compensation, and keeps anatomy and the
+speckle envelope (local contrast normalisation: Pinto et al., PLoS Comput Biol 4(1) e27, 2008).
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares o
 
 SIDE, PLAIN_SIDE = 128, 64
 FINE, COARSE = 1.0, 8.0  # pass band: the two Gaussians' sigmas in thumbnail pixels
-NOISE = 2.0  # grey levels of 255: below this local contrast there is no texture to compare
+NOISE = 2.0  # grey levels of 255; areas with less local contrast have no texture
 
 RECORD = np.dtype([("plain", "f4", (PLAIN_SIDE**2,)), ("texture", "f4", (SIDE, SIDE))])
-"""What is kept of an image, in a file of one record per image."""
+"""Signature record of an image; a signature file has one record per image."""
 
 
 def signature(image: Floats) -> bytes:
@@ -45,7 +46,10 @@ def texture(thumbnail: Floats) -> Floats:
 
 
 def read_records(signatures: Path, rows: slice, fields: Sequence[str] = RECORD.names or ()) -> dict[str, Floats]:
-    """Return copies of some fields of some records; the file is mapped no longer than that, for mapped pages count as memory."""
+    """Return copies of some fields of some records.
+
+    The memory map is closed afterwards, because mapped pages count as memory.
+    """
     start, stop = int(rows.start), int(rows.stop)
     records = np.memmap(signatures, RECORD, "r", offset=start * RECORD.itemsize, shape=(stop - start,))
     return {field: records[field].copy() for field in fields}
@@ -57,7 +61,10 @@ def read_texture(signatures: Path, index: int) -> Floats:
 
 
 def windows() -> list[Box]:
-    """Return the whole image, and windows that a crop may have left: 0.9, 0.8 and 0.7 of both sides, 0.9 and 0.8 of one."""
+    """Return the windows to compare: the whole image, and plausible crops.
+
+    Crops have 0.9, 0.8 and 0.7 of both sides, or 0.9 and 0.8 of one side.
+    """
     starts = (0.0, 0.5, 1.0)
     shapes = [(s, s) for s in (0.9, 0.8, 0.7)] + [(s, 1.0) for s in (0.9, 0.8)] + [(1.0, s) for s in (0.9, 0.8)]
     boxes: list[Box] = [(0.0, 0.0, 1.0, 1.0)]
@@ -75,18 +82,22 @@ def window_vectors(image: Floats, side: int, boxes: Sequence[Box]) -> Floats:
 
 
 def window_vector(image: Floats, box: Sequence[float] | NDArray[np.float64], side: int) -> Floats:
-    """Return a window (top, left, bottom, right in pixels) resized to a square, as a vector of mean 0 and length 1."""
+    """Return a window (top, left, bottom, right in pixels) resized to a square, as a vector of mean
+    0 and length 1.
+    """
     return unit(resized_window(Image.fromarray(image), box, side))
 
 
 def resized_window(image: Image.Image, box: Sequence[float] | NDArray[np.float64], side: int) -> Floats:
-    """Return a window (top, left, bottom, right in pixels) of an image of mode F resized to a square, (side * side,)."""
+    """Return a window (top, left, bottom, right in pixels) of an image of mode F resized to a
+    square, (side * side,).
+    """
     top, left, bottom, right = box
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, right, bottom))).ravel()
 
 
 def unit(values: Floats) -> Floats:
-    """Return a vector of mean 0 and length 1; zeros for a flat image, which then resembles nothing."""
+    """Return a vector of mean 0 and norm 1; zeros for a constant image, which then matches nothing."""
     centred = values.ravel() - values.mean()
     length = np.linalg.norm(centred)
     return (centred / length if length > 1e-3 else np.zeros_like(centred)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""One file per generator, found by its name; see `generate.generator` for what a file must provide.
+"""One file per generator, found by its name; `generate.generator` describes the interface.
 
-A generator never imports another one; networks live in `models`.
+Generators never import each other; networks live in `models`.
 """

@@ -1,6 +1,7 @@
-"""`class_gan`: images of a class by the GAN that the stage `baselines` trained (Mirza and Osindero, arXiv:1411.1784). It sees no masks.
+"""`class_gan`: class-conditional images from the GAN that the stage `baselines` trains.
 
-The plan's masks stay in the dataset, as they do for `text_only`, so that images can be compared in pairs; they do not describe these images.
+Mirza and Osindero, arXiv:1411.1784. The generator sees no masks. As for `text_only`, the planned
+masks stay in the dataset for paired comparisons; they do not describe these images.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Options(generator.Options):
-    """Options of `class_gan`: none."""
+    """Options of `class_gan`; there are none."""
 
 
 class Generator(BaselineGenerator):
-    """One pass of the generator a batch of classes."""
+    """Runs the generator once per batch of classes."""
 
     family = "class_gan"
     uses_mask = False
@@ -42,7 +43,7 @@ class Generator(BaselineGenerator):
         self.network = self.load_network(ClassGenerator, "generator", device)
 
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
-        """Return images of the classes; masks are not looked at."""
+        """Return images of the classes; masks are ignored."""
         import torch
 
         noise = seeded_noise(conditions, [self.network.noise_length], self.device)

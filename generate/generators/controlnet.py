@@ -1,6 +1,7 @@
-"""`controlnet`: the backbone steered by the ControlNet that the stage `train` wrote (Zhang et al., arXiv:2302.05543).
+"""`controlnet`: the backbone with the ControlNet that the stage `train` trains.
 
-Whatever else was trained takes part: adapters, the UNet's decoder, the VAE's decoder.
+Zhang et al., arXiv:2302.05543. All other trained parts are loaded as well: adapters, the UNet's
+decoder, the VAE's decoder.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Options(BackboneOptions, CallOptions):
 
 
 class Generator(BackboneGenerator):
-    """Stable Diffusion with a ControlNet that sees the conditioning image."""
+    """Stable Diffusion with a ControlNet on the conditioning image."""
 
     uses_mask = True
 
     def __init__(self, config: ExperimentConfig, run: Run, options: Options) -> None:
-        """Keep the configuration; no weights are read."""
+        """Store the configuration; no weights are read."""
         super().__init__(config, run, options)
         self.uses_mask = not options.empty_conditioning
 
@@ -71,7 +72,7 @@ class Generator(BackboneGenerator):
         embed_once(self.sampler.pipe.controlnet.controlnet_cond_embedding)
 
     def images(self, conditions: Sequence[Condition]) -> NDArray[np.float32]:
-        """Return images that follow the prompts and the conditioning images, less what an ablation takes away."""
+        """Return images of the prompts and conditioning images, blanked where an ablation asks."""
         seen = [self._seen(condition) for condition in conditions]
         return self.sampler.images(seen, control_tensor(seen, weight_dtype(self.config.generate)))
 
@@ -84,9 +85,10 @@ class Generator(BackboneGenerator):
 
 
 def embed_once(embedding: torch.nn.Module) -> None:
-    """Let a ControlNet embed a batch's conditioning images once instead of at every step, to the same values.
+    """Cache a ControlNet's embedding of the conditioning images across sampling steps.
 
-    The embedding works on whole images, not latents: for a small UNet it costs more than all the rest.
+    The values are the same. The embedding works on full-size images instead of latents: for a small
+    UNet it costs more than everything else.
     """
     compute = embedding.forward
     images, result = None, None

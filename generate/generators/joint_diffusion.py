@@ -1,7 +1,8 @@
-"""`joint_diffusion`: the denoiser of images and masks that the stage `baselines` trained, with classifier-free guidance.
+"""`joint_diffusion`: image-mask pairs from the denoiser that the stage `baselines` trains.
 
-`generate.scheduler` and `generate.num_inference_steps` say how it is sampled. Guidance has an option of its own here: `generate.guidance_scale`
-is that of words, and a good value for them is too much for one of a few classes.
+Sampling follows `generate.scheduler` and `generate.num_inference_steps`, with classifier-free
+guidance. The guidance scale is an option of this generator, because good values of
+`generate.guidance_scale` for text prompts are too large for a few classes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Options(JointOptions):
 
 
 class Generator(BaselineGenerator, JointGenerator):
-    """Draws image and mask from noise in a few steps of a solver."""
+    """Samples image and mask from noise in a few solver steps."""
 
     options: Options
     family = "joint_diffusion"

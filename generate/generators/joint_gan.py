@@ -1,4 +1,4 @@
-"""`joint_gan`: image and mask from noise and a class, by the generator that the stage `baselines` trained."""
+"""`joint_gan`: image-mask pairs from the GAN that the stage `baselines` trains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Options(generator.JointOptions):
 
 
 class Generator(BaselineGenerator, JointGenerator):
-    """One pass of the network with two heads a batch."""
+    """Runs the two-headed generator once per batch."""
 
     family = "joint_gan"
 

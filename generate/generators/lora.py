@@ -1,7 +1,7 @@
-"""`lora`: the backbone with what was trained of it (adapters, or the UNet's decoder), prompts without masks.
+"""`lora`: the fine-tuned backbone (adapters or the UNet's decoder), prompts without masks.
 
-For fine-tuning on text alone; beside `controlnet`, it shows what the ControlNet adds to a fine-tuned backbone. A fine-tuned VAE
-takes part. Hu et al., LoRA (2021), arXiv:2106.09685.
+For fine-tuning on text alone. Compared with `controlnet`, it shows what the ControlNet adds to a
+fine-tuned backbone. A fine-tuned VAE is loaded as well. Hu et al., LoRA (2021), arXiv:2106.09685.
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ class Options(BackboneOptions):
 
 
 class Generator(BackboneGenerator):
-    """Fine-tuned Stable Diffusion without control."""
+    """Fine-tuned Stable Diffusion without a ControlNet."""
 
     uses_mask = False
 
     @property
     def parts(self) -> dict[str, Path]:
-        """The trained weights that take part, by name.
+        """The trained weights to load, by name.
 
         Raises:
             MaskLoomError: this configuration trains neither adapters nor the UNet.

@@ -1,4 +1,4 @@
-"""`pix2pix`: the U-Net from masks to images that the stage `baselines` trained (Isola et al., arXiv:1611.07004)."""
+"""`pix2pix`: images from masks by the U-Net that the stage `baselines` trains (arXiv:1611.07004)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Options(generator.Options):
 
 
 class Generator(BaselineGenerator):
-    """One U-Net pass a batch of masks. Its only noise is dropout, which the paper keeps on while sampling."""
+    """Runs the U-Net once per batch of masks.
+
+    Its only noise is dropout, which the paper (Isola et al.) keeps on for sampling.
+    """
 
     options: Options
     family = "pix2pix"
@@ -65,9 +68,10 @@ class Generator(BaselineGenerator):
         return unit_images(drawn, self.description)
 
     def _dropped(self, layer: Any, inputs: Any, features: Tensor) -> Tensor:
-        """Return (B, C, H, W) features of which each image's seed blanks a share, as `nn.Dropout` does in training.
+        """Return features (B, C, H, W) after dropout keyed to each image's seed.
 
-        Drawn on the CPU, a row an image: neither the device nor the other images of the batch matter.
+        Drawn on the CPU for each image, so that neither the device nor the rest of the batch
+        matters.
         """
         import torch
 

@@ -1,6 +1,6 @@
-"""`text_only`: the backbone by itself, prompts without masks. The baseline that shows what training adds.
+"""`text_only`: the original backbone with prompts and without masks, as a baseline for training.
 
-Nothing that `train` wrote takes part: no ControlNet, no adapters, and the backbone's own UNet and VAE.
+No trained weights are loaded: no ControlNet, no adapters, and the backbone's own UNet and VAE.
 """
 
 from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions
@@ -11,6 +11,6 @@ class Options(BackboneOptions):
 
 
 class Generator(BackboneGenerator):
-    """Stable Diffusion without control."""
+    """Stable Diffusion without a ControlNet."""
 
     uses_mask = False

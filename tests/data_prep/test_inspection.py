@@ -119,7 +119,7 @@ def test_the_command_works_as_printed(name, tmp_path, capsys, monkeypatch):
 def test_where_nothing_of_the_sample_can_be_used_the_command_comes_with_a_warning(tmp_path, capsys):
     importlib.import_module("tests.writers.camelyon").write_raw(tmp_path)
     text = inspected(capsys, tmp_path, "--samples", "2")
-    assert "of the sample nothing could be used: correct what is said above first" in " ".join(text.split())
+    assert "no image of the sample could be used: fix the problems above first" in " ".join(text.split())
 
 
 def test_of_several_sets_each_has_its_command(tmp_path, capsys, monkeypatch):

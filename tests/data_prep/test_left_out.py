@@ -6,7 +6,7 @@ import pytest
 
 from maskloom.data_prep.__main__ import main
 from maskloom.data_prep.adapter import Reject
-from maskloom.data_prep.left_out import summed_up, told_left_out
+from maskloom.data_prep.left_out import group_by_reason, left_out_summary
 from tests.data_prep.test_prepare import command_line
 from tests.writers import busi
 
@@ -18,7 +18,7 @@ def run_main(arguments):
 
 
 def test_reasons_that_differ_in_names_and_numbers_only_are_one():
-    entries = summed_up(
+    entries = group_by_reason(
         [
             Reject("a/c1.png", "mask c1.png is 30x20, the image 48x40 (width x height)"),
             Reject("a/c2.png", "mask c2.png is 31x20, the image 48x41 (width x height)"),
@@ -46,14 +46,14 @@ def test_reasons_that_differ_in_names_and_numbers_only_are_one():
 
 def test_the_commonest_reasons_are_told_and_the_others_counted():
     rejects = [Reject(f"{word}{n}.png", f"it is {word}") for word in "abcde" for n in range(6 - "abcde".index(word))]
-    assert told_left_out(rejects, 10, Path("run/rejected.jsonl")).splitlines() == [
+    assert left_out_summary(rejects, 10, Path("run/rejected.jsonl")).splitlines() == [
         "20 of 30 inputs were left out; run/rejected.jsonl lists each with its reason",
         "  6: it is a (such as a0.png)",
         "  5: it is b (such as b0.png)",
         "  4: it is c (such as c0.png)",
         "  5: 2 other reasons",
     ]
-    assert told_left_out([], 10, Path("run/rejected.jsonl")) == ""
+    assert left_out_summary([], 10, Path("run/rejected.jsonl")) == ""
 
 
 def test_prepare_and_merge_end_by_saying_it(tmp_path, capsys):

@@ -556,9 +556,7 @@ def test_a_part_that_was_read_is_not_read_again(many, tmp_path, monkeypatch):
 
 
 def test_an_orphaned_worker_stops(tmp_path):
-    code = (
-        f"from maskloom.data_prep.parallel import _while_wanted; _while_wanted(1, open, {str(tmp_path / 'written')!r})"
-    )
+    code = f"from maskloom.data_prep.parallel import _unless_orphaned; _unless_orphaned(1, open, {str(tmp_path / 'written')!r})"
     wanted = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=False)
     assert wanted.returncode == 1 and not (tmp_path / "written").exists()
 
@@ -688,7 +686,7 @@ def test_an_intensity_window_over_values_that_were_windowed_is_refused(tmp_path)
     dicom_folder.write_raw(tmp_path / "raw")
     with pytest.raises(
         MaskLoomError,
-        match=r"data\.intensity: dicom_folder has a window of its own.*set data\.intensity=null and data\.options\.window",
+        match=r"data\.intensity: dicom_folder has its own window.*set data\.intensity=null and data\.options\.window",
     ):
         prepare(
             experiment(tmp_path / "run", "dicom_folder", tmp_path / "raw", intensity={}, conditioning="edges"),

@@ -31,6 +31,6 @@ def test_warps_differ_by_seed_row_and_try_and_words_by_row(make_bench: MakeBench
     assert all((one.resolve(row).condition.mask == was.mask).all() for row, was in zip(rows, found, strict=True))
     assert len({condition.mask.tobytes() for condition in found}) == len(rows)
     assert len({condition.text for condition in found}) == len(TEMPLATES)
-    masks = [one._pictures(first, first.parent, tried)[0] for tried in (0, 1)]
-    masks.append(reader(8)._pictures(first, first.parent, 0)[0])
+    masks = [one._mask_and_image(first, first.parent, tried)[0] for tried in (0, 1)]
+    masks.append(reader(8)._mask_and_image(first, first.parent, 0)[0])
     assert all(not np.array_equal(masks[0], other) for other in masks[1:])

@@ -319,7 +319,7 @@ def test_other_cleaning_makes_another_dataset(bench: Bench, painter: type[Painte
 
 def test_a_paired_picture_is_nothing_that_can_be_drawn(make_bench: MakeBench, painter: type[Painter]):
     bench = make_bench(description=tiny_description().model_copy(update={"conditioning": "image"}))
-    with pytest.raises(MaskLoomError, match=r"generators\.painter: .*no paired picture.*set data\.conditioning=mask"):
+    with pytest.raises(MaskLoomError, match=r"generators\.painter: .*no paired image.*set data\.conditioning=mask"):
         run_painter(bench)
 
 

@@ -221,7 +221,7 @@ def test_the_two_networks_learn_against_each_other_in_the_loop(tmp_path, kind):
     TrainingLoop(family, family.options, accelerator, tmp_path / "checkpoints", 0, {}).run()
     after = [w.item() for w in (family.generator.variety, family.discriminator.sharpness)]
     assert all(a != b for a, b in zip(before, after, strict=True))
-    assert (family.pictures / "step-0000005.png").is_file()
+    assert (family.preview_folder / "step-0000005.png").is_file()
 
 
 def test_half_of_the_rows_are_mirrored_where_asked(tmp_path):
@@ -236,8 +236,8 @@ def test_half_of_the_rows_are_mirrored_where_asked(tmp_path):
 
 
 def test_what_a_gan_cannot_do_is_refused():
-    with pytest.raises(ValidationError, match="early_stopping_patience waits for a lower validation loss"):
+    with pytest.raises(ValidationError, match="early_stopping_patience needs a validation loss"):
         GanOptions(early_stopping_patience=3)
-    with pytest.raises(ValidationError, match="torch_compile does not go with r1_gamma"):
+    with pytest.raises(ValidationError, match="torch_compile cannot be combined with r1_gamma"):
         GanOptions(torch_compile=True, r1_gamma=1.0)
     assert ToyOptions(torch_compile=True).torch_compile

@@ -313,6 +313,7 @@ def test_a_size_that_does_not_suit_the_levels_is_told(make_run: MakeRun) -> None
 def test_heads_that_do_not_divide_the_channels_are_told() -> None:
     values = {**TINY["joint_diffusion"], "num_heads": 3}
     with pytest.raises(
-        MaskLoomError, match=r"num_heads=3 does not divide the 8 channels of a level; change it, or model_channels"
+        MaskLoomError,
+        match=r"num_heads=3 does not divide the 8 channels of a level; change num_heads or model_channels",
     ):
         validated(values, Options, "baselines.joint_diffusion")

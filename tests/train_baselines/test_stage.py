@@ -163,7 +163,7 @@ MISTAKES = {
     "precisions": (
         {"pix2pix": {"mixed_precision": "bf16"}, "joint_diffusion": {}},
         [],
-        "baselines: mixed_precision must be the same for all families, not ['bf16', 'no']",
+        "baselines: mixed_precision must be the same for all architectures, not ['bf16', 'no']",
     ),
     "stopping": ({"pix2pix": {"early_stopping_patience": 2}}, [], "which a GAN does not have"),
 }
@@ -214,7 +214,7 @@ def test_a_dataset_without_masks_is_told(tmp_path: Path) -> None:
     about = tiny_description().model_copy(update={"mask_classes": (), "palette": (), "conditioning": "edges"})
     write_tiny_run(tmp_path, {}, COUNTS, description=about, change=lambda sample: setattr(sample, "mask", None))
     with pytest.raises(
-        MaskLoomError, match="the dataset has no masks, and this family learns from them; use class_gan"
+        MaskLoomError, match="the dataset has no masks, and this architecture needs them; use class_gan"
     ):
         train_baselines(tiny_config(tmp_path, {"pix2pix": ONE_STEP}), force=False)
 
@@ -233,7 +233,7 @@ def test_rows_without_a_mask_are_left_out_and_counted(tmp_path: Path, capsys: py
 
     write_tiny_run(tmp_path, {}, COUNTS, change=drop_all)
     with pytest.raises(
-        MaskLoomError, match="no row of the train split has a mask and a label, and this family needs it"
+        MaskLoomError, match="no row of the train split has a mask and a label, and this architecture needs it"
     ):
         train_baselines(tiny_config(tmp_path, {"pix2pix": ONE_STEP}), force=True)
 

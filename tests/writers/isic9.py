@@ -74,7 +74,7 @@ FLAWS = {
         lambda f: (f / IMAGE).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"),
         "cannot identify image",
     ),
-    "16-bit picture": Flaw(lambda f: _deep(f / IMAGE), "holds uint16, expected 8 bits a channel"),
+    "16-bit picture": Flaw(lambda f: _deep(f / IMAGE), "holds uint16, expected 8 bits per channel"),
     "another format": Flaw(lambda f: (f / IMAGE).rename((f / IMAGE).with_suffix(".bmp")), "not a JPEG file"),
     "unknown class": Flaw(
         lambda f: _copy(f, "Train/freckle"), "its folder 'freckle' is not named after a class; known: actinic"

@@ -152,7 +152,7 @@ FLAWS = {
     "pickled tissues": Flaw(
         lambda f: change(f, TYPES, lambda types: types.astype(object)), r"is pickled .*numpy\.save\('types\.npy', t\.astype\(str\)\)"
     ),
-    "tissues as numbers": Flaw(lambda f: change(f, TYPES, lambda types: np.arange(len(types))), "expected one word a patch"),
+    "tissues as numbers": Flaw(lambda f: change(f, TYPES, lambda types: np.arange(len(types))), "expected one word per patch"),
     "unknown tissue": Flaw(lambda f: change(f, TYPES, _set((2,), "Spleen")), "unknown tissue 'Spleen' in row 2 of types.npy"),
     "negative instance": Flaw(lambda f: change(f, MASKS, _set((1, 3, 3, 4), -1)), "the mask holds -1, expected instance ids"),
     "NaN in a mask": Flaw(lambda f: change(f, MASKS, _set((1, 3, 3, 0), np.nan)), "the mask holds nan, expected instance ids"),

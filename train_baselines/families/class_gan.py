@@ -1,9 +1,11 @@
-"""`class_gan`: images of a class from noise, without masks.
+"""`class_gan`: class-conditional images from noise, without masks.
 
-Mirza and Osindero, Conditional Generative Adversarial Nets (2014), with the layers and settings of a project for dermoscopic images of nine
-classes: 64 x 64, noise 100, batches of 16, Adam 2e-4 with beta1 0.5, binary cross-entropy. Its "100000 epochs at batch 16" in 8 h 45 min on a
-P100 can only be 100000 batches, and so it is taken here. Options beyond it: self-attention (Zhang et al. 2019), progressive growing (Karras et
-al. 2018), spectral norm, sizes up to 256 and above, and what all GANs have (`train_baselines.adversarial`).
+Mirza and Osindero, Conditional Generative Adversarial Nets (2014), with the layers and settings of
+a project for dermoscopic images of nine classes: 64 x 64, noise 100, batches of 16, Adam 2e-4 with
+beta1 0.5, binary cross-entropy. Its "100000 epochs at batch 16" in 8 h 45 min on a P100 can only
+mean 100000 batches, the default here. Further options: self-attention (Zhang et al. 2019),
+progressive growing (Karras et al. 2018), spectral norm, sizes up to 256 and above, and those of all
+GANs (`train_baselines.adversarial`).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Options(FromNoiseOptions):
 
     @property
     def trains_all_weights(self) -> bool:
-        """Layers of sizes to come wait while the networks grow."""
+        """False while growing: layers of later sizes are not trained yet."""
         return self.growth_samples is None
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -57,11 +59,11 @@ class Options(FromNoiseOptions):
 
 
 class Phase(NamedTuple):
-    """Where progressive growing stands.
+    """A phase of progressive growing.
 
     Attributes:
-        level: of the images; 0 is 8 x 8, each level doubles the sides.
-        alpha: 0..1, how far this level has taken over from the one below.
+        level: resolution level; 0 is 8 x 8, each level doubles both sides.
+        alpha: 0..1, blending weight of this level against the one below.
     """
 
     level: int
@@ -69,9 +71,10 @@ class Phase(NamedTuple):
 
 
 def phase_at(seen: int, growth_samples: int | None, last_level: int) -> Phase:
-    """Return the phase after `seen` samples: level 0 held, level 1 faded in, level 1 held, and so on, each for `growth_samples`.
+    """Return the phase after `seen` samples.
 
-    It depends on the samples' number alone, so a resumed training goes on in the same phase.
+    Level 0 is held, level 1 faded in, level 1 held, and so on, each for `growth_samples`. The phase
+    depends on the number of samples alone, so a resumed training continues in the same phase.
     """
     if growth_samples is None or seen >= (2 * last_level) * growth_samples:
         return Phase(last_level, 1.0)
@@ -80,11 +83,12 @@ def phase_at(seen: int, growth_samples: int | None, last_level: int) -> Phase:
 
 
 class ClassCritic(nn.Module):
-    """Images (B, channels, H, W) of any level and their classes to logits (B, 1).
+    """Maps images (B, channels, H, W) of any level and their classes to logits (B, 1).
 
-    The class is one more plane of the image, learnt, as large as the image. At 64 x 64: 64 at 32 x 32, 128 at 16 x 16, 256 at 8 x 8, dense to 1;
-    kernels of 4 with stride 2, batch norm from the second layer on, LeakyReLU 0.2. Its levels are those of `ClassGenerator`.
-    `norms` and `compares` are the options discriminator_norm and batch_deviation.
+    The class is an additional learnt image plane. Channels at 64 x 64: 64 at 32 x 32, 128 at 16 x
+    16, 256 at 8 x 8, then a dense layer to 1; kernels of 4 with stride 2, batch norm from the
+    second layer on, LeakyReLU 0.2. The levels are those of `ClassGenerator`. `norms` and `compares`
+    are the options discriminator_norm and batch_deviation.
     """
 
     def __init__(
@@ -142,7 +146,7 @@ def _head(planes: int, width: int) -> nn.Sequential:
 
 
 class Trained(Gan):
-    """The two networks, both of which are given the class."""
+    """The generator and the discriminator, both conditioned on the class."""
 
     options: Options
     needs_masks = False
@@ -151,7 +155,7 @@ class Trained(Gan):
         """Build the two networks.
 
         Raises:
-            MaskLoomError: the training ends before they have grown.
+            MaskLoomError: the training is too short for them to grow to full size.
         """
         super().__init__(*args)
         options, channels, size = self.options, self.description.channels, self.rows.size
@@ -185,12 +189,12 @@ class Trained(Gan):
         self._enter_phase(0)
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        """Yield the two losses at the size that the networks have grown to."""
+        """Yield the two losses at the current size."""
         self._enter_phase(min(draws.positions))
         yield from super().losses(batch, draws)
 
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the images at the present size; while it fades in, blended with what the size below holds of them."""
+        """Return the images at the current size, blended with the size below while it fades in."""
         factor = 1 << (self.levels - self.phase.level)
         images = functional.avg_pool2d(batch["image"], factor) if factor > 1 else batch["image"]
         if self.alpha is None:
@@ -199,16 +203,16 @@ class Trained(Gan):
         return torch.lerp(coarse, images, self.alpha)
 
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
-        """Return images of the same classes."""
+        """Return generated images of the same classes."""
         noise = draws.normal("latent", [self.noise_length])
         return self.networks[GENERATOR](noise, batch["label"], self.phase.level, self.alpha).float()
 
     def discriminate(self, network: Any, planes: Tensor, labels: Tensor) -> Tensor:
-        """Return the discriminator's logits for images said to be of the classes."""
+        """Return the discriminator's logits for images and their classes."""
         return network(planes, labels, self.alpha)
 
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
-        """Return images of the classes, enlarged to full size while the networks grow."""
+        """Return images of the classes, enlarged to full size while the networks are growing."""
         noise = torch.randn(len(labels), self.noise_length, generator=torch.Generator().manual_seed(seed))
         images = self.generator(noise.to(self.device), labels, self.phase.level, self.alpha)
         return Samples(functional.interpolate(images, self.rows.size, mode="nearest"), None)

@@ -1,12 +1,17 @@
-"""`joint_diffusion`: one denoiser draws an image and its mask together, for a class.
+"""`joint_diffusion`: a class-conditional denoiser of an image together with its mask.
 
-MedSegDiff-V2-inspired: the published MedSegDiff-V2 (Wu et al. 2024, arXiv:2301.11798) segments a given image by a diffusion with transformer
-blocks; this one has its transformer blocks and its schedule, but denoises image planes and mask planes side by side, so that it draws both.
-The mask's classes are real numbers -1 and 1 to the diffusion (Chen et al., Analog Bits, 2022). The class is left out of some of the training samples,
-for classifier-free guidance (Ho and Salimans 2022). Patches may be folded into channels (Hoogeboom et al., simple diffusion, 2023). Defaults: 256 x 256, 128 channels, transformers of 6 blocks with 8 heads, T = 1000, betas from
-1e-4 to 0.02, AdamW at 1e-4 along a cosine, batches of 8, 100 epochs.
+Inspired by MedSegDiff-V2 (Wu et al. 2024, arXiv:2301.11798), which segments a given image by a
+diffusion model with transformer blocks. This architecture uses the same transformer blocks and
+noise schedule, but denoises image and mask planes jointly and so generates both. Mask classes are
+encoded as -1 and 1 (Chen et al., Analog Bits, 2022). Class dropout enables classifier-free guidance
+(Ho and Salimans 2022). Patches may be folded into channels (Hoogeboom et al., simple diffusion,
+2023).
 
-The network is diffusers' `UNet2DConditionModel`, kept with its `DDPMScheduler`: both load without this project.
+Defaults: 256 x 256, 128 channels, transformers of 6 blocks with 8 heads, T = 1000, betas from 1e-4
+to 0.02, AdamW at 1e-4 with a cosine schedule, batches of 8, 100 epochs.
+
+The network is diffusers' `UNet2DConditionModel`, saved with its `DDPMScheduler`: both load without
+this project.
 """
 
 from __future__ import annotations
@@ -77,12 +82,12 @@ class Options(FamilyOptions):
     )
 
     @model_validator(mode="after")
-    def _heads_share_the_channels(self) -> Options:
+    def _heads_divide_channels(self) -> Options:
         for multiplier in self.channel_multipliers:
             if self.model_channels * multiplier % self.num_heads:
                 raise ValueError(
                     f"num_heads={self.num_heads} does not divide the {self.model_channels * multiplier} channels of a level; "
-                    "change it, or model_channels"
+                    "change num_heads or model_channels"
                 )
         return self
 
@@ -97,14 +102,12 @@ class Options(FamilyOptions):
 
 
 class Trained(Family):
-    """The denoiser of images and masks."""
+    """A denoiser of images and masks."""
 
     options: Options
     needs_masks = True
     diversity_samples = 16  # each takes many passes
-    collapse_remedy = (
-        "Early in a training this is usual; later, train longer, or take another learning_rate or prediction_type"
-    )
+    collapse_remedy = "Early in training this is normal; later, train longer or change learning_rate or prediction_type"
 
     def __init__(self, *args: Any) -> None:
         """Build the denoiser."""
@@ -134,12 +137,12 @@ class Trained(Family):
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Write previews; return their diversity, and the loss of validation rows for the same noise every time."""
+        """Write previews; return their diversity and the validation loss, with fixed noise."""
         figures = super().validate(step)
-        return figures if self.previews is self.rows else figures | {"loss": self._held_out_loss()}
+        return figures if self.previews is self.rows else figures | {"loss": self._validation_loss()}
 
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
-        """Return pairs drawn without guidance."""
+        """Return image-mask pairs sampled without guidance."""
         noise = torch.randn(len(labels), *self.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         scheduler = UniPCMultistepScheduler.from_config(self.scheduler.config)
         folded = sampled(self.unet, scheduler, noise, labels, self.options.preview_steps, guidance_scale=1)
@@ -152,20 +155,23 @@ class Trained(Family):
         return {UNET: self.unet, "scheduler": self.scheduler}
 
     def _planes(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return images and masks as the denoiser sees them, (B, *shape)."""
+        """Return the denoiser's input for images and masks, (B, *shape)."""
         planes = torch.cat([batch["image"], encoded_masks(batch["mask"], self.mask_classes, self.mask_planes)], dim=1)
         return functional.pixel_unshuffle(planes, self.patch)
 
     def _errors(self, network: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """Return each sample's mean squared error, (B,), of what the network predicts: the noise, or the velocity (Salimans and Ho 2022)."""
+        """Return the mean squared error of the prediction for each sample, (B,).
+
+        The network predicts the noise or the velocity (Salimans and Ho 2022).
+        """
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         found = network(noisy, timesteps, class_tokens(labels, self.classes), class_labels=labels).sample.float()
         in_velocity = self.options.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(clean, noise, timesteps) if in_velocity else noise
         return functional.mse_loss(found, target, reduction="none").mean(dim=(1, 2, 3))
 
-    def _held_out_loss(self) -> float:
-        """Return the mean error of validation rows, whose timesteps are spread evenly."""
+    def _validation_loss(self) -> float:
+        """Return the mean error over validation rows, with evenly spaced timesteps."""
         count, batch_size = min(VALIDATION_SAMPLES, len(self.previews)), self.options.train_batch_size
         draws = Draws(self.seed, range(count), self.device)
         noise = draws.normal("validation noise", self.shape)
@@ -185,10 +191,10 @@ def denoiser(options: Options, planes: int, classes: int, size: tuple[int, int])
     """Return the untrained network.
 
     Args:
-        options: the family's.
-        planes: of a sample, image and mask together, folded.
-        classes: of the dataset; one more stands for none.
-        size: (height, width), folded.
+        options: the options of this architecture.
+        planes: number of input channels: image and mask planes, folded.
+        classes: number of classes; index `classes` means no class.
+        size: (height, width) after folding.
     """
     channels = [options.model_channels * multiplier for multiplier in options.channel_multipliers]
     attends = [max(size) / 2**level <= options.attention_side for level in range(len(channels))]
@@ -200,16 +206,19 @@ def denoiser(options: Options, planes: int, classes: int, size: tuple[int, int])
         down_block_types=["CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends],
         up_block_types=["CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)],
         layers_per_block=options.layers_per_block,
-        norm_num_groups=gcd(32, options.model_channels // 4),  # of four channels at least
+        norm_num_groups=gcd(32, options.model_channels // 4),  # groups of at least four channels
         transformer_layers_per_block=options.transformer_depth,
-        attention_head_dim=options.num_heads,  # of this class it is the number of heads, for all its name
+        attention_head_dim=options.num_heads,  # the number of heads, despite its name
         cross_attention_dim=classes + 1,
         num_class_embeds=classes + 1,
     )
 
 
 def noise_schedule(options: Options) -> DDPMScheduler:
-    """Return the noise schedule; whatever solver is built from it starts at full noise and keeps its estimates of the sample in -1 to 1."""
+    """Return the noise schedule.
+
+    Solvers built from it start at full noise and keep their estimates of the sample in [-1, 1].
+    """
     return DDPMScheduler(
         num_train_timesteps=options.num_train_timesteps,
         beta_start=options.beta_start,

@@ -1,8 +1,10 @@
 """`joint_gan`: image and mask together, from noise and a class, with one discriminator for both.
 
-The architecture and settings are those of a conditional GAN for breast ultrasound (BUSI): 256 x 256, noise of 100, batches of 8, 200 epochs at a
-rate of 2e-4, a checkpoint and previews every 20 epochs. Conditional as in Mirza and Osindero (2014), convolutional as in Radford et al. (2016).
-Masks lie in [-1, 1] here like images, so their head ends in tanh where that project has a sigmoid.
+The architecture and settings are those of a conditional GAN for breast ultrasound (BUSI): 256 x
+256, noise of length 100, batches of 8, 200 epochs at a learning rate of 2e-4, a checkpoint and
+previews every 20 epochs. Conditional as in Mirza and Osindero (2014), convolutional as in Radford
+et al. (2016). Masks lie in [-1, 1] like images, so their head ends in tanh where that project uses
+a sigmoid.
 """
 
 from __future__ import annotations
@@ -57,10 +59,11 @@ class Options(FromNoiseOptions):
 
 
 class JointCritic(nn.Module):
-    """Judges image, mask and class together: (B, planes, H, W) and (B,) to (B, 1) logits.
+    """Maps image and mask planes (B, planes, H, W) and classes (B,) to logits (B, 1).
 
-    The class is a learnt plane beside the others. At 256: 64-128-256-512-1024 channels, batch norm from the second layer on, then 8 x 8 to one.
-    `norms` and `compares` are the options discriminator_norm and batch_deviation.
+    The class is an additional learnt plane. At 256: 64-128-256-512-1024 channels, batch norm from
+    the second layer on, then 8 x 8 to one. `norms` and `compares` are the options
+    discriminator_norm and batch_deviation.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class JointCritic(nn.Module):
 
 
 class Trained(Gan):
-    """The generator with its two heads, and its critic."""
+    """The two-headed generator and its discriminator."""
 
     options: Options
     needs_masks = True
@@ -124,7 +127,7 @@ class Trained(Gan):
         return torch.cat([batch["image"], softened(masks, self.options.soft_edges)], dim=1)
 
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
-        """Return images and masks drawn for the rows' classes."""
+        """Return images and masks generated for the rows' classes."""
         noise = draws.normal("noise", (self.noise_length,))
         return torch.cat([part.float() for part in self.networks[GENERATOR](noise, batch["label"])], dim=1)
 
@@ -140,7 +143,10 @@ class Trained(Gan):
 
 
 def softened(planes: Tensor, pixels: int) -> Tensor:
-    """Return mask planes averaged over squares of 2 * (pixels // 2) + 1 pixels a side: straight edges stay where they are."""
+    """Return mask planes averaged over squares of side 2 * (pixels // 2) + 1.
+
+    Straight edges stay in place.
+    """
     reach = pixels // 2
     return functional.avg_pool2d(planes, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
 

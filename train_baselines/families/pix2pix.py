@@ -1,7 +1,8 @@
-"""`pix2pix`: masks to images by a U-Net against a patch discriminator.
+"""`pix2pix`: mask-to-image translation by a U-Net trained against a patch discriminator.
 
-Isola et al., Image-to-Image Translation with Conditional Adversarial Networks (2017), with SSIM in the loss as a lung-CT project has it: 100 L1 +
-5 (1 - SSIM) + the adversarial term; 128 x 128, batches of 64, 200 epochs, the rate falling from epoch 100 on.
+Isola et al., Image-to-Image Translation with Conditional Adversarial Networks (2017), with an SSIM
+term in the loss as in a lung-CT project: 100 L1 + 5 (1 - SSIM) + the adversarial term; 128 x 128,
+batches of 64, 200 epochs, with a learning rate that falls from epoch 100 on.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class PatchCritic(nn.Module):
 
 
 class Trained(Gan):
-    """The U-Net and its critic, which sees the mask beside the image."""
+    """The U-Net and its discriminator, which sees mask and image."""
 
     options: Options
     needs_masks = True
@@ -94,12 +95,12 @@ class Trained(Gan):
         return torch.cat([batch["image"], self._encoded(batch["mask"])], dim=1)
 
     def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
-        """Return images drawn from the masks, and the masks."""
+        """Return images generated from the masks, and the masks."""
         masks = self._encoded(batch["mask"])
         return torch.cat([self.networks["generator"](masks).float(), masks], dim=1)
 
     def further_losses(self, drawn: Tensor, real: Tensor) -> Mapping[str, Tensor]:
-        """Return weighted L1 and SSIM between drawn and real images."""
+        """Return the weighted L1 and SSIM losses between generated and real images."""
         drawn, real = drawn[:, : self.description.channels], real[:, : self.description.channels]
         dissimilarity = self.similarity(drawn, real)
         self._notes["ssim"] = 1 - dissimilarity.detach()
@@ -109,7 +110,7 @@ class Trained(Gan):
         }
 
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
-        """Return images of the masks; there is no noise but dropout, which samples are drawn without."""
+        """Return images of the masks; dropout, the only noise, is off here."""
         assert masks is not None
         return Samples(self.generator(self._encoded(masks)), None)
 

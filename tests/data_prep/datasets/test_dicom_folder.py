@@ -420,7 +420,7 @@ def test_another_modality_is_read_once_there_are_words_for_both(tmp_path):
 def test_a_modality_that_says_nothing_needs_words(tmp_path):
     save(tmp_path / "a.dcm", dataset(Modality="OT"))
     with pytest.raises(
-        MaskLoomError, match="modality_words is not set, and the first file's Modality tells no imaging"
+        MaskLoomError, match="modality_words is not set, and the first file's Modality names no imaging"
     ):
         adapter(tmp_path).info()
     assert len(listed(tmp_path, modality_words="dermatoscopy")[0]) == 1

@@ -194,7 +194,7 @@ def test_the_first_versions_table(nodule_tree):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("original_image", "image", r"meta_info\.csv has no column 'original_image'.*write it anew, or remove it"),
+        ("original_image", "image", r"meta_info\.csv has no column 'original_image'.*write it again, or remove it"),
         (",malignancy,", ",grade,", r"meta_info\.csv has no column 'malignancy'"),
         (
             "0001_MA000_slice000,2,",

@@ -227,7 +227,7 @@ def test_an_unknown_class_is_rejected(raw):
     [
         (Image.new("L", (9, 8), 255), r"^mask m\.png is 9x8, the image \d+x64 \(width x height\)$"),
         (None, r"^mask m\.png is empty: an image of this dataset has a lesion$"),
-        (Image.new("I;16", (9, 8), 300), r"^the picture holds uint16, expected 8 bits a channel$"),
+        (Image.new("I;16", (9, 8), 300), r"^the picture holds uint16, expected 8 bits per channel$"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_rejected(raw, mask, reason):

@@ -37,7 +37,7 @@ def chunk(kind, data):
 
 
 def write_png(path, pixels, *extra):
-    """Write a PNG of 8 or 16 bits a channel; `extra` are further chunks."""
+    """Write a PNG of 8 or 16 bits per channel; `extra` are further chunks."""
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     height, width, channels = pixels.shape
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -437,13 +437,13 @@ def test_deep_files_that_claim_too_much_are_rejected_before_anything_is_allocate
 def test_other_formats_of_more_than_8_bits_are_not_reduced(tmp_path):
     deep = values(np.uint16, 3)
     (tmp_path / "a.png").write_bytes(b"P6 31 24 65535\n" + deep.astype(">u2").tobytes())
-    rejected(tmp_path / "a.png", "more than 8 bits a channel, which are not read from PPM")
+    rejected(tmp_path / "a.png", "more than 8 bits per channel, which are not read from PPM")
     (tmp_path / "b.png").write_bytes(b"P6 31 24 255\n" + values(np.uint8, 3).tobytes())
     np.testing.assert_array_equal(image_pixels(tmp_path / "b.png"), values(np.uint8, 3))
     import imagecodecs
 
     (tmp_path / "c.png").write_bytes(imagecodecs.jpeg2k_encode(deep, level=0))
-    rejected(tmp_path / "c.png", "more than 8 bits a channel, which are not read from JPEG2000")
+    rejected(tmp_path / "c.png", "more than 8 bits per channel, which are not read from JPEG2000")
     (tmp_path / "d.png").write_bytes(imagecodecs.jpeg2k_encode(values(np.uint8, 3), level=0))
     np.testing.assert_array_equal(image_pixels(tmp_path / "d.png"), values(np.uint8, 3))
 

@@ -150,7 +150,7 @@ def test_deeper_pixels_are_not_cut(mode):
     image = decoded_picture(Image.new(mode, (4, 3), 300))
     for read in (lambda: eight_bit(image, "L"), lambda: bright(image)):
         with pytest.raises(
-            RejectedSample, match=r"^the picture holds (uint16|int32|float32), expected 8 bits a channel$"
+            RejectedSample, match=r"^the picture holds (uint16|int32|float32), expected 8 bits per channel$"
         ):
             read()
 

@@ -163,7 +163,9 @@ def test_images_too_alike_to_tell_copies_from_chance_are_refused(tmp_path):
     images = [
         same + gaussian_filter(np.random.default_rng(seed).normal(size=same.shape), 2) * 0.02 for seed in range(20)
     ]
-    with pytest.raises(MaskLoomError, match=r"too alike to tell copies from chance.*data.duplicates=identical.*group"):
+    with pytest.raises(
+        MaskLoomError, match=r"too similar to tell copies from chance.*data.duplicates=identical.*group"
+    ):
         found_among(images, tmp_path)
 
 
