@@ -98,7 +98,7 @@ SMALL = {"camelyon": ("data.options.tile_size=64",)}  # the writer's slides are 
 def run_printed(text, run, *more):
     """Run the last printed command in a small size; return the contract of what it wrote."""
     words = printed_commands(text)[-1]
-    assert words[:3] == ["python", "-m", "data_prep"]
+    assert words[: len(PREPARE.split())] == PREPARE.split()
     with pytest.raises(SystemExit) as end:
         main([*words[len(PREPARE.split()) :], "data.image_size=32", "data.num_workers=1", f"run_dir={run}", *more])
     assert end.value.code == 0
