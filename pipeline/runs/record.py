@@ -48,11 +48,13 @@ def read_record(run: Run, stage: str) -> StageRecord | None:
     """Return what a stage recorded when it ended, or None where it has not.
 
     Raises:
-        MaskLoomError: the record is damaged.
+        MaskLoomError: the record is damaged, or something else is in its place.
     """
     path = run.logs(stage) / RECORD_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not path.is_file():
+        raise MaskLoomError(f"{path}: damaged (it is not a file); move it away, then run the stage again")
     remedy = "run the stage again"
     record = read_model(path, StageRecord, remedy)
     if record.digest != record.own_digest():

@@ -116,7 +116,7 @@ class Stage:
 
     def examined(self) -> tuple[str, str]:
         """Return the state and, in words, the reason for it; every output is read and compared with its digest."""
-        if not self.path.is_file():
+        if not self.path.exists():
             return MISSING, ""
         try:
             record = read_record(self.run, self.name)
@@ -175,13 +175,15 @@ class Stage:
             writes: false on processes other than the main one.
 
         Raises:
-            MaskLoomError: another process is at work on this stage of this run.
+            MaskLoomError: another process is at work on this stage of this run, or a folder is in the record's place.
         """
         start = time.monotonic()
         results: dict[str, Any] = {}
         if not writes:
             yield results
             return
+        if self.path.is_dir():
+            read_record(self.run, self.name)  # says so now, and not when the work is done
         self.run.mark()
         with sole_writer(self.path.parent):
             self.run.keep_config()

@@ -18,6 +18,7 @@ from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder, whole_folde
 from maskloom.pipeline.runs.record import read_record, require_intact
 from maskloom.pipeline.runs.run import STAGES, Run
 from maskloom.pipeline.runs.stage import Stage, StageChecked, check_only, open_run, skip_empty_stage
+from maskloom.pipeline.runs.verification import run_problems
 from tests.pipeline import fake_run
 from tests.records import write_record
 
@@ -372,3 +373,17 @@ def test_the_record_of_another_stage_is_damaged(tmp_path: Path):
         MaskLoomError, match=r"generate/stage\.json: damaged \(it is the record of train, not of generate\)"
     ):
         read_record(Run(tmp_path), "generate")
+
+
+def test_a_folder_in_the_place_of_a_record_is_named_before_anything_is_computed(tmp_path: Path):
+    stage = _stage(tmp_path)
+    (tmp_path / "logs" / "train" / "stage.json").mkdir(parents=True)
+    assert stage.examined()[0] == "damaged"
+    computed = []
+    with (
+        pytest.raises(MaskLoomError, match=r"stage\.json: damaged \(it is not a file\); move it away"),
+        stage.recorded(),
+    ):
+        computed.append(True)
+    assert not computed
+    assert any("it is not a file" in problem for problem in run_problems(Run(tmp_path)))
