@@ -68,7 +68,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Print a row a generator."""
+    """Print one row per generator."""
     experiment = load_experiment(config, overrides or [])
     run = Run(experiment.run_folder)
     inputs = verified_inputs(run, experiment)

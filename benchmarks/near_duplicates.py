@@ -104,7 +104,7 @@ def plain_table(items: Sequence[RawItem], clusters: Sequence[int]) -> Table:
 
 
 def drawn_pages(items: Sequence[RawItem], groups: Sequence[Sequence[int]], sheet: Path) -> list[Path]:
-    """Draw the groups, one a row, and return the pages' paths."""
+    """Draw the groups, one per row, and return the pages' paths."""
     sheet.parent.mkdir(parents=True, exist_ok=True)
     pages = [groups[start : start + GROUPS_A_PAGE] for start in range(0, len(groups), GROUPS_A_PAGE)]
     paths = []

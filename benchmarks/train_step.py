@@ -78,7 +78,7 @@ class Settings:
         dataset: a prepared dataset.
         backbone: a Stable Diffusion folder.
         resolution: of the square images, in pixels.
-        steps: optimizer steps a process.
+        steps: optimizer steps per process.
         spin: idle OpenMP threads wait as libgomp has them by default; otherwise they sleep.
         gpu_memory: GiB a process may use; 0: all.
         overrides: KEY=VALUE, for this project's side alone.
@@ -104,9 +104,9 @@ class Measured:
 
     Attributes:
         side: `REFERENCE` or `OURS`.
-        batch: samples a step.
+        batch: samples per step.
         step_seconds: time between the records of successive steps, warm-up left out.
-        losses: one a step.
+        losses: one per step.
         first_step_seconds: from the start of the process to the record of its first step.
         wall_seconds: of the whole process.
         cpu_seconds: the same, over its threads.
@@ -148,7 +148,7 @@ def measured(side: str, batch: int, seed: int, settings: Settings, out: Path) ->
 
     Args:
         side: `REFERENCE` or `OURS`.
-        batch: samples a step.
+        batch: samples per step.
         seed: of the training.
         settings: what is run.
         out: a new folder where it writes.
@@ -254,11 +254,11 @@ def compared(
     """Run both sides in turn.
 
     Args:
-        batch: samples a step.
+        batch: samples per step.
         rounds: processes a side; each round has another seed.
         settings: what is run.
         folder: an existing folder for what they write.
-        console: is told of each process.
+        console: shows each process.
 
     Returns:
         The processes of each side in the order of the rounds, and the sides that ran out of GPU memory (and have none).
@@ -383,8 +383,8 @@ def main(
     ] = None,
     run: Annotated[Path, typer.Option(help="run folder with a prepared dataset of square images")] = Path("runs/demo"),
     backbone: Annotated[str, typer.Option(help=f"Stable Diffusion folder, or {RANDOM_BACKBONE}")] = "assets/nano-sd",
-    batch: Annotated[list[int], typer.Option(min=1, help="samples a step; may be repeated")] = [8],  # noqa: B006
-    steps: Annotated[int, typer.Option(min=4 * WARM_UP, help="optimizer steps a process")] = 60,
+    batch: Annotated[list[int], typer.Option(min=1, help="samples per step; may be repeated")] = [8],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=4 * WARM_UP, help="optimizer steps per process")] = 60,
     rounds: Annotated[int, typer.Option(min=1, help="processes a side and batch")] = 3,
     learning_rate: float = 1e-3,
     mixed_precision: Precision = Precision.NO,

@@ -1,6 +1,6 @@
-"""`evaluate`: asks the configured questions of every synthetic dataset; one JSON file a question.
+"""`evaluate`: asks the configured questions of every synthetic dataset; one JSON file per question.
 
-Each answer is kept with a key of all that it depends on, so that an interrupted evaluation goes on with the question it stopped at.
+Each answer is kept with a key of all that it depends on, so that an interrupted evaluation continues with the question it stopped at.
 """
 
 from __future__ import annotations

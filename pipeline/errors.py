@@ -22,7 +22,7 @@ class MaskLoomError(Exception):
 
 
 class RejectedSample(Exception):
-    """One raw sample cannot be used; it goes to `rejected.jsonl` with this reason and the work goes on."""
+    """One raw sample cannot be used; it goes to `rejected.jsonl` with this reason and the work continues."""
 
 
 def one_line(text: object) -> str:

@@ -82,7 +82,7 @@ def sample_prompts(texts: Sequence[Sequence[str]], labels: Sequence[Sequence[int
 
 @torch.no_grad()
 def sample_grid(pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> Image.Image:
-    """Return a grey picture with a row a prompt, drawn from text alone."""
+    """Return a grey picture with one row per prompt, drawn from text alone."""
     scheduler = pipe.scheduler
     pipe.scheduler = UniPCMultistepScheduler.from_config(scheduler.config)
     rows = [

@@ -48,7 +48,7 @@ PARTS = ("vae", "denoiser")
 
 
 def train_backbone(config: BackboneConfig, force: bool) -> None:
-    """Train all parts and write `config.output_dir`; an interrupted run goes on from its checkpoints.
+    """Train all parts and write `config.output_dir`; an interrupted run continues from its checkpoints.
 
     Args:
         config: the recipe.

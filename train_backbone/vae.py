@@ -1,4 +1,4 @@
-"""Training the VAE: reconstruction, perceptual likeness, a little KL, and late a patch discriminator for speckle and edges.
+"""Training the VAE: reconstruction, perceptual similarity, a little KL, and late a patch discriminator for speckle and edges.
 
 The loss is that of latent diffusion's first stage (Rombach et al., 2022; Esser et al., 2021): L1 alone draws the mean of all
 speckle patterns, a grey blur; the perceptual term keeps edges, the discriminator makes texture look like texture.

@@ -91,7 +91,7 @@ def train_decoder(
 def check_decoder_resumable(
     config: ExperimentConfig, checkpoints: Path, inputs: Mapping[str, str], force: bool
 ) -> None:
-    """Refuse what `train_decoder` would refuse of the checkpoint that it would go on from; nothing is changed.
+    """Refuse what `train_decoder` would refuse of the checkpoint that it would continue from; nothing is changed.
 
     Raises:
         MaskLoomError: it belongs to another training, or has more steps than are asked for.

@@ -23,7 +23,7 @@ from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, excerpt
 from maskloom.pipeline.training.precision import DTYPES
 
-# Blocks of one class share their code, and beyond so many shapes of them torch would go on uncompiled; its default of 8 is too few.
+# Blocks of one class share their code, and beyond so many shapes of them torch would continue uncompiled; its default of 8 is too few.
 MOST_BLOCK_SHAPES = 64
 # The attention's projections, as in diffusers' LoRA scripts; CLIP names its own otherwise.
 LORA_TARGETS = {
@@ -92,7 +92,7 @@ def load_networks(config: TrainConfig, device: torch.device) -> Networks:
         MaskLoomError: a part cannot be loaded or does not fit the others, or a switch needs a package that is missing.
     """
     source, dtype = BackboneSource.of(config), DTYPES[config.mixed_precision]
-    # In float32 at first: weights that go on to be trained, or are copied to be, must not begin rounded.
+    # In float32 at first: weights that will be trained, or are copied to be, must not begin rounded.
     unet = load_part(source, "unet")
     networks = Networks(
         load_tokenizer(source),
@@ -117,7 +117,7 @@ def prepared_networks(networks: Networks, config: TrainConfig, device: torch.dev
 
 
 def _controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel | None:
-    """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to go on from.
+    """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to continue from.
 
     Raises:
         MaskLoomError: the given weights cannot be loaded or belong to another kind of backbone, or the UNet's encoder cannot be copied.

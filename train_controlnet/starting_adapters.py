@@ -1,4 +1,4 @@
-"""Adapters (LoRA) that a training goes on from: `train.lora_model_name_or_path`, in diffusers', PEFT's or kohya's names."""
+"""Adapters (LoRA) that a training starts from: `train.lora_model_name_or_path`, in diffusers', PEFT's or kohya's names."""
 
 from __future__ import annotations
 

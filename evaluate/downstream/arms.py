@@ -117,7 +117,7 @@ def arm_data(arm: Arm, real: Pair, synthetic: Pair) -> Pair:
 def train_arms(
     options: ArmOptions,
     real: Pair,
-    woven: Mapping[str, Pair],
+    generated: Mapping[str, Pair],
     seed: int,
     train: Callable[[Pair, int, Augment | None], Outcome],
 ) -> dict[str, list[Outcome]]:
@@ -126,13 +126,13 @@ def train_arms(
     Args:
         options: the arms and the number of seeds.
         real: real images (N, H, W, C) and their targets.
-        woven: synthetic images and their targets by generator; the first is the one that `options.arms` are about, each other one is an arm
+        generated: synthetic images and their targets by generator; the first is the one that `options.arms` are about, each other one is an arm
             of its own with the real images.
         seed: the first seed.
         train: trains one model and returns what came of it on the test images, external ones included.
     """
     augment = standard_augmentation(options.augmentation)
-    (_, chosen), *others = woven.items()
+    (_, chosen), *others = generated.items()
     arms: dict[str, tuple[Arm, Pair]] = {name: (ARMS[name], chosen) for name in options.arms}
     arms |= {f"{WITH_SYNTHETIC}:{name}": (ARMS[WITH_SYNTHETIC], pair) for name, pair in others}
     outcomes: dict[str, list[Outcome]] = {}

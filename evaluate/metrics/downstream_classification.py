@@ -64,7 +64,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     others = {
         one.name: labelled_images(one, options.image_size) for one in other_generators(inputs, options, generator)
     }
-    woven = {
+    generated = {
         name: _limited(part, len(real), options, inputs.seed)
         for name, part in {generator.name: synthetic, **others}.items()
         if len(part)
@@ -72,7 +72,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     found = {one.name: labelled_images(one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    arms = scored_arms(inputs, options, (real.images, real.labels), woven, tests)
+    arms = scored_arms(inputs, options, (real.images, real.labels), generated, tests)
     shown = [name for name in arms[inputs.test.name]["real"].statistics[0] if not name.startswith(RECALL)]
     protocol = Protocol(test.groups, PRIMARY, TESTED, shown, options.resamples, inputs.seed)
     comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
@@ -98,7 +98,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         values=comparison.values,
         n={
             "real train": len(real),
-            **{name: len(images) for name, (images, _) in woven.items()},
+            **{name: len(images) for name, (images, _) in generated.items()},
             **{name: len(part) for name, part in tests.items()},
         },
         seeds=[inputs.seed + offset for offset in range(options.seeds)],
@@ -136,7 +136,7 @@ def scored_arms(
     inputs: EvaluationInputs,
     options: Options,
     real: Pair,
-    woven: Mapping[str, Pair],
+    generated: Mapping[str, Pair],
     tests: Mapping[str, LabelledImages],
 ) -> dict[str, dict[str, ArmScores]]:
     """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them.
@@ -145,7 +145,7 @@ def scored_arms(
         inputs: the evaluation's.
         options: the metric's.
         real: real train images and labels.
-        woven: the same of synthetic sets, see `train_arms`.
+        generated: the same of synthetic sets, see `train_arms`.
         tests: test sets by name.
     """
     names = inputs.real.description.labels
@@ -155,7 +155,7 @@ def scored_arms(
         network = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
         return {name: predicted_probabilities(network, part.images, inputs.device) for name, part in tests.items()}
 
-    trained = train_arms(options, real, woven, inputs.seed, train)
+    trained = train_arms(options, real, generated, inputs.seed, train)
     return {
         name: {arm: arm_scores([one[name] for one in by_seed], part.labels, names) for arm, by_seed in trained.items()}
         for name, part in tests.items()

@@ -73,7 +73,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     others = {
         one.name: masked_images(inputs, one, options.image_size) for one in other_generators(inputs, options, generator)
     }
-    woven = {
+    generated = {
         name: _limited(part, len(real), options, inputs.seed)
         for name, part in {generator.name: synthetic, **others}.items()
         if len(part)
@@ -81,7 +81,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     found = {one.name: masked_images(inputs, one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    arms = scored_arms(inputs, options, (real.images, real.masks), woven, tests)
+    arms = scored_arms(inputs, options, (real.images, real.masks), generated, tests)
     shown = list(arms[inputs.test.name]["real"].statistics[0])
     protocol = Protocol(test.groups, PRIMARY, PRIMARY, shown, options.resamples, inputs.seed)
     comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
@@ -105,7 +105,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         values=comparison.values,
         n={
             "real train": len(real),
-            **{name: len(images) for name, (images, _) in woven.items()},
+            **{name: len(images) for name, (images, _) in generated.items()},
             **{name: len(part) for name, part in tests.items()},
         },
         seeds=[inputs.seed + offset for offset in range(options.seeds)],
@@ -122,7 +122,7 @@ def scored_arms(
     inputs: EvaluationInputs,
     options: Options,
     real: Pair,
-    woven: Mapping[str, Pair],
+    generated: Mapping[str, Pair],
     tests: Mapping[str, MaskedImages],
 ) -> dict[str, dict[str, ArmScores]]:
     """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them.
@@ -131,7 +131,7 @@ def scored_arms(
         inputs: the evaluation's.
         options: the metric's.
         real: real train images and masks.
-        woven: the same of synthetic sets, see `train_arms`.
+        generated: the same of synthetic sets, see `train_arms`.
         tests: test sets by name.
     """
     count = len(inputs.classes)
@@ -141,7 +141,7 @@ def scored_arms(
         network = train_segmenter(data[0], masks, count, options, seed, inputs.device, augment)
         return {name: image_scores(network, part, count, inputs.device) for name, part in tests.items()}
 
-    trained = train_arms(options, real, woven, inputs.seed, train)
+    trained = train_arms(options, real, generated, inputs.seed, train)
     return {
         name: {
             arm: arm_scores([scores[name] for scores in by_seed], inputs.classes) for arm, by_seed in trained.items()

@@ -147,7 +147,7 @@ def wilcoxon_p_value(differences: NDArray[np.floating], groups: Sequence[str]) -
     """Return the two-sided Wilcoxon signed-rank p-value over group means of paired differences.
 
     Args:
-        differences: (N,) one an image; NaN where a side is not defined.
+        differences: (N,), one per image; NaN where a side is not defined.
         groups: the group of each image.
 
     Returns:

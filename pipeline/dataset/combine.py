@@ -122,7 +122,7 @@ def combine(real: Path, synthetic: Sequence[Path], options: CombineOptions) -> l
         options: see there.
 
     Returns:
-        The contracts, one a stage.
+        The contracts, one per stage.
 
     Raises:
         MaskLoomError: a dataset is damaged, of another origin, or of another real dataset; an option makes no sense; there are not enough
@@ -281,7 +281,7 @@ def _plans(
     chosen: Mapping[int | None, Sequence[SyntheticRow]],
     options: CombineOptions,
 ) -> list[Combination]:
-    """Return the datasets to write: one, or one a stage, whose share of the chosen rows grows linearly from none to all."""
+    """Return the datasets to write: one, or one per stage, whose share of the chosen rows grows linearly from none to all."""
     stages = options.schedule or 1
     plans = []
     for stage in range(1, stages + 1):
@@ -302,7 +302,7 @@ def _plans(
 
 
 def _set_settings(one: SyntheticSet) -> dict[str, Any]:
-    """Return what the contract tells of a set; not where it lies on this machine."""
+    """Return what the contract states about a set; not where it lies on this machine."""
     generation = one.dataset.description.preprocessing.get("generation", {})
     return {
         "digest": one.dataset.digest,

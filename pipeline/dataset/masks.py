@@ -1,7 +1,7 @@
 """Resizes masks by nearest neighbour without losing a class.
 
 Nearest neighbour takes one source pixel for each target pixel, so a class that fills less than that may vanish: a lesion of 80 pixels in an image of
-1536 x 1536 does at 64 x 64, and its image would go on as one without a lesion. A class that would vanish keeps one pixel: the target pixel in
+1536 x 1536 does at 64 x 64, and its image would be kept as one without a lesion. A class that would vanish keeps one pixel: the target pixel in
 which most of it lies, the first of several, or the nearest that is not the last pixel of another class. Nothing else changes.
 """
 

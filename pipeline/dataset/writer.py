@@ -113,7 +113,7 @@ def check_dataset_place(folder: Path) -> None:
 class DatasetWriter:
     """Writes a dataset shard by shard beside its place, and puts it there when it is whole.
 
-    Until then an older dataset stays as it is. An interrupted writing goes on where it stopped: shards that are as they were written are
+    Until then an older dataset stays as it is. An interrupted write continues where it stopped: shards that are as they were written are
     kept if their plan (inputs, configuration, rows) had the same key.
     """
 

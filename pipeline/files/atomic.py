@@ -89,7 +89,7 @@ def _held(path: Path, place: Path) -> Iterator[None]:
     except (
         NotImplementedError,
         OSError,
-    ):  # a file system without locks, as some clusters have: the work goes on unguarded
+    ):  # a file system without locks, as some clusters have: the work continues unguarded
         pass
     try:
         yield

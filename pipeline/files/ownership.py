@@ -73,7 +73,7 @@ class OwnedFolder:
         if not self.path.is_dir():
             raise MaskLoomError(f"{self.path}: not a folder, and MaskLoom writes a folder there; move it away")
         if self.is_marked():
-            self.files()  # a damaged manifest is told before anything is changed
+            self.files()  # a damaged manifest is reported before anything is changed
             return
         strangers = [name for name in sorted(path.name for path in self.path.iterdir()) if not _is_nobodys(name)]
         if strangers:

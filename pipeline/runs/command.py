@@ -56,7 +56,7 @@ def _is_first_to_report(line: bytes) -> bool:
 def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVICE) -> None:
     """Run a command line entry point; a user's mistake becomes one line and exit code 2.
 
-    A full disk, a missing permission and a full memory are the user's to solve as well, so they are told in the same way. SIGTERM and Ctrl-C
+    A full disk, a missing permission and a full memory are the user's to solve as well, so they are reported in the same way. SIGTERM and Ctrl-C
     end the command with a line and the exit code of the signal.
 
     Args:

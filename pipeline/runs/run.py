@@ -73,17 +73,17 @@ class Run:
 
     @property
     def baselines(self) -> Path:
-        """Checkpoints and weights of the other generator families, a folder each."""
+        """Checkpoints and weights of the other generator architectures, one folder per architecture."""
         return self.folder / "baselines"
 
     @property
     def synthetic(self) -> Path:
-        """One synthetic dataset a generator."""
+        """One synthetic dataset per generator."""
         return self.folder / "synthetic"
 
     @property
     def evaluation(self) -> Path:
-        """One JSON a question."""
+        """One JSON file per question."""
         return self.folder / "evaluation"
 
     @property

@@ -83,7 +83,7 @@ class Variant:
 def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path | None) -> None:
     """Run every variant, print the table and write it to the run folder as `table.md`, `table.csv` and `table.json`.
 
-    A variant that fails leaves the others as they are; the same command goes on where it stopped.
+    A variant that fails leaves the others as they are; the same command continues where it stopped.
 
     Args:
         path: the sweep's file.
@@ -114,7 +114,7 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
     say(f"sweep: {config.run_folder / 'table.md'}")
     if failed:
         told = ", ".join(f"{name or config.experiment} at {stage}" for name, stage in failed.items())
-        raise MaskLoomError(f"{len(failed)} of {len(variants)} runs failed ({told}); mend that and run the sweep again")
+        raise MaskLoomError(f"{len(failed)} of {len(variants)} runs failed ({told}); fix them and run the sweep again")
 
 
 def planned_variants(path: Path, overrides: list[str], config: SweepConfig) -> list[Variant]:

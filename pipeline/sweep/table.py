@@ -1,4 +1,4 @@
-"""The table of a sweep: a row a generator, the figures that the metrics name as their main ones, and what each training and image took.
+"""The table of a sweep: one row per generator, the figures that the metrics name as their main ones, and what each training and image took.
 
 No metric is known here by its name: columns and their order are those of `figures` in `RUN/evaluation/*.json`.
 """

@@ -193,7 +193,7 @@ def _remedy(path: Path) -> str:
 
 
 def _check_random_states(path: Path, accelerator: Accelerator) -> None:
-    """Check that this process's random state is there: accelerate itself goes on without it.
+    """Check that this process's random state is there: accelerate itself continues without it.
 
     Raises:
         MaskLoomError: it is missing.

@@ -19,7 +19,7 @@ def keyed_generator(*key: object) -> torch.Generator:
 
 
 class Draws:
-    """Random tensors of one batch, a row a sample."""
+    """Random tensors of one batch, one row per sample."""
 
     def __init__(self, seed: int, positions: Sequence[int], device: torch.device) -> None:
         """Key the batch.

@@ -43,7 +43,7 @@ def check_afresh(config: LoopConfig, folder: Path) -> None:
     """Check that the checkpoints in a folder may be deleted for a training that begins afresh.
 
     Raises:
-        MaskLoomError: one is named as the one to go on from, or something of the user's has the name of a checkpoint.
+        MaskLoomError: one is named as the one to continue from, or something of the user's has the name of a checkpoint.
     """
     if config.resume_from_checkpoint not in (None, "latest"):
         raise MaskLoomError(

@@ -96,7 +96,7 @@ def test_two_variants_run_side_by_side_and_share_their_dataset(
     """The whole of it; the second variant fails, and is told of at the end."""
     monkeypatch.setattr(sweeping, "run_stages", run_here)
     path = write_sweep(tmp_path, {"trained": {}, "broken": {"baselines": {"pix2pix": {"l1_weight": -1}}}})
-    with pytest.raises(MaskLoomError, match=r"^1 of 2 runs failed \(broken at baselines\); mend that and run"):
+    with pytest.raises(MaskLoomError, match=r"^1 of 2 runs failed \(broken at baselines\); fix them and run"):
         sweep(path, [], False, None)
     run = tmp_path / "run"
     first, second = Run(run / "trained"), Run(run / "broken")

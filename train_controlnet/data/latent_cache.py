@@ -2,7 +2,7 @@
 
 The cache's name is a digest of all that its content depends on (dataset and its sizes, backbone, precision, augmentation), so
 a stale cache is noticed and never read. It keeps the posterior's mean and log-variance, not one sample of it: each step draws a fresh sample,
-which leaves the training distribution as it is without a cache. Files appear whole and their digests are kept: an interrupted caching goes on,
+which leaves the training distribution as it is without a cache. Files appear whole and their digests are kept: interrupted caching continues,
 and a damaged file is made again.
 """
 

@@ -73,7 +73,7 @@ def _half_precision(train: TrainConfig) -> Switches:
 
 
 def _smaller_batch(train: TrainConfig) -> Switches:
-    """Return the largest smaller micro-batch that leaves the images a step as they are."""
+    """Return the largest smaller micro-batch that keeps the images per step."""
     batch = train.train_batch_size
     smaller = max((size for size in range(1, batch) if batch % size == 0), default=batch)
     if smaller == batch:

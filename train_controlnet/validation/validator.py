@@ -40,7 +40,7 @@ Losses = NDArray[np.float64]
 
 
 class Validator:
-    """Asks the same questions of the network after every so many steps: same rows, same noise, same timesteps."""
+    """Measures the network in the same way at regular steps: same rows, same noise, same timesteps."""
 
     def __init__(
         self, task: DiffusionTask, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator

@@ -104,7 +104,7 @@ def news(
 ) -> str | None:
     """Return the line that a validation is worth, or None.
 
-    Masks that are followed are told once. Masks that are ignored are told from half of the steps on: once, and again at the end.
+    Masks that are followed are reported once. Masks that are ignored are reported from half of the steps on: once, and again at the end.
 
     Args:
         step: optimizer steps done.
