@@ -1,6 +1,7 @@
 """Runs independent tasks in several processes; decoding is CPU-bound, so threads would not help."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ Result = TypeVar("Result")
 
 # With fewer tasks per worker, starting it (importing numpy, Pillow, …) costs more than it saves.
 TASKS_PER_WORKER = 2
+# Where a signal ends the command, joblib's watching process removes a temporary folder and warns of it: a line that is no news.
+QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
 
 
 def available_cores() -> int:
@@ -38,6 +41,8 @@ def parallel_results(
         return
     from joblib import Parallel, delayed
 
+    if QUIET_TRACKER not in sys.warnoptions:  # processes that are started take these along
+        sys.warnoptions.append(QUIET_TRACKER)
     task = delayed(partial(_unless_orphaned, os.getpid(), function))
     pool = Parallel(n_jobs=workers, return_as="generator" if ordered else "generator_unordered", batch_size=1)
     yield from pool(task(item) for item in items)

@@ -65,7 +65,7 @@ def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVIC
     """
     try:
         with handled_signals():
-            command()
+            _run_to_the_end(command)
     except Interrupted as stop:
         if (line := stop.line()) and os.environ.get("RANK", "0") == "0":
             print(line, file=sys.stderr)
@@ -82,6 +82,27 @@ def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVIC
         if not is_out_of_memory(error):
             raise
         exit_with(f"out of memory ({one_line(error)[:SHOWN] or type(error).__name__}); {memory_advice}")
+
+
+def _run_to_the_end(command: Callable[[], object]) -> None:
+    """Run a command; when it has succeeded, leave the process group (a command line ends with `SystemExit`)."""
+    try:
+        command()
+    except SystemExit as end:
+        if not end.code:
+            leave_process_group()
+        raise
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End the communication with the other processes of a training, if there are any.
+
+    Without it, threads of torch.distributed may still run when the interpreter ends, which can abort a process whose work is done.
+    """
+    distributed = sys.modules.get("torch.distributed")  # never imported here: most commands need no torch
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

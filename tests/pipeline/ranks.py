@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.command import leave_process_group
 from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
 from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.randomness import Draws
@@ -141,3 +142,4 @@ if __name__ == "__main__":
     engine, scenario, target = sys.argv[1:]
     makers = {"ddp": make_accelerator, "fsdp": fsdp_accelerator}
     {"learn": learn, "stumble": stumble, "refuse": refuse, "stop": stop}[scenario](Path(target), makers[engine])
+    leave_process_group()
