@@ -61,7 +61,7 @@ def _card(
 
 # `{name}` for {about.modality} ({about.dataset})
 
-Trained by MaskLoom on real images only; `python -m generate` samples from it.
+Trained by MaskLoom on real images only; `maskloom generate` samples from it.
 {"![previews](samples.png)" if preview else ""}
 
 | | |

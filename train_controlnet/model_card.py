@@ -1,4 +1,4 @@
-"""The card that is saved beside the weights; `python -m pipeline push` completes it with figures and provenance."""
+"""The card that is saved beside the weights; `maskloom push` completes it with figures and provenance."""
 
 from pathlib import Path
 from typing import Any

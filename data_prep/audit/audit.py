@@ -1,4 +1,4 @@
-"""The content audit of `python -m data_prep verify`: statistics of the splits, and shared images.
+"""The content audit of `maskloom verify`: statistics of the splits, and shared images.
 
 A *failure* invalidates results: an image used for training or model selection that is also in a
 test split, or one image with two labels. Everything else is only reported: near-duplicates between

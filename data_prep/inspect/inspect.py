@@ -1,4 +1,4 @@
-"""`python -m data_prep inspect RAW`: describes a raw folder and how to prepare it."""
+"""`maskloom inspect RAW`: describes a raw folder and how to prepare it."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""`python -m pipeline combine`: one real dataset and synthetic ones -> a combined dataset of the same contract.
+"""`maskloom combine`: one real dataset and synthetic ones -> a combined dataset of the same contract.
 
 Real rows are all kept, split by split and in their order; synthetic rows are added to train alone. Which ones is a matter of the seed and of
 their ids: every row has a place in one keyed order, and the first rows of it (of each class, where classes are balanced) are taken. So a

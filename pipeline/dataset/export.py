@@ -1,4 +1,4 @@
-"""`python -m pipeline export`: a mask-and-prompt dataset in the layout of another tool. The formats are `pipeline/dataset/exporters/*.py`."""
+"""`maskloom export`: a mask-and-prompt dataset in the layout of another tool. The formats are `pipeline/dataset/exporters/*.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What every training and every evaluation asks of its datasets first: that no image shapes a model and measures it as well.
 
-It is the part of `python -m data_prep verify` that can fail. Images are compared pixel by pixel here; where groups were meant to catch near-duplicates as
+It is the part of `maskloom verify` that can fail. Images are compared pixel by pixel here; where groups were meant to catch near-duplicates as
 well, that command itself is run, once, on the real dataset. Groups, hashes and parents have been checked before (`pipeline.dataset.verification`).
 
 A result is kept in the run, in `logs/audit/DIGEST.json`, under the digest of the content that it is about, so that the stages of a run, and runs that are

@@ -1,4 +1,4 @@
-"""`python -m pipeline verify RUN`: is everything in a run folder what was written there?"""
+"""`maskloom verify RUN`: is everything in a run folder what was written there?"""
 
 from __future__ import annotations
 

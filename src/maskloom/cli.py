@@ -143,7 +143,7 @@ def doctor(
     config: Annotated[Path | None, typer.Option("--config", help="also check what this configuration needs")] = None,
     overrides: OverridesArgument = None,
 ) -> None:
-    """Check this machine and installation: versions, devices, memory, optional packages, the Hub; and what a configuration needs of them."""
+    """Check this machine and installation (versions, devices, memory, optional packages), and what a configuration needs of them."""
     from maskloom.doctor import print_findings
 
     print_findings(config, overrides or [])

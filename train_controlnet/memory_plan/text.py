@@ -1,4 +1,4 @@
-"""`python -m train_controlnet plan`: a plan as a page of text, and as JSON."""
+"""`maskloom plan`: a plan as a page of text, and as JSON."""
 
 from pathlib import Path
 
