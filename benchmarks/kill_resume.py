@@ -230,7 +230,7 @@ def killed(training: Training, moment: Moment, complete_cache: set[str]) -> Kill
     try:
         process.wait(moment.seconds if moment.steps else 0)
     except subprocess.TimeoutExpired:
-        kill_family(process)
+        kill_process_tree(process)
     else:
         return None
     step = max(training.losses(), default=0) if began() else 0
@@ -247,16 +247,16 @@ def killed(training: Training, moment: Moment, complete_cache: set[str]) -> Kill
     )
 
 
-def kill_family(process: subprocess.Popen[bytes]) -> None:
+def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill -9 a process and all its descendants, as a machine does that goes down."""
     parent = psutil.Process(process.pid)
-    family = [parent, *parent.children(recursive=True)]
-    for member in family:
+    processes = [parent, *parent.children(recursive=True)]
+    for member in processes:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(family)
+    psutil.wait_procs(processes)
     process.wait()
 
 

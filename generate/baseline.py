@@ -27,10 +27,10 @@ class BaselineGenerator(ImageGenerator):
     """Loads the weights from `baselines/NAME/weights` in the run folder.
 
     Attributes:
-        family: NAME, the architecture; also the name of the plug-in's file.
+        architecture: NAME, the architecture; also the name of the plug-in's file.
     """
 
-    family: ClassVar[str]
+    architecture: ClassVar[str]
 
     @property
     def folder(self) -> Path:
@@ -40,7 +40,7 @@ class BaselineGenerator(ImageGenerator):
             MaskLoomError: the architecture is not configured or not trained yet.
         """
         self.check_settings()
-        folder = self.run.baselines / self.family / "weights"
+        folder = self.run.baselines / self.architecture / "weights"
         if not folder.is_dir():
             raise MaskLoomError(f"{folder}: missing; run baselines first (make baselines)")
         return folder
@@ -51,18 +51,18 @@ class BaselineGenerator(ImageGenerator):
         Raises:
             MaskLoomError: the weights are missing, or have changed since training.
         """
-        require_intact(self.run, f"baselines/{self.family}", self.folder)
+        require_intact(self.run, f"baselines/{self.architecture}", self.folder)
         return model_digest(str(self.folder))
 
     def check_settings(self) -> None:
-        """Check that the configuration trains the family.
+        """Check that the configuration trains the architecture.
 
         Raises:
             MaskLoomError: it does not.
         """
-        if self.family not in self.config.baselines:
+        if self.architecture not in self.config.baselines:
             raise MaskLoomError(
-                f"generate.generators.{self.family}: the section `baselines` does not train it; add baselines.{self.family}={{}}"
+                f"generate.generators.{self.architecture}: the section `baselines` does not train it; add baselines.{self.architecture}={{}}"
             )
 
     def check(self) -> None:

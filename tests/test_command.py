@@ -78,7 +78,7 @@ def test_a_machine_with_devices_gets_the_launcher(name, tmp_path, monkeypatch):
     monkeypatch.setattr("maskloom.pipeline.runs.runner.check_settings", lambda *words: None)
     monkeypatch.setattr("maskloom.pipeline.runs.runner.needs_launcher", lambda file: True)
     monkeypatch.setattr("maskloom.pipeline.runs.runner.run_stages", lambda *words: asked.append(words) or 7)
-    more = ["--family", "pix2pix"] if name == "baselines" else []
+    more = ["--architecture", "pix2pix"] if name == "baselines" else []
     ended = RUNNER.invoke(cli.app, [name, "--config", str(config), "seed=3", "--force", *more])
     assert ended.exit_code == 7
     assert asked == [([name], ["--config", str(config), "seed=3", *more, "--force"], None)]

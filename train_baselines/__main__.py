@@ -1,4 +1,4 @@
-"""`accelerate launch -m train_baselines --config FILE [--force] [--family NAME] [KEY=VALUE ...]`."""
+"""`accelerate launch -m train_baselines --config FILE [--force] [--architecture NAME] [KEY=VALUE ...]`."""
 
 from functools import partial
 from typing import Annotated
@@ -9,8 +9,14 @@ from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, Overri
 from maskloom.pipeline.runs.command import run_command
 
 MEMORY_ADVICE = "lower train_batch_size, image_size or channels in the options of the architecture (baselines.NAME)"
-FamilyOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="train only this entry of `baselines`; may be repeated")
+ArchitectureOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--architecture",
+        "--family",  # its name in the first release
+        metavar="NAME",
+        help="train only this entry of `baselines`; may be repeated",
+    ),
 ]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -19,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     config: ConfigOption,
     overrides: OverridesArgument = None,
-    family: FamilyOption = None,
+    architecture: ArchitectureOption = None,
     force: ForceOption = False,
     check: CheckOption = False,
 ) -> None:
@@ -27,7 +33,7 @@ def command(
     experiment = loaded(config, overrides)
     from maskloom.train_baselines.train import train_baselines
 
-    run_stage(partial(train_baselines, families=family), experiment, force, check)
+    run_stage(partial(train_baselines, architectures=architecture), experiment, force, check)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from maskloom.pipeline.config.bounds import BatchSize
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions
 from maskloom.train_baselines.diff_augment import Policy, augmented
-from maskloom.train_baselines.family import Family, FamilyOptions
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 R1_LOSS_SCALE = 2.0**10
@@ -30,7 +30,7 @@ WINS = 0.98
 """Accuracy, on real and on generated samples alike, above which the discriminator has won."""
 
 
-class GanOptions(FamilyOptions):
+class GanOptions(ArchitectureOptions):
     """Options shared by all GANs; the optimizer defaults are those of DCGAN (Radford et al. 2016)."""
 
     train_batch_size: BatchSize = Field(16, ge=1)
@@ -60,7 +60,7 @@ class GanOptions(FamilyOptions):
         return self
 
 
-class Gan(Family):
+class Gan(Architecture):
     """Trains a generator against a discriminator (Goodfellow et al. 2014, arXiv:1406.2661).
 
     Each step updates the discriminator first, then the generator.

@@ -14,36 +14,38 @@ from maskloom.pipeline.files.atomic import model_digest
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.files.provenance import git_sha
 from maskloom.pipeline.hub.cards import licence_metadata
-from maskloom.train_baselines.family import Family
+from maskloom.train_baselines.architecture import Architecture
 
 
-def export(family: Family, name: str, config: ExperimentConfig, contract: Contract, target: Path) -> dict[str, Any]:
+def export(
+    architecture: Architecture, name: str, config: ExperimentConfig, contract: Contract, target: Path
+) -> dict[str, Any]:
     """Write the weights, the model card and the latest previews to `target`, atomically.
 
     Args:
-        family: the trained architecture.
+        architecture: the trained architecture.
         name: its name in the configuration.
         config: the experiment.
         contract: the contract of the real dataset.
-        target: the output folder; each entry of `Family.weights` becomes a subfolder.
+        target: the output folder; each entry of `Architecture.weights` becomes a subfolder.
 
     Returns:
         The digest of the weights, and the number of trained parameters of each network.
     """
-    weights = family.weights()
-    preview = max(family.preview_folder.glob("step-*.png"), default=None)
-    sizes = {key: sum(p.numel() for p in network.parameters()) for key, network in family.networks.items()}
+    weights = architecture.weights()
+    preview = max(architecture.preview_folder.glob("step-*.png"), default=None)
+    sizes = {key: sum(p.numel() for p in network.parameters()) for key, network in architecture.networks.items()}
     with told_when_unwritable(target), whole_folder(target) as folder:
         for key, network in weights.items():
             network.save_pretrained(folder / key)
-        (folder / "README.md").write_text(_card(family, name, config, contract, sizes, preview), encoding="utf-8")
+        (folder / "README.md").write_text(_card(architecture, name, config, contract, sizes, preview), encoding="utf-8")
         if preview:
             (folder / "samples.png").write_bytes(preview.read_bytes())
     return {"weights_digest": model_digest(str(target)), "trained_parameters": sizes}
 
 
 def _card(
-    family: Family,
+    architecture: Architecture,
     name: str,
     config: ExperimentConfig,
     contract: Contract,
@@ -51,9 +53,9 @@ def _card(
     preview: Path | None,
 ) -> str:
     """Return the text of the model card (README.md), without local paths."""
-    about, options = contract.description, family.options
+    about, options = contract.description, architecture.options
     metadata = {**licence_metadata(about), "tags": ["medical", "maskloom", name.replace("_", "-")]}
-    height, width = family.rows.size
+    height, width = architecture.rows.size
     changed = options.model_dump(mode="json", exclude_defaults=True)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -66,7 +68,7 @@ Trained by MaskLoom on real images only; `maskloom generate` samples from it.
 
 | | |
 |---|---|
-| data | {about.dataset}, {about.licence}; {len(family.rows)} train rows |
+| data | {about.dataset}, {about.licence}; {len(architecture.rows)} train rows |
 | classes | {", ".join(about.labels) or "one"} |
 | drawn at | {height} x {width}, {about.channels} channel(s) |
 | parameters | {", ".join(f"{key} {count:,}" for key, count in sizes.items())} |

@@ -26,21 +26,21 @@ from maskloom.pipeline.runs.run import RECORD_FILE, SHOWN_LOGS, Run
 from maskloom.pipeline.runs.stage import Stage, open_run, skip_empty_stage
 
 if TYPE_CHECKING:
-    from maskloom.train_baselines.family import Family, FamilyOptions
+    from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions
     from maskloom.train_baselines.rows import Rows
 
-PACKAGE = "maskloom.train_baselines.families"
+PACKAGE = "maskloom.train_baselines.architectures"
 NAME = "baselines"
 SEVERAL_SIZES = "{where}: images of several sizes, and the baselines draw one; set data.buckets=[]"
 
 
-def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[str] | None = None) -> None:
+def train_baselines(config: ExperimentConfig, force: bool, architectures: Sequence[str] | None = None) -> None:
     """Train every architecture of `baselines` that is not up to date.
 
     Args:
         config: the experiment.
         force: delete earlier checkpoints and train from scratch.
-        families: train only these architectures; None: all.
+        architectures: train only these architectures; None: all.
 
     Raises:
         MaskLoomError: an architecture or option is unknown, the dataset cannot be used, or a loss
@@ -50,15 +50,15 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
     if not config.baselines:
         skip_empty_stage(NAME, "the configuration has no section `baselines`")
         return
-    chosen = _chosen(config, families)
+    chosen = _chosen(config, architectures)
     dataset = verify_for_training(run.dataset)
     if dataset.description.buckets:
         raise MaskLoomError(SEVERAL_SIZES.format(where=run.dataset))
-    options = {name: family_options(config, name) for name in config.baselines}
+    options = {name: architecture_options(config, name) for name in config.baselines}
     _check_one_precision(options)
     _check_sizes(options, dataset.description.image_size)
-    stages = {name: _family_stage(config, run, dataset, name, options[name]) for name in chosen}
-    whole = None if families else _whole_stage(config, run, dataset, options)
+    stages = {name: _architecture_stage(config, run, dataset, name, options[name]) for name in chosen}
+    whole = None if architectures else _whole_stage(config, run, dataset, options)
     if whole is not None and whole.skips(force):
         return
     due = [name for name, stage in stages.items() if not stage.skips(force)]
@@ -66,7 +66,7 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
         _check_before_training(config, run, dataset, stages[name], options[name], force)
     if due:
         require_no_leaks(run, [dataset])
-    train_due = partial(_train_families, config, run, dataset, {name: stages[name] for name in due}, force)
+    train_due = partial(_train_architectures, config, run, dataset, {name: stages[name] for name in due}, force)
     if whole is None:
         train_due()
         return
@@ -77,30 +77,30 @@ def train_baselines(config: ExperimentConfig, force: bool, families: Sequence[st
             results |= {name: stage.record() for name, stage in stages.items()}
 
 
-def family_options(config: ExperimentConfig, name: str) -> FamilyOptions:
+def architecture_options(config: ExperimentConfig, name: str) -> ArchitectureOptions:
     """Return the validated options of an architecture.
 
     Raises:
         MaskLoomError: the architecture or an option is unknown, or a value is invalid.
     """
-    return validated(config.baselines[name], load_plugin(PACKAGE, name, "family").Options, f"{NAME}.{name}")
+    return validated(config.baselines[name], load_plugin(PACKAGE, name, "architecture").Options, f"{NAME}.{name}")
 
 
-def check_family_settings(config: ExperimentConfig) -> None:
+def check_architecture_settings(config: ExperimentConfig) -> None:
     """Check the options of every architecture as far as possible without the dataset.
 
     Raises:
         MaskLoomError: an architecture or option is unknown, precisions differ, or a size is not
             supported.
     """
-    options = {name: family_options(config, name) for name in config.baselines}
+    options = {name: architecture_options(config, name) for name in config.baselines}
     _check_one_precision(options)
     if config.data.buckets:
         raise MaskLoomError(SEVERAL_SIZES.format(where="data.buckets"))
     _check_sizes(options, config.data.image_size)
 
 
-def in_steps(options: FamilyOptions, epoch_length: int, processes: int) -> FamilyOptions:
+def in_steps(options: ArchitectureOptions, epoch_length: int, processes: int) -> ArchitectureOptions:
     """Return the options with intervals in epochs converted to optimizer steps."""
     samples = options.train_batch_size * options.gradient_accumulation_steps * processes
     cadences = {"logging": "logging_steps", "validation": "validation_steps", "checkpointing": "checkpointing_steps"}
@@ -117,11 +117,13 @@ def weights_folder(run: Run, name: str) -> Path:
     return run.baselines / name / "weights"
 
 
-def _chosen(config: ExperimentConfig, families: Sequence[str] | None) -> list[str]:
-    for name in families or ():
+def _chosen(config: ExperimentConfig, architectures: Sequence[str] | None) -> list[str]:
+    for name in architectures or ():
         if name not in config.baselines:
-            raise MaskLoomError(f"--family {name}: not in `baselines`: {nearest_name(name, list(config.baselines))}")
-    return list(families or config.baselines)
+            raise MaskLoomError(
+                f"--architecture {name}: not in `baselines`: {nearest_name(name, list(config.baselines))}"
+            )
+    return list(architectures or config.baselines)
 
 
 def _check_one_precision(options: Mapping[str, LoopConfig]) -> None:
@@ -137,7 +139,7 @@ def _check_one_precision(options: Mapping[str, LoopConfig]) -> None:
         )
 
 
-def _check_sizes(options: Mapping[str, FamilyOptions], image_size: tuple[int, int]) -> None:
+def _check_sizes(options: Mapping[str, ArchitectureOptions], image_size: tuple[int, int]) -> None:
     """Check the image size of every architecture before the first one is trained.
 
     Raises:
@@ -152,8 +154,8 @@ def _check_sizes(options: Mapping[str, FamilyOptions], image_size: tuple[int, in
             raise MaskLoomError(f"{NAME}.{name}.image_size={list(size)}{whose}: {error}") from error
 
 
-def _family_stage(
-    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, name: str, options: FamilyOptions
+def _architecture_stage(
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, name: str, options: ArchitectureOptions
 ) -> Stage:
     settings = [options.model_dump(mode="json"), config.seed]
     outputs = [weights_folder(run, name)]
@@ -161,7 +163,7 @@ def _family_stage(
 
 
 def _whole_stage(
-    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, options: Mapping[str, FamilyOptions]
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, options: Mapping[str, ArchitectureOptions]
 ) -> Stage:
     settings = [{name: one.model_dump(mode="json") for name, one in options.items()}, config.seed]
     outputs = [weights_folder(run, name) for name in options]
@@ -172,7 +174,12 @@ def _whole_stage(
 
 
 def _check_before_training(
-    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stage: Stage, options: FamilyOptions, force: bool
+    config: ExperimentConfig,
+    run: Run,
+    dataset: MaskPromptDataset,
+    stage: Stage,
+    options: ArchitectureOptions,
+    force: bool,
 ) -> None:
     """Check that an architecture can be trained, before anything is changed or trained.
 
@@ -186,20 +193,20 @@ def _check_before_training(
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
-    rows = _open_rows(load_plugin(PACKAGE, name, "family").Trained, options, dataset, "train")
+    rows = _open_rows(load_plugin(PACKAGE, name, "architecture").Trained, options, dataset, "train")
     check_replaceable(weights_folder(run, name))
     loop = in_steps(options, len(rows), launched_processes())
     check_resumable(loop, run.baselines / name, config.seed, stage.inputs, force)
 
 
-def _train_families(
+def _train_architectures(
     config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stages: Mapping[str, Stage], force: bool
 ) -> None:
     for name, stage in stages.items():
-        _train_family(config, run, dataset, name, stage, force)
+        _train_architecture(config, run, dataset, name, stage, force)
 
 
-def _train_family(
+def _train_architecture(
     config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, name: str, stage: Stage, force: bool
 ) -> None:
     """Train one architecture, resuming from the last checkpoint, and export its weights."""
@@ -212,13 +219,15 @@ def _train_family(
     from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_baselines.export import export
 
-    options, folder = family_options(config, name), run.baselines / name
+    options, folder = architecture_options(config, name), run.baselines / name
     OwnedFolder(folder).check()
     accelerator = make_accelerator(options, run.logs(stage.name))
     main = accelerator.is_main_process
     set_seed(config.seed)
-    family = _family(load_plugin(PACKAGE, name, "family"), options, dataset, config.seed, accelerator)
-    check_engine(family.networks, options, accelerator)
+    architecture = _build_architecture(
+        load_plugin(PACKAGE, name, "architecture"), options, dataset, config.seed, accelerator
+    )
+    check_engine(architecture.networks, options, accelerator)
     with stage.recorded(main) as results:
         if main:
             OwnedFolder(folder).claim()
@@ -226,19 +235,19 @@ def _train_family(
             stage.forget()
             delete_checkpoints(folder)
         accelerator.wait_for_everyone()
-        options = in_steps(options, len(family.rows), accelerator.num_processes)
+        options = in_steps(options, len(architecture.rows), accelerator.num_processes)
         if main:
-            say(f"baselines: {name}, {total_steps(options, len(family.rows), accelerator.num_processes)} steps")
-        seen = TrainingLoop(family, options, accelerator, folder, config.seed, stage.inputs).run()
+            say(f"baselines: {name}, {total_steps(options, len(architecture.rows), accelerator.num_processes)} steps")
+        seen = TrainingLoop(architecture, options, accelerator, folder, config.seed, stage.inputs).run()
         if main:
             results["samples_seen"] = seen
-            results |= export(family, name, config, dataset.contract, weights_folder(run, name))
+            results |= export(architecture, name, config, dataset.contract, weights_folder(run, name))
     accelerator.free_memory()
 
 
-def _family(
-    plugin: ModuleType, options: FamilyOptions, dataset: MaskPromptDataset, seed: int, accelerator: Any
-) -> Family:
+def _build_architecture(
+    plugin: ModuleType, options: ArchitectureOptions, dataset: MaskPromptDataset, seed: int, accelerator: Any
+) -> Architecture:
     """Open the rows and build the networks of an architecture."""
     kind = plugin.Trained
     rows = _open_rows(kind, options, dataset, "train")
@@ -249,8 +258,8 @@ def _family(
     return kind(options, rows, previews, seed, accelerator)
 
 
-def _open_rows(kind: type[Family], options: FamilyOptions, dataset: MaskPromptDataset, split: str) -> Rows:
-    """Return the rows of a split that a family can use, at its size."""
+def _open_rows(kind: type[Architecture], options: ArchitectureOptions, dataset: MaskPromptDataset, split: str) -> Rows:
+    """Return the rows of a split that an architecture can use, at its size."""
     from maskloom.train_baselines.rows import Rows
 
     about = dataset.description

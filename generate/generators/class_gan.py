@@ -28,7 +28,7 @@ class Options(generator.Options):
 class Generator(BaselineGenerator):
     """Runs the generator once per batch of classes."""
 
-    family = "class_gan"
+    architecture = "class_gan"
     uses_mask = False
 
     def load(self, device: torch.device, description: Description) -> None:

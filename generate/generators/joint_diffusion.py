@@ -35,7 +35,7 @@ class Generator(BaselineGenerator, JointGenerator):
     """Samples image and mask from noise in a few solver steps."""
 
     options: Options
-    family = "joint_diffusion"
+    architecture = "joint_diffusion"
 
     def load(self, device: torch.device, description: Description) -> None:
         """Read the denoiser and its noise schedule.

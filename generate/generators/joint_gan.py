@@ -24,7 +24,7 @@ class Options(generator.JointOptions):
 class Generator(BaselineGenerator, JointGenerator):
     """Runs the two-headed generator once per batch."""
 
-    family = "joint_gan"
+    architecture = "joint_gan"
 
     def load(self, device: torch.device, description: Description) -> None:
         """Read the network.

@@ -34,7 +34,7 @@ class Generator(BaselineGenerator):
     """
 
     options: Options
-    family = "pix2pix"
+    architecture = "pix2pix"
     uses_mask = True
 
     def load(self, device: torch.device, description: Description) -> None:

@@ -23,7 +23,7 @@ class ExperimentConfig(Section):
     train: TrainConfig | None = Field(None, description="null: do not fine-tune a backbone")
     baselines: Annotated[Plugins, plugin_options()] = Field(
         default_factory=dict,
-        description="further generator architectures to train: file name in train_baselines/families -> its options",
+        description="further generator architectures to train: file name in train_baselines/architectures -> its options",
     )
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -77,9 +77,9 @@ class Weights:
     """Trained weights that become a model repository.
 
     Attributes:
-        name: one of `LOADING`, or a family of the stage `baselines`.
+        name: one of `LOADING`, or an architecture of the stage `baselines`.
         folder: where they lie.
-        stage: that trained them, `train` or `baselines/FAMILY`.
+        stage: that trained them, `train` or `baselines/NAME`.
         record: its `stage.json`.
     """
 
@@ -166,7 +166,7 @@ def current_evaluations(
 
 
 def _task(run: Run, weights: Weights) -> str:
-    """Return the Hub's name for what they do: with a backbone they read words, a family draws from masks or from noise."""
+    """Return the Hub's name for what they do: with a backbone they read words, an architecture draws from masks or from noise."""
     if weights.name in LOADING:
         return TEXT_TO_IMAGE
     folder = run.synthetic / weights.name

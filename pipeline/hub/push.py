@@ -23,7 +23,7 @@ def push(config: ExperimentConfig, words: Sequence[str], options: PushOptions) -
 
     Args:
         config: the experiment.
-        words: `dataset`, `generator`, `generator:KIND`, `baseline:FAMILY`, `synthetic:NAME`; none: `generator`.
+        words: `dataset`, `generator`, `generator:KIND`, `baseline:NAME`, `synthetic:NAME`; none: `generator`.
         options: see there.
 
     Raises:

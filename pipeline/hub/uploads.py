@@ -31,7 +31,7 @@ WEIGHTS_FILE = (
 )
 SCHEDULER_FILE = r"scheduler_config\.json"
 NETWORK = r"(?:\w+/)?"
-"""A family has a folder for each of its networks."""
+"""An architecture has a folder for each of its networks."""
 SHARD_FILE = r"data/\w+-\d{5}-of-\d{5}\.parquet"
 SENT: dict[RepoType, re.Pattern[str]] = {
     "model": re.compile(
@@ -55,7 +55,7 @@ OPEN_LICENCE = re.compile(
 
 @dataclass(frozen=True)
 class Target:
-    """One part of a run that becomes one repository: `dataset`, `generator:KIND`, `baseline:FAMILY` or `synthetic:NAME`."""
+    """One part of a run that becomes one repository: `dataset`, `generator:KIND`, `baseline:NAME` or `synthetic:NAME`."""
 
     part: Literal["dataset", "generator", "baseline", "synthetic"]
     name: str = ""
@@ -110,17 +110,17 @@ def find_targets(run: Run, words: Sequence[str]) -> list[Target]:
         MaskLoomError: a word names nothing, or what it names is not there.
     """
     kinds = [kind for kind in LOADING if (run.generator / kind).is_dir()]
-    families = [path.parent.name for path in sorted(run.baselines.glob("*/weights"))]
+    architectures = [path.parent.name for path in sorted(run.baselines.glob("*/weights"))]
     sets = [path.parent.name for path in sorted(run.synthetic.glob(f"*/{CONTRACT_FILE}"))]
     known = {"dataset": [Target("dataset")], "generator": [Target("generator", kind) for kind in kinds]}
     known |= {str(target): [target] for target in known["generator"]}
-    known |= {f"baseline:{name}": [Target("baseline", name)] for name in families}
+    known |= {f"baseline:{name}": [Target("baseline", name)] for name in architectures}
     known |= {f"synthetic:{name}": [Target("synthetic", name)] for name in sets}
     found: dict[Target, None] = {}
     for word in words:
         if word.partition(":")[0] == "generator" and not kinds:
             raise MaskLoomError(f"{run.generator}: nothing has been trained yet; run train first")
-        if word.partition(":")[0] == "baseline" and not families:
+        if word.partition(":")[0] == "baseline" and not architectures:
             raise MaskLoomError(f"{run.baselines}: no other generator has been trained yet; run baselines first")
         if word.partition(":")[0] == "synthetic" and not sets:
             raise MaskLoomError(f"{run.synthetic}: nothing has been generated yet; run generate first")

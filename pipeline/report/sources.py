@@ -42,7 +42,7 @@ class Sources:
         real: the real dataset, or None.
         synthetic: finished synthetic datasets by the name of their folder.
         unfinished: names of synthetic folders without a contract.
-        trainings: by the name of their stage, `train` first, then `baselines/FAMILY`.
+        trainings: by the name of their stage, `train` first, then `baselines/NAME`.
         records: each stage's `stage.json`.
         damaged: one problem for each training log or sample grid that has changed since it was written; these files are left out.
     """
@@ -87,8 +87,8 @@ def find_sources(run: Run) -> Sources:
     """
     folders = sorted(p for p in run.synthetic.glob("*") if p.is_dir() and not p.name.startswith("."))
     finished = [folder for folder in folders if (folder / CONTRACT_FILE).is_file()]
-    families = sorted(path.name for path in run.logs("baselines").glob("*") if path.is_dir())
-    stages = ("train", *(f"baselines/{name}" for name in families))
+    architectures = sorted(path.name for path in run.logs("baselines").glob("*") if path.is_dir())
+    stages = ("train", *(f"baselines/{name}" for name in architectures))
     damaged = {stage: _changed_logs(run, stage) for stage in stages}
     trainings = {stage: _training(run, stage, damaged[stage]) for stage in stages}
     records = {stage: read_record(run, stage) for stage in STAGES if stage != "report"}

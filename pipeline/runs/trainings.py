@@ -18,7 +18,7 @@ def training_of(run: Run, name: str, contract: Contract) -> str | None:
 
     Args:
         run: the run.
-        name: the generator's; a family has the same one.
+        name: the generator's; an architecture has the same one.
         contract: of its synthetic set.
     """
     if (run.logs(f"baselines/{name}") / STAGE_FILE).is_file():

@@ -162,7 +162,7 @@ def run_variant(variant: Variant, prepared: dict[str, Variant], force: bool, acc
     for stage in STAGES:
         again = force and not (stage == "prepare" and variant.data_key in prepared)
         arguments = ["--config", str(variant.path), *(["--force"] if again else [])]
-        if stage == "baselines" and _train_families(variant, arguments, again, accelerate_config):
+        if stage == "baselines" and _train_architectures(variant, arguments, again, accelerate_config):
             return stage
         if run_stages([stage], arguments if stage != "baselines" else arguments[:2], accelerate_config):
             return stage
@@ -171,13 +171,13 @@ def run_variant(variant: Variant, prepared: dict[str, Variant], force: bool, acc
     return ""
 
 
-def _train_families(variant: Variant, arguments: list[str], again: bool, accelerate_config: Path | None) -> int:
-    """Train each family in a process of its own, or one's peak memory would hide the next one's; return the first exit code that is not 0."""
-    if again:  # it holds the families' older records
+def _train_architectures(variant: Variant, arguments: list[str], again: bool, accelerate_config: Path | None) -> int:
+    """Train each architecture in a process of its own, or one's peak memory would hide the next one's; return the first exit code that is not 0."""
+    if again:  # it holds the architectures' older records
         (variant.run.logs("baselines") / RECORD_FILE).unlink(missing_ok=True)
     codes = (
-        run_stages(["baselines"], [*arguments, "--family", family], accelerate_config)
-        for family in variant.config.baselines
+        run_stages(["baselines"], [*arguments, "--architecture", architecture], accelerate_config)
+        for architecture in variant.config.baselines
     )
     return next((code for code in codes if code), 0)
 

@@ -140,7 +140,7 @@ def write_table(folder: Path, title: str, rows: Sequence[Row], failed: Mapping[s
 
 def _markdown(title: str, rows: Sequence[Row], failed: Mapping[str, str]) -> str:
     columns, several = columns_of(rows), _has_variants(rows)
-    heads = [*(["variant"] if several else []), "images by", *(f"{c.group}: {c.head}" for c in columns)]
+    heads = [*(["variant"] if several else []), "generator", *(f"{c.group}: {c.head}" for c in columns)]
     lines = [[*([row.variant] if several else []), row.of, *_texts(row, columns)] for row in rows]
     skipped = {(row.variant, metric): reason for row in rows for metric, reason in row.skipped.items()}
     remarks = [
@@ -167,7 +167,7 @@ def _csv(rows: Sequence[Row]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     heads = [f"{column.group}: {column.name}{'' if part == 'value' else f' ({part})'}" for column, part in parts]
-    writer.writerow(["variant", "images by", *heads])
+    writer.writerow(["variant", "generator", *heads])
     for row in rows:
         values = [getattr(row.cells[column], part) if column in row.cells else None for column, part in parts]
         writer.writerow([row.variant, row.of, *values])
@@ -207,7 +207,7 @@ def _rich_table(title: str, rows: Sequence[Row], columns: Sequence[Column], with
 
     several = _has_variants(rows)
     table = Table(title=title, title_justify="left")
-    for head in (*(["variant"] if several else []), "images by"):
+    for head in (*(["variant"] if several else []), "generator"):
         table.add_column(head, no_wrap=True)
     for column in columns:
         words = f"{column.group}: {column.head}".replace("_", " ").replace(

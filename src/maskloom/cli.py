@@ -41,7 +41,7 @@ from maskloom.pipeline.cli import (
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.command import MEMORY_ADVICE, run_command
 from maskloom.train_baselines.__main__ import MEMORY_ADVICE as BASELINES_ADVICE
-from maskloom.train_baselines.__main__ import FamilyOption
+from maskloom.train_baselines.__main__ import ArchitectureOption
 from maskloom.train_baselines.__main__ import command as baselines_here
 from maskloom.train_controlnet.__main__ import MEMORY_ADVICE as TRAIN_ADVICE
 from maskloom.train_controlnet.__main__ import find_lr, plan
@@ -111,15 +111,15 @@ def train(
 def baselines(
     config: ConfigOption,
     overrides: OverridesArgument = None,
-    family: FamilyOption = None,
+    architecture: ArchitectureOption = None,
     force: ForceOption = False,
     check: CheckOption = False,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
     """Train the other generator architectures of the section `baselines`: GANs, pix2pix, joint diffusion."""
-    families = [word for name in family or [] for word in ("--family", name)]
-    if not launched("baselines", families, config, overrides, force, check, accelerate_config):
-        baselines_here(config, overrides, family, force, check)
+    architectures = [word for name in architecture or [] for word in ("--architecture", name)]
+    if not launched("baselines", architectures, config, overrides, force, check, accelerate_config):
+        baselines_here(config, overrides, architecture, force, check)
 
 
 def generate(
@@ -202,7 +202,7 @@ COMMANDS = (
     Command(
         "train", train, STAGES, ("maskloom train --config C", "maskloom train --config C train.max_train_steps=2000")
     ),
-    Command("baselines", baselines, STAGES, ("maskloom baselines --config C --family pix2pix",)),
+    Command("baselines", baselines, STAGES, ("maskloom baselines --config C --architecture pix2pix",)),
     Command("generate", generate, STAGES, ("maskloom generate --config C generate.num_images=500",)),
     Command("evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C",)),
     Command("report", report, STAGES, ("maskloom report --config C",)),

@@ -110,16 +110,16 @@ def backbone_checks(config: ExperimentConfig) -> Iterator[Check]:
 
 
 def baselines_checks(config: ExperimentConfig) -> Iterator[Check]:
-    """Yield the checks of `baselines`, family by family."""
+    """Yield the checks of `baselines`, architecture by architecture."""
     if not config.baselines:
         return
     from maskloom.pipeline.training.setup import MACHINE_CHECKS
-    from maskloom.train_baselines.train import check_family_settings, family_options
+    from maskloom.train_baselines.train import architecture_options, check_architecture_settings
 
-    yield partial(check_family_settings, config)
+    yield partial(check_architecture_settings, config)
     for name in config.baselines:
         try:
-            options = family_options(config, name)
+            options = architecture_options(config, name)
         except MaskLoomError:  # reported by the check before
             continue
         for check in MACHINE_CHECKS:

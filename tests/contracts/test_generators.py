@@ -16,7 +16,7 @@ from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import seal_folder
 from maskloom.pipeline.plugins import load_plugin, plugin_names
-from tests.generate.workbench import FAMILIES, SIDE, Bench
+from tests.generate.workbench import ARCHITECTURES, SIDE, Bench
 from tests.pipeline.line_task import forget_accelerator
 from tests.records import record_outputs
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
@@ -60,8 +60,8 @@ def colour_bench(tmp_path: Path, models: Path) -> Iterator[Bench]:
 
 def open_one(bench: Bench, name: str) -> ImageGenerator:
     """Return a generator whose weights exist."""
-    if name in FAMILIES:
-        bench.train_family(name)
+    if name in ARCHITECTURES:
+        bench.train_architecture(name)
     return open_generators(bench.config(generators={name: {}}), bench.run)[name]
 
 
@@ -79,8 +79,8 @@ def conditions() -> list[Condition]:
     return [Condition("a disc", square * i, np.repeat(square[..., None] * 255 * i, 3, 2), i, seed=i) for i in (0, 1)]
 
 
-def test_every_family_has_a_generator():
-    assert set(FAMILIES) <= set(BASELINES)
+def test_every_architecture_has_a_generator():
+    assert set(ARCHITECTURES) <= set(BASELINES)
 
 
 @every_generator
@@ -94,9 +94,9 @@ def test_it_declares_what_the_protocol_asks_for(name: str):
 
 
 @every_baseline
-def test_a_trained_generator_bears_the_name_of_its_family(name: str):
-    assert KINDS[name].family == name
-    assert name in FAMILIES
+def test_a_trained_generator_bears_the_name_of_its_architecture(name: str):
+    assert KINDS[name].architecture == name
+    assert name in ARCHITECTURES
 
 
 @every_generator
@@ -171,7 +171,7 @@ def test_a_missing_backbone_is_an_error_that_names_the_key(bench: Bench, name: s
 
 
 @every_baseline
-def test_a_familys_digest_is_that_of_its_weights(bench: Bench, name: str):
+def test_an_architectures_digest_is_that_of_its_weights(bench: Bench, name: str):
     before = open_one(bench, name).digest
     assert open_one(bench, name).digest == before
     file = next((bench.run.baselines / name / "weights").rglob("*.safetensors"))
@@ -185,7 +185,7 @@ def test_a_familys_digest_is_that_of_its_weights(bench: Bench, name: str):
 
 
 @every_baseline
-def test_a_family_that_is_not_trained_is_an_error_that_says_what_to_do(bench: Bench, name: str):
+def test_an_architecture_that_is_not_trained_is_an_error_that_says_what_to_do(bench: Bench, name: str):
     config = bench.config(generators={name: {}})
     with pytest.raises(MaskLoomError, match=r"run baselines first \(make baselines\)"):
         open_generators(config, bench.run)[name].check()

@@ -133,7 +133,7 @@ LINES: dict[str, tuple[Command, list[list[str]]]] = {
          ["find-lr", "--config", "GOOD", "--min-lr", "-1"], ["find-lr", "--config", "GOOD", "--min-lr", "x"],
          ["--config", "GOOD", "train.pretrained_model_name_or_path=none"]],
     ),
-    "train_baselines": (CONFIGURED["train_baselines"], [[], ["--config", "GOOD", "--family", "none", "baselines={pix2pix: {}}"], ["--family"]]),
+    "train_baselines": (CONFIGURED["train_baselines"], [[], ["--config", "GOOD", "--architecture", "none", "baselines={pix2pix: {}}"], ["--architecture"]]),
     "generate": (CONFIGURED["generate"], [[], ["--config", "GOOD"], ["--config", "GOOD", "generate.generators={none: {}}"]]),
     "evaluate": (CONFIGURED["evaluate"], [[], ["--config", "GOOD"], ["--config", "GOOD", "evaluate.metrics={none: {}}"],
                                           ["--config", "GOOD", "evaluate.metrics={quality: {pairs: .inf}}"]]),

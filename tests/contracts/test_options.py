@@ -18,11 +18,11 @@ from maskloom.train_backbone.config import BackboneConfig
 PLACES = {
     "maskloom.data_prep.datasets": "Adapter",
     "maskloom.pipeline.dataset.exporters": "Exporter",
-    "maskloom.train_baselines.families": None,
+    "maskloom.train_baselines.architectures": None,
     "maskloom.generate.generators": None,
     "maskloom.evaluate.metrics": None,
 }
-MAY_BE_INFINITE = {"max_grad_norm"}  # of the families: `.inf`, the default, does not clip
+MAY_BE_INFINITE = {"max_grad_norm"}  # of the architectures: `.inf`, the default, does not clip
 
 
 def _options() -> Iterator[type[BaseModel]]:

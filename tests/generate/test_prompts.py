@@ -55,7 +55,7 @@ def test_generators_without_prompts_have_nothing_to_tell(
     make_bench: MakeBench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench = long_bench(make_bench, WORDS + "{label}")
-    bench.train_family("pix2pix")
+    bench.train_architecture("pix2pix")
     generate(bench.config(generators={"pix2pix": {}}), force=False)
     assert "different prompts" not in capsys.readouterr().err
 

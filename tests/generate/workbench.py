@@ -1,6 +1,6 @@
 """A run folder with a tiny dataset, a backbone and all that can be trained on it: everything that `generate` reads.
 
-Generator families of `train_baselines` are trained there for a few steps, whichever there are, with the options of their `configs/tiny/NAME.yaml`.
+Generator architectures of `train_baselines` are trained there for a few steps, whichever there are, with the options of their `configs/tiny/NAME.yaml`.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ from tests.tiny_datasets import write_tiny_run
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 32
 COUNTS = {"train": 7, "validation": 2, "test": 2}  # four discs and three squares to train on
-FAMILIES = plugin_names(PACKAGE)
-FAMILY_STEPS = 3  # images are noise then, but not constant
+ARCHITECTURES = plugin_names(PACKAGE)
+ARCHITECTURE_STEPS = 3  # images are noise then, but not constant
 PLAIN = ["train.lora=[]", "train.vae_decoder=null"]
 """Overrides after which the ControlNet is all that was trained."""
 
@@ -70,8 +70,8 @@ class Bench:
             seal_folder(part)
         record_outputs(self.run, "train", parts)
 
-    def train_family(self, name: str) -> None:
-        """Train a family of `train_baselines` on the bench's dataset; weights for a dataset seen before are taken from then."""
+    def train_architecture(self, name: str) -> None:
+        """Train an architecture of `train_baselines` on the bench's dataset; weights for a dataset seen before are taken from then."""
         kept = self.models / f"{name} {read_contract(self.run.dataset).digest}"
         if not kept.is_dir():
             train_baselines(self.config(generators={name: {}}), force=False)
@@ -85,7 +85,7 @@ class Bench:
     def config_file(self, **generate: Any) -> Path:
         """Write a configuration with changes to the section `generate` and return its path.
 
-        Families among its generators are in the section `baselines` too.
+        Architectures among its generators are in the section `baselines` too.
         """
         values = {
             "experiment": "tiny",
@@ -97,7 +97,9 @@ class Bench:
                 "lora": ["unet", "text_encoder"],
                 "vae_decoder": {},
             },
-            "baselines": {name: family_options(name) for name in generate.get("generators", {}) if name in FAMILIES},
+            "baselines": {
+                name: architecture_options(name) for name in generate.get("generators", {}) if name in ARCHITECTURES
+            },
             "generate": {"num_images": 6, "num_inference_steps": 2, "batch_size": 2, "rows_per_shard": 3, **generate},
         }
         path = self.folder / "tiny.yaml"
@@ -111,8 +113,8 @@ class Bench:
         return config
 
 
-def family_options(name: str) -> dict[str, Any]:
-    """Return the options of a family's tiny configuration, for a few steps at the bench's size; lengths in samples are those of its own training."""
+def architecture_options(name: str) -> dict[str, Any]:
+    """Return the options of an architecture's tiny configuration, for a few steps at the bench's size; lengths in samples are those of its own training."""
     tiny = load_experiment(ROOT / f"configs/tiny/{name}.yaml", []).baselines[name]
     found = {key: value for key, value in tiny.items() if not key.endswith("_samples")}
     found.pop("growth_samples", None)  # a few steps are not enough to grow in
@@ -122,7 +124,7 @@ def family_options(name: str) -> dict[str, Any]:
         **epochs,
         "image_size": SIDE,
         "train_batch_size": 4,
-        "max_train_steps": FAMILY_STEPS,
+        "max_train_steps": ARCHITECTURE_STEPS,
         "report_to": None,
     }
 

@@ -385,7 +385,7 @@ def test_the_losses_of_two_networks_have_a_chart_each_and_their_gradients_share_
     assert [curve.title for curve in training_curves(path)[0]] == ["loss"]
 
 
-def test_every_family_shows_its_curves_and_its_newest_previews(tmp_path):
+def test_every_architecture_shows_its_curves_and_its_newest_previews(tmp_path):
     config = load_experiment(fake_run.write_config(tmp_path, train=None, baselines={"gan": {}, "other": {}}), [])
     run = Run(config.run_folder)
     fake_run.write_training_log(run, stage="baselines/gan")

@@ -73,11 +73,11 @@ def problem(path: Path, *overrides: str) -> str:
 def run_here(stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None) -> int:
     """Run real stages as the runner does, but in this process: starting one for each takes longer than all they do here."""
     config, force = load_experiment(Path(arguments[1]), []), "--force" in arguments
-    families = list(arguments[arguments.index("--family") + 1 :]) if "--family" in arguments else None
+    architectures = list(arguments[arguments.index("--architecture") + 1 :]) if "--architecture" in arguments else None
     functions = {
         "prepare": lambda: prepare(config, force),
         "train": lambda: train_stage(config, force),
-        "baselines": lambda: train_baselines(config, force, families),
+        "baselines": lambda: train_baselines(config, force, architectures),
         "generate": lambda: generate(config, force),
         "evaluate": lambda: evaluate(config, force),
         "report": lambda: write_report(config, force),
@@ -162,15 +162,15 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[list[st
     return calls
 
 
-def test_every_family_is_trained_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_architecture_is_trained_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = calls_of(monkeypatch)
     path = write_sweep(tmp_path, {}, baselines={"pix2pix": {}, "class_gan": {}})
     assert sweeping.run_variant(variants_of(path)[0], {}, True, None) == ""
     assert calls == [
         ["prepare", "--force"],
         ["train", "--force"],
-        ["baselines", "--force", "--family", "pix2pix"],
-        ["baselines", "--force", "--family", "class_gan"],
+        ["baselines", "--force", "--architecture", "pix2pix"],
+        ["baselines", "--force", "--architecture", "class_gan"],
         ["baselines"],
         ["generate", "--force"],
         ["evaluate", "--force"],
@@ -319,7 +319,7 @@ def rows_of_two_variants() -> list[Row]:
 def test_the_table_is_written_as_text_and_as_numbers(tmp_path: Path):
     write_table(tmp_path, "small", rows_of_two_variants(), {"c": "train"})
     text = (tmp_path / "table.md").read_text()
-    assert "| variant | images by | quality: distance ↓ | cost: samples seen |" in text
+    assert "| variant | generator | quality: distance ↓ | cost: samples seen |" in text
     assert "| a | gan | 1.500 [1.250, 1.750] | 1,200 |" in text
     assert "| b | gan | 2.50 | – |" in text
     assert "- c: failed at train." in text

@@ -99,38 +99,38 @@ def test_r1_survives_gradients_that_half_precision_would_lose():
 
 
 def test_the_discriminators_loss_has_half_of_gamma_times_r1(tmp_path):
-    family = made(tmp_path, r1_gamma=6.0, sharpness=0.5)
-    plain, penalised = (first_loss(family, gamma) for gamma in (0.0, 6.0))
+    architecture = made(tmp_path, r1_gamma=6.0, sharpness=0.5)
+    plain, penalised = (first_loss(architecture, gamma) for gamma in (0.0, 6.0))
     # The gauge's gradient is sharpness / pixels at every pixel.
     assert penalised - plain == pytest.approx(3 * 32 * 32 * (0.5 / 32**2) ** 2, rel=1e-3)
 
 
-def first_loss(family, gamma: float) -> float:
-    family.options = family.options.model_copy(update={"r1_gamma": gamma})
-    name, loss = next(family.losses(batch(family), Draws(0, range(4), CPU)))
+def first_loss(architecture, gamma: float) -> float:
+    architecture.options = architecture.options.model_copy(update={"r1_gamma": gamma})
+    name, loss = next(architecture.losses(batch(architecture), Draws(0, range(4), CPU)))
     assert name == "discriminator"
     return loss.item()
 
 
-def batch(family) -> dict[str, Tensor]:
-    rows = [family.rows[number] for number in range(4)]
+def batch(architecture) -> dict[str, Tensor]:
+    rows = [architecture.rows[number] for number in range(4)]
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def test_the_generators_loss_leaves_no_gradients_on_the_discriminator_and_the_discriminators_none_on_the_generator(
     tmp_path,
 ):
-    family = made(tmp_path, diff_augment=["brightness", "translation", "cutout"])
-    losses = family.losses(batch(family), Draws(0, range(4), CPU))
+    architecture = made(tmp_path, diff_augment=["brightness", "translation", "cutout"])
+    losses = architecture.losses(batch(architecture), Draws(0, range(4), CPU))
     next(losses)[1].backward()
-    assert family.generator.variety.grad is None
-    assert family.discriminator.sharpness.grad is not None
-    family.discriminator.zero_grad()
+    assert architecture.generator.variety.grad is None
+    assert architecture.discriminator.sharpness.grad is not None
+    architecture.discriminator.zero_grad()
     name, loss = next(losses)
     loss.backward()
     assert name == "generator"
-    assert family.discriminator.sharpness.grad is None
-    assert family.generator.variety.grad.abs() > 0
+    assert architecture.discriminator.sharpness.grad is None
+    assert architecture.generator.variety.grad.abs() > 0
 
 
 def test_a_frozen_network_lets_gradients_pass_and_learns_again_after_the_block_even_if_that_fails():
@@ -177,57 +177,57 @@ def test_weights_start_as_dcgans_do():
         assert not layer.bias.any()
 
 
-def warnings_of(family, capsys) -> str:
+def warnings_of(architecture, capsys) -> str:
     for number in range(3):
-        for _, _loss in family.losses(batch(family), Draws(0, range(4 * number, 4 * number + 4), CPU)):
+        for _, _loss in architecture.losses(batch(architecture), Draws(0, range(4 * number, 4 * number + 4), CPU)):
             pass
     capsys.readouterr()
-    family.validate(5)
+    architecture.validate(5)
     return capsys.readouterr().err
 
 
 def test_a_discriminator_that_is_always_right_is_warned_of(tmp_path, capsys):
     """The painter draws black, and the gauge takes for real whatever is brighter."""
-    family = made(tmp_path, variety=0.0, sharpness=3.0)
-    told = warnings_of(family, capsys)
+    architecture = made(tmp_path, variety=0.0, sharpness=3.0)
+    told = warnings_of(architecture, capsys)
     assert "step 5: the discriminator is right in 100% of all cases" in told
     assert "r1_gamma" in told
-    assert {float(family.notes()[f"right/{side}"]) for side in ("real", "drawn")} == {1.0}
+    assert {float(architecture.notes()[f"right/{side}"]) for side in ("real", "drawn")} == {1.0}
 
 
 @pytest.mark.parametrize(("variety", "sharpness"), [(0.0, 0.0), (0.0, -3.0), (10.0, 3.0)])
 def test_one_that_cannot_tell_or_is_fooled_is_not(tmp_path, capsys, variety, sharpness):
-    family = made(tmp_path, variety=variety, sharpness=sharpness)
-    assert "the discriminator is right" not in warnings_of(family, capsys)
-    assert min(float(family.notes()[f"right/{side}"]) for side in ("real", "drawn")) < WINS
+    architecture = made(tmp_path, variety=variety, sharpness=sharpness)
+    assert "the discriminator is right" not in warnings_of(architecture, capsys)
+    assert min(float(architecture.notes()[f"right/{side}"]) for side in ("real", "drawn")) < WINS
 
 
 def test_a_warning_speaks_of_the_steps_since_the_last_one(tmp_path, capsys):
-    family = made(tmp_path, variety=0.0, sharpness=3.0)
-    assert "the discriminator is right" in warnings_of(family, capsys)
-    family.validate(6)
+    architecture = made(tmp_path, variety=0.0, sharpness=3.0)
+    assert "the discriminator is right" in warnings_of(architecture, capsys)
+    architecture.validate(6)
     assert "the discriminator is right" not in capsys.readouterr().err
     with torch.no_grad():
-        family.discriminator.sharpness.zero_()
-    assert "the discriminator is right" not in warnings_of(family, capsys)
+        architecture.discriminator.sharpness.zero_()
+    assert "the discriminator is right" not in warnings_of(architecture, capsys)
 
 
 @pytest.mark.parametrize("kind", ["bce", "hinge"])
 def test_the_two_networks_learn_against_each_other_in_the_loop(tmp_path, kind):
     """The painter learns to show its noise, for brightness is what the gauge takes for real."""
-    family = made(tmp_path, variety=0.1, sharpness=1.0, gan_loss=kind, max_train_steps=5, learning_rate=0.01)
-    before = [w.item() for w in (family.generator.variety, family.discriminator.sharpness)]
-    accelerator: Accelerator = family.accelerator
-    TrainingLoop(family, family.options, accelerator, tmp_path / "checkpoints", 0, {}).run()
-    after = [w.item() for w in (family.generator.variety, family.discriminator.sharpness)]
+    architecture = made(tmp_path, variety=0.1, sharpness=1.0, gan_loss=kind, max_train_steps=5, learning_rate=0.01)
+    before = [w.item() for w in (architecture.generator.variety, architecture.discriminator.sharpness)]
+    accelerator: Accelerator = architecture.accelerator
+    TrainingLoop(architecture, architecture.options, accelerator, tmp_path / "checkpoints", 0, {}).run()
+    after = [w.item() for w in (architecture.generator.variety, architecture.discriminator.sharpness)]
     assert all(a != b for a, b in zip(before, after, strict=True))
-    assert (family.preview_folder / "step-0000005.png").is_file()
+    assert (architecture.preview_folder / "step-0000005.png").is_file()
 
 
 def test_half_of_the_rows_are_mirrored_where_asked(tmp_path):
-    family = made(tmp_path, random_flip=True)
-    rows = batch(family)
-    flipped = family.flipped(rows, Draws(0, range(4), CPU))["image"]
+    architecture = made(tmp_path, random_flip=True)
+    rows = batch(architecture)
+    flipped = architecture.flipped(rows, Draws(0, range(4), CPU))["image"]
     kinds = [
         "mirrored" if torch.equal(new, old.flip(-1)) else "same" if torch.equal(new, old) else "other"
         for new, old in zip(flipped, rows["image"], strict=True)

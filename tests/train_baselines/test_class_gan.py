@@ -10,7 +10,7 @@ from maskloom.models.class_gan import ClassGenerator, attention_level, doublings
 from maskloom.models.layers.self_attention import SelfAttention
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.families.class_gan import ClassCritic, Options, Phase, phase_at
+from maskloom.train_baselines.architectures.class_gan import ClassCritic, Options, Phase, phase_at
 from tests.tiny_datasets import Sample, tiny_description, write_tiny_run
 from tests.train_baselines.test_resume import cut_back
 from tests.train_baselines.workbench import opened, tensors, trained
@@ -269,30 +269,35 @@ def test_a_saved_generator_draws_the_same_at_full_size(tmp_path):
     assert tuple(read.config.sample_size) == (16, 32)
 
 
-def batch(family) -> dict[str, Tensor]:
-    rows = [family.rows[number] for number in range(4)]
+def batch(architecture) -> dict[str, Tensor]:
+    rows = [architecture.rows[number] for number in range(4)]
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def test_a_growing_family_learns_at_the_size_of_its_phase_and_shows_samples_at_full_size(make_run):
-    family = opened(make_run(), "class_gan", image_size=32, growth_samples=10, max_train_steps=100)
-    rows = batch(family)
+def test_a_growing_architecture_learns_at_the_size_of_its_phase_and_shows_samples_at_full_size(make_run):
+    architecture = opened(make_run(), "class_gan", image_size=32, growth_samples=10, max_train_steps=100)
+    rows = batch(architecture)
     for seen, side in ((0, 8), (10, 16), (20, 16), (30, 32), (40, 32)):
-        list(family.losses(rows, Draws(0, range(seen, seen + 4), CPU)))
-        real, drawn = family.real_planes(rows), family.drawn_planes(rows, Draws(0, range(seen, seen + 4), CPU))
+        list(architecture.losses(rows, Draws(0, range(seen, seen + 4), CPU)))
+        real, drawn = (
+            architecture.real_planes(rows),
+            architecture.drawn_planes(rows, Draws(0, range(seen, seen + 4), CPU)),
+        )
         assert real.shape == drawn.shape == (4, 1, side, side)
         if seen == 20:
             torch.testing.assert_close(real, functional.avg_pool2d(rows["image"], 2))
-        assert family.samples(rows["label"], None, 0).images.shape == (4, 1, 32, 32)
-    assert torch.equal(family.real_planes(rows), rows["image"])
+        assert architecture.samples(rows["label"], None, 0).images.shape == (4, 1, 32, 32)
+    assert torch.equal(architecture.real_planes(rows), rows["image"])
 
 
 def test_real_images_fade_in_as_drawn_ones_do(make_run):
-    family = opened(make_run(), "class_gan", image_size=32, growth_samples=10, max_train_steps=100)
-    rows = batch(family)
-    list(family.losses(rows, Draws(0, range(30, 34), CPU)))  # 32 x 32 has just begun
+    architecture = opened(make_run(), "class_gan", image_size=32, growth_samples=10, max_train_steps=100)
+    rows = batch(architecture)
+    list(architecture.losses(rows, Draws(0, range(30, 34), CPU)))  # 32 x 32 has just begun
     below = functional.avg_pool2d(rows["image"], 2)
-    torch.testing.assert_close(family.real_planes(rows), functional.interpolate(below, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(
+        architecture.real_planes(rows), functional.interpolate(below, scale_factor=2, mode="nearest")
+    )
 
 
 def test_growth_that_the_training_does_not_finish_is_refused(make_run):
@@ -355,7 +360,7 @@ def test_masks_are_not_needed_and_classes_neither(tmp_path):
 
     about = tiny_description(labels=()).model_copy(update={"mask_classes": (), "palette": ()})
     write_tiny_run(tmp_path, {}, {"train": 6, "validation": 2, "test": 2}, description=about, change=drop)
-    family = opened(tmp_path, "class_gan")
-    assert family.generator.config.num_classes == 1
-    losses = list(family.losses(batch(family), Draws(0, range(4), CPU)))
+    architecture = opened(tmp_path, "class_gan")
+    assert architecture.generator.config.num_classes == 1
+    losses = list(architecture.losses(batch(architecture), Draws(0, range(4), CPU)))
     assert [name for name, _ in losses] == ["discriminator", "generator"]

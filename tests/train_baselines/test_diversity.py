@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from maskloom.train_baselines.architecture import evaluation_mode
 from maskloom.train_baselines.diversity import COLLAPSED, diversity
-from maskloom.train_baselines.family import evaluation_mode
 from tests.train_baselines.toys import made
 
 ONE_CLASS = torch.zeros(4, dtype=torch.long)
@@ -53,16 +53,16 @@ def test_what_lies_outside_of_the_grey_range_does_not_count():
 
 @pytest.mark.parametrize("diverse", [True, False])
 def test_a_validation_warns_of_a_collapsed_generator_and_of_no_other(tmp_path, capsys, diverse):
-    family = made(tmp_path, variety=1.0 if diverse else 0.0)
-    figures = family.validate(7)
+    architecture = made(tmp_path, variety=1.0 if diverse else 0.0)
+    figures = architecture.validate(7)
     assert (figures["diversity"] < COLLAPSED) == (not diverse)
     told = capsys.readouterr().err
     assert ("step 7" in told and "may have collapsed" in told) == (not diverse)
 
 
 def test_a_dataset_without_two_images_of_a_class_tells_no_diversity(tmp_path, capsys):
-    family = made(tmp_path, counts={"train": 2, "validation": 2, "test": 2})
-    assert family.validate(1) == {}
+    architecture = made(tmp_path, counts={"train": 2, "validation": 2, "test": 2})
+    assert architecture.validate(1) == {}
     assert "collapsed" not in capsys.readouterr().err
 
 

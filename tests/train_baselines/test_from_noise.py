@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from maskloom.models.layers.doubling import Doubling, noise_length, split_noise
-from maskloom.train_baselines.families.class_gan import ClassCritic
+from maskloom.train_baselines.architectures.class_gan import ClassCritic
 from maskloom.train_baselines.from_noise import BatchDeviation, FromNoiseOptions, kaiming_start
 
 SIZES = [(2, 3), (4, 6)]

@@ -18,7 +18,7 @@ from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.families.joint_diffusion import Options, denoiser, noise_schedule
+from maskloom.train_baselines.architectures.joint_diffusion import Options, denoiser, noise_schedule
 from maskloom.train_baselines.train import train_baselines
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_baselines.workbench import COUNTS, TINY, opened, tiny_config, trained
@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 NO_CLASS = 2
 
 
-def batch_of(family: Any, count: int = 2) -> dict[str, Tensor]:
-    rows = [family.rows[n % len(family.rows)] for n in range(count)]
+def batch_of(architecture: Any, count: int = 2) -> dict[str, Tensor]:
+    rows = [architecture.rows[n % len(architecture.rows)] for n in range(count)]
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -74,10 +74,10 @@ def test_transformers_of_the_published_depth_stand_at_32_and_16() -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_loss_is_that_of_a_plain_ddpm(make_run: MakeRun, prediction_type: str) -> None:
     """Ho et al. 2020, equation 14, on images and masks side by side, or with the velocity of Salimans and Ho 2022 as target."""
-    family = opened(make_run(), "joint_diffusion", prediction_type=prediction_type)
-    calls = calls_of(family.unet)
-    batch, draws = batch_of(family, 4), Draws(0, range(4), CPU)
-    ((name, loss),) = family.losses(batch, draws)
+    architecture = opened(make_run(), "joint_diffusion", prediction_type=prediction_type)
+    calls = calls_of(architecture.unet)
+    batch, draws = batch_of(architecture, 4), Draws(0, range(4), CPU)
+    ((name, loss),) = architecture.losses(batch, draws)
     assert name == "unet"
     clean = np.stack([batch["image"][:, 0].numpy(), batch["mask"].numpy() * 2.0 - 1], axis=1)
     timesteps = draws.integers("timestep", 1000).numpy()
@@ -89,16 +89,18 @@ def test_the_loss_is_that_of_a_plain_ddpm(make_run: MakeRun, prediction_type: st
     np.testing.assert_array_equal(call["timesteps"], timesteps)
     np.testing.assert_allclose(call["noisy"], noisy, atol=1e-4)
     with torch.no_grad():
-        found = family.unet(call["noisy"], call["timesteps"], call["tokens"], class_labels=call["class_labels"]).sample
+        found = architecture.unet(
+            call["noisy"], call["timesteps"], call["tokens"], class_labels=call["class_labels"]
+        ).sample
     assert float(loss.detach()) == pytest.approx(float(((found.numpy() - target) ** 2).mean()), rel=1e-4)
 
 
 def test_a_share_of_the_samples_is_trained_on_without_its_class(make_run: MakeRun) -> None:
-    family = opened(make_run(), "joint_diffusion", class_dropout=0.25, image_size=[4, 4])
-    calls, count = calls_of(family.unet), 400
-    batch = batch_of(family, count)
+    architecture = opened(make_run(), "joint_diffusion", class_dropout=0.25, image_size=[4, 4])
+    calls, count = calls_of(architecture.unet), 400
+    batch = batch_of(architecture, count)
     with torch.no_grad():
-        list(family.losses(batch, Draws(0, range(count), CPU)))
+        list(architecture.losses(batch, Draws(0, range(count), CPU)))
     (call,) = calls
     dropped = call["class_labels"] == NO_CLASS
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.06)
@@ -230,20 +232,20 @@ def test_samples_start_from_the_noise_that_they_are_given(finished: Path) -> Non
 
 
 def test_the_held_out_loss_is_the_mean_over_spread_timesteps(make_run: MakeRun) -> None:
-    family = opened(make_run(), "joint_diffusion")
-    figures = family.validate(0)
+    architecture = opened(make_run(), "joint_diffusion")
+    figures = architecture.validate(0)
     count = COUNTS["validation"]
     timesteps = torch.tensor([83, 250, 416, 583, 750, 916])  # middles of sixths of a thousand
-    rows = [family.previews[n] for n in range(count)]
+    rows = [architecture.previews[n] for n in range(count)]
     clean = torch.stack([torch.cat([row["image"], row["mask"][None] * 2.0 - 1]) for row in rows])
     noise = Draws(3, range(count), CPU).normal("validation noise", (2, 32, 32))
     labels = torch.tensor([int(row["label"]) for row in rows])
     noisy = DDPMScheduler(beta_start=1e-4, beta_end=0.02).add_noise(clean, noise, timesteps)
     with torch.no_grad():
-        found = family.unet(noisy, timesteps, torch.eye(3)[labels][:, None], class_labels=labels).sample
+        found = architecture.unet(noisy, timesteps, torch.eye(3)[labels][:, None], class_labels=labels).sample
     assert figures["loss"] == pytest.approx(float((found - noise).square().mean()), rel=1e-4)
-    assert figures == family.validate(1)
-    assert family.unet.training
+    assert figures == architecture.validate(1)
+    assert architecture.unet.training
 
 
 def test_early_stopping_waits_for_the_held_out_loss(make_run: MakeRun) -> None:
@@ -296,10 +298,10 @@ def test_a_dataset_without_labels_is_one_class(tmp_path: Path) -> None:
 def test_recomputed_activations_change_no_gradient(make_run: MakeRun) -> None:
     gradients = []
     for name, recomputed in (("plain", False), ("recomputed", True)):
-        family = opened(make_run(name), "joint_diffusion", gradient_checkpointing=recomputed)
-        ((_, loss),) = family.losses(batch_of(family), Draws(0, [0, 1], CPU))
+        architecture = opened(make_run(name), "joint_diffusion", gradient_checkpointing=recomputed)
+        ((_, loss),) = architecture.losses(batch_of(architecture), Draws(0, [0, 1], CPU))
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in family.unet.parameters()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in architecture.unet.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 

@@ -17,10 +17,10 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.families.joint_gan import JointCritic, Options, Trained, softened
-from maskloom.train_baselines.train import family_options as checked_options
+from maskloom.train_baselines.architectures.joint_gan import JointCritic, Options, Trained, softened
+from maskloom.train_baselines.train import architecture_options as checked_options
 from maskloom.train_baselines.train import train_baselines
-from tests.generate.workbench import ROOT, family_options
+from tests.generate.workbench import ROOT, architecture_options
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_baselines.workbench import IN_STEPS, tensors
 
@@ -132,40 +132,42 @@ def tiny_config(run: Path, **options: Any) -> Any:
 
 
 def opened(run: Path, **changes: Any) -> Trained:
-    """Return the family before its training, over the run's dataset."""
+    """Return the architecture before its training, over the run's dataset."""
     from maskloom.pipeline.dataset.dataset import MaskPromptDataset
     from maskloom.pipeline.training.setup import make_accelerator
     from maskloom.train_baselines.rows import Rows
 
-    options = Options(**{**family_options("joint_gan"), **changes})
+    options = Options(**{**architecture_options("joint_gan"), **changes})
     rows = Rows(MaskPromptDataset.open(run / "dataset"), "train", (32, 32), with_mask=True)
     torch.manual_seed(0)
     return Trained(options, rows, rows, 3, make_accelerator(options, run / "logs"))
 
 
 def test_the_discriminator_sees_image_mask_and_class_of_both_sides_alike(make_run: MakeRun):
-    family = opened(make_run(), diff_augment=[], soft_edges=0)
-    rows = [family.rows[n] for n in (0, 1)]
+    architecture = opened(make_run(), diff_augment=[], soft_edges=0)
+    rows = [architecture.rows[n] for n in (0, 1)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in ("image", "mask", "label")}
-    real = family.real_planes(batch)
+    real = architecture.real_planes(batch)
     torch.testing.assert_close(real[:, :1], batch["image"])
     torch.testing.assert_close(real[:, 1:], encoded_masks(batch["mask"], 2, 1))
-    drawn = family.drawn_planes(batch, Draws(0, [0, 1], torch.device("cpu")))
+    drawn = architecture.drawn_planes(batch, Draws(0, [0, 1], torch.device("cpu")))
     assert drawn.shape == real.shape
     assert drawn.requires_grad
     first, second = (
-        family.discriminate(family.discriminator.eval(), real, torch.full((2,), label)) for label in (0, 1)
+        architecture.discriminate(architecture.discriminator.eval(), real, torch.full((2,), label)) for label in (0, 1)
     )
     assert (first != second).all()
-    other = family.drawn_planes(batch, Draws(0, [2, 3], torch.device("cpu")))
+    other = architecture.drawn_planes(batch, Draws(0, [2, 3], torch.device("cpu")))
     assert (other != drawn).any()
 
 
 def test_each_class_and_each_noise_draws_another_pair(make_run: MakeRun):
-    family = opened(make_run())
-    family.generator.eval()
+    architecture = opened(make_run())
+    architecture.generator.eval()
     with torch.no_grad():
-        found = [family.samples(torch.tensor([label]), None, seed) for label, seed in ((0, 1), (1, 1), (0, 2), (0, 1))]
+        found = [
+            architecture.samples(torch.tensor([label]), None, seed) for label, seed in ((0, 1), (1, 1), (0, 2), (0, 1))
+        ]
     torch.testing.assert_close(found[0].images, found[3].images, rtol=0, atol=0)
     assert all((found[0].images != one.images).any() for one in found[1:3])
     assert found[0].masks is not None
@@ -181,9 +183,9 @@ def test_planes_of_noise_reach_the_image_at_its_finest_and_not_the_mask(make_run
         images, masks = network(rows, torch.tensor([1, 1]))
     assert (images[0] != images[1]).any()
     torch.testing.assert_close(masks[0], masks[1])
-    family = opened(make_run(), noise_planes=2, discriminator_norm=False, batch_deviation=True)
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in family.discriminator.modules())
-    assert family.samples(torch.tensor([0, 1]), None, 0).images.shape == (2, 1, 32, 32)
+    architecture = opened(make_run(), noise_planes=2, discriminator_norm=False, batch_deviation=True)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in architecture.discriminator.modules())
+    assert architecture.samples(torch.tensor([0, 1]), None, 0).images.shape == (2, 1, 32, 32)
 
 
 def test_it_trains_and_samples_at_full_size(tmp_path: Path):

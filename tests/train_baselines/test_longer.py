@@ -1,4 +1,4 @@
-"""A finished family goes on where more steps are asked for; a refusal comes before any family is trained, and leaves everything as it was."""
+"""A finished architecture goes on where more steps are asked for; a refusal comes before any architecture is trained, and leaves everything as it was."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,27 +21,27 @@ def content(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files if path.name != "config.yaml"}
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("architecture", TINY)
 def test_more_steps_are_as_many_from_the_start(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], family: str
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], architecture: str
 ) -> None:
-    expected = trained(make_run("whole"), family, **KEPT, max_train_steps=4)
+    expected = trained(make_run("whole"), architecture, **KEPT, max_train_steps=4)
     run = make_run("longer")
-    assert trained(run, family, **KEPT, max_train_steps=2) != expected
+    assert trained(run, architecture, **KEPT, max_train_steps=2) != expected
     capsys.readouterr()
-    assert trained(run, family, **KEPT, max_train_steps=4) == expected
-    assert f"baselines.{family}: continuing at step 2 of 4" in capsys.readouterr().err
+    assert trained(run, architecture, **KEPT, max_train_steps=4) == expected
+    assert f"baselines.{architecture}: continuing at step 2 of 4" in capsys.readouterr().err
 
 
-def test_a_refused_family_comes_before_another_is_trained(make_run: MakeRun) -> None:
+def test_a_refused_architecture_comes_before_another_is_trained(make_run: MakeRun) -> None:
     run = make_run()
     trained(run, "pix2pix", **KEPT, max_train_steps=2)
     before = content(run)
 
     def refused(told: str, force: bool = False, **changes: Any) -> None:
-        families = {"class_gan": KEPT, "pix2pix": {**KEPT, "max_train_steps": 2, **changes}}
+        architectures = {"class_gan": KEPT, "pix2pix": {**KEPT, "max_train_steps": 2, **changes}}
         with pytest.raises(MaskLoomError, match=told):
-            train_baselines(tiny_config(run, families), force)
+            train_baselines(tiny_config(run, architectures), force)
         assert content(run) == before
 
     refused(r"l1_weight: 100\.0 there, 50\.0 now", l1_weight=50.0)
@@ -51,7 +51,7 @@ def test_a_refused_family_comes_before_another_is_trained(make_run: MakeRun) -> 
     refused(r"baselines\.pix2pix\.report_to=wandb: it is not installed", report_to="wandb")
 
 
-def test_a_dataset_without_masks_is_told_before_another_family_is_trained(tmp_path: Path) -> None:
+def test_a_dataset_without_masks_is_told_before_another_architecture_is_trained(tmp_path: Path) -> None:
     def without_mask(sample: Any) -> None:
         sample.mask = None
 
@@ -73,5 +73,5 @@ def test_an_engine_that_cannot_train_it_is_told_before_anything_is_thrown_away(
     before = content(run)
     monkeypatch.setattr("maskloom.pipeline.training.distributed.check_engine", refuse)
     with pytest.raises(MaskLoomError, match="FSDP trains one network"):
-        train_baselines(tiny_config(run, {"pix2pix": {}}), force=True, families=["pix2pix"])
+        train_baselines(tiny_config(run, {"pix2pix": {}}), force=True, architectures=["pix2pix"])
     assert content(run) == before

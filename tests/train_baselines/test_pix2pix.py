@@ -16,7 +16,7 @@ from maskloom.models.pix2pix import MaskToImageUNet
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.families.pix2pix import Options, PatchCritic
+from maskloom.train_baselines.architectures.pix2pix import Options, PatchCritic
 from maskloom.train_baselines.train import train_baselines
 from tests.tiny_datasets import tiny_description, tiny_picture, write_tiny_run
 from tests.train_baselines.workbench import opened, tiny_config, trained
@@ -83,9 +83,9 @@ def test_the_defaults_are_the_published_settings() -> None:
 
 
 def test_ssim_is_scikit_images(make_run: MakeRun) -> None:
-    family = opened(make_run(), "pix2pix")
+    architecture = opened(make_run(), "pix2pix")
     one, two = (tiny_picture(n, 32, n, seed=4)[0].astype(np.float32) / 127.5 - 1 for n in (0, 1))
-    found = 1 - float(family.similarity(torch.from_numpy(one)[None, None], torch.from_numpy(two)[None, None]))
+    found = 1 - float(architecture.similarity(torch.from_numpy(one)[None, None], torch.from_numpy(two)[None, None]))
     how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 2.0}
     assert found == pytest.approx(structural_similarity(one, two, **how), abs=1e-4)
 
@@ -93,17 +93,19 @@ def test_ssim_is_scikit_images(make_run: MakeRun) -> None:
 @pytest.mark.parametrize("weights", [(100.0, 5.0), (10.0, 0.0), (0.0, 1.0)])
 def test_the_losses_are_those_of_the_paper_with_ssim(make_run: MakeRun, weights: tuple[float, float]) -> None:
     """L_G = BCE(D(mask, drawn), 1) + a |drawn - real| + b (1 - SSIM); L_D = (BCE(real, 1) + BCE(drawn, 0)) / 2."""
-    family = opened(make_run(), "pix2pix", l1_weight=weights[0], ssim_weight=weights[1], dropout=0)
-    rows = [family.rows[n] for n in (0, 1)]
+    architecture = opened(make_run(), "pix2pix", l1_weight=weights[0], ssim_weight=weights[1], dropout=0)
+    rows = [architecture.rows[n] for n in (0, 1)]
     image = torch.stack([row["image"] for row in rows])
     mask = torch.stack([row["mask"] for row in rows])
     batch = {"image": image, "mask": mask, "label": torch.tensor([0, 1])}
-    found = {name: float(loss.detach()) for name, loss in family.losses(batch, Draws(0, [0, 1], torch.device("cpu")))}
+    found = {
+        name: float(loss.detach()) for name, loss in architecture.losses(batch, Draws(0, [0, 1], torch.device("cpu")))
+    }
     grey = mask[:, None].float() * 2 - 1  # background -1, lesion 1
     with torch.no_grad():
-        drawn = family.generator(grey)
-        on_drawn = family.discriminator(torch.cat([drawn, grey], 1)).numpy()
-        on_real = family.discriminator(torch.cat([image, grey], 1)).numpy()
+        drawn = architecture.generator(grey)
+        on_drawn = architecture.discriminator(torch.cat([drawn, grey], 1)).numpy()
+        on_real = architecture.discriminator(torch.cat([image, grey], 1)).numpy()
     how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 2.0}
     similar = np.mean(
         [structural_similarity(d[0].numpy(), r[0].numpy(), **how) for d, r in zip(drawn, image, strict=True)]
@@ -114,19 +116,19 @@ def test_the_losses_are_those_of_the_paper_with_ssim(make_run: MakeRun, weights:
     )
     expected = np.log1p(np.exp(-on_drawn)).mean() + weights[0] * l1 + weights[1] * (1 - similar)
     assert found["generator"] == pytest.approx(expected, rel=1e-3)
-    notes = {key: float(value) for key, value in family.notes().items()}
+    notes = {key: float(value) for key, value in architecture.notes().items()}
     assert notes["ssim"] == pytest.approx(similar, abs=1e-3)
     assert notes["l1"] == pytest.approx(weights[0] * l1, rel=1e-4)
 
 
 def test_masks_may_be_given_a_plane_a_class(make_run: MakeRun) -> None:
-    family = opened(make_run(), "pix2pix", mask_encoding="one_hot")
-    mask = family.rows[0]["mask"][None]
-    planes = family._encoded(mask)
+    architecture = opened(make_run(), "pix2pix", mask_encoding="one_hot")
+    mask = architecture.rows[0]["mask"][None]
+    planes = architecture._encoded(mask)
     assert planes.shape == (1, 2, 32, 32)
     assert torch.equal(planes[:, 1] > 0, mask == 1)
     assert torch.equal(planes[:, 0], -planes[:, 1])
-    assert (family.generator.config.in_channels, family.discriminator.net[0].conv.in_channels) == (2, 3)
+    assert (architecture.generator.config.in_channels, architecture.discriminator.net[0].conv.in_channels) == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -43,20 +43,20 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 KEPT = {"checkpoints_total_limit": None, "logging_steps": 1}
 
 
-def losses(run: Path, family: str) -> list[dict[str, float]]:
+def losses(run: Path, architecture: str) -> list[dict[str, float]]:
     """Return what was logged of the losses, by step."""
-    rows = map(json.loads, (run / "logs" / "baselines" / family / "metrics.jsonl").read_text().splitlines())
+    rows = map(json.loads, (run / "logs" / "baselines" / architecture / "metrics.jsonl").read_text().splitlines())
     return [{key: row[key] for key in row if key == "step" or "loss" in key} for row in rows]
 
 
-def cut_back(run: Path, other: Path, family: str, step: int) -> Path:
+def cut_back(run: Path, other: Path, architecture: str, step: int) -> Path:
     """Copy a finished run to what a kill after `step` would have left of it."""
     shutil.copytree(run, other, symlinks=True)
-    for number, folder in checkpoint_steps(other / "baselines" / family).items():
+    for number, folder in checkpoint_steps(other / "baselines" / architecture).items():
         if number > step:
             shutil.rmtree(folder)
-    shutil.rmtree(other / "baselines" / family / "weights")
-    for stage in ("baselines", f"baselines/{family}"):
+    shutil.rmtree(other / "baselines" / architecture / "weights")
+    for stage in ("baselines", f"baselines/{architecture}"):
         (other / "logs" / stage / "stage.json").unlink()
     return other
 
@@ -65,14 +65,14 @@ def cut_back(run: Path, other: Path, family: str, step: int) -> Path:
 def test_a_resumed_training_ends_with_the_same_bytes(
     tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    family, settings = SETTINGS[case]
+    architecture, settings = SETTINGS[case]
     whole = make_run("whole")
-    expected = trained(whole, family, **KEPT, **settings)
+    expected = trained(whole, architecture, **KEPT, **settings)
     assert expected
-    resumed = cut_back(whole, tmp_path / "resumed", family, 2)
-    assert trained(resumed, family, **KEPT, **settings) == expected
-    assert f"resuming from {resumed / 'baselines' / family / 'checkpoint-2'}" in capsys.readouterr().err
-    assert losses(resumed, family) == losses(whole, family)
+    resumed = cut_back(whole, tmp_path / "resumed", architecture, 2)
+    assert trained(resumed, architecture, **KEPT, **settings) == expected
+    assert f"resuming from {resumed / 'baselines' / architecture / 'checkpoint-2'}" in capsys.readouterr().err
+    assert losses(resumed, architecture) == losses(whole, architecture)
 
 
 def test_a_gan_resumes_with_its_discriminator_and_both_optimizers(tmp_path: Path, make_run: MakeRun) -> None:
@@ -97,17 +97,19 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path: Path, make_run: Make
         trained(run, "pix2pix", l1_weight=50.0, **KEPT)
 
 
-@pytest.mark.parametrize("family", ["pix2pix", "joint_diffusion"])
-def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(tmp_path: Path, make_run: MakeRun, family: str) -> None:
+@pytest.mark.parametrize("architecture", ["pix2pix", "joint_diffusion"])
+def test_a_training_killed_while_it_writes_a_checkpoint_goes_on(
+    tmp_path: Path, make_run: MakeRun, architecture: str
+) -> None:
     """`kill -9`, as a user's machine that goes down."""
     settings = {**KEPT, "max_train_steps": 12}
-    expected = trained(make_run("whole"), family, **settings)
+    expected = trained(make_run("whole"), architecture, **settings)
     run = make_run("killed")
-    config = write_config(tmp_path / "killed.yaml", tiny_values(run, {family: settings}))
-    folder = run / "baselines" / family
+    config = write_config(tmp_path / "killed.yaml", tiny_values(run, {architecture: settings}))
+    folder = run / "baselines" / architecture
     command = Command("train_baselines", ["--config", str(config)])
     kill_when(command, (folder / f".checkpoint-4{TEMPORARY_SUFFIX}").exists)
     assert 2 in checkpoint_steps(folder)
-    assert not weights(run, family)
-    assert trained(run, family, **settings) == expected
+    assert not weights(run, architecture)
+    assert trained(run, architecture, **settings) == expected
     assert not list(folder.glob(f".*{TEMPORARY_SUFFIX}"))

@@ -15,7 +15,7 @@ from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.stage import StageChecked, check_only
 from maskloom.train_baselines.__main__ import app
-from maskloom.train_baselines.families.pix2pix import Options
+from maskloom.train_baselines.architectures.pix2pix import Options
 from maskloom.train_baselines.train import in_steps, train_baselines
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset, write_tiny_run
 from tests.train_baselines.workbench import COUNTS, TINY, tiny_config, tiny_values, weights, write_config
@@ -30,12 +30,12 @@ def stage(name: str, run: Path) -> Path:
 
 
 def states(run: Path) -> dict[str, bytes]:
-    """Return the record of each family's training; a training that ran again wrote another."""
+    """Return the record of each architecture's training; a training that ran again wrote another."""
     return {name: stage(f"baselines/{name}", run).read_bytes() for name in BOTH}
 
 
-def rows_of(run: Path, family: str) -> list[dict[str, Any]]:
-    lines = (run / "logs" / "baselines" / family / "metrics.jsonl").read_text().splitlines()
+def rows_of(run: Path, architecture: str) -> list[dict[str, Any]]:
+    lines = (run / "logs" / "baselines" / architecture / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -45,15 +45,15 @@ def state_of(config: Any) -> str:
     return checked.value.state
 
 
-@pytest.mark.parametrize("families", [None, ["pix2pix"]])
-def test_a_leak_stops_the_training_before_anything_is_touched(tmp_path: Path, families: list[str] | None) -> None:
+@pytest.mark.parametrize("architectures", [None, ["pix2pix"]])
+def test_a_leak_stops_the_training_before_anything_is_touched(tmp_path: Path, architectures: list[str] | None) -> None:
     splits = {split: tiny_samples(split, 4) for split in ("train", "validation", "test")}
     splits["test"][3].image, splits["test"][3].label = splits["train"][2].image, splits["train"][2].label
     write_dataset(tmp_path / "dataset", tiny_description(), splits)
     with pytest.raises(
         MaskLoomError, match=r"identical images in two splits: train-0002 \(train\) and test-0003 \(test\)"
     ):
-        train_baselines(tiny_config(tmp_path, BOTH), force=True, families=families)
+        train_baselines(tiny_config(tmp_path, BOTH), force=True, architectures=architectures)
     assert {path.name for path in tmp_path.iterdir()} <= {"dataset", "config.yaml"}
 
 
@@ -71,17 +71,17 @@ def test_nothing_is_trained_again_where_nothing_changed(make_run: MakeRun, capsy
     results = json.loads(stage("baselines", run).read_text())["results"]
     assert results == {name: json.loads(text) for name, text in before.items()}
     assert results["pix2pix"]["results"]["trained_parameters"].keys() == {"generator", "discriminator"}
-    _another_option_of_one_family(run, before)
-    _one_family_forced(run)
+    _another_option_of_one_architecture(run, before)
+    _one_architecture_forced(run)
 
 
-def _another_option_of_one_family(run: Path, before: dict[str, bytes]) -> None:
+def _another_option_of_one_architecture(run: Path, before: dict[str, bytes]) -> None:
     """It leaves the others alone. A checkpoint of the old option is in the way, and the error's remedy works."""
     config = tiny_config(run, {**BOTH, "pix2pix": {**ONE_STEP, "l1_weight": 50.0}})
     assert state_of(config) == "stale"
     with pytest.raises(MaskLoomError, match=r"l1_weight: 100\.0 there, 50\.0 now.*--force"):
         train_baselines(config, force=False)
-    train_baselines(config, force=True, families=["pix2pix"])
+    train_baselines(config, force=True, architectures=["pix2pix"])
     train_baselines(config, force=False)
     after = states(run)
     assert after["joint_diffusion"] == before["joint_diffusion"]
@@ -89,21 +89,21 @@ def _another_option_of_one_family(run: Path, before: dict[str, bytes]) -> None:
     assert state_of(config) == "done"
 
 
-def _one_family_forced(run: Path) -> None:
+def _one_architecture_forced(run: Path) -> None:
     """From its start, with the same seeds: other records, the same weights."""
     config = tiny_config(run, {**BOTH, "pix2pix": {**ONE_STEP, "l1_weight": 50.0}})
     before, bytes_before = states(run), weights(run, "joint_diffusion")
-    train_baselines(config, force=True, families=["joint_diffusion"])
+    train_baselines(config, force=True, architectures=["joint_diffusion"])
     after = states(run)
     assert after["pix2pix"] == before["pix2pix"]
     assert after["joint_diffusion"] != before["joint_diffusion"]
     assert weights(run, "joint_diffusion") == bytes_before
 
 
-def test_one_family_may_be_trained_alone(make_run: MakeRun) -> None:
+def test_one_architecture_may_be_trained_alone(make_run: MakeRun) -> None:
     run = make_run()
     config = tiny_config(run, BOTH)
-    train_baselines(config, force=False, families=["pix2pix"])
+    train_baselines(config, force=False, architectures=["pix2pix"])
     assert weights(run, "pix2pix")
     assert not weights(run, "joint_diffusion")
     assert state_of(config) == "missing"  # the whole stage is not done
@@ -122,7 +122,7 @@ def test_a_lost_weight_is_made_again_from_the_checkpoint(make_run: MakeRun) -> N
     assert weights(run, "pix2pix") == before
 
 
-def test_a_lost_record_of_one_family_is_noticed_and_made_again(make_run: MakeRun) -> None:
+def test_a_lost_record_of_one_architecture_is_noticed_and_made_again(make_run: MakeRun) -> None:
     run = make_run()
     config = tiny_config(run, BOTH)
     train_baselines(config, force=False)
@@ -156,10 +156,10 @@ def told(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 MISTAKES = {
-    "family": ({"pix2pixel": {}}, [], "unknown family 'pix2pixel': "),
+    "architecture": ({"pix2pixel": {}}, [], "unknown architecture 'pix2pixel': "),
     "option": ({"pix2pix": {"l1_wait": 3}}, [], "baselines.pix2pix: unknown key 'l1_wait': did you mean 'l1_weight'?"),
     "value": ({"pix2pix": {"dropout": 1.5}}, [], "baselines.pix2pix: dropout=1.5: Input should be less than 1"),
-    "--family": ({"pix2pix": {}}, ["--family", "pixpix"], "--family pixpix: not in `baselines`: "),
+    "--architecture": ({"pix2pix": {}}, ["--architecture", "pixpix"], "--architecture pixpix: not in `baselines`: "),
     "precisions": (
         {"pix2pix": {"mixed_precision": "bf16"}, "joint_diffusion": {}},
         [],
@@ -173,15 +173,15 @@ MISTAKES = {
 def test_a_mistake_is_told_in_one_line(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
 ) -> None:
-    families, arguments, expected = MISTAKES[mistake]
+    architectures, arguments, expected = MISTAKES[mistake]
     values = tiny_values(make_run(), {})
-    values["baselines"] = {name: {**TINY.get(name, {}), **changes} for name, changes in families.items()}
+    values["baselines"] = {name: {**TINY.get(name, {}), **changes} for name, changes in architectures.items()}
     config = write_config(tmp_path / "tiny.yaml", values)
     assert expected in told(capsys, ["--config", str(config), *arguments])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU was found")
-def test_the_loop_names_the_familys_own_key(
+def test_the_loop_names_the_architectures_own_key(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = tiny_values(make_run(), {"pix2pix": {"mixed_precision": "fp16"}})
@@ -189,7 +189,7 @@ def test_the_loop_names_the_familys_own_key(
     assert "baselines.pix2pix.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)" in errors
 
 
-def test_without_families_there_is_nothing_to_do(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_architectures_there_is_nothing_to_do(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run()
     train_baselines(tiny_config(run, {}), force=False)
     assert "baselines: nothing to do, the configuration has no section `baselines`" in capsys.readouterr().err
@@ -197,7 +197,7 @@ def test_without_families_there_is_nothing_to_do(make_run: MakeRun, capsys: pyte
     assert state_of(tiny_config(run, {})) == "nothing to do"
 
 
-def test_datasets_that_no_family_can_learn_from_are_refused(tmp_path: Path) -> None:
+def test_datasets_that_no_architecture_can_learn_from_are_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, {"pix2pix": ONE_STEP})
     about, real = tiny_description(), tiny_samples("train", 4)
     several = about.model_copy(update={"buckets": ((32, 48),)})

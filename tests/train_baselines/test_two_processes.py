@@ -1,4 +1,4 @@
-"""Families on two processes (gloo, on the CPU): all run, and those without batch norm learn what one process learns."""
+"""Architectures on two processes (gloo, on the CPU): all run, and those without batch norm learn what one process learns."""
 
 import json
 from pathlib import Path
@@ -38,13 +38,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> tuple[Path,
     return one, two
 
 
-@pytest.mark.parametrize("family", [name for name in SETTINGS if name != BATCH_NORM])
-def test_two_processes_learn_what_one_learns(runs: tuple[Path, Path], family: str) -> None:
+@pytest.mark.parametrize("architecture", [name for name in SETTINGS if name != BATCH_NORM])
+def test_two_processes_learn_what_one_learns(runs: tuple[Path, Path], architecture: str) -> None:
     """Same global batch, with accumulation. Sums of gradients are rounded in another order: on average a thousandth of a step at most.
 
     Biases are left out: instance norm takes those before it away again, so their gradients are rounding alone, which Adam scales up.
     """
-    expected, found = (tensors(run, family) for run in runs)
+    expected, found = (tensors(run, architecture) for run in runs)
     assert found.keys() == expected.keys()
     difference = torch.cat(
         [(found[key] - expected[key]).abs().flatten() for key in expected if not key.endswith("bias")]
@@ -53,16 +53,17 @@ def test_two_processes_learn_what_one_learns(runs: tuple[Path, Path], family: st
     assert float(difference.max()) < 3 * LEARNING_RATE
 
 
-@pytest.mark.parametrize("family", SETTINGS)
-def test_every_family_runs_on_two_processes(runs: tuple[Path, Path], family: str) -> None:
+@pytest.mark.parametrize("architecture", SETTINGS)
+def test_every_architecture_runs_on_two_processes(runs: tuple[Path, Path], architecture: str) -> None:
     run = runs[1]
-    found: dict[str, Tensor] = tensors(run, family)
+    found: dict[str, Tensor] = tensors(run, architecture)
     assert found
     assert all(bool(torch.isfinite(value).all()) for value in found.values())
-    checkpoint = run / "baselines" / family / "checkpoint-3"
+    checkpoint = run / "baselines" / architecture / "checkpoint-3"
     assert json.loads((checkpoint / "loop.json").read_text())["identity"]["processes"] == 2
     assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}
     rows = [
-        json.loads(line) for line in (run / "logs" / "baselines" / family / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (run / "logs" / "baselines" / architecture / "metrics.jsonl").read_text().splitlines()
     ]
     assert [row["step"] for row in rows if "loss" in row] == [2, 3]

@@ -12,7 +12,7 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_baselines.adversarial import Gan, GanOptions
-from maskloom.train_baselines.family import Samples
+from maskloom.train_baselines.architecture import Samples
 from maskloom.train_baselines.rows import Rows
 from tests.tiny_datasets import write_tiny_run
 

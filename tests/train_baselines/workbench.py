@@ -1,4 +1,4 @@
-"""Experiments that train tiny families for seconds."""
+"""Experiments that train tiny architectures for seconds."""
 
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,25 @@ TINY: dict[str, dict[str, Any]] = {
         "transformer_depth": 1, "preview_steps": 2,
     },
 }  # fmt: skip
-"""Options by family: networks and trainings that take a second."""
+"""Options by architecture: networks and trainings that take a second."""
 
 
-def tiny_values(run: Path, families: dict[str, dict[str, Any]], **sections: Any) -> dict[str, Any]:
-    """Return an experiment's values; `families` holds changes to `TINY` by family."""
+def tiny_values(run: Path, architectures: dict[str, dict[str, Any]], **sections: Any) -> dict[str, Any]:
+    """Return an experiment's values; `architectures` holds changes to `TINY` by architecture."""
     return {
         "experiment": "tiny",
         "run_dir": str(run),
         "seed": 3,
         "data": {"dataset": "tiny", "image_size": 32},
-        "baselines": {name: {**TINY[name], **changes} for name, changes in families.items()},
-        "generate": {"generators": {name: {} for name in families}, "num_inference_steps": 2},
+        "baselines": {name: {**TINY[name], **changes} for name, changes in architectures.items()},
+        "generate": {"generators": {name: {} for name in architectures}, "num_inference_steps": 2},
         **sections,
     }
 
 
-def tiny_config(run: Path, families: dict[str, dict[str, Any]], **sections: Any) -> ExperimentConfig:
+def tiny_config(run: Path, architectures: dict[str, dict[str, Any]], **sections: Any) -> ExperimentConfig:
     """Return the experiment of `tiny_values`."""
-    return ExperimentConfig.model_validate(tiny_values(run, families, **sections))
+    return ExperimentConfig.model_validate(tiny_values(run, architectures, **sections))
 
 
 def write_config(file: Path, values: dict[str, Any]) -> Path:
@@ -57,21 +57,21 @@ def write_config(file: Path, values: dict[str, Any]) -> Path:
     return file
 
 
-def trained(run: Path, family: str, **changes: Any) -> dict[str, bytes]:
-    """Train one family to its end and return the files of weights that it leaves."""
-    train_baselines(tiny_config(run, {family: changes}), force=False)
-    return weights(run, family)
+def trained(run: Path, architecture: str, **changes: Any) -> dict[str, bytes]:
+    """Train one architecture to its end and return the files of weights that it leaves."""
+    train_baselines(tiny_config(run, {architecture: changes}), force=False)
+    return weights(run, architecture)
 
 
-def weights(run: Path, family: str) -> dict[str, bytes]:
+def weights(run: Path, architecture: str) -> dict[str, bytes]:
     """Return the exported weights' bytes by file."""
-    folder = run / "baselines" / family / "weights"
+    folder = run / "baselines" / architecture / "weights"
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
 
 
-def tensors(run: Path, family: str) -> dict[str, Tensor]:
+def tensors(run: Path, architecture: str) -> dict[str, Tensor]:
     """Return the exported weights by file and key."""
-    folder = run / "baselines" / family / "weights"
+    folder = run / "baselines" / architecture / "weights"
     return {
         f"{path.parent.name}/{key}": value
         for path in sorted(folder.rglob("*.safetensors"))
@@ -79,10 +79,10 @@ def tensors(run: Path, family: str) -> dict[str, Tensor]:
     }
 
 
-def opened(run: Path, family: str, **changes: Any) -> Any:
-    """Return a family before its training, on the CPU, as the stage opens it."""
-    plugin = load_plugin(PACKAGE, family, "family")
-    options = plugin.Options(**{**TINY[family], **changes})
+def opened(run: Path, architecture: str, **changes: Any) -> Any:
+    """Return an architecture before its training, on the CPU, as the stage opens it."""
+    plugin = load_plugin(PACKAGE, architecture, "architecture")
+    options = plugin.Options(**{**TINY[architecture], **changes})
     dataset = MaskPromptDataset.open(run / "dataset")
     size = options.image_size or dataset.description.image_size
     rows, previews = (Rows(dataset, split, size, plugin.Trained.needs_masks) for split in ("train", "validation"))

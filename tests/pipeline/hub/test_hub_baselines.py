@@ -159,7 +159,7 @@ def test_weights_must_be_there(world: World):
         world.upload()
 
 
-def test_a_family_that_was_not_trained_is_named(world: World, tmp_path: Path):
+def test_an_architecture_that_was_not_trained_is_named(world: World, tmp_path: Path):
     with pytest.raises(MaskLoomError, match=r"baseline:pix3pix: no such part of .*; did you mean 'baseline:pix2pix'\?"):
         find_targets(world.run, ["baseline:pix3pix"])
     with pytest.raises(MaskLoomError, match="no other generator has been trained yet; run baselines first"):

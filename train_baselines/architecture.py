@@ -1,7 +1,7 @@
 """The interface of a generator architecture: options, networks, losses, previews, exported weights.
 
-To add an architecture, write `train_baselines/families/NAME.py` with a class
-`Options(FamilyOptions)` and a class `Trained(Family)`. A network that generation needs as well goes
+To add an architecture, write `train_baselines/architectures/NAME.py` with a class
+`Options(ArchitectureOptions)` and a class `Trained(Architecture)`. A network that generation needs as well goes
 to `models/`, and `generate/generators/NAME.py` samples from it.
 """
 
@@ -31,7 +31,7 @@ from maskloom.train_baselines.rows import Rows, stacked
 from maskloom.train_baselines.samples import Samples, preview_grid
 
 
-class FamilyOptions(LoopConfig):
+class ArchitectureOptions(LoopConfig):
     """Options shared by all architectures (`baselines.NAME`), on top of those of the training loop.
 
     Intervals in epochs, where given, take precedence over intervals in steps.
@@ -73,7 +73,7 @@ def evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
             network.train(mode)
 
 
-class Family(Task):
+class Architecture(Task):
     """A generator architecture in training.
 
     Attributes:

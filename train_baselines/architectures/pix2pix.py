@@ -22,7 +22,7 @@ from maskloom.models.pix2pix import MaskToImageUNet
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.adversarial import Gan, GanOptions, normal_start
-from maskloom.train_baselines.family import Samples
+from maskloom.train_baselines.architecture import Samples
 
 
 class Options(GanOptions):
@@ -47,7 +47,7 @@ class Options(GanOptions):
     ssim_weight: float = Field(5.0, ge=0)
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """See `FamilyOptions.check_size`."""
+        """See `ArchitectureOptions.check_size`."""
         factor = 2 ** len(self.channels)
         if any(side % factor or side < 2 * factor for side in size):
             raise ValueError(

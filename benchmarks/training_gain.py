@@ -1,9 +1,9 @@
-"""What training did for each family: the Fréchet distance of its images to the real train images, against its own untrained self.
+"""What training did for each architecture: the Fréchet distance of its images to the real train images, against its own untrained self.
 
 The untrained networks start from the same seed and are asked the same things. `text_only` is what an untrained ControlNet draws: its zero
 convolutions add nothing to the backbone. Needs a finished run (generate and its stages before it):
 
-    python -m benchmarks.family_gain --config configs/experiments/generators.yaml
+    python -m benchmarks.training_gain --config configs/experiments/generators.yaml
 """
 
 import json
@@ -35,7 +35,7 @@ Features = NDArray[np.float64]
 
 
 def untrained_features(config: ExperimentConfig, run: Run, name: str, extractor: Extractor) -> Features:
-    """Return features (N, D) of what a family draws before its first step, for the rows of the configuration's plan."""
+    """Return features (N, D) of what an architecture draws before its first step, for the rows of the configuration's plan."""
     with TemporaryDirectory() as scratch:
         Path(scratch, "dataset").symlink_to(run.dataset.resolve())
         start = {**config.baselines[name], "max_train_steps": 0, "num_train_epochs": None}

@@ -26,7 +26,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.sampler import global_batch, total_steps
 from maskloom.train_baselines.adversarial import GENERATOR, Gan, normal_start
-from maskloom.train_baselines.family import Samples
+from maskloom.train_baselines.architecture import Samples
 from maskloom.train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions
 
 
@@ -54,7 +54,7 @@ class Options(FromNoiseOptions):
         return self.growth_samples is None
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """See `FamilyOptions.check_size`."""
+        """See `ArchitectureOptions.check_size`."""
         doublings(size)
 
 

@@ -1,4 +1,4 @@
-"""Runs over every family found in `train_baselines/families`; a new one is tested by existing."""
+"""Runs over every architecture found in `train_baselines/architectures`; a new one is tested by existing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +12,11 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.runs.run import Run
-from maskloom.train_baselines.family import Family, FamilyOptions, Samples
+from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions, Samples
 from maskloom.train_baselines.rows import Rows, stacked
 from maskloom.train_baselines.train import PACKAGE, train_baselines
-from maskloom.train_baselines.train import family_options as checked_options
-from tests.generate.workbench import FAMILIES, ROOT, SIDE, family_options
+from maskloom.train_baselines.train import architecture_options as checked_options
+from tests.generate.workbench import ARCHITECTURES, ROOT, SIDE, architecture_options
 from tests.pipeline.line_task import forget_accelerator
 from tests.tiny_datasets import tiny_description, write_tiny_run
 
@@ -27,7 +27,7 @@ STEPS = {
     "logging_steps": 1,
     "preview_images_per_class": 1,
 }
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """Runs by family, each trained for two steps when it is first asked for."""
+    """Runs by architecture, each trained for two steps when it is first asked for."""
 
     class Runs(dict[str, Run]):
         def __missing__(self, name: str) -> Run:
@@ -55,33 +55,33 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def config(name: str, run: Path):
-    """Return an experiment of one family with its tiny configuration's options, at the bench's size and for two steps."""
+    """Return an experiment of one architecture with its tiny configuration's options, at the bench's size and for two steps."""
     values = {
         "experiment": "tiny",
         "run_dir": str(run),
         "data": {"dataset": "tiny", "image_size": SIDE},
-        "baselines": {name: {**family_options(name), **STEPS}},
+        "baselines": {name: {**architecture_options(name), **STEPS}},
         "generate": {"generators": {name: {}}, "num_inference_steps": 2},
     }
     return load_experiment(ROOT / "configs/tiny/dataset.yaml", []).model_validate(values)
 
 
-def opened(name: str, dataset: Path, folder: Path) -> Family:
-    """Return a family before its training."""
+def opened(name: str, dataset: Path, folder: Path) -> Architecture:
+    """Return an architecture before its training."""
     from maskloom.pipeline.training.setup import make_accelerator
 
-    plugin = load_plugin(PACKAGE, name, "family")
-    options = plugin.Options(**{**family_options(name), **STEPS})
+    plugin = load_plugin(PACKAGE, name, "architecture")
+    options = plugin.Options(**{**architecture_options(name), **STEPS})
     rows = Rows(MaskPromptDataset.open(dataset), "train", (SIDE, SIDE), plugin.Trained.needs_masks)
     torch.manual_seed(0)
     return plugin.Trained(options, rows, rows, 3, make_accelerator(options, folder))
 
 
-@every_family
+@every_architecture
 def test_it_declares_what_the_protocol_asks_for(name: str):
-    plugin = load_plugin(PACKAGE, name, "family")
-    assert issubclass(plugin.Options, FamilyOptions)
-    assert issubclass(plugin.Trained, Family)
+    plugin = load_plugin(PACKAGE, name, "architecture")
+    assert issubclass(plugin.Options, ArchitectureOptions)
+    assert issubclass(plugin.Trained, Architecture)
     assert isinstance(plugin.Trained.needs_masks, bool)
     assert isinstance(plugin.Trained.given_masks, bool)
     assert plugin.__doc__
@@ -89,16 +89,16 @@ def test_it_declares_what_the_protocol_asks_for(name: str):
     assert plugin.Trained.__doc__
 
 
-@every_family
+@every_architecture
 def test_its_defaults_are_whole(name: str):
-    """The full setting is what a user gets who names the family and nothing else."""
-    options = load_plugin(PACKAGE, name, "family").Options()
+    """The full setting is what a user gets who names the architecture and nothing else."""
+    options = load_plugin(PACKAGE, name, "architecture").Options()
     assert options.num_train_epochs or options.max_train_steps
     if options.image_size:
         options.check_size(options.image_size)
 
 
-@every_family
+@every_architecture
 def test_there_is_a_tiny_configuration_of_it_alone(name: str):
     found = load_experiment(ROOT / f"configs/tiny/{name}.yaml", [])
     assert list(found.baselines) == list(found.generate.generators) == [name]
@@ -106,7 +106,7 @@ def test_there_is_a_tiny_configuration_of_it_alone(name: str):
     options.check_size(options.image_size or tuple(found.data.image_size))
 
 
-@every_family
+@every_architecture
 def test_it_trains_and_leaves_logs_previews_and_weights(trained: dict[str, Run], name: str):
     run = trained[name]
     logs = run.logs(f"baselines/{name}")
@@ -120,7 +120,7 @@ def test_it_trains_and_leaves_logs_previews_and_weights(trained: dict[str, Run],
     assert (weights / "samples.png").read_bytes() == (logs / "images/step-0000002.png").read_bytes()
 
 
-@every_family
+@every_architecture
 def test_the_generator_of_the_same_name_reads_its_weights(trained: dict[str, Run], name: str):
     run = trained[name]
     generator = open_generators(config(name, run.folder), run)[name]
@@ -129,15 +129,15 @@ def test_the_generator_of_the_same_name_reads_its_weights(trained: dict[str, Run
     generator.load(torch.device("cpu"), tiny_description(SIDE))
 
 
-@every_family
+@every_architecture
 def test_its_samples_follow_from_their_arguments(dataset: Path, tmp_path: Path, name: str):
-    family = opened(name, dataset, tmp_path)
-    for network in family.networks.values():
+    architecture = opened(name, dataset, tmp_path)
+    for network in architecture.networks.values():
         network.eval()
-    rows = stacked([family.rows[number] for number in (0, 1, 2)])
-    masks = rows["mask"] if family.given_masks else None
+    rows = stacked([architecture.rows[number] for number in (0, 1, 2)])
+    masks = rows["mask"] if architecture.given_masks else None
     with torch.no_grad():
-        first, same = (family.samples(rows["label"], masks, seed=4) for _ in range(2))
+        first, same = (architecture.samples(rows["label"], masks, seed=4) for _ in range(2))
     for one, other in zip(first, same, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
@@ -147,5 +147,5 @@ def test_its_samples_follow_from_their_arguments(dataset: Path, tmp_path: Path, 
     assert first.images.isfinite().all()
     if first.masks is not None:
         assert (first.masks.shape, first.masks.dtype) == ((3, SIDE, SIDE), torch.uint8)
-        assert not family.given_masks
+        assert not architecture.given_masks
     forget_accelerator()

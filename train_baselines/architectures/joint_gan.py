@@ -24,7 +24,7 @@ from maskloom.pipeline.config.base import Size
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs, Side
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_baselines.adversarial import GENERATOR, Gan, normal_start
-from maskloom.train_baselines.family import Samples
+from maskloom.train_baselines.architecture import Samples
 from maskloom.train_baselines.from_noise import SLOPE, BatchDeviation, FromNoiseOptions
 
 
@@ -54,7 +54,7 @@ class Options(FromNoiseOptions):
     )
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """See `FamilyOptions.check_size`."""
+        """See `ArchitectureOptions.check_size`."""
         doublings(size)
 
 

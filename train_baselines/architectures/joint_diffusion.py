@@ -31,14 +31,14 @@ from maskloom.models.mask_planes import decoded_masks, drawn_planes, encoded_mas
 from maskloom.pipeline.config.base import RESUMABLE
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.family import Family, FamilyOptions, Samples
+from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions, Samples
 from maskloom.train_baselines.rows import stacked
 
 UNET = "unet"
 VALIDATION_SAMPLES = 64
 
 
-class Options(FamilyOptions):
+class Options(ArchitectureOptions):
     """Options of `joint_diffusion`."""
 
     train_batch_size: BatchSize = Field(8, ge=1)
@@ -92,7 +92,7 @@ class Options(FamilyOptions):
         return self
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """See `FamilyOptions.check_size`."""
+        """See `ArchitectureOptions.check_size`."""
         factor = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
         if any(side % factor for side in size):
             raise ValueError(
@@ -101,7 +101,7 @@ class Options(FamilyOptions):
             )
 
 
-class Trained(Family):
+class Trained(Architecture):
     """A denoiser of images and masks."""
 
     options: Options
