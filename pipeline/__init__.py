@@ -1,6 +1,6 @@
-"""The spine of MaskLoom: configuration, dataset contract, runs, training loop, report, Hub.
+"""The shared core of all stages: configuration, dataset contract, runs, training loop, report, Hub.
 
-Imports no stage and no model, and knows no dataset, generator or metric by name.
+It must not import a stage or a model, and must not name a dataset, a generator or a metric.
 """
 
 import os
@@ -8,12 +8,13 @@ import sys
 
 __version__ = "0.1.0"
 
-# Set before any of the libraries is imported.
-# OpenMP's threads spin between two parallel regions, by default for so long that on a shared machine they take the cores from the work;
-# not at all (OMP_WAIT_POLICY=PASSIVE), and each of a step's thousand regions waits for them to wake. A short while serves both.
+# These variables must be set before the libraries are imported. OpenMP threads spin between
+# parallel regions. By default they spin so long that on a shared machine they take cores from other
+# work; without spinning (OMP_WAIT_POLICY=PASSIVE), each of the thousand regions of a training step
+# waits for the threads to wake up. A short spin avoids both.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-# The libraries talk while they load; a stage's own lines should stand out.
+# The libraries log while they load; the messages of a stage should stand out.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 if not sys.stderr.isatty():

@@ -1,6 +1,6 @@
-"""`python -m pipeline run|sweep|status|report|push|verify|export|combine`: run the whole pipeline and work with its outputs.
+"""`python -m pipeline COMMAND`: run the whole pipeline and work with its outputs.
 
-Slow imports happen when a command runs, so that `--help` answers at once.
+Slow imports are made inside the commands, so that `--help` answers at once.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def run(
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="the last stage to run")] = None,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
-    """Run prepare, train, baselines, generate, evaluate and report; stages that are up to date are skipped."""
+    """Run all stages, from prepare to report; stages that are up to date are skipped."""
     from maskloom.pipeline.config.loading import load_experiment
     from maskloom.pipeline.runs.run import Run
     from maskloom.pipeline.runs.runner import check_accelerate_config, check_settings, run_stages, selected_stages
@@ -54,7 +54,7 @@ def sweep(
     force: ForceOption = False,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
-    """Train, generate and evaluate all generators, or all variants of `sweep.variants`, and print one table."""
+    """Run all generators, or all variants of `sweep.variants`, and compare them in one table."""
     from maskloom.pipeline.runs.runner import check_accelerate_config
     from maskloom.pipeline.sweep import sweep as sweeping
 
@@ -64,7 +64,10 @@ def sweep(
 
 @app.command()
 def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
-    """Show which stages are done, stale, damaged or missing, their run times and inputs; every output is checked against its digest."""
+    """Show which stages are done, stale, damaged or missing, with their run times and inputs.
+
+    Every output is checked against its digest.
+    """
     from rich.console import Console
 
     from maskloom.pipeline.config.loading import load_experiment
@@ -84,7 +87,7 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
 def report(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Write the run's report.html from whatever exists in the run."""
+    """Write report.html from the results that the run has so far."""
     from maskloom.pipeline.cli import run_stage
     from maskloom.pipeline.config.loading import load_experiment
     from maskloom.pipeline.report import write_report
@@ -99,12 +102,13 @@ def push(
         list[str] | None,
         typer.Argument(
             metavar="[WHAT|KEY=VALUE]...",
-            help="dataset, generator (default), generator:KIND, baseline:NAME, synthetic:NAME; and overrides of the configuration",
+            help="dataset, generator (default), generator:KIND, baseline:NAME or synthetic:NAME; "
+            "and overrides of the configuration",
         ),
     ] = None,
     repo_id: Annotated[
         str | None,
-        typer.Option(help="NAMESPACE/NAME, or NAME in your own namespace; default: named after the experiment"),
+        typer.Option(help="NAMESPACE/NAME, or NAME in your own namespace; default: the experiment's name"),
     ] = None,
     public: Annotated[bool, typer.Option("--public/--private", help="visibility of a new repository")] = False,
     may_publish: Annotated[
@@ -113,7 +117,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what would be pushed")] = False,
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="branch to push to; created if missing")] = "main",
 ) -> None:
-    """Push the dataset, the trained weights or synthetic datasets to the Hugging Face Hub; private by default."""
+    """Push datasets or trained weights to the Hugging Face Hub; private by default."""
     from maskloom.pipeline.config.loading import load_experiment
     from maskloom.pipeline.hub import push as hub
 
@@ -127,7 +131,7 @@ def push(
 def verify(
     path: Annotated[Path, typer.Argument(help="a run folder, such as runs/demo, or a mask-and-prompt dataset")],
 ) -> None:
-    """Check a whole run, or one dataset: digests of all written files, records, splits, groups, parents and all pixels."""
+    """Check a run or a dataset: file digests, records, splits, groups, parents and all pixels."""
     from maskloom.pipeline.dataset.verification import verify_fully
     from maskloom.pipeline.errors import MaskLoomError
     from maskloom.pipeline.runs.run import Run
@@ -139,7 +143,7 @@ def verify(
             print(problem)
         if problems:
             raise MaskLoomError(f"{path}: {len(problems)} problem(s); run the stages that wrote these files again")
-        print(f"{path}: all files are as they were written")
+        print(f"{path}: all files are unchanged since they were written")
         return
     contract = verify_fully(path).contract
     rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
@@ -157,7 +161,7 @@ def export(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's options, such as dataset_id=502")
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="split to export; may be repeated; default: all")] = None,
-    force: Annotated[bool, typer.Option("--force", help="replace an earlier export of other data")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export of different data")] = False,
 ) -> None:
     """Export a dataset in the layout of another tool."""
     from maskloom.pipeline.dataset.export import ExportOptions, export
@@ -174,10 +178,10 @@ def combine(
         float | None,
         typer.Option(help="synthetic rows per real train row; default: all, or as many as --balance needs"),
     ] = None,
-    balance: Annotated[bool, typer.Option("--balance", help="the same number of train rows in every class")] = False,
+    balance: Annotated[bool, typer.Option("--balance", help="give every class the same number of train rows")] = False,
     schedule: Annotated[
         int | None,
-        typer.Option(metavar="K", help="write the folders stage-1 to stage-K, with none to all of the synthetic rows"),
+        typer.Option(metavar="K", help="write the folders stage-1 (no synthetic rows) to stage-K (all of them)"),
     ] = None,
     seed: Annotated[int, typer.Option(help="seed for the choice of synthetic rows")] = 0,
     force: Annotated[bool, typer.Option("--force", help="replace an earlier, different combination")] = False,

@@ -1,4 +1,7 @@
-"""The options and the ending that all commands share; imports nothing of weight, so that `--help` answers at once."""
+"""Options that several commands share, and how a command starts its stage.
+
+Slow imports are made inside the functions, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,7 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]
 CheckOption = Annotated[
     bool,
-    typer.Option(
-        "--check", help="only print whether the outputs are done, stale, damaged or missing, or there is nothing to do"
-    ),
+    typer.Option("--check", help="only print the state: done, stale, damaged, missing or nothing to do"),
 ]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")
@@ -37,10 +38,10 @@ MODULE_FORMS = {"prepare": "data_prep", "inspect": "data_prep inspect"}
 
 
 def shown_command(name: str) -> str:
-    """Return how a command is started, in the form that the user has chosen: `maskloom prepare` or `python -m data_prep`.
+    """Return a command as the user types it: `maskloom prepare` or `python -m data_prep`.
 
     Args:
-        name: of the command, one of `MODULE_FORMS`.
+        name: name of the command, a key of `MODULE_FORMS`.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     outside = spec is not None and spec.name.partition(".")[0] != "maskloom"
@@ -48,10 +49,10 @@ def shown_command(name: str) -> str:
 
 
 def loaded(config: Path, overrides: list[str] | None) -> ExperimentConfig:
-    """Return the checked configuration that a command line names.
+    """Return the validated configuration of an experiment.
 
     Raises:
-        MaskLoomError: it cannot be read, or a key or value does not fit.
+        MaskLoomError: the file cannot be read, or a key or value is invalid.
     """
     from maskloom.pipeline.config.loading import load_experiment
 
@@ -67,23 +68,24 @@ def launched(
     check: bool,
     accelerate_config: Path | None,
 ) -> bool:
-    """Run a stage behind `accelerate launch` where this machine may have several devices for it.
+    """Run a stage with `accelerate launch` if this machine may have several devices.
 
     Args:
         stage: name of the stage.
-        options: further options of its command line.
+        options: further command-line options of the stage.
         config: the configuration file.
-        overrides: of its keys.
+        overrides: `key=value` overrides.
         force: run even if nothing has changed.
         check: only print the stage's state.
         accelerate_config: a file for `accelerate launch --config_file`, or None.
 
     Returns:
-        False where the stage runs in this process: nothing to launch it on, or it was only asked for its state.
+        False if the caller should run the stage in this process: there is nothing to launch it on,
+        or only its state was asked for.
 
     Raises:
-        MaskLoomError: the configuration of accelerate or of the experiment does not fit.
-        typer.Exit: the stage has run; with its exit code.
+        MaskLoomError: the configuration of accelerate or of the experiment is invalid.
+        typer.Exit: the stage has run; carries its exit code.
     """
     from maskloom.pipeline.runs.run import Run
     from maskloom.pipeline.runs.runner import check_accelerate_config, check_settings, needs_launcher, run_stages
@@ -99,7 +101,7 @@ def launched(
 
 
 def run_stage(stage: StageFunction, config: ExperimentConfig, force: bool, check: bool) -> None:
-    """Run a stage, or with `check` only print its state and, on a second line, the reason."""
+    """Run a stage; with `check`, only print its state and, on a second line, the reason."""
     if not check:
         stage(config, force)
         return

@@ -1,7 +1,8 @@
 """Errors that a user can act on.
 
-Everything a user can get wrong raises a `MaskLoomError`: one line that says what is wrong, where, and what to do.
-The command line (`pipeline.runs.command`) prints that line and exits with code 2; anything else is a bug and keeps its traceback.
+Every user mistake raises a `MaskLoomError`: one line that says what is wrong, where, and what to
+do. The command line (`pipeline.runs.command`) prints that line and exits with code 2. Any other
+exception is a bug and keeps its traceback.
 """
 
 import re
@@ -10,33 +11,33 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-SHOWN = 200  # characters of a message that is not this program's
+SHOWN = 200  # characters that are shown of a library's message
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-CREDENTIALS = re.compile(r"(?<=://)[^\s/@'\"]+@")  # as in the address of a mirror, https://USER:PASSWORD@HOST
-# The addresses of uploads and downloads are credentials for a while.
+CREDENTIALS = re.compile(r"(?<=://)[^\s/@'\"]+@")  # as in https://USER:PASSWORD@HOST
+# The query of a signed upload or download URL grants access for a limited time.
 SIGNED_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]*")
 
 
 class MaskLoomError(Exception):
-    """A mistake in the user's input, configuration or environment, told in one line."""
+    """A mistake in the user's input, configuration or environment, described in one line."""
 
 
 class RejectedSample(Exception):
-    """One raw sample cannot be used; it goes to `rejected.jsonl` with this reason and the work continues."""
+    """One raw sample cannot be used: it is listed in `rejected.jsonl` with this reason."""
 
 
 def one_line(text: object) -> str:
-    """Return `text` with all runs of white space (line breaks too) folded into single spaces."""
+    """Return `text` with every run of white space, line breaks included, replaced by one space."""
     return " ".join(str(text).split())
 
 
 def without_secrets(text: str) -> str:
-    """Return text without what looks like a token, names and passwords in addresses, and the signatures of addresses: logs are passed on."""
+    """Return text without Hub tokens, and without credentials and signatures in URLs."""
     return SIGNED_QUERY.sub(r"\1", CREDENTIALS.sub("", TOKEN.sub("<token>", text)))
 
 
 def excerpt(text: object) -> str:
-    """Return a message that is not this program's as one line: whole if it is short, else as many whole sentences of it as are."""
+    """Return a library's message as one line, shortened to whole sentences where it is long."""
     whole, taken = one_line(text), ""
     if len(whole) <= SHOWN:
         return whole
@@ -49,17 +50,17 @@ def excerpt(text: object) -> str:
 
 
 def nearest_name(unknown: str, known: list[str]) -> str:
-    """Return a sentence that names the nearest known name, if one is near, and all known names."""
+    """Return a sentence that suggests a similar known name, if there is one, and lists them all."""
     near = get_close_matches(unknown, known, n=1, cutoff=0.5)
     suggestion = f"did you mean {near[0]!r}? " if near else ""
     return f"{suggestion}known: {', '.join(sorted(known)) or 'none'}"
 
 
 @contextmanager
-def told_when_unwritable(path: Path) -> Iterator[None]:
-    """Turn any failure of the block, which must do nothing but write `path`, into a line about the disk.
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Report any exception of the block, which must only write `path`, as a failure to write it.
 
-    torch and safetensors do not raise `OSError` when a disk is full, but errors of their own.
+    torch and safetensors raise exceptions of their own, not `OSError`, when a disk is full.
 
     Raises:
         MaskLoomError: the block failed.

@@ -1,4 +1,4 @@
-"""Packages that only some datasets and options need: the extras of `pyproject.toml`, such as `maskloom[dicom]`."""
+"""Optional packages, the extras of `pyproject.toml` such as `maskloom[dicom]`."""
 
 import importlib
 
@@ -6,20 +6,20 @@ from maskloom.pipeline.errors import MaskLoomError, excerpt
 
 
 def require(module: str, extra: str, what_for: str, alternative: str = "") -> None:
-    """Import a module of an extra, so that the imports that follow cannot fail for want of it.
+    """Check that an optional module can be imported.
 
     Args:
-        module: its import name.
+        module: import name of the module.
         extra: the extra that installs it.
         what_for: the file or the configuration key that needs it.
         alternative: what to do without it, such as `set it to false`.
 
     Raises:
-        MaskLoomError: it is not installed, or cannot be imported.
+        MaskLoomError: the module is not installed, or cannot be imported.
     """
     try:
         importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
         package = module.partition(".")[0]
         absent = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = "" if absent else f", which cannot be imported ({excerpt(error)})"
@@ -30,5 +30,5 @@ def require(module: str, extra: str, what_for: str, alternative: str = "") -> No
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra, in a checkout as well."""
+    """Return the command that installs an extra, also in a checkout."""
     return f"pip install 'maskloom[{extra}]'"

@@ -1,4 +1,4 @@
-"""Plug-ins are found by file name: `data_prep/datasets/busi.py` is the dataset `busi`."""
+"""Find plug-ins by file name: `data_prep/datasets/busi.py` is the dataset `busi`."""
 
 import importlib
 import pkgutil
@@ -9,7 +9,7 @@ from maskloom.pipeline.errors import MaskLoomError, nearest_name
 
 
 def plugin_names(package: str) -> list[str]:
-    """Return the names of all plug-in modules in a package folder, sorted, without importing them."""
+    """Return the sorted names of all plug-in modules in a package, without importing them."""
     folder = Path(str(importlib.import_module(package).__file__)).parent
     return sorted(info.name for info in pkgutil.iter_modules([str(folder)]) if not info.name.startswith("_"))
 
@@ -18,12 +18,12 @@ def load_plugin(package: str, name: str, kind: str) -> ModuleType:
     """Import one plug-in module by name.
 
     Args:
-        package: dotted package that holds the plug-ins, such as `data_prep.datasets`.
+        package: package that holds the plug-ins, such as `maskloom.data_prep.datasets`.
         name: the plug-in's file name without `.py`.
-        kind: what the user calls it, such as `dataset`; used in the error.
+        kind: what the error calls it, such as `dataset`.
 
     Raises:
-        MaskLoomError: no such plug-in; lists the known ones and the nearest.
+        MaskLoomError: no such plug-in; the error suggests the nearest one and lists the known ones.
     """
     known = plugin_names(package)
     if name not in known:

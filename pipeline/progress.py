@@ -1,4 +1,4 @@
-"""Progress of long steps: a bar with rate and time left on a terminal, one closing line elsewhere."""
+"""Show progress: a bar with rate and remaining time on a terminal, otherwise one summary line."""
 
 import sys
 import time
@@ -14,14 +14,14 @@ console = Console(stderr=True)
 
 
 class Advance(Protocol):
-    """Counts finished units; `note` replaces the text after the bar."""
+    """Counts finished units."""
 
     def __call__(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more units as finished."""
+        """Count `count` more units as finished; `note`, if any, replaces the text after the bar."""
 
 
 class _RateColumn(ProgressColumn):
-    """Units a second."""
+    """Units per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _RateColumn(ProgressColumn):
 
 
 def say(text: str) -> None:
-    """Print one line of news to stderr (stdout belongs to results)."""
+    """Print a status message to stderr; stdout is for results."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -42,10 +42,10 @@ def progress(title: str, total: int, unit: str, done: int = 0, show: bool = True
 
     Args:
         title: what is being done, such as `training`.
-        total: number of units in all.
-        unit: the unit's plural, such as `images`.
-        done: units that an earlier, interrupted run finished.
-        show: false on the processes that should stay silent (ranks other than 0).
+        total: total number of units.
+        unit: plural name of the unit, such as `images`.
+        done: number of units that an earlier, interrupted run finished.
+        show: false on processes that print nothing (ranks other than 0).
     """
     start = time.monotonic()
     if not (show and sys.stderr.isatty()):

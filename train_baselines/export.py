@@ -9,7 +9,7 @@ import yaml
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Contract
-from maskloom.pipeline.errors import told_when_unwritable
+from maskloom.pipeline.errors import report_write_errors
 from maskloom.pipeline.files.atomic import model_digest
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.files.provenance import git_sha
@@ -35,7 +35,7 @@ def export(
     weights = architecture.weights()
     preview = max(architecture.preview_folder.glob("step-*.png"), default=None)
     sizes = {key: sum(p.numel() for p in network.parameters()) for key, network in architecture.networks.items()}
-    with told_when_unwritable(target), whole_folder(target) as folder:
+    with report_write_errors(target), whole_folder(target) as folder:
         for key, network in weights.items():
             network.save_pretrained(folder / key)
         (folder / "README.md").write_text(_card(architecture, name, config, contract, sizes, preview), encoding="utf-8")

@@ -27,7 +27,7 @@ from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import DecoderConfig, LoopConfig, TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
-from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
+from maskloom.pipeline.errors import MaskLoomError, report_write_errors
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
@@ -304,6 +304,6 @@ def _export(vae: AutoencoderKL, config: ExperimentConfig, loop: LoopConfig, cont
     own = {"controlnet": "none", "lora": [], "sd_locked": True, **loop.model_dump(exclude={"mixed_precision"})}
     as_trained = config.model_copy(update={"train": config.fine_tuning.model_copy(update=own)})
     vae.register_to_config(_name_or_path="")  # where the backbone lies is a matter of this machine
-    with told_when_unwritable(target), whole_folder(target) as folder:
+    with report_write_errors(target), whole_folder(target) as folder:
         vae.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").write_text(model_card(as_trained, contract, None, NAME), encoding="utf-8")

@@ -23,7 +23,7 @@ from maskloom.models.stable_diffusion.trained_parts import KOHYA_FILE, exported_
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.contract import Contract
-from maskloom.pipeline.errors import told_when_unwritable
+from maskloom.pipeline.errors import report_write_errors
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.model_card import model_card
@@ -43,7 +43,7 @@ def export(
     names = exported_names(config.fine_tuning)
     parts = task.parts if task.whole_weights is None else _gathered_parts(task.whole_weights, config.fine_tuning)
     for name in (name for name in names if name != "vae"):
-        with told_when_unwritable(run.generator / name), whole_folder(run.generator / name) as folder:
+        with report_write_errors(run.generator / name), whole_folder(run.generator / name) as folder:
             _save(name, parts, folder)
             picture = last_pictures(run)
             (folder / "README.md").write_text(model_card(config, contract, picture, name), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""The configuration: one file per section of the YAML, and the loading of files and overrides.
+"""The configuration: one file per section of the YAML, and loading of files and overrides.
 
-Imports no torch and nothing of ours but errors, so that `--help` starts fast.
+It must not import torch, and nothing of MaskLoom but `pipeline.errors` and `pipeline.files`, so
+that `--help` starts fast. The options of a plug-in stay in the plug-in's file.
 """

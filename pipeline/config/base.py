@@ -5,42 +5,33 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from maskloom.pipeline.config.bounds import (
-    Side,
-    unbounded_number,
-)
+from maskloom.pipeline.config.bounds import Side, unbounded_number
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NOTHING_TO_DROP = "{name}=false removes an inherited entry, but no entry of this name is inherited"
-MAX_NAME = 128  # file systems end at 255 bytes, and names get suffixes
+MAX_NAME = 128  # file systems allow 255 bytes, and names get suffixes
 PluginName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=MAX_NAME)]
-"""File name of a plug-in without its extension. It also names folders of the run, so it must not contain a path."""
+"""File name of a plug-in without its extension. It also names folders of the run, so it must not
+contain a path."""
 
+Size = Annotated[tuple[Side, Side], BeforeValidator(lambda value: (value, value) if isinstance(value, int) else value)]
+"""(height, width) in pixels; a single number means a square."""
 
-def _as_height_width(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-Size = Annotated[tuple[Side, Side], BeforeValidator(_as_height_width)]
-"""(height, width) in pixels; one number means a square."""
-
-
-def _as_precision(value: Any) -> Any:
-    return "no" if value is False else value  # YAML reads an unquoted `no` as false
-
-
-Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_as_precision)]
-"""Precision of the computation, with accelerate's names."""
+# YAML reads an unquoted `no` as false.
+Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)]
+"""Mixed precision, with accelerate's names."""
 
 
 @dataclass(frozen=True)
 class Resumable:
-    """Marks a setting that may differ when a training is resumed: it changes how the training runs, not what it computes.
+    """Marks a setting that may differ when a training is resumed.
 
-    Every other setting of a training is part of a checkpoint's identity. A subclass that only changes the default keeps the mark.
+    Such a setting changes how the training runs, not what it computes. Every other setting is part
+    of the checkpoint's identity. A subclass that only changes the default keeps the mark.
 
     Attributes:
-        with_early_stopping: false where the setting decides which weights early stopping keeps; it may then differ only without it.
+        with_early_stopping: false if the setting decides which weights early stopping keeps; it may
+            then differ only in a training without early stopping.
     """
 
     with_early_stopping: bool = True
@@ -51,21 +42,27 @@ RESUMABLE_UNLESS_STOPPED_EARLY = Resumable(with_early_stopping=False)
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """Return the types that an annotation consists of, including the members of unions and of `Annotated`."""
+    """Return the types in an annotation, including the members of unions and of `Annotated`."""
     return {annotation}.union(
         *(_kinds(part) for part in get_args(annotation) if isinstance(part, type) or get_args(part))
     )
 
 
 class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, numbers are finite and bounded, values are frozen after loading."""
+    """Base class of configuration sections.
+
+    Unknown keys are errors, numbers must be finite and bounded, and instances are immutable.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _flags_are_no_numbers(cls, values: Any) -> Any:
-        """Reject booleans for numbers: YAML reads `yes` and `on` as true, which pydantic would accept as 1."""
+        """Reject booleans in place of numbers.
+
+        YAML reads `yes` and `on` as true, which pydantic would accept as 1.
+        """
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
             kinds = _kinds(field.annotation)
             if isinstance(values.get(name), bool) and kinds & {int, float} and bool not in kinds:
@@ -81,7 +78,14 @@ class Section(BaseModel):
 
 
 def plugin_options(*defaults: str) -> BeforeValidator:
-    """Return a validator that fills in empty options and removes entries that are `false`: from the `defaults` where every entry is."""
+    """Return a validator for named entries and their options.
+
+    An entry without options gets empty ones, and an entry with the value `false` is removed. If all
+    entries are `false`, they are removed from the default entries.
+
+    Args:
+        defaults: names of the default entries.
+    """
 
     def entries(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -98,4 +102,4 @@ def plugin_options(*defaults: str) -> BeforeValidator:
 
 
 Plugins = dict[PluginName, dict[str, Any]]
-"""Options of each plug-in: file name -> options."""
+"""Options of plug-ins: file name -> options."""

@@ -1,7 +1,9 @@
-"""Upper bounds of configured numbers, each with its reason: a typing mistake gives a one-line error, not an out-of-memory error hours later."""
+"""Upper bounds of configured numbers, each with its reason.
+
+A typing mistake gives a one-line error at once instead of an out-of-memory error hours later.
+"""
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -11,17 +13,14 @@ LARGEST_FLOAT = 1e18  # its square still fits a 32-bit float
 
 
 def at_most(limit: int, reason: str) -> AfterValidator:
-    """Return a check for `Annotated` that a whole number is at most `limit`; its error states the reason."""
-    return AfterValidator(_check(limit, reason))
+    """Return a validator that rejects integers above `limit`; its error states the reason."""
 
-
-def _check(limit: int, reason: str) -> Callable[[int], int]:
     def check(value: int) -> int:
         if value > limit:
             raise ValueError(f"at most {limit}: {reason}")
         return value
 
-    return check
+    return AfterValidator(check)
 
 
 Side = Annotated[int, at_most(8192, "a single image of that size fills the memory of a training")]
@@ -49,7 +48,7 @@ Timesteps = Annotated[int, at_most(10_000, "a noise schedule has a thousand time
 Repeats = Annotated[int, at_most(1_000_000, "more do not change any digit shown")]
 """Bootstrap resamples, random draws and the like."""
 Trainings = Annotated[int, at_most(1000, "each is a separate training")]
-"""Networks that are trained for one metric."""
+"""Number of networks that are trained for one metric."""
 Copies = Annotated[int, at_most(1000, "each copy of each image is kept on disk")]
 """Augmented copies of an image."""
 Tries = Annotated[int, at_most(100_000, "an attempt that fails this often will not succeed")]
@@ -59,7 +58,11 @@ Shown = Annotated[int, at_most(1000, "a browser cannot open a page with more ima
 
 
 def unbounded_number(value: Any) -> int | float | None:
-    """Return the first number above the bounds in a value or in nested lists, tuples and mappings; None if there is none."""
+    """Return the first number above the bounds in a value, or None.
+
+    Args:
+        value: a number, or nested lists, tuples and mappings of numbers.
+    """
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

@@ -6,10 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from maskloom.pipeline.config.base import NOTHING_TO_DROP, PluginName, Section, Size
-from maskloom.pipeline.config.bounds import (
-    Rows,
-    Workers,
-)
+from maskloom.pipeline.config.bounds import Rows, Workers
 
 
 class Splits(Section):
@@ -27,7 +24,7 @@ class Splits(Section):
 
 
 class IntensityWindow(Section):
-    """Raw values that are mapped to black and white; values beyond them are clipped."""
+    """Mapping of raw intensities to 0..255: the values that become black and white."""
 
     method: Literal["percentile", "window", "zscore"] = "percentile"
     lower: float = Field(1.0, ge=0, lt=100, description="percentile mapped to black")
@@ -43,7 +40,7 @@ class IntensityWindow(Section):
         if self.method == "window" and (self.center is None or self.width is None):
             raise ValueError("method=window needs center and width, in raw units")
         if self.lower >= self.upper:
-            raise ValueError(f"lower={self.lower:g} must lie below upper={self.upper:g}")
+            raise ValueError(f"lower={self.lower:g} must be below upper={self.upper:g}")
         return self
 
 
@@ -53,14 +50,15 @@ class StainConfig(Section):
     method: Literal["macenko", "reinhard"]
     reference: Path | None = Field(
         None,
-        description="image to whose stains all others are normalised; null: the published reference vectors (macenko only)",
+        description="image whose stains all others are normalised to; "
+        "null: the published reference vectors (macenko only)",
     )
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> "StainConfig":
         if self.method == "reinhard" and self.reference is None:
             raise ValueError(
-                "method=reinhard needs reference: the path of an image to whose colours all others are normalised"
+                "method=reinhard needs reference: the path of an image whose colours all others are normalised to"
             )
         return self
 
@@ -101,7 +99,8 @@ class DataConfig(Section):
         None,
         gt=0,
         le=1,
-        description="correlation after alignment above which two images are near-duplicates; null: 0.55, and more shared detail than between unrelated images",
+        description="correlation after alignment above which two images are near-duplicates; "
+        "null: 0.55, and more shared detail than between unrelated images",
     )
     external: Annotated[dict[PluginName, ExternalConfig], BeforeValidator(_as_external)] = Field(
         default_factory=dict,

@@ -5,9 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from maskloom.pipeline.config.base import Plugins, Section, plugin_options
-from maskloom.pipeline.config.bounds import (
-    Shown,
-)
+from maskloom.pipeline.config.bounds import Shown
 
 DEFAULT_METRICS = (
     "quality",
@@ -19,15 +17,12 @@ DEFAULT_METRICS = (
 )
 
 
-def _default_metrics() -> Plugins:
-    return {name: {} for name in DEFAULT_METRICS}
-
-
 class EvaluateConfig(Section):
-    """`evaluate`: the metrics that are computed for every synthetic dataset."""
+    """`evaluate`: the metrics to compute for every synthetic dataset."""
 
     metrics: Annotated[Plugins, plugin_options(*DEFAULT_METRICS)] = Field(
-        default_factory=_default_metrics, description="file name in evaluate/metrics -> its options"
+        default_factory=lambda: {name: {} for name in DEFAULT_METRICS},
+        description="file name in evaluate/metrics -> its options",
     )
 
 

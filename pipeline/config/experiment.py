@@ -1,4 +1,4 @@
-"""The configuration of an experiment with all its stages: YAML -> `extends` -> command-line overrides -> validated models."""
+"""The configuration of an experiment, one section per stage."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ from maskloom.pipeline.errors import MaskLoomError
 
 
 class ExperimentConfig(Section):
-    """The configuration of one experiment with all its stages."""
+    """The configuration of one experiment, one section per stage."""
 
     experiment: str = Field(pattern=NAME_PATTERN, max_length=MAX_NAME)
     run_dir: Path | None = None
@@ -31,12 +31,12 @@ class ExperimentConfig(Section):
 
     @property
     def run_folder(self) -> Path:
-        """The run's folder: `run_dir`, by default `runs/EXPERIMENT`."""
+        """The run folder: `run_dir`, by default `runs/EXPERIMENT`."""
         return self.run_dir or Path("runs") / self.experiment
 
     @property
     def fine_tuning(self) -> TrainConfig:
-        """The section `train`, for code that requires it.
+        """The section `train`, which must exist.
 
         Raises:
             MaskLoomError: the configuration has no such section.

@@ -1,20 +1,15 @@
-"""The section `generate`: the generators, the masks that they sample from, and the sampling settings."""
+"""The section `generate`: generators, masks to sample from, and sampling settings."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from maskloom.pipeline.config.base import Plugins, Precision, Section, plugin_options
-from maskloom.pipeline.config.bounds import (
-    BatchSize,
-    Rows,
-    Timesteps,
-    Tries,
-)
+from maskloom.pipeline.config.bounds import BatchSize, Rows, Timesteps, Tries
 
 
 class WarpConfig(Section):
-    """How new masks are made by warping train masks."""
+    """How train masks are warped into new masks."""
 
     rotation_degrees: float = Field(15.0, ge=0, le=180)
     scale: tuple[float, float] = (0.85, 1.2)
@@ -28,7 +23,7 @@ class WarpConfig(Section):
     )
     max_area_ratio: float = Field(2.0, ge=1, description="largest allowed area, relative to the original")
     attempts: Tries = Field(
-        20, ge=1, description="attempts per mask; after the last one the mask is rejected and the reason listed"
+        20, ge=1, description="attempts per mask; after the last one the mask is rejected with the reason"
     )
 
     @model_validator(mode="after")
@@ -41,23 +36,16 @@ class WarpConfig(Section):
 DEFAULT_GENERATORS = ("controlnet", "text_only")
 
 
-def _default_generators() -> Plugins:
-    return {name: {} for name in DEFAULT_GENERATORS}
-
-
-def _default_mask_source() -> list[Literal["train", "warped"]]:
-    return ["train", "warped"]
-
-
 class GenerateConfig(Section):
     """`generate`: trained generator + mask source -> synthetic mask-and-prompt dataset."""
 
     generators: Annotated[Plugins, plugin_options(*DEFAULT_GENERATORS)] = Field(
-        default_factory=_default_generators, description="file name in generate/generators -> its options"
+        default_factory=lambda: {name: {} for name in DEFAULT_GENERATORS},
+        description="file name in generate/generators -> its options",
     )
-    mask_source: list[Literal["train", "warped"]] = Field(default_factory=_default_mask_source, min_length=1)
+    mask_source: list[Literal["train", "warped"]] = Field(["train", "warped"], min_length=1)
     num_images: Rows | None = Field(
-        None, ge=1, description="total number, spread evenly over the classes; null: as many as the train split has"
+        None, ge=1, description="total number, divided evenly among the classes; null: the size of the train split"
     )
     images_per_class: dict[str, Rows] | None = Field(
         None, description="exact number of images for each class name; overrides num_images"

@@ -1,4 +1,4 @@
-"""Load configuration files: YAML, `extends`, overrides, and errors that name the key."""
+"""Load configuration files: YAML -> `extends` -> command-line overrides -> validated models."""
 
 import re
 from collections.abc import Mapping
@@ -21,21 +21,21 @@ DROPPABLE = frozenset(
 
 MAX_PARENTS = 50
 MAX_SHOWN = 100  # characters of a value or key in a message
-TEXT = re.compile(r"\s*[|>]|[^'\"\s].*\s#|#")  # YAML would see a block scalar, or cut the value off
+TEXT = re.compile(r"\s*[|>]|[^'\"\s].*\s#|#")  # YAML would read a block scalar, or cut the value off
 QUOTES = "in quotes a value is text: {key}='\"…\"'"
 
 
 def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
-    """Return the checked configuration of an experiment.
+    """Return the validated configuration of an experiment.
 
     Args:
-        path: a YAML file, or the name of a shipped one, such as `configs/demo.yaml`; `extends: OTHER.yaml` (relative to it, or
-            shipped) is read first.
+        path: a YAML file, or the name of a shipped one, such as `configs/demo.yaml`. The file named
+            by its `extends` (relative to it, or shipped) is read first.
         overrides: `key.subkey=value` strings, applied last.
 
     Raises:
-        MaskLoomError: the file is missing or not YAML; it describes a sweep; a key is unknown (the error suggests the nearest one);
-            a value is invalid.
+        MaskLoomError: the file is missing or not YAML; it describes a sweep; a key is unknown (the
+            error suggests the nearest one); a value is invalid.
     """
     values = read_values(path, overrides)
     if "sweep" in values:
@@ -47,12 +47,12 @@ def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
 
 
 def load_config(path: Path, overrides: list[str], model: type[Model]) -> Model:
-    """Return `model` filled from a YAML file and overrides. See `load_experiment`."""
+    """Return `model` with the values of a file and overrides; see `load_experiment`."""
     return validated(read_values(path, overrides), model, str(path))
 
 
 def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the merged values of a YAML file, the files that it extends, and overrides, without validating them.
+    """Return the merged values of a file, of those that it extends, and of overrides, unvalidated.
 
     Args:
         path: see `load_experiment`.
@@ -69,7 +69,10 @@ def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | N
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any], where: str, place: tuple[str, ...] = ()) -> Any:
-    """Return `values` with `changes` merged in: mappings key by key, anything else as a whole; see `DROPPABLE` for `false`.
+    """Return `values` with `changes` merged in.
+
+    Mappings are merged key by key, anything else is replaced; see `DROPPABLE` for the value
+    `false`.
 
     Args:
         values: nested mappings.
@@ -78,7 +81,7 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any], where: str, pl
         place: path of keys to these mappings.
 
     Raises:
-        MaskLoomError: a mapping would replace another kind of value, or the reverse.
+        MaskLoomError: a mapping would replace another kind of value, or a list a mapping.
     """
     result = dict(values)
     for key, change in changes.items():
@@ -99,10 +102,11 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any], where: str, pl
 
 
 def validated(values: Any, model: type[Model], where: str) -> Model:
-    """Return `model` filled with `values`.
+    """Return an instance of `model` with these values.
 
     Raises:
-        MaskLoomError: a key or value is invalid; the error names `where`, the key and the value, and suggests the nearest known key.
+        MaskLoomError: a key or value is invalid; the error names `where`, the key and the value,
+            and suggests the nearest known key.
     """
     try:
         return model.model_validate(values)
@@ -129,20 +133,17 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(parent, str) or not parent:
         raise MaskLoomError(f"{path}: extends={_shown(repr(parent))}: give the name of one file, or remove this key")
-    return merged(_with_parents(_extended(path, parent), (*children, path.resolve())), values, str(path))
-
-
-def _extended(path: Path, parent: str) -> Path:
-    """Return the file that `extends` names: next to `path`, otherwise a shipped file, with or without `configs/` before its name."""
+    # Next to this file, otherwise a shipped file, with or without `configs/` before its name.
     beside = path.parent / parent
     candidates = (beside, shipped_only(Path(parent)), shipped_only(Path("configs", parent)))
-    return next((file for file in candidates if file is not None and _is_file(file)), beside)
+    extended = next((file for file in candidates if file is not None and _is_file(file)), beside)
+    return merged(_with_parents(extended, (*children, path.resolve())), values, str(path))
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or a loop of links
+    except (OSError, ValueError):  # the name is too long, or a symlink forms a loop
         return False
 
 
@@ -159,7 +160,11 @@ def _from_override(override: str) -> dict[str, Any]:
 
 
 def _override_value(key: str, text: str) -> Any:
-    """Return an override's value, parsed as YAML. Invalid YAML such as `*/images/*.png` is text, as are values that YAML would truncate (` #`, `|`)."""
+    """Return the value of an override, parsed as YAML.
+
+    Invalid YAML such as `*/images/*.png` is text, as are values that YAML would truncate (` #`,
+    `|`).
+    """
     try:
         if TEXT.match(text):
             return plain_text(text)
@@ -180,7 +185,7 @@ def _shown(text: str) -> str:
 
 
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return one line for the first of pydantic's errors, with the number of further errors."""
+    """Return pydantic's first error as one line, with the number of further errors."""
     first = error.errors()[0]
     key = ".".join(_shown(str(part)) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -1,6 +1,7 @@
 """The section `train`, and the settings of the shared training loop.
 
-The keys have the names of diffusers' flags, so that a command line of `train_controlnet.py` can be reused.
+The keys have the names of diffusers' flags, so that a command line of `train_controlnet.py` can be
+reused.
 """
 
 from pathlib import Path
@@ -95,19 +96,19 @@ class LoopConfig(Section):
     def _polynomial_falls(self) -> Self:
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise ValueError(
-                f"lr_scheduler=polynomial decays to {POLYNOMIAL_END:g}, but learning_rate={self.learning_rate:g} is not above it; "
-                "raise learning_rate, or choose another lr_scheduler"
+                f"lr_scheduler=polynomial decays to {POLYNOMIAL_END:g}, but learning_rate={self.learning_rate:g} "
+                "is not above it; raise learning_rate, or choose another lr_scheduler"
             )
         return self
 
     @property
     def section(self) -> str:
-        """The configuration section of these values, for messages."""
+        """Name of the configuration section, for messages."""
         return "train"
 
     @property
     def resumable_settings(self) -> frozenset[str]:
-        """The settings that may differ when this training is resumed: those marked `Resumable`, here or in a base class."""
+        """Names of the settings that may differ when this training is resumed, see `Resumable`."""
         classes = [one for one in reversed(type(self).__mro__) if issubclass(one, LoopConfig)]
         fields = [item for one in classes for item in one.model_fields.items()]
         marks = {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Resumable)}
@@ -121,10 +122,11 @@ class LoopConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation that transforms an image, its mask and its conditioning image alike.
+    """Augmentation, the same for an image, its mask and its conditioning image.
 
-    Words of the prompt that describe the mask are updated (a lesion on the left is on the right after a flip). All other words stay the
-    same: set `random_flip=false` where the words of a report or a label distinguish left from right.
+    Words of the prompt that describe the mask are updated: a lesion on the left is on the right
+    after a flip. All other words stay the same, so set `random_flip=false` if the text of a report
+    or a label distinguishes left from right.
     """
 
     variants: Copies = Field(
@@ -147,7 +149,7 @@ class AugmentConfig(Section):
 
 
 class AdherenceConfig(Section):
-    """Mask adherence during training: a small U-Net, trained on real images, segments the sampled images."""
+    """Mask adherence during training: a small U-Net trained on real images segments the samples."""
 
     num_images: Rows = Field(
         16, ge=8, description="validation masks to sample images for; fewer than 8 allow no conclusion"
@@ -168,7 +170,11 @@ class AdherenceConfig(Section):
 
 
 class DecoderConfig(Section):
-    """Fine-tuning of the VAE's decoder before the ControlNet: it reproduces structures more accurately than a frozen decoder, and texture more smoothly."""
+    """Fine-tuning of the VAE's decoder before the ControlNet.
+
+    A fine-tuned decoder reproduces structures more accurately than a frozen one, and texture more
+    smoothly.
+    """
 
     max_train_steps: Steps = Field(1000, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
@@ -179,7 +185,7 @@ class DecoderConfig(Section):
 
 
 MOST_PROMPT_CHUNKS = 8
-"""600 tokens of Stable Diffusion; the cost of cross-attention grows with the number of chunks."""
+"""600 tokens of Stable Diffusion. The cost of cross-attention grows with the number of chunks."""
 LoraTarget = Literal["unet", "text_encoder", "controlnet"]
 
 
@@ -198,34 +204,35 @@ class TrainConfig(LoopConfig):
     )
     single_file_config: str | None = Field(
         None,
-        description="for a backbone in one .safetensors file: Hub id or folder of a pipeline whose settings and tokenizer are used; "
-        "null: the settings of Stable Diffusion 1.x or 2.x, and tokenizer_name",
+        description="for a backbone in one .safetensors file: Hub id or folder of a pipeline whose settings and "
+        "tokenizer are used; null: the settings of Stable Diffusion 1.x or 2.x, and tokenizer_name",
     )
     controlnet_model_name_or_path: str | None = Field(
-        None, description="initial weights; null: those of the UNet's encoder"
+        None, description="initial weights of the ControlNet; null: those of the UNet's encoder"
     )
     lora_model_name_or_path: str | None = Field(
-        None, description="initial adapters, a folder or a .safetensors file; null: new ones"
+        None, description="initial LoRA adapters, a folder or a .safetensors file; null: new ones"
     )
-    max_train_samples: Rows | None = Field(None, ge=1, description="train on this many rows only, the first ones")
+    max_train_samples: Rows | None = Field(None, ge=1, description="train only on the first rows, this many")
 
     controlnet: Literal["full", "shallow", "zero_convs", "frozen", "none"] = Field(
         "full",
-        description="trained weights of the ControlNet; shallow: the first controlnet_blocks blocks, all zero convolutions and the layers "
-        "that embed the inputs; zero_convs: the zero convolutions and the conditioning embedding; none: no ControlNet",
+        description="trained weights of the ControlNet; shallow: the first controlnet_blocks blocks, all zero "
+        "convolutions and the layers that embed the inputs; zero_convs: the zero convolutions and the conditioning "
+        "embedding; frozen: none of them; none: no ControlNet",
     )
     controlnet_blocks: Layers = Field(2, ge=1, description="number of trained blocks for controlnet=shallow")
     sd_locked: bool = Field(True, description="false: also train the UNet's decoder")
     lora: list[LoraTarget] = Field(
-        default_factory=list, description="networks that get adapters on their attention layers"
+        default_factory=list, description="networks whose attention layers get LoRA adapters"
     )
-    rank: Rank = Field(4, ge=1, description="rank of the adapters")
+    rank: Rank = Field(4, ge=1, description="rank of the LoRA adapters")
     lora_alpha: float | None = Field(None, gt=0, description="null: the rank")
     vae_decoder: Annotated[DecoderConfig | None, RESUMABLE] = None
 
     gradient_checkpointing: Annotated[bool, RESUMABLE] = Field(
         False,
-        description="recompute activations in the backward pass: those of the ControlNet, or without one those of the UNet",
+        description="recompute activations in the backward pass: those of the ControlNet, or of the UNet without one",
     )
     unet_gradient_checkpointing: Annotated[bool, RESUMABLE] = Field(
         False, description="also recompute the UNet's activations"
@@ -242,7 +249,7 @@ class TrainConfig(LoopConfig):
     )
     shuffle_conditioning: bool = Field(
         False,
-        description="a control experiment: every row gets another row's conditioning image, so that none can be followed",
+        description="control experiment: every row gets another row's conditioning image, so that none can be followed",
     )
     snr_gamma: float | None = Field(None, gt=0, description="gamma of the min-SNR weighting")
     debiased_estimation_loss: bool = Field(False, description="weight the loss by 1/sqrt(SNR)")
@@ -301,12 +308,12 @@ class TrainConfig(LoopConfig):
         return self
 
     @model_validator(mode="after")
-    def _further_pictures_are_pairs(self) -> "TrainConfig":
+    def _validation_images_have_prompts(self) -> "TrainConfig":
         prompts, images = len(self.validation_prompt), len(self.validation_image)
         if images != (0 if self.controlnet == "none" else prompts):
             raise ValueError(
-                f"{prompts} validation_prompt and {images} validation_image with controlnet={self.controlnet}: give one image per prompt, "
-                "and no images without a ControlNet"
+                f"{prompts} validation_prompt and {images} validation_image with controlnet={self.controlnet}: "
+                "give one image per prompt, and no images without a ControlNet"
             )
         return self
 
@@ -316,6 +323,7 @@ class TrainConfig(LoopConfig):
             raise ValueError("snr_gamma and debiased_estimation_loss are alternative loss weightings; choose one")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon cannot be learnt; set prediction_type=v_prediction"
+                "rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon cannot be learned; "
+                "set prediction_type=v_prediction"
             )
         return self

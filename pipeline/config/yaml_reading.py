@@ -10,12 +10,12 @@ from yaml.nodes import MappingNode, ScalarNode
 
 from maskloom.pipeline.errors import MaskLoomError, one_line
 
-MAX_BYTES = 1 << 20  # the largest configuration here has 5 kB
+MAX_BYTES = 1 << 20  # the largest shipped configuration has 5 kB
 MAX_DEPTH = 50
 MAX_VALUES = 100_000  # after anchors are expanded: a few lines of them can expand to billions of values
 MAX_BITS = 64
 DEEP = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
-SHOWN = 200  # characters of a parser's message
+SHOWN = 200  # characters that are shown of a parser's message
 VARIABLE = re.compile(r"(?<!\\)\$\{")
 
 
@@ -24,14 +24,17 @@ class NotYaml(ValueError):
 
 
 class _Loader(SafeLoader):
-    """PyYAML's safe loader, changed to read `1e-5` as a number, dates, times and `010` as text, and to reject duplicate keys."""
+    """PyYAML's safe loader with YAML 1.2 numbers, without dates, and without duplicate keys."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.merged = 0
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """Check for duplicate keys before anything is merged into the mapping: a merged key may be overridden."""
+        """Compose a mapping, and reject duplicate keys.
+
+        This is done before `<<` merges anything into the mapping: a merged key may be overridden.
+        """
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -42,7 +45,7 @@ class _Loader(SafeLoader):
         return node
 
     def flatten_mapping(self, node: MappingNode) -> None:
-        """Merge the mappings of `<<`, up to a limit: a few lines of nested merges would take forever."""
+        """Merge the mappings of `<<`, up to a limit: a few nested merges could take forever."""
         super().flatten_mapping(node)
         self.merged += len(node.value)
         if self.merged > MAX_VALUES:
@@ -53,7 +56,8 @@ _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
     for letter, resolvers in SafeLoader.yaml_implicit_resolvers.items()
 }
-# Numbers as YAML 1.2 has them. In YAML 1.1, PyYAML's, `1e-5` is text, `010` is 8, and `1:30` is 90.
+# The numbers of YAML 1.2. In YAML 1.1, which PyYAML reads, `1e-5` is text, `010` is 8 and `1:30` is
+# 90.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
 )
@@ -71,7 +75,7 @@ def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file: mappings, lists, text, numbers, booleans and null.
 
     Raises:
-        MaskLoomError: it is too large, not UTF-8, not YAML, or rejected by `parsed_yaml`.
+        MaskLoomError: the file is too large, not UTF-8, not YAML, or rejected by `parsed_yaml`.
     """
     if path.stat().st_size > MAX_BYTES:
         raise MaskLoomError(f"{path}: {path.stat().st_size} bytes, too large for a configuration; give a YAML file")
@@ -86,11 +90,13 @@ def read_yaml(path: Path) -> Any:
 
 
 def parsed_yaml(text: str) -> Any:
-    r"""Return the value of a YAML text. Variables are not substituted: `${name}` is rejected, and `\${name}` is the text `${name}`.
+    r"""Return the value of a YAML text.
+
+    Variables are not substituted: `${name}` is rejected, and `\${name}` is the text `${name}`.
 
     Raises:
-        NotYaml: it cannot be read.
-        ValueError: it contains a rejected value. Both messages have one line.
+        NotYaml: the text cannot be parsed; the message has one line.
+        ValueError: the text contains a rejected value; the message has one line.
     """
     if DEEP.search(text):  # the parser takes seconds until it gives up
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
@@ -104,7 +110,13 @@ def parsed_yaml(text: str) -> Any:
 
 
 def _checked(value: Any, left: list[int], depth: int) -> Any:
-    """Return a copy without shared parts, with its text unescaped; `left` is the number of values that may still follow."""
+    """Return a copy without shared parts and with unescaped text.
+
+    Args:
+        value: nested values from the parser.
+        left: one number, how many values may still follow; it is counted down.
+        depth: nesting depth of the value.
+    """
     left[0] -= 1
     if left[0] < 0 or depth > MAX_DEPTH:
         limit = f"more than {MAX_VALUES} values" if left[0] < 0 else f"nested deeper than {MAX_DEPTH} levels"

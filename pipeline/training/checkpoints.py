@@ -18,7 +18,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maskloom.pipeline.errors import MaskLoomError, excerpt, one_line, told_when_unwritable
+from maskloom.pipeline.errors import MaskLoomError, excerpt, one_line, report_write_errors
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX, write_json
 from maskloom.pipeline.files.ownership import (
     MANIFEST,
@@ -109,13 +109,13 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    with told_when_unwritable(temporary):
+    with report_write_errors(temporary):
         accelerator.save_state(str(temporary))
         kept = ema.save(temporary) if accelerator.is_main_process else {}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         record = LoopRecord(step=step, averages=kept, identity=json.loads(json.dumps(dict(identity))))
-        with told_when_unwritable(temporary):
+        with report_write_errors(temporary):
             write_json(temporary / LOOP_FILE, record.model_dump(mode="json"))
             seal_folder(temporary)
         put_in_place(temporary, final)

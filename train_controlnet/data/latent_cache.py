@@ -22,7 +22,7 @@ from torch import Tensor
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.images import png_array, png_bytes
-from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
+from maskloom.pipeline.errors import MaskLoomError, report_write_errors
 from maskloom.pipeline.files.atomic import remove_leftovers, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, delete_folder
 from maskloom.pipeline.progress import progress, say
@@ -227,7 +227,7 @@ def fill_embeddings(
 
 def _save(owned: OwnedFolder, path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """Write a file of the cache atomically."""
-    with told_when_unwritable(path), owned.writing(path.relative_to(owned.path).as_posix()) as temporary:
+    with report_write_errors(path), owned.writing(path.relative_to(owned.path).as_posix()) as temporary:
         # One entry: safetensors writes several in any order, and the same content shall give the same bytes.
         save_file(tensors, temporary, metadata={"notes": json.dumps(notes, ensure_ascii=False)})
 

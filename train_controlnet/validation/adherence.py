@@ -26,7 +26,7 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.dataset.images import rgb_array
 from maskloom.pipeline.dataset.masks import resize_mask
-from maskloom.pipeline.errors import MaskLoomError, told_when_unwritable
+from maskloom.pipeline.errors import MaskLoomError, report_write_errors
 from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.progress import say
@@ -128,7 +128,7 @@ class AdherenceMeter:
         numbers = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int).tolist()
         images, masks = self._pictures(rows, numbers)
         reader = train_segmenter(images, masks, classes, options, seed, self.device)
-        with told_when_unwritable(path), owned.writing(path.name) as temporary:
+        with report_write_errors(path), owned.writing(path.name) as temporary:
             save_file({name: value.cpu() for name, value in reader.state_dict().items()}, temporary, {"key": key})
         return reader
 
