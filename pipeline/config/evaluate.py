@@ -21,7 +21,7 @@ class EvaluateConfig(Section):
     """`evaluate`: the metrics to compute for every synthetic dataset."""
 
     metrics: Annotated[Plugins, plugin_options(*DEFAULT_METRICS)] = Field(
-        default_factory=lambda: {name: {} for name in DEFAULT_METRICS},
+        {name: {} for name in DEFAULT_METRICS},
         description="file name in evaluate/metrics -> its options",
     )
 

@@ -40,7 +40,7 @@ class GenerateConfig(Section):
     """`generate`: trained generator + mask source -> synthetic mask-and-prompt dataset."""
 
     generators: Annotated[Plugins, plugin_options(*DEFAULT_GENERATORS)] = Field(
-        default_factory=lambda: {name: {} for name in DEFAULT_GENERATORS},
+        {name: {} for name in DEFAULT_GENERATORS},
         description="file name in generate/generators -> its options",
     )
     mask_source: list[Literal["train", "warped"]] = Field(["train", "warped"], min_length=1)
