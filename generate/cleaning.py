@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from maskloom.generate.generator import JointOptions
+from maskloom.pipeline.dataset.components import count_components, largest_components, small_holes
 
 Mask = NDArray[np.uint8]
-TOUCHING = np.ones((3, 3))  # 8-connectivity for the foreground; the background is 4-connected
 
 
 class CleanedMask(NamedTuple):
@@ -47,30 +46,21 @@ def cleaned(mask: Mask, classes: int, options: JointOptions) -> CleanedMask:
     most = options.components or (1 if classes == 2 else None)
     kept, removed = np.zeros_like(mask), 0
     for index in np.unique(mask[mask > 0]):
-        pieces, count = ndimage.label(mask == index, structure=TOUCHING)
-        staying = _largest(pieces, most, smallest)
-        kept[np.isin(pieces, staying)] = index
-        removed += count - len(staying)
+        region = mask == index
+        largest = largest_components(region, most, smallest)
+        kept[largest] = index
+        removed += count_components(region) - count_components(largest)
     without_holes = _filled(kept, mask.size if classes == 2 else smallest)
     before, between, after = (int(np.count_nonzero(one)) for one in (mask, kept, without_holes))
     return CleanedMask(without_holes, removed, before - between, after - between)
 
 
-def _largest(pieces: NDArray[np.int32], most: int | None, smallest: float) -> list[int]:
-    """Return the labels of the `most` largest components of at least `smallest` pixels."""
-    areas = np.bincount(pieces.ravel())[1:]
-    return [int(place) + 1 for place in np.argsort(-areas, kind="stable")[:most] if areas[place] >= smallest]
-
-
 def _filled(mask: Mask, limit: float) -> Mask:
-    """Return the mask with holes of fewer than `limit` pixels filled, except at the image border."""
-    background, _ = ndimage.label(mask == 0)
-    areas = np.bincount(background.ravel())
-    border = np.concatenate([background[0], background[-1], background[:, 0], background[:, -1]])
+    """Return the mask with holes of fewer than `limit` pixels filled with the most frequent class around them."""
+    from skimage.morphology import dilation
+
     filled = mask.copy()
-    for number in np.setdiff1d(np.unique(background), [0, *border]):
-        if areas[number] < limit:
-            hole = background == number
-            around = ndimage.binary_dilation(hole) & ~hole
-            filled[hole] = np.bincount(mask[around]).argmax()
+    for hole in small_holes(mask > 0, limit):
+        around = dilation(hole) & ~hole
+        filled[hole] = np.bincount(mask[around]).argmax()
     return filled

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from maskloom.pipeline.config.generate import WarpConfig
+from maskloom.pipeline.dataset.components import count_components
 from maskloom.pipeline.errors import RejectedSample
 
 WARP_STREAM = 4  # name of this file's random stream under the experiment's seed
@@ -129,7 +130,7 @@ def warp_problem(original: NDArray[np.uint8], warped: NDArray[np.uint8], config:
         ]
         if cut:
             return f"class {index} is cut by the {cut[0]} border"
-        components, components_after = _component_count(before), _component_count(after)
+        components, components_after = count_components(before), count_components(after)
         if components_after > MAX_COMPONENT_FACTOR * components:
             return f"class {index} falls into {components_after} pieces, it had {components}"
     return ""
@@ -140,8 +141,3 @@ SIDES = ("upper", "lower", "left", "right")
 
 def _touched_borders(region: NDArray[np.bool_]) -> tuple[bool, ...]:
     return tuple(bool(line.any()) for line in (region[0], region[-1], region[:, 0], region[:, -1]))
-
-
-def _component_count(region: NDArray[np.bool_]) -> int:
-    """Return the number of 8-connected components."""
-    return int(ndimage.label(region, structure=np.ones((3, 3)))[1])

@@ -14,12 +14,12 @@ from PIL import Image
 
 from maskloom.data_prep.splitting.near_duplicates import signature
 from maskloom.pipeline.dataset.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
+from maskloom.pipeline.dataset.components import count_components
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.progress import progress
 
 PLAIN_SIDE = 64
-TOUCHING = np.ones((3, 3), dtype=bool)  # 8-connectivity
 
 SCHEMA = """
 CREATE TABLE images (
@@ -100,11 +100,9 @@ class AuditIndex:
 
 def mask_regions(mask: Pixels) -> list[tuple[int, float, int]]:
     """Return (class, area fraction, components) of each foreground class of a mask (H, W)."""
-    from scipy.ndimage import label
-
     counts = np.bincount(mask.ravel())
     return [
-        (int(value), float(counts[value] / mask.size), int(label(mask == value, TOUCHING)[1]))
+        (int(value), float(counts[value] / mask.size), count_components(mask == value))
         for value in np.flatnonzero(counts)
         if value > 0
     ]

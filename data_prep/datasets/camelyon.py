@@ -56,13 +56,13 @@ from maskloom.data_prep.processing.tiles import (
     saturation,
     tile_grid,
     tissue_threshold,
-    without_specks,
 )
 from maskloom.data_prep.readers.asap import Annotations, drawn, read_annotations
 from maskloom.data_prep.readers.common import natural_order, unreadable_as_reject
 from maskloom.data_prep.readers.file_names import is_visible
 from maskloom.data_prep.readers.slide_labels import REFERENCE, STAGES, slide_diagnoses
 from maskloom.data_prep.readers.slides import downsample_of_level, downsample_of_mpp, opened_slide, overview, tile_image
+from maskloom.pipeline.dataset.components import FOUR_NEIGHBOURS, without_specks
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 SLIDE = re.compile(r"(?P<kind>normal|tumor|test)_\d{3}|(?P<patient>patient_\d{3})_node_\d")
@@ -321,7 +321,8 @@ class Adapter(DatasetAdapter):
         threshold = tissue_threshold(colours)
         width, height = slide.dimensions
         scale = width / colours.shape[1], height / colours.shape[0]
-        mask = without_specks(colours > threshold, SPECK * grid.span**2 / (scale[0] * scale[1]))
+        smallest = SPECK * grid.span**2 / (scale[0] * scale[1])
+        mask = without_specks(colours > threshold, smallest, connectivity=FOUR_NEIGHBOURS)
         return threshold, mask_shares(grid, mask, scale)
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 from maskloom.data_prep.adapter import RawImage
+from maskloom.pipeline.dataset.components import EIGHT_NEIGHBOURS
 from maskloom.pipeline.dataset.masks import class_counts, resize_mask
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
@@ -87,11 +87,13 @@ def vanished_areas(raw: RawImage, size: tuple[int, int], mode: str) -> dict[int,
     """
     if raw.mask is None:
         return {}
+    from skimage.measure import label
+
     proportions = true_proportions(raw)
     geometry = _in_pixels(fitted_geometry(proportions, size, mode), proportions, raw.image.shape)
     gone = {}
     for index in np.flatnonzero(class_counts(raw.mask)[1:]) + 1:
-        areas, count = ndimage.label(raw.mask == index, structure=np.ones((3, 3)))
+        areas, count = label(raw.mask == index, connectivity=EIGHT_NEIGHBOURS, return_num=True)
         if count > 1:
             small = Image.fromarray(areas.astype(np.int32))
             small = small.resize(geometry.size[::-1], Image.Resampling.NEAREST, box=geometry.box)

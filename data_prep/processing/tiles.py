@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from maskloom.data_prep.readers.asap import Polygon, drawn
 from maskloom.pipeline.errors import RejectedSample
@@ -81,14 +80,6 @@ def tissue_threshold(values: NDArray[np.uint8]) -> int:
     from skimage.filters import threshold_otsu
 
     return max(LEAST_SATURATION, int(threshold_otsu(values)))
-
-
-def without_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
-    """Return the mask without connected components of fewer pixels than `smallest`."""
-    parts, _ = ndimage.label(mask)
-    large = np.bincount(parts.ravel()) >= smallest
-    large[0] = False
-    return large[parts]
 
 
 def mask_shares(grid: TileGrid, mask: NDArray[np.bool_], scale: tuple[float, float]) -> NDArray[np.float64]:

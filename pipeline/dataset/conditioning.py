@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from maskloom.pipeline.dataset.components import without_specks
 from maskloom.pipeline.errors import MaskLoomError
 
 CANNY_SIGMA = 2.0
@@ -76,19 +77,10 @@ def foreground_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return np.zeros(grey.shape, dtype=np.uint8)
     bright = grey > threshold_otsu(grey)
     border = np.concatenate([bright[0], bright[-1], bright[1:-1, 0], bright[1:-1, -1]])
-    islands = _without_specks(bright if border.mean() <= 0.5 else ~bright)
-    filled = ~_without_specks(~islands)
+    foreground = bright if border.mean() <= 0.5 else ~bright
+    islands = without_specks(foreground, SPECK * grey.size)
+    filled = ~without_specks(~islands, SPECK * grey.size)
     return (filled * 255).astype(np.uint8)
-
-
-def _without_specks(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return a region without its 8-connected parts that are smaller than `SPECK`."""
-    from scipy import ndimage
-
-    parts, _ = ndimage.label(region, structure=np.ones((3, 3)))
-    kept = np.bincount(parts.ravel()) >= SPECK * region.size
-    kept[0] = False  # what is not in the region
-    return np.asarray(kept[parts], dtype=np.bool_)
 
 
 def _grey(image: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -10,7 +10,6 @@ from maskloom.data_prep.processing.tiles import (
     saturation,
     tile_grid,
     tissue_threshold,
-    without_specks,
 )
 from maskloom.data_prep.readers.asap import Polygon
 from maskloom.pipeline.errors import RejectedSample
@@ -57,16 +56,6 @@ def test_a_blank_slide_is_not_split_in_two():
     noise = np.random.default_rng(0).integers(0, 8, (100, 100), dtype=np.uint8)
     assert tissue_threshold(noise) >= noise.max()
     assert tissue_threshold(np.zeros((5, 5), np.uint8)) > 0
-
-
-def test_specks_go_and_parts_stay_whole():
-    mask = np.zeros((20, 20), bool)
-    mask[2:4, 2:4] = mask[10:15, 10:15] = True
-    kept = without_specks(mask, 5)
-    assert kept[10:15, 10:15].all() and kept.sum() == 25
-    np.testing.assert_array_equal(without_specks(mask, 4), mask)
-    assert not without_specks(np.zeros((3, 3), bool), 2).any()
-    assert without_specks(np.ones((3, 3), bool), 2).all()
 
 
 def test_shares_of_a_mask_are_its_means():
