@@ -1,4 +1,5 @@
 """The stage `evaluate`: does the synthetic data help, is it faithful, does it leak patients?
 
-It trains segmenters and classifiers to measure with, never a generator, and imports no other stage.
+It trains segmentation models and classifiers to measure with, but no generator, and imports no
+other stage.
 """

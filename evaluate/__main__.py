@@ -1,4 +1,4 @@
-"""`python -m evaluate --config FILE [--force] [key=value ...]`."""
+"""`python -m evaluate --config FILE [--force] [KEY=VALUE ...]`."""
 
 import typer
 
@@ -13,7 +13,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Evaluate every synthetic dataset with the configured metrics; writes one JSON file per question."""
+    """Evaluate every synthetic dataset with the configured metrics, one JSON file per question."""
     experiment = loaded(config, overrides)
     from maskloom.evaluate.evaluate import evaluate
 

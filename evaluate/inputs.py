@@ -1,4 +1,4 @@
-"""What every metric reads: the real splits and the synthetic sets, opened only when asked for."""
+"""The inputs of every metric: the real splits and the synthetic sets, read only when needed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ImageSet:
     """One split of a mask-and-prompt dataset.
 
     Attributes:
-        name: what tables call it, such as `real train` or a generator's name.
-        dataset: where it lies; already verified.
+        name: its name in tables, such as `real train` or a generator's name.
+        dataset: the dataset, already verified.
         split: `train`, `validation`, `test` or `external_NAME`.
-        group_of: group of each real sample id; gives synthetic images their parents' groups.
+        group_of: the group of each real sample id; synthetic images look up their parents there.
     """
 
     name: str
@@ -43,19 +43,22 @@ class ImageSet:
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
-        """`sample_id`, `group_id`, `parent_id` and `label` of every row, read without decoding an image."""
+        """`sample_id`, `group_id`, `parent_id` and `label` of every row; no image is decoded."""
         names = ["sample_id", "group_id", "parent_id", "label"]
         rows = list(self.dataset.rows(self.split, names))
         return {name: [row[name] for row in rows] for name in names}
 
     @property
     def parents(self) -> list[str | None]:
-        """Sample id of the real image whose mask each synthetic image was drawn from; None for real images."""
+        """Sample id of the real image whose mask each synthetic image was generated from.
+
+        None for real images.
+        """
         return self.columns["parent_id"]
 
     @property
     def groups(self) -> list[str]:
-        """Group of each image: for a synthetic one its parent's, because siblings are not independent."""
+        """Group of each image; a synthetic image has its parent's: siblings are not independent."""
         pairs = zip(self.columns["parent_id"], self.columns["group_id"], strict=True)
         return [self.group_of.get(parent, group) if parent else group for parent, group in pairs]
 
@@ -65,12 +68,15 @@ class ImageSet:
         return np.array([-1 if label is None else label for label in self.columns["label"]], dtype=np.int64)
 
     def batches(self, column: str, size: tuple[int, int] | None = None) -> Iterator[list[Images | None]]:
-        """Yield up to 64 images at a time, in the dataset's order, so that memory does not grow with the dataset.
+        """Yield up to 64 images at a time, in the dataset's order.
+
+        Memory does not grow with the dataset.
 
         Args:
             column: `image` or `mask`.
-            size: (height, width) to resize to (images antialiased; masks by nearest neighbour, where no class vanishes), or None: as they are, but where the dataset has
-                buckets; then the dataset's `image_size`.
+            size: (height, width) to resize to. Images are antialiased; masks use nearest neighbour
+                in a way that no class vanishes. None: unchanged, except that a dataset with buckets
+                is resized to its `image_size`.
 
         Yields:
             (H, W) or (H, W, 3) uint8 each; None where a row has no mask.
@@ -92,7 +98,10 @@ class ImageSet:
         return np.array(arrays, dtype=np.uint8).reshape(len(arrays), height, width, about.channels)
 
     def masks(self, size: tuple[int, int] | None = None) -> tuple[Images, NDArray[np.bool_]]:
-        """Return all masks, (N, H, W) uint8 class indices, and whether each image has one, (N,); zeros where not."""
+        """Return all masks, (N, H, W) uint8 class indices, and whether each image has one, (N,).
+
+        The mask of an image without one is all zeros.
+        """
         blank = np.zeros(size or self.dataset.description.image_size, dtype=np.uint8)
         arrays = [array for batch in self.batches("mask", size) for array in batch]
         stacked = np.array([blank if array is None else array for array in arrays], dtype=np.uint8)
@@ -116,15 +125,15 @@ def in_batches(images: Images) -> Iterator[list[Images | None]]:
 
 @dataclass
 class EvaluationInputs:
-    """All that a metric may look at.
+    """The data that a metric may use.
 
     Attributes:
         real: the real dataset.
         train, validation, test: its splits.
         synthetic: synthetic sets by generator name, in the configuration's order.
-        backbone: of the configuration; None where none is fine-tuned.
-        seed: of everything random.
-        externals: further test sets, by the name of the dataset that they come from; empty where there are none.
+        backbone: the configured backbone; None if none is fine-tuned.
+        seed: seed of all random numbers.
+        externals: external test sets by the name of the dataset that they come from.
     """
 
     real: MaskPromptDataset
@@ -139,7 +148,7 @@ class EvaluationInputs:
 
     @cached_property
     def device(self) -> str:
-        """`cuda` where there is one, else `cpu`."""
+        """`cuda` if available, otherwise `cpu`."""
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,12 +159,15 @@ class EvaluationInputs:
         return self.real.description.mask_classes
 
     def counts(self) -> dict[str, int]:
-        """Return the number of images of every set by its name; not of external test sets, which only downstream models meet."""
+        """Return the number of images of every set by its name.
+
+        External test sets are left out: only downstream models use them.
+        """
         sets = [self.train, self.validation, self.test, *self.synthetic.values()]
         return {image_set.name: len(image_set) for image_set in sets}
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return `compute()`, computed once a key and kept for the metrics that follow."""
+        """Return `compute()`, computed once per key and kept for later metrics."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -167,7 +179,7 @@ def open_inputs(
     backbone: BackboneSource | None,
     seed: int,
 ) -> EvaluationInputs:
-    """Return the inputs over datasets that were verified."""
+    """Return the inputs of a real dataset and synthetic ones by generator name, all verified."""
     splits = {split: ImageSet(f"real {split}", real, split) for split in ("train", "validation", "test")}
     group_of = {
         sample: group

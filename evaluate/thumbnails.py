@@ -1,4 +1,4 @@
-"""Small pictures for the report."""
+"""Thumbnails and image grids for the report."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ def coloured_mask(mask: NDArray[np.uint8], palette: Sequence[Sequence[int]]) -> 
     return np.asarray(palette, dtype=np.uint8)[mask]
 
 
-def picture_grid(rows: Sequence[Sequence[NDArray[np.uint8]]], side: int) -> NDArray[np.uint8]:
-    """Return tiles in rows on white, ((side + gap) rows, (side + gap) columns, 3) uint8; rows are of one length."""
+def image_grid(rows: Sequence[Sequence[NDArray[np.uint8]]], side: int) -> NDArray[np.uint8]:
+    """Return images in a grid on white, (height, width, 3) uint8.
+
+    Args:
+        rows: the images of each row of the grid, all rows of one length; see `rgb_tile`.
+        side: side in pixels to which each image is resized.
+    """
     height, width = len(rows) * (side + GAP) - GAP, len(rows[0]) * (side + GAP) - GAP
     canvas = np.full((height, width, 3), 255, dtype=np.uint8)
     for i, row in enumerate(rows):

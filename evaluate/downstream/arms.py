@@ -1,4 +1,7 @@
-"""The arms of a downstream comparison and their training data. All arms take the same number of optimizer steps."""
+"""The arms of a downstream comparison and their training data.
+
+All arms are trained for the same number of optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,13 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm trains on."""
+    """The training data of one arm.
+
+    Attributes:
+        title: the arm's name in the report.
+        real, synthetic: whether it trains on real and on synthetic images.
+        augmented: whether the standard augmentation is applied.
+    """
 
     title: str
     real: bool
@@ -47,7 +56,7 @@ ARMS: dict[str, Arm] = {
 
 
 class ArmOptions(Section):
-    """Which arms are compared, and how."""
+    """The arms of the comparison, and the number of trainings and bootstrap draws."""
 
     arms: tuple[ArmName, ...] = ("real", "real_augmented", "real_synthetic", "synthetic")
     seeds: Trainings = Field(3, ge=1, description="trainings per arm; 5 for a result to publish")
@@ -73,10 +82,10 @@ class ArmOptions(Section):
 
 
 def chosen_generator(inputs: EvaluationInputs, name: str | None) -> ImageSet | None:
-    """Return the synthetic set that the arms train on; None where there is no synthetic set at all.
+    """Return the synthetic set that the arms train on; None if there is no synthetic set at all.
 
     Raises:
-        MaskLoomError: the named generator has no set (lists those that have).
+        MaskLoomError: the named generator has no set; lists those that have one.
     """
     if name is not None and name not in inputs.synthetic:
         raise MaskLoomError(f"generator={name!r} has no synthetic set: {nearest_name(name, list(inputs.synthetic))}")
@@ -88,18 +97,25 @@ def chosen_generator(inputs: EvaluationInputs, name: str | None) -> ImageSet | N
 
 
 def other_generators(inputs: EvaluationInputs, options: ArmOptions, chosen: ImageSet) -> list[ImageSet]:
-    """Return the synthetic sets besides the chosen one that an arm is trained with: all or none."""
+    """Return the other synthetic sets that get an arm: all with `every_generator`, else none."""
     return [one for one in inputs.synthetic.values() if options.every_generator and one.name != chosen.name]
 
 
 def arm_title(name: str) -> str:
-    """Return an arm's name for readers; one with another generator's images is called `real_synthetic:GENERATOR`."""
+    """Return an arm's name in the report.
+
+    Args:
+        name: the arm's name, or `real_synthetic:GENERATOR` for one with another generator's images.
+    """
     kind, _, generator = name.partition(":")
     return f"{ARMS[kind].title} by {generator}" if generator else ARMS[kind].title
 
 
 def limited_rows(real: int, synthetic: int, options: ArmOptions, seed: int) -> NDArray[np.int64]:
-    """Return which synthetic images are used, in order: all, or a random part that keeps to `synthetic_per_real`."""
+    """Return the sorted numbers of the synthetic images that are used.
+
+    All, or a random part of at most `synthetic_per_real` images per real one.
+    """
     most = (
         synthetic
         if options.synthetic_per_real is None
@@ -121,15 +137,15 @@ def train_arms(
     seed: int,
     train: Callable[[Pair, int, Augment | None], Outcome],
 ) -> dict[str, list[Outcome]]:
-    """Return what `train(data, seed, augment)` gives for every arm, one a seed.
+    """Return what `train(data, seed, augment)` returns for every arm, one result per seed.
 
     Args:
         options: the arms and the number of seeds.
         real: real images (N, H, W, C) and their targets.
-        generated: synthetic images and their targets by generator; the first is the one that `options.arms` are about, each other one is an arm
-            of its own with the real images.
+        generated: synthetic images and their targets by generator; `options.arms` use the first,
+            and each other one makes an arm of its own together with the real images.
         seed: the first seed.
-        train: trains one model and returns what came of it on the test images, external ones included.
+        train: trains one model and returns its results on the test images, external ones included.
     """
     augment = standard_augmentation(options.augmentation)
     (_, chosen), *others = generated.items()

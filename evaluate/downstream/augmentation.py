@@ -1,6 +1,7 @@
-"""The standard augmentation that every synthetic-data claim must be compared with: flips, small affine changes, contrast.
+"""The standard augmentation that synthetic data must be compared with: flips, affine, contrast.
 
-Whole batches on the device, images and masks alike; MONAI's random transforms work on one sample at a time, on the CPU.
+It transforms whole batches on the device, images and masks alike; MONAI's random transforms work on
+one sample at a time, on the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class AugmentationOptions(Section):
-    """Ranges that are drawn from evenly."""
+    """The ranges of the augmentation; values are drawn uniformly from them."""
 
     flip_horizontal: bool = True
     rotation_degrees: float = Field(15.0, ge=0, le=180)
@@ -32,8 +33,9 @@ class AugmentationOptions(Section):
 def standard_augmentation(options: AugmentationOptions) -> Augment:
     """Return a function (images, targets, generator) -> (images, targets).
 
-    Images are (B, C, H, W) in [-1, 1]; targets are masks (B, H, W), which move with their images, or labels (B,), which stay.
-    Masks are read by nearest neighbour: what a copy moves out of the picture, or shrinks below a pixel, is in neither image nor mask.
+    Images are (B, C, H, W) in [-1, 1]. Targets are masks (B, H, W), which are transformed with
+    their images, or labels (B,), which stay. Masks are sampled by nearest neighbour. A structure
+    that is moved out of the image, or shrunk below a pixel, is missing from image and mask alike.
     """
     import torch
 
@@ -52,13 +54,13 @@ def standard_augmentation(options: AugmentationOptions) -> Augment:
 
 
 def random_matrices(count: int, aspect: float, options: AugmentationOptions, random: torch.Generator) -> Tensor:
-    """Return (count, 2, 3) affine matrices from output to input coordinates, both in [-1, 1] along each side.
+    """Return (count, 2, 3) affine matrices from output to input coordinates, each in [-1, 1].
 
     Args:
-        count: how many.
+        count: number of matrices.
         aspect: the images' height / width; keeps rotations rigid.
         options: the ranges.
-        random: where the draws come from.
+        random: the random number generator.
     """
     import torch
 

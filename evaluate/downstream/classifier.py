@@ -19,7 +19,7 @@ BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
 
 
 class ClassifierOptions(FixedSteps):
-    """Size and training of the classifier."""
+    """Input size, architecture and training of the classifier."""
 
     image_size: Size = (256, 256)
     architecture: Literal["resnet10", "resnet18", "densenet121"] = "resnet18"
@@ -27,9 +27,12 @@ class ClassifierOptions(FixedSteps):
 
 
 def build_classifier(options: ClassifierOptions, image_channels: int, classes: int, seed: int) -> nn.Module:
-    """Return an untrained network, (B, image_channels, H, W) in [-1, 1] to (B, classes) logits; the same seed, the same weights.
+    """Return an untrained classifier.
 
-    He et al. 2016 (ResNet) or Huang et al. 2017 (DenseNet), as MONAI builds them for two dimensions.
+    It maps (B, image_channels, H, W) in [-1, 1] to (B, classes) logits.
+
+    He et al. 2016 (ResNet) or Huang et al. 2017 (DenseNet), as MONAI builds them for two
+    dimensions. The same seed gives the same weights.
     """
     import torch
     from monai.networks.nets.densenet import DenseNet121
@@ -65,13 +68,13 @@ def train_classifier(
         images: (N, H, W, C) uint8.
         labels: (N,) class indices below `classes`.
         classes: number of classes.
-        options: size and training.
-        seed: of the weights, the batches and the augmentation.
+        options: input size, architecture and training.
+        seed: seed of the weights, the batches and the augmentation.
         device: `cpu` or `cuda`.
         augment: see `train_fixed_steps`.
 
     Raises:
-        MaskLoomError: no images, or the loss stopped being a number.
+        MaskLoomError: there are no images, or the loss was not finite.
     """
     import torch
 

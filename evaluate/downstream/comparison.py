@@ -1,4 +1,4 @@
-"""Arms against the real-only baseline: figures, paired differences, and the verdict in words."""
+"""Comparison of arms with the real-only baseline: scores, paired differences and the verdict."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ TOO_FEW = "too few test groups to tell"
 
 @dataclass(frozen=True)
 class ArmScores:
-    """What an arm's models reached on the images of a test set.
+    """The scores of an arm's models on the images of a test set.
 
     Attributes:
         statistics: for each seed, the statistic of each score by its name.
-        per_image: (seeds, N) what the signed-rank test compares, for each test image; NaN where not defined.
+        per_image: (seeds, N) the values of each test image that the signed-rank test compares; NaN
+            if not defined.
     """
 
     statistics: Sequence[Mapping[str, Statistic]]
@@ -47,10 +48,10 @@ class Protocol:
     Attributes:
         groups: the group of each of N test images.
         primary: the score that the verdict is about; higher is better.
-        tested: what `ArmScores.per_image` holds, in words.
-        shown: scores in the table of changes; the values hold all.
-        resamples: bootstrap draws.
-        seed: of the draws.
+        tested: what `ArmScores.per_image` contains, in words.
+        shown: scores in the table of changes; the values of the result contain all.
+        resamples: number of bootstrap draws.
+        seed: seed of the draws.
         external: name of the external test set; None for the dataset's own test split.
     """
 
@@ -64,13 +65,13 @@ class Protocol:
 
     @property
     def place(self) -> str:
-        """What titles add where the test set is an external one."""
+        """The end of a table's title that names an external test set."""
         return f" on the {self.external}" if self.external else ""
 
 
 @dataclass
 class Comparison:
-    """The finished comparison."""
+    """The result of a comparison: verdict, tables, values for machines, and warnings."""
 
     verdict: str
     tables: list[Table]
@@ -81,13 +82,14 @@ class Comparison:
 def compare_on_test_sets(
     arms: Mapping[str, Mapping[str, ArmScores]], protocol: Protocol, external_groups: Mapping[str, Sequence[str]]
 ) -> Comparison:
-    """Return the comparison on the dataset's own test images, followed by the same on each external test set.
+    """Return the comparison on the dataset's own test images, then on each external test set.
 
-    The verdict is the own test's; one more sentence for each external set says whether the same conclusion holds there.
+    The verdict is that on the dataset's own test images. One more sentence per external set says
+    whether the same conclusion holds there.
 
     Args:
-        arms: by test set, the dataset's own first, and arm.
-        protocol: how they are compared on the own test set.
+        arms: scores by test set, the dataset's own first, and arm.
+        protocol: how they are compared on the dataset's own test images.
         external_groups: the group of each image of each external test set.
     """
     own = compare_arms(next(iter(arms.values())), protocol)
@@ -109,7 +111,7 @@ def compare_arms(arms: Mapping[str, ArmScores], protocol: Protocol) -> Compariso
     """Return scores, paired differences to the baseline and the verdict.
 
     Args:
-        arms: by name; must hold the baseline `real`.
+        arms: scores by arm; must contain the baseline `real`.
         protocol: how they are compared.
     """
     bootstrap = Bootstrap(protocol.groups, protocol.resamples, protocol.seed)
@@ -129,7 +131,7 @@ def compare_arms(arms: Mapping[str, ArmScores], protocol: Protocol) -> Compariso
 
 
 def _score_values(scores: ArmScores, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
-    """Return each score's interval over the mean of the seeds, and its value at each seed."""
+    """Return each score averaged over the seeds, with its interval, and its value for each seed."""
     return {
         name: {
             **bootstrap.interval(mean_statistic([by_name[name] for by_name in scores.statistics])).model_dump(),
@@ -140,7 +142,7 @@ def _score_values(scores: ArmScores, bootstrap: Bootstrap) -> dict[str, dict[str
 
 
 def _all_changes(arms: Mapping[str, ArmScores], protocol: Protocol, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
-    """Return, for every arm but the baseline, the change of each score, and the test of its images against the baseline's."""
+    """Return, for every arm but the baseline, each score's change, the test and the finding."""
     others = [arm for arm in arms if arm != BASELINE]
     p_values = [
         wilcoxon_p_value((arms[arm].per_image - arms[BASELINE].per_image).mean(axis=0), protocol.groups)
@@ -155,7 +157,10 @@ def _all_changes(arms: Mapping[str, ArmScores], protocol: Protocol, bootstrap: B
 
 
 def _changes(arm: ArmScores, baseline: ArmScores, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return each score's change: interval over the mean of the seeds, paired by image and seed, and its value at each seed."""
+    """Return each score's change, averaged over the seeds with its interval, and for each seed.
+
+    Changes are paired by image and seed.
+    """
     found: dict[str, Any] = {}
     for name in baseline.statistics[0]:
         pairs = zip(arm.statistics, baseline.statistics, strict=True)
@@ -202,11 +207,14 @@ def _score_table(scores: Mapping[str, Mapping[str, Any]], protocol: Protocol, bo
 
 
 def generator_figures(comparison: Comparison, generator: str) -> list[Figure]:
-    """Return what models reach with each generator's images added to the real ones, how much that changes, and what real images alone reach.
+    """Return the main figures of each generator: the score with its images, and the change.
+
+    The score of real images alone is included.
 
     Args:
-        comparison: the finished one.
-        generator: whose images the arm `real_synthetic` has; every other arm of this kind bears its generator's name.
+        comparison: the finished comparison.
+        generator: the generator of the arm `real_synthetic`; the names of other arms of this kind
+            contain their generator.
     """
     primary, arms = comparison.values["primary"], comparison.values["arms"]
     reached = [Figure(of=REAL, name=primary, better="higher", **_interval_of(arms[BASELINE][primary]).model_dump())]
@@ -221,7 +229,7 @@ def generator_figures(comparison: Comparison, generator: str) -> list[Figure]:
 
 
 def finding(interval: Interval, by_seed: Sequence[float]) -> str:
-    """Return `helped`, `hurt`, `no clear benefit`, or that it cannot be told.
+    """Return `helped`, `hurt`, `no clear benefit`, or that there are too few groups to tell.
 
     A change counts only if its interval excludes zero and every seed agrees on its sign.
     """
@@ -235,18 +243,21 @@ def finding(interval: Interval, by_seed: Sequence[float]) -> str:
 
 
 def _verdict(changes: Mapping[str, Mapping[str, Any]], primary: str) -> str:
-    """Return the sentence for the headline's arm."""
+    """Return the verdict on the arm of `_headline_arm`."""
     arm = _headline_arm(changes)
     return f"{arm_title(arm)} changed {primary} by {_interval_of(changes[arm][primary])}: {changes[arm]['finding']}."
 
 
 def _headline_arm(changes: Mapping[str, Any]) -> str:
-    """Return the arm that the verdict is about: real + synthetic, or the one that comes first where that was not trained."""
+    """Return the arm of the verdict: real + synthetic if it was trained, else the first one."""
     return WITH_SYNTHETIC if WITH_SYNTHETIC in changes else next(iter(changes))
 
 
 def _external_sentence(name: str, external: Comparison, own: Comparison) -> str:
-    """Return what the headline's arm did on an external test set, and whether that is the own test's conclusion."""
+    """Return the sentence with the change on an external test set.
+
+    It says whether the conclusion is the same as on the dataset's own test images.
+    """
     primary, arm = own.values["primary"], _headline_arm(own.values["differences"])
     here, there = (one.values["differences"][arm] for one in (own, external))
     conclusion = ", the same conclusion" if here["finding"] == there["finding"] else ", another conclusion"
@@ -262,6 +273,6 @@ def _warnings(arms: Mapping[str, ArmScores], protocol: Protocol, clusters: int) 
     if clusters < FEW_GROUPS:
         found.append(f"only {clusters} test group(s): intervals are imprecise")
     seeds = len(arms[BASELINE].statistics)
-    if seeds < FEW_SEEDS and not protocol.external:  # once is enough: the models are the same everywhere
+    if seeds < FEW_SEEDS and not protocol.external:  # reported once: all test sets share the models
         found.append(f"only {seeds} seed(s): at least {FEW_SEEDS} are needed to tell an effect from chance")
     return found

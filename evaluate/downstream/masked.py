@@ -1,4 +1,4 @@
-"""Images with masks, as the segmenter wants them."""
+"""Images with masks, as arrays for the segmentation model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class MaskedImages:
         images: (N, H, W, C) uint8.
         masks: (N, H, W) uint8 class indices.
         groups: group of each image.
-        parents: real sample behind each synthetic image; None for real ones.
-        without_mask: how many images of the set were left out because they have no mask.
+        parents: sample id of the real image whose mask each synthetic image was generated from;
+            None for real images.
+        without_mask: number of images of the set that were left out because they have no mask.
     """
 
     images: NDArray[np.uint8]
@@ -34,7 +35,10 @@ class MaskedImages:
 
 
 def masked_images(inputs: EvaluationInputs, image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
-    """Return the images of a set that have a mask, at (height, width); read once."""
+    """Return the images of a set that have a mask, at (height, width).
+
+    They are read once and kept for later metrics.
+    """
     loaded: MaskedImages = inputs.once(("masked", image_set.name, size), lambda: _load(image_set, size))
     return loaded
 

@@ -1,7 +1,8 @@
 """Does the synthetic data help a classification model on real test images?
 
-The same classifier is trained on each arm for the same number of steps and with the same seeds. No checkpoint is selected: the weights
-of the last step are scored once on the test images and on those of external test sets; the validation split is not used.
+The same classifier is trained on each arm for the same number of steps and with the same seeds. No
+checkpoint is selected: the weights of the last step are scored once on the test images and on those
+of external test sets; the validation split is not used.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from maskloom.pipeline.training.fixed_steps import Augment
 VERSION = 2
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
+TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
 TESTED = "the probability of the true class"  # right or wrong alone would tie almost everywhere
 
 
@@ -39,7 +41,13 @@ class Options(ClassifierOptions, ArmOptions):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """The images of a set that have a label: (N, H, W, C) uint8, (N,) class indices, and their groups."""
+    """The images of a set that have a label.
+
+    Attributes:
+        images: (N, H, W, C) uint8.
+        labels: (N,) class indices.
+        groups: group of each image.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -77,6 +85,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     protocol = Protocol(test.groups, PRIMARY, TESTED, shown, options.resamples, inputs.seed)
     comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
     labels = inputs.real.description.labels
+    baseline = comparison.values["arms"]["real"][PRIMARY]["value"]
     return MetricResult(
         question=QUESTION,
         verdict=f"Classification: {comparison.verdict}",
@@ -87,7 +96,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             *_class_warnings(test, labels),
             *(f"{name}: {text}" for name, part in externals.items() for text in _class_warnings(part, labels)),
             *(f"{name}: no image has a label, so it is left out" for name in found if name not in externals),
-            *_ceiling_warning(comparison.values["arms"]["real"][PRIMARY]["value"]),
+            *(
+                [f"real images alone reach a {PRIMARY} of {baseline:.3f}: this task is too easy to show a benefit"]
+                if baseline is not None and baseline >= TOO_EASY
+                else []
+            ),
         ],
         limits=[
             f"Valid for {options.architecture}, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
@@ -127,7 +140,7 @@ def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str
 
 
 def _limited(part: LabelledImages, real: int, options: Options, seed: int) -> Pair:
-    """Return the images and labels of a synthetic set for an arm, given `real` real ones."""
+    """Return the images and labels of a synthetic set that arms use, beside `real` real images."""
     rows = limited_rows(real, len(part), options, seed)
     return part.images[rows], part.labels[rows]
 
@@ -139,13 +152,15 @@ def scored_arms(
     generated: Mapping[str, Pair],
     tests: Mapping[str, LabelledImages],
 ) -> dict[str, dict[str, ArmScores]]:
-    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them.
+    """Return the scores of every arm's models, by test set and arm.
+
+    Each model is trained once and scored on all test sets.
 
     Args:
-        inputs: the evaluation's.
-        options: the metric's.
+        inputs: the inputs of the evaluation.
+        options: the options of the metric.
         real: real train images and labels.
-        generated: the same of synthetic sets, see `train_arms`.
+        generated: images and labels of synthetic sets by generator, see `train_arms`.
         tests: test sets by name.
     """
     names = inputs.real.description.labels
@@ -168,12 +183,6 @@ def arm_scores(
     """Return an arm's statistics, one set per seed, from its predicted probabilities (N, K)."""
     statistics = [classification_statistics(labels, one, names) for one in probabilities]
     return ArmScores(statistics, np.stack([one[np.arange(len(labels)), labels] for one in probabilities]))
-
-
-def _ceiling_warning(baseline: float | None) -> list[str]:
-    if baseline is None or baseline < 0.98:
-        return []
-    return [f"real images alone reach a {PRIMARY} of {baseline:.3f}: this task is too easy to show a benefit"]
 
 
 def _class_warnings(test: LabelledImages, names: Sequence[str]) -> list[str]:

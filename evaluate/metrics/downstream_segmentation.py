@@ -1,7 +1,8 @@
 """Does the synthetic data help a segmentation model on real test images?
 
-The same U-Net is trained on each arm for the same number of steps and with the same seeds. No checkpoint is selected: the weights of the
-last step are scored once on the test images and on those of external test sets; the validation split is not used.
+The same U-Net is trained on each arm for the same number of steps and with the same seeds. No
+checkpoint is selected: the weights of the last step are scored once on the test images and on those
+of external test sets; the validation split is not used.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 VERSION = 2
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
 PRIMARY = "Dice"
-BATCH = 64  # images that are predicted and scored at a time
+BATCH = 64  # images predicted and scored at a time
 
 Scores = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Dice and IoU of every image and foreground class, each (N, K - 1)."""
@@ -113,7 +114,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 
 
 def _limited(part: MaskedImages, real: int, options: Options, seed: int) -> Pair:
-    """Return the images and masks of a synthetic set for an arm, given `real` real ones."""
+    """Return the images and masks of a synthetic set that arms use, beside `real` real images."""
     rows = limited_rows(real, len(part), options, seed)
     return part.images[rows], part.masks[rows]
 
@@ -125,13 +126,15 @@ def scored_arms(
     generated: Mapping[str, Pair],
     tests: Mapping[str, MaskedImages],
 ) -> dict[str, dict[str, ArmScores]]:
-    """Return the scores of every arm's models, by test set and arm; each model is trained once and scored on all of them.
+    """Return the scores of every arm's models, by test set and arm.
+
+    Each model is trained once and scored on all test sets.
 
     Args:
-        inputs: the evaluation's.
-        options: the metric's.
+        inputs: the inputs of the evaluation.
+        options: the options of the metric.
         real: real train images and masks.
-        generated: the same of synthetic sets, see `train_arms`.
+        generated: images and masks of synthetic sets by generator, see `train_arms`.
         tests: test sets by name.
     """
     count = len(inputs.classes)
@@ -151,7 +154,7 @@ def scored_arms(
 
 
 def image_scores(network: nn.Module, test: MaskedImages, classes: int, device: str) -> Scores:
-    """Return a network's scores of every test image; no prediction is kept."""
+    """Return a network's scores on every test image; predictions are not kept."""
     dice, iou = [], []
     for start in range(0, len(test), BATCH):
         part = slice(start, start + BATCH)

@@ -1,9 +1,10 @@
 """Does a synthetic image show the mask that it was made from?
 
-A segmentation model trained on real images only segments each synthetic image. Dice and IoU compare its prediction with the mask
-that the image was conditioned on; the same model on real test images gives the reference. The masks come from the train split, and a
-model may memorise its training masks. The real groups are therefore split into folds, and each synthetic image is segmented by the
-models that were not trained on its parent's group.
+A segmentation model trained on real images only segments each synthetic image. Dice and IoU
+compare its prediction with the mask that the image was conditioned on; the same model on real test
+images gives the reference. The masks come from the train split, and a model may memorise its
+training masks. The real groups are therefore split into folds, and each synthetic image is
+segmented by the models that were not trained on its parent's group.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Options(SegmenterOptions):
 
 
 @dataclass(frozen=True)
-class Reader:
+class FoldModel:
     """A segmentation model and the real groups that it was trained on."""
 
     network: nn.Module
@@ -65,7 +66,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SetScores:
     """Scores of one set, each (N, classes - 1).
 
     Attributes:
@@ -91,99 +92,104 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     train = masked_images(inputs, inputs.train, options.image_size)
     if not len(train) or len(inputs.classes) < 2:
         return skipped_result(QUESTION, "the real train images have no masks")
-    readers = trained_readers(inputs, train, options)
-    readings = []
+    models = train_fold_models(inputs, train, options)
+    scored_sets = []
     for image_set in (inputs.test, *inputs.synthetic.values()):
         masked = masked_images(inputs, image_set, options.image_size)
         if len(masked):
-            readings.append(read_set(image_set.name, masked, readers, inputs, options))
-    return _result(inputs, options, train, readings)
+            scored_sets.append(score_set(image_set.name, masked, models, inputs, options))
+    return _result(inputs, options, train, scored_sets)
 
 
-def trained_readers(inputs: EvaluationInputs, train: MaskedImages, options: Options) -> list[Reader]:
+def train_fold_models(inputs: EvaluationInputs, train: MaskedImages, options: Options) -> list[FoldModel]:
     """Return one segmentation model per fold, each trained on all real groups outside the fold."""
     fold = group_index(train.groups)
     folds = min(options.folds, int(fold.max()) + 1)
     fold = np.random.default_rng(inputs.seed).permutation(int(fold.max()) + 1)[fold] % folds
-    readers = []
+    models = []
     with progress("training segmentation models on real images", folds, "models") as advance:
         for out in range(folds):
             kept = np.flatnonzero(fold != out) if folds > 1 else np.arange(len(train))
             network = train_segmenter(
                 train.images[kept], train.masks[kept], len(inputs.classes), options, inputs.seed + out, inputs.device
             )
-            readers.append(Reader(network, frozenset(train.groups[i] for i in kept)))
+            models.append(FoldModel(network, frozenset(train.groups[i] for i in kept)))
             advance()
-    return readers
+    return models
 
 
-def read_set(
-    name: str, masked: MaskedImages, readers: list[Reader], inputs: EvaluationInputs, options: Options
-) -> Reading:
-    """Return a set's scores, averaged for each image over the models not trained on its group (over all if all were)."""
-    seen = np.array([[group in reader.groups for reader in readers] for group in masked.groups])
+def score_set(
+    name: str, masked: MaskedImages, models: list[FoldModel], inputs: EvaluationInputs, options: Options
+) -> SetScores:
+    """Return a set's scores, averaged for each image over the models not trained on its group.
+
+    Where all models were trained on the group, all are used.
+    """
+    seen = np.array([[group in model.groups for model in models] for group in masked.groups])
     weights = np.where(seen.all(axis=1, keepdims=True), 1.0, ~seen)
     weights /= weights.sum(axis=1, keepdims=True)
-    predictions = [predicted_masks(reader.network, masked.images, inputs.device) for reader in readers]
+    predictions = [predicted_masks(model.network, masked.images, inputs.device) for model in models]
     classes = len(inputs.classes)
     random = np.random.default_rng(inputs.seed)
     others = [masked.masks[_derangement(len(masked), random)] for _ in range(options.shuffles)]
 
-    def mean_over_readers(scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        return np.einsum("nr,rnc->nc", weights, np.stack(scores))
+    def mean_over_models(scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        return np.einsum("nm,mnc->nc", weights, np.stack(scores))
 
-    dice = mean_over_readers([dice_scores(prediction, masked.masks, classes) for prediction in predictions])
-    iou = mean_over_readers([iou_scores(prediction, masked.masks, classes) for prediction in predictions])
+    dice = mean_over_models([dice_scores(prediction, masked.masks, classes) for prediction in predictions])
+    iou = mean_over_models([iou_scores(prediction, masked.masks, classes) for prediction in predictions])
     chance = np.mean(
-        [mean_over_readers([dice_scores(p, other, classes) for p in predictions]) for other in others], axis=0
+        [mean_over_models([dice_scores(p, other, classes) for p in predictions]) for other in others], axis=0
     )
-    return Reading(name, dice, iou, chance, masked.groups)
+    return SetScores(name, dice, iou, chance, masked.groups)
 
 
 def _derangement(count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Return a random cyclic permutation: no image keeps its own mask (unless it is the only one)."""
+    """Return a random cyclic permutation: no image keeps its own mask unless it is the only one."""
     order = random.permutation(count)
     partner = np.empty(count, dtype=np.int64)
     partner[order] = np.roll(order, 1)
     return partner
 
 
-def _result(inputs: EvaluationInputs, options: Options, train: MaskedImages, readings: list[Reading]) -> MetricResult:
-    table, values = _table(inputs, options, readings)
-    synthetic = [reading for reading in readings if reading.name in inputs.synthetic]
+def _result(
+    inputs: EvaluationInputs, options: Options, train: MaskedImages, scored_sets: list[SetScores]
+) -> MetricResult:
+    table, values = _table(inputs, options, scored_sets)
+    synthetic = [scored for scored in scored_sets if scored.name in inputs.synthetic]
     return MetricResult(
         question=QUESTION,
-        verdict=_verdict(values, [reading.name for reading in synthetic], inputs.test.name),
+        verdict=_verdict(values, [scored.name for scored in synthetic], inputs.test.name),
         tables=[table],
-        warnings=_warnings(inputs, train, readings),
+        warnings=_warnings(inputs, train, scored_sets),
         limits=[
             "The segmentation model is imperfect and was trained on real images only: a low score means that an image does not follow its mask, or that it does not look like real images.",
             "A good score says nothing about texture, pathology or diversity.",
         ],
-        figures=_figures(values, {inputs.test.name: REAL, **{reading.name: reading.name for reading in synthetic}}),
+        figures=_figures(values, {inputs.test.name: REAL, **{scored.name: scored.name for scored in synthetic}}),
         values=values,
-        n={"real train": len(train), **{reading.name: len(reading.groups) for reading in readings}},
+        n={"real train": len(train), **{scored.name: len(scored.groups) for scored in scored_sets}},
         seeds=[inputs.seed + fold for fold in range(options.folds)],
     )
 
 
 def _table(
-    inputs: EvaluationInputs, options: Options, readings: list[Reading]
+    inputs: EvaluationInputs, options: Options, scored_sets: list[SetScores]
 ) -> tuple[Table, dict[str, dict[str, Any]]]:
     """Return one row per set and class, and the same figures as values."""
     names = [MEAN, *inputs.classes[1:]]
     rows: list[list[Cell]] = []
     values: dict[str, dict[str, Any]] = {}
-    for reading in readings:
-        bootstrap = Bootstrap(reading.groups, options.resamples, inputs.seed)
-        values[reading.name] = {"n": len(reading.groups), "groups": len(set(reading.groups))}
+    for scored in scored_sets:
+        bootstrap = Bootstrap(scored.groups, options.resamples, inputs.seed)
+        values[scored.name] = {"n": len(scored.groups), "groups": len(set(scored.groups))}
         for column, class_name in enumerate(names):
             figures = {
-                kind: bootstrap.interval(weighted_mean(_of_class(scores, column)))
-                for kind, scores in (("dice", reading.dice), ("iou", reading.iou), ("chance_dice", reading.chance))
+                kind: bootstrap.interval(weighted_mean(scores[:, column - 1] if column else scores.mean(axis=1)))
+                for kind, scores in (("dice", scored.dice), ("iou", scored.iou), ("chance_dice", scored.chance))
             }
-            values[reading.name][class_name] = {kind: interval.model_dump() for kind, interval in figures.items()}
-            rows.append([reading.name, class_name, len(reading.groups), *figures.values()])
+            values[scored.name][class_name] = {kind: interval.model_dump() for kind, interval in figures.items()}
+            rows.append([scored.name, class_name, len(scored.groups), *figures.values()])
     note = f"Means over images with 95 % intervals clustered by group. Chance: Dice with the mask of another image of the same set. {EMPTY_RULE}"
     return Table(
         title="Mask faithfulness", note=note, columns=["set", "class", "n", "Dice", "IoU", "Dice by chance"], rows=rows
@@ -191,17 +197,18 @@ def _table(
 
 
 def _figures(values: dict[str, dict[str, Any]], rows: dict[str, str]) -> list[Figure]:
-    """Return Dice and its chance level for each set; `rows` maps a set to its row in the table of generators."""
+    """Return Dice and its chance level for each set.
+
+    Args:
+        values: the figures of each set, as `_table` returns them.
+        rows: maps the name of a set to its row in the table of generators.
+    """
     return [
         Figure(of=row, name=column, better=better, **values[name][MEAN][kind])
         for name, row in rows.items()
         if name in values
         for kind, column, better in COLUMNS
     ]
-
-
-def _of_class(scores: NDArray[np.float64], column: int) -> NDArray[np.float64]:
-    return scores.mean(axis=1) if column == 0 else scores[:, column - 1]
 
 
 def _verdict(values: dict[str, dict[str, Any]], generators: list[str], test_name: str) -> str:
@@ -215,13 +222,13 @@ def _verdict(values: dict[str, dict[str, Any]], generators: list[str], test_name
     return f"Mean Dice between the mask and the prediction of a segmentation model trained on real images: {', '.join(parts)}{beside}."
 
 
-def _warnings(inputs: EvaluationInputs, train: MaskedImages, readings: list[Reading]) -> list[str]:
+def _warnings(inputs: EvaluationInputs, train: MaskedImages, scored_sets: list[SetScores]) -> list[str]:
     found = [
-        f"{reading.name}: only {len(set(reading.groups))} groups; its intervals are imprecise"
-        for reading in readings
-        if len(set(reading.groups)) < FEW_GROUPS
+        f"{scored.name}: only {len(set(scored.groups))} groups; its intervals are imprecise"
+        for scored in scored_sets
+        if len(set(scored.groups)) < FEW_GROUPS
     ]
-    if inputs.test.name not in {reading.name for reading in readings}:
+    if inputs.test.name not in {scored.name for scored in scored_sets}:
         found.append("no real test image has a mask: there is no real score to compare with")
     if train.without_mask:
         found.append(f"{train.without_mask} real train images have no mask and were left out")

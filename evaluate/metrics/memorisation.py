@@ -1,8 +1,9 @@
 """Does the generator repeat its training images?
 
-The distance of each synthetic image to its nearest training image is measured in a network's feature space and pixel by pixel. It is
-compared with the distances of real images that the generator has not seen (validation and test). An image is flagged if it is closer to
-a training image than nearly all of those.
+The distance of each synthetic image to its nearest training image is measured in a network's
+feature space and pixel by pixel. It is compared with the distances of real images that the
+generator has not seen (validation and test). An image is flagged if it is closer to a training
+image than nearly all of those.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from maskloom.evaluate.results import REAL, Cell, Curve, Figure, MetricResult, P
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
 from maskloom.evaluate.scores.statistics import share_interval
-from maskloom.evaluate.thumbnails import coloured_mask, picture_grid
+from maskloom.evaluate.thumbnails import coloured_mask, image_grid
 from maskloom.pipeline.config.bounds import Shown, Side
 
 VERSION = 1
@@ -46,10 +47,11 @@ class Audit:
     """The result for one generator.
 
     Attributes:
-        image_set: its images.
-        nearest: by space, the nearest training image of each.
-        flagged: by space, (N,) whether it lies below the threshold.
-        parent_is_nearest: by space, (N,) whether the nearest training image is the one whose mask was used.
+        image_set: the generator's images.
+        nearest: by space, the nearest training image of each image.
+        flagged: by space, (N,) whether the image lies below the threshold.
+        parent_is_nearest: by space, (N,) whether the nearest training image is the one whose mask
+            was used.
     """
 
     image_set: ImageSet
@@ -168,7 +170,7 @@ def _table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str, Any]
 
 
 def _figures(options: Options, audits: list[Audit]) -> list[Figure]:
-    """Return the share flagged in each space, and the share of unseen real images that the threshold implies."""
+    """Return the share flagged in each space, and the share expected of held-out real images."""
     found = []
     for space in (FEATURES, PIXELS):
         column, expected = f"near copies by {space}", options.percentile / 100
@@ -180,7 +182,7 @@ def _figures(options: Options, audits: list[Audit]) -> list[Figure]:
 
 
 def _curve(space: str, calibration: NDArray[np.float64], audits: list[Audit]) -> Curve:
-    """Return the share of images whose nearest training image is nearer than x."""
+    """Return, for each set, the share of images whose nearest training image is closer than x."""
     sets = {"held-out real": calibration, **{audit.image_set.name: audit.nearest[space].distance for audit in audits}}
     shares = np.linspace(0, 1, 51)
     series = {
@@ -196,7 +198,10 @@ def _curve(space: str, calibration: NDArray[np.float64], audits: list[Audit]) ->
 
 
 def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Picture:
-    """Show the synthetic images nearest to training: synthetic, nearest training image by features and by pixels, mask."""
+    """Show the synthetic images closest to training images.
+
+    One row each: the image, its nearest training image by features and by pixels, and its mask.
+    """
     rank = sum(
         np.argsort(np.argsort(audit.nearest[space].distance, kind="stable"), kind="stable")
         for space in (FEATURES, PIXELS)
@@ -218,12 +223,15 @@ def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Pictur
     return Picture(
         title=f"{audit.image_set.name}: the images closest to training images",
         caption="From left to right: synthetic image, nearest training image by features, nearest by pixels, the mask it was made from. Nearest pairs first.",
-        pixels=picture_grid(rows, options.picture_side),
+        pixels=image_grid(rows, options.picture_side),
     )
 
 
 def _verdict(audits: list[Audit], options: Options) -> str:
-    """Return the share flagged in each space; names the generators whose interval lies above the expected share."""
+    """Return the sentence with the share flagged in each space.
+
+    It names the generators whose interval lies above the expected share.
+    """
     parts, near = [], []
     for audit in audits:
         shares = {space: share_interval(int(flagged.sum()), len(flagged)) for space, flagged in audit.flagged.items()}
@@ -232,16 +240,13 @@ def _verdict(audits: list[Audit], options: Options) -> str:
         ]
         parts.append(f"{audit.image_set.name} {' and '.join(figures)}")
         if any((share.low or 0) > options.percentile / 100 for share in shares.values()):
+            # Both a copy and the shared mask can explain why the nearest image is the parent.
+            flagged = np.stack(list(audit.flagged.values()))
+            of_parent = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
             near.append(
-                f"{audit.image_set.name} is closer to training images than unseen real images are{_share_of_parents(audit)}"
+                f"{audit.image_set.name} is closer to training images than unseen real images are "
+                f"(for {of_parent:.0%} of the flagged images, the nearest one is the image whose mask was used)"
             )
     expected = f"{options.percentile:g} % of unseen real images would be"
     finding = f"{'; '.join(near)}: inspect the pairs" if near else "no sign of copying"
     return f"Images flagged as suspiciously close to a training image ({expected}): {'; '.join(parts)}. Finding: {finding}."
-
-
-def _share_of_parents(audit: Audit) -> str:
-    """Return how often the nearest image is the one whose mask was used: both a copy and the shared mask can explain this."""
-    flagged = np.stack(list(audit.flagged.values()))
-    share = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
-    return f" (for {share:.0%} of the flagged images, the nearest one is the image whose mask was used)"

@@ -65,7 +65,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     tables: list[Table] = []
     values: dict[str, Any] = {}
     if len(train.features) >= FEWEST:
-        tables, values = _distances(train, sets, extractor, options, inputs.seed)
+        whole, whole_values = _whole_table(train, sets, extractor, options, inputs.seed)
+        equal, equal_values = _equal_table(train, sets, extractor, options, inputs.seed)
+        tables = [table for table in (whole, equal) if table.rows]
+        values = {"all": whole_values, "equal_n": equal_values}
     diversity, values["diversity"] = _diversity_table(inputs, options)
     return MetricResult(
         question=QUESTION,
@@ -86,18 +89,10 @@ def _featured(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSe
     return Featured(image_set.name, set_features(inputs, extractor, image_set), image_set.groups)
 
 
-def _distances(
-    train: Featured, sets: list[Featured], extractor: Extractor, options: Options, seed: int
-) -> tuple[list[Table], dict[str, Any]]:
-    """Return the table over all images, the one at equal N, and their figures."""
-    whole, whole_values = _whole_table(train, sets, extractor, options, seed)
-    equal, equal_values = _equal_table(train, sets, extractor, options, seed)
-    return [table for table in (whole, equal) if table.rows], {"all": whole_values, "equal_n": equal_values}
-
-
 def _whole_table(
     train: Featured, sets: list[Featured], extractor: Extractor, options: Options, seed: int
 ) -> tuple[Table, dict[str, Any]]:
+    """Compare every set with the real train images, with all images of each."""
     rows: list[list[Cell]] = []
     values: dict[str, Any] = {}
     for one in sets:
@@ -147,7 +142,8 @@ def _equal_table(
 ) -> tuple[Table, dict[str, Any]]:
     """Compare every set with a random half of the train groups, at the same N on every side.
 
-    A small test split would limit every row to its N, so if it is the smallest set there are two rounds: without it and with it.
+    A small test split would limit every row to its N. If it is the smallest set there are therefore
+    two rounds: without it and with it.
     """
     halves = [_halves(train, np.random.default_rng([seed, draw])) for draw in range(options.draws)]
     smallest_half = min(len(half.features) for pair in halves for half in pair)
@@ -180,7 +176,10 @@ def _equal_table(
 def _at_equal_size(
     halves: list[tuple[Featured, Featured]], sets: list[Featured], count: int, seed: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Return, by set, mean and standard deviation over the draws of both distances between `count` images each."""
+    """Return, by set, mean and standard deviation over the draws of both distances.
+
+    Each distance is between `count` images of the set and `count` images of a half of train.
+    """
     found: dict[str, list[tuple[float, float]]] = {}
     for draw, (reference, other) in enumerate(halves):
         random = np.random.default_rng([seed, draw, count])
@@ -209,7 +208,9 @@ def _halves(train: Featured, random: np.random.Generator) -> tuple[Featured, Fea
 
 def _diversity_table(inputs: EvaluationInputs, options: Options) -> tuple[list[Table], dict[str, Any]]:
     """Return MS-SSIM between images of one set and class, for real train and every generator."""
-    size = _diversity_size(inputs.real.description.image_size, options.diversity_size)
+    height, width = inputs.real.description.image_size
+    factor = min(1.0, options.diversity_size / max(height, width))
+    size = (round(height * factor), round(width * factor))
     scales = usable_scales(size)
     rows: list[list[Cell]] = []
     values: dict[str, Any] = {"size": size, "scales": scales}
@@ -232,11 +233,6 @@ def _diversity_table(inputs: EvaluationInputs, options: Options) -> tuple[list[T
         rows=rows,
     )
     return ([table] if rows else []), values
-
-
-def _diversity_size(size: tuple[int, int], largest: int) -> tuple[int, int]:
-    factor = min(1.0, largest / max(size))
-    return (round(size[0] * factor), round(size[1] * factor))
 
 
 def _warnings(inputs: EvaluationInputs) -> list[str]:
@@ -274,7 +270,7 @@ def _round_of_most(values: dict[str, Any], generators: list[str]) -> dict[str, A
 
 
 def _figures(values: dict[str, Any], generators: list[str]) -> list[Figure]:
-    """Return each generator's distances and manifold scores, and the distance between two halves of the real images."""
+    """Return each generator's distances and manifold scores; the distance between real halves."""
     whole, equal = values.get("all", {}), _round_of_most(values, generators) or {}
     found = []
     for name in (name for name in generators if name in whole):

@@ -1,13 +1,13 @@
-"""What does the VAE destroy, whatever the generator learns, and how much of it does a fine-tuned decoder recover?
+"""What does the VAE destroy, and how much of it does a fine-tuned decoder recover?
 
-Real test images are encoded and decoded: no generated image can be more accurate than these. A run whose `generator/vae/` holds a
-fine-tuned decoder (`train.vae_decoder`) is measured with both, on the same images.
+Real test images are encoded and decoded: no generated image can be more accurate than these,
+whatever the generator learns. A run whose `generator/vae/` holds a fine-tuned decoder
+(`train.vae_decoder`) is measured with both, on the same images.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from maskloom.evaluate.results import Cell, Interval, MetricResult, Picture, Tab
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
 from maskloom.evaluate.scores.frechet import frechet_interval
 from maskloom.evaluate.scores.statistics import Bootstrap, difference, weighted_mean
-from maskloom.evaluate.thumbnails import picture_grid
+from maskloom.evaluate.thumbnails import image_grid
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.bounds import BatchSize, Shown
 from maskloom.pipeline.runs.run import Run
@@ -40,12 +40,18 @@ class Options(ExtractorOptions):
 
 
 @dataclass(frozen=True)
-class Passage:
-    """Decoded images (N, H, W, C) uint8, and the PSNR in dB and SSIM of each against its original, (N,) each."""
+class Reconstruction:
+    """Decoded images, compared with their originals.
 
-    decoded: NDArray[np.uint8]
-    noise_ratio: NDArray[np.float64]
-    similarity: NDArray[np.float64]
+    Attributes:
+        images: (N, H, W, C) uint8.
+        psnr: (N,) in dB.
+        ssim: (N,).
+    """
+
+    images: NDArray[np.uint8]
+    psnr: NDArray[np.float64]
+    ssim: NDArray[np.float64]
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
@@ -59,19 +65,16 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     if len(inputs.test) < FEWEST:
         return skipped_result(QUESTION, f"there are fewer than {FEWEST} real test images")
     images = inputs.test.images()
-    vaes = {BACKBONE: _backbone_vae(inputs, inputs.backbone)}
-    folder = _tuned_folder(inputs)
-    if folder.is_dir():
-        vaes[TUNED] = _tuned_vae(folder, inputs.device)
-    passages = {name: _passage(vae, images, options.batch_size, inputs.device) for name, vae in vaes.items()}
+    vaes = _load_vaes(inputs, inputs.backbone)
+    reconstructions = {name: _reconstruct(vae, images, options, inputs.device) for name, vae in vaes.items()}
     extractor, bootstrap = load_extractor(inputs, options), Bootstrap(inputs.test.groups, seed=inputs.seed)
-    figures = {name: _figures(inputs, extractor, bootstrap, one) for name, one in passages.items()}
-    gain = _gain(bootstrap, passages) if TUNED in passages else {}
+    figures = {name: _figures(inputs, extractor, bootstrap, one) for name, one in reconstructions.items()}
+    gain = _gain(bootstrap, reconstructions) if TUNED in reconstructions else {}
     return MetricResult(
         question=QUESTION,
         verdict=_verdict(figures, gain, len(images)),
         tables=[_table(figures, gain, extractor, len(images))],
-        pictures=[_picture(images, passages, options.shown_images)] if options.shown_images else [],
+        pictures=[_picture(images, reconstructions, options.shown_images)] if options.shown_images else [],
         limits=[
             "PSNR and SSIM are valid here, and only here, because each image is compared with itself.",
             *(
@@ -91,53 +94,40 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     )
 
 
-def _backbone_vae(inputs: EvaluationInputs, source: BackboneSource) -> Any:
-    from maskloom.models.stable_diffusion.loading import load_part
-
-    return load_part(source, "vae").eval().to(inputs.device)
-
-
-def _tuned_folder(inputs: EvaluationInputs) -> Path:
-    """Return where `train` writes a fine-tuned VAE: in the run that contains the real dataset."""
-    return Run(inputs.real.folder.parent).generator / "vae"
-
-
-def _tuned_vae(folder: Path, device: str) -> Any:
-    """Return the run's own VAE.
+def _load_vaes(inputs: EvaluationInputs, backbone: BackboneSource) -> dict[str, Any]:
+    """Return the backbone's VAE and, if the run has one, the VAE with the fine-tuned decoder.
 
     Raises:
-        MaskLoomError: its files are damaged.
+        MaskLoomError: the files of a VAE are damaged.
     """
     from diffusers import AutoencoderKL
 
-    from maskloom.models.stable_diffusion.loading import load_trained
+    from maskloom.models.stable_diffusion.loading import load_part, load_trained
 
-    return load_trained(AutoencoderKL, folder, "run train again with --force").eval().to(device)
+    vaes: dict[str, Any] = {BACKBONE: load_part(backbone, "vae")}
+    folder = Run(inputs.real.folder.parent).generator / "vae"  # `train` writes it into the real dataset's run
+    if folder.is_dir():
+        vaes[TUNED] = load_trained(AutoencoderKL, folder, "run train again with --force")
+    return {name: vae.eval().to(inputs.device) for name, vae in vaes.items()}
 
 
-def _passage(vae: Any, images: NDArray[np.uint8], batch_size: int, device: str) -> Passage:
-    decoded = through_vae(vae, images, batch_size, device)
-    return Passage(decoded, *_pairwise(images, decoded))
-
-
-def _figures(inputs: EvaluationInputs, extractor: Extractor, bootstrap: Bootstrap, one: Passage) -> dict[str, Interval]:
+def _figures(
+    inputs: EvaluationInputs, extractor: Extractor, bootstrap: Bootstrap, one: Reconstruction
+) -> dict[str, Interval]:
     groups = inputs.test.groups
-    features = batch_features(extractor, in_batches(one.decoded), inputs.device)
+    features = batch_features(extractor, in_batches(one.images), inputs.device)
     reference = set_features(inputs, extractor, inputs.test)
     return {
         "Fréchet distance": frechet_interval(features, reference, groups, groups, JACKKNIFE_BLOCKS),
-        "PSNR in dB": bootstrap.interval(weighted_mean(one.noise_ratio)),
-        "SSIM": bootstrap.interval(weighted_mean(one.similarity)),
+        "PSNR in dB": bootstrap.interval(weighted_mean(one.psnr)),
+        "SSIM": bootstrap.interval(weighted_mean(one.ssim)),
     }
 
 
-def _gain(bootstrap: Bootstrap, passages: dict[str, Passage]) -> dict[str, Interval]:
+def _gain(bootstrap: Bootstrap, reconstructions: dict[str, Reconstruction]) -> dict[str, Interval]:
     """Return the paired difference, fine-tuned minus backbone."""
-    before, after = passages[BACKBONE], passages[TUNED]
-    pairs = {
-        "PSNR in dB": (after.noise_ratio, before.noise_ratio),
-        "SSIM": (after.similarity, before.similarity),
-    }
+    before, after = reconstructions[BACKBONE], reconstructions[TUNED]
+    pairs = {"PSNR in dB": (after.psnr, before.psnr), "SSIM": (after.ssim, before.ssim)}
     return {
         name: bootstrap.interval(difference(weighted_mean(new), weighted_mean(old)))
         for name, (new, old) in pairs.items()
@@ -162,10 +152,10 @@ def _table(
 
 def _verdict(figures: dict[str, dict[str, Interval]], gain: dict[str, Interval], count: int) -> str:
     name = TUNED if gain else BACKBONE
-    distance, noise_ratio, similarity = (one.value for one in figures[name].values())
+    distance, psnr, ssim = (one.value for one in figures[name].values())
     sentence = (
         f"Real test images after {'the VAE with its fine-tuned decoder' if gain else name} have a PSNR of "
-        f"{noise_ratio:.1f} dB and an SSIM of {similarity:.2f}; Fréchet distance {distance:.1f} (N = {count})"
+        f"{psnr:.1f} dB and an SSIM of {ssim:.2f}; Fréchet distance {distance:.1f} (N = {count})"
     )
     if not gain:
         return sentence + "."
@@ -178,7 +168,10 @@ def _as_values(row: dict[str, Interval]) -> dict[str, Any]:
 
 
 def through_vae(vae: Any, images: NDArray[np.uint8], batch_size: int, device: str) -> NDArray[np.uint8]:
-    """Return the images (N, H, W, C) uint8 encoded and decoded; grey images are repeated to three channels."""
+    """Return the images (N, H, W, C) uint8 encoded and decoded.
+
+    Grey images pass through the VAE as three equal channels, whose mean is returned.
+    """
     import torch
 
     parts = []
@@ -191,26 +184,27 @@ def through_vae(vae: Any, images: NDArray[np.uint8], batch_size: int, device: st
     return np.concatenate(parts)
 
 
-def _pairwise(images: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return PSNR in dB and SSIM (Wang et al. 2004) between each image and its reconstruction, (N,) each."""
+def _reconstruct(vae: Any, images: NDArray[np.uint8], options: Options, device: str) -> Reconstruction:
+    """Return the reconstructed images with their PSNR and SSIM (Wang et al. 2004)."""
     from skimage.metrics import structural_similarity
 
+    decoded = through_vae(vae, images, options.batch_size, device)
     error = ((images.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
-    noise_ratio = 10 * np.log10(255**2 / np.maximum(error, 1e-2))
-    similarity = [
+    psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-2))  # at most 68 dB, for equal images
+    ssim = [
         structural_similarity(
             one, other, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
         for one, other in zip(images, decoded, strict=True)
     ]
-    return noise_ratio, np.asarray(similarity)
+    return Reconstruction(decoded, psnr, np.asarray(ssim))
 
 
-def _picture(images: NDArray[np.uint8], passages: dict[str, Passage], count: int) -> Picture:
+def _picture(images: NDArray[np.uint8], reconstructions: dict[str, Reconstruction], count: int) -> Picture:
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
-    rows = [[one[i] for i in chosen] for one in (images, *(passage.decoded for passage in passages.values()))]
+    rows = [[one[i] for i in chosen] for one in (images, *(one.images for one in reconstructions.values()))]
     return Picture(
         title="Through the VAE",
-        caption=f"From top to bottom: real test images; the same images after {', and after the '.join(passages)}.",
-        pixels=picture_grid(rows, max(images.shape[1:3])),
+        caption=f"From top to bottom: real test images; the same images after {', and after the '.join(reconstructions)}.",
+        pixels=image_grid(rows, max(images.shape[1:3])),
     )

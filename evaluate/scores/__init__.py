@@ -1,4 +1,4 @@
-"""The numbers behind the metrics: distances, precision and recall, neighbours, statistics.
+"""The scores behind the metrics: distances, precision and recall, nearest neighbours, statistics.
 
-Arrays in, numbers out. What is asked, and the verdict in words, belong to `evaluate.metrics`.
+Arrays in, numbers out. The question and the verdict in words belong to `evaluate.metrics`.
 """

@@ -1,6 +1,6 @@
-"""Scores of a classifier as functions of image weights, so that thousands of bootstrap draws cost a few matrix products.
+"""Scores of a classifier as functions of image weights: a bootstrap costs a few matrix products.
 
-With weights of one they are scikit-learn's; see tests/evaluate.
+With weights of one they equal scikit-learn's, see `tests/evaluate/test_classification_scores.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from maskloom.evaluate.scores.statistics import Floats, Statistic, weighted_mean
 
 BINS = 10
-RECALL = "recall of "  # and the class
+RECALL = "recall of "  # followed by the class
 
 
 def classification_statistics(
@@ -22,28 +22,30 @@ def classification_statistics(
 ) -> dict[str, Statistic]:
     """Return each score's statistic by its name.
 
-    Averages over classes take in the classes that have test images in the draw.
+    Averages over classes include the classes that have test images in the draw. AUROC is averaged
+    over the classes, one against the rest; of two classes only the second is scored, as they mirror
+    each other.
 
     Args:
         labels: (N,) true class indices.
         probabilities: (N, K), rows sum to 1.
-        names: of the K classes.
+        names: names of the K classes.
     """
     predicted = probabilities.argmax(axis=1)
-    recalls = {f"{RECALL}{name}": _recall(labels, predicted, k) for k, name in enumerate(names) if (labels == k).any()}
+    recalls = {
+        f"{RECALL}{name}": weighted_mean(np.where(labels == k, (predicted == k).astype(np.float64), np.nan))
+        for k, name in enumerate(names)
+        if (labels == k).any()
+    }
+    scored = range(1, 2) if len(names) == 2 else range(len(names))
     return {
         "balanced accuracy": _mean_of_defined(list(recalls.values())),
         "accuracy": weighted_mean((predicted == labels).astype(np.float64)),
         "macro F1": _mean_of_defined([_f1(labels, predicted, k) for k in range(len(names))]),
-        "AUROC": _mean_of_defined([_auroc(labels == k, probabilities[:, k]) for k in _scored_classes(len(names))]),
+        "AUROC": _mean_of_defined([_auroc(labels == k, probabilities[:, k]) for k in scored]),
         "calibration error (ECE)": _calibration_error(labels, probabilities),
         **recalls,
     }
-
-
-def _scored_classes(count: int) -> range:
-    """Two classes mirror each other, so one AUROC says all; more are averaged one against the rest."""
-    return range(1, 2) if count == 2 else range(count)
 
 
 def _mean_of_defined(statistics: Sequence[Statistic]) -> Statistic:
@@ -59,13 +61,8 @@ def _ratio(top: NDArray[Any], bottom: NDArray[Any]) -> Floats:
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
 
 
-def _recall(labels: NDArray[np.int64], predicted: NDArray[np.int64], k: int) -> Statistic:
-    true = labels == k
-    return lambda weights: _ratio(weights @ (true & (predicted == k)), weights @ true)
-
-
 def _f1(labels: NDArray[np.int64], predicted: NDArray[np.int64], k: int) -> Statistic:
-    """2 TP / (2 TP + FP + FN) of one class; not defined in draws without that class."""
+    """Return 2 TP / (2 TP + FP + FN) of one class; not defined in draws without that class."""
     true, found = labels == k, predicted == k
 
     def statistic(weights: Floats) -> Floats:
@@ -76,7 +73,10 @@ def _f1(labels: NDArray[np.int64], predicted: NDArray[np.int64], k: int) -> Stat
 
 
 def _auroc(positive: NDArray[np.bool_], score: Floats) -> Statistic:
-    """Probability that a positive image scores above a negative one, ties counting half (Mann and Whitney 1947)."""
+    """Return the probability that a positive image scores above a negative one; ties count half.
+
+    Mann and Whitney 1947.
+    """
     above = score[positive][:, None] - score[~positive][None, :]
     wins = (above > 0) + 0.5 * (above == 0)
 
@@ -88,7 +88,10 @@ def _auroc(positive: NDArray[np.bool_], score: Floats) -> Statistic:
 
 
 def _calibration_error(labels: NDArray[np.int64], probabilities: Floats) -> Statistic:
-    """Expected calibration error of the most probable class (Guo et al. 2017), ten bins of equal width."""
+    """Return the expected calibration error of the most probable class, in ten bins of equal width.
+
+    Guo et al. 2017.
+    """
     confidence = probabilities.max(axis=1)
     gap = (probabilities.argmax(axis=1) == labels) - confidence
     bin_of = np.minimum((confidence * BINS).astype(int), BINS - 1)

@@ -1,8 +1,6 @@
-"""MS-SSIM between pairs: how alike the images of one set are."""
+"""MS-SSIM between pairs of images: how similar the images of one set are to each other."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,34 +10,36 @@ KERNEL = 11
 
 
 def usable_scales(size: tuple[int, int]) -> int:
-    """Return how many of the five scales fit: the smallest picture must still hold the 11-pixel window; 0 where none fits."""
+    """Return how many of the five scales fit; 0 if none does.
+
+    The image at the smallest scale must still hold the 11-pixel window.
+    """
     return sum(min(size) // 2**level >= KERNEL for level in range(len(SCALE_WEIGHTS)))
 
 
 def random_pairs(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Return up to `count` different pairs of images of one class, (P, 2) indices, first index below the second.
+    """Return up to `count` different pairs of images of one class, (P, 2) indices.
 
-    Pairs across classes would measure how different the classes are.
+    The first index of a pair is the smaller. A class is drawn in proportion to its images. Pairs
+    across classes would measure how different the classes are.
     """
     random = np.random.default_rng(seed)
     pairs: set[tuple[int, int]] = set()
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     members = [indices for indices in members if len(indices) > 1]
+    sizes = np.array([len(indices) for indices in members], dtype=np.float64)
     for _ in range(4 * count if members else 0):
-        chosen = random.choice(members[random.choice(len(members), p=_shares(members))], 2, replace=False)
+        chosen = random.choice(members[random.choice(len(members), p=sizes / sizes.sum())], 2, replace=False)
         pairs.add((int(chosen.min()), int(chosen.max())))
         if len(pairs) == count:
             break
     return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
 
 
-def _shares(members: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
-    sizes = np.array([len(indices) for indices in members], dtype=np.float64)
-    return sizes / sizes.sum()
-
-
 def pair_similarities(images: NDArray[np.uint8], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return MS-SSIM of each pair, (P,) (Wang et al. 2003; MONAI, Gaussian window of 11 pixels, data range 255).
+    """Return the MS-SSIM of each pair, (P,) (Wang et al. 2003).
+
+    MONAI's metric with a Gaussian window of 11 pixels and a data range of 255.
 
     Args:
         images: (N, H, W, C) uint8.

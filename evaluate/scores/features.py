@@ -1,4 +1,4 @@
-"""Images -> features of a pretrained network; computed once a set, whoever asks."""
+"""Features of images by a pretrained network, computed once per set and shared by all metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGE = "maskloom.evaluate.scores.extractors"
 
 
 class ExtractorOptions(Section):
-    """Which network looks at the images, and at what size."""
+    """The network that extracts features, and its input size."""
 
     extractor: str = Field("efficientnet_lite0", description="file name in evaluate/scores/extractors")
     extractor_size: Side | None = Field(
@@ -32,12 +32,12 @@ class ExtractorOptions(Section):
 
 @dataclass(frozen=True)
 class Extractor:
-    """A pretrained network.
+    """A pretrained network that maps images to features.
 
     Attributes:
-        name: the file name in evaluate/extractors.
-        digest: SHA-256 that tells its weights apart.
-        side: images are resized to side x side, bicubic with antialiasing, without rounding to 8 bits.
+        name: file name in evaluate/scores/extractors.
+        digest: SHA-256 that identifies its weights.
+        side: images are resized to side x side, bicubic with antialiasing, not rounded to 8 bits.
         features: maps NCHW float32 RGB in [0, 255] to (N, D) float32.
     """
 
@@ -48,12 +48,14 @@ class Extractor:
 
     @property
     def title(self) -> str:
-        """Name, weights and size: two figures compare only where this is the same."""
+        """Name, weights and size: figures are comparable only if this is the same."""
         return f"{self.name} (weights {self.digest[:12]}, {self.side} px, bicubic antialiased)"
 
 
 def check_extractor(options: ExtractorOptions) -> None:
-    """Check that the extractor that the options name takes the size, and that its package is installed; no weights are read.
+    """Check that the extractor of the options takes the size and that its package is installed.
+
+    No weights are read.
 
     Raises:
         MaskLoomError: unknown name (lists the known ones), or it cannot be used.
@@ -63,7 +65,7 @@ def check_extractor(options: ExtractorOptions) -> None:
 
 
 def load_extractor(inputs: EvaluationInputs, options: ExtractorOptions) -> Extractor:
-    """Return the extractor that the options name, loaded once.
+    """Return the extractor of the options, loaded once.
 
     Raises:
         MaskLoomError: unknown name (lists the known ones), or it cannot be loaded.
@@ -84,7 +86,7 @@ def set_features(inputs: EvaluationInputs, extractor: Extractor, image_set: Imag
 
 
 def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]], device: str) -> NDArray[np.float64]:
-    """Return features (N, D) of batches of (H, W) or (H, W, 3) uint8 images, read one batch at a time."""
+    """Return the features, (N, D), of batches of (H, W) or (H, W, 3) uint8 images."""
     import torch
 
     found = []
@@ -96,7 +98,7 @@ def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]],
 
 
 def _as_rgb(pixels: Tensor, side: int) -> Tensor:
-    """Return (N, H, W[, 3]) uint8 as (N, 3, side, side) float32 in [0, 255]; grey is repeated."""
+    """Return (N, H, W[, 3]) uint8 as (N, 3, side, side) float32 in [0, 255]."""
     import torch
 
     colour = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None].expand(-1, 3, -1, -1)

@@ -16,8 +16,9 @@ Features = NDArray[np.float64]
 def frechet_distance(left: Features, right: Features) -> float:
     """Return the Fréchet distance of the Gaussians fitted to two sets (Heusel et al. 2017).
 
-    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), where with centred data S = X'X the last trace is the sum of the singular
-    values of X1 X2'. That needs no matrix square root and no ridge, and holds where there are fewer images than dimensions.
+    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), where with centred data S = X'X the last
+    trace is the sum of the singular values of X1 X2'. This needs no matrix square root and no
+    ridge, and is exact with fewer images than dimensions.
 
     Args:
         left: (N1, D), N1 >= 2.
@@ -33,7 +34,7 @@ def frechet_distance(left: Features, right: Features) -> float:
 
 
 def _covariance_root(features: Features) -> Features:
-    """Return R, at most (D, D), with R'R the sample covariance."""
+    """Return R, at most (D, D), such that R'R is the sample covariance."""
     centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
     if len(centred) <= centred.shape[1]:
         return centred
@@ -45,8 +46,16 @@ def frechet_interval(
 ) -> Interval:
     """Return the Fréchet distance with its delete-a-block jackknife 95 % interval.
 
-    Whole groups leave together, and a group that occurs on both sides leaves both: a synthetic image and the relatives of its
-    parent are not independent. The interval is about the distance at this number of images; its bias in N is not removed.
+    Whole groups are left out, and a group that occurs on both sides is left out of both: a
+    synthetic image and the group of its parent are not independent. The interval is that of the
+    distance at this number of images; its bias in N is not removed.
+
+    Args:
+        left: (N1, D).
+        right: (N2, D).
+        left_groups: group of each image of `left`.
+        right_groups: group of each image of `right`.
+        blocks: number of blocks of groups; fewer if there are fewer groups.
     """
     names = sorted(set(left_groups) | set(right_groups))
     index = group_index([*names, *left_groups, *right_groups])

@@ -10,16 +10,17 @@ LARGEST_SUBSET = 1000
 
 
 def kernel_distance(left: Features, right: Features, subsets: int, seed: int) -> tuple[float, float]:
-    """Return the kernel distance and its standard deviation over random subsets (Bińkowski et al. 2018).
+    """Return the kernel distance and its standard deviation over random subsets.
 
-    The unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, averaged over subsets of half the smaller
-    set, at most 1000 images. Unlike the Fréchet distance its expectation does not depend on the number of images.
+    Bińkowski et al. 2018: the unbiased squared maximum mean discrepancy under (x.y / D + 1)^3,
+    averaged over subsets of half the smaller set, at most 1000 images. Unlike that of the Fréchet
+    distance, its expectation does not depend on the number of images.
 
     Args:
         left: (N1, D), N1 >= 4.
         right: (N2, D), N2 >= 4.
         subsets: number of subsets.
-        seed: of the subsets.
+        seed: seed of the subsets.
     """
     size = min(LARGEST_SUBSET, min(len(left), len(right)) // 2)
     random = np.random.default_rng(seed)
@@ -31,7 +32,10 @@ def kernel_distance(left: Features, right: Features, subsets: int, seed: int) ->
 
 
 def squared_discrepancy(left: Features, right: Features) -> float:
-    """Return the unbiased squared MMD under the cubic polynomial kernel (Gretton et al. 2012, eq. 3); may be negative."""
+    """Return the unbiased squared MMD under the cubic polynomial kernel; may be negative.
+
+    Gretton et al. 2012, eq. 3.
+    """
     within = [
         (kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)) for x in (left, right) for kernel in [_kernel(x, x)]
     ]

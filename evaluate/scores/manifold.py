@@ -1,4 +1,4 @@
-"""Fidelity and diversity, apart: precision and recall, density and coverage."""
+"""Fidelity and diversity as separate scores: precision and recall, density and coverage."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ Features = NDArray[np.float64]
 
 
 def manifold_scores(real: Features, synthetic: Features, neighbours: int) -> dict[str, float]:
-    """Return precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+    """Return precision, recall, density and coverage.
 
-    Precision: share of synthetic images within a real image's k-NN ball. Recall: the reverse. Density: how many real balls hold a
-    synthetic image, in units of k (may exceed 1). Coverage: share of real balls that hold a synthetic image.
+    Kynkäänniemi et al. 2019 (precision, recall) and Naeem et al. 2020 (density, coverage).
+
+    Precision: share of synthetic images within the k-NN ball of a real image. Recall: the reverse.
+    Density: number of real balls that contain a synthetic image, divided by k (may exceed 1).
+    Coverage: share of real balls that contain a synthetic image.
 
     Args:
         real: (N, D), N >= 2.
         synthetic: (M, D), M >= 2.
-        neighbours: k, not counting the image itself; lowered to N - 1 or M - 1 where a set is small.
+        neighbours: k, not counting the image itself; at most N - 1 or M - 1 in a small set.
     """
     from scipy.spatial.distance import cdist
 
@@ -38,7 +41,5 @@ def _radii(features: Features, neighbours: int) -> NDArray[np.float64]:
     from scipy.spatial.distance import cdist
 
     k = min(neighbours, len(features) - 1)
-    nearest: NDArray[np.float64] = np.partition(cdist(features, features), k, axis=1)[
-        :, k
-    ]  # column 0 is the point itself
-    return nearest
+    distances: NDArray[np.float64] = np.partition(cdist(features, features), k, axis=1)
+    return distances[:, k]  # column 0 is the point itself

@@ -1,4 +1,4 @@
-"""How near each image lies to its nearest training image: in a network's features, and pixel by pixel."""
+"""The nearest training image of each image: in a network's feature space, and pixel by pixel."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 64
-CROP = 0.9  # side of the small crops that are tried, as a share of the image's
+CROP = 0.9  # side of the crops that are tried, as a share of the image's
 CHUNK = 128
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each of N images its nearest training image.
+    """The nearest training image of each of N images.
 
     Attributes:
-        index: (N,) of the training image.
+        index: (N,) index of the training image.
         distance: (N,); smaller is nearer.
     """
 
@@ -27,7 +27,7 @@ class Nearest:
 
 
 def nearest_features(features: NDArray[np.float64], train: NDArray[np.float64]) -> Nearest:
-    """Return the nearest training image by Euclidean distance between features, (N, D) against (T, D)."""
+    """Return the nearest training image by Euclidean distance of features, (N, D) to (T, D)."""
     from scipy.spatial.distance import cdist
 
     chunks = [cdist(features[start : start + CHUNK], train) for start in range(0, len(features), CHUNK)]
@@ -36,7 +36,7 @@ def nearest_features(features: NDArray[np.float64], train: NDArray[np.float64]) 
 
 
 def nearest_pixels(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Nearest:
-    """Return the nearest training image by 1 - correlation of pixels, the best over flips and small crops.
+    """Return the nearest training image by 1 - correlation of pixels, best over flips and crops.
 
     Args:
         images: (N, 64, 64) uint8 grey.
@@ -53,7 +53,7 @@ def nearest_pixels(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Neare
 
 
 def variants(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    """Yield (N, 64, 64) images as they are, mirrored, and cropped in the middle and at each corner, mirrored too."""
+    """Yield (N, 64, 64) images unchanged and cropped at centre and corners, each also mirrored."""
     from skimage.transform import resize
 
     edge = images.shape[1] - round(CROP * images.shape[1])
@@ -68,7 +68,10 @@ def variants(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
 
 
 def normalised_rows(images: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Return each image as a row of zero mean and unit length, (N, H W) float32; an even picture becomes zeros."""
+    """Return each image as a row of zero mean and unit length, (N, H W) float32.
+
+    Constant images become zeros.
+    """
     rows = images.reshape(len(images), -1).astype(np.float32)
     rows = rows - rows.mean(axis=1, keepdims=True)
     length = np.linalg.norm(rows, axis=1, keepdims=True)

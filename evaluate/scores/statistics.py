@@ -1,7 +1,10 @@
-"""Intervals and tests that respect groups: images of one patient, lesion or slab are not independent.
+"""Intervals and tests that respect groups of images.
 
-A statistic is a function of image weights, `(R, N) -> (R,)`: weights of one give the estimate, and the weights of R
-bootstrap draws of groups give its R replicates. Paired differences use the same weights on both sides.
+Images of one patient, lesion or slab are not independent.
+
+A statistic is a function of image weights, `(R, N) -> (R,)`: weights of one give the estimate, and
+the weights of R bootstrap draws of groups give its R replicates. Paired differences use the same
+weights on both sides.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def bootstrap_weights(groups: Sequence[str], resamples: int, seed: int) -> Float
     Args:
         groups: the group of each of N images.
         resamples: number of draws, R.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         (R, N) counts; all images of a group share one count.
@@ -54,7 +57,7 @@ def weighted_mean(values: NDArray[np.floating]) -> Statistic:
 
 
 def mean_statistic(statistics: Sequence[Statistic]) -> Statistic:
-    """Return the mean of several statistics, such as one a seed."""
+    """Return the mean of several statistics, such as one per seed."""
     return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
 
 
@@ -69,15 +72,15 @@ def estimate(statistic: Statistic, count: int) -> float:
 
 
 class Bootstrap:
-    """Draws of whole groups, made once and used for every statistic of the same images."""
+    """Bootstrap draws of whole groups, shared by every statistic of the same images."""
 
     def __init__(self, groups: Sequence[str], resamples: int = 2000, seed: int = 0) -> None:
-        """Draw.
+        """Draw the weights of the images.
 
         Args:
             groups: the group of each of N images.
             resamples: number of draws.
-            seed: of the draws.
+            seed: seed of the draws.
         """
         self.count, self.clusters = len(groups), len(set(groups))
         self.weights = bootstrap_weights(groups, resamples, seed) if self.clusters > 1 else None
@@ -86,12 +89,13 @@ class Bootstrap:
     def interval(self, statistic: Statistic) -> Interval:
         """Return the estimate and its 95 % group-clustered bootstrap interval.
 
-        The percentiles are expanded for the number of groups (Hesterberg 2015, 'What Teachers Should Know About the
-        Bootstrap'): plain percentile intervals are too narrow when groups are few.
+        The percentiles are expanded for the number of groups (Hesterberg 2015, 'What Teachers
+        Should Know About the Bootstrap'): plain percentile intervals are too narrow when groups are
+        few.
 
         Returns:
-            The interval; without ends where the figure rests on one group alone (the only one, or the only one with a
-            class): how it varies between groups cannot be seen then.
+            The interval; without ends if the figure depends on one group alone (the only one, or
+            the only one with a class), since its variation between groups is then unknown.
         """
         point = estimate(statistic, self.count)
         if not np.isfinite(point):
@@ -106,7 +110,12 @@ class Bootstrap:
 
 
 def expanded_tail(clusters: int, level: float = LEVEL) -> float:
-    """Return the tail probability whose normal quantile equals the t interval's reach at this number of clusters."""
+    """Return the tail probability whose normal quantile is the half-width of the t interval.
+
+    Args:
+        clusters: number of groups, at least 2.
+        level: coverage of the interval.
+    """
     from scipy.stats import norm, t
 
     reach = np.sqrt(clusters / (clusters - 1)) * t.ppf((1 + level) / 2, clusters - 1)
@@ -134,7 +143,7 @@ def jackknife_interval(value: float, leave_outs: Sequence[float]) -> Interval:
 
 
 def share_interval(hits: int, total: int) -> Interval:
-    """Return a share with its 95 % Wilson score interval; not defined for no trials."""
+    """Return a share with its 95 % Wilson score interval; not defined without trials."""
     from scipy.stats import binomtest
 
     if total == 0:
@@ -147,11 +156,11 @@ def wilcoxon_p_value(differences: NDArray[np.floating], groups: Sequence[str]) -
     """Return the two-sided Wilcoxon signed-rank p-value over group means of paired differences.
 
     Args:
-        differences: (N,), one per image; NaN where a side is not defined.
+        differences: (N,), one per image; NaN where either side is not defined.
         groups: the group of each image.
 
     Returns:
-        None with fewer than two groups; 1 where no group differs at all.
+        None with fewer than two groups; 1 if no group differs.
     """
     from scipy.stats import wilcoxon
 
@@ -167,7 +176,7 @@ def wilcoxon_p_value(differences: NDArray[np.floating], groups: Sequence[str]) -
 
 
 def holm_adjusted(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return p-values adjusted for their number (Holm 1979, step down); missing ones stay missing."""
+    """Return p-values adjusted for their number (Holm 1979, step-down); missing ones stay None."""
     known = [(p, i) for i, p in enumerate(p_values) if p is not None]
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
-from maskloom.evaluate.metrics.faithfulness import Options, Reader, Reading, read_set, trained_readers
+from maskloom.evaluate.metrics.faithfulness import FoldModel, Options, SetScores, score_set, train_fold_models
 from tests.evaluate.runs import answer, copied, small_options, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
 
@@ -44,8 +44,8 @@ def test_segmenters_share_out_the_groups_and_each_leaves_its_own_out(tmp_path: P
     inputs = tiny_inputs(tmp_path, ())
     options = Options(**small_options("faithfulness", steps=1, folds=3))
     train = masked_images(inputs, inputs.train, options.image_size)
-    readers = trained_readers(inputs, train, options)
-    left_out = [set(train.groups) - reader.groups for reader in readers]
+    models = train_fold_models(inputs, train, options)
+    left_out = [set(train.groups) - model.groups for model in models]
     assert [len(groups) for groups in left_out] == [2, 2, 2]
     assert set.union(*left_out) == set(train.groups)
 
@@ -55,8 +55,8 @@ def test_each_segmenter_starts_from_weights_of_its_own(tmp_path: Path) -> None:
     write_tiny_run(tmp_path, {}, {"train": 8})
     inputs = tiny_inputs(tmp_path, ())
     options = Options(**small_options("faithfulness", steps=1, folds=2, learning_rate=1e-9))
-    readers = trained_readers(inputs, masked_images(inputs, inputs.train, options.image_size), options)
-    first, second = (torch.cat([p.detach().flatten() for p in one.network.parameters()]) for one in readers)
+    models = train_fold_models(inputs, masked_images(inputs, inputs.train, options.image_size), options)
+    first, second = (torch.cat([p.detach().flatten() for p in one.network.parameters()]) for one in models)
     assert float((first - second).abs().max()) > 0.01
 
 
@@ -73,19 +73,19 @@ class Constant(nn.Module):
         return logits
 
 
-def read(tmp_path: Path, groups: list[str], readers: list[Reader], masks: Any = None) -> Reading:
+def read(tmp_path: Path, groups: list[str], models: list[FoldModel], masks: Any = None) -> SetScores:
     write_tiny_run(tmp_path, {}, {"train": 2})
     count = len(groups)
     images = np.zeros((count, 8, 8, 1), np.uint8)
     masks = np.ones((count, 8, 8), np.uint8) if masks is None else masks
     masked = MaskedImages(images, masks, groups, [None] * count, 0)
-    return read_set("one", masked, readers, tiny_inputs(tmp_path, ()), Options(shuffles=3))
+    return score_set("one", masked, models, tiny_inputs(tmp_path, ()), Options(shuffles=3))
 
 
 def test_each_image_is_read_by_those_that_did_not_see_its_group(tmp_path: Path) -> None:
     """All masks are full: the one that sees lesions everywhere has Dice 1, the other 0."""
-    readers = [Reader(Constant(1), frozenset({"a", "both"})), Reader(Constant(0), frozenset({"b", "both"}))]
-    found = read(tmp_path, ["a", "b", "neither", "both"], readers)
+    models = [FoldModel(Constant(1), frozenset({"a", "both"})), FoldModel(Constant(0), frozenset({"b", "both"}))]
+    found = read(tmp_path, ["a", "b", "neither", "both"], models)
     assert found.dice[:, 0].tolist() == [0, 1, 0.5, 0.5]
     assert found.iou[:, 0].tolist() == [0, 1, 0.5, 0.5]
     assert found.chance[:, 0].tolist() == [0, 1, 0.5, 0.5]
@@ -94,6 +94,6 @@ def test_each_image_is_read_by_those_that_did_not_see_its_group(tmp_path: Path) 
 def test_chance_is_the_mask_of_another_image(tmp_path: Path) -> None:
     """Of two images each gets the other's mask: what is full against an empty one is no match."""
     masks = np.stack([np.ones((8, 8), np.uint8), np.zeros((8, 8), np.uint8)])
-    found = read(tmp_path, ["a", "b"], [Reader(Constant(1), frozenset())], masks)
+    found = read(tmp_path, ["a", "b"], [FoldModel(Constant(1), frozenset())], masks)
     assert found.dice[:, 0].tolist() == [1, 0]
     assert found.chance[:, 0].tolist() == [0, 1]

@@ -1,4 +1,7 @@
-"""EfficientNet-Lite0 (Tan and Le 2019, ImageNet): its weights come in a package, so it needs no download. The offline default."""
+"""EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet: the default.
+
+Its weights come with an installed package, so nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ MEAN, SCALE = 127.0, 128.0  # of TensorFlow's Lite models, which these weights w
 
 
 def check(side: int) -> None:
-    """Check what `load` needs; the network is convolutional and takes any side, and its weights come with the package."""
+    """Check what `load` needs: nothing; the network takes any side, its weights are installed."""
 
 
 def load(side: int, device: str) -> Extractor:
-    """Return the extractor: mean of the last convolution's 1280 maps over the picture.
+    """Return the extractor: the 1280 feature maps of the last convolution, averaged over the image.
 
     Args:
         side: input side in pixels; the network is convolutional and takes any.

@@ -1,4 +1,7 @@
-"""Inception v3 as the Fréchet inception distance was defined with (Heusel et al. 2017); needs torch-fidelity and its weights."""
+"""Inception v3 as used to define the Fréchet inception distance (Heusel et al. 2017).
+
+Needs the package torch-fidelity and its weights.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ INPUT_SIZE = 299
 
 
 def check(side: int) -> None:
-    """Check what `load` needs, short of the weights.
+    """Check what `load` needs, except for the weights.
 
     Args:
-        side: must be 299, the only size that published figures are for.
+        side: must be 299, the only size used by published figures.
 
     Raises:
         MaskLoomError: torch-fidelity is not installed, or another side is asked for.
@@ -25,7 +28,7 @@ def check(side: int) -> None:
 
 
 def load(side: int, device: str) -> Extractor:
-    """Return the extractor: the 2048 features after the last pooling.
+    """Return the extractor: the 2048 features after the last pooling layer.
 
     Args:
         side: see `check`.
@@ -42,7 +45,7 @@ def load(side: int, device: str) -> Extractor:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval().to(device)
     except OSError as error:
         raise MaskLoomError(
-            f"the weights of inception cannot be had ({one_line(error)}); use extractor=efficientnet_lite0"
+            f"the weights of inception cannot be downloaded ({one_line(error)}); use extractor=efficientnet_lite0"
         ) from None
     digest = value_digest([[name, float(value.double().sum())] for name, value in sorted(network.state_dict().items())])
 
