@@ -17,7 +17,7 @@ from rich.table import Table
 from torch.utils.data import default_collate
 
 from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 from maskloom.pipeline.training.randomness import Draws
@@ -59,7 +59,7 @@ def main(config: Annotated[Path, typer.Option()] = Path("configs/demo.yaml"), ro
         tasks = {}
         for cached in results:
             changed = experiment.model_copy(update={"train": train.model_copy(update={"cache_latents": cached})})
-            tasks[cached] = build_task(changed, run, read_contract(run.dataset), Accelerator())
+            tasks[cached] = build_task(changed, run, MaskPromptDataset.open(run.dataset), Accelerator())
         optimizers = {
             cached: torch.optim.AdamW(task.networks["controlnet"].parameters()) for cached, task in tasks.items()
         }

@@ -1,8 +1,10 @@
-"""Fine-tuning of the VAE's decoder on the train images, before the ControlNet: texture that a frozen VAE would lose.
+"""Fine-tuning of the VAE's decoder on the train images, before the ControlNet.
 
-The encoder stays as it is, bit for bit, so latents, their cache and the UNet stay valid, as with Stability AI's ft-MSE and ft-EMA
-decoders for Stable Diffusion. Loss: 0.16 L1 + 0.84 (1 - SSIM), the weights of Zhao et al., Loss Functions for Image Restoration with Neural
-Networks (2017), with SSIM at one scale (Wang et al., 2004). No perceptual network: the ceiling's Fréchet distance is measured with one.
+It recovers texture that a frozen VAE would lose. The encoder stays bitwise the same, so latents,
+their cache and the UNet stay valid, as with Stability AI's ft-MSE and ft-EMA decoders for Stable
+Diffusion. Loss: 0.16 L1 + 0.84 (1 - SSIM), the weights of Zhao et al., Loss Functions for Image
+Restoration with Neural Networks (2017), with SSIM at one scale (Wang et al., 2004). There is no
+perceptual loss, because the Fréchet distance that evaluates the result uses such a network.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from maskloom.models.stable_diffusion.objective import sample_latents
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import DecoderConfig, LoopConfig, TrainConfig
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, report_write_errors
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.progress import say
@@ -46,43 +48,52 @@ SSIM_WEIGHT = 0.84
 
 
 def train_decoder(
-    config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator, inputs: Mapping[str, str]
+    config: ExperimentConfig,
+    run: Run,
+    dataset: MaskPromptDataset,
+    accelerator: Accelerator,
+    inputs: Mapping[str, str],
 ) -> dict[str, float]:
-    """Train the decoder, resuming where an earlier run stopped, and write `generator/vae/`.
+    """Train the decoder, resuming from the last checkpoint, and write `generator/vae/`.
 
-    A decoder that is finished is only written again. Its figures go to `logs/train/vae_decoder/metrics.jsonl`.
+    A finished decoder is only exported again. The training log is
+    `logs/train/vae_decoder/metrics.jsonl`.
 
     Args:
         config: the experiment, with `train.vae_decoder` set.
         run: the run.
-        contract: the real dataset's.
-        accelerator: that of the training that follows; this one gets its own.
+        dataset: the real dataset.
+        accelerator: the accelerator of the training that follows; the decoder gets its own.
         inputs: digests of what the stage reads.
 
     Returns:
-        PSNR in dB and SSIM on validation images, before and after; empty on other processes, and without such images.
+        PSNR in dB and SSIM on validation images, before and after; empty without such images and on
+        all processes but the main one.
 
     Raises:
-        MaskLoomError: the VAE cannot be loaded, the loss was not finite, a checkpoint does not fit, or an engine shards weights.
+        MaskLoomError: the VAE cannot be loaded, the loss was not finite, or the checkpoint belongs
+            to another training.
     """
-    decoder = config.fine_tuning.vae_decoder
+    train, decoder = config.fine_tuning, config.fine_tuning.vae_decoder
     assert decoder is not None
-    loop = decoder_loop(config.fine_tuning)
-    own = make_accelerator(loop, run.logs("train") / "vae_decoder")  # a second training needs hooks of its own
-    task = DecoderTask(config, run, contract, own)
+    loop = decoder_loop(train)
+    own = make_accelerator(loop, run.logs("train") / "vae_decoder")  # its hooks must not mix with the other training's
+    vae = load_part(BackboneSource.of(train), "vae").to(own.device)
+    views = open_views(config, dataset, augment=None)
+    task = DecoderTask(decoder, vae, views, own, validation_samples=train.validation_samples)
     before: dict[str, float] = {}
     if own.is_main_process:
         say(f"train: the VAE's decoder, {loop.max_train_steps} steps")
         before = task.validate(0)
-    with _told_of_the_decoder():
-        TrainingLoop(task, loop, own, run.generator / CHECKPOINTS, config.seed, _decoder_inputs(inputs, decoder)).run()
-    accelerator.gradient_accumulation_steps = (
-        config.fine_tuning.gradient_accumulation_steps
-    )  # accelerators share this number
+    with decoder_errors():
+        own_inputs = decoder_inputs(inputs, decoder)
+        TrainingLoop(task, loop, own, run.generator / CHECKPOINTS, config.seed, own_inputs).run()
+    # All accelerators of a process share this number, so the other training's is set back.
+    accelerator.gradient_accumulation_steps = train.gradient_accumulation_steps
     figures: dict[str, float] = {}
     if own.is_main_process:
-        figures = _before_and_after(before, task.validate(loop.max_train_steps))
-        _export(task.vae, config, loop, contract, run.generator / NAME)
+        figures = report_improvement(before, task.validate(loop.max_train_steps))
+        export_vae(task.vae, config, loop, dataset, run.generator / NAME)
     own.free_memory()
     accelerator.wait_for_everyone()
     return figures
@@ -91,25 +102,26 @@ def train_decoder(
 def check_decoder_resumable(
     config: ExperimentConfig, checkpoints: Path, inputs: Mapping[str, str], force: bool
 ) -> None:
-    """Refuse what `train_decoder` would refuse of the checkpoint that it would continue from; nothing is changed.
+    """Check that `train_decoder` can resume from its last checkpoint; changes nothing on disk.
 
     Raises:
-        MaskLoomError: it belongs to another training, or has more steps than are asked for.
+        MaskLoomError: the checkpoint belongs to another training, or has more steps than requested.
     """
     decoder = config.fine_tuning.vae_decoder
     assert decoder is not None
-    with _told_of_the_decoder():
-        own = _decoder_inputs(inputs, decoder)
-        check_resumable(decoder_loop(config.fine_tuning), checkpoints, config.seed, own, force)
+    with decoder_errors():
+        own_inputs = decoder_inputs(inputs, decoder)
+        check_resumable(decoder_loop(config.fine_tuning), checkpoints, config.seed, own_inputs, force)
 
 
-def _decoder_inputs(inputs: Mapping[str, str], decoder: DecoderConfig) -> dict[str, str]:
+def decoder_inputs(inputs: Mapping[str, str], decoder: DecoderConfig) -> dict[str, str]:
+    """Return the inputs that a checkpoint of the decoder depends on."""
     return {**inputs, "crop": str(decoder.crop)}
 
 
 @contextmanager
-def _told_of_the_decoder() -> Iterator[None]:
-    """Name the section in errors of the shared loop, which knows only `train`."""
+def decoder_errors() -> Iterator[None]:
+    """Name the section `train.vae_decoder` in errors of the shared loop, which knows only `train`."""
     try:
         yield
     except MaskLoomError as error:
@@ -117,7 +129,7 @@ def _told_of_the_decoder() -> Iterator[None]:
 
 
 def load_decoder(vae: AutoencoderKL, run: Run) -> None:
-    """Give a VAE the weights of `generator/vae/`; those of its encoder are the backbone's.
+    """Load the weights in `generator/vae/` into a VAE; those of its encoder are the backbone's.
 
     Raises:
         MaskLoomError: the file is missing or damaged, or belongs to another VAE.
@@ -130,7 +142,10 @@ def load_decoder(vae: AutoencoderKL, run: Run) -> None:
 
 
 def decoder_loop(train: TrainConfig) -> LoopConfig:
-    """Return the shared loop's settings for the decoder: its own steps, rate and batch, the rest from `train`."""
+    """Return the settings of the shared loop for the decoder.
+
+    Steps, learning rate and batch size are the decoder's own; the others come from `train`.
+    """
     decoder = train.vae_decoder
     assert decoder is not None
     return LoopConfig(
@@ -138,13 +153,14 @@ def decoder_loop(train: TrainConfig) -> LoopConfig:
         max_train_steps=decoder.max_train_steps,
         learning_rate=decoder.learning_rate,
         lr_scheduler="cosine",
-        adam_weight_decay=0.0,  # the decoder starts trained: there is nothing to hold small
+        adam_weight_decay=0.0,  # the weights start trained and should not shrink
         use_8bit_adam=train.use_8bit_adam,
         mixed_precision=train.mixed_precision,
         allow_tf32=train.allow_tf32,
         checkpointing_steps=train.checkpointing_steps,
         checkpoints_total_limit=1,
-        resume_from_checkpoint=train.resume_from_checkpoint and "latest",  # a path is the other training's
+        resume_from_checkpoint=train.resume_from_checkpoint
+        and "latest",  # a path names a checkpoint of the other training
         validation_steps=train.validation_steps,
         logging_steps=train.logging_steps,
         report_to=None,
@@ -153,32 +169,32 @@ def decoder_loop(train: TrainConfig) -> LoopConfig:
 
 
 def check_decoder_engine(kind: DistributedType) -> None:
-    """Refuse engines that the small network does not need.
+    """Check that no engine shards the weights of the decoder.
 
     Raises:
         MaskLoomError: FSDP or DeepSpeed is on.
     """
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise MaskLoomError(
-            f"train.vae_decoder is trained whole on each process, and {kind.value} shards weights; use configs/accelerate/ddp.yaml, "
-            "or set train.vae_decoder=null"
+            f"train.vae_decoder is trained whole on each process, and {kind.value} shards weights; "
+            "use configs/accelerate/ddp.yaml, or set train.vae_decoder=null"
         )
 
 
 class Decoder(nn.Module):
-    """What is trained: latents -> images."""
+    """The trained part of the VAE: latents -> images."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return (B, 3, H, W) images, about -1 to 1, of (B, C, H/8, W/8) latents before `scaling_factor`."""
+        """Return images (B, 3, H, W), about -1 to 1, from latents (B, C, H/8, W/8) without `scaling_factor`."""
         return self.decoder(self.post_quant_conv(latents))
 
 
 class TrainImages(Dataset[dict[str, Any]]):
-    """The images of a split, whole."""
+    """The whole images of a split, as `pixels`: (3, H, W) float32 in [-1, 1]."""
 
     def __init__(self, views: Views) -> None:
         self.views = views
@@ -191,24 +207,31 @@ class TrainImages(Dataset[dict[str, Any]]):
 
 
 class DecoderTask(Task):
-    """The decoder against images whose latents are drawn from the frozen encoder's posterior."""
+    """Trains the decoder to reconstruct images from latents that the frozen encoder's posterior draws."""
 
-    def __init__(self, config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator) -> None:
-        """Load the VAE in float32 and open the images.
+    def __init__(
+        self,
+        config: DecoderConfig,
+        vae: AutoencoderKL,
+        views: Mapping[str, Views],
+        accelerator: Accelerator,
+        validation_samples: int,
+    ) -> None:
+        """Keep the parts, and freeze all weights but the decoder's.
 
-        Raises:
-            MaskLoomError: the VAE cannot be loaded.
+        Args:
+            config: the section `train.vae_decoder`.
+            vae: in float32, on the accelerator's device.
+            views: the images of `train` and, if there are any, of `validation`.
+            accelerator: the accelerator of the training.
+            validation_samples: number of validation images to reconstruct.
         """
-        train = config.fine_tuning
-        assert train.vae_decoder is not None
-        self.crop, self.accelerator = train.vae_decoder.crop, accelerator
-        self.validation_samples = train.validation_samples
-        vae = load_part(BackboneSource.of(train), "vae")
-        self.vae = vae.requires_grad_(False).eval().to(accelerator.device)
+        self.crop, self.accelerator, self.validation_samples = config.crop, accelerator, validation_samples
+        self.vae = vae.requires_grad_(False).eval()
         decoder = Decoder(self.vae)
         self.networks = {"decoder": decoder.requires_grad_(True)}
-        self.views = open_views(config, run, contract, augment=None)
-        self.dataset, self.buckets = TrainImages(self.views["train"]), size_buckets(self.views["train"])
+        self.views = views
+        self.dataset, self.buckets = TrainImages(views["train"]), size_buckets(views["train"])
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
         """Yield the loss of random crops; see `Task.losses`."""
@@ -225,7 +248,10 @@ class DecoderTask(Task):
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Return loss, PSNR in dB and SSIM of validation images, whole, from the posterior's mean. Empty without such rows."""
+        """Return loss, PSNR in dB and SSIM of whole validation images, decoded from the posterior's mean.
+
+        Empty without validation images.
+        """
         if "validation" not in self.views:
             return {}
         images = TrainImages(self.views["validation"])
@@ -234,24 +260,25 @@ class DecoderTask(Task):
         return {key: sum(each[key] for each in figures) / count for key in figures[0]}
 
     def _reconstruction_figures(self, image: Tensor) -> dict[str, float]:
+        """Return loss, PSNR in dB and SSIM of one image, (1, 3, H, W) in [-1, 1]."""
         image = image.to(self.accelerator.device)
         with self.accelerator.autocast():
             found = self.vae.decode(self.vae.encode(image).latent_dist.mode()).sample.float()
-        error = functional.mse_loss(_unit_range(found).clamp(0, 1), _unit_range(image))
+        error = functional.mse_loss(unit_range(found).clamp(0, 1), unit_range(image))
         return {
             "loss": float(reconstruction_loss(found, image)),
             "psnr": float(-10 * torch.log10(error.clamp_min(1e-10))),
-            "ssim": 1 - float(_dissimilarity(found.clamp(-1, 1), image)),
+            "ssim": 1 - float(dissimilarity(found.clamp(-1, 1), image)),
         }
 
 
 def random_crops(images: Tensor, side: int, draws: Draws) -> Tensor:
-    """Return one crop of each image, placed by (seed, position); a shorter side of the images stays whole.
+    """Return one crop of each image; its place depends on (seed, position).
 
     Args:
         images: (B, 3, H, W).
-        side: of the crops, in pixels.
-        draws: names seed and positions.
+        side: side of the crops in pixels; a shorter side of the images is not cropped.
+        draws: holds the seed and the positions.
     """
     height, width = (min(side, length) for length in images.shape[2:])
     crops = []
@@ -266,29 +293,30 @@ def random_crops(images: Tensor, side: int, draws: Draws) -> Tensor:
 
 
 def reconstruction_loss(found: Tensor, images: Tensor) -> Tensor:
-    """Return 0.16 L1 + 0.84 (1 - SSIM) on the range 0..1, a scalar.
+    """Return 0.16 L1 + 0.84 (1 - SSIM) of images scaled to 0..1, a scalar.
 
     Args:
         found: (B, 3, H, W), about -1 to 1.
         images: (B, 3, H, W) in [-1, 1].
     """
-    distance = functional.l1_loss(_unit_range(found.float()), _unit_range(images))
-    return SSIM_WEIGHT * _dissimilarity(found, images) + (1 - SSIM_WEIGHT) * distance
+    distance = functional.l1_loss(unit_range(found.float()), unit_range(images))
+    return SSIM_WEIGHT * dissimilarity(found, images) + (1 - SSIM_WEIGHT) * distance
 
 
-def _dissimilarity(found: Tensor, images: Tensor) -> Tensor:
-    """Return 1 - SSIM (Gaussian window of 11 pixels, sigma 1.5), averaged over the batch."""
+def dissimilarity(found: Tensor, images: Tensor) -> Tensor:
+    """Return 1 - SSIM (Gaussian window of 11 pixels, sigma 1.5), averaged over the batch, a scalar."""
     from monai.losses.ssim_loss import SSIMLoss
 
-    return SSIMLoss(spatial_dims=2, data_range=1.0)(_unit_range(found.float()), _unit_range(images))
+    return SSIMLoss(spatial_dims=2, data_range=1.0)(unit_range(found.float()), unit_range(images))
 
 
-def _unit_range(images: Tensor) -> Tensor:
+def unit_range(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as images in 0..1."""
     return (images + 1) / 2
 
 
-def _before_and_after(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Return PSNR and SSIM before and after, and say them; empty where there are none."""
+def report_improvement(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Print and return PSNR and SSIM before and after the training; empty without validation images."""
     if not before:
         return {}
     say(
@@ -299,11 +327,13 @@ def _before_and_after(before: dict[str, float], after: dict[str, float]) -> dict
     return {f"{key}_before": before[key] for key in keys} | {f"{key}_after": after[key] for key in keys}
 
 
-def _export(vae: AutoencoderKL, config: ExperimentConfig, loop: LoopConfig, contract: Contract, target: Path) -> None:
-    """Write the VAE whole or not at all, in float32, with its card."""
+def export_vae(
+    vae: AutoencoderKL, config: ExperimentConfig, loop: LoopConfig, dataset: MaskPromptDataset, target: Path
+) -> None:
+    """Write the VAE in float32 with its model card, atomically."""
     own = {"controlnet": "none", "lora": [], "sd_locked": True, **loop.model_dump(exclude={"mixed_precision"})}
     as_trained = config.model_copy(update={"train": config.fine_tuning.model_copy(update=own)})
-    vae.register_to_config(_name_or_path="")  # where the backbone lies is a matter of this machine
+    vae.register_to_config(_name_or_path="")  # a local path of this machine
     with report_write_errors(target), whole_folder(target) as folder:
         vae.save_pretrained(folder, safe_serialization=True)
-        (folder / "README.md").write_text(model_card(as_trained, contract, None, NAME), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(as_trained, dataset, None, NAME), encoding="utf-8")

@@ -119,14 +119,14 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
         )
     train = config.fine_tuning.model_copy(update=WITHOUT)
     run = open_run(config)
-    contract = verify_for_training(run.dataset).contract
-    check_dataset(run, contract, train)
+    dataset = verify_for_training(run.dataset)
+    check_dataset(dataset, train)
     check_places(read_places(train), [run.generator])
     run.mark()
     OwnedFolder(run.generator).claim()
     accelerator = make_accelerator(train, run.logs("train"))
     set_seed(config.seed)
-    task = build_task(config.model_copy(update={"train": train}), run, contract, accelerator)
+    task = build_task(config.model_copy(update={"train": train}), run, dataset, accelerator)
     return _tried(_Trial(task, train, accelerator, config.seed, test.steps), test)
 
 

@@ -1,4 +1,4 @@
-"""The train stage: real dataset + backbone -> ControlNet, adapters, or both."""
+"""The stage `train`: real dataset + backbone -> ControlNet, adapters, or both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import EXPORTED, adapter_file, exported_names, read_places
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest, model_digest, value_digest
@@ -28,27 +28,45 @@ if TYPE_CHECKING:
 
 
 def train_stage(config: ExperimentConfig, force: bool) -> None:
-    """Train, or skip where nothing has changed.
+    """Train, or skip the stage if nothing has changed.
 
     Args:
         config: the experiment.
-        force: throw earlier checkpoints away and train from the start.
+        force: delete earlier checkpoints and train from scratch.
 
     Raises:
-        MaskLoomError: the dataset, the backbone or a setting cannot be used; an image lies in train or validation and is held out too; the loss was not finite.
+        MaskLoomError: the dataset, the backbone or a setting cannot be used; an image of the train
+            or validation split is also held out; the loss was not finite.
     """
     run = open_run(config)
     if config.train is None:
         skip_empty_stage("train", "the configuration has no section `train`")
         return
     dataset = verify_for_training(run.dataset)
-    contract = dataset.contract
-    check_dataset(run, contract, config.train)
+    check_dataset(dataset, config.train)
     check_places(read_places(config.train), [run.generator, run.logs("train"), run.folder / CONFIG_FILE])
-    stage = _stage(config, run, contract)
+    stage = training_stage(config, run, dataset)
     if stage.skips(force):
         return
     OwnedFolder(run.generator).check()
+    run_training(config, run, dataset, stage, force)
+
+
+def training_stage(config: ExperimentConfig, run: Run, dataset: MaskPromptDataset) -> Stage:
+    """Return the stage with its inputs, settings and outputs: what decides whether it is up to date."""
+    train = config.fine_tuning
+    inputs = {"dataset": dataset.digest, **BackboneSource.of(train).inputs()}
+    if train.controlnet_model_name_or_path:
+        inputs["controlnet"] = model_digest(train.controlnet_model_name_or_path)
+    if train.lora_model_name_or_path:
+        inputs["lora"] = file_digest(adapter_file(train.lora_model_name_or_path))
+    settings = {"train": train.model_dump(mode="json"), "seed": config.seed}
+    outputs = [run.generator / name for name in exported_names(train)]
+    return Stage(run, "train", inputs, settings, outputs, shown=SHOWN_LOGS)
+
+
+def run_training(config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stage: Stage, force: bool) -> None:
+    """Load the networks, train, and export the trained weights. Arguments and errors: see `train_stage`."""
     from accelerate.utils import set_seed
 
     from maskloom.pipeline.training.distributed import check_engine
@@ -58,86 +76,92 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
     from maskloom.train_controlnet.export import export
     from maskloom.train_controlnet.networks import load_networks
 
-    check_backbone(BackboneSource.of(config.train))
-    accelerator = make_accelerator(config.fine_tuning, run.logs("train"))
-    check_before_training(config, run, contract, stage.inputs, force)
-    if config.fine_tuning.vae_decoder is not None:
+    train = config.fine_tuning
+    check_backbone(BackboneSource.of(train))
+    accelerator = make_accelerator(train, run.logs("train"))
+    check_before_training(config, run, dataset, stage.inputs, force)
+    if train.vae_decoder is not None:
         check_decoder_engine(accelerator.distributed_type)
-    set_seed(config.seed)  # layers that are not copied from the UNet, and adapters, start at random
-    parts = load_networks(config.fine_tuning, accelerator.device)
-    check_engine(parts.trained(), config.fine_tuning, accelerator)
+    set_seed(config.seed)  # adapters, and layers not copied from the UNet, are initialised at random
+    parts = load_networks(train, accelerator.device)
+    check_engine(parts.trained(), train, accelerator)
     require_no_leaks(run, [dataset])
     with stage.recorded(accelerator.is_main_process) as results:
         if accelerator.is_main_process:
             OwnedFolder(run.generator).claim()
         if force and accelerator.is_main_process:
             stage.forget()
-            start_afresh(run)
+            start_from_scratch(run)
         accelerator.wait_for_everyone()
-        if config.fine_tuning.vae_decoder is not None:
-            parts.to("cpu")  # room for the decoder's training
-            results["vae_decoder"] = train_decoder(config, run, contract, accelerator, stage.inputs)
+        if train.vae_decoder is not None:
+            parts.to("cpu")  # frees the device for the training of the decoder
+            results["vae_decoder"] = train_decoder(config, run, dataset, accelerator, stage.inputs)
             parts.to(accelerator.device)
-        task = build_task(config, run, contract, accelerator, parts)
-        seen = TrainingLoop(task, config.fine_tuning, accelerator, run.generator, config.seed, stage.inputs).run()
+        task = build_task(config, run, dataset, accelerator, parts)
+        seen = TrainingLoop(task, train, accelerator, run.generator, config.seed, stage.inputs).run()
         if accelerator.is_main_process:
-            names = export(task, config, run, contract, accelerator)
-            drop_older_exports(run, names)
+            names = export(task, config, run, dataset)
+            delete_older_exports(run, names)
             results["weights_digest"] = value_digest([model_digest(str(run.generator / name)) for name in names])
             results["trained_parameters"] = task.trained_parameters
             results["samples_seen"] = seen
 
 
 def build_task(
-    config: ExperimentConfig, run: Run, contract: Contract, accelerator: Accelerator, parts: Networks | None = None
+    config: ExperimentConfig,
+    run: Run,
+    dataset: MaskPromptDataset,
+    accelerator: Accelerator,
+    parts: Networks | None = None,
 ) -> DiffusionTask:
-    """Return the task with its data and its validator; the caches are filled.
+    """Fill the caches and return the task with its data and its validator.
 
     Args:
         config: the experiment.
-        run: where the caches are kept.
-        contract: the real dataset's.
-        accelerator: of the training.
-        parts: the networks; None: they are loaded.
+        run: holds the caches and the logs.
+        dataset: the real dataset.
+        accelerator: the accelerator of this training.
+        parts: the networks; None: load them.
 
     Raises:
-        MaskLoomError: a part of the backbone cannot be loaded, a cache cannot be filled, the fine-tuned decoder is not there, or adherence cannot be measured.
+        MaskLoomError: a part of the backbone cannot be loaded, a cache cannot be filled, the
+            fine-tuned VAE is missing, adherence cannot be measured, or an image of
+            `train.validation_image` cannot be used.
     """
     from maskloom.train_controlnet.data.training_data import prepare_training_data
     from maskloom.train_controlnet.decoder import load_decoder
     from maskloom.train_controlnet.networks import load_networks
     from maskloom.train_controlnet.task import DiffusionTask
+    from maskloom.train_controlnet.validation.adherence import prepare_adherence
+    from maskloom.train_controlnet.validation.samples import configured_requests
     from maskloom.train_controlnet.validation.validator import Validator
 
-    parts = load_networks(config.fine_tuning, accelerator.device) if parts is None else parts
-    if config.fine_tuning.vae_decoder is not None:  # for samples and adherence; the encoder is the backbone's
+    train = config.fine_tuning
+    parts = load_networks(train, accelerator.device) if parts is None else parts
+    if train.vae_decoder is not None:  # decodes samples; the encoder is still the backbone's
         load_decoder(parts.vae, run)
-    data = prepare_training_data(config, run, contract, parts, accelerator)
-    task = DiffusionTask(config.fine_tuning, parts, data, accelerator.device)
-    task.validator = Validator(task, config, run, contract, accelerator)
+    data = prepare_training_data(config, run, dataset, parts, accelerator)
+    task = DiffusionTask(train, parts, data, accelerator.device)
+    requests = configured_requests(train, dataset.description.sizes)
+    meter = None
+    if train.adherence is not None and accelerator.is_main_process:  # other processes never validate
+        meter = prepare_adherence(config, run, dataset, data.rows, task.device)
+    task.validator = Validator(task, config, run.logs("train"), requests, meter, accelerator)
     return task
 
 
-def _stage(config: ExperimentConfig, run: Run, contract: Contract) -> Stage:
-    inputs = {"dataset": contract.digest, **BackboneSource.of(config.fine_tuning).inputs()}
-    if config.fine_tuning.controlnet_model_name_or_path:
-        inputs["controlnet"] = model_digest(config.fine_tuning.controlnet_model_name_or_path)
-    if config.fine_tuning.lora_model_name_or_path:
-        inputs["lora"] = file_digest(adapter_file(config.fine_tuning.lora_model_name_or_path))
-    settings = {"train": config.fine_tuning.model_dump(mode="json"), "seed": config.seed}
-    outputs = [run.generator / name for name in exported_names(config.fine_tuning)]
-    return Stage(run, "train", inputs, settings, outputs, shown=SHOWN_LOGS)
-
-
-def drop_older_exports(run: Run, names: Sequence[str]) -> None:
-    """Delete weights that an earlier training of the run has left and this one does not write: they would be taken for its own."""
+def delete_older_exports(run: Run, names: Sequence[str]) -> None:
+    """Delete weights of an earlier training that this one does not write: they would pass for its own."""
     for name in EXPORTED:
         if name not in names and OwnedFolder(run.generator / name).is_marked():
             delete_folder(run.generator / name)
 
 
-def start_afresh(run: Run) -> None:
-    """Delete what earlier trainings of the run have left to resume from; trained weights stay until new ones take their place."""
+def start_from_scratch(run: Run) -> None:
+    """Delete checkpoints and caches of earlier trainings of the run.
+
+    Exported weights stay until new ones replace them.
+    """
     from maskloom.pipeline.training.checkpoints import delete_checkpoints
     from maskloom.train_controlnet.data.latent_cache import CACHE_FOLDER, delete_caches
     from maskloom.train_controlnet.decoder import CHECKPOINTS
@@ -148,36 +172,52 @@ def start_afresh(run: Run) -> None:
     OwnedFolder(run.generator).clear()
 
 
-def check_before_training(
-    config: ExperimentConfig, run: Run, contract: Contract, inputs: Mapping[str, str], force: bool
-) -> None:
-    """Refuse what cannot be trained while everything is still as it was; the networks are loaded next, before anything is changed.
+def check_dataset(dataset: MaskPromptDataset, train: TrainConfig) -> None:
+    """Check that the dataset has what the loss and the adherence measure need, before caches are filled.
 
     Raises:
-        MaskLoomError: a picture of `train.validation_image` cannot be used, nothing can be sampled as `generate` is configured, the prompts cannot
-            be read, something of the user's has the name of weights or of a checkpoint, or, unless `force`, a checkpoint belongs to another
-            training.
+        MaskLoomError: masks are needed and there are none, or there are too few validation images.
+    """
+    check_adherence(train, dataset)
+    if train.lesion_loss_weight > 1 and not dataset.description.mask_classes:
+        raise MaskLoomError(
+            f"train.lesion_loss_weight={train.lesion_loss_weight:g} weighs the foreground of masks, and {dataset.folder} "
+            "has no masks; set it to 1"
+        )
+
+
+def check_before_training(
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, inputs: Mapping[str, str], force: bool
+) -> None:
+    """Check all that can be checked without loading the networks, before anything is changed on disk.
+
+    Raises:
+        MaskLoomError: an image of `train.validation_image` cannot be used; `generate` is configured
+            such that nothing can be sampled; the tokenizer cannot be loaded; a file of the user has
+            the name of exported weights or of a checkpoint; or, unless `force`, a checkpoint belongs
+            to another training.
     """
     from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder
     from maskloom.pipeline.training.resuming import check_resumable
     from maskloom.train_controlnet.decoder import CHECKPOINTS, check_decoder_resumable
-    from maskloom.train_controlnet.validation.samples import further_requests
+    from maskloom.train_controlnet.validation.samples import configured_requests
 
-    further_requests(config.fine_tuning, contract.description.sizes)
+    train = config.fine_tuning
+    configured_requests(train, dataset.description.sizes)
     check_validation_sampling(config)
-    load_prompt_encoder(config.fine_tuning)
-    for name in exported_names(config.fine_tuning):
+    load_prompt_encoder(train)
+    for name in exported_names(train):
         check_replaceable(run.generator / name)
-    check_resumable(config.fine_tuning, run.generator, config.seed, inputs, force)
-    if config.fine_tuning.vae_decoder is not None:
+    check_resumable(train, run.generator, config.seed, inputs, force)
+    if train.vae_decoder is not None:
         check_decoder_resumable(config, run.generator / CHECKPOINTS, inputs, force)
 
 
 def check_validation_sampling(config: ExperimentConfig) -> None:
-    """Check that validation samples and adherence can be sampled as `generate` is configured.
+    """Check that validation can sample images with the settings of `generate`.
 
     Raises:
-        MaskLoomError: an option of the generator, the scheduler or a number of steps does not do.
+        MaskLoomError: a generator option, the scheduler or a number of steps cannot be used.
     """
     from maskloom.models.stable_diffusion.sampling import Sampling, check_sampling
 
@@ -186,16 +226,3 @@ def check_validation_sampling(config: ExperimentConfig) -> None:
     adherence = None if train.adherence is None else train.adherence.num_inference_steps
     steps = [how.num_inference_steps, *([adherence] if adherence else [])]
     check_sampling(BackboneSource.of(train).scheduler_settings(), config.generate, train, True, steps)
-
-
-def check_dataset(run: Run, contract: Contract, config: TrainConfig) -> None:
-    """Tell what the dataset lacks for the loss and for measuring adherence, before caches are filled.
-
-    Raises:
-        MaskLoomError: it has no masks, or too few validation images, and they are asked for.
-    """
-    check_adherence(config, contract)
-    if config.lesion_loss_weight > 1 and not contract.description.mask_classes:
-        raise MaskLoomError(
-            f"train.lesion_loss_weight={config.lesion_loss_weight:g} weighs a mask's foreground, and {run.dataset} has no masks; set it to 1"
-        )

@@ -17,14 +17,17 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from maskloom.models.stable_diffusion.loading import load_part
+from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import DecoderConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.checkpoints import checkpoint_steps
 from maskloom.pipeline.training.randomness import Draws
+from maskloom.train_controlnet.data.views import open_views
 from maskloom.train_controlnet.decoder import (
     CHECKPOINTS,
     WEIGHTS,
@@ -60,7 +63,7 @@ def with_decoder(config: ExperimentConfig, decoder: dict[str, Any] | None = None
 def trained(config: ExperimentConfig) -> tuple[bytes, dict[str, float]]:
     """Return the bytes of the exported VAE, and the figures."""
     run = Run(config.run_folder)
-    figures = train_decoder(config, run, read_contract(run.dataset), Accelerator(cpu=True), INPUTS)
+    figures = train_decoder(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True), INPUTS)
     return (run.generator / "vae" / WEIGHTS).read_bytes(), figures
 
 
@@ -85,7 +88,7 @@ def test_the_card_tells_of_this_training(config: ExperimentConfig) -> None:
     card = (config.run_folder / "generator/vae/README.md").read_text()
     assert "vae" in yaml.safe_load(card.split("---")[1])["tags"]
     assert "| trained | the VAE's decoder |" in card
-    assert "| steps | 4 of 2 x 1 samples a process |" in card
+    assert "| steps | 4 of 2 x 1 samples per process |" in card
     assert "| learning rate | 0.001, cosine, warm-up 0 |" in card
 
 
@@ -125,7 +128,7 @@ def test_the_accumulation_of_the_training_that_follows_is_kept(config: Experimen
     run = Run(config.run_folder)
     settings = with_decoder(config, gradient_accumulation_steps=3)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    train_decoder(settings, run, read_contract(run.dataset), accelerator, INPUTS)
+    train_decoder(settings, run, MaskPromptDataset.open(run.dataset), accelerator, INPUTS)
     assert accelerator.gradient_accumulation_steps == 3
 
 
@@ -214,8 +217,10 @@ def test_crops_are_keyed_to_the_position_and_lie_in_the_image() -> None:
 
 
 def test_the_posterior_is_sampled_anew_at_each_position(config: ExperimentConfig) -> None:
-    run = Run(config.run_folder)
-    task = DecoderTask(with_decoder(config), run, read_contract(run.dataset), Accelerator(cpu=True))
+    settings = with_decoder(config)
+    train, dataset = settings.fine_tuning, MaskPromptDataset.open(Run(config.run_folder).dataset)
+    vae = load_part(BackboneSource.of(train), "vae")
+    task = DecoderTask(train.vae_decoder, vae, open_views(settings, dataset, None), Accelerator(cpu=True), 2)
     task.vae.quant_conv.bias[4:] = 0.0  # a posterior wide enough to matter
     batch = {"pixels": task.dataset[0]["pixels"][None]}
     losses = [next(task.losses(batch, Draws(0, [p], CPU)))[1].item() for p in (0, 0, 1)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskloom.models.stable_diffusion.trained_parts import exported_names
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import TrainingLoop
@@ -39,18 +39,18 @@ def exported(config: ExperimentConfig, spread: float = 0.2, **settings: Any) -> 
     backbone = Path(config.train.pretrained_model_name_or_path)
     config = tiny_config(config.run_folder, backbone, **plain, **settings)
     run = Run(config.run_folder)
-    contract = read_contract(run.dataset)
+    dataset = MaskPromptDataset.open(run.dataset)
     accelerator = Accelerator(
         cpu=True, mixed_precision=config.train.mixed_precision, project_dir=str(run.logs("train"))
     )
-    task = build_task(config, run, contract, accelerator)
+    task = build_task(config, run, dataset, accelerator)
     TrainingLoop(task, config.train, accelerator, run.generator, config.seed, {}).run()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for network in task.parts.trained().values():
             for weight in (p for p in network.parameters() if p.requires_grad):
                 weight += spread * torch.randn(weight.shape, generator=generator)
-    assert export(task, config, run, contract, accelerator) == exported_names(config.train)
+    assert export(task, config, run, dataset) == exported_names(config.train)
     for network in task.networks.values():  # back to plain networks, without autocast
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     return task, run.generator
@@ -223,5 +223,5 @@ def test_a_folder_that_cannot_be_written_is_told(config: ExperimentConfig) -> No
     (folder / ".controlnet.maskloom-tmp").write_text("in the way")
     run = Run(config.run_folder)
     with pytest.raises(MaskLoomError, match=r"generator/controlnet: could not be written .*free space"):
-        export(task, config, run, read_contract(run.dataset), Accelerator(cpu=True))
+        export(task, config, run, MaskPromptDataset.open(run.dataset))
     assert (folder / "controlnet" / WEIGHTS_FILE).is_file()  # the older one is still whole

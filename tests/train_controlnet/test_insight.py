@@ -19,16 +19,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.config.train import AdherenceConfig
-from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.report.curves import training_curves
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task, train_stage
-from maskloom.train_controlnet.validation.adherence import READER_FILE
-from maskloom.train_controlnet.validation.samples import further_requests, grid, show_in_trackers
-from maskloom.train_controlnet.validation.verdict import clearly_above, earlier_verdicts, gains_from, news, verdict
+from maskloom.train_controlnet.validation.adherence import SEGMENTER_FILE
+from maskloom.train_controlnet.validation.samples import configured_requests, sample_grid, show_in_trackers
+from maskloom.train_controlnet.validation.verdict import (
+    clearly_above,
+    earlier_verdicts,
+    right_masks_help,
+    verdict,
+    verdict_line,
+)
 from tests.tiny_backbone import build_tiny_controlnet
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
@@ -60,7 +65,7 @@ def experiment(folder: Path, data: Path, backbone: Path, **train: Any) -> Experi
 
 def task_of(config: ExperimentConfig, accelerator: Accelerator | None = None) -> DiffusionTask:
     run = Run(config.run_folder)
-    return build_task(config, run, read_contract(run.dataset), accelerator or Accelerator(cpu=True))
+    return build_task(config, run, MaskPromptDataset.open(run.dataset), accelerator or Accelerator(cpu=True))
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
@@ -142,7 +147,7 @@ def test_adherence_reads_real_images_and_asks_with_the_words_of_others(
 
 def test_the_reader_is_trained_once(tmp_path: Path, data: Path, backbone: Path) -> None:
     config = experiment(tmp_path, data, backbone, adherence=ADHERENCE)
-    file = tmp_path / "generator" / READER_FILE
+    file = tmp_path / "generator" / SEGMENTER_FILE
     figures = task_of(config).validate(1)
     written = file.stat().st_mtime_ns
     assert task_of(config).validate(2) == figures
@@ -325,13 +330,13 @@ def test_clearly_above_asks_for_more_than_luck() -> None:
 def test_a_gain_must_be_clear_and_more_than_nothing() -> None:
     right = np.linspace(0.1, 0.5, 20).reshape(2, 10)
     noise = np.linspace(1e-5, 2e-5, 10)
-    assert gains_from(right, right * 1.01)
-    assert not gains_from(right, right)
-    assert not gains_from(right * 1.01, right)
-    assert not gains_from(right, right * (1 + noise))  # of the right sign in every row, and nothing
+    assert right_masks_help(right, right * 1.01)
+    assert not right_masks_help(right, right)
+    assert not right_masks_help(right * 1.01, right)
+    assert not right_masks_help(right, right * (1 + noise))  # of the right sign in every row, and nothing
     uneven = right.copy()
     uneven[:, 0] *= 2  # one row alone makes the mean
-    assert not gains_from(right, uneven)
+    assert not right_masks_help(right, uneven)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +372,7 @@ FOLLOWED = {"condition_gain": 0.05, "condition_followed": 1.0, "condition_ignore
 
 def told(step: int, figures: dict[str, float], *earlier: dict[str, float]) -> str | None:
     before = [{"step": 100.0 * (i + 1), **line} for i, line in enumerate(earlier)]
-    return news(step, 1000, figures, before, tiny_config(Path("run"), Path("backbone")).train)
+    return verdict_line(step, 1000, figures, before, tiny_config(Path("run"), Path("backbone")).train)
 
 
 def test_an_ignored_mask_is_told_from_half_of_the_steps_on() -> None:
@@ -413,7 +418,7 @@ def test_no_pictures_are_drawn_where_none_are_wanted(tmp_path: Path, data: Path,
 
 def test_further_prompts_need_no_image_without_a_controlnet(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path, controlnet="none", lora=["unet"], validation_prompt=["a", "b"])
-    requests = further_requests(config.train, [(16, 24), (32, 32)])
+    requests = configured_requests(config.train, [(16, 24), (32, 32)])
     assert [request.prompt for request in requests] == ["a", "b"]
     assert all(request.conditioning.shape == (16, 24, 3) for request in requests)
 
@@ -425,12 +430,12 @@ def test_a_further_image_that_does_not_fit_is_named(tmp_path: Path, name: str, s
     Image.new("RGB", (16, 8)).save(tmp_path / "small.png")
     config = tiny_config(tmp_path, tmp_path, validation_prompt=["a"], validation_image=[str(tmp_path / name)])
     with pytest.raises(MaskLoomError, match=rf"train\.validation_image: .*{name} {said}"):
-        further_requests(config.train, [(32, 32), (16, 24)])
+        configured_requests(config.train, [(32, 32), (16, 24)])
 
 
 def test_missing_and_smaller_tiles_leave_white() -> None:
     tile, small = np.zeros((2, 3, 3), dtype=np.uint8), np.zeros((1, 3, 3), dtype=np.uint8)
-    picture = grid([[tile, None], [small, tile]])
+    picture = sample_grid([[tile, None], [small, tile]])
     assert picture.shape == (4, 6, 3)
     assert (picture == 255).all(axis=2).tolist() == [[False] * 3 + [True] * 3] * 2 + [
         [False] * 6,

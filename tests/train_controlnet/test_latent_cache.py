@@ -100,7 +100,7 @@ def test_moments_are_those_of_the_view(views: Views, folder: Path) -> None:
 
 def test_the_moments_of_a_copy_equal_encoding_it_freshly(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
-    task = build_task(changed(config, augment=AUGMENT), run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(changed(config, augment=AUGMENT), run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     for index in (0, 1, 7, 23):
         expected = task.parts.moments(pixels(task.rows["train"].views.image(index))[None])[0]
         torch.testing.assert_close(task.dataset[index]["moments"], expected, rtol=1e-5, atol=1e-5)
@@ -229,12 +229,12 @@ def test_damaged_embeddings_are_told_and_made_again(
 
 def test_a_damaged_cache_does_not_stop_a_task(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
-    contract = read_contract(run.dataset)
-    whole = build_task(config, run, contract, Accelerator(cpu=True))
+    dataset = MaskPromptDataset.open(run.dataset)
+    whole = build_task(config, run, dataset, Accelerator(cpu=True))
     rows, text = [whole.dataset[i]["moments"].clone() for i in range(12)], whole.text.clone()
     for file in (run.generator / "cache").rglob("*.safetensors"):
         cut(file)
-    again = build_task(config, run, contract, Accelerator(cpu=True))
+    again = build_task(config, run, dataset, Accelerator(cpu=True))
     assert all(torch.equal(again.dataset[i]["moments"], row) for i, row in enumerate(rows))
     assert torch.equal(again.text, text)
 

@@ -69,7 +69,7 @@ def test_kohyas_names_are_those_of_stable_diffusion_1(config: ExperimentConfig) 
     assert {key.split(".", 1)[1] for key in weights} == {"lora_up.weight", "lora_down.weight", "alpha"}
     assert {float(value) for key, value in weights.items() if key.endswith(".alpha")} == {2.0}
     card = (folder / "lora" / "README.md").read_text()
-    assert f"`{KOHYA_FILE}`: the same adapters in kohya's names" in card
+    assert f"`{KOHYA_FILE}`: the same adapters under kohya's names" in card
     assert "<lora:kohya_lora_weights:1>" in card
 
 

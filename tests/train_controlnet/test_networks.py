@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import TrainingLoop
@@ -90,7 +90,7 @@ def new_task(config: ExperimentConfig) -> DiffusionTask:
     run = Run(config.run_folder)
     torch.manual_seed(0)
     accelerator = make_accelerator(config.train, run.logs("train"))
-    return build_task(config, run, read_contract(run.dataset), accelerator)
+    return build_task(config, run, MaskPromptDataset.open(run.dataset), accelerator)
 
 
 def named_weights(parts: Networks) -> dict[tuple[str, str], nn.Parameter]:

@@ -19,7 +19,7 @@ from maskloom.models.stable_diffusion.objective import (
 )
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
@@ -40,7 +40,7 @@ def made_task(config: ExperimentConfig, **train: object) -> DiffusionTask:
     config = config.model_copy(update={"train": TrainConfig.model_validate(values)})
     run = Run(config.run_folder)
     torch.manual_seed(0)
-    return build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    return build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
 
 
 def test_latents_follow_the_posterior() -> None:

@@ -20,7 +20,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.loop import TrainingLoop
@@ -76,7 +75,7 @@ def made_task(config: ExperimentConfig) -> tuple[DiffusionTask, ControlNetModel]
     """Return a task and its ControlNet, whose zero convolutions pass something on: they stop nearly all gradients of a first step."""
     torch.manual_seed(0)
     run = Run(config.run_folder)
-    task = build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     controlnet = task.networks["controlnet"]
     assert isinstance(controlnet, ControlNetModel)
     generator = torch.Generator().manual_seed(1)
@@ -286,7 +285,7 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path: Path, backbone: Path) -
             cpu=True, gradient_accumulation_steps=micro, step_scheduler_with_optimizer=False, project_dir=str(tmp_path)
         )
         torch.manual_seed(0)
-        task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), accelerator)
+        task = build_task(config, Run(tmp_path), MaskPromptDataset.open(tmp_path / "dataset"), accelerator)
         weights["start"] = flat(task)
         TrainingLoop(task, config.train, accelerator, tmp_path / name, config.seed, {}).run()
         weights[name] = flat(task)

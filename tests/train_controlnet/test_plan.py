@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from maskloom.models.stable_diffusion.source import ORIGINAL
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws
@@ -92,7 +92,7 @@ def test_a_step_keeps_what_a_real_one_keeps(config: ExperimentConfig, kind: str)
     """Bytes alive when the backward pass begins and at the highest moment; and what autograd itself says that it saves."""
     config = changed(config, **KINDS[kind], train_batch_size=4)
     run = Run(config.run_folder)
-    task = build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     batch, draws = default_collate([task.dataset[i] for i in range(4)]), Draws(0, range(4), CPU)
     weights = {tensor.data_ptr() for tensor in tensors(task)}
     saved: dict[int, int] = {}
@@ -210,7 +210,7 @@ def test_the_cache_is_as_large_as_foretold(config: ExperimentConfig) -> None:
     config = changed(config, max_train_samples=8)
     run = Run(config.run_folder)
     foretold = Planner(config).plan(config.train).cache
-    build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     size = 0
     for path in (run.generator / "cache").rglob("*.safetensors"):
         with safe_open(path, "pt") as file:

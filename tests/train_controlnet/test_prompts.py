@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
 from maskloom.generate.diffusion import Sampler, load_backbone
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.__main__ import main
@@ -20,7 +20,7 @@ from maskloom.train_controlnet.memory_plan.plan import Planner
 from maskloom.train_controlnet.model_card import model_card
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task, train_stage
-from maskloom.train_controlnet.validation.samples import SampleRequest, Sampling, sampled_images
+from maskloom.train_controlnet.validation.samples import SampleRequest, Sampling, sample_images
 from tests.tiny_datasets import tiny_description, write_tiny_run
 from tests.train_controlnet.conftest import tiny_config
 
@@ -53,7 +53,7 @@ def run(tmp_path: Path, long_dataset: Path) -> Path:
 def task_of(run: Path, backbone: Path, **settings: Any) -> DiffusionTask:
     config = tiny_config(run, backbone, **QUICK, **settings)
     accelerator = Accelerator(cpu=True, project_dir=str(Run(run).logs("train")))
-    return build_task(config, Run(run), read_contract(run / "dataset"), accelerator)
+    return build_task(config, Run(run), MaskPromptDataset.open(run / "dataset"), accelerator)
 
 
 def test_training_tells_before_its_first_step(run: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,7 @@ def test_a_training_in_pieces_runs_and_validates(run: Path, backbone: Path) -> N
     train_stage(tiny_config(run, backbone, **settings, prompt_chunks=2), force=False)
     assert (run / "logs" / "train" / "images" / "step-000001.png").is_file()
     card = (run / "generator" / "lora" / "README.md").read_text()
-    assert "2 pieces of 46 tokens" in card
+    assert "2 chunks of 46 tokens" in card
     assert "prompt_embeds" in card
 
 
@@ -144,7 +144,7 @@ def test_validation_pictures_see_the_end_of_a_prompt(run: Path, backbone: Path) 
         task = task_of(run, backbone, prompt_chunks=chunks)
         accelerator = Accelerator(cpu=True)
         one, other = (
-            sampled_images(task, accelerator, [SampleRequest(blank, WORDS + end)], config, how, "test")[0]
+            sample_images(task, accelerator, [SampleRequest(blank, WORDS + end)], config, how, "test")[0]
             for end in ("disc", "square")
         )
         differ.append(not np.array_equal(one, other))
@@ -154,7 +154,7 @@ def test_validation_pictures_see_the_end_of_a_prompt(run: Path, backbone: Path) 
 @torch.no_grad()
 def test_the_cards_lines_give_the_states_of_the_training(run: Path, backbone: Path) -> None:
     config = tiny_config(run, backbone, **QUICK, prompt_chunks=2)
-    card = model_card(config, read_contract(run / "dataset"), None)
+    card = model_card(config, MaskPromptDataset.open(run / "dataset"), None)
     code = card.split("```python\n")[1].split("image = pipe")[0]
     lines: dict[str, Any] = {"pipe": StableDiffusionPipeline.from_pretrained(backbone, safety_checker=None)}
     exec(code, lines)
@@ -162,7 +162,7 @@ def test_the_cards_lines_give_the_states_of_the_training(run: Path, backbone: Pa
     task = task_of(run, backbone, prompt_chunks=2)
     assert torch.equal(lines["prompt_embeds"](text), task.parts.text_states(task.prompt_encoder, [text]))
     for plain in (
-        model_card(tiny_config(run, backbone), read_contract(run / "dataset"), None),
-        model_card(config, read_contract(run / "dataset"), None, "vae"),
+        model_card(tiny_config(run, backbone), MaskPromptDataset.open(run / "dataset"), None),
+        model_card(config, MaskPromptDataset.open(run / "dataset"), None, "vae"),
     ):
         assert "prompt_embeds" not in plain

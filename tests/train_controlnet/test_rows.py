@@ -223,7 +223,7 @@ def test_a_dataset_of_several_sizes_trains(
     changes: dict[str, Any] = {"augment": augment, "lesion_loss_weight": 2.0}
     train = TrainConfig.model_validate({**config.train.model_dump(), **changes})
     config = config.model_copy(update={"run_dir": tmp_path, "train": train})
-    task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), Accelerator(cpu=True))
+    task = build_task(config, Run(tmp_path), MaskPromptDataset.open(tmp_path / "dataset"), Accelerator(cpu=True))
     copies = 3 if augment else 1
     assert task.buckets == [i // copies % 2 for i in range(8 * copies)]
     for bucket, size in ((0, (4, 4)), (1, (4, 6))):

@@ -17,7 +17,7 @@ from maskloom.evaluate.inputs import ImageSet
 from maskloom.generate.generate import generate
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Description, read_contract
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
@@ -178,6 +178,6 @@ def test_a_bucket_must_suit_the_vae() -> None:
 def test_validation_takes_rows_of_several_sizes(tmp_path: Path, backbone: Path) -> None:
     write_sized(tmp_path, [SIZES[i % 2] for i in range(6)], [SIZES[i % 2] for i in range(4)])
     config = ExperimentConfig.model_validate(tiny_values(tmp_path, backbone, num_validation_images=2))
-    task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), Accelerator(cpu=True))
+    task = build_task(config, Run(tmp_path), MaskPromptDataset.open(tmp_path / "dataset"), Accelerator(cpu=True))
     figures = task.validate(1)
     assert np.isfinite(figures["loss"])

@@ -15,7 +15,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from safetensors.torch import load_file
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import write_json
 from maskloom.pipeline.files.ownership import OwnedFolder
@@ -69,7 +69,7 @@ def test_an_unchanged_training_is_skipped_and_a_changed_one_refused(
 def test_cached_and_fresh_latents_are_the_same(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
     fresh = config.model_copy(update={"train": config.train.model_copy(update={"cache_latents": False})})
-    tasks = [build_task(c, run, read_contract(run.dataset), Accelerator(cpu=True)) for c in (config, fresh)]
+    tasks = [build_task(c, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True)) for c in (config, fresh)]
     rows = [{k: v.unsqueeze(0) for k, v in task.dataset[5].items() if isinstance(v, torch.Tensor)} for task in tasks]
     assert "moments" in rows[0]
     assert "pixels" in rows[1]
@@ -79,7 +79,7 @@ def test_cached_and_fresh_latents_are_the_same(config: ExperimentConfig) -> None
 
 def test_a_fresh_posterior_sample_is_drawn_each_time(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
-    task = build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     row = {"moments": task.dataset[0]["moments"].unsqueeze(0)}
     assert not torch.equal(task.latents(row, Draws(0, [0], CPU)), task.latents(row, Draws(0, [12], CPU)))
 
@@ -91,7 +91,7 @@ def test_a_stale_cache_is_dropped(config: ExperimentConfig) -> None:
     mine = run.generator / "cache" / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("the user's own")
-    build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     assert not stale.exists()
     assert (mine / "notes.txt").is_file()
     assert len(list((run.generator / "cache").iterdir())) == 2
@@ -100,13 +100,13 @@ def test_a_stale_cache_is_dropped(config: ExperimentConfig) -> None:
 def test_no_validation_split_means_no_validation_figures(tmp_path: Path, backbone: Path) -> None:
     write_tiny_run(tmp_path, {}, {"train": 4})
     config = tiny_config(tmp_path, backbone)
-    task = build_task(config, Run(tmp_path), read_contract(tmp_path / "dataset"), Accelerator(cpu=True))
+    task = build_task(config, Run(tmp_path), MaskPromptDataset.open(tmp_path / "dataset"), Accelerator(cpu=True))
     assert task.validate(1) == {}
 
 
 def test_validation_asks_the_same_question_every_time(config: ExperimentConfig) -> None:
     run = Run(config.run_folder)
-    task = build_task(config, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     first, second = task.validate(1), task.validate(2)
     assert first == second
     assert set(first) >= {"loss", "loss_bin_0", "loss_bin_1", "loss_bin_2", "loss_bin_3", "condition_gain"}
@@ -121,7 +121,7 @@ def test_training_goes_on_from_given_weights(config: ExperimentConfig) -> None:
         update={"train": config.train.model_copy(update={"controlnet_model_name_or_path": str(start)})}
     )
     run = Run(config.run_folder)
-    task = build_task(again, run, read_contract(run.dataset), Accelerator(cpu=True))
+    task = build_task(again, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
     expected = load_file(start / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in task.networks["controlnet"].state_dict().items())
 

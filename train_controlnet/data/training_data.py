@@ -1,4 +1,4 @@
-"""What a training reads: the rows of both splits and the table of their prompts, with the caches filled."""
+"""The training data: the rows of both splits and the table of their prompts, with filled caches."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor
 
 from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, tell_cuts
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.train_controlnet.data.latent_cache import (
     CACHE_FOLDER,
-    ViewCache,
     cache_folder,
     drop_stale_caches,
     fill_embeddings,
     fill_views,
 )
-from maskloom.train_controlnet.data.prompts import Prompts, numbered_prompts
+from maskloom.train_controlnet.data.prompts import numbered_prompts
 from maskloom.train_controlnet.data.rows import TrainingRows
-from maskloom.train_controlnet.data.views import Views, open_views
+from maskloom.train_controlnet.data.views import open_views
 from maskloom.train_controlnet.networks import Networks
 
 
@@ -31,10 +30,11 @@ class TrainingData:
     """Rows and prompts.
 
     Attributes:
-        rows: of `train` and, where the dataset has it, of `validation`.
-        text: by the prompt's number (0 is the empty prompt): states of the text encoder, (U, L, D), or, where it is trained, tokens,
-            (U, pieces, L) int64; on the training's device.
-        prompt_encoder: reads prompts as the training does.
+        rows: the rows of `train` and, if the dataset has it, of `validation`.
+        text: one entry per prompt number (0: the empty prompt), on the device of the training:
+            states of the text encoder, (U, L, D), or tokens, (U, chunks, L) int64, if the text
+            encoder is trained.
+        prompt_encoder: tokenizes prompts as in training.
     """
 
     rows: dict[str, TrainingRows]
@@ -43,24 +43,26 @@ class TrainingData:
 
 
 def prepare_training_data(
-    config: ExperimentConfig, run: Run, contract: Contract, parts: Networks, accelerator: Accelerator
+    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, parts: Networks, accelerator: Accelerator
 ) -> TrainingData:
-    """Open the splits and fill the caches; VAE and text encoder leave the device when the caches hold their work.
+    """Open the splits and fill the caches.
+
+    VAE and text encoder move to the CPU once the caches hold what they compute.
 
     Args:
         config: the experiment.
-        run: where the caches are kept.
-        contract: the real dataset's.
+        run: its `generator` folder holds the caches.
+        dataset: the real dataset.
         parts: the networks, on the accelerator's device.
-        accelerator: of the training.
+        accelerator: the accelerator of the training.
 
     Raises:
         MaskLoomError: the tokenizer does not fit the text encoder, an image's moments are not finite, or the disk is full.
     """
     train = config.fine_tuning
     encoder = PromptEncoder.of(parts.tokenizer, parts.text_encoder.config, train.prompt_chunks)
-    splits = open_views(config, run, contract, train.augment)
-    folder = cache_folder(run.generator / CACHE_FOLDER, config, contract.digest)
+    splits = open_views(config, dataset, train.augment)
+    folder = cache_folder(run.generator / CACHE_FOLDER, config, dataset.digest)
     if accelerator.is_main_process:
         drop_stale_caches(folder.parent, folder)
     accelerator.wait_for_everyone()
@@ -81,20 +83,12 @@ def prepare_training_data(
         )
         text = states.to(accelerator.device, DTYPES[train.mixed_precision])
         parts.text_encoder.to("cpu")
-    rows = _training_rows(config, splits, caches if train.cache_latents else {}, prompts)
     if train.cache_latents:
         parts.vae.to("cpu")
-    return TrainingData(rows, text, encoder)
-
-
-def _training_rows(
-    config: ExperimentConfig, splits: dict[str, Views], moments: dict[str, ViewCache], prompts: Prompts
-) -> dict[str, TrainingRows]:
-    train = config.fine_tuning
-    return {
+    rows = {
         name: TrainingRows(
             views,
-            moments.get(name),
+            caches[name] if train.cache_latents else None,
             prompts.numbers[name],
             with_conditioning=train.controlnet != "none",
             with_foreground=train.lesion_loss_weight > 1,
@@ -102,3 +96,4 @@ def _training_rows(
         )
         for name, views in splits.items()
     }
+    return TrainingData(rows, text, encoder)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import AugmentConfig
-from maskloom.pipeline.dataset.contract import Contract, Description
+from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array, rgb_array
-from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.data.augmentation import (
     Picture,
     Pictures,
@@ -127,23 +126,20 @@ class Views:
         return self.columns[column][index // self.copies][column]
 
 
-def open_views(
-    config: ExperimentConfig, run: Run, contract: Contract, augment: AugmentConfig | None
-) -> dict[str, Views]:
-    """Return the train rows that `train.max_train_samples` leaves, and the validation rows if there are any.
+def open_views(config: ExperimentConfig, dataset: MaskPromptDataset, augment: AugmentConfig | None) -> dict[str, Views]:
+    """Return the train rows, at most `train.max_train_samples`, and the validation rows if there are any.
 
     Args:
         config: the experiment.
-        run: holds the dataset.
-        contract: the dataset's.
-        augment: how copies of train rows are made; None: there are none.
+        dataset: the real dataset.
+        augment: how train rows are augmented; None: not at all.
     """
     splits: dict[str, Views] = {}
     for name in ("train", "validation"):
-        if name in contract.splits:
-            rows, most = MaskPromptDataset(run.dataset, contract).split(name), config.fine_tuning.max_train_samples
+        if name in dataset.contract.splits:
+            rows, most = dataset.split(name), config.fine_tuning.max_train_samples
             kept = rows.select(range(min(most, len(rows)))) if name == "train" and most else rows
-            splits[name] = Views(kept, contract.description, augment if name == "train" else None, config.seed)
+            splits[name] = Views(kept, dataset.description, augment if name == "train" else None, config.seed)
     return splits
 
 

@@ -1,13 +1,14 @@
-"""Mask adherence: do sampled images show the masks that they were asked to show?
+"""Mask adherence: do sampled images show the masks that they were conditioned on?
 
-A small U-Net, trained on real images before the first step, reads the mask off each sampled image. Words can give a mask away (its class, its
-place, its size), so each mask is sampled with the words of another image of its class: an image that follows the words only is no
-more like the mask asked for than like the words' own mask, and that is the chance level.
+A small U-Net, trained on real images before the first step, segments each sampled image. A prompt
+can give its mask away (class, place, size), so each mask is sampled with the prompt of another
+image of the same class. An image that follows only its prompt is no closer to the requested mask
+than to the mask of the prompt: the latter is the chance level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import nn
 
 from maskloom.models.segmenter import SegmenterOptions, build_segmenter, dice_scores, predicted_masks, train_segmenter
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import rgb_array
 from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.errors import MaskLoomError, report_write_errors
@@ -37,17 +38,18 @@ from maskloom.train_controlnet.data.rows import TrainingRows
 from maskloom.train_controlnet.validation.samples import SampleRequest
 from maskloom.train_controlnet.validation.verdict import LEAST_IMAGES, check_adherence, too_few_images
 
-READER_FILE = "adherence.safetensors"
+SEGMENTER_FILE = "adherence.safetensors"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Dice of each sampled image, (N,), the mean of the foreground classes.
+    """Dice of each sampled image, (N,), averaged over the foreground classes.
 
     Attributes:
-        asked: against the mask that was asked for.
-        shuffled: against the mask that the words belong to.
-        real: of the real images against their own masks: what the reader can see at best.
+        asked: against the requested mask.
+        shuffled: against the mask that the prompt belongs to.
+        real: of the real images against their own masks: the best that the segmentation model can
+            read.
     """
 
     asked: NDArray[np.float64]
@@ -55,7 +57,7 @@ class Reading:
     real: NDArray[np.float64]
 
     def figures(self) -> dict[str, float]:
-        """Return the means under the names of the training log."""
+        """Return the means under their names in the training log."""
         return {
             "adherence": float(self.asked.mean()),
             "adherence_shuffled": float(self.shuffled.mean()),
@@ -63,111 +65,189 @@ class Reading:
         }
 
 
-class AdherenceMeter:
-    """Asks for the same masks, with the same words and from the same noise, whenever it is asked."""
+@dataclass(frozen=True)
+class ImageFormat:
+    """What the segmentation model sees.
 
-    def __init__(
-        self,
-        of: Mapping[str, TrainingRows],
-        config: ExperimentConfig,
-        run: Run,
-        contract: Contract,
-        device: torch.device,
-    ) -> None:
-        """Choose the masks, and train the reader or take up the one that an earlier run trained.
+    Attributes:
+        size: (height, width) in pixels.
+        channels: 1 (grey) or 3 (RGB).
+    """
+
+    size: tuple[int, int]
+    channels: int
+
+    def convert(self, image: Image.Image) -> Picture:
+        """Return an image at this size and in these channels, (h, w, C) uint8."""
+        height, width = self.size
+        kind = "L" if self.channels == 1 else "RGB"
+        resized = np.asarray(image.convert(kind).resize((width, height), Image.Resampling.BILINEAR))
+        return resized.reshape(height, width, self.channels)
+
+    def convert_rows(self, rows: datasets.Dataset, numbers: Sequence[int]) -> tuple[Picture, Picture]:
+        """Return images (N, h, w, C) and masks (N, h, w) of those of the numbered rows that have a mask.
 
         Raises:
-            MaskLoomError: see `check_adherence`; or too few validation images have a mask with a foreground.
+            MaskLoomError: none has one.
         """
-        check_adherence(config.fine_tuning, contract)
-        assert config.fine_tuning.adherence is not None
-        self.options, self.about, self.device = config.fine_tuning.adherence, contract.description, str(device)
-        rows = of["validation"].views.rows if "validation" in of else None
-        asked = [] if rows is None else _asked_rows(rows, self.options.num_images, config.seed)
-        if rows is None or len(asked) < LEAST_IMAGES:
-            raise MaskLoomError(too_few_images(len(asked)))
-        words = [rows[i]["text"] for i in np.roll(asked, 1).tolist()]
-        seen = [rgb_array(rows[i]["conditioning_image"]) for i in asked]
-        self.requests = [SampleRequest(*request) for request in zip(seen, words, strict=True)]
-        images, self.masks = self._pictures(rows, asked)
-        self.reader = self._reader(of["train"].views.rows, run.generator / READER_FILE, contract.digest, config.seed)
-        self.real = self._dice(images, self.masks)
-        say(f"mask adherence: the masks of real validation images are read at Dice {self.real.mean():.2f}")
-
-    def reading(self, images: Sequence[Picture]) -> Reading:
-        """Return the scores of the images, (H, W, 3) uint8, that were sampled for `requests`."""
-        small = np.stack([self._small(Image.fromarray(image)) for image in images])
-        return Reading(self._dice(small, self.masks), self._dice(small, np.roll(self.masks, 1, axis=0)), self.real)
-
-    def _dice(self, images: Picture, masks: Picture) -> NDArray[np.float64]:
-        """Return the mean Dice of the foreground classes, (N,), between what the reader sees and the masks."""
-        predictions = predicted_masks(self.reader, images, self.device)
-        return dice_scores(predictions, masks, len(self.about.mask_classes)).mean(axis=1)
-
-    def _reader(self, rows: datasets.Dataset, path: Path, dataset: str, seed: int) -> nn.Module:
-        """Return the U-Net from its file, if it was trained on the same images in the same way, or else trained and kept.
-
-        Of a few widths, depths and rates this one read the demo's masks best for its time.
-        """
-        options = SegmenterOptions(
-            image_size=self.options.image_size,
-            channels=(16, 32, 64, 128),
-            residual_units=0,
-            steps=self.options.steps,
-            batch_size=8,
-            learning_rate=5e-3,
-        )
-        key = value_digest([dataset, len(rows), seed, options.model_dump(mode="json")])
-        channels, classes = self.about.channels, len(self.about.mask_classes)
-        owned = OwnedFolder(path.parent)
-        if owned.problem(path.name) is None and _key(path) == key:
-            reader = build_segmenter(options, channels, classes, seed)
-            reader.load_state_dict(load_file(path))
-            return reader.to(self.device).eval()
-        most = options.steps * options.batch_size  # no more are ever seen
-        numbers = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int).tolist()
-        images, masks = self._pictures(rows, numbers)
-        reader = train_segmenter(images, masks, classes, options, seed, self.device)
-        with report_write_errors(path), owned.writing(path.name) as temporary:
-            save_file({name: value.cpu() for name, value in reader.state_dict().items()}, temporary, {"key": key})
-        return reader
-
-    def _pictures(self, rows: datasets.Dataset, numbers: Sequence[int]) -> tuple[Picture, Picture]:
-        """Return images (N, h, w, C) and masks (N, h, w) of the rows that have a mask, at the reader's size."""
-        height, width = self.options.image_size
         chosen = (row for row in rows.select_columns(["image", "mask"]).select(numbers) if row["mask"] is not None)
-        pairs = [
-            (self._small(row["image"]), resize_mask(np.asarray(row["mask"]), (height, width)).mask) for row in chosen
-        ]
+        pairs = [(self.convert(row["image"]), resize_mask(np.asarray(row["mask"]), self.size).mask) for row in chosen]
         if not pairs:
             raise MaskLoomError("train.adherence: no train image has a mask to learn from; set train.adherence=null")
         images, masks = zip(*pairs, strict=True)
         return np.stack(images), np.stack(masks)
 
-    def _small(self, image: Image.Image) -> Picture:
-        """Return an image at the reader's size and in the dataset's channels, (h, w, C) uint8."""
-        height, width = self.options.image_size
-        kind = "L" if self.about.channels == 1 else "RGB"
-        resized = np.asarray(image.convert(kind).resize((width, height), Image.Resampling.BILINEAR))
-        return resized.reshape(height, width, self.about.channels)
+
+class AdherenceMeter:
+    """Scores images that were sampled for the same masks and prompts at every validation.
+
+    Attributes:
+        requests: the samples to draw, each a mask with the prompt of another image.
+        masks: (N, h, w) uint8, the requested masks at the size that the segmentation model sees.
+        real: (N,) Dice of the real images of these masks.
+    """
+
+    def __init__(
+        self,
+        segmenter: nn.Module,
+        seen: ImageFormat,
+        requests: Sequence[SampleRequest],
+        images: Picture,
+        masks: Picture,
+        classes: int,
+        device: str,
+    ) -> None:
+        """Keep the parts and score the real images.
+
+        Args:
+            segmenter: the trained segmentation model, on the device.
+            seen: size and channels of its images.
+            requests: the samples to draw.
+            images: (N, h, w, C) uint8, the real images of the requested masks.
+            masks: (N, h, w) uint8 class indices.
+            classes: number of classes, background included.
+            device: where the segmentation model runs.
+        """
+        self.segmenter, self.seen, self.device = segmenter, seen, device
+        self.requests, self.masks, self.classes = requests, masks, classes
+        self.real = self._dice(images, masks)
+
+    def reading(self, images: Sequence[Picture]) -> Reading:
+        """Return the scores of the images, (H, W, 3) uint8, that were sampled for `requests`."""
+        converted = np.stack([self.seen.convert(Image.fromarray(image)) for image in images])
+        of_prompts = np.roll(self.masks, 1, axis=0)
+        return Reading(self._dice(converted, self.masks), self._dice(converted, of_prompts), self.real)
+
+    def _dice(self, images: Picture, masks: Picture) -> NDArray[np.float64]:
+        """Return the Dice of the segmented images with the masks, (N,), averaged over the foreground classes."""
+        predictions = predicted_masks(self.segmenter, images, self.device)
+        return dice_scores(predictions, masks, self.classes).mean(axis=1)
 
 
-def _key(path: Path) -> str | None:
-    """Return what a reader's file says that it was trained on."""
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("key")
+def prepare_adherence(
+    config: ExperimentConfig,
+    run: Run,
+    dataset: MaskPromptDataset,
+    rows: Mapping[str, TrainingRows],
+    device: torch.device,
+) -> AdherenceMeter:
+    """Choose masks and prompts, and train the segmentation model or load that of an earlier run.
+
+    Args:
+        config: the experiment, with `train.adherence` set.
+        run: its `generator` folder keeps the segmentation model.
+        dataset: the real dataset.
+        rows: the training's rows by split.
+        device: where the segmentation model runs.
+
+    Raises:
+        MaskLoomError: see `check_adherence`; or too few validation images have a mask with a
+            foreground, or no train image has a mask.
+    """
+    check_adherence(config.fine_tuning, dataset)
+    options, about = config.fine_tuning.adherence, dataset.description
+    assert options is not None
+    held_out = rows["validation"].views.rows if "validation" in rows else None
+    asked = [] if held_out is None else adherence_rows(held_out, options.num_images, config.seed)
+    if held_out is None or len(asked) < LEAST_IMAGES:
+        raise MaskLoomError(too_few_images(len(asked)))
+    prompts = [held_out[i]["text"] for i in np.roll(asked, 1).tolist()]
+    conditioning = [rgb_array(held_out[i]["conditioning_image"]) for i in asked]
+    requests = [SampleRequest(*request) for request in zip(conditioning, prompts, strict=True)]
+    seen, classes = ImageFormat(options.image_size, about.channels), len(about.mask_classes)
+    images, masks = seen.convert_rows(held_out, asked)
+    file = run.generator / SEGMENTER_FILE
+    segmenter = adherence_segmenter(config, dataset, rows["train"].views.rows, seen, file, device)
+    meter = AdherenceMeter(segmenter, seen, requests, images, masks, classes, str(device))
+    say(f"mask adherence: the masks of real validation images are read at Dice {meter.real.mean():.2f}")
+    return meter
 
 
-def _asked_rows(rows: datasets.Dataset, count: int, seed: int) -> list[int]:
-    """Return rows whose mask has a foreground, drawn at random and then put in the order of their classes.
+def adherence_rows(rows: datasets.Dataset, count: int, seed: int) -> list[int]:
+    """Return numbers of rows whose mask has a foreground: drawn at random, then sorted by class.
 
-    So the row before a row, whose words it gets, is of its class, but for the first of each class.
+    The row before a row, whose prompt it gets, is therefore of its class, except for the first row
+    of each class.
     """
     masks, labels = rows.select_columns(["mask"]), rows.select_columns(["label"])
     order = torch.randperm(len(rows), generator=keyed_generator(seed, "adherence rows")).tolist()
-    drawn = islice((i for i in order if _has_foreground(masks[i]["mask"])), count)
+
+    def with_foreground() -> Iterator[int]:
+        for number in order:
+            mask = masks[number]["mask"]
+            if mask is not None and np.asarray(mask).any():
+                yield number
+
+    drawn = islice(with_foreground(), count)
     return sorted(drawn, key=lambda i: -1 if labels[i]["label"] is None else labels[i]["label"])
 
 
-def _has_foreground(mask: Image.Image | None) -> bool:
-    return mask is not None and bool(np.asarray(mask).any())
+def adherence_segmenter(
+    config: ExperimentConfig,
+    dataset: MaskPromptDataset,
+    rows: datasets.Dataset,
+    seen: ImageFormat,
+    file: Path,
+    device: torch.device,
+) -> nn.Module:
+    """Return the U-Net from its file if it was trained in the same way, otherwise train and save it.
+
+    Of several widths, depths and learning rates, these gave the best Dice on the demo for their
+    time.
+
+    Args:
+        config: the experiment, with `train.adherence` set.
+        dataset: the real dataset.
+        rows: the rows of its train split to learn from.
+        seen: size and channels of the images.
+        file: where the weights are kept.
+        device: where it is trained.
+
+    Raises:
+        MaskLoomError: no train image has a mask, or the file cannot be written.
+    """
+    settings, classes = config.fine_tuning.adherence, len(dataset.description.mask_classes)
+    assert settings is not None
+    options = SegmenterOptions(
+        image_size=settings.image_size,
+        channels=(16, 32, 64, 128),
+        residual_units=0,
+        steps=settings.steps,
+        batch_size=8,
+        learning_rate=5e-3,
+    )
+    key = value_digest([dataset.digest, len(rows), config.seed, options.model_dump(mode="json")])
+    owned = OwnedFolder(file.parent)
+    if owned.problem(file.name) is None:
+        with safe_open(file, framework="pt") as saved:
+            trained_alike = (saved.metadata() or {}).get("key") == key
+        if trained_alike:
+            segmenter = build_segmenter(options, seen.channels, classes, config.seed)
+            segmenter.load_state_dict(load_file(file))
+            return segmenter.to(device).eval()
+    most = min(options.steps * options.batch_size, len(rows))  # training sees no more
+    images, masks = seen.convert_rows(rows, np.linspace(0, len(rows) - 1, most).astype(int).tolist())
+    segmenter = train_segmenter(images, masks, classes, options, config.seed, str(device))
+    with report_write_errors(file), owned.writing(file.name) as temporary:
+        save_file({name: value.cpu() for name, value in segmenter.state_dict().items()}, temporary, {"key": key})
+    return segmenter

@@ -1,4 +1,4 @@
-"""Images sampled while training, and the grid in which they are looked at."""
+"""Images sampled during training, and the grid that shows them."""
 
 from __future__ import annotations
 
@@ -43,12 +43,28 @@ class SampleRequest:
     prompt: str
 
 
-def further_requests(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
+def validation_sampling(config: ExperimentConfig) -> Sampling:
+    """Return the sampling settings of the stage `generate` for what is trained."""
+    return Sampling.of_training(config.generate, config.fine_tuning)
+
+
+def adherence_sampling(config: ExperimentConfig) -> Sampling:
+    """Return the same settings, except for those that `train.adherence` overrides."""
+    options = config.fine_tuning.adherence
+    assert options is not None
+    return validation_sampling(config).but(
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        controlnet_conditioning_scale=options.controlnet_conditioning_scale,
+    )
+
+
+def configured_requests(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> list[SampleRequest]:
     """Return a request for each entry of `train.validation_prompt` and `train.validation_image`.
 
     Args:
-        config: the training's.
-        sizes: (height, width) that images may have; prompts without an image get the first.
+        config: the section `train`.
+        sizes: the allowed (height, width) in pixels; prompts without an image get the first.
 
     Raises:
         MaskLoomError: an image cannot be read, or has another size.
@@ -57,10 +73,15 @@ def further_requests(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> l
     if config.controlnet == "none":
         return [SampleRequest(blank, prompt) for prompt in config.validation_prompt]
     pairs = zip(config.validation_image, config.validation_prompt, strict=True)
-    return [SampleRequest(_conditioning_file(path, sizes), prompt) for path, prompt in pairs]
+    return [SampleRequest(read_conditioning(path, sizes), prompt) for path, prompt in pairs]
 
 
-def _conditioning_file(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
+def read_conditioning(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
+    """Return a conditioning image of the user, (H, W, 3) uint8.
+
+    Raises:
+        MaskLoomError: it cannot be read, or has none of these (height, width).
+    """
     try:
         with Image.open(path) as image:
             picture = np.asarray(image.convert("RGB"))
@@ -72,12 +93,13 @@ def _conditioning_file(path: Path, sizes: Sequence[tuple[int, int]]) -> Picture:
         height, width = picture.shape[:2]
         wanted = " or ".join(f"{rows} x {columns}" for rows, columns in sizes)
         raise MaskLoomError(
-            f"train.validation_image: {path} is {height} x {width}, the dataset {wanted}; resize it (masks by nearest neighbour)"
+            f"train.validation_image: {path} is {height} x {width}, the dataset {wanted}; resize it "
+            "(masks by nearest neighbour)"
         )
     return picture
 
 
-def sampled_images(
+def sample_images(
     task: DiffusionTask,
     accelerator: Accelerator,
     requests: Sequence[SampleRequest],
@@ -85,22 +107,22 @@ def sampled_images(
     how: Sampling,
     purpose: str,
 ) -> list[Picture]:
-    """Return (H, W, 3) uint8 images, each from its own fixed noise; the networks stay as they are.
+    """Return (H, W, 3) uint8 images, each from its own fixed noise; the networks do not change.
 
-    Scheduler, pipeline and call are those of the stage `generate` (`models.stable_diffusion.sampling`). Batches are as large as those of the training: what
-    has memory for a step has memory for these.
+    Scheduler, pipeline and call are those of `generate` (`models.stable_diffusion.sampling`).
+    Batches are as large as in training, so they fit where a training step fits.
 
     Args:
         task: holds the networks.
-        accelerator: of the training.
+        accelerator: the accelerator of the training.
         requests: the samples to draw.
         config: the experiment; names the scheduler and the seed.
         how: steps and guidance.
-        purpose: keys the starting noise; the same purpose means the same noise for the same place in a list.
+        purpose: keys the initial noise together with a request's place in the list.
     """
-    task.parts.vae.to(task.device)
-    task.parts.text_encoder.to(task.device)
     parts = task.parts
+    parts.vae.to(task.device)
+    parts.text_encoder.to(task.device)
     pipe = build_pipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
@@ -113,36 +135,28 @@ def sampled_images(
     images: dict[int, Picture] = {}
     with torch.inference_mode(), accelerator.autocast(), _residuals_as_trained(task):
         embedding = cache(partial(prompt_embedding, pipe, task.prompt_encoder))
-        for numbers in _batches_of_one_size(requests, task.config.train_batch_size):
+        for numbers in batches_of_one_size(requests, task.config.train_batch_size):
             batch = [requests[number] for number in numbers]
+            conditioning = torch.from_numpy(np.stack([request.conditioning for request in batch]))
             found = sample(
                 pipe,
                 [embedding(request.prompt) for request in batch],
                 embedding(how.negative_prompt),
-                _control(batch) if parts.controlnet is not None else None,
+                conditioning.permute(0, 3, 1, 2) / 255 if parts.controlnet is not None else None,
                 batch[0].conditioning.shape[:2],
                 [keyed_generator(config.seed, purpose, number) for number in numbers],
                 how,
             )
-            images |= dict(zip(numbers, _as_bytes(found), strict=True))
+            decoded = (found.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+            images |= dict(zip(numbers, decoded, strict=True))
     if "text_encoder" not in task.networks:
-        task.parts.text_encoder.to("cpu")
+        parts.text_encoder.to("cpu")
     if task.config.cache_latents:
-        task.parts.vae.to("cpu")
+        parts.vae.to("cpu")
     return [images[number] for number in range(len(requests))]
 
 
-def _control(batch: Sequence[SampleRequest]) -> torch.Tensor:
-    """Return the conditioning images as (B, 3, H, W) in 0..1."""
-    return torch.from_numpy(np.stack([request.conditioning for request in batch])).permute(0, 3, 1, 2) / 255
-
-
-def _as_bytes(images: torch.Tensor) -> Picture:
-    """Return (B, 3, H, W) in 0..1 as (B, H, W, 3) uint8."""
-    return (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
-
-
-def _batches_of_one_size(requests: Sequence[SampleRequest], most: int) -> Iterator[list[int]]:
+def batches_of_one_size(requests: Sequence[SampleRequest], most: int) -> Iterator[list[int]]:
     """Yield the indices of requests that share a size, at most `most` at a time."""
 
     def size(number: int) -> tuple[int, ...]:
@@ -155,7 +169,10 @@ def _batches_of_one_size(requests: Sequence[SampleRequest], most: int) -> Iterat
 
 @contextmanager
 def _residuals_as_trained(task: DiffusionTask) -> Iterator[None]:
-    """Hand the ControlNet's float32 output to the UNet in the UNet's precision, as the training does and diffusers' pipeline does not."""
+    """Cast the ControlNet's float32 output to the precision of the UNet inside the block.
+
+    Training does so as well; diffusers' pipeline does not.
+    """
     if task.parts.controlnet is None:
         yield
         return
@@ -171,8 +188,13 @@ def _residuals_as_trained(task: DiffusionTask) -> Iterator[None]:
         hook.remove()
 
 
-def grid(lines: Sequence[Sequence[Picture | None]]) -> Picture:
-    """Return tiles, (H, W, 3) uint8, in lines of one length; a missing tile, and what a smaller one leaves of its place, is white."""
+def sample_grid(lines: Sequence[Sequence[Picture | None]]) -> Picture:
+    """Return tiles, (H, W, 3) uint8, as one image.
+
+    Args:
+        lines: the tiles line by line, equally many in each. None leaves its place white; so does a
+            smaller tile with the rest of its place.
+    """
     height, width = np.max([tile.shape[:2] for line in lines for tile in line if tile is not None], axis=0)
     page = np.full((len(lines), height, len(lines[0]), width, 3), 255, dtype=np.uint8)
     for row, line in enumerate(lines):
@@ -183,7 +205,7 @@ def grid(lines: Sequence[Sequence[Picture | None]]) -> Picture:
 
 
 def show_in_trackers(accelerator: Accelerator, picture: Picture, step: int) -> None:
-    """Send an (H, W, 3) uint8 picture to TensorBoard and W&B, where they are used."""
+    """Send an (H, W, 3) uint8 image to TensorBoard and W&B, where they are used."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": picture[None]}, step=step, dataformats="NHWC")

@@ -18,15 +18,19 @@ from maskloom.models.stable_diffusion.sampling import (
     sampling_scheduler,
 )
 from maskloom.pipeline.config.experiment import ExperimentConfig
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import keyed_generator
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.train_controlnet.export import export
 from maskloom.train_controlnet.train import build_task, check_validation_sampling
-from maskloom.train_controlnet.validation.samples import SampleRequest, sampled_images
-from maskloom.train_controlnet.validation.validator import Validator
+from maskloom.train_controlnet.validation.samples import (
+    SampleRequest,
+    adherence_sampling,
+    sample_images,
+    validation_sampling,
+)
 from tests.tiny_backbone import build_tiny_backbone, build_tiny_controlnet
 from tests.tiny_datasets import write_tiny_run
 from tests.train_controlnet.conftest import fresh_accelerate, tiny_config  # noqa: F401
@@ -71,14 +75,14 @@ def test_validation_and_generate_give_identical_pixels(
 ) -> None:
     config = experiment(tmp_path, backbone, {"num_inference_steps": 3, **generate}, **train)
     run = Run(config.run_folder)
-    contract, accelerator = read_contract(run.dataset), make_accelerator(config.fine_tuning, run.logs("train"))
-    task = build_task(config, run, contract, accelerator)
-    how = Validator._sampling(task.validator)
+    dataset, accelerator = MaskPromptDataset.open(run.dataset), make_accelerator(config.fine_tuning, run.logs("train"))
+    task = build_task(config, run, dataset, accelerator)
+    how = validation_sampling(config)
     mask = np.zeros((32, 32, 3), np.uint8)
     mask[8:20, 10:25] = 255
     requests = [SampleRequest(mask, "a disc"), SampleRequest(mask[::-1].copy(), "a square on the left")]
-    validation = sampled_images(task, accelerator, requests, config, how, "picture")
-    export(task, config, run, contract, accelerator)
+    validation = sample_images(task, accelerator, requests, config, how, "picture")
+    export(task, config, run, dataset)
     assert generated(config, run, requests) == [image.tobytes() for image in validation]
 
 
@@ -117,16 +121,11 @@ def test_adherence_samples_as_generate_does_unless_it_says_otherwise(tmp_path: P
     config = experiment(tmp_path, backbone, values, adherence={"num_images": 8})
     whole = Sampling(7, 4.0, 1.5, "a square", 0.0, 0.7)
 
-    class Asked:
-        parts = type("Parts", (), {"controlnet": object()})
-
     def sampling(**adherence: Any) -> Sampling:
         train = config.fine_tuning.model_copy(
             update={"adherence": config.fine_tuning.adherence.model_copy(update=adherence)}
         )
-        validator = object.__new__(Validator)
-        validator.task, validator.config = Asked(), config.model_copy(update={"train": train})
-        return validator._adherence_sampling()
+        return adherence_sampling(config.model_copy(update={"train": train}))
 
     assert sampling() == whole
     changed = sampling(num_inference_steps=2, guidance_scale=0.0, controlnet_conditioning_scale=2.0)

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest, file_digest, read_json, write_json
 from maskloom.pipeline.files.private_paths import ABSOLUTE_PATH
@@ -109,7 +110,9 @@ def make_world(folder: Path, backbone: str = BACKBONE, **description: object) ->
     save_file({"w": np.arange(50_000, dtype=np.float32)}, weights / WEIGHTS, metadata={"format": "pt"})
     write_json(weights / "config.json", {"_class_name": "ControlNetModel", "_name_or_path": "/home/me/sd15"})
     Image.fromarray(np.zeros((8, 24), dtype=np.uint8)).save(weights / "samples.png")
-    (weights / "README.md").write_text(model_card(config, real, weights / "samples.png"), encoding="utf-8")
+    (weights / "README.md").write_text(
+        model_card(config, MaskPromptDataset(run.dataset, real), weights / "samples.png"), encoding="utf-8"
+    )
     for stays in ("checkpoint-3/optimizer.bin", "cache/moments.safetensors", "controlnet/optimizer.bin"):
         (run.generator / stays).parent.mkdir(parents=True, exist_ok=True)
         (run.generator / stays).write_bytes(b"stays here")
@@ -645,7 +648,9 @@ def test_a_local_backbone_is_not_named(hub, tmp_path, capsys):
     local = tmp_path / "backbone"
     local.mkdir()
     train = world.config.train.model_copy(update={"pretrained_model_name_or_path": str(local)})
-    text = model_card(world.config.model_copy(update={"train": train}), world.real, None)
+    text = model_card(
+        world.config.model_copy(update={"train": train}), MaskPromptDataset(world.run.dataset, world.real), None
+    )
     assert str(tmp_path) not in text
     assert "base_model" not in text
     assert "samples.png" not in text
@@ -680,7 +685,7 @@ def test_a_licence_without_a_page_has_no_link():
 def test_the_card_names_what_is_trained(world, kind, train, trained):
     values = world.config.model_dump(mode="json")
     config = ExperimentConfig.model_validate({**values, "train": {**values["train"], **train}})
-    text = model_card(config, world.real, None, kind)
+    text = model_card(config, MaskPromptDataset(world.run.dataset, world.real), None, kind)
     assert f"| trained | {trained} |" in text
     assert kind in yaml.safe_load(text.split("---\n")[1])["tags"]
     assert ("The conditioning image" in text) == (kind == "controlnet")
