@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
-from maskloom.evaluate.results import MetricResult
 from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import read_places
@@ -23,10 +22,11 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import json_text, model_digest, read_json, value_digest
+from maskloom.pipeline.files.atomic import model_digest, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.results import TUNED_VAE, Evaluation, MetricResult, read_evaluation, write_evaluation
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.record import require_intact
 from maskloom.pipeline.runs.run import Run
@@ -61,9 +61,9 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     digests = {name: MaskPromptDataset.open(folder).digest for name, folder in sets.items()}
     backbone = "none" if config.train is None else BackboneSource.of(config.train).digest()
     tuned = run.generator / "vae"
-    if tuned.is_dir():  # a fine-tuned decoder, which `vae_ceiling` looks at
+    if tuned.is_dir():
         require_intact(run, "train", tuned)
-        digests["vae"] = model_digest(str(tuned))
+        digests[TUNED_VAE] = model_digest(str(tuned))
     settings = {"seed": config.seed, "questions": [question.identity for question in questions]}
     stage = Stage(run, "evaluate", {**digests, "backbone": backbone}, settings, [run.evaluation])
     if stage.skips(force):
@@ -83,7 +83,7 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
             key = value_digest([__version__, question.identity, digests, backbone, config.seed])
             kept = None if force else _kept_answer(answers, question, key)
             answer = kept or _new_answer(answers, question, inputs, key, digests)
-            results[question.name] = answer["verdict"]
+            results[question.name] = answer.verdict
             advance()
 
 
@@ -149,7 +149,7 @@ def _question_of(name: str) -> str:
     return path.stem if path.suffix == ".json" else path.stem.rpartition("-")[0]
 
 
-def _kept_answer(answers: OwnedFolder, question: Question, key: str) -> dict[str, Any] | None:
+def _kept_answer(answers: OwnedFolder, question: Question, key: str) -> Evaluation | None:
     """Return the answer on disk if it has this key, and it and its pictures are as they were written; reports damage."""
     name = f"{question.name}.json"
     if not (answers.path / name).is_file() or name not in answers.files():
@@ -159,13 +159,13 @@ def _kept_answer(answers: OwnedFolder, question: Question, key: str) -> dict[str
     if problem:
         say(f"{problem}; computing {question.name} again")
         return None
-    answer: dict[str, Any] = read_json(answers.path / name, "run evaluate again with --force")
-    return answer if answer.get("key") == key else None
+    answer = read_evaluation(answers.path / name)
+    return answer if answer.key == key else None
 
 
 def _new_answer(
     answers: OwnedFolder, question: Question, inputs: EvaluationInputs, key: str, digests: dict[str, str]
-) -> dict[str, Any]:
+) -> Evaluation:
     """Compute and write an answer: pictures first, the JSON last; an older one stays until then."""
     result: MetricResult = question.module.evaluate(inputs, question.options)
     answers.remove([name for name in answers.files() if _question_of(name) == question.name])
@@ -173,14 +173,14 @@ def _new_answer(
         picture.path = f"{question.name}-{number}.png"
         with answers.writing(picture.path) as temporary:
             temporary.write_bytes(png_bytes(picture.pixels))
-    answer = {
-        "metric": question.name,
-        "version": question.module.VERSION,
-        "key": key,
-        "inputs": digests,
-        "options": question.options.model_dump(mode="json"),
+    answer = Evaluation(
+        metric=question.name,
+        version=question.module.VERSION,
+        key=key,
+        inputs=digests,
+        options=question.options.model_dump(mode="json"),
         **result.as_json(),
-    }
-    answers.write_text(f"{question.name}.json", json_text(answer))
+    )
+    write_evaluation(answers, answer)
     say(f"{question.name}: {result.verdict}")
     return answer

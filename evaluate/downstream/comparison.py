@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.evaluate.downstream.arms import WITH_SYNTHETIC, arm_title
-from maskloom.evaluate.results import REAL, Cell, Figure, Interval, Table
 from maskloom.evaluate.scores.statistics import (
     Bootstrap,
     Statistic,
@@ -20,6 +19,7 @@ from maskloom.evaluate.scores.statistics import (
     mean_statistic,
     wilcoxon_p_value,
 )
+from maskloom.pipeline.results import REAL, Cell, Figure, Interval, Table
 
 BASELINE = "real"
 FEW_GROUPS = 10

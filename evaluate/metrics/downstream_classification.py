@@ -24,8 +24,8 @@ from maskloom.evaluate.downstream.arms import (
 from maskloom.evaluate.downstream.classifier import ClassifierOptions, predicted_probabilities, train_classifier
 from maskloom.evaluate.downstream.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.results import MetricResult, skipped_result
 from maskloom.evaluate.scores.classification import RECALL, classification_statistics
+from maskloom.pipeline.results import MetricResult, skipped_result
 from maskloom.pipeline.training.fixed_steps import Augment
 
 VERSION = 2

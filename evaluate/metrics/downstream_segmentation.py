@@ -24,7 +24,6 @@ from maskloom.evaluate.downstream.arms import (
 from maskloom.evaluate.downstream.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.results import MetricResult, skipped_result
 from maskloom.evaluate.scores.statistics import Statistic, weighted_mean
 from maskloom.models.segmenter import (
     EMPTY_RULE,
@@ -34,6 +33,7 @@ from maskloom.models.segmenter import (
     predicted_masks,
     train_segmenter,
 )
+from maskloom.pipeline.results import MetricResult, skipped_result
 from maskloom.pipeline.training.fixed_steps import Augment
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from pydantic import Field
 
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.results import REAL, Cell, Figure, MetricResult, Table, skipped_result
 from maskloom.evaluate.scores.statistics import Bootstrap, group_index, weighted_mean
 from maskloom.models.segmenter import (
     EMPTY_RULE,
@@ -30,6 +29,7 @@ from maskloom.models.segmenter import (
 )
 from maskloom.pipeline.config.bounds import Repeats
 from maskloom.pipeline.progress import progress
+from maskloom.pipeline.results import REAL, Cell, Figure, MetricResult, Table, skipped_result
 
 if TYPE_CHECKING:
     from torch import nn

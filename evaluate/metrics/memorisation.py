@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.results import REAL, Cell, Curve, Figure, MetricResult, Picture, Table, skipped_result
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
 from maskloom.evaluate.scores.statistics import share_interval
 from maskloom.evaluate.thumbnails import coloured_mask, image_grid
 from maskloom.pipeline.config.bounds import Shown, Side
+from maskloom.pipeline.results import REAL, Cell, Curve, Figure, MetricResult, Picture, Table, skipped_result
 
 VERSION = 1
 QUESTION = "Does the generator repeat its training images?"

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.results import REAL, Cell, Figure, MetricResult, Table
 from maskloom.evaluate.scores.diversity import pair_similarities, random_pairs, usable_scales
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.frechet import frechet_distance, frechet_interval
@@ -18,6 +17,7 @@ from maskloom.evaluate.scores.kernel_distance import kernel_distance, squared_di
 from maskloom.evaluate.scores.manifold import manifold_scores
 from maskloom.evaluate.scores.statistics import Bootstrap, weighted_mean
 from maskloom.pipeline.config.bounds import Repeats, Side
+from maskloom.pipeline.results import REAL, Cell, Figure, MetricResult, Table
 
 VERSION = 1
 QUESTION = "Do the synthetic images look like the real ones, and are they as varied?"

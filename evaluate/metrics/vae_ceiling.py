@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.evaluate.inputs import EvaluationInputs, in_batches
-from maskloom.evaluate.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
 from maskloom.evaluate.scores.frechet import frechet_interval
 from maskloom.evaluate.scores.statistics import Bootstrap, difference, weighted_mean
 from maskloom.evaluate.thumbnails import image_grid
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.bounds import BatchSize, Shown
+from maskloom.pipeline.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.fixed_steps import normalised
 

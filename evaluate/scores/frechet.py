@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.results import Interval
 from maskloom.evaluate.scores.statistics import group_index, jackknife_interval
+from maskloom.pipeline.results import Interval
 
 Features = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.results import Interval
+from maskloom.pipeline.results import Interval
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]

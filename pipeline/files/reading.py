@@ -57,13 +57,13 @@ def read_model(path: Path, model: type[Model], remedy: str) -> Model:
 
 
 def checked(value: Any, model: type[Model], where: str, remedy: str) -> Model:
-    """Return JSON's value as a model; `where` and `remedy` are for the error.
+    """Return JSON's value as a model, no value converted; `where` and `remedy` are for the error.
 
     Raises:
         MaskLoomError: it is of another shape; names the first field that does not fit.
     """
     try:
-        return model.model_validate_json(json.dumps(value))  # as JSON, or lists would not pass for tuples
+        return model.model_validate_json(json.dumps(value), strict=True)  # as JSON, or lists would not pass for tuples
     except ValidationError as error:
         raise MaskLoomError(f"{where}: {first_problem(error)}; {remedy}") from None
 

@@ -20,7 +20,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest
 from maskloom.pipeline.files.formatting import duration_text, markdown_table
 from maskloom.pipeline.files.reading import read_model
-from maskloom.pipeline.report.evaluation import Cell, Evaluation, Interval, Table, cell_text, is_about, read_evaluations
+from maskloom.pipeline.results import Cell, Evaluation, Interval, Table, cell_text, read_evaluations
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import training_of
 
@@ -153,7 +153,7 @@ def current_evaluations(
     sets = {p.parent.name: read_contract(p.parent) for p in sorted(run.synthetic.glob(f"*/{CONTRACT_FILE}"))}
     measured = [one for one in read_evaluations(run.evaluation) if not one.skipped]
     digests = {"real": real.digest, **{name: contract.digest for name, contract in sets.items()}}
-    fitting = [one for one in measured if is_about(one, digests)]
+    fitting = [one for one in measured if one.is_about(digests)]
     own = [name for name, contract in sets.items() if training_of(run, name, contract) == weights.stage]
     newest = max(path.stat().st_mtime for path in weights.files())
     made = min(((run.synthetic / name / CONTRACT_FILE).stat().st_mtime for name in own), default=0.0)

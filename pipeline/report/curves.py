@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from maskloom.pipeline.files.reading import LogLine
-from maskloom.pipeline.report.evaluation import Curve
+from maskloom.pipeline.results import Curve
 
 POINTS = 200  # a longer series is averaged down to this many
 SIZE_INCHES = (5.6, 3.0)

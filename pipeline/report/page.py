@@ -14,10 +14,10 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.files.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.files.private_paths import without_places
 from maskloom.pipeline.report.curves import line_chart, training_curves
-from maskloom.pipeline.report.evaluation import Curve, cell_text, numeric_columns, read_evaluations
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
 from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
 from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts
+from maskloom.pipeline.results import Curve, Interval, Table, cell_text, read_evaluations
 
 TEMPLATE = "template.html.j2"
 PICTURE_SCALE = 4  # a picture of several panels may be this many times as wide as a grid's image
@@ -46,6 +46,15 @@ def evenly_chosen(items: Sequence[Path], count: int) -> list[Path]:
     if len(items) <= count:
         return list(items)
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def numeric_columns(table: Table) -> set[int]:
+    """Return the indices of the columns that contain only numbers and gaps; they are right-aligned."""
+    numbers = {
+        index for row in table.rows for index, cell in enumerate(row) if isinstance(cell, int | float | Interval)
+    }
+    words = {index for row in table.rows for index, cell in enumerate(row) if isinstance(cell, str | bool)}
+    return numbers - words
 
 
 def _environment() -> Environment:

@@ -13,7 +13,7 @@ from maskloom.pipeline.files.atomic import file_digest, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, file_problem
 from maskloom.pipeline.files.reading import read_lines
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.report.evaluation import evaluation_files
+from maskloom.pipeline.results import evaluation_files
 from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import SHOWN_LOGS, STAGES, Run
 

@@ -17,7 +17,7 @@ from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_con
 from maskloom.pipeline.files.atomic import json_text
 from maskloom.pipeline.files.formatting import MISSING, markdown_table
 from maskloom.pipeline.files.ownership import OwnedFolder
-from maskloom.pipeline.report.evaluation import Evaluation, Interval, cell_text, is_about, read_evaluations
+from maskloom.pipeline.results import Evaluation, Interval, cell_text, read_evaluations
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import stage_record, training_cost, training_of
 
@@ -102,7 +102,7 @@ def _answers(run: Run, config: ExperimentConfig, sets: Mapping[str, Contract]) -
         return []
     digests = {"real": read_contract(run.dataset).digest, **{name: one.digest for name, one in sets.items()}}
     order = list(config.evaluate.metrics)
-    found = [one for one in read_evaluations(run.evaluation) if one.metric in order and is_about(one, digests)]
+    found = [one for one in read_evaluations(run.evaluation) if one.metric in order and one.is_about(digests)]
     return sorted(found, key=lambda one: order.index(one.metric))
 
 

@@ -11,11 +11,10 @@ import pytest
 
 from maskloom.evaluate.evaluate import PACKAGE, open_question
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.results import REAL, MetricResult
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.plugins import load_plugin, plugin_names
-from maskloom.pipeline.report.evaluation import Evaluation
+from maskloom.pipeline.results import REAL, Evaluation, MetricResult
 from tests.evaluate.runs import answer, faithful, noise, small_options, tiny_inputs
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import tiny_description, write_tiny_run

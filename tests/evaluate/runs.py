@@ -7,8 +7,8 @@ import numpy as np
 
 from maskloom.evaluate.evaluate import open_question, verified_inputs
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.results import MetricResult
 from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.results import MetricResult
 from maskloom.pipeline.runs.run import Run
 from tests.tiny_datasets import Picture, Sample, tiny_picture
 

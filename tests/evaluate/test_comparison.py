@@ -12,8 +12,8 @@ from maskloom.evaluate.downstream.comparison import (
     compare_on_test_sets,
     finding,
 )
-from maskloom.evaluate.results import Interval
 from maskloom.evaluate.scores.statistics import holm_adjusted, weighted_mean
+from maskloom.pipeline.results import Interval
 
 GROUPS = [f"{index // 3}" for index in range(24)]
 

@@ -12,13 +12,13 @@ import yaml
 
 from maskloom.evaluate.evaluate import evaluate, open_question
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.results import MetricResult, skipped_result
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import write_json
 from maskloom.pipeline.files.ownership import OwnedFolder, whole_folder
+from maskloom.pipeline.results import TUNED_VAE, MetricResult, read_evaluations, skipped_result
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import StageChecked, check_only
@@ -304,3 +304,11 @@ def test_metrics_of_every_configuration_are_known() -> None:
     asked = [yaml.safe_load(path.read_text()).get("evaluate", {}).get("metrics", {}) for path in paths]
     questions = [open_question(name, options) for metrics in asked for name, options in metrics.items()]
     assert {"downstream_segmentation", "faithfulness"} <= {question.name for question in questions}
+
+
+def test_an_answer_with_a_fine_tuned_decoder_is_about_its_datasets(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_decoder({}, run, monkeypatch)
+    evaluate(config(run, "quality"), force=False)
+    (answer,) = read_evaluations(run / "evaluation")
+    assert answer.inputs.keys() == {"real", *GENERATORS, TUNED_VAE}
+    assert answer.is_about({name: digest for name, digest in answer.inputs.items() if name != TUNED_VAE})

@@ -12,7 +12,7 @@ from maskloom.evaluate.evaluate import open_question
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.scores.statistics import weighted_mean
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.report.evaluation import Evaluation
+from maskloom.pipeline.results import Evaluation
 from tests.evaluate.runs import answer, faithful, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
 

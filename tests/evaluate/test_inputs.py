@@ -8,8 +8,8 @@ from PIL import Image
 
 from maskloom.evaluate.downstream.masked import masked_images
 from maskloom.evaluate.inputs import EvaluationInputs, _resized, in_batches
-from maskloom.evaluate.results import Interval, MetricResult, skipped_result
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
+from maskloom.pipeline.results import Interval, MetricResult, skipped_result
 from tests.evaluate.runs import copied, tiny_inputs
 from tests.tiny_datasets import Sample, tiny_description, tiny_samples, write_tiny_run
 

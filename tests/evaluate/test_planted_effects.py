@@ -8,8 +8,8 @@ import pytest
 from maskloom.evaluate.downstream.arms import ARMS
 from maskloom.evaluate.downstream.comparison import ArmScores, Comparison, Protocol, compare_arms, generator_figures
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.results import REAL
 from maskloom.evaluate.scores.statistics import weighted_mean
+from maskloom.pipeline.results import REAL
 from tests.evaluate.runs import answer, copied, faithful, noise, tiny_inputs, unfaithful
 from tests.tiny_datasets import write_tiny_run
 

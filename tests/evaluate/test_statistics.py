@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from maskloom.evaluate.results import Interval
 from maskloom.evaluate.scores.statistics import (
     Bootstrap,
     bootstrap_weights,
@@ -15,6 +14,7 @@ from maskloom.evaluate.scores.statistics import (
     weighted_mean,
     wilcoxon_p_value,
 )
+from maskloom.pipeline.results import Interval
 
 
 def test_bootstrap_draws_whole_groups() -> None:

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from maskloom.evaluate.metrics.vae_ceiling import BACKBONE, TUNED, through_vae
-from maskloom.evaluate.results import Interval, MetricResult
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.results import Interval, MetricResult
 from tests.evaluate.runs import answer, tiny_inputs
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import tiny_picture, write_tiny_run

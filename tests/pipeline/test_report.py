@@ -19,12 +19,12 @@ from maskloom.pipeline.files.formatting import counts_text, duration_text, inter
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.report import write_report
 from maskloom.pipeline.report.curves import POINTS, averaged, line_chart, training_curves
-from maskloom.pipeline.report.evaluation import Curve, Interval, Table, cell_text, numeric_columns
 from maskloom.pipeline.report.gallery import image_grids, spread_choice
-from maskloom.pipeline.report.page import evenly_chosen
+from maskloom.pipeline.report.page import evenly_chosen, numeric_columns
 from maskloom.pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
 from maskloom.pipeline.report.sources import class_counts, find_sources, rejection_counts
 from maskloom.pipeline.report.stage import PAGE_BYTES, smallest_enough
+from maskloom.pipeline.results import Curve, Interval, Table, cell_text
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage
 from tests.pipeline import fake_run

@@ -18,7 +18,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import LOCK_FILE, read_json
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.report import write_report
-from maskloom.pipeline.report.evaluation import Interval
+from maskloom.pipeline.results import Interval
 from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.sweep import sweep as sweeping

@@ -11,8 +11,8 @@ from maskloom.pipeline.files.atomic import read_json
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.files.reading import LogLine, Record, read_lines, read_model, read_object, row_attributes
 from maskloom.pipeline.report.curves import training_curves
-from maskloom.pipeline.report.evaluation import read_evaluations
 from maskloom.pipeline.report.sources import rejection_counts
+from maskloom.pipeline.results import read_evaluations
 from maskloom.pipeline.runs.run import Run
 from tests.pipeline import fake_run
 

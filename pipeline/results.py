@@ -1,0 +1,235 @@
+"""The schema of an evaluation: what a metric returns, the JSON file that `evaluate` writes of it, and its readers.
+
+No metric is known here by its name: a result says itself how its figures are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+
+from maskloom.pipeline.files.atomic import json_text
+from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.files.reading import inside, read_model
+
+REAL = "real images"
+"""Where the table of generators has a row for what real images reach by the same measure."""
+TUNED_VAE = "vae"
+"""Among an evaluation's inputs: the fine-tuned decoder. Every other input is a dataset."""
+REMEDY = "run evaluate again with --force"
+
+
+class Part(BaseModel):
+    """A part of a result. An unknown field is a bug in code; in a file it is another version's, and is ignored."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_are_known(cls, values: Any, info: ValidationInfo) -> Any:
+        if info.mode == "python" and isinstance(values, dict) and (unknown := values.keys() - cls.model_fields.keys()):
+            raise ValueError(f"{cls.__name__} has no field {min(unknown)!r}")
+        return values
+
+
+class Interval(Part):
+    """An estimate with its interval; the ends are None where the data cannot support one (a single group)."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """Return the interval as the verdict shows it, signed, such as `+0.012 [-0.004, 0.027]`."""
+        if self.value is None:
+            return "not defined"
+        if self.low is None or self.high is None:
+            return f"{self.value:+.3f} [no interval]"
+        return f"{self.value:+.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Figure(Interval):
+    """One figure of one generator, for the table that puts generators side by side.
+
+    Attributes:
+        of: the generator's name, or `REAL`.
+        name: the column; a few words.
+        better: which way is good; None for a figure that is only there to be compared with.
+    """
+
+    of: str
+    name: str
+    better: Literal["lower", "higher"] | None = None
+
+
+Cell = bool | int | float | str | Interval | None
+
+
+class Table(Part):
+    """Rows under column heads; the first cell of a row names it."""
+
+    title: str
+    note: str = ""
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+def _as_point(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+
+
+Point = Annotated[tuple[float, float | None], BeforeValidator(_as_point)]
+"""x and y; a point without y is a gap."""
+
+
+class Curve(Part):
+    """Lines over a common x axis."""
+
+    title: str
+    x_label: str = ""
+    y_label: str = ""
+    series: dict[str, list[Point]]
+
+
+class PictureFile(Part):
+    """A picture beside the JSON file."""
+
+    title: str
+    caption: str = ""
+    path: Annotated[str, inside("folder of the evaluation")]
+
+
+class Picture(PictureFile):
+    """A picture for the report; `evaluate` writes `pixels`, (H, W, 3) uint8, as PNG and fills in `path`."""
+
+    path: str = ""
+    pixels: NDArray[np.uint8] = Field(exclude=True)
+
+
+class Answer(Part):
+    """The answer to one question.
+
+    Attributes:
+        question: what is asked, in plain words.
+        verdict: the answer in one plain sentence.
+        headline: whether the verdict belongs at the top of the report.
+        skipped: why nothing was measured, else None.
+        tables, curves: how to show the figures.
+        warnings: what makes these figures weaker than they look.
+        limits: what they cannot say even at their best.
+        figures: the main ones by generator, in the order of the columns that they make.
+        values: every figure with its n, for machines.
+        n: number of images by set.
+        seeds: seeds of the trainings behind the figures; empty where nothing random was trained.
+    """
+
+    question: str
+    verdict: str
+    headline: bool = False
+    skipped: str | None = None
+    tables: list[Table] = Field(default_factory=list)
+    curves: list[Curve] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    limits: list[str] = Field(default_factory=list)
+    figures: list[Figure] = Field(default_factory=list)
+    values: dict[str, Any] = Field(default_factory=dict)
+    n: dict[str, int] = Field(default_factory=dict)
+    seeds: list[int] = Field(default_factory=list)
+
+
+class MetricResult(Answer):
+    """What a metric returns: its answer, and pictures that are not written yet."""
+
+    pictures: list[Picture] = Field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON-able values; figures that are not finite become null, because JSON has no NaN."""
+        values: dict[str, Any] = _finite(self.model_dump(mode="json"))
+        return values
+
+
+class Evaluation(Answer):
+    """An answer as it lies in `RUN/evaluation/METRIC.json`.
+
+    Attributes:
+        metric: file name of the metric.
+        version: of the metric's figures.
+        key: digest of all that the answer depends on.
+        inputs: digest of each dataset by name (`real`, then the generators'), and of `TUNED_VAE`.
+        options: the metric's.
+        pictures: the files beside this one.
+    """
+
+    metric: str
+    version: str | int
+    key: str = ""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+    pictures: list[PictureFile] = Field(default_factory=list)
+
+    def is_about(self, digests: Mapping[str, str]) -> bool:
+        """Return whether these datasets were used, given the digests of the real one (`real`) and of each synthetic one by name."""
+        datasets = {name: digest for name, digest in self.inputs.items() if name != TUNED_VAE}
+        return bool(datasets) and datasets.items() <= digests.items()
+
+
+def skipped_result(question: str, reason: str) -> MetricResult:
+    """Return the result of a question that this dataset cannot answer; the reason stands in the report."""
+    return MetricResult(question=question, verdict=f"Not measured: {reason}.", skipped=reason)
+
+
+def write_evaluation(folder: OwnedFolder, evaluation: Evaluation) -> None:
+    """Write an evaluation as `METRIC.json`; its pictures must be there already."""
+    folder.write_text(f"{evaluation.metric}.json", json_text(evaluation.model_dump(mode="json")))
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Return the evaluation in a file.
+
+    Raises:
+        MaskLoomError: the file is missing or not a valid evaluation (names the file and the field).
+    """
+    return read_model(path, Evaluation, REMEDY)
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """Return every evaluation in a folder: headlines first, skipped questions last, otherwise sorted by file name.
+
+    Raises:
+        MaskLoomError: see `read_evaluation`.
+    """
+    found = [read_evaluation(path) for path in evaluation_files(folder)]
+    return sorted(found, key=lambda one: (one.skipped is not None, not one.headline))
+
+
+def evaluation_files(folder: Path) -> list[Path]:
+    """Return the sorted result files that `evaluate` wrote to a folder; other files in it are ignored."""
+    return sorted(folder / name for name in OwnedFolder(folder).files() if name.endswith(".json"))
+
+
+def cell_text(cell: Cell) -> str:
+    """Return a cell as text: three significant digits, `0.712 [0.690, 0.731]`, a dash if empty."""
+    if isinstance(cell, Interval):
+        return MISSING if cell.value is None else interval_text(cell.value, cell.low, cell.high)
+    if cell is None:
+        return MISSING
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return cell if isinstance(cell, str) else number_text(cell)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 10) if math.isfinite(value) else None
+    return value
