@@ -16,9 +16,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
-    """Generate one synthetic dataset for each generator of the configuration, from masks and
-    prompts.
-    """
+    """Generate one synthetic dataset per configured generator, from masks and prompts."""
     experiment = loaded(config, overrides)
     from maskloom.generate.generate import generate
 

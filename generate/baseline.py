@@ -93,8 +93,14 @@ class BaselineGenerator(ImageGenerator):
         return network.eval().requires_grad_(False).to(device)
 
     def load_schedule(self, kind: type[Any], **settings: Any) -> Any:
-        """Return the noise schedule in `weights/scheduler` as a scheduler of this kind; see
-        `load_network`.
+        """Return the noise schedule in `weights/scheduler` as a scheduler of this kind.
+
+        Args:
+            kind: scheduler class of diffusers.
+            settings: settings that replace the saved ones.
+
+        Raises:
+            MaskLoomError: the file is damaged.
         """
         from maskloom.models.stable_diffusion.loading import load_schedule
 

@@ -19,7 +19,7 @@ def dataset_card(
     """Return a Hugging Face dataset card.
 
     Args:
-        description: of the synthetic dataset.
+        description: description of the synthetic dataset.
         counts: number of rows per class.
         settings: the generation settings.
         rejected: number of masks in `rejected.jsonl`.
@@ -61,19 +61,15 @@ def dataset_card(
 
 
 def _front_matter(description: Description) -> Sequence[str]:
+    licence = re.sub(r"[^a-z0-9.]+", "-", description.licence.lower()).strip("-")  # as the Hub writes names
     return [
         "---",
         "license: other",
-        f"license_name: {_licence_id(description.licence)}",
+        f"license_name: {licence}",
         "tags: [synthetic, medical, maskloom]",
         "---",
         "",
     ]
-
-
-def _licence_id(licence: str) -> str:
-    """Return a licence's name as the Hub takes it: an id in small letters."""
-    return re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")
 
 
 def _summary(description: Description, settings: Mapping[str, Any], drawn: bool) -> str:

@@ -56,7 +56,10 @@ def cleaned(mask: Mask, classes: int, options: JointOptions) -> CleanedMask:
 
 
 def _filled(mask: Mask, limit: float) -> Mask:
-    """Return the mask with holes of fewer than `limit` pixels filled with the most frequent class around them."""
+    """Return the mask with its holes below `limit` pixels filled.
+
+    A hole gets the most frequent class around it.
+    """
     from skimage.morphology import dilation
 
     filled = mask.copy()

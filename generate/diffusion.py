@@ -183,6 +183,8 @@ class Sampler:
     def images(self, conditions: Sequence[Condition], conditioning: torch.Tensor | None = None) -> NDArray[np.float32]:
         """Return images, (B, H, W) or (B, H, W, 3) in 0..1, of the size of the conditioning images.
 
+        The grey value of a one-channel dataset is the mean of the three channels.
+
         Args:
             conditions: prompts, seeds and conditioning images, all of one size.
             conditioning: the input of the ControlNet, from `control_tensor`; None without one.
@@ -196,11 +198,8 @@ class Sampler:
             batch = sample(
                 self.pipe, prompts, self.embedding(self.how.negative_prompt), conditioning, size, noise, self.how
             )
-        return self._in_dataset_channels(batch.numpy())
-
-    def _in_dataset_channels(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (B, 3, H, W) as (B, H, W, 3), or as the channel mean (B, H, W) for grey datasets."""
-        return batch.mean(axis=1) if self.description.channels == 1 else np.moveaxis(batch, 1, -1)
+        pixels = batch.numpy()  # (B, 3, H, W)
+        return pixels.mean(axis=1) if self.description.channels == 1 else np.moveaxis(pixels, 1, -1)
 
 
 def control_tensor(conditions: Sequence[Condition], dtype: torch.dtype) -> torch.Tensor:

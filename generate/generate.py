@@ -23,7 +23,7 @@ from maskloom.generate.card import dataset_card
 from maskloom.generate.conditions import ConditionReader, ResolvedRow
 from maskloom.generate.diffusion import BackboneGenerator
 from maskloom.generate.generator import ImageGenerator, JointGenerator
-from maskloom.generate.joint import Drawn, JointRows, MaskFigures, check_joint
+from maskloom.generate.joint import GeneratedRow, JointRows, MaskFigures, check_joint
 from maskloom.generate.pixels import checked_pixels
 from maskloom.generate.planning import PlannedRow, check_parents_are_train, label_counts, plan_rows, read_parents
 from maskloom.models.stable_diffusion.sampling import unet_is_frozen
@@ -80,14 +80,13 @@ def generate(config: ExperimentConfig, force: bool) -> None:
         for generator in generators.values():
             generator.check()
         job = GenerationJob.planned(config, run, dataset, stage.config_hash, processes)
-        any_truncated = (
-            _report_truncated_prompts(config, generators, job.reader.prompts(job.rows))
-            if processes.is_main_process
-            else True
+        any_truncated = processes.is_main_process and _report_truncated_prompts(
+            config, generators, job.reader.prompts(job.rows)
         )
         for name, generator in generators.items():
             results[name] = job.write_set(name, generator, force)
-        if not any_truncated:  # the prompt of a warped mask may be longer than its parent's
+        # The prompt of a warped mask may be longer than its parent's.
+        if processes.is_main_process and not any_truncated:
             _report_truncated_prompts(config, generators, _written_prompts(run, generators))
 
 
@@ -160,12 +159,12 @@ def _report_truncated_prompts(
     config: ExperimentConfig, generators: Mapping[str, ImageGenerator], prompts: Sequence[str]
 ) -> bool:
     """Report the prompts that the text encoder truncates; return whether there are any."""
-    readers = {name: one for name, one in generators.items() if isinstance(one, BackboneGenerator)}
-    if not readers:
+    prompted = [one for one in generators.values() if isinstance(one, BackboneGenerator)]
+    if not prompted:
         return False
     from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, tell_cuts
 
-    negative = [one.options.negative_prompt for one in readers.values()]
+    negative = [one.options.negative_prompt for one in prompted]
     return tell_cuts("generate", load_prompt_encoder(config.fine_tuning), [*prompts, *negative])
 
 
@@ -285,14 +284,14 @@ class GenerationJob:
             joint = JointRows(name, generator, self.reader, self.config.seed)
         for start in range(shard.start, shard.stop, self.config.generate.batch_size):
             planned = self.rows[start : min(start + self.config.generate.batch_size, shard.stop)]
-            for row, image in joint.drawn(planned) if joint else self._paired(planned, generator):
+            for row, image in joint.generate(planned) if joint else self._paired(planned, generator):
                 rejected += row.rejected
                 yield _sample(row, image, name, generator, self.dataset.description)
             advance(len(planned))
         # Before the shard gets its final name: every existing shard has its part of the ledger.
         _write_ledger(writer, shard, rejected, joint.figures if joint else MaskFigures())
 
-    def _paired(self, planned: Sequence[PlannedRow], generator: ImageGenerator) -> Iterator[Drawn]:
+    def _paired(self, planned: Sequence[PlannedRow], generator: ImageGenerator) -> Iterator[GeneratedRow]:
         """Return each row, with its mask from the train split, and the image generated for it."""
         resolved = [self.reader.resolve(row) for row in planned]
         return zip(resolved, _images(generator, resolved), strict=True)

@@ -24,7 +24,8 @@ from maskloom.pipeline.dataset.prompts import MASK_WORDS, mask_attributes, rende
 from maskloom.pipeline.errors import MaskLoomError
 
 REDRAW_STREAM = 5  # name of this file's random stream under the experiment's seed
-Drawn = tuple[ResolvedRow, NDArray[np.float32]]
+GeneratedRow = tuple[ResolvedRow, NDArray[np.float32]]
+"""A planned row with its condition, and its image in 0..1."""
 
 
 @dataclass
@@ -99,20 +100,24 @@ class JointRows:
     seed: int
     figures: MaskFigures = field(default_factory=MaskFigures)
 
-    def drawn(self, planned: Sequence[PlannedRow]) -> list[Drawn]:
+    def generate(self, planned: Sequence[PlannedRow]) -> list[GeneratedRow]:
         """Return every planned row with its image; the same rows give the same values.
 
         Raises:
             MaskLoomError: all attempts for a row give empty masks, or an image is constant or not
                 finite.
         """
+        blank = np.zeros((*self.reader.description.image_size, 3), np.uint8)
         rejected: dict[int, list[Mapping[str, str]]] = {row.index: [] for row in planned}
-        done: dict[int, Drawn] = {}
+        done: dict[int, GeneratedRow] = {}
         for attempt in range(self.generator.options.attempts):
             waiting = [row for row in planned if row.index not in done]
             if not waiting:
                 break
-            conditions = [self._attempt_condition(row, attempt) for row in waiting]
+            seeds = [redraw_seed(self.seed, row.index, attempt) if attempt else row.seed for row in waiting]
+            conditions = [
+                Condition("", None, blank, row.parent.label, seed) for row, seed in zip(waiting, seeds, strict=True)
+            ]
             for row, condition, image, mask in zip(waiting, conditions, *self.generator.pairs(conditions), strict=True):
                 clean = self._clean(mask, first=attempt == 0)
                 if clean.any() or self.reader.may_be_empty(row.parent.label):
@@ -125,13 +130,8 @@ class JointRows:
                 raise MaskLoomError(self._no_foreground_error(row))
         return [done[row.index] for row in planned]
 
-    def _attempt_condition(self, row: PlannedRow, attempt: int) -> Condition:
-        """Return the condition of an attempt: class and seed."""
-        blank = np.zeros((*self.reader.description.image_size, 3), np.uint8)
-        seed = row.seed if attempt == 0 else redraw_seed(self.seed, row.index, attempt)
-        return Condition("", None, blank, row.parent.label, seed)
-
     def _clean(self, mask: NDArray[np.uint8], first: bool) -> NDArray[np.uint8]:
+        """Return the cleaned mask; count it in `figures` if it is the first one of its row."""
         clean, components, pixels, filled = cleaned(
             mask, len(self.reader.description.mask_classes), self.generator.options
         )
@@ -169,7 +169,7 @@ class JointRows:
 
 
 def redraw_seed(seed: int, index: int, attempt: int) -> int:
-    """Return the seed of a row's next attempt, 0 .. 2**32 - 1."""
+    """Return the seed of a row's attempt after the first, 0 .. 2**32 - 1."""
     return int(np.random.SeedSequence([seed, REDRAW_STREAM, index, attempt]).generate_state(1, np.uint32)[0])
 
 

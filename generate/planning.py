@@ -106,9 +106,7 @@ def plan_rows(
 
 
 def group_by_label(parents: Sequence[TrainRow]) -> dict[int | None, list[TrainRow]]:
-    """Return the train rows of each label, in the order of the labels; rows without a label come
-    first.
-    """
+    """Return the train rows of each label, in the order of the labels; rows without one first."""
     groups: dict[int | None, list[TrainRow]] = {}
     for parent in sorted(parents, key=lambda row: (_stream_number(row.label), row.position)):
         groups.setdefault(parent.label, []).append(parent)
@@ -194,7 +192,10 @@ def _exact_counts(
 def _sources_and_parents(
     candidates: Sequence[TrainRow], sources: Sequence[str], count: int, seed: int, stream: int
 ) -> Iterator[tuple[str, TrainRow]]:
-    """Yield `count` pairs: sources alternate; each iterates over the parents, reshuffled each time."""
+    """Yield `count` pairs of source and parent.
+
+    Sources alternate. Each goes through all parents, in a new random order every time.
+    """
     parents = [
         _reshuffled(candidates, np.random.default_rng([seed, PARENT_STREAM, stream, place]))
         for place in range(len(sources))
@@ -205,6 +206,7 @@ def _sources_and_parents(
 
 
 def _reshuffled(candidates: Sequence[TrainRow], rng: np.random.Generator) -> Iterator[TrainRow]:
+    """Yield all candidates in random order, without end, reshuffled for every pass."""
     while True:
         for place in rng.permutation(len(candidates)):
             yield candidates[place]

@@ -70,7 +70,7 @@ def warp_coordinates(shape: Sequence[int], config: WarpConfig, rng: np.random.Ge
 
 
 def affine_matrix(config: WarpConfig, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return a random (2, 2) matrix on (row, column): rotation x shear x scale, possibly mirrored."""
+    """Return a random (2, 2) matrix on (row, column): rotation, shear and scale, maybe mirrored."""
     angle = np.deg2rad(rng.uniform(-config.rotation_degrees, config.rotation_degrees))
     slant = np.tan(np.deg2rad(rng.uniform(-config.shear_degrees, config.shear_degrees)))
     scale = rng.uniform(*config.scale)

@@ -1,4 +1,4 @@
-"""`accelerate launch -m train_baselines --config FILE [--force] [--architecture NAME] [KEY=VALUE ...]`."""
+"""`accelerate launch -m train_baselines --config FILE [--architecture NAME] [KEY=VALUE ...]`."""
 
 from functools import partial
 from typing import Annotated
@@ -29,7 +29,7 @@ def command(
     force: ForceOption = False,
     check: CheckOption = False,
 ) -> None:
-    """Train the generator architectures of the section `baselines`: GANs, pix2pix, joint diffusion."""
+    """Train the generator architectures of `baselines`: GANs, pix2pix, joint diffusion."""
     experiment = loaded(config, overrides)
     from maskloom.train_baselines.train import train_baselines
 

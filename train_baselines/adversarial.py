@@ -31,7 +31,7 @@ WINS = 0.98
 
 
 class GanOptions(ArchitectureOptions):
-    """Options shared by all GANs; the optimizer defaults are those of DCGAN (Radford et al. 2016)."""
+    """Options shared by all GANs, with the optimizer defaults of DCGAN (Radford et al. 2016)."""
 
     train_batch_size: BatchSize = Field(16, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
@@ -87,7 +87,7 @@ class Gan(Architecture):
         """Return the discriminator's input for real rows, (B, planes, H, W), image planes first."""
 
     @abstractmethod
-    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+    def generated_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return the discriminator's input for samples generated from the same classes or masks.
 
         Gradients flow back to the generator.
@@ -97,19 +97,19 @@ class Gan(Architecture):
         """Return the discriminator's logits; class-conditional discriminators also use `labels`."""
         return network(planes)
 
-    def further_losses(self, drawn: Tensor, real: Tensor) -> Mapping[str, Tensor]:
+    def further_losses(self, generated: Tensor, real: Tensor) -> Mapping[str, Tensor]:
         """Return the terms of the generator's loss besides the adversarial one, by name."""
         return {}
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        """Yield the discriminator's loss, then the generator's against the updated discriminator."""
+        """Yield the discriminator's loss, then the generator's against the new discriminator."""
         batch = self.flipped(batch, draws)
         labels, real = batch["label"], self.real_planes(batch)
-        drawn = self.drawn_planes(batch, draws)
-        yield DISCRIMINATOR, self._discriminator_loss(real, drawn.detach(), labels, draws)
+        generated = self.generated_planes(batch, draws)
+        yield DISCRIMINATOR, self._discriminator_loss(real, generated.detach(), labels, draws)
         with frozen(self.discriminator):
-            logits = self.discriminate(self.discriminator, self._augmented(drawn, draws, "generator"), labels)
-        further = self.further_losses(drawn, real)
+            logits = self.discriminate(self.discriminator, self._augmented(generated, draws, "generator"), labels)
+        further = self.further_losses(generated, real)
         self._notes |= {key: value.detach() for key, value in further.items()}
         yield GENERATOR, generator_loss(logits, self.options.gan_loss) + sum(further.values())
 
@@ -133,14 +133,14 @@ class Gan(Architecture):
         """Return the generator; the discriminator is not needed for sampling."""
         return {GENERATOR: self.generator}
 
-    def _discriminator_loss(self, real: Tensor, drawn: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+    def _discriminator_loss(self, real: Tensor, generated: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         network, penalised = self.networks[DISCRIMINATOR], self.options.r1_gamma > 0
         seen = self._augmented(real, draws, "discriminator").requires_grad_(penalised)
         with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():  # the other kernels are differentiable once
             on_real = self.discriminate(network, seen, labels)
-        on_drawn = self.discriminate(network, self._augmented(drawn, draws, "discriminator"), labels)
-        self._record_accuracy(on_real, on_drawn)
-        loss = discriminator_loss(on_real, on_drawn, self.options.gan_loss)
+        on_generated = self.discriminate(network, self._augmented(generated, draws, "discriminator"), labels)
+        self._record_accuracy(on_real, on_generated)
+        loss = discriminator_loss(on_real, on_generated, self.options.gan_loss)
         if penalised:
             loss = loss + self.options.r1_gamma / 2 * r1_penalty(on_real, seen)
         return loss
@@ -148,34 +148,34 @@ class Gan(Architecture):
     def _augmented(self, planes: Tensor, draws: Draws, purpose: str) -> Tensor:
         return augmented(planes, self.description.channels, self.options.diff_augment, draws, purpose)
 
-    def _record_accuracy(self, on_real: Tensor, on_drawn: Tensor) -> None:
-        right = {"real": (on_real > 0).float().mean(), "drawn": (on_drawn < 0).float().mean()}
+    def _record_accuracy(self, on_real: Tensor, on_generated: Tensor) -> None:
+        right = {"real": (on_real > 0).float().mean(), "drawn": (on_generated < 0).float().mean()}
         self._notes = {f"right/{key}": value.detach() for key, value in right.items()}
         for key, value in right.items():
             self._accuracy[key] = self._accuracy.get(key, torch.zeros_like(value)) + value.detach()
         self._batches += 1
 
 
-def discriminator_loss(on_real: Tensor, on_drawn: Tensor, kind: str) -> Tensor:
+def discriminator_loss(on_real: Tensor, on_generated: Tensor, kind: str) -> Tensor:
     """Return the mean of the losses on real and generated samples, from logits of any shape.
 
     Args:
         on_real: logits of real samples.
-        on_drawn: logits of generated samples.
+        on_generated: logits of generated samples.
         kind: `bce` (Goodfellow et al. 2014) or `hinge` (Lim and Ye, Geometric GAN, 2017).
     """
     if kind == "hinge":
-        return (functional.relu(1 - on_real).mean() + functional.relu(1 + on_drawn).mean()) / 2
-    ones, zeros = torch.ones_like(on_real), torch.zeros_like(on_drawn)
+        return (functional.relu(1 - on_real).mean() + functional.relu(1 + on_generated).mean()) / 2
+    ones, zeros = torch.ones_like(on_real), torch.zeros_like(on_generated)
     with_logits = functional.binary_cross_entropy_with_logits
-    return (with_logits(on_real, ones) + with_logits(on_drawn, zeros)) / 2
+    return (with_logits(on_real, ones) + with_logits(on_generated, zeros)) / 2
 
 
-def generator_loss(on_drawn: Tensor, kind: str) -> Tensor:
+def generator_loss(on_generated: Tensor, kind: str) -> Tensor:
     """Return the generator's adversarial loss: non-saturating for `bce`, linear for `hinge`."""
     if kind == "hinge":
-        return -on_drawn.mean()
-    return functional.binary_cross_entropy_with_logits(on_drawn, torch.ones_like(on_drawn))
+        return -on_generated.mean()
+    return functional.binary_cross_entropy_with_logits(on_generated, torch.ones_like(on_generated))
 
 
 def r1_penalty(on_real: Tensor, real: Tensor) -> Tensor:

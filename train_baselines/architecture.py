@@ -1,8 +1,8 @@
 """The interface of a generator architecture: options, networks, losses, previews, exported weights.
 
 To add an architecture, write `train_baselines/architectures/NAME.py` with a class
-`Options(ArchitectureOptions)` and a class `Trained(Architecture)`. A network that generation needs as well goes
-to `models/`, and `generate/generators/NAME.py` samples from it.
+`Options(ArchitectureOptions)` and a class `Trained(Architecture)`. A network that generation needs
+as well goes to `models/`, and `generate/generators/NAME.py` samples from it.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Architecture(Task):
         of_reals = diversity(reals["image"], reals["label"])
         if not of_reals:  # no class has two images
             return {}
-        ratio = diversity(self._drawn(reals, "diversity").images, reals["label"]) / of_reals
+        ratio = diversity(self._generate(reals, "diversity").images, reals["label"]) / of_reals
         if ratio < COLLAPSED:
             say(
                 f"step {step}: samples of a class differ {ratio:.2f} times as much as real images do: the generator may have collapsed. "
@@ -169,7 +169,7 @@ class Architecture(Task):
     def _write_previews(self, step: int) -> None:
         """Write `logs/baselines/NAME/images/step-N.png` from fixed classes, masks and noise."""
         rows = self._preview_rows
-        grid = preview_grid(rows, self._drawn(rows, "preview"), self.description, self.given_masks)
+        grid = preview_grid(rows, self._generate(rows, "preview"), self.description, self.given_masks)
         self.preview_folder.mkdir(parents=True, exist_ok=True)
         (self.preview_folder / f"step-{step:07d}.png").write_bytes(png_bytes(grid))
 
@@ -185,7 +185,7 @@ class Architecture(Task):
         ]
         return stacked([rows[number] for number in chosen])
 
-    def _drawn(self, rows: Mapping[str, Tensor], purpose: str) -> Samples:
+    def _generate(self, rows: Mapping[str, Tensor], purpose: str) -> Samples:
         """Return samples for the rows' classes (and masks) on the CPU, computed batch by batch."""
         parts = []
         with evaluation_mode(self.networks.values()):

@@ -10,11 +10,10 @@ COLLAPSED = 0.3
 
 
 def diversity(images: Tensor, labels: Tensor) -> float:
-    """Return the mean distance between pooled images of the same class, per pixel; 0 where no class
-    has two.
+    """Return the mean distance between pooled images of the same class, per pixel.
 
-    It separates one repeated image from many: a generator that alternates between two images keeps
-    half of the distance of many different ones.
+    It is 0 if no class has two images. It separates one repeated image from many: a generator that
+    alternates between two images keeps half of the distance of many different ones.
 
     Args:
         images: (N, C, H, W) in [-1, 1].

@@ -27,7 +27,7 @@ class Samples(NamedTuple):
     masks: Tensor | None
 
 
-def preview_grid(rows: Mapping[str, Tensor], drawn: Samples, about: Description, given_masks: bool) -> Picture:
+def preview_grid(rows: Mapping[str, Tensor], generated: Samples, about: Description, given_masks: bool) -> Picture:
     """Return a sample grid, (H, W, 3) uint8.
 
     Each row of the batch becomes a column with, as far as they exist: the given mask, the sample,
@@ -36,17 +36,17 @@ def preview_grid(rows: Mapping[str, Tensor], drawn: Samples, about: Description,
     Args:
         rows: the batch: `image` (N, C, H, W) in [-1, 1], and `mask` (N, H, W) where masks are
             given.
-        drawn: one sample for each row.
+        generated: one sample for each row.
         about: the dataset's description; its palette colours the masks.
         given_masks: whether the samples were generated from the rows' masks.
     """
     columns = []
-    for number in range(len(drawn.images)):
-        cells = [_image(drawn.images[number])]
+    for number in range(len(generated.images)):
+        cells = [_image(generated.images[number])]
         if given_masks:
             cells = [_mask(rows["mask"][number], about), *cells, _image(rows["image"][number])]
-        if drawn.masks is not None:
-            cells.append(_mask(drawn.masks[number], about))
+        if generated.masks is not None:
+            cells.append(_mask(generated.masks[number], about))
         columns.append(np.concatenate([_framed(cell) for cell in cells], axis=0))
     return np.concatenate(columns, axis=1)
 
@@ -63,4 +63,5 @@ def _mask(mask: Tensor, about: Description) -> Picture:
 
 
 def _framed(cell: Picture) -> Picture:
+    """Return a cell with a white margin on the right and below."""
     return np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=255)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "maskloom.train_baselines.architectures"
 NAME = "baselines"
-SEVERAL_SIZES = "{where}: images of several sizes, and the baselines draw one; set data.buckets=[]"
+SEVERAL_SIZES = "{where}: images of several sizes, but the baselines generate only one; set data.buckets=[]"
 
 
 def train_baselines(config: ExperimentConfig, force: bool, architectures: Sequence[str] | None = None) -> None:
@@ -167,9 +167,8 @@ def _whole_stage(
 ) -> Stage:
     settings = [{name: one.model_dump(mode="json") for name, one in options.items()}, config.seed]
     outputs = [weights_folder(run, name) for name in options]
-    outputs += [
-        run.logs(f"{NAME}/{name}") / RECORD_FILE for name in options
-    ]  # weights without a record count as untrained
+    # Weights without a record count as untrained.
+    outputs += [run.logs(f"{NAME}/{name}") / RECORD_FILE for name in options]
     return Stage(run, NAME, {"dataset": dataset.digest}, settings, outputs)
 
 

@@ -1,4 +1,7 @@
-"""`pix2pix`: images from masks by the U-Net that the stage `baselines` trains (arXiv:1611.07004)."""
+"""`pix2pix`: images from masks by the U-Net that the stage `baselines` trains.
+
+Isola et al., arXiv:1611.07004.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Options(generator.Options):
 class Generator(BaselineGenerator):
     """Runs the U-Net once per batch of masks.
 
-    Its only noise is dropout, which the paper (Isola et al.) keeps on for sampling.
+    Its only noise is dropout, which the paper keeps on for sampling.
     """
 
     options: Options

@@ -281,7 +281,7 @@ def test_a_growing_architecture_learns_at_the_size_of_its_phase_and_shows_sample
         list(architecture.losses(rows, Draws(0, range(seen, seen + 4), CPU)))
         real, drawn = (
             architecture.real_planes(rows),
-            architecture.drawn_planes(rows, Draws(0, range(seen, seen + 4), CPU)),
+            architecture.generated_planes(rows, Draws(0, range(seen, seen + 4), CPU)),
         )
         assert real.shape == drawn.shape == (4, 1, side, side)
         if seen == 20:

@@ -150,14 +150,14 @@ def test_the_discriminator_sees_image_mask_and_class_of_both_sides_alike(make_ru
     real = architecture.real_planes(batch)
     torch.testing.assert_close(real[:, :1], batch["image"])
     torch.testing.assert_close(real[:, 1:], encoded_masks(batch["mask"], 2, 1))
-    drawn = architecture.drawn_planes(batch, Draws(0, [0, 1], torch.device("cpu")))
+    drawn = architecture.generated_planes(batch, Draws(0, [0, 1], torch.device("cpu")))
     assert drawn.shape == real.shape
     assert drawn.requires_grad
     first, second = (
         architecture.discriminate(architecture.discriminator.eval(), real, torch.full((2,), label)) for label in (0, 1)
     )
     assert (first != second).all()
-    other = architecture.drawn_planes(batch, Draws(0, [2, 3], torch.device("cpu")))
+    other = architecture.generated_planes(batch, Draws(0, [2, 3], torch.device("cpu")))
     assert (other != drawn).any()
 
 

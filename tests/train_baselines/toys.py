@@ -62,7 +62,7 @@ class Toy(Gan):
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["image"]
 
-    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+    def generated_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         return self.networks["generator"](draws.normal("noise", [1, CELLS, CELLS]))
 
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:

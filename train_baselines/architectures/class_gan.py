@@ -202,7 +202,7 @@ class Trained(Gan):
         coarse = functional.interpolate(functional.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
         return torch.lerp(coarse, images, self.alpha)
 
-    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+    def generated_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return generated images of the same classes."""
         noise = draws.normal("latent", [self.noise_length])
         return self.networks[GENERATOR](noise, batch["label"], self.phase.level, self.alpha).float()

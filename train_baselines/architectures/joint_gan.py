@@ -126,7 +126,7 @@ class Trained(Gan):
         masks = encoded_masks(batch["mask"], self.mask_classes, self.planes)
         return torch.cat([batch["image"], softened(masks, self.options.soft_edges)], dim=1)
 
-    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+    def generated_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return images and masks generated for the rows' classes."""
         noise = draws.normal("noise", (self.noise_length,))
         return torch.cat([part.float() for part in self.networks[GENERATOR](noise, batch["label"])], dim=1)

@@ -94,18 +94,18 @@ class Trained(Gan):
         """Return images and masks."""
         return torch.cat([batch["image"], self._encoded(batch["mask"])], dim=1)
 
-    def drawn_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+    def generated_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return images generated from the masks, and the masks."""
         masks = self._encoded(batch["mask"])
         return torch.cat([self.networks["generator"](masks).float(), masks], dim=1)
 
-    def further_losses(self, drawn: Tensor, real: Tensor) -> Mapping[str, Tensor]:
+    def further_losses(self, generated: Tensor, real: Tensor) -> Mapping[str, Tensor]:
         """Return the weighted L1 and SSIM losses between generated and real images."""
-        drawn, real = drawn[:, : self.description.channels], real[:, : self.description.channels]
-        dissimilarity = self.similarity(drawn, real)
+        generated, real = generated[:, : self.description.channels], real[:, : self.description.channels]
+        dissimilarity = self.similarity(generated, real)
         self._notes["ssim"] = 1 - dissimilarity.detach()
         return {
-            "l1": self.options.l1_weight * functional.l1_loss(drawn, real),
+            "l1": self.options.l1_weight * functional.l1_loss(generated, real),
             "dissimilarity": self.options.ssim_weight * dissimilarity,
         }
 
