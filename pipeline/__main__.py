@@ -187,7 +187,8 @@ def combine(
     force: Annotated[bool, typer.Option("--force", help="replace an earlier, different combination")] = False,
 ) -> None:
     """Add synthetic rows to the train split of a real dataset; held-out splits stay as they are."""
-    from maskloom.pipeline.dataset.combine import CombineOptions, combine
+    from maskloom.pipeline.dataset.combine import combine
+    from maskloom.pipeline.dataset.combining.plan import CombineOptions
 
     combine(real, synthetic, CombineOptions(output, ratio, balance, schedule, seed, force))
 

@@ -17,7 +17,8 @@ from maskloom.generate.generate import generate
 from maskloom.pipeline.__main__ import app
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.dataset.combine import CombineOptions, combine
+from maskloom.pipeline.dataset.combine import combine
+from maskloom.pipeline.dataset.combining.plan import CombineOptions
 from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_for_training, verify_fully, verify_quickly
