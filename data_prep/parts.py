@@ -18,10 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from maskloom.data_prep.adapter import RawItem, Reject
+from maskloom.data_prep.adapter import DatasetAdapter, RawItem, Reject
 from maskloom.data_prep.readers.file_names import as_seen, printable
-from maskloom.data_prep.splitting.groups import Found
-from maskloom.data_prep.survey import PreparedSample, Source, prepared_sample
+from maskloom.data_prep.sources import Source
+from maskloom.data_prep.splitting.groups import Found, Row
+from maskloom.data_prep.survey import PreparedSample, prepared_sample
 from maskloom.pipeline.config.data import DataConfig, StainConfig
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.writer import Sample
@@ -101,8 +102,8 @@ def scanned_parts(sources: Sequence[Source]) -> list[Part]:
     return parts
 
 
-def read_part(reading: Reading, part: Part) -> int:
-    """Read one part, write its files, and return its number of usable samples.
+def read_part(reading: Reading, part: Part) -> tuple[int, int]:
+    """Read one part, write its files, and return its numbers of items and of usable samples.
 
     Raises:
         MaskLoomError: the configuration does not fit the dataset.
@@ -124,7 +125,7 @@ def read_part(reading: Reading, part: Part) -> int:
             records.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     with atomic_path(part.path(reading.folder, SEAL)) as temporary:
         temporary.write_bytes(_digests(part, reading.folder))
-    return usable
+    return len(part.entries), usable
 
 
 def _digests(part: Part, folder: Path) -> bytes:
@@ -153,36 +154,35 @@ def clear_parts(scratch: Path, keep: Path | None = None) -> None:
 
 def _samples(reading: Reading, part: Part) -> Iterator[tuple[RawItem, PreparedSample] | Reject]:
     """Yield every sample of a part, prepared, or its reject."""
-    for item in _expanded(reading.sources[part.source], part.entries):
-        yield item if isinstance(item, Reject) else _read(reading, reading.sources[part.source], item)
+    source, main = reading.sources[part.source], reading.sources[0].info
+    for item in _expanded(source.adapter, part.entries):
+        if isinstance(item, Reject):
+            yield item
+            continue
+        try:
+            stains = None if reading.data.stain is None else _fitted_stains(reading.data.stain)
+            sample = prepared_sample(source, reading.data, main.channels, main.palette, stains, item)
+        except RejectedSample as error:
+            yield Reject(item.path, str(error))
+        else:
+            yield item, sample
 
 
-def _expanded(source: Source, entries: Sequence[RawItem | Reject]) -> Iterator[RawItem | Reject]:
+def _expanded(adapter: DatasetAdapter, entries: Sequence[RawItem | Reject]) -> Iterator[RawItem | Reject]:
+    """Yield the items inside each listed one, such as the slices of a volume, and the rejects."""
     for entry in entries:
         if isinstance(entry, Reject):
             yield entry
             continue
         try:
-            yield from source.adapter.expand(entry)
+            yield from adapter.expand(entry)
         except RejectedSample as error:
             yield Reject(entry.path, str(error))
 
 
-def _read(reading: Reading, source: Source, item: RawItem) -> tuple[RawItem, PreparedSample] | Reject:
-    main = reading.sources[0].info
-    try:
-        return item, prepared_sample(
-            source, reading.data, main.channels, main.palette, _stains(reading.data.stain), item
-        )
-    except RejectedSample as error:
-        return Reject(item.path, str(error))
-
-
 @lru_cache(maxsize=1)
-def _stains(config: StainConfig | None) -> "StainNormaliser | None":
-    """Return the stain normaliser, fitted once per process."""
-    if config is None:
-        return None
+def _fitted_stains(config: StainConfig) -> "StainNormaliser":
+    """Return the stain normaliser, fitted once per process; its module loads slowly."""
     from maskloom.data_prep.processing.stains import stain_normaliser
 
     return stain_normaliser(config)
@@ -274,20 +274,21 @@ def without_taken_ids(samples: Sequence[Identified]) -> tuple[list[Identified], 
     return kept, rejected
 
 
-def row_sample(folder: Path, source: Source, labels: Sequence[str], found: Found, group: str) -> Sample:
-    """Return a sample as a row of the dataset, with its images as the stored PNG bytes."""
+def row_sample(reading: Reading, row: Row) -> Sample:
+    """Return a row of the dataset, with its images as the stored PNG bytes."""
+    found = row.item
     part = Part(found.part, found.source, ())
-    record = json.loads(_bytes_at(part.path(folder, "jsonl"), *found.record))
-    pictures = {name: _bytes_at(part.path(folder, "bin"), *place) for name, place in record["pictures"].items()}
+    record = json.loads(_bytes_at(part.path(reading.folder, "jsonl"), *found.record))
+    pictures = {name: _bytes_at(part.path(reading.folder, "bin"), *place) for name, place in record["pictures"].items()}
     return Sample(
         image=pictures["image"],
         mask=pictures.get("mask"),
         conditioning_image=pictures["conditioning_image"],
         text=record["text"],
-        label=None if found.label is None else labels.index(found.label),
+        label=None if found.label is None else reading.sources[0].labels.index(found.label),
         sample_id=found.sample_id,
-        group_id=group,
-        source=source.name,
+        group_id=row.group,
+        source=reading.sources[found.source].name,
         origin="real",
         attributes=record["attributes"],
     )

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem
+from maskloom.data_prep.adapter import DatasetInfo, RawImage, RawItem
 from maskloom.data_prep.processing.resizing import grey, nearest_size, resized, true_proportions, vanished_areas
 from maskloom.data_prep.readers.file_names import NO_TEXT, is_text
 from maskloom.data_prep.readers.intensity import window_range
+from maskloom.data_prep.sources import Source
 from maskloom.data_prep.splitting.near_duplicates import signature
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
@@ -25,30 +26,6 @@ if TYPE_CHECKING:
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]+")
 Picture = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A raw dataset: the main one, or one that becomes an external test split.
-
-    Attributes:
-        name: name of the dataset.
-        adapter: its adapter.
-        info: its description.
-        labels: class names of the main dataset; an external dataset must use a subset of them.
-        duplicates: which duplicates are searched for; see `DatasetInfo`.
-        split: `external_NAME`, or None for the main dataset.
-        has_signatures: whether near-duplicates are searched for, within it or against the main
-            dataset.
-    """
-
-    name: str
-    adapter: DatasetAdapter
-    info: DatasetInfo
-    labels: tuple[str, ...]
-    duplicates: str
-    split: str | None = None
-    has_signatures: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maskloom.data_prep.prepare import PACKAGE
+from maskloom.data_prep.sources import PACKAGE
 from maskloom.pipeline.plugins import load_plugin, plugin_names
 
 NAMES = [name for name in plugin_names(PACKAGE) if load_plugin(PACKAGE, name, "dataset").Adapter.needs_raw_dir]

@@ -16,8 +16,8 @@ from maskloom.data_prep.inspect.raw_tree import RawTree, known_formats, suffix_o
 from maskloom.data_prep.inspect.text import Page, counted, quantiles, share
 from maskloom.data_prep.inspect.yaml_text import command_line, configuration_text
 from maskloom.data_prep.left_out import group_by_reason
-from maskloom.data_prep.prepare import PACKAGE
 from maskloom.data_prep.readers.file_names import is_text, printable
+from maskloom.data_prep.sources import PACKAGE
 from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment, validated

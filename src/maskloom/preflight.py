@@ -76,7 +76,7 @@ def check_launch(path: Path) -> None:
 
 def raw_data_checks(config: ExperimentConfig) -> Iterator[Check]:
     """Yield the checks of `prepare`: adapter, options, raw folder, conditioning."""
-    from maskloom.data_prep.prepare import open_sources
+    from maskloom.data_prep.sources import open_sources
 
     yield partial(open_sources, config.data)
 

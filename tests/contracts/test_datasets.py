@@ -18,7 +18,8 @@ from datasets import load_dataset
 
 from maskloom.data_prep.adapter import DatasetAdapter, RawImage, RawItem, Reject
 from maskloom.data_prep.parts import without_taken_ids
-from maskloom.data_prep.prepare import PACKAGE, open_adapter, prepare
+from maskloom.data_prep.prepare import prepare
+from maskloom.data_prep.sources import PACKAGE, open_adapter
 from maskloom.data_prep.survey import SAFE_ID, id_problem, sample_problem
 from maskloom.pipeline.dataset.contract import LEDGER_FILE, SPLITS
 from maskloom.pipeline.dataset.prompts import template_keys

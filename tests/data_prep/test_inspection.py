@@ -21,7 +21,8 @@ from maskloom.data_prep.inspect.advice import advice_for
 from maskloom.data_prep.inspect.layout import guessed_options
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of, spread
 from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
-from maskloom.data_prep.prepare import PACKAGE, prepare
+from maskloom.data_prep.prepare import prepare
+from maskloom.data_prep.sources import PACKAGE
 from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment

@@ -17,7 +17,7 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
-import maskloom.data_prep.prepare as prepare_module
+import maskloom.data_prep.sources as sources_module
 from maskloom.data_prep.__main__ import main
 from maskloom.data_prep.adapter import DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.card import dataset_card
@@ -25,9 +25,10 @@ from maskloom.data_prep.datasets import phantom_bus
 from maskloom.data_prep.datasets.busi import Adapter
 from maskloom.data_prep.parallel import available_cores, worker_count
 from maskloom.data_prep.parts import Reading, found_samples, read_part, scanned_parts, without_taken_ids
-from maskloom.data_prep.prepare import open_adapter, prepare
+from maskloom.data_prep.prepare import prepare
 from maskloom.data_prep.processing.resizing import resized
-from maskloom.data_prep.survey import Source, sample_problem
+from maskloom.data_prep.sources import Source, open_adapter
+from maskloom.data_prep.survey import sample_problem
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, read_contract
 from maskloom.pipeline.dataset.verification import verify_fully
@@ -585,12 +586,12 @@ def external_busi(monkeypatch):
     """BUSI's adapter under a second name, as the adapter of another dataset."""
     module = importlib.import_module("maskloom.data_prep.datasets.busi")
     monkeypatch.setitem(sys.modules, "maskloom.data_prep.datasets.second_hospital", module)
-    names = prepare_module.load_plugin
+    names = sources_module.load_plugin
 
     def load_plugin(package, name, kind):
         return module if name == "second_hospital" else names(package, name, kind)
 
-    monkeypatch.setattr(prepare_module, "load_plugin", load_plugin)
+    monkeypatch.setattr(sources_module, "load_plugin", load_plugin)
 
 
 @pytest.mark.usefixtures("external_busi")

@@ -8,7 +8,8 @@ import pytest
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets import busi
 from maskloom.data_prep.datasets.busbra import Adapter, BusbraOptions
-from maskloom.data_prep.prepare import open_adapter, prepare
+from maskloom.data_prep.prepare import prepare
+from maskloom.data_prep.sources import open_adapter
 from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.dataset.prompts import render_prompt, template_keys
 from maskloom.pipeline.errors import MaskLoomError

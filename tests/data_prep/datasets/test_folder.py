@@ -12,7 +12,7 @@ from PIL import Image
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.folder import Adapter
 from maskloom.data_prep.folder.options import FolderOptions
-from maskloom.data_prep.prepare import open_adapter
+from maskloom.data_prep.sources import open_adapter
 from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment

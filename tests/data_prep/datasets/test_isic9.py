@@ -7,7 +7,8 @@ from PIL import Image
 
 from maskloom.data_prep.adapter import RawItem, Reject
 from maskloom.data_prep.datasets.isic9 import LABELS, Adapter, Isic9Options
-from maskloom.data_prep.prepare import open_adapter, prepare
+from maskloom.data_prep.prepare import prepare
+from maskloom.data_prep.sources import open_adapter
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.experiment import experiment

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskloom.data_prep.adapter import Reject, unread_folders
-from maskloom.data_prep.prepare import open_adapter
+from maskloom.data_prep.sources import open_adapter
 from tests.data_prep.experiment import experiment
 from tests.writers import lidc
 

@@ -9,7 +9,8 @@ from maskloom.data_prep.adapter import RawImage
 from maskloom.data_prep.datasets import acdc, brats, dicom_folder
 from maskloom.data_prep.processing.resizing import resized, true_proportions
 from maskloom.data_prep.readers.dicom import SPACINGS, read_picture
-from maskloom.data_prep.survey import Source, prepared_sample
+from maskloom.data_prep.sources import Source
+from maskloom.data_prep.survey import prepared_sample
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.errors import RejectedSample
 from tests.writers import nifti

@@ -9,7 +9,8 @@ from PIL import Image
 from maskloom.data_prep.adapter import RawImage
 from maskloom.data_prep.audit.audit import audit, indexed, open_datasets
 from maskloom.data_prep.parts import Reading
-from maskloom.data_prep.prepare import _clusters, prepare
+from maskloom.data_prep.prepare import prepare
+from maskloom.data_prep.rows import duplicate_clusters
 from maskloom.data_prep.splitting.groups import Found
 from maskloom.data_prep.survey import raw_digest
 from maskloom.pipeline.dataset.audit.pixels import is_blank
@@ -114,7 +115,7 @@ def test_raw_pixels_join_images_that_are_shown_in_different_windows(tmp_path):
         for name, digest, shown in (("a", "1", "x"), ("b", "1", "y"), ("c", "2", "z"), ("d", "", ""), ("e", "", ""))
     ]
     reading = Reading(tmp_path, (), experiment(tmp_path).data)
-    clusters, joins = _clusters(reading, found)
+    clusters, joins = duplicate_clusters(reading, found)
     assert clusters[0] == clusters[1] and len(set(clusters)) == 4 and joins is None
 
 
