@@ -1,4 +1,4 @@
-"""Training curves, and line charts as SVG."""
+"""Training curves and other line charts as SVG."""
 
 import io
 import math
@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from maskloom.pipeline.files.reading import LogLine
 from maskloom.pipeline.results import Curve
 
-POINTS = 200  # a longer series is averaged down to this many
+POINTS = 200  # longer series are averaged down to at most this many points
 SIZE_INCHES = (5.6, 3.0)
 COLOURS = ("#1b5e9b", "#c25a1c", "#2f7d4f", "#8a3d8f", "#6b6b6b", "#b0922b", "#3aa0a8", "#a33a4a")
 STYLE: Any = {
-    "svg.hashsalt": "maskloom",  # ids in the drawing: the same every time
+    "svg.hashsalt": "maskloom",  # keeps the ids in the drawing the same every time
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -67,10 +67,11 @@ def line_chart(curve: Curve) -> str:
 
 
 def training_curves(path: Path) -> tuple[list[Curve], int]:
-    """Return charts of every scalar in a `metrics.jsonl`, and the number of lines that could not be read.
+    """Return charts of every scalar in a `metrics.jsonl`, and the number of unreadable lines.
 
-    Series of one kind share a chart: `loss` and `validation/loss`; `validation/loss_bin_0`, `validation/loss_bin_1`, …; a figure and
-    its reference values, such as `adherence`, `adherence_shuffled`, `adherence_real`; the gradients of all networks. The losses of several
+    Series of one kind share a chart: `loss` and `validation/loss`; `validation/loss_bin_0`,
+    `validation/loss_bin_1`, …; a figure and its reference values, such as `adherence`,
+    `adherence_shuffled` and `adherence_real`; the gradients of all networks. The losses of several
     networks differ in scale and get one chart each; the loss of a single network is the `loss`.
     """
     charts: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
@@ -91,7 +92,7 @@ def _chart_title(key: str) -> str:
 
 
 def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float | None]]:
-    """Return the points, or the means of runs of equal length if there are more than `POINTS`."""
+    """Return the points, or the means of consecutive points if there are more than `POINTS`."""
     kept = list(points)
     run = -(-len(kept) // POINTS)
     groups = [kept[start : start + run] for start in range(0, len(kept), run)] if kept else []
@@ -99,7 +100,10 @@ def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float |
 
 
 def _read_series(path: Path) -> tuple[dict[str, dict[float, float]], int]:
-    """Return step -> value for every scalar; a step that was logged twice (resumed training) keeps the later value."""
+    """Return step -> value for every scalar, and the number of unreadable lines.
+
+    A step that was logged twice, by a resumed training, keeps the later value.
+    """
     series: dict[str, dict[float, float]] = {}
     unreadable = 0
     for line in path.read_bytes().splitlines():

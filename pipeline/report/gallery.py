@@ -1,4 +1,8 @@
-"""Choose the images that the report shows side by side: mask, real, synthetic from the same mask, nearest training image."""
+"""Chooses the images that the report shows side by side.
+
+A row has a mask, its real image, and for each generator the synthetic image from the same mask with
+the nearest training image.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,7 +21,7 @@ from maskloom.pipeline.progress import progress
 Pixels = NDArray[np.uint8]
 PARENT_SPLIT = "train"
 NO_LABEL = "(no class)"
-NEAREST_SIDE = 32  # pixels that images are reduced to before they are compared
+NEAREST_SIDE = 32  # side in pixels to which images are reduced before they are compared
 BATCH_ROWS = 64
 
 
@@ -28,16 +32,18 @@ class Shown:
     Attributes:
         image: (H, W) or (H, W, 3) uint8.
         seed: seed of its noise.
-        same_parent: whether it was made from the mask of its grid row; false if the generator has no such image.
-        drew_mask: whether the generator generated its own mask instead of following one.
-        own_condition: its conditioning image if it differs from the row's (a warped mask), else None.
+        same_parent: whether it was generated from the mask of its grid row; false if the generator
+            has no such image.
+        made_mask: whether the generator generated the mask as well instead of following one.
+        own_condition: its conditioning image if that differs from the row's, such as a warped mask,
+            else None.
         nearest_id, nearest, correlation: the most similar training image, see `find_nearest`.
     """
 
     image: Pixels
     seed: int | None
     same_parent: bool
-    drew_mask: bool
+    made_mask: bool
     own_condition: Pixels | None
     nearest_id: str = ""
     nearest: Pixels | None = None
@@ -46,7 +52,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class GridRow:
-    """One training sample, and the image of each generator for its mask (None: no image of this class)."""
+    """One training sample, and each generator's image for its mask; None: no image of its class."""
 
     sample_id: str
     text: str
@@ -63,7 +69,7 @@ def image_grids(
     Args:
         real: the real dataset.
         synthetic: each generator's dataset.
-        per_class: rows per class; samples for which most generators have a synthetic image come first.
+        per_class: rows per class; samples for which most generators have an image come first.
     """
     heads = _heads(real, PARENT_SPLIT)
     children = {name: _heads(dataset) for name, dataset in synthetic.items()}
@@ -76,7 +82,13 @@ def image_grids(
     shown = {name: _shown(dataset, children[name], chosen, parents) for name, dataset in synthetic.items()}
     grids = {
         label: [
-            _grid_row(parents[row["sample_id"]], {name: shown[name].get(row["sample_id"]) for name in shown})
+            GridRow(
+                sample_id=row["sample_id"],
+                text=parents[row["sample_id"]]["text"],
+                condition=parents[row["sample_id"]]["conditioning_image"],
+                real=parents[row["sample_id"]]["image"],
+                shown={name: shown[name].get(row["sample_id"]) for name in shown},
+            )
             for row in rows
         ]
         for label, rows in chosen.items()
@@ -86,9 +98,15 @@ def image_grids(
 
 
 def spread_choice(rows: Sequence[dict[str, Any]], made_from: Sequence[set[str]], count: int) -> list[dict[str, Any]]:
-    """Return `count` rows (or all): those with the most synthetic images first, ties evenly spread by id.
+    """Return at most `count` rows: most synthetic images first, ties evenly spread by id.
 
-    Neighbours by id are often similar (slices of a volume, views of a patient), so an even spread shows more of the data.
+    Neighbours by id are often similar (slices of a volume, views of a patient), so an even spread
+    shows more of the data.
+
+    Args:
+        rows: rows of one class with `sample_id`.
+        made_from: for each generator, the sample ids of the real images behind its synthetic ones.
+        count: number of rows to choose.
     """
     merit: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -104,8 +122,8 @@ def spread_choice(rows: Sequence[dict[str, Any]], made_from: Sequence[set[str]],
 def find_nearest(real: MaskPromptDataset, shown: Sequence[Shown]) -> None:
     """Set the nearest training image of each synthetic one.
 
-    The nearest image has the highest pixel correlation, with both images reduced to 32 x 32, mean 0 and norm 1. The train
-    split is read once, in batches, so memory does not grow with it.
+    The nearest image has the highest pixel correlation, with both images reduced to 32 x 32, mean 0
+    and norm 1. The train split is read once, in batches, so memory does not grow with it.
     """
     if not shown:
         return
@@ -159,13 +177,9 @@ def _best_shown(parent: dict[str, Any], children: Sequence[dict[str, Any]]) -> S
         image=child["image"],
         seed=child["seed"],
         same_parent=child["parent_id"] == parent["sample_id"],
-        drew_mask=child["parent_id"] is None,
+        made_mask=child["parent_id"] is None,
         own_condition=None if alike[best] else child["conditioning_image"],
     )
-
-
-def _grid_row(parent: dict[str, Any], shown: Mapping[str, Shown | None]) -> GridRow:
-    return GridRow(parent["sample_id"], parent["text"], parent["conditioning_image"], parent["image"], shown)
 
 
 def _normalised(image: Pixels) -> NDArray[np.float32]:
@@ -177,7 +191,7 @@ def _normalised(image: Pixels) -> NDArray[np.float32]:
 
 
 def _heads(dataset: MaskPromptDataset, split: str | None = None) -> list[dict[str, Any]]:
-    """Return id, parent and class name of every row, without images."""
+    """Return id, parent id and class name of every row; no image is read."""
     rows = list(dataset.rows(split, ["sample_id", "parent_id", "label"]))
     for row in rows:
         name = dataset.description.label_name(row["label"])

@@ -11,10 +11,10 @@ from PIL import Image, UnidentifiedImageError
 
 from maskloom.pipeline.dataset.images import png_bytes
 
-LOSSLESS_SIDE = 160  # pixels; above it a photograph goes into the page as JPEG
+LOSSLESS_SIDE = 160  # pixels; larger images that are not masks are embedded as JPEG
 JPEG_QUALITY = 90
-SHOWN_SIDE = 160  # CSS pixels of a grid's cell
-TINY_SIDE = 80  # images up to this side are shown at twice their size, with hard pixels
+SHOWN_SIDE = 160  # CSS pixels of a cell in a grid
+TINY_SIDE = 80  # images up to this side are shown at twice their size, without smoothing
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ def embedded_image(array: NDArray[np.uint8], side: int, exact: bool = False) -> 
 
     Args:
         array: (H, W) or (H, W, 3) uint8.
-        side: longest side in pixels that the page may carry; larger images are reduced (masks: nearest neighbour,
-            so a lesion of a few pixels may not show).
-        exact: true for masks: colours are kept exactly.
+        side: longest side in pixels on the page; larger images are reduced (masks by nearest
+            neighbour, so a lesion of a few pixels may disappear).
+        exact: true for masks, whose colours are kept exactly.
     """
     resampling = Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS
     image = _reduced(Image.fromarray(array), side, resampling)
@@ -55,7 +55,7 @@ def embedded_file(path: Path, side: int) -> Embedded | None:
 
 
 def svg_uri(svg: str) -> str:
-    """Return an SVG drawing as a data URI; inside an <img> it can neither run scripts nor load anything."""
+    """Return an SVG drawing as a data URI, which in an <img> can neither run scripts nor load files."""
     return _uri(svg.encode(), "image/svg+xml")
 
 

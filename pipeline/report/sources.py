@@ -44,7 +44,8 @@ class Sources:
         unfinished: names of synthetic folders without a contract.
         trainings: by the name of their stage, `train` first, then `baselines/NAME`.
         records: each stage's `stage.json`.
-        damaged: one problem for each training log or sample grid that has changed since it was written; these files are left out.
+        damaged: one problem for each training log or sample grid that has changed since it was
+            written; these files are left out.
     """
 
     run: Run
@@ -114,7 +115,7 @@ def _training(run: Run, stage: str, left_out: Mapping[str, str]) -> Training:
 
 
 def _changed_logs(run: Run, stage: str) -> dict[str, str]:
-    """Return, and print, the problem of each changed file that a finished training recorded for the report."""
+    """Return and print the problem of each file of a finished training that has changed since."""
     record = read_record(run, stage)
     shown = {} if record is None else record.shown
     problems = {name: problem for name, digest in shown.items() if (problem := file_problem(run.folder / name, digest))}
@@ -124,7 +125,7 @@ def _changed_logs(run: Run, stage: str) -> dict[str, str]:
 
 
 def _check_evaluation(run: Run) -> None:
-    """Check that every result and image is as `evaluate` wrote it.
+    """Check that every result and image is unchanged since `evaluate` wrote it.
 
     Raises:
         MaskLoomError: a file is missing or changed (names the first one).
@@ -138,7 +139,7 @@ def _check_evaluation(run: Run) -> None:
 
 
 def class_counts(dataset: MaskPromptDataset) -> dict[str, dict[str, int]]:
-    """Return the number of rows by split and class name: train, validation, test, then external test sets."""
+    """Return the number of rows by split and class name; external test sets come last."""
     counts = {}
     for split in dataset.contract.split_names:
         names = (dataset.description.label_name(row["label"]) for row in dataset.rows(split, ["label"]))
@@ -147,7 +148,7 @@ def class_counts(dataset: MaskPromptDataset) -> dict[str, dict[str, int]]:
 
 
 def rejection_counts(folder: Path) -> tuple[list[tuple[str, int]], int]:
-    """Return the most common reasons for rejection with their counts, and the number of inputs rejected for other reasons."""
+    """Return the most common reasons for rejection with their counts, and the sum of all others."""
     ledger = folder / LEDGER_FILE  # a dataset from the Hub comes without it
     rows = read_lines(ledger, LedgerRow, REMEDY) if ledger.is_file() else ()
     reasons = Counter(row.reason for row in rows)

@@ -12,11 +12,7 @@ from maskloom.pipeline.report.sources import Sources, find_sources
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage, open_run
 
-IMAGE_SIDES = (
-    256,
-    160,
-    96,
-)  # longest side of an embedded image in pixels; the largest that keeps the page small enough
+IMAGE_SIDES = (256, 160, 96)  # longest side of an embedded image in pixels; the first that fits `PAGE_BYTES` is used
 PAGE_BYTES = 5_000_000
 
 
@@ -47,7 +43,7 @@ def _places(config: ExperimentConfig, run: Run) -> list[Path | None]:
 
 
 def smallest_enough(config: ExperimentConfig, sources: Sources) -> str:
-    """Return the page with images as large as `PAGE_BYTES` allows, or with the smallest if none fits."""
+    """Return the page with images as large as `PAGE_BYTES` allows, or the smallest if none fits."""
     render = page_renderer(config, sources)
     for side in IMAGE_SIDES:
         page = render(side)
