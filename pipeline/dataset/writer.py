@@ -171,7 +171,7 @@ class DatasetWriter:
                 missing.append(shard)
             for name, problem in problems.items():
                 if problem and (self.staging / name).exists():
-                    say(f"{problem}; making it anew")
+                    say(f"{problem}; writing it again")
         return missing
 
     def write_shard(self, shard: Shard, samples: Iterable[Sample]) -> None:

@@ -1,4 +1,4 @@
 """Files and folders: atomic writing, typed reading, ownership (what may be deleted), text formats.
 
-Nothing here knows what a dataset, a run or a stage is.
+Code that depends on what a dataset, a run or a stage is does not belong here.
 """

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and digests of what is in them."""
+"""Atomic writing of files, locks, and digests of content."""
 
 import hashlib
 import json
@@ -14,19 +14,20 @@ from typing import Any
 from maskloom.pipeline.errors import MaskLoomError, one_line
 
 CHUNK_BYTES = 1 << 20
-MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".bin"})  # not the card and its pictures
+MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".bin"})  # not the card and its images
 LOCK_FILE = ".lock"
-PIECES = "pieces:"  # before the digest of a file that was hashed in pieces
-TEMPORARY_SUFFIX = ".maskloom-tmp"  # of files and folders that are being written or deleted, all hidden
+PIECES = "pieces:"  # prefix of the digest of a file that was hashed in pieces
+TEMPORARY_SUFFIX = ".maskloom-tmp"  # of files and folders that are being written or deleted; all are hidden
 HASH_THREADS = 8
 PIECE_BYTES = 64 << 20  # larger files are hashed in pieces of this size, on several threads
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; it takes the name `path` only when the block ends without error.
+    """Yield a temporary file beside `path`, which is renamed to `path` if the block succeeds.
 
-    The content is flushed to the disk before the rename, so that a crash leaves the old file, the new one, or none.
+    The content is flushed to the disk before the rename, so that a crash leaves the old file, the
+    new one, or none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -39,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def flush_files(paths: Iterable[Path]) -> None:
-    """Have the system write the content of files to the disk."""
+    """Flush the content of files to the disk."""
     for path in paths:
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -47,28 +48,31 @@ def flush_files(paths: Iterable[Path]) -> None:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process during the block; the system lets go of it when the process ends, however it ends.
+    """Lock a folder for this process during the block.
 
-    Where the file system knows no locks nothing is held.
+    The operating system releases the lock when the process ends, even if it is killed. On a file
+    system without locks, the block runs without one.
 
     Raises:
-        MaskLoomError: another process holds it.
+        MaskLoomError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / LOCK_FILE, folder):
+    with _locked(folder / LOCK_FILE, folder):
         yield
 
 
 @contextmanager
 def sole_maker(path: Path) -> Iterator[None]:
-    """Hold a place where a folder will appear whole; see `sole_writer`. The lock lies beside it and goes with the block.
+    """Lock the path of a folder that does not exist yet; see `sole_writer`.
+
+    The lock file lies beside the path and is deleted after the block.
 
     Raises:
-        MaskLoomError: another process holds it.
+        MaskLoomError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}{LOCK_FILE}{TEMPORARY_SUFFIX}")
-    with _held(lock, path):
+    with _locked(lock, path):
         try:
             yield
         finally:
@@ -76,7 +80,8 @@ def sole_maker(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _held(path: Path, place: Path) -> Iterator[None]:
+def _locked(path: Path, place: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block; the error names `place`."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -84,12 +89,10 @@ def _held(path: Path, place: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise MaskLoomError(
-            f"{place}: another process is writing there; wait for it, or end it (a killed launcher can leave its workers running)"
+            f"{place}: another process is writing there; wait for it, or end it "
+            "(a killed launcher can leave its workers running)"
         ) from None
-    except (
-        NotImplementedError,
-        OSError,
-    ):  # a file system without locks, as some clusters have: the work continues unguarded
+    except (NotImplementedError, OSError):  # some clusters have file systems without locks
         pass
     try:
         yield
@@ -98,7 +101,7 @@ def _held(path: Path, place: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files and folders that killed runs left anywhere under `folder`."""
+    """Delete the temporary files and folders that killed runs have left anywhere in `folder`."""
     for path in sorted(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -113,18 +116,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, keys sorted, so that the same value gives the same bytes."""
+    """Write JSON atomically, with sorted keys, so that the same value gives the same bytes."""
     write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """Return a value as JSON, keys sorted, so that the same value gives the same text."""
+    """Return a value as JSON with sorted keys, so that the same value gives the same text."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
-    """Make a hard link, or a copy where the file system has no links. Files are replaced and never changed, so both are as good."""
-    Path(target).unlink(missing_ok=True)  # copying over a link would change the file that it shares
+    """Make a hard link, or a copy if the file system has no hard links.
+
+    MaskLoom replaces files and never changes them in place, so a link is as safe as a copy.
+    """
+    Path(target).unlink(missing_ok=True)  # copying onto a link would change the linked file
     try:
         os.link(source, target)
     except OSError:
@@ -132,17 +138,17 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Read a JSON file of any shape; see `pipeline.files.reading` for files of a known one.
+    """Return the content of a JSON file; see `pipeline.files.reading` for validated reading.
 
     Raises:
-        MaskLoomError: missing or not JSON; `remedy` says what to do.
+        MaskLoomError: the file is missing or not JSON; `remedy` says what to do.
     """
     try:
         return parsed_json(path.read_bytes())
     except FileNotFoundError:
         raise MaskLoomError(f"{path}: no such file; {remedy}") from None
     except IsADirectoryError:
-        raise MaskLoomError(f"{path}: a folder where a file belongs; {remedy}") from None
+        raise MaskLoomError(f"{path}: is a folder, and should be a file; {remedy}") from None
     except ValueError as error:
         raise MaskLoomError(f"{path}: not valid JSON ({one_line(error)}); {remedy}") from None
 
@@ -151,21 +157,22 @@ def parsed_json(text: bytes) -> Any:
     """Return the value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: it is no JSON, nested without end, or holds NaN, an infinity or a whole number of thousands of digits.
+        ValueError: the text is not JSON, is nested too deeply, or contains NaN, an infinity or an
+            integer with thousands of digits.
     """
     try:
-        return json.loads(text.decode("utf-8"), parse_constant=_refused_number, parse_float=_finite)
+        return json.loads(text.decode("utf-8"), parse_constant=_reject_number, parse_float=_finite_float)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _refused_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+def _reject_number(text: str) -> float:
+    raise ValueError(f"{text} is not a finite number")
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refused_number(text)
+    return value if math.isfinite(value) else _reject_number(text)
 
 
 def file_digest(path: Path) -> str:
@@ -175,16 +182,17 @@ def file_digest(path: Path) -> str:
 
 
 def value_digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON-able value (paths and other objects by their text), in hexadecimal."""
+    """Return the hexadecimal SHA-256 of a value as JSON; paths and other objects count as text."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def content_digest(path: Path) -> str:
-    """Return what identifies the content of a file of any size.
+    """Return a digest of the content of a file of any size.
 
-    Up to 64 MiB it is the file's SHA-256. Of a larger one it is the SHA-256 of the digests of its pieces, which are computed on several threads
-    so that hashing a model takes a fraction of the time of loading it; `PIECES` before it tells the two apart.
+    Up to 64 MiB it is the file's SHA-256. For a larger file it is the prefix `PIECES` and the
+    SHA-256 of the digests of its pieces. These are computed on several threads, so that hashing a
+    model takes a fraction of the time of loading it.
     """
     size = path.stat().st_size
     if size <= PIECE_BYTES:
@@ -206,11 +214,11 @@ def _piece_digest(path: Path, start: int) -> str:
 
 
 def folder_digest(folder: Path, suffixes: frozenset[str] | None = None) -> str:
-    """Return a digest over the visible files of a folder: names and contents.
+    """Return a digest of the names and contents of all visible files in a folder.
 
     Args:
         folder: searched with all its subfolders.
-        suffixes: of the files that count, such as `.json`; None counts all.
+        suffixes: suffixes of the files to include, such as `.json`; None includes all.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -224,6 +232,6 @@ def folder_digest(folder: Path, suffixes: frozenset[str] | None = None) -> str:
 
 
 def model_digest(name_or_path: str, revision: str | None = None) -> str:
-    """Return what identifies a model: the content of a local folder, or the Hub id and revision as text."""
+    """Return the identity of a model: the digest of a local folder, or `HUB_ID@REVISION`."""
     folder = Path(name_or_path)
     return folder_digest(folder, MODEL_SUFFIXES) if folder.is_dir() else f"{name_or_path}@{revision or 'main'}"

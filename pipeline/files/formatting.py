@@ -7,12 +7,12 @@ from typing import Any
 from maskloom.pipeline.errors import one_line
 
 DIGITS = 3
-SMALLEST_SHOWN = 1e-6  # intervals that lie nearer to zero are rounding errors and show as zero
+SMALLEST_SHOWN = 1e-6  # intervals closer to zero are rounding errors and are shown as zero
 MISSING, UNDEFINED = "–", "undefined"
 
 
 def number_text(value: float) -> str:
-    """Return a number with three significant digits; integers in full, with thousands separators."""
+    """Return a number with three significant digits; integers in full with thousands separators."""
     if not math.isfinite(value):
         return UNDEFINED
     if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10**DIGITS):
@@ -36,13 +36,16 @@ def interval_text(value: float, low: float | None, high: float | None) -> str:
 
 
 def decimals(numbers: Sequence[float]) -> int:
-    """Return the decimals that give the largest of some finite numbers three significant digits."""
+    """Return how many decimals give the largest of some finite numbers three significant digits."""
     largest = max(abs(number) for number in numbers)
     return max(0, DIGITS - 1 - math.floor(math.log10(largest))) if largest else DIGITS - 1
 
 
 def interval_decimals(numbers: Sequence[float]) -> int:
-    """Return the decimals of a value and its interval: three for scores and differences, so that a column lines up."""
+    """Return how many decimals a value and its interval are shown with.
+
+    Scores and differences get three, so that the numbers of a column line up.
+    """
     largest = max(abs(number) for number in numbers)
     return DIGITS if 0.005 <= largest < 2 or largest < SMALLEST_SHOWN else decimals(numbers)
 
@@ -62,12 +65,12 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> lis
 
 
 def markdown_cell(value: object) -> str:
-    """Return a value as a cell of a Markdown table: whatever it holds, it neither ends the cell nor the line."""
+    """Return a value as a cell of a Markdown table, on one line and with `|` escaped."""
     return one_line(value).replace("|", r"\|")
 
 
 def counts_text(counts: Any) -> str:
-    """Return `120 (real train), 24 (test)` for a mapping, `0, 1, 2` for a list, and anything else as it is."""
+    """Return `120 (real train), 24 (test)` for a mapping, `0, 1, 2` for a list, otherwise `str`."""
     if isinstance(counts, Mapping):
         return ", ".join(f"{count} ({name})" for name, count in counts.items())
     return ", ".join(map(str, counts)) if isinstance(counts, list | tuple) else str(counts)

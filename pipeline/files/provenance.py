@@ -1,4 +1,4 @@
-"""Where a result came from: code, packages, machine cost."""
+"""Provenance of results: commit, package versions, peak memory."""
 
 import resource
 import subprocess
@@ -23,7 +23,10 @@ PACKAGES = (
 
 @cache
 def git_sha() -> str:
-    """Return the checkout's commit, with `-dirty` where tracked files were changed; `unknown` outside a checkout."""
+    """Return the commit of the checkout, with `-dirty` if tracked files have been changed.
+
+    Outside a checkout it is `unknown`.
+    """
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -33,7 +36,8 @@ def git_sha() -> str:
         return done.stdout.strip()
 
     try:
-        # A package installed into an environment inside another project's checkout must not report that project's commit.
+        # If the package is installed inside another project's checkout, that project's commit must
+        # not be reported.
         git("ls-files", "--error-unmatch", here.name)
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
@@ -41,7 +45,7 @@ def git_sha() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that results depend on."""
+    """Return the installed versions of Python and of the packages that results depend on."""
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:

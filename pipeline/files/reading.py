@@ -1,4 +1,7 @@
-"""Reads files of this program back through typed models: any wrong shape, encoding or number is one line with the file and the remedy."""
+"""Read JSON files that MaskLoom wrote, and validate them with pydantic models.
+
+Any wrong structure, encoding or number is reported in one line with the file and the remedy.
+"""
 
 import json
 from collections.abc import Iterator
@@ -12,11 +15,11 @@ from maskloom.pipeline.files.atomic import read_json
 
 Model = TypeVar("Model", bound=BaseModel)
 LONGEST_PATH = 1000
-LONGEST = 200  # characters of a message that is not this program's
+LONGEST = 200  # characters that are shown of a library's message
 
 
 class Record(BaseModel):
-    """What stands in a file: no value is converted, unknown keys are errors, numbers are finite."""
+    """Base class for the content of files: no type conversion, no unknown keys, finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -31,10 +34,10 @@ class LogLine(BaseModel):
 
 
 def inside(what: str) -> AfterValidator:
-    """Return a check for `Annotated` that a text is the path of a file below the folder that it is read from, and leads nowhere else.
+    """Return a validator for relative paths that lie inside the folder whose files they name.
 
     Args:
-        what: names the folder in the error.
+        what: what the error calls the folder.
     """
 
     def check(name: str) -> str:
@@ -48,28 +51,29 @@ def inside(what: str) -> AfterValidator:
 
 
 def read_model(path: Path, model: type[Model], remedy: str) -> Model:
-    """Return a JSON file as a model.
+    """Return the content of a JSON file as a model.
 
     Raises:
-        MaskLoomError: it is missing, not JSON, or of another shape; `remedy` says what to do.
+        MaskLoomError: the file is missing, not JSON, or does not fit the model; ends with `remedy`.
     """
     return checked(read_json(path, remedy), model, str(path), remedy)
 
 
 def checked(value: Any, model: type[Model], where: str, remedy: str) -> Model:
-    """Return JSON's value as a model, no value converted; `where` and `remedy` are for the error.
+    """Return a JSON value as a model, without type conversion; `where` and `remedy` are for the error.
 
     Raises:
-        MaskLoomError: it is of another shape; names the first field that does not fit.
+        MaskLoomError: the value does not fit the model; the error names the first invalid field.
     """
     try:
-        return model.model_validate_json(json.dumps(value), strict=True)  # as JSON, or lists would not pass for tuples
+        # JSON mode accepts lists for tuples.
+        return model.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         raise MaskLoomError(f"{where}: {first_problem(error)}; {remedy}") from None
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the place and the words of the first of pydantic's errors."""
+    """Return the location and message of pydantic's first error."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")[:LONGEST]
     problem = one_line(first["msg"]).removeprefix("Value error, ")[:LONGEST]
@@ -77,15 +81,15 @@ def first_problem(error: ValidationError) -> str:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Return a JSON file that must hold an object.
+    """Return the content of a JSON file that must contain an object.
 
     Raises:
-        MaskLoomError: it is missing, not JSON, or holds something else.
+        MaskLoomError: the file is missing, not JSON, or contains another type.
     """
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         raise MaskLoomError(
-            f"{path}: holds {type(value).__name__} where an object of keys and values belongs; {remedy}"
+            f"{path}: contains a {type(value).__name__}, and should contain an object of keys and values; {remedy}"
         )
     return value
 
@@ -116,10 +120,10 @@ _ATTRIBUTES = TypeAdapter(dict[str, str])
 
 
 def row_attributes(text: Any, where: str) -> dict[str, str]:
-    """Return the `attributes` of a dataset's row, which are kept as JSON text.
+    """Return the `attributes` of a dataset row, which are stored as JSON text.
 
     Raises:
-        MaskLoomError: they are no object of texts; `where` names the row.
+        MaskLoomError: they are not an object of strings; `where` names the row.
     """
     try:
         return _ATTRIBUTES.validate_json(text, strict=True)

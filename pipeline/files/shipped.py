@@ -1,43 +1,43 @@
-"""Finds the configurations and the backbone that ship with the package, from whatever folder a command runs in."""
+"""Find the configurations and the backbone that ship with the package."""
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
-"""Holds `configs` and `assets`: links to the checkout's folders, or copies in an installed package."""
+"""Folder with `configs` and `assets`: links to the checkout's folders, or copies if installed."""
 FOLDERS = ("configs", "assets")
 
 
 def shipped(path: Path) -> Path:
-    """Return where a file or folder lies that the package may ship, such as `configs/demo.yaml` or `assets/nano-sd`.
+    """Return where a file or folder lies that may be a shipped one, such as `configs/demo.yaml`.
 
-    What exists under this name, from the current folder, comes first: a user's own file wins over a shipped one.
+    The user's own file, relative to the current folder, takes precedence over a shipped one.
 
     Args:
-        path: as the user or a configuration gives it; what is recorded stays this text.
+        path: as the user or a configuration gives it. Records keep this text.
 
     Returns:
-        `path` itself, or the shipped one where only that exists.
+        `path` itself, or the shipped file or folder if only that exists.
     """
     inside = shipped_only(path)
     return path if inside is None or path.exists() else inside
 
 
 def shipped_only(path: Path) -> Path | None:
-    """Return the shipped file or folder of this name, or None where there is none; the current folder does not matter."""
+    """Return the shipped file or folder of this name, or None; ignore the current folder."""
     if not path.parts or path.parts[0] not in FOLDERS or ".." in path.parts:
         return None
     inside = PACKAGE / path
     try:
         return inside if inside.exists() else None
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return None
 
 
 def shipped_names(folder: str, pattern: str) -> list[str]:
-    """Return the shipped files that match, such as `configs/busi.yaml`, sorted.
+    """Return the sorted names of the shipped files that match, such as `configs/busi.yaml`.
 
     Args:
-        folder: within the package, such as `configs`.
-        pattern: of the files in it, such as `*.yaml`; folders in it are not searched.
+        folder: folder in the package, such as `configs`.
+        pattern: glob pattern, such as `*.yaml`; subfolders are not searched.
     """
     return sorted(path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / folder).glob(pattern))

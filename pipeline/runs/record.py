@@ -58,7 +58,7 @@ def read_record(run: Run, stage: str) -> StageRecord | None:
     remedy = "run the stage again"
     record = read_model(path, StageRecord, remedy)
     if record.digest != record.own_digest():
-        raise MaskLoomError(f"{path}: damaged (its content is not what was written); {remedy}")
+        raise MaskLoomError(f"{path}: damaged (its content has changed since it was written); {remedy}")
     if record.stage != stage:
         raise MaskLoomError(f"{path}: damaged (it is the record of {record.stage}, not of {stage}); {remedy}")
     return record
@@ -90,5 +90,5 @@ def require_intact(run: Run, stage: str, folder: Path) -> None:
     problem = damaged_file(run, written)
     if problem:
         raise MaskLoomError(
-            f"{problem}: damaged since {name} wrote it; run {name} again, which makes it anew (make {name})"
+            f"{problem}: damaged since {name} wrote it; run {name} again, which writes it again (make {name})"
         )

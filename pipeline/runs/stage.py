@@ -142,7 +142,7 @@ class Stage:
             except MaskLoomError:
                 continue  # whoever reads it names it
             if any(digest not in listed.get(file, ()) for file, digest in recorded.items()):
-                return f"{folder / MANIFEST}: not what was written"
+                return f"{folder / MANIFEST}: changed since it was written"
         return None
 
     def skips(self, force: bool) -> bool:
@@ -157,7 +157,7 @@ class Stage:
         if _CHECK_ONLY.get():
             raise StageChecked(state, reason)
         if state == DAMAGED:
-            say(f"{self.name}: damaged: {reason}; making it anew")
+            say(f"{self.name}: damaged: {reason}; writing it again")
         if state != DONE:
             return False
         say(f"{self.name}: up to date in {self.run.folder} (--force runs it again)")

@@ -183,7 +183,7 @@ def test_a_second_call_is_skipped_and_a_damaged_dataset_is_named_and_repaired(ra
     with pytest.raises(MaskLoomError, match=f"{shard.name}: its SHA-256 differs.*write it again with --force"):
         verify_fully(tmp_path / "dataset")
     prepare(config, force=False)
-    assert f"prepare: damaged: {shard}: not what was written; making it anew" in capsys.readouterr().err
+    assert f"prepare: damaged: {shard}: changed since it was written; writing it again" in capsys.readouterr().err
     assert (tmp_path / "dataset" / "notes.txt").read_text() == "the user's own"
     (tmp_path / "dataset" / "notes.txt").unlink()
     assert dataset_bytes(tmp_path / "dataset") == before

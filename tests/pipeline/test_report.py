@@ -237,7 +237,7 @@ def test_a_changed_answer_is_not_shown(tmp_path, name):
     run, config = fake_run.whole_run(tmp_path)
     path = run.evaluation / name
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(MaskLoomError, match=rf"{name}: not what was written: damaged since evaluate wrote it"):
+    with pytest.raises(MaskLoomError, match=rf"{name}: changed since it was written: damaged since evaluate wrote it"):
         write_report(config, force=False)
     path.unlink()
     with pytest.raises(MaskLoomError, match=rf"{name}: missing: damaged since evaluate wrote it"):
@@ -258,9 +258,9 @@ def test_a_changed_training_log_is_left_out_and_named(tmp_path, capsys):
     assert "is left out" not in _report(config)[1].text
     log.write_text(log.read_text().replace("1", "2"))
     text = _report(config)[1].text
-    assert "logs/train/metrics.jsonl: not what was written and is left out." in text
+    assert "logs/train/metrics.jsonl: changed since it was written and is left out." in text
     assert "There is no training log." in text
-    assert "metrics.jsonl: not what was written, and is left out" in capsys.readouterr().err
+    assert "metrics.jsonl: changed since it was written, and is left out" in capsys.readouterr().err
 
 
 def test_questions_that_were_not_measured_come_last(tmp_path):

@@ -73,7 +73,7 @@ def test_damaged_weights_are_made_anew_from_the_last_checkpoint(run: Path, backb
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     trained(run, backbone)
-    assert f"train: damaged: {weights}: not what was written; making it anew" in capsys.readouterr().err
+    assert f"train: damaged: {weights}: changed since it was written; writing it again" in capsys.readouterr().err
     assert weights.read_bytes() == before
 
 

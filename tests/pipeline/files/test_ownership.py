@@ -13,9 +13,9 @@ from maskloom.pipeline.files.ownership import (
     check_places,
     delete_folder,
     file_problem,
+    foreign_files,
     put_in_place,
     restore_outgoing,
-    strangers_in,
     whole_folder,
 )
 
@@ -38,7 +38,7 @@ def test_a_folder_lists_what_was_written_to_it(tmp_path):
     assert folder.problem("x") is None
     assert folder.problem("nothing") == f"{tmp_path / 'a' / 'nothing'}: not a file that MaskLoom wrote"
     (tmp_path / "a" / "x").write_text("3")
-    assert folder.problem("x") == f"{tmp_path / 'a' / 'x'}: not what was written"
+    assert folder.problem("x") == f"{tmp_path / 'a' / 'x'}: changed since it was written"
     (tmp_path / "a" / "x").unlink()
     assert folder.problem("x") == f"{tmp_path / 'a' / 'x'}: missing"
 
@@ -175,7 +175,7 @@ def test_a_changed_entry_of_a_manifest_is_noticed(tmp_path):
     manifest = json.loads(path.read_text())
     manifest["files"]["y"] = "0"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(MaskLoomError, match="not what was written"):
+    with pytest.raises(MaskLoomError, match="changed since it was written"):
         folder.files()
 
 
@@ -192,7 +192,7 @@ def test_a_whole_folder_takes_the_place_of_an_older_one_and_keeps_the_users_file
     assert found == {"sub/w": b"two", "two": b"", "sub/notes": b"mine"}
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert set(OwnedFolder(tmp_path / "model").files()) == {"sub/w", "two"}
-    assert strangers_in(tmp_path / "model") == ["sub/notes"]
+    assert foreign_files(tmp_path / "model") == ["sub/notes"]
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path):
@@ -253,7 +253,9 @@ def test_what_was_moved_out_of_the_way_gets_its_name_back(tmp_path):
     restore_outgoing(tmp_path / "model")
     _owned(tmp_path / ".model.maskloom-old")
     (tmp_path / ".model.maskloom-old" / "w").write_text("mine")
-    with pytest.raises(MaskLoomError, match=r"maskloom-old/w: yours, and .*model/w has taken its place; move it away"):
+    with pytest.raises(
+        MaskLoomError, match=r"maskloom-old/w: your file, and .*model/w has the same name; move it away"
+    ):
         restore_outgoing(tmp_path / "model")
 
 
@@ -271,7 +273,7 @@ def test_no_folder_takes_the_name_of_a_file(tmp_path, kind):
 def test_a_folder_of_the_program_that_the_user_puts_into_another_moves_over_whole(tmp_path):
     _owned(tmp_path / "model", w="old")
     _owned(tmp_path / "model" / "kept", w="copied")
-    assert strangers_in(tmp_path / "model") == ["kept/.maskloom.json", "kept/w"]
+    assert foreign_files(tmp_path / "model") == ["kept/.maskloom.json", "kept/w"]
     with whole_folder(tmp_path / "model") as temporary:
         (temporary / "w").write_text("new")
     assert OwnedFolder(tmp_path / "model" / "kept").problem("w") is None

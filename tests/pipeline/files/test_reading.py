@@ -46,7 +46,7 @@ def test_what_is_not_json(tmp_path, content):
 
 
 def test_a_file_that_is_a_folder_or_missing(tmp_path):
-    with pytest.raises(MaskLoomError, match="a folder where a file belongs; do this"):
+    with pytest.raises(MaskLoomError, match="is a folder, and should be a file; do this"):
         read_json(tmp_path, "do this")
     with pytest.raises(MaskLoomError, match="no such file; do this"):
         read_json(tmp_path / "none.json", "do this")
@@ -84,7 +84,7 @@ def test_a_model_of_another_shape(tmp_path, value, problem):
 def test_what_is_no_object(tmp_path, value):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(value))
-    with pytest.raises(MaskLoomError, match="where an object of keys and values belongs; do this"):
+    with pytest.raises(MaskLoomError, match="and should contain an object of keys and values; do this"):
         read_object(path, "do this")
 
 

@@ -481,7 +481,7 @@ def test_only_what_the_training_wrote_is_pushed(hub, world, pushed, kind):
         path = world.weights / "diffusion_pytorch_model-00002-of-00002.safetensors"
         save_file({"w": np.ones(3, np.float32)}, path)
     told = {"another shard": "not a file that the training wrote; move it away, then push again"}
-    usual = "not what was written: damaged since its training; run train again, which makes it anew"
+    usual = "changed since it was written: damaged since its training; run train again, which makes it anew"
     assert error_of(pushed()) == f"{path}: {told.get(kind, usual)}"
     assert hub.repos == {}
 

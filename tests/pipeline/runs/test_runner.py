@@ -221,4 +221,4 @@ def test_the_report_runs_as_a_stage_and_says_its_state(tmp_path):
     assert state() == "stale\nits inputs or settings have changed"
     run.report.write_text("edited")
     write_record(run, "report", key=key)
-    assert state() == f"damaged\n{run.report}: not what was written"
+    assert state() == f"damaged\n{run.report}: changed since it was written"

@@ -126,7 +126,7 @@ def test_a_stage_that_fails_while_it_writes_is_damaged(tmp_path):
 
     with pytest.raises(RuntimeError):
         fail()
-    assert _stage(tmp_path).examined() == ("damaged", f"{tmp_path / 'out'}: not what was written")
+    assert _stage(tmp_path).examined() == ("damaged", f"{tmp_path / 'out'}: changed since it was written")
 
 
 def test_work_that_begins_afresh_is_not_taken_for_done(tmp_path):
@@ -160,9 +160,9 @@ def test_every_file_of_an_output_folder_counts(tmp_path):
     (tmp_path / "weights" / "mine").write_text("the user's own")
     assert stage().is_done()
     (tmp_path / "weights" / "deep" / "w").write_text("0")
-    assert stage().examined() == ("damaged", f"{tmp_path / 'weights' / 'deep' / 'w'}: not what was written")
+    assert stage().examined() == ("damaged", f"{tmp_path / 'weights' / 'deep' / 'w'}: changed since it was written")
     with pytest.raises(
-        MaskLoomError, match=r"deep/w: not what was written: damaged since train wrote it; run train again"
+        MaskLoomError, match=r"deep/w: changed since it was written: damaged since train wrote it; run train again"
     ):
         require_intact(Run(tmp_path), "train", tmp_path / "weights")
 
@@ -176,7 +176,7 @@ def test_a_manifest_that_lists_other_content_is_damaged(tmp_path):
     assert stage().is_done()
     OwnedFolder(tmp_path / "other").write_text("a.json", "2")
     shutil.copy(tmp_path / "other" / MANIFEST, tmp_path / "evaluation" / MANIFEST)
-    assert stage().examined() == ("damaged", f"{tmp_path / 'evaluation' / MANIFEST}: not what was written")
+    assert stage().examined() == ("damaged", f"{tmp_path / 'evaluation' / MANIFEST}: changed since it was written")
     (tmp_path / "evaluation" / MANIFEST).write_text("{")
     assert stage().is_done()
 
@@ -195,7 +195,7 @@ def test_changed_logs_are_reported_and_the_stage_stays_done(tmp_path, capsys):
         (tmp_path / "logs" / "train" / "images" / "a.png").write_text("1")
     assert stage.examined() == ("done", "")
     (tmp_path / "logs" / "train" / "metrics.jsonl").write_text("2")
-    assert stage.examined() == ("done", f"{tmp_path / 'logs/train/metrics.jsonl'}: not what was written")
+    assert stage.examined() == ("done", f"{tmp_path / 'logs/train/metrics.jsonl'}: changed since it was written")
     assert stage.skips(force=False)
     assert "the report leaves it out" in capsys.readouterr().err
 
@@ -258,7 +258,7 @@ def test_a_changed_number_in_a_record_is_noticed(tmp_path):
     path.write_text(path.read_text().replace('"rows": 3', '"rows": 4'))
     assert _stage(tmp_path).examined() == (
         "damaged",
-        f"{path}: damaged (its content is not what was written); run the stage again",
+        f"{path}: damaged (its content has changed since it was written); run the stage again",
     )
 
 
