@@ -115,7 +115,7 @@ def test_doctor_says_what_a_configuration_lacks(tmp_path, capsys):
     config.write_text(
         "experiment: x\ndata: {dataset: busi, raw_dir: /none}\ntrain: {pretrained_model_name_or_path: ./no}\n"
     )
-    with pytest.raises(MaskLoomError, match="2 of its needs are not met"):
+    with pytest.raises(MaskLoomError, match=r"2 problem\(s\) prevent it from running here"):
         doctor.print_findings(config, [])
     assert "data.raw_dir=/none: no such folder" in capsys.readouterr().out.replace("\n", " ").replace("│", "").replace(
         "  ", " "

@@ -231,7 +231,7 @@ def _train_architecture(
         if main:
             OwnedFolder(folder).claim()
         if force and main:
-            stage.forget()
+            stage.delete_record()
             delete_checkpoints(folder)
         accelerator.wait_for_everyone()
         options = in_steps(options, len(architecture.rows), accelerator.num_processes)

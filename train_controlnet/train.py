@@ -90,7 +90,7 @@ def run_training(config: ExperimentConfig, run: Run, dataset: MaskPromptDataset,
         if accelerator.is_main_process:
             OwnedFolder(run.generator).claim()
         if force and accelerator.is_main_process:
-            stage.forget()
+            stage.delete_record()
             start_from_scratch(run)
         accelerator.wait_for_everyone()
         if train.vae_decoder is not None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from maskloom.data_prep.audit.duplicates import near_findings, near_threshold
 from maskloom.data_prep.audit.index import AuditIndex
-from maskloom.pipeline.dataset.audit.findings import Finding, identical_findings, near_correlation, told
+from maskloom.pipeline.dataset.audit.findings import Finding, failure_text, identical_findings, near_correlation
 from maskloom.pipeline.dataset.contract import split_order
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
@@ -143,7 +143,7 @@ class Audit:
             if finding.fails:
                 firsts.setdefault(finding.problem, finding)
         if firsts:
-            failures = "; ".join(told(finding) for finding in firsts.values())
+            failures = "; ".join(failure_text(finding) for finding in firsts.values())
             raise MaskLoomError(
                 f"{self.datasets[0]}: {self.failed} pair(s) of images make results wrong: {failures}; {FIX}"
             )

@@ -245,8 +245,8 @@ def put_in_place(new: Path, path: Path) -> None:
     """Rename a finished folder to `path`, and keep the user's files from the folder it replaces.
 
     Raises:
-        MaskLoomError: the existing folder is not MaskLoom's, or one of the user's files has the name
-            of a new file.
+        MaskLoomError: the existing folder is not MaskLoom's, or one of the user's files has the
+            same name as a new one.
     """
     restore_outgoing(path)
     check_replaceable(path)
@@ -301,7 +301,7 @@ def _finish_replacement(outgoing: Path, path: Path) -> None:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Return the files and links in a marked folder that MaskLoom did not write, as relative paths."""
+    """Return the files and links in a folder that MaskLoom did not write, as relative paths."""
     listed = OwnedFolder(folder).files()
     paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
     names = [path.relative_to(folder).as_posix() for path in paths]

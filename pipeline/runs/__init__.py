@@ -1,4 +1,4 @@
 """Runs and stages: run folders, stage records (done, stale, damaged, missing), the runner.
 
-It starts stages as commands and never imports one.
+Stages are started as commands and must not be imported here.
 """

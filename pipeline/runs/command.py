@@ -1,4 +1,4 @@
-"""How a command ends: normally, with a line and exit code 2 for a user's mistake, or with the exit code of a signal."""
+"""Run a command: report user mistakes in one line with exit code 2, and handle signals."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
 
 EXIT_CODE = 2
 REPORTED = "MASKLOOM_REPORTED"
-"""Variable that names the folder in which processes that were launched together note the errors that are printed."""
+"""Environment variable with the folder in which the processes of one launch note printed errors."""
 DISK_REMEDY = "free space or fix the permissions, then run the same command again"
 PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY})
 PATH_REMEDY = "something else has this name, or none can have it; give another path"
@@ -27,45 +27,45 @@ OUT_OF_MEMORY = re.compile(
     r"|Storage size calculation overflowed|numel: integer multiplication overflow|invalid buffer size",
     re.IGNORECASE,
 )
-SHOWN = 200  # characters of a message that is not this program's
+SHOWN = 200  # characters that are shown of a library's message
 
 
 def exit_with(*errors: object) -> NoReturn:
-    """Print errors to stderr, each on a line of its own, and leave with exit code 2."""
+    """Print errors to stderr, one per line, and exit with code 2."""
     for error in errors:
         text = without_secrets(one_line(error))
-        line = f"error: {text}".encode(errors="backslashreplace")  # names of files may hold any bytes
+        line = f"error: {text}".encode(errors="backslashreplace")  # file names may contain any bytes
         if _is_first_to_report(line):
             print(line.decode(), file=sys.stderr)
     raise SystemExit(EXIT_CODE)
 
 
 def _is_first_to_report(line: bytes) -> bool:
-    """Whether no other process of the same launch has printed this line."""
+    """Return whether no other process of the same launch has printed this line."""
     if REPORTED not in os.environ:
         return True
     try:
         Path(os.environ[REPORTED], sha256(line).hexdigest()).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # twice is better than never
+    except OSError:  # printing twice is better than not at all
         pass
     return True
 
 
 def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVICE) -> None:
-    """Run a command line entry point; a user's mistake becomes one line and exit code 2.
+    """Run a command-line entry point; report a user mistake as one line with exit code 2.
 
-    A full disk, a missing permission and a full memory are the user's to solve as well, so they are reported in the same way. SIGTERM and Ctrl-C
-    end the command with a line and the exit code of the signal.
+    A full disk, missing permissions and lack of memory are reported in the same way. SIGTERM and
+    Ctrl-C end the command with one line and the exit code of the signal.
 
     Args:
         command: the entry point.
-        memory_advice: what to change where memory runs out.
+        memory_advice: what to change if memory runs out.
     """
     try:
         with handled_signals():
-            _run_to_the_end(command)
+            _run_and_clean_up(command)
     except Interrupted as stop:
         if (line := stop.line()) and os.environ.get("RANK", "0") == "0":
             print(line, file=sys.stderr)
@@ -73,7 +73,7 @@ def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVIC
     except MaskLoomError as error:
         exit_with(error)
     except OSError as error:
-        if error.errno is None:  # a library's, not the system's
+        if error.errno is None:  # raised by a library, not by the operating system
             exit_with(error)
         where = f"{str(error.filename)[:SHOWN]}: " if error.filename else ""
         remedy = PATH_REMEDY if error.errno in PATH_ERRORS else DISK_REMEDY
@@ -84,8 +84,8 @@ def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVIC
         exit_with(f"out of memory ({one_line(error)[:SHOWN] or type(error).__name__}); {memory_advice}")
 
 
-def _run_to_the_end(command: Callable[[], object]) -> None:
-    """Run a command; when it has succeeded, leave the process group (a command line ends with `SystemExit`)."""
+def _run_and_clean_up(command: Callable[[], object]) -> None:
+    """Run a command, which may end with `SystemExit`; leave the process group if it succeeds."""
     try:
         command()
     except SystemExit as end:
@@ -96,16 +96,17 @@ def _run_to_the_end(command: Callable[[], object]) -> None:
 
 
 def leave_process_group() -> None:
-    """End the communication with the other processes of a training, if there are any.
+    """Destroy the process group of torch.distributed, if there is one.
 
-    Without it, threads of torch.distributed may still run when the interpreter ends, which can abort a process whose work is done.
+    Otherwise its threads may still run when the interpreter exits, which can abort a process that
+    has finished its work.
     """
-    distributed = sys.modules.get("torch.distributed")  # never imported here: most commands need no torch
+    distributed = sys.modules.get("torch.distributed")  # not imported here: most commands need no torch
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of the device or of the machine; torch has several ways to say it."""
+    """Return whether an exception means that the device or the machine is out of memory."""
     named = {kind.__name__ for kind in type(error).__mro__} & {"MemoryError", "OutOfMemoryError"}
     return bool(named) or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))

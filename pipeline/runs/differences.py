@@ -1,4 +1,4 @@
-"""What a configuration says otherwise than the one that a run's stages were last computed with."""
+"""Differences between a configuration and the one that a run was last computed with."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,10 @@ SHOWN, SHOWN_LETTERS = 5, 60
 
 
 def differing_settings(run: Run) -> dict[str, tuple[Any, Any]]:
-    """Return the keys of the run's own configuration that differ from its `config.yaml`, each with the value there and the value now.
+    """Return the keys that differ between a run's configuration and its `config.yaml`.
 
-    A run without such a file, or with one that cannot be read, has none.
+    Returns:
+        (value in the file, value now) by key; empty if there is no readable file.
     """
     if run.config is None or not (run.folder / CONFIG_FILE).is_file():
         return {}
@@ -30,11 +31,11 @@ def differing_settings(run: Run) -> dict[str, tuple[Any, Any]]:
 
 
 def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
-    """Return what `differing_settings` found as one sentence for the user.
+    """Return the result of `differing_settings` as text for the user.
 
     Args:
         path: the run folder.
-        differing: at least one key, with its value there and now.
+        differing: at least one key, with its value in the file and now.
     """
     shown = [f"{key} (there {_shown(old)}, now {_shown(new)})" for key, (old, new) in list(differing.items())[:SHOWN]]
     more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""

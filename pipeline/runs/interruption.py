@@ -1,7 +1,9 @@
-"""SIGTERM (SLURM's preemption, `kill`) and Ctrl-C: one line, the exit code of the signal, nothing left running.
+"""Handle SIGTERM (SLURM preemption, `kill`) and Ctrl-C.
 
-A command that computes ends where it is: finished work is on disk, and no file appears half-written. A training ends its optimizer step and
-saves a checkpoint first; a runner hands the signal on to its stage. A second signal ends the process at once.
+The process prints one line, ends with the exit code of the signal, and leaves no process running. A
+command ends at once: finished work is on disk, and no file is half-written. A training first
+finishes its optimizer step and saves a checkpoint; the runner forwards the signal to its stage. A
+second signal ends the process immediately.
 """
 
 import ctypes
@@ -16,39 +18,46 @@ from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-REPEATED_SECONDS = 1.0  # within them a signal counts once: it comes from the terminal, from SLURM and from a launcher that it has ended
+# A signal may arrive up to three times: from the terminal or SLURM, and from a launcher that it has
+# ended. Within this time it counts once.
+REPEATED_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-LAUNCHED = "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"  # environment of the processes that a launcher starts
-REMEDY = "run the same command again to go on"
+LAUNCHED = "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"  # environment variables that a launcher sets
+REMEDY = "run the same command again to continue"
 
 
 class Interrupted(BaseException):
-    """Ends a command that was asked to stop; `message` is None where another process has reported it."""
+    """Ends a command that a signal asked to stop."""
 
     def __init__(self, number: int, message: str | None = REMEDY) -> None:
-        """Keep the number of the signal and what to tell."""
+        """Store the signal.
+
+        Args:
+            number: number of the signal.
+            message: what the user should do; None if another process has reported the signal.
+        """
         super().__init__(number, message)
         self.number, self.message = number, message
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal, as shells have it."""
+        """128 + the number of the signal, as in shells."""
         return 128 + self.number
 
     def line(self) -> str | None:
-        """Return the line to print."""
+        """Return the line to print, or None if another process has printed it."""
         return None if self.message is None else f"stopped by {signal.Signals(self.number).name}; {self.message}"
 
 
 @dataclass
 class _State:
-    """What this process knows of signals.
+    """State of the signal handlers of this process.
 
     Attributes:
-        owner: the process whose handlers these are; a forked worker inherits them.
-        number: of the first signal that came.
-        time: when it came.
-        action: what takes it; None ends the command.
+        owner: id of the process that installed the handlers; a forked worker inherits them.
+        number: number of the first signal received.
+        time: when it was received.
+        action: what is called with its number; None: the command ends.
     """
 
     owner: int = 0
@@ -62,10 +71,12 @@ _STATE = _State()
 
 @contextmanager
 def handled_signals() -> Iterator[None]:
-    """Handle both signals in the block, which is a whole command; does nothing outside the main thread.
+    """Handle SIGTERM and SIGINT during the block, which is a whole command.
+
+    Does nothing outside the main thread.
 
     Raises:
-        Interrupted: one came.
+        Interrupted: a signal was received.
     """
     if threading.current_thread() is not threading.main_thread() or _STATE.owner == os.getpid():
         yield
@@ -75,7 +86,7 @@ def handled_signals() -> Iterator[None]:
     if any(name in os.environ for name in LAUNCHED):
         end_with_parent()
     try:
-        _pass_ctrl_c(signal.SIG_UNBLOCK)
+        _mask_ctrl_c(signal.SIG_UNBLOCK)
         yield
     finally:
         _STATE.__init__()  # type: ignore[misc]
@@ -84,21 +95,26 @@ def handled_signals() -> Iterator[None]:
 
 
 def hold_ctrl_c() -> None:
-    """Let Ctrl-C wait until `handled_signals` takes it: a stage that is still importing would end with a traceback."""
-    _pass_ctrl_c(signal.SIG_BLOCK)
+    """Block Ctrl-C until `handled_signals` unblocks it.
+
+    Otherwise a stage that is still importing would end with a traceback.
+    """
+    _mask_ctrl_c(signal.SIG_BLOCK)
 
 
-def _pass_ctrl_c(how: int) -> None:
+def _mask_ctrl_c(how: int) -> None:
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(how, [signal.SIGINT])
 
 
 @contextmanager
 def signals_to(action: Callable[[int], None]) -> Iterator[None]:
-    """Hand the first signal that comes in the block to `action`, instead of ending the command there; the block may ask `received`.
+    """Call `action` with the first signal during the block instead of ending the command at once.
+
+    The block may poll `received`.
 
     Raises:
-        Interrupted: at the end of the block, where one came and the block did not see it.
+        Interrupted: after the block, if a signal was received and the block did not raise.
     """
     before, _STATE.action = _STATE.action, action
     try:
@@ -116,7 +132,8 @@ def received() -> int | None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _STATE.owner:
-        _handle_in_worker(number)
+        if number != signal.SIGINT:  # a forked worker leaves Ctrl-C to its parent
+            os._exit(128 + number)
         return
     if _STATE.number is not None:
         if time.monotonic() - _STATE.time >= REPEATED_SECONDS:
@@ -131,31 +148,31 @@ def _handle(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def _handle_in_worker(number: int) -> None:
-    """A forked worker leaves Ctrl-C to the process that it works for."""
-    if number != signal.SIGINT:
-        os._exit(128 + number)
-
-
 def outlive_first_signal(worker: int) -> None:
-    """Let a worker of a data loader serve the training's last step when SLURM signals every process; a second SIGTERM ends it."""
+    """Keep a data-loader worker running after the first SIGTERM; a second one ends it.
+
+    SLURM signals every process, and the training still needs the worker to finish its last step.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def end_children() -> None:
-    """Kill the processes that this one has started, and theirs: what they write appears whole or not at all."""
+    """Kill all child processes, recursively; their files are written atomically."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
         try:
-            if not any("resource_tracker" in word for word in child.cmdline()):  # ends by itself, after tidying up
+            if not any("resource_tracker" in word for word in child.cmdline()):  # cleans up and ends by itself
                 child.kill()
         except psutil.NoSuchProcess:
             pass
 
 
 def end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent is killed: the same command, given again, must not meet it."""
+    """Have the kernel send SIGTERM to this process when its parent is killed.
+
+    Otherwise the same command, run again, would find this process still at work.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

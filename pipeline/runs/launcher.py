@@ -1,4 +1,4 @@
-"""`accelerate launch` as `maskloom` starts it: it ends with the exit code of the process that failed, and each error is printed once.
+"""`accelerate launch` with the exit code of the failed process, and every error printed once.
 
 `python -m maskloom.pipeline.runs.launcher` takes the arguments of `accelerate launch`.
 """
@@ -14,28 +14,30 @@ from maskloom.pipeline.runs.command import REPORTED
 
 
 def main() -> None:
-    """Launch, and leave with the exit code of the first process that failed, 128 + N where signal N ended it.
+    """Launch, and exit with the exit code of the first process that failed.
 
     Raises:
-        SystemExit: a process failed. It has printed why, unless a signal ended it; then this prints which.
+        SystemExit: a process failed; the code is 128 + N if signal N ended it. The process has
+            printed the reason, unless a signal ended it; then the signal is printed here.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # 50 lines below an error that fits into one
+        if name.startswith("torch.distributed.elastic"):  # it logs 50 lines after a one-line error
             logging.getLogger(name).setLevel(logging.CRITICAL)
     with TemporaryDirectory(prefix="maskloom-errors-") as folder:
         os.environ[REPORTED] = folder
         try:
             launch_command(launch_command_parser().parse_args())
         except ChildFailedError as error:
-            _leave(error.get_first_failure()[1].exitcode)
+            _exit_as(error.get_first_failure()[1].exitcode)
         except subprocess.CalledProcessError as error:
-            _leave(error.returncode)
+            _exit_as(error.returncode)
 
 
-def _leave(code: int) -> None:
+def _exit_as(code: int) -> None:
+    """Exit with the exit code of a process, which is negative if a signal ended it."""
     if code >= 0:
         raise SystemExit(code)
     if -code not in (signal.SIGTERM, signal.SIGINT):

@@ -1,10 +1,11 @@
-"""What every training and every evaluation asks of its datasets first: that no image shapes a model and measures it as well.
+"""Check before training and evaluation that no image is both trained and tested on.
 
-It is the part of `maskloom verify` that can fail. Images are compared pixel by pixel here; where groups were meant to catch near-duplicates as
-well, that command itself is run, once, on the real dataset. Groups, hashes and parents have been checked before (`pipeline.dataset.verification`).
+This is the part of `maskloom verify` that can fail. Images are compared pixel by pixel. If the
+groups of the real dataset should also catch near-duplicates, `maskloom verify` itself is run on it.
+Groups, hashes and parents have already been checked (`pipeline.dataset.verification`).
 
-A result is kept in the run, in `logs/audit/DIGEST.json`, under the digest of the content that it is about, so that the stages of a run, and runs that are
-resumed, look once. Only a sound dataset has a record.
+The result is kept in `logs/audit/DIGEST.json` of the run, under the digest of the datasets, so that
+the check runs once for all stages and resumed runs. Only a dataset without leaks has a record.
 """
 
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from maskloom.pipeline.dataset.audit.findings import Finding, identical_findings, near_correlation, told
+from maskloom.pipeline.dataset.audit.findings import Finding, failure_text, identical_findings, near_correlation
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -29,8 +30,8 @@ from maskloom.pipeline.files.reading import Record, read_model
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import Run
 
-VERSION = 1  # of what is looked for: another one makes every record stale
-MAX_TOLD = 3  # pairs in an error
+VERSION = 1  # of this check; a new version makes every record stale
+MAX_SHOWN = 3  # pairs of images in an error
 FIX = "prepare the dataset again with data.duplicates=identical or near, so that such images share a group or are left out"
 SCHEMA = """
 CREATE TABLE images (
@@ -40,15 +41,15 @@ CREATE TABLE images (
 INSERT = "INSERT INTO images (dataset, split, sample, grp, label, image, flat) VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
-class SoundRecord(Record):
-    """That nothing was found, and in what.
+class AuditRecord(Record):
+    """Record of a check that found no leak.
 
     Attributes:
-        version: `VERSION`.
-        datasets: digest of the content of each dataset, the real one first.
+        version: `VERSION` of the check.
+        datasets: digest of each dataset, the real one first.
         rows: number of images that were compared.
-        near_duplicates: whether those were looked for in the real one.
-        digest: of all other values.
+        near_duplicates: whether the real dataset was also checked for near-duplicates.
+        digest: digest of the other fields.
     """
 
     version: int
@@ -59,21 +60,22 @@ class SoundRecord(Record):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the values are those that were written."""
+        """Whether the record is unchanged since it was written."""
         return self.digest == value_digest(self.model_dump(exclude={"digest"}))
 
 
 def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
-    """Check that no image lies in train or validation and in a held-out split too, or carries two labels; once per content.
+    """Check that no image is both in train or validation and in a held-out split, or has two labels.
 
-    Call with verified datasets, before anything is computed or deleted. Processes of a distributed run other than the first do nothing.
+    Call it with verified datasets before anything is computed or deleted. The check runs once per
+    content, and only on the first process of a distributed run.
 
     Args:
-        run: keeps the record.
-        datasets: the real one, and any synthetic ones made for it.
+        run: the run that keeps the record.
+        datasets: the real dataset, then any synthetic datasets made from it.
 
     Raises:
-        MaskLoomError: one does; names the samples.
+        MaskLoomError: an image leaks or has two labels; the error names the samples.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -83,7 +85,7 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
     start = time.monotonic()
     rows, failures, count = _failures(datasets)
     if failures:
-        first = "; ".join(told(finding) for finding in failures)
+        first = "; ".join(failure_text(finding) for finding in failures)
         more = f"; and {count - len(failures)} more" if count > len(failures) else ""
         raise MaskLoomError(f"{real.folder}: {count} pair(s) of images make results wrong: {first}{more}; {FIX}")
     near = len(datasets) == 1 and looks_for_near_duplicates(real)
@@ -95,29 +97,35 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
 
 
 def looks_for_near_duplicates(dataset: MaskPromptDataset) -> bool:
-    """Whether the groups of a dataset were meant to catch near-duplicates, and it is small enough to look for them unasked."""
+    """Return whether a dataset is checked for near-duplicates without being asked.
+
+    This is so if its groups should catch near-duplicates, and it has at most `NEAR_LIMIT` rows.
+    """
     return near_correlation(dataset) is not None and dataset.num_rows <= NEAR_LIMIT
 
 
 def _failures(datasets: Sequence[MaskPromptDataset]) -> tuple[int, list[Finding], int]:
-    """Return the number of images, the first failures, and the number of all; memory does not grow with the datasets."""
+    """Return the number of images, the first failures, and the number of all failures.
+
+    Memory does not grow with the size of the datasets.
+    """
     first: list[Finding] = []
     count = 0
     with _pixel_rows(datasets) as rows:
         for finding in identical_findings(rows, datasets):
             if finding.fails:
                 count += 1
-                first += [finding] if len(first) < MAX_TOLD else []
+                first += [finding] if len(first) < MAX_SHOWN else []
         total = rows.execute("SELECT COUNT(*) FROM images").fetchone()[0]
     return total, first, count
 
 
 @contextmanager
 def _pixel_rows(datasets: Sequence[MaskPromptDataset]) -> Iterator[sqlite3.Connection]:
-    """Yield a database of the digests of all images, which SQLite keeps in a temporary file of its own once it is large.
+    """Yield a database with the pixel digests of all images, which SQLite keeps on disk if it is large.
 
     Raises:
-        MaskLoomError: that file cannot be written.
+        MaskLoomError: the temporary file of the database cannot be written.
     """
     total = sum(dataset.num_rows for dataset in datasets)
     rows = sqlite3.connect("")
@@ -125,7 +133,7 @@ def _pixel_rows(datasets: Sequence[MaskPromptDataset]) -> Iterator[sqlite3.Conne
         rows.executescript(SCHEMA)
         with progress("comparing pixels", total, "images") as advance, rows:
             for number, dataset in enumerate(datasets):
-                for values in _values(number, dataset):
+                for values in _image_values(number, dataset):
                     rows.execute(INSERT, values)
                     advance()
         rows.execute("CREATE INDEX images_by_pixels ON images (image)")
@@ -138,7 +146,12 @@ def _pixel_rows(datasets: Sequence[MaskPromptDataset]) -> Iterator[sqlite3.Conne
         rows.close()
 
 
-def _values(number: int, dataset: MaskPromptDataset) -> Iterator[tuple[Any, ...]]:
+def _image_values(number: int, dataset: MaskPromptDataset) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of `INSERT` for each image of a dataset.
+
+    Raises:
+        MaskLoomError: an image cannot be decoded.
+    """
     columns = ["image", "label", "sample_id", "group_id"]
     for split in dataset.contract.split_names:
         for row in dataset.rows(split, columns):
@@ -154,10 +167,10 @@ def _values(number: int, dataset: MaskPromptDataset) -> Iterator[tuple[Any, ...]
 
 
 def _require_no_near_duplicates(dataset: MaskPromptDataset) -> None:
-    """Run `verify`, which knows the measure of likeness, as a process of its own: stages do not import each other.
+    """Run `verify --near` in a separate process: `data_prep` finds near-duplicates, and is a stage.
 
     Raises:
-        MaskLoomError: it failed; its own words.
+        MaskLoomError: `verify` failed; with its own message.
     """
     command = [sys.executable, "-m", "maskloom.data_prep", "verify", str(dataset.folder), "--near"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -172,17 +185,17 @@ def _record_path(run: Run, datasets: Sequence[MaskPromptDataset]) -> Path:
 
 
 def _is_recorded(run: Run, datasets: Sequence[MaskPromptDataset]) -> bool:
-    """Whether these very datasets were found to be sound; a damaged record is reported and counts for nothing."""
+    """Return whether exactly these datasets have passed; report and ignore a damaged record."""
     path = _record_path(run, datasets)
     if not path.is_file():
         return False
     try:
-        record = read_model(path, SoundRecord, "it is written again")
+        record = read_model(path, AuditRecord, "it is written again")
     except MaskLoomError as error:
         say(f"audit: {error}")
         return False
     if not record.is_whole:
-        say(f"audit: {path}: damaged: its digest is not that of its values; the images are compared again")
+        say(f"audit: {path}: damaged: its digest does not match its values; the images are compared again")
         return False
     return record.version == VERSION and record.datasets == [dataset.digest for dataset in datasets]
 

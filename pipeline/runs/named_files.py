@@ -1,4 +1,7 @@
-"""Files that a command writes where the user says (`--json FILE`, `--contact-sheet FILE`): only its own earlier one is replaced."""
+"""Files whose path the user gives (`--json FILE`, `--contact-sheet FILE`).
+
+Only an earlier file of the same kind that MaskLoom wrote is replaced.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ class NamedFile:
     """A file to write.
 
     Attributes:
-        option: that names it.
-        path: where it goes.
-        what: it holds; an earlier file is replaced if it says that it holds the same.
+        option: the option that gives the path.
+        path: path of the file.
+        what: what the file contains; an earlier file is replaced if it has the same mark.
     """
 
     option: str
@@ -29,24 +32,25 @@ class NamedFile:
 
     @property
     def mark(self) -> str:
-        """What the file says of itself."""
+        """Text in the file that identifies it."""
         return f"written by MaskLoom: {self.what}"
 
     def check(self) -> None:
-        """Check that the file may be written; call before anything is computed.
+        """Check that the file may be written; call it before anything is computed.
 
         Raises:
-            MaskLoomError: it lies in a dataset or a run, or something else is there.
+            MaskLoomError: the file lies in a dataset or a run, or another file exists there.
         """
-        told = f"{self.option} {self.path}"
+        where = f"{self.option} {self.path}"
         for folder in self.path.resolve().parents:
             if OwnedFolder(folder).is_marked() or (folder / CONTRACT_FILE).is_file():
-                raise MaskLoomError(f"{told}: lies in {folder}, which MaskLoom keeps itself; give a file elsewhere")
+                raise MaskLoomError(f"{where}: lies in {folder}, which MaskLoom manages; give a file elsewhere")
         if not self.path.exists() and not self.path.is_symlink():
             return
         if not self.path.is_file() or self.mark.encode() not in self.path.read_bytes():
             raise MaskLoomError(
-                f"{told}: is there, and is no earlier {self.what} of MaskLoom; nothing was changed: move it away, or give another file"
+                f"{where}: exists, and is not an earlier {self.what} of MaskLoom; nothing was changed: "
+                "move it away, or give another file"
             )
 
     def write_json(self, values: Mapping[str, Any]) -> None:
@@ -61,7 +65,7 @@ class NamedFile:
 
 
 def named_file(option: str, path: Path | None, what: str) -> NamedFile | None:
-    """Return the file that an option names, checked, or None where it names none.
+    """Return the checked file of an option, or None if the option is not given.
 
     Raises:
         MaskLoomError: see `NamedFile.check`.

@@ -1,4 +1,4 @@
-"""The record that each stage writes last, and whether the files that it names are what was written."""
+"""The record that each stage writes last, and the check of the files that it lists."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +14,15 @@ from maskloom.pipeline.runs.run import RECORD_FILE, Files, Run
 
 
 class StageRecord(Record):
-    """The content of `stage.json`; `digest` covers the rest, so that a damaged record is noticed.
+    """The content of `stage.json`; `digest` covers the other fields, so that damage is detected.
 
     Attributes:
-        key: digest of all that the outputs depend on.
+        key: digest of everything that the outputs depend on.
         inputs: digest of each input by name.
-        wall_seconds, peak_memory_mb: of the stage's main process.
-        results: what the stage itself notes.
-        files: digest of every output by its path below the run folder.
-        shown: the same of what only the report shows: training logs and sample grids.
+        wall_seconds, peak_memory_mb: cost of the stage's main process.
+        results: figures of the stage itself.
+        files: digest of every output by its path in the run folder.
+        shown: the same for files that only the report shows: training logs and sample grids.
     """
 
     stage: str
@@ -45,10 +45,10 @@ class StageRecord(Record):
 
 
 def read_record(run: Run, stage: str) -> StageRecord | None:
-    """Return what a stage recorded when it ended, or None where it has not.
+    """Return the record of a finished stage, or None if the stage has not finished.
 
     Raises:
-        MaskLoomError: the record is damaged, or something else is in its place.
+        MaskLoomError: the record is damaged, or is not a file.
     """
     path = run.logs(stage) / RECORD_FILE
     if not path.exists():
@@ -65,21 +65,22 @@ def read_record(run: Run, stage: str) -> StageRecord | None:
 
 
 def damaged_file(run: Run, files: Mapping[str, str]) -> str | None:
-    """Return the first of a record's files that is missing or changed, with what is wrong, or None."""
+    """Return what is wrong with the first missing or changed file of a record, or None."""
     problems = (file_problem(run.folder / name, digest) for name, digest in files.items())
     return next((problem for problem in problems if problem), None)
 
 
 def require_intact(run: Run, stage: str, folder: Path) -> None:
-    """Check that a folder of trained weights holds what the training wrote.
+    """Check that a folder of trained weights is unchanged since the training.
 
     Args:
         run: the run.
         stage: the stage that wrote the folder.
-        folder: below the run folder.
+        folder: a folder in the run folder.
 
     Raises:
-        MaskLoomError: the stage has not ended, its record is damaged, or a file of the folder is missing or changed.
+        MaskLoomError: the stage has not finished, its record is damaged, or a file of the folder is
+            missing or changed.
     """
     record = read_record(run, stage)
     name = stage.split("/")[0]

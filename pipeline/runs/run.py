@@ -1,4 +1,4 @@
-"""Run folders, and the record that each stage writes last."""
+"""Run folders and their parts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +17,28 @@ SHOWN_LOGS = ("metrics.jsonl", "images/*.png")  # of a training, below its logs
 
 @dataclass(frozen=True)
 class Run:
-    """Where an experiment keeps its parts.
+    """The folder of an experiment and the paths in it.
 
     Attributes:
         folder: the run folder.
-        config: the configuration that is kept in it as `config.yaml` when a stage computes; None keeps none.
+        config: the configuration that a stage writes to `config.yaml` when it computes, or None.
     """
 
     folder: Path
     config: ExperimentConfig | None = None
 
     def check(self) -> None:
-        """Check that nothing of the user's has the name of a part of the run.
+        """Check that no file of the user has the name of a part of the run.
 
         Raises:
-            MaskLoomError: names what is in the way.
+            MaskLoomError: such files exist; the error names them.
         """
         owned = OwnedFolder(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise MaskLoomError(f"run_dir={self.folder}: not a folder; choose another run_dir or experiment")
         if owned.is_marked():
             return
-        taken = [name for name in PARTS if _is_strange(self.folder / name)]
+        taken = [name for name in PARTS if _is_foreign(self.folder / name)]
         if taken:
             raise MaskLoomError(
                 f"run_dir={self.folder}: holds {', '.join(taken)}, which MaskLoom did not write (there is no {MANIFEST}); "
@@ -46,12 +46,12 @@ class Run:
             )
 
     def mark(self) -> None:
-        """Mark the run folder as the program's; see `check`."""
+        """Mark the run folder as MaskLoom's; see `check` for the errors."""
         self.check()
         OwnedFolder(self.folder).mark()
 
     def keep_config(self) -> None:
-        """Keep the resolved configuration in the run folder."""
+        """Write the resolved configuration to the run folder."""
         import yaml
 
         if self.config is None:
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def baselines(self) -> Path:
-        """Checkpoints and weights of the other generator architectures, one folder per architecture."""
+        """Checkpoints and weights of the section `baselines`, one folder per architecture."""
         return self.folder / "baselines"
 
     @property
@@ -92,12 +92,15 @@ class Run:
         return self.folder / "report.html"
 
     def logs(self, stage: str) -> Path:
-        """A stage's `stage.json`, metrics and tracker files."""
+        """Return the folder of a stage's `stage.json`, metrics and tracker files."""
         return self.folder / "logs" / stage
 
 
-def _is_strange(path: Path) -> bool:
-    """Whether something is there that the program did not write: no folder of its own, nor one that holds such folders."""
+def _is_foreign(path: Path) -> bool:
+    """Return whether something exists at a path that MaskLoom did not write.
+
+    MaskLoom's are marked folders, and folders that contain marked folders.
+    """
     if not path.is_dir():
         return path.exists() or path.is_symlink()
     folders = [path, *(child for child in path.iterdir() if child.is_dir())]
@@ -105,4 +108,4 @@ def _is_strange(path: Path) -> bool:
 
 
 Files = dict[Annotated[str, inside("run folder")], str]
-"""Digest of each file by its path below the run folder."""
+"""Digest of each file by its path in the run folder."""

@@ -1,6 +1,7 @@
-"""Runs the stages one after another, each as a process of its own, so that its memory is given back.
+"""Run the stages one after another, each in a separate process, so that its memory is freed.
 
-Stages are known here by their command lines only; a stage that is up to date finds that out by itself and ends at once.
+Only the command lines of the stages are known here. A stage that is up to date detects that itself
+and ends at once.
 """
 
 import json
@@ -34,17 +35,17 @@ MODULES = {
     "report": ("maskloom.pipeline", "report"),
 }
 LAUNCHER = "maskloom.pipeline.runs.launcher"
-PREFLIGHT = "maskloom.preflight"  # a command line as well: it imports the stages
+PREFLIGHT = "maskloom.preflight"  # run as a command too, because it imports the stages
 DISTRIBUTED = ("train", "baselines", "generate")
 ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"
 DEVICE_TOOLS = ("nvidia-smi", "rocm-smi", "xpu-smi")  # a machine with one of these may have several devices
 
 
 def selected_stages(first: str | None, last: str | None) -> tuple[str, ...]:
-    """Return the stages from `first` to `last`, both included; None means the first or last of all.
+    """Return the stages from `first` to `last`, inclusive; None means the first or last of all.
 
     Raises:
-        MaskLoomError: an unknown stage, or `first` comes after `last`.
+        MaskLoomError: a stage is unknown, or `first` comes after `last`.
     """
     for option, name in (("--from", first), ("--to", last)):
         if name is not None and name not in STAGES:
@@ -58,9 +59,9 @@ def selected_stages(first: str | None, last: str | None) -> tuple[str, ...]:
 def check_settings(
     run: Run, stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None, force: bool
 ) -> None:
-    """Check what can be checked before the first stage reads its data: settings, backbone, machine and packages of all stages.
+    """Check settings, backbone, machine and packages of all stages before the first one starts.
 
-    Stages that are done need nothing, so their problems do not count.
+    Problems of stages that are done are ignored, because these stages will not run.
 
     Args:
         run: the run that the configuration names.
@@ -70,7 +71,7 @@ def check_settings(
         force: whether stages that are done run again.
 
     Raises:
-        SystemExit: something would stop a stage; all problems have been printed, one on each line.
+        SystemExit: something would stop a stage; all problems have been printed, one per line.
     """
     options = [word for stage in stages for word in ("--stage", stage)]
     options += ["--accelerate-config", str(accelerate_config)] if accelerate_config else []
@@ -90,18 +91,19 @@ def check_settings(
 
 
 def run_stages(stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None) -> int:
-    """Run stages in order; stop at the first that fails.
+    """Run stages in order; stop at the first one that fails.
 
     Args:
         stages: names, from `selected_stages`.
-        arguments: what every stage's command line is given: `--config FILE`, overrides, `--force`.
+        arguments: command-line arguments of every stage: `--config FILE`, overrides, `--force`.
         accelerate_config: a file for `accelerate launch --config_file`, or None.
 
     Returns:
-        the exit code of the failed stage (128 + N where signal N ended it), or 0. The stage has printed its own error.
+        The exit code of the failed stage (128 + N if signal N ended it), or 0. The stage has
+        printed its error.
 
     Raises:
-        Interrupted: the runner was asked to stop; so was the stage, and it has ended.
+        Interrupted: a signal was received and forwarded, and the stage has ended.
     """
     for stage in stages:
         command = [*stage_command(stage, accelerate_config), *arguments]
@@ -112,12 +114,13 @@ def run_stages(stages: Sequence[str], arguments: Sequence[str], accelerate_confi
 
 
 def _run(command: Sequence[str], launched: bool) -> int:
-    """Run a stage and return its exit code; it gets the signals that the runner gets.
+    """Run a stage and return its exit code; forward signals to it.
 
     Raises:
-        Interrupted: a signal came, and the stage has ended.
+        Interrupted: a signal was received, and the stage has ended.
     """
-    # A launcher would answer Ctrl-C with a traceback; in a process group of its own it does not get it from the terminal.
+    # A launcher would print a traceback on Ctrl-C; in its own process group the terminal does not
+    # signal it.
     begin = end_with_parent if launched else _begin_stage
     process = subprocess.Popen(command, preexec_fn=begin, process_group=0 if launched else None)
     with signals_to(lambda number: _forward(number, process.pid, launched)):
@@ -128,13 +131,21 @@ def _run(command: Sequence[str], launched: bool) -> int:
 
 
 def _begin_stage() -> None:
-    """Prepare a stage's process; what a launcher starts would inherit that Ctrl-C waits, and the launcher never takes it."""
+    """Prepare the process of a stage that runs without a launcher.
+
+    Processes behind a launcher would inherit the blocked Ctrl-C, and the launcher never unblocks
+    it.
+    """
     end_with_parent()
     hold_ctrl_c()
 
 
 def _forward(number: int, pid: int, launched: bool) -> None:
-    """Send a signal to a stage: behind a launcher, which would end without waiting, to the processes that it has started."""
+    """Send a signal to a stage.
+
+    A launcher would end without waiting, so the processes that it has started get the signal
+    instead.
+    """
     try:
         stage = psutil.Process(pid)
         for process in (stage.children() if launched else []) or [stage]:
@@ -144,7 +155,7 @@ def _forward(number: int, pid: int, launched: bool) -> None:
 
 
 def stage_command(stage: str, accelerate_config: Path | None) -> list[str]:
-    """Return the start of a stage's command line."""
+    """Return the command line of a stage without its arguments."""
     module = ["-m", *MODULES[stage]]
     if stage not in DISTRIBUTED or not needs_launcher(accelerate_config):
         return [sys.executable, *module]
@@ -153,10 +164,10 @@ def stage_command(stage: str, accelerate_config: Path | None) -> list[str]:
 
 
 def check_accelerate_config(path: Path | None) -> None:
-    """Look whether a file could be one for `accelerate launch`, before anything is started with it.
+    """Check that a file may be a configuration of `accelerate launch`.
 
     Raises:
-        MaskLoomError: it is missing, no YAML (JSON is YAML), or holds no settings.
+        MaskLoomError: the file is missing, is not YAML (JSON is YAML), or contains no settings.
     """
     if path is None:
         return
@@ -172,10 +183,10 @@ def check_accelerate_config(path: Path | None) -> None:
 
 
 def needs_launcher(accelerate_config: Path | None) -> bool:
-    """Whether `accelerate launch` could start anything but one plain process.
+    """Return whether `accelerate launch` could start anything but a single plain process.
 
-    Where it could not (no device tool, no configuration), the stage is started directly: the launcher takes seconds to
-    import and would hold a CPU process to one thread.
+    Otherwise (no device tool, no configuration) the stage is started directly: the launcher takes
+    seconds to import and would limit a CPU process to one thread.
     """
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     has_default = any((home / "accelerate" / f"default_config.{kind}").is_file() for kind in ("yaml", "yml", "json"))
@@ -184,24 +195,32 @@ def needs_launcher(accelerate_config: Path | None) -> bool:
 
 @dataclass(frozen=True)
 class StageState:
-    """What is known of a stage: `done`, `stale`, `damaged`, `missing` or `nothing to do`, why, and the record of its last run."""
+    """State of a stage.
+
+    Attributes:
+        name: name of the stage.
+        state: `done`, `stale`, `damaged`, `missing` or `nothing to do`.
+        reason: why, in words; may be empty.
+        record: content of its `stage.json`; empty if there is none.
+        finished: when it finished, in seconds since the epoch, or None.
+    """
 
     name: str
     state: str
     reason: str = ""
     record: dict[str, Any] = field(default_factory=dict)
-    finished: float | None = None  # seconds since the epoch
+    finished: float | None = None
 
 
 def stage_states(run: Run, arguments: Sequence[str]) -> list[StageState]:
-    """Ask every stage for its state; a stage behind one that is not done is not done either.
+    """Return the state of every stage; a stage after one that is not done is not done either.
 
     Args:
         run: the run that the configuration names.
         arguments: `--config FILE` and overrides.
     """
     with ThreadPoolExecutor(max_workers=2) as pool:
-        states = list(pool.map(lambda name: _ask(run, name, arguments), STAGES))
+        states = list(pool.map(lambda name: stage_state(run, name, arguments), STAGES))
     blocker = ""
     for index, one in enumerate(states):
         if one.state == "done" and blocker:
@@ -211,8 +230,8 @@ def stage_states(run: Run, arguments: Sequence[str]) -> list[StageState]:
     return states
 
 
-def _ask(run: Run, name: str, arguments: Sequence[str]) -> StageState:
-    """Return a stage's own answer to `--check`; where it fails, its error is the reason."""
+def stage_state(run: Run, name: str, arguments: Sequence[str]) -> StageState:
+    """Return the answer of a stage to `--check`; if that fails, its error is the reason."""
     record, finished = _last_record(run, name)
     command = [sys.executable, "-m", *MODULES[name], *arguments, "--check"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -225,7 +244,10 @@ def _ask(run: Run, name: str, arguments: Sequence[str]) -> StageState:
 
 
 def _last_record(run: Run, name: str) -> tuple[dict[str, Any], float | None]:
-    """Return a stage's record and when it was written; nothing where there is none, or a damaged one, which the stage itself names."""
+    """Return the record of a stage and when it was written.
+
+    Both are empty if there is no record or a damaged one, which the stage itself reports.
+    """
     try:
         record = read_record(run, name)
     except MaskLoomError:

@@ -1,4 +1,4 @@
-"""One stage of a run: whether its outputs are done, stale, damaged or missing, and the record that it leaves."""
+"""A stage of a run: the state of its outputs (done, stale, damaged or missing), and its record."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,17 +22,17 @@ _CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
 
 
 class StageChecked(Exception):
-    """Ends a stage that was only asked for its state, at the point where it would begin to compute."""
+    """Ends a stage that was only asked for its state, just before it would compute."""
 
     def __init__(self, state: str, reason: str = "") -> None:
-        """Keep the state (`done`, `stale`, `damaged`, `missing` or `nothing to do`) and the reason for it."""
+        """Store the state, such as `done` or `nothing to do`, and the reason."""
         super().__init__(state)
         self.state, self.reason = state, reason
 
 
 @contextmanager
 def check_only() -> Iterator[None]:
-    """Inside the block, `Stage.skips` raises `StageChecked` and nothing is computed."""
+    """Make `Stage.skips` raise `StageChecked` during the block, so that nothing is computed."""
     token = _CHECK_ONLY.set(True)
     try:
         yield
@@ -41,10 +41,11 @@ def check_only() -> Iterator[None]:
 
 
 def open_run(config: ExperimentConfig) -> Run:
-    """Return the run of a configuration; nothing is written before a stage computes (`Stage.recorded`).
+    """Return the run of a configuration; write nothing, which is left to `Stage.recorded`.
 
     Raises:
-        MaskLoomError: the run folder holds something that would be overwritten and that MaskLoom did not write.
+        MaskLoomError: the run folder contains files that would be overwritten and that MaskLoom did
+            not write.
     """
     run = Run(config.run_folder, config)
     if not _CHECK_ONLY.get():
@@ -53,7 +54,7 @@ def open_run(config: ExperimentConfig) -> Run:
 
 
 def skip_empty_stage(name: str, reason: str) -> None:
-    """Say that a stage has nothing to do.
+    """Print that a stage has nothing to do.
 
     Raises:
         StageChecked: only the state was asked for (`--check`).
@@ -64,10 +65,10 @@ def skip_empty_stage(name: str, reason: str) -> None:
 
 
 class Stage:
-    """Decides whether a stage must run, and records that it did.
+    """Decides whether a stage must run, and writes its record.
 
-    A stage is skipped when its `stage.json` has the key of the same inputs and configuration, and every output has the content that it
-    was written with.
+    A stage is skipped if the key in its `stage.json` is that of the same inputs and configuration,
+    and every output is unchanged since it was written.
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class Stage:
             run: the run.
             name: one of `STAGES`.
             inputs: digest of each input by name.
-            config: every configuration value that the outputs depend on (JSON-able).
-            outputs: files, and folders with a manifest, that are there when the stage is done.
-            shown: patterns of further files, below the stage's logs, that the report shows.
+            config: all configuration values that the outputs depend on, as JSON values.
+            outputs: files, and folders with a manifest, that exist when the stage is done.
+            shown: glob patterns of further files in the stage's logs that the report shows.
         """
         self.run, self.name, self.inputs, self.outputs = run, name, dict(inputs), tuple(outputs)
         self.shown = tuple(shown)
@@ -96,14 +97,14 @@ class Stage:
         self.path = run.logs(name) / RECORD_FILE
 
     def is_done(self) -> bool:
-        """Whether the outputs on disk are those of the same inputs and configuration."""
+        """Return whether the outputs on disk are those of the same inputs and configuration."""
         return self.state() == DONE
 
     def record(self) -> dict[str, Any]:
-        """Return what the stage recorded.
+        """Return the content of the stage's record.
 
         Raises:
-            MaskLoomError: it has not ended, or its record is damaged.
+            MaskLoomError: the stage has not finished, or its record is damaged.
         """
         record = read_record(self.run, self.name)
         if record is None:
@@ -111,11 +112,14 @@ class Stage:
         return record.model_dump(mode="json")
 
     def state(self) -> str:
-        """Return `done`, `stale` (ran with other inputs or settings), `damaged` (what it wrote was changed) or `missing`."""
-        return self.examined()[0]
+        """Return the state: `done`, `stale`, `damaged` or `missing`.
 
-    def examined(self) -> tuple[str, str]:
-        """Return the state and, in words, the reason for it; every output is read and compared with its digest."""
+        `stale`: it ran with other inputs or settings; `damaged`: an output has changed since.
+        """
+        return self.state_and_reason()[0]
+
+    def state_and_reason(self) -> tuple[str, str]:
+        """Return the state and, in words, its reason; compare every output with its digest."""
         if not self.path.exists():
             return MISSING, ""
         try:
@@ -126,34 +130,34 @@ class Stage:
             return STALE, "its inputs or settings have changed"
         lost = [path for path in self.outputs if not path.exists()]
         problem = (
-            f"{lost[0]}: missing" if lost else damaged_file(self.run, record.files) or self._other_manifest(record)
+            f"{lost[0]}: missing" if lost else damaged_file(self.run, record.files) or self._changed_manifest(record)
         )
         if problem:
             return DAMAGED, problem
         return DONE, damaged_file(self.run, record.shown) or ""
 
-    def _other_manifest(self, record: StageRecord) -> str | None:
-        """Return which output folder's manifest lists other content than was recorded: whoever compares with it would be misled."""
+    def _changed_manifest(self, record: StageRecord) -> str | None:
+        """Return what is wrong if the manifest of an output folder differs from the record, or None."""
         for folder in (path for path in self.outputs if path.is_dir()):
             name = folder.relative_to(self.run.folder).as_posix()
             recorded = {file: known for file, known in record.files.items() if file.startswith(f"{name}/")}
             try:
                 listed = {f"{name}/{file}": known for file, known in OwnedFolder(folder).files().items()}
             except MaskLoomError:
-                continue  # whoever reads it names it
+                continue  # reported when it is read
             if any(digest not in listed.get(file, ()) for file, digest in recorded.items()):
                 return f"{folder / MANIFEST}: changed since it was written"
         return None
 
     def skips(self, force: bool) -> bool:
-        """Whether to leave the stage out; says so, and says what is damaged.
+        """Return whether to skip the stage; print that it is up to date, or what is damaged.
 
         Raises:
             StageChecked: only the state was asked for (`--check`).
         """
         if force and not _CHECK_ONLY.get():
             return False
-        state, reason = self.examined()
+        state, reason = self.state_and_reason()
         if _CHECK_ONLY.get():
             raise StageChecked(state, reason)
         if state == DAMAGED:
@@ -167,15 +171,16 @@ class Stage:
 
     @contextmanager
     def recorded(self, writes: bool = True) -> Iterator[dict[str, Any]]:
-        """Run the block, then write `stage.json`; the yielded mapping is kept in it under `results`.
+        """Run the block, then write `stage.json` with the yielded mapping as its `results`.
 
-        An earlier record stays until the new one takes its place: whether it still holds is a matter of the outputs' digests.
+        An earlier record is kept until it is replaced; the digests of the outputs show whether it
+        is still valid.
 
         Args:
             writes: false on processes other than the main one.
 
         Raises:
-            MaskLoomError: another process is at work on this stage of this run, or a folder is in the record's place.
+            MaskLoomError: another process runs this stage of this run, or the record is not a file.
         """
         start = time.monotonic()
         results: dict[str, Any] = {}
@@ -183,7 +188,7 @@ class Stage:
             yield results
             return
         if self.path.is_dir():
-            read_record(self.run, self.name)  # says so now, and not when the work is done
+            read_record(self.run, self.name)  # raises now, not after hours of work
         self.run.mark()
         with sole_writer(self.path.parent):
             self.run.keep_config()
@@ -208,12 +213,15 @@ class Stage:
             write_json(self.path, record.model_dump(mode="json"))
             say(f"{self.name}: done in {record.wall_seconds:.0f} s")
 
-    def forget(self) -> None:
-        """Delete the record: the work begins afresh and must not be taken for done where it is interrupted."""
+    def delete_record(self) -> None:
+        """Delete the record before the stage starts from scratch, in case it is interrupted."""
         self.path.unlink(missing_ok=True)
 
     def _written(self, paths: Iterable[Path]) -> dict[str, str]:
-        """Return the digest of every file of the outputs by its path below the run folder; folders have them in their manifest."""
+        """Return the digest of every output file by its path in the run folder.
+
+        The files of a folder are taken from its manifest.
+        """
         files: dict[str, str] = {}
         for path in paths:
             name = path.relative_to(self.run.folder).as_posix()

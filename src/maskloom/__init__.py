@@ -1,4 +1,5 @@
 """MaskLoom: labelled medical images in, a synthetic dataset and a verdict on it out.
 
-The packages are the checkout's top-level folders; the links beside this file give them their import names, `maskloom.pipeline`, `maskloom.data_prep`, ….
+The subpackages `maskloom.pipeline`, `maskloom.data_prep`, … are the top-level folders of the
+checkout, which are linked here. Only the command line `maskloom` itself lives in this folder.
 """

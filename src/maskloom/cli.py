@@ -1,7 +1,8 @@
-"""`maskloom COMMAND`: every stage and tool in one command, in a checkout as after an installation.
+"""`maskloom COMMAND`: every stage and tool in one command, in a checkout and when installed.
 
-The same functions answer `python -m data_prep` and its like; here `train`, `baselines` and `generate` also start
-`accelerate launch` where a machine has devices for it. What takes long to import is imported when a command runs.
+The commands share their functions with `python -m data_prep`, `python -m evaluate` and so on. Here,
+`train`, `baselines` and `generate` also start `accelerate launch` if the machine may have several
+devices. Slow imports are made inside the commands.
 """
 
 import sys
@@ -60,7 +61,7 @@ DEMO = Path("configs/demo.yaml")
 
 
 def example(*lines: str) -> str:
-    """Return the end of a command's help."""
+    """Return the epilog of a command's help: its examples, one per line."""
     return "\n\n".join(["Examples:", *lines])
 
 
@@ -116,7 +117,7 @@ def baselines(
     check: CheckOption = False,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
-    """Train the other generator architectures of the section `baselines`: GANs, pix2pix, joint diffusion."""
+    """Train the generators of the section `baselines`: GANs, pix2pix, joint diffusion."""
     architectures = [word for name in architecture or [] for word in ("--architecture", name)]
     if not launched("baselines", architectures, config, overrides, force, check, accelerate_config):
         baselines_here(config, overrides, architecture, force, check)
@@ -129,13 +130,16 @@ def generate(
     check: CheckOption = False,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
-    """Generate a synthetic dataset from masks and prompts, one for each generator of the configuration."""
+    """Generate synthetic datasets from masks and prompts, one per generator."""
     if not launched("generate", [], config, overrides, force, check, accelerate_config):
         generate_here(config, overrides, force, check)
 
 
 def demo(overrides: OverridesArgument = None, force: ForceOption = False) -> None:
-    """Run the whole pipeline on slices of a brain template; needs no GPU, no download and no data. Ends with runs/demo/report.html."""
+    """Run the whole pipeline on slices of a brain template, up to runs/demo/report.html.
+
+    Needs no GPU, no download and no data.
+    """
     run(DEMO, overrides, force)
 
 
@@ -143,7 +147,7 @@ def doctor(
     config: Annotated[Path | None, typer.Option("--config", help="also check what this configuration needs")] = None,
     overrides: OverridesArgument = None,
 ) -> None:
-    """Check this machine and installation (versions, devices, memory, optional packages), and what a configuration needs of them."""
+    """Check this machine and installation, and whether a configuration can run here."""
     from maskloom.doctor import print_findings
 
     print_findings(config, overrides or [])
@@ -157,18 +161,18 @@ def verify(
     near: NearOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Check that a run, or a dataset, is what was written, and that a dataset's splits share no image.
+    """Check that a run or a dataset is unchanged, and that the splits of a dataset share no image.
 
-    Of a run: every file that its stages wrote, against its digest. Of a dataset: files, hashes, rows and pixels; groups in
-    two splits; images that occur in two splits, near-duplicates included where groups were meant to catch them; labels
-    that contradict.
+    For a run, every file that its stages wrote is compared with its digest. For a dataset: files,
+    hashes, rows and pixels; groups in two splits; images in two splits (also near-duplicates if the
+    groups should catch them); contradicting labels.
     """
     from maskloom.pipeline.runs.verification import is_run
 
     if not is_run(path):
         verify_dataset(path, against, contact_sheet, images_per_class, near, json)
     elif against or contact_sheet or near is not None or json:
-        raise MaskLoomError(f"{path}: a run; options belong to a dataset: give {path / 'dataset'} with them")
+        raise MaskLoomError(f"{path}: is a run, and these options apply to datasets; give {path / 'dataset'} with them")
     else:
         verify_run(path)
 
@@ -178,9 +182,9 @@ class Command(NamedTuple):
 
     Attributes:
         name: what the user types.
-        function: its options are the command's.
-        panel: heading in the help.
-        examples: shown in its own help.
+        function: the function to run; its parameters are the options of the command.
+        panel: heading in the help of `maskloom`.
+        examples: example command lines in the help of the command.
     """
 
     name: str

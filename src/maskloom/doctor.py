@@ -1,4 +1,4 @@
-"""`maskloom doctor`: what this machine and installation can do, and whether that suffices for a configuration."""
+"""`maskloom doctor`: describe this machine and check whether a configuration can run on it."""
 
 import os
 import platform
@@ -33,11 +33,17 @@ OPTIONAL = {
     "comet_ml": ("track", "train.report_to=comet_ml"),
     "torch_fidelity": ("fid", "the extractor inception"),
 }
-"""Packages that only one setting or kind of data needs: the extra that installs each, and what for."""
+"""Optional packages: the extra that installs each, and what needs it."""
 
 
 class Finding(NamedTuple):
-    """One line: what was looked at, what it is, and, where it stops the configuration, why and what to do."""
+    """One line of the output.
+
+    Attributes:
+        name: what was checked.
+        text: what was found.
+        problem: why the configuration cannot run, and what to do; empty if nothing is wrong.
+    """
 
     name: str
     text: str
@@ -45,11 +51,11 @@ class Finding(NamedTuple):
 
 
 def print_findings(config: Path | None, overrides: list[str]) -> None:
-    """Print what was found.
+    """Print a table of what was found.
 
     Args:
-        config: a configuration to check as well; None checks the machine only.
-        overrides: of its keys.
+        config: a configuration to check as well; None checks only the machine.
+        overrides: `key=value` overrides of the configuration.
 
     Raises:
         MaskLoomError: the configuration cannot run here.
@@ -67,11 +73,11 @@ def print_findings(config: Path | None, overrides: list[str]) -> None:
         table.add_row(finding.name, Text(finding.problem or finding.text, style))
     Console().print(table)
     if problems:
-        raise MaskLoomError(f"{config}: {problems} of its needs are not met here; see above")
+        raise MaskLoomError(f"{config}: {problems} problem(s) prevent it from running here; fix those listed above")
 
 
 def machine() -> Iterator[Finding]:
-    """Yield what the machine and the installation are."""
+    """Yield versions, system, memory, disk space, GPUs and optional packages."""
     import torch
 
     yield Finding("maskloom", f"{__version__} in {Path(__file__).parent}")
@@ -85,7 +91,7 @@ def machine() -> Iterator[Finding]:
         yield Finding(f"GPU {number}", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {kinds}")
     if not torch.cuda.is_available():
         yield Finding(
-            "GPU", f"none that torch {torch.__version__} can use: small backbones only, mixed_precision no or bf16"
+            "GPU", f"none that torch {torch.__version__} can use: only small backbones, mixed_precision no or bf16"
         )
     for package, (extra, use) in OPTIONAL.items():
         remedy = install_command(extra) if extra else f"pip install {package}"
@@ -93,11 +99,11 @@ def machine() -> Iterator[Finding]:
 
 
 def needs(config: ExperimentConfig) -> Iterator[Finding]:
-    """Yield whether what the stages of a configuration need is here: raw data, backbone, precision, packages."""
+    """Yield what each stage of a configuration lacks: raw data, backbone, precision, packages."""
     known: set[str] = set()
     for stage in CHECKS:
         problems = [message for _, message in find_problems(config, [stage]) if message not in known]
         known.update(problems)
         yield from (Finding(stage, "", message) for message in problems)
         if not problems:
-            yield Finding(stage, "has what it needs, as far as that can be known before")
+            yield Finding(stage, "no problem found, as far as can be checked in advance")

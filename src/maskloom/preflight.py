@@ -1,8 +1,12 @@
-"""What of a configuration can be checked before its first stage runs: settings, backbone, machine, packages; no dataset is read.
+"""Check a configuration before its first stage runs: settings, backbone, machine, packages.
 
-`python -m maskloom.preflight --config FILE --stage NAME [--stage NAME ...] [--accelerate-config FILE] [KEY=VALUE ...]` prints
-what is wrong as a JSON list of pairs, stage and message. `maskloom run` asks it in a process of its own: the pipeline
-imports no stage.
+No dataset is read. The command
+
+    python -m maskloom.preflight --config FILE --stage NAME [--stage NAME ...]
+        [--accelerate-config FILE] [KEY=VALUE ...]
+
+prints all problems as a JSON list of (stage, message). `maskloom run` calls it in a separate
+process, because the pipeline imports no stage.
 """
 
 import json
@@ -22,22 +26,25 @@ from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.runner import DISTRIBUTED
 
 Check = Callable[[], object]
-"""Raises `MaskLoomError` where something is wrong."""
+"""Raises `MaskLoomError` if something is wrong."""
 
 
 def find_problems(
     config: ExperimentConfig, stages: Sequence[str], accelerate_config: Path | None = None
 ) -> list[tuple[str, str]]:
-    """Return everything that would stop the stages and does not depend on the dataset, as (stage, message).
+    """Return all problems that would stop the stages and do not depend on the dataset.
 
     Args:
         config: the experiment.
-        stages: names of those that will run.
-        accelerate_config: of `accelerate launch`, or None.
+        stages: names of the stages that will run.
+        accelerate_config: a file for `accelerate launch --config_file`, or None.
+
+    Returns:
+        Pairs of stage and message.
     """
     found = []
     for stage in stages:
-        for check in _checks(config, stage, accelerate_config):
+        for check in stage_checks(config, stage, accelerate_config):
             try:
                 check()
             except MaskLoomError as error:
@@ -45,8 +52,8 @@ def find_problems(
     return found
 
 
-def _checks(config: ExperimentConfig, stage: str, accelerate_config: Path | None) -> Iterator[Check]:
-    """Yield the checks of a stage; each raises for itself, so that all problems are found at once."""
+def stage_checks(config: ExperimentConfig, stage: str, accelerate_config: Path | None) -> Iterator[Check]:
+    """Yield the checks of a stage. Each is called separately, so that all problems are reported."""
     if accelerate_config is not None and stage in DISTRIBUTED:
         yield partial(check_launch, accelerate_config)
     if stage in CHECKS:
@@ -54,10 +61,11 @@ def _checks(config: ExperimentConfig, stage: str, accelerate_config: Path | None
 
 
 def check_launch(path: Path) -> None:
-    """Check that `accelerate launch` can read its configuration, and that this machine has what it names.
+    """Check that a configuration of `accelerate launch` is valid and fits this machine.
 
     Raises:
-        MaskLoomError: a setting is wrong or unknown, DeepSpeed is missing, or there are fewer GPUs than processes.
+        MaskLoomError: a setting is invalid or unknown, DeepSpeed is not installed, or there are
+            fewer GPUs than processes.
     """
     import torch
     from accelerate.commands.config.config_args import load_config_from_file
@@ -65,7 +73,7 @@ def check_launch(path: Path) -> None:
     where = f"--accelerate-config {path}"
     try:
         settings = load_config_from_file(str(shipped(path)))
-    except Exception as error:  # the reader raises errors of many kinds; the remedy is the same
+    except Exception as error:  # accelerate raises many kinds of errors; the remedy is the same
         raise MaskLoomError(f"{where}: {excerpt(error).rstrip('.')}; see configs/accelerate") from None
     if str(settings.distributed_type).endswith("DEEPSPEED") and find_spec("deepspeed") is None:
         raise MaskLoomError(f"{where} needs deepspeed: pip install deepspeed, or another file of configs/accelerate")
@@ -102,7 +110,7 @@ def training_checks(config: ExperimentConfig) -> Iterator[Check]:
 
 
 def backbone_checks(config: ExperimentConfig) -> Iterator[Check]:
-    """Yield the check of the backbone, with its weights."""
+    """Yield the check of the backbone and its weights."""
     from maskloom.models.stable_diffusion.checks import check_backbone
     from maskloom.models.stable_diffusion.source import BackboneSource
 
@@ -120,14 +128,14 @@ def baselines_checks(config: ExperimentConfig) -> Iterator[Check]:
     for name in config.baselines:
         try:
             options = architecture_options(config, name)
-        except MaskLoomError:  # reported by the check before
+        except MaskLoomError:  # reported by the check above
             continue
         for check in MACHINE_CHECKS:
             yield partial(check, options)
 
 
 def generate_checks(config: ExperimentConfig) -> Iterator[Check]:
-    """Yield the checks of `generate`, generator by generator."""
+    """Yield the checks of `generate` for each generator."""
     from maskloom.generate.generate import open_generator, require_generators
     from maskloom.models.stable_diffusion.checks import check_xformers
     from maskloom.pipeline.runs.run import Run
@@ -141,7 +149,7 @@ def generate_checks(config: ExperimentConfig) -> Iterator[Check]:
 
 
 def evaluate_checks(config: ExperimentConfig) -> Iterator[Check]:
-    """Yield the checks of `evaluate`, metric by metric."""
+    """Yield the checks of `evaluate` for each metric."""
     from maskloom.evaluate.evaluate import check_question
 
     for name, options in config.evaluate.metrics.items():
@@ -159,11 +167,11 @@ CHECKS: dict[str, Callable[[ExperimentConfig], Iterator[Check]]] = {
 
 def command(
     config: ConfigOption,
-    stage: Annotated[list[str], typer.Option(help="that will run; may be repeated")],
+    stage: Annotated[list[str], typer.Option(help="stage that will run; may be repeated")],
     overrides: OverridesArgument = None,
     accelerate_config: AccelerateConfigOption = None,
 ) -> None:
-    """Print what would stop these stages and can be known before anything is computed."""
+    """Print what would stop these stages, as far as it can be checked in advance."""
     print(json.dumps(find_problems(loaded(config, overrides), stage, accelerate_config)))
 
 

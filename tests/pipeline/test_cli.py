@@ -86,7 +86,7 @@ def test_verify_of_a_missing_folder_is_one_line(module, tmp_path):
     command = [sys.executable, "-m", module, "verify", str(tmp_path / "none")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    told = "no run and no dataset is there; give the folder of one, such as runs/demo or runs/demo/dataset"
+    told = "no such folder; give a run or a dataset, such as runs/demo or runs/demo/dataset"
     assert ended.stderr.splitlines() == [f"error: {tmp_path}/none: {told}"]
 
 

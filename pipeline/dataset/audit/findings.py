@@ -146,7 +146,7 @@ def _set_findings(datasets: Sequence[MaskPromptDataset], members: Iterable[Membe
         yield finding("masks", masks[0], masks[1], False)
 
 
-def told(finding: Finding) -> str:
+def failure_text(finding: Finding) -> str:
     """Return a failure in words."""
     a, b = finding.first, finding.second
     alike = "identical images" if finding.likeness == "identical" else "near-duplicates"

@@ -48,7 +48,7 @@ def test_a_command_ends_with_a_line_and_the_code_of_the_signal(number, capsys):
     before = signal.getsignal(number)
     assert ended(lambda: (os.kill(os.getpid(), number), time.sleep(60))) == SIGNALS[number]
     name = signal.Signals(number).name
-    assert capsys.readouterr().err == f"stopped by {name}; run the same command again to go on\n"
+    assert capsys.readouterr().err == f"stopped by {name}; run the same command again to continue\n"
     assert signal.getsignal(number) is before
     assert received() is None
 
@@ -92,7 +92,7 @@ def test_a_training_ends_its_step_saves_and_goes_on_to_the_same_weights(tmp_path
     assert ended(lambda: run(tmp_path / "broken", StoppedTask(number))) == SIGNALS[number]
     error = capsys.readouterr().err
     assert error.endswith(
-        f"stopped by {signal.Signals(number).name}; checkpoint-3 is saved; run the same command again to go on\n"
+        f"stopped by {signal.Signals(number).name}; checkpoint-3 is saved; run the same command again to continue\n"
     )
     assert list(checkpoint_steps(tmp_path / "broken")) == [2, 3]
     resumed = run(tmp_path / "broken", LineTask())
@@ -147,7 +147,7 @@ def test_processes_that_read_end_with_the_command(tmp_path, number):
             worker.send_signal(number)
     os.kill(command.pid, number)
     assert command.wait(20) == SIGNALS[number]
-    assert command.text == f"stopped by {signal.Signals(number).name}; run the same command again to go on\n"
+    assert command.text == f"stopped by {signal.Signals(number).name}; run the same command again to continue\n"
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
@@ -192,7 +192,7 @@ def test_a_runner_hands_the_signal_to_its_stage(tmp_path, launched):
     _, error = running.communicate(timeout=60)
     name = "SIGINT" if launched else "SIGTERM"
     assert running.returncode == SIGNALS[signal.Signals[name]]
-    assert error == f"stopped by {name}; run the same command again to go on\n"
+    assert error == f"stopped by {name}; run the same command again to continue\n"
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
@@ -211,7 +211,7 @@ def test_a_launched_process_ends_with_its_launcher(tmp_path):
     stage = psutil.Process(int(launcher.stdout.readline()))
     wait_for(lambda: (tmp_path / "begun-0").exists())
     launcher.kill()
-    assert launcher.communicate(timeout=20)[1] == "stopped by SIGTERM; run the same command again to go on\n"
+    assert launcher.communicate(timeout=20)[1] == "stopped by SIGTERM; run the same command again to continue\n"
     assert not psutil.wait_procs([stage], timeout=10)[1]
 
 
@@ -238,7 +238,7 @@ def test_a_stage_that_is_still_starting_takes_ctrl_c_with_one_line(tmp_path):
         wait_for(begun.exists)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
-    assert told == "stopped by SIGINT; run the same command again to go on\n"
+    assert told == "stopped by SIGINT; run the same command again to continue\n"
     assert process.returncode == 130
 
 

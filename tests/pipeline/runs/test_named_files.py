@@ -18,7 +18,7 @@ def test_only_its_own_earlier_file_is_replaced(tmp_path):
         "about": "written by MaskLoom: plan",
         "figure": 2,
     }
-    with pytest.raises(MaskLoomError, match=r"--json .*found\.json: is there, and is no earlier audit"):
+    with pytest.raises(MaskLoomError, match=r"--json .*found\.json: exists, and is not an earlier audit"):
         NamedFile("--json", tmp_path / "new" / "found.json", "audit").write_json({})
     for text in ("<p>1</p>", "<p>2</p>"):
         NamedFile("--contact-sheet", tmp_path / "sheet.html", "contact sheet").write_page(text)
@@ -37,7 +37,7 @@ def test_what_is_there_is_refused(tmp_path, kind):
         if kind == "link":
             (tmp_path / "elsewhere").write_text("mine")
     before = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(MaskLoomError, match=r"^--json .*mine: is there, .*move it away, or give another file"):
+    with pytest.raises(MaskLoomError, match=r"^--json .*mine: exists, .*move it away, or give another file"):
         named_file("--json", path, "plan")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -52,7 +52,7 @@ def test_a_dataset_or_run_is_not_written_to(tmp_path, mark):
         (folder / "contract.json").touch()
     (tmp_path / "link").symlink_to(folder)
     for place in (folder / "data" / "found.json", tmp_path / "link" / "found.json"):
-        with pytest.raises(MaskLoomError, match=r"--json .*found\.json: lies in .*runs, which MaskLoom keeps itself"):
+        with pytest.raises(MaskLoomError, match=r"--json .*found\.json: lies in .*runs, which MaskLoom manages"):
             named_file("--json", place, "plan")
     assert len(list(folder.iterdir())) == 1
     assert named_file("--json", None, "plan") is None
@@ -63,5 +63,5 @@ def test_verify_refuses_before_it_looks(tmp_path, option, capsys):
     (tmp_path / "thesis.html").write_text("mine")
     with pytest.raises(SystemExit, match=str(EXIT_CODE)):
         data_prep(["verify", str(tmp_path / "no dataset"), option, str(tmp_path / "thesis.html")])
-    assert f"{option} {tmp_path / 'thesis.html'}: is there" in capsys.readouterr().err
+    assert f"{option} {tmp_path / 'thesis.html'}: exists" in capsys.readouterr().err
     assert (tmp_path / "thesis.html").read_text() == "mine"

@@ -126,14 +126,14 @@ def test_a_stage_that_fails_while_it_writes_is_damaged(tmp_path):
 
     with pytest.raises(RuntimeError):
         fail()
-    assert _stage(tmp_path).examined() == ("damaged", f"{tmp_path / 'out'}: changed since it was written")
+    assert _stage(tmp_path).state_and_reason() == ("damaged", f"{tmp_path / 'out'}: changed since it was written")
 
 
 def test_work_that_begins_afresh_is_not_taken_for_done(tmp_path):
     stage = _stage(tmp_path)
     _run(stage)
-    stage.forget()
-    stage.forget()
+    stage.delete_record()
+    stage.delete_record()
     assert stage.state() == "missing"
 
 
@@ -143,7 +143,7 @@ def test_damage_is_reported_and_made_good(tmp_path, capsys):
     assert not _stage(tmp_path).skips(force=False)
     assert "train: damaged: " in capsys.readouterr().err
     (tmp_path / "out").unlink()
-    assert _stage(tmp_path).examined() == ("damaged", f"{tmp_path / 'out'}: missing")
+    assert _stage(tmp_path).state_and_reason() == ("damaged", f"{tmp_path / 'out'}: missing")
     assert _stage(tmp_path, config=2).state() == "stale"
 
 
@@ -160,7 +160,10 @@ def test_every_file_of_an_output_folder_counts(tmp_path):
     (tmp_path / "weights" / "mine").write_text("the user's own")
     assert stage().is_done()
     (tmp_path / "weights" / "deep" / "w").write_text("0")
-    assert stage().examined() == ("damaged", f"{tmp_path / 'weights' / 'deep' / 'w'}: changed since it was written")
+    assert stage().state_and_reason() == (
+        "damaged",
+        f"{tmp_path / 'weights' / 'deep' / 'w'}: changed since it was written",
+    )
     with pytest.raises(
         MaskLoomError, match=r"deep/w: changed since it was written: damaged since train wrote it; run train again"
     ):
@@ -176,7 +179,10 @@ def test_a_manifest_that_lists_other_content_is_damaged(tmp_path):
     assert stage().is_done()
     OwnedFolder(tmp_path / "other").write_text("a.json", "2")
     shutil.copy(tmp_path / "other" / MANIFEST, tmp_path / "evaluation" / MANIFEST)
-    assert stage().examined() == ("damaged", f"{tmp_path / 'evaluation' / MANIFEST}: changed since it was written")
+    assert stage().state_and_reason() == (
+        "damaged",
+        f"{tmp_path / 'evaluation' / MANIFEST}: changed since it was written",
+    )
     (tmp_path / "evaluation" / MANIFEST).write_text("{")
     assert stage().is_done()
 
@@ -193,9 +199,12 @@ def test_changed_logs_are_reported_and_the_stage_stays_done(tmp_path, capsys):
     with stage.recorded():
         (tmp_path / "logs" / "train" / "metrics.jsonl").write_text("1")
         (tmp_path / "logs" / "train" / "images" / "a.png").write_text("1")
-    assert stage.examined() == ("done", "")
+    assert stage.state_and_reason() == ("done", "")
     (tmp_path / "logs" / "train" / "metrics.jsonl").write_text("2")
-    assert stage.examined() == ("done", f"{tmp_path / 'logs/train/metrics.jsonl'}: changed since it was written")
+    assert stage.state_and_reason() == (
+        "done",
+        f"{tmp_path / 'logs/train/metrics.jsonl'}: changed since it was written",
+    )
     assert stage.skips(force=False)
     assert "the report leaves it out" in capsys.readouterr().err
 
@@ -245,7 +254,7 @@ def test_a_damaged_record_is_reported(tmp_path, content):
     _run(_stage(tmp_path))
     path = _stage(tmp_path).path
     path.write_bytes(content.encode("latin-1"))
-    state, reason = _stage(tmp_path).examined()
+    state, reason = _stage(tmp_path).state_and_reason()
     assert state == "damaged"
     assert reason.startswith(f"{path}: ")
     with pytest.raises(MaskLoomError, match=r"stage\.json: "):
@@ -256,7 +265,7 @@ def test_a_changed_number_in_a_record_is_noticed(tmp_path):
     _run(_stage(tmp_path))
     path = _stage(tmp_path).path
     path.write_text(path.read_text().replace('"rows": 3', '"rows": 4'))
-    assert _stage(tmp_path).examined() == (
+    assert _stage(tmp_path).state_and_reason() == (
         "damaged",
         f"{path}: damaged (its content has changed since it was written); run the stage again",
     )
@@ -378,7 +387,7 @@ def test_the_record_of_another_stage_is_damaged(tmp_path: Path):
 def test_a_folder_in_the_place_of_a_record_is_named_before_anything_is_computed(tmp_path: Path):
     stage = _stage(tmp_path)
     (tmp_path / "logs" / "train" / "stage.json").mkdir(parents=True)
-    assert stage.examined()[0] == "damaged"
+    assert stage.state_and_reason()[0] == "damaged"
     computed = []
     with (
         pytest.raises(MaskLoomError, match=r"stage\.json: damaged \(it is not a file\); move it away"),
