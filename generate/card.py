@@ -1,11 +1,11 @@
 """The dataset card of a synthetic dataset."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from maskloom.generate.joint import MaskFigures
 from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.licence import hub_identifier
 from maskloom.pipeline.files.formatting import markdown_cell
 
 
@@ -26,7 +26,12 @@ def dataset_card(
         figures: statistics of generated masks; zero rows if masks were not generated.
     """
     lines = [
-        *_front_matter(description),
+        "---",
+        "license: other",
+        f"license_name: {hub_identifier(description.licence)}",
+        "tags: [synthetic, medical, maskloom]",
+        "---",
+        "",
         f"# {description.dataset}: synthetic images by `{settings['generator']}`",
         "",
         _summary(description, settings, drawn=figures.rows > 0),
@@ -58,18 +63,6 @@ def dataset_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _front_matter(description: Description) -> Sequence[str]:
-    licence = re.sub(r"[^a-z0-9.]+", "-", description.licence.lower()).strip("-")  # as the Hub writes names
-    return [
-        "---",
-        "license: other",
-        f"license_name: {licence}",
-        "tags: [synthetic, medical, maskloom]",
-        "---",
-        "",
-    ]
 
 
 def _summary(description: Description, settings: Mapping[str, Any], drawn: bool) -> str:

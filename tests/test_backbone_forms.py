@@ -120,7 +120,7 @@ def assert_nothing_names_this_machine(config: ExperimentConfig, run: Run) -> Non
     """Look through every text that a push would send, the report, and the results that go into cards."""
     texts = {"report.html": run.report.read_text(encoding="utf-8")}
     for target in find_targets(run, ["dataset", "generator", "synthetic:controlnet", "synthetic:text_only"]):
-        upload = pack(config, run, target, "someone/forms")
+        upload = pack(run, target, "someone/forms")
         check_leaks(upload, config, run)
         for name, source in upload.files.items():
             texts[f"{target} {name}"] = file_text(source) if isinstance(source, Path) else source.decode()

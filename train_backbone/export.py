@@ -1,4 +1,4 @@
-"""Writes the trained parts as a StableDiffusionPipeline folder with a model card and a picture of samples."""
+"""Writes the trained parts as a StableDiffusionPipeline folder with model card and sample grid."""
 
 import copy
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -20,6 +20,7 @@ from maskloom.train_backbone.architecture import new_scheduler
 from maskloom.train_backbone.config import BackboneConfig
 from maskloom.train_backbone.vocabulary import CLIP_FILES
 
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_A_PROMPT = 20, 3.0, 2
 MAX_PROMPTS = 12
 
@@ -31,7 +32,7 @@ def new_pipeline(
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
 ) -> StableDiffusionPipeline:
-    """Return the parts as one pipeline, without safety checker: there is none for medical images."""
+    """Return the parts as a pipeline, without safety checker: none exists for medical images."""
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -49,14 +50,14 @@ def new_pipeline(
 def write_pipeline(
     pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path, card: str, grid: Image.Image
 ) -> None:
-    """Write the folder whole: weights in fp16 safetensors, the tokenizer's files, README.md, samples.png.
+    """Write weights in fp16 safetensors, tokenizer, README.md and samples.png, atomically.
 
     Args:
         pipe: in float32; left as it is.
         tokenizer_folder: holds `vocab.json` and `merges.txt`, copied as they are.
         folder: replaced if it exists.
         card: the README.
-        grid: the picture of samples.
+        grid: the sample grid.
     """
     with whole_folder(folder) as unfinished:
         copy.deepcopy(pipe).to(dtype=torch.float16).save_pretrained(unfinished, safe_serialization=True)
@@ -68,7 +69,7 @@ def write_pipeline(
 
 
 def sample_prompts(texts: Sequence[Sequence[str]], labels: Sequence[Sequence[int | None]]) -> list[str]:
-    """Return up to `MAX_PROMPTS` training prompts, taken from every class of every source in turn."""
+    """Return up to `MAX_PROMPTS` training prompts, from every class of every source in turn."""
     by_class: dict[tuple[int, int | None], list[str]] = {}
     for source, (prompts, classes) in enumerate(zip(texts, labels, strict=True)):
         for prompt, label in zip(prompts, classes, strict=True):
@@ -116,63 +117,30 @@ def model_card(
         prompts: of the sample grid.
         facts: figures of the training by name, such as last losses and parameter counts.
     """
-    metadata = {
-        "license": "mit",
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["stable-diffusion", "medical", "maskloom"],
-    }
-    data = "\n".join(
-        f"- {c.description.dataset} ({c.description.modality}): {c.splits['train'].rows} train images in "
-        f"{c.splits['train'].groups} groups; {c.description.licence}. {c.description.citation}. Digest `{c.digest[:16]}`."
-        for c in contracts
+    card = ModelCard.from_template(
+        ModelCardData(
+            license="mit",
+            library_name="diffusers",
+            pipeline_tag="text-to-image",
+            tags=["stable-diffusion", "medical", "maskloom"],
+        ),
+        template_path=str(TEMPLATE),
+        size=config.architecture.image_size,
+        architecture=config.architecture,
+        denoiser=config.denoiser,
+        sample_steps=SAMPLE_STEPS,
+        guidance=SAMPLE_GUIDANCE,
+        prompts=prompts,
+        contracts=contracts,
+        parts=[(f"VAE, crops of {config.vae.pixels} px", config.vae), ("UNet + text encoder", config.denoiser)],
+        facts=facts,
+        code=git_sha(),
     )
-    parts = [(f"VAE, crops of {config.vae.pixels} px", config.vae), ("UNet + text encoder", config.denoiser)]
-    steps = "\n".join(
-        f"| {name} | {loop.max_train_steps} | {loop.train_batch_size} | {loop.learning_rate:g}, {loop.lr_scheduler} | {loop.mixed_precision} |"
-        for name, loop in parts
-    )
-    figures = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    legend = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, start=1))
-    return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
----
-
-# A small Stable Diffusion backbone for trying MaskLoom without a GPU
-
-A `StableDiffusionPipeline` of {config.architecture.image_size}x{config.architecture.image_size} grey images (three equal channels), trained from nothing
-by `make backbone`. It shows that a pipeline works; it knows one average brain and invented breasts, so nothing that it draws says anything
-about patients. For real work, give a full backbone: `train.pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5`.
-
-![samples](samples.png)
-
-Samples from text alone, two a prompt, two prompts a line ({SAMPLE_STEPS} UniPC steps, guidance {SAMPLE_GUIDANCE:g}):
-
-{legend}
-
-## Data
-{data}
-
-Only the train splits were read; validation and test slices of the template are unseen.
-
-## Training
-| part | steps | batch | learning rate | precision |
-|---|---|---|---|---|
-{steps}
-
-| figure | value |
-|---|---|
-{figures}
-| code | `{git_sha()}` |
-
-VAE: L1, features of EfficientNet-Lite0, KL, patch discriminator; latents brought to mean 0 and variance 1 a channel, so
-`scaling_factor` is 1. UNet and text encoder: {config.architecture.prediction_type} prediction, min-SNR gamma {config.denoiser.snr_gamma},
-{config.denoiser.proportion_empty_prompts:.0%} empty prompts, averaged weights.
-"""
+    return f"{card}\n"
 
 
 def _ask_for_float32(path: Path) -> None:
-    """Make transformers load the text encoder in float32 like the other parts; it would follow the file's fp16 otherwise."""
+    """Make transformers load the text encoder in float32 like the other parts, not in fp16."""
     settings = read_object(path, "run the recipe again")
     settings["dtype"] = "float32"
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Contract
+from maskloom.pipeline.dataset.licence import licence_metadata
 from maskloom.pipeline.errors import report_write_errors
 from maskloom.pipeline.files.atomic import model_digest
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.files.provenance import git_sha
-from maskloom.pipeline.hub.cards import licence_metadata
 from maskloom.train_baselines.architecture import Architecture
+
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 def export(
@@ -53,31 +55,19 @@ def _card(
     preview: Path | None,
 ) -> str:
     """Return the text of the model card (README.md), without local paths."""
-    about, options = contract.description, architecture.options
-    metadata = {**licence_metadata(about), "tags": ["medical", "maskloom", name.replace("_", "-")]}
-    height, width = architecture.rows.size
-    changed = options.model_dump(mode="json", exclude_defaults=True)
-    return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
----
-
-# `{name}` for {about.modality} ({about.dataset})
-
-Trained by MaskLoom on real images only; `maskloom generate` samples from it.
-{"![previews](samples.png)" if preview else ""}
-
-| | |
-|---|---|
-| data | {about.dataset}, {about.licence}; {len(architecture.rows)} train rows |
-| classes | {", ".join(about.labels) or "one"} |
-| drawn at | {height} x {width}, {about.channels} channel(s) |
-| parameters | {", ".join(f"{key} {count:,}" for key, count in sizes.items())} |
-| options besides the defaults | `{changed}` |
-| seed | {config.seed} |
-| dataset digest | `{contract.digest}` |
-| code | `{git_sha()}` |
-
-Citation of the data: {about.citation}
-
-The model can only show what its training data shows, may repeat training images, and is not a medical device.
-"""
+    about = contract.description
+    card = ModelCard.from_template(
+        ModelCardData(**licence_metadata(about), tags=["medical", "maskloom", name.replace("_", "-")]),
+        template_path=str(TEMPLATE),
+        name=name,
+        about=about,
+        contract=contract,
+        preview=preview,
+        rows=len(architecture.rows),
+        size=architecture.rows.size,
+        parameters=", ".join(f"{key} {count:,}" for key, count in sizes.items()),
+        changed=architecture.options.model_dump(mode="json", exclude_defaults=True),
+        seed=config.seed,
+        code=git_sha(),
+    )
+    return f"{card}\n"

@@ -1,36 +1,39 @@
-"""The Hub as a push sees it: what it has, and one commit that brings it to the new state."""
+"""The Hub as a push sees it: what a repository holds, and one commit that brings it up to date."""
 
 from __future__ import annotations
 
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from maskloom.pipeline import __version__
 from maskloom.pipeline.errors import MaskLoomError, one_line, without_secrets
 from maskloom.pipeline.files.atomic import file_digest
-from maskloom.pipeline.hub.uploads import REPLACED, RepoType, Upload
+from maskloom.pipeline.hub.uploads import REPLACED, Upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
+Answer = TypeVar("Answer")
 MAIN = "main"
 SECONDS = 10.0  # for the first answer
 SHOWN_LETTERS = 300  # of a server's message
 REMEDIES = {
-    400: "it does not take a file as it is: README.md's metadata must be as the Hub's cards ask",
+    400: "it does not take a file as it is: README.md's metadata must follow the Hub's specification of cards",
     401: "it does not take the token: run `hf auth login` again, or set HF_TOKEN to a valid one",
     403: "the token may not write there: use one with write access to this namespace",
     404: "there is no such repository or branch, or the token may not see it",
     409: "the repository was changed at the same time: run the same command again",
     429: "too many requests: wait some minutes, then run the same command again",
 }
+LATER = "run the same command again later: files that have arrived stay there"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PushOptions:
 
     Attributes:
         repo_id: NAME or NAMESPACE/NAME; None names the repository after the experiment.
-        public: else the repository is private.
+        public: make a new repository public instead of private.
         may_publish: the user says that publishing is allowed, whatever the licence.
         dry_run: only list.
         revision: branch.
@@ -57,35 +60,30 @@ class Remote:
     """What the Hub has of a repository.
 
     Attributes:
-        exists: whether there is such a repository.
-        has_branch: whether the branch is there.
-        private: of an existing repository.
-        files: by path.
+        private: whether it is private; None where there is no such repository.
+        files: of the branch, by path; None where there is no such branch.
         unread: why nothing of this is known; empty where it is.
     """
 
-    exists: bool = False
-    has_branch: bool = False
     private: bool | None = None
-    files: Mapping[str, RepoFile] = field(default_factory=dict)
+    files: Mapping[str, RepoFile] | None = None
     unread: str = ""
 
 
 def compare(upload: Upload, remote: Remote) -> Iterator[tuple[str, int, str]]:
-    """Yield path, size and `new`, `changed`, `unchanged` or `removed` for every file of either side that a push concerns."""
+    """Yield path, size and state (new, changed, unchanged, removed) of each file of a push."""
+    there = remote.files or {}
     for path, source in sorted(upload.files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        there = remote.files.get(path)
-        state = "new" if there is None else "unchanged" if _is_same(source, size, there) else "changed"
-        yield path, size, state
-    replaced = REPLACED[upload.target.repo_type]
-    for path in sorted(remote.files.keys() - upload.files.keys()):
-        if replaced.fullmatch(path):
-            yield path, remote.files[path].size, "removed"
+        same = path in there and _is_same(source, size, there[path])
+        yield path, size, "new" if path not in there else "unchanged" if same else "changed"
+    for path in sorted(there.keys() - upload.files.keys()):
+        if REPLACED[upload.target.repo_type].fullmatch(path):
+            yield path, there[path].size, "removed"
 
 
 def _is_same(source: Path | bytes, size: int, there: RepoFile) -> bool:
-    """Whether the Hub has these bytes: by SHA-256 for large files, by git's own hash for the others."""
+    """Whether the Hub has these bytes: by SHA-256 for large files, by git's hash for others."""
     from huggingface_hub.utils.sha import git_hash
 
     if there.size != size:
@@ -96,24 +94,26 @@ def _is_same(source: Path | bytes, size: int, there: RepoFile) -> bool:
 
 
 class Hub:
-    """The Hub as the user's token sees it. Every failure is one line that holds no token."""
+    """The Hub with the user's token. Every failure is one line that contains no token."""
 
     def __init__(self, dry_run: bool) -> None:
-        """Take the token of `HF_TOKEN` or `hf auth login`; the address is `HF_ENDPOINT`'s.
+        """Read the token from `HF_TOKEN` or `hf auth login`; the address is that of `HF_ENDPOINT`.
 
         Args:
-            dry_run: without a token, only nothing can be compared.
+            dry_run: a missing token, or a Hub that does not answer, is no error.
 
         Raises:
-            MaskLoomError: there is no token, or what is there is none.
+            MaskLoomError: there is no token, or it is malformed.
         """
-        from huggingface_hub import HfApi, get_token
+        from huggingface_hub import HfApi, constants, get_token
         from huggingface_hub.utils import disable_progress_bars
         from huggingface_hub.utils.logging import set_verbosity_error
 
         set_verbosity_error()  # its warnings name upload addresses, which are credentials for a while
         if not sys.stderr.isatty():
             disable_progress_bars()
+        # With Xet, `upload_folder` splits large uploads into several commits; by LFS it makes one.
+        constants.HF_HUB_DISABLE_XET = True
         self.token: str | None = None
         with self._told("the token"):
             self.token = get_token()
@@ -125,103 +125,88 @@ class Hub:
         self.dry_run = dry_run
 
     def namespace(self) -> str:
-        """Return the token's user; in a dry run `NAMESPACE` where that cannot be known."""
-        if self.token is None:
-            return "NAMESPACE"
-        try:
-            with self._told("your account"):
-                return str(self.api.whoami(cache=True)["name"])
-        except MaskLoomError:
-            if self.dry_run:
-                return "NAMESPACE"
-            raise
+        """Return the token's user; in a dry run `NAMESPACE` where the user is unknown."""
+        return self._asked("your account", lambda: str(self.api.whoami(cache=True)["name"]), lambda _: "NAMESPACE")
 
     def look(self, upload: Upload, options: PushOptions) -> Remote:
         """Return what the Hub has; in a dry run a Hub that does not answer is no error.
 
         Raises:
-            MaskLoomError: it does not answer, or the name is taken by a repository of the other kind.
+            MaskLoomError: it does not answer, or a repository of the other type has this name.
         """
+        return self._asked(
+            upload.repo_id, lambda: self._read(upload, options.revision), lambda reason: Remote(unread=reason)
+        )
+
+    def _asked(self, what: str, question: Callable[[], Answer], unanswered: Callable[[str], Answer]) -> Answer:
+        """Return the Hub's answer; in a dry run without one, `unanswered` of the reason."""
         if self.token is None:
-            return Remote(unread="no token (`hf auth login`)")
+            return unanswered("no token (`hf auth login`)")
         try:
-            with self._told(upload.repo_id):
-                return self._read(upload, options.revision)
+            with self._told(what):
+                return question()
         except MaskLoomError as error:
             if self.dry_run:
-                return Remote(unread=str(error))
+                return unanswered(str(error))
             raise
 
     def _read(self, upload: Upload, revision: str) -> Remote:
-        from huggingface_hub.errors import RevisionNotFoundError
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
-        info = self._info(upload.repo_id, upload.target.repo_type)
-        if info is None:
-            other: RepoType = "dataset" if upload.target.repo_type == "model" else "model"
-            if self._info(upload.repo_id, other) is not None:
-                raise MaskLoomError(
-                    f"{upload.repo_id}: exists as a {other}, and this is a {upload.target.repo_type}; choose another --repo-id"
-                )
-            return Remote()
+        repo_id, repo_type = upload.repo_id, upload.target.repo_type
         try:
-            tree = list(
-                self.api.list_repo_tree(
-                    upload.repo_id, recursive=True, revision=revision, repo_type=upload.target.repo_type
-                )
-            )
-        except RevisionNotFoundError:
-            return Remote(exists=True, private=info.private)
-        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        return Remote(exists=True, has_branch=True, private=info.private, files=files)
-
-    def _info(self, repo_id: str, repo_type: RepoType) -> Any:
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        try:
-            return self.api.repo_info(repo_id, repo_type=repo_type, timeout=SECONDS)
+            info = self.api.repo_info(repo_id, repo_type=repo_type, timeout=SECONDS)
         except RepositoryNotFoundError:
-            return None
+            other = "dataset" if repo_type == "model" else "model"
+            if not self.api.repo_exists(repo_id, repo_type=other):
+                return Remote()
+            raise MaskLoomError(
+                f"{repo_id}: exists as a {other}, and this is a {repo_type}; choose another --repo-id"
+            ) from None
+        try:
+            tree = list(self.api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type))
+        except RevisionNotFoundError:
+            return Remote(bool(info.private))
+        return Remote(bool(info.private), {entry.path: entry for entry in tree if isinstance(entry, RepoFile)})
 
     def send(self, upload: Upload, remote: Remote, news: Sequence[tuple[str, str]], options: PushOptions) -> None:
-        """Make the repository and the branch where they are missing, and commit what is new.
+        """Create the repository and the branch where they are missing, and commit what is new.
 
         Raises:
-            MaskLoomError: the Hub refuses, or the connection breaks. Files that have arrived stay there.
+            MaskLoomError: the Hub refuses, or the connection breaks; uploaded files stay there.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         where: dict[str, Any] = {"repo_id": upload.repo_id, "repo_type": upload.target.repo_type}
-        with self._told(upload.repo_id), warnings.catch_warnings():
+        with self._told(upload.repo_id), warnings.catch_warnings(), TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")  # the client prints what the server says about the card
-            if not remote.exists:
+            if remote.private is None:
                 self.api.create_repo(**where, private=not options.public)
                 if not options.public and not self.api.repo_info(**where).private:
                     raise MaskLoomError(
-                        f"{upload.repo_id}: {self.api.endpoint} made it public although private was asked for; nothing was sent"
+                        f"{upload.repo_id}: {self.api.endpoint} made it public although private was asked for; "
+                        "nothing was sent"
                     )
-            if not remote.has_branch and options.revision != MAIN:
+            if remote.files is None and options.revision != MAIN:
                 self.api.create_branch(**where, branch=options.revision, exist_ok=True)
-            operations = [
-                CommitOperationDelete(path) if state == "removed" else CommitOperationAdd(path, upload.files[path])
-                for path, state in news
-            ]
-            self.api.create_commit(
+            upload.stage(Path(folder))
+            self.api.upload_folder(
                 **where,
-                operations=operations,
+                folder_path=folder,
                 revision=options.revision,
                 commit_message=f"Push {upload.target} (MaskLoom {__version__})",
+                allow_patterns=[path for path, state in news if state != "removed"],
+                delete_patterns=[path for path, state in news if state == "removed"],
             )
 
     def address(self, upload: Upload, options: PushOptions) -> str:
-        """Return the repository's page."""
+        """Return the address of the repository's page."""
         prefix = "datasets/" if upload.target.repo_type == "dataset" else ""
         branch = "" if options.revision == MAIN else f"/tree/{options.revision}"
         return without_secrets(f"{self.api.endpoint}/{prefix}{upload.repo_id}{branch}")
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Turn any failure of the block, which must do nothing but talk to the Hub, into one line without secrets."""
+        """Turn a failure of the block, which only talks to the Hub, into a line without secrets."""
         try:
             yield
         except MaskLoomError:
@@ -241,14 +226,14 @@ class Hub:
             return "the Hub is not asked while HF_HUB_OFFLINE is set; unset it"
         if not isinstance(error, HfHubHTTPError):
             text = self._scrubbed(f"{type(error).__name__}: {one_line(error)}")
-            return f"no answer from {ENDPOINT}, or not to the end ({text}); check the network, then run the same command again: files that have arrived stay there"
-        status = error.response.status_code
+            return (
+                f"no answer from {ENDPOINT}, or not to the end ({text}); check the network, "
+                "then run the same command again: files that have arrived stay there"
+            )
         said = self._scrubbed(one_line(error.server_message or ""))[:SHOWN_LETTERS]
-        remedy = REMEDIES.get(status, "run the same command again later: files that have arrived stay there")
-        return f"{ENDPOINT} answers {status}{f' ({said})' if said else ''}; {remedy}"
+        status = error.response.status_code
+        return f"{ENDPOINT} answers {status}{f' ({said})' if said else ''}; {REMEDIES.get(status, LATER)}"
 
     def _scrubbed(self, text: str) -> str:
-        """Return text without the token, anything that looks like one, and the signatures of upload addresses."""
-        if self.token:
-            text = text.replace(self.token, "<token>")
-        return without_secrets(text)
+        """Return text without tokens and without the signatures of upload addresses."""
+        return without_secrets(text.replace(self.token, "<token>") if self.token else text)

@@ -1,4 +1,4 @@
-"""Is a file of a run what its name says, and may it leave this machine? Asked of each file before a push sends the first byte."""
+"""Checks that a file is what its name says and may leave this machine, before a push sends it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def check_pushed_file(path: Path, folder: Path) -> None:
-    """Check that a file is a regular one inside the folder that is pushed, not a link, and of the kind that its name says.
+    """Check that a file is a regular one inside the folder, and of the type that its name says.
 
     Args:
         path: the file.
@@ -26,49 +26,40 @@ def check_pushed_file(path: Path, folder: Path) -> None:
     again = "only what MaskLoom wrote itself is pushed: remove it and run the stage again"
     if not stat.S_ISREG(path.lstat().st_mode):
         kind = "a link" if path.is_symlink() else "no regular file"
-        raise MaskLoomError(f"{path}: {kind}, and what lies behind it might not be meant to go; {again}")
+        raise MaskLoomError(f"{path}: {kind}, which could lead to a private file; {again}")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise MaskLoomError(f"{path}: lies outside {folder}, behind a link; {again}")
-    check = CHECKS.get(path.suffix)
-    if check is None:
+    if path.suffix not in READERS:
         raise MaskLoomError(f"{path}: a kind of file that is never pushed; {again}")
     try:
-        check(path)
+        file_text(path)
     except MaskLoomError:
         raise
-    except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
+    except Exception as error:  # the readers raise errors of many kinds; the remedy is the same
         raise MaskLoomError(f"{path}: damaged, or no {path.suffix} file at all ({excerpt(error)}); {again}") from error
 
 
 def file_text(path: Path) -> str:
-    """Return what a file says in words: a text file whole, of weights, shards and pictures the metadata.
+    """Return the words in a file: text files whole, of weights, shards and images the metadata.
 
     Raises:
-        MaskLoomError: weights are cut short or are none.
+        MaskLoomError: it is damaged weights, or not a JSON object.
+        Exception: of the library that reads its type, where it is not of this type.
     """
+    return READERS[path.suffix](path)
+
+
+def _safetensors_text(path: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="numpy") as tensors:
-                return json.dumps(tensors.metadata() or {}, ensure_ascii=False)
-        except SafetensorError as error:
-            raise MaskLoomError(f"{path}: damaged weights ({one_line(error)}); run its training again") from None
-    if path.suffix == ".png":
-        from PIL import Image
-
-        with Image.open(path) as image:
-            image.load()
-            return " ".join(f"{key}={value}" for key, value in image.info.items())
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        metadata = pq.read_metadata(path).metadata or {}
-        return " ".join(value.decode("utf-8", "replace") for key, value in metadata.items() if key != b"ARROW:schema")
-    return path.read_bytes().decode("utf-8", "replace")
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return json.dumps(tensors.metadata() or {}, ensure_ascii=False)
+    except SafetensorError as error:
+        raise MaskLoomError(f"{path}: damaged weights ({one_line(error)}); run its training again") from None
 
 
-def _check_png(path: Path) -> None:
+def _png_text(path: Path) -> str:
     from PIL import Image
 
     content = path.read_bytes()
@@ -76,32 +67,33 @@ def _check_png(path: Path) -> None:
         raise ValueError("it does not begin or end as a PNG does")
     with Image.open(path, formats=["PNG"]) as image:
         image.load()
+        return " ".join(f"{key}={value}" for key, value in image.info.items())
 
 
-def _check_safetensors(path: Path) -> None:
-    file_text(path)
-
-
-def _check_json(path: Path) -> None:
-    read_object(path, "run the stage again")
-
-
-def _check_parquet(path: Path) -> None:
+def _parquet_text(path: Path) -> str:
     import pyarrow.parquet as pq
 
-    pq.read_metadata(path)
+    metadata = pq.read_metadata(path).metadata or {}
+    return " ".join(value.decode("utf-8", "replace") for key, value in metadata.items() if key != b"ARROW:schema")
 
 
-def _check_markdown(path: Path) -> None:
-    if "\0" in path.read_text(encoding="utf-8"):
+def _json_text(path: Path) -> str:
+    read_object(path, "run the stage again")
+    return path.read_text(encoding="utf-8")
+
+
+def _markdown_text(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if "\0" in text:
         raise ValueError("it is no text")
+    return text
 
 
-CHECKS: Mapping[str, Callable[[Path], None]] = {
-    ".png": _check_png,
-    ".safetensors": _check_safetensors,
-    ".json": _check_json,
-    ".parquet": _check_parquet,
-    ".md": _check_markdown,
+READERS: Mapping[str, Callable[[Path], str]] = {
+    ".json": _json_text,
+    ".md": _markdown_text,
+    ".parquet": _parquet_text,
+    ".png": _png_text,
+    ".safetensors": _safetensors_text,
 }
-"""By ending: what fails where the file is none of this kind."""
+"""By ending: what reads the words of a file, and fails where it is not of this type."""

@@ -1,7 +1,7 @@
-"""A run's dataset, weights and synthetic datasets to the Hugging Face Hub, one repository each.
+"""Pushes a run's dataset, weights and synthetic datasets to the Hub, one repository each.
 
-A push is one commit, made when every large file has arrived: a repository shows the old state or the new one. Running it again after a break
-sends only what the Hub does not have.
+A push is one commit, made when all large files have arrived: a repository shows the old state or
+the new one. After an interruption, the same command sends only what the Hub does not have.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from maskloom.pipeline.runs.run import Run
 
 
 def push(config: ExperimentConfig, words: Sequence[str], options: PushOptions) -> None:
-    """Push parts of a run; prints each repository's address.
+    """Push parts of a run, and print each repository's address.
 
-    Everything is checked on this machine before the first byte goes.
+    Everything is checked on this machine before the first byte is sent.
 
     Args:
         config: the experiment.
-        words: `dataset`, `generator`, `generator:KIND`, `baseline:NAME`, `synthetic:NAME`; none: `generator`.
-        options: see there.
+        words: `dataset`, `generator`, `generator:KIND`, `baseline:ARCHITECTURE`,
+            `synthetic:NAME`; by default `generator`.
+        options: repository, visibility, branch and dry run.
 
     Raises:
-        MaskLoomError: there is nothing to push, it must not go, or the Hub cannot be reached or refuses.
+        MaskLoomError: nothing to push, a check fails, or the Hub cannot be reached or refuses.
     """
     run = Run(config.run_folder)
     targets = find_targets(run, words or ["generator"])
     hub = Hub(options.dry_run)
-    uploads = [pack(config, run, target, repo_id) for target, repo_id in _addresses(targets, config, options, hub)]
+    uploads = [pack(run, target, repo_id) for target, repo_id in _addresses(targets, config, options, hub)]
     for upload in uploads:
         check_licence(upload, options.public, options.may_publish)
         check_leaks(upload, config, run)
@@ -45,50 +46,49 @@ def push(config: ExperimentConfig, words: Sequence[str], options: PushOptions) -
 def _addresses(
     targets: Sequence[Target], config: ExperimentConfig, options: PushOptions, hub: Hub
 ) -> list[tuple[Target, str]]:
-    """Return the repository of each target; a name without a namespace goes to the token's own.
+    """Return the repository of each target; a name without a namespace goes to the token's user.
 
     Raises:
-        MaskLoomError: one name for several repositories, or a name that the Hub does not take.
+        MaskLoomError: one name for several repositories, or a name that the Hub does not accept.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     if options.repo_id and len(targets) > 1:
         raise MaskLoomError(
-            f"--repo-id {options.repo_id}: one name for {len(targets)} repositories ({', '.join(map(str, targets))}); push them one by one"
+            f"--repo-id {options.repo_id}: one name for {len(targets)} repositories "
+            f"({', '.join(map(str, targets))}); push them one by one"
         )
-    names = [options.repo_id or target.repo_name(config.experiment) for target in targets]
-    for name in names:
+    found = []
+    for target in targets:
+        name = options.repo_id or target.repo_name(config.experiment)
         try:
             validate_repo_id(name)
         except HFValidationError as error:
             raise MaskLoomError(f"--repo-id: {one_line(error)}; give NAMESPACE/NAME") from None
-    return [
-        (target, name if "/" in name else f"{hub.namespace()}/{name}")
-        for target, name in zip(targets, names, strict=True)
-    ]
+        found.append((target, name if "/" in name else f"{hub.namespace()}/{name}"))
+    return found
 
 
 def _push_one(hub: Hub, upload: Upload, options: PushOptions) -> None:
     """Bring one repository to the upload's state, or list what that takes."""
-    visibility = "public" if options.public else "private"
     remote = hub.look(upload, options)
     changes = list(compare(upload, remote))
-    if remote.exists and remote.private is False and not options.public:
+    news = [(path, state) for path, _, state in changes if state != "unchanged"]
+    if remote.private is False and not options.public:
         raise MaskLoomError(
-            f"{upload.repo_id}: the repository is public; push with --public, make it private on its settings page, or choose another --repo-id"
+            f"{upload.repo_id}: the repository is public; push with --public, make it private on its settings page, "
+            "or choose another --repo-id"
         )
-    if remote.exists and remote.private and options.public:
+    if remote.private and options.public:
         say(f"{upload.repo_id}: is private and stays so: make it public on its settings page")
     if options.dry_run:
-        _list(upload, remote, changes, visibility)
+        _list(upload, remote, changes, "public" if options.public else "private")
         return
-    news = [(path, state) for path, _, state in changes if state != "unchanged"]
     if news:
         hub.send(upload, remote, news, options)
-        after = hub.look(upload, options)
-        missing = next((path for path, _, state in compare(upload, after) if state != "unchanged"), None)
-        if missing:
+        after = compare(upload, hub.look(upload, options))
+        if missing := next((path for path, _, state in after if state != "unchanged"), None):
             raise MaskLoomError(
                 f"{upload.repo_id}: {missing} did not arrive as it is here (does the repository's .gitignore name it?)"
             )
@@ -99,8 +99,9 @@ def _push_one(hub: Hub, upload: Upload, options: PushOptions) -> None:
 def _list(upload: Upload, remote: Remote, changes: Sequence[tuple[str, int, str]], visibility: str) -> None:
     """Print what a push would do."""
     does = "would change" if any(state != "unchanged" for *_, state in changes) else "is up to date"
-    state = f"not compared: {remote.unread}" if remote.unread else does if remote.exists else "would create"
-    print(f"{upload.target} -> {upload.repo_id} ({upload.target.repo_type}, {visibility}): {state}")
+    if remote.private is None:
+        does = f"not compared: {remote.unread}" if remote.unread else "would create"
+    print(f"{upload.target} -> {upload.repo_id} ({upload.target.repo_type}, {visibility}): {does}")
     for path, size, change in changes:
         print(f"  {'would send' if remote.unread else change:<10} {_size(size):>9}  {path}")
 

@@ -1,6 +1,6 @@
-"""What of a run goes to the Hub: which files, under which licence, and what must stay at home.
+"""What of a run goes to the Hub: which files, under which licence, and what must stay private.
 
-What goes is listed here by name; nothing else of a run ever does.
+The files that go are listed here by name; nothing else of a run is ever sent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract
+from maskloom.pipeline.dataset.licence import OPEN_LICENCE
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.private_paths import ABSOLUTE_PATH
@@ -24,66 +25,55 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, Run
 
-CARD, PICTURES = "README.md", "samples.png"
+Part = Literal["dataset", "generator", "baseline", "synthetic"]
 RepoType = Literal["model", "dataset"]
+CARD, PICTURES = "README.md", "samples.png"
+NETWORK = r"(?:\w+/)?"  # an architecture of `baselines` has one folder per network
 WEIGHTS_FILE = (
-    r"(?:diffusion_pytorch_model|pytorch_lora_weights|kohya_lora_weights)[\w.-]*\.safetensors(?:\.index\.json)?"
+    NETWORK
+    + r"(?:diffusion_pytorch_model|pytorch_lora_weights|kohya_lora_weights)[\w.-]*\.safetensors(?:\.index\.json)?"
 )
-SCHEDULER_FILE = r"scheduler_config\.json"
-NETWORK = r"(?:\w+/)?"
-"""An architecture has a folder for each of its networks."""
 SHARD_FILE = r"data/\w+-\d{5}-of-\d{5}\.parquet"
 SENT: dict[RepoType, re.Pattern[str]] = {
-    "model": re.compile(
-        rf"{re.escape(CARD)}|{re.escape(PICTURES)}|{NETWORK}(?:config\.json|{SCHEDULER_FILE}|{WEIGHTS_FILE})"
-    ),
-    "dataset": re.compile(rf"{re.escape(CARD)}|{re.escape(CONTRACT_FILE)}|{SHARD_FILE}"),
+    "model": re.compile(rf"README\.md|samples\.png|{NETWORK}(?:scheduler_)?config\.json|{WEIGHTS_FILE}"),
+    "dataset": re.compile(rf"README\.md|{re.escape(CONTRACT_FILE)}|{SHARD_FILE}"),
 }
 """All that may go, by its path in the repository."""
-REPLACED: dict[RepoType, re.Pattern[str]] = {
-    "model": re.compile(NETWORK + WEIGHTS_FILE),
-    "dataset": re.compile(SHARD_FILE),
-}
-"""What is removed from the repository where it is no part of the new state: an old shard would be read with the new ones."""
-LOCAL_KEYS = ("_name_or_path", "base_model_name_or_path")  # of config.json and adapters: where weights were loaded from
-OPEN_LICENCE = re.compile(
-    r"(cc0(-1\.0)?|cc-by(-sa)?-\d\.\d|mit|apache-2\.0|pddl(-1\.0)?|odc-by(-1\.0)?|cdla-permissive-\d\.\d)( \([^()]*\))?",
-    re.IGNORECASE,
-)
-"""Licences, with or without a remark in brackets, that let anyone pass the data on for any purpose. Any other is asked about."""
+REPLACED: dict[RepoType, re.Pattern[str]] = {"model": re.compile(WEIGHTS_FILE), "dataset": re.compile(SHARD_FILE)}
+"""What is removed where it is not part of the upload: old shards would be read with the new ones."""
+LOCAL_KEYS = ("_name_or_path", "base_model_name_or_path")  # of JSON files: where weights were loaded from
 
 
 @dataclass(frozen=True)
 class Target:
-    """One part of a run that becomes one repository: `dataset`, `generator:KIND`, `baseline:NAME` or `synthetic:NAME`."""
+    """One part of a run that becomes one repository.
 
-    part: Literal["dataset", "generator", "baseline", "synthetic"]
+    It is written `dataset`, `generator:KIND`, `baseline:ARCHITECTURE` or `synthetic:NAME`.
+    """
+
+    part: Part
     name: str = ""
 
     def __str__(self) -> str:
         return f"{self.part}:{self.name}" if self.name else self.part
 
     @property
-    def is_weights(self) -> bool:
-        """Whether it was trained."""
-        return self.part in ("generator", "baseline")
-
-    @property
     def repo_type(self) -> RepoType:
-        """The kind of repository on the Hub."""
-        return "model" if self.is_weights else "dataset"
+        """The type of repository on the Hub."""
+        return "model" if self.part in ("generator", "baseline") else "dataset"
 
     def repo_name(self, experiment: str) -> str:
         """Return the repository's name without its namespace."""
-        return "-".join([experiment, *([] if self.is_weights else [self.part]), *filter(None, [self.name])])
+        return "-".join(filter(None, [experiment, "" if self.repo_type == "model" else self.part, self.name]))
 
     def folder(self, run: Run) -> Path:
-        """Return where it lies."""
-        if self.part == "baseline":
-            return run.baselines / self.name / "weights"
-        return {"dataset": run.folder, "generator": run.generator, "synthetic": run.synthetic}[self.part] / (
-            self.name or "dataset"
-        )
+        """Return the folder with its files."""
+        return {
+            "dataset": run.dataset,
+            "generator": run.generator / self.name,
+            "baseline": run.baselines / self.name / "weights",
+            "synthetic": run.synthetic / self.name,
+        }[self.part]
 
 
 @dataclass(frozen=True)
@@ -91,6 +81,8 @@ class Upload:
     """The files that go into one repository.
 
     Attributes:
+        target: the part of the run.
+        repo_id: where it goes.
         files: a file, or the bytes themselves, by path in the repository.
         licences: of the data behind it.
         notes: sentences for the user.
@@ -102,95 +94,96 @@ class Upload:
     licences: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    def stage(self, folder: Path) -> None:
+        """Lay the files out in an empty folder as in the repository, by links where they exist."""
+        for name, source in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(source, bytes):
+                path.write_bytes(source)
+            else:
+                path.symlink_to(source.absolute())
+
 
 def find_targets(run: Run, words: Sequence[str]) -> list[Target]:
-    """Return what the words name, each once; `generator` names every folder of trained weights.
+    """Return the parts that the words name, each once; `generator` names all trained weights.
 
     Raises:
-        MaskLoomError: a word names nothing, or what it names is not there.
+        MaskLoomError: a word names nothing, or what it names does not exist yet.
     """
-    kinds = [kind for kind in LOADING if (run.generator / kind).is_dir()]
-    architectures = [path.parent.name for path in sorted(run.baselines.glob("*/weights"))]
-    sets = [path.parent.name for path in sorted(run.synthetic.glob(f"*/{CONTRACT_FILE}"))]
-    known = {"dataset": [Target("dataset")], "generator": [Target("generator", kind) for kind in kinds]}
-    known |= {str(target): [target] for target in known["generator"]}
-    known |= {f"baseline:{name}": [Target("baseline", name)] for name in architectures}
-    known |= {f"synthetic:{name}": [Target("synthetic", name)] for name in sets}
-    found: dict[Target, None] = {}
+    kinds = [Target("generator", kind) for kind in LOADING if (run.generator / kind).is_dir()]
+    trained = [Target("baseline", path.parent.name) for path in sorted(run.baselines.glob("*/weights"))]
+    sets = [Target("synthetic", path.parent.name) for path in sorted(run.synthetic.glob(f"*/{CONTRACT_FILE}"))]
+    missing = {
+        "generator": "" if kinds else f"{run.generator}: nothing has been trained yet; run train first",
+        "baseline": "" if trained else f"{run.baselines}: no other generator has been trained yet; run baselines first",
+        "synthetic": "" if sets else f"{run.synthetic}: nothing has been generated yet; run generate first",
+    }
+    known = {"dataset": [Target("dataset")], "generator": kinds}
+    known |= {str(target): [target] for target in (*kinds, *trained, *sets)}
     for word in words:
-        if word.partition(":")[0] == "generator" and not kinds:
-            raise MaskLoomError(f"{run.generator}: nothing has been trained yet; run train first")
-        if word.partition(":")[0] == "baseline" and not architectures:
-            raise MaskLoomError(f"{run.baselines}: no other generator has been trained yet; run baselines first")
-        if word.partition(":")[0] == "synthetic" and not sets:
-            raise MaskLoomError(f"{run.synthetic}: nothing has been generated yet; run generate first")
+        if problem := missing.get(word.partition(":")[0]):
+            raise MaskLoomError(problem)
         if word not in known:
             raise MaskLoomError(f"{word}: no such part of {run.folder}; {nearest_name(word, list(known))}")
-        found |= dict.fromkeys(known[word])
-    return list(found)
+    return list(dict.fromkeys(target for word in words for target in known[word]))
 
 
-def pack(config: ExperimentConfig, run: Run, target: Target, repo_id: str) -> Upload:
-    """Return what of a target goes, checked.
+def pack(run: Run, target: Target, repo_id: str) -> Upload:
+    """Return the checked files of a part.
 
     Raises:
         MaskLoomError: it is unfinished or damaged.
     """
-    return _packed_weights(run, target, repo_id) if target.is_weights else _packed_set(run, target, repo_id)
+    return (_packed_weights if target.repo_type == "model" else _packed_dataset)(run, target, repo_id)
 
 
-def _packed_set(run: Run, target: Target, repo_id: str) -> Upload:
+def _packed_dataset(run: Run, target: Target, repo_id: str) -> Upload:
     folder = target.folder(run)
     if target.part != "dataset":  # the real one may be shared between runs by a link
         _check_place(folder, run)
     dataset = verify_quickly(folder)
-    files = {
-        name: folder / name for name in (*dataset.contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)
-    }
-    for path in files.values():
-        check_pushed_file(path, folder)
+    names = [name for name in (*dataset.contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)]
+    for name in names:
+        check_pushed_file(folder / name, folder)
     first = next(dataset.rows(columns=["sample_id", "group_id"]), None)
     if first is None:
         raise MaskLoomError(f"{folder}: there are no rows to push; write the dataset again with --force")
     note = (
         f"rows are named like sample_id {first['sample_id']!r}, group_id {first['group_id']!r}: "
-        "make sure that such names tell no patient"
+        "make sure that such names do not identify patients"
     )
-    return Upload(target, repo_id, dict(files), _licences(dataset.contract), (note,))
+    return Upload(target, repo_id, {name: folder / name for name in names}, _licences(dataset.contract), (note,))
 
 
 def _packed_weights(run: Run, target: Target, repo_id: str) -> Upload:
-    folder = target.folder(run)
-    contract = read_contract(run.dataset)
-    stage, again = ("train", "train") if target.part == "generator" else (f"baselines/{target.name}", "baselines")
+    folder, contract = target.folder(run), read_contract(run.dataset)
+    stage = "train" if target.part == "generator" else f"baselines/{target.name}"
+    again = f"run {stage.partition('/')[0]} again"
     record = read_record(run, stage)
     if record is None:
-        raise MaskLoomError(
-            f"{run.logs(stage) / RECORD_FILE}: no such file; the training has not ended; run {again} again"
-        )
+        raise MaskLoomError(f"{run.logs(stage) / RECORD_FILE}: no such file; the training has not ended; {again}")
     if record.inputs.get("dataset") != contract.digest:
-        raise MaskLoomError(f"{folder}: trained on another dataset than {run.dataset} is now; run {again} again")
+        raise MaskLoomError(f"{folder}: trained on another dataset than {run.dataset} is now; {again}")
     _check_place(folder, run)
-    names = sorted(
-        name for path in folder.rglob("*") if SENT["model"].fullmatch(name := path.relative_to(folder).as_posix())
-    )
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    names = [name for name in found if SENT["model"].fullmatch(name)]
     for name in names:
         check_pushed_file(folder / name, folder)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise MaskLoomError(f"{folder}: no weights to push (*.safetensors); run {again} again")
+    weights = Weights(target.name, folder, record, tuple(n for n in names if n.endswith(".safetensors")))
+    if not weights.files:
+        raise MaskLoomError(f"{folder}: no weights to push (*.safetensors); {again}")
     _check_as_written(run, record, folder, names, again)
     files: dict[str, Path | bytes] = {name: _without_local_keys(folder / name) for name in names}
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo_id.split('/')[-1]}\n"
-    if PICTURES not in files and (pictures := max((run.logs(stage) / "images").glob("step-*.png"), default=None)):
-        check_pushed_file(pictures, run.logs(stage))
-        files[PICTURES] = pictures
+    newest = max((run.logs(stage) / "images").glob("step-*.png"), default=None)
+    if PICTURES not in files and newest:
+        check_pushed_file(newest, run.logs(stage))
+        files[PICTURES] = newest
+    text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else f"# {repo_id.split('/')[-1]}\n"
     if PICTURES in files and PICTURES not in text:
         text = f"{text.rstrip()}\n\n![conditioning | real | samples]({PICTURES})\n"
-    notes: list[str] = []
-    weights = Weights(target.name, folder, stage, record.model_dump(mode="json"))
-    files[CARD] = completed_card(text, weights, repo_id, run, notes).encode()
-    return Upload(target, repo_id, files, _licences(contract), tuple(notes))
+    card, notes = completed_card(text, weights, repo_id, run)
+    return Upload(target, repo_id, {**files, CARD: card.encode()}, _licences(contract), tuple(notes))
 
 
 def _check_as_written(run: Run, record: StageRecord, folder: Path, names: Sequence[str], again: str) -> None:
@@ -199,20 +192,14 @@ def _check_as_written(run: Run, record: StageRecord, folder: Path, names: Sequen
     Raises:
         MaskLoomError: one is missing or changed, or is not of this training.
     """
-    place = folder.relative_to(run.folder).as_posix()
-    written = {
-        name.removeprefix(f"{place}/"): known for name, known in record.files.items() if name.startswith(f"{place}/")
-    }
-    strange = next((name for name in names if name not in written and name not in (CARD, PICTURES)), None)
-    if strange:
+    prefix = f"{folder.relative_to(run.folder).as_posix()}/"
+    written = {name.removeprefix(prefix) for name in record.files if name.startswith(prefix)}
+    if strange := next((name for name in names if name not in {*written, CARD, PICTURES}), None):
         raise MaskLoomError(f"{folder / strange}: not a file that the training wrote; move it away, then push again")
-    sent = {
-        f"{place}/{name}": known
-        for name, known in written.items()
-        if SENT["model"].fullmatch(name) and name != CARD and (name in names or name != PICTURES)
-    }
-    if problem := damaged_file(run, sent):
-        raise MaskLoomError(f"{problem}: damaged since its training; run {again} again, which makes it anew")
+    kept = {name for name in written if SENT["model"].fullmatch(name)} - {CARD}
+    kept -= {PICTURES} - set(names)
+    if problem := damaged_file(run, {prefix + name: record.files[prefix + name] for name in sorted(kept)}):
+        raise MaskLoomError(f"{problem}: damaged since its training; {again}, which makes it anew")
 
 
 def _check_place(folder: Path, run: Run) -> None:
@@ -226,7 +213,7 @@ def _check_place(folder: Path, run: Run) -> None:
 
 
 def _without_local_keys(path: Path) -> Path | bytes:
-    """Return a JSON file without the keys that say where weights were loaded from; any other file as it is."""
+    """Return a JSON file without the keys that name local paths; other files as they are."""
     if path.suffix != ".json":
         return path
     values = read_object(path, "run its training again")
@@ -241,9 +228,9 @@ def _licences(contract: Contract) -> tuple[str, ...]:
 
 
 def check_licence(upload: Upload, public: bool, may_publish: bool) -> None:
-    """Say the data's licences; refuse to publish where they do not plainly allow it.
+    """Print the data's licences; refuse to publish where they do not clearly allow it.
 
-    Weights count as well: their sample pictures show real images, and they may have learnt some by heart.
+    This holds for weights too: their samples show real images, and they may reproduce some.
 
     Raises:
         MaskLoomError: it would be public, and the user has not said that it may be.
@@ -260,7 +247,7 @@ def check_licence(upload: Upload, public: bool, may_publish: bool) -> None:
 
 
 def check_leaks(upload: Upload, config: ExperimentConfig, run: Run) -> None:
-    """Refuse any text that names a place on this machine.
+    """Refuse any text that contains a path of this machine.
 
     Raises:
         MaskLoomError: names the file and the path.
@@ -269,10 +256,9 @@ def check_leaks(upload: Upload, config: ExperimentConfig, run: Run) -> None:
     known = [str(place) for place in places if place is not None and place.is_absolute() and len(place.parts) > 2]
     for name, source in upload.files.items():
         text = file_text(source) if isinstance(source, Path) else source.decode("utf-8", "replace")
-        found = next((place for place in known if place in text), None) or ABSOLUTE_PATH.search(text)
-        if found:
-            shown = found if isinstance(found, str) else found[0]
+        pattern = ABSOLUTE_PATH.search(text)
+        if shown := next((place for place in known if place in text), pattern and pattern[0]):
             raise MaskLoomError(
-                f"{upload.target.folder(run) / name}: names a path of this machine, {shown!r}, which must not be published; "
-                "give it relative, or take it out of the configuration, and write the folder again"
+                f"{upload.target.folder(run) / name}: names a path of this machine, {shown!r}, which must not be "
+                "published; give it relative, or take it out of the configuration, and write the folder again"
             )

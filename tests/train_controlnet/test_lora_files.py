@@ -85,7 +85,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, dataset: Path, backbone: Pa
 
 def test_an_upload_holds_both_files(source: Path, backbone: Path) -> None:
     run = Run(source.parents[1])
-    upload = pack(tiny_config(run.folder, backbone), run, Target("generator", "lora"), "someone/lora")
+    upload = pack(run, Target("generator", "lora"), "someone/lora")
     assert {ADAPTER_FILE, KOHYA_FILE} <= upload.files.keys()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from maskloom.pipeline.dataset.combining.plan import Combination
 from maskloom.pipeline.dataset.combining.sets import SyntheticRow, SyntheticSet
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.licence import other_licence
 from maskloom.pipeline.files.formatting import markdown_cell
 
 
@@ -25,8 +25,7 @@ def combination_card(
     """Return README.md: rows by origin and class, what was added, licence and citation."""
     front = yaml.safe_dump(
         {
-            "license": "other",
-            "license_name": re.sub(r"[^a-z0-9.]+", "-", about.licence.lower()).strip("-"),
+            **other_licence(about),
             "tags": ["medical", "maskloom", "mask-and-prompt", "combined", "synthetic"],
         },
         sort_keys=False,

@@ -24,13 +24,13 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.licence import OPEN_LICENCE, licence_metadata
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest, file_digest, read_json, write_json
 from maskloom.pipeline.files.private_paths import ABSOLUTE_PATH
-from maskloom.pipeline.hub.cards import hub_base_model, licence_metadata
+from maskloom.pipeline.hub.cards import hub_base_model
 from maskloom.pipeline.hub.client import Hub, PushOptions
 from maskloom.pipeline.hub.push import push
-from maskloom.pipeline.hub.uploads import OPEN_LICENCE
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.model_card import model_card
@@ -59,7 +59,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubState]:
         )
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", state.endpoint)  # of the module's functions
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # as by default: a push switches Xet off
         huggingface_hub.close_session()
         yield state
         assert state.leaks == []
@@ -696,7 +696,7 @@ def command_line(hub: HubState, world: World, *arguments: str) -> list[str]:
 
 
 def environment(hub: HubState, folder: Path) -> dict[str, str]:
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0", "NO_PROXY": "127.0.0.1"}
     return {**os.environ, **own, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
 
 

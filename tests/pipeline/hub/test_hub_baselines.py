@@ -64,7 +64,7 @@ class World:
     def upload(self) -> Upload:
         if (self.run.logs("baselines/pix2pix") / "stage.json").is_file():
             self.record_weights()
-        return pack(self.config, self.run, Target("baseline", "pix2pix"), REPO)
+        return pack(self.run, Target("baseline", "pix2pix"), REPO)
 
     def card(self) -> tuple[dict[str, object], str]:
         text = self.upload().files["README.md"]
