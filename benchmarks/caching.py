@@ -1,6 +1,8 @@
-"""What the latent and text caches save: training steps with and without them, on the same rows, in one process.
+"""What the latent and text caches save: training steps with and without them, on the same rows.
 
-Needs a prepared dataset (`make prepare`): `python -m benchmarks.caching [--config configs/demo.yaml]`.
+Needs a prepared dataset (`make prepare`):
+
+    python -m benchmarks.caching [--config configs/demo.yaml]
 """
 
 import statistics
@@ -28,8 +30,8 @@ STEPS = 10
 WARM_UP = 3
 
 
-def seconds_a_step(task: DiffusionTask, optimizer: torch.optim.Optimizer, batch: int, round_number: int) -> float:
-    """Return the median time of a training step, rows and their decoding included, in seconds."""
+def seconds_per_step(task: DiffusionTask, optimizer: torch.optim.Optimizer, batch: int, round_number: int) -> float:
+    """Return the median seconds per training step, including the reading and decoding of rows."""
     times = []
     for step in range(WARM_UP + STEPS):
         start = time.perf_counter()
@@ -47,7 +49,7 @@ def seconds_a_step(task: DiffusionTask, optimizer: torch.optim.Optimizer, batch:
 
 
 def main(config: Annotated[Path, typer.Option()] = Path("configs/demo.yaml"), rounds: int = 3) -> None:
-    """Alternate cached and uncached rounds and print both, with their ratio."""
+    """Alternate cached and uncached rounds; print the times of both and their ratio."""
     keep_freed_memory()
     experiment = load_experiment(config, [])
     train = experiment.fine_tuning
@@ -65,18 +67,18 @@ def main(config: Annotated[Path, typer.Option()] = Path("configs/demo.yaml"), ro
         }
         for number in range(rounds):
             for cached, task in tasks.items():
-                results[cached].append(seconds_a_step(task, optimizers[cached], train.train_batch_size, number))
+                results[cached].append(seconds_per_step(task, optimizers[cached], train.train_batch_size, number))
     ratio = statistics.median(u / c for c, u in zip(results[True], results[False], strict=True))
     batch = train.train_batch_size
     table = Table(
         "latents",
-        "seconds a step",
-        "samples a second",
+        "seconds per step",
+        "samples per second",
         title=f"{tasks[True].device}, batch {batch}, {train.pretrained_model_name_or_path}",
     )
     for cached, times in results.items():
         middle = statistics.median(times)
-        table.add_row("cached" if cached else "encoded each step", f"{middle:.3f}", f"{batch / middle:.1f}")
+        table.add_row("cached" if cached else "encoded at each step", f"{middle:.3f}", f"{batch / middle:.1f}")
     table.add_row("speed-up", f"{ratio:.2f}x", "")
     Console().print(table)
 

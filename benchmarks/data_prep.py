@@ -1,7 +1,10 @@
-"""Preparing at N, 4N and 16N: images and tiles a second, peak memory, and the gain of a second process, on generated raw data.
+"""Preparing N, 4 N and 16 N generated images: speed, peak memory, and the gain of a second process.
 
-`python -m benchmarks.data_prep [--images 128] [--slides 2]`. The plain loop is what one would write by hand: open, resize, save, one file after
-the other, without checks, duplicate search, hashes or shards. Each figure is of a process of its own; times leave its start-up out.
+    python -m benchmarks.data_prep [--images 128] [--slides 2]
+
+The plain loop is what one would write by hand: open, resize, save, one file after the other,
+without checks, duplicate search, hashes or shards. Each figure comes from a process of its own;
+times do not include its start-up.
 """
 
 import json
@@ -31,12 +34,12 @@ SAMPLE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Measured:
-    """One run.
+    """The figures of one run.
 
     Attributes:
-        seconds: of the work, start-up left out.
+        seconds: duration of the work, without start-up.
         peak_mb: largest sum of resident memory over the process and its children, in MiB.
-        rows: images or tiles written.
+        rows: number of images or tiles written.
     """
 
     seconds: float
@@ -45,12 +48,12 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Rows a second."""
+        """Rows per second."""
         return self.rows / self.seconds
 
 
 def textured(index: int, side: int, channels: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return a picture with structure at several scales, (side, side[, 3]) uint8; another index gives another picture."""
+    """Return an image with structure at several scales, (side, side[, 3]) uint8."""
     random = np.random.default_rng(index)
     layers = np.zeros((side, side), dtype=np.float32)
     for cells in (4, 16, 64, 256):
@@ -61,7 +64,7 @@ def textured(index: int, side: int, channels: int) -> np.ndarray[Any, np.dtype[n
 
 
 def write_images(folder: Path, count: int, side: int, channels: int) -> None:
-    """Write pictures with an elliptic lesion each, in the layout of BUSI, half benign, half malignant."""
+    """Write images with one elliptic lesion each as BUSI does, half benign, half malignant."""
     y, x = np.mgrid[:side, :side]
     for index in range(count):
         label = ("benign", "malignant")[index % 2]
@@ -74,7 +77,7 @@ def write_images(folder: Path, count: int, side: int, channels: int) -> None:
 
 
 def write_slides(folder: Path, count: int, side: int = SLIDE_SIDE) -> None:
-    """Write tiled pyramids with tissue everywhere but at the border, in the layout of CAMELYON16's normal slides."""
+    """Write tiled pyramids as CAMELYON16's normal slides, with tissue except at the border."""
     import tifffile
 
     (folder / "training" / "normal").mkdir(parents=True)
@@ -86,17 +89,17 @@ def write_slides(folder: Path, count: int, side: int = SLIDE_SIDE) -> None:
     with tifffile.TiffWriter(first) as file:
         for level in range(4):
             step = 2**level
-            pixels_a_cm = 1e4 / (0.25 * step)
+            pixels_per_cm = 1e4 / (0.25 * step)
             file.write(
                 tissue[::step, ::step], tile=(256, 256), compression="zlib", photometric="rgb",
-                subfiletype=int(level > 0), resolution=(pixels_a_cm, pixels_a_cm), resolutionunit="CENTIMETER",
+                subfiletype=int(level > 0), resolution=(pixels_per_cm, pixels_per_cm), resolutionunit="CENTIMETER",
             )  # fmt: skip
     for number in range(2, count + 1):
         shutil.copy(first, first.with_name(f"normal_{number:03d}.tif"))
 
 
 def plain_loop(raw: Path, out: Path) -> int:
-    """Convert a BUSI tree to an image folder by hand, one file after the other; return the number of images."""
+    """Convert a BUSI tree to an image folder, one file after the other; return the image count."""
     lines = []
     for path in sorted(p for p in raw.rglob("*.png") if not p.stem.endswith("_mask")):
         image = Image.open(path).convert("L").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -115,10 +118,10 @@ def plain_loop(raw: Path, out: Path) -> int:
 
 
 def watched(command: list[str]) -> float:
-    """Run a command and return the peak of the memory that it and its children hold, in MiB.
+    """Run a command and return the peak resident memory of it and its children, in MiB.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     peak = 0
@@ -149,7 +152,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def measured_prepare(raw: Path, run: Path, workers: int, dataset: str, **data: Any) -> Measured:
-    """Prepare a raw folder in a process of its own."""
+    """Prepare a raw folder in a process of its own and return the figures."""
     section = {"dataset": dataset, "raw_dir": str(raw), "image_size": SIZE, "num_workers": workers, **data}
     section["splits"] = {"train": 1, "validation": 0, "test": 0}
     config = {"experiment": "bench", "run_dir": str(run), "data": section}
@@ -163,7 +166,7 @@ def measured_prepare(raw: Path, run: Path, workers: int, dataset: str, **data: A
 
 
 def measured_plain(raw: Path, out: Path) -> Measured:
-    """Run the plain loop in a process of its own; it prints its seconds."""
+    """Run the plain loop in a process of its own and return the figures."""
     code = (
         "import sys, time; from pathlib import Path; from benchmarks.data_prep import plain_loop; start = time.perf_counter(); "
         "rows = plain_loop(Path(sys.argv[1]), Path(sys.argv[2])); "
@@ -187,13 +190,16 @@ def first_images(source: Path, folder: Path, count: int) -> Path:
 
 
 def shown(title: str, unit: str, rows: list[tuple[str, list[Measured]]]) -> Table:
-    """Return a table: a line a way of working, for every scale rate and peak memory, and memory at the last against the first."""
+    """Return a table with one row per way of working.
+
+    It has speed and peak memory at every scale, and the ratio of memory at the last and first.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for measured in rows[0][1]:
         table.add_column(f"{measured.rows} {unit}: {unit}/s", justify="right")
         table.add_column("peak MiB", justify="right")
-    table.add_column("memory, last : first", justify="right")
+    table.add_column("memory, last / first", justify="right")
     for name, line in rows:
         cells = [text for one in line for text in (f"{one.rate:.1f}", f"{one.peak_mb:.0f}")]
         table.add_row(name, *cells, f"{line[-1].peak_mb / line[0].peak_mb:.2f}")
@@ -203,10 +209,10 @@ def shown(title: str, unit: str, rows: list[tuple[str, list[Measured]]]) -> Tabl
 def main(
     images: Annotated[int, typer.Option(help="N, an even number; 16 N are generated")] = 128,
     slides: Annotated[int, typer.Option(help="N; 16 N are generated")] = 4,
-    side: Annotated[int, typer.Option(help="pixels of an image's side")] = 512,
-    large_side: Annotated[int, typer.Option(help="the same where decoding is to dominate")] = 2048,
+    side: Annotated[int, typer.Option(help="side of the images in pixels")] = 512,
+    large_side: Annotated[int, typer.Option(help="side of the images where decoding dominates")] = 2048,
 ) -> None:
-    """Print three tables."""
+    """Print three tables: images, tiles, and images whose decoding dominates."""
     console = Console(width=150)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -233,7 +239,7 @@ def main(
             lines.append((f"{workers} process{'es' if workers > 1 else ''}", measured))
         console.print(
             shown(
-                f"Tiles of slides of {SLIDE_SIDE} x {SLIDE_SIDE}, at most {options['max_tiles_per_slide']} a slide",
+                f"Tiles of slides of {SLIDE_SIDE} x {SLIDE_SIDE}, at most {options['max_tiles_per_slide']} per slide",
                 "tiles",
                 lines,
             )
@@ -248,7 +254,7 @@ def main(
             title=f"Decoding dominates: RGB images of {large_side} x {large_side} to {SIZE} x {SIZE}",
             title_justify="left",
         )
-        for column in ("", "images/s", "against 1 process", "against the plain loop"):
+        for column in ("", "images/s", "relative to 1 process", "relative to the plain loop"):
             table.add_column(column, justify="right" if column else "left")
         for name, run in (("plain loop", plain), ("1 process", one), ("2 processes", two)):
             table.add_row(name, f"{run.rate:.1f}", f"{run.rate / one.rate:.2f}", f"{run.rate / plain.rate:.2f}")

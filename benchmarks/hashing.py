@@ -1,8 +1,9 @@
-"""What it costs to compare weights with their digest: 1.4 GB hashed beside the same file loaded.
+"""The cost of comparing weights with their digest: 1.4 GB hashed, and the same file loaded.
 
     python -m benchmarks.hashing [--gigabytes 1.4] [--folder /tmp]
 
-Makes a file of float32 tensors in FOLDER and deletes it at the end. Cold: the file has been taken out of the system's cache before.
+Makes a file of float32 tensors in FOLDER and deletes it at the end. Cold: the file has been removed
+from the page cache of the system before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Print a table of seconds, the least of a few repeats."""
+    """Print a table of seconds, the minimum of a few repeats."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.4)
     parser.add_argument("--folder", type=Path, default=None)
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def _seconds(work: Callable[[Path], object], path: Path, cold: bool) -> float:
-    """Return the least wall time of some repeats."""
+    """Return the shortest wall time of the repeats."""
     times = []
     for _ in range(REPEATS):
         _forget(path) if cold else _read(path)
@@ -52,7 +53,7 @@ def _seconds(work: Callable[[Path], object], path: Path, cold: bool) -> float:
 
 
 def _forget(path: Path) -> None:
-    """Have the system drop a file from its cache."""
+    """Remove a file from the page cache of the system."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -65,15 +66,15 @@ def _read(path: Path) -> None:
 
 
 def _load(path: Path) -> float:
-    """Load the weights and touch each page: memory-mapped ones are not read before."""
+    """Load the weights and touch each page, as memory-mapped weights are read only then."""
     return sum(float(tensor.view(-1)[::1024].sum()) for tensor in load_file(path).values())
 
 
 WORKS: dict[str, Callable[[Path], object]] = {
-    "hashing, as the program does (pieces on threads)": content_digest,
+    "hashing, as the program does (in chunks, several threads)": content_digest,
     "hashing, one thread": file_digest,
     "reading the file": _read,
-    "loading it (`safetensors.torch.load_file`), each page touched": _load,
+    "loading it (`safetensors.torch.load_file`), every page touched": _load,
 }
 
 if __name__ == "__main__":

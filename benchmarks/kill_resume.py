@@ -1,9 +1,13 @@
-"""One training, killed with `kill -9` at random moments and started again each time: does it end with the bytes of one that never stopped?
+"""One training, killed with `kill -9` at random moments and resumed each time.
 
-`python -m benchmarks.kill_resume [--kills 20] [--processes 2] [--config FILE] [--json] [train.use_ema=true ...]`. Without a configuration: a
-ControlNet on nano-sd and simulated images of 64 x 64, a checkpoint every two steps, so that many kills hit the writing of one. Every fourth
-kill, from the first on, comes before the first step (loading, caching), the others somewhere in the time between two checkpoints after a
-random number of steps. A kill ends the command and all processes that it started.
+Does it end with the same bytes as an uninterrupted one?
+
+    python -m benchmarks.kill_resume [--kills 20] [--processes 2] [--config FILE] [KEY=VALUE ...]
+
+Without a configuration: a ControlNet on nano-sd and simulated images of 64 x 64, with a checkpoint
+every two steps, so that many kills hit the writing of one. Every fourth kill, from the first on,
+comes before the first step (loading, caching), the others at a random time between two checkpoints
+after a random number of steps. A kill ends the command and all processes that it started.
 """
 
 import json
@@ -50,23 +54,24 @@ TRAINING = {
         "report_to": None,
     },
 }
-EARLY = 4  # one kill in so many comes before the first step
-PROGRESS = 0.6  # share of the training's steps that the others are to see between them
+EARLY = 4  # one of this many kills comes before the first step
+PROGRESS = 0.6  # share of the training's steps over which the other kills are spread
 POLL_SECONDS = 0.01
 WEIGHTS = ("controlnet", "unet", "lora", "vae")
 
 
 @dataclass
 class Kill:
-    """What one kill hit.
+    """The state in which one kill hit the training.
 
     Attributes:
-        seconds: after the start of the command.
-        phase: loading, caching, training, writing a checkpoint, deleting a checkpoint, or exporting.
-        step: last step that was finished; 0 where the training had not begun.
-        checkpoint: step of the newest checkpoint left; 0 where there is none.
-        lost: steps that had been done since that checkpoint.
-        damaged: checkpoints under their final name that are not whole.
+        seconds: time since the start of the command.
+        phase: loading, caching, training, writing a checkpoint, deleting a checkpoint, or
+            exporting.
+        step: last finished step; 0 before the first one.
+        checkpoint: step of the newest checkpoint; 0 if there is none.
+        lost: number of steps since that checkpoint.
+        damaged: number of checkpoints under their final name that are incomplete.
     """
 
     seconds: float
@@ -79,7 +84,7 @@ class Kill:
 
 @dataclass
 class Result:
-    """The kills, and what came of it all."""
+    """All kills, and the comparison of the final states."""
 
     checkpointing_steps: int
     steps: int
@@ -90,13 +95,13 @@ class Result:
     same_losses: bool = False
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures that the benchmark is about."""
+        """Return the main figures."""
         return {
             "kills": len(self.kills),
             "phases": dict(Counter(kill.phase for kill in self.kills)),
             "kills before the first checkpoint": sum(kill.checkpoint == 0 for kill in self.kills),
             "most steps lost": max((kill.lost for kill in self.kills), default=0),
-            "steps lost in all": sum(kill.lost for kill in self.kills),
+            "steps lost in total": sum(kill.lost for kill in self.kills),
             "damaged checkpoints": sum(kill.damaged for kill in self.kills),
             "failed restarts": len(self.failed_restarts),
             "same losses": self.same_losses,
@@ -104,7 +109,10 @@ class Result:
         }
 
     def passed(self) -> bool:
-        """Whether nothing was damaged, no more than a checkpoint's interval was ever lost, and the weights are the same."""
+        """Return whether nothing was damaged and the weights and losses are the same.
+
+        No kill may have lost more steps than the interval between checkpoints.
+        """
         lost = max((kill.lost for kill in self.kills), default=0)
         harmed = self.failed_restarts or any(kill.damaged for kill in self.kills)
         return not harmed and lost <= self.checkpointing_steps and self.same_bytes and self.same_losses
@@ -112,39 +120,39 @@ class Result:
 
 @dataclass(frozen=True)
 class Training:
-    """A command that trains, and the run that it writes to."""
+    """A training command and its run folder."""
 
     run: Path
     command: list[str]
 
     @property
     def generator(self) -> Path:
-        """Where checkpoints, caches and weights are."""
+        """The folder of checkpoints, caches and weights."""
         return self.run / "generator"
 
     @property
     def metrics(self) -> Path:
-        """The log of figures."""
+        """The log of losses and other figures."""
         return self.run / "logs" / "train" / METRICS_FILE
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the command with one thread a process; its last words go to a file in the run."""
+        """Start the command with one thread per process; its output goes to a file in the run."""
         with (self.run / "stderr.txt").open("wb") as errors:
             return subprocess.Popen(self.command, stdout=errors, stderr=errors, env=one_thread())
 
     def last_words(self) -> str:
-        """Return the end of what the command last printed."""
+        """Return the end of the command's output."""
         return (self.run / "stderr.txt").read_text(encoding="utf-8", errors="replace")[-500:]
 
     def losses(self) -> dict[int, float]:
-        """Return the loss of each logged step; a line that was cut off is left out."""
+        """Return the loss of each logged step, without a last incomplete line."""
         if not self.metrics.is_file():
             return {}
         lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
         return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
 
     def weights(self) -> dict[str, bytes]:
-        """Return the weights files that the training left, by folder and name."""
+        """Return the exported weights files by folder and name."""
         files = (path for name in WEIGHTS for path in (self.generator / name).glob("*.safetensors"))
         return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
 
@@ -153,21 +161,21 @@ class Training:
         return {path.name for path in self.generator.glob("cache/**/*") if path.is_file() and path.name[0] != "."}
 
     def leftovers(self) -> set[tuple[str, int]]:
-        """Return (name, inode) of every file and folder that a kill left half-made or half-deleted."""
+        """Return (name, inode) of every partly written or partly deleted file and folder."""
         found = (path for pattern in (".*.tmp", ".*.doomed") for path in self.generator.rglob(pattern))
         return {(str(path.relative_to(self.generator)), path.stat().st_ino) for path in found}
 
 
 def one_thread() -> dict[str, str]:
-    """Return the environment with one thread a process: sums then have one order."""
+    """Return the environment with one thread per process, which fixes the order of sums."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def whole_seconds(training: Training) -> tuple[float, float]:
-    """Let a training run to its end; return the seconds until its first step was logged, and in all.
+    """Run a training to its end; return the seconds until its first logged step and until its end.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the training failed.
     """
     begin = time.monotonic()
     process, first = training.start(), 0.0
@@ -182,21 +190,24 @@ def whole_seconds(training: Training) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a kill comes: `seconds` after a number of `steps` of that start; 0 steps: after the start, but not after the first step."""
+    """The moment of a kill: `seconds` after `steps` steps of the resumed training.
+
+    With 0 steps: after the start, but before the first step.
+    """
 
     steps: int
     seconds: float
 
 
 def kill_moments(kills: int, seed: int, first: float, interval: float, steps: int) -> Iterator[Moment]:
-    """Yield the moments.
+    """Yield the moments of the kills.
 
     Args:
-        kills: how many.
-        seed: of the moments.
+        kills: number of kills.
+        seed: seed of the moments.
         first: seconds until the first step.
-        interval: seconds from a checkpoint to the next.
-        steps: of the training.
+        interval: seconds between two checkpoints.
+        steps: number of steps of the training.
     """
     chance = random.Random(seed)
     most = max(1, round(2 * PROGRESS * steps / (kills * (1 - 1 / EARLY))))
@@ -210,12 +221,12 @@ def kill_moments(kills: int, seed: int, first: float, interval: float, steps: in
 
 
 def killed(training: Training, moment: Moment, complete_cache: set[str]) -> Kill | None:
-    """Start a training, kill it at a moment, and return what that hit; None where it had ended before."""
+    """Start a training, kill it at a moment and return its state; None if it had ended before."""
     log = training.metrics
     left_before, log_before = training.leftovers(), log.stat().st_ino if log.is_file() else 0
     known = max(checkpoint_steps(training.generator), default=0)
 
-    def began() -> bool:  # the log is written anew when the first step is near
+    def began() -> bool:  # the log is rewritten shortly before the first step
         return log.is_file() and log.stat().st_ino != log_before
 
     def steps_done() -> int:
@@ -248,7 +259,7 @@ def killed(training: Training, moment: Moment, complete_cache: set[str]) -> Kill
 
 
 def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill -9 a process and all its descendants, as a machine does that goes down."""
+    """Send SIGKILL to a process and all its descendants, as if the machine went down."""
     parent = psutil.Process(process.pid)
     processes = [parent, *parent.children(recursive=True)]
     for member in processes:
@@ -273,7 +284,7 @@ def _phase(left: set[str], began: bool, cached: bool) -> str:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint has the size that its record says."""
+    """Return whether every file of a checkpoint has its recorded size."""
     try:
         sizes = json.loads((checkpoint / LOOP_FILE).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
@@ -282,7 +293,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def commands(config: Path, overrides: list[str], processes: int, folder: Path) -> tuple[Training, Training]:
-    """Prepare the dataset; return the training that is left alone and the one that is killed."""
+    """Prepare the dataset; return the uninterrupted training and the one to kill."""
     trainings = []
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     for name in ("whole", "killed"):
@@ -299,7 +310,7 @@ def commands(config: Path, overrides: list[str], processes: int, folder: Path) -
 
 
 def measure(whole: Training, other: Training, kills: int, seed: int, console: Console) -> Result:
-    """Run both trainings and return what came of it."""
+    """Run both trainings and return the result."""
     first, total = whole_seconds(whole)
     every = yaml.safe_load((whole.run / "config.yaml").read_text(encoding="utf-8"))["train"]["checkpointing_steps"]
     result = Result(every, max(whole.losses()), round(total, 1))
@@ -328,12 +339,14 @@ def measure(whole: Training, other: Training, kills: int, seed: int, console: Co
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     kills: Annotated[int, typer.Option(min=1)] = 20,
-    seed: Annotated[int, typer.Option(help="of the moments")] = 0,
-    processes: Annotated[int, typer.Option(min=1, help="of the training; above 1 with torch's launcher")] = 1,
-    config: Annotated[Path | None, typer.Option(help="an experiment; its run_dir is not touched")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON in place of the table")] = False,
+    seed: Annotated[int, typer.Option(help="seed of the moments")] = 0,
+    processes: Annotated[
+        int, typer.Option(min=1, help="processes of the training; more than 1 with torch's launcher")
+    ] = 1,
+    config: Annotated[Path | None, typer.Option(help="experiment; its run_dir is not touched")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Kill a training again and again; exit code 1 where anything was lost that should not be."""
+    """Kill and resume a training repeatedly; exit with 1 unless it equals an uninterrupted one."""
     console = Console(stderr=True)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)

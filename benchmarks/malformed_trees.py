@@ -1,10 +1,12 @@
-"""Prepares and inspects malformed raw folders of every dataset, each in a process of its own, and prints what came of it.
+"""Prepares and inspects malformed raw folders of every dataset, each in a process of its own.
 
     python -m benchmarks.malformed_trees [--trees 520] [--first 0]
 
-A tree is a tiny raw dataset (`tests/writers`) with one to three mutations (`tests/malformed.py`): damaged bytes, wrong content, strange names, links,
-pipes, sockets, folders in place of files and files in place of folders. The table counts how the commands ended and, which must all be 0:
-tracebacks, commands that took longer than the limit, trees with a changed raw file, and trees with a file outside the run folder.
+A tree is a tiny raw dataset (`tests/writers`) with one to three mutations (`tests/malformed.py`):
+damaged bytes, wrong content, strange names, links, pipes, sockets, folders in place of files and
+files in place of folders. The table counts how the commands ended. Four columns must be 0:
+tracebacks, commands that took longer than the limit, trees with a changed raw file, and trees with
+a file outside the run folder.
 """
 
 import json
@@ -18,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import datasets  # noqa: F401  imported once, for all the processes that are forked
+import datasets  # noqa: F401  imported once, for all forked processes
 import pyarrow.parquet  # noqa: F401
 import typer
 
@@ -26,15 +28,15 @@ import maskloom.data_prep.__main__ as command_line
 from tests.data_prep.experiment import experiment
 from tests.malformed import NAMES, options_of, snapshot, write_malformed
 
-LIMIT = 60  # seconds, for one command
+LIMIT = 60  # seconds per command
 COLUMNS = ("trees", "prepared", "refused", "inspected", "tracebacks", "hangs", "raw changed", "outside")
 
 
 def main(
-    trees: Annotated[int, typer.Option(help="of all datasets together")] = 520,
+    trees: Annotated[int, typer.Option(help="number of trees, over all datasets")] = 520,
     first: Annotated[int, typer.Option(help="seed of the first tree")] = 0,
 ) -> None:
-    """Run all trees and print the table; exit with 1 where something must not be."""
+    """Run all trees and print the table; exit with 1 if a column that must be 0 is not."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in NAMES}
     began = time.monotonic()
     for number in range(trees):
@@ -49,7 +51,7 @@ def main(
 
 
 def try_tree(name: str, seed: int, counted: Counter[str]) -> None:
-    """Prepare and inspect one tree, and count what came of it."""
+    """Prepare and inspect one tree, and count the outcomes."""
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         done = write_malformed(name, seed, work / "raw")
@@ -88,7 +90,7 @@ def try_tree(name: str, seed: int, counted: Counter[str]) -> None:
 
 
 def ended(command: list[str], work: Path) -> tuple[int | None, str]:
-    """Return the exit code of a command and what it said; None where it was ended after the limit."""
+    """Return the exit code of a command and its output; None if it was killed after the limit."""
     (work / "tmp").mkdir(exist_ok=True)
     process = os.fork()
     if process == 0:
@@ -105,7 +107,10 @@ def ended(command: list[str], work: Path) -> tuple[int | None, str]:
 
 
 def _run(command: list[str], work: Path) -> None:
-    """Run a command in this, a forked, process, in a folder and with temporary files of its own, and end the process."""
+    """Run a command in this forked process, with a working folder and temporary files of its own.
+
+    The process ends with the command.
+    """
     said = os.open(work / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)

@@ -1,9 +1,11 @@
-"""What the search for near-duplicates finds, and what it joins by chance, where unrelated images share a layout.
+"""What the near-duplicate search finds, and joins by chance, if unrelated images share a layout.
 
-`python -m benchmarks.near_duplicate_layouts [--count 200 --planted 36 --layout lesion --workers 2]`. Images of five layouts are drawn: dark blobs in the
-middle of light skin, chests, fundi, brain slices, and this project's ultrasound phantoms, each of other shapes and textures. Changed copies of the first
-ones are planted. The table says how many of each change were found, how many unrelated pairs were joined, and what it took; `--layout lesion --count 10000
---planted 200` measures the time.
+    python -m benchmarks.near_duplicate_layouts [--count 200 --planted 36 --layout lesion]
+
+Images of five layouts are simulated: dark lesions on light skin, chests, fundi, brain slices, and
+this project's ultrasound phantoms, with different shapes and textures. Changed copies of the first
+ones are added. The table says how many copies with each change were found, how many unrelated pairs
+were joined, and the time; `--layout lesion --count 10000 --planted 200` measures the time.
 """
 
 import io
@@ -32,11 +34,11 @@ SIZE = 128
 
 def main(
     count: Annotated[int, typer.Option(min=2, help="unrelated images of each layout")] = 200,
-    planted: Annotated[int, typer.Option(min=0, help="changed copies among them, besides")] = 36,
-    layout: Annotated[list[str] | None, typer.Option(help="of which layouts; by default all")] = None,
+    planted: Annotated[int, typer.Option(min=0, help="changed copies in addition")] = 36,
+    layout: Annotated[list[str] | None, typer.Option(help="layouts to simulate; default: all")] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 2,
 ) -> None:
-    """Print what is found among drawn images of several layouts."""
+    """Print what is found among simulated images of several layouts."""
     table = Table(title=f"near-duplicates among {count} unrelated images and {planted} changed copies")
     for column in ("layout", "detail from", *CHANGES, "joined by chance", "seconds"):
         table.add_column(column)
@@ -46,7 +48,7 @@ def main(
 
 
 def measured(layout: str, count: int, planted: int, workers: int) -> list[str]:
-    """Return the cells of one layout."""
+    """Return the table cells of one layout."""
     changes = [list(CHANGES)[number % len(CHANGES)] for number in range(planted)]
     jobs = [(number, None) for number in range(count)] + list(enumerate(changes))
     with TemporaryDirectory() as scratch:
@@ -78,7 +80,7 @@ def _signature(layout: str, seed: int, change: str | None) -> bytes:
 
 
 def lesion(seed: int) -> Picture:
-    """Return a dark blob in the middle of light skin."""
+    """Return a dark lesion in the middle of light skin."""
     random, (y, x) = np.random.default_rng(seed), _grid()
     angle, radius = np.arctan2(y, x), np.hypot(x / random.uniform(0.8, 1.2), y / random.uniform(0.8, 1.2))
     outline = sum(random.normal(0, 0.1 / k) * np.cos(k * angle + random.uniform(0, 6)) for k in range(2, 7))
@@ -130,7 +132,7 @@ def brain(seed: int) -> Picture:
 
 
 def phantom(seed: int) -> Picture:
-    """Return an ultrasound phantom, each of another patient."""
+    """Return an ultrasound phantom; every seed is another patient."""
     return render(patient(5, seed, LABELS[seed % len(LABELS)]), 5, seed, 0, SIZE)[0]
 
 
@@ -139,7 +141,7 @@ def _grid() -> NDArray[np.float64]:
 
 
 def _noise(random: np.random.Generator, sigma: float) -> NDArray[np.float64]:
-    """Return noise of variance 1 with structures of so many pixels."""
+    """Return Gaussian noise smoothed with `sigma` pixels, of variance 1."""
     noise = gaussian_filter(random.normal(size=(SIZE, SIZE)), sigma)
     return np.asarray(noise / noise.std())
 
@@ -157,7 +159,7 @@ def _clipped(shade: NDArray[np.float64]) -> Picture:
 
 
 def with_calipers(picture: Picture) -> Picture:
-    """Return a picture with three marks and a line of text, the same in all."""
+    """Return an image with three caliper marks and a line of text, the same in all images."""
     drawn = picture.copy()
     height, width = drawn.shape
     for y, x in ((height * 3 // 10, width * 3 // 10), (height * 6 // 10, width * 7 // 10), (height // 2, width // 4)):
@@ -167,20 +169,20 @@ def with_calipers(picture: Picture) -> Picture:
 
 
 def cropped(picture: Picture, top: float, left: float, bottom: float, right: float) -> Picture:
-    """Return a picture less shares of its sides."""
+    """Return an image cropped by fractions of its sides."""
     height, width = picture.shape
     return picture[int(top * height) : height - int(bottom * height), int(left * width) : width - int(right * width)]
 
 
 def recompressed(picture: Picture, quality: int) -> Picture:
-    """Return a picture after JPEG."""
+    """Return an image after JPEG compression."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
 
 
 def with_gamma(picture: Picture, gamma: float) -> Picture:
-    """Return a picture of another contrast."""
+    """Return an image with its grey levels raised to the power `gamma`."""
     return _clipped(255 * (picture / 255) ** gamma)
 
 
@@ -193,8 +195,8 @@ CHANGES: dict[str, Callable[[Picture], Picture]] = {
     "JPEG 30": lambda one: recompressed(one, 30),
     "calipers": with_calipers,
     "rescaled": lambda one: np.asarray(Image.fromarray(one).resize((one.shape[1] * 6 // 10, one.shape[0] * 6 // 10))),
-    "3-6 % a side off": lambda one: cropped(one, 0.05, 0.03, 0.04, 0.06),
-    "6-10 % a side off": lambda one: cropped(one, 0.1, 0.08, 0.06, 0.1),
+    "3-6 % of each side off": lambda one: cropped(one, 0.05, 0.03, 0.04, 0.06),
+    "6-10 % of each side off": lambda one: cropped(one, 0.1, 0.08, 0.06, 0.1),
     "15 % of one side off": lambda one: cropped(one, 0, 0.15, 0, 0),
     "gamma, 5 %, JPEG": lambda one: recompressed(with_gamma(cropped(one, 0.05, 0.05, 0.05, 0.05), 1.4), 60),
 }

@@ -1,8 +1,10 @@
-"""How good the near-duplicate groups are on BUSI: their number, a check against plain correlation, and pictures to judge them by eye.
+"""The near-duplicate groups of BUSI: their number, a check, and sample sheets for inspection.
 
-`python -m benchmarks.near_duplicates RAW_BUSI [--sheet sheet.png --groups 40 --seed 0]`. The check is independent of `data_prep.splitting.near_duplicates`:
-every pair of raw images whose 64 x 64 reductions (Pillow, four filters) correlate above 0.98 must lie in one group. The pictures, some pages
-of sampled groups, show the raw images of a group side by side.
+    python -m benchmarks.near_duplicates RAW_BUSI [--sheet sheet.png --groups 40 --seed 0]
+
+The check is independent of `data_prep.splitting.near_duplicates`: every pair of raw images whose
+64 x 64 reductions (Pillow, four filters) correlate above 0.98 must lie in one group. The sheets
+show the raw images of sampled groups side by side.
 """
 
 import time
@@ -24,17 +26,17 @@ from maskloom.data_prep.splitting.near_duplicates import CORRELATION, near_dupli
 
 FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 PLAIN_SIDE, PLAIN_CORRELATION = 64, 0.98
-GROUPS_A_PAGE = 8
-HEIGHT, CAPTION = 230, 18  # pixels of an image and of the line above it
+GROUPS_PER_PAGE = 8
+HEIGHT, CAPTION = 230, 18  # heights in pixels of an image and of the text above it
 
 
 def main(
     raw: Annotated[Path, typer.Argument(help="folder of the raw dataset BUSI")],
-    sheet: Annotated[Path | None, typer.Option(help="PNG; its pages get numbers: sheet-1.png, …")] = None,
-    groups: Annotated[int, typer.Option(min=1, help="sampled for the sheet")] = 40,
-    seed: Annotated[int, typer.Option(help="of the sample")] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="PNG file; its pages are numbered: sheet-1.png, …")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="number of groups on the sheet")] = 40,
+    seed: Annotated[int, typer.Option(help="seed of the sample")] = 0,
     correlation: Annotated[
-        float | None, typer.Option(help="from which images are joined; by default calibrated, as prepare does")
+        float | None, typer.Option(help="threshold from which images are joined; default: calibrated, as prepare does")
     ] = None,
 ) -> None:
     """Group the raw images, check the groups, and draw a sample of them."""
@@ -56,7 +58,10 @@ def main(
 
 
 def found_clusters(items: Sequence[RawItem], correlation: float | None) -> list[int]:
-    """Return the near-duplicate cluster of each image, as preparing finds it (no two files of BUSI count as identical here)."""
+    """Return the near-duplicate cluster of each image, as `prepare` finds it.
+
+    Byte-identical files are compared like any others.
+    """
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "signatures.bin"
         with path.open("wb") as file:
@@ -75,7 +80,7 @@ def plain_pairs(items: Sequence[RawItem], filter_: Image.Resampling) -> list[tup
 def groups_table(
     items: Sequence[RawItem], several: Sequence[Sequence[int]], correlation: float | None, seconds: float
 ) -> Table:
-    """Return the table of what was grouped."""
+    """Return the table of groups."""
     mixed = [group for group in several if len({items[index].label for index in group}) > 1]
     table = Table(
         title=f"near-duplicate groups of {len(items)} images, aligned correlation from {correlation or CORRELATION}"
@@ -106,10 +111,12 @@ def plain_table(items: Sequence[RawItem], clusters: Sequence[int]) -> Table:
 def drawn_pages(items: Sequence[RawItem], groups: Sequence[Sequence[int]], sheet: Path) -> list[Path]:
     """Draw the groups, one per row, and return the pages' paths."""
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    pages = [groups[start : start + GROUPS_A_PAGE] for start in range(0, len(groups), GROUPS_A_PAGE)]
+    pages = [groups[start : start + GROUPS_PER_PAGE] for start in range(0, len(groups), GROUPS_PER_PAGE)]
     paths = []
     for number, page in enumerate(pages):
-        rows = [drawn_group(items, group, number * GROUPS_A_PAGE + place) for place, group in enumerate(page, start=1)]
+        rows = [
+            drawn_group(items, group, number * GROUPS_PER_PAGE + place) for place, group in enumerate(page, start=1)
+        ]
         whole = np.zeros((sum(len(row) for row in rows), max(row.shape[1] for row in rows)), dtype=np.uint8)
         top = 0
         for row in rows:
@@ -135,7 +142,7 @@ def drawn_group(items: Sequence[RawItem], group: Sequence[int], number: int) -> 
 
 
 def grey_image(item: RawItem) -> Image.Image:
-    """Return the raw image, mode L."""
+    """Return the raw image in mode L."""
     with Image.open(item.path) as image:
         return image.convert("L")
 

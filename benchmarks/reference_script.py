@@ -1,6 +1,6 @@
-"""Runs a script or module as it is and notes what it took.
+"""Runs an unmodified script or module and records its device and peak GPU memory.
 
-Both sides of `benchmarks.train_step` run under it, so that neither is changed for being measured.
+Both sides of `benchmarks.train_step` run under it, so neither has to be changed to be measured.
 """
 
 import argparse
@@ -18,12 +18,14 @@ MISSING_OPERATORS = (
 
 
 def define_missing_operators() -> Any:
-    """Declare torchvision's operators where its compiled part does not load, as a build for CUDA beside a torch without it.
+    """Declare torchvision's operators if its compiled part does not load.
+
+    This happens to a CUDA build of torchvision beside a torch without CUDA.
 
     `import torchvision` fails without them; its transforms of PIL images use none.
 
     Returns:
-        What keeps the declarations alive; None where nothing was declared.
+        The library that keeps the declarations alive; None if nothing was declared.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
@@ -42,7 +44,7 @@ def define_missing_operators() -> Any:
 
 
 def limit_device_memory(gib: float) -> None:
-    """Let this process use so much of the GPU's memory and no more."""
+    """Limit the GPU memory that this process may use."""
     import torch
 
     total = torch.cuda.get_device_properties(0).total_memory
@@ -50,7 +52,7 @@ def limit_device_memory(gib: float) -> None:
 
 
 def device_figures() -> dict[str, Any]:
-    """Return the device's name, torch's version, and the most memory in MiB that tensors took on a GPU (None without one)."""
+    """Return the device's name, torch's version, and the peak GPU memory in MiB or None."""
     import torch
 
     if not torch.cuda.is_available():
@@ -60,12 +62,12 @@ def device_figures() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the target with its arguments; write the result even where it fails."""
+    """Run the target with its arguments; write the result even if it fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reference_script", description=__doc__)
-    parser.add_argument("result", metavar="RESULT", help="JSON file that is written at the end")
+    parser.add_argument("result", metavar="RESULT", help="JSON file to write at the end")
     parser.add_argument("gib", metavar="GIB", type=float, help="GPU memory that the process may use; 0: all")
-    parser.add_argument("target", metavar="TARGET", help="a path that ends in .py, or a module's name")
-    parser.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="of the target")
+    parser.add_argument("target", metavar="TARGET", help="path of a .py file, or name of a module")
+    parser.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="arguments of the target")
     given = parser.parse_args()
     target, gib = given.target, given.gib
     is_script = target.endswith(".py")

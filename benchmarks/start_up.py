@@ -1,4 +1,4 @@
-"""How long the command lines take to answer: whole processes, median of several runs."""
+"""Time until the command lines answer: whole processes, median of several runs."""
 
 import argparse
 import statistics
@@ -22,7 +22,7 @@ def seconds_to_help(module: str) -> float:
 def main() -> None:
     """Print one row per command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="of each command")
+    parser.add_argument("--runs", type=int, default=5, help="number of runs per command")
     runs = parser.parse_args().runs
     table = Table("command", f"median of {runs} [s]", "fastest [s]", title="time to --help")
     for module in MODULES:

@@ -1,14 +1,17 @@
-"""Every file of a finished tiny run, damaged one at a time in four ways: does the program notice, and what comes of the next run?
+"""Damages every file of a finished tiny run, one at a time in four ways: does the program notice?
 
-`python -m benchmarks.state_damage [--folder FOLDER] [--only SUBSTRING] [--json FILE]`. A file is deleted, emptied, changed in one bit, or
-replaced by the valid file of the same name of another run (other data, other seed). Then `status` and the stage that reads or writes the
-file are asked. Each case must end in one of these ways:
+    python -m benchmarks.state_damage [--folder FOLDER] [--only SUBSTRING] [--json FILE]
 
-- named: `status` or the next run names the damaged file, and every result that the next run leaves is that of the undamaged run;
-- refused: the next run ends with exit code 2 and one line that names it;
-- same: nobody reads the file: the next run leaves the very same results.
+A file is deleted, emptied, changed in one bit, or replaced by the valid file of the same name of
+another run (other data, other seed). Then `status` and all stages run. Each case must end in one of
+these ways:
 
-Anything else (a traceback, another result without a word) is a failure, and the script ends with exit code 1.
+- named: `status` or the next run names the damaged file, and every result of the next run equals
+  that of the undamaged run;
+- refused: the next run ends with exit code 2 and one line that names the file;
+- same: the file is not read, and the next run leaves the same results.
+
+Anything else (a traceback, other results) is a failure, and the script ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -80,7 +83,13 @@ CONFIG: dict[str, Any] = {
     "evaluate": {"metrics": {"memorisation": {}}},
 }
 DAMAGES = ("deleted", "emptied", "one bit", "of another run")
-UNSTABLE = ("wall_seconds", "peak_memory_mb", "images_per_second", "made_now", "digest")  # of a record; not results
+UNSTABLE = (
+    "wall_seconds",
+    "peak_memory_mb",
+    "images_per_second",
+    "made_now",
+    "digest",
+)  # fields of a record that are not results
 
 
 @dataclass(frozen=True)
@@ -94,16 +103,16 @@ class Case:
 
     @property
     def is_right(self) -> bool:
-        """Whether the damage did not pass in silence."""
+        """Whether the damage was noticed or had no effect."""
         return self.ending in ("named", "refused", "same")
 
 
 def main(
-    folder: Annotated[Path | None, typer.Option(help="where the runs are kept; default: a temporary folder")] = None,
-    only: Annotated[str, typer.Option(help="only files whose path holds this text")] = "",
+    folder: Annotated[Path | None, typer.Option(help="folder that keeps the runs; default: a temporary folder")] = None,
+    only: Annotated[str, typer.Option(help="only files whose path contains this text")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="write all cases as JSON")] = None,
 ) -> None:
-    """Damage every file of a finished run in four ways, and print what came of it."""
+    """Damage every file of a finished run in four ways, and print the outcomes."""
     with contextlib.nullcontext(folder) if folder else TemporaryDirectory() as place:
         cases = [case for case in damaged_cases(Path(place)) if only in case.file]
     if json_file:
@@ -116,12 +125,12 @@ def main(
 
 
 def damaged_cases(place: Path, changes: dict[str, Any] | None = None, only: str = "") -> Iterator[Case]:
-    """Make two runs in `place`, and yield what came of every file of the first one, damaged in every way.
+    """Make two runs in `place`; yield the outcome of every damage to every file of the first one.
 
     Args:
         place: an existing folder.
-        changes: to sections of `CONFIG`.
-        only: files whose path holds this text.
+        changes: sections that replace those of `CONFIG`.
+        only: damage only files whose path contains this text.
     """
     sound, other = finished_run(place / "sound", 1, changes), finished_run(place / "other", 2, changes)
     expected = results(sound)
@@ -132,7 +141,7 @@ def damaged_cases(place: Path, changes: dict[str, Any] | None = None, only: str 
 
 
 def finished_run(folder: Path, seed: int, changes: dict[str, Any] | None = None) -> Path:
-    """Run all stages below a folder, and return the run folder; one that is there is taken as it is."""
+    """Run all stages below a folder, unless that has been done, and return the run folder."""
     run = folder / "run"
     if not (folder / "config.yaml").is_file():
         folder.mkdir(parents=True)
@@ -146,13 +155,13 @@ def finished_run(folder: Path, seed: int, changes: dict[str, Any] | None = None)
 
 
 def run_files(run: Path) -> list[str]:
-    """Return every file of a run but its locks, by its path below the run folder."""
+    """Return the path, relative to the run folder, of every file of a run except locks."""
     found = (path for path in run.rglob("*") if path.is_file() and path.name != LOCK_FILE)
     return [path.relative_to(run).as_posix() for path in found]
 
 
 def damaged_case(sound: Path, other: Path, place: Path, name: str, damage: str, expected: dict[str, str]) -> Case:
-    """Damage a file of a copy of the run, ask for the state of every stage, run all stages, and judge."""
+    """Damage a file in a copy of the run, check and run all stages, and return the outcome."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(sound.parent, place)
     config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8")) | {"run_dir": str(place / "run")}
@@ -170,16 +179,16 @@ def damaged_case(sound: Path, other: Path, place: Path, name: str, damage: str, 
         return Case(name, damage, "traceback", said)
     named = name in said or Path(name).name in said
     if runs[-1][0] == 2:
-        return Case(name, damage, "refused" if named else "refused without its name", said)
+        return Case(name, damage, "refused" if named else "refused, not named", said)
     after = results(place / "run")
     if after == expected:
         return Case(name, damage, "named" if named else "same", said)
     different = sorted(key for key in {*after, *expected} if after.get(key) != expected.get(key))
-    return Case(name, damage, "other results" + (", named" if named else " without a word"), f"{different[:4]} {said}")
+    return Case(name, damage, "other results" + (", named" if named else ", not named"), f"{different[:4]} {said}")
 
 
 def apply(damage: str, path: Path, other: Path) -> bool:
-    """Damage a file; return whether it is another one now."""
+    """Damage a file; return whether that changed it."""
     before = path.read_bytes()
     if damage == "deleted":
         path.unlink()
@@ -196,7 +205,7 @@ def apply(damage: str, path: Path, other: Path) -> bool:
 
 
 def results(run: Path) -> dict[str, str]:
-    """Return the digest of everything that a user takes from a run: datasets, weights, answers, report; no times, no caches."""
+    """Return the digest of each result of a run: datasets, weights, evaluations, stage keys."""
     found = {}
     for name in run_files(run):
         part = Path(name).parts[0]
@@ -217,7 +226,7 @@ def results(run: Path) -> dict[str, str]:
 
 
 def command(stage: str, config: Path, check: bool = False) -> tuple[int, str]:
-    """Run a stage in this process; return its exit code (1: a traceback) and all that it said."""
+    """Run a stage in this process; return its exit code (1: a traceback) and its output."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = _ended(lambda: _stage(stage)(load_experiment(config, []), False), check)
@@ -263,7 +272,7 @@ def _stage(name: str) -> Callable[..., object]:
 
 
 def _forget_accelerator() -> None:
-    """Let the next stage make an accelerator of its own, as in a process of its own."""
+    """Reset accelerate's state, so that the next stage makes an accelerator of its own."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -282,7 +291,7 @@ def table(cases: list[Case]) -> Table:
 
 
 def kind_of(name: str) -> str:
-    """Return what a file of a run is, for the table."""
+    """Return the kind of a file of a run, for the table."""
     parts = Path(name).parts
     if len(parts) == 1:
         return parts[0]

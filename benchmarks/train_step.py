@@ -1,21 +1,26 @@
-"""The training step against diffusers' own script, unmodified: the same rows, weights, precision, batch and threads.
+"""The training step compared with that of diffusers' own, unmodified script.
 
-The script is not part of this repository. Download it and give its path, with a prepared dataset (`make prepare`):
+Both use the same rows, weights, precision, batch size and number of threads. The script is not part
+of this repository. Download it and give its path, with a prepared dataset (`make prepare`):
 
     https://github.com/huggingface/diffusers/blob/main/examples/controlnet/train_controlnet.py
     python -m benchmarks.train_step --reference train_controlnet.py --run runs/demo
 
-It imports torchvision, which this project does without: `pip install --no-deps --target DIR torchvision==VERSION` puts one that fits the installed
-torch into a folder of its own, and `--torchvision DIR` shows it to the reference alone.
+It imports torchvision, which this project does not need: `pip install --no-deps --target DIR
+torchvision==VERSION` installs one that fits the installed torch into a folder of its own, and
+`--torchvision DIR` adds it to the path of the reference alone.
 
-Each side runs as a process of its own, in turn, the first of a round changing. Both log every step to TensorBoard; a step's time is the time between
-two of its records, so reading rows, optimizer and logging are in it. The first steps are left out. Whole processes hold start-up and, on this
-project's side, caching, the last step's held-out loss and a checkpoint; on the reference's, the conversion of the rows by `datasets`. Both save weights.
+Each side runs as a process of its own; the sides alternate, and so does the first of a round. Both
+log every step to TensorBoard. The time of a step is that between two records, so it includes
+reading rows, optimizer and logging. The first steps are left out. The time of a whole process
+includes start-up and the saving of weights; on this project's side also caching, the validation
+loss of the last step and a checkpoint, on the reference's the conversion of the rows by `datasets`.
 
-On a GPU (not yet run on one): full size with random weights, which cost as much as trained ones, on a dataset prepared at 512 x 512.
+On a GPU (not yet run on one): full size with random weights, which cost as much as trained ones, on
+a dataset prepared at 512 x 512.
 
-    python -m benchmarks.train_step --reference train_controlnet.py --run runs/busi --backbone sd15-random \\
-        --mixed-precision fp16 --batch 1 --batch 4 --batch 8 --gpu-memory 24 --learning-rate 1e-5
+    python -m benchmarks.train_step --reference train_controlnet.py --run runs/busi \\
+        --backbone sd15-random --mixed-precision fp16 --batch 1 --batch 4 --batch 8 --gpu-memory 24 --learning-rate 1e-5
 """
 
 import json
@@ -57,7 +62,7 @@ FIGURES = (
 
 
 class Precision(StrEnum):
-    """accelerate's names."""
+    """Mixed precision, by accelerate's names."""
 
     NO = "no"
     FP16 = "fp16"
@@ -70,17 +75,17 @@ class OutOfDeviceMemory(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run.
+    """The settings of a comparison.
 
     Attributes:
-        reference: the script's path.
-        torchvision: a folder that holds it, for the reference alone; None: it is installed.
+        reference: path of the script.
+        torchvision: folder with torchvision, for the reference alone; None: it is installed.
         dataset: a prepared dataset.
         backbone: a Stable Diffusion folder.
-        resolution: of the square images, in pixels.
+        resolution: side of the square images, in pixels.
         steps: optimizer steps per process.
-        spin: idle OpenMP threads wait as libgomp has them by default; otherwise they sleep.
-        gpu_memory: GiB a process may use; 0: all.
+        spin: idle OpenMP threads spin, the default of libgomp; otherwise they sleep.
+        gpu_memory: GiB of GPU memory that a process may use; 0: all.
         overrides: KEY=VALUE, for this project's side alone.
     """
 
@@ -100,22 +105,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """One process.
+    """The figures of one process.
 
     Attributes:
         side: `REFERENCE` or `OURS`.
         batch: samples per step.
-        step_seconds: time between the records of successive steps, warm-up left out.
+        step_seconds: times between the records of successive steps, without warm-up.
         losses: one per step.
-        first_step_seconds: from the start of the process to the record of its first step.
-        wall_seconds: of the whole process.
-        cpu_seconds: the same, over its threads.
-        peak_resident_mib: the most memory that the process held.
-        utilisation: share of the device's measured matrix-product peak; None on the reference's side, which does not log it.
-        load: the machine's load average as it started; well above 0, other work slowed it.
-        peak_device_mib: the most that tensors took on a GPU; None without one.
-        device: its name.
-        torch: its version.
+        first_step_seconds: time from the start of the process to the record of its first step.
+        wall_seconds: wall time of the whole process.
+        cpu_seconds: CPU time of the whole process, over its threads.
+        peak_resident_mib: peak resident memory.
+        utilisation: share of the device's measured matrix-product peak; None for the reference,
+            which does not log it.
+        load: load average of the machine at the start; well above 0, other work slowed the process.
+        peak_device_mib: peak GPU memory of tensors; None without a GPU.
+        device: name of the device.
+        torch: version of torch.
     """
 
     side: str
@@ -134,12 +140,15 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Samples a second, by the median step: the short batch that ends an epoch of the reference does not count."""
+        """Samples per second of the median step.
+
+        The short last batch of each epoch of the reference does not affect the median.
+        """
         return self.batch / statistics.median(self.step_seconds)
 
     @property
     def best_rate(self) -> float:
-        """Samples a second, by the steps' 10th percentile, which other work on the machine touches least."""
+        """Samples per second of the 10th percentile of the steps, least affected by other work."""
         return self.batch / statistics.quantiles(self.step_seconds, n=10)[0]
 
 
@@ -149,13 +158,13 @@ def measured(side: str, batch: int, seed: int, settings: Settings, out: Path) ->
     Args:
         side: `REFERENCE` or `OURS`.
         batch: samples per step.
-        seed: of the training.
-        settings: what is run.
-        out: a new folder where it writes.
+        seed: seed of the training.
+        settings: the settings of the comparison.
+        out: new folder for the output.
 
     Raises:
-        OutOfDeviceMemory: the GPU's memory was not enough.
-        MaskLoomError: it failed otherwise.
+        OutOfDeviceMemory: the process ran out of GPU memory.
+        MaskLoomError: the process failed otherwise.
     """
     out.mkdir()
     result, log = out / "result.json", out / "output.log"
@@ -200,7 +209,7 @@ def measured(side: str, batch: int, seed: int, settings: Settings, out: Path) ->
 
 
 def _reference_command(batch: int, seed: int, settings: Settings, out: Path) -> list[str]:
-    """Return the script and its arguments; checkpoints and validation are left out."""
+    """Return the script and its arguments, without checkpoints and validation."""
     return [
         str(settings.reference), f"--pretrained_model_name_or_path={settings.backbone}", f"--train_data_dir={settings.dataset}",
         f"--cache_dir={out / 'rows'}", f"--output_dir={out}", f"--resolution={settings.resolution}", f"--train_batch_size={batch}",
@@ -211,7 +220,7 @@ def _reference_command(batch: int, seed: int, settings: Settings, out: Path) -> 
 
 
 def _our_command(batch: int, seed: int, settings: Settings, out: Path) -> list[str]:
-    """Make a run folder with the prepared dataset and a configuration; return the stage and its arguments."""
+    """Make a run folder with dataset and configuration; return the stage and its arguments."""
     (out / "dataset").symlink_to(settings.dataset)
     train = {
         "pretrained_model_name_or_path": settings.backbone, "train_batch_size": batch, "max_train_steps": settings.steps,
@@ -226,18 +235,18 @@ def _our_command(batch: int, seed: int, settings: Settings, out: Path) -> list[s
 
 
 def _environment(side: str, settings: Settings) -> dict[str, str]:
-    """Return the environment; the number of threads and how they wait are the same on both sides."""
+    """Return the environment, with the same number of threads and wait policy on both sides."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     environment.pop("GOMP_SPINCOUNT", None)
     if settings.spin:
-        environment["GOMP_SPINCOUNT"] = SPIN_COUNT  # goes before the policy
+        environment["GOMP_SPINCOUNT"] = SPIN_COUNT  # takes precedence over the policy
     if side == REFERENCE and settings.torchvision is not None:
         environment["PYTHONPATH"] = str(settings.torchvision)
     return environment
 
 
 def _scalars(folder: Path) -> dict[str, list[Any]]:
-    """Return TensorBoard's records of every scalar logged below a folder, each with `wall_time` and `value`."""
+    """Return TensorBoard's records of every scalar below a folder, with `wall_time` and `value`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = {}
@@ -251,17 +260,18 @@ def _scalars(folder: Path) -> dict[str, list[Any]]:
 def compared(
     batch: int, rounds: int, settings: Settings, folder: Path, console: Console
 ) -> tuple[dict[str, list[Measured]], list[str]]:
-    """Run both sides in turn.
+    """Run both sides alternately.
 
     Args:
         batch: samples per step.
-        rounds: processes a side; each round has another seed.
-        settings: what is run.
-        folder: an existing folder for what they write.
-        console: shows each process.
+        rounds: number of processes per side; each round has another seed.
+        settings: the settings of the comparison.
+        folder: an existing folder for the output.
+        console: prints a line for each process.
 
     Returns:
-        The processes of each side in the order of the rounds, and the sides that ran out of GPU memory (and have none).
+        The figures of each side in the order of the rounds, and the sides that ran out of GPU
+        memory, which have no figures.
     """
     runs: dict[str, list[Measured]] = {REFERENCE: [], OURS: []}
     too_large: list[str] = []
@@ -284,10 +294,10 @@ def compared(
 
 
 def shown(batch: int, runs: dict[str, list[Measured]]) -> Table:
-    """Return a table: medians over the rounds, and of the rounds' ratios the median, the least and the greatest."""
+    """Return a table of medians over the rounds, with median and range of the rounds' ratios."""
     reference, ours = runs[REFERENCE], runs[OURS]
     table = Table(title=f"batch {batch}, {max(len(reference), len(ours))} rounds", title_justify="left")
-    for column in ("", REFERENCE, OURS, f"{OURS} : {REFERENCE}"):
+    for column in ("", REFERENCE, OURS, f"{OURS} / {REFERENCE}"):
         table.add_column(column, justify="right" if column else "left")
     for title, name, digits in FIGURES:
         columns = [[getattr(run, name) for run in side] for side in (reference, ours)]
@@ -306,9 +316,10 @@ def shown(batch: int, runs: dict[str, list[Measured]]) -> Table:
 
 
 def _utilisation(reference: list[Measured], ours: list[Measured]) -> list[str]:
-    """Return the share of the device's matrix-product peak on each side, by the operations that training itself needs.
+    """Return the share of the device's matrix-product peak that each side reaches.
 
-    They are the same on both sides: the reference's encoding of every batch is work that a cache spares, so it earns no share.
+    Only the operations of training itself count, which are the same on both sides: the reference's
+    encoding of every batch, which a cache avoids, does not.
     """
     pairs = [(own.utilisation, theirs.rate / own.rate) for theirs, own in zip(reference, ours, strict=False)]
     shares = [(share * ratio, share) for share, ratio in pairs if share is not None]
@@ -316,7 +327,7 @@ def _utilisation(reference: list[Measured], ours: list[Measured]) -> list[str]:
 
 
 def _mean_loss(runs: list[Measured], first: bool) -> str:
-    """Return mean and standard error over a quarter of the steps, of all rounds."""
+    """Return mean and standard error of the loss over a quarter of the steps, over all rounds."""
     losses: list[float] = []
     for run in runs:
         quarter = len(run.losses) // 4
@@ -325,7 +336,7 @@ def _mean_loss(runs: list[Measured], first: bool) -> str:
 
 
 def write_plot(path: Path, runs: list[Measured]) -> None:
-    """Write the losses of all processes as a PNG, each a mean over a twentieth of its steps."""
+    """Plot the losses of all processes as a PNG, each as a running mean over 5 % of its steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -342,9 +353,10 @@ def write_plot(path: Path, runs: list[Measured]) -> None:
 
 
 def write_random_sd15(folder: Path) -> None:
-    """Write a backbone of Stable Diffusion 1.5's architecture with random weights (1.07 billion), in float32.
+    """Write a backbone with Stable Diffusion 1.5's architecture and random float32 weights.
 
-    The tokenizer is the bundled backbone's: its token numbers fit, and it pads to the 77 tokens of the original.
+    It has 1.07 billion weights. The tokenizer is that of the bundled backbone: its token numbers
+    fit, and it pads to the 77 tokens of the original.
     """
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -368,7 +380,7 @@ def write_random_sd15(folder: Path) -> None:
 
 
 def backbone_folder(backbone: str, scratch: Path) -> str:
-    """Return what both sides load: a folder as an absolute path, a random backbone's folder, or a name on the Hub."""
+    """Return the backbone for both sides: an absolute path or a name on the Hub."""
     if backbone == RANDOM_BACKBONE:  # in a process of its own: a child's peak memory starts from its parent's
         code = "import sys; from pathlib import Path; from benchmarks.train_step import write_random_sd15 as w; w(Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", code, str(scratch / RANDOM_BACKBONE)], check=True, cwd=ROOT)
@@ -379,34 +391,34 @@ def backbone_folder(backbone: str, scratch: Path) -> str:
 def main(
     reference: Annotated[Path, typer.Option(help="diffusers' train_controlnet.py")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for this project's side alone")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for this project's side only")
     ] = None,
     run: Annotated[Path, typer.Option(help="run folder with a prepared dataset of square images")] = Path("runs/demo"),
     backbone: Annotated[str, typer.Option(help=f"Stable Diffusion folder, or {RANDOM_BACKBONE}")] = "assets/nano-sd",
     batch: Annotated[list[int], typer.Option(min=1, help="samples per step; may be repeated")] = [8],  # noqa: B006
     steps: Annotated[int, typer.Option(min=4 * WARM_UP, help="optimizer steps per process")] = 60,
-    rounds: Annotated[int, typer.Option(min=1, help="processes a side and batch")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="processes per side and batch size")] = 3,
     learning_rate: float = 1e-3,
     mixed_precision: Precision = Precision.NO,
-    threads: Annotated[int, typer.Option(min=1, help="OpenMP threads a process")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="OpenMP threads per process")] = 2,
     spin: Annotated[
-        bool, typer.Option("--spin", help="idle threads spin, OpenMP's default: for a machine without other work")
+        bool, typer.Option("--spin", help="let idle threads spin, OpenMP's default, on a machine without other work")
     ] = False,
-    gpu_memory: Annotated[float, typer.Option(min=0, help="GiB of GPU memory a process may use; 0: all")] = 0,
-    torchvision: Annotated[Path | None, typer.Option(help="folder that holds it, for the reference alone")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write every figure")] = None,
+    gpu_memory: Annotated[float, typer.Option(min=0, help="GiB of GPU memory that a process may use; 0: all")] = 0,
+    torchvision: Annotated[Path | None, typer.Option(help="folder with torchvision, for the reference only")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all figures as JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="write the losses as a PNG")] = None,
 ) -> None:
-    """Print a table a batch size."""
+    """Print one table per batch size."""
     for option, path in (("--reference", reference), ("--torchvision", torchvision)):
         if path is not None and not path.exists():
             raise MaskLoomError(
-                f"{option} {path}: not found; the first lines of benchmarks/train_step.py say where to get it"
+                f"{option} {path}: not found; see the docstring of benchmarks/train_step.py for where to get it"
             )
     height, width = read_contract(run / "dataset").description.image_size
     if height != width:
         raise MaskLoomError(
-            f"{run}: images of {height} x {width}; the reference trains on squares, prepare it with data.image_size=N"
+            f"{run}: images of {height} x {width}; the reference trains on square images; prepare with data.image_size=N"
         )
     console, everything = Console(width=120), []
     with TemporaryDirectory() as scratch:

@@ -1,7 +1,8 @@
-"""What training did for each architecture: the Fréchet distance of its images to the real train images, against its own untrained self.
+"""The gain of training each architecture: Fréchet distances before and after.
 
-The untrained networks start from the same seed and are asked the same things. `text_only` is what an untrained ControlNet draws: its zero
-convolutions add nothing to the backbone. Needs a finished run (generate and its stages before it):
+Both distances are to the real train images. The untrained networks start from the same seed and
+generate for the same conditions. `text_only` shows what an untrained ControlNet generates: its zero
+convolutions add nothing to the backbone. Needs a finished run (generate and the stages before it):
 
     python -m benchmarks.training_gain --config configs/experiments/generators.yaml
 """
@@ -35,17 +36,17 @@ Features = NDArray[np.float64]
 
 
 def untrained_features(config: ExperimentConfig, run: Run, name: str, extractor: Extractor) -> Features:
-    """Return features (N, D) of what an architecture draws before its first step, for the rows of the configuration's plan."""
+    """Return the features (N, D) of the planned images of an architecture before its first step."""
     with TemporaryDirectory() as scratch:
         Path(scratch, "dataset").symlink_to(run.dataset.resolve())
         start = {**config.baselines[name], "max_train_steps": 0, "num_train_epochs": None}
         untrained = config.model_copy(update={"run_dir": Path(scratch), "baselines": {name: start}})
         train_baselines(untrained, force=False)
-        batches = _drawn_batches(untrained, Run(Path(scratch)), name)
+        batches = _generated_batches(untrained, Run(Path(scratch)), name)
         return batch_features(extractor, batches, "cpu")
 
 
-def _drawn_batches(config: ExperimentConfig, run: Run, name: str) -> list[list[NDArray[np.uint8] | None]]:
+def _generated_batches(config: ExperimentConfig, run: Run, name: str) -> list[list[NDArray[np.uint8] | None]]:
     dataset = MaskPromptDataset.open(run.dataset)
     about, parents = dataset.description, read_parents(dataset)
     generators = config.generate.model_copy(update={"generators": {name: config.generate.generators[name]}})
@@ -77,8 +78,8 @@ def main(
     extractor = load_extractor(inputs, ExtractorOptions.model_validate(options))
     train = set_features(inputs, extractor, inputs.train)
     distances: dict[str, dict[str, float]] = {}
-    for name, drawn in inputs.synthetic.items():
-        trained = frechet_distance(set_features(inputs, extractor, drawn), train)
+    for name, generated in inputs.synthetic.items():
+        trained = frechet_distance(set_features(inputs, extractor, generated), train)
         distances[name] = {"trained": trained}
         if name in experiment.baselines:
             before = frechet_distance(untrained_features(experiment, run, name, extractor), train)

@@ -55,7 +55,7 @@ def embedded_file(path: Path, side: int) -> Embedded | None:
 
 
 def svg_uri(svg: str) -> str:
-    """Return an SVG drawing as a data URI, which in an <img> can neither run scripts nor load files."""
+    """Return an SVG drawing as a data URI; in an <img> it can run no scripts and load no files."""
     return _uri(svg.encode(), "image/svg+xml")
 
 
