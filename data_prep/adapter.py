@@ -176,7 +176,7 @@ class DatasetAdapter(ABC):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether a folder looks like this dataset, by file and folder names only (for `inspect`)."""
+        """Whether a folder looks like this dataset, by file and folder names (for `inspect`)."""
         return False
 
     @classmethod

@@ -8,31 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from maskloom.data_prep.sources import Source
-from maskloom.pipeline.config.data import StainConfig
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import file_digest
 
 
-def input_places(sources: Sequence[Source], stain: StainConfig | None) -> dict[str, Path | None]:
+def input_places(sources: Sequence[Source], stain_reference: Path | None) -> dict[str, Path | None]:
     """Return the files and folders that are read, by the key that names them."""
     places = {f"{source.section}.raw_dir": source.adapter.raw_dir for source in sources}
-    return places if stain is None else {**places, "data.stain.reference": stain.reference}
+    return {**places, "data.stain.reference": stain_reference}
 
 
-def input_digests(sources: Sequence[Source], stain: StainConfig | None) -> dict[str, str]:
+def input_digests(sources: Sequence[Source], stain_reference: Path | None) -> dict[str, str]:
     """Return a digest of each input.
 
     Raises:
         MaskLoomError: the stain reference does not exist.
     """
     digests = {source.split or "raw": source.adapter.fingerprint() for source in sources}
-    if stain is not None and stain.reference is not None:
-        if not stain.reference.is_file():
+    if stain_reference is not None:
+        if not stain_reference.is_file():
             raise MaskLoomError(
-                f"data.stain.reference={stain.reference}: no such file; give an image of the stain to imitate"
+                f"data.stain.reference={stain_reference}: no such file; give an image of the stain to imitate"
             )
-        digests["stain_reference"] = file_digest(stain.reference)
+        digests["stain_reference"] = file_digest(stain_reference)
     return digests
 
 

@@ -11,7 +11,8 @@ Result = TypeVar("Result")
 
 # With fewer tasks per worker, starting it (importing numpy, Pillow, …) costs more than it saves.
 TASKS_PER_WORKER = 2
-# Where a signal ends the command, joblib's watching process removes a temporary folder and warns of it: a line that is no news.
+# If a signal ends the command, joblib's watching process removes a temporary folder and warns of
+# it, which is no news.
 QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
 
 

@@ -4,7 +4,8 @@ A part is a slide, a volume, or some dozens of images. Parts are independent of 
 can be read by several processes or by several cluster jobs (`--shard i/n`), and none is read twice:
 the records of a part appear on disk at once when it is complete. Each part has three files:
 
-    part-00012.jsonl   one record per sample: ids, prompt, location of its pixels; or a reject with its reason
+    part-00012.jsonl   one record per sample: ids, prompt, location of its pixels; or a reject with
+                       its reason
     part-00012.bin     the images of the samples as PNG, concatenated
     part-00012.near    their near-duplicate signatures, concatenated
 """
@@ -16,29 +17,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from maskloom.data_prep.adapter import DatasetAdapter, RawItem, Reject
+from maskloom.data_prep.processing.stains import stain_normaliser
 from maskloom.data_prep.readers.file_names import as_seen, printable
 from maskloom.data_prep.sources import Source
 from maskloom.data_prep.splitting.groups import Found, Row
 from maskloom.data_prep.survey import PreparedSample, prepared_sample
-from maskloom.pipeline.config.data import DataConfig, StainConfig
+from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import RejectedSample
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX, atomic_path, file_digest
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
-from maskloom.pipeline.progress import say
-
-if TYPE_CHECKING:
-    from maskloom.data_prep.processing.stains import StainNormaliser
+from maskloom.pipeline.progress import Advance, say
 
 SIGNATURES = "signatures.bin"
 VECTORS = "signatures.windows"  # temporary file of the near-duplicate search
 SEAL = "sha256"  # suffix of the file that is written last, with the digests of the part's other files
 SUFFIXES = ("jsonl", "bin", "near")
 PART_FILES = (*(f"part-*.{suffix}" for suffix in (*SUFFIXES, SEAL)), SIGNATURES, VECTORS, f".*{TEMPORARY_SUFFIX}")
+fitted_stains = lru_cache(maxsize=1)(stain_normaliser)  # once per process
 PICTURES = ("image", "mask", "conditioning_image")
 
 
@@ -160,7 +160,7 @@ def _samples(reading: Reading, part: Part) -> Iterator[tuple[RawItem, PreparedSa
             yield item
             continue
         try:
-            stains = None if reading.data.stain is None else _fitted_stains(reading.data.stain)
+            stains = None if reading.data.stain is None else fitted_stains(reading.data.stain)
             sample = prepared_sample(source, reading.data, main.channels, main.palette, stains, item)
         except RejectedSample as error:
             yield Reject(item.path, str(error))
@@ -178,14 +178,6 @@ def _expanded(adapter: DatasetAdapter, entries: Sequence[RawItem | Reject]) -> I
             yield from adapter.expand(entry)
         except RejectedSample as error:
             yield Reject(entry.path, str(error))
-
-
-@lru_cache(maxsize=1)
-def _fitted_stains(config: StainConfig) -> "StainNormaliser":
-    """Return the stain normaliser, fitted once per process; its module loads slowly."""
-    from maskloom.data_prep.processing.stains import stain_normaliser
-
-    return stain_normaliser(config)
 
 
 def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[str, Any]:
@@ -274,24 +266,27 @@ def without_taken_ids(samples: Sequence[Identified]) -> tuple[list[Identified], 
     return kept, rejected
 
 
-def row_sample(reading: Reading, row: Row) -> Sample:
-    """Return a row of the dataset, with its images as the stored PNG bytes."""
-    found = row.item
-    part = Part(found.part, found.source, ())
-    record = json.loads(_bytes_at(part.path(reading.folder, "jsonl"), *found.record))
-    pictures = {name: _bytes_at(part.path(reading.folder, "bin"), *place) for name, place in record["pictures"].items()}
-    return Sample(
-        image=pictures["image"],
-        mask=pictures.get("mask"),
-        conditioning_image=pictures["conditioning_image"],
-        text=record["text"],
-        label=None if found.label is None else reading.sources[0].labels.index(found.label),
-        sample_id=found.sample_id,
-        group_id=row.group,
-        source=reading.sources[found.source].name,
-        origin="real",
-        attributes=record["attributes"],
-    )
+def stored_samples(reading: Reading, rows: Sequence[Row], advance: Advance) -> Iterator[Sample]:
+    """Yield the rows of the dataset, with their images as the stored PNG bytes."""
+    for row in rows:
+        found = row.item
+        part = Part(found.part, found.source, ())
+        record = json.loads(_bytes_at(part.path(reading.folder, "jsonl"), *found.record))
+        pixels = part.path(reading.folder, "bin")
+        pictures = {name: _bytes_at(pixels, *place) for name, place in record["pictures"].items()}
+        yield Sample(
+            image=pictures["image"],
+            mask=pictures.get("mask"),
+            conditioning_image=pictures["conditioning_image"],
+            text=record["text"],
+            label=None if found.label is None else reading.sources[0].labels.index(found.label),
+            sample_id=found.sample_id,
+            group_id=row.group,
+            source=reading.sources[found.source].name,
+            origin="real",
+            attributes=record["attributes"],
+        )
+        advance()
 
 
 def _bytes_at(path: Path, offset: int, length: int) -> bytes:

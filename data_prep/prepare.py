@@ -7,7 +7,7 @@ samples and the pixels of a few.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,18 @@ from maskloom.data_prep.inputs import dataset_settings, input_digests, input_pla
 from maskloom.data_prep.item_log import write_item_log
 from maskloom.data_prep.left_out import left_out_summary
 from maskloom.data_prep.parallel import parallel_results, worker_count
-from maskloom.data_prep.parts import Part, Reading, clear_parts, read_part, row_sample, scanned_parts
+from maskloom.data_prep.parts import Part, Reading, clear_parts, read_part, scanned_parts, stored_samples
 from maskloom.data_prep.rows import RowsBySplit, rows_by_split, usable_rows
 from maskloom.data_prep.small_classes import small_classes_summary
 from maskloom.data_prep.sources import open_sources, shown_path
-from maskloom.data_prep.splitting.groups import Row
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import LEDGER_FILE, Contract, Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, check_dataset_place, plan_shards
+from maskloom.pipeline.dataset.writer import DatasetWriter, check_dataset_place, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
-from maskloom.pipeline.progress import Advance, progress, say
+from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import CONFIG_FILE
 from maskloom.pipeline.runs.stage import Stage, open_run
 
@@ -59,11 +58,12 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         MaskLoomError: the raw folder or an option is wrong, no usable image remains, or a shard has
             not finished.
     """
-    sources, stain = open_sources(config.data), config.data.stain
+    sources = open_sources(config.data)
+    stain_reference = config.data.stain.reference if config.data.stain else None
     run = open_run(config)
     scratch, logs = run.folder / SCRATCH, run.logs("prepare")
-    check_places(input_places(sources, stain), [run.dataset, scratch, logs, run.folder / CONFIG_FILE])
-    stage = Stage(run, "prepare", input_digests(sources, stain), dataset_settings(config), [run.dataset])
+    check_places(input_places(sources, stain_reference), [run.dataset, scratch, logs, run.folder / CONFIG_FILE])
+    stage = Stage(run, "prepare", input_digests(sources, stain_reference), dataset_settings(config), [run.dataset])
     if stage.skips(force):
         return
     reading = Reading(scratch / stage.key[:16], sources, config.data)
@@ -72,7 +72,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         return
     check_dataset_place(run.dataset)
     with stage.recorded() as results:
-        # Parts of other inputs or settings go; those of an interrupted run with these ones are used.
+        # Parts of other inputs or settings go; an interrupted run with these ones continues.
         clear_parts(scratch, keep=reading.folder if merge or not force else None)
         parts = scanned_parts(sources)
         if merge:
@@ -85,7 +85,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         description = describe_dataset(sources, config, usable.threshold)
         contract = _write_dataset(stage, reading, description, splits, rejects, force)
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
-        write_item_log(logs / "items.jsonl", reading, parts)
+        write_item_log(logs / "items.jsonl", reading.folder, parts, sources)
         _report_truncated_prompts(config, MaskPromptDataset(run.dataset, contract))
         small_classes = small_classes_summary(reading.folder, parts)
         clear_parts(scratch)
@@ -149,18 +149,11 @@ def _write_dataset(
     with progress("writing rows", total, "rows", total - sum(shard.stop - shard.start for shard in missing)) as advance:
         for shard in missing:
             rows = splits[shard.split][shard.start : shard.stop]
-            writer.write_shard(shard, _samples(reading, rows, advance))
+            writer.write_shard(shard, stored_samples(reading, rows, advance))
     labels = {split: Counter(row.item.label or "none" for row in rows) for split, rows in splits.items()}
     groups = {split: len({row.group for row in rows}) for split, rows in splits.items()}
     card = dataset_card(description, labels, groups, [reject.reason for reject in rejects])
     return writer.finish(card, map(asdict, rejects), stage.config_hash, parent=None)
-
-
-def _samples(reading: Reading, rows: Sequence[Row], advance: Advance) -> Iterator[Sample]:
-    """Yield the rows with their images, which are read from the parts."""
-    for row in rows:
-        yield row_sample(reading, row)
-        advance()
 
 
 def _report_truncated_prompts(config: ExperimentConfig, dataset: MaskPromptDataset) -> None:

@@ -3,13 +3,13 @@
 import hashlib
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetInfo, RawImage, RawItem
 from maskloom.data_prep.processing.resizing import grey, nearest_size, resized, true_proportions, vanished_areas
+from maskloom.data_prep.processing.stains import StainNormaliser
 from maskloom.data_prep.readers.file_names import NO_TEXT, is_text
 from maskloom.data_prep.readers.intensity import window_range
 from maskloom.data_prep.sources import Source
@@ -20,9 +20,6 @@ from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.masks import class_counts
 from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt
 from maskloom.pipeline.errors import RejectedSample
-
-if TYPE_CHECKING:
-    from maskloom.data_prep.processing.stains import StainNormaliser
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]+")
 Picture = NDArray[np.uint8]
@@ -62,7 +59,7 @@ class PreparedSample:
 
 def prepared_sample(
     source: Source, data: DataConfig, channels: int, palette: tuple[tuple[int, int, int], ...],
-    stains: "StainNormaliser | None", item: RawItem,
+    stains: StainNormaliser | None, item: RawItem,
 ) -> PreparedSample:  # fmt: skip
     """Decode a sample and convert it to the format of the contract.
 
@@ -78,19 +75,20 @@ def prepared_sample(
         RejectedSample: the sample is unreadable or inconsistent.
         MaskLoomError: the dataset lacks what the configuration asks for (masks to condition on).
     """
-    problem = id_problem(item)
-    if problem is None:
-        raw = source.adapter.load(item)
-        problem = sample_problem(raw, item, replace(source.info, labels=source.labels))
-    if problem is not None:
-        raise RejectedSample(problem)
+    raw = decoded_sample(source, item)
+    size = nearest_size(true_proportions(raw), data.sizes)
+    normal = raw if data.intensity is None else replace(raw, value_range=window_range(raw.image, data.intensity))
+    normal = normal if stains is None else replace(normal, image=stains(normal.image))
+    image, mask, kept = resized(normal, size, data.resize_mode, channels)
+    paired = None
+    if raw.condition is not None:
+        condition = RawImage(raw.condition, None, pixel_size=raw.pixel_size)
+        paired = resized(condition, size, data.resize_mode, channels=3).image
     # Duplicates are found on raw pixels: another window or stain must not move an image to another
     # split.
     compared = source.duplicates != "none" and not is_blank(raw.image)
     digest = raw_digest(raw) if compared else ""
     seen = signature(grey(raw)) if source.has_signatures else b""
-    size = nearest_size(true_proportions(raw), data.sizes)
-    image, mask, kept = resized(_normalised(raw, data, stains), size, data.resize_mode, channels)
     names = source.info.mask_classes
     lost = _lost_classes(raw.mask, mask, names)
     areas = {names[index]: count for index, count in vanished_areas(raw, size, data.resize_mode).items()}
@@ -101,7 +99,7 @@ def prepared_sample(
     return PreparedSample(
         image=image,
         mask=mask,
-        conditioning_image=conditioning_image(mask, image, data.conditioning, palette, _paired(raw, data, size)),
+        conditioning_image=conditioning_image(mask, image, data.conditioning, palette, paired),
         text=render_prompt(source.info.prompt_templates, item.sample_id, values),
         attributes=values,
         digest=digest,
@@ -113,26 +111,27 @@ def prepared_sample(
     )
 
 
+def decoded_sample(source: Source, item: RawItem) -> RawImage:
+    """Decode a sample and check it.
+
+    Raises:
+        RejectedSample: it is unreadable or inconsistent.
+    """
+    problem = id_problem(item)
+    if problem is None:
+        raw = source.adapter.load(item)
+        problem = sample_problem(raw, item, replace(source.info, labels=source.labels))
+    if problem is not None:
+        raise RejectedSample(problem)
+    return raw
+
+
 def _lost_classes(before: Picture | None, after: Picture | None, names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the classes that are no longer in the mask."""
     if before is None or after is None:
         return ()
     lost = np.flatnonzero((class_counts(before) > 0) & (class_counts(after) == 0))
     return tuple(names[index] for index in lost if index)
-
-
-def _normalised(raw: RawImage, data: DataConfig, stains: "StainNormaliser | None") -> RawImage:
-    """Return the sample with the configured intensity window and stain normalisation."""
-    if data.intensity is not None:
-        raw = replace(raw, value_range=window_range(raw.image, data.intensity))
-    return raw if stains is None else replace(raw, image=stains(raw.image))
-
-
-def _paired(raw: RawImage, data: DataConfig, size: tuple[int, int]) -> Picture | None:
-    """Return the paired image, (H, W, 3), resized like the image."""
-    if raw.condition is None:
-        return None
-    return resized(RawImage(raw.condition, None, pixel_size=raw.pixel_size), size, data.resize_mode, 3).image
 
 
 def raw_digest(raw: RawImage) -> str:

@@ -34,7 +34,7 @@ IMAGES_PER_TASK = 200
 
 
 def near_findings(index: AuditIndex, datasets: Sequence[MaskPromptDataset]) -> Iterator[Finding]:
-    """Yield pairs of near-duplicates that lie in two splits, in two datasets, or carry two labels."""
+    """Yield pairs of near-duplicates that lie in two splits or datasets, or carry two labels."""
     threshold = near_threshold(datasets)
     # Constant images match without being duplicates; they get unique digests.
     query = "SELECT id, image, flat FROM images ORDER BY id"
@@ -116,11 +116,12 @@ def _clusters(index: AuditIndex, cluster_of: Sequence[int]) -> list[list[Member]
     by_cluster: dict[int, list[int]] = {}
     for number, cluster in enumerate(cluster_of):
         by_cluster.setdefault(cluster, []).append(number)
-    return [[_member(index, number) for number in numbers] for numbers in by_cluster.values() if len(numbers) > 1]
-
-
-def _member(index: AuditIndex, number: int) -> Member:
-    return Member._make(index.rows.execute(f"SELECT {MEMBER} FROM images WHERE id = ?", (number,)).fetchone())
+    query = f"SELECT {MEMBER} FROM images WHERE id = ?"
+    return [
+        [Member._make(index.rows.execute(query, (number,)).fetchone()) for number in numbers]
+        for numbers in by_cluster.values()
+        if len(numbers) > 1
+    ]
 
 
 def near_threshold(datasets: Sequence[MaskPromptDataset]) -> float:

@@ -109,7 +109,7 @@ def _regions_table(regions: Sequence[RegionSizes]) -> Table:
             one.mask_class,
             one.split,
             _share(one.masks - one.present, one.masks),
-            *(_percent(share) for share in (one.smallest, one.p5, one.median, one.p95, one.largest)),
+            *(f"{100 * share:.2f} %" for share in (one.smallest, one.p5, one.median, one.p95, one.largest)),
             f"{one.components_median:g}",
             str(one.components_most),
         ]
@@ -177,7 +177,3 @@ def _plain(text: str) -> Text:
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"

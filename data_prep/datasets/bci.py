@@ -42,11 +42,11 @@ STATUS = {"0": "negative", "1+": "negative", "2+": "equivocal", "3+": "positive"
 
 
 class Adapter(DatasetAdapter):
-    """HER2 immunohistochemistry of breast cancer, each image with the H&E stain of the same place."""
+    """HER2 immunohistochemistry of breast cancer, paired with the H&E stain of the same place."""
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether there is an H&E image named as in the release, and a folder of the other stain."""
+        """Whether an H&E image has a name of the release, beside a folder of the other stain."""
         root = _root(raw_dir)
         if root is None:
             return False

@@ -3,10 +3,14 @@
 There are four MRI sequences per case. A case is a folder, at most four levels below `data.raw_dir`,
 with one of two naming schemes; `.nii` and `.nii.gz` are read:
 
-    BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz                     2021: 1 necrotic core, 2 oedema, 4 enhancing tumour
-    MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_….nii     2020, the same names and values
-    HGG/Brats18_2013_2_1/…, LGG/BraTS19_TMC_06290_1/…                                 2017-2019, the same; by tumour grade
-    BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii.gz              2023: 3 enhancing tumour; BraTS-SSA likewise
+    2021:       BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz
+    2020:       MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_….nii
+    2017-2019:  HGG/Brats18_2013_2_1/…, LGG/BraTS19_TMC_06290_1/… (by tumour grade)
+    2023:       BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii.gz
+                (BraTS-SSA likewise)
+
+Segmentations have the values 1 necrotic core, 2 oedema and 4 enhancing tumour; in 2023, enhancing
+tumour is 3.
 
 The mask classes are the same for all: 0 background, 1 necrotic core (until 2020 also non-enhancing
 tumour), 2 oedema, 3 enhancing tumour. The scheme defines the allowed values of a segmentation; a
@@ -296,7 +300,7 @@ class Case(NamedTuple):
 
 
 class Volumes(NamedTuple):
-    """The sequences of a case with their raw values of black and white, and the mask, on one grid."""
+    """The sequences of a case with their raw black and white, and the mask, on one grid."""
 
     images: tuple[Volume, ...]
     value_ranges: tuple[tuple[float, float], ...]

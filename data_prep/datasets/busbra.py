@@ -4,7 +4,8 @@ Read from its root or from the folder above:
 
     BUSBRA/Images/bus_0001-l.png      -l, -r: two views of a case; -s: a single view
            Masks/mask_0001-l.png      the lesion
-           bus_data.csv               ID, Case, Histology, Pathology, BIRADS, Device, Width, Height, Side, BBOX
+           bus_data.csv               ID, Case, Histology, Pathology, BIRADS, Device, Width, Height,
+                                      Side, BBOX
            5-fold-cv.csv              ID, Pathology, kFold (1..5), valid_1..valid_5
            10-fold-cv.csv
 

@@ -2,9 +2,9 @@
 
 Two layouts are read, from their root or from the folder above:
 
-    Dataset_BUSI_with_GT/benign/benign (1).png          benign/image/benign (1).png
-                         benign (1)_mask.png            benign/mask/benign (1)_mask.png (or benign (1).png)
-                         benign (1)_mask_1.png
+    Dataset_BUSI_with_GT/benign/benign (1).png       benign/image/benign (1).png
+                         benign (1)_mask.png         benign/mask/benign (1)_mask.png
+                         benign (1)_mask_1.png                   (or benign (1).png)
 
 Folders may also be named `images` and `masks`, in any case. Several masks of an image are merged.
 Masks have the modes 1, L, RGB and RGBA; a bright value in any colour channel counts as lesion, the

@@ -3,12 +3,15 @@
 Slides, annotations and tables are found by name anywhere below the raw folder, which may hold
 either dataset or both:
 
-    CAMELYON16/training/normal/normal_001.tif        CAMELYON17/training/center_0/patient_004_node_4.tif
-               training/tumor/tumor_001.tif                     lesion_annotations/patient_004_node_4.xml
-               training/lesion_annotations/tumor_001.xml        stage_labels.csv (or stages.csv)
+    CAMELYON16/training/normal/normal_001.tif
+               training/tumor/tumor_001.tif
+               training/lesion_annotations/tumor_001.xml
                testing/images/test_001.tif
                testing/lesion_annotations/test_001.xml
                testing/reference.csv
+    CAMELYON17/training/center_0/patient_004_node_4.tif
+               lesion_annotations/patient_004_node_4.xml
+               stage_labels.csv (or stages.csv)
 
 The diagnoses of the slides are in the two tables, which are recognised by content, because copies
 have other names (`data_prep.readers.slide_labels`).
@@ -331,7 +334,7 @@ def _is_incomplete(name: str, diagnosis: str | None) -> bool:
 
 
 def _several(name: str, slides: Sequence[Path], annotations: Sequence[Path]) -> str | None:
-    """Return a reason if a slide or its annotation exists more than once; the choice is the user's."""
+    """Return a reason if a slide or its annotation exists twice; the choice is the user's."""
     for what, paths in (("slide", slides), ("annotation", annotations)):
         if len(paths) > 1:
             folders = ", ".join(sorted({path.parent.name for path in paths}))

@@ -1,9 +1,10 @@
 """`dicom_folder`: your own DICOM files in any folder tree: CT, MR, radiographs, ultrasound, others.
 
     raw/any/folders/IM0001.dcm          with or without a suffix; recognised by DICM at byte 128
-    raw/masks/any/folders/IM0001.png    data.options.masks=masks: same relative path (masks=. : beside the image); class
-                                        indices, or 0 and 255 for one class
-    raw/…/CINE.dcm                      several frames: each is a sample (masks: CINE_frame0001.png, counted from 1)
+    raw/masks/any/folders/IM0001.png    data.options.masks=masks: same relative path (masks=. :
+                                        beside the image); class indices, or 0 and 255 for one class
+    raw/…/CINE.dcm                      several frames: each is a sample (masks: CINE_frame0001.png,
+                                        counted from 1)
 
 Images are decoded as a viewer shows them (`data_prep.readers.dicom`): rescaled, with the window of
 the file unless `data.options.window` is set, MONOCHROME1 inverted, palettes and YBR converted to
@@ -317,7 +318,7 @@ class Adapter(DatasetAdapter):
         return first.modality
 
     def _files(self, masks: bool = False) -> list[Path]:
-        """Return the visible files in path order: the masks in the mask folder, or all other files."""
+        """Return the visible files in path order: those in the mask folder, or all others."""
         assert self.raw_dir is not None
         folder = self._mask_folder()
 

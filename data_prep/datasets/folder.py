@@ -2,22 +2,25 @@
 
 By patterns (the defaults first, then options for other layouts):
 
-    images/a.png                     images: "images/**/*"               masks: "masks/{stem}.png"
-    masks/a.png
+    images/a.png                   images: "images/**/*"
+    masks/a.png                    masks: "masks/{stem}.png"
 
-    scans/benign/p01_1.png           images: "scans/*/*.png"             masks: "{folder}/{stem}_mask*.png"    label_from: parent
-    scans/benign/p01_1_mask.png      group_pattern: '(p\\d+)_[^/]*$'
+    scans/benign/p01_1.png         images: "scans/*/*.png"      label_from: parent
+    scans/benign/p01_1_mask.png    masks: "{folder}/{stem}_mask*.png"
+                                   group_pattern: '(p\\d+)_[^/]*$'
 
-    p01/images/1.png                 images: "*/images/*.png"            masks: "{grandparent}/masks/{stem}.png"
-    p01/masks/1.png                  group_pattern: '^(p\\d+)/'
+    p01/images/1.png               images: "*/images/*.png"     group_pattern: '^(p\\d+)/'
+    p01/masks/1.png                masks: "{grandparent}/masks/{stem}.png"
 
-    images/a.png                     masks: {disc: "masks/{stem}_disc.png", cup: "masks/{stem}_cup.png"}
-    masks/a_disc.png, a_cup.png      (a black-and-white file per class; the cup is drawn over the disc)
+    images/a.png                   masks: {disc: "masks/{stem}_disc.png",
+    masks/a_disc.png, a_cup.png            cup: "masks/{stem}_cup.png"}
+                                   (a black-and-white file per class; the cup covers the disc)
 
 By a table (CSV or XLSX), one row per image; paths are relative to `data.raw_dir`:
 
-    labels.csv                       table: labels.csv                   image_column: file   mask_column: mask   label_column: dx
-    file,mask,dx,patient             group_column: patient               images: "{image}" (default), or "part_*/{image}.jpg"
+    labels.csv                     table: labels.csv     image_column: file     mask_column: mask
+    file,mask,dx,patient           label_column: dx      group_column: patient
+                                   images: "{image}" (default), or "part_*/{image}.jpg"
 
 Images and masks are PNG, JPEG, BMP, TIFF (8 and 16 bits per channel, float) or `.npy` arrays (H, W)
 or (H, W, 3). Transparent pixels of a mask are background, those of an image black. Masks are binary
@@ -227,7 +230,7 @@ class Adapter(DatasetAdapter):
                 )
 
     def _label(self, candidate: Candidate) -> str | None:
-        """Return the class name of an image in the spelling of the options; empty if it is missing."""
+        """Return the class of an image in the spelling of the options; empty if it is missing."""
         source = self.options.label_source
         if source is None:
             return None

@@ -7,12 +7,13 @@ The *masks tree*: 8-bit slices with masks of lung and nodule, or of the lung onl
 description, any size here:
 
     dataset_lidc_masks/train/with_nodules/LIDC-IDRI-0001_slice_0042.png
-                             with_nodules/LIDC-IDRI-0001_combined_mask_0042.npy     0 other, 1 lung, 2 nodule
+                             with_nodules/LIDC-IDRI-0001_combined_mask_0042.npy
                        train/clean/LIDC-IDRI-0028_slice_0017.png
-                             clean/LIDC-IDRI-0028_lung_mask_0017.npy                0 other, 1 lung
+                             clean/LIDC-IDRI-0028_lung_mask_0017.npy
                        test/…
 
-Classes: background, lung, nodule. The description of this layout does not state the codes of the
+Classes: background, lung, nodule. A combined mask holds 0 other, 1 lung, 2 nodule; a lung mask 0
+other, 1 lung. The description of this layout does not state the codes of the
 masks; those above are the defaults, `mask_codes` sets others, and a mask with any other value is
 rejected. `test` is the test split; validation is drawn from `train`. A patient in both is used only
 in test. If a folder also has the other kind of mask for a slice, that mask is not used.
@@ -20,9 +21,11 @@ in test. If a folder also has the other kind of mask for a slice, that mask is n
 The *nodule tree*, written by LIDC-IDRI-Preprocessing
 (github.com/jaeho3690/LIDC-IDRI-Preprocessing): segmented lungs in standard deviations, 0 outside:
 
-    data/Image/LIDC-IDRI-0001/0001_NI000_slice000.npy           Mask/LIDC-IDRI-0001/0001_MA000_slice000.npy
-         Clean/Image/LIDC-IDRI-0028/0028_CN001_slice000.npy     Clean/Mask/LIDC-IDRI-0028/0028_CM001_slice000.npy
-         Meta/meta_info.csv (or meta_info.csv)                  columns original_image, malignancy and others
+    data/Image/LIDC-IDRI-0001/0001_NI000_slice000.npy
+         Mask/LIDC-IDRI-0001/0001_MA000_slice000.npy
+         Clean/Image/LIDC-IDRI-0028/0028_CN001_slice000.npy
+         Clean/Mask/LIDC-IDRI-0028/0028_CM001_slice000.npy
+         Meta/meta_info.csv (or meta_info.csv): columns original_image, malignancy and others
 
 Classes: background, nodule. There is no fixed split. `NI000` counts the nodules of a patient and
 `slice000` the slices of a nodule, so a slice through two nodules occurs twice, each time with one

@@ -2,9 +2,9 @@
 
 Each set and size is one `.npz` file of standardised images:
 
-    pathmnist.npz          pathmnist_64.npz  pathmnist_128.npz  pathmnist_224.npz       (28 x 28 has no number)
-      train_images  (N, S, S) or (N, S, S, 3) uint8        val_images, test_images
-      train_labels  (N, 1) integers; chestmnist (N, 14) of 0 and 1        val_labels, test_labels
+    pathmnist.npz (28 x 28), pathmnist_64.npz, pathmnist_128.npz, pathmnist_224.npz
+      train_images, val_images, test_images   (N, S, S) or (N, S, S, 3) uint8
+      train_labels, val_labels, test_labels   (N, 1) integers; chestmnist (N, 14) of 0 and 1
 
 The folder may contain files of several sets and sizes; `data.options.flag` and `data.options.size`
 select one. Files are searched in the raw folder and one level below. They are read row by row

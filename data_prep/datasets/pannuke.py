@@ -210,7 +210,7 @@ class Adapter(DatasetAdapter):
 
 
 def _arrays_of(raw_dir: Path, name: str) -> list[tuple[int, Path]]:
-    """Return the files of a name with their folds, below `raw_dir` or else one level further down."""
+    """Return the files of a name with their folds, below `raw_dir` or else one level deeper."""
     found = list(_found_below(raw_dir, name, LEVELS))
     if not found:
         others = (folder for folder in subfolders(raw_dir) if not _is_ours(folder))

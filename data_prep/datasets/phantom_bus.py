@@ -133,9 +133,7 @@ def _write_masks(image_path: Path, mask: NDArray[np.uint8], mode: str, halves: b
         pixels.convert(mode).save(image_path.with_name(f"{image_path.stem}{suffix}.png"))
 
 
-@lru_cache(maxsize=64)
-def _patient(seed: int, number: int, label: str) -> phantom.Patient:
-    return phantom.patient(seed, number, label)
+_patient = lru_cache(maxsize=64)(phantom.patient)
 
 
 def _render(seed: int, number: int, view: int, label: str, height: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

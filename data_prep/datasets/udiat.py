@@ -140,7 +140,7 @@ class Adapter(DatasetAdapter):
 
 
 def image_id(text: str) -> str:
-    """Return the number in `1`, `1.0`, `000001` or `000001.png`; other text as a comparable name."""
+    """Return the number in `1`, `1.0`, `000001` or `000001.png`; else a comparable name."""
     number = re.fullmatch(
         r"0*([0-9]+)(\.png|\.bmp|\.jpg|\.0+)?", text.strip(), re.IGNORECASE
     )  # 1.0: a number as pandas writes it
@@ -219,8 +219,8 @@ def _classes_by_id(root: Path) -> dict[str, Stated]:
         )
     with reject_as_error(path, "restore the file from the dataset"):
         rows = xlsx_rows(path) if path.suffix.lower() == ".xlsx" else csv_rows(path, ())
-    id_column = _column(path, rows, ID_TITLES, _is_number, "image numbers")
-    class_column = _column(path, rows, CLASS_TITLES, _is_class, "classes")
+    id_column = _column(path, rows, ID_TITLES, lambda value: image_id(value).isdecimal(), "image numbers")
+    class_column = _column(path, rows, CLASS_TITLES, lambda value: value.lower() in CLASS_WORDS, "classes")
     first: dict[str, TableRow] = {}
     for row in rows:
         if not row[id_column]:  # a line of sums
@@ -254,11 +254,3 @@ def _column(
             f"name it {titles[0]!r}"
         )
     return fitting[0]
-
-
-def _is_number(value: str) -> bool:
-    return image_id(value).isdecimal()
-
-
-def _is_class(value: str) -> bool:
-    return value.lower() in CLASS_WORDS

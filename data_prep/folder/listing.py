@@ -104,7 +104,7 @@ def _fitting(pool: FilePool, wanted: Sequence[Sequence[dict[str, str]]]) -> list
 
 
 def _spellings(path: str) -> list[str]:
-    r"""Return the spellings of a path in a table: as written, and with slashes for Windows paths."""
+    r"""Return the spellings of a path in a table: as written, and a Windows path with slashes."""
     return list(dict.fromkeys((path, path.replace("\\", "/").removeprefix("./"))))
 
 

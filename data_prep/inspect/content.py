@@ -51,7 +51,7 @@ ADVICE = {
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the type of a file: `PNG`, `DICOM`, `text`, `empty`, …; None if unknown or unreadable."""
+    """Return the type of a file, such as `PNG` or `text`; None if unknown or unreadable."""
     try:
         if not path.is_file():
             return None

@@ -97,7 +97,8 @@ def _check_readable(raw_dir: Path) -> None:
 def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> bool:
     """Describe the folder with the adapter of a known dataset; return whether it could be read."""
     plugin = load_plugin(PACKAGE, name, "dataset")
-    page.title(f"{name}: {_first_line(plugin.__doc__)}")
+    summary = (plugin.__doc__ or "").strip().split("\n")[0].partition(": ")[2]
+    page.title(f"{name}: {summary}")
     where = f"configs/{name}.yaml"  # works from any folder, because it ships with the package
     adapter: type[DatasetAdapter] = plugin.Adapter
     try:
@@ -272,7 +273,3 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
     options = {"modality": "medical image", **guess.options}
     size = {"image_size": data.image_size[0], "conditioning": data.conditioning}
     page.command(command_line("configs/folder.yaml", raw_dir, options, **size))
-
-
-def _first_line(docstring: str | None) -> str:
-    return (docstring or "").strip().split("\n")[0].partition(": ")[2]

@@ -167,7 +167,10 @@ def _guess_masks(root: Path, images: Sequence[str], masks: Sequence[str], guess:
 
 
 def _with_further_masks(template: str) -> str:
-    """Return a pattern that takes `a_mask_1.png` beside `a_mask.png` as well; the same where a wildcard cannot stand."""
+    """Return a pattern that also takes `a_mask_1.png` beside `a_mask.png`.
+
+    The same pattern where a wildcard cannot stand.
+    """
     name, dot, ending = template.rpartition(".")
     return template if not dot or name.endswith(("*", "}")) else f"{name}*.{ending}"
 

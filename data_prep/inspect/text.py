@@ -16,7 +16,7 @@ MOST_COUNTED = 12
 
 
 class Page:
-    """Prints titles, sections, aligned facts, lines and commands; flushes at the end of a `with`."""
+    """Prints titles, sections, aligned facts, lines, commands; flushes at the end of a `with`."""
 
     def __init__(self) -> None:
         console = Console(highlight=False, markup=False, emoji=False)

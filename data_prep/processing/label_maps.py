@@ -135,7 +135,10 @@ def class_mask(
         raise RejectedSample(
             f"{name} is a JPEG or the like, which changes values by more than those of data.options.mask_values differ; save it as PNG"
         )
-    codes = _codes(pixels, classes.coloured, name)
+    if classes.coloured:
+        codes: NDArray[Any] = packed(_eight_bit_colours(pixels, name))
+    else:
+        codes = _whole(_codes_of_grey(pixels, name), name)
     mask = np.zeros(codes.shape, dtype=np.uint8)
     known = np.zeros(codes.shape, dtype=np.bool_)
     for code, index in classes.index_of.items():
@@ -222,12 +225,6 @@ def _code(key: str) -> tuple[int, bool]:
         return int(key), False
     red, green, blue = colour(key)
     return red << 16 | green << 8 | blue, True
-
-
-def _codes(pixels: NDArray[Any], coloured: bool, name: str) -> NDArray[Any]:
-    if not coloured:
-        return _whole(_codes_of_grey(pixels, name), name)
-    return packed(_eight_bit_colours(pixels, name))
 
 
 def _eight_bit_colours(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:

@@ -148,7 +148,7 @@ def nearest_size(source: tuple[float, float], sizes: Sequence[tuple[int, int]]) 
 
 
 def fitted_geometry(source: tuple[float, float], target: tuple[int, int], mode: str) -> Geometry:
-    """Return the geometry from a source (height, width) to a target; see `resized` for the modes."""
+    """Return the geometry from a source (height, width) to a target; modes: see `resized`."""
     (height, width), (target_height, target_width) = source, target
     whole = (0.0, 0.0, float(width), float(height))
     if mode == "stretch":

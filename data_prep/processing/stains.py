@@ -12,7 +12,6 @@ error if a tile has too little of the two stains. Such tiles are rejected here.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,15 +76,12 @@ def stain_normaliser(config: StainConfig) -> StainNormaliser:
     if config.reference is None:
         return StainNormaliser(config.method, _unfitted(config.method))
     try:
-        return StainNormaliser(config.method, _fitted(config.method, _reference_pixels(config.reference)))
+        pixels = eight_bit(decoded_image(config.reference), "RGB")
+        return StainNormaliser(config.method, _fitted(config.method, pixels))
     except RejectedSample as error:
         raise MaskLoomError(
             f"data.stain.reference={config.reference}: {one_line(error)}; give a well stained tile with much tissue"
         ) from error
-
-
-def _reference_pixels(path: Path) -> NDArray[np.uint8]:
-    return eight_bit(decoded_image(path), "RGB")
 
 
 def _unfitted(method: str) -> Any:
@@ -106,7 +102,8 @@ def _fitted(method: str, image: NDArray[np.uint8]) -> Any:
     with threadpool_limits(1):  # the same result on any number of cores
         if method == "reinhard":
             normaliser.fit(image)
-            _check_spread(normaliser.target_stds)
+            if not normaliser.target_stds.min() >= LEAST_SPREAD:
+                raise RejectedSample("every pixel has nearly the same colour: there is nothing to normalise")
         else:
             normaliser.fit(image, Io=WHITE, beta=LEAST_DENSITY)
             _check_stains(normaliser.HERef, normaliser.maxCRef)
@@ -131,14 +128,8 @@ def _check_colour_and_tissue(method: str, image: NDArray[np.uint8]) -> None:
         )
 
 
-def _check_spread(deviations: NDArray[np.float32]) -> None:
-    """Check the standard deviations of L*, a* and b*."""
-    if not deviations.min() >= LEAST_SPREAD:
-        raise RejectedSample("every pixel has nearly the same colour: there is nothing to normalise")
-
-
 def _check_stains(directions: NDArray[np.float64], most: NDArray[np.float64]) -> None:
-    """Check the estimated stain vectors, (3, 2), and 99th percentiles of the concentrations, (2,)."""
+    """Check the estimated stain vectors, (3, 2), and 99th percentiles of concentration, (2,)."""
     angle = float(np.degrees(np.arccos(np.clip(directions[:, 0] @ directions[:, 1], -1, 1))))
     if not angle >= LEAST_ANGLE or not most.min() >= LEAST_STAIN:
         raise RejectedSample(

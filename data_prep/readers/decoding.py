@@ -219,7 +219,7 @@ def _decoded_tiff(path: Path) -> DecodedImage:
 
 
 def _tiff_page(path: Path, page: "TiffPage", lossy: bool) -> DecodedImage:
-    """Decode a page with more than 8 bits per channel, signed or float values, or extra channels."""
+    """Decode a page with more than 8 bits per channel, signed or float values, extra channels."""
     samples, dtype, kind = page.samplesperpixel, page.dtype, _photometric(page)
     colours = COLOURS.get(kind, 0)
     if not colours or not colours <= samples <= colours + 1 or dtype is None or dtype.kind not in "iuf":

@@ -383,7 +383,7 @@ def _pixel_size(dataset: "Dataset", frame: int) -> tuple[float, float] | None:
 
 
 def _undecoded(dataset: "Dataset | None", error: Exception) -> str:
-    """Return why pixels could not be decoded, without the error's text, which may quote the file."""
+    """Return why pixels could not be decoded; not the error's text, which may quote the file."""
     if dataset is None:
         return f"its header cannot be read ({type(error).__name__})"
     syntax = dataset.file_meta.TransferSyntaxUID

@@ -21,7 +21,7 @@ NO_TEXT = "its name is not valid UTF-8; rename it"
 
 
 def is_system_name(name: str) -> bool:
-    """Whether a file or folder is hidden or created by a file manager, and so ignored everywhere."""
+    """Whether a file or folder is hidden or made by a file manager, and so ignored everywhere."""
     return name.startswith(".") or name.casefold() in SYSTEM_NAMES
 
 

@@ -161,7 +161,7 @@ class Confined:
 
 
 def placeholder_values(file: str) -> dict[str, str]:
-    """Return the values of `{stem}`, `{parent}`, `{grandparent}` and `{folder}` for an image path."""
+    """Return the values of `{stem}`, `{parent}`, `{grandparent}`, `{folder}` for an image path."""
     path = PurePosixPath(file)
     return {
         "stem": path.stem,
@@ -204,11 +204,8 @@ def _folders_named(root: Path, parts: Sequence[str]) -> list[Path]:
 
 def _literal_folders(pattern: str) -> list[str]:
     """Return the leading folders of a pattern, up to the first wildcard or placeholder."""
-    return list(takewhile(lambda part: not _special(part), pattern.split("/")[:-1]))
-
-
-def _special(pattern: str) -> bool:
-    return "{" in pattern or has_wildcards(pattern)
+    folders = pattern.split("/")[:-1]
+    return list(takewhile(lambda folder: "{" not in folder and not has_wildcards(folder), folders))
 
 
 def has_wildcards(pattern: str) -> bool:

@@ -261,7 +261,7 @@ def _bytes_after(name: str, file: BufferedIOBase, offset: int, size: int, room: 
 
 
 def _scaled(stored: NDArray[Any], header: "Nifti1Header") -> NDArray[Any]:
-    """Return values in native byte order, float32 if the header scales them (slope 0: no scaling)."""
+    """Return values in native byte order; float32 if the header scales them (slope 0: unscaled)."""
     slope, inter = header.get_slope_inter()
     if slope is None or inter is None or (slope, inter) == (1.0, 0.0):
         return stored.astype(stored.dtype.newbyteorder("="), copy=False)
@@ -297,7 +297,7 @@ def _canonical(path: Path, header: "Nifti1Header", values: NDArray[Any]) -> Volu
 
 
 def _affine(name: str, header: "Nifti1Header") -> NDArray[np.float64]:
-    """Return the affine of the stored voxels: sform, else qform, with columns scaled to `pixdim`."""
+    """Return the affine of the stored voxels: sform, else qform; columns scaled to `pixdim`."""
     unit = header.get_xyzt_units()[0]
     if unit not in ("mm", "unknown"):
         raise RejectedSample(f"{name} gives its voxel size in {unit}, expected mm")

@@ -1,8 +1,10 @@
 """Slide-level label tables of CAMELYON16 and CAMELYON17, recognised by content, not by file name.
 
-    patient,stage                   CAMELYON17, published as stage_labels.csv or stages.csv: patient_004.zip,pN1mi (not used) and
-                                    patient_004_node_4.tif,macro: negative, itc, micro, macro
-    test_001,Tumor,IDC,Macro        CAMELYON16, published as reference.csv, with or without a header; the second column counts: Normal, Tumor
+    patient,stage               CAMELYON17, published as stage_labels.csv or stages.csv:
+                                patient_004.zip,pN1mi (not used) and
+                                patient_004_node_4.tif,macro: negative, itc, micro, macro
+    test_001,Tumor,IDC,Macro    CAMELYON16, published as reference.csv, with or without a header;
+                                the second column counts: Normal, Tumor
 
 Other CSV files are ignored, unless they have one of the published names.
 """

@@ -76,16 +76,15 @@ def _first_sheet(path: Path) -> list[list[Any]]:
             if not book.worksheets:
                 raise RejectedSample(f"{path.name} has no sheet")
             cells = book.worksheets[0].iter_rows(1, MAX_ROWS + 1, 1, MAX_COLUMNS, values_only=True)
-            table = [[_plain(value) for value in row] for row in cells]
+            table = [
+                [int(value) if isinstance(value, float) and value.is_integer() else value for value in row]
+                for row in cells
+            ]
         finally:
             book.close()
     if len(table) > MAX_ROWS:
         raise RejectedSample(f"{path.name} has more than {MAX_ROWS} rows")
     return table
-
-
-def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_filled(value: Any) -> bool:

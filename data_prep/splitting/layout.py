@@ -31,7 +31,7 @@ class Layout:
     components: Floats
 
     def detail(self, vector: Floats) -> Floats:
-        """Return the detail of a window, (pixels,), with mean 0 and norm 1; zeros if it vanishes."""
+        """Return the detail of a window, (pixels,), of mean 0 and norm 1; zeros if it vanishes."""
         return unit(vector - self.components.T @ (self.components @ vector))
 
 

@@ -53,7 +53,7 @@ class WindowIndex:
         return np.memmap(self.file, np.float16, "r", shape=(self.count, len(windows()), DIMENSIONS))
 
     def scores(self, image: int, others: Sequence[int] | Indices) -> Floats:
-        """Return the match of an image with each window of other images, (others, windows), 0..1."""
+        """Return the match of an image with each window of others, (others, windows), in 0..1."""
         vectors = self.vectors()
         return np.abs(vectors[others].astype(np.float32) @ vectors[image, 0].astype(np.float32))
 

@@ -73,16 +73,13 @@ def _divided(groups: Sequence[Group], shares: Mapping[str, float], seed: int) ->
     for label in sorted(strata):
         seen += sum(group.rows for group in strata[label])
         targets = {split: fraction * seen - filled[split] for split, fraction in fractions.items()}
-        for group, split in _fill(_ordered(strata[label], seed), targets):
+        # Large groups first; groups of equal size in an order keyed to the seed.
+        ordered = sorted(strata[label], key=lambda group: (-group.rows, value_digest([seed, group.name])))
+        for group, split in _fill(ordered, targets):
             chosen[group.name] = split
             filled[split] += group.rows
     _give_every_split_a_group(chosen, groups, fractions)
     return chosen
-
-
-def _ordered(groups: Sequence[Group], seed: int) -> list[Group]:
-    """Return the groups by decreasing size; groups of equal size in an order keyed to the seed."""
-    return sorted(groups, key=lambda group: (-group.rows, value_digest([seed, group.name])))
 
 
 def _fill(groups: Sequence[Group], targets: Mapping[str, float]) -> list[tuple[Group, str]]:

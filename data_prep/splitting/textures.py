@@ -97,7 +97,7 @@ def resized_window(image: Image.Image, box: Sequence[float] | NDArray[np.float64
 
 
 def unit(values: Floats) -> Floats:
-    """Return a vector of mean 0 and norm 1; zeros for a constant image, which then matches nothing."""
+    """Return a vector of mean 0 and norm 1; zeros for a constant image, which matches nothing."""
     centred = values.ravel() - values.mean()
     length = np.linalg.norm(centred)
     return (centred / length if length > 1e-3 else np.zeros_like(centred)).astype(np.float32)

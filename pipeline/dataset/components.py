@@ -30,7 +30,9 @@ def without_specks(region: Region, smallest: float, connectivity: int = EIGHT_NE
 
 
 def largest_components(region: Region, most: int | None, smallest: float) -> Region:
-    """Return the largest 8-connected components of a region; of equal ones, the first in reading order.
+    """Return the largest 8-connected components of a region.
+
+    Of components of equal size, the first in reading order are kept.
 
     Args:
         region: (H, W).
@@ -46,7 +48,10 @@ def largest_components(region: Region, most: int | None, smallest: float) -> Reg
 
 
 def small_holes(region: Region, limit: float) -> Iterator[Region]:
-    """Yield each 4-connected hole of fewer than `limit` pixels, (H, W); background at the border is no hole."""
+    """Yield each 4-connected hole of fewer than `limit` pixels, (H, W).
+
+    Background that touches the border of the image is not a hole.
+    """
     from skimage.measure import label, regionprops
     from skimage.segmentation import clear_border
 

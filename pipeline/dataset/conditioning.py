@@ -1,4 +1,4 @@
-"""What ControlNet sees: the mask in the palette's colours, Canny edges of the image, both, its foreground, or a paired picture."""
+"""What ControlNet sees: coloured mask, Canny edges, both, foreground, or a paired image."""
 
 from collections.abc import Sequence
 
@@ -24,16 +24,16 @@ def conditioning_image(
     Args:
         mask: (H, W) class indices, or None where the dataset has no masks.
         image: (H, W) or (H, W, 3), 0..255; only its edges or its foreground are used.
-        mode: `mask`, `edges`, `both` (edges drawn in white over the coloured mask), `foreground` (white on black), or
-            `image` (the paired picture).
+        mode: `mask`, `edges`, `both` (edges drawn in white over the coloured mask), `foreground`
+            (white on black), or `image` (the paired image).
         palette: RGB colour of each class index.
-        paired: (H, W) or (H, W, 3), 0..255: the image's paired picture, or None where the dataset has none.
+        paired: (H, W) or (H, W, 3), 0..255: the paired image, or None where the dataset has none.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        MaskLoomError: the mode needs a mask or a paired picture and there is none.
+        MaskLoomError: the mode needs a mask or a paired image, and there is none.
     """
     if mode == "image":
         if paired is None:
@@ -58,17 +58,21 @@ def conditioning_image(
 
 
 def edge_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return Canny edges (Canny, 1986; scikit-image), (H, W) uint8 of 0 and 255, of a grey or RGB image."""
+    """Return the edges of a grey or RGB image, (H, W) uint8 of 0 and 255.
+
+    Canny (1986), with scikit-image.
+    """
     from skimage.feature import canny
 
     return (canny(_grey(image) / 255, sigma=CANNY_SIGMA) * 255).astype(np.uint8)
 
 
 def foreground_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the foreground, (H, W) uint8 of 0 and 255, of a grey or RGB image: one side of Otsu's threshold (1979; scikit-image).
+    """Return the foreground of a grey or RGB image, (H, W) uint8 of 0 and 255.
 
-    The foreground is the side that takes up less of the image's border: tissue on a bright slide, a head in dark air. Where both take
-    up half, it is the brighter side. Specks are removed from both sides; a constant image has no foreground.
+    It is one side of Otsu's threshold (1979; scikit-image): the side that takes up less of the
+    image's border, such as tissue on a bright slide or a head in dark air. Where both take up half,
+    it is the brighter side. Specks are removed from both sides; a constant image has no foreground.
     """
     from skimage.filters import threshold_otsu
 
