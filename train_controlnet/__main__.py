@@ -1,4 +1,7 @@
-"""`accelerate launch -m train_controlnet --config FILE [--force] [KEY=VALUE ...]`, and the commands `plan` and `find-lr`."""
+"""`accelerate launch -m train_controlnet --config FILE [--force] [KEY=VALUE ...]`.
+
+Further commands: `plan` and `find-lr`.
+"""
 
 import sys
 from collections.abc import Callable
@@ -46,7 +49,10 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, max=100_000, help="number of GPUs, with one process each (DDP)")] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Estimate the memory and disk space of a training, and name switches that make it fit 24, 16 and 12 GB; needs no weights, GPU or dataset."""
+    """Estimate memory and disk space of a training, and name switches that make it fit 24, 16 and 12 GB.
+
+    Needs no weights, GPU or dataset.
+    """
     experiment = loaded(config, overrides)  # before the seconds that the imports take
     from maskloom.train_controlnet.memory_plan.text import print_plan
 

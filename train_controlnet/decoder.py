@@ -121,7 +121,7 @@ def decoder_inputs(inputs: Mapping[str, str], decoder: DecoderConfig) -> dict[st
 
 @contextmanager
 def decoder_errors() -> Iterator[None]:
-    """Name the section `train.vae_decoder` in errors of the shared loop, which knows only `train`."""
+    """Name `train.vae_decoder` in errors of the shared loop, which knows only `train`."""
     try:
         yield
     except MaskLoomError as error:
@@ -189,7 +189,11 @@ class Decoder(nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return images (B, 3, H, W), about -1 to 1, from latents (B, C, H/8, W/8) without `scaling_factor`."""
+        """Return images (B, 3, H, W), about -1 to 1.
+
+        Args:
+            latents: (B, C, H/8, W/8), not multiplied by `scaling_factor`.
+        """
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -207,7 +211,7 @@ class TrainImages(Dataset[dict[str, Any]]):
 
 
 class DecoderTask(Task):
-    """Trains the decoder to reconstruct images from latents that the frozen encoder's posterior draws."""
+    """Trains the decoder to reconstruct images from samples of the frozen encoder's posterior."""
 
     def __init__(
         self,
@@ -248,7 +252,7 @@ class DecoderTask(Task):
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Return loss, PSNR in dB and SSIM of whole validation images, decoded from the posterior's mean.
+        """Return loss, PSNR in dB and SSIM of whole validation images, decoded from the mean.
 
         Empty without validation images.
         """
@@ -304,7 +308,7 @@ def reconstruction_loss(found: Tensor, images: Tensor) -> Tensor:
 
 
 def dissimilarity(found: Tensor, images: Tensor) -> Tensor:
-    """Return 1 - SSIM (Gaussian window of 11 pixels, sigma 1.5), averaged over the batch, a scalar."""
+    """Return 1 - SSIM (Gaussian window of 11 pixels, sigma 1.5), averaged over the batch."""
     from monai.losses.ssim_loss import SSIMLoss
 
     return SSIMLoss(spatial_dims=2, data_range=1.0)(unit_range(found.float()), unit_range(images))
@@ -316,7 +320,7 @@ def unit_range(images: Tensor) -> Tensor:
 
 
 def report_improvement(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Print and return PSNR and SSIM before and after the training; empty without validation images."""
+    """Print and return PSNR and SSIM before and after; empty without validation images."""
     if not before:
         return {}
     say(

@@ -50,7 +50,7 @@ def export(task: DiffusionTask, config: ExperimentConfig, run: Run, dataset: Mas
 
 
 def gathered_parts(weights: Mapping[str, dict[str, Tensor]], config: TrainConfig) -> Networks:
-    """Return newly loaded networks with the trained weights that an engine had sharded over processes."""
+    """Return newly loaded networks with the trained weights that an engine had sharded."""
     parts = load_networks(config, torch.device("cpu"))
     for name, network in parts.trained().items():
         network.load_state_dict(weights[name])

@@ -1,8 +1,10 @@
-"""A learning-rate range test (Smith, Cyclical Learning Rates for Training Neural Networks, 2017) of a training as it is configured.
+"""A learning-rate range test of the configured training.
 
-The rate grows by the same factor from step to step while the loss is watched. A diffusion model's training loss says little about a step:
-it depends on the timesteps drawn, by a factor of several, and a ControlNet lowers it by a hundredth. So the loss is measured after every step on
-rows, noise and timesteps that are always the same and that no step trains on: what changes, the weights have changed.
+Smith, Cyclical Learning Rates for Training Neural Networks (2017): the learning rate grows by a
+constant factor per step while the loss is monitored. The training loss of a diffusion model says
+little about a single step: it varies by a factor of several with the sampled timesteps, while a
+ControlNet lowers it by a hundredth. So after every step the loss is measured on rows, noise and
+timesteps that stay the same and that no step trains on; only the weights can change it.
 """
 
 import math
@@ -36,13 +38,13 @@ from maskloom.train_controlnet.task import OPTIMIZER, DiffusionTask
 from maskloom.train_controlnet.train import build_task, check_dataset
 
 WATCHED_ROWS, WATCHED_BATCH = 32, 16
-DIVERGED = 4.0  # times the lowest loss, as in fastai and Lightning
-SMOOTHING_DECADES = 0.1  # standard deviation of the smoothing, in powers of ten of the rate
-NOTABLE_FALL = 1e-3  # share of the first loss; smaller ones may be the watched rows' own
+DIVERGED = 4.0  # multiple of the lowest loss, as in fastai and Lightning
+SMOOTHING_DECADES = 0.1  # standard deviation of the smoothing, in powers of ten of the learning rate
+NOTABLE_FALL = 1e-3  # share of the first loss; smaller falls may be specific to the monitored rows
 BARS = "▁▂▃▄▅▆▇█"
 COLUMNS, LINES = 60, 20
-LARGEST_RATE = 1e12  # no training survives a fraction of it
-# What a training measures, shows or tunes besides the denoiser has no part in the test.
+LARGEST_RATE = 1e12  # far beyond any rate that a training survives
+# The test leaves out trackers, validation and the VAE's decoder.
 WITHOUT: dict[str, Any] = {
     "report_to": None,
     "adherence": None,
@@ -54,12 +56,12 @@ WITHOUT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class RangeTest:
-    """How rates are tried.
+    """The learning rates to try.
 
     Attributes:
-        steps: optimizer steps.
-        min_lr: rate of the first step.
-        max_lr: rate of the last step.
+        steps: number of optimizer steps.
+        min_lr: learning rate of the first step.
+        max_lr: learning rate of the last step.
     """
 
     steps: int
@@ -69,29 +71,31 @@ class RangeTest:
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr <= LARGEST_RATE:
             raise MaskLoomError(
-                f"--min-lr {self.min_lr:g} --max-lr {self.max_lr:g}: both above 0, the first below the second, and none above {LARGEST_RATE:g}"
+                f"--min-lr {self.min_lr:g} --max-lr {self.max_lr:g}: both must be above 0 and at most {LARGEST_RATE:g}, "
+                "and the first below the second"
             )
 
     @property
     def rates(self) -> list[float]:
-        """The rate of each step."""
+        """The learning rate of each step."""
         return [float(rate) for rate in np.geomspace(self.min_lr, self.max_lr, self.steps)]
 
 
 @dataclass(frozen=True)
 class RangeResult:
-    """What was seen.
+    """The result of a range test.
 
     Attributes:
-        images: samples an optimizer step.
-        before: the watched loss before the first step.
-        rates: of the steps that were made, but for a last one after which the loss was not finite.
-        losses: the watched loss after each of them.
-        smoothed: over the rates, in the loss's logarithm.
-        diverged_at: the rate at which the loss was not finite or more than `DIVERGED` times the lowest; None: it never was.
-        lowest: the rate with the lowest smoothed loss; see `notable_rates`.
-        steepest: the rate up to `lowest` where the smoothed loss falls fastest.
-        suggestion: `steepest`; None where no rate lowers the loss.
+        images: samples per optimizer step.
+        before: the monitored loss before the first step.
+        rates: learning rates of the steps, without a last one after which the loss was not finite.
+        losses: the monitored loss after each of these steps.
+        smoothed: the losses, smoothed on logarithmic scales.
+        diverged_at: the learning rate at which the loss was not finite or exceeded `DIVERGED` times
+            the lowest; None: it never did.
+        lowest: the learning rate with the lowest smoothed loss; see `notable_rates`.
+        steepest: the learning rate up to `lowest` at which the smoothed loss falls fastest.
+        suggestion: `steepest`; None if no learning rate lowers the loss.
     """
 
     images: int
@@ -106,16 +110,19 @@ class RangeResult:
 
 
 def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
-    """Train for a few steps with growing rates and return what the loss did. The run's caches are filled; nothing else of it changes.
+    """Train for a few steps with growing learning rates and return the losses.
+
+    The run's caches are filled; nothing else in the run changes.
 
     Raises:
-        MaskLoomError: the dataset, the backbone or a setting cannot be used; several processes were started; the first rate is too high.
+        MaskLoomError: the dataset, the backbone or a setting cannot be used; several processes were
+            started; or the first learning rate is too high.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     if processes > 1:
         raise MaskLoomError(
             f"find-lr runs on one process, and {processes} were started; use maskloom find-lr, "
-            "and raise train.gradient_accumulation_steps to keep the images a step"
+            "and raise train.gradient_accumulation_steps to keep the number of images per step"
         )
     train = config.fine_tuning.model_copy(update=WITHOUT)
     run = open_run(config)
@@ -127,11 +134,11 @@ def range_test(config: ExperimentConfig, test: RangeTest) -> RangeResult:
     accelerator = make_accelerator(train, run.logs("train"))
     set_seed(config.seed)
     task = build_task(config.model_copy(update={"train": train}), run, dataset, accelerator)
-    return _tried(_Trial(task, train, accelerator, config.seed, test.steps), test)
+    return try_rates(Trial(task, train, accelerator, config.seed, test.steps), test)
 
 
-class _Trial:
-    """The training, one step at a time, each with a rate of its own."""
+class Trial:
+    """The training, step by step, each with its own learning rate."""
 
     def __init__(
         self, task: DiffusionTask, config: TrainConfig, accelerator: Accelerator, seed: int, steps: int
@@ -143,18 +150,18 @@ class _Trial:
         self.parameters = task.parameters()[OPTIMIZER]
         self.images = config.train_batch_size * config.gradient_accumulation_steps
         self.rows = self._stream(config.train_batch_size)
-        # At positions of the stream that no step comes to: their noise and timesteps are nobody else's.
+        # Positions of the stream that no step reaches, so no step shares their noise and timesteps.
         first = -(-steps * self.images // WATCHED_BATCH) * WATCHED_BATCH
         self.watched = [
             (self._batch(self._stream(WATCHED_BATCH), positions), positions)
-            for positions in _spans(first, WATCHED_ROWS, WATCHED_BATCH)
+            for positions in batch_positions(first, WATCHED_ROWS, WATCHED_BATCH)
         ]
 
     def step(self, number: int, rate: float) -> None:
-        """Make an optimizer step."""
+        """Take one optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for positions in _spans(number * self.images, self.images, self.config.train_batch_size):
+        for positions in batch_positions(number * self.images, self.images, self.config.train_batch_size):
             with self.accelerator.accumulate(*self.task.networks.values()):
                 for _, loss in self._losses(self._batch(self.rows, positions), positions):
                     self.accelerator.backward(loss)
@@ -165,7 +172,7 @@ class _Trial:
 
     @torch.no_grad()
     def watched_loss(self) -> float:
-        """Return the loss on the watched rows."""
+        """Return the loss on the monitored rows."""
         losses = [loss for batch, positions in self.watched for _, loss in self._losses(batch, positions)]
         return float(torch.stack(losses).double().mean())
 
@@ -180,16 +187,16 @@ class _Trial:
         return {key: value.to(self.task.device) for key, value in batch.items() if key != "position"}
 
 
-def _spans(first: int, count: int, size: int) -> list[range]:
-    """Return the positions of `count` samples in batches."""
+def batch_positions(first: int, count: int, size: int) -> list[range]:
+    """Return the positions of `count` samples from `first` on, in batches of `size`."""
     return [range(start, start + size) for start in range(first, first + count, size)]
 
 
-def _tried(trial: _Trial, test: RangeTest) -> RangeResult:
-    """Return what the loss does while the rate grows.
+def try_rates(trial: Trial, test: RangeTest) -> RangeResult:
+    """Take the steps of the test until the loss diverges, and return the result.
 
     Raises:
-        MaskLoomError: it is gone after a few steps.
+        MaskLoomError: it diverges within the first steps.
     """
     before = trial.watched_loss()
     losses: list[float] = []
@@ -205,7 +212,7 @@ def _tried(trial: _Trial, test: RangeTest) -> RangeResult:
                 break
             advance(1, f"rate {rate:.1e}, loss {loss:.4f}")
     if len(losses) < 3:
-        raise MaskLoomError(f"--min-lr {test.min_lr:g}: the loss is gone after {len(losses) + 1} steps; start lower")
+        raise MaskLoomError(f"--min-lr {test.min_lr:g}: the loss diverges within {len(losses) + 1} steps; start lower")
     rates = test.rates[: len(losses)]
     smoothed = smoothed_losses(rates, losses)
     lowest, steepest = notable_rates(rates, smoothed)
@@ -223,25 +230,29 @@ def _tried(trial: _Trial, test: RangeTest) -> RangeResult:
 
 
 def smoothed_losses(rates: Sequence[float], losses: Sequence[float]) -> list[float]:
-    """Return the losses smoothed over the rates' logarithm (Gaussian), each as its logarithm: what diverges must not drown the rest."""
-    steps_a_decade = (len(rates) - 1) / math.log10(rates[-1] / rates[0])
-    smooth = gaussian_filter1d(np.log(losses), SMOOTHING_DECADES * steps_a_decade, mode="nearest")
+    """Return the losses after Gaussian smoothing over the logarithm of the learning rate.
+
+    The logarithm of the loss is smoothed, so that diverging losses do not dominate.
+    """
+    steps_per_decade = (len(rates) - 1) / math.log10(rates[-1] / rates[0])
+    smooth = gaussian_filter1d(np.log(losses), SMOOTHING_DECADES * steps_per_decade, mode="nearest")
     return [float(value) for value in np.exp(smooth)]
 
 
 def notable_rates(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
-    """Return the rate of the lowest smoothed loss, and the one up to it where the loss falls fastest over the rate's logarithm.
+    """Return the rate of the lowest smoothed loss, and the rate up to it with the steepest fall.
 
-    What comes after a fall that was half undone is not looked at: gradient clipping keeps a training that has come apart from ending, and its
-    loss may be low by chance.
+    The slope is taken over the logarithm of the learning rate. Losses after a fall that has been
+    half undone are ignored: gradient clipping keeps a diverged training running, and its loss may
+    be low by chance.
     """
-    lowest = int(np.argmin(smoothed[: _end_of_the_fall(smoothed)]))
+    lowest = int(np.argmin(smoothed[: end_of_fall(smoothed)]))
     slopes = np.gradient(np.log(smoothed), np.log(rates))
     return rates[lowest], rates[int(np.argmin(slopes[: lowest + 1]))]
 
 
-def _end_of_the_fall(smoothed: Sequence[float]) -> int:
-    """Return how many losses there are before one has lost half of a notable fall again; all of them where none has."""
+def end_of_fall(smoothed: Sequence[float]) -> int:
+    """Return the number of losses before one that undoes half of a notable fall; else all of them."""
     first = lowest = smoothed[0]
     for number, loss in enumerate(smoothed):
         lowest = min(lowest, loss)
@@ -251,7 +262,7 @@ def _end_of_the_fall(smoothed: Sequence[float]) -> int:
 
 
 def print_range_test(config: ExperimentConfig, test: RangeTest, json: Path | None) -> None:
-    """Run the test, print what it saw, and write it where asked."""
+    """Run the test, print the result, and write it as JSON if a file is given."""
     file = named_file("--json", json, "learning-rate range test")
     result = range_test(config, test)
     print(range_text(config, test, result))
@@ -260,9 +271,10 @@ def print_range_test(config: ExperimentConfig, test: RangeTest, json: Path | Non
 
 
 def range_text(config: ExperimentConfig, test: RangeTest, result: RangeResult) -> str:
-    """Return the result as a page of text: curve, table, suggestion."""
+    """Return the result as text: curve, table, suggestion."""
     lines = [
-        f"{config.experiment}: {len(result.rates)} steps of {result.images} images; loss on {WATCHED_ROWS} rows, always with the same noise and timesteps",
+        f"{config.experiment}: {len(result.rates)} steps of {result.images} images; "
+        f"loss on {WATCHED_ROWS} rows, always with the same noise and timesteps",
         "",
         f"{result.rates[0]:.1e} {sparkline(result)} {result.rates[-1]:.1e}",
         "",
@@ -270,36 +282,42 @@ def range_text(config: ExperimentConfig, test: RangeTest, result: RangeResult) -
     ]
     every = -(-len(result.rates) // LINES)
     for rate, loss, smooth in list(zip(result.rates, result.losses, result.smoothed, strict=True))[::every]:
-        lines.append(f"{rate:10.1e}{loss:12.6f}{smooth:12.6f}{_change(smooth, result.before):>10}")
-    return "\n".join([*lines, "", *_conclusions(config, test, result)])
+        lines.append(f"{rate:10.1e}{loss:12.6f}{smooth:12.6f}{change_text(smooth, result.before):>10}")
+    return "\n".join([*lines, "", *conclusions(config, test, result)])
 
 
-def _conclusions(config: ExperimentConfig, test: RangeTest, result: RangeResult) -> list[str]:
-    fall = _change(min(result.smoothed), result.before)
+def conclusions(config: ExperimentConfig, test: RangeTest, result: RangeResult) -> list[str]:
+    """Return the lines that say where the loss falls, and the suggestion."""
+    fall = change_text(min(result.smoothed), result.before)
     end = (
         f"it diverged at {result.diverged_at:.1e}"
         if result.diverged_at
         else f"it did not diverge up to {test.max_lr:.1e}"
     )
     if result.suggestion is None:
-        return [f"No rate lowers the loss ({fall} at best); {end}. Give it more --steps."]
+        return [f"No learning rate lowers the loss ({fall} at best); {end}. Raise --steps."]
     rate, train = result.suggestion, config.fine_tuning
     note = ""
     if train.scale_lr:
-        rate, note = rate / result.images, f", multiplied by {result.images} images a step because of scale_lr"
+        rate, note = rate / result.images, f", multiplied by {result.images} images per step because of scale_lr"
     return [
         f"The loss is lowest ({fall}) at {result.lowest:.1e}, and {end}.",
-        f"It falls fastest at {result.steepest:.1e}; a tenth of the rate with the lowest loss is {result.lowest / 10:.1e}, the careful choice.",
+        f"It falls fastest at {result.steepest:.1e}; the cautious choice is a tenth of the rate with the lowest loss, "
+        f"{result.lowest / 10:.1e}.",
         f"suggestion: train.learning_rate={rate:.1e} (now {train.learning_rate:.1e}{note})",
     ]
 
 
-def _change(loss: float, before: float) -> str:
+def change_text(loss: float, before: float) -> str:
+    """Return the change of the loss in percent."""
     return f"{100 * (loss / before - 1):+.2f} %"
 
 
 def sparkline(result: RangeResult) -> str:
-    """Return the smoothed losses as bars; what rises further above the first loss than the lowest lies below it is cut off."""
+    """Return the smoothed losses as bars.
+
+    Losses above the first are cut off once they exceed it by more than the lowest lies below it.
+    """
     lowest, first = min(result.smoothed), result.smoothed[0]
     span = max(first - lowest, 1e-12) * 2
     numbers = np.linspace(0, len(result.smoothed) - 1, min(COLUMNS, len(result.smoothed))).round().astype(int)

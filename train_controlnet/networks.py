@@ -1,6 +1,6 @@
-"""The backbone, and which of its weights (or of a ControlNet's, or of adapters') are trained."""
+"""The networks of a training: the backbone, a ControlNet and adapters, and which weights are trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,26 +23,28 @@ from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, excerpt
 from maskloom.pipeline.training.precision import DTYPES
 
-# Blocks of one class share their code, and beyond so many shapes of them torch would continue uncompiled; its default of 8 is too few.
+# Blocks of one class share compiled code, and torch stops compiling after this number of shapes.
+# Its default of 8 is too low.
 MOST_BLOCK_SHAPES = 64
-# The attention's projections, as in diffusers' LoRA scripts; CLIP names its own otherwise.
+# The projections of attention, as in diffusers' LoRA scripts, in diffusers' and in CLIP's names.
 LORA_TARGETS = {
     "unet": ["to_k", "to_q", "to_v", "to_out.0"],
     "controlnet": ["to_k", "to_q", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
-# What a ControlNet's inputs and residuals have in common with the UNet that they are added to.
+# Sizes in which a ControlNet must agree with the UNet that its residuals are added to.
 SHARED_SIZES = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
 
 
 @dataclass
 class Networks:
-    """The parts of Stable Diffusion, and a ControlNet.
+    """The parts of Stable Diffusion and, optionally, a ControlNet.
 
     Attributes:
-        scheduler: the noise schedule that is trained with.
-        controlnet: None where there is none.
-        scheduler_settings: of the backbone's own scheduler, from which images are sampled (`models.stable_diffusion.sampling`).
+        scheduler: the noise schedule of the training.
+        controlnet: None without a ControlNet.
+        scheduler_settings: the settings of the backbone's own scheduler, for sampling
+            (`models.stable_diffusion.sampling`).
     """
 
     tokenizer: CLIPTokenizer
@@ -54,7 +56,7 @@ class Networks:
     scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def loaded(self) -> dict[str, nn.Module]:
-        """Return the networks that there are, by name."""
+        """Return the networks that exist, by name."""
         parts = {
             "controlnet": self.controlnet,
             "unet": self.unet,
@@ -74,25 +76,27 @@ class Networks:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Return mean and log-variance of the latents, (B, 2C, h, w), of (B, 3, H, W) images in [-1, 1]."""
+        """Return mean and log-variance of latents, (B, 2C, h, w), of images (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
 
     @torch.no_grad()
     def text_states(self, encoder: PromptEncoder, prompts: Sequence[str]) -> Tensor:
-        """Return the text encoder's last hidden states, (B, L, D); L counts the tokens of all pieces of a prompt."""
+        """Return the text encoder's last hidden states, (B, L, D), over the L tokens of all chunks."""
         return text_states(self.text_encoder, encoder.tokens(prompts).to(self.text_encoder.device))
 
 
 def load_networks(config: TrainConfig, device: torch.device) -> Networks:
-    """Return the networks on the device; trained weights are float32, frozen ones of `mixed_precision`.
+    """Load the networks to the device: trained weights in float32, frozen ones in `mixed_precision`.
 
-    Weights that start at random (a fresh ControlNet's, the adapters') follow torch's global seed.
+    Weights that are initialised at random (adapters, layers of a new ControlNet) depend on torch's
+    global seed.
 
     Raises:
-        MaskLoomError: a part cannot be loaded or does not fit the others, or a switch needs a package that is missing.
+        MaskLoomError: a part cannot be loaded or does not fit the others, or a switch needs a
+            package that is missing.
     """
     source, dtype = BackboneSource.of(config), DTYPES[config.mixed_precision]
-    # In float32 at first: weights that will be trained, or are copied to be, must not begin rounded.
+    # In float32 first: weights that will be trained, or copied into trained ones, must not be rounded.
     unet = load_part(source, "unet")
     networks = Networks(
         load_tokenizer(source),
@@ -100,46 +104,56 @@ def load_networks(config: TrainConfig, device: torch.device) -> Networks:
         load_part(source, "text_encoder", dtype),
         load_part(source, "vae", dtype),
         unet,
-        _controlnet(config, unet),
+        make_controlnet(config, unet, load_controlnet),
         source.scheduler_settings(),
     )
     return prepared_networks(networks, config, device)
 
 
 def prepared_networks(networks: Networks, config: TrainConfig, device: torch.device) -> Networks:
-    """Return the networks as they are trained: what is trained chosen, precisions, device and switches set."""
-    _choose_trained(networks, config)
+    """Choose the trained weights, set precisions, device and switches, and return the networks."""
+    choose_trained(networks, config)
+    frozen = DTYPES[config.mixed_precision]
     for network in networks.loaded().values():
-        _set_precision(network, DTYPES[config.mixed_precision])
+        for parameter in network.parameters():  # trained ones in float32: half precision loses small updates
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
         network.to(device)
-    _apply_switches(networks, config)
+    apply_switches(networks, config)
     return networks
 
 
-def _controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel | None:
-    """Return a ControlNet in float32: a copy of the UNet's encoder, or given weights to continue from.
+def make_controlnet(
+    config: TrainConfig, unet: UNet2DConditionModel, load: Callable[[str], ControlNetModel]
+) -> ControlNetModel | None:
+    """Return the ControlNet to train: a copy of the UNet's encoder, or the one that is configured.
+
+    Args:
+        config: the section `train`.
+        unet: the backbone's, in float32.
+        load: loads a ControlNet by folder or Hub id.
 
     Raises:
-        MaskLoomError: the given weights cannot be loaded or belong to another kind of backbone, or the UNet's encoder cannot be copied.
+        MaskLoomError: the configured ControlNet cannot be loaded or belongs to another backbone, or
+            the UNet's encoder cannot be copied.
     """
     if config.controlnet == "none":
         return None
     if not config.controlnet_model_name_or_path:
         return copied_controlnet(config, unet)
-    controlnet = load_controlnet(config.controlnet_model_name_or_path)
+    controlnet = load(config.controlnet_model_name_or_path)
     check_controlnet(config, controlnet, unet)
     return controlnet
 
 
 def copied_controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> ControlNetModel:
-    """Return a ControlNet that starts as a copy of the UNet's encoder.
+    """Return a ControlNet initialised as a copy of the UNet's encoder.
 
     Raises:
-        MaskLoomError: the UNet has layers that diffusers' ControlNet has not.
+        MaskLoomError: the UNet has layers that diffusers' ControlNet does not have.
     """
     try:
         return ControlNetModel.from_unet(unet)
-    except Exception as error:  # whatever a UNet of another make raises, the remedy is the same
+    except Exception as error:  # other kinds of UNet raise many kinds of errors; the remedy is the same
         raise MaskLoomError(
             f"{KEY}={config.pretrained_model_name_or_path}: no ControlNet can be made from its UNet ({excerpt(error)}); "
             "give a backbone of Stable Diffusion 1.x or 2.x, or set train.controlnet=none"
@@ -147,22 +161,23 @@ def copied_controlnet(config: TrainConfig, unet: UNet2DConditionModel) -> Contro
 
 
 def check_controlnet(config: TrainConfig, controlnet: ControlNetModel, unet: UNet2DConditionModel) -> None:
-    """Check that a given ControlNet was made for this kind of backbone.
+    """Check that a ControlNet was made for this kind of backbone.
 
     Raises:
-        MaskLoomError: it was not.
+        MaskLoomError: its sizes differ.
     """
     unlike = [size for size in SHARED_SIZES if controlnet.config[size] != unet.config[size]]
     if unlike:
         differences = ", ".join(f"{size} {controlnet.config[size]}, not {unet.config[size]}" for size in unlike)
         raise MaskLoomError(
             f"{CONTROLNET_KEY}={config.controlnet_model_name_or_path}: made for another backbone than "
-            f"{config.pretrained_model_name_or_path} ({differences}); give a ControlNet of this backbone, or null to start from its UNet"
+            f"{config.pretrained_model_name_or_path} ({differences}); give a ControlNet of this backbone, "
+            "or null to start from its UNet"
         )
 
 
-def _choose_trained(networks: Networks, config: TrainConfig) -> None:
-    """Freeze everything, then let go of what the configuration trains; add the adapters."""
+def choose_trained(networks: Networks, config: TrainConfig) -> None:
+    """Freeze all weights, add the adapters, then unfreeze what the configuration trains."""
     for part in networks.loaded().values():
         part.requires_grad_(False).eval()
     for name in config.lora:
@@ -179,31 +194,25 @@ def _choose_trained(networks: Networks, config: TrainConfig) -> None:
         from maskloom.train_controlnet.starting_adapters import load_adapters
 
         load_adapters(networks.loaded(), config)
-    for module in _trained_modules(networks, config):  # after the adapters: adding them freezes all other weights
+    for module in trained_modules(networks, config):  # last, because adding adapters freezes all other weights
         module.requires_grad_(True)
 
 
-def _set_precision(network: nn.Module, frozen: torch.dtype) -> None:
-    """Give frozen weights their precision, and trained ones float32: small updates would be lost in half of it."""
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
-
-
-def _trained_modules(networks: Networks, config: TrainConfig) -> list[nn.Module]:
-    """Return the modules whose own weights are trained."""
+def trained_modules(networks: Networks, config: TrainConfig) -> list[nn.Module]:
+    """Return the modules whose weights are trained, apart from adapters."""
     modules: list[nn.Module] = []
     if networks.controlnet is not None:
-        modules += _trained_controlnet_modules(networks.controlnet, config)
-    if not config.sd_locked:  # as in ControlNet's own code: the output blocks, not the encoder that it copied
+        modules += trained_controlnet_modules(networks.controlnet, config)
+    if not config.sd_locked:  # as in the ControlNet repository: output blocks, not the copied encoder
         modules += [networks.unet.up_blocks, networks.unet.conv_norm_out, networks.unet.conv_out]
     return modules
 
 
-def _trained_controlnet_modules(controlnet: ControlNetModel, config: TrainConfig) -> list[nn.Module]:
-    """Return the trained part of a ControlNet.
+def trained_controlnet_modules(controlnet: ControlNetModel, config: TrainConfig) -> list[nn.Module]:
+    """Return the trained modules of a ControlNet.
 
     Raises:
-        MaskLoomError: `train.controlnet_blocks` is larger than the ControlNet.
+        MaskLoomError: `train.controlnet_blocks` exceeds its number of blocks.
     """
     if config.controlnet == "full":
         return [controlnet]
@@ -225,12 +234,13 @@ def _trained_controlnet_modules(controlnet: ControlNetModel, config: TrainConfig
     return [*connections, controlnet.conv_in, *controlnet.down_blocks[: config.controlnet_blocks]]
 
 
-def _apply_switches(networks: Networks, config: TrainConfig) -> None:
-    """Set attention, activation checkpointing, memory format and compilation."""
+def apply_switches(networks: Networks, config: TrainConfig) -> None:
+    """Set attention implementation, activation checkpointing, memory format and compilation."""
     denoisers: list[Any] = [part for part in (networks.unet, networks.controlnet) if part is not None]
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(*denoisers)
-    # diffusers recomputes activations in training mode only; Stable Diffusion has no dropout that it would switch on.
+    # diffusers recomputes activations only in training mode, which changes nothing else: Stable
+    # Diffusion has no dropout.
     if config.recomputes_unet:
         networks.unet.train()
         networks.unet.enable_gradient_checkpointing()
@@ -246,9 +256,10 @@ def _apply_switches(networks: Networks, config: TrainConfig) -> None:
 
 
 def compile_repeated_blocks(network: nn.Module) -> None:
-    """Compile each residual and attention block of a denoiser (regional compilation): equal blocks share one compilation.
+    """Compile each residual and attention block of a denoiser: equal blocks share one compilation.
 
-    diffusers' own `compile_repeated_blocks` knows no blocks of a ControlNet, and leaves residual blocks out.
+    diffusers' own `compile_repeated_blocks` (regional compilation) has no list of blocks for
+    ControlNet, and leaves out residual blocks.
     """
     torch._dynamo.config.recompile_limit = MOST_BLOCK_SHAPES
     for module in network.modules():

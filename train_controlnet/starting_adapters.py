@@ -1,4 +1,7 @@
-"""Adapters (LoRA) that a training starts from: `train.lora_model_name_or_path`, in diffusers', PEFT's or kohya's names."""
+"""Adapters (LoRA) that a training starts from: `train.lora_model_name_or_path`.
+
+The file may use diffusers', PEFT's or kohya's names.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +21,29 @@ from maskloom.models.stable_diffusion.trained_parts import LORA_KEY, adapter_fil
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, excerpt
 
-METADATA = "lora_adapter_metadata"  # of diffusers' newer files: rank and alpha by network
+METADATA = "lora_adapter_metadata"  # in files of newer versions of diffusers: rank and alpha by network
 UP_NAMES = (".lora_up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight")
 DOWN_OF_UP = {"up": "down", "lora_up": "lora_down", "lora_B": "lora_A"}
 PARTS = ("unet", "text_encoder")
 
 
 def load_adapters(networks: Mapping[str, Any], config: TrainConfig) -> None:
-    """Give the adapters of UNet and text encoder the weights of a file, whatever its alpha: their effect is the file's.
+    """Load the weights of a file into the adapters of UNet and text encoder.
+
+    The weights are rescaled so that the adapters have the effect of those in the file, whatever its
+    alpha.
 
     Args:
-        networks: by name, with their adapters; one on the meta device is only checked.
+        networks: networks with their adapters, by name; on the meta device they are only checked.
         config: names the file, the adapted networks, rank and alpha.
 
     Raises:
-        MaskLoomError: the file cannot be read, or is of another rank, other layers or another backbone than the training.
+        MaskLoomError: the file cannot be read, or its rank, layers or backbone are not those of the
+            training.
     """
     assert config.lora_model_name_or_path is not None
     where = f"{LORA_KEY}={config.lora_model_name_or_path}"
-    found = _read(adapter_file(config.lora_model_name_or_path), where)
+    found = read_adapters(adapter_file(config.lora_model_name_or_path), where)
     adapted = [name for name in PARTS if name in config.lora]
     for name in PARTS:
         if name in adapted and not found[name]:
@@ -45,21 +52,21 @@ def load_adapters(networks: Mapping[str, Any], config: TrainConfig) -> None:
             raise MaskLoomError(f"{where}: holds adapters of the {name} as well; add {name} to train.lora")
     for name in adapted:
         network, weights = networks[name], found[name]
-        if name == "text_encoder" and not hasattr(network, "text_model"):  # as of transformers 5
+        if name == "text_encoder" and not hasattr(network, "text_model"):  # transformers 5 and later
             weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
         expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-        _check_layers(weights, expected, f"{where}: {name}", config)
+        check_layers(weights, expected, f"{where}: {name}", config)
         scale = config.rank / (config.lora_alpha or config.rank)
         scaled = {key: value.float() * (scale if "lora_B" in key else 1) for key, value in weights.items()}
         if not next(network.parameters()).is_meta:
             set_peft_model_state_dict(network, scaled)
 
 
-def _read(file: Path, where: str) -> dict[str, dict[str, Tensor]]:
-    """Return the adapters of each network under PEFT's names, their alpha taken into the second matrix.
+def read_adapters(file: Path, where: str) -> dict[str, dict[str, Tensor]]:
+    """Return the adapters of each network under PEFT's names, with alpha multiplied into the second matrix.
 
     Raises:
-        MaskLoomError: it is no such file.
+        MaskLoomError: the file is not a LoRA of Stable Diffusion.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -93,7 +100,7 @@ def _read(file: Path, where: str) -> dict[str, dict[str, Tensor]]:
 
 
 def _with_alphas(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the matrices without alphas, each second one multiplied by alpha / rank."""
+    """Return the matrices without alphas; each second one is multiplied by alpha / rank."""
     state = {key: value for key, value in raw.items() if not key.endswith(".alpha")}
     for key in raw.keys() - state.keys():
         layer = key.removesuffix(".alpha")
@@ -103,7 +110,7 @@ def _with_alphas(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_noted_alpha(weights: Mapping[str, Tensor], notes: Mapping[str, Any], part: str) -> dict[str, Tensor]:
-    """Return the matrices, each second one multiplied by alpha / rank as the file's notes say."""
+    """Return the matrices; each second one is multiplied by alpha / rank from the file's metadata."""
     alpha = notes.get(f"{part}.lora_alpha")
     return {
         key: value * (alpha / value.shape[1]) if alpha is not None and "lora_B" in key else value
@@ -111,11 +118,11 @@ def _with_noted_alpha(weights: Mapping[str, Tensor], notes: Mapping[str, Any], p
     }
 
 
-def _check_layers(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, config: TrainConfig) -> None:
-    """Compare adapters with those of the training.
+def check_layers(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, config: TrainConfig) -> None:
+    """Check that adapters have the rank, layers and shapes of the training's, and finite values.
 
     Raises:
-        MaskLoomError: names the first difference, and what to do.
+        MaskLoomError: they have not; names the first difference and the remedy.
     """
     ranks = sorted({value.shape[0] for key, value in found.items() if "lora_A" in key})
     if ranks != [config.rank]:
@@ -127,14 +134,14 @@ def _check_layers(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
     if strange or missing:
         which = f"adapts {strange[0]}, which this training does not" if strange else f"lacks {missing[0]}"
         raise MaskLoomError(
-            f"{where}: {which} ({len(strange)} weights too many, {len(missing)} missing); adapters must be on the attention's projections "
-            "of this backbone, all of them"
+            f"{where}: {which} ({len(strange)} weights too many, {len(missing)} missing); adapters must cover all "
+            "projections of attention of this backbone, and no other layers"
         )
     for key, value in found.items():
         if value.shape != expected[key].shape:
             raise MaskLoomError(
-                f"{where}: {key} has shape {list(value.shape)}, not {list(expected[key].shape)}: made for another backbone than "
-                f"{config.pretrained_model_name_or_path}"
+                f"{where}: {key} has shape {list(value.shape)}, not {list(expected[key].shape)}: made for another "
+                f"backbone than {config.pretrained_model_name_or_path}"
             )
         if not torch.isfinite(value).all():
             raise MaskLoomError(f"{where}: {key} holds NaN or infinite values; give other weights")

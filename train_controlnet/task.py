@@ -26,19 +26,21 @@ OPTIMIZER = "denoiser"
 
 
 class Validates(Protocol):
-    """What measures a training between its steps."""
+    """Validates the networks between training steps."""
 
     def figures(self, step: int) -> dict[str, float]:
         """Return held-out figures by name after `step` optimizer steps."""
 
 
 class DiffusionTask(Task):
-    """Networks and the denoising loss that trains them.
+    """The networks and their denoising loss.
 
-    Zhang et al., Adding Conditional Control to Text-to-Image Diffusion Models (2023); Hu et al., LoRA (2021).
+    Zhang et al., Adding Conditional Control to Text-to-Image Diffusion Models (2023); Hu et al.,
+    LoRA: Low-Rank Adaptation of Large Language Models (2021).
 
     Attributes:
-        validator: set once the task is there, for it computes losses with the task; None: nothing is measured.
+        validator: set after the task is built, because it computes losses with the task; None: no
+            validation.
     """
 
     validator: Validates | None = None
@@ -47,10 +49,11 @@ class DiffusionTask(Task):
         """Keep the parts.
 
         Args:
-            config: the training's.
+            config: the section `train`.
             parts: the networks.
-            data: rows and prompts; without rows (the memory plan has none) there is a loss, but nothing for the loop to read.
-            device: of the training.
+            data: rows and prompts. Without rows, as in the memory plan, losses can be computed, but
+                the loop has nothing to iterate over.
+            device: the device of the training.
         """
         self.config, self.device, self.dtype = config, device, DTYPES[config.mixed_precision]
         self.parts, self.scheduler, self.networks = parts, parts.scheduler, parts.trained()
@@ -60,7 +63,7 @@ class DiffusionTask(Task):
         self.trained_parameters = sum(p.numel() for p in self.parameters()[OPTIMIZER])
 
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return all trained weights as one optimizer's."""
+        """Return all trained weights as the parameters of one optimizer."""
         return {OPTIMIZER: [p for net in self.networks.values() for p in net.parameters() if p.requires_grad]}
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
@@ -68,15 +71,19 @@ class DiffusionTask(Task):
         latents = self.latents(batch, draws)
         noise = self._noise(latents, draws)
         timesteps = draws.integers("timestep", self.scheduler.config.num_train_timesteps)
-        prompts, conditioning = self.led_by(batch, draws)
+        prompts, conditioning = self.drop_conditions(batch, draws)
         losses = self.sample_losses(latents, noise, timesteps, prompts, conditioning, batch.get("foreground"))
         weights = timestep_weights(
             self.scheduler, timesteps, self.config.snr_gamma, self.config.debiased_estimation_loss
         )
         yield OPTIMIZER, (losses * weights).mean()
 
-    def led_by(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """Return numbers of prompts and conditioning images, some of each left out, independently: the empty prompt, a black image."""
+    def drop_conditions(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Return prompt numbers (B,) and conditioning images (B, 3, H, W) after condition dropout.
+
+        Some prompts become the empty prompt (number 0) and, independently, some conditioning images
+        become black.
+        """
         without_prompt = draws.uniform("empty prompt") < self.config.proportion_empty_prompts
         prompts = batch["prompt"].masked_fill(without_prompt, 0)
         conditioning = batch.get("conditioning")
@@ -86,7 +93,7 @@ class DiffusionTask(Task):
         return prompts, conditioning
 
     def latents(self, batch: dict[str, Any], draws: Draws) -> Tensor:
-        """Return (B, C, h, w) float32 latents: a fresh draw from the posterior of each image."""
+        """Return latents (B, C, h, w) float32, newly sampled from the posterior of each image."""
         moments = batch["moments"] if "moments" in batch else self.parts.moments(batch["pixels"])
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         return sample_latents(moments.float(), draws.normal("posterior", shape), self.parts.vae.config.scaling_factor)
@@ -100,30 +107,35 @@ class DiffusionTask(Task):
         conditioning: Tensor | None,
         foreground: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of each sample, (B,), before its timestep's weight.
+        """Return the loss of each sample, (B,), without the weight of its timestep.
 
         Args:
             latents: (B, C, h, w) float32.
             noise: (B, C, h, w) float32 standard normal.
             timesteps: (B,) int64.
-            prompts: (B,) numbers of the prompts; 0 is the empty prompt.
+            prompts: (B,) prompt numbers; 0 is the empty prompt.
             conditioning: (B, 3, H, W) uint8; None without a ControlNet.
-            foreground: (B, H, W) of 0 and 1 where the mask's foreground counts more; None: all counts alike.
+            foreground: (B, H, W), 0 or 1, to weigh the masks' foreground; None: no weights.
         """
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.prediction(noisy, timesteps, prompts, conditioning)
         target = prediction_target(self.scheduler, latents, noise, timesteps)
-        if foreground is None:
-            return denoising_losses(prediction, target)
-        return denoising_losses(
-            prediction,
-            target,
-            lesion_weights(foreground, self.config.lesion_loss_weight, (latents.shape[2], latents.shape[3])),
-        )
+        weights = None
+        if foreground is not None:
+            size = (latents.shape[2], latents.shape[3])
+            weights = lesion_weights(foreground, self.config.lesion_loss_weight, size)
+        return denoising_losses(prediction, target, weights)
 
     def prediction(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, conditioning: Tensor | None) -> Tensor:
-        """Return the UNet's output, (B, C, h, w), led by the ControlNet if there is one; arguments as in `sample_losses`."""
-        noisy, text = noisy.to(self.dtype), self._text_states(prompts)
+        """Return the UNet's output, (B, C, h, w), with the residuals of the ControlNet, if any.
+
+        Args:
+            noisy: noisy latents (B, C, h, w).
+            timesteps: (B,) int64.
+            prompts: (B,) prompt numbers.
+            conditioning: (B, 3, H, W) uint8; None without a ControlNet.
+        """
+        noisy, text = noisy.to(self.dtype), self.prompt_states(prompts)
         residuals: dict[str, Any] = {}
         if self.parts.controlnet is not None:
             assert conditioning is not None
@@ -140,8 +152,17 @@ class DiffusionTask(Task):
             }
         return self._network("unet")(noisy, timesteps, encoder_hidden_states=text, return_dict=False, **residuals)[0]
 
+    def prompt_states(self, prompts: Tensor) -> Tensor:
+        """Return the text encoder's states, (B, L, D), of prompt numbers (B,).
+
+        They are looked up, or computed if the text encoder is trained.
+        """
+        if "text_encoder" in self.networks:
+            return text_states(self.networks["text_encoder"], self.text[prompts]).to(self.dtype)
+        return self.text[prompts]
+
     def validate(self, step: int) -> dict[str, float]:
-        """Return what the validator finds; nothing without one."""
+        """Return the validator's figures; empty without a validator."""
         return {} if self.validator is None else self.validator.figures(step)
 
     def row_name(self, index: int) -> str:
@@ -149,18 +170,15 @@ class DiffusionTask(Task):
         return self.rows["train"].views.sample_id(index)
 
     def _network(self, name: str) -> Any:
-        """Return a network as the loop prepared it, or as it is where it is not trained."""
+        """Return a network: if it is trained, as the accelerator prepared it."""
         return self.networks[name] if name in self.networks else getattr(self.parts, name)
 
     def _noise(self, latents: Tensor, draws: Draws) -> Tensor:
-        """Return (B, C, h, w) noise, with a constant offset a channel where asked (Guttenberg, Diffusion with Offset Noise, 2023)."""
+        """Return noise (B, C, h, w), with `noise_offset` plus a constant per channel.
+
+        Guttenberg, Diffusion with Offset Noise (2023).
+        """
         noise = draws.normal("noise", latents.shape[1:])
         if self.config.noise_offset:
             noise = noise + self.config.noise_offset * draws.normal("noise offset", (latents.shape[1], 1, 1))
         return noise
-
-    def _text_states(self, prompts: Tensor) -> Tensor:
-        """Return (B, L, D): looked up, or computed where the text encoder is trained."""
-        if "text_encoder" in self.networks:
-            return text_states(self.networks["text_encoder"], self.text[prompts]).to(self.dtype)
-        return self.text[prompts]

@@ -53,7 +53,7 @@ def train_stage(config: ExperimentConfig, force: bool) -> None:
 
 
 def training_stage(config: ExperimentConfig, run: Run, dataset: MaskPromptDataset) -> Stage:
-    """Return the stage with its inputs, settings and outputs: what decides whether it is up to date."""
+    """Return the stage; its inputs, settings and outputs decide whether it is up to date."""
     train = config.fine_tuning
     inputs = {"dataset": dataset.digest, **BackboneSource.of(train).inputs()}
     if train.controlnet_model_name_or_path:
@@ -66,7 +66,7 @@ def training_stage(config: ExperimentConfig, run: Run, dataset: MaskPromptDatase
 
 
 def run_training(config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stage: Stage, force: bool) -> None:
-    """Load the networks, train, and export the trained weights. Arguments and errors: see `train_stage`."""
+    """Load the networks, train, and export the weights; arguments as in `train_stage`."""
     from accelerate.utils import set_seed
 
     from maskloom.pipeline.training.distributed import check_engine
@@ -151,7 +151,7 @@ def build_task(
 
 
 def delete_older_exports(run: Run, names: Sequence[str]) -> None:
-    """Delete weights of an earlier training that this one does not write: they would pass for its own."""
+    """Delete exports of an earlier training that this one does not write: they look like its own."""
     for name in EXPORTED:
         if name not in names and OwnedFolder(run.generator / name).is_marked():
             delete_folder(run.generator / name)
@@ -173,7 +173,7 @@ def start_from_scratch(run: Run) -> None:
 
 
 def check_dataset(dataset: MaskPromptDataset, train: TrainConfig) -> None:
-    """Check that the dataset has what the loss and the adherence measure need, before caches are filled.
+    """Check that the dataset has what loss and adherence need, before caches are filled.
 
     Raises:
         MaskLoomError: masks are needed and there are none, or there are too few validation images.
@@ -189,13 +189,13 @@ def check_dataset(dataset: MaskPromptDataset, train: TrainConfig) -> None:
 def check_before_training(
     config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, inputs: Mapping[str, str], force: bool
 ) -> None:
-    """Check all that can be checked without loading the networks, before anything is changed on disk.
+    """Check all that needs no networks, before anything is changed on disk.
 
     Raises:
         MaskLoomError: an image of `train.validation_image` cannot be used; `generate` is configured
             such that nothing can be sampled; the tokenizer cannot be loaded; a file of the user has
-            the name of exported weights or of a checkpoint; or, unless `force`, a checkpoint belongs
-            to another training.
+            the name of exported weights or of a checkpoint; or, unless `force`, a checkpoint
+            belongs to another training.
     """
     from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder
     from maskloom.pipeline.training.resuming import check_resumable

@@ -18,7 +18,7 @@ from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt
-from maskloom.train_controlnet.data.augmentation import Pictures, changed_pictures, changed_prompt, uses_mask_words
+from maskloom.train_controlnet.data.augmentation import Pictures, augmented_pictures, augmented_prompt, uses_mask_words
 from tests.tiny_datasets import tiny_description
 
 MODES = ("mask", "edges", "both", "foreground", "image")
@@ -85,7 +85,7 @@ def test_image_mask_and_conditioning_move_together(
     height: int, width: int, channels: int, mode: str, config: AugmentConfig, seed: int, copy: int
 ) -> None:
     image, mask = marked(height, width, channels, seed)
-    made = changed_pictures(contract_row(mask, image, mode), about(mode), config, seed, copy)
+    made = augmented_pictures(contract_row(mask, image, mode), about(mode), config, seed, copy)
     assert made.mask is not None
     assert made.image.shape == image.shape
     assert made.mask.shape == mask.shape
@@ -112,7 +112,7 @@ def test_a_mere_mirroring_is_exact(height: int, width: int, seed: int) -> None:
     image, mask = marked(height, width, 1, seed)
     config = AugmentConfig(**STILL)
     for copy in range(1, 9):
-        made = changed_pictures(contract_row(mask, image), about(), config, seed, copy)
+        made = augmented_pictures(contract_row(mask, image), about(), config, seed, copy)
         assert made.mask is not None
         flipped = not np.array_equal(made.image, image)
         expected = (image[:, ::-1], mask[:, ::-1]) if flipped else (image, mask)
@@ -126,7 +126,7 @@ def test_half_of_the_copies_are_mirrored_and_none_where_flips_are_off() -> None:
 
     def mirrored(config: AugmentConfig) -> int:
         rows = [contract_row(mask, image, name=f"row-{i}") for i in range(200)]
-        return sum(not np.array_equal(changed_pictures(row, about(), config, 0, 1).image, image) for row in rows)
+        return sum(not np.array_equal(augmented_pictures(row, about(), config, 0, 1).image, image) for row in rows)
 
     assert 80 < mirrored(AugmentConfig(**STILL)) < 120
     assert mirrored(AugmentConfig(**STILL, random_flip=False)) == 0
@@ -139,7 +139,7 @@ def test_brightness_and_contrast_change_the_image_only() -> None:
     for copy in range(1, 6):
         for mode in ("mask", "edges", "image"):
             row = contract_row(mask, image, mode)
-            made = changed_pictures(row, about(mode), config, 0, copy)
+            made = augmented_pictures(row, about(mode), config, 0, copy)
             assert np.array_equal(made.mask, mask)
             assert np.array_equal(made.conditioning, np.asarray(row["conditioning_image"]))
         dark, bright = np.unique(made.image[mask == 0]), np.unique(made.image[mask > 0])
@@ -157,7 +157,7 @@ def test_a_class_never_leaves_the_picture() -> None:
     config = AugmentConfig(translation=0.4, scale=(1.5, 1.5), random_flip=False, brightness=0, contrast=0)
     moved = 0
     for copy in range(1, 40):
-        made = changed_pictures(contract_row(mask, image), about(), config, 0, copy)
+        made = augmented_pictures(contract_row(mask, image), about(), config, 0, copy)
         assert made.mask is not None
         assert made.mask.max() == 1
         moved += not np.array_equal(made.mask, mask)
@@ -167,7 +167,7 @@ def test_a_class_never_leaves_the_picture() -> None:
 @pytest.mark.parametrize("mode", ["edges", "foreground", "image"])
 def test_a_row_without_a_mask_is_changed_as_well(mode: str) -> None:
     image, _ = marked(24, 40, 3, 1)
-    made = changed_pictures(contract_row(None, image, mode), about(mode), AugmentConfig(), 0, 1)
+    made = augmented_pictures(contract_row(None, image, mode), about(mode), AugmentConfig(), 0, 1)
     assert made.mask is None
     assert made.image.shape == image.shape
     assert not np.array_equal(made.image, image)
@@ -185,7 +185,7 @@ def keyed_digests() -> dict[str, str]:
     keys = [(seed, name, copy) for seed in (0, 1) for name in ("a", "b") for copy in (1, 2, 3)]
     return {
         f"{seed} {name} {copy}": digest(
-            changed_pictures(contract_row(mask, image, "both", name), about("both"), AugmentConfig(), seed, copy)
+            augmented_pictures(contract_row(mask, image, "both", name), about("both"), AugmentConfig(), seed, copy)
         )
         for seed, name, copy in keys
     }
@@ -218,9 +218,9 @@ def test_a_mirrored_lesion_changes_sides_in_the_prompt_and_other_words_stay() ->
     row = contract_row(mask, mask, attributes=json.dumps(attributes))
     config, mirrored = AugmentConfig(**STILL), 0
     for copy in range(1, 12):
-        made = changed_pictures(row, description, config, 0, copy)
+        made = augmented_pictures(row, description, config, 0, copy)
         before, after = (mask_attributes(one, description.mask_classes) for one in (mask, made.mask))
-        text = changed_prompt(row, description, before, after)
+        text = augmented_prompt(row, description, before, after)
         flipped = not np.array_equal(made.mask, mask)
         mirrored += flipped
         place = "central right" if flipped else "central left"
@@ -235,7 +235,7 @@ def test_a_dataset_s_own_word_is_not_the_mask_s() -> None:
     before, after = (mask_attributes(one, description.mask_classes) for one in (mask, moved))
     own = {**before, "shape": "spiculated", "size": "12 mm"}
     row = contract_row(mask, mask, attributes=json.dumps(own))
-    assert changed_prompt(row, description, before, after) == "spiculated 12 mm central right"
+    assert augmented_prompt(row, description, before, after) == "spiculated 12 mm central right"
 
 
 def test_the_same_mask_gives_the_row_s_own_prompt() -> None:
@@ -247,13 +247,13 @@ def test_the_same_mask_gives_the_row_s_own_prompt() -> None:
         values = {"modality": "toy imaging", "label": "square", **words, "finding": "cyst"}
         text = render_prompt(templates, f"row-{i}", values)
         row = contract_row(mask, mask, name=f"row-{i}", label=1, attributes=json.dumps(values))
-        assert changed_prompt(row, description, words, words) == text
+        assert augmented_prompt(row, description, words, words) == text
 
 
 def test_modality_and_label_are_known_without_attributes() -> None:
     description = about(templates=("{modality} of a {label}",))
     row = contract_row(placed(4), placed(4), label=1)
-    assert changed_prompt(row, description, {}, {}) == "toy imaging of a square"
+    assert augmented_prompt(row, description, {}, {}) == "toy imaging of a square"
 
 
 def test_which_templates_speak_of_the_mask() -> None:

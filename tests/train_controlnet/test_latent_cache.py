@@ -200,7 +200,7 @@ def test_a_damaged_shard_is_told_and_made_again(
     assert content(folder) != before
     capsys.readouterr()
     fill(folder, views, encoder)
-    assert "views-00002.safetensors: damaged; making it again" in capsys.readouterr().err
+    assert "views-00002.safetensors: damaged; computing it again" in capsys.readouterr().err
     assert encoder.images == 5
     assert content(folder) == before
 

@@ -107,18 +107,18 @@ def test_no_rate_is_suggested_where_none_lowers_the_loss(config: ExperimentConfi
     shown = result([1.0 + i / 100 for i in range(20)])
     assert shown.suggestion is None
     text = range_text(config, RangeTest(20, 1e-5, 1e-1), shown)
-    assert "No rate lowers the loss" in text
-    assert "it did not diverge up to 1.0e-01. Give it more --steps." in text
+    assert "No learning rate lowers the loss" in text
+    assert "it did not diverge up to 1.0e-01. Raise --steps." in text
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-3, 1e-3), (1e-2, 1e-3), (0.0, 1e-3), (-1.0, 1.0)])
 def test_rates_must_rise(low: float, high: float) -> None:
-    with pytest.raises(MaskLoomError, match="both above 0, the first below the second"):
+    with pytest.raises(MaskLoomError, match=r"both must be above 0 and at most 1e\+12, and the first below the second"):
         RangeTest(20, low, high)
 
 
 def test_a_first_rate_that_is_too_high_is_named(config: ExperimentConfig) -> None:
-    with pytest.raises(MaskLoomError, match=r"--min-lr 1e\+06: the loss is gone after \d steps; start lower"):
+    with pytest.raises(MaskLoomError, match=r"--min-lr 1e\+06: the loss diverges within \d steps; start lower"):
         range_test(config, RangeTest(20, 1e6, 1e7))
 
 

@@ -190,9 +190,9 @@ def test_what_is_left_out_is_keyed_by_position(config: ExperimentConfig, prompts
         "prompt": torch.arange(1, 601),
         "conditioning": torch.full((600, 3, 2, 2), 7, dtype=torch.uint8),
     }
-    seen, led_by = task.led_by(batch, Draws(4, positions, CPU))
-    assert led_by is not None
-    assert led_by.dtype == torch.uint8
+    seen, conditioned_by = task.drop_conditions(batch, Draws(4, positions, CPU))
+    assert conditioned_by is not None
+    assert conditioned_by.dtype == torch.uint8
     dropped = {}
     for purpose, share in (("empty prompt", prompts), ("empty conditioning", conditioning)):
         draws = [float(torch.rand((), generator=keyed_generator(4, purpose, p))) for p in positions]
@@ -200,15 +200,19 @@ def test_what_is_left_out_is_keyed_by_position(config: ExperimentConfig, prompts
         assert float(dropped[purpose].float().mean()) == pytest.approx(share, abs=0.05)
     assert torch.equal(seen == 0, dropped["empty prompt"])
     assert torch.equal(seen[seen > 0], batch["prompt"][~dropped["empty prompt"]])
-    assert torch.equal((led_by == 0).all(dim=(1, 2, 3)), dropped["empty conditioning"])
-    assert torch.equal(led_by[~dropped["empty conditioning"]], batch["conditioning"][~dropped["empty conditioning"]])
+    assert torch.equal((conditioned_by == 0).all(dim=(1, 2, 3)), dropped["empty conditioning"])
+    assert torch.equal(
+        conditioned_by[~dropped["empty conditioning"]], batch["conditioning"][~dropped["empty conditioning"]]
+    )
     both = float((dropped["empty prompt"] & dropped["empty conditioning"]).float().mean())
     assert both == pytest.approx(prompts * conditioning, abs=0.05)  # drawn independently
-    halves = [task.led_by({k: v[i::2] for k, v in batch.items()}, Draws(4, positions[i::2], CPU)) for i in range(2)]
+    halves = [
+        task.drop_conditions({k: v[i::2] for k, v in batch.items()}, Draws(4, positions[i::2], CPU)) for i in range(2)
+    ]
     for i, (text, picture) in enumerate(halves):  # another split into batches leaves out the same
         assert picture is not None
         assert torch.equal(text, seen[i::2])
-        assert torch.equal(picture, led_by[i::2])
+        assert torch.equal(picture, conditioned_by[i::2])
 
 
 def test_the_backbone_stays_frozen(config: ExperimentConfig) -> None:

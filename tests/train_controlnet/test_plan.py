@@ -218,7 +218,7 @@ def test_the_cache_is_as_large_as_foretold(config: ExperimentConfig) -> None:
     assert foretold.views == 8 + 6
     assert foretold.prompts == 3  # two labels, and none
     shown = plan_text(config, Planner(config).plan(config.train), {}, 1)
-    assert "14 images and 3 prompts, the empty one included: " in shown
+    assert "14 images and 3 prompts, with the empty one: " in shown
     assert foretold.total == size
 
 
@@ -244,7 +244,7 @@ def test_several_gpus_keep_their_gradients(config: ExperimentConfig) -> None:
     assert two.step.kept == one.step.kept
     assert two.training_peak > one.training_peak
     assert two.validation_peak == one.validation_peak + one.fixed.gradients
-    assert "4 a step (2 a micro-batch, 1 accumulated, 2 GPUs)" in plan_text(config, two, {}, 2)
+    assert "4 per step (2 per micro-batch, 1 accumulated, 2 GPUs)" in plan_text(config, two, {}, 2)
 
 
 def large_images(run: Path, backbone: Path, **train: Any) -> ExperimentConfig:
@@ -333,7 +333,7 @@ def test_a_run_that_does_not_fit_says_so(config: ExperimentConfig) -> None:
     plan = Planner(config).plan(config.train)
     text = plan_text(config, plan, {24: ({"use_8bit_adam": True}, plan), 12: None}, 1)
     assert "24 GB: fits with train.use_8bit_adam=true (needed: " in text
-    assert "12 GB: does not fit, whatever is switched on" in text
+    assert "12 GB: does not fit, even with all switches" in text
 
 
 def test_settings_that_are_not_there_are_named(config: ExperimentConfig, backbone: Path, tmp_path: Path) -> None:

@@ -78,12 +78,12 @@ def test_plan_tells(run: Path, backbone: Path, tmp_path: Path, capsys: pytest.Ca
 
     said = planned()
     assert "prompts: 2 of 2 different prompts are longer than the text encoder reads (46 tokens" in said
-    assert "prompts: all 2 are read whole, at most 52 of 92 tokens" in planned("train.prompt_chunks=2")
+    assert "prompts: none of 2 is truncated, the longest has 52 of 92 tokens" in planned("train.prompt_chunks=2")
     words = tmp_path / "words"
     words.mkdir()
     (words / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
     (words / "merges.txt").write_text("#version: 0.2\n")
-    assert f"prompts: not looked at ({words}: a tokenizer of 2 tokens" in planned(f"train.tokenizer_name={words}")
+    assert f"prompts: not checked ({words}: a tokenizer of 2 tokens" in planned(f"train.tokenizer_name={words}")
 
 
 def test_plan_counts_the_pieces(run: Path, backbone: Path) -> None:
@@ -103,10 +103,10 @@ def test_pieces_tell_the_classes_apart_in_training(
     run: Path, backbone: Path, capsys: pytest.CaptureFixture[str], lora: list[str]
 ) -> None:
     numbers = torch.tensor([1, 2])
-    cut = task_of(run, backbone, lora=lora)._text_states(numbers)
+    cut = task_of(run, backbone, lora=lora).prompt_states(numbers)
     assert torch.equal(cut[0], cut[1])
     assert "WARNING" in capsys.readouterr().err
-    whole = task_of(run, backbone, lora=lora, prompt_chunks=2)._text_states(numbers)
+    whole = task_of(run, backbone, lora=lora, prompt_chunks=2).prompt_states(numbers)
     assert whole.shape == (2, 96, 32)
     assert not torch.equal(whole[0], whole[1])
     assert "prompts" not in capsys.readouterr().err

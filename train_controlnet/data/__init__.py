@@ -1,4 +1,4 @@
-"""What the training reads: rows and changed copies, prompts, the cache of latents.
+"""The training data: rows and their augmented copies, prompts, and the cache of latents.
 
-Nothing here knows the loss or the networks' training.
+Nothing here knows the loss, or how the networks are trained.
 """

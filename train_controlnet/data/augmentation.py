@@ -1,6 +1,7 @@
-"""Changes an image, its mask and its conditioning image alike, and writes the prompt anew where the mask's words change.
+"""Augmented copies of rows: image, mask and conditioning image change together.
 
-A copy is keyed to (seed, sample, number): every process makes the same one, in any order, so its moments can be cached like the row's own.
+The prompt is rewritten where it describes the mask. A copy depends only on (seed, sample, number),
+so every process makes the same one in any order, and its moments can be cached like the row's own.
 """
 
 from collections.abc import Mapping
@@ -14,18 +15,18 @@ from PIL import Image
 from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.contract import Description
-from maskloom.pipeline.dataset.prompts import MASK_WORDS, mask_attributes, render_prompt, template_keys
+from maskloom.pipeline.dataset.prompts import MASK_WORDS, render_prompt, template_keys
 from maskloom.pipeline.files.reading import row_attributes
 
 Picture = NDArray[np.uint8]
 AffineMap = tuple[float, ...]
-ATTEMPTS = 10  # movements that are tried until no class of the mask leaves the picture
-UNMOVED: AffineMap = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+ATTEMPTS = 10  # maps to try before giving up on keeping every class of the mask in the image
+IDENTITY: AffineMap = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What of a row is seen in training.
+    """The images of a row that training sees.
 
     Attributes:
         image: (H, W) or (H, W, 3) uint8.
@@ -38,48 +39,54 @@ class Pictures:
     conditioning: Picture
 
 
-def changed_pictures(
+def augmented_pictures(
     row: Mapping[str, Any], about: Description, config: AugmentConfig, seed: int, copy: int
 ) -> Pictures:
-    """Return the pictures of the changed copy number `copy` (from 1) of a contract row.
+    """Return the images of an augmented copy.
 
-    The image is resampled bilinearly, the mask by nearest neighbour under the same map; what lies outside is black, background. A map that
-    moves a class out of the picture is drawn again, at last given up: the prompt and the label may speak of it. The conditioning image is
-    drawn from the changed mask and image; a paired picture is changed like the image. Brightness and contrast change in the image only.
+    The image is resampled bilinearly and the mask by nearest neighbour under the same affine map;
+    what lies outside the original is black and background. A map that moves a class out of the
+    image is drawn again and, after `ATTEMPTS`, replaced by the identity, since the prompt and the
+    label may name that class. The conditioning image is drawn from the augmented mask and image; a
+    paired conditioning image is transformed like the image. Brightness and contrast change in the
+    image only.
 
     Args:
-        row: a contract row with its pictures decoded.
-        about: the dataset's description: palette and conditioning.
-        config: ranges to draw from.
+        row: a row of the dataset with decoded images.
+        about: the dataset's description, for palette and conditioning.
+        config: the ranges to draw from.
         seed: the experiment's.
-        copy: which copy.
+        copy: number of the copy, from 1.
     """
     plain = np.asarray(row["image"])
     rng = np.random.default_rng([seed, copy, *row["sample_id"].encode()])
-    inverse, mask = _movement(None if row["mask"] is None else np.asarray(row["mask"]), plain.shape[:2], config, rng)
-    image = _moved(plain, inverse, Image.Resampling.BILINEAR)
+    mask = None if row["mask"] is None else np.asarray(row["mask"])
+    inverse, mask = draw_map(mask, plain.shape[:2], config, rng)
+    image = transformed(plain, inverse, Image.Resampling.BILINEAR)
     paired = None
-    if about.conditioning == "image":  # the conditioning image is the paired picture itself
-        paired = _moved(np.asarray(row["conditioning_image"]), inverse, Image.Resampling.BILINEAR)
+    if about.conditioning == "image":  # the conditioning image is not drawn but comes with the dataset
+        paired = transformed(np.asarray(row["conditioning_image"]), inverse, Image.Resampling.BILINEAR)
     seen = conditioning_image(mask, image, about.conditioning, about.palette, paired)
-    return Pictures(_other_contrast(image, config, rng), mask, seen)
+    return Pictures(jittered(image, config, rng), mask, seen)
 
 
 def uses_mask_words(templates: tuple[str, ...]) -> bool:
-    """Whether another mask may ask for another prompt."""
+    """Return whether a template describes the mask, so that another mask needs another prompt."""
     return any(template_keys(template) & MASK_WORDS for template in templates)
 
 
-def changed_prompt(
+def augmented_prompt(
     row: Mapping[str, Any], about: Description, before: Mapping[str, str], after: Mapping[str, str]
 ) -> str:
-    """Return a row's prompt with the words of another mask. Words that did not come from the mask stay, such as a finding's side in a report.
+    """Return a row's prompt with the words that describe another mask.
+
+    Words that do not come from the mask stay, such as the side named in a report.
 
     Args:
-        row: a contract row; only its id, label and attributes are read.
+        row: a row of the dataset; only id, label and attributes are read.
         about: the dataset's description.
         before: `mask_attributes` of the row's own mask.
-        after: those of the other mask.
+        after: `mask_attributes` of the other mask.
     """
     label = {} if row["label"] is None or not about.labels else {"label": about.labels[row["label"]]}
     values = {"modality": about.modality, **label, **row_attributes(row["attributes"], f"sample {row['sample_id']}")}
@@ -87,27 +94,22 @@ def changed_prompt(
     return render_prompt(about.prompt_templates, row["sample_id"], {**after, **own})
 
 
-def mask_words(mask: Picture | None, about: Description) -> dict[str, str]:
-    """Return the words that a mask is described by."""
-    return mask_attributes(mask, about.mask_classes)
-
-
-def _movement(
+def draw_map(
     mask: Picture | None, shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[AffineMap, Picture | None]:
-    """Return a map that keeps every class of the mask in the picture, and the mask under it."""
+    """Return a random map that keeps all classes of the mask in the image, and the moved mask."""
     for _ in range(ATTEMPTS):
-        inverse = _inverse_map(shape, config, rng)
+        inverse = inverse_map(shape, config, rng)
         if mask is None:
             return inverse, None
-        moved = _moved(mask, inverse, Image.Resampling.NEAREST)
+        moved = transformed(mask, inverse, Image.Resampling.NEAREST)
         if set(np.unique(mask[mask > 0])) == set(np.unique(moved[moved > 0])):
             return inverse, moved
-    return UNMOVED, mask
+    return IDENTITY, mask
 
 
-def _inverse_map(shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> AffineMap:
-    """Return PIL's six numbers: where in the original each pixel (x, y) of the copy comes from."""
+def inverse_map(shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> AffineMap:
+    """Return a random affine map from the copy to the original, as six numbers in PIL's order."""
     height, width = shape
     angle = np.deg2rad(rng.uniform(-config.rotation_degrees, config.rotation_degrees))
     scale = rng.uniform(*config.scale)
@@ -120,14 +122,16 @@ def _inverse_map(shape: tuple[int, ...], config: AugmentConfig, rng: np.random.G
     return (*inverse[0], offset[0], *inverse[1], offset[1])
 
 
-def _moved(picture: Picture, inverse: AffineMap, resample: Image.Resampling) -> Picture:
-    # As a perspective map: for AFFINE, PIL rounds the positions of the nearest pixels, and a mask would end where its image does not.
+def transformed(picture: Picture, inverse: AffineMap, resample: Image.Resampling) -> Picture:
+    """Return an image or a mask under an affine map."""
+    # As a perspective map, because PIL rounds the positions of nearest pixels for AFFINE: a mask
+    # would end where its image does not.
     source = Image.fromarray(picture)
     return np.asarray(source.transform(source.size, Image.Transform.PERSPECTIVE, (*inverse, 0.0, 0.0), resample))
 
 
-def _other_contrast(image: Picture, config: AugmentConfig, rng: np.random.Generator) -> Picture:
-    """Return the image with another brightness and contrast, about its own mean."""
+def jittered(image: Picture, config: AugmentConfig, rng: np.random.Generator) -> Picture:
+    """Return the image with random brightness and with random contrast around its mean."""
     gain = 1 + rng.uniform(-config.contrast, config.contrast)
     shift = 255 * rng.uniform(-config.brightness, config.brightness)
     values, mean = np.arange(256), image.mean()

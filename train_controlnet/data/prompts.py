@@ -1,4 +1,4 @@
-"""The unique prompts of all views, and which view has which."""
+"""The table of unique prompts, and each view's number in it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts by number.
+    """The table of prompts.
 
     Attributes:
-        unique: all of them; number 0 is the empty prompt.
+        unique: all prompts; number 0 is the empty prompt.
         numbers: by split, the number of each view's prompt.
     """
 
@@ -18,7 +18,7 @@ class Prompts:
 
 
 def numbered_prompts(texts: Mapping[str, Sequence[str]]) -> Prompts:
-    """Return the prompts of all views, numbered.
+    """Return the table of the prompts of all views.
 
     Args:
         texts: by split, the prompt of each view.

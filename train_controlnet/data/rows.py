@@ -1,4 +1,4 @@
-"""A split as training rows: moments (or pixels), conditioning, and the number of the prompt."""
+"""A split as training rows: moments or pixels, conditioning image, and prompt number."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
         Args:
             views: the split.
-            moments: their cache, which holds what is seen of copies as well; None to hand out pixels and make copies anew.
+            moments: the cache of the split, which also holds its augmented copies; None: rows hold
+                `pixels`, and copies are computed when they are read.
             prompts: for each view, the number of its prompt.
-            with_conditioning: hand out `conditioning`, (3, H, W) uint8.
-            with_foreground: hand out `foreground`, (H, W) uint8 of 0 and 1.
-            shuffled_by: give each row the conditioning image of another one of its size, chosen by this seed; None: its own.
+            with_conditioning: rows hold `conditioning`, (3, H, W) uint8.
+            with_foreground: rows hold `foreground`, (H, W) uint8, 0 or 1.
+            shuffled_by: a seed: each row gets the conditioning image of another row of its size;
+                None: its own.
         """
         self.views, self.moments, self.prompts = views, moments, prompts
         self.with_conditioning, self.with_foreground = with_conditioning, with_foreground
@@ -60,6 +62,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
         return row
 
     def _conditioning(self, index: int, made: Pictures | None) -> Picture:
+        """Return the conditioning image, (H, W, 3) uint8; `made` is the copy if just computed."""
         if self.partners is not None:
             row, copy = divmod(index, self.views.copies)
             index, made = self.partners[row] * self.views.copies + copy, None
@@ -70,7 +73,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
         return self.views.conditioning(index)
 
     def _foreground(self, index: int, made: Pictures | None) -> NDArray[np.uint8]:
-        """Return (H, W) of 0 and 1; a row without a mask has no foreground."""
+        """Return (H, W) uint8, 0 or 1; without a mask there is no foreground."""
         if made is not None:
             mask = made.mask
         elif self.moments is not None and self.views.is_copy(index):
@@ -81,12 +84,14 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
 
 def other_rows(sizes: Sequence[tuple[int, int]], seed: int) -> list[int]:
-    """Return for each row another one of its size, so that none keeps its own (but one that is alone in its size).
+    """Return for each row the number of another row of its size.
 
-    Each row gets its successor in a random round of the rows of its size.
+    A row that is alone in its size keeps its own.
+
+    The rows of a size are arranged in a random cycle, and each gets its successor.
     """
-    rounds: dict[tuple[int, int], list[int]] = defaultdict(list)
+    cycles: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row in torch.randperm(len(sizes), generator=keyed_generator(seed, "shuffled conditioning")).tolist():
-        rounds[sizes[row]].append(row)
-    pairs = [pair for ring in rounds.values() for pair in zip(ring, ring[1:] + ring[:1], strict=True)]
+        cycles[sizes[row]].append(row)
+    pairs = [pair for cycle in cycles.values() for pair in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
     return [after for _, after in sorted(pairs)]

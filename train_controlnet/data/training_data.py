@@ -57,7 +57,8 @@ def prepare_training_data(
         accelerator: the accelerator of the training.
 
     Raises:
-        MaskLoomError: the tokenizer does not fit the text encoder, an image's moments are not finite, or the disk is full.
+        MaskLoomError: the tokenizer does not fit the text encoder, an image's moments are not
+            finite, or the disk is full.
     """
     train = config.fine_tuning
     encoder = PromptEncoder.of(parts.tokenizer, parts.text_encoder.config, train.prompt_chunks)

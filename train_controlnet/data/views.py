@@ -1,4 +1,4 @@
-"""A split's rows and their changed copies, as images and prompts."""
+"""The rows of a split and their augmented copies, as images and prompts."""
 
 from __future__ import annotations
 
@@ -17,47 +17,50 @@ from maskloom.pipeline.config.train import AugmentConfig
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array, rgb_array
+from maskloom.pipeline.dataset.prompts import mask_attributes
 from maskloom.train_controlnet.data.augmentation import (
     Picture,
     Pictures,
-    changed_pictures,
-    changed_prompt,
-    mask_words,
+    augmented_pictures,
+    augmented_prompt,
     uses_mask_words,
 )
 
 PICTURES = ("image", "mask", "conditioning_image")
-PNG_SIZE = (16, 24)  # where a PNG file says its width and height, four big-endian bytes each
+PNG_SIZE = (16, 24)  # bytes of a PNG file that hold width and height, four big-endian bytes each
 
 
 class Views:
-    """The rows of a split, each followed by its changed copies: index = row * copies + copy; copy 0 is the row itself."""
+    """The rows of a split, each followed by its augmented copies.
+
+    A view's index is row * copies + copy, and copy 0 is the row itself.
+    """
 
     def __init__(self, rows: datasets.Dataset, about: Description, augment: AugmentConfig | None, seed: int) -> None:
         """Keep the parts.
 
         Args:
-            rows: contract rows.
+            rows: rows of the dataset.
             about: the dataset's description.
             augment: how copies are made; None: there are none.
             seed: the experiment's.
         """
         self.rows, self.about, self.augment, self.seed = rows, about, augment, seed
         self.copies = 1 + (augment.variants if augment else 0)
-        self.row_sizes = _picture_sizes(rows)
-        # Selecting a column takes longer than reading a small picture, so it is done once.
+        self.row_sizes = image_sizes(rows)
+        # Selecting a column takes longer than reading a small image, so it is done once.
         self.columns = {name: rows.select_columns([name]) for name in ("text", "sample_id")}
         self.columns |= {
             name: rows.select_columns([name]).cast_column(name, datasets.Image(decode=False)) for name in PICTURES
         }
         self.words = rows.select_columns(["mask", "label", "attributes", "sample_id"])
-        self._words_before: tuple[int, dict[str, str]] = (-1, {})
+        self._words_of_row: tuple[int, dict[str, str]] = (-1, {})
 
     def __len__(self) -> int:
         return len(self.rows) * self.copies
 
     def is_copy(self, index: int) -> bool:
-        """Whether a view is a changed copy."""
+        """Return whether a view is an augmented copy."""
         return index % self.copies > 0
 
     def size(self, index: int) -> tuple[int, int]:
@@ -65,55 +68,55 @@ class Views:
         return self.row_sizes[index // self.copies]
 
     def batches(self, indices: Iterable[int], most: int) -> Iterator[list[int]]:
-        """Yield the given views in batches of one size, at most so many at a time."""
+        """Yield the given views in batches of one image size, at most `most` at a time."""
         for _, group in groupby(sorted(indices, key=self.size), key=self.size):
             numbers = list(group)
             yield from (numbers[i : i + most] for i in range(0, len(numbers), most))
 
     def pictures(self, index: int) -> Pictures:
-        """Return all pictures of a view; those of a copy are made now."""
+        """Return all images of a view; those of a copy are computed now."""
         row, copy = divmod(index, self.copies)
         if copy == 0 or self.augment is None:
             return Pictures(self.image(index), self.mask(index), self.conditioning(index))
-        return changed_pictures(self.rows[row], self.about, self.augment, self.seed, copy)
+        return augmented_pictures(self.rows[row], self.about, self.augment, self.seed, copy)
 
     def image(self, index: int) -> Picture:
-        """Return (H, W) or (H, W, 3) uint8; decodes no other picture where the view is the row itself."""
+        """Return (H, W) or (H, W, 3) uint8; of a row itself, no other image is decoded."""
         return self.pictures(index).image if self.is_copy(index) else png_array(self._cell("image", index)["bytes"])
 
     def conditioning(self, index: int) -> Picture:
-        """Return (H, W, 3) uint8; decodes no other picture where the view is the row itself."""
+        """Return (H, W, 3) uint8; of a row itself, no other image is decoded."""
         if self.is_copy(index):
             return self.pictures(index).conditioning
         return rgb_array(png_array(self._cell("conditioning_image", index)["bytes"]))
 
     def mask(self, index: int) -> Picture | None:
-        """Return (H, W) uint8, or None; decodes no other picture where the view is the row itself."""
+        """Return (H, W) uint8 or None; of a row itself, no other image is decoded."""
         if self.is_copy(index):
             return self.pictures(index).mask
         cell = self._cell("mask", index)
         return None if cell is None else png_array(cell["bytes"])
 
     def prompt(self, index: int, mask: Picture | None) -> str:
-        """Return a view's prompt.
+        """Return the prompt of a view.
 
         Args:
             index: the view.
-            mask: of the view, as `pictures` returns it.
+            mask: the mask of the view, as in `pictures`.
         """
         if mask is None or not self.is_copy(index) or not uses_mask_words(self.about.prompt_templates):
             return str(self._cell("text", index))
-        row = index // self.copies
+        row, classes = index // self.copies, self.about.mask_classes
         cells = self.words[row]
-        if self._words_before[0] != row:  # the copies of a row follow each other
-            self._words_before = (row, mask_words(np.asarray(cells["mask"]), self.about))
-        return changed_prompt(cells, self.about, self._words_before[1], mask_words(mask, self.about))
+        if self._words_of_row[0] != row:  # the copies of a row are read one after the other
+            self._words_of_row = (row, mask_attributes(np.asarray(cells["mask"]), classes))
+        return augmented_prompt(cells, self.about, self._words_of_row[1], mask_attributes(mask, classes))
 
     def prompts(self, of_copies: Mapping[int, str]) -> list[str]:
         """Return the prompt of every view.
 
         Args:
-            of_copies: the copies' prompts by view, made before.
+            of_copies: the prompts of the copies by view, from the cache.
         """
         own = list(self.columns["text"]["text"])
         return [of_copies[i] if self.is_copy(i) else own[i // self.copies] for i in range(len(self))]
@@ -127,7 +130,7 @@ class Views:
 
 
 def open_views(config: ExperimentConfig, dataset: MaskPromptDataset, augment: AugmentConfig | None) -> dict[str, Views]:
-    """Return the train rows, at most `train.max_train_samples`, and the validation rows if there are any.
+    """Return at most `train.max_train_samples` train rows, and the validation rows, if any.
 
     Args:
         config: the experiment.
@@ -144,7 +147,7 @@ def open_views(config: ExperimentConfig, dataset: MaskPromptDataset, augment: Au
 
 
 def size_buckets(views: Views) -> list[int] | None:
-    """Return the number of each view's size among all sizes, or None where there is one."""
+    """Return the number of each view's image size among all sizes, or None if there is only one."""
     number = {size: i for i, size in enumerate(sorted(set(views.row_sizes)))}
     if len(number) == 1:
         return None
@@ -156,8 +159,8 @@ def pixels(image: Picture | Image.Image) -> Tensor:
     return torch.from_numpy(rgb_array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _picture_sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
-    """Return (height, width) of every row's image, read off the head of its PNG file."""
+def image_sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
+    """Return (height, width) of every row's image in pixels, from the header of its PNG file."""
     import pyarrow.compute as pc
 
     files = pc.struct_field(rows.with_format("arrow")[:]["image"], "bytes")

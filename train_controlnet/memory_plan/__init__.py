@@ -1,4 +1,4 @@
-"""`plan`: parameters, memory and disk of a training, from one step on the meta device.
+"""`plan`: parameters, memory and disk space of a training, from one step on the meta device.
 
-Reads no weights, needs no GPU and no dataset, and changes nothing of a run.
+Reads no weights, needs no GPU or dataset, and changes nothing in a run.
 """

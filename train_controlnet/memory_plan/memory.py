@@ -1,7 +1,7 @@
-"""Memory of a computation on torch's meta device: tensors have shapes and sizes there, and no content.
+"""Memory of a computation on torch's meta device, where tensors have shapes but no content.
 
-Every tensor that PyTorch makes is seen, and its end as well, so that the figures are those of PyTorch's own graph and not of a formula.
-The meta device knows neither fused attention nor autocast; `OnGpu` puts both in their places.
+The birth and the end of every tensor are recorded, so the figures are those of PyTorch's own graph
+instead of a formula. The meta device has neither fused attention nor autocast; `OnGpu` adds both.
 """
 
 import weakref
@@ -15,30 +15,30 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-# Of torch's autocast on CUDA (aten/src/ATen/autocast_mode.h), those that Stable Diffusion's layers call with weights.
+# The functions of torch's CUDA autocast (aten/src/ATen/autocast_mode.h) that Stable Diffusion's
+# layers call with weights.
 HALF_FUNCTIONS = frozenset({functional.linear, functional.conv2d})
 SINGLE_FUNCTIONS = frozenset({functional.group_norm, functional.layer_norm})
 
-
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
-"""Sizes, strides and type of a tensor."""
+"""Shape, strides and data type of a tensor."""
 _LAYOUTS: dict[Any, tuple[list[Layout], TreeSpec] | None] = {}
 
 
 class LiveMemory(TorchDispatchMode):
-    """Inside the block, counts the bytes of the tensors of a device that are alive.
+    """Counts the bytes of a device's living tensors inside the block.
 
     Attributes:
-        live: bytes at the moment.
-        peak: the most so far.
+        live: current number of bytes.
+        peak: largest number of bytes so far.
     """
 
     def __init__(self, existing: Iterable[Tensor], device: str = "meta") -> None:
-        """Start with nothing.
+        """Start at zero bytes.
 
         Args:
-            existing: tensors that do not count, such as weights.
-            device: type of the device whose tensors count.
+            existing: tensors that are not counted, such as weights.
+            device: type of the device whose tensors are counted.
         """
         super().__init__()
         self.device, self.live, self.peak = device, 0, 0
@@ -46,14 +46,14 @@ class LiveMemory(TorchDispatchMode):
         self._known = {id(storage) for storage in self._existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = _result(func, args, kwargs or {}) if self.device == "meta" else func(*args, **(kwargs or {}))
+        result = cached_call(func, args, kwargs or {}) if self.device == "meta" else func(*args, **(kwargs or {}))
         for found in tree_leaves(result):
             if isinstance(found, Tensor) and found.device.type == self.device:
                 self._count(found.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) in self._known:  # a view, or written in place
+        if id(storage) in self._known:  # a view, or an in-place operation
             return
         size = storage.nbytes()
         self._known.add(id(storage))
@@ -67,19 +67,20 @@ class LiveMemory(TorchDispatchMode):
 
 
 class OnGpu(TorchFunctionMode):
-    """Inside the block, layers keep what they would keep on a GPU: attention is fused, and autocast is in force for some networks.
+    """Lets layers inside the block keep what they would keep on a GPU: fused attention, autocast.
 
-    A layer is known by its weight, which tells the networks under autocast from those that run in half precision as they are, and works as
-    well where activation checkpointing calls a layer a second time. Autocast's own copies of weights are made once a call; that it keeps
-    them for the whole forward pass is left out: they are half as large as the gradients, which come later and stay.
+    A layer is recognised by its weight. This separates networks under autocast from those in pure
+    half precision, and also works when activation checkpointing calls a layer again. Autocast's
+    copies of weights are made in every call. That autocast keeps them for the whole forward pass
+    is not modelled: they are half as large as the gradients, which come later and stay.
     """
 
     def __init__(self, networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
-        """Choose where autocast is in force.
+        """Choose the networks under autocast.
 
         Args:
-            networks: under autocast.
-            dtype: of autocast; float32: there is none.
+            networks: the networks under autocast.
+            dtype: the data type of autocast; float32: no autocast.
         """
         super().__init__()
         self.dtype = dtype
@@ -89,77 +90,73 @@ class OnGpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        dtype = self._autocast_dtype(func, [*args, *kwargs.values()])
-        if dtype is not None:
-            args = [_cast(value, dtype) for value in args]
-            kwargs = {key: _cast(value, dtype) for key, value in kwargs.items()}
+            return fused_attention(*args, **kwargs)
+        autocast = func in HALF_FUNCTIONS | SINGLE_FUNCTIONS
+        if autocast and any(id(value) in self._weights for value in [*args, *kwargs.values()]):
+            dtype = self.dtype if func in HALF_FUNCTIONS else torch.float32
+            args = [cast(value, dtype) for value in args]
+            kwargs = {key: cast(value, dtype) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _autocast_dtype(self, func: Any, values: list[Any]) -> torch.dtype | None:
-        """Return what a function's floating-point arguments are cast to, or None where they stay."""
-        if func not in HALF_FUNCTIONS | SINGLE_FUNCTIONS or not any(id(value) in self._weights for value in values):
-            return None
-        return self.dtype if func in HALF_FUNCTIONS else torch.float32
 
+def cached_call(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function with meta tensors, computing the layouts of its results only once.
 
-def _result(func: Any, args: Any, kwargs: Any) -> Any:
-    """Return what a function makes of meta tensors.
-
-    Working out a result's layout takes Python decompositions many times as long as making a tensor of it, and the blocks of a network make the
-    same calls again and again: the layouts of results are kept, but for functions that change or share their inputs' memory.
+    Python decompositions take many times longer to find a layout than to create a tensor with it,
+    and the blocks of a network repeat the same calls. Layouts are not kept for functions that
+    change or share the memory of their inputs.
     """
     leaves, form = tree_flatten((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if func._schema.is_mutable or not all(tensor.is_meta for tensor in inputs):
         return func(*args, **kwargs)
-    key = (func, form, *(_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
+    key = (func, form, *(layout_of(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
     if (known := _LAYOUTS.get(key)) is not None:
         layouts, form = known
-        return tree_unflatten([_new(layout) for layout in layouts], form)
+        tensors = [torch.empty_strided(*layout, dtype=dtype, device="meta") for *layout, dtype in layouts]
+        return tree_unflatten(tensors, form)
     result = func(*args, **kwargs)
     if key not in _LAYOUTS:
-        _LAYOUTS[key] = _layouts(result, inputs)
+        _LAYOUTS[key] = new_layouts(result, inputs)
     return result
 
 
-def _layouts(result: Any, inputs: list[Tensor]) -> tuple[list[Layout], TreeSpec] | None:
-    """Return the layouts of new meta tensors, or None where the result is anything else."""
+def new_layouts(result: Any, inputs: list[Tensor]) -> tuple[list[Layout], TreeSpec] | None:
+    """Return the layouts of a result that consists of new meta tensors, otherwise None."""
     outputs, form = tree_flatten(result)
     if not all(isinstance(output, Tensor) and output.is_meta for output in outputs):
         return None
     if {tensor.untyped_storage()._cdata for tensor in outputs} & {tensor.untyped_storage()._cdata for tensor in inputs}:
         return None
-    return [_layout(output) for output in outputs], form
+    return [layout_of(output) for output in outputs], form
 
 
-def _layout(tensor: Tensor) -> Layout:
+def layout_of(tensor: Tensor) -> Layout:
+    """Return the layout of a tensor."""
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _new(layout: Layout) -> Tensor:
-    shape, strides, dtype = layout
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a floating-point tensor in another data type; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return attention with the signature of `scaled_dot_product_attention`; other arguments take no memory."""
     return FusedAttention.apply(query, key, value)
 
 
 class FusedAttention(torch.autograd.Function):
-    """What FlashAttention (Dao, 2023) and the memory-efficient kernel keep: query, key, value, output and the rows' log-sum-exp.
+    """Keeps what FlashAttention (Dao, 2023) and the memory-efficient kernel keep.
 
-    Without it the meta device would keep the attention matrices, which no GPU kernel of PyTorch does at these sizes. Output and gradients
-    lie in memory as their inputs do, as with the kernels, so that merging the heads makes no copy.
+    That is query, key, value, output and the log-sum-exp of the rows. The meta device alone would
+    keep the attention matrices, as no GPU kernel of PyTorch does at these sizes. As with the
+    kernels, output and gradients have the strides of their inputs, so merging heads makes no copy.
     """
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return an output of (B, heads, L, D) for query (B, heads, L, D), key and value (B, heads, S, D)."""
+        """Return (B, heads, L, D) for query (B, heads, L, D), key and value (B, heads, S, D)."""
         output = torch.empty_like(query)
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         context.save_for_backward(query, key, value, output, log_sums)
@@ -167,7 +164,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gradients of query, key and value; the query's is added up in float32."""
+        """Return gradients of query, key and value; that of the query is accumulated in float32."""
         query, key, value, _, _ = context.saved_tensors
         workspace = torch.empty_like(query, dtype=torch.float32)
         results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

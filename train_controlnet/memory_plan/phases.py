@@ -1,11 +1,12 @@
-"""What each phase of a training allocates besides the weights, found by running it once on the meta device."""
+"""Memory of each phase of a training beside the weights, from a dry run on the meta device."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder
 from maskloom.pipeline.config.train import TrainConfig
@@ -19,7 +20,7 @@ from maskloom.train_controlnet.networks import Networks
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.validation.validator import BATCH as VALIDATION_BATCH
 
-PROMPTS = 2  # rows of the made-up table of prompts, which does not count
+PROMPTS = 2  # rows of the dry run's table of prompts, which is not counted
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class StepMemory:
     """Bytes of one micro-batch.
 
     Attributes:
-        activations: by network, what its forward pass leaves for the backward pass.
-        kept: all that is there when the backward pass begins: the activations, the batch, noise, latents.
-        peak: the most at any moment, forward or backward, with the gradients so far.
+        activations: by network, what its forward pass keeps for the backward pass.
+        kept: all that is kept when the backward pass begins: activations, batch, noise, latents.
+        peak: the maximum in the forward or backward pass, with the gradients so far.
     """
 
     activations: dict[str, int]
@@ -38,54 +39,53 @@ class StepMemory:
 
 
 def dry_run_task(config: TrainConfig, networks: Networks) -> DiffusionTask:
-    """Return the training's own task on networks without content, without data."""
+    """Return the task of the training on meta networks and without data."""
     settings = networks.text_encoder.config
-    length, chunks = settings.max_position_embeddings, config.prompt_chunks or 1  # what CLIP's tokenizers pad to
+    length, chunks = settings.max_position_embeddings, config.prompt_chunks or 1  # CLIP's tokenizers pad to this length
     if "text_encoder" in networks.trained():
         text = torch.empty(PROMPTS, chunks, length, dtype=torch.int64, device=META)
     else:
         dtype = DTYPES[config.mixed_precision]
         text = torch.empty(PROMPTS, chunks * length, settings.hidden_size, dtype=dtype, device=META)
-    # There is no tokenizer either.
-    return DiffusionTask(
-        config, networks, TrainingData({}, text, PromptEncoder(networks.tokenizer, length, chunks)), META
-    )
+    data = TrainingData({}, text, PromptEncoder(networks.tokenizer, length, chunks))  # the tokenizer is None
+    return DiffusionTask(config, networks, data, META)
 
 
 def step_memory(config: TrainConfig, networks: Networks, size: tuple[int, int], gradients_stay: bool) -> StepMemory:
-    """Return what one micro-batch allocates.
+    """Return the memory that one micro-batch allocates.
 
     Args:
-        config: the training.
+        config: the section `train`.
         networks: from `planned_networks`.
-        size: (height, width) of the images.
-        gradients_stay: whether gradients of an earlier micro-batch, or their buckets, are there from the start.
+        size: (height, width) of the images in pixels.
+        gradients_stay: whether gradients of an earlier micro-batch, or their buckets, exist from the
+            start.
     """
     task = dry_run_task(config, networks)
     gpu = OnGpu(task.networks.values(), task.dtype)
     recompute_on_gpu(networks, config, gpu)
-    live = LiveMemory([*_tensors(networks), task.text])
-    marks = _Marks(live, networks)
+    live = LiveMemory([*stored_tensors(networks), task.text])
+    parameters = [parameter for group in task.parameters().values() for parameter in group]
     kept = 0
     with live:
         if gradients_stay:
-            for parameter in _parameters(task):
+            for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
         before = live.live
-        batch = _batch(task, size)
-        with gpu, marks:
+        batch = meta_batch(task, size)
+        with gpu, kept_by_network(live, networks) as activations:
             for _, loss in task.losses(batch, Draws(0, range(config.train_batch_size), META)):
                 kept = live.live - before
                 loss.backward()
-    for parameter in _parameters(task):
+    for parameter in parameters:
         parameter.grad = None
-    return StepMemory(marks.left, kept, live.peak)
+    return StepMemory(activations, kept, live.peak)
 
 
 @torch.no_grad()
 def encoding_peak(networks: Networks, size: tuple[int, int]) -> int:
-    """Return the most that encoding a batch of images for the cache allocates, in bytes."""
-    live = LiveMemory(_tensors(networks))
+    """Return the peak memory of encoding a batch of images for the cache, in bytes."""
+    live = LiveMemory(stored_tensors(networks))
     with live, OnGpu([], torch.float32):
         pixels = torch.empty(ENCODE_BATCH, 3, *size, dtype=networks.vae.dtype, device=META)
         networks.vae.encode(pixels)
@@ -94,17 +94,19 @@ def encoding_peak(networks: Networks, size: tuple[int, int]) -> int:
 
 @torch.no_grad()
 def validation_peak(config: TrainConfig, networks: Networks, size: tuple[int, int], images: int, guided: bool) -> int:
-    """Return the most that validation allocates: the held-out loss, or a step or the decoding of sampled images, in bytes.
+    """Return the peak memory of validation in bytes.
+
+    It is that of the held-out loss, of a sampling step, or of decoding sampled images.
 
     Args:
-        config: the training.
+        config: the section `train`.
         networks: from `planned_networks`.
-        size: (height, width) of the images.
-        images: how many are sampled at once; 0: none are.
-        guided: whether sampling asks the UNet twice, with and without the words.
+        size: (height, width) of the images in pixels.
+        images: number of images sampled at once; 0: none.
+        guided: whether sampling uses classifier-free guidance, which doubles the UNet's batch.
     """
     task = dry_run_task(config, networks)
-    live = LiveMemory([*_tensors(networks), task.text])
+    live = LiveMemory([*stored_tensors(networks), task.text])
     batch = max(min(VALIDATION_BATCH, config.validation_samples), images * (2 if guided else 1))
     with live, OnGpu(networks.loaded().values(), task.dtype):
         latents = torch.empty(batch, *latent_shape(networks, size), device=META)
@@ -116,32 +118,31 @@ def validation_peak(config: TrainConfig, networks: Networks, size: tuple[int, in
     return live.peak
 
 
-@dataclass
-class _Marks:
-    """Inside the block, notes what each call of a network leaves alive."""
+@contextmanager
+def kept_by_network(live: LiveMemory, networks: Networks) -> Iterator[dict[str, int]]:
+    """Count the bytes that the forward passes of each network leave alive inside the block.
 
-    live: LiveMemory
-    networks: Networks
-    left: dict[str, int] = field(default_factory=dict)
-    _hooks: list[Any] = field(default_factory=list)
+    Yields:
+        The bytes by network, filled as the networks are called.
+    """
+    kept: dict[str, int] = {}
 
-    def __enter__(self) -> None:
-        for name, network in self.networks.loaded().items():
-            self._hooks += [
-                network.register_forward_pre_hook(lambda *_, name=name: self._add(name, -self.live.live)),
-                network.register_forward_hook(lambda *_, name=name: self._add(name, self.live.live)),
-            ]
+    def add(name: str, size: int) -> None:
+        kept[name] = kept.get(name, 0) + size
 
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
+    hooks: list[Any] = []
+    for name, network in networks.loaded().items():
+        hooks.append(network.register_forward_pre_hook(lambda *_, name=name: add(name, -live.live)))
+        hooks.append(network.register_forward_hook(lambda *_, name=name: add(name, live.live)))
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
             hook.remove()
 
-    def _add(self, name: str, size: int) -> None:
-        self.left[name] = self.left.get(name, 0) + size
 
-
-def _batch(task: DiffusionTask, size: tuple[int, int]) -> dict[str, Tensor]:
-    """Return a micro-batch as `TrainingRows` hands it out."""
+def meta_batch(task: DiffusionTask, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return a micro-batch without content, as `TrainingRows` and collation make it."""
     config, count = task.config, task.config.train_batch_size
     batch = {"prompt": torch.empty(count, dtype=torch.int64, device=META)}
     if config.cache_latents:
@@ -157,17 +158,14 @@ def _batch(task: DiffusionTask, size: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def latent_shape(networks: Networks, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Return (C, h, w) of the latents of an image of (height, width)."""
+    """Return (C, h, w) of the latents of an image with (height, width) in pixels."""
     settings = networks.vae.config
     factor = 2 ** (len(settings.block_out_channels) - 1)
     return (settings.latent_channels, size[0] // factor, size[1] // factor)
 
 
-def _tensors(networks: Networks) -> Iterator[Tensor]:
+def stored_tensors(networks: Networks) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of all networks."""
     for network in networks.loaded().values():
         yield from network.parameters()
         yield from network.buffers()
-
-
-def _parameters(task: DiffusionTask) -> Sequence[nn.Parameter]:
-    return [parameter for group in task.parameters().values() for parameter in group]

@@ -1,13 +1,14 @@
-"""What a training needs before it is started: parameters, memory of a GPU by phase, cache on disk, and the switches that make it fit.
+"""The needs of a training, before it starts: parameters, GPU memory by phase, cache on disk.
 
-Weights are never read: the networks are built from their `config.json` without content, and one step is run on them. See docs/plan.md.
+Weights are never read: the networks are built from `config.json` on the meta device, and one step
+is run on them. See docs/plan.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from maskloom.models.stable_diffusion.prompt_encoding import training_prompts
 from maskloom.pipeline.config.experiment import ExperimentConfig
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 RESERVE_BYTES = 3 * GIB // 4  # a CUDA context and the workspaces of cuDNN and cuBLAS
-RESERVE_SHARE = 0.05  # lost between the allocator's blocks
-MIN_8BIT_ELEMENTS = 4096  # of bitsandbytes: smaller tensors keep two float32 moments
-BLOCK_8BIT = 256  # elements that share a scale
-# Settings without which validation takes what it takes with them.
-NOT_OF_VALIDATION = {"gradient_checkpointing": False, "unet_gradient_checkpointing": False, "use_8bit_adam": False}
+RESERVE_SHARE = 0.05  # for gaps between the allocator's blocks
+MIN_8BIT_ELEMENTS = 4096  # in bitsandbytes, smaller tensors keep two float32 moments
+BLOCK_8BIT = 256  # number of elements with a common scale
+# Settings that do not change the memory of validation.
+IRRELEVANT_TO_VALIDATION = {
+    "gradient_checkpointing": False,
+    "unet_gradient_checkpointing": False,
+    "use_8bit_adam": False,
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,10 @@ class NetworkPlan:
     """A network.
 
     Attributes:
-        trained: parameters that are trained.
-        frozen: parameters that are not.
-        weights: bytes, both kinds.
-        leaves_the_gpu: whether it is on the CPU while the training steps.
+        trained: number of trained parameters.
+        frozen: number of frozen parameters.
+        weights: bytes of both.
+        leaves_the_gpu: whether it is on the CPU during training steps.
     """
 
     trained: int
@@ -54,16 +59,26 @@ class NetworkPlan:
     weights: int
     leaves_the_gpu: bool
 
+    @classmethod
+    def of(cls, network: nn.Module, leaves_the_gpu: bool) -> Self:
+        """Count the parameters of a network."""
+        parameters = list(network.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters) - trained
+        return cls(trained, frozen, sum(p.nbytes for p in parameters), leaves_the_gpu)
+
 
 @dataclass(frozen=True)
 class CachePlan:
     """The caches on disk.
 
     Attributes:
-        view_bytes: moments of an image or of a changed copy; 0: there is no such cache.
-        prompt_bytes: embedding of a prompt; 0: there is no such cache.
-        views: images and copies of the train and validation splits; None: not known before the dataset is prepared.
-        prompts: unique prompts, the empty one included; None: not known before the dataset is prepared.
+        view_bytes: bytes of the moments of an image or an augmented copy; 0: not cached.
+        prompt_bytes: bytes of the embedding of a prompt; 0: not cached.
+        views: number of images and augmented copies in the train and validation splits; None:
+            unknown until the dataset is prepared.
+        prompts: number of unique prompts, with the empty one; None: unknown until the dataset is
+            prepared.
     """
 
     view_bytes: int
@@ -73,7 +88,7 @@ class CachePlan:
 
     @property
     def total(self) -> int | None:
-        """Bytes of both caches, if known."""
+        """Bytes of both caches, or None if unknown."""
         if self.views is None or self.prompts is None:
             return None
         return self.views * self.view_bytes + self.prompts * self.prompt_bytes
@@ -81,19 +96,34 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What stays on a GPU all the time, in bytes.
+    """The memory that a training takes on a GPU the whole time, in bytes.
 
     Attributes:
-        networks: by name.
-        gradients: of all trained weights.
-        optimizer: its state.
-        average: the moving average's weights.
+        networks: the networks by name.
+        gradients: gradients of all trained weights.
+        optimizer: the state of the optimizer.
+        average: the EMA weights.
     """
 
     networks: dict[str, NetworkPlan]
     gradients: int
     optimizer: int
     average: int
+
+    @classmethod
+    def of(cls, train: TrainConfig, networks: Networks) -> Self:
+        """Return the memory of a training with these networks."""
+        trained = [p for network in networks.trained().values() for p in network.parameters() if p.requires_grad]
+        gradients = sum(p.nbytes for p in trained)
+        leaving = {"vae"} if train.cache_latents else set()
+        if "text_encoder" not in networks.trained():
+            leaving.add("text_encoder")
+        return cls(
+            networks={name: NetworkPlan.of(network, name in leaving) for name, network in networks.loaded().items()},
+            gradients=gradients,
+            optimizer=sum(adam_bytes(p.numel(), train.use_8bit_adam) for p in trained),
+            average=gradients if train.use_ema else 0,
+        )
 
     @property
     def weights(self) -> int:
@@ -107,23 +137,23 @@ class Fixed:
 
     @property
     def while_training(self) -> int:
-        """All but the gradients."""
+        """All of it except the gradients."""
         return self.weights + self.optimizer + self.average
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training's needs, in bytes; memory is that of one GPU.
+    """The needs of a training in bytes; memory is that of one GPU.
 
     Attributes:
         image_size: (height, width) in pixels.
-        fixed: what stays on the GPU.
-        step: what a micro-batch adds, gradients included.
-        caching_peak: the most while the caches are filled; 0: there are none.
-        training_peak: the most in a step.
-        validation_peak: the most while validation runs.
-        best_on_cpu: weights of the best validation, kept in the machine's own memory.
-        cache: on disk.
+        fixed: the memory taken the whole time.
+        step: the memory that a micro-batch adds, with gradients.
+        caching_peak: the peak while caches are filled; 0: no caches.
+        training_peak: the peak in a training step.
+        validation_peak: the peak during validation.
+        best_on_cpu: the weights of the best validation, in the memory of the CPU.
+        cache: the caches on disk.
     """
 
     image_size: tuple[int, int]
@@ -137,29 +167,29 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Memory that a GPU must have: the highest of the phases, and a reserve."""
+        """The memory that a GPU must have: the peak of the highest phase, and a reserve."""
         peak = max(self.caching_peak, self.training_peak, self.validation_peak)
         return with_reserve(peak)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as JSON-able values."""
+        """Return everything as values for JSON."""
         return {**asdict(self), "needed": self.needed}
 
 
 def with_reserve(size: int) -> int:
-    """Return the memory of a GPU that has room for so many bytes of tensors."""
+    """Return the memory that a GPU needs for this number of bytes in tensors."""
     return int(size * (1 + RESERVE_SHARE)) + RESERVE_BYTES
 
 
 class Planner:
-    """Plans trainings that differ in their settings only; a plan is made once."""
+    """Plans trainings of one experiment with various settings; each plan is computed once."""
 
     def __init__(self, config: ExperimentConfig, processes: int = 1) -> None:
-        """Look at the prepared dataset, if there is one.
+        """Open the prepared dataset, if there is one.
 
         Args:
             config: the experiment.
-            processes: GPUs, each with one process.
+            processes: number of GPUs, with one process each.
         """
         self.config, self.processes = config, processes
         folder = Run(config.run_folder).dataset
@@ -171,28 +201,29 @@ class Planner:
         self._validation_peaks: dict[str, int] = {}
 
     def fixed(self, train: TrainConfig) -> Fixed:
-        """Return what stays on the GPU; quickly, for no step is run.
+        """Return the memory taken the whole time; fast, because no step is run.
 
         Raises:
-            MaskLoomError: a network's settings cannot be read, or do not fit the configuration.
+            MaskLoomError: the settings of a network cannot be read, or do not fit the configuration.
         """
         key = train.model_dump_json()
         if key not in self._fixed:
-            self._fixed[key] = _fixed(train, self._networks(train))
+            self._fixed[key] = Fixed.of(train, self._networks(train))
         return self._fixed[key]
 
     def plan(self, train: TrainConfig) -> Plan:
         """Return the whole plan.
 
         Raises:
-            MaskLoomError: a network's settings cannot be read, or do not fit the configuration.
+            MaskLoomError: the settings of a network cannot be read, or do not fit the configuration.
         """
         key = train.model_dump_json()
         if key not in self._plans:
-            self._plans[key] = self._planned(train)
+            self._plans[key] = self._compute_plan(train)
         return self._plans[key]
 
-    def _planned(self, train: TrainConfig) -> Plan:
+    def _compute_plan(self, train: TrainConfig) -> Plan:
+        """Run a step and a validation on the meta device, and add up their memory."""
         networks, fixed, size = self._networks(train), self.fixed(train), self.image_size
         cache = self._cache(train, networks)
         gradients_stay = self.processes > 1 or train.gradient_accumulation_steps > 1
@@ -212,13 +243,14 @@ class Planner:
         )
 
     def _networks(self, train: TrainConfig) -> Networks:
-        """Return the networks of a training; those asked for last are kept."""
+        """Return the networks of a training; the last ones are kept."""
         if self._last is None or self._last[0] != train:
             self._last = (train, planned_networks(train))
         return self._last[1]
 
     def _validation_peak(self, train: TrainConfig, networks: Networks) -> int:
-        key = train.model_copy(update=NOT_OF_VALIDATION).model_dump_json()
+        """Return the peak memory of validation in bytes, without weights."""
+        key = train.model_copy(update=IRRELEVANT_TO_VALIDATION).model_dump_json()
         if key not in self._validation_peaks:
             images = min(train.train_batch_size, train.num_validation_images)
             guided = self.config.generate.guidance_scale > 1
@@ -226,59 +258,34 @@ class Planner:
         return self._validation_peaks[key]
 
     def _cache(self, train: TrainConfig, networks: Networks) -> CachePlan:
+        """Return the size of the caches; prompts that augmented copies may add are not known yet."""
         item = DTYPES[train.mixed_precision].itemsize
         channels, *rest = latent_shape(networks, self.image_size)
-        settings = networks.text_encoder.config
-        return CachePlan(
-            view_bytes=2 * channels * prod(rest) * item if train.cache_latents else 0,
-            prompt_bytes=0
-            if "text_encoder" in train.lora
-            else (train.prompt_chunks or 1) * settings.max_position_embeddings * settings.hidden_size * item,
-            views=None if self.dataset is None else _views(self.dataset, train),
-            prompts=None if self.dataset is None else _prompts(self.dataset, train),
-        )
+        text, prompt_bytes = networks.text_encoder.config, 0
+        if "text_encoder" not in train.lora:
+            tokens = (train.prompt_chunks or 1) * text.max_position_embeddings
+            prompt_bytes = tokens * text.hidden_size * item
+        views = prompts = None
+        if self.dataset is not None:
+            views = count_views(self.dataset, train)
+            prompts = len({"", *training_prompts(self.dataset, train.max_train_samples)})
+        view_bytes = 2 * channels * prod(rest) * item if train.cache_latents else 0
+        return CachePlan(view_bytes, prompt_bytes, views, prompts)
 
 
-def _prompts(dataset: MaskPromptDataset, train: TrainConfig) -> int:
-    """Return how many unique prompts the rows have, and the empty one; those of changed copies are not known yet."""
-    return len({"", *training_prompts(dataset, train.max_train_samples)})
-
-
-def _views(dataset: MaskPromptDataset, train: TrainConfig) -> int:
-    """Return how many images, changed copies among them, the cache holds."""
+def count_views(dataset: MaskPromptDataset, train: TrainConfig) -> int:
+    """Return the number of images in the cache, with augmented copies."""
     splits = dataset.contract.splits
     rows = {name: splits[name].rows if name in splits else 0 for name in ("train", "validation")}
     copies = 1 + (train.augment.variants if train.augment else 0)
     return min(rows["train"], train.max_train_samples or rows["train"]) * copies + rows["validation"]
 
 
-def _fixed(train: TrainConfig, networks: Networks) -> Fixed:
-    trained = [p for network in networks.trained().values() for p in network.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trained)
-    leaving = {"vae"} if train.cache_latents else set()
-    if "text_encoder" not in networks.trained():
-        leaving.add("text_encoder")
-    return Fixed(
-        networks={name: _network(network, name in leaving) for name, network in networks.loaded().items()},
-        gradients=gradients,
-        optimizer=sum(_adam_bytes(p.numel(), train.use_8bit_adam) for p in trained),
-        average=gradients if train.use_ema else 0,
-    )
+def adam_bytes(elements: int, eight_bit: bool) -> int:
+    """Return the bytes of AdamW's two moments of a tensor.
 
-
-def _network(network: nn.Module, leaves_the_gpu: bool) -> NetworkPlan:
-    parameters = list(network.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return NetworkPlan(
-        trained=trained,
-        frozen=sum(p.numel() for p in parameters) - trained,
-        weights=sum(p.nbytes for p in parameters),
-        leaves_the_gpu=leaves_the_gpu,
-    )
-
-
-def _adam_bytes(elements: int, eight_bit: bool) -> int:
-    """Return the size of AdamW's two moments of a tensor: float32, or bytes with a float32 scale a block (bitsandbytes)."""
+    They are float32 or, with bitsandbytes, one byte per element and a float32 scale per block.
+    """
     if eight_bit and elements >= MIN_8BIT_ELEMENTS:
         return 2 * elements + 2 * 4 * -(-elements // BLOCK_8BIT)
     return 8 * elements

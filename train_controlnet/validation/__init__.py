@@ -1,4 +1,4 @@
-"""What is measured between steps: held-out loss, samples, mask adherence, and the verdict.
+"""Validation between training steps: held-out loss, samples, mask adherence, and the verdict.
 
-It leaves networks and random numbers as they were.
+It leaves networks and random states unchanged.
 """

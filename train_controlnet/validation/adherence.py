@@ -85,7 +85,7 @@ class ImageFormat:
         return resized.reshape(height, width, self.channels)
 
     def convert_rows(self, rows: datasets.Dataset, numbers: Sequence[int]) -> tuple[Picture, Picture]:
-        """Return images (N, h, w, C) and masks (N, h, w) of those of the numbered rows that have a mask.
+        """Return images (N, h, w, C) and masks (N, h, w) of the numbered rows that have a mask.
 
         Raises:
             MaskLoomError: none has one.
@@ -139,7 +139,7 @@ class AdherenceMeter:
         return Reading(self._dice(converted, self.masks), self._dice(converted, of_prompts), self.real)
 
     def _dice(self, images: Picture, masks: Picture) -> NDArray[np.float64]:
-        """Return the Dice of the segmented images with the masks, (N,), averaged over the foreground classes."""
+        """Return Dice of the segmented images, (N,), averaged over the foreground classes."""
         predictions = predicted_masks(self.segmenter, images, self.device)
         return dice_scores(predictions, masks, self.classes).mean(axis=1)
 
@@ -210,7 +210,7 @@ def adherence_segmenter(
     file: Path,
     device: torch.device,
 ) -> nn.Module:
-    """Return the U-Net from its file if it was trained in the same way, otherwise train and save it.
+    """Return the U-Net from its file if it was trained alike, otherwise train and save it.
 
     Of several widths, depths and learning rates, these gave the best Dice on the demo for their
     time.

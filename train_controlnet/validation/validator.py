@@ -110,7 +110,7 @@ class Validator:
         return figures
 
     def _report(self, step: int, figures: dict[str, float]) -> None:
-        """Print a line when masks begin to be followed, or are still ignored after half of the steps."""
+        """Report masks that begin to be followed, or are still ignored after half of the steps."""
         total = total_steps(self.config.fine_tuning, len(self.task.rows["train"]), self.accelerator.num_processes)
         earlier = earlier_verdicts(self.logs / METRICS_FILE, step)
         line = verdict_line(step, total, figures, earlier, self.config.fine_tuning)
@@ -123,7 +123,10 @@ class Validator:
 
     @contextmanager
     def _single_process(self) -> Iterator[None]:
-        """Unwrap the networks inside the block: only this process validates, so no all-reduce would complete."""
+        """Unwrap the networks inside the block.
+
+        Only this process validates, so no all-reduce would complete.
+        """
         prepared = dict(self.task.networks)
         modes = {name: network.training for name, network in prepared.items()}
         for name, network in prepared.items():
@@ -135,7 +138,7 @@ class Validator:
                 self.task.networks[name] = network.train(modes[name])
 
     def _losses(self, rows: TrainingRows) -> Losses:
-        """Return the losses, (bins, N), in the middle of each timestep bin; bin 0 has the least noise.
+        """Return losses (bins, N), each in the middle of a timestep bin; bin 0 has the least noise.
 
         A row's noise at a timestep is the same at every validation.
         """

@@ -26,7 +26,8 @@ def check_adherence(config: TrainConfig, dataset: MaskPromptDataset) -> None:
     """Check that mask adherence can be measured, where `train.adherence` asks for it.
 
     Raises:
-        MaskLoomError: the dataset has no masks, too few validation images, or there is no ControlNet.
+        MaskLoomError: the dataset has no masks or too few validation images, or there is no
+            ControlNet.
     """
     if config.adherence is None:
         return
