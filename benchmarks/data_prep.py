@@ -26,6 +26,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import Run
+
 SCALES = (1, 4, 16)
 SIZE = 256
 SLIDE_SIDE = 2048
@@ -160,9 +163,10 @@ def measured_prepare(raw: Path, run: Path, workers: int, dataset: str, **data: A
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     peak = watched([sys.executable, "-m", "data_prep", "--config", str(path)])
-    stage = json.loads((run / "logs" / "prepare" / "stage.json").read_text(encoding="utf-8"))
+    record = read_record(Run(run), "prepare")
+    assert record is not None, "prepare has not ended"
     shutil.rmtree(run)
-    return Measured(stage["wall_seconds"], peak, sum(stage["results"]["rows"].values()))
+    return Measured(record.wall_seconds, peak, sum(record.results["rows"].values()))
 
 
 def measured_plain(raw: Path, out: Path) -> Measured:

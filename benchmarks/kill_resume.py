@@ -29,8 +29,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
 from maskloom.pipeline.training.checkpoints import LOOP_FILE, checkpoint_steps
-from maskloom.pipeline.training.log import METRICS_FILE
 
 TRAINING = {
     "experiment": "kill-resume",
@@ -146,10 +146,7 @@ class Training:
 
     def losses(self) -> dict[int, float]:
         """Return the loss of each logged step, without a last incomplete line."""
-        if not self.metrics.is_file():
-            return {}
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
+        return {int(row["step"]): row["loss"] for row in read_metrics(self.metrics) if "loss" in row}
 
     def weights(self) -> dict[str, bytes]:
         """Return the exported weights files by folder and name."""

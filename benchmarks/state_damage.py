@@ -37,7 +37,8 @@ from rich.table import Table
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import LOCK_FILE
-from maskloom.pipeline.runs.run import STAGES
+from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.run import STAGES, Run
 from maskloom.pipeline.runs.stage import StageChecked, check_only
 
 CONFIG: dict[str, Any] = {
@@ -218,10 +219,8 @@ def results(run: Path) -> dict[str, str]:
         if kept and visible:
             found[name] = hashlib.sha256((run / name).read_bytes()).hexdigest()
     for stage in STAGES[:-1]:
-        record = run / "logs" / stage / "stage.json"
-        if record.is_file():
-            values = json.loads(record.read_text(encoding="utf-8"))
-            found[f"{stage} key"] = values["key"]
+        if (record := read_record(Run(run), stage)) is not None:
+            found[f"{stage} key"] = record.key
     return found
 
 

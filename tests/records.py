@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskloom.pipeline.files.atomic import write_json
+from maskloom.pipeline.runs import record as records
 from maskloom.pipeline.runs.record import StageRecord
 from maskloom.pipeline.runs.run import RECORD_FILE, Run
 from maskloom.pipeline.runs.stage import Stage
@@ -22,9 +22,7 @@ def write_record(run: Run, name: str, **changes: Any) -> None:
     """Write a whole record, some of its fields changed; one that is there already keeps the others."""
     path = run.logs(name) / RECORD_FILE
     values = StageRecord.model_validate_json(path.read_bytes()).model_dump() if path.is_file() else _empty(name)
-    record = StageRecord(**{**values, **changes})
-    record.digest = record.own_digest()
-    write_json(path, record.model_dump(mode="json"))
+    records.write_record(run, StageRecord(**{**values, **changes}))
 
 
 def _empty(name: str) -> dict[str, Any]:

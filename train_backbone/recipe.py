@@ -16,10 +16,9 @@ from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places, check_replaceable
-from maskloom.pipeline.files.reading import LogLine, read_lines
 from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
 from maskloom.pipeline.training.checkpoints import delete_checkpoints
-from maskloom.pipeline.training.log import METRICS_FILE
 from maskloom.pipeline.training.loop import TrainingLoop
 from maskloom.pipeline.training.resuming import check_afresh
 from maskloom.pipeline.training.setup import make_accelerator
@@ -191,7 +190,7 @@ def _last_losses(config: BackboneConfig) -> dict[str, str]:
     """Return the last logged loss of each part, for the card."""
     losses = {}
     for name in PARTS:
-        log = _logs(config, name) / METRICS_FILE
-        figures = [line.model_dump() for line in read_lines(log, LogLine, "train again with --force")]
-        losses[f"last loss, {name}"] = f"{[f['loss'] for f in figures if 'loss' in f][-1]:.4f}"
+        logged = [line["loss"] for line in read_metrics(_logs(config, name) / METRICS_FILE) if "loss" in line]
+        if logged:
+            losses[f"last loss, {name}"] = f"{logged[-1]:.4f}"
     return losses

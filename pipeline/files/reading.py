@@ -6,9 +6,9 @@ Any wrong structure, encoding or number is reported in one line with the file an
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import read_json
@@ -22,15 +22,6 @@ class Record(BaseModel):
     """Base class for the content of files: no type conversion, no unknown keys, finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class LogLine(BaseModel):
-    """One line of `metrics.jsonl`: the step, and figures by their names."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    step: Annotated[int, Field(ge=0, lt=2**63)]
-    __pydantic_extra__: dict[str, float]
 
 
 def inside(what: str) -> AfterValidator:

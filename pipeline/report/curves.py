@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from maskloom.pipeline.files.reading import LogLine
 from maskloom.pipeline.results import Curve
+from maskloom.pipeline.runs.training_log import readable_metrics
 
 POINTS = 200  # longer series are averaged down to at most this many points
 SIZE_INCHES = (5.6, 3.0)
@@ -29,12 +27,6 @@ STYLE: Any = {
     "legend.frameon": False,
     "axes.unicode_minus": True,
 }
-
-
-class _AnyLine(LogLine):
-    """A log line with any further values; only numbers are plotted."""
-
-    __pydantic_extra__: dict[str, Any]
 
 
 def line_chart(curve: Curve) -> str:
@@ -75,7 +67,8 @@ def training_curves(path: Path) -> tuple[list[Curve], int]:
     networks differ in scale and get one chart each; the loss of a single network is the `loss`.
     """
     charts: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-    series, unreadable = _read_series(path)
+    lines, unreadable = readable_metrics(path)
+    series = _series(lines)
     parts = {key for key in series if key.startswith("loss/")}
     for key in sorted(series.keys() - (parts if len(parts) == 1 else set())):
         charts.setdefault(_chart_title(key), {})[key] = averaged(sorted(series[key].items()))
@@ -99,30 +92,17 @@ def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float |
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _read_series(path: Path) -> tuple[dict[str, dict[float, float]], int]:
-    """Return step -> value for every scalar, and the number of unreadable lines.
+def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
+    """Return step -> value for every finite number.
 
     A step that was logged twice, by a resumed training, keeps the later value.
     """
     series: dict[str, dict[float, float]] = {}
-    unreadable = 0
-    for line in path.read_bytes().splitlines():
-        values = _parsed(line)
-        if values is None:
-            unreadable += 1
-            continue
-        for key, value in values.items():
+    for line in lines:
+        for key, value in line.items():
             if key != "step" and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
-                series.setdefault(key, {})[values["step"]] = float(value)
-    return series, unreadable
-
-
-def _parsed(line: bytes) -> Mapping[str, Any] | None:
-    """Return a line's values, or None for the partial line of a killed process."""
-    try:
-        return _AnyLine.model_validate_json(line).model_dump()
-    except ValidationError:
-        return None
+                series.setdefault(key, {})[line["step"]] = float(value)
+    return series
 
 
 def _plain(text: str) -> str:

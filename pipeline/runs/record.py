@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.files.atomic import value_digest, write_json
 from maskloom.pipeline.files.ownership import file_problem
 from maskloom.pipeline.files.reading import Record, read_model
 from maskloom.pipeline.runs.run import RECORD_FILE, Files, Run
@@ -62,6 +62,12 @@ def read_record(run: Run, stage: str) -> StageRecord | None:
     if record.stage != stage:
         raise MaskLoomError(f"{path}: damaged (it is the record of {record.stage}, not of {stage}); {remedy}")
     return record
+
+
+def write_record(run: Run, record: StageRecord) -> None:
+    """Write what a stage recorded as its `stage.json`, with the record's digest."""
+    record.digest = record.own_digest()
+    write_json(run.logs(record.stage) / RECORD_FILE, record.model_dump(mode="json"))
 
 
 def damaged_file(run: Run, files: Mapping[str, str]) -> str | None:

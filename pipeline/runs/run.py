@@ -8,11 +8,12 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import COPIES, MANIFEST, OwnedFolder
 from maskloom.pipeline.files.reading import inside
+from maskloom.pipeline.runs.training_log import METRICS_FILE
 
 RECORD_FILE, CONFIG_FILE = "stage.json", "config.yaml"
 PARTS = (CONFIG_FILE, "dataset", "generator", "baselines", "synthetic", "evaluation", "report.html")  # logs only grow
 STAGES = ("prepare", "train", "baselines", "generate", "evaluate", "report")
-SHOWN_LOGS = ("metrics.jsonl", "images/*.png")  # of a training, below its logs
+SHOWN_LOGS = (METRICS_FILE, "images/*.png")  # of a training, below its logs
 
 
 @dataclass(frozen=True)

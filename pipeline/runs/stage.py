@@ -10,11 +10,11 @@ from typing import Any
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import content_digest, sole_writer, value_digest, write_json
+from maskloom.pipeline.files.atomic import content_digest, sole_writer, value_digest
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
 from maskloom.pipeline.files.provenance import git_sha, package_versions, peak_memory_mb
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record
+from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record, write_record
 from maskloom.pipeline.runs.run import RECORD_FILE, Run
 
 DONE, STALE, DAMAGED, MISSING, EMPTY = "done", "stale", "damaged", "missing", "nothing to do"
@@ -209,8 +209,7 @@ class Stage:
                     sorted(p for pattern in self.shown for p in self.path.parent.glob(pattern) if p.is_file())
                 ),
             )
-            record.digest = record.own_digest()
-            write_json(self.path, record.model_dump(mode="json"))
+            write_record(self.run, record)
             say(f"{self.name}: done in {record.wall_seconds:.0f} s")
 
     def delete_record(self) -> None:

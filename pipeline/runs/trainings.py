@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from maskloom.pipeline.dataset.contract import Contract
-from maskloom.pipeline.files.reading import LogLine, read_lines
 from maskloom.pipeline.runs.record import read_record
-from maskloom.pipeline.runs.run import Run
-
-STAGE_FILE, METRICS_FILE = "stage.json", "metrics.jsonl"
+from maskloom.pipeline.runs.run import RECORD_FILE, Run
+from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
 
 
 def training_of(run: Run, name: str, contract: Contract) -> str | None:
@@ -21,20 +16,14 @@ def training_of(run: Run, name: str, contract: Contract) -> str | None:
         name: the generator's; an architecture has the same one.
         contract: of its synthetic set.
     """
-    if (run.logs(f"baselines/{name}") / STAGE_FILE).is_file():
+    if (run.logs(f"baselines/{name}") / RECORD_FILE).is_file():
         return f"baselines/{name}"
-    record = stage_record(run, "train")
+    record = read_record(run, "train")
     if record is None:
         return None
-    backbone = record["inputs"].get("backbone")
+    backbone = record.inputs.get("backbone")
     generation = contract.description.preprocessing.get("generation") or {}
     return "train" if generation.get("weights", backbone) != backbone else None
-
-
-def stage_record(run: Run, stage: str) -> dict[str, Any] | None:
-    """Return a stage's `stage.json`, or None where it has not ended."""
-    record = read_record(run, stage)
-    return None if record is None else record.model_dump(mode="json")
 
 
 def training_cost(run: Run, stage: str) -> dict[str, float]:
@@ -44,17 +33,16 @@ def training_cost(run: Run, stage: str) -> dict[str, float]:
         `trained parameters` over all networks; `samples seen`; `training seconds` of its steps, over all interruptions, without start-up, caches,
         validation and checkpoints; `peak memory in MB`, of the device where it is a GPU, else of the process.
     """
-    record = stage_record(run, stage)
+    record = read_record(run, stage)
     if record is None:
         return {}
-    results = record["results"]
-    trained, samples = results.get("trained_parameters"), results.get("samples_seen")
+    trained, samples = record.results.get("trained_parameters"), record.results.get("samples_seen")
     found: dict[str, float] = {}
     if trained is not None:
         found["trained parameters"] = sum(trained.values()) if isinstance(trained, dict) else trained
     if samples is not None:
         found["samples seen"] = samples
-    lines = [line for line in _lines(run.logs(stage) / METRICS_FILE) if "samples_per_second" in line]
+    lines = [line for line in read_metrics(run.logs(stage) / METRICS_FILE) if "samples_per_second" in line]
     if lines and samples:
         found["training seconds"] = _seconds(lines, samples / lines[-1]["step"])
         found["peak memory in MB"] = max(line["peak_memory_mb"] for line in lines)
@@ -66,10 +54,3 @@ def _seconds(lines: list[dict[str, float]], samples_a_step: float) -> float:
     steps = [0, *(line["step"] for line in lines)]
     pairs = zip(steps[:-1], lines, strict=True)
     return sum((line["step"] - before) * samples_a_step / line["samples_per_second"] for before, line in pairs)
-
-
-def _lines(path: Path) -> list[dict[str, float]]:
-    """Return the whole lines of a training's log; a killed process may have left half a line at the end."""
-    if not path.is_file():
-        return []
-    return [line.model_dump() for line in read_lines(path, LogLine, "delete it, or train again")]

@@ -18,8 +18,9 @@ from maskloom.pipeline.files.atomic import json_text
 from maskloom.pipeline.files.formatting import MISSING, markdown_table
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.results import Evaluation, Interval, cell_text, read_evaluations
+from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.runs.trainings import stage_record, training_cost, training_of
+from maskloom.pipeline.runs.trainings import training_cost, training_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +110,8 @@ def _answers(run: Run, config: ExperimentConfig, sets: Mapping[str, Contract]) -
 def _cost(run: Run, name: str, contract: Contract) -> dict[str, float]:
     stage = training_of(run, name, contract)
     cost: dict[str, float] = training_cost(run, stage) if stage else {"trained parameters": 0}
-    made = ((stage_record(run, "generate") or {}).get("results") or {}).get(name, {})
+    record = read_record(run, "generate")
+    made = record.results.get(name, {}) if record else {}
     if made.get("made_now"):  # else the images are older than the record
         cost["images a second"] = made["images_per_second"]
     return cost

@@ -1,17 +1,12 @@
 """Training figures: summed on the device between log lines, written to `metrics.jsonl` (for the report) and to the trackers."""
 
-import json
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskloom.pipeline.files.atomic import write_text
-from maskloom.pipeline.files.reading import LogLine, read_line
-
-METRICS_FILE = "metrics.jsonl"
-REMEDY = "delete the line, or the file: only the report's curves need it"
+from maskloom.pipeline.runs.training_log import METRICS_FILE, append_metrics, keep_metrics
 
 
 class MetricsLog:
@@ -28,18 +23,14 @@ class MetricsLog:
         """
         self.accelerator, self.path = accelerator, folder / METRICS_FILE
         if accelerator.is_main_process:
-            lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []  # without a cut last line
-            steps = [read_line(line, LogLine, f"{self.path}:{i}", REMEDY).step for i, line in enumerate(lines, start=1)]
-            kept = [line.decode() for line, step in zip(lines, steps, strict=True) if step <= start]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+            keep_metrics(self.path, start)
         accelerator.init_trackers(project)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Log the figures of a step; does nothing on processes other than the main one."""
         if not figures or not self.accelerator.is_main_process:
             return
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **figures}) + "\n")
+        append_metrics(self.path, step, figures)
         self.accelerator.log(figures, step=step)
 
 

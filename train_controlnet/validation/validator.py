@@ -22,7 +22,7 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.images import rgb_array
 from maskloom.pipeline.files.atomic import atomic_path
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.training.log import METRICS_FILE
+from maskloom.pipeline.runs.training_log import METRICS_FILE
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.pipeline.training.sampler import total_steps
 from maskloom.train_controlnet.data.augmentation import Picture

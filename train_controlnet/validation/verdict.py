@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.reading import LogLine, read_lines
+from maskloom.pipeline.runs.training_log import read_metrics
 
 FOLLOWED, IGNORED = "condition_followed", "condition_ignored"
 # Share of the loss. Training on the masks of other rows gave 1e-6, at times with the same sign in
@@ -103,11 +103,10 @@ def verdict(gains: bool, in_images: bool | None) -> dict[str, float]:
 
 def earlier_verdicts(log: Path, step: int) -> list[dict[str, float]]:
     """Return `step` and verdict of each validation before the given step, from the training log."""
-    lines = [line.model_dump() for line in read_lines(log, LogLine, "delete the line")] if log.is_file() else []
     keys = {"step": "step", **{f"validation/{name}": name for name in (FOLLOWED, IGNORED)}}
     return [
         {name: line[key] for key, name in keys.items()}
-        for line in lines
+        for line in read_metrics(log)
         if line["step"] < step and keys.keys() <= line.keys()
     ]
 

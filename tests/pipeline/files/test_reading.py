@@ -9,11 +9,12 @@ from maskloom.pipeline.dataset.contract import LedgerRow, read_contract
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json
 from maskloom.pipeline.files.ownership import OwnedFolder
-from maskloom.pipeline.files.reading import LogLine, Record, read_lines, read_model, read_object, row_attributes
+from maskloom.pipeline.files.reading import Record, read_lines, read_model, read_object, row_attributes
 from maskloom.pipeline.report.curves import training_curves
 from maskloom.pipeline.report.sources import rejection_counts
 from maskloom.pipeline.results import read_evaluations
 from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.training_log import LogLine
 from tests.pipeline import fake_run
 
 NOT_JSON = {
