@@ -51,7 +51,9 @@ def read_model(path: Path, model: type[Model], remedy: str) -> Model:
 
 
 def checked(value: Any, model: type[Model], where: str, remedy: str) -> Model:
-    """Return a JSON value as a model, without type conversion; `where` and `remedy` are for the error.
+    """Return a JSON value as a model, without type conversion.
+
+    `where` and `remedy` are used in the error.
 
     Raises:
         MaskLoomError: the value does not fit the model; the error names the first invalid field.
@@ -86,7 +88,9 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path, model: type[Model], remedy: str) -> Iterator[Model]:
-    """Yield the whole lines of a JSON Lines file as models; a last line that a killed process left without its end is passed over.
+    """Yield the lines of a JSON Lines file as models.
+
+    An incomplete last line, which a killed process has left, is ignored.
 
     Raises:
         MaskLoomError: a line is of another shape; names its number.

@@ -65,7 +65,7 @@ class AuditRecord(Record):
 
 
 def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
-    """Check that no image is both in train or validation and in a held-out split, or has two labels.
+    """Check that no image is shared by train or validation and a held-out split, or has two labels.
 
     Call it with verified datasets before anything is computed or deleted. The check runs once per
     content, and only on the first process of a distributed run.
@@ -122,7 +122,7 @@ def _failures(datasets: Sequence[MaskPromptDataset]) -> tuple[int, list[Finding]
 
 @contextmanager
 def _pixel_rows(datasets: Sequence[MaskPromptDataset]) -> Iterator[sqlite3.Connection]:
-    """Yield a database with the pixel digests of all images, which SQLite keeps on disk if it is large.
+    """Yield a database with the pixel digests of all images; SQLite spills it to disk if large.
 
     Raises:
         MaskLoomError: the temporary file of the database cannot be written.

@@ -137,7 +137,7 @@ class Stage:
         return DONE, damaged_file(self.run, record.shown) or ""
 
     def _changed_manifest(self, record: StageRecord) -> str | None:
-        """Return what is wrong if the manifest of an output folder differs from the record, or None."""
+        """Return what is wrong if the manifest of an output folder differs from the record."""
         for folder in (path for path in self.outputs if path.is_dir()):
             name = folder.relative_to(self.run.folder).as_posix()
             recorded = {file: known for file, known in record.files.items() if file.startswith(f"{name}/")}

@@ -30,8 +30,9 @@ def training_cost(run: Run, stage: str) -> dict[str, float]:
     """Return what a training took, as far as it was recorded.
 
     Returns:
-        `trained parameters` over all networks; `samples seen`; `training seconds` of its steps, over all interruptions, without start-up, caches,
-        validation and checkpoints; `peak memory in MB`, of the device where it is a GPU, else of the process.
+        `trained parameters` over all networks; `samples seen`; `training seconds` of its steps,
+        over all interruptions, without start-up, caches, validation and checkpoints; `peak memory
+        in MB`, of the device where it is a GPU, else of the process.
     """
     record = read_record(run, stage)
     if record is None:

@@ -1,4 +1,4 @@
 """The shared training loop on accelerate: tasks, random numbers, EMA, checkpoints, logs.
 
-What is trained is a `Task` of a stage; no network, loss or generator is known here.
+A stage defines what is trained, as a `Task`. Networks, losses and generators do not belong here.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: `checkpoint-N/`, written beside and renamed."""
+"""Atomic checkpoints: `checkpoint-N/` is written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from maskloom.pipeline.training.ema import EMAWeights
 
 LOOP_FILE = "loop.json"
 LENGTH_SETTINGS = frozenset({"max_train_steps", "num_train_epochs"})
-"""How far a training goes is not what it is: a checkpoint may be of a shorter or longer one."""
+"""Settings that may differ on resuming: a checkpoint may come from a shorter or longer training."""
 
 
 class LoopRecord(Record):
@@ -42,8 +42,8 @@ class LoopRecord(Record):
 
     Attributes:
         step: number of optimizer steps done.
-        averages: what `EMAWeights.save` returned.
-        identity: what the training depends on.
+        averages: state that `EMAWeights.save` returned.
+        identity: everything that the training depends on.
     """
 
     step: int = Field(ge=0, lt=2**63)
@@ -52,28 +52,30 @@ class LoopRecord(Record):
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
-    """Return the finished checkpoints in a folder by step, ascending; a folder of that name that is not the program's is not one."""
+    """Return the checkpoints that MaskLoom wrote to a folder, by ascending step."""
     return {step: path for step, path in _named_checkpoints(folder).items() if _is_checkpoint(path)}
 
 
 def _named_checkpoints(folder: Path) -> dict[int, Path]:
-    """Return what has the name of a checkpoint, by step, ascending."""
+    """Return all paths with the name of a checkpoint, by ascending step."""
     named = ((re.fullmatch(r"checkpoint-(\d{1,12})", path.name), path) for path in folder.glob("checkpoint-*"))
     return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
 def check_checkpoint_names(folder: Path) -> None:
-    """Check that nothing of the user's has the name of a checkpoint: it would be in the way when that step is saved, or when all are deleted.
+    """Check that no file or folder of the user has the name of a checkpoint.
+
+    It would prevent saving the checkpoint of that step, and deleting all checkpoints.
 
     Raises:
-        MaskLoomError: names it.
+        MaskLoomError: there is one; the error names it.
     """
     for path in _named_checkpoints(folder).values():
         OwnedFolder(path).check()
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint was written there; a damaged one counts, so that it is not passed over in silence."""
+    """Return whether a path is a checkpoint; damaged ones count, so that they are reported."""
     try:
         return (path / LOOP_FILE).exists() or LOOP_FILE in OwnedFolder(path).files()
     except MaskLoomError:
@@ -94,15 +96,15 @@ def save_checkpoint(
     identity: Mapping[str, Any],
     limit: int | None,
 ) -> None:
-    """Write `checkpoint-STEP` with the state of all processes, then drop the oldest beyond the limit.
+    """Write `checkpoint-STEP` with the state of all processes; delete the oldest beyond the limit.
 
     Args:
-        accelerator: holds models, optimizers, schedulers and each process's random state.
-        folder: where checkpoints live.
+        accelerator: holds models, optimizers, schedulers and the random state of each process.
+        folder: folder of the checkpoints.
         step: number of optimizer steps done.
-        ema: the averaged weights, and the best ones of early stopping.
-        identity: what the training depends on; `resume` refuses a checkpoint of another one.
-        limit: how many checkpoints stay; None keeps all.
+        ema: EMA weights, and the best weights of early stopping.
+        identity: everything that the training depends on; `resume` compares it.
+        limit: number of checkpoints to keep; None keeps all.
     """
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}{TEMPORARY_SUFFIX}"
     if accelerator.is_main_process:
@@ -132,20 +134,21 @@ def resume(
     ema: EMAWeights,
     identity: Mapping[str, Any],
 ) -> int:
-    """Load a checkpoint into the accelerator's objects and the averaged weights.
+    """Load a checkpoint into the accelerator's objects and the EMA weights.
 
     Args:
-        accelerator: its models, optimizers, schedulers and random states are filled.
-        folder: where checkpoints live.
-        wanted: `latest`, a checkpoint folder's path, or None to start afresh.
-        ema: the averaged weights, and the best ones of early stopping.
-        identity: what the training depends on.
+        accelerator: its models, optimizers, schedulers and random states are restored.
+        folder: folder of the checkpoints.
+        wanted: `latest`, the path of a checkpoint folder, or None to start from scratch.
+        ema: EMA weights, and the best weights of early stopping.
+        identity: everything that the training depends on.
 
     Returns:
-        The number of optimizer steps done; 0 where nothing was loaded.
+        The number of optimizer steps done; 0 if nothing was loaded.
 
     Raises:
-        MaskLoomError: an explicit path is missing, or the checkpoint is damaged or belongs to another configuration or dataset.
+        MaskLoomError: an explicit path is missing, or the checkpoint is damaged or belongs to
+            another configuration or dataset.
     """
     path = _wanted_checkpoint(folder, wanted)
     if path is None:
@@ -156,7 +159,7 @@ def resume(
     try:
         accelerator.load_state(str(path), load_kwargs={"weights_only": True})
         ema.load(path, record.averages)
-    except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
+    except Exception as error:  # the libraries raise many kinds of errors; the remedy is the same
         raise MaskLoomError(f"{path}: cannot be read ({excerpt(error)}); {_remedy(path)}") from error
     _check_random_states_restored(path, accelerator)
     if accelerator.is_main_process:
@@ -165,14 +168,14 @@ def resume(
 
 
 def read_checkpoint(path: Path, whole: bool = True) -> LoopRecord:
-    """Return a checkpoint's record, after comparing the files of the checkpoint with their digests.
+    """Return the record of a checkpoint after comparing its files with their digests.
 
     Args:
-        path: the checkpoint's folder.
-        whole: compare every file; else the record alone.
+        path: folder of the checkpoint.
+        whole: compare every file; otherwise only the record.
 
     Raises:
-        MaskLoomError: a file is missing or not what was written, or the record is damaged.
+        MaskLoomError: a file is missing or has changed, or the record is damaged.
     """
     remedy = _remedy(path)
     try:
@@ -180,7 +183,7 @@ def read_checkpoint(path: Path, whole: bool = True) -> LoopRecord:
     except MaskLoomError as error:
         raise MaskLoomError(f"{one_line(error)}; {remedy}") from None
     if LOOP_FILE not in written:
-        raise MaskLoomError(f"{path}: lists no files that were written ({MANIFEST}); {remedy}")
+        raise MaskLoomError(f"{path}: its {MANIFEST} lists no {LOOP_FILE}; {remedy}")
     compared = written if whole else {LOOP_FILE: written[LOOP_FILE]}
     problem = next((p for name, known in compared.items() if (p := file_problem(path / name, known))), None)
     if problem:
@@ -193,19 +196,20 @@ def _remedy(path: Path) -> str:
 
 
 def _check_random_states(path: Path, accelerator: Accelerator) -> None:
-    """Check that this process's random state is there: accelerate itself continues without it.
+    """Check that the random state of this process exists; accelerate would continue without it.
 
     Raises:
         MaskLoomError: it is missing.
     """
-    if not _random_states(path, accelerator).is_file():
+    file = _random_states(path, accelerator)
+    if not file.is_file():
         raise MaskLoomError(
-            f"{_random_states(path, accelerator)}: missing, and this training has {accelerator.num_processes} process(es); {_remedy(path)}"
+            f"{file}: missing, and this training has {accelerator.num_processes} process(es); {_remedy(path)}"
         )
 
 
 def _check_random_states_restored(path: Path, accelerator: Accelerator) -> None:
-    """Compare this process's generators with the kept states: accelerate only logs where it cannot restore them.
+    """Check that the random states of this process were restored; accelerate only logs a failure.
 
     Raises:
         MaskLoomError: they differ, as on another number or kind of devices.
@@ -219,8 +223,8 @@ def _check_random_states_restored(path: Path, accelerator: Accelerator) -> None:
             pairs.append((torch.zeros(1), torch.ones(1)))
     if not all(torch.equal(kept, now) for kept, now in pairs):
         raise MaskLoomError(
-            f"{_random_states(path, accelerator)}: the random states cannot be restored on these devices; resume on as many devices "
-            "of the same kind, or start afresh with --force"
+            f"{_random_states(path, accelerator)}: the random states cannot be restored on these devices; resume on the "
+            "same number and kind of devices, or start from scratch with --force"
         )
 
 
@@ -231,16 +235,17 @@ def _random_states(path: Path, accelerator: Accelerator) -> Path:
 def checkpoint_to_resume(
     folder: Path, wanted: str | None, identity: Mapping[str, Any], whole: bool = True
 ) -> LoopRecord | None:
-    """Return the record of the checkpoint that `resume` would load, or None where it would start afresh; loads and changes nothing.
+    """Return the record of the checkpoint that `resume` would load, or None; load nothing.
 
     Args:
-        folder: where checkpoints live.
-        wanted: as for `resume`.
-        identity: what the training depends on.
-        whole: as for `read_checkpoint`.
+        folder: folder of the checkpoints.
+        wanted: see `resume`.
+        identity: everything that the training depends on.
+        whole: see `read_checkpoint`.
 
     Raises:
-        MaskLoomError: an explicit path is missing, a file is damaged, or it belongs to another configuration or dataset.
+        MaskLoomError: an explicit path is missing, or the checkpoint is damaged or belongs to
+            another configuration or dataset.
     """
     path = _wanted_checkpoint(folder, wanted)
     if path is None:
@@ -251,10 +256,11 @@ def checkpoint_to_resume(
 
 
 def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.Module]) -> None:
-    """Make the accelerator keep each network under its own name, as safetensors.
+    """Make the accelerator save each network under its own name, as safetensors.
 
-    A diffusers model that is trained itself becomes a folder that `from_pretrained` loads; of any other module, and of a network with adapters,
-    the trained weights become `NAME.safetensors`. Engines that shard weights keep their own files.
+    A diffusers model without adapters is saved as a folder that `from_pretrained` loads. Of any
+    other module, and of a network with adapters, the trained weights are saved as
+    `NAME.safetensors`. Engines that shard weights write their own files.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
@@ -278,7 +284,7 @@ def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.M
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Whether a network is kept as diffusers keeps models; one with adapters keeps what is trained of it."""
+    """Return whether a network is a diffusers model without adapters, saved by `save_pretrained`."""
     return isinstance(module, ModelMixin) and not hasattr(module, "peft_config")
 
 
@@ -286,19 +292,19 @@ def _save_network(module: Any, folder: Path, name: str) -> None:
     if _is_whole(module):
         module.save_pretrained(folder / name, safe_serialization=True)
     else:
-        save_file({k: v.contiguous().cpu() for k, v in _kept(module).items()}, folder / f"{name}.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in _saved_tensors(module).items()}, folder / f"{name}.safetensors")
 
 
 def _load_network(module: nn.Module, folder: Path, name: str) -> None:
     if _is_whole(module):
         module.load_state_dict(load_file(next((folder / name).glob("*.safetensors"))))
     else:
-        kept = load_file(folder / f"{name}.safetensors")
-        for key, value in _kept(module).items():
-            value.copy_(kept[key])
+        saved = load_file(folder / f"{name}.safetensors")
+        for key, value in _saved_tensors(module).items():
+            value.copy_(saved[key])
 
 
-def _kept(module: nn.Module) -> dict[str, torch.Tensor]:
+def _saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the trained weights and the buffers of a network."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
@@ -325,5 +331,5 @@ def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str,
         differences = ", ".join(f"{key}: {found.get(key)} there, {expected.get(key)} now" for key in keys[:5])
         raise MaskLoomError(
             f"{path}: this checkpoint belongs to another training ({differences}); "
-            "restore the old settings, use another experiment name, or start afresh with --force"
+            "restore the old settings, use another experiment name, or start from scratch with --force"
         )

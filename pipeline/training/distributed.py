@@ -1,6 +1,6 @@
-"""What the loop must know of the engines that accelerate runs on: DDP, FSDP (version 2), DeepSpeed.
+"""Differences between the engines that accelerate runs on: DDP, FSDP (version 2), DeepSpeed.
 
-FSDP gives each process a part of the weights; DeepSpeed clips, scales and steps by itself.
+FSDP shards the weights over the processes. DeepSpeed clips, scales and steps by itself.
 """
 
 from collections import OrderedDict
@@ -22,20 +22,21 @@ ONE_FOR_EACH = "use configs/accelerate/ddp.yaml"
 
 
 def keeps_own_files(accelerator: Accelerator) -> bool:
-    """Return whether the engine writes networks and optimizers into a checkpoint in its own way."""
+    """Return whether the engine writes networks and optimizers to checkpoints in its own format."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def check_engine(networks: Mapping[str, nn.Module], config: LoopConfig, accelerator: Accelerator) -> None:
-    """Tell what an engine cannot do before it fails in its own words, and before anything is changed for it.
+    """Check that the engine supports the configuration, before anything is changed.
 
     Args:
-        networks: the trained ones, by name.
-        config: the loop's settings.
-        accelerator: of the training.
+        networks: the trained networks by name.
+        config: settings of the loop.
+        accelerator: accelerator of the training.
 
     Raises:
-        MaskLoomError: several networks, a version or stage that is not supported, or kept weights or fp16 with FSDP.
+        MaskLoomError: there are several networks, the version or stage of the engine is not
+            supported, or FSDP is combined with EMA, early stopping or fp16.
     """
     if not keeps_own_files(accelerator):
         return
@@ -50,21 +51,21 @@ def check_engine(networks: Mapping[str, nn.Module], config: LoopConfig, accelera
         return
     if not accelerator.is_fsdp2:
         raise MaskLoomError(
-            "FSDP version 1 is not supported; use configs/accelerate/fsdp.yaml, which asks for version 2"
+            "FSDP version 1 is not supported; use configs/accelerate/fsdp.yaml, which selects version 2"
         )
     if config.mixed_precision == "fp16":
         raise MaskLoomError(
-            f"{config.section}.mixed_precision=fp16 does not go with FSDP; set it to bf16, or {ONE_FOR_EACH}"
+            f"{config.section}.mixed_precision=fp16 does not work with FSDP; set it to bf16, or {ONE_FOR_EACH}"
         )
     if config.use_ema or config.early_stopping_patience:
         raise MaskLoomError(
-            f"{config.section}.use_ema and {config.section}.early_stopping_patience keep whole weights, and FSDP gives each process a part of them; "
-            f"switch them off, or {ONE_FOR_EACH}"
+            f"{config.section}.use_ema and {config.section}.early_stopping_patience need whole weights, and FSDP "
+            f"shards them over the processes; switch them off, or {ONE_FOR_EACH}"
         )
 
 
 def fill_deepspeed_settings(config: LoopConfig, accelerator: Accelerator) -> None:
-    """Give DeepSpeed the settings that it reads from a configuration file of its own, so that there is one place for them."""
+    """Set the values that DeepSpeed would otherwise read from its own configuration file."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config.update(
@@ -77,13 +78,16 @@ def fill_deepspeed_settings(config: LoopConfig, accelerator: Accelerator) -> Non
 def clipped_norm(
     parameters: Sequence[nn.Parameter], optimizer: Any, most: float, accelerator: Accelerator
 ) -> Tensor | None:
-    """Clip the gradients of one optimizer and return their norm before that; None where the engine does not tell.
+    """Clip the gradients of one optimizer.
 
     Args:
-        parameters: the optimizer's.
-        optimizer: as accelerate prepared it; only its own gradients are taken out of fp16's loss scale.
-        most: the norm that is let through.
-        accelerator: of the training.
+        parameters: parameters of the optimizer.
+        optimizer: as prepared by accelerate; only its own gradients are unscaled in fp16.
+        most: the largest norm that is not clipped.
+        accelerator: accelerator of the training.
+
+    Returns:
+        The norm before clipping, or None if the engine does not report it.
     """
     if not keeps_own_files(accelerator):
         accelerator.unscale_gradients(optimizer)
@@ -91,15 +95,16 @@ def clipped_norm(
     norm = accelerator.clip_grad_norm_(parameters, most)
     if norm is None:
         return None
-    # FSDP hands out a distributed tensor, DeepSpeed a float.
+    # FSDP returns a distributed tensor, DeepSpeed a float.
     return torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm, device=accelerator.device)
 
 
 @contextmanager
 def weights_gathered(task: Task, accelerator: Accelerator) -> Iterator[None]:
-    """Give each process the whole weights for the block, so that the main one can use the networks alone; all must enter it.
+    """Gather sharded weights on every process during the block; every process must enter it.
 
-    FSDP's hooks are set aside meanwhile: they note the order of forward passes, by which all processes later exchange weights.
+    The main process can then use the networks alone. FSDP's forward hooks are removed meanwhile:
+    they record the order of forward passes, in which all processes later exchange weights.
     """
     parts: list[Any] = [part for network in task.networks.values() for part in network.modules()]
     sharded: list[Any] = [part for part in parts if isinstance(part, FSDPModule)]
@@ -116,7 +121,7 @@ def weights_gathered(task: Task, accelerator: Accelerator) -> Iterator[None]:
 
 
 def keep_whole_weights(task: Task, accelerator: Accelerator) -> None:
-    """Gather what the engine spread over the processes into `task.whole_weights`; every process must call it."""
+    """Gather sharded weights into `task.whole_weights`; every process must call it."""
     if keeps_own_files(accelerator):
         task.whole_weights = {
             name: {key: value.float() for key, value in accelerator.get_state_dict(network).items()}

@@ -1,4 +1,4 @@
-"""The weights that a training keeps besides the trained ones: their moving average (EMA), and those of the best validation."""
+"""EMA weights, and the weights with the lowest validation loss for early stopping."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +15,11 @@ BEST_FILE = "best.safetensors"
 
 
 class EMAWeights:
-    """Exponential moving averages of the trained weights, and the weights with the lowest validation loss so far.
+    """Exponential moving averages (EMA) of the trained weights, and the best weights so far.
 
-    Averages: Morales-Brotons et al., Exponential Moving Average of Weights in Deep Learning (2024). Early stopping: Prechelt,
-    Early Stopping - But When? (1998), with the patience counted in validations.
+    EMA: Morales-Brotons et al., Exponential Moving Average of Weights in Deep Learning (2024).
+    Early stopping: Prechelt, Early Stopping - But When? (1998), with the patience counted in
+    validations.
     """
 
     def __init__(self, parameters: Parameters, decay: float | None, patience: int | None) -> None:
@@ -26,11 +27,16 @@ class EMAWeights:
 
         Args:
             parameters: the trained weights by optimizer.
-            decay: decay of the moving averages per optimizer step; None: no averages are kept.
-            patience: number of validations without a lower loss after which the training stops; None: it never stops early.
+            decay: decay of the EMA per optimizer step; None: no EMA.
+            patience: number of validations without a lower loss after which the training stops; None:
+                no early stopping.
         """
         self.parameters, self.patience = parameters, patience
-        self.emas = {} if decay is None else _moving_averages(parameters, decay)
+        self.emas: dict[str, Any] = {}
+        if decay is not None:
+            from diffusers.training_utils import EMAModel  # a slow import
+
+            self.emas = {name: EMAModel(group, decay=decay) for name, group in parameters.items()}
         self.best_loss, self.best_step, self.waited = math.inf, 0, 0
         self._best: dict[str, Tensor] = {}
 
@@ -40,13 +46,13 @@ class EMAWeights:
         return self.patience is not None and self.waited >= self.patience
 
     def update(self, name: str) -> None:
-        """Update the averages of an optimizer's weights after its step."""
+        """Update the EMA of an optimizer's weights after its step."""
         if name in self.emas:
             self.emas[name].step(self.parameters[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Give the networks their averaged weights for the block, if averages are kept."""
+        """Swap the EMA weights into the networks during the block, if there are any."""
         for name, ema in self.emas.items():
             ema.store(self.parameters[name])
             ema.copy_to(self.parameters[name])
@@ -57,15 +63,17 @@ class EMAWeights:
                 ema.restore(self.parameters[name])
 
     def update_best(self, loss: float, step: int) -> None:
-        """Record a validation loss; keep a copy of the networks' present weights if it is the lowest so far."""
+        """Record a validation loss; copy the current weights if it is the lowest so far."""
         if loss < self.best_loss:
-            self.best_loss, self.best_step, self.waited, self._best = loss, step, 0, _copies(self.parameters)
+            self.best_loss, self.best_step, self.waited = loss, step, 0
+            keyed = _keyed(self.parameters).items()
+            self._best = {key: parameter.detach().to("cpu", copy=True).contiguous() for key, parameter in keyed}
         else:
             self.waited += 1
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Leave the networks with their best weights where early stopping kept some, otherwise with the averaged ones."""
+        """Copy the best weights of early stopping, or else the EMA weights, into the networks."""
         for name, ema in self.emas.items():
             ema.copy_to(self.parameters[name])
         for key, parameter in _keyed(self.parameters).items():
@@ -73,7 +81,7 @@ class EMAWeights:
                 parameter.copy_(self._best[key])
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write the averages and the best weights into a checkpoint folder; return the rest of the state for `loop.json`."""
+        """Write EMA and best weights to a checkpoint folder; return the state for `loop.json`."""
         for name, ema in self.emas.items():
             shadow = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(ema.shadow_params)}
             save_file(shadow, folder / f"ema_{name}.safetensors")
@@ -95,17 +103,6 @@ class EMAWeights:
         self.best_step, self.waited = record["best_step"], record["waited"]
 
 
-def _moving_averages(parameters: Parameters, decay: float) -> dict[str, Any]:
-    from diffusers.training_utils import EMAModel  # a slow import that trainings without averages do not need
-
-    return {name: EMAModel(group, decay=decay) for name, group in parameters.items()}
-
-
-def _copies(parameters: Parameters) -> dict[str, Tensor]:
-    keyed = _keyed(parameters).items()
-    return {key: parameter.detach().to("cpu", copy=True).contiguous() for key, parameter in keyed}
-
-
 def _keyed(parameters: Parameters) -> dict[str, nn.Parameter]:
-    """Return the weights by their keys in a file: OPTIMIZER.INDEX."""
+    """Return the weights by their key in a file, OPTIMIZER.INDEX."""
     return {f"{name}.{i}": parameter for name, group in parameters.items() for i, parameter in enumerate(group)}

@@ -1,7 +1,8 @@
-"""Trains a small network for a fixed number of optimizer steps.
+"""Train a small network for a fixed number of optimizer steps.
 
-For the networks that judge images (segmenter, classifier), not for generators: their loop is `pipeline.training.loop`. Arms that are
-compared must differ in their images only, so steps, batch size and learning-rate schedule never depend on how many images there are.
+This is for the networks that evaluate images (segmenter, classifier); generators are trained by
+`pipeline.training.loop`. Arms that are compared must differ only in their images, so the number of
+steps, the batch size and the learning-rate schedule do not depend on the number of images.
 """
 
 from __future__ import annotations
@@ -53,23 +54,23 @@ def train_fixed_steps(
 ) -> list[float]:
     """Train in place with AdamW and a one-cycle schedule; leave the network in evaluation mode.
 
-    Batches are drawn with replacement, so that one image or a million need the same code and the same steps.
+    Batches are drawn with replacement, so that any number of images takes the same steps.
 
     Args:
         network: takes (B, C, H, W) float32 in [-1, 1].
         images: (N, H, W, C) uint8.
         targets: (N, H, W) uint8 masks or (N,) int64 labels; the loss gets them as int64.
-        loss: of the network's output and the targets.
+        loss: loss function of the network's output and the targets.
         options: steps, batch size, learning rate.
-        seed: of the batches and of the augmentation.
+        seed: seed of the batches and the augmentation.
         device: `cpu` or `cuda`.
-        augment: changes a batch of images and targets with the given generator, or None.
+        augment: augments a batch of images and targets, or None.
 
     Returns:
         The loss of each step.
 
     Raises:
-        MaskLoomError: no images, or the loss stopped being a number.
+        MaskLoomError: there are no images, or the loss is not finite.
     """
     import torch
 

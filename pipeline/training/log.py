@@ -1,4 +1,4 @@
-"""Training figures: summed on the device between log lines, written to `metrics.jsonl` (for the report) and to the trackers."""
+"""Training figures: summed on the device, written to `metrics.jsonl` (for the report) and trackers."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from maskloom.pipeline.runs.training_log import METRICS_FILE, append_metrics, ke
 
 
 class MetricsLog:
-    """Writes one JSON object per line, keyed by step; a resumed run drops the lines after its first step."""
+    """Writes one JSON object per line; a resumed run first drops the lines after its first step."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, project: str, start: int) -> None:
         """Open the log.
@@ -35,7 +35,7 @@ class MetricsLog:
 
 
 class RunningFigures:
-    """Sums losses and other scalars between two log lines, on the device and without waiting for it."""
+    """Sums losses and other scalars between log lines, on the device and without synchronising."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ class RunningFigures:
         self.sums[key] = torch.where(torch.isfinite(norm), norm, self.sums.get(key, torch.zeros_like(norm)))
 
     def take(self, count: int, accelerator: Accelerator) -> dict[str, float]:
-        """Return means over micro-batches and processes, and the norms, by key; start again from zero.
+        """Return means over micro-batches and processes, and the norms, by key; reset the sums.
 
         Args:
             count: micro-batches since the last call.

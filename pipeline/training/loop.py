@@ -1,6 +1,7 @@
-"""The training loop of every network here, built on `accelerate`.
+"""The training loop of all generators, built on `accelerate`.
 
-A `Task` says what is trained, with one or several optimizers (a GAN); `TrainingLoop.run` is the whole course of a training.
+A `Task` defines what is trained, with one or several optimizers (a GAN). `TrainingLoop.run` shows
+the whole training.
 """
 
 import math
@@ -46,13 +47,13 @@ from maskloom.pipeline.training.throughput import Throughput
 
 
 class TrainingLoop:
-    """Trains a task to its last step, resuming where an earlier run stopped.
+    """Trains a task to its last step, and resumes from the last checkpoint of an earlier run.
 
     Attributes:
-        start: optimizer steps that earlier runs made.
-        step: optimizer steps made so far; during a step, its number counted from 1.
-        steps: optimizer steps of the whole training.
-        ema: the averaged weights, and the best ones of early stopping.
+        start: number of optimizer steps that earlier runs made.
+        step: number of optimizer steps so far; during a step, its number counted from 1.
+        steps: number of optimizer steps of the whole training.
+        ema: EMA weights, and the best weights of early stopping.
     """
 
     def __init__(
@@ -64,14 +65,14 @@ class TrainingLoop:
         seed: int,
         inputs: Mapping[str, str],
     ) -> None:
-        """Compute the length and the identity of the training; nothing is loaded or written yet.
+        """Compute the length and the identity of the training; load and write nothing yet.
 
         Args:
             task: the networks to train, with their data and losses.
             config: settings of the loop.
             accelerator: from `make_accelerator`.
             folder: folder of the checkpoints.
-            seed: keys the data order and the noise.
+            seed: seed of the data order and the noise.
             inputs: digests of everything that the training reads; part of a checkpoint's identity.
         """
         self.task, self.config, self.accelerator, self.folder, self.seed = task, config, accelerator, folder, seed
@@ -83,12 +84,14 @@ class TrainingLoop:
     def run(self) -> int:
         """Train, and return the number of samples seen since the start of the training.
 
-        The networks end with their averaged weights if `use_ema` is set, with their best ones if `early_stopping_patience` is.
+        Afterwards the networks have their EMA weights if `use_ema` is set, or their best weights if
+        `early_stopping_patience` is set.
 
         Raises:
-            Interrupted: a signal asked to stop; a checkpoint of the last step has been saved.
-            MaskLoomError: a loss or gradient is not finite (names the step and the rows), trained weights are in half precision, the
-                engine does not support the configuration, or a checkpoint does not fit.
+            Interrupted: a signal was received; a checkpoint of the last step has been saved.
+            MaskLoomError: a loss or gradient is not finite (the error names the step and the rows),
+                trained weights are in half precision, the engine does not support the
+                configuration, or a checkpoint does not fit.
         """
         self.check_checkpoint()
         self.prepare()
@@ -113,10 +116,10 @@ class TrainingLoop:
         return self.step * global_batch(self.config, self.accelerator.num_processes)
 
     def check_checkpoint(self) -> None:
-        """Check the checkpoint to resume from, if there is one, before anything is changed for it.
+        """Check the checkpoint to resume from, if there is one, before anything is changed.
 
         Raises:
-            MaskLoomError: it belongs to another training, or has made more steps than this one has.
+            MaskLoomError: it belongs to another training, or has more steps than this one.
         """
         wanted = self.config.resume_from_checkpoint
         self.earlier = checkpoint_to_resume(self.folder, wanted, self.identity, whole=False)  # `resume` reads all of it
@@ -126,11 +129,14 @@ class TrainingLoop:
             remove_leftovers(self.folder)
 
     def prepare(self) -> None:
-        """Prepare networks, optimizers and schedulers with accelerate, all in one call as sharding engines require."""
+        """Prepare networks, optimizers and schedulers with accelerate.
+
+        Engines that shard weights require a single call for all of them.
+        """
         task, config, accelerator = self.task, self.config, self.accelerator
         check_engine(task.networks, config, accelerator)
         check_trained_precision(task.networks)
-        # accelerate shares this number among all accelerators of a process.
+        # accelerate shares this setting between all accelerators of a process.
         accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
         rate = config.learning_rate * (global_batch(config, accelerator.num_processes) if config.scale_lr else 1)
         self.optimizers: dict[str, Any] = {
@@ -148,8 +154,8 @@ class TrainingLoop:
         self.ema = EMAWeights(task.parameters(), decay, config.early_stopping_patience)
 
     def resume(self) -> None:
-        """Load the checkpoint to resume from, if there is one; bring its schedules to the length of this training."""
-        # For dropout alone, different on every process; everything else draws from keyed generators.
+        """Load the checkpoint to resume from, if any; adapt its schedules to this training's length."""
+        # Only for dropout, which differs between processes; everything else uses keyed generators.
         torch.manual_seed(keyed_generator(self.seed, "process", self.accelerator.process_index).initial_seed())
         wanted = self.config.resume_from_checkpoint
         self.start = self.step = resume(self.accelerator, self.folder, wanted, self.ema, self.identity)
@@ -159,10 +165,10 @@ class TrainingLoop:
             self.change_length(total_steps(before, self.stream.epoch_length, self.accelerator.num_processes))
 
     def change_length(self, before: int) -> None:
-        """Recompute the learning rates if the checkpoint's training had another number of steps, and report what that means.
+        """Recompute the learning rates if the number of steps has changed, and report it.
 
         Args:
-            before: optimizer steps of the training that wrote the checkpoint.
+            before: number of optimizer steps of the training that wrote the checkpoint.
         """
         config, reports = self.config, self.accelerator.is_main_process
         if before != self.steps:
@@ -171,14 +177,14 @@ class TrainingLoop:
                 say(length_sentence(config, self.start, before, self.steps, rates[0]))
         if reports and self.ema.exhausted and self.start < self.steps:
             say(
-                f"{config.section}: early stopping has ended this training at step {self.start}; more steps change nothing, "
-                "a higher early_stopping_patience needs --force"
+                f"{config.section}: early stopping has ended this training at step {self.start}; more steps change "
+                "nothing, a higher early_stopping_patience needs --force"
             )
 
     def start_monitoring(self) -> None:
-        """Open the log, and start what reads the rows and monitors the steps from here on."""
+        """Open the log, and start the data loader and the monitors of the steps."""
         config, accelerator = self.config, self.accelerator
-        # Counting operations makes compiled code run uncompiled, which rounds differently.
+        # Counting operations would run compiled code uncompiled, which rounds differently.
         dtype = None if config.torch_compile else DTYPES[config.mixed_precision]
         self.throughput = Throughput(accelerator.device, dtype)
         self.finite_watch = FiniteWatch(self.task, self.stream, config, accelerator)
@@ -190,7 +196,7 @@ class TrainingLoop:
 
     @contextmanager
     def progress_bar(self) -> Iterator[None]:
-        """Show the progress of the block; a signal does not end it at once, `run` asks for one after each step."""
+        """Show the progress of the block; signals do not interrupt it, `run` polls them."""
         shown = self.accelerator.is_main_process
         with (
             signals_to(lambda number: None),
@@ -200,9 +206,9 @@ class TrainingLoop:
             yield
 
     def train_step(self) -> None:
-        """Make an optimizer step: all micro-batches of an accumulation, then learning rates and averaged weights."""
+        """Make an optimizer step: all micro-batches, then learning rates and EMA weights."""
         accumulation = self.config.gradient_accumulation_steps
-        self.skipped: set[str] = set()  # optimizers whose step an fp16 overflow left out
+        self.skipped: set[str] = set()  # optimizers whose step was skipped after an fp16 overflow
         for number in range((self.step - 1) * accumulation, self.step * accumulation):
             self.micro_step(number)
         for name in (name for name in self.schedulers if name not in self.skipped):
@@ -211,10 +217,10 @@ class TrainingLoop:
         self.finite_watch.see_step(self.step, bool(self.skipped))
 
     def micro_step(self, number: int) -> None:
-        """Run forward and backward on one micro-batch; at the end of an accumulation the optimizers step.
+        """Run forward and backward on one micro-batch; after the last one, step the optimizers.
 
         Args:
-            number: number of the micro-batch, counted from the start of the training.
+            number: index of the micro-batch, counted from the start of the training.
         """
         batch, positions = self.next_batch()
         shapes = tuple(value.shape for value in batch.values() if isinstance(value, Tensor))
@@ -232,7 +238,7 @@ class TrainingLoop:
                 self.figures.add(key, value.detach())
 
     def next_batch(self) -> tuple[dict[str, Any], list[int]]:
-        """Return the next micro-batch of this process, on its device, and the stream positions of its rows."""
+        """Return the next micro-batch of this process, on its device, and its stream positions."""
         batch = next(self.batches)
         positions = batch.pop("position").tolist()
         device = self.accelerator.device
@@ -240,7 +246,7 @@ class TrainingLoop:
         return moved, positions
 
     def clip_gradients(self, name: str, number: int) -> None:
-        """Clip the gradients of one optimizer, and log and check their norm before that."""
+        """Clip the gradients of one optimizer; log and check their norm before clipping."""
         most = self.config.max_grad_norm
         norm = clipped_norm(self.ema.parameters[name], self.optimizers[name], most, self.accelerator)
         if norm is not None:
@@ -248,31 +254,31 @@ class TrainingLoop:
             self.finite_watch.see_gradient(norm, number)
 
     def step_optimizer(self, name: str) -> None:
-        """Make one optimizer's step, or note that an fp16 overflow left it out."""
+        """Step one optimizer, or note that its step was skipped after an fp16 overflow."""
         if not try_step(self.optimizers[name], self.accelerator):
             self.skipped.add(name)
 
     @property
     def validation_due(self) -> bool:
-        """Whether this step is validated."""
+        """Whether the validation runs after this step."""
         return self.is_due(self.config.validation_steps)
 
     @property
     def log_due(self) -> bool:
-        """Whether this step is logged; the step that ends a training early always is."""
+        """Whether this step is logged; the last step of early stopping always is."""
         return self.is_due(self.config.logging_steps) or self.ema.exhausted
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether this step is saved; the step that ends a training early always is."""
+        """Whether a checkpoint is saved; after the last step of early stopping always."""
         return self.is_due(self.config.checkpointing_steps) or self.ema.exhausted
 
     def is_due(self, every: int) -> bool:
-        """Return whether something that happens every so many steps, and after the last one, happens now."""
+        """Return whether this step is a multiple of `every`, or the last one."""
         return self.step % every == 0 or self.step == self.steps
 
     def validate(self) -> None:
-        """Log the task's held-out figures with the averaged weights swapped in; early stopping records the loss."""
+        """Log the task's validation figures of the EMA weights, and update early stopping."""
         figures: dict[str, float] = {}
         with self.throughput.paused(), self.ema.swapped_in(), weights_gathered(self.task, self.accelerator):
             if self.accelerator.is_main_process:
@@ -299,7 +305,7 @@ class TrainingLoop:
         return shared
 
     def log_figures(self) -> None:
-        """Log the mean losses since the last log line, gradient norms, learning rate, speed and memory."""
+        """Log mean losses since the last call, gradient norms, learning rate, speed and memory."""
         made = self.step - self.logged
         figures = self.figures.take(made * self.config.gradient_accumulation_steps, self.accelerator)
         figures["loss"] = sum(value for key, value in figures.items() if key.startswith("loss/"))
@@ -318,9 +324,9 @@ class TrainingLoop:
             save_checkpoint(self.accelerator, self.folder, self.step, self.ema, self.identity, limit)
 
     def finish(self) -> None:
-        """Leave the networks with the weights to keep, and close the trackers."""
+        """Copy the weights to keep into the networks, and close the trackers."""
         self.ema.finish()
         keep_whole_weights(self.task, self.accelerator)
-        # The processes stay together: another training, or the export, may follow.
+        # The process group is not destroyed: another training or the export may follow.
         for tracker in self.accelerator.trackers:
             tracker.finish()

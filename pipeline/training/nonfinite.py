@@ -1,4 +1,4 @@
-"""Stops a training whose loss or gradient is not a number, and says which rows it came from."""
+"""Stop a training whose loss or gradient is not finite, and report the rows."""
 
 import torch
 from accelerate import Accelerator
@@ -6,16 +6,16 @@ from torch import Tensor
 
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.training.sampler import ResumableStream, micro_batch
+from maskloom.pipeline.training.sampler import ResumableStream, global_batch, micro_batch
 from maskloom.pipeline.training.task import Task
 
-MOST_OVERFLOWS = 24  # halvings of a loss scale of 2^16 after which nothing is left of it
+MOST_OVERFLOWS = 24  # after as many halvings, a loss scale of 2^16 is useless
 MOST_ROWS_NAMED = 16
 NONE_YET = -1
 
 
 class FiniteWatch:
-    """Remembers, without waiting for the device, the first micro-batch whose loss or gradient was not finite."""
+    """Records the first micro-batch with a non-finite loss or gradient, without synchronising."""
 
     def __init__(self, task: Task, stream: ResumableStream, config: LoopConfig, accelerator: Accelerator) -> None:
         self.task, self.stream, self.config, self.accelerator = task, stream, config, accelerator
@@ -23,29 +23,30 @@ class FiniteWatch:
         self._overflows, self._last_overflow = 0, 0
 
     def see_loss(self, loss: Tensor, number: int) -> None:
-        """Take note of the loss of a micro-batch, numbered from the training's start."""
-        self._bad_loss = _first(self._bad_loss, loss, number)
+        """Check the loss of a micro-batch, which is numbered from the start of the training."""
+        self._bad_loss = _first_nonfinite(self._bad_loss, loss, number)
 
     def see_gradient(self, norm: Tensor, number: int) -> None:
-        """Take note of the norm of the gradient that ends with a micro-batch.
+        """Check the gradient norm after the last micro-batch of a step.
 
-        Not in fp16: there a loss scale that is too large is expected; the step is left out and the scale halved.
+        In fp16, overflows are expected: the step is skipped and the loss scale is halved.
         """
         if self.config.mixed_precision != "fp16":
-            self._bad_gradient = _first(self._bad_gradient, norm, number)
+            self._bad_gradient = _first_nonfinite(self._bad_gradient, norm, number)
 
     def see_step(self, step: int, skipped: bool) -> None:
-        """Take note of whether an overflow left out an optimizer's step."""
+        """Count the consecutive steps that were skipped after an overflow."""
         self._overflows, self._last_overflow = (self._overflows + 1, step) if skipped else (0, 0)
 
     def check(self) -> None:
-        """Raise if any process saw a loss or a gradient that was not finite, or fp16 overflows without end.
+        """Stop if any process has seen a non-finite loss or gradient, or too many fp16 overflows.
 
         Raises:
-            MaskLoomError: names the step, its rows, and what to try.
+            MaskLoomError: the training must stop; the error names the step, its rows, and what to
+                try.
         """
         found = self.accelerator.gather(torch.stack([self._bad_loss, self._bad_gradient]).reshape(1, 2)).tolist()
-        accumulation, share, processes = self._numbers()
+        accumulation, share = self.config.gradient_accumulation_steps, self.config.train_batch_size
         losses = {process: number for process, (number, _) in enumerate(found) if number != NONE_YET}
         gradients = [number for _, number in found if number != NONE_YET]
         if losses and not (gradients and min(gradients) < min(losses.values())):
@@ -57,7 +58,7 @@ class FiniteWatch:
                     position
                     for process, number in losses.items()
                     if number == first
-                    for position in micro_batch(number, share, process, processes)
+                    for position in micro_batch(number, share, process, self.accelerator.num_processes)
                 ],
             )
         if gradients:
@@ -67,13 +68,9 @@ class FiniteWatch:
             what = f"the gradient overflowed fp16 {self._overflows} times in a row, the last time"
             self._stop(what, self._last_overflow, self._step_positions(self._last_overflow))
 
-    def _numbers(self) -> tuple[int, int, int]:
-        config = self.config
-        return config.gradient_accumulation_steps, config.train_batch_size, self.accelerator.num_processes
-
     def _step_positions(self, step: int) -> list[int]:
-        accumulation, share, processes = self._numbers()
-        batch = accumulation * share * processes
+        """Return the stream positions of all samples of an optimizer step."""
+        batch = global_batch(self.config, self.accelerator.num_processes)
         return [*range((step - 1) * batch, step * batch)]
 
     def _stop(self, what: str, step: int, positions: list[int]) -> None:
@@ -82,11 +79,11 @@ class FiniteWatch:
         more = ", …" if len(positions) > MOST_ROWS_NAMED else ""
         raise MaskLoomError(
             f"{what} at step {step} (rows {', '.join(rows)}{more}); no checkpoint of it was kept: look at these rows, "
-            f"lower {section}.learning_rate ({self.config.learning_rate:g}) or {section}.max_grad_norm ({self.config.max_grad_norm:g}), "
-            f"or use {section}.mixed_precision=bf16 or no"
+            f"lower {section}.learning_rate ({self.config.learning_rate:g}) or {section}.max_grad_norm "
+            f"({self.config.max_grad_norm:g}), or use {section}.mixed_precision=bf16 or no"
         )
 
 
-def _first(found: Tensor, value: Tensor, number: int) -> Tensor:
-    """Return the number found before, or else the given one where the value is not finite."""
+def _first_nonfinite(found: Tensor, value: Tensor, number: int) -> Tensor:
+    """Return the number found earlier, or else the given one if the value is not finite."""
     return torch.where((found == NONE_YET) & ~torch.isfinite(value), number, found)

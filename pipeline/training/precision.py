@@ -1,4 +1,4 @@
-"""Mixed precision: its dtypes, the weights that it can train, and optimizer steps under fp16's loss scale."""
+"""Mixed precision: dtypes, trainable weights, and optimizer steps with fp16's loss scale."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def check_trained_precision(networks: Mapping[str, nn.Module]) -> None:
     """Check that no trained weight is in half precision.
 
-    Half precision loses small updates, and the loss scale of fp16 cannot be removed from half-precision gradients.
+    Half precision loses small updates, and half-precision gradients cannot be unscaled in fp16.
 
     Args:
         networks: the trained networks by name.
 
     Raises:
-        MaskLoomError: names the network and the weight.
+        MaskLoomError: one is; the error names the network and the weight.
     """
     for name, network in networks.items():
         for key, parameter in network.named_parameters():
@@ -33,14 +33,14 @@ def check_trained_precision(networks: Mapping[str, nn.Module]) -> None:
 
 
 def try_step(optimizer: Any, accelerator: Accelerator) -> bool:
-    """Make an optimizer's step; return False where an fp16 overflow left it out.
+    """Step an optimizer; return False if the step was skipped after an fp16 overflow.
 
-    The fused form of AdamW skips the step inside its kernel, where accelerate does not see it; the loss scale, which is then halved,
-    shows it.
+    Fused AdamW skips the step inside its kernel, where accelerate does not notice it. The loss
+    scale, which is then halved, shows it.
 
     Args:
-        optimizer: as accelerate prepared it.
-        accelerator: of the training.
+        optimizer: as prepared by accelerate.
+        accelerator: accelerator of the training.
     """
     scaler = accelerator.scaler
     before = 0.0 if scaler is None else scaler.get_scale()

@@ -1,8 +1,8 @@
 """Random numbers keyed to (seed, sample position, purpose).
 
-A sample's noise depends on how far the training is, never on the number of processes, the device, or on whether the
-run was interrupted. Method: one counter-keyed generator a draw, as EDM2 reseeds from (seed, rank, progress), with the
-global sample position in the place of (rank, progress).
+The noise of a sample depends on its position in the training, and not on the number of processes,
+the device, or interruptions. Method: one generator per draw, keyed like EDM2's (seed, rank,
+progress), but with the global sample position in place of (rank, progress).
 """
 
 import hashlib
@@ -19,20 +19,22 @@ def keyed_generator(*key: object) -> torch.Generator:
 
 
 class Draws:
-    """Random tensors of one batch, one row per sample."""
+    """Random tensors for one batch, one row per sample."""
 
     def __init__(self, seed: int, positions: Sequence[int], device: torch.device) -> None:
-        """Key the batch.
+        """Store the keys of the batch.
 
         Args:
-            seed: the experiment's seed.
-            positions: for each sample, how many samples the training had seen before it, over all processes.
-            device: where the tensors are wanted; they are drawn on the CPU, so all devices see the same numbers.
+            seed: seed of the experiment.
+            positions: number of samples, over all processes, that the training has seen before each
+                sample.
+            device: device of the tensors; they are drawn on the CPU, so that they are the same on
+                all devices.
         """
         self.seed, self.positions, self.device = seed, list(positions), device
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Return (B, *shape) float32 of standard normal numbers."""
+        """Return (B, *shape) float32, standard normal."""
         rows = [torch.randn(*shape, generator=self._generator(purpose, p)) for p in self.positions]
         return torch.stack(rows).to(self.device)
 

@@ -1,4 +1,4 @@
-"""The order of a training's rows: an endless stream of positions, cut into batches that are divided among the processes."""
+"""The order of training rows: a resumable stream, cut into micro-batches for each process."""
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
@@ -14,21 +14,23 @@ from maskloom.pipeline.training.randomness import keyed_generator
 
 
 class ResumableStream(Dataset[dict[str, Any]]):
-    """A dataset as an endless stream that can be resumed at any position.
+    """A dataset as an endless stream of rows that can be resumed at any position.
 
-    The row at a position depends on the seed alone: each epoch has an order of its own, keyed to (seed, epoch).
+    The row at a position depends only on the seed: each epoch has its own order, keyed to (seed,
+    epoch).
     """
 
     def __init__(
         self, dataset: Dataset[dict[str, Any]], seed: int, buckets: Sequence[int] | None = None, batch: int = 1
     ) -> None:
-        """Sort the rows into their buckets.
+        """Sort the rows into buckets.
 
         Args:
             dataset: the rows to stream.
-            seed: keys the orders.
-            buckets: number of each row's bucket; None: all rows share one.
-            batch: rows per micro-batch over all processes; each run of so many positions lies within one bucket.
+            seed: seed of the orders.
+            buckets: bucket number of each row; None: all rows are in one bucket.
+            batch: rows per micro-batch over all processes; the rows of a micro-batch share a
+                bucket.
         """
         self.dataset, self.seed, self.batch = dataset, seed, batch
         rows = range(len(dataset))  # type: ignore[arg-type]
@@ -52,8 +54,8 @@ class ResumableStream(Dataset[dict[str, Any]]):
     def _epoch_order(self, epoch: int) -> list[int]:
         """Return the rows of an epoch in order.
 
-        With several buckets, each is filled up to whole batches by repeating the first rows of its order, which differ from epoch to
-        epoch; then the batches are shuffled.
+        With several buckets, each is filled up to whole batches by repeating the first rows of its
+        order, which differ between epochs. Then the batches are shuffled.
         """
         if len(self.buckets) == 1:
             return self._shuffled(self.buckets[0], "epoch order", epoch)
@@ -69,12 +71,12 @@ class ResumableStream(Dataset[dict[str, Any]]):
 
 
 def global_batch(config: LoopConfig, processes: int) -> int:
-    """Return the number of samples per optimizer step, over accumulation and processes."""
+    """Return the number of samples per optimizer step, over all micro-batches and processes."""
     return config.train_batch_size * config.gradient_accumulation_steps * processes
 
 
 def total_steps(config: LoopConfig, epoch_length: int, processes: int) -> int:
-    """Return the number of optimizer steps: `max_train_steps`, or enough for `num_train_epochs` whole epochs."""
+    """Return the number of optimizer steps: `max_train_steps`, or those of `num_train_epochs`."""
     if config.num_train_epochs is None:
         return config.max_train_steps
     return -(-config.num_train_epochs * epoch_length // global_batch(config, processes))
@@ -83,7 +85,7 @@ def total_steps(config: LoopConfig, epoch_length: int, processes: int) -> int:
 def batches(
     stream: ResumableStream, config: LoopConfig, accelerator: Accelerator, start: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield this process's micro-batches from optimizer step `start` on; a batch may span two epochs."""
+    """Yield the micro-batches of this process from step `start` on; some span two epochs."""
     share, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     numbers = range(start * accumulation, steps * accumulation)
     positions = (
@@ -97,11 +99,18 @@ def batches(
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=outlive_first_signal,
-        generator=keyed_generator(stream.seed, "loader"),  # or it would draw from the generator that dropout draws from
+        generator=keyed_generator(stream.seed, "loader"),  # the default generator belongs to dropout
     )
 
 
 def micro_batch(number: int, share: int, process: int, processes: int) -> range:
-    """Return the stream positions of a process's micro-batch `number`, counted from the start of the training."""
+    """Return the stream positions of one micro-batch of one process.
+
+    Args:
+        number: index of the micro-batch, counted from the start of the training.
+        share: samples per process and micro-batch.
+        process: index of the process.
+        processes: number of processes.
+    """
     first = (number * processes + process) * share
     return range(first, first + share)

@@ -1,4 +1,4 @@
-"""How the learning rate runs over a training: diffusers' schedules, and the one of GANs."""
+"""Learning-rate schedules: those of diffusers, and `constant_then_linear` for GANs."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from maskloom.pipeline.config.train import LoopConfig
 
 ENDLESS = frozenset({"constant", "constant_with_warmup"})
-"""Schedules that do not depend on how many steps a training has."""
+"""Schedules that do not depend on the number of training steps."""
 
 
 def recompute_rate(scheduler: Any) -> tuple[float, float]:
-    """Give the optimizer of a loaded schedule the rate that the schedule has now, and return the rate before and after.
+    """Recompute the learning rate of a loaded schedule; return the rate before and after.
 
-    A checkpoint holds the rate of its next step, which another number of steps in all changes.
+    A checkpoint contains the rate of its next step, which changes with the total number of steps.
     """
     schedule: LambdaLR = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     before = float(schedule.get_last_lr()[0])
@@ -29,12 +29,13 @@ def recompute_rate(scheduler: Any) -> tuple[float, float]:
 
 
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, config: LoopConfig, steps: int) -> LRScheduler:
-    """Return the schedule of an optimizer over a training of `steps` steps.
+    """Return the learning-rate schedule of an optimizer for a training of `steps` steps.
 
-    `constant_then_linear` (Isola et al. 2017, section 6.2 of the arXiv version; Zhu et al. 2017): after the warm-up constant until
-    `lr_decay_start`, a share of the steps, then straight down to zero.
+    `constant_then_linear` (Isola et al. 2017, section 6.2 of the arXiv version; Zhu et al. 2017) is
+    constant after the warm-up until the fraction `lr_decay_start` of the steps, then decays
+    linearly to zero.
     """
-    if config.lr_scheduler == "polynomial":  # diffusers' divides by the steps after the warm-up
+    if config.lr_scheduler == "polynomial":  # diffusers divides by the number of steps after the warm-up
         steps = max(steps, config.lr_warmup_steps + 1)
     if config.lr_scheduler != "constant_then_linear":
         return get_scheduler(

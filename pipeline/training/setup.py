@@ -1,4 +1,4 @@
-"""What a training needs before its first step: accelerate, a machine that fits the configuration, and optimizers."""
+"""Set up a training: accelerator, checks of the machine, optimizers."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,11 +20,10 @@ from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.extras import install_command, require
 from maskloom.pipeline.training.cpu_memory import keep_freed_memory
-from maskloom.pipeline.training.distributed import (
-    fill_deepspeed_settings,
-)
+from maskloom.pipeline.training.distributed import fill_deepspeed_settings
 
-# While the main process draws validation pictures the others wait; the libraries' ten minutes are too short for that.
+# The other processes wait while the main process generates validation samples, which may take
+# longer than the default timeout of ten minutes.
 PATIENCE_WITH_OTHERS = timedelta(hours=2)
 
 
@@ -40,7 +39,7 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or several processes on a CPU would not know of each other
+        cpu=not torch.accelerator.is_available(),  # required for several processes on a CPU
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
@@ -48,8 +47,9 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True,  # no second copy of gradients
-                # Without it gradients are exchanged in another order from the second step on, and a resumed run's second step is another one.
+                gradient_as_bucket_view=True,  # no second copy of the gradients
+                # Otherwise gradients are reduced in another order from the second step on, so that
+                # the second step of a resumed run would differ.
                 find_unused_parameters=not torch.cuda.is_available() or not config.trains_all_weights,
             ),
             InitProcessGroupKwargs(timeout=PATIENCE_WITH_OTHERS),
@@ -60,10 +60,11 @@ def make_accelerator(config: LoopConfig, logs: Path) -> Accelerator:
 
 
 def check_machine(config: LoopConfig) -> None:
-    """Look whether this machine has what the loop asks for.
+    """Check that this machine and its packages support the configuration.
 
     Raises:
-        MaskLoomError: fp16 is asked for without a GPU, or a tracker or 8-bit Adam that is not installed.
+        MaskLoomError: fp16 is configured without a GPU, or a tracker or bitsandbytes is not
+            installed.
     """
     for check in MACHINE_CHECKS:
         check(config)
@@ -76,9 +77,14 @@ def _check_precision(config: LoopConfig) -> None:
         )
 
 
-def _check_optimizer(config: LoopConfig) -> None:
+def check_optimizer(config: LoopConfig) -> None:
+    """Check that bitsandbytes is installed if 8-bit Adam is configured.
+
+    Raises:
+        MaskLoomError: it is not installed.
+    """
     if config.use_8bit_adam:
-        _require_bitsandbytes(config)
+        require("bitsandbytes", "gpu", f"{config.section}.use_8bit_adam", "set it to false")
 
 
 def _check_tracker(config: LoopConfig) -> None:
@@ -89,22 +95,22 @@ def _check_tracker(config: LoopConfig) -> None:
         )
 
 
-MACHINE_CHECKS = (_check_precision, _check_optimizer, _check_tracker)
-"""What `check_machine` checks; each raises for itself, so that a caller may report all problems at once."""
+MACHINE_CHECKS = (_check_precision, check_optimizer, _check_tracker)
+"""The checks of `check_machine`. A caller may run each separately, and report all problems at once."""
 
 
 def launched_processes() -> int:
-    """Return how many processes were started, as accelerate finds out, without joining them."""
+    """Return the number of launched processes, from the same variables as accelerate."""
     return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
 
 
 def make_optimizer(
     parameters: Sequence[nn.Parameter], config: LoopConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Return AdamW in its fused form, or bitsandbytes' 8-bit version where asked.
+    """Return fused AdamW, or the 8-bit AdamW of bitsandbytes if configured.
 
     Raises:
-        MaskLoomError: 8-bit Adam is asked for and bitsandbytes is not installed.
+        MaskLoomError: 8-bit Adam is configured and bitsandbytes is not installed.
     """
     settings: dict[str, Any] = {
         "lr": learning_rate,
@@ -114,11 +120,7 @@ def make_optimizer(
     }
     if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **settings)
-    _require_bitsandbytes(config)
+    check_optimizer(config)
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-
-
-def _require_bitsandbytes(config: LoopConfig) -> None:
-    require("bitsandbytes", "gpu", f"{config.section}.use_8bit_adam", "set it to false")

@@ -14,11 +14,14 @@ class Task(ABC):
     """Networks to train, with their data and losses.
 
     Attributes:
-        networks: the trained modules by name; the loop replaces them with their prepared (distributed) versions.
-        dataset: rows as dictionaries of tensors (and strings); `len` rows per epoch.
-        buckets: number of each row's bucket; the rows of a batch come from one bucket, so they share a size. None: one bucket.
-        whole_weights: after a training with sharded weights (FSDP, DeepSpeed), the whole state dictionary of each network, on the
-            main process; None: the networks hold their weights themselves.
+        networks: the trained modules by name; the loop replaces them with the prepared
+            (distributed) ones.
+        dataset: rows as dictionaries of tensors (and strings); `len` is the number of rows per
+            epoch.
+        buckets: bucket number of each row; the rows of a batch share a bucket, and so an image
+            size. None: one bucket.
+        whole_weights: after a training with sharded weights (FSDP, DeepSpeed), the whole state
+            dictionary of each network, on the main process; None: the networks have whole weights.
     """
 
     networks: dict[str, nn.Module]
@@ -27,23 +30,27 @@ class Task(ABC):
     whole_weights: dict[str, dict[str, Tensor]] | None = None
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trained parameters of each optimizer; by default one optimizer per network, of the same name."""
+        """Return the trained parameters of each optimizer; by default one optimizer per network."""
         return {name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()}
 
     @abstractmethod
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        """Yield (optimizer name, scalar loss) in turn.
+        """Yield (optimizer name, scalar loss) for each optimizer.
 
-        The loop runs backward and, at the end of an accumulation, that optimizer's step before it asks for the next
-        loss: a GAN yields its discriminator's loss, then computes its generator's loss with the updated discriminator.
+        The loop runs backward and, after the last micro-batch of a step, the optimizer's step
+        before it asks for the next loss. A GAN yields the loss of its discriminator, then computes
+        the loss of its generator with the updated discriminator.
         """
 
     def notes(self) -> Mapping[str, Tensor]:
-        """Return scalars of the micro-batch just trained besides its losses; the loop averages and logs them."""
+        """Return further scalars of the last micro-batch, which the loop averages and logs."""
         return {}
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return held-out figures after `step` optimizer steps; called on the main process, with averaged weights if any."""
+        """Return validation figures after `step` optimizer steps.
+
+        It is called on the main process, with the EMA weights swapped in if there are any.
+        """
         return {}
 
     def row_name(self, index: int) -> str:

@@ -1,4 +1,4 @@
-"""How fast a training runs, how much of the device's peak it uses, and what memory it takes."""
+"""Measure the speed of a training, its share of the device's peak performance, and its memory."""
 
 import time
 from collections.abc import Hashable, Iterator
@@ -16,10 +16,11 @@ REPEATS = 10
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts floating-point operations by torch's own formulas (`torch.utils.flop_counter`), and runs each operation as it is.
+    """Counts floating-point operations with torch's formulas (`torch.utils.flop_counter`).
 
-    FlopCounterMode takes operations apart where it can (`silu_backward`, …), and the parts round otherwise: the first step after a resumption,
-    which is counted again, would no longer give the same bits.
+    Unlike FlopCounterMode it does not decompose operations (`silu_backward`, …), because the parts
+    round differently: the first step after resuming, which is counted again, would not be bitwise
+    identical.
     """
 
     def __init__(self) -> None:
@@ -35,14 +36,15 @@ class OperationCounter(TorchDispatchMode):
 
 
 class Throughput:
-    """Turns the time that training takes, and the operations of a micro-batch, into rates."""
+    """Measures samples per second and the utilisation of the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Measure the device's peak.
+        """Measure the device's peak performance.
 
         Args:
-            device: where the training runs.
-            dtype: of its matrix products; None: operations are not counted (compiled code hides them).
+            device: device of the training.
+            dtype: dtype of the matrix products; None: operations are not counted, because compiled
+                code hides them.
         """
         self.device = device
         self.peak = None if dtype is None else matmul_peak(device, dtype)
@@ -50,12 +52,12 @@ class Throughput:
         self.start()
 
     def start(self) -> None:
-        """Begin to measure: what was before does not count."""
+        """Start a new measurement."""
         self._samples, self._operations, self._since = 0, 0, time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the block's time out: validation and checkpoints are no training."""
+        """Exclude the time of the block, such as validation and checkpoints."""
         _wait(self.device)
         began = time.monotonic()
         try:
@@ -66,13 +68,14 @@ class Throughput:
 
     @contextmanager
     def micro_batch(self, samples: int, kind: Hashable = None) -> Iterator[None]:
-        """Take note of a micro-batch, which the block handles; its operations are counted the first time that one of its kind is seen.
+        """Count a micro-batch, which the block processes.
 
-        Activation checkpointing's second forward passes are counted as well: they are work done. Counting changes no number.
+        Operations are counted for the first micro-batch of each kind, including the second forward
+        passes of activation checkpointing. Counting does not change any result.
 
         Args:
-            samples: how many there are in it, on this process.
-            kind: equal for micro-batches that take the same operations.
+            samples: number of samples on this process.
+            kind: equal for micro-batches with the same operations.
         """
         if self.peak is None or kind in self._known:
             yield
@@ -84,31 +87,32 @@ class Throughput:
         self._operations += self._known.get(kind, 0)
 
     def figures(self, processes: int) -> dict[str, float]:
-        """Return the rates since the last call, and start anew.
+        """Return the rates since the last call, and start a new measurement.
 
         Args:
-            processes: how many do the same work.
+            processes: number of processes.
 
         Returns:
-            `samples_per_second` over all processes; `flops_utilisation`, the share of the measured matrix-product peak; `peak_memory_mb`,
-            the most memory so far: of the device where it is a GPU, of the process otherwise.
+            `samples_per_second` over all processes; `flops_utilisation`, the fraction of the
+            measured peak of matrix products; `peak_memory_mb`, the peak memory so far, of a GPU or
+            else of the process.
         """
         _wait(self.device)
         seconds = max(time.monotonic() - self._since, 1e-9)
-        figures = {"samples_per_second": self._samples * processes / seconds, "peak_memory_mb": self._memory_mb()}
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if on_gpu else float(peak_memory_mb())
+        figures = {"samples_per_second": self._samples * processes / seconds, "peak_memory_mb": memory}
         if self.peak is not None:
             figures["flops_utilisation"] = self._operations / seconds / self.peak
         self.start()
         return figures
 
-    def _memory_mb(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        return float(peak_memory_mb())
-
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of large square matrix products, measured; takes well under a second."""
+    """Measure the floating-point operations per second of large square matrix products.
+
+    This takes well under a second.
+    """
     side = MATRIX_SIDE_ON_CPU if device.type == "cpu" else MATRIX_SIDE
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.monotonic() + 0.5
@@ -118,7 +122,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         left @ right
         _wait(device)
         best = min(best, time.perf_counter() - start)
-        if time.monotonic() > end:  # a CPU without instructions for this type
+        if time.monotonic() > end:  # a CPU without instructions for this dtype is slow
             break
     return 2 * side**3 / best
 

@@ -82,7 +82,7 @@ def test_where_the_rate_stays_no_jump_is_told(tmp_path: Path, capsys: pytest.Cap
     run(tmp_path, LineTask(), **more)
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "continuing" in line]
     assert re.search(
-        r"lr_scheduler=cosine is computed anew for 8 steps, and the learning rate is \S+ here either way$", told
+        r"lr_scheduler=cosine is recomputed for 8 steps, and the learning rate is \S+ here either way$", told
     )
 
 
@@ -154,7 +154,7 @@ def test_early_stopping_that_has_ended_a_training_is_told(tmp_path: Path, capsys
     assert same(run(tmp_path, LineTask(), max_train_steps=8, **more), expected)
     said = capsys.readouterr().err
     assert "early stopping has ended this training at step 2; more steps change nothing" in said
-    assert "lr_scheduler=constant stays as it is, and early stopping keeps what it has seen" in said
+    assert "lr_scheduler=constant is unchanged, and early stopping keeps its state" in said
 
 
 class TestBeforeTraining:

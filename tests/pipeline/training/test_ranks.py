@@ -83,6 +83,6 @@ def test_what_a_sharding_engine_cannot_do_is_said_before_it_fails(tmp_path: Path
         == "FSDP trains one network, and this configuration trains line, other; use configs/accelerate/ddp.yaml"
     )
     assert all(
-        re.match(r"train\.use_ema and train\.early_stopping_patience keep whole", says[key])
+        re.match(r"train\.use_ema and train\.early_stopping_patience need whole", says[key])
         for key in ("averages", "patience")
     )
