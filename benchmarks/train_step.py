@@ -20,7 +20,8 @@ On a GPU (not yet run on one): full size with random weights, which cost as much
 a dataset prepared at 512 x 512.
 
     python -m benchmarks.train_step --reference train_controlnet.py --run runs/busi \\
-        --backbone sd15-random --mixed-precision fp16 --batch 1 --batch 4 --batch 8 --gpu-memory 24 --learning-rate 1e-5
+        --backbone sd15-random --mixed-precision fp16 --batch 1 --batch 4 --batch 8 \\
+        --gpu-memory 24 --learning-rate 1e-5
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Settings of every test: no network, few threads, caches of their own; and which files `--fast` leaves out."""
+"""Settings of every test: no network, few threads, caches of their own.
+
+And which files `--fast` leaves out.
+"""
 
 import os
 import tempfile
@@ -12,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TESTS = Path(__file__).parent
-# Whole trainings and stages, several processes, every plug-in on every flaw: they take most of the time of all tests.
+# Whole trainings and stages, several processes, every plug-in on every flaw: they take most of the
+# time of all tests.
 SLOW = [
     "contracts",
     "data_prep/audit/test_audit.py",

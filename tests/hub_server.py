@@ -1,7 +1,9 @@
-"""A Hugging Face Hub on the loopback interface: as much of its HTTP API as the real client needs to push and to load.
+"""A Hugging Face Hub on the loopback interface: as much of its HTTP API as the real client needs to
+push and to load.
 
-Large files go by LFS (basic transfer, one PUT each); the server has no Xet, so clients need `HF_HUB_DISABLE_XET=1`. It counts what arrives,
-and can answer with errors, cut connections, or hold an upload.
+Large files go by LFS (basic transfer, one PUT each); the server has no Xet, so clients need
+`HF_HUB_DISABLE_XET=1`. It counts what arrives, and can answer with errors, cut connections, or hold
+an upload.
 """
 
 import base64
@@ -58,7 +60,8 @@ class HubState:
         objects: LFS objects by SHA-256.
         requests: method and path of all requests, in order.
         uploads: SHA-256 of every object that arrived whole.
-        faults: by method and start of the path: status and server message, or "cut" to break the connection.
+        faults: by method and start of the path: status and server message, or "cut" to break the
+            connection.
         repeats: how often each fault happens; without an entry, always.
         hold: SHA-256 of objects whose upload stops half way until `released`.
         always_public: a server that knows no private repositories.

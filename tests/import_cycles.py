@@ -1,4 +1,6 @@
-"""The import rule that import-linter has only for packages: no file imports itself by way of others."""
+"""The import rule that import-linter has only for packages: no file imports itself by way of
+others.
+"""
 
 import grimp
 import networkx
@@ -7,7 +9,10 @@ from importlinter.domain.contract import Contract, ContractCheck
 
 
 class AcyclicFiles(Contract):
-    """Broken by any cycle of files, imports under `TYPE_CHECKING` and inside functions included; see `[tool.importlinter]`."""
+    """Broken by any cycle of files, imports under `TYPE_CHECKING` and inside functions included.
+
+    See `[tool.importlinter]`.
+    """
 
     type_name = "acyclic_files"
 
@@ -21,7 +26,9 @@ class AcyclicFiles(Contract):
 
 
 def find_cycles(graph: grimp.ImportGraph) -> list[list[str]]:
-    """Return the shortest way round of each group of files that import each other, its first file repeated at the end."""
+    """Return the shortest way round of each group of files that import each other, its first file
+    repeated at the end.
+    """
     imports = networkx.DiGraph(
         (importer, imported)
         for importer in graph.modules

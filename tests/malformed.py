@@ -1,4 +1,6 @@
-"""Raw folders as no dataset's makers meant them: damaged bytes, wrong content, names of every kind, links, pipes and folders in place of files."""
+"""Raw folders as no dataset's makers meant them: damaged bytes, wrong content, names of every kind,
+links, pipes and folders in place of files.
+"""
 
 import functools
 import hashlib
@@ -40,7 +42,10 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def write_malformed(name: str, seed: int, raw: Path) -> str:
-    """Write a malformed raw folder of a dataset; return what was done to it. The same seed gives the same folder."""
+    """Write a malformed raw folder of a dataset; return what was done to it.
+
+    The same seed gives the same folder.
+    """
     chance = random.Random(f"{name}/{seed}")
     shutil.copytree(pristine(name), raw)
     done = []

@@ -1,4 +1,6 @@
-"""Writes a backbone in Stable Diffusion's original layout, one `.safetensors` file: the names that diffusers' converters translate, turned round."""
+"""Writes a backbone in Stable Diffusion's original layout, one `.safetensors` file: the names that
+diffusers' converters translate, turned round.
+"""
 
 import re
 from pathlib import Path
@@ -81,6 +83,9 @@ def _vae_name(key: str, depth: int) -> str:
 
 
 def _vae_weight(key: str, value: Tensor) -> Tensor:
-    """Return a weight of the VAE's attention as the 1 x 1 convolution that it once was; any other as it is."""
+    """Return a weight of the VAE's attention as the 1 x 1 convolution that it once was.
+
+    Any other weight is returned unchanged.
+    """
     is_matrix = ".attentions." in key and key.endswith("weight") and value.ndim == 2
     return value[:, :, None, None] if is_matrix else value

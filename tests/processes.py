@@ -1,7 +1,8 @@
-"""Commands in processes of their own, as users and machines start them, without the seconds that imports take.
+"""Commands in processes of their own, as users and machines start them, without the seconds that
+imports take.
 
-They are forked from one process that has imported the libraries. What happens before that, such as `python -m` finding its module, is not seen here:
-a test that is about it starts a real interpreter.
+They are forked from one process that has imported the libraries. What happens before that, such as
+`python -m` finding its module, is not seen here: a test that is about it starts a real interpreter.
 """
 
 import multiprocessing

@@ -11,7 +11,10 @@ from maskloom.pipeline.runs.stage import Stage
 
 
 def record_outputs(run: Run, name: str, outputs: Sequence[Path], **changes: Any) -> None:
-    """Write the record that a stage with these outputs leaves; folders have a manifest (`pipeline.files.ownership.seal_folder`)."""
+    """Write the record that a stage with these outputs leaves.
+
+    Folders have a manifest (`pipeline.files.ownership.seal_folder`).
+    """
     with Stage(run, name, {}, None, outputs).recorded():
         pass
     if changes:
@@ -19,7 +22,10 @@ def record_outputs(run: Run, name: str, outputs: Sequence[Path], **changes: Any)
 
 
 def write_record(run: Run, name: str, **changes: Any) -> None:
-    """Write a whole record, some of its fields changed; one that is there already keeps the others."""
+    """Write a whole record, some of its fields changed.
+
+    One that is there already keeps the others.
+    """
     path = run.logs(name) / RECORD_FILE
     values = StageRecord.model_validate_json(path.read_bytes()).model_dump() if path.is_file() else _empty(name)
     records.write_record(run, StageRecord(**{**values, **changes}))

@@ -1,4 +1,7 @@
-"""Whole runs, from raw files to the report, on backbones in other forms; and what of such a run leaves the machine names no place on it."""
+"""Whole runs, from raw files to the report, on backbones in other forms.
+
+What leaves the machine of such a run names no place on it.
+"""
 
 import platform
 import re
@@ -117,7 +120,9 @@ def test_a_whole_run(tmp_path: Path, form) -> None:
 
 
 def assert_nothing_names_this_machine(config: ExperimentConfig, run: Run) -> None:
-    """Look through every text that a push would send, the report, and the results that go into cards."""
+    """Look through every text that a push would send, the report, and the results that go into
+    cards.
+    """
     texts = {"report.html": run.report.read_text(encoding="utf-8")}
     for target in find_targets(run, ["dataset", "generator", "synthetic:controlnet", "synthetic:text_only"]):
         upload = pack(run, target, "someone/forms")

@@ -1,4 +1,6 @@
-"""What the documentation names is there: files by their paths, and in the architecture's tables the functions beside them."""
+"""What the documentation names is there: files by their paths, and in the architecture's tables the
+functions beside them.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""No file of the package imports itself by way of others, and the rule that says so sees a planted cycle."""
+"""No file of the package imports itself by way of others, and the rule that says so sees a planted
+cycle.
+"""
 
 import subprocess
 import sys

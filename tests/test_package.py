@@ -15,7 +15,8 @@ SOURCE = ROOT / "src" / "maskloom"
 ROOMS = sorted(link.name for link in SOURCE.iterdir() if link.is_symlink())
 JUNK = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")
 
-# Not by `find_spec`: looking for pip switches off the distutils that setuptools brings, which torch.compile needs.
+# Not by `find_spec`: looking for pip switches off the distutils that setuptools brings, which
+# torch.compile needs.
 pytestmark = pytest.mark.skipif(
     not {"setuptools", "pip"} <= {one.name.lower() for one in distributions()},
     reason="building needs setuptools and pip",

@@ -1,4 +1,6 @@
-"""What `run` checks before its first stage: everything at once, nothing written, and only for stages that are not done."""
+"""What `run` checks before its first stage: everything at once, nothing written, and only for
+stages that are not done.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""No line of the packages unpickles, runs code that a file brings, or loads a model outside the modules that check it."""
+"""No line of the packages unpickles, runs code that a file brings, or loads a model outside the
+modules that check it.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -69,7 +71,10 @@ def test_nothing_reads_in_an_unsafe_way(package: str) -> None:
 
 
 def test_weights_are_read_as_safetensors_only() -> None:
-    """The one call that reads networks asks for safetensors; tokenizers and schedulers have no weights."""
+    """The one call that reads networks asks for safetensors.
+
+    Tokenizers and schedulers have no weights.
+    """
     calls = [
         {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         for node in ast.walk(ast.parse((ROOT / "models/stable_diffusion/loading.py").read_text(encoding="utf-8")))

@@ -1,4 +1,6 @@
-"""A whole Stable Diffusion pipeline with random weights, small enough to build in a second: real classes, tiny sizes."""
+"""A whole Stable Diffusion pipeline with random weights, small enough to build in a second: real
+classes, tiny sizes.
+"""
 
 import json
 from pathlib import Path
@@ -12,12 +14,15 @@ MAX_TOKENS = 48
 
 
 def build_tiny_backbone(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
-    """Write a StableDiffusionPipeline folder (VAE factor 8, about 1 MB) and return it; the same seed gives the same weights.
+    """Write a StableDiffusionPipeline folder (VAE factor 8, about 1 MB) and return it.
+
+    The same seed gives the same weights.
 
     Args:
         folder: where to write; made if missing.
         seed: of the random weights.
-        prediction_type: what the scheduler says that the UNet predicts, `epsilon` or `v_prediction`.
+        prediction_type: what the scheduler says that the UNet predicts, `epsilon` or
+            `v_prediction`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -38,7 +43,8 @@ def build_tiny_backbone(folder: Path, seed: int = 0, prediction_type: str = "eps
 def build_tiny_controlnet(backbone: Path, folder: Path, seed: int = 0) -> Path:
     """Write a ControlNet for a tiny backbone and return its folder.
 
-    Its zero convolutions get random weights: a ControlNet as it starts out would leave every image unchanged.
+    Its zero convolutions get random weights: a ControlNet as it starts out would leave every image
+    unchanged.
     """
     unet = UNet2DConditionModel.from_pretrained(backbone, subfolder="unet", local_files_only=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

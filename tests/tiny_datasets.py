@@ -1,4 +1,6 @@
-"""Tiny mask-and-prompt datasets through the real writer: discs (label `disc`) and squares (label `square`) on noise."""
+"""Tiny mask-and-prompt datasets through the real writer: discs (label `disc`) and squares (label
+`square`) on noise.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +16,9 @@ Picture = NDArray[np.uint8]
 
 
 def tiny_picture(index: int, size: int, label: int, seed: int) -> tuple[Picture, Picture]:
-    """Return an image (size, size) and its mask: a bright disc (label 0) or square (label 1) on dim noise."""
+    """Return an image (size, size) and its mask: a bright disc (label 0) or square (label 1) on dim
+    noise.
+    """
     random = np.random.default_rng([seed, index])
     row, column = random.integers(size // 3, 2 * size // 3, 2)
     radius = random.integers(size // 6, size // 4)
@@ -73,7 +77,9 @@ def tiny_samples(split: str, count: int, size: int = 32, seed: int = 0, per_grou
 
 
 def synthetic_samples(parents: list[Sample], name: str, picture: Callable[[Sample, int], Picture]) -> list[Sample]:
-    """Return one synthetic sample for each real one: its mask and label, and `picture(parent, index)` as the image."""
+    """Return one synthetic sample for each real one: its mask and label, and `picture(parent,
+    index)` as the image.
+    """
     return [
         Sample(
             image=picture(parent, index),

@@ -1,4 +1,7 @@
-"""Runs over every architecture found in `train_baselines/architectures`; a new one is tested by existing."""
+"""Runs over every architecture found in `train_baselines/architectures`.
+
+A new one is tested by existing.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +58,9 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def config(name: str, run: Path):
-    """Return an experiment of one architecture with its tiny configuration's options, at the bench's size and for two steps."""
+    """Return an experiment of one architecture with its tiny configuration's options, at the
+    bench's size and for two steps.
+    """
     values = {
         "experiment": "tiny",
         "run_dir": str(run),

@@ -1,7 +1,8 @@
-"""Whatever raw files hold and are called, a dataset adapter answers with samples, rejects or one line for the user; never with another error.
+"""Whatever raw files hold and are called, a dataset adapter answers with samples, rejects or one
+line for the user; never with another error.
 
-Runs over every adapter found that reads raw files, on some malformed folders of each; `benchmarks/malformed_trees.py` takes hundreds, through the
-commands `prepare` and `inspect`.
+Runs over every adapter found that reads raw files, on some malformed folders of each;
+`benchmarks/malformed_trees.py` takes hundreds, through the commands `prepare` and `inspect`.
 """
 
 import io
@@ -62,7 +63,9 @@ def test_malformed_folders_never_end_in_a_traceback(name, tmp_path):
 
 
 def with_everything_strange(name, raw):
-    """A raw folder with a copy of a file under every strange name in every folder, and what is no file."""
+    """A raw folder with a copy of a file under every strange name in every folder, and what is no
+    file.
+    """
     shutil.copytree(pristine(name), raw)
     for folder in sorted(path for path in raw.rglob("*") if path.is_dir()):
         files = sorted(path for path in folder.iterdir() if path.is_file())

@@ -1,6 +1,7 @@
 """Runs over every dataset adapter found in `data_prep/datasets`; a new one is tested by existing.
 
-An adapter that needs a raw folder also needs a writer of tiny raw files, `tests/writers/NAME.py`; see `tests/writers/__init__.py`.
+An adapter that needs a raw folder also needs a writer of tiny raw files, `tests/writers/NAME.py`;
+see `tests/writers/__init__.py`.
 """
 
 import importlib
@@ -43,7 +44,8 @@ def writer_of(name):
 
 def options_of(name):
     if not needs_raw_dir(name):
-        # Few phantoms are as good as many, and quicker; an adapter without a knob for it is taken whole.
+        # Few phantoms are as good as many, and quicker; an adapter without a knob for it is taken
+        # whole.
         return {"patients": 20, "views": 2, "height": 64} if name == "phantom_bus" else {}
     return getattr(writer_of(name), "OPTIONS", {})
 
@@ -84,7 +86,9 @@ def items_of(adapter: DatasetAdapter) -> list[RawItem]:
 
 
 def decoded(adapter: DatasetAdapter) -> tuple[dict[str, RawImage], list[str]]:
-    """Every usable sample by id, and the reasons of all rejects, those of the survey's checks included."""
+    """Every usable sample by id, and the reasons of all rejects, those of the survey's checks
+    included.
+    """
     usable, reasons = {}, []
     info = adapter.info()
     entries = entries_of(adapter)

@@ -1,4 +1,7 @@
-"""Runs over every export format found in `pipeline/dataset/exporters`; a new one is tested by existing."""
+"""Runs over every export format found in `pipeline/dataset/exporters`.
+
+A new one is tested by existing.
+"""
 
 import json
 import weakref

@@ -1,4 +1,6 @@
-"""Malformed configurations and command lines, for every command: exit code 2, a line, no traceback, no hang, and no file written."""
+"""Malformed configurations and command lines, for every command: exit code 2, a line, no traceback,
+no hang, and no file written.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -168,7 +170,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def refused(command: Command, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a command that must refuse its words: with a line of this program's, or with its usage."""
+    """Run a command that must refuse its words, with a line of its own or with its usage."""
     start = time.monotonic()
     with pytest.raises(SystemExit) as end:
         command(words)
@@ -237,7 +239,9 @@ def test_there_are_many():
 
 
 def test_any_value_at_any_key_is_taken_or_refused_in_a_line():
-    """Every key of the demo's configuration, one after the other, holds one odd value after the other."""
+    """Every key of the demo's configuration, one after the other, holds one odd value after the
+    other.
+    """
     config = load_experiment(ROOT / "configs/demo.yaml", []).model_dump(mode="json")
     said, tried = [], 0
     for keys in leaves(config):

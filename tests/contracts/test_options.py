@@ -1,4 +1,6 @@
-"""Every number that can be configured, in any section and any plug-in: NaN, infinity and absurd sizes are refused."""
+"""Every number that can be configured, in any section and any plug-in: NaN, infinity and absurd
+sizes are refused.
+"""
 
 import importlib
 from collections.abc import Iterator

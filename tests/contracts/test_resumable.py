@@ -1,4 +1,6 @@
-"""Which settings may differ when a training is resumed: every other one is part of a checkpoint's identity."""
+"""Which settings may differ when a training is resumed: every other one is part of a checkpoint's
+identity.
+"""
 
 from collections.abc import Iterator
 from importlib import import_module

@@ -19,7 +19,10 @@ def experiment(run_dir: Path, dataset: str = "busi", raw_dir: Path | None = None
 
 
 def dataset_bytes(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file of a dataset, hidden ones too, by relative path; less the commit that wrote it."""
+    """Return the content of every file of a dataset, hidden ones too, by relative path.
+
+    The commit that wrote it is left out.
+    """
     content = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     contract = json.loads(content["contract.json"])
     del contract["producer"]["git_sha"]

@@ -1,4 +1,6 @@
-"""`prepare` says which prompts the configured backbone would not read whole, where that backbone lies on this machine."""
+"""`prepare` says which prompts the configured backbone would not read whole, where that backbone
+lies on this machine.
+"""
 
 from pathlib import Path
 

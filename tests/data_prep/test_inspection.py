@@ -1,4 +1,6 @@
-"""`python -m data_prep inspect`: names datasets, describes unknown folders, and proposes configurations that work as printed."""
+"""`python -m data_prep inspect`: names datasets, describes unknown folders, and proposes
+configurations that work as printed.
+"""
 
 import importlib
 import os

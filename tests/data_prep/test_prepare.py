@@ -253,7 +253,7 @@ def test_torch_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=False).returncode == 0
 
 
-# --- interruptions -----------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------------
 
 
 def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(raw, prepared, tmp_path):
@@ -309,7 +309,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_counts(raw, prepared, 
     assert dataset_bytes(tmp_path / "run" / "dataset") == dataset_bytes(prepared / "dataset")
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def refused(capsys, arguments):
@@ -449,7 +449,7 @@ def test_a_volume_is_expanded_and_an_unusable_one_is_one_reject(tmp_path):
     assert reasons == {"w.nii": "no slices"}
 
 
-# --- real BUSI ---------------------------------------------------------------------------------------------------------
+# --- real BUSI ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not BUSI.is_dir(), reason=BUSI_ABSENT)
@@ -467,12 +467,15 @@ def test_real_busi(tmp_path):
     assert 430 <= groups <= 460
 
 
-# --- several processes, several jobs -----------------------------------------------------------------------------------
+# --- several processes, several jobs --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A BUSI of 200 small images, seven parts, and its run, prepared in this process; every tenth is its neighbour, shifted."""
+    """A BUSI of 200 small images, seven parts, and its run, prepared in this process.
+
+    Every tenth is its neighbour, shifted.
+    """
     folder = tmp_path_factory.mktemp("many")
     random, texture = np.random.default_rng(0), Image.new("L", (16, 16))
     for number, path in enumerate(phantom_bus.write_raw(folder / "raw", patients=200, views=1, height=64)):
@@ -570,12 +573,12 @@ def test_workers_are_as_many_as_the_work_is_worth(tasks, wanted, least, most):
     assert worker_count(tasks, None) <= available_cores()
 
 
-# --- external test sets, windows, stains -------------------------------------------------------------------------------
+# --- external test sets, windows, stains ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
-    """Another hospital: other phantoms in BUSI's layout, and one image of the first set, inverted."""
+    """Another hospital: other phantoms, and one inverted image of the first set."""
     folder = tmp_path_factory.mktemp("second")
     phantom_bus.write_raw(folder, patients=10, views=1, height=64, seed=7)
     return folder

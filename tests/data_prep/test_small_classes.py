@@ -1,4 +1,7 @@
-"""`prepare` says which masks kept one pixel of a class, and which lost one to the crop; where nothing is lost it says nothing."""
+"""`prepare` says which masks kept one pixel of a class, and which lost one to the crop.
+
+Where nothing is lost it says nothing.
+"""
 
 import json
 
@@ -14,7 +17,10 @@ OPTIONS = {"modality": "toy imaging", "images": "images/*.png", "masks": "masks/
 
 
 def write(folder, spots, side=256, wide=256):
-    """Write images with a spot of 3 x 3 pixels each at (row, column); the mask has the value 255 there."""
+    """Write images with a spot of 3 x 3 pixels each at (row, column).
+
+    The mask has the value 255 there.
+    """
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     for number, (row, column) in enumerate(spots):

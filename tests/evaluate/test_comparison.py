@@ -50,7 +50,9 @@ def compared(arms: dict[str, np.ndarray], groups: list[str] = GROUPS) -> Compari
 
 
 def test_differences_are_of_the_same_seed_and_image() -> None:
-    """The seeds lie far apart, and so do the images: only in pairs is the change the same everywhere."""
+    """The seeds lie far apart, and so do the images: only in pairs is the change the same
+    everywhere.
+    """
     base = np.arange(3)[:, None] * 10.0 + np.random.default_rng(0).normal(0, 5, 24)
     change = compared({"real": base, "synthetic": base + 1}).values["differences"]["synthetic"]
     assert change["Dice"]["by_seed"] == pytest.approx([1, 1, 1])

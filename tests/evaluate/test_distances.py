@@ -56,7 +56,10 @@ def test_frechet_interval_holds_the_estimate_and_shrinks(random: np.random.Gener
 
 
 def test_frechet_interval_leaves_a_group_out_on_both_sides(random: np.random.Generator) -> None:
-    """With as many blocks as groups, each block is one group; images of a group that only one side has leave there."""
+    """With as many blocks as groups, each block is one group.
+
+    Images of a group that only one side has leave there.
+    """
     left_groups, right_groups = list("aabbccdde"), list("abbccddff")
     left, right = random.normal(size=(9, 3)), random.normal(1, 1, size=(9, 3))
 
@@ -78,7 +81,9 @@ def test_frechet_interval_keeps_groups_whole_in_few_blocks(random: np.random.Gen
 
 
 def test_blocks_of_the_frechet_interval_do_not_follow_the_order_of_names(random: np.random.Generator) -> None:
-    """Every second group of one side differs from the others, as where names alternate between hospitals."""
+    """Every second group of one side differs from the others, as where names alternate between
+    hospitals.
+    """
     left, right = (random.normal(size=(40, 2)) for _ in range(2))
     left[::2] += 10
     right[:20] += 10

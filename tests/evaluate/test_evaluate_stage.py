@@ -280,7 +280,7 @@ def test_vae_that_is_not_there(run: Path) -> None:
 
 
 def test_command_line(run: Path) -> None:
-    """Runs, skips in under two seconds of processor time, and tells a user's mistake in one line."""
+    """Runs, skips in under two seconds of CPU time, and reports a user's mistake in one line."""
     values = config(run, "memorisation").model_dump(mode="json")
     path = run / "experiment.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -1,4 +1,6 @@
-"""Test sets of other datasets: the same trained models are scored on them, and the own test's figures stay what they were."""
+"""Test sets of other datasets: the same trained models are scored on them, and the own test's
+figures stay what they were.
+"""
 
 import json
 from pathlib import Path
@@ -23,7 +25,10 @@ ABROAD, TWIN = "external test set abroad", "external test set twin"
 
 
 def from_another_scanner(sample: Sample) -> None:
-    """Let the images of the set `abroad` be negatives: what is bright elsewhere is dark there. The set `twin` is like the own test."""
+    """Let the images of the set `abroad` be negatives: what is bright elsewhere is dark there.
+
+    The set `twin` is like the own test.
+    """
     if sample.sample_id.startswith("external_abroad"):
         assert isinstance(sample.image, np.ndarray)
         sample.image = 255 - sample.image
@@ -151,7 +156,9 @@ def test_other_metrics_never_open_an_external_split(
 
 
 def compared(own: float, external: float, groups: int = 40, external_groups: int = 40) -> Comparison:
-    """Return the comparison of simulated Dice scores: real + synthetic is better by `own` and `external` on average."""
+    """Return the comparison of simulated Dice scores: real + synthetic is better by `own` and
+    `external` on average.
+    """
     random = np.random.default_rng(0)
 
     def arms(gain: float, count: int) -> dict[str, ArmScores]:

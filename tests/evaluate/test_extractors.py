@@ -26,7 +26,7 @@ from tests.tiny_datasets import write_tiny_run
 def test_efficientnet_equals_the_package_it_was_taken_from(
     side: int, sums: tuple[float, float], norms: tuple[float, float], largest: dict[int, float]
 ) -> None:
-    """The values are those of `efficientnet-lite-pytorch` 0.1.0, of which every feature was equal."""
+    """The values are those of `efficientnet-lite-pytorch` 0.1.0; every feature was equal."""
     images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     extractor = efficientnet_lite0.load(side, "cpu")
     features = batch_features(extractor, [list(images)], "cpu")
@@ -91,7 +91,10 @@ def test_inception_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inception_sees_8_bit_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's network wants uint8 NCHW and returns a tuple; a stand-in checks that it gets it."""
+    """The package's network wants uint8 NCHW and returns a tuple.
+
+    A stand-in checks that it gets it.
+    """
 
     class StandIn(torch.nn.Module):
         def __init__(self, name: str, features: list[str]) -> None:

@@ -17,7 +17,9 @@ HALF = 16
 
 
 def of_noise(sample: Sample) -> None:
-    """Make the image noise and its mask one half of the picture by chance: the image does not tell which."""
+    """Make the image noise and its mask one half of the picture by chance: the image does not tell
+    which.
+    """
     number = int(sample.sample_id[-4:])
     random = np.random.default_rng([number, len(sample.sample_id)])
     sample.image = random.integers(0, 256, (2 * HALF, 2 * HALF), dtype=np.uint8)

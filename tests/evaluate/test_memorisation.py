@@ -20,7 +20,9 @@ def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
 
 
 def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path) -> None:
-    """Where held-out images are all but copies of training images themselves, a synthetic copy with as small a change is nothing unusual."""
+    """Where held-out images are all but copies of training images themselves, a synthetic copy with
+    as small a change is nothing unusual.
+    """
 
     def almost_same_everywhere(sample: Sample) -> None:
         number = int(sample.sample_id[-4:])
@@ -62,7 +64,9 @@ def test_shares_of_flagged_images(tmp_path: Path) -> None:
 def test_a_generator_is_named_where_more_is_flagged_than_chance_explains(
     tmp_path: Path, flagged: int, named: bool
 ) -> None:
-    """Two of 20 are 10 %, but its interval reaches below the 5 % that unseen real images would be flagged at."""
+    """Two of 20 are 10 %, but its interval reaches below the 5 % that unseen real images would be
+    flagged at.
+    """
     write_tiny_run(tmp_path, {"copied": copied}, {"train": 20})
     found = Nearest(np.zeros(20, np.int64), np.zeros(20))
     some = {space: np.arange(20) < flagged for space in (FEATURES, PIXELS)}

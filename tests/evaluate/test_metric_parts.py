@@ -1,4 +1,6 @@
-"""Parts of the metrics that tiny runs do not tell apart: groups, true classes, batches, and which images are read."""
+"""Parts of the metrics that tiny runs do not tell apart: groups, true classes, batches, and which
+images are read.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +46,9 @@ def test_images_are_drawn_once_each() -> None:
 
 
 def test_intervals_of_quality_are_over_groups(inputs: EvaluationInputs) -> None:
-    """A set against itself, of which a group always leaves both sides, has a distance of 0 without doubt."""
+    """A set against itself, of which a group always leaves both sides, has a distance of 0 without
+    doubt.
+    """
     values = answer(inputs, "quality", jackknife_blocks=8).values
     distance = values["all"]["copied"]["frechet_distance"]
     assert (distance["low"], distance["high"]) == pytest.approx((0, 0), abs=1e-6)
@@ -56,7 +60,9 @@ def test_intervals_of_quality_are_over_groups(inputs: EvaluationInputs) -> None:
 
 
 def test_precision_and_recall_are_of_synthetic_and_real_images() -> None:
-    """Synthetic images that are all one real image lie among the real ones, and reach none of the others."""
+    """Synthetic images that are all one real image lie among the real ones, and reach none of the
+    others.
+    """
     random = np.random.default_rng(0)
     real = random.normal(size=(20, 3))
     sets = [quality.Featured("collapsed", real[:1] + random.normal(0, 1e-3, (20, 3)), [f"{i}" for i in range(20)])]

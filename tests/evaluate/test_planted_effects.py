@@ -51,7 +51,8 @@ def test_mirrored_and_cropped_copies_are_found_by_pixels(tmp_path: Path) -> None
     def mirrored(parent, index):
         from skimage.transform import resize
 
-        # what a 90 % crop of the copy must be compared with: the copy shows a little more than the original
+        # what a 90 % crop of the copy must be compared with: the copy shows a little more than the
+        # original
         wider = np.pad(parent.image, 2, mode="edge")
         shrunk = resize(wider, parent.image.shape, order=1, preserve_range=True).astype(np.uint8)
         return shrunk[:, ::-1] if index % 2 else parent.image[:, ::-1]
@@ -144,7 +145,10 @@ def test_verdict_without_the_mixed_arm_is_about_the_first() -> None:
 
 
 def test_useless_real_data_lets_synthetic_help(tmp_path: Path) -> None:
-    """Real train masks are all empty but one in two; the synthetic images carry what the model needs."""
+    """Real train masks are all empty but one in two.
+
+    The synthetic images carry what the model needs.
+    """
     counter = iter(range(10**6))
 
     def spoil(sample) -> None:

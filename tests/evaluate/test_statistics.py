@@ -33,7 +33,9 @@ def test_draws_follow_their_seed() -> None:
 
 
 def test_draws_in_which_a_figure_is_not_defined_are_left_out() -> None:
-    """Two of six groups have a value: each alone is enough for a figure, but many draws hold neither."""
+    """Two of six groups have a value: each alone is enough for a figure, but many draws hold
+    neither.
+    """
     values = np.array([0.2, 0.4, np.nan, np.nan, np.nan, np.nan])
     interval = Bootstrap([str(i) for i in range(6)]).interval(weighted_mean(values))
     assert (interval.value, interval.low, interval.high) == pytest.approx((0.3, 0.2, 0.4))

@@ -42,7 +42,9 @@ def test_without_a_backbone_it_says_so(run: Path) -> None:
 
 
 def leave_tuned_vae(run: Path, backbone: Path) -> None:
-    """Write a VAE that paints the train images' mean grey: better than random weights, and easily so."""
+    """Write a VAE that paints the train images' mean grey: better than random weights, and easily
+    so.
+    """
     vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae")
     with torch.no_grad():
         vae.decoder.conv_out.weight *= 0.05

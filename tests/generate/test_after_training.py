@@ -1,4 +1,6 @@
-"""From training to a synthetic dataset, as a user would go: the folders that `train` leaves are those that `generate` takes."""
+"""From training to a synthetic dataset, as a user would go: the folders that `train` leaves are
+those that `generate` takes.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -207,7 +207,9 @@ def test_what_is_drawn_from_the_image_is_drawn_from_the_warped_one(make_bench: M
 
 @pytest.mark.parametrize("with_masks", [True, False])
 def test_a_paired_picture_is_the_condition_and_is_warped_with_its_mask(make_bench: MakeBench, with_masks: bool):
-    """The paired picture shows the mask in two greys, so that it tells whether it went the mask's way."""
+    """The paired picture shows the mask in two greys, so that it tells whether it went the mask's
+    way.
+    """
 
     def pair(sample: Sample) -> None:
         assert isinstance(sample.mask, np.ndarray)

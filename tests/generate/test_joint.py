@@ -85,7 +85,10 @@ def test_a_single_class_is_one_piece_without_holes(mask: Mask):
 @given(masks(2), st.sampled_from([2, 5, 20]))
 @settings(max_examples=50, deadline=None)
 def test_small_pieces_go_as_scikit_image_has_it(mask: Mask, smallest: int):
-    """Holes are set aside by comparing before they are filled; a flood fill checks components in `test_components.py`."""
+    """Holes are set aside by comparing before they are filled.
+
+    A flood fill checks components in `test_components.py`.
+    """
     how = JointOptions(components=100, min_area=smallest / mask.size)
     found = cleaned(mask, 2, how)
     expected = remove_small_objects(mask > 0, max_size=smallest - 1, connectivity=2)
@@ -136,7 +139,9 @@ def disc(row: int, column: int, radius: int) -> Mask:
 
 
 class Painter(JointGenerator):
-    """Paints a disc whose place follows the seed, with a speck beside it; some of its masks are empty.
+    """Paints a disc whose place follows the seed, with a speck beside it.
+
+    Some of its masks are empty.
 
     Attributes:
         empty: by label, the share of seeds that give an empty mask.

@@ -1,4 +1,6 @@
-"""Prompts that the text encoder does not read whole are told before the first image, those of warped masks at the latest after the last."""
+"""Prompts that the text encoder does not read whole are told before the first image, those of
+warped masks at the latest after the last.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""What training left takes part in generation: which weights, which noise schedule, and what an ablation takes away."""
+"""What training left takes part in generation: which weights, which noise schedule, and what an
+ablation takes away.
+"""
 
 import re
 import shutil
@@ -126,7 +128,9 @@ def test_controlnet_without_a_controlnet_names_what_to_use(bench: Bench):
 
 
 def assert_advice_leaves_out(name: str, bench: Bench, overrides: list[str], message: str) -> None:
-    """Check that the overrides that an error advises work, whether or not a file names generators already."""
+    """Check that the overrides that an error advises work, whether or not a file names generators
+    already.
+    """
     advice = re.findall(r"generate\.generators\.\w+=\S+", message)
     files = [{"generators": {name: {}}}, {"generators": {name: {}, "pix2pix": {}}}]
     for values in [*files, *([{}] if name in DEFAULT_GENERATORS else [])]:

@@ -1,6 +1,8 @@
-"""A run folder with a tiny dataset, a backbone and all that can be trained on it: everything that `generate` reads.
+"""A run folder with a tiny dataset, a backbone and all that can be trained on it: everything that
+`generate` reads.
 
-Generator architectures of `train_baselines` are trained there for a few steps, whichever there are, with the options of their `configs/tiny/NAME.yaml`.
+Generator architectures of `train_baselines` are trained there for a few steps, whichever there are,
+with the options of their `configs/tiny/NAME.yaml`.
 """
 
 import hashlib
@@ -43,7 +45,9 @@ PLAIN = ["train.lora=[]", "train.vae_decoder=null"]
 
 
 class Bench:
-    """One experiment in a folder of its own: a ControlNet, adapters and a VAE's decoder have been trained."""
+    """One experiment in a folder of its own: a ControlNet, adapters and a VAE's decoder have been
+    trained.
+    """
 
     def __init__(self, folder: Path, models: Path, **dataset: Any) -> None:
         """Lay a tiny dataset and trained weights into `folder/run`.
@@ -71,7 +75,10 @@ class Bench:
         record_outputs(self.run, "train", parts)
 
     def train_architecture(self, name: str) -> None:
-        """Train an architecture of `train_baselines` on the bench's dataset; weights for a dataset seen before are taken from then."""
+        """Train an architecture of `train_baselines` on the bench's dataset.
+
+        Weights for a dataset seen before are taken from then.
+        """
         kept = self.models / f"{name} {read_contract(self.run.dataset).digest}"
         if not kept.is_dir():
             train_baselines(self.config(generators={name: {}}), force=False)
@@ -114,7 +121,9 @@ class Bench:
 
 
 def architecture_options(name: str) -> dict[str, Any]:
-    """Return the options of an architecture's tiny configuration, for a few steps at the bench's size; lengths in samples are those of its own training."""
+    """Return the options of an architecture's tiny configuration, for a few steps at the bench's
+    size; lengths in samples are those of its own training.
+    """
     tiny = load_experiment(ROOT / f"configs/tiny/{name}.yaml", []).baselines[name]
     found = {key: value for key, value in tiny.items() if not key.endswith("_samples")}
     found.pop("growth_samples", None)  # a few steps are not enough to grow in
@@ -130,7 +139,10 @@ def architecture_options(name: str) -> dict[str, Any]:
 
 
 def build_tiny_lora(backbone: Path, folder: Path, seed: int = 0) -> Path:
-    """Write adapters on the attention of a tiny backbone's UNet and text encoder; trained ones change every image."""
+    """Write adapters on the attention of a tiny backbone's UNet and text encoder.
+
+    Trained ones change every image.
+    """
     unet = UNet2DConditionModel.from_pretrained(backbone, subfolder="unet", local_files_only=True)
     text_encoder = CLIPTextModel.from_pretrained(backbone, subfolder="text_encoder", local_files_only=True)
     adapters = {}
@@ -151,7 +163,9 @@ def build_tiny_lora(backbone: Path, folder: Path, seed: int = 0) -> Path:
 
 
 def build_tiny_vae(backbone: Path, folder: Path, seed: int = 0) -> Path:
-    """Write the VAE of a tiny backbone with another last layer of the decoder, as fine-tuning leaves one."""
+    """Write the VAE of a tiny backbone with another last layer of the decoder, as fine-tuning
+    leaves one.
+    """
     vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae", local_files_only=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -166,7 +180,10 @@ def run_command(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def start_stage(config: Path, rank: int = 0, of: int = 1, port: int = 0) -> BaseProcess:
-    """Start the stage in a process of its own; with `of` > 1 as one of the ranks of `accelerate launch`."""
+    """Start the stage in a process of its own.
+
+    With `of` > 1 it is one of the ranks of `accelerate launch`.
+    """
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
     environment = {key: str(value) for key, value in launched.items()} if of > 1 else {}
     process = FORKS.Process(target=_run_stage, args=(config, {"MASTER_ADDR": "127.0.0.1", **environment}))

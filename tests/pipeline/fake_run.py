@@ -1,4 +1,6 @@
-"""A run folder as the stages leave it: real datasets written by the contract's own writer, records and evaluations."""
+"""A run folder as the stages leave it: real datasets written by the contract's own writer, records
+and evaluations.
+"""
 
 import json
 import math
@@ -111,7 +113,9 @@ def write_synthetic(
     warped: bool = False,
     own_masks: bool = False,
 ) -> Contract:
-    """Write a synthetic dataset; `warped` gives each row another mask than its parent's, `own_masks` one that has no parent."""
+    """Write a synthetic dataset; `warped` gives each row another mask than its parent's,
+    `own_masks` one that has no parent.
+    """
     about = real.description.model_copy(update={"origin": "synthetic"})
     rows = []
     for i in parents:
@@ -130,7 +134,9 @@ def write_synthetic(
 
 
 def write_training_log(run: Run, steps: int = 400, stage: str = "train") -> None:
-    """Write metrics.jsonl and pictures of a training, with a repeated step and a half-written last line."""
+    """Write metrics.jsonl and pictures of a training, with a repeated step and a half-written last
+    line.
+    """
     folder = run.logs(stage)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -235,7 +241,10 @@ def write_config(folder: Path, **sections: Any) -> Path:
 
 
 def whole_run(folder: Path) -> tuple[Run, ExperimentConfig]:
-    """Write a run in which every stage but the report has ended; return it with its configuration."""
+    """Write a run in which every stage but the report has ended.
+
+    Return it with its configuration.
+    """
     config = load_experiment(write_config(folder), [])
     run = Run(config.run_folder)
     real = write_real(run)

@@ -1,4 +1,6 @@
-"""What each of several processes does in `test_ranks.py`: `torchrun -m tests.pipeline.ranks SCENARIO FOLDER`."""
+"""What each of several processes does in `test_ranks.py`: `torchrun -m tests.pipeline.ranks
+SCENARIO FOLDER`.
+"""
 
 import os
 import signal
@@ -25,7 +27,9 @@ from tests.pipeline.line_task import LineTask, settings
 
 
 def fsdp_accelerator(config: LoopConfig, logs: Path, **wrapping: Any) -> Accelerator:
-    """Return an accelerator that shards weights over processes on the CPU: torch can do it, accelerate offers it on a GPU only."""
+    """Return an accelerator that shards weights over processes on the CPU: torch can do it,
+    accelerate offers it on a GPU only.
+    """
     accelerator = make_accelerator(config, logs)
     how = wrapping or {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 4}
     for state in (PartialState, AcceleratorState):
@@ -99,7 +103,10 @@ class StoppedTask(LineTask):
 
 
 def stop(folder: Path, make: Any) -> None:
-    """One process is asked to stop; all must, after the same step; then go on to the weights of a training that was not."""
+    """One process is asked to stop; all must, after the same step.
+
+    They then go on to the weights of a training that was not stopped.
+    """
     config = settings(train_batch_size=2, checkpointing_steps=8)
     for name, task in (("whole", LineTask()), ("broken", StoppedTask()), ("broken", LineTask())):
         accelerator = make(config, folder / name / "logs")

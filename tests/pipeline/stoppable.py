@@ -1,4 +1,6 @@
-"""Commands that are stopped in `test_interruption.py`: `python -m tests.pipeline.stoppable KIND FOLDER`."""
+"""Commands that are stopped in `test_interruption.py`: `python -m tests.pipeline.stoppable KIND
+FOLDER`.
+"""
 
 import subprocess
 import sys

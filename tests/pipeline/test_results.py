@@ -1,4 +1,6 @@
-"""The one schema of an evaluation: what a metric returns is what is written, and what is written is what is read."""
+"""The one schema of an evaluation: what a metric returns is what is written, and what is written is
+what is read.
+"""
 
 import json
 import math

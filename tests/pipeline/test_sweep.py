@@ -1,4 +1,6 @@
-"""Sweeps: variants of one experiment through the real stages, and the table that puts them side by side."""
+"""Sweeps: variants of one experiment through the real stages, and the table that puts them side by
+side.
+"""
 
 import csv
 import json
@@ -71,7 +73,9 @@ def problem(path: Path, *overrides: str) -> str:
 
 
 def run_here(stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None) -> int:
-    """Run real stages as the runner does, but in this process: starting one for each takes longer than all they do here."""
+    """Run real stages as the runner does, but in this process: starting one for each takes longer
+    than all they do here.
+    """
     config, force = load_experiment(Path(arguments[1]), []), "--force" in arguments
     architectures = list(arguments[arguments.index("--architecture") + 1 :]) if "--architecture" in arguments else None
     functions = {

@@ -237,14 +237,16 @@ def test_committed_backbone_draws_what_the_prompt_says(nano: StableDiffusionPipe
     brain = drawn(nano, "T1 brain MRI, axial slice, middle level")
     breast = drawn(nano, "breast ultrasound, benign, scanner A")
     assert np.abs(brain - breast).mean() > 0.1
-    # A brain slice is bright in the middle on a black ground; an ultrasound image fills its frame, with bright skin on top.
+    # A brain slice is bright in the middle on a black ground; an ultrasound image fills its frame,
+    # with bright skin on top.
     assert brain[:, 32:96, 32:96].mean() > 0.4
     assert brain[:, :8, :8].mean() < 0.1
     assert breast[:, :8].mean() > 0.4
 
 
 def test_committed_backbone_knows_levels(nano: StableDiffusionPipeline) -> None:
-    # In the template, brain covers 0.46..0.51 of a slice near the midline and at most 0.37 of a lateral one.
+    # In the template, brain covers 0.46..0.51 of a slice near the midline and at most 0.37 of a
+    # lateral one.
     midline = drawn(nano, "T1 brain MRI, sagittal slice, midline level") > 0.2
     lateral = drawn(nano, "T1 brain MRI, sagittal slice, lateral level") > 0.2
     assert midline.mean() > 1.25 * lateral.mean()

@@ -37,7 +37,10 @@ def softplus(x: float) -> float:
 
 
 def test_the_losses_are_those_of_the_papers():
-    """Non-saturating cross-entropy is softplus of the logits (Goodfellow et al. 2014); hinge of Lim and Ye (2017)."""
+    """Non-saturating cross-entropy is softplus of the logits (Goodfellow et al. 2014).
+
+    The hinge loss is that of Lim and Ye (2017).
+    """
     both = [softplus(-r) for r in REAL] + [softplus(d) for d in DRAWN]
     assert float(discriminator_loss(logits(REAL), logits(DRAWN), "bce")) == pytest.approx(sum(both) / 6)
     assert float(generator_loss(logits(DRAWN), "bce")) == pytest.approx(sum(softplus(-d) for d in DRAWN) / 3)
@@ -54,7 +57,8 @@ def test_the_losses_are_monais():
         on_real = loss(real, target_is_real=True, for_discriminator=True)
         return (on_real + loss(drawn, target_is_real=False, for_discriminator=True)) / 2
 
-    # MONAI bounds the logits of its hinge loss by tanh first, and its generator's loss is larger by 1.
+    # MONAI bounds the logits of its hinge loss by tanh first, and its generator's loss is larger
+    # by 1.
     torch.testing.assert_close(discriminator_loss(real.tanh(), drawn.tanh(), "hinge"), of_both(hinge))
     of_generator = hinge(drawn, target_is_real=True, for_discriminator=False)
     torch.testing.assert_close(1 + generator_loss(drawn.tanh(), "hinge"), of_generator)

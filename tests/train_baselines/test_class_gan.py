@@ -1,4 +1,6 @@
-"""The class-conditional GAN: its layers are those of its table, it grows by the number of samples seen, and its options train."""
+"""The class-conditional GAN: its layers are those of its table, it grows by the number of samples
+seen, and its options train.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,9 @@ def noise(count: int = 3, length: int = 100) -> Tensor:
 
 
 def shapes(network: torch.nn.Module, kinds: tuple[type, ...], *inputs: Tensor) -> list[tuple[int, ...]]:
-    """Return the output shapes of the layers of the given kinds, without the batch, in the order in which they run."""
+    """Return the output shapes of the layers of the given kinds, without the batch, in the order in
+    which they run.
+    """
     found: list[tuple[int, ...]] = []
     hooks = [
         layer.register_forward_hook(lambda _layer, _given, out: found.append(tuple(out.shape[1:])))
@@ -195,7 +199,9 @@ def test_attention_starts_as_the_identity_and_its_gate_learns():
 
 
 def test_attention_is_that_of_the_paper():
-    """Eq. 2 and 3 of Zhang et al.: s = f(x)^T g(x), softmax, o = v(sum of beta h(x)), y = gamma o + x; place by place."""
+    """Eq. 2 and 3 of Zhang et al.: s = f(x)^T g(x), softmax, o = v(sum of beta h(x)), y = gamma o +
+    x; place by place.
+    """
     torch.manual_seed(0)
     layer, features = SelfAttention(16), torch.randn(1, 16, 3, 5)
     torch.nn.init.constant_(layer.gate, 0.7)
@@ -209,7 +215,9 @@ def test_attention_is_that_of_the_paper():
 
 
 def test_phases_follow_the_samples_seen():
-    """Three doublings: 8 x 8 is held, each further size fades in for 100 samples and is held for as many."""
+    """Three doublings: 8 x 8 is held, each further size fades in for 100 samples and is held for as
+    many.
+    """
     starts = [phase_at(seen, 100, 3) for seen in range(0, 700, 100)]
     assert starts == [
         Phase(0, 1.0), Phase(1, 0.0), Phase(1, 1.0), Phase(2, 0.0), Phase(2, 1.0), Phase(3, 0.0), Phase(3, 1.0),
@@ -344,7 +352,10 @@ def test_every_option_trains(make_run, changes):
 
 
 def test_a_training_that_was_cut_off_while_it_grew_ends_with_the_same_bytes(tmp_path, make_run):
-    """The checkpoint of step 2 lies in the first fade-in; layers of the last size have no optimizer state yet."""
+    """The checkpoint of step 2 lies in the first fade-in.
+
+    Layers of the last size have no optimizer state yet.
+    """
     options = {
         "image_size": 32, "growth_samples": 2, "self_attention": True, "noise_planes": 1, "batch_deviation": True, "checkpoints_total_limit": None
     }  # fmt: skip

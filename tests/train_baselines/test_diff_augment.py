@@ -1,4 +1,6 @@
-"""What the discriminator sees is changed alike for real and drawn samples, and only as far as the paper says."""
+"""What the discriminator sees is changed alike for real and drawn samples, and only as far as the
+paper says.
+"""
 
 from itertools import product
 

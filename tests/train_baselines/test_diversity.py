@@ -1,4 +1,7 @@
-"""A generator that draws the same picture again and again is found; one that does not is left in peace."""
+"""A generator that draws the same picture again and again is found.
+
+One that does not is not reported.
+"""
 
 from contextlib import suppress
 

@@ -1,4 +1,6 @@
-"""`joint_diffusion`: a plain DDPM by hand, guidance, sampling with nothing but diffusers, early stopping."""
+"""`joint_diffusion`: a plain DDPM by hand, guidance, sampling with nothing but diffusers, early
+stopping.
+"""
 
 import json
 from collections.abc import Callable
@@ -73,7 +75,9 @@ def test_transformers_of_the_published_depth_stand_at_32_and_16() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_loss_is_that_of_a_plain_ddpm(make_run: MakeRun, prediction_type: str) -> None:
-    """Ho et al. 2020, equation 14, on images and masks side by side, or with the velocity of Salimans and Ho 2022 as target."""
+    """Ho et al. 2020, equation 14, on images and masks side by side, or with the velocity of
+    Salimans and Ho 2022 as target.
+    """
     architecture = opened(make_run(), "joint_diffusion", prediction_type=prediction_type)
     calls = calls_of(architecture.unet)
     batch, draws = batch_of(architecture, 4), Draws(0, range(4), CPU)

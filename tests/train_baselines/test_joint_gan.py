@@ -1,4 +1,6 @@
-"""`joint_gan`: the published layers and counts at 256 x 256, what its discriminator sees, and a training at full size."""
+"""`joint_gan`: the published layers and counts at 256 x 256, what its discriminator sees, and a
+training at full size.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +31,9 @@ LAYERS = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
 
 
 def layers(network: nn.Module) -> list[tuple[str, int, int, int]]:
-    """Return kind, what comes in and goes out, and the kernel of every layer with weights but norms and embeddings, in order."""
+    """Return kind, what comes in and goes out, and the kernel of every layer with weights but norms
+    and embeddings, in order.
+    """
     return [
         (type(m).__name__, *((m.in_features, m.out_features, 1) if isinstance(m, nn.Linear) else (m.in_channels, m.out_channels, m.kernel_size[0])))
         for m in network.modules()
@@ -42,7 +46,9 @@ def count(network: nn.Module) -> int:
 
 
 def test_the_generator_is_the_published_one():
-    """Noise and embedding to 4 x 4 x 512, five blocks to 128 x 128 x 16, and two heads of one block and a 3 x 3 convolution."""
+    """Noise and embedding to 4 x 4 x 512, five blocks to 128 x 128 x 16, and two heads of one block
+    and a 3 x 3 convolution.
+    """
     network = JointImageMaskGenerator().eval()
     head = [("ConvTranspose2d", 16, 8, 4), ("Conv2d", 8, 1, 3)]
     assert layers(network) == [
@@ -68,7 +74,10 @@ def test_the_generator_is_the_published_one():
 
 
 def test_the_discriminator_is_the_published_one():
-    """Image, mask and class plane through five halvings to 8 x 8 x 1024, then one logit; batch norm from the second on."""
+    """Image, mask and class plane through five halvings to 8 x 8 x 1024, then one logit.
+
+    Batch norm from the second on.
+    """
     network = JointCritic(2, 2, 64, (256, 256)).eval()
     widths = ((3, 64), (64, 128), (128, 256), (256, 512), (512, 1024))
     assert layers(network) == [*(("Conv2d", a, b, 4) for a, b in widths), ("Conv2d", 1024, 1, 8)]

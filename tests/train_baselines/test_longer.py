@@ -1,4 +1,7 @@
-"""A finished architecture goes on where more steps are asked for; a refusal comes before any architecture is trained, and leaves everything as it was."""
+"""A finished architecture goes on where more steps are asked for.
+
+A refusal comes before any architecture is trained, and leaves everything as it was.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""`pix2pix`: the published network's shapes and counts, its loss by hand, and images whose noise is dropout."""
+"""`pix2pix`: the published network's shapes and counts, its loss by hand, and images whose noise is
+dropout.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +36,9 @@ def shapes(network: nn.Module) -> list[tuple[str, int, int, int, int]]:
 
 
 def test_the_generator_is_the_published_one() -> None:
-    """1-64-128-256-512-512-512 down by 4 x 4 kernels of stride 2, five blocks up whose skips double their inputs, and the last layer."""
+    """1-64-128-256-512-512-512 down by 4 x 4 kernels of stride 2, five blocks up whose skips double
+    their inputs, and the last layer.
+    """
     network = MaskToImageUNet()
     assert shapes(network) == [
         *(("Conv2d", a, b, 4, 2) for a, b in ((1, 64), (64, 128), (128, 256), (256, 512), (512, 512), (512, 512))),
@@ -92,7 +96,10 @@ def test_ssim_is_scikit_images(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("weights", [(100.0, 5.0), (10.0, 0.0), (0.0, 1.0)])
 def test_the_losses_are_those_of_the_paper_with_ssim(make_run: MakeRun, weights: tuple[float, float]) -> None:
-    """L_G = BCE(D(mask, drawn), 1) + a |drawn - real| + b (1 - SSIM); L_D = (BCE(real, 1) + BCE(drawn, 0)) / 2."""
+    """L_G = BCE(D(mask, drawn), 1) + a |drawn - real| + b (1 - SSIM).
+
+    L_D = (BCE(real, 1) + BCE(drawn, 0)) / 2.
+    """
     architecture = opened(make_run(), "pix2pix", l1_weight=weights[0], ssim_weight=weights[1], dropout=0)
     rows = [architecture.rows[n] for n in (0, 1)]
     image = torch.stack([row["image"] for row in rows])

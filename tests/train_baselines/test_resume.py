@@ -1,4 +1,6 @@
-"""A training that was cut off and goes on writes the same bytes as one that never stopped: a GAN and the joint diffusion."""
+"""A training that was cut off and goes on writes the same bytes as one that never stopped: a GAN
+and the joint diffusion.
+"""
 
 import json
 import shutil
@@ -76,7 +78,9 @@ def test_a_resumed_training_ends_with_the_same_bytes(
 
 
 def test_a_gan_resumes_with_its_discriminator_and_both_optimizers(tmp_path: Path, make_run: MakeRun) -> None:
-    """Each part of a checkpoint is needed: with another one's in its place the training ends elsewhere."""
+    """Each part of a checkpoint is needed: with another one's in its place the training ends
+    elsewhere.
+    """
     whole = make_run("whole")
     expected = trained(whole, "pix2pix", **KEPT)
     steps = whole / "baselines" / "pix2pix"

@@ -1,4 +1,4 @@
-"""The stage `baselines`: what is trained again and what is not, what is told, and what it leaves."""
+"""The stage `baselines`: what is trained again, what is reported, and what it leaves."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,10 @@ def stage(name: str, run: Path) -> Path:
 
 
 def states(run: Path) -> dict[str, bytes]:
-    """Return the record of each architecture's training; a training that ran again wrote another."""
+    """Return the record of each architecture's training.
+
+    A training that ran again wrote another.
+    """
     return {name: stage(f"baselines/{name}", run).read_bytes() for name in BOTH}
 
 
@@ -76,7 +79,10 @@ def test_nothing_is_trained_again_where_nothing_changed(make_run: MakeRun, capsy
 
 
 def _another_option_of_one_architecture(run: Path, before: dict[str, bytes]) -> None:
-    """It leaves the others alone. A checkpoint of the old option is in the way, and the error's remedy works."""
+    """It leaves the others alone.
+
+    A checkpoint of the old option is in the way, and the error's remedy works.
+    """
     config = tiny_config(run, {**BOTH, "pix2pix": {**ONE_STEP, "l1_weight": 50.0}})
     assert state_of(config) == "stale"
     with pytest.raises(MaskLoomError, match=r"l1_weight: 100\.0 there, 50\.0 now.*--force"):

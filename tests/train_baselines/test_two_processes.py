@@ -1,4 +1,6 @@
-"""Architectures on two processes (gloo, on the CPU): all run, and those without batch norm learn what one process learns."""
+"""Architectures on two processes (gloo, on the CPU): all run, and those without batch norm learn
+what one process learns.
+"""
 
 import json
 from pathlib import Path
@@ -25,7 +27,9 @@ BATCH_NORM = "class_gan"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> tuple[Path, Path]:
-    """Return a run of one process with batches of 4, and one of two processes with batches of 2 each."""
+    """Return a run of one process with batches of 4, and one of two processes with batches of 2
+    each.
+    """
     folder = tmp_path_factory.mktemp("processes")
     one, two = folder / "one", folder / "two"
     for run in (one, two):
@@ -40,9 +44,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> tuple[Path,
 
 @pytest.mark.parametrize("architecture", [name for name in SETTINGS if name != BATCH_NORM])
 def test_two_processes_learn_what_one_learns(runs: tuple[Path, Path], architecture: str) -> None:
-    """Same global batch, with accumulation. Sums of gradients are rounded in another order: on average a thousandth of a step at most.
+    """Same global batch, with accumulation.
 
-    Biases are left out: instance norm takes those before it away again, so their gradients are rounding alone, which Adam scales up.
+    Sums of gradients are rounded in another order: on average a thousandth of a step at most.
+
+    Biases are left out: instance norm takes those before it away again, so their gradients are
+    rounding alone, which Adam scales up.
     """
     expected, found = (tensors(run, architecture) for run in runs)
     assert found.keys() == expected.keys()

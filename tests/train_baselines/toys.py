@@ -1,4 +1,6 @@
-"""A GAN with two weights: what its networks answer is set by its options, so its losses, penalties and warnings can be foretold."""
+"""A GAN with two weights: what its networks answer is set by its options, so its losses, penalties
+and warnings can be computed by hand.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""One of several processes that fill a cache together: `torchrun -m tests.train_controlnet.cache_ranks DATASET CACHE`."""
+"""One of several processes that fill a cache together: `torchrun -m
+tests.train_controlnet.cache_ranks DATASET CACHE`.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The train stage on processes that each hold a part of the weights: `torchrun -m tests.train_controlnet.ranks CONFIG`."""
+"""The train stage on processes that each hold a part of the weights: `torchrun -m
+tests.train_controlnet.ranks CONFIG`.
+"""
 
 import sys
 from functools import partial

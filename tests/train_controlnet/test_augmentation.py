@@ -1,4 +1,6 @@
-"""Changed copies: image, mask, conditioning and words move together, and the same key gives the same bytes."""
+"""Changed copies: image, mask, conditioning and words move together, and the same key gives the
+same bytes.
+"""
 
 import hashlib
 import json
@@ -57,7 +59,9 @@ def contract_row(
 
 
 def marked(height: int, width: int, channels: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image that is bright where its mask is set, and the mask: two blocks of two classes."""
+    """Return an image that is bright where its mask is set, and the mask: two blocks of two
+    classes.
+    """
     rng = np.random.default_rng(seed)
     mask = np.zeros((height, width), np.uint8)
     for value in (1, 2):
@@ -229,7 +233,10 @@ def test_a_mirrored_lesion_changes_sides_in_the_prompt_and_other_words_stay() ->
 
 
 def test_a_dataset_s_own_word_is_not_the_mask_s() -> None:
-    """A reader's `shape` stays though a mask has a shape as well, and its `size`; an equal word is taken for the mask's."""
+    """A reader's `shape` stays though a mask has a shape as well, and its `size`.
+
+    An equal word is taken for the mask's.
+    """
     description = about(templates=("{shape} {size} {place}",))
     mask, moved = placed(4), placed(40)
     before, after = (mask_attributes(one, description.mask_classes) for one in (mask, moved))

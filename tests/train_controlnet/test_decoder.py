@@ -1,4 +1,6 @@
-"""Fine-tuning of the VAE's decoder: what changes, what does not, and that it goes on where it stopped."""
+"""Fine-tuning of the VAE's decoder: what changes, what does not, and that it goes on where it
+stopped.
+"""
 
 import json
 import shutil

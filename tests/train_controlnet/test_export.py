@@ -1,4 +1,6 @@
-"""What lies in `generator/` after a training is what was trained, as diffusers' own classes load it."""
+"""What lies in `generator/` after a training is what was trained, as diffusers' own classes load
+it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,10 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def exported(config: ExperimentConfig, spread: float = 0.2, **settings: Any) -> tuple[DiffusionTask, Path]:
-    """Return a task and the folder that it was exported to; two steps of training, then all trained weights are moved by `spread`."""
+    """Return a task and the folder that it was exported to.
+
+    Two steps of training, then all trained weights are moved by `spread`.
+    """
     plain = {"num_validation_images": 0, "validation_samples": 1, "validation_timestep_bins": 1, "max_train_steps": 2}
     backbone = Path(config.train.pretrained_model_name_or_path)
     config = tiny_config(config.run_folder, backbone, **plain, **settings)

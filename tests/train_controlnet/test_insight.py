@@ -1,4 +1,6 @@
-"""What a training tells about itself: held-out losses, mask adherence, the verdict on the condition, pictures."""
+"""What a training tells about itself: held-out losses, mask adherence, the verdict on the
+condition, pictures.
+"""
 
 import json
 import shutil
@@ -268,7 +270,9 @@ def test_validation_leaves_no_trace(tmp_path: Path, data: Path, backbone: Path) 
 def test_networks_are_as_before_even_if_a_validation_fails(
     tmp_path: Path, data: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What raises here is the sampling of pictures, the innermost of the blocks that change something."""
+    """What raises here is the sampling of pictures, the innermost of the blocks that change
+    something.
+    """
     task = task_of(experiment(tmp_path, data, backbone))
     networks, hooks = dict(task.networks), len(task.parts.controlnet._forward_hooks)
 
@@ -485,7 +489,9 @@ def test_the_report_draws_a_figure_beside_what_it_is_compared_with(tmp_path: Pat
 
 
 def learnt(folder: Path, shuffled: bool) -> list[dict[str, Any]]:
-    """Return the validations of a ControlNet for discs and squares on the small real backbone, 64 x 64, at 50 and 100 steps."""
+    """Return the validations of a ControlNet for discs and squares on the small real backbone, 64 x
+    64, at 50 and 100 steps.
+    """
     write_tiny_run(folder, {}, {"train": 32, "validation": 16}, size=64)
     config = tiny_config(
         folder,
@@ -518,7 +524,9 @@ def learnt(folder: Path, shuffled: bool) -> list[dict[str, Any]]:
 def test_adherence_rises_with_the_right_masks_and_does_not_with_shuffled_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two trainings that differ in `shuffle_conditioning` alone: 0.80 against 0.44 where chance is 0.48 and 0.44."""
+    """Two trainings that differ in `shuffle_conditioning` alone: 0.80 against 0.44 where chance is
+    0.48 and 0.44.
+    """
     half, end = learnt(tmp_path / "right", shuffled=False)
     said = capsys.readouterr().err
     assert end["adherence_real"] > 0.9

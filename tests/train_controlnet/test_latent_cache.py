@@ -1,4 +1,6 @@
-"""The cache: named by its content, whole or made again, shared by processes, and never read where it is stale or damaged."""
+"""The cache: named by its content, whole or made again, shared by processes, and never read where
+it is stale or damaged.
+"""
 
 import pickle
 from pathlib import Path
@@ -51,7 +53,9 @@ def views(dataset: Path) -> Views:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A cache's folder. The one above it, which holds every cache of a run, is marked as MaskLoom's own, so it is not `tmp_path`'s."""
+    """A cache's folder. The one above it, which holds every cache of a run, is marked as MaskLoom's
+    own, so it is not `tmp_path`'s.
+    """
     return tmp_path / "caches" / "digest"
 
 
@@ -141,7 +145,9 @@ def test_an_interrupted_caching_goes_on(views: Views, tmp_path: Path) -> None:
 
 
 def test_processes_share_the_work_whenever_they_look(views: Views, tmp_path: Path) -> None:
-    """The second process begins when the first has ended: it must not take what is missing then for all that there was."""
+    """The second process begins when the first has ended: it must not take what is missing then for
+    all that there was.
+    """
     encoders = [Encoder(), Encoder()]
     for rank in (0, 1):
         fill(tmp_path / "two", views, encoders[rank], rank, 2)

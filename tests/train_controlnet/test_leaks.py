@@ -1,4 +1,6 @@
-"""A dataset whose splits share an image is not trained on, and nothing of an earlier training is touched."""
+"""A dataset whose splits share an image is not trained on, and nothing of an earlier training is
+touched.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""A finished training goes on where more steps are asked for; a refused one leaves everything as it was."""
+"""A finished training goes on where more steps are asked for.
+
+A refused one leaves everything as it was.
+"""
 
 from pathlib import Path
 from string import Template

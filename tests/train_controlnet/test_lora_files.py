@@ -1,4 +1,7 @@
-"""Adapters in kohya's names load as those in diffusers'; a training goes on from either, or says in one line why it cannot."""
+"""Adapters in kohya's names load as those in diffusers'.
+
+A training goes on from either, or says in one line why it cannot.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +105,9 @@ def in_peft_names(weights: Weights) -> Weights:
 
 
 def with_alpha(weights: Weights) -> Weights:
-    """Return kohya's weights with an alpha of a half of the rank, and the second matrices twice as large."""
+    """Return kohya's weights with an alpha of a half of the rank, and the second matrices twice as
+    large.
+    """
     return {
         key: value / 2 if key.endswith(".alpha") else value * 2 if ".lora_up." in key else value
         for key, value in weights.items()

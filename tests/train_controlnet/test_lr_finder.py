@@ -1,4 +1,6 @@
-"""The range test on a tiny training: a sane rate, the same bytes twice, an untouched run folder, and errors."""
+"""The range test on a tiny training: a sane rate, the same bytes twice, an untouched run folder,
+and errors.
+"""
 
 import json
 from pathlib import Path

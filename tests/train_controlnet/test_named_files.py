@@ -1,4 +1,7 @@
-"""The figures of `plan` and `find-lr` go into no file of the user's; that is said before anything is computed."""
+"""The figures of `plan` and `find-lr` go into no file of the user's.
+
+That is said before anything is computed.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""What is trained: for every setting the documented weights change, in float32, and all others keep their bytes."""
+"""What is trained: for every setting the documented weights change, in float32, and all others keep
+their bytes.
+"""
 
 import re
 import shutil
@@ -35,7 +37,8 @@ ATTENTION_ADAPTERS = r".*\.attn[12]\.to_(q|k|v|out\.0)\.lora_[AB]\."
 TEXT_ADAPTERS = r".*\.self_attn\.(q|k|v|out)_proj\.lora_[AB]\."
 DECODER = r"up_blocks\.|conv_norm_out\.|conv_out\."
 
-# Settings -> by network, the names of what is trained; a ControlNet that is not named here has nothing trained.
+# Settings -> by network, the names of what is trained; a ControlNet that is not named here has
+# nothing trained.
 DEPTHS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "full": ({}, {"controlnet": ""}),
     "shallow 1": (
@@ -79,7 +82,10 @@ def controlnet(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def deepened(config: ExperimentConfig, settings: dict[str, Any], controlnet: Path) -> ExperimentConfig:
-    """Return the tiny experiment with these settings, checked as a user's; a frozen ControlNet gets weights."""
+    """Return the tiny experiment with these settings, checked as a user's.
+
+    A frozen ControlNet gets weights.
+    """
     given = {"controlnet_model_name_or_path": str(controlnet)} if settings.get("controlnet") == "frozen" else {}
     backbone = Path(config.train.pretrained_model_name_or_path)
     shared = {"num_validation_images": 0, "validation_samples": 1, "validation_timestep_bins": 1, "use_ema": False}
@@ -106,7 +112,8 @@ def documented(names: Any, patterns: dict[str, str]) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("case", DEPTHS)
 def test_exactly_the_documented_weights_change(config: ExperimentConfig, controlnet: Path, case: str) -> None:
     settings, patterns = DEPTHS[case]
-    # No weight decay: it would move weights that no gradient reaches. A fresh ControlNet's embedding moves last, in the third step.
+    # No weight decay: it would move weights that no gradient reaches. A fresh ControlNet's
+    # embedding moves last, in the third step.
     config = deepened(config, {**settings, "adam_weight_decay": 0.0, "max_train_steps": 5}, controlnet)
     task = new_task(config)
     before = {key: weight.detach().clone() for key, weight in named_weights(task.parts).items()}
@@ -174,7 +181,9 @@ def test_adapters_start_without_effect(config: ExperimentConfig, controlnet: Pat
 def test_adapters_gradients_equal_those_of_a_plain_peft_step(
     config: ExperimentConfig, backbone: Path, alpha: float | None
 ) -> None:
-    """The reference is PEFT's own wrapper around untouched networks, and a loss written after diffusers' LoRA script."""
+    """The reference is PEFT's own wrapper around untouched networks, and a loss written after
+    diffusers' LoRA script.
+    """
     settings = {
         "controlnet": "none", "lora": ["unet", "text_encoder"], "rank": 2, "lora_alpha": alpha, "proportion_empty_prompts": 0.0
     }  # fmt: skip

@@ -1,4 +1,7 @@
-"""The objective against plain formulas, sd-scripts' and diffusers' own; what is left out of prompts and conditioning."""
+"""The objective against plain formulas, sd-scripts' and diffusers' own.
+
+And what condition dropout leaves out of prompts and conditioning images.
+"""
 
 import numpy as np
 import pytest
@@ -66,7 +69,10 @@ def test_min_snr_weights_are_those_of_the_paper(kind: str) -> None:
 
 
 def test_min_snr_weighs_the_same_error_of_the_latents_alike_whatever_is_predicted() -> None:
-    """The paper's point: one weighting, three parametrisations. A latents' error e is e sqrt(SNR) of the noise, e sqrt(SNR + 1) of v."""
+    """The paper's point: one weighting, three parametrisations.
+
+    A latents' error e is e sqrt(SNR) of the noise, e sqrt(SNR + 1) of v.
+    """
     timesteps = torch.tensor([1, 100, 500, 990])
     alpha = scheduler().alphas_cumprod[timesteps]
     snr = alpha / (1 - alpha)
@@ -79,7 +85,9 @@ def test_min_snr_weighs_the_same_error_of_the_latents_alike_whatever_is_predicte
 
 @pytest.mark.parametrize("v_prediction", [False, True])
 def test_debiased_weights_are_those_of_sd_scripts(v_prediction: bool) -> None:
-    """library/custom_train_functions.py: prepare_scheduler_for_custom_training, apply_debiased_estimation."""
+    """library/custom_train_functions.py: prepare_scheduler_for_custom_training,
+    apply_debiased_estimation.
+    """
     schedule = scheduler("v_prediction" if v_prediction else "epsilon")
     timesteps = torch.tensor([0, 1, 10, 300, 999])
     signal, noise = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
@@ -134,7 +142,9 @@ def test_lesion_weights_are_a_cells_share_of_foreground() -> None:
 
 
 def test_lesion_weights_mix_the_plain_loss_with_sd_scripts_masked_loss() -> None:
-    """library/custom_train_functions.py, apply_masked_loss: the error times the mask, resized to the latents by `area`."""
+    """library/custom_train_functions.py, apply_masked_loss: the error times the mask, resized to
+    the latents by `area`.
+    """
     foreground, weight = random_foreground()[:1], 5.0
     prediction, target = torch.randn(1, 4, 4, 6), torch.randn(1, 4, 4, 6)
     errors = functional.mse_loss(prediction, target, reduction="none")

@@ -1,4 +1,6 @@
-"""A training step against a plain one, written after diffusers' examples/controlnet/train_controlnet.py: equal gradients under every switch."""
+"""A training step against a plain one, written after diffusers'
+examples/controlnet/train_controlnet.py: equal gradients under every switch.
+"""
 
 import copy
 import shutil
@@ -35,7 +37,8 @@ CPU = torch.device("cpu")
 POSITIONS = [3, 1, 7, 4]
 TOLERANCE = 1e-5  # of a gradient's norm
 
-# Each names what is switched against the plain step; what the plain step must do alike is read from the same configuration.
+# Each names what is switched against the plain step; what the plain step must do alike is read from
+# the same configuration.
 CASES: dict[str, dict[str, Any]] = {
     "cached moments": {"cache_latents": True},
     "moments encoded anew": {"cache_latents": False},
@@ -72,7 +75,9 @@ def changed(config: ExperimentConfig, **train: Any) -> ExperimentConfig:
 
 
 def made_task(config: ExperimentConfig) -> tuple[DiffusionTask, ControlNetModel]:
-    """Return a task and its ControlNet, whose zero convolutions pass something on: they stop nearly all gradients of a first step."""
+    """Return a task and its ControlNet, whose zero convolutions pass something on: they stop nearly
+    all gradients of a first step.
+    """
     torch.manual_seed(0)
     run = Run(config.run_folder)
     task = build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
@@ -100,7 +105,9 @@ def gradients(task: DiffusionTask, controlnet: ControlNetModel) -> dict[str, Ten
 
 
 def plain_gradients(config: ExperimentConfig, controlnet: ControlNetModel) -> dict[str, Tensor]:
-    """Return those of a step with nothing cached, nothing shared and every formula written out, on a copy of the ControlNet."""
+    """Return those of a step with nothing cached, nothing shared and every formula written out, on
+    a copy of the ControlNet.
+    """
     plain = ControlNetModel.from_config(controlnet.config)
     plain.load_state_dict(controlnet.state_dict())
     plain_loss(config, plain).backward()
@@ -177,7 +184,9 @@ def plain_cell_weights(mask: np.ndarray, weight: float) -> np.ndarray:
 
 
 def plain_timestep_weight(snr: float, kind: str, settings: TrainConfig) -> float:
-    """Return a sample's weight: sd-scripts' (library/custom_train_functions.py), and min-SNR's own for predicted latents."""
+    """Return a sample's weight: sd-scripts' (library/custom_train_functions.py), and min-SNR's own
+    for predicted latents.
+    """
     if settings.snr_gamma is not None:
         smaller = min(snr, settings.snr_gamma)
         return smaller / (snr + 1) if kind == "v_prediction" else smaller / snr if kind == "epsilon" else smaller
@@ -190,7 +199,8 @@ def plain_timestep_weight(snr: float, kind: str, settings: TrainConfig) -> float
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
-        # One text token too few, one latent cell: attention to a single thing has no gradient of its own.
+        # One text token too few, one latent cell: attention to a single thing has no gradient of
+        # its own.
         assert float(gradient.norm()) > 0 or "attn1" in key, f"{key}: the plain step's gradient is zero"
         assert float((found[key] - gradient).norm()) <= tolerance * float(gradient.norm()) + 1e-10, key
 
@@ -276,7 +286,8 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path: Path, backbone: Path) -
     write_tiny_run(tmp_path, {}, {"train": 12})
     weights = {}
     for name, batch, micro in (("whole", 6, 1), ("parts", 2, 3)):
-        # With so large an epsilon a step is nearly linear in the gradient, so that small differences stay small.
+        # With so large an epsilon a step is nearly linear in the gradient, so that small
+        # differences stay small.
         config = tiny_config(
             tmp_path, backbone, train_batch_size=batch, gradient_accumulation_steps=micro, max_train_steps=2, learning_rate=0.1,
             adam_epsilon=1.0, max_grad_norm=1e6, use_ema=False, num_validation_images=0, checkpointing_steps=100,

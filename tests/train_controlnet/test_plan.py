@@ -1,4 +1,7 @@
-"""The planner against what it foretells: real networks, a real step on the CPU, the caches of a real training, Stable Diffusion 1.5."""
+"""The planner's estimates against real networks, a real step on the CPU and real caches.
+
+Among the networks is Stable Diffusion 1.5.
+"""
 
 import gc
 import json
@@ -89,7 +92,10 @@ def tensors(task: DiffusionTask) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_keeps_what_a_real_one_keeps(config: ExperimentConfig, kind: str) -> None:
-    """Bytes alive when the backward pass begins and at the highest moment; and what autograd itself says that it saves."""
+    """Bytes alive when the backward pass begins and at the highest moment.
+
+    And what autograd itself says that it saves.
+    """
     config = changed(config, **KINDS[kind], train_batch_size=4)
     run = Run(config.run_folder)
     task = build_task(config, run, MaskPromptDataset.open(run.dataset), Accelerator(cpu=True))
@@ -181,7 +187,9 @@ def test_memory_that_is_given_back_no_longer_counts() -> None:
 def test_stable_diffusion_takes_what_was_measured(
     tmp_path: Path, sd15: Path, switches: dict[str, bool], controlnet: float, unet: float
 ) -> None:
-    """512 x 512, 4 images, fp16: GiB of activations and weights as measured with diffusers' own script."""
+    """512 x 512, 4 images, fp16: GiB of activations and weights as measured with diffusers' own
+    script.
+    """
     config = tiny_config(tmp_path, sd15, train_batch_size=4, mixed_precision="fp16", use_ema=False, **switches)
     config = config.model_copy(update={"data": config.data.model_copy(update={"image_size": (512, 512)})})
     plan = Planner(config).plan(config.train)
@@ -274,7 +282,9 @@ def test_the_cheapest_switches_are_found_by_planning(tmp_path: Path, backbone: P
 
 
 def test_in_the_end_less_is_trained(tmp_path: Path, backbone: Path) -> None:
-    """Each of the last switches alone: a ControlNet in part, then its adapters, then only its connections."""
+    """Each of the last switches alone: a ControlNet in part, then its adapters, then only its
+    connections.
+    """
     config = large_images(tmp_path, backbone, **EXHAUSTED, cache_latents=False)
     planner = Planner(config)
     found = cheapest_fit(planner, config.train, planner.plan(config.train).needed - 1)

@@ -1,4 +1,7 @@
-"""Prompts beyond the text encoder's limit: told before the first step, by every command; with chunks read whole and alike everywhere."""
+"""Prompts beyond the text encoder's limit: told before the first step, by every command.
+
+With chunks they are read whole, and alike everywhere.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""A training that was cut off and goes on writes the same bytes as one that never stopped; what cannot go on is told."""
+"""A training that was cut off and goes on writes the same bytes as one that never stopped.
+
+What cannot go on is told.
+"""
 
 import json
 import shutil
@@ -227,7 +230,9 @@ def test_a_given_checkpoint_is_taken_and_a_missing_one_told(tmp_path: Path, whol
 
 
 def kill_when(command: Command, seen: Callable[[], bool]) -> None:
-    """Kill -9 a process and its children, as a machine that goes down, at the moment when something is seen."""
+    """Kill -9 a process and its children, as a machine that goes down, at the moment when something
+    is seen.
+    """
     end = time.monotonic() + 200
     while not seen() and command.poll() is None and time.monotonic() < end:
         time.sleep(0.001)

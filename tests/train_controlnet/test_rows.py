@@ -1,4 +1,6 @@
-"""Rows as tensors: copies, sizes, masks that are missing, and the control experiment's wrong partners."""
+"""Rows as tensors: copies, sizes, masks that are missing, and the control experiment's wrong
+partners.
+"""
 
 from dataclasses import replace
 from pathlib import Path

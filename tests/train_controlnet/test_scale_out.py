@@ -1,4 +1,6 @@
-"""One device or many: the same weights, the files of engines and clusters, mixed precision through the whole stage."""
+"""One device or many: the same weights, the files of engines and clusters, mixed precision through
+the whole stage.
+"""
 
 import json
 import os
@@ -45,9 +47,11 @@ def exported(run: Path) -> dict[str, Tensor]:
 
 
 def assert_equal_up_to_rounding(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Float32 gradients are added in another order: on average a thousandth of a step of Adam (the learning rate) at most.
+    """Float32 gradients are added in another order: on average a thousandth of a step of Adam (the
+    learning rate) at most.
 
-    Adam divides a gradient by its size, so where all of it is rounding a step goes anywhere; such weights are few.
+    Adam divides a gradient by its size, so where all of it is rounding a step goes anywhere; such
+    weights are few.
     """
     assert found.keys() == expected.keys()
     difference = torch.cat([(found[key] - expected[key]).abs().flatten() for key in expected])
@@ -146,7 +150,7 @@ PROGRAMS = {
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """Return the environment of a job on a cluster whose programs only note how they were called."""
+    """Return the environment of a cluster job whose programs only note how they were called."""
     for name, body in PROGRAMS.items():
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -198,7 +202,9 @@ def test_a_job_on_several_nodes(tmp_path: Path, cluster: dict[str, str]) -> None
 def test_a_job_that_must_stop_ends_its_processes_and_goes_back_to_the_queue(
     tmp_path: Path, cluster: dict[str, str], script: str, number: int
 ) -> None:
-    """accelerate's launcher on one node takes no notice of SIGTERM here: it would end before the training has saved."""
+    """accelerate's launcher on one node takes no notice of SIGTERM here: it would end before the
+    training has saved.
+    """
     training = """python3 -c 'import signal as s; s.pthread_sigmask(s.SIG_BLOCK, [s.SIGTERM]); open("runs", "w"); s.sigwait([s.SIGTERM]); open("saved", "w")'"""
     body = f"trap : TERM\n{training} &\nwait\nwait" if script == "train.sh" else f"exec {training}"
     (tmp_path / "bin" / "python").write_text(f"#!/usr/bin/env bash\n{body}\n")

@@ -1,4 +1,6 @@
-"""Images that are not square, and of several sizes (buckets): from raw files to training, generation and evaluation."""
+"""Images that are not square, and of several sizes (buckets): from raw files to training,
+generation and evaluation.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -130,7 +130,9 @@ def test_training_goes_on_from_given_weights(config: ExperimentConfig) -> None:
 def test_a_killed_training_ends_with_the_same_bytes(
     tmp_path: Path, dataset: Path, backbone: Path, moments: tuple[float, float]
 ) -> None:
-    """Kill -9 while loading, caching or training, twice each (shares of a whole training's seconds), then let it end."""
+    """Kill -9 while loading, caching or training, twice each (shares of a whole training's
+    seconds), then let it end.
+    """
     runs = {name: tmp_path / name for name in ("whole", "killed")}
     for run in runs.values():
         run.mkdir()
@@ -157,7 +159,9 @@ def finish(config: Path) -> None:
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path, dataset: Path, backbone: Path) -> None:
-    """Same global batch, half of it on each process: equal up to the order in which gradients are added."""
+    """Same global batch, half of it on each process: equal up to the order in which gradients are
+    added.
+    """
     for name, batch in (("one", 4), ("two", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "dataset").symlink_to(dataset)

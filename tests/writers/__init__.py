@@ -1,7 +1,8 @@
 """Writers of tiny raw datasets, one a dataset that needs a raw folder: `tests/writers/NAME.py`.
 
-Each has `write_raw(folder)`, which writes at least 12 samples in exactly the dataset's raw layout (same bytes on each call), and `FLAWS`, at
-least eight ways in which such a folder can be damaged. Optional: `OPTIONS`, the adapter's options that fit what is written.
+Each has `write_raw(folder)`, which writes at least 12 samples in exactly the dataset's raw layout
+(same bytes on each call), and `FLAWS`, at least eight ways in which such a folder can be damaged.
+Optional: `OPTIONS`, the adapter's options that fit what is written.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,9 @@ class Flaw:
 
     Attributes:
         damage: changes the folder that `write_raw` wrote, in place.
-        says: regular expression that must be found in the error that ends the work, or in the reason of a reject; None where the oddity
-            must be taken in its stride (a path with spaces or other scripts): nothing may then be rejected beyond what was before.
+        says: regular expression that must be found in the error that ends the work, or in the
+            reason of a reject; None where the oddity must be taken in its stride (a path with
+            spaces or other scripts): nothing may then be rejected beyond what was before.
     """
 
     damage: Callable[[Path], object]

@@ -1,4 +1,6 @@
-"""A tiny ACDC: hearts drawn as a ring with a crescent beside it, in the release's tree, with its sform of unit scales."""
+"""A tiny ACDC: hearts drawn as a ring with a crescent beside it, in the release's tree, with its
+sform of unit scales.
+"""
 
 import shutil
 from pathlib import Path
@@ -22,7 +24,8 @@ def frames_of(patient: int) -> tuple[int, int]:
 def drawn(patient: int, phase: str) -> tuple[np.ndarray, np.ndarray]:
     """Return image (slices, H, W) uint16 and mask uint8 as they are to be seen.
 
-    The slices run from the apex (1) to the base (5); slice 0 lies beyond the apex and has no label, slice 1 no right ventricle.
+    The slices run from the apex (1) to the base (5); slice 0 lies beyond the apex and has no label,
+    slice 1 no right ventricle.
     """
     rng = np.random.default_rng([patient, phase == "ED"])
     rows, columns = np.mgrid[: SHAPE[1], : SHAPE[2]]
@@ -41,7 +44,9 @@ def drawn(patient: int, phase: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unit_sform(header) -> None:
-    """The release's headers: the qform has the spacing, the sform only the directions, neither an origin."""
+    """The release's headers: the qform has the spacing, the sform only the directions, neither an
+    origin.
+    """
     header["qoffset_x"] = header["qoffset_y"] = header["qoffset_z"] = 0
     header["sform_code"] = header["qform_code"] = 1
     header["srow_x"], header["srow_y"], header["srow_z"] = (-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, 1, 0)
@@ -66,7 +71,10 @@ def write_patient(folder: Path, patient: int, group: str | None = None) -> None:
 
 
 def write_raw(folder: Path) -> list[Path]:
-    """Write 13 patients, 10 of them for training, with 5 labelled slices in each of 2 phases; return the patients' folders."""
+    """Write 13 patients, 10 of them for training, with 5 labelled slices in each of 2 phases.
+
+    Return the patients' folders.
+    """
     patients = (*TRAINING, *TESTING)
     for patient in patients:
         write_patient(folder, patient)

@@ -1,4 +1,7 @@
-"""A tiny BraTS: skull-stripped discs with a tumour of three parts, in the layout of 2021; other releases by `write_case`."""
+"""A tiny BraTS: skull-stripped discs with a tumour of three parts, in the layout of 2021.
+
+`write_case` writes other releases.
+"""
 
 import shutil
 from pathlib import Path
@@ -18,7 +21,8 @@ CASES = 12
 
 
 def drawn(number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return the sequences (slices, H, W) int16 and the mask of class indices uint8, as they are to be seen.
+    """Return the sequences (slices, H, W) int16 and the mask of class indices uint8, as they are to
+    be seen.
 
     Brain is in slices 1..7, tumour in 2..6; its largest cross-section lies in slice 4.
     """

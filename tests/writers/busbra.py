@@ -1,4 +1,6 @@
-"""A tiny BUS-BRA: two views of eight phantoms and one of six, their masks, and the tables of cases and folds."""
+"""A tiny BUS-BRA: two views of eight phantoms and one of six, their masks, and the tables of cases
+and folds.
+"""
 
 import csv
 import shutil
@@ -73,7 +75,9 @@ def bus_data() -> Table:
 
 
 def fold_data(folds: int) -> Table:
-    """Return the table of folds with its header: valid_K is 1 for train, 0 for validation, NaN for the test fold itself."""
+    """Return the table of folds with its header: valid_K is 1 for train, 0 for validation, NaN for
+    the test fold itself.
+    """
     numbers = range(1, folds + 1)
     table = [["ID", "Pathology", "kFold", *(f"valid_{number}" for number in numbers)]]
     for case, view in listed():

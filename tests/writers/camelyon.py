@@ -1,4 +1,6 @@
-"""A tiny CAMELYON16 and CAMELYON17 side by side: tiled TIFFs with a pyramid, as OpenSlide opens them, with ASAP annotations and tables."""
+"""A tiny CAMELYON16 and CAMELYON17 side by side: tiled TIFFs with a pyramid, as OpenSlide opens
+them, with ASAP annotations and tables.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -112,7 +114,10 @@ def level_0(name: str) -> np.ndarray:
 
 
 def asap_xml(annotations: list[tuple[str, str, np.ndarray]]) -> str:
-    """Return an ASAP file of (name, group, outline); its coordinates are not in order, but numbered."""
+    """Return an ASAP file of (name, group, outline).
+
+    Its coordinates are not in order, but numbered.
+    """
     lines = ['<?xml version="1.0"?>', "<ASAP_Annotations>", "\t<Annotations>"]
     for name, group, points in annotations:
         lines.append(f'\t\t<Annotation Name="{name}" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58">')

@@ -1,4 +1,6 @@
-"""Tiny DICOM files with everything in them that must not get out: names, numbers, dates, UIDs, in tags and in paths."""
+"""Tiny DICOM files with everything in them that must not get out: names, numbers, dates, UIDs, in
+tags and in paths.
+"""
 
 import shutil
 import struct
@@ -58,7 +60,10 @@ def hounsfield(patient: int, number: int) -> np.ndarray:
 
 
 def dataset(patient: int = 0, number: int = 0, pixels: np.ndarray | None = None, **tags) -> FileDataset:
-    """Return a CT slice in the DICOM file format, its pixels stored as Hounsfield units + 1024; `tags` change it, None removes one."""
+    """Return a CT slice in the DICOM file format, its pixels stored as Hounsfield units + 1024.
+
+    `tags` change it, None removes one.
+    """
     pixels = hounsfield(patient, number).astype(np.uint16) + 1024 if pixels is None else pixels
     syntax = tags.pop("TransferSyntaxUID", ExplicitVRLittleEndian)
     meta = FileMetaDataset()
@@ -144,7 +149,9 @@ def claim(path: Path, tag: tuple[int, int], value: int) -> None:
 
 
 def relabel_syntax(path: Path, uid: str) -> None:
-    """State another transfer syntax than the one that the file is in, of the same or a shorter name."""
+    """State another transfer syntax than the one that the file is in, of the same or a shorter
+    name.
+    """
     data = path.read_bytes()
     start = data.index(struct.pack("<HH2s", 2, 0x10, b"UI")) + 8
     length = struct.unpack("<H", data[start - 2 : start])[0]

@@ -1,6 +1,8 @@
-"""A folder of somebody's own: images of every format, label maps beside them, classes as folders and patients in the names.
+"""A folder of somebody's own: images of every format, label maps beside them, classes as folders
+and patients in the names.
 
-images/benign/p01_1.png ... masks/benign/p01_1.png; a mask has the values 0 (background), 128 (liver) and 255 (tumour).
+images/benign/p01_1.png ... masks/benign/p01_1.png; a mask has the values 0 (background), 128
+(liver) and 255 (tumour).
 """
 
 import shutil
@@ -91,7 +93,7 @@ def _bomb(path: Path) -> None:
 
 
 def _third_view(folder: Path, suffix: str) -> Path:
-    """Give the patient of `normal` a mask for a third image, and return where that image belongs."""
+    """Give the patient of `normal` a mask for a third image; return where that image belongs."""
     shutil.copy(folder / "masks/normal/p02_1.png", folder / "masks/normal/p02_3.png")
     return folder / f"images/normal/p02_3{suffix}"
 

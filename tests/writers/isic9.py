@@ -1,4 +1,6 @@
-"""A tiny "Skin cancer ISIC": three Train images and one Test image a class, each a blotch on mottled skin; one grey, one CMYK."""
+"""A tiny "Skin cancer ISIC": three Train images and one Test image a class, each a blotch on
+mottled skin; one grey, one CMYK.
+"""
 
 import shutil
 from functools import cache

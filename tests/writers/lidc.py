@@ -1,4 +1,7 @@
-"""Both tiny trees of LIDC: a chest drawn in ellipses, with a nodule in one lung. The contract tests read the masks tree."""
+"""Both tiny trees of LIDC: a chest drawn in ellipses, with a nodule in one lung.
+
+The contract tests read the masks tree.
+"""
 
 import shutil
 from pathlib import Path
@@ -63,7 +66,9 @@ def array_files(folder: Path, patient: int, nodule: int, number: int, clean: boo
 
 
 def standardised(patient: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image of the nodule tree, (SIDE, SIDE) float64, 0 outside the lung, and where the nodule is."""
+    """Return an image of the nodule tree, (SIDE, SIDE) float64, 0 outside the lung, and where the
+    nodule is.
+    """
     image, lung, nodule = anatomy(patient, number)
     return np.where(lung, (image - 100.0) / 60, 0.0), nodule & lung
 
@@ -74,7 +79,7 @@ def malignancy(patient: int) -> int:
 
 
 def write_nodule_tree(folder: Path) -> None:
-    """Write the nodule tree: 12 slices of 6 patients with a nodule, 6 of 3 without, and the table."""
+    """Write the nodule tree: 12 slices of 6 patients with a nodule, 6 of 3 without, and a table."""
     rows = ["patient_id,nodule_no,slice_no,original_image,mask_image,malignancy,is_cancer,is_clean"]
     slices = [(p, 0, n, False) for p in NODULE_PATIENTS for n in range(2)] + [
         (p, 1, n, True) for p in CLEAN_PATIENTS for n in range(2)

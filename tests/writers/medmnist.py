@@ -1,4 +1,6 @@
-"""A tiny MedMNIST: BloodMNIST at 28 x 28 with 8 train, 4 validation and 4 test images, each cell a disc of its own."""
+"""A tiny MedMNIST: BloodMNIST at 28 x 28 with 8 train, 4 validation and 4 test images, each cell a
+disc of its own.
+"""
 
 import io
 import struct
@@ -16,7 +18,10 @@ CLASSES = 8
 
 
 def arrays(channels: int = 3, size: int = 28) -> dict[str, np.ndarray]:
-    """Return the arrays of a file in the order of the releases; row r of a split shows class r modulo 8."""
+    """Return the arrays of a file in the order of the releases.
+
+    Row r of a split shows class r modulo 8.
+    """
     rng = np.random.default_rng(0)
     found = {}
     for split, rows in ROWS.items():

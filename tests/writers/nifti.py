@@ -1,4 +1,6 @@
-"""Writes NIfTI files whose pictures are known: arrays are given as they are to be seen, and stored in any orientation."""
+"""Writes NIfTI files whose pictures are known: arrays are given as they are to be seen, and stored
+in any orientation.
+"""
 
 import gzip
 from collections.abc import Callable
@@ -13,12 +15,14 @@ def stored(seen, spacing, orientation="LPS", origin=(-90.0, -126.0, -72.0)):
     """Return voxels and affine of axial pictures.
 
     Args:
-        seen: (slices, H, W), from the feet to the head; anterior up, the patient's right at the left of the picture.
+        seen: (slices, H, W), from the feet to the head; anterior up, the patient's right at the
+            left of the picture.
         spacing: mm along right, anterior and superior.
         orientation: where the axes of the stored array point to.
         origin: where voxel 0 of the canonical volume lies.
     """
-    # A picture's column 0 is farthest to the right, its row 0 farthest to the front: canonical axes run against both.
+    # A picture's column 0 is farthest to the right, its row 0 farthest to the front: canonical axes
+    # run against both.
     canonical = np.transpose(seen[:, ::-1, ::-1], (2, 1, 0))
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = origin
@@ -27,7 +31,10 @@ def stored(seen, spacing, orientation="LPS", origin=(-90.0, -126.0, -72.0)):
 
 
 def write(path: Path, voxels: np.ndarray, affine: np.ndarray, edit: Callable | None = None) -> Path:
-    """Write a file; `edit` changes the header last. Compressed if its name says so; no time stamp."""
+    """Write a file; `edit` changes the header last.
+
+    Compressed if its name says so; no time stamp.
+    """
     header = nibabel.Nifti1Image(voxels, affine, dtype=voxels.dtype).header
     header.set_xyzt_units("mm")
     return _save(path, header, voxels, edit)

@@ -1,4 +1,7 @@
-"""A tiny PanNuke: three folds of five 24 x 24 patches in the folders of the release; the folds differ in dtype, as copies do."""
+"""A tiny PanNuke: three folds of five 24 x 24 patches in the folders of the release.
+
+The folds differ in dtype, as copies do.
+"""
 
 import struct
 from collections.abc import Callable
@@ -35,7 +38,10 @@ class Drawn:
 
 
 def drawn(fold: int) -> Drawn:
-    """Paint kind after kind: nuclei of some kinds as discs, two of them touching; the first patch of a fold has none."""
+    """Paint kind after kind: nuclei of some kinds as discs, two of them touching.
+
+    The first patch of a fold has none.
+    """
     rng = np.random.default_rng(fold)
     images = np.zeros((PATCHES, SIZE, SIZE, 3), np.uint8)
     instances = np.zeros((PATCHES, SIZE, SIZE, KINDS), np.uint8)
@@ -111,7 +117,7 @@ def _truncate(path: Path) -> None:
 
 
 def _claim_rows(path: Path) -> None:
-    """Let the header say a million times as many patches as there are, at the cost of its padding."""
+    """Let the header say a million times as many patches as there are, in place of its padding."""
     data = path.read_bytes()
     end = 10 + struct.unpack("<H", data[8:10])[0]
     header = data[10:end].replace(b"(5,", b"(5000000,").rstrip()

@@ -1,4 +1,6 @@
-"""The content audit: planted duplicates, conflicts and distributions are found as planted, and clean datasets give no alarm."""
+"""The content audit: planted duplicates, conflicts and distributions are found as planted, and
+clean datasets give no alarm.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""The contact sheet: which images it shows, what it draws, and that the page is bounded, escaped and needs nothing from outside."""
+"""The contact sheet: which images it shows, what it draws, and that the page is bounded, escaped
+and needs nothing from outside.
+"""
 
 import base64
 import io

@@ -253,7 +253,8 @@ def test_image_and_mask_are_resampled_alike(one):
     write(at(one, suffix="_gt"), *stored(mask, SPACING))
     for raw in loaded(one, spacing_mm=1.0):
         different = (raw.image > 500) != (raw.mask > 0)
-        # Cubic interpolation rounds the corners of 6 x 5 mm voxels; a shift of half a voxel would change far more.
+        # Cubic interpolation rounds the corners of 6 x 5 mm voxels; a shift of half a voxel would
+        # change far more.
         assert different.sum() < 0.12 * (raw.mask > 0).sum()
 
 

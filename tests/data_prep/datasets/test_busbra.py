@@ -133,7 +133,9 @@ def test_no_case_of_the_folds_lies_in_two_splits(raw):
 
 
 def drawn_per_image(folds):
-    """Return the table of folds as the release has it: of some cases one view is validation and the other is not."""
+    """Return the table of folds as the release has it: of some cases one view is validation and the
+    other is not.
+    """
     table = fold_data(folds)
     views = [row[0] for row in table]
     for identity, valid in (("bus_0003-l", "0"), ("bus_0003-r", "1"), ("bus_0004-l", "1"), ("bus_0004-r", "0")):

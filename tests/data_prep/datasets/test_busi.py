@@ -36,7 +36,9 @@ def save(path, pixels, mode="L"):
 
 
 def one_image(folder, masks, size=(40, 50)):
-    """Write one benign image with masks by file-name suffix, and return the adapter and its only item."""
+    """Write one benign image with masks by file-name suffix, and return the adapter and its only
+    item.
+    """
     save(folder / "benign" / "benign (1).png", np.full(size, 90, np.uint8), "RGB")
     for suffix, (pixels, mode) in masks.items():
         save(folder / "benign" / f"benign (1){suffix}.png", pixels, mode)

@@ -119,7 +119,8 @@ def test_masks_are_drawn_at_any_resolution(intact, options, step):
         assert raw.image.shape == (40, 40, 3) and raw.image.dtype == np.uint8
         np.testing.assert_array_equal(raw.mask, tumour_at("tumor_001", x, y, step, 40))
         assert x + 40 * step <= WIDTH + 1e-6 and y + 40 * step <= HEIGHT + 1e-6
-        # The writer drew nuclei of a darker colour around places in the tumour, up to 6 pixels of level 0 away from them.
+        # The writer drew nuclei of a darker colour around places in the tumour, up to 6 pixels of
+        # level 0 away from them.
         dark = raw.image[..., 1] < 50
         reach = math.ceil(7 / step)
         around = tumour_at("tumor_001", x - reach * step, y - reach * step, step, 40 + 2 * reach)

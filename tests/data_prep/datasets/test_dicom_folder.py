@@ -101,7 +101,8 @@ def test_pixels_are_rescaled_and_shown_in_the_files_first_window(raw):
         for number in range(2):
             shown = by_file[at(raw, patient, number)]
             np.testing.assert_array_equal(shown.image, hounsfield(patient, number))
-            # PS3.3 C.11.2.1.2.1 with center -600, width 1500: from c - 0.5 - (w - 1) / 2 to c - 0.5 + (w - 1) / 2
+            # PS3.3 C.11.2.1.2.1 with center -600, width 1500: from c - 0.5 - (w - 1) / 2
+            # to c - 0.5 + (w - 1) / 2
             assert shown.value_range == (-1350.0, 149.0) and shown.mask is None
 
 
@@ -623,7 +624,7 @@ def test_options_that_make_no_sense(options):
 
 
 def identifying(folder: Path) -> set[str]:
-    """Every value that tells who is in the raw files of the writer, and the parts of their paths."""
+    """Every identifying value in the raw files of the writer, and the parts of their paths."""
     found = {UID_ROOT, "1930"}
     for patient in range(len(PATIENTS)):
         found |= set(patient_tags(patient).values()) | set(PATIENTS[patient].split("^"))

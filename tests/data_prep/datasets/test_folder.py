@@ -1,4 +1,7 @@
-"""The dataset `folder`: patterns, tables, classes, patients, splits and mask values; what is drawn is what is read."""
+"""The dataset `folder`: patterns, tables, classes, patients, splits and mask values.
+
+What is drawn is what is read.
+"""
 
 import os
 import pickle

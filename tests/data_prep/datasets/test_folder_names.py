@@ -1,4 +1,6 @@
-"""The dataset `folder` finds files by names as they look: accents, spaces, letter case and back-slashes, in tables, patterns and folders."""
+"""The dataset `folder` finds files by names as they look: accents, spaces, letter case and
+back-slashes, in tables, patterns and folders.
+"""
 
 import os
 import unicodedata

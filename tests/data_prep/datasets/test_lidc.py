@@ -222,7 +222,9 @@ def test_a_table_that_cannot_be_trusted_ends_the_work(nodule_tree, old, new, mes
 
 
 def test_a_table_of_one_value_per_row_is_told(nodule_tree):
-    """As pandas' concat along the wrong axis writes it: every value in a row of its own, in the last column."""
+    """As pandas' concat along the wrong axis writes it: every value in a row of its own, in the
+    last column.
+    """
     table = nodule_tree / NODULE_ROOT / "Meta" / "meta_info.csv"
     header, *rows = table.read_text().splitlines()
     values = [value for row in rows for value in row.split(",")]

@@ -35,7 +35,9 @@ def listed(folder, **options):
 
 
 def write_set(folder, flag, classes, size=28, width=1):
-    """Write a file of a set with grey or colour images whose labels run through all classes, and return its arrays."""
+    """Write a file of a set with grey or colour images whose labels run through all classes, and
+    return its arrays.
+    """
     content = arrays(SETS[flag].channels, size)
     for name, rows in ROWS.items():
         content[f"{name}_labels"] = (np.arange(rows * width).reshape(rows, width) % classes).astype(np.uint8)
@@ -44,7 +46,9 @@ def write_set(folder, flag, classes, size=28, width=1):
 
 
 def write_chest(folder, findings):
-    """Write ChestMNIST whose first train images have the given findings (indices), and all others none."""
+    """Write ChestMNIST whose first train images have the given findings (indices), and all others
+    none.
+    """
     content = arrays(channels=1)
     for name, rows in ROWS.items():
         content[f"{name}_labels"] = np.zeros((rows, 14), np.uint8)
@@ -99,7 +103,7 @@ def test_each_set(tmp_path, flag):
     assert adapter(tmp_path, flag=flag).info() == info
 
 
-# Task, channels and number of classes of each set as its paper gives them (Yang et al. 2023, table 2).
+# Task, channels and number of classes of each set, from table 2 of Yang et al. 2023.
 @pytest.mark.parametrize(
     ("flag", "channels", "classes"),
     [

@@ -1,4 +1,6 @@
-"""The breast ultrasound phantom: deterministic, with the physics that tells its classes apart, and in BUSI's layout."""
+"""The breast ultrasound phantom: deterministic, with the physics that tells its classes apart, and
+in BUSI's layout.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Where only the files of a folder are read, a folder in it is a reject: what lies there is not left out silently."""
+"""Where only the files of a folder are read, a folder in it is a reject: what lies there is not
+left out silently.
+"""
 
 import importlib
 import shutil

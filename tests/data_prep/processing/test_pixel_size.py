@@ -1,4 +1,4 @@
-"""What is round is round in the dataset, whatever the distances between rows and between columns."""
+"""What is round is round in the dataset, whatever the distances between rows and columns."""
 
 from dataclasses import replace
 

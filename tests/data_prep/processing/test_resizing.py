@@ -33,7 +33,8 @@ def test_geometry_keeps_the_aspect_unless_told_to_stretch(height, width, target,
     if mode == "crop":
         assert vertical == pytest.approx(horizontal)
     if mode == "pad":
-        # The sides of the result are whole pixels, so each scale is off by at most half a pixel (or up to one pixel in all).
+        # The sides of the result are whole pixels, so each scale is off by at most half a pixel (or
+        # up to one pixel in all).
         assert abs(vertical - horizontal) <= 0.5 / height + 0.5 / width + 1 / min(height, width) * (1 in size)
 
 
@@ -56,7 +57,8 @@ def test_image_and_mask_are_aligned(height, width, mode, seed):
     top, left = random.integers(0, height // 2), random.integers(0, width // 2)
     mask[top : top + height // 2, left : left + width // 2] = 1
     image, small, _ = resized(RawImage(mask * np.uint8(255), mask), (64, 64), mode, 1)
-    # Away from the edge of the square, where antialiasing mixes, the white image and the mask agree exactly.
+    # Away from the edge of the square, where antialiasing mixes, the white image and the mask agree
+    # exactly.
     certain = (image < 40) | (image > 215)
     np.testing.assert_array_equal((image > 127)[certain], small[certain] == 1)
     assert certain.mean() > 0.5

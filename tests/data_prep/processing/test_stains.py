@@ -1,4 +1,6 @@
-"""Stain normalisation, on tiles whose stains and their amounts are known, and against implementations of its own."""
+"""Stain normalisation, on tiles whose stains and their amounts are known, and against
+implementations of its own.
+"""
 
 import pickle
 import subprocess
@@ -26,7 +28,9 @@ OTHER = OTHER / np.linalg.norm(OTHER, axis=0)
 
 
 def tile(seed: int, stains: NDArray[np.float64] = PUBLISHED, strength: float = 1.0, tissue: float = 1.0) -> Tile:
-    """Return a tile (128, 128, 3) with smooth amounts of two stains in its upper part, white below, and camera noise."""
+    """Return a tile (128, 128, 3) with smooth amounts of two stains in its upper part, white below,
+    and camera noise.
+    """
     random = np.random.default_rng(seed)
 
     def amounts(middle: float, spread: float, blur: float) -> NDArray[np.float64]:
@@ -65,7 +69,9 @@ def stains_by_hand(image: Tile) -> tuple[NDArray[np.float64], NDArray[np.float64
 
 
 def reinhard_by_hand(image: Tile, reference: Tile) -> NDArray[np.float64]:
-    """Return an image with the reference's mean and deviation in L*a*b* (Reinhard et al. 2001; scikit-image)."""
+    """Return an image with the reference's mean and deviation in L*a*b* (Reinhard et al. 2001;
+    scikit-image).
+    """
     lab, target = rgb2lab(image), rgb2lab(reference)
     moved = (lab - lab.mean(axis=(0, 1))) / lab.std(axis=(0, 1)) * target.std(axis=(0, 1)) + target.mean(axis=(0, 1))
     return lab2rgb(moved) * 255
@@ -110,7 +116,9 @@ def test_an_image_that_is_its_own_reference_stays(tmp_path: Path, method: str):
 
 @pytest.mark.parametrize("method", ["macenko", "reinhard"])
 def test_another_laboratorys_stain_is_removed(tmp_path: Path, method: str):
-    """The same tissue, stained otherwise and more weakly, becomes nearly what it is with the reference's stains."""
+    """The same tissue, stained otherwise and more weakly, becomes nearly what it is with the
+    reference's stains.
+    """
     normaliser = stain_normaliser(StainConfig(method=method, reference=saved(tmp_path, tile(0))))
     ours, theirs = tile(1), tile(1, OTHER, strength=0.7)
     assert distance(theirs, ours) > 20

@@ -1,4 +1,7 @@
-"""Every kind of image file comes out as the array that was written, or is rejected; whatever Pillow would reduce, invert or cut is not."""
+"""Every kind of image file comes out as the array that was written, or is rejected.
+
+Whatever Pillow would reduce, invert or cut is not.
+"""
 
 import io
 import re

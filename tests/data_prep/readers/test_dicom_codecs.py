@@ -1,4 +1,6 @@
-"""Every compression of DICOM that pydicom's own examples use is read, or its reason names the compression."""
+"""Every compression of DICOM that pydicom's own examples use is read, or its reason names the
+compression.
+"""
 
 import warnings
 from pathlib import Path
@@ -105,7 +107,7 @@ def test_jpeg_extended_of_pydicoms_examples_shows_what_the_other_copy_shows():
 
 
 def test_every_example_of_pydicom_is_read_or_its_reason_says_why():
-    """No reason is the bare name of an exception where the compression is what is not understood."""
+    """No reason is the bare name of an exception if the compression is not understood."""
     read_files, reasons = 0, {}
     for path in sorted(p for p in Path(data_manager.DATA_ROOT).rglob("*") if p.is_file() and is_dicom(p)):
         with warnings.catch_warnings():

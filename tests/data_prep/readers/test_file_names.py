@@ -1,4 +1,7 @@
-"""Names that look alike count as one; what a screen cannot show is escaped; what file managers leave behind is ignored."""
+"""Names that look alike count as one; what a screen cannot show is escaped.
+
+What file managers leave behind is ignored.
+"""
 
 import json
 import os

@@ -30,7 +30,9 @@ MEBIBYTE = 2**20
 
 
 def with_marker(path, orientation):
-    """Write a volume whose only bright voxel is at the patient's left (second from the left), front (second) and third from the feet."""
+    """Write a volume whose only bright voxel is at the patient's left (second from the left), front
+    (second) and third from the feet.
+    """
     voxels, affine = stored(np.zeros((SHAPE[2], SHAPE[1], SHAPE[0]), np.int16), SPACING, orientation)
     world = np.array([-90.0, -126.0, -72.0]) + np.array([1, 6, 2]) * SPACING
     voxels[tuple(np.rint(np.linalg.inv(affine) @ (*world, 1))[:3].astype(int))] = 1000
@@ -58,7 +60,8 @@ def test_a_marker_lands_where_a_radiologist_expects_it(tmp_path, orientation):
     volume = read_volume(with_marker(tmp_path / "v.nii.gz", orientation))
     assert volume.values.shape == SHAPE and volume.spacing == pytest.approx(SPACING)
     axial, coronal, sagittal = (volume.picture(*cut) for cut in ((AXIAL, 2), (CORONAL, 6), (SAGITTAL, 1)))
-    # Left of the patient is right in the picture, front and head are up; a sagittal picture faces left.
+    # Left of the patient is right in the picture, front and head are up; a sagittal picture faces
+    # left.
     assert axial.shape == (8, 6) and np.argwhere(axial).tolist() == [[1, 4]]
     assert coronal.shape == (4, 6) and np.argwhere(coronal).tolist() == [[1, 4]]
     assert sagittal.shape == (4, 8) and np.argwhere(sagittal).tolist() == [[1, 1]]

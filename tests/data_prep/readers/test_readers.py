@@ -1,4 +1,6 @@
-"""Every reader: what it returns, and that whatever is wrong with a file is a reject that names the file and not its folder."""
+"""Every reader: what it returns, and that whatever is wrong with a file is a reject that names the
+file and not its folder.
+"""
 
 import pickle
 import struct

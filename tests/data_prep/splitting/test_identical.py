@@ -1,4 +1,6 @@
-"""Identical pixels are looked for in every dataset: groups that share them become one, and a published test split stays what it is."""
+"""Identical pixels are looked for in every dataset: groups that share them become one, and a
+published test split stays what it is.
+"""
 
 import json
 
@@ -33,7 +35,10 @@ def picture(seed):
 
 @pytest.fixture
 def raw(tmp_path):
-    """Six patients of the training folder and two of the test folder, two images each; all images differ."""
+    """Six patients of the training folder and two of the test folder, two images each.
+
+    All images differ.
+    """
     folder = tmp_path / "raw"
     for split, patients in (("train", range(1, 7)), ("test", range(7, 9))):
         (folder / split).mkdir(parents=True)

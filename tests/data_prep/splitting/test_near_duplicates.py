@@ -90,7 +90,9 @@ def test_blocks_do_not_change_the_result(tmp_path, monkeypatch):
 
 
 def lesion(seed, size=96):
-    """Return one dark blob in the middle of lighter skin, each of another size, shape and texture, (size, size) in 0..1."""
+    """Return one dark blob in the middle of lighter skin, each of another size, shape and texture,
+    (size, size) in 0..1.
+    """
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size - 0.5
     angle, radius = np.arctan2(y, x), np.hypot(x / random.uniform(0.8, 1.2), y / random.uniform(0.8, 1.2))
@@ -175,7 +177,9 @@ def test_text_and_calipers_that_two_images_share_do_not_join_them(lesions, tmp_p
 
 
 def test_threshold_of_chance_meets_what_a_normal_distribution_says():
-    """The largest of all pairs' scores lies about where the threshold is laid, whatever number was drawn at a time."""
+    """The largest of all pairs' scores lies about where the threshold is laid, whatever number was
+    drawn at a time.
+    """
     random = np.random.default_rng(0)
     for draw in (1, 8, 64):
         scores = np.tanh(random.normal(0.1, 0.1, size=(20000, draw)).max(axis=1))
@@ -294,7 +298,8 @@ def test_an_image_without_a_split_does_not_join_a_published_test_split():
 def test_real_busi_pairs_with_and_without_calipers(tmp_path):
     busi = Adapter(BUSI, BusiOptions())
     items = {entry.sample_id: entry for entry in busi.scan()}
-    # Same lesion: byte-identical across classes; another crop (128, 129; 95, 97); calipers (14, 123). The last three are unrelated.
+    # Same lesion: byte-identical across classes; another crop (128, 129; 95, 97); calipers (14,
+    # 123). The last three are unrelated.
     names = ["benign-433", "malignant-145", "malignant-128", "malignant-129", "malignant-95", "malignant-97", "malignant-14",
              "malignant-123", "benign-62", "malignant-1", "benign-184"]  # fmt: skip
     images = [busi.load(items[name]).image / np.float32(255) for name in names]

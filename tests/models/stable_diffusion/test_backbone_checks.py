@@ -1,4 +1,6 @@
-"""A backbone that cannot be trained or sampled here, or that brings code of its own, is one line before anything is computed."""
+"""A backbone that cannot be trained or sampled here, or that brings code of its own, is one line
+before anything is computed.
+"""
 
 import json
 import math
@@ -314,7 +316,10 @@ def test_a_text_encoder_that_lacks_weights(backbone: Path) -> None:
 
 
 def test_a_text_encoder_of_more_layers_than_its_settings_say(backbone: Path) -> None:
-    """Its last layers would be left out without a word; the image encoder of a whole CLIP may be."""
+    """Its last layers would be left out without a word.
+
+    The image encoder of a whole CLIP may be.
+    """
     file = backbone / "text_encoder/model.safetensors"
     rest = {"vision_model.weight": torch.ones(2), "logit_scale": torch.ones(1), "text_projection.weight": torch.ones(2)}
     save_file({**load_file(file), **rest}, file, {"format": "pt"})

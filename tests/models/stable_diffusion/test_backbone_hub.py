@@ -1,4 +1,6 @@
-"""A backbone on the Hub: settings are looked at before weights are downloaded, and only files that are read are downloaded at all."""
+"""A backbone on the Hub: settings are looked at before weights are downloaded, and only files that
+are read are downloaded at all.
+"""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""One `.safetensors` file in Stable Diffusion's original layout: the same weights as the folder it was written from, and one line where it cannot be."""
+"""One `.safetensors` file in Stable Diffusion's original layout: the same weights as the folder it
+was written from, and one line where it cannot be.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""Prompts beyond the text encoder's limit are told, or read in pieces; within it nothing changes."""
+"""Prompts beyond the text encoder's limit are told, or read in pieces.
+
+Within it nothing changes.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

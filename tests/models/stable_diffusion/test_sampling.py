@@ -1,4 +1,6 @@
-"""Validation samples, mask adherence and the stage `generate` sample in the same way: same weights, noise and settings, same pixels."""
+"""Validation samples, mask adherence and the stage `generate` sample in the same way: same weights,
+noise and settings, same pixels.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,9 @@ def test_validation_and_generate_give_identical_pixels(
 
 
 def generated(config: ExperimentConfig, run: Run, requests: list[SampleRequest]) -> list[bytes]:
-    """Return the images of the pipeline that the stage `generate` loads, called as its generators call it, in bytes."""
+    """Return the images of the pipeline that the stage `generate` loads, called as its generators
+    call it, in bytes.
+    """
     name = "lora" if config.fine_tuning.controlnet == "none" else "controlnet"
     options = controlnet.Options(**config.generate.generators.get(name, {}))
     parts = {part: run.generator / part for part in ("controlnet", "unet") if (run.generator / part).is_dir()}

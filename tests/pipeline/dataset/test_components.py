@@ -1,4 +1,6 @@
-"""Connected components, specks and holes, against a flood fill that shares nothing with scikit-image."""
+"""Connected components, specks and holes, against a flood fill that shares nothing with
+scikit-image.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""A mask-and-prompt dataset read back: its shards in order, its rows, its ids, one split, and whether it was changed."""
+"""A mask-and-prompt dataset read back: its shards in order, its rows, its ids, one split, and
+whether it was changed.
+"""
 
 from dataclasses import FrozenInstanceError
 from pathlib import Path

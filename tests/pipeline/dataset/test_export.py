@@ -142,7 +142,8 @@ def pictures_of(dataset: Path) -> dict[bytes, tuple[bytes, str]]:
 def test_the_busi_adapter_reads_the_tree_back(busi: tuple[Path, Contract], tmp_path: Path):
     dataset, contract = busi
     export(dataset, ExportOptions("busi_tree", tmp_path / "tree"))
-    # Phantoms of 64 pixels are near-duplicates; whether they are found does not matter for the tree.
+    # Phantoms of 64 pixels are near-duplicates; whether they are found does not matter for the
+    # tree.
     prepare(experiment(tmp_path / "run", "busi", tmp_path / "tree", duplicates="none"), force=False)
     again = read_contract(tmp_path / "run" / "dataset")
     assert sum(split.rows for split in again.splits.values()) == sum(split.rows for split in contract.splits.values())
@@ -268,7 +269,9 @@ def test_datasets_loads_the_image_folder(real: Path, tmp_path: Path):
 
 
 def test_the_image_folder_is_one_of_torchvisions(real: Path, tmp_path: Path):
-    """torchvision takes every folder below the root for a class, and every picture in it for a sample."""
+    """torchvision takes every folder below the root for a class, and every picture in it for a
+    sample.
+    """
     export(real, ExportOptions("imagefolder", tmp_path / "out"))
     classes = {path.name: path for path in (tmp_path / "out" / "train").iterdir() if path.is_dir()}
     assert set(classes) == {"disc", "square"}

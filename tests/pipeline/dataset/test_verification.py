@@ -30,7 +30,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def synthetic(folder, tmp_path):
-    """A synthetic dataset made from `folder`; calling it writes the dataset with the given parents."""
+    """A synthetic dataset made from `folder`.
+
+    Calling it writes the dataset with the given parents.
+    """
 
     def write(parents, digest=None):
         samples = synthetic_samples(parents, "made", lambda sample, index: sample.image)
@@ -44,7 +47,9 @@ def synthetic(folder, tmp_path):
 
 
 def edit_row(folder, change, file=TRAIN, recount=True):
-    """Change a row of a shard, and the hashes (and counts) that would give it away: what a careful forger would do."""
+    """Change a row of a shard, and the hashes (and counts) that would give it away: what a careful
+    forger would do.
+    """
     table = pq.read_table(folder / file)
     rows = table.to_pylist()
     rows[1].update(change)

@@ -1,4 +1,6 @@
-"""Configurations and the backbone are found from any folder, and what is recorded of them is the same text everywhere."""
+"""Configurations and the backbone are found from any folder, and what is recorded of them is the
+same text everywhere.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Pushing to the Hub: the real client against a Hub on the loopback interface (tests/hub_server.py)."""
+"""Pushing to the Hub: the real client against a Hub on the loopback interface
+(tests/hub_server.py).
+"""
 
 import json
 import os
@@ -556,7 +558,7 @@ def test_absolute_paths(text, found):
 
 
 def write_evaluated(world: World, backbone: str = BACKBONE) -> None:
-    """Write images of the trained weights and of the backbone alone, and what was measured on them."""
+    """Write images of the trained weights and of the backbone alone, and figures about them."""
     digests = {"real": world.real.digest}
     for name, weights in (("controlnet", "f" * 64), ("text_only", backbone)):
         about = world.real.description.model_copy(

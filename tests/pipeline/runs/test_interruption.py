@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C: the exit code, one line, no process left over, and a checkpoint from which a training goes on."""
+"""SIGTERM and Ctrl-C: the exit code, one line, no process left over, and a checkpoint from which a
+training goes on.
+"""
 
 import os
 import signal
@@ -114,7 +116,7 @@ class AllStoppedTask(LineTask):
 
 
 def test_workers_of_a_data_loader_serve_the_last_step(tmp_path):
-    """Of the four micro-batches of its step the last is still to be loaded when the signal comes."""
+    """The last of the four micro-batches of its step is not loaded yet when the signal comes."""
     changes = {"dataloader_num_workers": 1, "gradient_accumulation_steps": 4}
     assert ended(lambda: run(tmp_path, AllStoppedTask(), **changes)) == 143
     assert list(checkpoint_steps(tmp_path)) == [2]

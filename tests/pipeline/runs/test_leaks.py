@@ -1,4 +1,6 @@
-"""What trainings and evaluations ask first: planted leaks stop the run, sound datasets are compared once, and no record is trusted blindly."""
+"""What trainings and evaluations ask first: planted leaks stop the run, sound datasets are compared
+once, and no record is trusted blindly.
+"""
 
 import json
 import tracemalloc

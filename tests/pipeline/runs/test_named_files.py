@@ -1,4 +1,6 @@
-"""Files that the user names: nothing of the user's is replaced, nothing is written into a dataset or a run."""
+"""Files that the user names: nothing of the user's is replaced, nothing is written into a dataset
+or a run.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The stage runner, with real processes: tiny stages on the path, and the real command lines where they fail fast."""
+"""The stage runner, with real processes: tiny stages on the path, and the real command lines where
+they fail fast.
+"""
 
 import os
 import subprocess
@@ -29,7 +31,10 @@ sys.exit({code})
 
 @pytest.fixture
 def tiny_stages(tmp_path, monkeypatch):
-    """Replace the stages by modules that write down how they were called; returns (set an outcome, read the log)."""
+    """Replace the stages by modules that write down how they were called.
+
+    Returns (set an outcome, read the log).
+    """
     log = tmp_path / "log.txt"
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setenv("TINY_LOG", str(log))

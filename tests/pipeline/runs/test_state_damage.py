@@ -1,4 +1,7 @@
-"""Some files of a finished run, damaged in four ways: nothing passes in silence. `benchmarks/state_damage.py` tries every file."""
+"""Some files of a finished run, damaged in four ways: nothing passes in silence.
+
+`benchmarks/state_damage.py` tries every file.
+"""
 
 from pathlib import Path
 

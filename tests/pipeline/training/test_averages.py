@@ -27,7 +27,9 @@ def now(parameters: dict[str, list[nn.Parameter]]) -> list[float]:
 
 
 def test_an_average_follows_its_formula() -> None:
-    """diffusers' decay: 0 in the first update, then (1 + n) / (10 + n), at most the one that is set."""
+    """diffusers' decay: 0 in the first update, then (1 + n) / (10 + n), at most the one that is
+    set.
+    """
     parameters = weights(0.0)
     averages = EMAWeights(parameters, decay=0.25, patience=None)
     expected = 0.0

@@ -1,4 +1,7 @@
-"""More steps than before: a finished training goes on; what its schedule then means is stated; fewer than are done are refused."""
+"""More steps than before: a finished training goes on; what its schedule then means is stated.
+
+Fewer than are done are refused.
+"""
 
 import json
 import re
@@ -158,7 +161,7 @@ def test_early_stopping_that_has_ended_a_training_is_told(tmp_path: Path, capsys
 
 
 class TestBeforeTraining:
-    """What `train` would refuse of a checkpoint is refused without a task, and nothing is touched."""
+    """What `train` would refuse of a checkpoint is refused without a task; nothing is touched."""
 
     def check(self, folder: Path, **changes: Any) -> None:
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""Mixed precision, and what is not a number: skipped steps, loss scales, and trainings that stop."""
+"""Mixed precision and values that are not finite: skipped steps, loss scales, early ends."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +34,10 @@ def logged(folder: Path, key: str) -> dict[int, float]:
 
 
 def fp16_accelerator(folder: Path, scale: float = 2.0**8) -> Accelerator:
-    """Return an accelerator with real float16 autocast and a real loss scale on the CPU; accelerate offers them on a GPU only."""
+    """Return an accelerator with real float16 autocast and a real loss scale on the CPU.
+
+    Accelerate offers them on a GPU only.
+    """
     accelerator = fresh_accelerator(folder, settings())
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
     accelerator.native_amp = True
@@ -51,7 +54,7 @@ def run_fp16(folder: Path, task: LineTask, scale: float = 2.0**8, **changes: Any
 
 
 class SteepTask(LineTask):
-    """Its loss is multiplied by a factor in some micro-batches, counted from the training's start."""
+    """Its loss is multiplied in some micro-batches, counted from the start of the training."""
 
     def __init__(self, factors: dict[int, float], always: float = 1.0, share: int = 3) -> None:
         super().__init__()

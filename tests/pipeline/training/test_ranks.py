@@ -1,4 +1,4 @@
-"""The loop on two processes (gloo, on the CPU): DDP, and weights that are sharded (FSDP version 2)."""
+"""The loop on two processes (gloo, on the CPU): DDP, and sharded weights (FSDP version 2)."""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The order of rows: every row each epoch, one size a batch, the same rows a step for any number of processes."""
+"""The order of rows: every row each epoch, one size a batch, the same rows a step for any number of
+processes.
+"""
 
 from collections import Counter
 

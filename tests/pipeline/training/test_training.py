@@ -20,7 +20,10 @@ from tests.pipeline.line_task import LineTask, flat, forget_accelerator, fresh_a
 
 
 class DuelTask(LineTask):
-    """Two networks with an optimizer each; the second loss must see the first network after its step."""
+    """Two networks with an optimizer each.
+
+    The second loss must see the first network after its step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
