@@ -37,10 +37,7 @@ def dataset_card(
     """
     filled = [split for split in labels if labels[split]]
     names = list(about.labels) or ["none"]
-    rows = [
-        [split, str(labels[split].total()), str(groups[split]), *(str(labels[split][name]) for name in names)]
-        for split in filled
-    ]
+    rows = [[split, labels[split].total(), groups[split], *(labels[split][name] for name in names)] for split in filled]
     # `DatasetCardData` would reorder the keys, and with them change the digests of datasets.
     card = RepoCard.from_template(
         CardData(**_front_matter(about, sum(labels[split].total() for split in filled))),
@@ -79,8 +76,7 @@ def _reasons_table(reasons: Sequence[str]) -> str:
     # A reason may begin with the name of a raw file, which may name a patient; the card is
     # published.
     counts = Counter(FILE_NAME.sub("a file", re.split(r"[:(]", reason)[0].strip()) for reason in reasons)
-    rows = [[reason, str(count)] for reason, count in counts.most_common()]
-    return "\n".join(markdown_table(["reason", "inputs"], rows))
+    return "\n".join(markdown_table(["reason", "inputs"], counts.most_common()))
 
 
 def _shown(value: object) -> str:

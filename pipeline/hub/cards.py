@@ -27,7 +27,7 @@ from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import training_of
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
+    from huggingface_hub import EvalResult, ModelCard
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 TAGS = ("stable-diffusion", "diffusers")
@@ -95,47 +95,54 @@ def completed_card(text: str, weights: Weights, repo_id: str, run: Run) -> tuple
     Raises:
         MaskLoomError: the text's metadata cannot be read.
     """
-    from huggingface_hub import ModelCard, RepoCard
+    from huggingface_hub import RepoCard
 
-    try:
-        written = ModelCard(text)
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise MaskLoomError(
-            f"{weights.folder / 'README.md'}: its metadata cannot be read ({one_line(error)}); "
-            f"run {weights.record.stage.split('/')[0]} again"
-        ) from None
-    contract = read_contract(run.dataset)
+    contract, record = read_contract(run.dataset), weights.record
     evaluations, own_sets, notes = current_evaluations(run, weights, contract)
-    is_diffusion, base_model = weights.name in LOADING, hub_base_model(weights.record.inputs.get("backbone", ""))
-    tags = (*TAGS, weights.name, TRAINING_TAG) if is_diffusion else (LIBRARY, weights.name.replace("_", "-"))
-    metadata = {
-        **licence_metadata(contract.description),
-        "base_model": base_model,
-        "library_name": LIBRARY,
-        "tags": list(dict.fromkeys([*tags, *written.data.get("tags", [])])),
-    }
-    task = "text-to-image" if is_diffusion else architecture_task(run, weights.name)
+    card = _with_metadata(text, weights, contract)
+    task = "text-to-image" if weights.name in LOADING else architecture_task(run, weights.name)
     if results := eval_results(evaluations, own_sets, contract.description.dataset, task):
-        metadata |= {"model_name": repo_id.split("/")[-1], "eval_results": results}
-    for key, value in metadata.items():
-        written.data[key] = value
-    card = RepoCard.from_template(
-        written.data,
+        card.data["model_name"], card.data["eval_results"] = repo_id.split("/")[-1], results
+    completed = RepoCard.from_template(
+        card.data,
         template_path=str(TEMPLATE),
-        text=written.text.strip(),
+        text=card.text.strip(),
         repo_id=repo_id,
-        loader=LOADING.get(weights.name),
         name=weights.name,
-        base=base_model,
-        networks={} if is_diffusion else _networks(weights.folder),
+        loader=LOADING.get(weights.name),
+        networks={} if weights.name in LOADING else _networks(weights.folder),
         evaluations=evaluations,
         shown_tables=SHOWN_TABLES,
         as_markdown=_as_markdown,
-        record=weights.record,
-        duration=duration_text(weights.record.wall_seconds),
+        record=record,
+        duration=duration_text(record.wall_seconds),
         digests={name: file_digest(weights.folder / name) for name in weights.files},
     )
-    return str(card), notes
+    return str(completed), notes
+
+
+def _with_metadata(text: str, weights: Weights, contract: Contract) -> ModelCard:
+    """Return the card that training wrote, with licence, base model, library and tags."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(text)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        again = f"run {weights.record.stage.split('/')[0]} again"
+        raise MaskLoomError(
+            f"{weights.folder / 'README.md'}: its metadata cannot be read ({one_line(error)}); {again}"
+        ) from None
+    is_diffusion = weights.name in LOADING
+    tags = (*TAGS, weights.name, TRAINING_TAG) if is_diffusion else (LIBRARY, weights.name.replace("_", "-"))
+    metadata = {
+        **licence_metadata(contract.description),
+        "base_model": hub_base_model(weights.record.inputs.get("backbone", "")),
+        "library_name": LIBRARY,
+        "tags": list(dict.fromkeys([*tags, *card.data.get("tags", [])])),
+    }
+    for key, value in metadata.items():
+        card.data[key] = value
+    return card
 
 
 def current_evaluations(run: Run, weights: Weights, real: Contract) -> tuple[list[Evaluation], list[str], list[str]]:

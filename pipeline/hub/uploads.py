@@ -170,7 +170,7 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Upload:
     names = [name for name in found if SENT["model"].fullmatch(name)]
     for name in names:
         check_pushed_file(folder / name, folder)
-    weights = Weights(target.name, folder, record, tuple(n for n in names if n.endswith(".safetensors")))
+    weights = Weights(target.name, folder, record, tuple(name for name in names if name.endswith(".safetensors")))
     if not weights.files:
         raise MaskLoomError(f"{folder}: no weights to push (*.safetensors); {again}")
     _check_as_written(run, record, folder, names, again)
@@ -187,27 +187,19 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Upload:
 
 
 def _check_as_written(run: Run, record: StageRecord, folder: Path, names: Sequence[str], again: str) -> None:
-    """Check that the files to push are those of the training; the card may be edited by hand.
-
-    Raises:
-        MaskLoomError: one is missing or changed, or is not of this training.
-    """
+    """Check that the files to push are those of the training; the card may be edited by hand."""
     prefix = f"{folder.relative_to(run.folder).as_posix()}/"
-    written = {name.removeprefix(prefix) for name in record.files if name.startswith(prefix)}
+    written = {name.removeprefix(prefix): digest for name, digest in record.files.items() if name.startswith(prefix)}
     if strange := next((name for name in names if name not in {*written, CARD, PICTURES}), None):
         raise MaskLoomError(f"{folder / strange}: not a file that the training wrote; move it away, then push again")
-    kept = {name for name in written if SENT["model"].fullmatch(name)} - {CARD}
-    kept -= {PICTURES} - set(names)
-    if problem := damaged_file(run, {prefix + name: record.files[prefix + name] for name in sorted(kept)}):
+    free = {CARD} if PICTURES in names else {CARD, PICTURES}
+    sent = {name: digest for name, digest in written.items() if SENT["model"].fullmatch(name) and name not in free}
+    if problem := damaged_file(run, {prefix + name: digest for name, digest in sent.items()}):
         raise MaskLoomError(f"{problem}: damaged since its training; {again}, which makes it anew")
 
 
 def _check_place(folder: Path, run: Run) -> None:
-    """Check that a folder lies in its run, not behind a link.
-
-    Raises:
-        MaskLoomError: it lies elsewhere.
-    """
+    """Check that a folder lies in its run, not behind a link."""
     if not folder.resolve().is_relative_to(run.folder.resolve()):
         raise MaskLoomError(f"{folder}: lies outside the run, behind a link; push from the run that it belongs to")
 

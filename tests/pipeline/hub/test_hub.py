@@ -511,8 +511,9 @@ def test_a_file_of_this_machine_keeps_its_own_error(hub, tmp_path):
         (tmp_path / "none").read_bytes()
 
 
-def test_a_damaged_card_is_told(hub, world, pushed):
-    (world.weights / "README.md").write_text("---\n- a list\n---\n", encoding="utf-8")
+@pytest.mark.parametrize("metadata", ["- a list", "tags: [", "1: a number"])
+def test_a_damaged_card_is_told(hub, world, pushed, metadata):
+    (world.weights / "README.md").write_text(f"---\n{metadata}\n---\n", encoding="utf-8")
     assert "README.md: its metadata cannot be read" in error_of(pushed())
 
 
@@ -621,6 +622,7 @@ def test_the_card_gains_figures_and_provenance(hub, world, pushed):
     assert f"| dataset | `{world.real.digest}` |" in text
     assert f"| SHA-256 of `{WEIGHTS}` | `{file_digest(world.weights / WEIGHTS)}` |" in text
     assert "| seed | 0 |" in text
+    assert "other.safetensors" not in text
 
 
 def test_figures_of_other_images_are_left_out(hub, world, pushed):
