@@ -1,4 +1,5 @@
-"""The mask-and-prompt dataset, all that passes between stages: contract, writer, checks, prompts.
+"""The mask-and-prompt dataset, which passes between stages: contract, writer, checks, prompts.
 
-Imports no torch, and knows no dataset, generator or metric by name.
+Nothing here may import torch, or name a dataset, a generator or a metric. Export formats go to
+`exporters/`, one file per format.
 """

@@ -1,7 +1,8 @@
-"""The mask-and-prompt dataset: the one thing that passes between stages.
+"""The contract of the mask-and-prompt dataset, the only data that passes between stages.
 
-A folder of Parquet shards that `datasets.load_dataset("PATH")` opens, a dataset card, a ledger of rejected inputs, and
-`contract.json`, written last: while it is missing, the dataset is not there. Nothing in this file imports torch.
+A dataset is a folder of Parquet shards that `datasets.load_dataset("PATH")` opens, a dataset card,
+a list of rejected inputs, and `contract.json`. The contract is written last: without it, the
+dataset is unfinished. Nothing in this file imports torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
-EXTERNAL_PREFIX = "external_"  # of the name of a split that another dataset's images fill: a further test
+EXTERNAL_PREFIX = "external_"  # of the names of further test splits, with images of another dataset
 CONTRACT_FILE, LEDGER_FILE, PLAN_FILE = "contract.json", "rejected.jsonl", "plan.json"
 ROW_GROUP = 64
 REMEDY = "write the dataset again with --force"
@@ -47,14 +48,14 @@ class Producer(Record):
 
 
 class Parent(Record):
-    """The real dataset that a synthetic or combined one was made from."""
+    """The real dataset from which a synthetic or combined one was made."""
 
     path: str
     digest: str
 
 
 class SplitSummary(Record):
-    """Size of a split, and a hash over its sample and group ids."""
+    """Size of a split, and a hash of its sample and group ids."""
 
     rows: Count
     groups: Count
@@ -62,10 +63,11 @@ class SplitSummary(Record):
 
 
 class Description(Record):
-    """What is true of the whole dataset, real or synthetic; see `data_prep.adapter.DatasetInfo` for the fields.
+    """Properties of the whole dataset; see `data_prep.adapter.DatasetInfo` for the fields.
 
-    A row's pictures are of `image_size`, or of one of the further sizes `buckets`, where there are any. A `combined` dataset
-    (`pipeline.dataset.combine`) holds every row of a real one and synthetic rows in its train split; each row tells its own origin.
+    The images of a row have the size `image_size`, or one of the further sizes `buckets`. A
+    `combined` dataset (`pipeline.dataset.combine`) contains all rows of a real dataset, and
+    synthetic rows in its train split; each row states its own origin.
     """
 
     dataset: str
@@ -96,17 +98,17 @@ class Description(Record):
         return (self.image_size, *self.buckets)
 
     def label_name(self, label: int | None) -> str | None:
-        """Return the name of a row's class; None where the row, or the whole dataset, has none."""
+        """Return the name of a row's class; None if the row or the dataset has none."""
         return None if label is None or not self.labels else self.labels[label]
 
     @model_serializer(mode="wrap")
     def _without_empty_buckets(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A dataset of one size says nothing of buckets, as before there were any: its digest stays."""
+        """Leave out empty buckets, so that the digest of a dataset without buckets is stable."""
         return {name: value for name, value in serialise(self).items() if name != "buckets" or value}
 
 
 class LedgerRow(Record):
-    """One line of `rejected.jsonl`: an input that was left out, and why; further keys are the stage's own."""
+    """One line of `rejected.jsonl`: a rejected input and the reason; stages may add more keys."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -127,12 +129,12 @@ class Contract(Record):
 
     @property
     def split_names(self) -> list[str]:
-        """The splits that have rows: train, validation, test, then external test sets by name."""
+        """Splits with rows: train, validation, test, then external test sets by name."""
         return sorted(self.splits, key=split_order)
 
     @property
     def digest(self) -> str:
-        """Identity of the content: independent of the commit and of the place that wrote it."""
+        """Digest of the content, independent of the commit and the machine that wrote it."""
         return value_digest([self.schema_version, self.description.model_dump(mode="json"), self.files])
 
 
@@ -168,12 +170,16 @@ def split_order(split: str) -> tuple[int, str]:
 
 
 def staging_folder(folder: Path) -> Path:
-    """Return where a dataset is written before it takes its place."""
+    """Return the folder in which a dataset is written before it is renamed to `folder`."""
     return folder.with_name(f".{folder.name}.unfinished")
 
 
 def summarise_splits(ids: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, SplitSummary]:
-    """Return rows, groups and a hash of ids for every split."""
+    """Return number of rows and groups and a hash of ids for every split.
+
+    Args:
+        ids: (sample_id, group_id) of every row, by split.
+    """
     return {
         split: SplitSummary(
             rows=len(rows), groups=len({group for _, group in rows}), ids_hash=value_digest(sorted(rows))
@@ -186,7 +192,8 @@ def read_contract(folder: Path) -> Contract:
     """Read `contract.json`.
 
     Raises:
-        MaskLoomError: the dataset is missing, unfinished, of another schema version, or its contract was damaged.
+        MaskLoomError: the dataset is missing, unfinished or of another schema version, or its
+            contract is damaged.
     """
     if not folder.is_dir():
         unfinished = staging_folder(folder).is_dir()
@@ -199,7 +206,8 @@ def read_contract(folder: Path) -> Contract:
     path = folder / CONTRACT_FILE
     if not path.is_file():
         raise MaskLoomError(
-            f"{folder}: unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); run the stage that writes it again"
+            f"{folder}: unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); "
+            "run the stage that writes it again"
         )
     values = read_object(path, REMEDY)
     version = values.get("schema_version", SCHEMA_VERSION)

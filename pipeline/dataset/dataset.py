@@ -1,4 +1,4 @@
-"""A mask-and-prompt dataset on disk, opened to be read: its contract, its shards, its rows.
+"""Read a mask-and-prompt dataset: its contract, shards and rows.
 
 Nothing in this file imports torch.
 """
@@ -23,8 +23,8 @@ class MaskPromptDataset:
     """A finished mask-and-prompt dataset.
 
     Attributes:
-        folder: where it lies.
-        contract: the content of its `contract.json`.
+        folder: folder of the dataset.
+        contract: content of its `contract.json`.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class MaskPromptDataset:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the contract; no other file is looked at.
+        """Read the contract, and no other file.
 
         Raises:
             MaskLoomError: see `read_contract`.
@@ -41,40 +41,40 @@ class MaskPromptDataset:
 
     @property
     def description(self) -> Description:
-        """What is true of every row."""
+        """Properties of the whole dataset."""
         return self.contract.description
 
     @property
     def digest(self) -> str:
-        """Identity of the content: independent of the commit and of the place that wrote it."""
+        """Digest of the content, independent of the commit and the machine that wrote it."""
         return self.contract.digest
 
     @property
     def num_rows(self) -> int:
-        """Number of rows of all splits together."""
+        """Number of rows in all splits."""
         return sum(split.rows for split in self.contract.splits.values())
 
     def shards(self, split: str | None = None) -> list[Path]:
-        """Return the Parquet files of a split in the order of their rows; None: of all splits, by name."""
+        """Return the Parquet files of a split in row order; None: those of all splits, by name."""
         start = "data/" if split is None else f"data/{split}-"
         return [self.folder / file for file in sorted(self.contract.files) if file.startswith(start)]
 
     def rows(self, split: str | None = None, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield rows as they are stored, a few in memory at a time; pictures are PNG bytes and are not decoded.
+        """Yield rows as they are stored, with a few in memory at a time; images stay PNG bytes.
 
         Args:
-            split: name of the split; None: all of them.
-            columns: names of those to read; a dot leads into one (`mask.path`); None reads all.
+            split: name of the split; None: all splits.
+            columns: columns to read, or fields of them, such as `mask.path`; None: all.
         """
         for shard in self.shards(split):
             yield from shard_rows(shard, columns)
 
     def ids(self, split: str | None = None) -> dict[str, list[tuple[str, str]]]:
-        """Return (sample_id, group_id) of every row by split, read without decoding images."""
+        """Return (sample_id, group_id) of every row by split, without decoding images."""
         return shard_ids(self.shards(split))
 
     def split(self, name: str) -> datasets.Dataset:
-        """Return one split as a Hugging Face dataset (memory-mapped; images decode to PIL on access).
+        """Return a split as a Hugging Face dataset; memory-mapped, images decode to PIL on access.
 
         Raises:
             MaskLoomError: the dataset has no such split, or its memory-mapped copy cannot be made.
@@ -92,11 +92,11 @@ class MaskPromptDataset:
         except DatasetGenerationError as error:
             raise MaskLoomError(
                 f"{self.folder}: the split {name!r} cannot be opened ({one_line(error.__cause__ or error)}); "
-                "free space where Hugging Face keeps its cache (HF_HOME), then run the same command again"
+                "free space in the Hugging Face cache (HF_HOME), then run the same command again"
             ) from None
 
     def changed_file(self) -> str | None:
-        """Return the first file that is missing or differs from the contract; None where all is well."""
+        """Return the first file that is missing or differs from the contract, or None."""
         for name, digest in self.contract.files.items():
             path = self.folder / name
             if not path.is_file() or file_digest(path) != digest:
@@ -114,7 +114,7 @@ def shard_rows(shard: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def shard_ids(shards: Iterable[Path]) -> dict[str, list[tuple[str, str]]]:
-    """Return (sample_id, group_id) of every row of Parquet files by the split that their names tell."""
+    """Return (sample_id, group_id) of every row of Parquet files, by the split in their names."""
     import pyarrow.parquet as pq
 
     ids: dict[str, list[tuple[str, str]]] = {}

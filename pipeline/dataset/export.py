@@ -1,4 +1,4 @@
-"""`maskloom export`: a mask-and-prompt dataset in the layout of another tool. The formats are `pipeline/dataset/exporters/*.py`."""
+"""`maskloom export`: write a dataset in the layout of another tool, see `exporters/`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from maskloom.pipeline.progress import say
 
 PACKAGE = "maskloom.pipeline.dataset.exporters"
 PROVENANCE_FILE = "maskloom.json"
-SAME = ("format", "digest", "splits", "options")  # of the provenance: what makes two exports the same
+SAME = ("format", "digest", "splits", "options")  # two exports with the same provenance here are equal
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The command line's switches.
+    """Options of the command.
 
     Attributes:
         format: file name in `pipeline/dataset/exporters`.
         output: folder of the export.
-        splits: names; empty exports all.
-        values: the format's own options as `key=value`.
-        force: replace an export of something else.
+        splits: splits to export; empty: all.
+        values: options of the format, as `key=value`.
+        force: replace an export of different data.
     """
 
     format: str
@@ -44,18 +44,18 @@ class ExportOptions:
 
 
 def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
-    """Write a dataset, whole or not at all, in another tool's layout, with its provenance beside it.
+    """Write a dataset atomically in the layout of another tool, together with its provenance.
 
     Args:
         dataset: folder of a mask-and-prompt dataset: real, synthetic or combined.
-        options: see there.
+        options: options of the command.
 
     Returns:
         The content of `maskloom.json`.
 
     Raises:
-        MaskLoomError: the format, an option or a split is unknown; the dataset is damaged or does not fit the layout; the output folder
-            holds something else.
+        MaskLoomError: the format, an option or a split is unknown; the dataset is damaged or does
+            not fit the layout; the output folder contains other files.
     """
     exporter = open_exporter(options.format, options.values)
     verified = verify_fully(dataset)
@@ -66,7 +66,9 @@ def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
     with whole_folder(options.output.resolve()) as folder:
         exporter.write(source, folder)
         write_json(folder / PROVENANCE_FILE, provenance)
-    say(f"{options.output}: {options.format}, {_counts_text(source)}; masks: {provenance['masks']}")
+    splits = ", ".join(f"{split} {count}" for split, count in provenance["splits"].items())
+    origins = ", ".join(f"{origin} {count}" for origin, count in provenance["rows_by_origin"].items())
+    say(f"{options.output}: {options.format}, {splits} rows ({origins}); masks: {provenance['masks']}")
     return provenance
 
 
@@ -74,7 +76,8 @@ def open_exporter(name: str, values: Sequence[str]) -> DatasetExporter:
     """Return the exporter of a format.
 
     Raises:
-        MaskLoomError: an unknown format or option (names the nearest), or a value that does not fit.
+        MaskLoomError: a format or option is unknown (the error suggests the nearest), or a value is
+            invalid.
     """
     exporter: type[DatasetExporter] = load_plugin(PACKAGE, name, "format").Exporter
     for value in values:
@@ -85,6 +88,11 @@ def open_exporter(name: str, values: Sequence[str]) -> DatasetExporter:
 
 
 def _chosen_splits(dataset: MaskPromptDataset, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the splits to export in the contract's order; no names select all.
+
+    Raises:
+        MaskLoomError: a split is unknown or empty, or there are no rows at all.
+    """
     known = dataset.contract.split_names
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -96,6 +104,11 @@ def _chosen_splits(dataset: MaskPromptDataset, names: Sequence[str]) -> tuple[st
 
 
 def _check_fit(exporter: DatasetExporter, source: ExportSource, name: str) -> None:
+    """Check that the rows have the masks and labels that the format needs.
+
+    Raises:
+        MaskLoomError: they do not; the error names a sample.
+    """
     if exporter.needs_masks and source.without_mask is not None:
         raise MaskLoomError(
             f"{source.folder}: sample {source.without_mask} has no mask; {name} needs one beside every image: "
@@ -110,8 +123,14 @@ def _check_fit(exporter: DatasetExporter, source: ExportSource, name: str) -> No
 
 
 def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> dict[str, Any]:
-    """Return what `maskloom.json` says: no path of this machine and no time, so that the same dataset gives the same bytes."""
+    """Return the content of `maskloom.json`.
+
+    It contains no local path and no time, so that the same dataset gives the same bytes.
+    """
     about = source.about
+    rows_by_origin: Counter[str] = Counter()
+    for (_, origin, _), count in source.counts.items():
+        rows_by_origin[origin] += count
     return {
         "format": name,
         "options": exporter.options.model_dump(mode="json"),
@@ -119,7 +138,7 @@ def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> d
         "origin": about.origin,
         "digest": source.dataset.digest,
         "splits": {split: source.dataset.contract.splits[split].rows for split in source.splits},
-        "rows_by_origin": _by_origin(source),
+        "rows_by_origin": dict(sorted(rows_by_origin.items())),
         "masks": exporter.mask_values(about),
         "mask_classes": list(about.mask_classes),
         "labels": list(about.labels),
@@ -132,7 +151,11 @@ def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> d
 
 
 def _check_output(output: Path, dataset: Path, provenance: Mapping[str, Any], force: bool) -> None:
-    """Only an empty place, or an export that this one may replace, is written to: nobody's other files are ever deleted."""
+    """Check that the output folder is missing or empty, or contains an export that may be replaced.
+
+    Raises:
+        MaskLoomError: it is not; other files are never deleted.
+    """
     check_places({"dataset": dataset}, [output])
     if output.exists() and not output.is_dir():
         raise MaskLoomError(f"--output {output}: a file; give a new or empty folder")
@@ -141,23 +164,12 @@ def _check_output(output: Path, dataset: Path, provenance: Mapping[str, Any], fo
     path = output / PROVENANCE_FILE
     if not path.is_file() or not OwnedFolder(output).is_marked():
         raise MaskLoomError(
-            f"--output {output}: not empty and not an earlier export ({PROVENANCE_FILE} or {MANIFEST} is missing); give a new or empty folder"
+            f"--output {output}: not empty and not an earlier export ({PROVENANCE_FILE} or {MANIFEST} is missing); "
+            "give a new or empty folder"
         )
     earlier = read_json(path, "delete the folder, or give another one")
     if not force and (not isinstance(earlier, dict) or any(earlier.get(key) != provenance[key] for key in SAME)):
         raise MaskLoomError(
-            f"--output {output}: holds an export of something else (see {PROVENANCE_FILE}); give another folder, or --force to replace it"
+            f"--output {output}: holds an export of something else (see {PROVENANCE_FILE}); "
+            "give another folder, or --force to replace it"
         )
-
-
-def _by_origin(source: ExportSource) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for (_, origin, _), count in source.counts.items():
-        counts[origin] += count
-    return dict(sorted(counts.items()))
-
-
-def _counts_text(source: ExportSource) -> str:
-    splits = ", ".join(f"{split} {source.dataset.contract.splits[split].rows}" for split in source.splits)
-    origins = ", ".join(f"{origin} {count}" for origin, count in _by_origin(source).items())
-    return f"{splits} rows ({origins})"

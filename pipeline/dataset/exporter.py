@@ -1,7 +1,8 @@
-"""What an export format provides: a check, and a writer of one layout into a folder.
+"""The interface of an export format: a check, and a writer of one layout.
 
-To add a format, write one file `pipeline/dataset/exporters/NAME.py` with a class `Exporter(DatasetExporter)`. Nothing else needs an edit: the
-file's name is the format's name, and the contract tests run over it.
+To add a format, write one file `pipeline/dataset/exporters/NAME.py` with a class
+`Exporter(DatasetExporter)`. Nothing else has to be edited: the file's name is the name of the
+format, and the contract tests find it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KEPT_LETTERS = 60  # of a name that must be changed
 
 
 class Options(Section):
-    """A format's own options, `KEY=VALUE` on the command line; unknown keys are errors."""
+    """Options of a format, `KEY=VALUE` on the command line; unknown keys are errors."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Row:
     """One row to export.
 
     Attributes:
-        image: PNG bytes as the dataset holds them, of mode L or RGB.
+        image: PNG bytes as stored in the dataset, of mode L or RGB.
         mask: (H, W) uint8 class indices, 0 = background, or None.
         label: name of the image-level class, or None.
-        parent_id, generator: of synthetic rows; empty otherwise.
+        parent_id, generator: only for synthetic rows; empty otherwise.
     """
 
     split: str
@@ -62,10 +63,10 @@ class ExportSource:
     """The dataset to export, or some splits of it.
 
     Attributes:
-        dataset: verified.
-        splits: those to export; each has rows.
-        counts: rows by (split, origin, label).
-        without_mask, without_label: a sample that has none, or None where all have one.
+        dataset: the verified dataset.
+        splits: the splits to export; each has rows.
+        counts: number of rows by (split, origin, label).
+        without_mask, without_label: a sample that has none; None if every sample has one.
     """
 
     dataset: MaskPromptDataset
@@ -76,25 +77,20 @@ class ExportSource:
 
     @property
     def about(self) -> Description:
-        """What is true of every row."""
+        """Properties of the whole dataset."""
         return self.dataset.description
 
     @property
     def folder(self) -> Path:
-        """Where the dataset lies."""
+        """Folder of the dataset."""
         return self.dataset.folder
 
     @classmethod
     def surveyed(cls, dataset: MaskPromptDataset, splits: tuple[str, ...]) -> ExportSource:
-        """Count the rows; pictures are not read."""
+        """Count the rows, without reading images."""
         counts: Counter[tuple[str, str, str | None]] = Counter()
         without_mask, without_label = None, None
-        columns = [
-            "sample_id",
-            "label",
-            "origin",
-            "mask.path",
-        ]  # an absent mask has no path either, not even an empty one
+        columns = ["sample_id", "label", "origin", "mask.path"]  # the path of a missing mask is null
         for split in splits:
             for row in dataset.rows(split, columns):
                 label = dataset.description.label_name(row["label"])
@@ -106,7 +102,7 @@ class ExportSource:
         return cls(dataset, splits, counts, without_mask, without_label)
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Yield the rows of a split in order, a few in memory at a time."""
+        """Yield the rows of a split in order, with a few in memory at a time."""
         for stored in self.dataset.rows(split):
             yield Row(
                 split=split,
@@ -132,7 +128,7 @@ class DatasetExporter(ABC):
     needs_labels: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
-        """Keep the options, an instance of `Options`."""
+        """Store the options, an instance of `Options`."""
         self.options = options
 
     @abstractmethod
@@ -140,7 +136,7 @@ class DatasetExporter(ABC):
         """Return in words what the pixels of the exported masks mean."""
 
     def check(self, source: ExportSource) -> None:  # noqa: B027
-        """Check before anything is written that the dataset fits the layout.
+        """Check that the dataset fits the layout, before anything is written.
 
         Raises:
             MaskLoomError: it does not.
@@ -148,13 +144,15 @@ class DatasetExporter(ABC):
 
     @abstractmethod
     def write(self, source: ExportSource, folder: Path) -> None:
-        """Write the layout into an empty folder; pictures go through `write_new`."""
+        """Write the layout to an empty folder; use `write_new` for images."""
 
 
 def safe_name(text: str) -> str:
-    """Return a name for a file or folder: `text` itself where it is letters, digits, `.`, `_` and `-`, else what is left of it and a hash.
+    """Return a safe name for a file or folder.
 
-    No result leads out of a folder (`..`, `/`), is hidden, or ends with a dot; different texts give different names.
+    Text of letters, digits, `.`, `_` and `-` is returned unchanged; otherwise other characters are
+    replaced and a hash is added. No name leaves its folder (`..`, `/`), is hidden, or ends with a
+    dot; different texts give different names.
     """
     if SAFE_NAME.fullmatch(text):
         return text
@@ -163,10 +161,11 @@ def safe_name(text: str) -> str:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file that must not be there yet.
+    """Write a file that must not exist yet.
 
     Raises:
-        MaskLoomError: it is there: two samples have the same name where small and capital letters are one.
+        MaskLoomError: it exists: on a file system that ignores case, two samples have the same
+            name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -174,17 +173,18 @@ def write_new(path: Path, content: bytes) -> None:
             file.write(content)
     except FileExistsError:
         raise MaskLoomError(
-            f"{path.name}: two samples would be written to this file; give them ids that differ in more than capital letters"
+            f"{path.name}: two samples would be written to this file; "
+            "give them ids that differ in more than capital letters"
         ) from None
 
 
 def is_binary(about: Description) -> bool:
-    """Whether masks know background and one class."""
+    """Return whether masks have only the background and one class."""
     return len(about.mask_classes) == 2
 
 
 def visible_mask(mask: NDArray[np.uint8], about: Description) -> bytes:
-    """Return a mask as PNG: 0 and 255 where there is one class, else class indices. See `visible_values`."""
+    """Return a mask as PNG: 0 and 255 if there is one class, otherwise class indices."""
     return png_bytes(mask * np.uint8(255) if is_binary(about) else mask)
 
 

@@ -1,8 +1,10 @@
-"""Resizes masks by nearest neighbour without losing a class.
+"""Resize masks by nearest neighbour without losing a class.
 
-Nearest neighbour takes one source pixel for each target pixel, so a class that fills less than that may vanish: a lesion of 80 pixels in an image of
-1536 x 1536 does at 64 x 64, and its image would be kept as one without a lesion. A class that would vanish keeps one pixel: the target pixel in
-which most of it lies, the first of several, or the nearest that is not the last pixel of another class. Nothing else changes.
+Nearest neighbour takes one source pixel per target pixel, so a small class may vanish: a lesion of
+80 pixels in an image of 1536 x 1536 does at 64 x 64, and the image would count as one without a
+lesion. A class that would vanish keeps one pixel: the target pixel that contains most of it, the
+first of several, or the nearest one that is not the last pixel of another class. Nothing else
+changes.
 """
 
 import math
@@ -18,7 +20,12 @@ Box = tuple[float, float, float, float]
 
 
 class ResizedMask(NamedTuple):
-    """A resized mask, (h, w) uint8, and the classes of which it keeps one pixel that nearest neighbour would have erased."""
+    """A resized mask.
+
+    Attributes:
+        mask: (h, w) uint8 class indices.
+        kept: classes that nearest neighbour would have erased, and that keep one pixel.
+    """
 
     mask: Mask
     kept: tuple[int, ...]
@@ -30,7 +37,8 @@ def resize_mask(mask: Mask, size: tuple[int, int], box: Box | None = None) -> Re
     Args:
         mask: (H, W) class indices, 0 = background.
         size: (height, width) of the result.
-        box: part of the mask that is used: left, top, right, bottom, in its pixels; None: all. Classes outside are not kept.
+        box: part of the mask to use, (left, top, right, bottom) in pixels; None: all. Classes
+            outside are not kept.
     """
     if box is None and mask.shape == tuple(size):
         return ResizedMask(mask.copy(), ())
@@ -60,17 +68,21 @@ def resize_mask(mask: Mask, size: tuple[int, int], box: Box | None = None) -> Re
 
 
 def class_counts(mask: Mask) -> NDArray[np.int64]:
-    """Return how many pixels each of the 256 possible classes has."""
+    """Return the number of pixels of each of the 256 possible classes, (256,) int64."""
     return np.bincount(mask.ravel(), minlength=256)
 
 
 def _target(centres: NDArray[np.floating[Any]], begin: float, end: float, length: int) -> NDArray[np.int64]:
-    """Return the target pixels, of `length` along one axis, that some centres of source pixels fall into."""
+    """Return the target index along one axis for the centres of source pixels."""
     return np.floor((centres - begin) * length / (end - begin)).astype(np.int64).clip(0, length - 1)
 
 
 def _places(rows: NDArray[np.int64], columns: NDArray[np.int64], size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield the target pixels that a class's pixels fall into, those with most of them first; then all others, the nearest first."""
+    """Yield candidate target pixels for a class.
+
+    First come the pixels that the class falls into, by descending share, then all others by
+    distance.
+    """
     height, width = size
     places, shares = np.unique(rows * width + columns, return_counts=True)
     order = places[np.argsort(-shares, kind="stable")]

@@ -1,6 +1,6 @@
 """Prompts: templates filled with attributes that are read off the mask.
 
-Both `data_prep` (real images) and `generate` (warped masks) write prompts, so the words live here once.
+`data_prep` (real images) and `generate` (warped masks) share the words.
 """
 
 import hashlib
@@ -21,22 +21,24 @@ MASK_WORDS = frozenset({"size", "place", "shape", "mask_classes"})  # of `mask_a
 
 
 def mask_attributes(mask: NDArray[np.uint8] | None, mask_classes: Sequence[str]) -> dict[str, str]:
-    """Return words for the foreground of a mask.
+    """Return words that describe the foreground of a mask.
 
     Args:
         mask: (H, W) class indices, 0 = background, or None.
         mask_classes: the name of each index.
 
     Returns:
-        `size` (small, medium, large), `place` (such as `upper left`), `shape` (round, oval, elongated, irregular) and
-        `mask_classes` (names joined by `and`); empty where there is no foreground.
+        `size` (small, medium, large), `place` (such as `upper left`), `shape` (round, oval,
+        elongated, irregular) and `mask_classes` (names joined by `and`); empty where there is no
+        foreground.
     """
     if mask is None or not mask.any():
         return {}
     foreground = mask > 0
+    share = float(foreground.mean())
     present = [mask_classes[index] for index in np.unique(mask) if index > 0]
     return {
-        "size": _size_word(foreground),
+        "size": "small" if share < SMALL_SHARE else "large" if share > LARGE_SHARE else "medium",
         "place": _place_words(foreground),
         "shape": _shape_word(foreground),
         "mask_classes": " and ".join(present),
@@ -44,10 +46,12 @@ def mask_attributes(mask: NDArray[np.uint8] | None, mask_classes: Sequence[str])
 
 
 def render_prompt(templates: Sequence[str], sample_id: str, values: Mapping[str, str]) -> str:
-    """Return one prompt: a template is chosen by the sample's id among those whose attributes are all known.
+    """Return a prompt from one of the templates whose attributes are all known.
+
+    The sample's id determines which template is used.
 
     Raises:
-        MaskLoomError: no template can be filled (names the attributes that exist).
+        MaskLoomError: no template can be filled; the error names the known attributes.
     """
     usable = [t for t in templates if template_keys(t) <= values.keys()]
     if not usable:
@@ -63,11 +67,6 @@ def template_keys(template: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(template) if name}
 
 
-def _size_word(foreground: NDArray[np.bool_]) -> str:
-    share = float(foreground.mean())
-    return "small" if share < SMALL_SHARE else "large" if share > LARGE_SHARE else "medium"
-
-
 def _place_words(foreground: NDArray[np.bool_]) -> str:
     row, column = (
         float(c) / side for c, side in zip(ndimage.center_of_mass(foreground), foreground.shape, strict=True)
@@ -77,7 +76,7 @@ def _place_words(foreground: NDArray[np.bool_]) -> str:
 
 
 def _shape_word(foreground: NDArray[np.bool_]) -> str:
-    """Shape of the largest connected component, from its solidity and the axes of its moments."""
+    """Return the shape of the largest connected component, from its solidity and its axes."""
     from skimage.measure import label, regionprops
 
     largest = max(regionprops(label(foreground)), key=lambda region: region.area)

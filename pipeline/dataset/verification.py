@@ -1,4 +1,4 @@
-"""Checks a mask-and-prompt dataset whole. Every stage runs the quick part before it computes."""
+"""Verify a mask-and-prompt dataset. Every stage runs the quick part before it computes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ REPAIR = "the dataset was changed after it was written: write it again with --fo
 
 
 def verify_quickly(folder: Path) -> MaskPromptDataset:
-    """Check hashes, schema, counts, unique ids, group leakage and the parents of synthetic rows; decode no image.
+    """Check hashes, schema, counts, ids, group leakage and parents; decode no image.
 
     Returns:
-        The dataset.
+        The verified dataset.
 
     Raises:
-        MaskLoomError: the first problem found, with the file.
+        MaskLoomError: the dataset is invalid; the error names the file and the first problem.
     """
     dataset = MaskPromptDataset.open(folder)
     _check_files(dataset)
@@ -51,7 +51,8 @@ def verify_for_training(folder: Path) -> MaskPromptDataset:
     """Verify a dataset quickly and check that a generator may be trained on it.
 
     Raises:
-        MaskLoomError: see `verify_quickly`; or it holds synthetic rows, or its train split is empty.
+        MaskLoomError: see `verify_quickly`; or it holds synthetic rows, or its train split is
+            empty.
     """
     dataset = verify_quickly(folder)
     if dataset.description.origin != "real":
@@ -64,10 +65,12 @@ def verify_for_training(folder: Path) -> MaskPromptDataset:
 
 
 def verify_fully(folder: Path) -> MaskPromptDataset:
-    """Check everything that `verify_quickly` does, and every pixel: sizes, modes, mask values, prompts, labels.
+    """Check everything that `verify_quickly` checks, and the content of every row.
+
+    The content is: image sizes and modes, mask values, prompts, labels and attributes.
 
     Raises:
-        MaskLoomError: the first problem found, with the file and the sample.
+        MaskLoomError: the dataset is invalid; the error names the file and the sample.
     """
     dataset = verify_quickly(folder)
     with progress("verifying", dataset.num_rows, "rows") as advance:
@@ -87,7 +90,7 @@ def _check_files(dataset: MaskPromptDataset) -> None:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise MaskLoomError(f"{folder / CONTRACT_FILE}: the file {file!r} lies outside the dataset; {REPAIR}")
         if file == LEDGER_FILE and not path.is_file():
-            continue  # it names raw files and does not travel with a published dataset
+            continue  # it names raw files, and is not published with a dataset
         if not path.is_file():
             raise MaskLoomError(f"{path}: missing although {CONTRACT_FILE} lists it; {REPAIR}")
         if file_digest(path) != digest:
@@ -97,7 +100,7 @@ def _check_files(dataset: MaskPromptDataset) -> None:
     )
     if extra:
         raise MaskLoomError(
-            f"{folder / extra[0]}: not listed in {CONTRACT_FILE}, and who opens the dataset would read its rows; move it away"
+            f"{folder / extra[0]}: not listed in {CONTRACT_FILE}, but its rows would be read with the dataset; move it away"
         )
 
 
@@ -135,12 +138,13 @@ def _check_ids(dataset: MaskPromptDataset) -> None:
         for _, group in rows:
             if split_of.setdefault(group, split) != split:
                 raise MaskLoomError(
-                    f"{folder}: group {group!r} lies in both {split_of[group]} and {split}; a group must lie in one split"
+                    f"{folder}: group {group!r} lies in both {split_of[group]} and {split}; "
+                    "a group must lie in one split"
                 )
 
 
 def _check_parents(dataset: MaskPromptDataset) -> None:
-    """Every parent of a synthetic row must lie in the train split of the real dataset."""
+    """Check that every parent of a synthetic row lies in the train split of the real dataset."""
     import pyarrow.parquet as pq
 
     assert dataset.contract.parent is not None
@@ -154,14 +158,15 @@ def _check_parents(dataset: MaskPromptDataset) -> None:
             split = split_of.get(parent_id)
             if split not in ("train", None):
                 raise MaskLoomError(
-                    f"{shard}: parent {parent_id!r} lies in the {split} split of {parent.folder}; masks may come from train only"
+                    f"{shard}: parent {parent_id!r} lies in the {split} split of {parent.folder}; "
+                    "masks may come from train only"
                 )
             if parent_id is not None and split is None:
                 raise MaskLoomError(f"{shard}: parent {parent_id!r} is not in {parent.folder}; run generate again")
 
 
 def _check_combination(dataset: MaskPromptDataset) -> None:
-    """Its real rows must be those of the real dataset, split by split, and synthetic rows lie in train only."""
+    """Check a combined dataset: all rows of the real one, and synthetic rows only in train."""
     folder, contract = dataset.folder, dataset.contract
     if contract.parent is None:
         raise MaskLoomError(f"{folder / CONTRACT_FILE}: a combined dataset must name its real one; run combine again")
@@ -206,7 +211,7 @@ def _row_problem(row: dict[str, Any], about: Description) -> str | None:
     try:
         row_attributes(row["attributes"], "")
     except MaskLoomError:
-        return "attributes are no JSON object of texts"
+        return "attributes are not a JSON object of strings"
     if row["origin"] not in (("real", "synthetic") if about.origin == "combined" else (about.origin,)):
         return f"origin is {row['origin']!r}, the contract says {about.origin!r}"
     return None

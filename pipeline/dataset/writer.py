@@ -1,4 +1,7 @@
-"""Writes a mask-and-prompt dataset: shards first, the contract last, the new one whole before the old one goes."""
+"""Write a mask-and-prompt dataset: shards first, the contract last.
+
+An older dataset is replaced only when the new one is complete.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +50,14 @@ class Sample:
     """One row.
 
     Attributes:
-        image: (H, W) or (H, W, 3) uint8; like the other pictures, as an array or as PNG bytes.
+        image: (H, W) or (H, W, 3) uint8; like mask and conditioning image, an array or PNG bytes.
         mask: (H, W) uint8 class indices, 0 = background, or None.
         conditioning_image: (H, W, 3) uint8.
         text: the prompt.
         label: index into the description's labels, or None.
-        sample_id, group_id: see DESIGN of the contract; a group lies in one split.
-        attributes: the values behind the prompt, so that it can be written anew for a warped mask.
-        parent_id, generator, seed: synthetic rows only.
+        sample_id, group_id: ids of the sample and of its group; a group lies in one split.
+        attributes: values that fill the prompt, so that it can be rewritten for a warped mask.
+        parent_id, generator, seed: only for synthetic rows.
     """
 
     image: Picture
@@ -74,7 +77,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of writing and of resuming: a run of rows of one split."""
+    """A range of rows of one split, which are written together; work resumes shard by shard."""
 
     split: str
     index: int
@@ -84,12 +87,17 @@ class Shard:
 
     @property
     def file(self) -> str:
-        """Path inside the dataset, in the form that `load_dataset` reads as a split."""
+        """Path in the dataset, from which `load_dataset` infers the split."""
         return f"data/{self.split}-{self.index:05d}-of-{self.of:05d}.parquet"
 
 
 def plan_shards(rows: Mapping[str, int], rows_per_shard: int) -> list[Shard]:
-    """Return the shards of each split, `rows` giving the number of rows by split; empty splits have none."""
+    """Return the shards of each split.
+
+    Args:
+        rows: number of rows by split; an empty split has no shards.
+        rows_per_shard: number of rows in all shards but the last of a split.
+    """
     shards = []
     for split in (*SPLITS, *(name for name in rows if name not in SPLITS)):
         total = rows.get(split, 0)
@@ -101,10 +109,10 @@ def plan_shards(rows: Mapping[str, int], rows_per_shard: int) -> list[Shard]:
 
 
 def check_dataset_place(folder: Path) -> None:
-    """Check that a dataset may be written: neither in its place nor in that of writing lies something of the user's.
+    """Check that a dataset may be written to a folder.
 
     Raises:
-        MaskLoomError: names what is in the way.
+        MaskLoomError: files of the user lie in the folder or in its staging folder.
     """
     check_replaceable(folder)
     OwnedFolder(staging_folder(folder)).check()
@@ -113,8 +121,9 @@ def check_dataset_place(folder: Path) -> None:
 class DatasetWriter:
     """Writes a dataset shard by shard beside its place, and puts it there when it is whole.
 
-    Until then an older dataset stays as it is. An interrupted write continues where it stopped: shards that are as they were written are
-    kept if their plan (inputs, configuration, rows) had the same key.
+    Until then an older dataset stays as it is. An interrupted write continues where it stopped:
+    shards that are as they were written are kept if their plan (inputs, configuration, rows) had
+    the same key.
     """
 
     def __init__(
@@ -134,7 +143,8 @@ class DatasetWriter:
             shards: from `plan_shards`.
             key: digest of everything that the bytes depend on.
             process: number of this process among those that write shards at the same time.
-            notes_folder: where every shard has a note beside its rows (`write_note`); empty: there are none.
+            notes_folder: where every shard has a note beside its rows (`write_note`); empty: there
+                are none.
         """
         self.folder, self.description, self.shards, self.key = folder, description, tuple(shards), key
         self.staging = staging_folder(folder)
@@ -142,15 +152,15 @@ class DatasetWriter:
         self._owned = OwnedFolder(self.staging, process)
 
     def prepare_folder(self, afresh: bool = False) -> None:
-        """Make the place of writing ready for this plan; call once, on one process.
+        """Prepare the staging folder for this plan; call it once, on one process.
 
-        Shards of an unfinished or finished dataset of the same plan are taken over.
+        Shards of an unfinished or finished dataset of the same plan are reused.
 
         Args:
-            afresh: take over none.
+            afresh: reuse no shards.
 
         Raises:
-            MaskLoomError: what lies at the dataset's place is not the program's.
+            MaskLoomError: what exists in the dataset's place is not MaskLoom's.
         """
         check_dataset_place(self.folder)
         restore_outgoing(self.folder)
@@ -158,12 +168,12 @@ class DatasetWriter:
             self._owned.delete()
             self._owned.claim()
             if not afresh and self._plan_of(self.folder) == self.key:
-                self._take_over()
+                self._reuse_finished()
             self._owned.write_text(PLAN_FILE, json.dumps({"key": self.key}, indent=2) + "\n")
         remove_leftovers(self.staging)
 
     def missing_shards(self) -> list[Shard]:
-        """Return the shards that are not there yet, or no longer as they were written, which is reported."""
+        """Return the shards that are missing or have changed; print the latter."""
         missing = []
         for shard in self.shards:
             problems = {name: self._owned.problem(name) for name in self._files_of(shard)}
@@ -193,7 +203,7 @@ class DatasetWriter:
                 raise ValueError(f"{shard.file}: {written} samples for {shard.stop - shard.start} rows")
 
     def write_note(self, shard: Shard, text: str) -> None:
-        """Write what is known of a shard beside its rows; before the shard, which counts as missing without it."""
+        """Write the note of a shard, before `write_shard`: a shard without its note is missing."""
         self._owned.write_text(self._note_file(shard), text)
 
     def notes(self) -> Iterator[str]:
@@ -204,13 +214,13 @@ class DatasetWriter:
     def finish(
         self, card: str, rejected: Iterable[Mapping[str, str]], config_hash: str, parent: Parent | None
     ) -> Contract:
-        """Write card, ledger and, last, `contract.json`; then put the dataset in its place.
+        """Write card, rejected inputs and, last, `contract.json`; then rename the staging folder.
 
         Args:
             card: the dataset card (README.md).
-            rejected: ledger rows with at least `path` and `reason`.
+            rejected: rejected inputs, each with at least `path` and `reason`.
             config_hash: hash of the configuration that made the dataset.
-            parent: the real dataset behind a synthetic one.
+            parent: the real dataset from which a synthetic one was made, or None.
         """
         from maskloom.pipeline import __version__
         from maskloom.pipeline.files.provenance import git_sha
@@ -225,7 +235,7 @@ class DatasetWriter:
             producer=Producer(version=__version__, git_sha=git_sha(), config_hash=config_hash),
             parent=parent,
             splits=summarise_splits(shard_ids(self.staging / shard.file for shard in self.shards)),
-            files={file: self._sha256(file) for file in files},
+            files={file: self._written_sha256(file) for file in files},
             rejected=len(ledger),
         )
         self._owned.write_text(CONTRACT_FILE, json_text(contract.model_dump(mode="json")))
@@ -238,8 +248,8 @@ class DatasetWriter:
     def _note_file(self, shard: Shard) -> str:
         return f"{self._notes_folder}/{Path(shard.file).stem}.json"
 
-    def _take_over(self) -> None:
-        """Link what is intact of a dataset of the same plan; files are replaced and never changed, so a link is as good as a copy."""
+    def _reuse_finished(self) -> None:
+        """Link the intact shards of the finished dataset of the same plan; see `link_or_copy`."""
         finished = OwnedFolder(self.folder)
         for name in (name for shard in self.shards for name in self._files_of(shard)):
             if finished.problem(name) is None:
@@ -247,14 +257,14 @@ class DatasetWriter:
                     link_or_copy(self.folder / name, temporary)
 
     def _plan_of(self, folder: Path) -> str | None:
-        """Return the key of the plan that a folder was written by, or None where there is none, or a damaged one."""
+        """Return the key of the plan in a folder, or None if there is none or it is damaged."""
         if OwnedFolder(folder).problem(PLAN_FILE) is not None:
             return None
         plan = read_json(folder / PLAN_FILE, "delete it")
         return plan.get("key") if isinstance(plan, dict) else None
 
-    def _sha256(self, name: str) -> str:
-        """Return the SHA-256 of a file as it was written: what changed since must not become the truth."""
+    def _written_sha256(self, name: str) -> str:
+        """Return the SHA-256 of a file when it was written, so that later damage is detected."""
         known = self._owned.digests().get(name, "")
         return file_digest(self.staging / name) if known.startswith(PIECES) else known
 

@@ -284,7 +284,7 @@ def register_network_hooks(accelerator: Accelerator, networks: Mapping[str, nn.M
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Return whether a network is a diffusers model without adapters, saved by `save_pretrained`."""
+    """Return whether a network is a diffusers model without adapters, which is saved whole."""
     return isinstance(module, ModelMixin) and not hasattr(module, "peft_config")
 
 

@@ -28,8 +28,8 @@ class EMAWeights:
         Args:
             parameters: the trained weights by optimizer.
             decay: decay of the EMA per optimizer step; None: no EMA.
-            patience: number of validations without a lower loss after which the training stops; None:
-                no early stopping.
+            patience: number of validations without a lower loss after which the training stops;
+                None: no early stopping.
         """
         self.parameters, self.patience = parameters, patience
         self.emas: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Training figures: summed on the device, written to `metrics.jsonl` (for the report) and trackers."""
+"""Training figures: summed on the device, written to `metrics.jsonl` and to the trackers."""
 
 from pathlib import Path
 

@@ -154,7 +154,7 @@ class TrainingLoop:
         self.ema = EMAWeights(task.parameters(), decay, config.early_stopping_patience)
 
     def resume(self) -> None:
-        """Load the checkpoint to resume from, if any; adapt its schedules to this training's length."""
+        """Load the checkpoint to resume from, if any; adapt its schedules to the new length."""
         # Only for dropout, which differs between processes; everything else uses keyed generators.
         torch.manual_seed(keyed_generator(self.seed, "process", self.accelerator.process_index).initial_seed())
         wanted = self.config.resume_from_checkpoint

@@ -52,7 +52,7 @@ def check_afresh(config: LoopConfig, folder: Path) -> None:
 
 
 def training_identity(config: LoopConfig, seed: int, inputs: Mapping[str, str], processes: int) -> dict[str, Any]:
-    """Return everything that a training depends on; checkpoints of another identity are rejected."""
+    """Return everything that a training depends on; a checkpoint must match it to be resumed."""
     resumable = config.resumable_settings
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in resumable}
     # JSON has no infinity, which `max_grad_norm` may be.

@@ -1,4 +1,4 @@
-"""Whether a dataset may be trained on: images that its splits share, labels that contradict.
+"""Checks that decide whether a dataset may be used: shared images and contradicting labels.
 
-Commands and tables lie in `data_prep.audit`.
+Commands, tables and the search for near-duplicates are in `data_prep.audit`.
 """

@@ -1,6 +1,7 @@
-"""Identical images that datasets share: across splits, across datasets, and with labels or masks that contradict.
+"""Identical images in two splits or two datasets, or with contradicting labels or masks.
 
-A *failure* makes a paper wrong: an image that shapes the model (train, validation) and also measures it, or one image with two labels.
+A *failure* invalidates results: an image that is used for training or model selection and also for
+testing, or an image with two labels.
 """
 
 import sqlite3
@@ -11,12 +12,12 @@ from typing import NamedTuple
 
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 
-SHAPING_SPLITS = ("train", "validation")  # what a model is fitted to, and chosen by
+SHAPING_SPLITS = ("train", "validation")  # used for training and model selection
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image lies."""
+    """Location of an image."""
 
     dataset: str
     split: str
@@ -27,13 +28,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Finding:
-    """Two images that are the same picture, or nearly, and what is wrong with that.
+    """Two images that are identical or near-duplicates, and the problem with that.
 
     Attributes:
-        problem: `splits` (in two splits of the dataset), `datasets` (in both datasets), `labels` (with different labels), or `masks`.
+        problem: `splits` (in two splits of the dataset), `datasets` (in both datasets), `labels`
+            (with different labels), or `masks` (with different masks).
         likeness: `identical` (every pixel) or `near`.
-        correlation: of the two images reduced to 64 x 64.
-        images: size of the set of near-duplicates that the pair is taken from.
+        correlation: correlation of the two images, reduced to 64 x 64.
+        images: number of images in the set of near-duplicates from which the pair is taken.
         fails: whether the dataset must not be used like this.
     """
 
@@ -69,30 +71,35 @@ MEMBER = "id, dataset, split, sample, grp, label, image, mask, flat"
 
 
 def place(datasets: Sequence[MaskPromptDataset], member: Member) -> Place:
-    """Return where an image lies, in words."""
+    """Return the location of an image, with the folder of its dataset."""
     return Place(str(datasets[member.dataset].folder), member.split, member.sample, member.group, member.label)
 
 
 def near_correlation(dataset: MaskPromptDataset) -> float | None:
-    """Return the threshold by which groups were meant to catch near-duplicates; None where they were not."""
+    """Return the threshold with which groups unite near-duplicates, or None if they do not."""
     stated = dataset.description.preprocessing.get("near_duplicates")
     return float(stated["correlation"]) if isinstance(stated, dict) and "correlation" in stated else None
 
 
 def measured_on_itself(a: tuple[int, str], b: tuple[int, str]) -> bool:
-    """Whether an image in both places would measure a model that it shaped. Places are (dataset, split)."""
+    """Return whether an image in both places is trained on and tested on.
+
+    Args:
+        a: (dataset, split).
+        b: (dataset, split).
+    """
     return a[1] != b[1] and (a[1] in SHAPING_SPLITS or b[1] in SHAPING_SPLITS)
 
 
 def relation(a: tuple[int, str], b: tuple[int, str]) -> str | None:
-    """Return the problem that an image in both places is, or None. The audited dataset is number 0."""
+    """Return the problem of an image in both places, or None; the audited dataset is number 0."""
     if a[0] == b[0] == 0:
         return "splits" if a[1] != b[1] else None
     return "datasets" if 0 in (a[0], b[0]) and a[0] != b[0] else None
 
 
 def contradicts(datasets: Sequence[MaskPromptDataset], a: Member, b: Member) -> bool:
-    """Whether two labels exclude each other: both are given, differ, and mean something to both datasets."""
+    """Return whether two labels contradict: both are given, differ, and exist in both datasets."""
     if a.label is None or b.label is None or a.label == b.label or 0 not in (a.dataset, b.dataset):
         return False
     known = [datasets[one.dataset].description.labels for one in (a, b)]
@@ -100,11 +107,12 @@ def contradicts(datasets: Sequence[MaskPromptDataset], a: Member, b: Member) -> 
 
 
 def identical_findings(rows: sqlite3.Connection, datasets: Sequence[MaskPromptDataset]) -> Iterator[Finding]:
-    """Yield what identical images have in common that they should not; images of one value are all alike and mean nothing.
+    """Yield the problems of identical images; uniform images are ignored.
 
     Args:
-        rows: a database with a table `images` of at least the columns `MEMBER`, and an index of its `image`.
-        datasets: those of its rows, the audited one first.
+        rows: database with a table `images` of at least the columns `MEMBER`, and an index on
+            `image`.
+        datasets: the datasets of its rows, the audited one first.
     """
     query = (
         f"SELECT {MEMBER} FROM images WHERE image IN"
@@ -115,7 +123,7 @@ def identical_findings(rows: sqlite3.Connection, datasets: Sequence[MaskPromptDa
 
 
 def _set_findings(datasets: Sequence[MaskPromptDataset], members: Iterable[Member]) -> Iterator[Finding]:
-    """Yield the findings in one set of identical images; of a large set only the first image of each kind is kept in memory."""
+    """Yield the findings in a set of identical images; keep one image of each kind in memory."""
     places: dict[tuple[int, str], Member] = {}
     labels: dict[tuple[int, str | None], Member] = {}
     masks: list[Member] = []

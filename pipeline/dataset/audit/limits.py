@@ -1,3 +1,5 @@
-"""Up to how many images the audit looks for near-duplicates unasked."""
+"""Limit of the audit."""
 
-NEAR_LIMIT = 20_000  # images, about ten minutes of a core; above it near-duplicates are looked for only where `verify --near` asks for them
+NEAR_LIMIT = 20_000
+"""Largest dataset, in images, whose near-duplicates are searched unasked: about ten minutes on one
+core. Larger ones are searched only with `verify --near`."""

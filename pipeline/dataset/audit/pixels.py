@@ -1,4 +1,4 @@
-"""What identical images share, and which images are so empty that being identical means nothing."""
+"""Digests of pixels, and images that are too uniform for a comparison to be meaningful."""
 
 import hashlib
 from typing import Any
@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 
-# Grey levels up to this are padding: zeros where a real image was padded, some noise around them where a generator learnt to.
+# Grey levels up to this are padding: zeros in padded real images, and noise around them in images
+# of a generator that has learned to pad.
 BLACK = 16
 
 
@@ -18,7 +19,7 @@ def pixel_digest(pixels: Pixels) -> bytes:
 
 
 def is_blank(image: NDArray[Any]) -> bool:
-    """Whether an image is of one value or colour, but for black padding around it: a slice of air, a tile of glass.
+    """Return whether an image is uniform apart from black padding: a slice of air, a tile of glass.
 
     Args:
         image: (H, W) or (H, W, 3), of any number type.
@@ -27,12 +28,13 @@ def is_blank(image: NDArray[Any]) -> bool:
 
 
 def without_padding(image: Pixels, black: int = BLACK) -> Pixels:
-    """Return the image, (H, W) or (H, W, 3), less the black rows and columns around it; the image itself where all is black.
+    """Return an image without the black rows and columns around it.
 
-    Padding is the same in every image of one aspect: its edges would make unrelated images correlate.
+    Padding is the same in all images of one aspect ratio: its edges would make unrelated images
+    correlate.
 
     Args:
-        image: the picture.
+        image: (H, W) or (H, W, 3); returned unchanged if it is all black.
         black: brightest value of padding.
     """
     content = (image if image.ndim == 2 else image.max(axis=2)) > black

@@ -1,4 +1,4 @@
-"""One file per layout to export to, found by its name; see `pipeline.dataset.exporter`.
+"""Export formats, one file per format, found by file name; see `pipeline.dataset.exporter`.
 
-An exporter never imports another one.
+An exporter must not import another one.
 """

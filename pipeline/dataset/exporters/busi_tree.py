@@ -1,11 +1,14 @@
-"""`busi_tree`: the tree of curated BUSI copies, a folder for each class with images and masks apart, and a table.
+"""`busi_tree`: the layout of curated BUSI copies, one folder per class, and a table.
 
-    benign/image/synthetic_benign_001.png       synthetic_dataset.csv   image_path, mask_path, class, class_label
-    benign/mask/synthetic_benign_001_mask.png   samples.csv             the ids, group, split, origin and prompt of each image
+    benign/image/synthetic_benign_001.png
+    benign/mask/synthetic_benign_001_mask.png
+    synthetic_dataset.csv   image_path, mask_path, class, class_label
+    samples.csv             ids, group, split, origin and prompt of each image
 
-Real rows are named `real_…` and counted apart; the first table is named after the dataset's origin (`real_dataset.csv`,
-`combined_dataset.csv`). The layout knows no splits: `samples.csv` says which row was held out. `data_prep` reads the tree back: by
-`busi` where the classes are BUSI's, by `folder` with `samples.csv` as its table.
+Real rows are named `real_…` and numbered separately. The first table is named after the dataset's
+origin (`real_dataset.csv`, `combined_dataset.csv`). The layout has no splits: `samples.csv` lists
+the split of each row. `data_prep` can read the result: as `busi` if the classes are those of BUSI,
+otherwise as `folder` with `samples.csv` as its table.
 """
 
 import csv
@@ -30,7 +33,7 @@ LEAST_DIGITS = 3
 
 
 class Exporter(DatasetExporter):
-    """Folders of classes, each with image and mask, numbered by origin and class."""
+    """Writes one folder per class with images and masks, numbered by origin and class."""
 
     needs_labels = True
 
@@ -39,7 +42,7 @@ class Exporter(DatasetExporter):
         return visible_values(about)
 
     def check(self, source: ExportSource) -> None:
-        """Check that no class takes the name of another's folder.
+        """Check that no two classes would share a folder.
 
         Raises:
             MaskLoomError: two classes differ in capital letters only.

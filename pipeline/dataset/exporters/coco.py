@@ -2,10 +2,11 @@
 
     annotations/instances_train.json    images/train/ID.png
 
-One annotation for each connected region (8 neighbours) of each mask class. Its `segmentation` is uncompressed run-length encoding, not a
-polygon, because a polygon loses pixels: `counts` are the lengths of runs down the columns, the first of them outside the region. `area` counts
-its pixels, `bbox` is [left, top, width, height]. Categories are the mask classes without the background. Beyond COCO's own keys an image bears
-`label`, `text`, `sample_id`, `group_id` and `origin`.
+There is one annotation per connected region (8 neighbours) of each mask class. Its `segmentation`
+is an uncompressed run-length encoding, because a polygon would lose pixels: `counts` are the
+lengths of runs down the columns, the first of them outside the region. `area` is in pixels, `bbox`
+is [left, top, width, height]. Categories are the mask classes without the background. In addition
+to COCO's keys, an image has `label`, `text`, `sample_id`, `group_id` and `origin`.
 """
 
 import json
@@ -24,7 +25,7 @@ from maskloom.pipeline.dataset.exporter import DatasetExporter, ExportSource, Ro
 
 
 class Exporter(DatasetExporter):
-    """Images and one file of annotations for each split."""
+    """Writes images, and one file of annotations per split."""
 
     def mask_values(self, about: Description) -> str:
         """Return in words what the category ids mean."""
@@ -39,7 +40,7 @@ class Exporter(DatasetExporter):
 
 
 def _write_split(source: ExportSource, split: str, images: Path, file: IO[str]) -> None:
-    """Write one split, row by row: images go to the file at once, annotations wait on disk until its second list begins."""
+    """Write a split row by row; buffer annotations on disk until the list of images is complete."""
     about, ids = source.about, count(1)
     head = json.dumps(_head(about), ensure_ascii=False)
     file.write(f'{head[:-1]}, "images": [')
@@ -62,7 +63,7 @@ def _write_split(source: ExportSource, split: str, images: Path, file: IO[str]) 
 
 
 def mask_regions(mask: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
-    """Yield the connected regions of every class but the background, as the region's part of an annotation.
+    """Yield the connected regions of every class but the background, as parts of annotations.
 
     Args:
         mask: (H, W) class indices, 0 = background.
@@ -82,7 +83,10 @@ def mask_regions(mask: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
 
 
 def run_lengths(region: NDArray[np.bool_]) -> list[int]:
-    """Return the lengths of the runs of equal pixels, column by column; the first run is outside the region and may be empty."""
+    """Return the lengths of runs of equal pixels, column by column.
+
+    The first run is outside the region and may be empty.
+    """
     pixels = region.ravel(order="F")
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     runs = np.diff(np.concatenate([[0], changes, [pixels.size]])).tolist()

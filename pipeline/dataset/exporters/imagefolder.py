@@ -1,12 +1,13 @@
-"""`imagefolder`: folders of classes that `datasets` (imagefolder) and torchvision (ImageFolder) read.
+"""`imagefolder`: one folder per class, for `datasets` (imagefolder) and torchvision (ImageFolder).
 
     train/benign/ID.png        an image; `unlabelled` holds those without a class
     train/ID_mask.png          its mask, outside the class folders: torchvision walks these only
-    train/metadata.jsonl       a line for each image: file_name, mask_file_name, label, text and the ids
+    train/metadata.jsonl       one line per image: file_name, mask_file_name, label, text and ids
 
-`load_dataset("imagefolder", data_dir=FOLDER)` gives the columns `image`, `mask`, `label` (the name), `text`, …; torchvision reads one split,
-`ImageFolder("FOLDER/train")`. An external test set is a folder beside train, and loads as a `data_dir` of its own.
-Where some image has no mask, `mask_path` names the masks instead, and `mask` is no column of pictures.
+`load_dataset("imagefolder", data_dir=FOLDER)` gives the columns `image`, `mask`, `label` (the
+name), `text`, …; torchvision reads one split, `ImageFolder("FOLDER/train")`. An external test set
+is a folder beside train, and is loaded with its own `data_dir`. If some image has no mask, the
+column `mask_path` names the mask files, and there is no column `mask` of images.
 """
 
 import json
@@ -29,7 +30,7 @@ SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "dev", "test",
 
 
 class Exporter(DatasetExporter):
-    """Folders of splits and classes with `metadata.jsonl`."""
+    """Writes folders of splits and classes, with `metadata.jsonl`."""
 
     needs_masks = False
 
@@ -38,24 +39,27 @@ class Exporter(DatasetExporter):
         return visible_values(about)
 
     def write(self, source: ExportSource, folder: Path) -> None:
-        """Write images, masks and a `metadata.jsonl` for each split."""
+        """Write images, masks and one `metadata.jsonl` per split."""
         for split in source.splits:
             (folder / split).mkdir()
             with (folder / split / METADATA_FILE).open("w", encoding="utf-8", newline="\n") as metadata:
                 for row in source.rows(split):
-                    values = _written(row, source, folder / split)
+                    values = _write_row(row, source, folder / split)
                     metadata.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def _written(row: Row, source: ExportSource, folder: Path) -> dict[str, str]:
-    """Write an image and its mask; return its line of metadata. No value is null: `datasets` takes types from the first lines."""
+def _write_row(row: Row, source: ExportSource, folder: Path) -> dict[str, str]:
+    """Write an image and its mask; return its line of metadata.
+
+    No value is null, because `datasets` infers the types from the first lines.
+    """
     name = safe_name(row.sample_id)
-    image = f"{_class_folder(row.label)}/{name}.png"
+    image = f"{class_folder(row.label)}/{name}.png"
     write_new(folder / image, row.image)
     mask = "" if row.mask is None else f"{name}_mask.png"
     if row.mask is not None:
         write_new(folder / mask, visible_mask(row.mask, source.about))
-    # A name in `*_file_name` is opened as a picture, so every row needs one.
+    # `datasets` opens every `*_file_name` as an image, so all rows need one.
     mask_key = "mask_file_name" if source.without_mask is None else "mask_path"
     return {
         "file_name": image,
@@ -71,8 +75,11 @@ def _written(row: Row, source: ExportSource, folder: Path) -> dict[str, str]:
     }
 
 
-def _class_folder(label: str | None) -> str:
-    """Return a class's folder; `datasets` would take a class that is called like a split for one, and images without a class have theirs."""
+def class_folder(label: str | None) -> str:
+    """Return the folder of a class, or of images without a class.
+
+    A class with the name of a split gets a prefix, because `datasets` would read it as that split.
+    """
     if label is None:
         return UNLABELLED
     return f"class-{safe_name(label)}" if label.lower() in (*SPLIT_WORDS, UNLABELLED) else safe_name(label)

@@ -1,13 +1,17 @@
-"""`nnunet`: the dataset format of nnU-Net v2 (documentation/dataset_format.md and manual_data_splits.md of MIC-DKFZ/nnUNet).
+"""`nnunet`: the dataset format of nnU-Net v2.
+
+See documentation/dataset_format.md and manual_data_splits.md of MIC-DKFZ/nnUNet.
 
     Dataset501_NAME/dataset.json
-                    imagesTr/CASE_0000.png     train and validation rows; colour images keep their three channels in one file
+                    imagesTr/CASE_0000.png     train and validation rows; RGB images are one file
                     labelsTr/CASE.png          class indices
-                    imagesTs/  labelsTs/       test rows; an external test set has folders of its own (imagesTs_external_udiat)
+                    imagesTs/  labelsTs/       test rows; an external test set has its own folders,
+                                               such as imagesTs_external_udiat
                     splits_final.json          fold 0: train against validation
 
-nnU-Net reads `splits_final.json` from `nnUNet_preprocessed/Dataset501_NAME`; copy it there after `nnUNetv2_plan_and_preprocess`, then train
-with fold 0. Without validation rows there is none, and nnU-Net splits the cases itself, which may tear a group apart.
+nnU-Net reads `splits_final.json` from `nnUNet_preprocessed/Dataset501_NAME`; copy it there after
+`nnUNetv2_plan_and_preprocess`, then train with fold 0. Without validation rows there is no such
+file, and nnU-Net splits the cases itself, which may put one group into several folds.
 """
 
 from collections.abc import Sequence
@@ -32,15 +36,15 @@ TRAINING = ("train", "validation")
 
 
 class NnunetOptions(Options):
-    """Which dataset nnU-Net takes it for."""
+    """Options of the nnU-Net dataset."""
 
     dataset_id: int = Field(
-        501, ge=1, le=999, description="number in the folder's name; not one that nnU-Net knows yet"
+        501, ge=1, le=999, description="number in the folder's name; not that of another dataset of your nnU-Net"
     )
 
 
 class Exporter(DatasetExporter):
-    """Raw dataset folder with `dataset.json` and one fold."""
+    """Writes a raw dataset folder with `dataset.json` and one fold."""
 
     Options = NnunetOptions
     options: NnunetOptions
@@ -53,17 +57,18 @@ class Exporter(DatasetExporter):
         """Check that there are cases to train on, and something to segment.
 
         Raises:
-            MaskLoomError: the train split is left out or empty, or there is no class besides the background.
+            MaskLoomError: the train split is left out or empty, or there is no class besides the
+                background.
         """
         if "train" not in source.splits:
             raise MaskLoomError(
-                f"{source.folder}: nnunet needs the train split; exported would be {', '.join(source.splits)}"
+                f"{source.folder}: nnunet needs the train split, and only {', '.join(source.splits)} would be exported"
             )
         if len(source.about.mask_classes) < 2:
-            raise MaskLoomError(f"{source.folder}: its masks know no class besides the background; nnunet needs one")
+            raise MaskLoomError(f"{source.folder}: its masks have no class besides the background; nnunet needs one")
 
     def write(self, source: ExportSource, folder: Path) -> None:
-        """Write images, label maps, `dataset.json` and, with validation rows, `splits_final.json`."""
+        """Write images, label maps, `dataset.json` and, if possible, `splits_final.json`."""
         about = source.about
         root = folder / f"Dataset{self.options.dataset_id:03d}_{safe_name(about.dataset)}"
         cases = {split: _write_split(source, split, root) for split in source.splits}
@@ -73,7 +78,7 @@ class Exporter(DatasetExporter):
 
 
 def _write_split(source: ExportSource, split: str, root: Path) -> Sequence[str]:
-    """Write the cases of a split and return their identifiers, which nnU-Net's fold names."""
+    """Write the cases of a split; return their identifiers for nnU-Net's fold."""
     ending = "Tr" if split in TRAINING else "Ts" if split == "test" else f"Ts_{split}"
     cases = []
     for row in source.rows(split):
@@ -86,8 +91,8 @@ def _write_split(source: ExportSource, split: str, root: Path) -> Sequence[str]:
 
 
 def _dataset_json(about: Description, training: int) -> dict[str, object]:
-    """Return the metadata that nnU-Net asks for, and its optional fields for name, licence and reference."""
-    # A channel that is called exactly `CT` would be clipped as Hounsfield units; these are grey levels of 8 bits.
+    """Return the metadata that nnU-Net requires, and its optional name, licence and reference."""
+    # nnU-Net would clip a channel named `CT` as Hounsfield units; these are 8-bit grey levels.
     channels = ("R", "G", "B") if about.channels == 3 else (f"{about.modality}, 8 bits",)
     return {
         "channel_names": {str(index): name for index, name in enumerate(channels)},
