@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from maskloom.data_prep.readers.common import decoded_image, eight_bit
 from maskloom.pipeline.config.data import StainConfig
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
-from maskloom.pipeline.extras import require
+from maskloom.pipeline.plugins import require
 
 WHITE = 240  # torchstain's `Io`: grey value of light without tissue
 LEAST_DENSITY = 0.15  # torchstain's `beta`: optical density of the palest tissue

@@ -21,7 +21,7 @@ from PIL import Image
 from maskloom.data_prep.readers.decoding import DecodedImage, decode
 from maskloom.data_prep.readers.file_names import as_seen, is_system_name
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
-from maskloom.pipeline.extras import require
+from maskloom.pipeline.plugins import require
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 JPEG_NOISE = 32  # largest change of black or white by JPEG compression

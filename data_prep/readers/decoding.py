@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
 from maskloom.pipeline.errors import RejectedSample
-from maskloom.pipeline.extras import require
+from maskloom.pipeline.plugins import require
 
 if TYPE_CHECKING:
     from tifffile import TiffPage

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from maskloom.data_prep.readers.intensity import window_range
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
-from maskloom.pipeline.extras import require
+from maskloom.pipeline.plugins import require
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

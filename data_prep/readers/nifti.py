@@ -31,7 +31,7 @@ from maskloom.data_prep.readers.common import unreadable_as_reject
 from maskloom.data_prep.readers.intensity import window_range
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import RejectedSample
-from maskloom.pipeline.extras import require
+from maskloom.pipeline.plugins import require
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header

@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskloom.data_prep.readers.common import unreadable_as_reject
 from maskloom.pipeline.errors import RejectedSample
-from maskloom.pipeline.extras import require
+from maskloom.pipeline.plugins import require
 
 if TYPE_CHECKING:
     from openslide import OpenSlide

@@ -9,7 +9,7 @@ from typing import Any
 from maskloom.data_prep.readers.common import unreadable_as_reject
 from maskloom.data_prep.readers.tables import TableRow, table_rows
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
-from maskloom.pipeline.extras import install_command, require
+from maskloom.pipeline.plugins import install_command, require
 
 MAX_UNPACKED_BYTES = 2**24  # of all files in the zip; a label table has about 10 kB
 MAX_ROWS, MAX_COLUMNS = 2**15, 2**7  # a cell may claim any position, and openpyxl creates all empty cells before it

@@ -26,7 +26,7 @@ from maskloom.models.stable_diffusion.source import (
 )
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.extras import install_command
+from maskloom.pipeline.plugins import install_command
 
 SUPPORTED = "only Stable Diffusion 1.x and 2.x (text to image) can be trained and sampled here"
 SCHEDULERS = (

@@ -23,7 +23,7 @@ from maskloom.models.stable_diffusion.single_file import PREFIXES, converted_nam
 from maskloom.models.stable_diffusion.source import SETTINGS, BackboneSource, folder_of, read_settings
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError, excerpt
-from maskloom.pipeline.extras import install_command
+from maskloom.pipeline.plugins import install_command
 
 CONTROLNET_FILES = (
     "config.json",

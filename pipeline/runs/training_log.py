@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the log of a training: one JSON object per line, a step and its figures by name."""
+"""`metrics.jsonl`, the log of a training: one JSON object per line, a step and its figures."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ REMEDY = "delete the line, or the file: no weights depend on it"
 
 
 class LogLine(BaseModel):
-    """One line: the step, and figures by their names."""
+    """One line: the step, and figures by name."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -24,24 +24,24 @@ class LogLine(BaseModel):
 
 
 class AnyLine(LogLine):
-    """A line with any further values."""
+    """A line with other values than numbers."""
 
     __pydantic_extra__: dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a log, with the key `step`; none where there is no file.
+    """Return the lines of a log, including the key `step`; empty if there is no file.
 
-    A last line that a killed process left without its end is passed over.
+    An incomplete last line, which a killed process has left, is ignored.
 
     Raises:
-        MaskLoomError: a line is of another shape; names its number.
+        MaskLoomError: a line is invalid; the error names its number.
     """
     return [line.model_dump() for line in read_lines(path, LogLine, REMEDY)] if path.is_file() else []
 
 
 def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines that can be read, whatever their values, and the number of the others."""
+    """Return the lines that can be parsed, whatever their values, and the number of other lines."""
     found, unreadable = [], 0
     for line in path.read_bytes().splitlines():
         try:
@@ -52,16 +52,16 @@ def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def append_metrics(path: Path, step: int, figures: Mapping[str, float]) -> None:
-    """Add the figures of a step to a log."""
+    """Append the figures of a step to a log."""
     with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps({"step": step, **figures}) + "\n")
 
 
 def keep_metrics(path: Path, last_step: int) -> None:
-    """Leave the lines up to a step as they are and drop the others; writes an empty log where there is none.
+    """Keep the lines up to a step and delete later ones; create an empty log if there is none.
 
     Raises:
-        MaskLoomError: a line is of another shape; names its number.
+        MaskLoomError: a line is invalid; the error names its number.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # without a cut last line
     steps = [read_line(line, LogLine, f"{path}:{number}", REMEDY).step for number, line in enumerate(lines, start=1)]

@@ -1,4 +1,4 @@
-"""Which training made a synthetic set, and what it took."""
+"""Find the training behind a synthetic dataset, and its cost."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
 
 
 def training_of(run: Run, name: str, contract: Contract) -> str | None:
-    """Return the stage that trained a generator: `baselines/NAME` or `train`; None where its weights are the backbone's alone.
+    """Return the stage that trained a generator, `baselines/NAME` or `train`.
 
     Args:
         run: the run.
-        name: the generator's; an architecture has the same one.
-        contract: of its synthetic set.
+        name: name of the generator, which is also that of its architecture.
+        contract: contract of its synthetic dataset.
+
+    Returns:
+        The stage, or None if the generator uses only the weights of the backbone.
     """
     if (run.logs(f"baselines/{name}") / RECORD_FILE).is_file():
         return f"baselines/{name}"
@@ -27,12 +30,12 @@ def training_of(run: Run, name: str, contract: Contract) -> str | None:
 
 
 def training_cost(run: Run, stage: str) -> dict[str, float]:
-    """Return what a training took, as far as it was recorded.
+    """Return the cost of a training, as far as it was recorded.
 
     Returns:
-        `trained parameters` over all networks; `samples seen`; `training seconds` of its steps,
-        over all interruptions, without start-up, caches, validation and checkpoints; `peak memory
-        in MB`, of the device where it is a GPU, else of the process.
+        `trained parameters` of all networks; `samples seen`; `training seconds` of its steps,
+        summed over interruptions, without start-up, caches, validation and checkpoints; `peak
+        memory in MB` of the GPU, or else of the process.
     """
     record = read_record(run, stage)
     if record is None:
@@ -45,13 +48,12 @@ def training_cost(run: Run, stage: str) -> dict[str, float]:
         found["samples seen"] = samples
     lines = [line for line in read_metrics(run.logs(stage) / METRICS_FILE) if "samples_per_second" in line]
     if lines and samples:
-        found["training seconds"] = _seconds(lines, samples / lines[-1]["step"])
+        samples_per_step = samples / lines[-1]["step"]
+        # Each line contains the rate since the line before.
+        steps = [0, *(line["step"] for line in lines)]
+        found["training seconds"] = sum(
+            (line["step"] - before) * samples_per_step / line["samples_per_second"]
+            for before, line in zip(steps[:-1], lines, strict=True)
+        )
         found["peak memory in MB"] = max(line["peak_memory_mb"] for line in lines)
     return found
-
-
-def _seconds(lines: list[dict[str, float]], samples_a_step: float) -> float:
-    """Return the time of the steps: each line tells the rate since the one before."""
-    steps = [0, *(line["step"] for line in lines)]
-    pairs = zip(steps[:-1], lines, strict=True)
-    return sum((line["step"] - before) * samples_a_step / line["samples_per_second"] for before, line in pairs)

@@ -1,4 +1,4 @@
 """`sweep`: several generators or variants of a configuration, and one table of their results.
 
-Each of them is an ordinary run; nothing is trained or measured here.
+Each variant is an ordinary run. Training and metrics do not belong here.
 """

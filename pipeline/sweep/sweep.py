@@ -1,6 +1,7 @@
-"""`sweep`: one experiment, or several variants of it, trained, generated and evaluated alike and put side by side in one table.
+"""`sweep`: run an experiment, or several variants of it, and compare the results in one table.
 
-Each variant is a run of its own below the sweep's run folder. Variants of the same data share what `prepare` made of it.
+Each variant is a separate run in the sweep's run folder. Variants with the same data share the
+prepared dataset.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class SweepSection(Section):
-    """`sweep`: what is compared."""
+    """`sweep`: the variants to compare."""
 
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="name -> sections of the configuration, laid over the file's; none: the configuration as it is",
+        description="name -> sections that override those of the file; none: one run without changes",
     )
 
     @field_validator("variants")
@@ -43,9 +44,11 @@ class SweepSection(Section):
     def _variants_are_runs(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, values in variants.items():
             if not NAME.fullmatch(name) or name == FOLDER:
-                raise ValueError(f"{name!r} is no name of a folder: letters, digits, dots, hyphens; not {FOLDER!r}")
+                raise ValueError(
+                    f"{name!r} is not a valid folder name; use letters, digits, dots, hyphens, and not {FOLDER!r}"
+                )
             if taken := {"run_dir", "sweep"} & values.keys():
-                raise ValueError(f"{name}: {min(taken)} is the sweep's own; take it out")
+                raise ValueError(f"{name}: {min(taken)} is set by the sweep; remove it")
         return variants
 
 
@@ -60,9 +63,9 @@ class Variant:
     """One run of a sweep.
 
     Attributes:
-        name: empty where the sweep has no variants and is one run.
+        name: name of the variant; empty if the sweep has no variants and is one run.
         path: its configuration file, written by the sweep.
-        config: what stands in it.
+        config: content of that file.
     """
 
     name: str
@@ -71,19 +74,19 @@ class Variant:
 
     @property
     def run(self) -> Run:
-        """Its run."""
+        """Run of the variant."""
         return Run(self.config.run_folder)
 
     @property
     def data_key(self) -> str:
-        """Equal for variants whose `prepare` makes the same dataset."""
+        """Key that is equal for variants with the same dataset."""
         return value_digest([self.config.data.model_dump(mode="json"), self.config.seed])
 
 
 def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path | None) -> None:
-    """Run every variant, print the table and write it to the run folder as `table.md`, `table.csv` and `table.json`.
+    """Run every variant, print the table, and write `table.md`, `table.csv` and `table.json`.
 
-    A variant that fails leaves the others as they are; the same command continues where it stopped.
+    The sweep continues after a failed variant. The same command, run again, resumes the sweep.
 
     Args:
         path: the sweep's file.
@@ -92,7 +95,8 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
         accelerate_config: a file for `accelerate launch --config_file`, or None.
 
     Raises:
-        MaskLoomError: a mistake in the configuration of any variant, before anything starts; or at the end, a variant failed.
+        MaskLoomError: the configuration of a variant is invalid (raised before anything starts), or
+            a variant has failed (raised at the end).
     """
     config = load_config(path, overrides, SweepConfig)
     variants = planned_variants(path, overrides, config)
@@ -113,20 +117,20 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
     print_table(config.experiment, rows)
     say(f"sweep: {config.run_folder / 'table.md'}")
     if failed:
-        told = ", ".join(f"{name or config.experiment} at {stage}" for name, stage in failed.items())
-        raise MaskLoomError(f"{len(failed)} of {len(variants)} runs failed ({told}); fix them and run the sweep again")
+        shown = ", ".join(f"{name or config.experiment} at {stage}" for name, stage in failed.items())
+        raise MaskLoomError(f"{len(failed)} of {len(variants)} runs failed ({shown}); fix them and run the sweep again")
 
 
 def planned_variants(path: Path, overrides: list[str], config: SweepConfig) -> list[Variant]:
-    """Return the checked variants of a sweep in the file's order.
+    """Return the validated variants of a sweep in the order of the file.
 
     Args:
         path: the sweep's file.
-        overrides: come over the variants' own values.
+        overrides: `key=value` overrides, which take precedence over the values of the variants.
         config: the sweep's own configuration.
 
     Raises:
-        MaskLoomError: a variant's values do not fit.
+        MaskLoomError: the values of a variant are invalid.
     """
     folder = config.run_folder
     if not config.sweep.variants:
@@ -150,12 +154,13 @@ def run_variant(variant: Variant, prepared: dict[str, Variant], force: bool, acc
 
     Args:
         variant: what to run.
-        prepared: variants whose dataset is there, by `data_key`; gains this one.
-        force: run stages that are up to date as well; a dataset that this sweep has prepared counts as fresh.
+        prepared: variants whose dataset has been prepared, by `data_key`; this one is added.
+        force: also run stages that are up to date, except for datasets that this sweep has
+            prepared.
         accelerate_config: see `sweep`.
 
     Returns:
-        The stage that failed, or an empty text. The stage has printed its own error.
+        The stage that failed, or an empty string. The stage has printed its error.
     """
     if variant.data_key in prepared:
         share_dataset(prepared[variant.data_key].run, variant.run)
@@ -172,8 +177,12 @@ def run_variant(variant: Variant, prepared: dict[str, Variant], force: bool, acc
 
 
 def _train_architectures(variant: Variant, arguments: list[str], again: bool, accelerate_config: Path | None) -> int:
-    """Train each architecture in a process of its own, or one's peak memory would hide the next one's; return the first exit code that is not 0."""
-    if again:  # it holds the architectures' older records
+    """Train each architecture in a separate process, so that its peak memory is its own.
+
+    Returns:
+        The first exit code that is not 0, or 0.
+    """
+    if again:  # this record includes the older ones of the architectures
         (variant.run.logs("baselines") / RECORD_FILE).unlink(missing_ok=True)
     codes = (
         run_stages(["baselines"], [*arguments, "--architecture", architecture], accelerate_config)
@@ -183,9 +192,14 @@ def _train_architectures(variant: Variant, arguments: list[str], again: bool, ac
 
 
 def share_dataset(source: Run, target: Run) -> None:
-    """Give a run the dataset that another one has prepared of the same data, unless it has it: its own `prepare` then finds itself up to date.
+    """Link the prepared dataset of a run into another run with the same data.
 
-    Files are hard links where the file system has them: every writer replaces files and changes none.
+    The `prepare` stage of the other run is then up to date. Does nothing if it has the dataset
+    already.
+
+    Raises:
+        MaskLoomError: the first run has no prepared dataset, or what exists in the other one is not
+            MaskLoom's.
     """
     record, own = read_record(source, "prepare"), read_record(target, "prepare")
     if record is None:
@@ -194,10 +208,10 @@ def share_dataset(source: Run, target: Run) -> None:
         return
     check_replaceable(target.dataset)
     target.mark()
-    (target.logs("prepare") / RECORD_FILE).unlink(missing_ok=True)  # between two datasets the run has none
-    not_shared = shutil.ignore_patterns(LOCK_FILE, MANIFESTS)  # a lock, linked, would hold both runs at once
+    (target.logs("prepare") / RECORD_FILE).unlink(missing_ok=True)  # invalid while the dataset is replaced
+    not_shared = shutil.ignore_patterns(LOCK_FILE, MANIFESTS)  # a linked lock would lock both runs
     with whole_folder(target.dataset) as folder:
-        for name in OwnedFolder(source.dataset).files():  # not what the user has put there
+        for name in OwnedFolder(source.dataset).files():  # without the user's own files
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(source.dataset / name, folder / name)
     shutil.copytree(source.logs("prepare"), target.logs("prepare"), ignore=not_shared, dirs_exist_ok=True)

@@ -1,6 +1,7 @@
-"""The table of a sweep: one row per generator, the figures that the metrics name as their main ones, and what each training and image took.
+"""The table of a sweep: one row per generator with the main figures of each metric, and the cost.
 
-No metric is known here by its name: columns and their order are those of `figures` in `RUN/evaluation/*.json`.
+No metric is known here by its name: columns and their order are those of `figures` in
+`RUN/evaluation/*.json`.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import training_cost, training_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 COST = "cost"
-ANY_WIDTH = 10_000  # a measurement is cut off at the width that it is given
+ANY_WIDTH = 10_000  # rich limits a measurement to this width
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 NOTE = (
     "↓ lower is better, ↑ higher is better; numbers in brackets are the ends of an interval. "
-    "Trained parameters: of all networks, discriminators too. Training seconds: of the steps, without start-up, caches, validation and checkpoints. "
+    "Trained parameters: of all networks, discriminators too. Training seconds: of the steps, without start-up, "
+    "caches, validation and checkpoints. "
     "Peak memory: while training; of the device where it is a GPU, else of the process."
 )
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure: the metric (or `cost`) that gives it, its name, and which way is good."""
+    """A column: its metric (or `cost`), its name, and whether `higher` or `lower` is better."""
 
     group: str
     name: str
@@ -46,7 +47,7 @@ class Column:
 
     @property
     def head(self) -> str:
-        """What stands above it."""
+        """Heading of the column."""
         return self.name + ARROWS[self.better]
 
 
@@ -55,10 +56,10 @@ class Row:
     """A generator of a variant, or real images.
 
     Attributes:
-        variant: empty where the sweep is one run.
-        of: the generator's name, or what the metrics call real images.
+        variant: name of the variant; empty if the sweep is one run.
+        of: name of the generator, or the metrics' name for real images.
         cells: figures by column.
-        skipped: metrics of this variant that measured nothing, with the reason.
+        skipped: metrics of this variant that were skipped, with the reason.
     """
 
     variant: str
@@ -68,7 +69,7 @@ class Row:
 
 
 def variant_rows(variant: str, run: Run, config: ExperimentConfig) -> list[Row]:
-    """Return the rows of one run: its generators in the configuration's order, then real images; as far as it has come.
+    """Return the rows of a run: its generators in the configuration's order, then real images.
 
     Raises:
         MaskLoomError: a contract, a record or an evaluation is damaged.
@@ -98,7 +99,7 @@ def variant_rows(variant: str, run: Run, config: ExperimentConfig) -> list[Row]:
 
 
 def _answers(run: Run, config: ExperimentConfig, sets: Mapping[str, Contract]) -> list[Evaluation]:
-    """Return what was measured on these very sets, in the configuration's order."""
+    """Return the evaluations of exactly these datasets, in the configuration's order."""
     if not (run.dataset / CONTRACT_FILE).is_file() or not run.evaluation.is_dir():
         return []
     digests = {"real": read_contract(run.dataset).digest, **{name: one.digest for name, one in sets.items()}}
@@ -112,13 +113,13 @@ def _cost(run: Run, name: str, contract: Contract) -> dict[str, float]:
     cost: dict[str, float] = training_cost(run, stage) if stage else {"trained parameters": 0}
     record = read_record(run, "generate")
     made = record.results.get(name, {}) if record else {}
-    if made.get("made_now"):  # else the images are older than the record
+    if made.get("made_now"):  # otherwise the images are older than the record
         cost["images a second"] = made["images_per_second"]
     return cost
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns that any row has: the metrics' in their order, cost last."""
+    """Return the columns that occur in any row: those of the metrics in order, then the cost."""
     columns = list(dict.fromkeys(column for row in rows for column in row.cells))
     groups = list(dict.fromkeys(column.group for column in columns if column.group != COST))
     return [column for group in (*groups, COST) for column in columns if column.group == group]
@@ -131,7 +132,7 @@ def write_table(folder: Path, title: str, rows: Sequence[Row], failed: Mapping[s
         folder: the sweep's.
         title: the experiment's name.
         rows: of all variants.
-        failed: the stage at which a variant failed, by name.
+        failed: name of a failed variant -> stage at which it failed.
     """
     owned = OwnedFolder(folder)
     owned.write_text("table.md", _markdown(title, rows, failed))
@@ -160,7 +161,7 @@ def _called(variant: str) -> str:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """Return raw numbers; a figure with an interval has two more columns."""
+    """Return the table as CSV with full precision; a figure with an interval has three columns."""
     columns = columns_of(rows)
     bounded = {column for row in rows for column, cell in row.cells.items() if cell.low is not None}
     parts = [
@@ -185,7 +186,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Print the rows: all columns side by side where the terminal is wide enough, else a table a metric."""
+    """Print the table, or one table per metric if the terminal is too narrow."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -196,12 +197,9 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         console.print(whole)
         return
     for group in dict.fromkeys(column.group for column in columns):
-        _print_group(console, group, rows, [column for column in columns if column.group == group])
-
-
-def _print_group(console: Console, group: str, rows: Sequence[Row], columns: Sequence[Column]) -> None:
-    measured = [row for row in rows if row.cells.keys() & set(columns)]
-    console.print(_rich_table(group.replace("_", " "), measured, columns, with_group=False))
+        shown = [column for column in columns if column.group == group]
+        measured = [row for row in rows if row.cells.keys() & set(shown)]
+        console.print(_rich_table(group.replace("_", " "), measured, shown, with_group=False))
 
 
 def _rich_table(title: str, rows: Sequence[Row], columns: Sequence[Column], with_group: bool) -> Table:
@@ -212,12 +210,11 @@ def _rich_table(title: str, rows: Sequence[Row], columns: Sequence[Column], with
     for head in (*(["variant"] if several else []), "generator"):
         table.add_column(head, no_wrap=True)
     for column in columns:
-        words = f"{column.group}: {column.head}".replace("_", " ").replace(
-            " ", "\n"
-        )  # or the whole would be too wide for any screen
+        # One word per line, or the table would be too wide for any screen.
+        words = f"{column.group}: {column.head}".replace("_", " ").replace(" ", "\n")
         table.add_column(words if with_group else column.head, justify="right")
     for row in rows:
-        # An interval below its value: half as wide.
+        # An interval on the line below its value takes half the width.
         texts = [text.replace(" [", "\n[").replace(", ", ",\u00a0") for text in _texts(row, columns)]
         table.add_row(*([row.variant] if several else []), row.of, *texts)
     return table
@@ -228,9 +225,14 @@ def _has_variants(rows: Sequence[Row]) -> bool:
 
 
 def _texts(row: Row, columns: Sequence[Column]) -> list[str]:
-    return [_text(column, row.cells[column]) if column in row.cells else MISSING for column in columns]
-
-
-def _text(column: Column, cell: Interval) -> str:
-    is_count = column.group == COST and cell.value is not None and float(cell.value).is_integer()
-    return cell_text(int(cell.value or 0) if is_count else cell)
+    """Return the cells of a row as text; whole numbers of the cost are shown as integers."""
+    texts = []
+    for column in columns:
+        cell = row.cells.get(column)
+        if cell is None:
+            texts.append(MISSING)
+        elif column.group == COST and cell.value is not None and float(cell.value).is_integer():
+            texts.append(cell_text(int(cell.value)))
+        else:
+            texts.append(cell_text(cell))
+    return texts

@@ -18,7 +18,7 @@ from torch import nn
 
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.extras import install_command, require
+from maskloom.pipeline.plugins import install_command, require
 from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 from maskloom.pipeline.training.distributed import fill_deepspeed_settings
 

@@ -14,8 +14,8 @@ from maskloom.pipeline import __version__
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.extras import install_command
 from maskloom.pipeline.files.provenance import package_versions
+from maskloom.pipeline.plugins import install_command
 from maskloom.preflight import CHECKS, find_problems
 
 GIB = 2**30

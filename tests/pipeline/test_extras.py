@@ -22,7 +22,7 @@ from maskloom.data_prep.readers.spreadsheets import xlsx_rows
 from maskloom.doctor import OPTIONAL
 from maskloom.pipeline.config.data import StainConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.extras import install_command, require
+from maskloom.pipeline.plugins import install_command, require
 from tests.data_prep.readers.test_spreadsheets import write_table
 from tests.writers import acdc, busi, camelyon, dicom_folder, udiat
 

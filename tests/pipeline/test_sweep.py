@@ -122,9 +122,9 @@ def test_two_variants_run_side_by_side_and_share_their_dataset(
 
 
 def test_what_cannot_be_a_variant_is_said_before_anything_starts(tmp_path: Path):
-    assert "'../up' is no name of a folder" in problem(write_sweep(tmp_path, {"../up": {}}))
-    assert "'sweep' is no name of a folder" in problem(write_sweep(tmp_path, {"sweep": {}}))
-    assert "a: run_dir is the sweep's own; take it out" in problem(write_sweep(tmp_path, {"a": {"run_dir": "x"}}))
+    assert "'../up' is not a valid folder name" in problem(write_sweep(tmp_path, {"../up": {}}))
+    assert "'sweep' is not a valid folder name" in problem(write_sweep(tmp_path, {"sweep": {}}))
+    assert "a: run_dir is set by the sweep; remove it" in problem(write_sweep(tmp_path, {"a": {"run_dir": "x"}}))
     told = problem(write_sweep(tmp_path, {"a": {}, "b": {"generate": {"num_image": 1}}}))
     assert "sweep.variants.b: unknown key 'generate.num_image'" in told
     assert "unknown key 'sweep.variant'" in problem(write_sweep(tmp_path, {}, sweep={"variant": {}}))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from maskloom.evaluate.scores.features import Extractor
 from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.extras import require
 from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.plugins import require
 
 INPUT_SIZE = 299
 
