@@ -50,7 +50,7 @@ class Weights:
 
     Attributes:
         name: one of `LOADING`, or a generator architecture of the stage `baselines`.
-        folder: where they lie.
+        folder: of their files.
         record: of the stage that trained them, `train` or `baselines/NAME`.
         files: the `*.safetensors` that are pushed, relative to the folder.
     """
@@ -89,7 +89,7 @@ def completed_card(text: str, weights: Weights, repo_id: str, run: Run) -> tuple
     Args:
         text: the card that was written beside the weights.
         weights: the weights.
-        repo_id: where they go.
+        repo_id: the repository.
         run: the run.
 
     Raises:
@@ -113,7 +113,9 @@ def completed_card(text: str, weights: Weights, repo_id: str, run: Run) -> tuple
         networks={} if weights.name in LOADING else _networks(weights.folder),
         evaluations=evaluations,
         shown_tables=SHOWN_TABLES,
-        as_markdown=_as_markdown,
+        as_markdown=lambda table: "\n".join(
+            markdown_table(table.columns, [[cell_text(cell) for cell in row] for row in table.rows])
+        ),
         record=record,
         duration=duration_text(record.wall_seconds),
         digests={name: file_digest(weights.folder / name) for name in weights.files},
@@ -214,10 +216,6 @@ def _figures(table: Table, row: Sequence[object]) -> Iterator[tuple[str, float, 
             yield column, cell.value, bounds
         elif isinstance(cell, float):
             yield column, cell, None
-
-
-def _as_markdown(table: Table) -> str:
-    return "\n".join(markdown_table(table.columns, [[cell_text(cell) for cell in row] for row in table.rows]))
 
 
 def _networks(folder: Path) -> dict[str, tuple[str, str]]:

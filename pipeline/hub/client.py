@@ -115,7 +115,7 @@ class Hub:
         # With Xet, `upload_folder` splits large uploads into several commits; by LFS it makes one.
         constants.HF_HUB_DISABLE_XET = True
         self.token: str | None = None
-        with self._told("the token"):
+        with self.one_line_errors("the token"):
             self.token = get_token()
         if self.token is None and not dry_run:
             raise MaskLoomError("no Hugging Face token; run `hf auth login`, or set HF_TOKEN, then push again")
@@ -128,14 +128,14 @@ class Hub:
         """Return the token's user; in a dry run `NAMESPACE` where the user is unknown."""
         return self._asked("your account", lambda: str(self.api.whoami(cache=True)["name"]), lambda _: "NAMESPACE")
 
-    def look(self, upload: Upload, options: PushOptions) -> Remote:
+    def read(self, upload: Upload, options: PushOptions) -> Remote:
         """Return what the Hub has; in a dry run a Hub that does not answer is no error.
 
         Raises:
             MaskLoomError: it does not answer, or a repository of the other type has this name.
         """
         return self._asked(
-            upload.repo_id, lambda: self._read(upload, options.revision), lambda reason: Remote(unread=reason)
+            upload.repo_id, lambda: self._existing(upload, options.revision), lambda reason: Remote(unread=reason)
         )
 
     def _asked(self, what: str, question: Callable[[], Answer], unanswered: Callable[[str], Answer]) -> Answer:
@@ -143,14 +143,14 @@ class Hub:
         if self.token is None:
             return unanswered("no token (`hf auth login`)")
         try:
-            with self._told(what):
+            with self.one_line_errors(what):
                 return question()
         except MaskLoomError as error:
             if self.dry_run:
                 return unanswered(str(error))
             raise
 
-    def _read(self, upload: Upload, revision: str) -> Remote:
+    def _existing(self, upload: Upload, revision: str) -> Remote:
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
@@ -170,14 +170,14 @@ class Hub:
             return Remote(bool(info.private))
         return Remote(bool(info.private), {entry.path: entry for entry in tree if isinstance(entry, RepoFile)})
 
-    def send(self, upload: Upload, remote: Remote, news: Sequence[tuple[str, str]], options: PushOptions) -> None:
+    def commit(self, upload: Upload, remote: Remote, news: Sequence[tuple[str, str]], options: PushOptions) -> None:
         """Create the repository and the branch where they are missing, and commit what is new.
 
         Raises:
             MaskLoomError: the Hub refuses, or the connection breaks; uploaded files stay there.
         """
         where: dict[str, Any] = {"repo_id": upload.repo_id, "repo_type": upload.target.repo_type}
-        with self._told(upload.repo_id), warnings.catch_warnings(), TemporaryDirectory() as folder:
+        with self.one_line_errors(upload.repo_id), warnings.catch_warnings(), TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")  # the client prints what the server says about the card
             if remote.private is None:
                 self.api.create_repo(**where, private=not options.public)
@@ -205,7 +205,7 @@ class Hub:
         return without_secrets(f"{self.api.endpoint}/{prefix}{upload.repo_id}{branch}")
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def one_line_errors(self, what: str) -> Iterator[None]:
         """Turn a failure of the block, which only talks to the Hub, into a line without secrets."""
         try:
             yield

@@ -72,7 +72,7 @@ def _addresses(
 
 def _push_one(hub: Hub, upload: Upload, options: PushOptions) -> None:
     """Bring one repository to the upload's state, or list what that takes."""
-    remote = hub.look(upload, options)
+    remote = hub.read(upload, options)
     changes = list(compare(upload, remote))
     news = [(path, state) for path, _, state in changes if state != "unchanged"]
     if remote.private is False and not options.public:
@@ -86,8 +86,8 @@ def _push_one(hub: Hub, upload: Upload, options: PushOptions) -> None:
         _list(upload, remote, changes, "public" if options.public else "private")
         return
     if news:
-        hub.send(upload, remote, news, options)
-        after = compare(upload, hub.look(upload, options))
+        hub.commit(upload, remote, news, options)
+        after = compare(upload, hub.read(upload, options))
         if missing := next((path for path, _, state in after if state != "unchanged"), None):
             raise MaskLoomError(
                 f"{upload.repo_id}: {missing} did not arrive as it is here (does the repository's .gitignore name it?)"

@@ -27,7 +27,7 @@ from maskloom.pipeline.runs.run import RECORD_FILE, Run
 
 Part = Literal["dataset", "generator", "baseline", "synthetic"]
 RepoType = Literal["model", "dataset"]
-CARD, PICTURES = "README.md", "samples.png"
+CARD, GRID = "README.md", "samples.png"
 NETWORK = r"(?:\w+/)?"  # an architecture of `baselines` has one folder per network
 WEIGHTS_FILE = (
     NETWORK
@@ -67,7 +67,7 @@ class Target:
         return "-".join(filter(None, [experiment, "" if self.repo_type == "model" else self.part, self.name]))
 
     def folder(self, run: Run) -> Path:
-        """Return the folder with its files."""
+        """Return the folder that holds its files."""
         return {
             "dataset": run.dataset,
             "generator": run.generator / self.name,
@@ -176,12 +176,12 @@ def _packed_weights(run: Run, target: Target, repo_id: str) -> Upload:
     _check_as_written(run, record, folder, names, again)
     files: dict[str, Path | bytes] = {name: _without_local_keys(folder / name) for name in names}
     newest = max((run.logs(stage) / "images").glob("step-*.png"), default=None)
-    if PICTURES not in files and newest:
+    if GRID not in files and newest:
         check_pushed_file(newest, run.logs(stage))
-        files[PICTURES] = newest
+        files[GRID] = newest
     text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else f"# {repo_id.split('/')[-1]}\n"
-    if PICTURES in files and PICTURES not in text:
-        text = f"{text.rstrip()}\n\n![conditioning | real | samples]({PICTURES})\n"
+    if GRID in files and GRID not in text:
+        text = f"{text.rstrip()}\n\n![conditioning | real | samples]({GRID})\n"
     card, notes = completed_card(text, weights, repo_id, run)
     return Upload(target, repo_id, {**files, CARD: card.encode()}, _licences(contract), tuple(notes))
 
@@ -190,10 +190,10 @@ def _check_as_written(run: Run, record: StageRecord, folder: Path, names: Sequen
     """Check that the files to push are those of the training; the card may be edited by hand."""
     prefix = f"{folder.relative_to(run.folder).as_posix()}/"
     written = {name.removeprefix(prefix): digest for name, digest in record.files.items() if name.startswith(prefix)}
-    if strange := next((name for name in names if name not in {*written, CARD, PICTURES}), None):
+    if strange := next((name for name in names if name not in {*written, CARD, GRID}), None):
         raise MaskLoomError(f"{folder / strange}: not a file that the training wrote; move it away, then push again")
-    free = {CARD} if PICTURES in names else {CARD, PICTURES}
-    sent = {name: digest for name, digest in written.items() if SENT["model"].fullmatch(name) and name not in free}
+    unchecked = {CARD} if GRID in names else {CARD, GRID}
+    sent = {name: digest for name, digest in written.items() if SENT["model"].fullmatch(name) and name not in unchecked}
     if problem := damaged_file(run, {prefix + name: digest for name, digest in sent.items()}):
         raise MaskLoomError(f"{problem}: damaged since its training; {again}, which makes it anew")
 

@@ -507,7 +507,7 @@ def test_a_damaged_config_is_told(hub, world, pushed):
 
 
 def test_a_file_of_this_machine_keeps_its_own_error(hub, tmp_path):
-    with pytest.raises(FileNotFoundError), Hub(dry_run=False)._told("a file"):
+    with pytest.raises(FileNotFoundError), Hub(dry_run=False).one_line_errors("a file"):
         (tmp_path / "none").read_bytes()
 
 
@@ -771,7 +771,10 @@ def test_a_password_in_the_address_of_a_mirror_is_not_told(monkeypatch):
     upload = SimpleNamespace(target=SimpleNamespace(repo_type="dataset"), repo_id="a/b")
     assert client.address(upload, PushOptions()) == "https://mirror/datasets/a/b"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", client.api.endpoint)
-    with pytest.raises(MaskLoomError, match=r"^a/b: no answer from https://mirror, ") as error, client._told("a/b"):
+    with (
+        pytest.raises(MaskLoomError, match=r"^a/b: no answer from https://mirror, ") as error,
+        client.one_line_errors("a/b"),
+    ):
         raise ConnectionError(f"https://me:pass@mirror?token={TOKEN}")
     assert "pass" not in str(error.value) and TOKEN not in str(error.value)
 
