@@ -143,7 +143,7 @@ def _write_dataset(
     ids = {split: [(row.item.sample_id, row.group) for row in rows] for split, rows in splits.items()}
     shards = plan_shards({split: len(rows) for split, rows in splits.items()}, reading.data.rows_per_shard)
     writer = DatasetWriter(stage.run.dataset, description, shards, value_digest([stage.key, ids]))
-    writer.prepare_folder(afresh=force)
+    writer.prepare_folder(from_scratch=force)
     missing = writer.missing_shards()
     total = sum(map(len, splits.values()))
     with progress("writing rows", total, "rows", total - sum(shard.stop - shard.start for shard in missing)) as advance:

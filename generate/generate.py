@@ -215,7 +215,7 @@ class GenerationJob:
         settings = _settings(name, generator, self.config)
         writer = self._writer(name, generator, settings)
         if self.processes.is_main_process:
-            writer.prepare_folder(afresh=force)
+            writer.prepare_folder(from_scratch=force)
         self.processes.wait_for_everyone()
         missing = writer.missing_shards()
         self.processes.wait_for_everyone()  # no process writes before all have listed the missing shards

@@ -106,7 +106,7 @@ def write_dataset(
     """Write samples by split as a finished dataset."""
     shards = plan_shards({split: len(samples) for split, samples in splits.items()}, 1000)
     writer = DatasetWriter(folder, description, shards, "tiny")
-    writer.prepare_folder(afresh=True)  # the key is always the same, so shards of an older dataset would be kept
+    writer.prepare_folder(from_scratch=True)  # the key is always the same, so shards of an older dataset would be kept
     for shard in writer.missing_shards():
         writer.write_shard(shard, splits[shard.split])
     return writer.finish("# tiny\n", [], "none", parent)

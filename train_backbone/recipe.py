@@ -20,7 +20,7 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
 from maskloom.pipeline.training.checkpoints import delete_checkpoints
 from maskloom.pipeline.training.loop import TrainingLoop
-from maskloom.pipeline.training.resuming import check_afresh
+from maskloom.pipeline.training.resuming import check_from_scratch
 from maskloom.pipeline.training.setup import make_accelerator
 from maskloom.pipeline.training.task import Task
 from maskloom.train_backbone.architecture import new_scheduler, new_text_encoder, new_unet, new_vae
@@ -65,7 +65,7 @@ def train_backbone(config: BackboneConfig, force: bool) -> None:
     OwnedFolder(config.run_folder).check()
     if force:
         for part, loop in zip(PARTS, (config.vae, config.denoiser), strict=True):
-            check_afresh(loop, config.run_folder / part)
+            check_from_scratch(loop, config.run_folder / part)
     processes = PartialState(cpu=not torch.accelerator.is_available())
     if processes.is_main_process:
         OwnedFolder(config.run_folder).claim()

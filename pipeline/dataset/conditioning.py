@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.pipeline.dataset.components import without_specks
+from maskloom.pipeline.dataset.images import rgb_array
 from maskloom.pipeline.errors import MaskLoomError
 
 CANNY_SIGMA = 2.0
-SPECK = 0.001  # share of the image; smaller islands of the foreground, and smaller holes in it, are noise
+SPECK = 0.001  # fraction of the image; smaller islands of the foreground, and smaller holes, are noise
 
 
 def conditioning_image(
@@ -22,12 +23,12 @@ def conditioning_image(
     """Return the conditioning image.
 
     Args:
-        mask: (H, W) class indices, or None where the dataset has no masks.
+        mask: (H, W) class indices, or None if the dataset has no masks.
         image: (H, W) or (H, W, 3), 0..255; only its edges or its foreground are used.
         mode: `mask`, `edges`, `both` (edges drawn in white over the coloured mask), `foreground`
             (white on black), or `image` (the paired image).
         palette: RGB colour of each class index.
-        paired: (H, W) or (H, W, 3), 0..255: the paired image, or None where the dataset has none.
+        paired: (H, W) or (H, W, 3), 0..255: the paired image, or None if the dataset has none.
 
     Returns:
         (H, W, 3) uint8.
@@ -38,14 +39,14 @@ def conditioning_image(
     if mode == "image":
         if paired is None:
             raise MaskLoomError(
-                "data.conditioning=image needs a paired picture of every image, such as another stain of the same tissue, and this "
-                "dataset has none; set data.conditioning to mask, edges or foreground"
+                "data.conditioning=image needs a paired image for every image, such as another stain of the same "
+                "tissue, and this dataset has none; set data.conditioning to mask, edges or foreground"
             )
-        return _rgb(paired)
+        return rgb_array(paired)
     if mode == "edges":
-        return _rgb(edge_map(image))
+        return rgb_array(edge_map(image))
     if mode == "foreground":
-        return _rgb(foreground_map(image))
+        return rgb_array(foreground_map(image))
     if mask is None:
         raise MaskLoomError(
             f"data.conditioning={mode} needs masks and this dataset has none; set data.conditioning=edges or "
@@ -71,8 +72,8 @@ def foreground_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the foreground of a grey or RGB image, (H, W) uint8 of 0 and 255.
 
     It is one side of Otsu's threshold (1979; scikit-image): the side that takes up less of the
-    image's border, such as tissue on a bright slide or a head in dark air. Where both take up half,
-    it is the brighter side. Specks are removed from both sides; a constant image has no foreground.
+    image's border, such as tissue on a bright slide or a head in dark air. If both take up half, it
+    is the brighter side. Specks are removed from both sides; a constant image has no foreground.
     """
     from skimage.filters import threshold_otsu
 
@@ -89,7 +90,3 @@ def foreground_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _grey(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     return (image.mean(axis=2) if image.ndim == 3 else image).astype(np.float64)
-
-
-def _rgb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture

@@ -138,7 +138,8 @@ class Contract(Record):
         return value_digest([self.schema_version, self.description.model_dump(mode="json"), self.files])
 
 
-Picture = NDArray[np.uint8] | bytes
+ImageData = NDArray[np.uint8] | bytes
+"""(H, W) or (H, W, 3) uint8, or PNG bytes."""
 
 
 def features(description: Description) -> datasets.Features:

@@ -21,8 +21,8 @@ from maskloom.pipeline.dataset.contract import (
     SPLITS,
     Contract,
     Description,
+    ImageData,
     Parent,
-    Picture,
     Producer,
     features,
     staging_folder,
@@ -60,9 +60,9 @@ class Sample:
         parent_id, generator, seed: only for synthetic rows.
     """
 
-    image: Picture
-    mask: Picture | None
-    conditioning_image: Picture
+    image: ImageData
+    mask: ImageData | None
+    conditioning_image: ImageData
     text: str
     label: int | None
     sample_id: str
@@ -119,11 +119,10 @@ def check_dataset_place(folder: Path) -> None:
 
 
 class DatasetWriter:
-    """Writes a dataset shard by shard beside its place, and puts it there when it is whole.
+    """Writes a dataset shard by shard to a staging folder, which is renamed when it is complete.
 
-    Until then an older dataset stays as it is. An interrupted write continues where it stopped:
-    shards that are as they were written are kept if their plan (inputs, configuration, rows) had
-    the same key.
+    Until then an older dataset is unchanged. An interrupted write resumes: intact shards are kept
+    if the key of their plan (inputs, configuration, rows) is the same.
     """
 
     def __init__(
@@ -135,39 +134,38 @@ class DatasetWriter:
         process: int = 0,
         notes_folder: str = "",
     ) -> None:
-        """Keep the plan. Nothing is touched before `prepare_folder`.
+        """Store the plan; nothing is written before `prepare_folder`.
 
         Args:
-            folder: the dataset's folder.
-            description: what is true of all rows.
+            folder: folder of the dataset.
+            description: properties of the whole dataset.
             shards: from `plan_shards`.
             key: digest of everything that the bytes depend on.
-            process: number of this process among those that write shards at the same time.
-            notes_folder: where every shard has a note beside its rows (`write_note`); empty: there
-                are none.
+            process: index of this process among those that write shards at the same time.
+            notes_folder: folder of the notes on the shards (`write_note`); empty: no notes.
         """
         self.folder, self.description, self.shards, self.key = folder, description, tuple(shards), key
         self.staging = staging_folder(folder)
         self._notes_folder = notes_folder
         self._owned = OwnedFolder(self.staging, process)
 
-    def prepare_folder(self, afresh: bool = False) -> None:
+    def prepare_folder(self, from_scratch: bool = False) -> None:
         """Prepare the staging folder for this plan; call it once, on one process.
 
         Shards of an unfinished or finished dataset of the same plan are reused.
 
         Args:
-            afresh: reuse no shards.
+            from_scratch: reuse no shards.
 
         Raises:
             MaskLoomError: what exists in the dataset's place is not MaskLoom's.
         """
         check_dataset_place(self.folder)
         restore_outgoing(self.folder)
-        if afresh or self._plan_of(self.staging) != self.key:
+        if from_scratch or self._plan_of(self.staging) != self.key:
             self._owned.delete()
             self._owned.claim()
-            if not afresh and self._plan_of(self.folder) == self.key:
+            if not from_scratch and self._plan_of(self.folder) == self.key:
                 self._reuse_finished()
             self._owned.write_text(PLAN_FILE, json.dumps({"key": self.key}, indent=2) + "\n")
         remove_leftovers(self.staging)
@@ -279,10 +277,10 @@ def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
 def _table(samples: Sequence[Sample], schema: pyarrow.Schema) -> pyarrow.Table:
     import pyarrow as pa
 
-    def image_cell(picture: Picture | None) -> dict[str, Any] | None:
-        if picture is None:
+    def image_cell(image: ImageData | None) -> dict[str, Any] | None:
+        if image is None:
             return None
-        return {"bytes": picture if isinstance(picture, bytes) else png_bytes(picture), "path": None}
+        return {"bytes": image if isinstance(image, bytes) else png_bytes(image), "path": None}
 
     columns: dict[str, list[Any]] = {
         "image": [image_cell(s.image) for s in samples],

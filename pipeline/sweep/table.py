@@ -114,7 +114,7 @@ def _cost(run: Run, name: str, contract: Contract) -> dict[str, float]:
     record = read_record(run, "generate")
     made = record.results.get(name, {}) if record else {}
     if made.get("made_now"):  # otherwise the images are older than the record
-        cost["images a second"] = made["images_per_second"]
+        cost["images per second"] = made["images_per_second"]
     return cost
 
 

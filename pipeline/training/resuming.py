@@ -27,7 +27,7 @@ def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping
             than this one; or a file of the user has the name of a checkpoint.
     """
     if force:
-        check_afresh(config, folder)
+        check_from_scratch(config, folder)
         return
     identity = training_identity(config, seed, inputs, launched_processes())
     earlier = checkpoint_to_resume(folder, config.resume_from_checkpoint, identity)
@@ -36,7 +36,7 @@ def check_resumable(config: LoopConfig, folder: Path, seed: int, inputs: Mapping
     check_checkpoint_names(folder)
 
 
-def check_afresh(config: LoopConfig, folder: Path) -> None:
+def check_from_scratch(config: LoopConfig, folder: Path) -> None:
     """Check that the checkpoints in a folder may be deleted for a training from scratch.
 
     Raises:

@@ -306,7 +306,7 @@ def test_rows_hold_figures_of_these_images_and_what_their_training_took(tmp_path
         ("cost", "samples seen"): 80,
         ("cost", "training seconds"): 4 * 10 / 10.0 + 4 * 10 / 20.0,
         ("cost", "peak memory in MB"): 70.0,
-        ("cost", "images a second"): 2.5,
+        ("cost", "images per second"): 2.5,
     }
     assert rows[0].skipped == {"nothing": "there is nothing to see"}
     assert [column.group for column in columns_of(rows)] == ["first", "second", *["cost"] * 5]

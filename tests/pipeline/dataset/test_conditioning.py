@@ -109,7 +109,7 @@ def test_a_paired_picture_is_passed_on_as_it_is():
 
 
 def test_a_missing_paired_picture_says_what_to_set():
-    expected = "data.conditioning=image needs a paired picture .* set data.conditioning to mask, edges or foreground"
+    expected = "data.conditioning=image needs a paired image .* set data.conditioning to mask, edges or foreground"
     with pytest.raises(MaskLoomError, match=expected):
         conditioning_image(MASK, IMAGE, "image", PALETTE)
 
