@@ -88,7 +88,7 @@ class ImageSet:
         rows = self.dataset.split(self.split).select_columns([column])
         for start in range(0, len(rows), BATCH):
             pictures = rows[start : start + BATCH][column]
-            yield [None if picture is None else _resized(picture, size, column) for picture in pictures]
+            yield [None if picture is None else resized_array(picture, size, column) for picture in pictures]
 
     def images(self, size: tuple[int, int] | None = None) -> Images:
         """Return all images, (N, H, W, C) uint8, C = 1 or 3."""
@@ -108,7 +108,8 @@ class ImageSet:
         return stacked.reshape(-1, *blank.shape), np.array([array is not None for array in arrays], dtype=bool)
 
 
-def _resized(picture: Image.Image, size: tuple[int, int] | None, column: str) -> Images:
+def resized_array(picture: Image.Image, size: tuple[int, int] | None, column: str) -> Images:
+    """Return the pixels of an image or mask at (height, width), or at its own size; see `ImageSet`."""
     if size is None or picture.size == (size[1], size[0]):
         return np.asarray(picture)
     if column == "mask":

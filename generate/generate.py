@@ -140,12 +140,12 @@ def _stage(
         run,
         "generate",
         inputs={"dataset": dataset.digest, **{f"weights of {name}": one.digest for name, one in generators.items()}},
-        config=[config.generate.model_dump(mode="json"), *_settings_of_other_sections(config)],
+        config=[config.generate.model_dump(mode="json"), *settings_of_other_sections(config)],
         outputs=[run.synthetic / name for name in generators],
     )
 
 
-def _settings_of_other_sections(config: ExperimentConfig) -> list[Any]:
+def settings_of_other_sections(config: ExperimentConfig) -> list[Any]:
     """Return the settings outside `generate` and the weights that the images depend on."""
     train = config.train
     if train is None:
@@ -249,7 +249,7 @@ class GenerationJob:
                 generator.digest,
                 options,
                 shared,
-                *_settings_of_other_sections(self.config),
+                *settings_of_other_sections(self.config),
             ]
         )
         shards = plan_shards({"train": len(self.rows)}, self.config.generate.rows_per_shard)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -66,14 +66,12 @@ def train_baselines(config: ExperimentConfig, force: bool, architectures: Sequen
         _check_before_training(config, run, dataset, stages[name], options[name], force)
     if due:
         require_no_leaks(run, [dataset])
-    train_due = partial(_train_architectures, config, run, dataset, {name: stages[name] for name in due}, force)
-    if whole is None:
-        train_due()
-        return
     main = os.environ.get("RANK", "0") == "0"
-    with whole.recorded(main) as results:
-        train_due()
-        if main:
+    record: AbstractContextManager[dict[str, Any]] = nullcontext({}) if whole is None else whole.recorded(main)
+    with record as results:
+        for name in due:
+            _train_architecture(config, run, dataset, name, stages[name], force)
+        if main and whole is not None:
             results |= {name: stage.record() for name, stage in stages.items()}
 
 
@@ -196,13 +194,6 @@ def _check_before_training(
     check_replaceable(weights_folder(run, name))
     loop = in_steps(options, len(rows), launched_processes())
     check_resumable(loop, run.baselines / name, config.seed, stage.inputs, force)
-
-
-def _train_architectures(
-    config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, stages: Mapping[str, Stage], force: bool
-) -> None:
-    for name, stage in stages.items():
-        _train_architecture(config, run, dataset, name, stage, force)
 
 
 def _train_architecture(

@@ -121,10 +121,10 @@ def _result(
     audits: list[Audit],
 ) -> MetricResult:
     count = len(calibration[FEATURES])
-    table, values = _table(options, audits)
+    table, values = audit_table(options, audits)
     return MetricResult(
         question=QUESTION,
-        verdict=_verdict(audits, options),
+        verdict=audit_verdict(audits, options),
         tables=[table],
         curves=[_curve(space, calibration[space], audits) for space in (FEATURES, PIXELS)],
         pictures=[_picture(inputs, options, audit) for audit in audits if options.shown_pairs],
@@ -142,7 +142,8 @@ def _result(
     )
 
 
-def _table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str, Any]]:
+def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str, Any]]:
+    """Return one row per generator and space, and the same figures as values."""
     rows: list[list[Cell]] = []
     values: dict[str, Any] = {}
     for audit in audits:
@@ -227,7 +228,7 @@ def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Pictur
     )
 
 
-def _verdict(audits: list[Audit], options: Options) -> str:
+def audit_verdict(audits: list[Audit], options: Options) -> str:
     """Return the sentence with the share flagged in each space.
 
     It names the generators whose interval lies above the expected share.

@@ -65,7 +65,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     tables: list[Table] = []
     values: dict[str, Any] = {}
     if len(train.features) >= FEWEST:
-        whole, whole_values = _whole_table(train, sets, extractor, options, inputs.seed)
+        whole, whole_values = whole_table(train, sets, extractor, options, inputs.seed)
         equal, equal_values = _equal_table(train, sets, extractor, options, inputs.seed)
         tables = [table for table in (whole, equal) if table.rows]
         values = {"all": whole_values, "equal_n": equal_values}
@@ -89,7 +89,7 @@ def _featured(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSe
     return Featured(image_set.name, set_features(inputs, extractor, image_set), image_set.groups)
 
 
-def _whole_table(
+def whole_table(
     train: Featured, sets: list[Featured], extractor: Extractor, options: Options, seed: int
 ) -> tuple[Table, dict[str, Any]]:
     """Compare every set with the real train images, with all images of each."""
@@ -145,7 +145,7 @@ def _equal_table(
     A small test split would limit every row to its N. If it is the smallest set there are therefore
     two rounds: without it and with it.
     """
-    halves = [_halves(train, np.random.default_rng([seed, draw])) for draw in range(options.draws)]
+    halves = [random_halves(train, np.random.default_rng([seed, draw])) for draw in range(options.draws)]
     smallest_half = min(len(half.features) for pair in halves for half in pair)
     counts = sorted({min(smallest_half, len(one.features)) for one in sets} | {smallest_half}, reverse=True)
     rows: list[list[Cell]] = []
@@ -198,7 +198,7 @@ def _at_equal_size(
     }
 
 
-def _halves(train: Featured, random: np.random.Generator) -> tuple[Featured, Featured]:
+def random_halves(train: Featured, random: np.random.Generator) -> tuple[Featured, Featured]:
     """Return two random halves of the groups."""
     groups = sorted(set(train.groups))
     first = {groups[i] for i in random.permutation(len(groups))[: len(groups) // 2]}

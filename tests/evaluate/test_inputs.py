@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from maskloom.evaluate.downstream.masked import masked_images
-from maskloom.evaluate.inputs import EvaluationInputs, _resized, in_batches
+from maskloom.evaluate.inputs import EvaluationInputs, in_batches, resized_array
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.results import Interval, MetricResult, skipped_result
 from tests.evaluate.runs import copied, tiny_inputs
@@ -82,8 +82,8 @@ def test_masks_are_never_interpolated() -> None:
     mask = np.zeros((30, 30), np.uint8)
     mask[10:23, 7:19] = 2  # between 0 and 2 lies another class
     picture = Image.fromarray(mask)
-    assert set(np.unique(_resized(picture, (17, 13), "mask"))) == {0, 2}
-    assert len(np.unique(_resized(picture, (17, 13), "image"))) > 2
+    assert set(np.unique(resized_array(picture, (17, 13), "mask"))) == {0, 2}
+    assert len(np.unique(resized_array(picture, (17, 13), "image"))) > 2
 
 
 def test_columns_are_in_the_order_of_the_images(tmp_path: Path) -> None:

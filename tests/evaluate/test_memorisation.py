@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskloom.evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, _table, _verdict
+from maskloom.evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, audit_table, audit_verdict
 from maskloom.evaluate.scores import nearest
 from maskloom.evaluate.scores.nearest import Nearest, nearest_features, nearest_pixels
 from tests.evaluate.runs import answer, copied, tiny_inputs
@@ -50,7 +50,7 @@ def test_shares_of_flagged_images(tmp_path: Path) -> None:
         {FEATURES: np.array([True, True, False, False]), PIXELS: np.array([True, False, True, True])},
         {FEATURES: np.array([False, True, True, True]), PIXELS: np.array([True, True, True, False])},
     )
-    values = _table(Options(), [audit])[1]["copied"]
+    values = audit_table(Options(), [audit])[1]["copied"]
     assert {space: values[space]["flagged"] for space in (FEATURES, PIXELS, "both")} == {
         FEATURES: 2,
         PIXELS: 3,
@@ -71,7 +71,7 @@ def test_a_generator_is_named_where_more_is_flagged_than_chance_explains(
     found = Nearest(np.zeros(20, np.int64), np.zeros(20))
     some = {space: np.arange(20) < flagged for space in (FEATURES, PIXELS)}
     image_set = tiny_inputs(tmp_path, ("copied",)).synthetic["copied"]
-    verdict = _verdict([Audit(image_set, {FEATURES: found, PIXELS: found}, some, some)], Options())
+    verdict = audit_verdict([Audit(image_set, {FEATURES: found, PIXELS: found}, some, some)], Options())
     assert ("copied is closer to training images" in verdict) == named
     assert ("no sign of copying" in verdict) != named
 

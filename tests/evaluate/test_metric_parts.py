@@ -30,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> EvaluationInputs:
 def test_halves_of_the_real_images_share_no_group() -> None:
     groups = [f"{i // 3}" for i in range(30)]
     for seed in range(3):
-        first, second = quality._halves(
+        first, second = quality.random_halves(
             quality.Featured("train", np.arange(30.0)[:, None], groups), np.random.default_rng(seed)
         )
         numbers = [{int(value) // 3 for value in half.features[:, 0]} for half in (first, second)]
@@ -69,7 +69,7 @@ def test_precision_and_recall_are_of_synthetic_and_real_images() -> None:
     train = quality.Featured("real train", real, [f"{i}" for i in range(20)])
     extractor = type("Named", (), {"name": "none", "title": "none"})()
     options = quality.Options(subsets=2, jackknife_blocks=2)
-    values = quality._whole_table(train, sets, extractor, options, 0)[1]["collapsed"]
+    values = quality.whole_table(train, sets, extractor, options, 0)[1]["collapsed"]
     assert values["precision"] == 1
     assert values["recall"] < 0.2
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from maskloom.generate.generate import _settings_of_other_sections, generate, open_generators
+from maskloom.generate.generate import generate, open_generators, settings_of_other_sections
 from maskloom.generate.pixels import checked_pixels
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, read_contract
@@ -136,14 +136,14 @@ def test_whatever_images_depend_on_makes_them_anew(bench: Bench, override: str):
     ["seed=8", "train.prediction_type=v_prediction", "train.rescale_betas_zero_snr=true", "train.variant=fp16"],
 )
 def test_settings_of_the_training_that_images_depend_on_make_them_anew(bench: Bench, override: str):
-    known = _settings_of_other_sections(bench.config())
-    assert _settings_of_other_sections(bench.config([override])) != known
-    assert _settings_of_other_sections(bench.config()) == known
+    known = settings_of_other_sections(bench.config())
+    assert settings_of_other_sections(bench.config([override])) != known
+    assert settings_of_other_sections(bench.config()) == known
 
 
 def test_without_a_backbone_images_depend_on_the_seed_anew(bench: Bench):
     configs = [bench.config([f"seed={seed}"]).model_copy(update={"train": None}) for seed in (7, 8)]
-    assert _settings_of_other_sections(configs[0]) != _settings_of_other_sections(configs[1])
+    assert settings_of_other_sections(configs[0]) != settings_of_other_sections(configs[1])
 
 
 def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):

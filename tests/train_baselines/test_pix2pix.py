@@ -131,7 +131,7 @@ def test_the_losses_are_those_of_the_paper_with_ssim(make_run: MakeRun, weights:
 def test_masks_may_be_given_a_plane_a_class(make_run: MakeRun) -> None:
     architecture = opened(make_run(), "pix2pix", mask_encoding="one_hot")
     mask = architecture.rows[0]["mask"][None]
-    planes = architecture._encoded(mask)
+    planes = architecture.encoded_planes(mask)
     assert planes.shape == (1, 2, 32, 32)
     assert torch.equal(planes[:, 1] > 0, mask == 1)
     assert torch.equal(planes[:, 0], -planes[:, 1])

@@ -92,11 +92,11 @@ class Trained(Gan):
 
     def real_planes(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return images and masks."""
-        return torch.cat([batch["image"], self._encoded(batch["mask"])], dim=1)
+        return torch.cat([batch["image"], self.encoded_planes(batch["mask"])], dim=1)
 
     def generated_planes(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Return images generated from the masks, and the masks."""
-        masks = self._encoded(batch["mask"])
+        masks = self.encoded_planes(batch["mask"])
         return torch.cat([self.networks["generator"](masks).float(), masks], dim=1)
 
     def further_losses(self, generated: Tensor, real: Tensor) -> Mapping[str, Tensor]:
@@ -112,7 +112,8 @@ class Trained(Gan):
     def samples(self, labels: Tensor, masks: Tensor | None, seed: int) -> Samples:
         """Return images of the masks; dropout, the only noise, is off here."""
         assert masks is not None
-        return Samples(self.generator(self._encoded(masks)), None)
+        return Samples(self.generator(self.encoded_planes(masks)), None)
 
-    def _encoded(self, masks: Tensor) -> Tensor:
+    def encoded_planes(self, masks: Tensor) -> Tensor:
+        """Return masks (B, H, W) as the planes that the networks see, (B, planes, H, W)."""
         return encoded_masks(masks, self.mask_classes, self.planes)

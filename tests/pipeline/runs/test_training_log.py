@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one writer, one strict reader, and one for the curves that passes over what it cannot read."""
+"""`metrics.jsonl`: one writer, one strict reader, and one for the curves.
+
+The last one passes over what it cannot read.
+"""
 
 from pathlib import Path
 
