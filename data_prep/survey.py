@@ -58,9 +58,13 @@ class PreparedSample:
 
 
 def prepared_sample(
-    source: Source, data: DataConfig, channels: int, palette: tuple[tuple[int, int, int], ...],
-    stains: StainNormaliser | None, item: RawItem,
-) -> PreparedSample:  # fmt: skip
+    source: Source,
+    data: DataConfig,
+    channels: int,
+    palette: tuple[tuple[int, int, int], ...],
+    stains: StainNormaliser | None,
+    item: RawItem,
+) -> PreparedSample:
     """Decode a sample and convert it to the format of the contract.
 
     Args:
@@ -84,27 +88,22 @@ def prepared_sample(
     if raw.condition is not None:
         condition = RawImage(raw.condition, None, pixel_size=raw.pixel_size)
         paired = resized(condition, size, data.resize_mode, channels=3).image
-    # Duplicates are found on raw pixels: another window or stain must not move an image to another
-    # split.
-    compared = source.duplicates != "none" and not is_blank(raw.image)
-    digest = raw_digest(raw) if compared else ""
-    seen = signature(grey(raw)) if source.has_signatures else b""
     names = source.info.mask_classes
     lost = _lost_classes(raw.mask, mask, names)
     areas = {names[index]: count for index, count in vanished_areas(raw, size, data.resize_mode).items()}
-    label = {"label": item.label} if item.label is not None else {}
-    values = {
-        "modality": source.info.modality, **label, **mask_attributes(mask, source.info.mask_classes), **item.attributes
-    }  # fmt: skip
+    values = prompt_values(source.info, item, mask)
+    # Duplicates are found on raw pixels: another window or stain must not move an image to another
+    # split.
+    compared = source.duplicates != "none" and not is_blank(raw.image)
     return PreparedSample(
         image=image,
         mask=mask,
         conditioning_image=conditioning_image(mask, image, data.conditioning, palette, paired),
         text=render_prompt(source.info.prompt_templates, item.sample_id, values),
         attributes=values,
-        digest=digest,
+        digest=raw_digest(raw) if compared else "",
         shown=pixel_digest(image).hex() if compared and not is_blank(image) else "",
-        signature=seen,
+        signature=signature(grey(raw)) if source.has_signatures else b"",
         kept=tuple(names[index] for index in kept),
         lost=lost,
         areas={name: count for name, count in areas.items() if name not in lost},
@@ -124,6 +123,12 @@ def decoded_sample(source: Source, item: RawItem) -> RawImage:
     if problem is not None:
         raise RejectedSample(problem)
     return raw
+
+
+def prompt_values(info: DatasetInfo, item: RawItem, mask: Picture | None) -> dict[str, str]:
+    """Return what a prompt may name: modality, label, and attributes of the mask and the sample."""
+    label = {} if item.label is None else {"label": item.label}
+    return {"modality": info.modality, **label, **mask_attributes(mask, info.mask_classes), **item.attributes}
 
 
 def _lost_classes(before: Picture | None, after: Picture | None, names: tuple[str, ...]) -> tuple[str, ...]:
