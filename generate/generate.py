@@ -116,9 +116,15 @@ def open_generator(config: ExperimentConfig, run: Run, name: str) -> ImageGenera
     """Return one of the configured generators, its weights not yet read.
 
     Raises:
-        MaskLoomError: an unknown generator or option.
+        MaskLoomError: an unknown generator or option, or a generator that samples from a backbone
+            where the configuration names none.
     """
     plugin = load_plugin(PACKAGE, name, "generator")
+    if config.train is None and issubclass(plugin.Generator, BackboneGenerator):
+        raise MaskLoomError(
+            f"{KEY}.{name}: the configuration has no section `train`, which names the backbone; "
+            f"set train.pretrained_model_name_or_path, or remove this generator with {KEY}.{name}=false"
+        )
     options = validated(config.generate.generators[name], plugin.Options, f"{KEY}.{name}")
     generator: ImageGenerator = plugin.Generator(config, run, options)
     return generator

@@ -152,7 +152,7 @@ def verify(
 
 @app.command()
 def export(
-    dataset: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset, such as runs/demo/synthetic/controlnet")],
+    dataset: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset, such as runs/demo/dataset")],
     layout: Annotated[
         str, typer.Option("--format", help=f"one of {', '.join(plugin_names('maskloom.pipeline.dataset.exporters'))}")
     ],

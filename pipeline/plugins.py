@@ -18,6 +18,15 @@ def plugin_names(package: str) -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules([str(folder)]) if not info.name.startswith("_"))
 
 
+def default_plugins(package: str) -> tuple[str, ...]:
+    """Return the plug-ins of a configuration that names none, in order: the package's `DEFAULTS`.
+
+    Only the package's `__init__.py` is imported, none of its plug-ins.
+    """
+    names: tuple[str, ...] = importlib.import_module(package).DEFAULTS
+    return names
+
+
 def load_plugin(package: str, name: str, kind: str) -> ModuleType:
     """Import one plug-in module by name.
 

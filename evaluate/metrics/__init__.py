@@ -4,3 +4,13 @@ A metric file holds `class Options(Section)`, `VERSION: int` (raised when its fi
 `def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult`. It imports no torch
 at import time, so that an up-to-date evaluation is skipped fast.
 """
+
+DEFAULTS = (
+    "quality",
+    "vae_ceiling",
+    "faithfulness",
+    "memorisation",
+    "downstream_segmentation",
+    "downstream_classification",
+)
+"""The metrics of a configuration that names none, in the order of the table and of the work."""

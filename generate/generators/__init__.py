@@ -2,3 +2,6 @@
 
 Generators never import each other; networks live in `models`.
 """
+
+DEFAULTS = ("controlnet", "text_only")
+"""The generators of a configuration that names none."""

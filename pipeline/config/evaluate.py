@@ -6,15 +6,9 @@ from pydantic import Field
 
 from maskloom.pipeline.config.base import Plugins, Section, plugin_options
 from maskloom.pipeline.config.bounds import Shown
+from maskloom.pipeline.plugins import default_plugins
 
-DEFAULT_METRICS = (
-    "quality",
-    "vae_ceiling",
-    "faithfulness",
-    "memorisation",
-    "downstream_segmentation",
-    "downstream_classification",
-)
+DEFAULT_METRICS = default_plugins("maskloom.evaluate.metrics")
 
 
 class EvaluateConfig(Section):

@@ -43,7 +43,7 @@ class ExperimentConfig(Section):
         """
         if self.train is None:
             raise MaskLoomError(
-                "the configuration has no section `train`, which names the backbone; set train.pretrained_model_name_or_path, "
-                "or remove the generators that need it (controlnet, lora, text_only) with generate.generators.NAME=false"
+                "the configuration has no section `train`, which names the backbone; "
+                "set train.pretrained_model_name_or_path"
             )
         return self.train

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from maskloom.pipeline.config.base import Plugins, Precision, Section, plugin_options
 from maskloom.pipeline.config.bounds import BatchSize, Rows, Timesteps, Tries
+from maskloom.pipeline.plugins import default_plugins
 
 
 class WarpConfig(Section):
@@ -33,7 +34,7 @@ class WarpConfig(Section):
         return self
 
 
-DEFAULT_GENERATORS = ("controlnet", "text_only")
+DEFAULT_GENERATORS = default_plugins("maskloom.generate.generators")
 
 
 class GenerateConfig(Section):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from maskloom.generate.generate import generate, open_generators, settings_of_other_sections
+from maskloom.generate.generate import generate, open_generator, open_generators, settings_of_other_sections
 from maskloom.generate.pixels import checked_pixels
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, read_contract
@@ -144,6 +144,17 @@ def test_settings_of_the_training_that_images_depend_on_make_them_anew(bench: Be
 def test_without_a_backbone_images_depend_on_the_seed_anew(bench: Bench):
     configs = [bench.config([f"seed={seed}"]).model_copy(update={"train": None}) for seed in (7, 8)]
     assert settings_of_other_sections(configs[0]) != settings_of_other_sections(configs[1])
+
+
+def test_a_generator_without_its_backbone_is_named(bench: Bench):
+    config = bench.config(generators={"text_only": {}, "pix2pix": {}}).model_copy(update={"train": None})
+    assert open_generator(config, bench.run, "pix2pix").uses_mask
+    with pytest.raises(
+        MaskLoomError,
+        match=r"^generate\.generators\.text_only: the configuration has no section `train`, .* "
+        r"remove this generator with generate\.generators\.text_only=false$",
+    ):
+        open_generator(config, bench.run, "text_only")
 
 
 def test_another_version_and_another_dataset_make_images_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -351,3 +351,9 @@ def test_names_of_folders_cannot_lead_out_of_the_run(name: str) -> None:
             ExperimentConfig,
             "c.yaml",
         )
+
+
+def test_code_that_fine_tunes_names_the_missing_section():
+    config = ExperimentConfig(experiment="x", data={"dataset": "phantom_bus"})
+    with pytest.raises(MaskLoomError, match=r"no section `train`, .*; set train\.pretrained_model_name_or_path$"):
+        _ = config.fine_tuning
