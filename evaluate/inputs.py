@@ -109,7 +109,7 @@ class ImageSet:
 
 
 def resized_array(picture: Image.Image, size: tuple[int, int] | None, column: str) -> Images:
-    """Return the pixels of an image or mask at (height, width), or at its own size; see `ImageSet`."""
+    """Return the pixels of an image or mask, resized to (height, width) unless `size` is None."""
     if size is None or picture.size == (size[1], size[0]):
         return np.asarray(picture)
     if column == "mask":
