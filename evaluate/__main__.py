@@ -1,15 +1,34 @@
-"""`python -m evaluate --config FILE [--force] [KEY=VALUE ...]`."""
+"""`python -m evaluate --config FILE [--force] [KEY=VALUE ...]`.
+
+A further command: `compare`.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.runs.command import run_command
 
+DESCRIPTION = (
+    "Evaluate every synthetic dataset with the configured metrics, one JSON file per question. Further command, with"
+    " its own --help: `compare` (recompute the comparison of downstream models from a table of cases)."
+)
 MEMORY_ADVICE = "lower batch_size or image_size in the options of the metric that was running (evaluate.metrics.NAME)"
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+def main(args: list[str]) -> None:
+    """Run the command named by the first argument; without one, evaluate an experiment."""
+    name = args[0] if args and args[0] in COMMANDS else None
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else command)
+    words = ["python -m evaluate", *([name] if name else [])]
+    run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)), MEMORY_ADVICE)
+
+
 def command(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
@@ -20,5 +39,31 @@ def command(
     run_stage(evaluate, experiment, force, check)
 
 
+def compare(
+    cases: Annotated[
+        list[Path], typer.Argument(metavar="CASES.parquet...", help="tables of cases: RUN/evaluation/cases.parquet")
+    ],
+    score: Annotated[list[str] | None, typer.Option(help="compare this score; may be repeated; default: all")] = None,
+    baseline: Annotated[str, typer.Option(help="arm that the others are compared with")] = "real",
+    lower_is_better: Annotated[
+        list[str] | None, typer.Option(metavar="SCORE", help="a lower value of this score is better; may be repeated")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write a list with one entry per file, test set, arm and score")
+    ] = None,
+) -> None:
+    """Compare downstream models from tables of cases alone: difference, interval, finding."""
+    from maskloom.evaluate.downstream.tables import compare_files, print_comparisons
+    from maskloom.pipeline.runs.named_files import named_file
+
+    output = named_file("--json", json, "comparison")
+    found = compare_files(cases, baseline, score, lower_is_better or [])
+    print_comparisons(found)
+    if output:
+        output.write_json_list([{"file": str(path), **one.as_json()} for path, one in found])
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"compare": compare}
+
 if __name__ == "__main__":
-    run_command(app, MEMORY_ADVICE)
+    main(sys.argv[1:])

@@ -1,99 +1,90 @@
-"""Scores of a classifier as functions of image weights: a bootstrap costs a few matrix products.
+"""Scores of a classifier as means of per-case contributions.
 
-With weights of one they equal scikit-learn's, see `tests/evaluate/test_classification_scores.py`.
+Balanced accuracy, F1 and AUROC are not means over cases. Each is written here as one: the score plus
+the influence of each case on it (the infinitesimal jackknife; Efron 1982, chapter 6). The mean of
+the contributions is the score, equal to scikit-learn's, and how they vary between patients and
+seeds is how the score varies, so one method serves every score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.scores.statistics import Floats, Statistic, weighted_mean
+Floats = NDArray[np.float64]
 
 BINS = 10
-RECALL = "recall of "  # followed by the class
+RECALL = "recall of "  # and the class
+CALIBRATION_ERROR = "calibration error (ECE)"
+CLASSIFICATION_SCORES = ("balanced accuracy", "accuracy", "macro F1", "AUROC", CALIBRATION_ERROR)
+"""Every classifier has these, and the recall of each class."""
 
 
-def classification_statistics(
+def classification_contributions(
     labels: NDArray[np.int64], probabilities: Floats, names: Sequence[str]
-) -> dict[str, Statistic]:
-    """Return each score's statistic by its name.
+) -> dict[str, Floats]:
+    """Return each score's contributions, (N,), by its name; their mean is the score.
 
-    Averages over classes include the classes that have test images in the draw. AUROC is averaged
-    over the classes, one against the rest; of two classes only the second is scored, as they mirror
-    each other.
+    Averages over classes include the classes that have test cases.
 
     Args:
         labels: (N,) true class indices.
         probabilities: (N, K), rows sum to 1.
-        names: names of the K classes.
+        names: of the K classes.
     """
     predicted = probabilities.argmax(axis=1)
-    recalls = {
-        f"{RECALL}{name}": weighted_mean(np.where(labels == k, (predicted == k).astype(np.float64), np.nan))
-        for k, name in enumerate(names)
-        if (labels == k).any()
-    }
-    scored = range(1, 2) if len(names) == 2 else range(len(names))
+    present = [k for k in range(len(names)) if (labels == k).any()]
+    recalls = {f"{RECALL}{names[k]}": _recall(labels == k, predicted == k) for k in present}
+    # Two classes mirror each other, so that one AUROC says all; more are averaged one against the rest.
+    scored = [k for k in (range(1, 2) if len(names) == 2 else present) if 0 < (labels == k).sum() < len(labels)]
     return {
-        "balanced accuracy": _mean_of_defined(list(recalls.values())),
-        "accuracy": weighted_mean((predicted == labels).astype(np.float64)),
-        "macro F1": _mean_of_defined([_f1(labels, predicted, k) for k in range(len(names))]),
-        "AUROC": _mean_of_defined([_auroc(labels == k, probabilities[:, k]) for k in scored]),
-        "calibration error (ECE)": _calibration_error(labels, probabilities),
+        "balanced accuracy": _average(list(recalls.values()), len(labels)),
+        "accuracy": (predicted == labels).astype(np.float64),
+        "macro F1": _average([_f1(labels == k, predicted == k) for k in present], len(labels)),
+        "AUROC": _average([_auroc(labels == k, probabilities[:, k]) for k in scored], len(labels)),
+        CALIBRATION_ERROR: _calibration_error(labels, probabilities),
         **recalls,
     }
 
 
-def _mean_of_defined(statistics: Sequence[Statistic]) -> Statistic:
-    def statistic(weights: Floats) -> Floats:
-        values = np.stack([one(weights) for one in statistics])
-        defined = np.isfinite(values)
-        return _ratio(np.where(defined, values, 0).sum(axis=0), defined.sum(axis=0))
-
-    return statistic
+def _average(parts: Sequence[Floats], cases: int) -> Floats:
+    return np.mean(parts, axis=0) if parts else np.full(cases, np.nan)
 
 
-def _ratio(top: NDArray[Any], bottom: NDArray[Any]) -> Floats:
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
+def _recall(true: NDArray[np.bool_], found: NDArray[np.bool_]) -> Floats:
+    recall = found[true].mean()
+    return recall + len(true) / true.sum() * true * (found - recall)
 
 
-def _f1(labels: NDArray[np.int64], predicted: NDArray[np.int64], k: int) -> Statistic:
-    """Return 2 TP / (2 TP + FP + FN) of one class; not defined in draws without that class."""
-    true, found = labels == k, predicted == k
-
-    def statistic(weights: Floats) -> Floats:
-        score = _ratio(2 * (weights @ (true & found)), weights @ true.astype(float) + weights @ found.astype(float))
-        return np.where(weights @ true > 0, score, np.nan)
-
-    return statistic
+def _f1(true: NDArray[np.bool_], found: NDArray[np.bool_]) -> Floats:
+    """2 TP / (2 TP + FP + FN) of one class that has test cases."""
+    counted = true.astype(np.float64) + found
+    hits = 2.0 * (true & found)
+    score = hits.sum() / counted.sum()
+    return score + len(true) / counted.sum() * (hits - score * counted)
 
 
-def _auroc(positive: NDArray[np.bool_], score: Floats) -> Statistic:
-    """Return the probability that a positive image scores above a negative one; ties count half.
+def _auroc(positive: NDArray[np.bool_], score: Floats) -> Floats:
+    """Probability that a positive case scores above a negative one, ties counting half.
 
-    Mann and Whitney 1947.
+    The influence of a case is its placement among the cases of the other kind (DeLong et al. 1988).
     """
-    above = score[positive][:, None] - score[~positive][None, :]
-    wins = (above > 0) + 0.5 * (above == 0)
+    from scipy.stats import rankdata
 
-    def statistic(weights: Floats) -> Floats:
-        ones, zeros = weights[:, positive], weights[:, ~positive]
-        return _ratio(((ones @ wins) * zeros).sum(axis=1), ones.sum(axis=1) * zeros.sum(axis=1))
+    ranks, placements = rankdata(score), np.empty(len(score))
+    for own in (positive, ~positive):
+        placements[own] = (ranks[own] - rankdata(score[own])) / (~own).sum()
+    placements[~positive] = 1 - placements[~positive]
+    value = placements[positive].mean()
+    weight = len(score) / np.where(positive, positive.sum(), (~positive).sum())
+    return value + weight * (placements - value)
 
-    return statistic
 
-
-def _calibration_error(labels: NDArray[np.int64], probabilities: Floats) -> Statistic:
-    """Return the expected calibration error of the most probable class, in ten bins of equal width.
-
-    Guo et al. 2017.
-    """
+def _calibration_error(labels: NDArray[np.int64], probabilities: Floats) -> Floats:
+    """Expected calibration error of the most probable class (Guo et al. 2017), ten bins of equal width."""
     confidence = probabilities.max(axis=1)
     gap = (probabilities.argmax(axis=1) == labels) - confidence
     bin_of = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gap_by_bin = np.where(bin_of[:, None] == np.arange(BINS), gap[:, None], 0.0)
-    return lambda weights: _ratio(np.abs(weights @ gap_by_bin).sum(axis=1), weights.sum(axis=1))
+    return gap * np.sign(np.bincount(bin_of, gap, minlength=BINS))[bin_of]

@@ -5,14 +5,14 @@ Only an earlier file of the same kind that MaskLoom wrote is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import write_json, write_text
+from maskloom.pipeline.files.atomic import json_text, write_json, write_text
 from maskloom.pipeline.files.ownership import OwnedFolder
 
 
@@ -57,6 +57,11 @@ class NamedFile:
         """Write values as JSON, with the mark; see `check`."""
         self.check()
         write_json(self.path, {"about": self.mark, **values})
+
+    def write_json_list(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write a JSON list, with the mark in each entry; see `check`."""
+        self.check()
+        write_text(self.path, json_text([{"about": self.mark, **entry} for entry in entries]))
 
     def write_page(self, page: str) -> None:
         """Write an HTML page, with the mark; see `check`."""

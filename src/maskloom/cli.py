@@ -26,6 +26,7 @@ from maskloom.data_prep.__main__ import (
 from maskloom.data_prep.__main__ import verify as verify_dataset
 from maskloom.evaluate.__main__ import MEMORY_ADVICE as EVALUATE_ADVICE
 from maskloom.evaluate.__main__ import command as evaluate_here
+from maskloom.evaluate.__main__ import compare
 from maskloom.generate.__main__ import MEMORY_ADVICE as GENERATE_ADVICE
 from maskloom.generate.__main__ import command as generate_here
 from maskloom.pipeline import __version__
@@ -209,6 +210,12 @@ COMMANDS = (
     Command("baselines", baselines, STAGES, ("maskloom baselines --config C --architecture pix2pix",)),
     Command("generate", generate, STAGES, ("maskloom generate --config C generate.num_images=500",)),
     Command("evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C",)),
+    Command(
+        "compare",
+        compare,
+        STAGES,
+        ("maskloom compare runs/demo/evaluation/cases.parquet", "maskloom compare CASES --score Dice --json OUT"),
+    ),
     Command("report", report, STAGES, ("maskloom report --config C",)),
     Command("inspect", inspect, DATA, ("maskloom inspect FOLDER",)),
     Command("merge", merge, DATA, ("maskloom prepare --config C --shard 1/2", "maskloom merge --config C")),

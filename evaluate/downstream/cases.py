@@ -1,0 +1,185 @@
+"""The table of cases, `evaluation/cases.parquet`: what every downstream model scored on every test case.
+
+One row per metric, test set, arm, seed, case and score. From this table alone anyone can compute
+the comparison again: `python -m evaluate compare` does, and so does the report.
+
+A segmentation model has one row per score (`Dice`, `IoU`, ...). A classifier has, for each class, a
+row `probability of CLASS` and a row `is CLASS` (1 or 0); its scores follow from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskloom.pipeline.errors import MaskLoomError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CASES_FILE = "cases.parquet"
+TEXT_COLUMNS = ("metric", "test_set", "arm", "sample_id", "group_id", "score")
+COLUMNS = ("metric", "test_set", "arm", "seed", "sample_id", "group_id", "score", "value")
+KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
+REMEDY = "one row per metric, test_set, arm, seed, sample_id and score, with group_id and value"
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ArmCases:
+    """What the models of one arm scored on a test set.
+
+    Attributes:
+        seeds: the seed of each of S models, ascending.
+        values: (S, N) by score; NaN where a score is not defined.
+    """
+
+    seeds: tuple[int, ...]
+    values: Mapping[str, Floats]
+
+
+@dataclass(frozen=True)
+class TestSetCases:
+    """A test set, scored by the models of every arm.
+
+    Attributes:
+        metric: file name of the metric, such as `downstream_segmentation`.
+        test_set: `real test`, or an external set's name.
+        samples: (N,) ids of the cases, ascending.
+        groups: (N,) the group of each case.
+        arms: by name.
+    """
+
+    metric: str
+    test_set: str
+    samples: tuple[str, ...]
+    groups: tuple[str, ...]
+    arms: Mapping[str, ArmCases]
+
+
+def write_cases(path: Path, test_sets: Iterable[TestSetCases]) -> None:
+    """Write a table of cases, rows in the order of metric, test set, arm, seed, score and case."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = [_as_table(one) for one in test_sets]
+    pq.write_table(pa.concat_tables(parts), path, compression="zstd")
+
+
+def _as_table(cases: TestSetCases) -> pa.Table:
+    import pyarrow as pa
+
+    blocks = [
+        (arm, seed, score, values[k])
+        for arm, found in cases.arms.items()
+        for k, seed in enumerate(found.seeds)
+        for score, values in found.values.items()
+    ]
+    count, rows = len(cases.samples), len(blocks) * len(cases.samples)
+    columns = {
+        "metric": [cases.metric] * rows,
+        "test_set": [cases.test_set] * rows,
+        "arm": [arm for arm, *_ in blocks for _ in range(count)],
+        "seed": np.repeat(np.array([seed for _, seed, *_ in blocks], dtype=np.int64), count),
+        "sample_id": list(cases.samples) * len(blocks),
+        "group_id": list(cases.groups) * len(blocks),
+        "score": [score for *_, score, _ in blocks for _ in range(count)],
+        "value": np.concatenate([values for *_, values in blocks]) if blocks else np.zeros(0),
+    }
+    return pa.table({name: columns[name] for name in COLUMNS})
+
+
+def read_cases(path: Path) -> list[TestSetCases]:
+    """Return the test sets of a table of cases, in the order of the file.
+
+    Infinite values count as not defined.
+
+    Raises:
+        MaskLoomError: the file is missing, is not Parquet, lacks a column, has no row, repeats a
+            row, has an id or a seed that is missing, or a case lies in two groups (names the file
+            and the value).
+    """
+    table = _checked_table(path)
+    columns = {name: np.asarray(table[name].to_pylist(), dtype=str) for name in TEXT_COLUMNS}
+    seeds = table["seed"].to_numpy()
+    values = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
+    values = np.where(np.isfinite(values), values, np.nan)
+    _check_keys(path, columns, seeds)
+    pairs = list(zip(columns["metric"].tolist(), columns["test_set"].tolist(), strict=True))
+    found = []
+    for metric, test_set in dict.fromkeys(pairs):
+        rows = np.flatnonzero((columns["metric"] == metric) & (columns["test_set"] == test_set))
+        part = {name: column[rows] for name, column in columns.items()}
+        found.append(_test_set_cases(metric, test_set, part, seeds[rows], values[rows]))
+    return found
+
+
+def _checked_table(path: Path) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise MaskLoomError(f"{path}: no such file; give a table of cases, such as RUN/evaluation/{CASES_FILE}")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise MaskLoomError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0][:120]})") from error
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise MaskLoomError(f"{path}: column {missing[0]!r} is missing; a table of cases has {REMEDY}")
+    if not table.num_rows:
+        raise MaskLoomError(f"{path}: the table has no row; it needs {REMEDY}")
+    types = {name: pa.string() for name in TEXT_COLUMNS} | {"seed": pa.int64(), "value": pa.float64()}
+    for name, kind in types.items():
+        try:
+            column = table[name].cast(kind)
+        except pa.ArrowException as error:
+            raise MaskLoomError(f"{path}: column {name!r} is {table[name].type}, not {kind}") from error
+        if name != "value" and column.null_count:
+            raise MaskLoomError(f"{path}: column {name!r} has {column.null_count} empty cells; it needs {REMEDY}")
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table.select(list(COLUMNS))
+
+
+def _check_keys(path: Path, columns: Mapping[str, NDArray[np.str_]], seeds: NDArray[np.int64]) -> None:
+    """Refuse repeated rows, and cases in two groups."""
+    keys = set()
+    group_of: dict[tuple[str, str, str], str] = {}
+    rows = zip(*(seeds.tolist() if name == "seed" else columns[name].tolist() for name in KEY), strict=True)
+    for row, group in zip(rows, columns["group_id"].tolist(), strict=True):
+        if row in keys:
+            raise MaskLoomError(f"{path}: two rows for {dict(zip(KEY, row, strict=True))}; it needs {REMEDY}")
+        keys.add(row)
+        metric, test_set, _, _, sample, _ = row
+        known = group_of.setdefault((metric, test_set, sample), group)
+        if known != group:
+            raise MaskLoomError(f"{path}: sample_id {sample!r} is in group {known!r} and in group {group!r}")
+
+
+def _test_set_cases(
+    metric: str, test_set: str, part: Mapping[str, NDArray[np.str_]], seeds: NDArray[np.int64], values: Floats
+) -> TestSetCases:
+    samples, first, case = np.unique(part["sample_id"], return_index=True, return_inverse=True)
+    arms = {}
+    for arm in dict.fromkeys(part["arm"].tolist()):
+        rows = np.flatnonzero(part["arm"] == arm)
+        known, model = np.unique(seeds[rows], return_inverse=True)
+        by_score = {}
+        for score in dict.fromkeys(part["score"][rows].tolist()):
+            own = part["score"][rows] == score
+            matrix = np.full((len(known), len(samples)), np.nan)
+            matrix[model[own], case[rows][own]] = values[rows][own]
+            by_score[score] = matrix
+        arms[arm] = ArmCases(tuple(known.tolist()), by_score)
+    groups = part["group_id"][first]
+    return TestSetCases(metric, test_set, tuple(samples.tolist()), tuple(groups.tolist()), arms)
+
+
+def arm_cases(seeds: Sequence[int], by_seed: Sequence[Mapping[str, Floats]]) -> ArmCases:
+    """Return the cases of an arm whose models, one per seed, have the given (N,) values by score."""
+    return ArmCases(tuple(seeds), {score: np.stack([one[score] for one in by_seed]) for score in by_seed[0]})

@@ -1,0 +1,227 @@
+"""Arms against a baseline, from a table of cases alone.
+
+What is compared, for each arm, test set and score:
+
+1. Models are paired by seed; arms that share no seed are paired in ascending order of their seeds.
+2. A seed for which one of the two arms has no defined value (its training failed) is left out of
+   both. Then a case that is not defined in a remaining seed of either arm is left out of all.
+   Neither depends on an order.
+3. The difference, its interval and its p-value: see `scores/inference.py`.
+4. The finding. `helped` or `hurt` if the p-value, adjusted for the number of arms (Holm), is at
+   most 5 %, else `no clear benefit`; `cannot tell` under 6 groups or 3 seeds, or where results are
+   missing in a way that may hide the worst ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from maskloom.evaluate.downstream.cases import TestSetCases
+from maskloom.evaluate.downstream.pairing import (
+    PROBABILITY,
+    TRUTH,
+    Pair,
+    contributions,
+    paired_values,
+    supporting_groups,
+)
+from maskloom.evaluate.scores.classification import CALIBRATION_ERROR, CLASSIFICATION_SCORES, RECALL
+from maskloom.evaluate.scores.inference import LEVEL, Effect, Floats, estimate_effect, holm_adjusted
+from maskloom.pipeline.errors import MaskLoomError, nearest_name
+
+BASELINE = "real"
+NULL_ARM = "real_other_seeds"
+"""Real images again, with other seeds: what a difference that means nothing looks like."""
+FEW_GROUPS, FEW_SEEDS = 6, 3
+MISSING_SHARE = 0.05
+"""Share of cases that may be undefined in one arm alone."""
+LOWER_IS_BETTER = frozenset({CALIBRATION_ERROR, "HD95", "false positives per image"})
+HELPED, HURT, NO_BENEFIT, CANNOT_TELL = "helped", "hurt", "no clear benefit", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against the baseline in one score on one test set.
+
+    Attributes:
+        metric, test_set, arm, baseline, score: what is compared.
+        difference: arm minus baseline, mean over seeds and cases; None where nothing is left.
+        low, high: ends of its 95 % interval; None where there are not two seeds and two groups.
+        p, p_holm: p-value of no difference, alone and adjusted for the number of arms.
+        finding: `helped`, `hurt`, `no clear benefit` or `cannot tell`.
+        reason: why it cannot be told, else empty.
+        smallest_effect: the smallest true effect that this test set finds with 80 % power.
+        effective_cases: number of independent cases that would vary as much.
+        groups, cases, seeds: numbers that the figures rest on. For scores that average over
+            classes, `groups` is that of the class with the fewest.
+        by_seed: the difference at each seed.
+        left_out_cases, left_out_seeds: numbers of cases, and of pairs of seeds, that were not defined.
+    """
+
+    metric: str
+    test_set: str
+    arm: str
+    baseline: str
+    score: str
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    finding: str
+    reason: str
+    smallest_effect: float | None
+    effective_cases: float | None
+    groups: int
+    cases: int
+    seeds: int
+    by_seed: tuple[float, ...]
+    left_out_cases: int
+    left_out_seeds: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all attributes, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ArmScore:
+    """What one arm reached in one score on one test set: mean over its seeds and cases, 95 % interval."""
+
+    arm: str
+    score: str
+    value: float | None
+    low: float | None
+    high: float | None
+    by_seed: tuple[float, ...]
+
+
+def compare(
+    cases: TestSetCases,
+    baseline: str = BASELINE,
+    scores: Sequence[str] | None = None,
+    lower_is_better: Collection[str] = LOWER_IS_BETTER,
+) -> list[Comparison]:
+    """Return every arm's comparison with the baseline, by score.
+
+    Args:
+        cases: of one test set.
+        baseline: the arm that others are compared with.
+        scores: which scores, in this order; None: all.
+        lower_is_better: scores in which a negative difference helps.
+
+    Raises:
+        MaskLoomError: an unknown baseline or score (names the nearest), or no other arm.
+    """
+    if baseline not in cases.arms:
+        raise MaskLoomError(
+            f"{cases.test_set}: no arm is called {baseline!r}; {nearest_name(baseline, list(cases.arms))}"
+        )
+    if len(cases.arms) < 2:
+        raise MaskLoomError(f"{cases.test_set}: no arm besides {baseline!r}; there is nothing to compare it with")
+    known = score_names(cases)
+    for score in scores or ():
+        if score not in known:
+            raise MaskLoomError(f"{cases.test_set}: no score is called {score!r}; {nearest_name(score, known)}")
+    return [
+        one for score in scores or known for one in _compare_score(cases, baseline, score, score in lower_is_better)
+    ]
+
+
+def score_names(cases: TestSetCases) -> list[str]:
+    """Return the scores of a test set: those in the table, and those of classifiers that follow from it."""
+    raw = list(dict.fromkeys(score for found in cases.arms.values() for score in found.values))
+    names = [score for score in raw if not score.startswith((PROBABILITY, TRUTH))]
+    first = next(iter(cases.arms.values()))
+    present = [name for name, values in first.values.items() if name.startswith(TRUTH) and (values == 1).any()]
+    recalls = [RECALL + name.removeprefix(TRUTH) for name in present]
+    return [*names, *((*CLASSIFICATION_SCORES, *recalls) if recalls else ())]
+
+
+def arm_scores(cases: TestSetCases, scores: Sequence[str]) -> list[ArmScore]:
+    """Return what every arm reached, over the seeds and cases in which the score is defined."""
+    return [_arm_score(cases, arm, score) for arm in cases.arms for score in scores]
+
+
+def _arm_score(cases: TestSetCases, arm: str, score: str) -> ArmScore:
+    pair = paired_values(cases, arm, arm, score)
+    values = contributions(pair.arm).get(score)
+    if values is None or not values.size:
+        return ArmScore(arm, score, None, None, None, ())
+    by_seed = tuple(values.mean(axis=1).tolist())
+    effect = _effect(values, pair, score)
+    if effect is None:
+        return ArmScore(arm, score, float(values.mean()), None, None, by_seed)
+    return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed)
+
+
+def _compare_score(cases: TestSetCases, baseline: str, score: str, lower: bool) -> list[Comparison]:
+    """Return the comparisons of one score, their p-values adjusted for the number of arms."""
+    found = [_compare_arm(cases, arm, baseline, score) for arm in cases.arms if arm != baseline]
+    tested = [i for i, one in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
+    adjusted = dict(zip(tested, holm_adjusted([found[i].p or 0.0 for i in tested]), strict=True))
+    return [_with_finding(replace(one, p_holm=adjusted.get(i, one.p)), lower) for i, one in enumerate(found)]
+
+
+def _compare_arm(cases: TestSetCases, arm: str, baseline: str, score: str) -> Comparison:
+    pair = paired_values(cases, arm, baseline, score)
+    left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
+    values = np.zeros((pair.seeds, 0)) if left is None or right is None else left - right
+    effect = _effect(values, pair, score)
+    return Comparison(
+        metric=cases.metric,
+        test_set=cases.test_set,
+        arm=arm,
+        baseline=baseline,
+        score=score,
+        difference=float(values.mean()) if values.size else None,
+        low=effect.low if effect else None,
+        high=effect.high if effect else None,
+        p=effect.p if effect else None,
+        p_holm=None,
+        finding=CANNOT_TELL,
+        reason=_reason(pair, values, score),
+        smallest_effect=effect.smallest if effect else None,
+        effective_cases=effect.effective_cases if effect else None,
+        groups=supporting_groups(pair, score),
+        cases=values.shape[1],
+        seeds=pair.seeds,
+        by_seed=tuple(values.mean(axis=1).tolist()) if values.size else (),
+        left_out_cases=pair.left_out_cases,
+        left_out_seeds=pair.left_out_seeds,
+    )
+
+
+def _with_finding(one: Comparison, lower_is_better: bool) -> Comparison:
+    if one.reason or one.p_holm is None or one.difference is None:
+        return one
+    if one.p_holm > 1 - LEVEL:
+        return replace(one, finding=NO_BENEFIT)
+    return replace(one, finding=HURT if (one.difference > 0) == lower_is_better else HELPED)
+
+
+def _reason(pair: Pair, values: Floats, score: str) -> str:
+    """Return why the finding is `cannot tell`, or an empty text."""
+    groups = supporting_groups(pair, score)
+    if not values.size:
+        return "no case is defined in both arms"
+    if pair.left_out_seeds:
+        return f"{pair.left_out_seeds} seed(s) have no result in one of the arms"
+    if pair.one_sided_cases > MISSING_SHARE * (values.shape[1] + pair.left_out_cases):
+        return f"{pair.one_sided_cases} case(s) are defined in one arm alone"
+    if groups < FEW_GROUPS:
+        return f"{groups} group(s), fewer than {FEW_GROUPS}"
+    if pair.seeds < FEW_SEEDS:
+        return f"{pair.seeds} seed(s), fewer than {FEW_SEEDS}"
+    return ""
+
+
+def _effect(values: Floats, pair: Pair, score: str) -> Effect | None:
+    """Return the effect; None where the figures rest on one seed or one group."""
+    if pair.seeds < 2 or not values.size or supporting_groups(pair, score) < 2:
+        return None
+    return estimate_effect(values, pair.groups)

@@ -1,0 +1,82 @@
+"""Comparisons of whole files, and how a terminal shows them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from maskloom.evaluate.downstream.cases import read_cases
+from maskloom.evaluate.downstream.compare import LOWER_IS_BETTER, Comparison, compare
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
+from maskloom.pipeline.progress import progress
+
+WIDTH_OF_FILES = 180  # characters, where the output is no terminal
+SHOWN_FILES = 20
+COLUMNS = ("arm", "score", "difference", "finding", "smallest effect found", "p (Holm)", "cases", "groups", "seeds")
+
+
+def compare_files(
+    paths: Sequence[Path], baseline: str, scores: Sequence[str] | None, lower_is_better: Sequence[str]
+) -> list[tuple[Path, Comparison]]:
+    """Return the comparisons of each file, test set by test set.
+
+    With several metrics in a file, each score is looked for where it occurs.
+
+    Raises:
+        MaskLoomError: a file is no table of cases, or lacks the baseline or a score (names the file).
+    """
+    found = []
+    with progress("comparing", len(paths), "files") as advance:
+        for path in paths:
+            for cases in read_cases(path):
+                try:
+                    compared = compare(cases, baseline, scores, LOWER_IS_BETTER | set(lower_is_better))
+                except MaskLoomError as error:
+                    raise MaskLoomError(f"{path}: {error}") from error
+                found += [(path, one) for one in compared]
+            advance()
+    return found
+
+
+def print_comparisons(found: Sequence[tuple[Path, Comparison]]) -> None:
+    """Print one table per file and test set, of the first files."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+    tables = [
+        (path, metric, test_set, [one for _, one in rows])
+        for (path, metric, test_set), rows in groupby(found, lambda pair: (pair[0], pair[1].metric, pair[1].test_set))
+    ]
+    for path, metric, test_set, rows in tables[:SHOWN_FILES]:
+        console.print(Text(f"{path}: {metric}, {test_set}"))
+        console.print(_table(rows))
+        for one in rows:
+            if one.reason:
+                console.print(Text(f"{one.arm}, {one.score}: cannot tell, {one.reason}"))
+    if len(tables) > SHOWN_FILES:
+        console.print(Text(f"... and {len(tables) - SHOWN_FILES} further tables; --json FILE writes all"))
+
+
+def _table(rows: Sequence[Comparison]) -> Table:
+    table = Table(box=box.SIMPLE)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("arm", "score", "finding") else "right")
+    for one in rows:
+        table.add_row(
+            one.arm,
+            one.score,
+            MISSING if one.difference is None else interval_text(one.difference, one.low, one.high),
+            one.finding,
+            MISSING if one.smallest_effect is None else number_text(one.smallest_effect),
+            MISSING if one.p_holm is None else number_text(one.p_holm),
+            str(one.cases),
+            str(one.groups),
+            str(one.seeds),
+        )
+    return table

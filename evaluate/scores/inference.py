@@ -1,0 +1,216 @@
+"""The effect of an arm over test cases and training seeds: its interval, p-value and smallest effect.
+
+Every case is scored by several models of each arm, one per seed, so a difference between two arms
+varies for two reasons: other patients, and other trainings. An interval over patients alone calls
+the luck of a training an effect. Here both vary at once (crossed random effects, cases nested in
+groups):
+
+    d[s, i] = effect + seed[s] + group[g(i)] + rest[s, i]
+
+The variance of the mean of d is the sum of two estimates:
+
+- groups: the cluster jackknife (CV3; MacKinnon, Nielsen and Webb 2023, 'Fast and reliable jackknife
+  and bootstrap methods for cluster-robust inference'), made unbiased, with degrees of freedom, for
+  groups of these sizes (Bell and McCaffrey 2002; the intraclass correlation is estimated);
+- seeds: the variance of the seeds' means, less what the rest alone contributes to it (Cameron,
+  Gelbach and Miller 2011, 'Robust inference with multiway clustering').
+
+Both rest on few degrees of freedom, the second on seeds - 1. Their uncertainty is averaged over, as
+in the Behrens-Fisher problem (Tsui and Weerahandi 1989, 'Generalized p-values'). Plugging in the
+estimates (Satterthwaite) gave wrong findings in up to 10 % of simulated null effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+LEVEL = 0.95
+POWER = 0.8
+QUANTILES = (np.arange(200) + 0.5) / 200
+"""Where the distributions of the two variances are evaluated: midpoints of 200 equal parts."""
+NEGLIGIBLE = 1e-13
+"""A standard error below this share of the largest value is rounding, not variation."""
+
+
+@dataclass(frozen=True)
+class Variance:
+    """The parts of the variance of a mean over seeds and cases.
+
+    Attributes:
+        groups: part that other groups (patients) explain.
+        groups_df: its degrees of freedom, at least 1.
+        seeds: variance of the seeds' means, divided by the number of seeds.
+        seeds_df: its degrees of freedom, seeds - 1.
+        rest: the part of `seeds` that varies from case to case and is in `groups` already.
+    """
+
+    groups: float
+    groups_df: float
+    seeds: float
+    seeds_df: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """The variance of the mean."""
+        return self.groups + max(self.seeds - self.rest, 0.0)
+
+    def draws(self) -> Floats:
+        """Return values, (40000,), that the total may have, given how uncertain both parts are."""
+        from scipy.special import chdtri
+
+        groups = self.groups * self.groups_df / chdtri(self.groups_df, QUANTILES)
+        seeds = self.seeds * self.seeds_df / chdtri(self.seeds_df, QUANTILES)
+        return np.add.outer(np.maximum(seeds - self.rest, 0.0), groups).ravel()
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean over seeds and cases with its uncertainty.
+
+    Attributes:
+        value: the mean.
+        low, high: ends of the 95 % interval.
+        p: two-sided p-value of a mean of zero.
+        smallest: the smallest true effect that is found with 80 % power.
+        effective_cases: number of independent cases that would vary as much as these grouped ones.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    smallest: float
+    effective_cases: float
+
+
+def group_numbers(groups: Sequence[str]) -> NDArray[np.int64]:
+    """Return, for each of N cases, the number of its group (0 .. groups - 1)."""
+    return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].astype(np.int64)
+
+
+def estimate_effect(values: Floats, groups: Sequence[str]) -> Effect:
+    """Return the mean of `values` and its uncertainty over seeds and groups.
+
+    Args:
+        values: (S, N), finite; per seed and case, the difference of two arms or the score of one.
+        groups: the group of each of N cases.
+
+    Raises:
+        ValueError: fewer than two seeds or two groups: how the mean varies cannot be seen.
+    """
+    from scipy.stats import norm
+
+    numbers = group_numbers(groups)
+    if len(values) < 2 or numbers.max(initial=0) < 1:
+        raise ValueError("at least two seeds and two groups are needed")
+    value, variance = float(values.mean()), variance_of_mean(values, numbers)
+    spread = np.var(values.mean(axis=0), ddof=1)
+    cases = values.shape[1] if variance.groups == 0 else spread / variance.groups
+    if np.sqrt(variance.total) <= NEGLIGIBLE * np.abs(values).max():
+        return Effect(value, value, value, float(np.abs(values).max() == 0 or value == 0), 0.0, cases)
+    draws = variance.draws()
+    reach = critical_value(draws)
+    smallest = reach + norm.ppf(POWER) * np.sqrt(variance.total)
+    return Effect(value, value - reach, value + reach, p_value(value, draws), float(smallest), float(cases))
+
+
+def p_value(value: float, variances: Floats) -> float:
+    """Return the two-sided p-value of a normal `value` around zero, averaged over its `variances`."""
+    from scipy.special import ndtr
+
+    return float(2 * ndtr(-abs(value) / np.sqrt(variances)).mean())
+
+
+def critical_value(variances: Floats) -> float:
+    """Return the absolute value whose `p_value` is 5 %: half the width of the 95 % interval."""
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    highest = norm.isf((1 - LEVEL) / 2) * np.sqrt(variances.max())
+    return float(brentq(lambda reach: p_value(reach, variances) - (1 - LEVEL), 0, highest, xtol=1e-14))
+
+
+def variance_of_mean(values: Floats, numbers: NDArray[np.int64]) -> Variance:
+    """Return the parts of the variance of the mean of `values`.
+
+    Args:
+        values: (S, N).
+        numbers: (N,) the group of each case as a number.
+    """
+    seeds, cases = values.shape
+    by_case, by_seed = values.mean(axis=0), values.mean(axis=1)
+    rest = values - by_seed[:, None] - by_case + values.mean()
+    of_groups = np.stack([np.bincount(numbers, row) for row in rest]) / cases
+    groups, df = _groups_variance(by_case, numbers)
+    return Variance(
+        groups=groups,
+        groups_df=df,
+        seeds=float(by_seed.var(ddof=1)) / seeds,
+        seeds_df=seeds - 1,
+        rest=float((of_groups**2).sum() / (seeds * (seeds - 1))),
+    )
+
+
+def _groups_variance(by_case: Floats, numbers: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the variance of the mean of `by_case`, (N,), over groups, and its degrees of freedom.
+
+    Without group k the mean moves by -shift[k] * (mean of group k - mean); the jackknife's variance
+    is that of these movements. `_moments` gives what they vary by under the working model.
+    """
+    sizes = np.bincount(numbers)
+    shares = sizes / sizes.sum()
+    shift = shares / (1 - shares)
+    moved = shift * (np.bincount(numbers, by_case) / sizes - by_case.mean())
+    jackknife = ((moved - moved.mean()) ** 2).sum()
+    correlation = intraclass_correlation(by_case, numbers)
+    of_group = correlation + (1 - correlation) / sizes  # variance of a group's mean, up to a factor
+    of_mean = (shares**2 * of_group).sum()
+    trace, square = _moments(shift, shares, of_group, of_mean)
+    return float(jackknife * of_mean / trace), max(float(trace**2 / square), 1.0)
+
+
+def _moments(shift: Floats, shares: Floats, of_group: Floats, of_mean: float) -> tuple[float, float]:
+    """Return the traces of B and of B squared, B the centred covariance of the jackknife's movements.
+
+    With p = shift and q = shift * shares * of_group the covariance is
+    diag(shift^2 * of_group) - p q' - q p' + of_mean * p p'. Nothing of size (groups, groups) is built.
+    """
+    count, p, q = len(shift), shift, shift * shares * of_group
+    diagonal = shift**2 * of_group
+    row_sums = diagonal - p * q.sum() - q * p.sum() + of_mean * p * p.sum()
+    pp, pq, qq = p @ p, p @ q, q @ q
+    outer = 2 * pp * qq + 2 * pq**2 - 4 * of_mean * pp * pq + of_mean**2 * pp**2
+    square = diagonal @ diagonal + 2 * diagonal @ (of_mean * p**2 - 2 * p * q) + outer
+    trace = diagonal.sum() - 2 * pq + of_mean * pp - row_sums.sum() / count
+    return trace, square - 2 * row_sums @ row_sums / count + (row_sums.sum() / count) ** 2
+
+
+def intraclass_correlation(by_case: Floats, numbers: NDArray[np.int64]) -> float:
+    """Return how alike the cases of one group are, 0 to 1 (one-way analysis of variance, Donner 1986)."""
+    sizes = np.bincount(numbers)
+    cases, groups = len(by_case), len(sizes)
+    if cases == groups:
+        return 1.0
+    means = np.bincount(numbers, by_case) / sizes
+    within = ((by_case - means[numbers]) ** 2).sum() / (cases - groups)
+    between = (sizes * (means - by_case.mean()) ** 2).sum() / (groups - 1)
+    usual_size = (cases - (sizes**2).sum() / cases) / (groups - 1)
+    if between <= within:
+        return 0.0
+    return float((between - within) / (between + (usual_size - 1) * within))
+
+
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number (Holm 1979, step down)."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
