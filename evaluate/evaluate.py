@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
 
+from maskloom.evaluate.downstream.cases import CASES_FILE, DownstreamResult, EvaluationCases
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
 from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor
 from maskloom.models.stable_diffusion.source import BackboneSource
@@ -78,11 +79,12 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
         answers.claim()
         _remove_other_answers(answers, questions)
+        cases = EvaluationCases.of(answers, [question.name for question in questions])
         for question in questions:
             advance(0, note=question.name)
             key = value_digest([__version__, question.identity, digests, backbone, config.seed])
-            kept = None if force else _kept_answer(answers, question, key)
-            answer = kept or _new_answer(answers, question, inputs, key, digests)
+            kept = None if force else _kept_answer(answers, question, key, cases)
+            answer = kept or _new_answer(answers, question, inputs, key, digests, cases)
             results[question.name] = answer.verdict
             advance()
 
@@ -140,7 +142,7 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
 def _remove_other_answers(answers: OwnedFolder, questions: list[Question]) -> None:
     """Delete answers to questions that are no longer asked: the report shows whatever lies there."""
     asked = {question.name for question in questions}
-    answers.remove([name for name in answers.files() if _question_of(name) not in asked])
+    answers.remove([name for name in answers.files() if name != CASES_FILE and _question_of(name) not in asked])
 
 
 def _question_of(name: str) -> str:
@@ -149,8 +151,8 @@ def _question_of(name: str) -> str:
     return path.stem if path.suffix == ".json" else path.stem.rpartition("-")[0]
 
 
-def _kept_answer(answers: OwnedFolder, question: Question, key: str) -> Evaluation | None:
-    """Return the answer on disk if it has this key, and it and its pictures are as they were written; reports damage."""
+def _kept_answer(answers: OwnedFolder, question: Question, key: str, cases: EvaluationCases) -> Evaluation | None:
+    """Return the answer on disk if it has this key, and it, its pictures and its cases are as they were written; reports damage."""
     name = f"{question.name}.json"
     if not (answers.path / name).is_file() or name not in answers.files():
         return None
@@ -160,23 +162,30 @@ def _kept_answer(answers: OwnedFolder, question: Question, key: str) -> Evaluati
         say(f"{problem}; computing {question.name} again")
         return None
     answer = read_evaluation(answers.path / name)
-    return answer if answer.key == key else None
+    return answer if answer.key == key and answer.case_rows == cases.rows_of(question.name) else None
 
 
 def _new_answer(
-    answers: OwnedFolder, question: Question, inputs: EvaluationInputs, key: str, digests: dict[str, str]
+    answers: OwnedFolder,
+    question: Question,
+    inputs: EvaluationInputs,
+    key: str,
+    digests: dict[str, str],
+    cases: EvaluationCases,
 ) -> Evaluation:
-    """Compute and write an answer: pictures first, the JSON last; an older one stays until then."""
+    """Compute and write an answer: pictures and cases first, the JSON last; an older one stays until then."""
     result: MetricResult = question.module.evaluate(inputs, question.options)
     answers.remove([name for name in answers.files() if _question_of(name) == question.name])
     for number, picture in enumerate(result.pictures):
         picture.path = f"{question.name}-{number}.png"
         with answers.writing(picture.path) as temporary:
             temporary.write_bytes(png_bytes(picture.pixels))
+    cases.replace(question.name, result.cases if isinstance(result, DownstreamResult) else [])
     answer = Evaluation(
         metric=question.name,
         version=question.module.VERSION,
         key=key,
+        case_rows=cases.rows_of(question.name),
         inputs=digests,
         options=question.options.model_dump(mode="json"),
         **result.as_json(),

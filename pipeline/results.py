@@ -165,6 +165,7 @@ class Evaluation(Answer):
         inputs: digest of each dataset by name (`real`, then the generators'), and of `TUNED_VAE`.
         options: the metric's.
         pictures: the files beside this one.
+        case_rows: rows of this metric in `cases.parquet`, beside this file.
     """
 
     metric: str
@@ -173,6 +174,7 @@ class Evaluation(Answer):
     inputs: dict[str, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
     pictures: list[PictureFile] = Field(default_factory=list)
+    case_rows: int = 0
 
     def is_about(self, digests: Mapping[str, str]) -> bool:
         """Return whether these datasets were used, given the digests of the real one (`real`) and of each synthetic one by name."""

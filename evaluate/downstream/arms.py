@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.pipeline.config.base import Section
-from maskloom.pipeline.config.bounds import Repeats, Trainings
+from maskloom.pipeline.config.bounds import Trainings
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.progress import progress
 from maskloom.pipeline.training.fixed_steps import Augment
@@ -24,6 +24,10 @@ from maskloom.pipeline.training.fixed_steps import Augment
 Pair = tuple[NDArray[np.uint8], NDArray[np.generic]]
 ArmName = Literal["real", "real_augmented", "real_synthetic", "real_synthetic_augmented", "synthetic"]
 WITH_SYNTHETIC = "real_synthetic"
+NULL_ARM = "real_other_seeds"
+"""Real images again: the difference that other seeds alone make."""
+OTHER_SEEDS = 10_000
+"""Added to the seeds of the null arm, so that it shares none with the others."""
 PREFERRED_GENERATOR = "controlnet"
 Outcome = TypeVar("Outcome")
 
@@ -52,6 +56,7 @@ ARMS: dict[str, Arm] = {
         "real + synthetic + standard augmentation", real=True, synthetic=True, augmented=True
     ),
     "synthetic": Arm("synthetic only", real=False, synthetic=True),
+    NULL_ARM: Arm("real, other seeds", real=True, synthetic=False),
 }
 
 
@@ -70,7 +75,9 @@ class ArmOptions(Section):
     synthetic_per_real: float | None = Field(
         None, gt=0, description="largest number of synthetic images per real one; null: all images"
     )
-    resamples: Repeats = Field(2000, ge=100)
+    null_arm: bool = Field(
+        True, description="also train on real images with other seeds, to show what difference seeds alone make"
+    )
     augmentation: AugmentationOptions = AugmentationOptions()
 
     @field_validator("arms")
@@ -136,8 +143,10 @@ def train_arms(
     generated: Mapping[str, Pair],
     seed: int,
     train: Callable[[Pair, int, Augment | None], Outcome],
-) -> dict[str, list[Outcome]]:
-    """Return what `train(data, seed, augment)` returns for every arm, one result per seed.
+) -> dict[str, dict[int, Outcome]]:
+    """Return what `train(data, seed, augment)` returns, by arm and seed.
+
+    All arms have the same seeds (initial weights, order of data, augmentation), but for the null arm.
 
     Args:
         options: the arms and the number of seeds.
@@ -151,12 +160,14 @@ def train_arms(
     (_, chosen), *others = generated.items()
     arms: dict[str, tuple[Arm, Pair]] = {name: (ARMS[name], chosen) for name in options.arms}
     arms |= {f"{WITH_SYNTHETIC}:{name}": (ARMS[WITH_SYNTHETIC], pair) for name, pair in others}
-    outcomes: dict[str, list[Outcome]] = {}
+    if options.null_arm:
+        arms[NULL_ARM] = (ARMS[NULL_ARM], chosen)
+    outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in arms}
     with progress("training downstream models", len(arms) * options.seeds, "models") as advance:
         for name, (arm, images) in arms.items():
-            data = arm_data(arm, real, images)
-            for offset in range(options.seeds):
-                advance(0, note=f"{arm_title(name)}, seed {seed + offset}")
-                outcomes.setdefault(name, []).append(train(data, seed + offset, augment if arm.augmented else None))
+            data, first = arm_data(arm, real, images), seed + (OTHER_SEEDS if name == NULL_ARM else 0)
+            for one in range(first, first + options.seeds):
+                advance(0, note=f"{arm_title(name)}, seed {one}")
+                outcomes[name][one] = train(data, one, augment if arm.augmented else None)
                 advance()
     return outcomes

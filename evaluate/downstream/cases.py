@@ -9,15 +9,19 @@ row `probability of CLASS` and a row `is CLASS` (1 or 0); its scores follow from
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.results import MetricResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,6 +65,71 @@ class TestSetCases:
     samples: tuple[str, ...]
     groups: tuple[str, ...]
     arms: Mapping[str, ArmCases]
+
+    def all_values(self) -> Iterator[Floats]:
+        """Yield the (S, N) values of every arm and score."""
+        for arm in self.arms.values():
+            yield from arm.values.values()
+
+
+class TestImages(Protocol):
+    """The images of a test set, as a metric reads them."""
+
+    @property
+    def samples(self) -> Sequence[str]:
+        """Id of each image."""
+
+    @property
+    def groups(self) -> Sequence[str]:
+        """Group of each image."""
+
+
+class DownstreamResult(MetricResult):
+    """The result of a metric that trains downstream models, with every case behind its figures."""
+
+    cases: list[TestSetCases] = Field(default_factory=list, exclude=True)
+
+
+class EvaluationCases:
+    """The cases of all metrics of an evaluation, in one file of its folder."""
+
+    def __init__(self, folder: OwnedFolder, by_metric: dict[str, list[TestSetCases]]) -> None:
+        """Hold the folder and the cases of each metric."""
+        self.folder, self.by_metric = folder, by_metric
+
+    @classmethod
+    def of(cls, folder: OwnedFolder, metrics: Collection[str]) -> EvaluationCases:
+        """Return the cases in a folder, those of other metrics dropped; reports damage, and drops what is damaged."""
+        if CASES_FILE not in folder.files():
+            return cls(folder, {})
+        if problem := folder.problem(CASES_FILE):
+            say(f"{problem}; training the downstream models again")
+            folder.remove([CASES_FILE])
+            return cls(folder, {})
+        found: dict[str, list[TestSetCases]] = {}
+        for one in read_cases(folder.path / CASES_FILE):
+            found.setdefault(one.metric, []).append(one)
+        cases = cls(folder, found)
+        for metric in found.keys() - set(metrics):
+            cases.replace(metric, [])
+        return cases
+
+    def rows_of(self, metric: str) -> int:
+        """Return the number of rows of a metric."""
+        return sum(values.size for one in self.by_metric.get(metric, []) for values in one.all_values())
+
+    def replace(self, metric: str, test_sets: Sequence[TestSetCases]) -> None:
+        """Write the file with other cases of a metric; without any case there is no file."""
+        if not test_sets and metric not in self.by_metric:
+            return
+        self.by_metric.pop(metric, None)
+        if test_sets:
+            self.by_metric[metric] = list(test_sets)
+        if not self.by_metric:
+            self.folder.remove([CASES_FILE])
+            return
+        with self.folder.writing(CASES_FILE) as temporary:
+            write_cases(temporary, [one for _, found in sorted(self.by_metric.items()) for one in found])
 
 
 def write_cases(path: Path, test_sets: Iterable[TestSetCases]) -> None:
@@ -180,6 +249,30 @@ def _test_set_cases(
     return TestSetCases(metric, test_set, tuple(samples.tolist()), tuple(groups.tolist()), arms)
 
 
-def arm_cases(seeds: Sequence[int], by_seed: Sequence[Mapping[str, Floats]]) -> ArmCases:
-    """Return the cases of an arm whose models, one per seed, have the given (N,) values by score."""
-    return ArmCases(tuple(seeds), {score: np.stack([one[score] for one in by_seed]) for score in by_seed[0]})
+def trained_cases(
+    metric: str,
+    trained: Mapping[str, Mapping[int, Mapping[str, Mapping[str, Floats]]]],
+    tests: Mapping[str, TestImages],
+) -> list[TestSetCases]:
+    """Return the cases of trained models.
+
+    Args:
+        metric: file name of the metric.
+        trained: the values, (N,), by arm, seed, test set and score.
+        tests: the test sets by name.
+    """
+    found = []
+    for name, test in tests.items():
+        order = np.argsort(np.asarray(test.samples, dtype=str), kind="stable")
+        arms = {
+            arm: ArmCases(tuple(by_seed), _stacked([one[name] for one in by_seed.values()], order))
+            for arm, by_seed in trained.items()
+        }
+        samples, groups = (tuple(column[i] for i in order) for column in (test.samples, test.groups))
+        found.append(TestSetCases(metric, name, samples, groups, arms))
+    return found
+
+
+def _stacked(by_seed: Sequence[Mapping[str, Floats]], order: NDArray[np.int64]) -> dict[str, Floats]:
+    """Return (S, N) values by score, the cases in the given order."""
+    return {score: np.stack([one[score] for one in by_seed])[:, order] for score in by_seed[0]}

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from maskloom.evaluate.downstream.arms import NULL_ARM
 from maskloom.evaluate.downstream.cases import TestSetCases
 from maskloom.evaluate.downstream.pairing import (
     PROBABILITY,
@@ -34,8 +35,6 @@ from maskloom.evaluate.scores.inference import LEVEL, Effect, Floats, estimate_e
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 
 BASELINE = "real"
-NULL_ARM = "real_other_seeds"
-"""Real images again, with other seeds: what a difference that means nothing looks like."""
 FEW_GROUPS, FEW_SEEDS = 6, 3
 MISSING_SHARE = 0.05
 """Share of cases that may be undefined in one arm alone."""

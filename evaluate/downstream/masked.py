@@ -17,6 +17,7 @@ class MaskedImages:
     Attributes:
         images: (N, H, W, C) uint8.
         masks: (N, H, W) uint8 class indices.
+        samples: id of each image.
         groups: group of each image.
         parents: sample id of the real image whose mask each synthetic image was generated from;
             None for real images.
@@ -25,6 +26,7 @@ class MaskedImages:
 
     images: NDArray[np.uint8]
     masks: NDArray[np.uint8]
+    samples: list[str]
     groups: list[str]
     parents: list[str | None]
     without_mask: int
@@ -46,10 +48,11 @@ def masked_images(inputs: EvaluationInputs, image_set: ImageSet, size: tuple[int
 def _load(image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
     masks, present = image_set.masks(size)
     kept = np.flatnonzero(present)
-    groups, parents = image_set.groups, image_set.parents
+    samples, groups, parents = image_set.columns["sample_id"], image_set.groups, image_set.parents
     return MaskedImages(
         image_set.images(size)[kept],
         masks[kept],
+        [samples[i] for i in kept],
         [groups[i] for i in kept],
         [parents[i] for i in kept],
         int((~present).sum()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +22,24 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
+from maskloom.evaluate.downstream.cases import DownstreamResult, TestSetCases, trained_cases
 from maskloom.evaluate.downstream.classifier import ClassifierOptions, predicted_probabilities, train_classifier
-from maskloom.evaluate.downstream.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
+from maskloom.evaluate.downstream.comparison import compare_test_sets
+from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.scores.classification import RECALL, classification_statistics
+from maskloom.evaluate.scores.classification import RECALL
 from maskloom.pipeline.results import MetricResult, skipped_result
 from maskloom.pipeline.training.fixed_steps import Augment
 
-VERSION = 2
+if TYPE_CHECKING:
+    from torch import nn
+
+Floats = NDArray[np.float64]
+
+VERSION = 3
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
 TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
-TESTED = "the probability of the true class"  # right or wrong alone would tie almost everywhere
 
 
 class Options(ClassifierOptions, ArmOptions):
@@ -51,6 +58,7 @@ class LabelledImages:
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    samples: list[str]
     groups: list[str]
 
     def __len__(self) -> int:
@@ -80,13 +88,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     found = {one.name: labelled_images(one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    arms = scored_arms(inputs, options, (real.images, real.labels), generated, tests)
-    shown = [name for name in arms[inputs.test.name]["real"].statistics[0] if not name.startswith(RECALL)]
-    protocol = Protocol(test.groups, PRIMARY, TESTED, shown, options.resamples, inputs.seed)
-    comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
+    cases = scored_cases(inputs, options, (real.images, real.labels), generated, tests)
+    comparison = compare_test_sets(cases, PRIMARY, RECALL, generator.name)
     labels = inputs.real.description.labels
     baseline = comparison.values["arms"]["real"][PRIMARY]["value"]
-    return MetricResult(
+    return DownstreamResult(
         question=QUESTION,
         verdict=f"Classification: {comparison.verdict}",
         headline=True,
@@ -105,10 +111,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         limits=[
             f"Valid for {options.architecture}, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
             "Averages over classes include only classes that have test images. AUROC: one class against the rest, averaged.",
-            "The interval accounts for other test patients, not for other training sets or other trained generators.",
+            "The interval covers other test patients and other seeds of these models, not other training sets or other trained generators.",
         ],
-        figures=generator_figures(comparison, generator.name),
+        figures=comparison.figures,
         values=comparison.values,
+        cases=cases,
         n={
             "real train": len(real),
             **{name: len(images) for name, (images, _) in generated.items()},
@@ -121,7 +128,13 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 def labelled_images(image_set: ImageSet, size: tuple[int, int]) -> LabelledImages:
     """Return the images of a set that have a label, at (height, width)."""
     kept = np.flatnonzero(image_set.labels >= 0)
-    return LabelledImages(image_set.images(size)[kept], image_set.labels[kept], [image_set.groups[i] for i in kept])
+    samples, groups = image_set.columns["sample_id"], image_set.groups
+    return LabelledImages(
+        image_set.images(size)[kept],
+        image_set.labels[kept],
+        [samples[i] for i in kept],
+        [groups[i] for i in kept],
+    )
 
 
 def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str:
@@ -145,14 +158,14 @@ def _limited(part: LabelledImages, real: int, options: Options, seed: int) -> Pa
     return part.images[rows], part.labels[rows]
 
 
-def scored_arms(
+def scored_cases(
     inputs: EvaluationInputs,
     options: Options,
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, LabelledImages],
-) -> dict[str, dict[str, ArmScores]]:
-    """Return the scores of every arm's models, by test set and arm.
+) -> list[TestSetCases]:
+    """Return the true class of every test image, and its probabilities by every arm's models, by test set.
 
     Each model is trained once and scored on all test sets.
 
@@ -165,24 +178,19 @@ def scored_arms(
     """
     names = inputs.real.description.labels
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, NDArray[np.float64]]:
+    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, dict[str, Floats]]:
         labels = np.asarray(data[1], dtype=np.int64)
         network = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
-        return {name: predicted_probabilities(network, part.images, inputs.device) for name, part in tests.items()}
+        return {name: image_scores(network, part, names, inputs.device) for name, part in tests.items()}
 
-    trained = train_arms(options, real, generated, inputs.seed, train)
-    return {
-        name: {arm: arm_scores([one[name] for one in by_seed], part.labels, names) for arm, by_seed in trained.items()}
-        for name, part in tests.items()
-    }
+    return trained_cases("downstream_classification", train_arms(options, real, generated, inputs.seed, train), tests)
 
 
-def arm_scores(
-    probabilities: Sequence[NDArray[np.float64]], labels: NDArray[np.int64], names: Sequence[str]
-) -> ArmScores:
-    """Return an arm's statistics, one set per seed, from its predicted probabilities (N, K)."""
-    statistics = [classification_statistics(labels, one, names) for one in probabilities]
-    return ArmScores(statistics, np.stack([one[np.arange(len(labels)), labels] for one in probabilities]))
+def image_scores(network: nn.Module, test: LabelledImages, names: Sequence[str], device: str) -> dict[str, Floats]:
+    """Return what a network's scores follow from: for every class, its probability and whether it is the true one, (N,)."""
+    probabilities = predicted_probabilities(network, test.images, device)
+    found = {f"{PROBABILITY}{name}": probabilities[:, k] for k, name in enumerate(names)}
+    return found | {f"{TRUTH}{name}": (test.labels == k).astype(np.float64) for k, name in enumerate(names)}
 
 
 def _class_warnings(test: LabelledImages, names: Sequence[str]) -> list[str]:

@@ -21,10 +21,10 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.downstream.comparison import ArmScores, Protocol, compare_on_test_sets, generator_figures
+from maskloom.evaluate.downstream.cases import DownstreamResult, TestSetCases, trained_cases
+from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.scores.statistics import Statistic, weighted_mean
 from maskloom.models.segmenter import (
     EMPTY_RULE,
     SegmenterOptions,
@@ -39,13 +39,12 @@ from maskloom.pipeline.training.fixed_steps import Augment
 if TYPE_CHECKING:
     from torch import nn
 
-VERSION = 2
+VERSION = 3
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
 PRIMARY = "Dice"
 BATCH = 64  # images predicted and scored at a time
 
-Scores = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Dice and IoU of every image and foreground class, each (N, K - 1)."""
+Floats = NDArray[np.float64]
 
 
 class Options(SegmenterOptions, ArmOptions):
@@ -82,11 +81,9 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     found = {one.name: masked_images(inputs, one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    arms = scored_arms(inputs, options, (real.images, real.masks), generated, tests)
-    shown = list(arms[inputs.test.name]["real"].statistics[0])
-    protocol = Protocol(test.groups, PRIMARY, PRIMARY, shown, options.resamples, inputs.seed)
-    comparison = compare_on_test_sets(arms, protocol, {name: part.groups for name, part in externals.items()})
-    return MetricResult(
+    cases = scored_cases(inputs, options, (real.images, real.masks), generated, tests)
+    comparison = compare_test_sets(cases, PRIMARY, None, generator.name)
+    return DownstreamResult(
         question=QUESTION,
         verdict=f"Segmentation: {comparison.verdict}",
         headline=True,
@@ -100,10 +97,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         limits=[
             f"Valid for this network, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
             f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
-            "The interval accounts for other test patients, not for other training sets or other trained generators.",
+            "The interval covers other test patients and other seeds of these models, not other training sets or other trained generators.",
         ],
-        figures=generator_figures(comparison, generator.name),
+        figures=comparison.figures,
         values=comparison.values,
+        cases=cases,
         n={
             "real train": len(real),
             **{name: len(images) for name, (images, _) in generated.items()},
@@ -119,14 +117,14 @@ def _limited(part: MaskedImages, real: int, options: Options, seed: int) -> Pair
     return part.images[rows], part.masks[rows]
 
 
-def scored_arms(
+def scored_cases(
     inputs: EvaluationInputs,
     options: Options,
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, MaskedImages],
-) -> dict[str, dict[str, ArmScores]]:
-    """Return the scores of every arm's models, by test set and arm.
+) -> list[TestSetCases]:
+    """Return the scores of every arm's models, by test set.
 
     Each model is trained once and scored on all test sets.
 
@@ -137,44 +135,30 @@ def scored_arms(
         generated: images and masks of synthetic sets by generator, see `train_arms`.
         tests: test sets by name.
     """
-    count = len(inputs.classes)
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, Scores]:
+    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, dict[str, Floats]]:
         masks = np.asarray(data[1], dtype=np.uint8)
-        network = train_segmenter(data[0], masks, count, options, seed, inputs.device, augment)
-        return {name: image_scores(network, part, count, inputs.device) for name, part in tests.items()}
+        network = train_segmenter(data[0], masks, len(inputs.classes), options, seed, inputs.device, augment)
+        return {name: image_scores(network, part, inputs.classes, inputs.device) for name, part in tests.items()}
 
-    trained = train_arms(options, real, generated, inputs.seed, train)
-    return {
-        name: {
-            arm: arm_scores([scores[name] for scores in by_seed], inputs.classes) for arm, by_seed in trained.items()
-        }
-        for name in tests
-    }
+    return trained_cases("downstream_segmentation", train_arms(options, real, generated, inputs.seed, train), tests)
 
 
-def image_scores(network: nn.Module, test: MaskedImages, classes: int, device: str) -> Scores:
-    """Return a network's scores on every test image; predictions are not kept."""
+def image_scores(network: nn.Module, test: MaskedImages, classes: Sequence[str], device: str) -> dict[str, Floats]:
+    """Return a network's scores on every test image, (N,) each; predictions are not kept.
+
+    Dice and IoU are means over the foreground classes; of two or more, each has its Dice too.
+    """
     dice, iou = [], []
     for start in range(0, len(test), BATCH):
         part = slice(start, start + BATCH)
         predictions = predicted_masks(network, test.images[part], device)
-        dice.append(dice_scores(predictions, test.masks[part], classes))
-        iou.append(iou_scores(predictions, test.masks[part], classes))
-    return np.concatenate(dice), np.concatenate(iou)
-
-
-def arm_scores(by_seed: Sequence[Scores], classes: Sequence[str]) -> ArmScores:
-    """Return an arm's statistics, one set per seed."""
-    statistics = [_statistics(dice, iou, classes) for dice, iou in by_seed]
-    return ArmScores(statistics, np.stack([dice.mean(axis=1) for dice, _ in by_seed]))
-
-
-def _statistics(dice: NDArray[np.float64], iou: NDArray[np.float64], classes: Sequence[str]) -> dict[str, Statistic]:
-    found = {PRIMARY: weighted_mean(dice.mean(axis=1)), "IoU": weighted_mean(iou.mean(axis=1))}
-    if len(classes) > 2:
-        found |= {f"Dice of {name}": weighted_mean(dice[:, k]) for k, name in enumerate(classes[1:])}
-    return found
+        dice.append(dice_scores(predictions, test.masks[part], len(classes)))
+        iou.append(iou_scores(predictions, test.masks[part], len(classes)))
+    by_class = np.concatenate(dice)
+    of_classes = {f"Dice of {name}": by_class[:, k] for k, name in enumerate(classes[1:])}
+    means = {PRIMARY: by_class.mean(axis=1), "IoU": np.concatenate(iou).mean(axis=1)}
+    return means | (of_classes if len(of_classes) > 1 else {})
 
 
 def _empty_warning(test: MaskedImages, classes: Sequence[str]) -> list[str]:

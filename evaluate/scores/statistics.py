@@ -56,11 +56,6 @@ def weighted_mean(values: NDArray[np.floating]) -> Statistic:
     return statistic
 
 
-def mean_statistic(statistics: Sequence[Statistic]) -> Statistic:
-    """Return the mean of several statistics, such as one per seed."""
-    return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
-
-
 def difference(left: Statistic, right: Statistic) -> Statistic:
     """Return `left - right` on the same draws of groups (paired)."""
     return lambda weights: left(weights) - right(weights)
@@ -150,37 +145,3 @@ def share_interval(hits: int, total: int) -> Interval:
         return Interval(value=None)
     bounds = binomtest(hits, total).proportion_ci(LEVEL, method="wilson")
     return Interval(value=hits / total, low=float(bounds.low), high=float(bounds.high))
-
-
-def wilcoxon_p_value(differences: NDArray[np.floating], groups: Sequence[str]) -> float | None:
-    """Return the two-sided Wilcoxon signed-rank p-value over group means of paired differences.
-
-    Args:
-        differences: (N,), one per image; NaN where either side is not defined.
-        groups: the group of each image.
-
-    Returns:
-        None with fewer than two groups; 1 if no group differs.
-    """
-    from scipy.stats import wilcoxon
-
-    index, known = group_index(groups), np.isfinite(differences)
-    counts = np.bincount(index[known], minlength=int(index.max()) + 1)
-    sums = np.bincount(index[known], weights=differences[known], minlength=len(counts))
-    means = sums[counts > 0] / counts[counts > 0]
-    if len(means) < 2:
-        return None
-    if np.allclose(means, 0):
-        return 1.0
-    return float(wilcoxon(means).pvalue)
-
-
-def holm_adjusted(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return p-values adjusted for their number (Holm 1979, step-down); missing ones stay None."""
-    known = [(p, i) for i, p in enumerate(p_values) if p is not None]
-    adjusted: list[float | None] = [None] * len(p_values)
-    highest = 0.0
-    for rank, (p, i) in enumerate(sorted(known)):
-        highest = max(highest, min(1.0, (len(known) - rank) * p))
-        adjusted[i] = highest
-    return adjusted
