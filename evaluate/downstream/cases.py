@@ -49,7 +49,7 @@ class ArmCases:
 
 
 @dataclass(frozen=True)
-class TestSetCases:
+class ScoredTestSet:
     """A test set, scored by the models of every arm.
 
     Attributes:
@@ -87,13 +87,13 @@ class TestImages(Protocol):
 class DownstreamResult(MetricResult):
     """The result of a metric that trains downstream models, with every case behind its figures."""
 
-    cases: list[TestSetCases] = Field(default_factory=list, exclude=True)
+    cases: list[ScoredTestSet] = Field(default_factory=list, exclude=True)
 
 
 class EvaluationCases:
     """The cases of all metrics of an evaluation, in one file of its folder."""
 
-    def __init__(self, folder: OwnedFolder, by_metric: dict[str, list[TestSetCases]]) -> None:
+    def __init__(self, folder: OwnedFolder, by_metric: dict[str, list[ScoredTestSet]]) -> None:
         """Hold the folder and the cases of each metric."""
         self.folder, self.by_metric = folder, by_metric
 
@@ -106,7 +106,7 @@ class EvaluationCases:
             say(f"{problem}; training the downstream models again")
             folder.remove([CASES_FILE])
             return cls(folder, {})
-        found: dict[str, list[TestSetCases]] = {}
+        found: dict[str, list[ScoredTestSet]] = {}
         for one in read_cases(folder.path / CASES_FILE):
             found.setdefault(one.metric, []).append(one)
         cases = cls(folder, found)
@@ -118,7 +118,7 @@ class EvaluationCases:
         """Return the number of rows of a metric."""
         return sum(values.size for one in self.by_metric.get(metric, []) for values in one.all_values())
 
-    def replace(self, metric: str, test_sets: Sequence[TestSetCases]) -> None:
+    def replace(self, metric: str, test_sets: Sequence[ScoredTestSet]) -> None:
         """Write the file with other cases of a metric; without any case there is no file."""
         if not test_sets and metric not in self.by_metric:
             return
@@ -132,7 +132,7 @@ class EvaluationCases:
             write_cases(temporary, [one for _, found in sorted(self.by_metric.items()) for one in found])
 
 
-def write_cases(path: Path, test_sets: Iterable[TestSetCases]) -> None:
+def write_cases(path: Path, test_sets: Iterable[ScoredTestSet]) -> None:
     """Write a table of cases, rows in the order of metric, test set, arm, seed, score and case."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -141,7 +141,7 @@ def write_cases(path: Path, test_sets: Iterable[TestSetCases]) -> None:
     pq.write_table(pa.concat_tables(parts), path, compression="zstd")
 
 
-def _as_table(cases: TestSetCases) -> pa.Table:
+def _as_table(cases: ScoredTestSet) -> pa.Table:
     import pyarrow as pa
 
     blocks = [
@@ -164,7 +164,7 @@ def _as_table(cases: TestSetCases) -> pa.Table:
     return pa.table({name: columns[name] for name in COLUMNS})
 
 
-def read_cases(path: Path) -> list[TestSetCases]:
+def read_cases(path: Path) -> list[ScoredTestSet]:
     """Return the test sets of a table of cases, in the order of the file.
 
     Infinite values count as not defined.
@@ -232,7 +232,7 @@ def _check_keys(path: Path, columns: Mapping[str, NDArray[np.str_]], seeds: NDAr
 
 def _test_set_cases(
     metric: str, test_set: str, part: Mapping[str, NDArray[np.str_]], seeds: NDArray[np.int64], values: Floats
-) -> TestSetCases:
+) -> ScoredTestSet:
     samples, first, case = np.unique(part["sample_id"], return_index=True, return_inverse=True)
     arms = {}
     for arm in dict.fromkeys(part["arm"].tolist()):
@@ -246,14 +246,14 @@ def _test_set_cases(
             by_score[score] = matrix
         arms[arm] = ArmCases(tuple(known.tolist()), by_score)
     groups = part["group_id"][first]
-    return TestSetCases(metric, test_set, tuple(samples.tolist()), tuple(groups.tolist()), arms)
+    return ScoredTestSet(metric, test_set, tuple(samples.tolist()), tuple(groups.tolist()), arms)
 
 
 def trained_cases(
     metric: str,
     trained: Mapping[str, Mapping[int, Mapping[str, Mapping[str, Floats]]]],
     tests: Mapping[str, TestImages],
-) -> list[TestSetCases]:
+) -> list[ScoredTestSet]:
     """Return the cases of trained models.
 
     Args:
@@ -269,7 +269,7 @@ def trained_cases(
             for arm, by_seed in trained.items()
         }
         samples, groups = (tuple(column[i] for i in order) for column in (test.samples, test.groups))
-        found.append(TestSetCases(metric, name, samples, groups, arms))
+        found.append(ScoredTestSet(metric, name, samples, groups, arms))
     return found
 
 

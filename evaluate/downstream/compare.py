@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
-from maskloom.evaluate.downstream.cases import TestSetCases
+from maskloom.evaluate.downstream.cases import ScoredTestSet
 from maskloom.evaluate.downstream.pairing import (
     PROBABILITY,
     TRUTH,
@@ -100,7 +100,7 @@ class ArmScore:
 
 
 def compare(
-    cases: TestSetCases,
+    cases: ScoredTestSet,
     baseline: str = BASELINE,
     scores: Sequence[str] | None = None,
     lower_is_better: Collection[str] = LOWER_IS_BETTER,
@@ -131,7 +131,7 @@ def compare(
     ]
 
 
-def score_names(cases: TestSetCases) -> list[str]:
+def score_names(cases: ScoredTestSet) -> list[str]:
     """Return the scores of a test set: those in the table, and those of classifiers that follow from it."""
     raw = list(dict.fromkeys(score for found in cases.arms.values() for score in found.values))
     names = [score for score in raw if not score.startswith((PROBABILITY, TRUTH))]
@@ -141,12 +141,12 @@ def score_names(cases: TestSetCases) -> list[str]:
     return [*names, *((*CLASSIFICATION_SCORES, *recalls) if recalls else ())]
 
 
-def arm_scores(cases: TestSetCases, scores: Sequence[str]) -> list[ArmScore]:
+def arm_scores(cases: ScoredTestSet, scores: Sequence[str]) -> list[ArmScore]:
     """Return what every arm reached, over the seeds and cases in which the score is defined."""
     return [_arm_score(cases, arm, score) for arm in cases.arms for score in scores]
 
 
-def _arm_score(cases: TestSetCases, arm: str, score: str) -> ArmScore:
+def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
     pair = paired_values(cases, arm, arm, score)
     values = contributions(pair.arm).get(score)
     if values is None or not values.size:
@@ -158,7 +158,7 @@ def _arm_score(cases: TestSetCases, arm: str, score: str) -> ArmScore:
     return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed)
 
 
-def _compare_score(cases: TestSetCases, baseline: str, score: str, lower: bool) -> list[Comparison]:
+def _compare_score(cases: ScoredTestSet, baseline: str, score: str, lower: bool) -> list[Comparison]:
     """Return the comparisons of one score, their p-values adjusted for the number of arms."""
     found = [_compare_arm(cases, arm, baseline, score) for arm in cases.arms if arm != baseline]
     tested = [i for i, one in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
@@ -166,7 +166,7 @@ def _compare_score(cases: TestSetCases, baseline: str, score: str, lower: bool) 
     return [_with_finding(replace(one, p_holm=adjusted.get(i, one.p)), lower) for i, one in enumerate(found)]
 
 
-def _compare_arm(cases: TestSetCases, arm: str, baseline: str, score: str) -> Comparison:
+def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> Comparison:
     pair = paired_values(cases, arm, baseline, score)
     left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
     values = np.zeros((pair.seeds, 0)) if left is None or right is None else left - right

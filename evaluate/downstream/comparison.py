@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskloom.evaluate.downstream.arms import NULL_ARM, WITH_SYNTHETIC, arm_title
-from maskloom.evaluate.downstream.cases import TestSetCases
+from maskloom.evaluate.downstream.cases import ScoredTestSet
 from maskloom.evaluate.downstream.compare import (
     BASELINE,
     CANNOT_TELL,
@@ -74,7 +74,7 @@ class ComparisonResult:
 
 
 def compare_test_sets(
-    test_sets: Sequence[TestSetCases], primary: str, hidden_prefix: str | None, generator: str
+    test_sets: Sequence[ScoredTestSet], primary: str, hidden_prefix: str | None, generator: str
 ) -> ComparisonResult:
     """Return the comparison on the dataset's own test images, followed by the same on each external test set.
 
@@ -103,7 +103,7 @@ def compare_test_sets(
 
 
 def _compare_test_set(
-    cases: TestSetCases, primary: str, hidden_prefix: str | None, external: bool
+    cases: ScoredTestSet, primary: str, hidden_prefix: str | None, external: bool
 ) -> TestSetComparison:
     names = score_names(cases)
     changes: dict[str, dict[str, Comparison]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.cases import ArmCases, TestSetCases
+from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
 from maskloom.evaluate.scores.classification import (
     CALIBRATION_ERROR,
     RECALL,
@@ -36,7 +36,7 @@ class Pair:
     one_sided_cases: int
 
 
-def paired_values(cases: TestSetCases, arm: str, baseline: str, score: str) -> Pair:
+def paired_values(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> Pair:
     """Return both arms' raw values at the seeds and cases that are defined in both.
 
     Raises:

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from maskloom.evaluate.downstream.cases import read_cases
-from maskloom.evaluate.downstream.compare import LOWER_IS_BETTER, Comparison, compare
-from maskloom.pipeline.errors import MaskLoomError
+from maskloom.evaluate.downstream.compare import LOWER_IS_BETTER, Comparison, compare, score_names
+from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
 from maskloom.pipeline.progress import progress
 
@@ -36,9 +36,14 @@ def compare_files(
     found = []
     with progress("comparing", len(paths), "files") as advance:
         for path in paths:
-            for cases in read_cases(path):
+            test_sets = read_cases(path)
+            known = [name for cases in test_sets for name in score_names(cases)]
+            if unknown := [name for name in scores or () if name not in known]:
+                raise MaskLoomError(f"{path}: no score is called {unknown[0]!r}; {nearest_name(unknown[0], known)}")
+            for cases in test_sets:
+                own = [name for name in score_names(cases) if scores is None or name in scores]
                 try:
-                    compared = compare(cases, baseline, scores, LOWER_IS_BETTER | set(lower_is_better))
+                    compared = compare(cases, baseline, own, LOWER_IS_BETTER | set(lower_is_better))
                 except MaskLoomError as error:
                     raise MaskLoomError(f"{path}: {error}") from error
                 found += [(path, one) for one in compared]

@@ -22,7 +22,7 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.downstream.cases import DownstreamResult, TestSetCases, trained_cases
+from maskloom.evaluate.downstream.cases import DownstreamResult, ScoredTestSet, trained_cases
 from maskloom.evaluate.downstream.classifier import ClassifierOptions, predicted_probabilities, train_classifier
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
@@ -164,7 +164,7 @@ def scored_cases(
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, LabelledImages],
-) -> list[TestSetCases]:
+) -> list[ScoredTestSet]:
     """Return the true class of every test image, and its probabilities by every arm's models, by test set.
 
     Each model is trained once and scored on all test sets.

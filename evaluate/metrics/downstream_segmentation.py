@@ -21,7 +21,7 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.downstream.cases import DownstreamResult, TestSetCases, trained_cases
+from maskloom.evaluate.downstream.cases import DownstreamResult, ScoredTestSet, trained_cases
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.inputs import EvaluationInputs
@@ -123,7 +123,7 @@ def scored_cases(
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, MaskedImages],
-) -> list[TestSetCases]:
+) -> list[ScoredTestSet]:
     """Return the scores of every arm's models, by test set.
 
     Each model is trained once and scored on all test sets.

@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
     "learning_rate": 0.01,
     "seeds": 3,
     "resamples": 200,
+    "null_arm": False,
     "extractor_size": 32,
     "pairs": 20,
     "subsets": 5,

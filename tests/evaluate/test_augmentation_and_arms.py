@@ -69,7 +69,14 @@ def test_arms_hold_what_they_say() -> None:
     real = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int64)
     synthetic = np.ones((5, 2, 2, 1), np.uint8), np.ones(5, np.int64)
     sizes = {name: len(arm_data(arm, real, synthetic)[0]) for name, arm in ARMS.items()}
-    assert sizes == {"real": 3, "real_augmented": 3, "real_synthetic": 8, "real_synthetic_augmented": 8, "synthetic": 5}
+    assert sizes == {
+        "real": 3,
+        "real_augmented": 3,
+        "real_synthetic": 8,
+        "real_synthetic_augmented": 8,
+        "synthetic": 5,
+        "real_other_seeds": 3,
+    }
     assert arm_data(ARMS["synthetic"], real, synthetic)[1].tolist() == [1] * 5
 
 
@@ -77,14 +84,24 @@ def test_every_arm_is_trained_with_every_seed() -> None:
     real = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int64)
     options = ArmOptions(arms=["real", "real_augmented"], seeds=2)
     trained = train_arms(options, real, {"gan": real}, 5, lambda data, seed, augment: (seed, augment is not None))
-    assert trained == {"real": [(5, False), (6, False)], "real_augmented": [(5, True), (6, True)]}
+    assert trained == {
+        "real": {5: (5, False), 6: (6, False)},
+        "real_augmented": {5: (5, True), 6: (6, True)},
+        "real_other_seeds": {10005: (10005, False), 10006: (10006, False)},
+    }
+    alone = ArmOptions(arms=["real", "real_augmented"], seeds=2, null_arm=False)
+    assert list(train_arms(alone, real, {"gan": real}, 5, lambda *_: None)) == ["real", "real_augmented"]
 
 
 def test_each_other_generator_is_one_more_arm() -> None:
     real, first, second = ((np.full((n, 2, 2, 1), n, np.uint8), np.full(n, n)) for n in (3, 2, 5))
-    options = ArmOptions(arms=["real", "synthetic"], seeds=1)
+    options = ArmOptions(arms=["real", "synthetic"], seeds=1, null_arm=False)
     trained = train_arms(options, real, {"gan": first, "pix2pix": second}, 0, lambda data, *_: data[1].tolist())
-    assert trained == {"real": [[3] * 3], "synthetic": [[2] * 2], "real_synthetic:pix2pix": [[3] * 3 + [5] * 5]}
+    assert trained == {
+        "real": {0: [3] * 3},
+        "synthetic": {0: [2] * 2},
+        "real_synthetic:pix2pix": {0: [3] * 3 + [5] * 5},
+    }
     assert arm_title("real_synthetic:pix2pix") == "real + synthetic by pix2pix"
 
 

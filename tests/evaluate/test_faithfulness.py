@@ -80,7 +80,7 @@ def read(tmp_path: Path, groups: list[str], models: list[FoldModel], masks: Any 
     count = len(groups)
     images = np.zeros((count, 8, 8, 1), np.uint8)
     masks = np.ones((count, 8, 8), np.uint8) if masks is None else masks
-    masked = MaskedImages(images, masks, groups, [None] * count, 0)
+    masked = MaskedImages(images, masks, groups, groups, [None] * count, 0)
     return score_set("one", masked, models, tiny_inputs(tmp_path, ()), Options(shuffles=3))
 
 

@@ -82,10 +82,18 @@ def test_features_of_another_size_are_computed_anew(inputs: EvaluationInputs) ->
     assert not np.allclose(found[0], found[1])
 
 
-def test_the_test_of_classifiers_compares_probabilities_of_the_true_class() -> None:
+def test_a_classifiers_rows_are_its_probabilities_and_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
-    found = downstream_classification.arm_scores([probabilities], np.array([0, 1, 1]), ["a", "b"])
-    assert found.per_image.tolist() == [[0.9, 0.2, 0.7]]
+    monkeypatch.setattr(downstream_classification, "predicted_probabilities", lambda *_: probabilities)
+    images = np.zeros((3, 8, 8, 1), dtype=np.uint8)
+    test = downstream_classification.LabelledImages(images, np.array([0, 1, 1]), ["x", "y", "z"], ["g", "g", "h"])
+    found = downstream_classification.image_scores(nn.Identity(), test, ["a", "b"], "cpu")
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "probability of a": [0.9, 0.8, 0.3],
+        "probability of b": [0.1, 0.2, 0.7],
+        "is a": [1, 0, 0],
+        "is b": [0, 1, 1],
+    }
 
 
 def test_labelled_images_keep_their_groups(tmp_path: Path) -> None:
@@ -99,6 +107,7 @@ def test_labelled_images_keep_their_groups(tmp_path: Path) -> None:
     assert found.labels.tolist() == [sample.label for sample in kept]
     assert 0 in found.labels
     assert found.groups == [sample.group_id for sample in kept]
+    assert found.samples == [sample.sample_id for sample in kept]
     assert all((image[..., 0] == sample.image).all() for image, sample in zip(found.images, kept, strict=True))
 
 
@@ -114,10 +123,10 @@ def test_every_test_image_is_scored_in_its_place() -> None:
     masks = random.integers(0, 2, (70, 8, 8), dtype=np.uint8)
     images = (255 * masks)[..., None]
     images[66] = 255 - images[66]
-    test = MaskedImages(images, masks, ["a"] * 70, [None] * 70, 0)
-    dice, iou = downstream_segmentation.image_scores(Bright(), test, 2, "cpu")
-    assert np.flatnonzero(dice[:, 0] < 1).tolist() == np.flatnonzero(iou[:, 0] < 1).tolist() == [66]
-    assert len(dice) == len(iou) == 70
+    test = MaskedImages(images, masks, [f"{i}" for i in range(70)], ["a"] * 70, [None] * 70, 0)
+    found = downstream_segmentation.image_scores(Bright(), test, ["background", "lesion"], "cpu")
+    assert {name: np.flatnonzero(values < 1).tolist() for name, values in found.items()} == {"Dice": [66], "IoU": [66]}
+    assert {len(values) for values in found.values()} == {70}
 
 
 @pytest.mark.parametrize(

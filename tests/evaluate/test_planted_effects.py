@@ -5,11 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskloom.evaluate.downstream.arms import ARMS
-from maskloom.evaluate.downstream.comparison import ArmScores, Comparison, Protocol, compare_arms, generator_figures
 from maskloom.evaluate.inputs import EvaluationInputs
-from maskloom.evaluate.scores.statistics import weighted_mean
-from maskloom.pipeline.results import REAL
 from tests.evaluate.runs import answer, copied, faithful, noise, tiny_inputs, unfaithful
 from tests.tiny_datasets import write_tiny_run
 
@@ -82,68 +78,6 @@ def test_diversity_sees_a_generator_that_repeats_itself(tmp_path: Path) -> None:
     assert similarity["real train"] < 0.8
 
 
-def compared(
-    gain: float, spread: float = 0.05, groups: int = 40, per_seed: tuple[float, ...] = (0, 0, 0)
-) -> Comparison:
-    """Return the comparison of simulated Dice scores: the arm is better by `gain` on average."""
-    random = np.random.default_rng(0)
-    base = random.uniform(0.6, 0.9, groups)
-    arms = {}
-    for arm, shift in (("real", 0.0), ("real_synthetic", gain), ("synthetic", -0.2)):
-        scores = np.stack(
-            [base + shift + extra * (arm != "real") + random.normal(0, spread, groups) for extra in per_seed]
-        )
-        arms[arm] = ArmScores([{"Dice": weighted_mean(one)} for one in scores], scores)
-    names = [str(index) for index in range(groups)]
-    return compare_arms(arms, Protocol(names, "Dice", "Dice", ["Dice"], 1000, 0))
-
-
-@pytest.mark.parametrize(("gain", "expected"), [(0.05, "helped"), (-0.05, "hurt"), (0.0, "no clear benefit")])
-def test_verdict_says_what_was_planted(gain: float, expected: str) -> None:
-    comparison = compared(gain)
-    assert comparison.verdict.startswith(f"{ARMS['real_synthetic'].title} changed Dice by ")
-    assert comparison.verdict.endswith(f": {expected}.")
-    assert comparison.values["differences"]["synthetic"]["finding"] == "hurt"
-    assert comparison.values["differences"]["synthetic"]["wilcoxon_p_holm"] < 0.001
-
-
-def test_figures_tell_generators_and_real_images_apart() -> None:
-    arms = {"real": 0.5, "real_synthetic": 0.6, "synthetic": 0.2, "real_synthetic:gan": 0.4}
-    scores = {arm: np.full((1, 4), value) for arm, value in arms.items()}
-    named = {arm: ArmScores([{"Dice": weighted_mean(one[0])}], one) for arm, one in scores.items()}
-    comparison = compare_arms(named, Protocol(["a", "b", "c", "d"], "Dice", "Dice", ["Dice"], 100, 0))
-    found = {(one.of, one.name): one.value for one in generator_figures(comparison, "pix2pix")}
-    assert found == pytest.approx(
-        {
-            (REAL, "Dice"): 0.5,
-            ("pix2pix", "Dice"): 0.6,
-            ("gan", "Dice"): 0.4,
-            ("pix2pix", "change of Dice"): 0.1,
-            ("gan", "change of Dice"): -0.1,
-        }
-    )
-    assert any(row[0] == "real + synthetic by gan" for row in comparison.tables[0].rows)
-
-
-def test_seeds_that_disagree_are_no_clear_benefit() -> None:
-    assert compared(0.05, per_seed=(0.1, 0.1, -0.14)).verdict.endswith("no clear benefit.")
-
-
-def test_one_test_group_cannot_tell() -> None:
-    comparison = compared(0.2, groups=1)
-    assert comparison.verdict.endswith("too few test groups to tell.")
-    assert any("1 test group" in warning for warning in comparison.warnings)
-
-
-def test_verdict_without_the_mixed_arm_is_about_the_first() -> None:
-    scores = np.full((1, 4), 0.5)
-    arm = ArmScores([{"Dice": weighted_mean(scores[0])}], scores)
-    protocol = Protocol(["a", "b", "c", "d"], "Dice", "Dice", ["Dice"], 100, 0)
-    comparison = compare_arms({"real": arm, "synthetic": arm}, protocol)
-    assert comparison.verdict == "synthetic only changed Dice by +0.000 [0.000, 0.000]: no clear benefit."
-    assert any("1 seed" in warning for warning in comparison.warnings)
-
-
 def test_useless_real_data_lets_synthetic_help(tmp_path: Path) -> None:
     """Real train masks are all empty but one in two.
 
@@ -157,9 +91,13 @@ def test_useless_real_data_lets_synthetic_help(tmp_path: Path) -> None:
 
     write_tiny_run(tmp_path, {"controlnet": faithful}, {"train": 24, "test": 40}, change=spoil)
     result = answer(
-        tiny_inputs(tmp_path, ("controlnet",)), "downstream_segmentation", steps=60, arms=["real", "real_synthetic"]
+        tiny_inputs(tmp_path, ("controlnet",)),
+        "downstream_segmentation",
+        steps=60,
+        seeds=5,
+        arms=["real", "real_synthetic"],
     )
-    assert result.verdict.endswith("helped.")
+    assert ": helped (" in result.verdict
     assert result.values["differences"]["real_synthetic"]["Dice"]["low"] > 0.1
 
 
@@ -167,5 +105,5 @@ def test_noise_hurts_or_does_not_help(inputs: EvaluationInputs) -> None:
     result = answer(
         inputs, "downstream_segmentation", steps=40, generator="noise", arms=["real", "real_synthetic", "synthetic"]
     )
-    assert not result.verdict.endswith("helped.")
-    assert result.values["differences"]["synthetic"]["finding"] == "hurt"
+    assert ": helped" not in result.verdict
+    assert result.values["differences"]["synthetic"]["Dice"]["finding"] == "hurt"

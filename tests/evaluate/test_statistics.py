@@ -8,11 +8,9 @@ from maskloom.evaluate.scores.statistics import (
     difference,
     estimate,
     expanded_tail,
-    holm_adjusted,
     jackknife_interval,
     share_interval,
     weighted_mean,
-    wilcoxon_p_value,
 )
 from maskloom.pipeline.results import Interval
 
@@ -122,27 +120,6 @@ def test_share_interval_is_wilsons() -> None:
     )
     assert share_interval(0, 0) == Interval(value=None)
     assert share_interval(0, 10).high > 0.2
-
-
-def test_holm_by_hand() -> None:
-    # sorted .01 .02 .03 .04 -> x4 .04, x3 .06, x2 .06 (not below .06), x1 .06
-    assert holm_adjusted([0.04, 0.01, None, 0.03, 0.02]) == pytest.approx([0.06, 0.04, None, 0.06, 0.06])
-    assert holm_adjusted([0.6, 0.7]) == [1.0, 1.0]
-    assert holm_adjusted([None]) == [None]
-
-
-def test_wilcoxon_is_over_group_means() -> None:
-    random = np.random.default_rng(0)
-    by_group = random.normal(0.5, 1, 12)
-    differences = np.repeat(by_group, 3) + np.tile([-0.1, 0.0, 0.1], 12)
-    groups = [f"{i // 3}" for i in range(36)]
-    assert wilcoxon_p_value(differences, groups) == pytest.approx(stats.wilcoxon(by_group).pvalue)
-
-
-def test_wilcoxon_edges() -> None:
-    assert wilcoxon_p_value(np.array([0.1, 0.2]), ["a", "a"]) is None
-    assert wilcoxon_p_value(np.zeros(3), ["a", "b", "c"]) == 1.0
-    assert wilcoxon_p_value(np.array([np.nan, 1.0, 2.0]), ["a", "b", "c"]) == pytest.approx(0.5)
 
 
 def test_interval_reads_as_in_the_verdict() -> None:

@@ -1,0 +1,148 @@
+"""The table of cases on disk: what is written comes back, and what is no such table is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from maskloom.evaluate.downstream.cases import COLUMNS, EvaluationCases, read_cases, trained_cases, write_cases
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.ownership import OwnedFolder
+from tests.evaluate.cases import class_cases, dice_cases
+
+
+def rows(**changed: Any) -> dict[str, list[Any]]:
+    """Return the columns of a small table: two arms, two seeds, three cases."""
+    found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    for arm in ("real", "real_synthetic"):
+        for seed in (0, 1):
+            for case in range(3):
+                values = ("downstream_segmentation", "real test", arm, seed, f"c{case}", f"g{case % 2}", "Dice", 0.5)
+                for name, value in zip(COLUMNS, values, strict=True):
+                    found[name].append(value)
+    return found | changed
+
+
+def written(path: Path, columns: dict[str, list[Any]]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_cases_come_back_as_written(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    values = random.uniform(size=(2, 3, 6))
+    values[0, 1, 2] = np.nan
+    first = dice_cases({"real": values[0], "synthetic": values[1]}, seeds={"synthetic": (5, 6, 9)})
+    second = class_cases({"real": random.dirichlet([1, 1], (2, 4))}, [0, 1, 1, 0], ["a", "b"])
+    write_cases(tmp_path / "cases.parquet", [first, second])
+    assert list(pq.read_table(tmp_path / "cases.parquet").column_names) == list(COLUMNS)
+    for before, after in zip((first, second), read_cases(tmp_path / "cases.parquet"), strict=True):
+        assert (before.metric, before.test_set, before.samples, before.groups) == (
+            after.metric,
+            after.test_set,
+            after.samples,
+            after.groups,
+        )
+        assert {name: arm.seeds for name, arm in before.arms.items()} == {
+            name: arm.seeds for name, arm in after.arms.items()
+        }
+        for name, arm in before.arms.items():
+            for score, matrix in arm.values.items():
+                assert np.array_equal(matrix, after.arms[name].values[score], equal_nan=True)
+
+
+def test_rows_may_come_in_any_order_and_type(tmp_path: Path) -> None:
+    columns = rows(value=np.arange(12).astype(np.float32).tolist())
+    order = np.random.default_rng(0).permutation(12)
+    table = pa.table({name: [values[i] for i in order] for name, values in columns.items()})
+    table = table.set_column(3, "seed", table["seed"].cast(pa.int32()))
+    table = table.set_column(0, "metric", table["metric"].dictionary_encode())
+    pq.write_table(table, tmp_path / "shuffled.parquet")
+    plain, shuffled = (
+        read_cases(path)[0] for path in (written(tmp_path / "plain.parquet", columns), tmp_path / "shuffled.parquet")
+    )
+    assert plain.samples == shuffled.samples
+    for name, arm in plain.arms.items():
+        assert (arm.values["Dice"] == shuffled.arms[name].values["Dice"]).all()
+
+
+def test_missing_rows_and_infinite_values_are_not_defined(tmp_path: Path) -> None:
+    columns = {name: values[1:] for name, values in rows(value=[0.5] * 11 + [np.inf]).items()}
+    real, mixed = read_cases(written(tmp_path / "cases.parquet", columns))[0].arms.values()
+    assert np.isnan(real.values["Dice"]).tolist() == [[True, False, False], [False, False, False]]
+    assert np.isnan(mixed.values["Dice"]).tolist() == [[False, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"score": None}, "column 'score' is missing"),
+        ({"value": ["high"] * 12}, "column 'value' is string, not double"),
+        ({"seed": [0.5] * 12}, "column 'seed' is double, not int64"),
+        ({"seed": [None, *[0] * 11]}, "column 'seed' has 1 empty cells"),
+        ({"group_id": [None] * 12}, "column 'group_id' has 12 empty cells"),
+        ({"sample_id": ["c0"] * 12}, "two rows for .*'sample_id': 'c0'"),
+        ({"group_id": [f"g{i}" for i in range(12)]}, "sample_id 'c0' is in group 'g0' and in group 'g3'"),
+    ],
+)
+def test_what_is_no_table_of_cases_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    columns = {name: values for name, values in rows(**changed).items() if values is not None}
+    with pytest.raises(MaskLoomError, match=message) as error:
+        read_cases(written(tmp_path / "cases.parquet", columns))
+    assert str(error.value).startswith(f"{tmp_path / 'cases.parquet'}: ")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MaskLoomError, match=r"missing\.parquet: no such file"):
+        read_cases(tmp_path / "missing.parquet")
+    (tmp_path / "text.parquet").write_text("arm,score\n")
+    with pytest.raises(MaskLoomError, match=r"text\.parquet: not a readable Parquet file"):
+        read_cases(tmp_path / "text.parquet")
+    with pytest.raises(MaskLoomError, match="has no row"):
+        read_cases(written(tmp_path / "empty.parquet", {name: values[:0] for name, values in rows().items()}))
+
+
+class Images:
+    samples = ("b", "a", "c")
+    groups = ("g1", "g0", "g1")
+
+
+def test_trained_cases_are_sorted_so_that_reading_and_training_agree(tmp_path: Path) -> None:
+    trained = {"real": {7: {"real test": {"Dice": np.array([0.1, 0.2, 0.3])}}}}
+    (cases,) = trained_cases("downstream_segmentation", trained, {"real test": Images()})
+    assert (cases.samples, cases.groups) == (("a", "b", "c"), ("g0", "g1", "g1"))
+    assert cases.arms["real"].seeds == (7,)
+    assert cases.arms["real"].values["Dice"].tolist() == [[0.2, 0.1, 0.3]]
+
+
+def test_the_file_of_an_evaluation_keeps_the_cases_of_each_metric(tmp_path: Path) -> None:
+    folder = OwnedFolder(tmp_path / "evaluation")
+    folder.claim()
+    one, other = (
+        dice_cases({"real": np.ones((2, 3))}),
+        class_cases({"real": np.full((1, 2, 2), 0.5)}, [0, 1], ["a", "b"]),
+    )
+    cases = EvaluationCases.of(folder, [one.metric, other.metric])
+    cases.replace(one.metric, [one])
+    cases.replace(other.metric, [other])
+    in_this_order = (folder.path / "cases.parquet").read_bytes()
+    again = EvaluationCases.of(folder, [one.metric, other.metric])
+    assert (again.rows_of(one.metric), again.rows_of(other.metric), again.rows_of("none")) == (6, 8, 0)
+    again.replace(one.metric, [one])
+    assert (folder.path / "cases.parquet").read_bytes() == in_this_order
+    fewer = EvaluationCases.of(folder, [one.metric])
+    assert [found.metric for found in read_cases(folder.path / "cases.parquet")] == [one.metric]
+    fewer.replace(one.metric, [])
+    assert not (folder.path / "cases.parquet").exists()
+
+
+def test_a_damaged_file_of_cases_is_said_and_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = OwnedFolder(tmp_path / "evaluation")
+    folder.claim()
+    EvaluationCases.of(folder, []).replace("downstream_segmentation", [dice_cases({"real": np.ones((2, 3))})])
+    (folder.path / "cases.parquet").write_bytes(b"PAR1")
+    assert EvaluationCases.of(folder, ["downstream_segmentation"]).rows_of("downstream_segmentation") == 0
+    assert "cases.parquet" in capsys.readouterr().err

@@ -1,0 +1,249 @@
+"""Pairing, undefined values, findings and the command `compare`, on scores that are set by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
+from maskloom.evaluate.downstream.compare import Comparison, arm_scores, compare, score_names
+from maskloom.evaluate.scores.inference import holm_adjusted
+from maskloom.pipeline.errors import MaskLoomError
+from tests.evaluate.cases import class_cases, dice_cases
+from tests.processes import finished
+
+RANDOM = np.random.default_rng(0)
+BASE = RANDOM.uniform(0.4, 0.6, (5, 60))
+
+
+def changed_by(gain: float, seed: int = 1) -> np.ndarray:
+    return BASE + gain + np.random.default_rng(seed).normal(0, 0.02, BASE.shape)
+
+
+def one(cases: ScoredTestSet, arm: str = "real_synthetic", score: str = "Dice", **options: object) -> Comparison:
+    return next(found for found in compare(cases, scores=[score], **options) if found.arm == arm)
+
+
+@pytest.mark.parametrize(("gain", "finding"), [(0.05, "helped"), (-0.05, "hurt"), (0.0, "no clear benefit")])
+def test_the_finding_is_what_was_planted(gain: float, finding: str) -> None:
+    found = one(dice_cases({"real": BASE, "real_synthetic": changed_by(gain)}))
+    assert (found.finding, found.reason) == (finding, "")
+    assert found.difference == pytest.approx((changed_by(gain) - BASE).mean())
+    assert (found.groups, found.cases, found.seeds) == (60, 60, 5)
+
+
+def test_lower_is_better_where_it_is_said() -> None:
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="HD95")
+    assert one(cases, score="HD95").finding == "hurt"
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="distance")
+    assert one(cases, score="distance").finding == "helped"
+    assert one(cases, score="distance", lower_is_better={"distance"}).finding == "hurt"
+
+
+def test_differences_are_of_the_same_seed_and_case() -> None:
+    """The seeds lie far apart, and so do the cases: only in pairs is the change the same everywhere."""
+    base = np.arange(3)[:, None] * 10.0 + RANDOM.normal(0, 5, 24)
+    found = one(dice_cases({"real": base, "real_synthetic": base + 1}))
+    assert found.by_seed == pytest.approx((1, 1, 1))
+    assert (found.low, found.high) == pytest.approx((1, 1))
+    assert found.finding == "helped"
+
+
+def test_seeds_are_paired_by_number_and_else_in_order() -> None:
+    base = np.arange(4)[:, None] * 10.0 + RANDOM.normal(0, 5, 24)
+    numbered = {"real": (0, 1, 2, 3), "real_synthetic": (1, 2, 3, 9)}
+    found = one(dice_cases({"real": base, "real_synthetic": np.roll(base, -1, axis=0) + 1}, seeds=numbered))
+    assert found.by_seed == pytest.approx((1, 1, 1))
+    assert found.left_out_seeds == 0
+    others = {"real": (0, 1, 2, 3), "real_synthetic": (10, 11, 12, 13)}
+    found = one(dice_cases({"real": base, "real_synthetic": base + 1}, seeds=others))
+    assert found.by_seed == pytest.approx((1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("failed", [0, 1, 2])
+def test_a_seed_without_results_leaves_the_pair_wherever_it_stands(failed: int) -> None:
+    arm = changed_by(0.1)[:3].copy()
+    arm[failed] = np.nan
+    found = one(dice_cases({"real": BASE[:3], "real_synthetic": arm}))
+    kept = [seed for seed in range(3) if seed != failed]
+    assert found.by_seed == pytest.approx((arm - BASE[:3])[kept].mean(axis=1))
+    assert (found.finding, found.left_out_seeds, found.seeds) == ("cannot tell", 1, 2)
+    assert found.reason == "1 seed(s) have no result in one of the arms"
+
+
+def test_an_undefined_case_leaves_all_seeds_of_both_arms() -> None:
+    arms = {"real": BASE.copy(), "real_synthetic": changed_by(0.05)}
+    arms["real"][3, 7] = np.nan
+    kept = np.delete(np.arange(60), 7)
+    found = one(dice_cases(arms))
+    assert found.difference == pytest.approx((arms["real_synthetic"] - BASE)[:, kept].mean())
+    assert (found.left_out_cases, found.cases, found.finding) == (1, 59, "helped")
+
+
+def test_cases_that_only_one_arm_has_may_hide_the_worst() -> None:
+    arms = {"real": BASE, "real_synthetic": changed_by(0.05)}
+    arms["real_synthetic"][0, :4] = np.nan
+    found = one(dice_cases(arms))
+    assert (found.finding, found.reason) == ("cannot tell", "4 case(s) are defined in one arm alone")
+    arms["real"] = np.where(np.arange(60) < 4, np.nan, BASE)  # not defined for anybody: says nothing of the arms
+    assert one(dice_cases(arms)).finding == "helped"
+
+
+def test_nothing_defined_is_said() -> None:
+    found = one(dice_cases({"real": BASE, "real_synthetic": np.full_like(BASE, np.nan)}))
+    assert (found.finding, found.difference, found.low) == ("cannot tell", None, None)
+    assert found.reason == "no case is defined in both arms"
+
+
+@pytest.mark.parametrize(
+    ("groups", "seeds", "reason"), [(5, 5, "5 group(s), fewer than 6"), (6, 2, "2 seed(s), fewer than 3")]
+)
+def test_few_groups_or_seeds_cannot_tell(groups: int, seeds: int, reason: str) -> None:
+    names = [f"{i % groups}" for i in range(60)]
+    found = one(dice_cases({"real": BASE[:seeds], "real_synthetic": changed_by(0.2)[:seeds]}, names))
+    assert (found.finding, found.reason) == ("cannot tell", reason)
+    assert found.low is not None
+    enough = [f"{i % 6}" for i in range(60)]
+    assert one(dice_cases({"real": BASE[:3], "real_synthetic": changed_by(0.2)[:3]}, enough)).finding == "helped"
+
+
+@pytest.mark.parametrize(("groups", "seeds"), [(1, 5), (60, 1)])
+def test_one_group_or_one_seed_has_no_interval(groups: int, seeds: int) -> None:
+    names = [f"{i % groups}" for i in range(60)]
+    found = one(dice_cases({"real": BASE[:seeds], "real_synthetic": changed_by(0.2)[:seeds]}, names))
+    assert found.difference == pytest.approx((changed_by(0.2) - BASE)[:seeds].mean())
+    assert (found.low, found.high, found.p, found.finding) == (None, None, None, "cannot tell")
+
+
+def test_the_finding_is_adjusted_for_the_number_of_arms_but_for_the_null_arm() -> None:
+    weak = (
+        BASE + np.random.default_rng(3).normal(0.006, 0.02, 60) + np.random.default_rng(4).normal(0, 0.005, BASE.shape)
+    )
+    alone = one(dice_cases({"real": BASE, "real_synthetic": weak}))
+    assert 0.01 < alone.p < 0.05
+    assert alone.finding == "helped"
+    others = {f"other_{k}": changed_by(0, 10 + k) for k in range(5)}
+    arms = {"real": BASE, "real_synthetic": weak, **others, "real_other_seeds": changed_by(0, 20)}
+    found = {each.arm: each for each in compare(dice_cases(arms))}
+    tested = [name for name in arms if name not in ("real", "real_other_seeds")]
+    expected = holm_adjusted([found[name].p for name in tested])
+    assert [found[name].p_holm for name in tested] == pytest.approx(expected)
+    assert found["real_other_seeds"].p_holm == found["real_other_seeds"].p
+    assert found["real_synthetic"].finding == "no clear benefit"
+
+
+def test_classifiers_scores_follow_from_probabilities() -> None:
+    labels = np.arange(90) % 3
+    arms = {}
+    for name, skill in (("real", 0.5), ("real_synthetic", 2.5)):
+        logits = np.random.default_rng(7).normal(size=(4, 90, 3))
+        logits[:, np.arange(90), labels] += skill
+        arms[name] = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    cases = class_cases(arms, labels, ["a", "b", "c"])
+    names = ["balanced accuracy", "accuracy", "macro F1", "AUROC", "calibration error (ECE)"]
+    assert score_names(cases) == [*names, "recall of a", "recall of b", "recall of c"]
+    expected = {
+        "balanced accuracy": lambda p: metrics.balanced_accuracy_score(labels, p.argmax(axis=1)),
+        "AUROC": lambda p: metrics.roc_auc_score(labels, p, multi_class="ovr"),
+    }
+    for score, reference in expected.items():
+        by_seed = {name: [reference(p) for p in values] for name, values in arms.items()}
+        found = one(cases, score=score)
+        assert found.by_seed == pytest.approx(np.subtract(by_seed["real_synthetic"], by_seed["real"]))
+        assert found.finding == "helped"
+        reached = {each.arm: each for each in arm_scores(cases, [score])}
+        assert reached["real"].by_seed == pytest.approx(by_seed["real"])
+        assert reached["real"].low < reached["real"].value < reached["real"].high
+
+
+def test_a_mean_over_classes_rests_on_the_groups_of_the_rarest() -> None:
+    labels = [0] * 57 + [1] * 3
+    probabilities = np.random.default_rng(8).dirichlet([1, 1], (2, 5, 60))
+    cases = class_cases(dict(zip(("real", "real_synthetic"), probabilities, strict=True)), labels, ["common", "rare"])
+    assert one(cases, score="balanced accuracy").groups == 3
+    assert one(cases, score="balanced accuracy").finding == "cannot tell"
+    assert one(cases, score="recall of common").groups == 57
+    assert one(cases, score="accuracy").groups == 60
+    together = class_cases(
+        dict(zip(("real", "real_synthetic"), probabilities, strict=True)),
+        labels,
+        ["common", "rare"],
+        [*(f"{i}" for i in range(57)), "last", "last", "last"],
+    )
+    assert one(together, score="recall of rare").low is None
+
+
+def test_arms_that_disagree_on_the_truth_are_refused() -> None:
+    probabilities = RANDOM.dirichlet([1, 1], (3, 8))
+    left, right = (class_cases({"real": probabilities}, labels, "ab") for labels in ([0, 1] * 4, [1, 0] * 4))
+    arms = {"real": left.arms["real"], "real_synthetic": right.arms["real"]}
+    with pytest.raises(MaskLoomError, match="arms 'real_synthetic' and 'real' differ in rows 'is a'"):
+        compare(ScoredTestSet(left.metric, left.test_set, left.samples, left.groups, arms))
+
+
+def test_unknown_arms_and_scores_are_named() -> None:
+    cases = dice_cases({"real": BASE, "real_synthetic": BASE})
+    with pytest.raises(MaskLoomError, match="real test: no arm is called 'reel'; did you mean 'real'"):
+        compare(cases, baseline="reel")
+    with pytest.raises(MaskLoomError, match="real test: no score is called 'dice'"):
+        compare(cases, scores=["dice"])
+    with pytest.raises(MaskLoomError, match="no arm besides 'real'"):
+        compare(dice_cases({"real": BASE}))
+
+
+def test_an_arm_that_lacks_a_score_cannot_tell() -> None:
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.1)})
+    cases.arms["synthetic"] = ArmCases((0, 1, 2, 3, 4), {"IoU": BASE})
+    assert one(cases, "synthetic").reason == "no case is defined in both arms"
+
+
+def test_the_command_writes_one_entry_per_file_test_set_arm_and_score(tmp_path: Path) -> None:
+    for name, gain in (("better", 0.05), ("same", 0.0)):
+        own, external = (
+            dice_cases({"real": BASE, "real_synthetic": changed_by(gain)}, test_set=place)
+            for place in ("real test", "abroad")
+        )
+        write_cases(tmp_path / f"{name}.parquet", [own, external])
+    paths = [str(tmp_path / f"{name}.parquet") for name in ("better", "same")]
+    code, text = finished(
+        "maskloom.evaluate", ["compare", *paths, "--score", "Dice", "--json", str(tmp_path / "out.json")]
+    )
+    assert code == 0, text
+    assert "helped" in text
+    entries = json.loads((tmp_path / "out.json").read_text())
+    assert [(Path(entry["file"]).stem, entry["test_set"], entry["finding"]) for entry in entries] == [
+        ("better", "real test", "helped"),
+        ("better", "abroad", "helped"),
+        ("same", "real test", "no clear benefit"),
+        ("same", "abroad", "no clear benefit"),
+    ]
+    keys = {
+        "test_set",
+        "arm",
+        "score",
+        "difference",
+        "low",
+        "high",
+        "finding",
+        "smallest_effect",
+        "groups",
+        "cases",
+        "seeds",
+    }
+    assert keys <= entries[0].keys()
+    (direct,) = compare(dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}))
+    assert entries[0]["difference"] == pytest.approx(direct.difference, abs=1e-12)
+    assert entries[0]["low"] == pytest.approx(direct.low, abs=1e-12)
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
+    write_cases(tmp_path / "cases.parquet", [dice_cases({"real": BASE, "real_synthetic": BASE})])
+    for words in (["--score", "Dise"], ["--baseline", "reel"]):
+        code, text = finished("maskloom.evaluate", ["compare", str(tmp_path / "cases.parquet"), *words])
+        assert code == 2
+        assert str(tmp_path / "cases.parquet") in text
+        assert "Traceback" not in text
+    code, text = finished("maskloom.evaluate", ["compare", str(tmp_path / "none.parquet")])
+    assert (code, "none.parquet: no such file" in text) == (2, True)

@@ -1,0 +1,84 @@
+"""What the verdict, the tables and the warnings say of comparisons that are set by hand."""
+
+import numpy as np
+import pytest
+
+from maskloom.evaluate.downstream.comparison import ComparisonResult, compare_test_sets
+from maskloom.pipeline.results import REAL
+from tests.evaluate.cases import class_cases, dice_cases
+
+BASE = np.random.default_rng(0).uniform(0.4, 0.6, (5, 60))
+
+
+def changed_by(gain: float, seed: int = 1) -> np.ndarray:
+    return BASE + gain + np.random.default_rng(seed).normal(0, 0.02, BASE.shape)
+
+
+def compared(arms: dict[str, np.ndarray], groups: list[str] | None = None) -> ComparisonResult:
+    return compare_test_sets([dice_cases(arms, groups)], "Dice", None, "controlnet")
+
+
+def test_the_verdict_says_what_it_rests_on() -> None:
+    groups = [f"{i // 3}" for i in range(60)]
+    found = compared({"real": BASE, "real_synthetic": changed_by(0.1), "real_other_seeds": changed_by(0, 9)}, groups)
+    sentence, basis = found.verdict.split(": helped (")
+    assert sentence.startswith("real + synthetic changed Dice by +0.098 [")
+    change = found.values["differences"]["real_synthetic"]["Dice"]
+    assert basis.startswith(f"60 test images in 20 groups, 5 seeds; an effect of {change['smallest_effect']:.3f} would")
+    assert "; real images with other seeds: " in basis
+    assert found.warnings == []
+
+
+def test_the_verdict_says_why_it_cannot_tell() -> None:
+    found = compared({"real": BASE[:2], "real_synthetic": changed_by(0.1)[:2]}, [f"{i % 5}" for i in range(60)])
+    assert ": cannot tell, 5 group(s), fewer than 6 (60 test images in 5 groups, 2 seeds" in found.verdict
+    assert [text.partition(":")[0] for text in found.warnings] == ["only 5 test group(s)", "only 2 seed(s)"]
+
+
+def test_cases_left_out_and_a_null_arm_that_differs_are_warned_of() -> None:
+    arms = {"real": BASE, "real_synthetic": changed_by(0.1), "real_other_seeds": changed_by(0.1, 9)}
+    arms["real"] = np.where(np.arange(60) == 3, np.nan, BASE)
+    found = compared(arms)
+    assert any("1 case(s) and 0 seed(s) are not defined" in text for text in found.warnings)
+    assert any("real images with other seeds differ from real images by +0.1" in text for text in found.warnings)
+
+
+def test_an_external_set_is_compared_by_its_own_groups() -> None:
+    arms = {"real": BASE, "real_synthetic": BASE + 0.1}
+    abroad = dice_cases(arms, ["a"] * 30 + ["b"] * 30, test_set="abroad")
+    found = compare_test_sets([dice_cases(arms), abroad], "Dice", None, "controlnet")
+    assert found.values["groups"] == 60
+    assert found.values["external"]["abroad"]["groups"] == 2
+    assert "On the abroad it changed Dice by " in found.verdict
+    assert any(text.startswith("abroad: only 2 test group(s)") for text in found.warnings)
+
+
+def test_figures_tell_generators_and_real_images_apart() -> None:
+    levels = {"real": 0.5, "real_synthetic": 0.6, "synthetic": 0.2, "real_synthetic:gan": 0.4}
+    found = compare_test_sets([dice_cases({arm: BASE + one for arm, one in levels.items()})], "Dice", None, "pix2pix")
+    figures = {(one.of, one.name): one.value for one in found.figures}
+    mean = BASE.mean()
+    assert figures == pytest.approx(
+        {
+            (REAL, "Dice"): mean + 0.5,
+            ("pix2pix", "Dice"): mean + 0.6,
+            ("gan", "Dice"): mean + 0.4,
+            ("pix2pix", "change of Dice"): 0.1,
+            ("gan", "change of Dice"): -0.1,
+        }
+    )
+    assert any(row[0] == "real + synthetic by gan" for row in found.tables[0].rows)
+
+
+def test_the_verdict_is_about_the_first_arm_where_the_mixed_one_was_not_trained() -> None:
+    found = compared({"real": BASE, "synthetic": changed_by(-0.2), "real_augmented": changed_by(0.1)})
+    assert found.verdict.startswith("synthetic only changed Dice by -0.2")
+
+
+def test_the_table_of_changes_hides_what_the_table_of_scores_has() -> None:
+    probabilities = np.random.default_rng(3).dirichlet([1, 1], (2, 3, 40))
+    cases = class_cases(dict(zip(("real", "real_synthetic"), probabilities, strict=True)), [0, 1] * 20, ["a", "b"])
+    changes, scores = compare_test_sets([cases], "balanced accuracy", "recall of ", "controlnet").tables
+    assert [row[1] for row in changes.rows] == scores.columns[1:6]
+    assert scores.columns[6:] == ["recall of a", "recall of b"]
+    assert changes.columns[2:5] == ["change against real", "finding", "smallest effect"]

@@ -1,0 +1,143 @@
+"""The interval over cases and seeds, against independent computations and simulations."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from maskloom.evaluate.scores.inference import (
+    QUANTILES,
+    Variance,
+    critical_value,
+    estimate_effect,
+    group_numbers,
+    holm_adjusted,
+    intraclass_correlation,
+    p_value,
+    variance_of_mean,
+)
+
+
+def names(sizes: list[int]) -> list[str]:
+    return [f"{k}" for k, size in enumerate(sizes) for _ in range(size)]
+
+
+def by_matrices(values: np.ndarray, sizes: list[int]) -> tuple[float, float]:
+    """Return the groups' variance and degrees of freedom from matrices of groups: leave each out, in so many words."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    case = values.mean(axis=0)
+    left_out = np.array([case[groups != k].mean() for k in range(len(sizes))])
+    jackknife = (len(sizes) - 1) / len(sizes) * ((left_out - left_out.mean()) ** 2).sum()
+    weights = np.array([[0 if j == k else sizes[j] for j in range(len(sizes))] for k in range(len(sizes))], dtype=float)
+    weights /= weights.sum(axis=1, keepdims=True)
+    centred = weights - weights.mean(axis=0)
+    form = (len(sizes) - 1) / len(sizes) * centred.T @ centred
+    rho = intraclass_correlation(case, groups)
+    model = np.diag(rho + (1 - rho) / np.array(sizes))
+    shares = np.array(sizes) / sum(sizes)
+    product = form @ model
+    df = np.trace(product) ** 2 / np.trace(product @ product)
+    return jackknife * (shares @ model @ shares) / np.trace(product), max(df, 1)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [3] * 5, [20, 5, 2, 1, 1], [40, 1, 1, 1, 1, 1], [7, 3]])
+def test_groups_variance_equals_matrices_of_left_out_groups(sizes: list[int]) -> None:
+    random = np.random.default_rng(sum(sizes))
+    values = random.normal(size=(3, sum(sizes))) + np.repeat(random.normal(size=len(sizes)), sizes)
+    found = variance_of_mean(values, group_numbers(names(sizes)))
+    assert (found.groups, found.groups_df) == pytest.approx(by_matrices(values, sizes), rel=1e-9)
+
+
+def test_equal_groups_without_seed_effects_give_the_t_interval_of_group_means() -> None:
+    random = np.random.default_rng(0)
+    by_group = random.normal(0.3, 1, 12)
+    values = np.tile(np.repeat(by_group, 4), (3, 1))
+    found = estimate_effect(values, names([4] * 12))
+    low, high = stats.t.interval(0.95, 11, by_group.mean(), by_group.std(ddof=1) / np.sqrt(12))
+    assert (found.value, found.low, found.high) == pytest.approx((by_group.mean(), low, high), abs=2e-3)
+    assert found.p == pytest.approx(stats.ttest_1samp(by_group, 0).pvalue, abs=2e-3)
+    assert found.effective_cases == pytest.approx(12, rel=0.1)
+
+
+def test_seed_effects_alone_give_the_t_interval_of_seeds() -> None:
+    by_seed = np.random.default_rng(1).normal(0.3, 1, 5)
+    values = np.tile(by_seed[:, None], (1, 40))
+    found = estimate_effect(values, names([1] * 40))
+    low, high = stats.t.interval(0.95, 4, by_seed.mean(), by_seed.std(ddof=1) / np.sqrt(5))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.02)
+
+
+def test_parts_are_the_two_way_decomposition() -> None:
+    values = np.random.default_rng(2).normal(size=(4, 30))
+    found = variance_of_mean(values, np.arange(30))
+    assert found.seeds == pytest.approx(values.mean(axis=1).var(ddof=1) / 4)
+    assert found.groups == pytest.approx(values.mean(axis=0).var(ddof=1) / 30)
+    rest = values - values.mean(axis=0) - values.mean(axis=1)[:, None] + values.mean()
+    assert found.rest == pytest.approx((rest**2).sum() / 30**2 / (4 * 3))
+    assert found.total == pytest.approx(found.groups + max(found.seeds - found.rest, 0))
+
+
+def test_p_value_is_an_average_over_both_variances() -> None:
+    variance = Variance(groups=1.0, groups_df=7, seeds=0.8, seeds_df=3, rest=0.1)
+    random = np.random.default_rng(3)
+    groups = variance.groups * 7 / random.chisquare(7, 400_000)
+    seeds = variance.seeds * 3 / random.chisquare(3, 400_000)
+    total = groups + np.maximum(seeds - 0.1, 0)
+    for value in (0.5, 2.0, 4.0):
+        expected = 2 * stats.norm.sf(value / np.sqrt(total)).mean()
+        assert p_value(value, variance.draws()) == pytest.approx(expected, abs=2e-3)
+    assert len(variance.draws()) == len(QUANTILES) ** 2
+    assert p_value(critical_value(variance.draws()), variance.draws()) == pytest.approx(0.05, abs=1e-9)
+
+
+def test_smallest_effect_is_found_with_80_percent_power() -> None:
+    random = np.random.default_rng(4)
+
+    def simulated(effect: float) -> np.ndarray:
+        return effect + random.normal(0, 1, 60) + random.normal(0, 0.5, (5, 60)) + random.normal(0, 0.1, (5, 1))
+
+    smallest = np.mean([estimate_effect(simulated(0), names([1] * 60)).smallest for _ in range(100)])
+    found = np.mean([estimate_effect(simulated(smallest), names([1] * 60)).low > 0 for _ in range(300)])
+    assert 0.74 < found < 0.88
+
+
+@pytest.mark.parametrize(
+    ("seeds", "seed_sd", "sizes"), [(3, 0.04, [5] * 20), (3, 0.02, [3] * 40), (5, 0.0, [30, 9, 4, 3, 2, 2])]
+)
+def test_null_effects_are_rarely_found(seeds: int, seed_sd: float, sizes: list[int]) -> None:
+    """`benchmarks/verdict_simulation.py` runs many more; here a method that ignores seeds finds 20 to 60 %."""
+    random = np.random.default_rng(5)
+    groups, found = names(sizes), 0
+    for _ in range(200):
+        shared = np.repeat(random.normal(0, 0.05, len(sizes)), sizes)
+        noise = random.normal(0, 0.1, (seeds, sum(sizes)))
+        effect = estimate_effect(shared + noise + random.normal(0, seed_sd, (seeds, 1)), groups)
+        found += not effect.low <= 0 <= effect.high
+    assert found / 200 <= 0.07
+
+
+def test_intraclass_correlation_recovers_what_was_planted() -> None:
+    random = np.random.default_rng(6)
+    groups = np.repeat(np.arange(400), 5)
+    for planted in (0.0, 0.3, 0.8):
+        values = np.sqrt(planted) * random.normal(size=400)[groups] + np.sqrt(1 - planted) * random.normal(size=2000)
+        assert intraclass_correlation(values, groups) == pytest.approx(planted, abs=0.06)
+    assert intraclass_correlation(random.normal(size=5), np.arange(5)) == 1
+
+
+def test_differences_without_variation_are_exact() -> None:
+    found = estimate_effect(np.full((3, 10), 0.25), names([1] * 10))
+    assert (found.value, found.low, found.high, found.p) == (0.25, 0.25, 0.25, 0.0)
+    found = estimate_effect(np.zeros((3, 10)), names([1] * 10))
+    assert (found.low, found.high, found.p) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("seeds", "groups"), [(1, ["a", "b"]), (3, ["a", "a"])])
+def test_one_seed_or_one_group_cannot_vary(seeds: int, groups: list[str]) -> None:
+    with pytest.raises(ValueError, match="two seeds and two groups"):
+        estimate_effect(np.zeros((seeds, 2)), groups)
+
+
+def test_holm_steps_down() -> None:
+    assert holm_adjusted([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm_adjusted([0.6, 0.7]) == [1.0, 1.0]
+    assert holm_adjusted([]) == []
