@@ -25,7 +25,7 @@ from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
 from maskloom.data_prep.processing.phantom import LABELS, patient, render
-from maskloom.data_prep.splitting.near_duplicates import find_near_duplicates, signature
+from maskloom.pipeline.dataset.near_duplicates.search import find_near_duplicates, signature
 from maskloom.pipeline.errors import MaskLoomError
 
 Picture = NDArray[np.uint8]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.near_duplicates RAW_BUSI [--sheet sheet.png --groups 40 --seed 0]
 
-The check is independent of `data_prep.splitting.near_duplicates`: every pair of raw images whose
+The check is independent of `pipeline.dataset.near_duplicates`: every pair of raw images whose
 64 x 64 reductions (Pillow, four filters) correlate above 0.98 must lie in one group. The sheets
 show the raw images of sampled groups side by side.
 """
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from maskloom.data_prep.adapter import RawItem
 from maskloom.data_prep.datasets.busi import Adapter, BusiOptions
-from maskloom.data_prep.splitting.near_duplicates import CORRELATION, near_duplicate_clusters, signature
+from maskloom.pipeline.dataset.near_duplicates.search import CORRELATION, near_duplicate_clusters, signature
 
 FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 PLAIN_SIDE, PLAIN_CORRELATION = 64, 0.98

@@ -39,7 +39,7 @@ class DatasetInfo:
             `{shape}`, `{mask_classes}` and the keys of `RawItem.attributes`. See
             `pipeline.dataset.prompts`.
         duplicates: which duplicates are searched for before splitting. `near`: near-duplicates
-            (`data_prep.splitting.near_duplicates`); `identical`: identical pixels only, for
+            (`pipeline.dataset.near_duplicates`); `identical`: identical pixels only, for
             datasets whose neighbouring images are similar by construction (slices of a volume,
             tiles of a slide) and kept together by `RawItem.group`. Constant images (black slices,
             blank tiles) never count as duplicates.

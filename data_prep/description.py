@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskloom.data_prep.sources import Source
-from maskloom.data_prep.splitting.near_duplicates import METHOD, Threshold
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.near_duplicates.search import METHOD, Threshold
 from maskloom.pipeline.files.atomic import file_digest
 
 

@@ -19,7 +19,6 @@ from maskloom.data_prep.description import describe_dataset
 from maskloom.data_prep.inputs import dataset_settings, input_digests, input_places
 from maskloom.data_prep.item_log import write_item_log
 from maskloom.data_prep.left_out import left_out_summary
-from maskloom.data_prep.parallel import parallel_results, worker_count
 from maskloom.data_prep.parts import Part, Reading, clear_parts, read_part, scanned_parts, stored_samples
 from maskloom.data_prep.rows import RowsBySplit, rows_by_split, usable_rows
 from maskloom.data_prep.small_classes import small_classes_summary
@@ -31,6 +30,7 @@ from maskloom.pipeline.dataset.writer import DatasetWriter, check_dataset_place,
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
+from maskloom.pipeline.parallel import parallel_results, worker_count
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import CONFIG_FILE
 from maskloom.pipeline.runs.stage import Stage, open_run

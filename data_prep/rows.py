@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from maskloom.data_prep.adapter import Reject
 from maskloom.data_prep.left_out import group_by_reason
-from maskloom.data_prep.parallel import worker_count
 from maskloom.data_prep.parts import SIGNATURES, Part, Reading, found_samples, without_taken_ids
 from maskloom.data_prep.sources import Source
 from maskloom.data_prep.splitting.groups import Found, Grouping, Row, consistent_rows, joined, without_seen
-from maskloom.data_prep.splitting.near_duplicates import RECORD, Threshold, find_near_duplicates
 from maskloom.data_prep.splitting.splits import Group, split_of_groups
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX, SPLITS
+from maskloom.pipeline.dataset.near_duplicates.search import RECORD, Threshold, find_near_duplicates
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.parallel import worker_count
 from maskloom.pipeline.progress import say
 
 SHOWN_GROUPS = 5  # merged groups to name in the report

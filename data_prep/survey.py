@@ -13,11 +13,11 @@ from maskloom.data_prep.processing.stains import StainNormaliser
 from maskloom.data_prep.readers.file_names import NO_TEXT, is_text
 from maskloom.data_prep.readers.intensity import window_range
 from maskloom.data_prep.sources import Source
-from maskloom.data_prep.splitting.near_duplicates import signature
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.masks import class_counts
+from maskloom.pipeline.dataset.near_duplicates.search import signature
 from maskloom.pipeline.dataset.prompts import mask_attributes, render_prompt
 from maskloom.pipeline.errors import RejectedSample
 

@@ -20,7 +20,6 @@ TESTS = Path(__file__).parent
 SLOW = [
     "contracts",
     "data_prep/audit/test_audit.py",
-    "data_prep/splitting/test_near_duplicates.py",
     "data_prep/test_cut_prompts.py",
     "data_prep/test_inspection.py",
     "data_prep/test_left_out.py",
@@ -34,6 +33,7 @@ SLOW = [
     "generate/test_baseline_masks.py",
     "generate/test_generate.py",
     "generate/test_trained_parts.py",
+    "pipeline/dataset/test_near_duplicates.py",
     "pipeline/hub",
     "pipeline/runs/test_interruption.py",
     "pipeline/runs/test_leaks.py",

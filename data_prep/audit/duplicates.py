@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.audit.index import PLAIN_SIDE, AuditIndex
-from maskloom.data_prep.parallel import worker_count
-from maskloom.data_prep.splitting.near_duplicates import CORRELATION, find_near_duplicates
 from maskloom.pipeline.dataset.audit.findings import (
     MEMBER,
     Finding,
@@ -28,6 +26,8 @@ from maskloom.pipeline.dataset.audit.findings import (
     relation,
 )
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.near_duplicates.search import CORRELATION, find_near_duplicates
+from maskloom.pipeline.parallel import worker_count
 
 MARGIN = 0.1
 IMAGES_PER_TASK = 200

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from maskloom.data_prep.splitting.near_duplicates import signature
 from maskloom.pipeline.dataset.audit.pixels import Pixels, is_blank, pixel_digest, without_padding
 from maskloom.pipeline.dataset.components import count_components
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.dataset.near_duplicates.search import signature
 from maskloom.pipeline.progress import progress
 
 PLAIN_SIDE = 64

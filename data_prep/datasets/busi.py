@@ -9,7 +9,7 @@ Two layouts are read, from their root or from the folder above:
 Folders may also be named `images` and `masks`, in any case. Several masks of an image are merged.
 Masks have the modes 1, L, RGB and RGBA; a bright value in any colour channel counts as lesion, the
 alpha channel does not. The release has no patient ids, so groups are found by content
-(`data_prep.splitting.near_duplicates`).
+(`pipeline.dataset.near_duplicates`).
 """
 
 import re

@@ -10,7 +10,7 @@ Test is the test split; validation is drawn from Train. An image in both is used
 in several classes is not used. JPEG files are RGB; grey and CMYK ones are converted to RGB.
 
 The dataset has no patient or lesion ids, so several images of one lesion are found by content
-(`data_prep.splitting.near_duplicates`); near-duplicates of a Test image go to the test split.
+(`pipeline.dataset.near_duplicates`); near-duplicates of a Test image go to the test split.
 Images of one lesion that look different need the metadata of the archive: `metadata: NAME.csv`, a
 file in `data.raw_dir` with the columns `image`, `isic_id` or `image_id`, and `lesion_id`, makes the
 lesion the group.

@@ -11,7 +11,7 @@ There is one lesion per image. Read from its root or from the folder above:
 content; classes may be abbreviated (`B`, `M`), Spanish or Portuguese (`Benigno`, `Maligna`). Copies
 that sort the images into `original/benign` and `original/malignant` (and possibly the masks) need
 no table. There are no patient ids, so groups are found by content
-(`data_prep.splitting.near_duplicates`), and no official splits. Labels, classes and colours are
+(`pipeline.dataset.near_duplicates`), and no official splits. Labels, classes and colours are
 those of `busi`, so it can serve as external test set for that dataset.
 """
 

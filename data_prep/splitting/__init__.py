@@ -1,4 +1,5 @@
-"""Assigns rows to splits: near-duplicates, groups, and splits that keep every group together.
+"""Assigns rows to splits: groups of duplicates, and splits that keep every group together.
 
-The modules work on rows and image signatures, never on raw files.
+The modules work on rows, never on raw files. Near-duplicates come from
+`pipeline.dataset.near_duplicates`.
 """

@@ -23,7 +23,6 @@ from maskloom.data_prep.adapter import DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.card import dataset_card
 from maskloom.data_prep.datasets import phantom_bus
 from maskloom.data_prep.datasets.busi import Adapter
-from maskloom.data_prep.parallel import available_cores, worker_count
 from maskloom.data_prep.parts import Reading, found_samples, read_part, scanned_parts, without_taken_ids
 from maskloom.data_prep.prepare import prepare
 from maskloom.data_prep.processing.resizing import resized
@@ -35,6 +34,7 @@ from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.dataset.writer import DatasetWriter
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
+from maskloom.pipeline.parallel import available_cores, worker_count
 from maskloom.pipeline.runs.command import EXIT_CODE
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
 from tests.processes import Command, finished, limit_file_size, start_server
@@ -560,7 +560,7 @@ def test_a_part_that_was_read_is_not_read_again(many, tmp_path, monkeypatch):
 
 
 def test_an_orphaned_worker_stops(tmp_path):
-    code = f"from maskloom.data_prep.parallel import _unless_orphaned; _unless_orphaned(1, open, {str(tmp_path / 'written')!r})"
+    code = f"from maskloom.pipeline.parallel import _unless_orphaned; _unless_orphaned(1, open, {str(tmp_path / 'written')!r})"
     wanted = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=False)
     assert wanted.returncode == 1 and not (tmp_path / "written").exists()
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from maskloom.data_prep.parallel import parallel_results
+from maskloom.pipeline.parallel import parallel_results
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.interruption import signals_to
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from maskloom.data_prep.splitting.neighbours import WindowIndex
+from maskloom.pipeline.dataset.near_duplicates.neighbours import WindowIndex
 
 FEWEST = 16  # images needed to estimate the chance distribution
 DRAWS = 256

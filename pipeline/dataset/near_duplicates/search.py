@@ -1,17 +1,13 @@
 """Near-duplicate search by content: copies of an image with calipers, other contrast, or a crop.
 
-1. *Texture* of each image (`data_prep.splitting.textures`). Absolute correlations also match
-   inverted images.
-2. *Neighbours* of each image, by windows that a crop may have left
-   (`data_prep.splitting.neighbours`).
-3. *Alignment* of each pair of neighbours (`data_prep.splitting.alignment`): the correlation of the
-   textures, and that of their details, the part that is not the dataset's common layout
-   (`data_prep.splitting.layout`).
-4. *Threshold*, from the scores of unrelated pairs of this dataset (`data_prep.splitting.chance`). A
-   pair is joined if the correlation of the textures reaches `CORRELATION` (or that of the plain 64
-   x 64 thumbnails exceeds 0.98, the criterion of the published duplicate counts of BUSI: Pawlowska
-   et al., Data in Brief 48, 109247, 2023) and the correlation of the details reaches that
-   threshold.
+1. *Texture* of each image (`textures.py`). Absolute correlations also match inverted images.
+2. *Neighbours* of each image, by windows that a crop may have left (`neighbours.py`).
+3. *Alignment* of each pair of neighbours (`alignment.py`): the correlation of the textures, and
+   that of their details, the part that is not the dataset's common layout (`layout.py`).
+4. *Threshold*, from the scores of unrelated pairs of this dataset (`chance.py`). A pair is joined
+   if the correlation of the textures reaches `CORRELATION` (or that of the plain 64 x 64
+   thumbnails exceeds 0.98, the criterion of the published duplicate counts of BUSI: Pawlowska et
+   al., Data in Brief 48, 109247, 2023) and the correlation of the details reaches that threshold.
 
 Mirrored and rotated copies are not found. Identical pixels are always joined.
 """
@@ -24,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
 
-from maskloom.data_prep.splitting.alignment import ALIGNED_SIDE, align_pairs
-from maskloom.data_prep.splitting.chance import FEWEST, chance_threshold, draw_size, drawn_pairs
-from maskloom.data_prep.splitting.layout import COMPONENTS, Layout, layout_size, principal_components
-from maskloom.data_prep.splitting.neighbours import WindowIndex, build_index, neighbour_pairs
-from maskloom.data_prep.splitting.textures import RECORD, read_records, signature
+from maskloom.pipeline.dataset.near_duplicates.alignment import ALIGNED_SIDE, align_pairs
+from maskloom.pipeline.dataset.near_duplicates.chance import FEWEST, chance_threshold, draw_size, drawn_pairs
+from maskloom.pipeline.dataset.near_duplicates.layout import COMPONENTS, Layout, layout_size, principal_components
+from maskloom.pipeline.dataset.near_duplicates.neighbours import WindowIndex, build_index, neighbour_pairs
+from maskloom.pipeline.dataset.near_duplicates.textures import RECORD, read_records, signature
 from maskloom.pipeline.errors import MaskLoomError
 
 __all__ = ["METHOD", "RECORD", "NearDuplicates", "find_near_duplicates", "near_duplicate_clusters", "signature"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
 
-from maskloom.data_prep.splitting.textures import SIDE, Floats, read_texture, unit, window_vector, windows
+from maskloom.pipeline.dataset.near_duplicates.textures import SIDE, Floats, read_texture, unit, window_vector, windows
 
 COMPONENTS = 64
 IMAGES_PER_COMPONENT = 2  # with fewer images per component, the components would span the images themselves

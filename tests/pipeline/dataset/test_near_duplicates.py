@@ -5,22 +5,22 @@ from scipy.ndimage import gaussian_filter
 
 from maskloom.data_prep.adapter import RawItem
 from maskloom.data_prep.datasets.busi import Adapter, BusiOptions
-from maskloom.data_prep.splitting import alignment as near_duplicate_alignment
-from maskloom.data_prep.splitting import chance as near_duplicate_chance
-from maskloom.data_prep.splitting import layout as near_duplicate_layout
-from maskloom.data_prep.splitting import near_duplicates
-from maskloom.data_prep.splitting import neighbours as near_duplicate_index
-from maskloom.data_prep.splitting.chance import chance_threshold
 from maskloom.data_prep.splitting.groups import MOST_GROUPS, Found, consistent_rows
-from maskloom.data_prep.splitting.near_duplicates import (
+from maskloom.pipeline.dataset.near_duplicates import alignment as near_duplicate_alignment
+from maskloom.pipeline.dataset.near_duplicates import chance as near_duplicate_chance
+from maskloom.pipeline.dataset.near_duplicates import layout as near_duplicate_layout
+from maskloom.pipeline.dataset.near_duplicates import neighbours as near_duplicate_index
+from maskloom.pipeline.dataset.near_duplicates import search as near_duplicates
+from maskloom.pipeline.dataset.near_duplicates.chance import chance_threshold
+from maskloom.pipeline.dataset.near_duplicates.neighbours import build_index, neighbour_pairs
+from maskloom.pipeline.dataset.near_duplicates.search import (
     NearDuplicates,
     Threshold,
     find_near_duplicates,
     near_duplicate_clusters,
     signature,
 )
-from maskloom.data_prep.splitting.neighbours import build_index, neighbour_pairs
-from maskloom.data_prep.splitting.textures import windows
+from maskloom.pipeline.dataset.near_duplicates.textures import windows
 from maskloom.pipeline.errors import MaskLoomError
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT
 

@@ -1,11 +1,10 @@
 """Nearest-neighbour index on texture windows, to find candidate pairs of near-duplicates.
 
-Every window of every image is described by a short vector: its detail
-(`data_prep.splitting.layout`), reduced to principal components. The neighbours of an image are the
-images with a window closest to the whole image. Up to `EXACT` images, the search is exhaustive;
-beyond, it visits the nearest cells of a k-means partition (inverted file: Jegou, Douze and Schmid,
-Product Quantization for Nearest Neighbor Search, PAMI 2011). The vectors are in a file; memory
-holds one cell.
+Every window of every image is described by a short vector: its detail (`layout.py`), reduced to
+principal components. The neighbours of an image are the images with a window closest to the whole
+image. Up to `EXACT` images, the search is exhaustive; beyond, it visits the nearest cells of a
+k-means partition (inverted file: Jegou, Douze and Schmid, Product Quantization for Nearest Neighbor
+Search, PAMI 2011). The vectors are in a file; memory holds one cell.
 """
 
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from maskloom.data_prep.parallel import parallel_results
-from maskloom.data_prep.splitting.layout import principal_components
-from maskloom.data_prep.splitting.textures import Floats, read_texture, window_vectors, windows
+from maskloom.pipeline.dataset.near_duplicates.layout import principal_components
+from maskloom.pipeline.dataset.near_duplicates.textures import Floats, read_texture, window_vectors, windows
+from maskloom.pipeline.parallel import parallel_results
 from maskloom.pipeline.progress import progress
 
 WINDOW_SIDE = 32

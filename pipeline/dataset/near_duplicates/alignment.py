@@ -2,7 +2,7 @@
 
 Hill climbing over the edges of the window maximises the correlation (normalised template matching
 with free translation and scale: Lewis, Fast Normalized Cross-Correlation, 1995). At the maximum,
-the details are compared (`data_prep.splitting.layout`).
+the details are compared (`layout.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-from maskloom.data_prep.parallel import parallel_results
-from maskloom.data_prep.splitting.layout import Layout
-from maskloom.data_prep.splitting.neighbours import WindowIndex
-from maskloom.data_prep.splitting.textures import (
+from maskloom.pipeline.dataset.near_duplicates.layout import Layout
+from maskloom.pipeline.dataset.near_duplicates.neighbours import WindowIndex
+from maskloom.pipeline.dataset.near_duplicates.textures import (
     SIDE,
     Box,
     Floats,
@@ -27,6 +26,7 @@ from maskloom.data_prep.splitting.textures import (
     window_vector,
     windows,
 )
+from maskloom.pipeline.parallel import parallel_results
 from maskloom.pipeline.progress import progress
 
 ALIGNED_SIDE = 64
