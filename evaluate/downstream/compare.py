@@ -152,7 +152,7 @@ def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
     if values is None or not values.size:
         return ArmScore(arm, score, None, None, None, ())
     by_seed = tuple(values.mean(axis=1).tolist())
-    effect = _effect(values, pair, score)
+    effect = _effect(pair, score, values)
     if effect is None:
         return ArmScore(arm, score, float(values.mean()), None, None, by_seed)
     return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed)
@@ -170,7 +170,7 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> C
     pair = paired_values(cases, arm, baseline, score)
     left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
     values = np.zeros((pair.seeds, 0)) if left is None or right is None else left - right
-    effect = _effect(values, pair, score)
+    effect = _effect(pair, score, left, right)
     return Comparison(
         metric=cases.metric,
         test_set=cases.test_set,
@@ -219,8 +219,8 @@ def _reason(pair: Pair, values: Floats, score: str) -> str:
     return ""
 
 
-def _effect(values: Floats, pair: Pair, score: str) -> Effect | None:
+def _effect(pair: Pair, score: str, values: Floats | None, baseline: Floats | None = None) -> Effect | None:
     """Return the effect; None where the figures rest on one seed or one group."""
-    if pair.seeds < 2 or not values.size or supporting_groups(pair, score) < 2:
+    if values is None or not values.size or pair.seeds < 2 or supporting_groups(pair, score) < 2:
         return None
-    return estimate_effect(values, pair.groups)
+    return estimate_effect(values, pair.groups, baseline)

@@ -3,21 +3,24 @@
 Every case is scored by several models of each arm, one per seed, so a difference between two arms
 varies for two reasons: other patients, and other trainings. An interval over patients alone calls
 the luck of a training an effect. Here both vary at once (crossed random effects, cases nested in
-groups):
+groups): for each arm
 
-    d[s, i] = effect + seed[s] + group[g(i)] + rest[s, i]
+    score[s, i] = level + seed[s] + group[g(i)] + rest[s, i]
 
-The variance of the mean of d is the sum of two estimates:
+The variance of the difference of two means is the sum of two estimates:
 
 - groups: the cluster jackknife (CV3; MacKinnon, Nielsen and Webb 2023, 'Fast and reliable jackknife
-  and bootstrap methods for cluster-robust inference'), made unbiased, with degrees of freedom, for
-  groups of these sizes (Bell and McCaffrey 2002; the intraclass correlation is estimated);
-- seeds: the variance of the seeds' means, less what the rest alone contributes to it (Cameron,
-  Gelbach and Miller 2011, 'Robust inference with multiway clustering').
+  and bootstrap methods for cluster-robust inference') of the paired differences, made unbiased, with
+  degrees of freedom, for groups of these sizes (Bell and McCaffrey 2002; the intraclass correlation
+  is estimated);
+- seeds: the variance of each arm's seed means (Welch 1947), less what the rest alone contributes to
+  it (Cameron, Gelbach and Miller 2011, 'Robust inference with multiway clustering'). Seeds are not
+  paired: equal seeds in two arms do not make equal luck, and two arms give more degrees of freedom
+  than their difference.
 
-Both rest on few degrees of freedom, the second on seeds - 1. Their uncertainty is averaged over, as
-in the Behrens-Fisher problem (Tsui and Weerahandi 1989, 'Generalized p-values'). Plugging in the
-estimates (Satterthwaite) gave wrong findings in up to 10 % of simulated null effects.
+Both rest on few degrees of freedom. Their uncertainty is averaged over, as in the Behrens-Fisher
+problem (Tsui and Weerahandi 1989, 'Generalized p-values'). Plugging in the estimates
+(Satterthwaite) gave wrong findings in up to 10 % of simulated null effects.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ class Variance:
     Attributes:
         groups: part that other groups (patients) explain.
         groups_df: its degrees of freedom, at least 1.
-        seeds: variance of the seeds' means, divided by the number of seeds.
-        seeds_df: its degrees of freedom, seeds - 1.
+        seeds: variance of the seeds' means divided by the number of seeds, summed over the arms.
+        seeds_df: its degrees of freedom: seeds - 1 for one arm, up to twice that for two.
         rest: the part of `seeds` that varies from case to case and is in `groups` already.
     """
 
@@ -95,12 +98,13 @@ def group_numbers(groups: Sequence[str]) -> NDArray[np.int64]:
     return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].astype(np.int64)
 
 
-def estimate_effect(values: Floats, groups: Sequence[str]) -> Effect:
-    """Return the mean of `values` and its uncertainty over seeds and groups.
+def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | None = None) -> Effect:
+    """Return the mean of `values`, or its difference to `baseline`'s, and the uncertainty over seeds and groups.
 
     Args:
-        values: (S, N), finite; per seed and case, the difference of two arms or the score of one.
+        values: (S, N), finite; the score per seed and case.
         groups: the group of each of N cases.
+        baseline: (S, N), the same of the arm that is subtracted.
 
     Raises:
         ValueError: fewer than two seeds or two groups: how the mean varies cannot be seen.
@@ -108,13 +112,14 @@ def estimate_effect(values: Floats, groups: Sequence[str]) -> Effect:
     from scipy.stats import norm
 
     numbers = group_numbers(groups)
-    if len(values) < 2 or numbers.max(initial=0) < 1:
+    arms = [values] if baseline is None else [values, baseline]
+    if min(map(len, arms)) < 2 or numbers.max(initial=0) < 1:
         raise ValueError("at least two seeds and two groups are needed")
-    value, variance = float(values.mean()), variance_of_mean(values, numbers)
-    spread = np.var(values.mean(axis=0), ddof=1)
-    cases = values.shape[1] if variance.groups == 0 else spread / variance.groups
-    if np.sqrt(variance.total) <= NEGLIGIBLE * np.abs(values).max():
-        return Effect(value, value, value, float(np.abs(values).max() == 0 or value == 0), 0.0, cases)
+    by_case = values.mean(axis=0) - (0.0 if baseline is None else baseline.mean(axis=0))
+    value, variance = float(by_case.mean()), variance_of_mean(by_case, arms, numbers)
+    cases = len(by_case) if variance.groups == 0 else by_case.var(ddof=1) / variance.groups
+    if np.sqrt(variance.total) <= NEGLIGIBLE * max(np.abs(arm).max() for arm in arms):
+        return Effect(value, value, value, float(value == 0), 0.0, cases)
     draws = variance.draws()
     reach = critical_value(draws)
     smallest = reach + norm.ppf(POWER) * np.sqrt(variance.total)
@@ -137,25 +142,30 @@ def critical_value(variances: Floats) -> float:
     return float(brentq(lambda reach: p_value(reach, variances) - (1 - LEVEL), 0, highest, xtol=1e-14))
 
 
-def variance_of_mean(values: Floats, numbers: NDArray[np.int64]) -> Variance:
-    """Return the parts of the variance of the mean of `values`.
+def variance_of_mean(by_case: Floats, arms: Sequence[Floats], numbers: NDArray[np.int64]) -> Variance:
+    """Return the parts of the variance of the mean of `by_case`.
 
     Args:
-        values: (S, N).
+        by_case: (N,) means over seeds of one arm, or their difference between two.
+        arms: the (S, N) values of the arm or arms.
         numbers: (N,) the group of each case as a number.
     """
+    of_arms = np.array([_seeds_variance(arm, numbers) for arm in arms])
+    seeds, rest = of_arms.sum(axis=0)
+    least = min(map(len, arms)) - 1
+    square = (of_arms[:, 0] ** 2 / [len(arm) - 1 for arm in arms]).sum()  # Welch and Satterthwaite
+    groups, groups_df = _groups_variance(by_case, numbers)
+    seeds_df = float(seeds**2 / square) if square > 0 else float(least)
+    return Variance(groups, groups_df, float(seeds), seeds_df, float(rest))
+
+
+def _seeds_variance(values: Floats, numbers: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the variance of an arm's mean over seeds, and the part of it that varies from case to case."""
     seeds, cases = values.shape
-    by_case, by_seed = values.mean(axis=0), values.mean(axis=1)
-    rest = values - by_seed[:, None] - by_case + values.mean()
+    by_seed = values.mean(axis=1)
+    rest = values - by_seed[:, None] - values.mean(axis=0) + values.mean()
     of_groups = np.stack([np.bincount(numbers, row) for row in rest]) / cases
-    groups, df = _groups_variance(by_case, numbers)
-    return Variance(
-        groups=groups,
-        groups_df=df,
-        seeds=float(by_seed.var(ddof=1)) / seeds,
-        seeds_df=seeds - 1,
-        rest=float((of_groups**2).sum() / (seeds * (seeds - 1))),
-    )
+    return by_seed.var(ddof=1) / seeds, (of_groups**2).sum() / (seeds * (seeds - 1))
 
 
 def _groups_variance(by_case: Floats, numbers: NDArray[np.int64]) -> tuple[float, float]:

@@ -43,7 +43,7 @@ def by_matrices(values: np.ndarray, sizes: list[int]) -> tuple[float, float]:
 def test_groups_variance_equals_matrices_of_left_out_groups(sizes: list[int]) -> None:
     random = np.random.default_rng(sum(sizes))
     values = random.normal(size=(3, sum(sizes))) + np.repeat(random.normal(size=len(sizes)), sizes)
-    found = variance_of_mean(values, group_numbers(names(sizes)))
+    found = variance_of_mean(values.mean(axis=0), [values], group_numbers(names(sizes)))
     assert (found.groups, found.groups_df) == pytest.approx(by_matrices(values, sizes), rel=1e-9)
 
 
@@ -67,13 +67,26 @@ def test_seed_effects_alone_give_the_t_interval_of_seeds() -> None:
 
 
 def test_parts_are_the_two_way_decomposition() -> None:
-    values = np.random.default_rng(2).normal(size=(4, 30))
-    found = variance_of_mean(values, np.arange(30))
-    assert found.seeds == pytest.approx(values.mean(axis=1).var(ddof=1) / 4)
-    assert found.groups == pytest.approx(values.mean(axis=0).var(ddof=1) / 30)
-    rest = values - values.mean(axis=0) - values.mean(axis=1)[:, None] + values.mean()
-    assert found.rest == pytest.approx((rest**2).sum() / 30**2 / (4 * 3))
+    values, baseline = np.random.default_rng(2).normal(size=(2, 4, 30))
+    difference = values.mean(axis=0) - baseline.mean(axis=0)
+    found = variance_of_mean(difference, [values, baseline], np.arange(30))
+    of_seeds = [one.mean(axis=1).var(ddof=1) / 4 for one in (values, baseline)]
+    assert found.seeds == pytest.approx(sum(of_seeds))
+    assert found.seeds_df == pytest.approx(sum(of_seeds) ** 2 / sum(one**2 / 3 for one in of_seeds))
+    assert found.groups == pytest.approx(difference.var(ddof=1) / 30)
+    rests = [one - one.mean(axis=0) - one.mean(axis=1)[:, None] + one.mean() for one in (values, baseline)]
+    assert found.rest == pytest.approx(sum((rest**2).sum() / 30**2 / (4 * 3) for rest in rests))
     assert found.total == pytest.approx(found.groups + max(found.seeds - found.rest, 0))
+
+
+def test_two_arms_that_differ_in_their_seeds_alone_give_welchs_interval() -> None:
+    by_seed, of_baseline = np.random.default_rng(9).normal(0, [[1.0], [0.5]], (2, 5))
+    arms = [np.tile(one[:, None], (1, 40)) for one in (by_seed, of_baseline)]
+    found = estimate_effect(arms[0], names([1] * 40), arms[1])
+    expected = stats.ttest_ind(by_seed, of_baseline, equal_var=False)
+    assert found.p == pytest.approx(expected.pvalue, abs=5e-3)
+    low, high = expected.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.02)
 
 
 def test_p_value_is_an_average_over_both_variances() -> None:
@@ -104,13 +117,15 @@ def test_smallest_effect_is_found_with_80_percent_power() -> None:
     ("seeds", "seed_sd", "sizes"), [(3, 0.04, [5] * 20), (3, 0.02, [3] * 40), (5, 0.0, [30, 9, 4, 3, 2, 2])]
 )
 def test_null_effects_are_rarely_found(seeds: int, seed_sd: float, sizes: list[int]) -> None:
-    """`benchmarks/verdict_simulation.py` runs many more; here a method that ignores seeds finds 20 to 60 %."""
+    """`benchmarks/verdict_simulation.py` runs many more; a method that ignores seeds finds 20 to 60 %."""
     random = np.random.default_rng(5)
     groups, found = names(sizes), 0
     for _ in range(200):
-        shared = np.repeat(random.normal(0, 0.05, len(sizes)), sizes)
-        noise = random.normal(0, 0.1, (seeds, sum(sizes)))
-        effect = estimate_effect(shared + noise + random.normal(0, seed_sd, (seeds, 1)), groups)
+        shared = random.normal(0, 0.1, sum(sizes)) + np.repeat(
+            random.normal(0, 0.05, (2, 1, len(sizes))), sizes, axis=2
+        )
+        noise = random.normal(0, 0.1, (2, seeds, sum(sizes))) + random.normal(0, seed_sd, (2, seeds, 1))
+        effect = estimate_effect((shared + noise)[0], groups, (shared + noise)[1])
         found += not effect.low <= 0 <= effect.high
     assert found / 200 <= 0.07
 

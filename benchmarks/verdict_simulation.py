@@ -1,0 +1,126 @@
+"""How often the verdict is wrong, and how often it finds an effect, on simulated cases.
+
+Each table of cases is simulated, written, and judged by `python -m evaluate compare`, as a user's
+would be. Dice is skewed, some lesions are missed, cases lie in groups that are alike in difficulty
+and in how the two arms do on them, and every training (arm and seed) has a level of its own.
+
+    python -m benchmarks.verdict_simulation [--repeats 200] [--layouts 30x100 ...]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
+
+SEED_SDS = (0.0, 0.01, 0.02, 0.04)
+EFFECT = 0.05
+FOUND = {"helped": 1, "hurt": -1}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Test cases in groups.
+
+    Attributes:
+        groups, cases: their numbers.
+        unequal: whether sizes fall as 1, 1/2, 1/3 ... (at least one case) or are equal.
+    """
+
+    groups: int
+    cases: int
+    unequal: bool
+
+    def group_numbers(self) -> NDArray[np.int64]:
+        """Return the group of each case."""
+        weights = 1 / np.arange(1, self.groups + 1) if self.unequal else np.ones(self.groups)
+        sizes = np.maximum(1, np.floor(weights / weights.sum() * self.cases).astype(np.int64))
+        for k in range(int(self.cases - sizes.sum())):
+            sizes[k % self.groups] += 1
+        while sizes.sum() > self.cases:
+            sizes[sizes.argmax()] -= 1
+        return np.repeat(np.arange(self.groups), sizes)
+
+
+LAYOUTS = (
+    Layout(6, 100, False),
+    Layout(6, 100, True),
+    Layout(12, 100, False),
+    Layout(12, 100, True),
+    Layout(30, 100, False),
+    Layout(30, 100, True),
+    Layout(100, 100, False),
+    Layout(300, 300, False),
+    Layout(300, 900, True),
+)
+
+
+def simulated_dice(
+    random: np.random.Generator, layout: Layout, seeds: int, seed_sd: float, effect: float
+) -> NDArray[np.float64]:
+    """Return the Dice of two arms, (2, seeds, cases), the second better by `effect` on average."""
+    group = layout.group_numbers()
+    difficulty = np.sqrt(0.5) * (random.normal(size=layout.groups)[group] + random.normal(size=layout.cases))
+    by_group = 0.15 * random.normal(size=(2, 1, layout.groups))[..., group]
+    noise = 0.2 * random.normal(size=(2, seeds, layout.cases))
+    dice = 1 / (1 + np.exp(-(1.2 + 0.9 * difficulty + by_group + noise)))
+    dice[random.random(dice.shape) < 0.04 * np.exp(-0.8 * difficulty)] = 0  # lesions that are missed
+    dice += seed_sd * random.normal(size=(2, seeds, 1))
+    dice[1] += effect
+    return dice
+
+
+def judged(layout: Layout, seeds: int, seed_sd: float, effect: float, repeats: int) -> list[int]:
+    """Return what `compare` finds in each simulated table: 1 helped, -1 hurt, 0 neither."""
+    key = [layout.groups, layout.cases, layout.unequal, seeds, round(seed_sd * 1000), round(effect * 1000)]
+    random = np.random.default_rng(key)
+    samples = tuple(f"case-{i:04}" for i in range(layout.cases))
+    groups = tuple(f"group-{k:04}" for k in layout.group_numbers())
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.parquet" for number in range(repeats)]
+        for path in paths:
+            dice = simulated_dice(random, layout, seeds, seed_sd, effect)
+            arms = {
+                name: ArmCases(tuple(range(seeds)), {"Dice": dice[k]})
+                for k, name in enumerate(("real", "real_synthetic"))
+            }
+            write_cases(path, [ScoredTestSet("downstream_segmentation", "real test", samples, groups, arms)])
+        output = Path(folder) / "found.json"
+        words = [sys.executable, "-m", "maskloom.evaluate", "compare", *map(str, paths), "--score", "Dice"]
+        subprocess.run([*words, "--json", str(output)], check=True, capture_output=True)
+        return [FOUND.get(entry["finding"], 0) for entry in json.loads(output.read_text())]
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=20, help="simulated tables per cell")] = 200,
+    layouts: Annotated[list[str] | None, typer.Option(help="only these, as GROUPSxCASES; may be repeated")] = None,
+) -> None:
+    """Print the share of wrong findings without an effect, and of found effects of +.05 Dice."""
+    print(
+        f"{repeats} tables per cell; wrong findings in % by SD of seeds {SEED_SDS}; found +{EFFECT} in % at SD 0 and .01"
+    )
+    for layout in LAYOUTS:
+        if layouts and f"{layout.groups}x{layout.cases}" not in layouts:
+            continue
+        for seeds in (3, 5):
+            wrong = [100 * np.mean([one != 0 for one in judged(layout, seeds, sd, 0, repeats)]) for sd in SEED_SDS]
+            found = [
+                100 * np.mean([one == 1 for one in judged(layout, seeds, sd, EFFECT, repeats)]) for sd in SEED_SDS[:2]
+            ]
+            name = f"{layout.groups} groups, {layout.cases} cases, {'unequal' if layout.unequal else 'equal'}"
+            shown = " | ".join(f"{share:.1f}" for share in (*wrong, *found))
+            print(f"| {name} | {seeds} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
