@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Features = NDArray[np.float64]
+from maskloom.evaluate.scores.distances import Floats, Points, distance_blocks, nearest_points, within
 
 
-def manifold_scores(real: Features, synthetic: Features, neighbours: int) -> dict[str, float]:
+def manifold_scores(real: Points, synthetic: Points, neighbours: int) -> dict[str, float]:
     """Return precision, recall, density and coverage.
 
     Kynkäänniemi et al. 2019 (precision, recall) and Naeem et al. 2020 (density, coverage).
@@ -22,24 +21,23 @@ def manifold_scores(real: Features, synthetic: Features, neighbours: int) -> dic
         synthetic: (M, D), M >= 2.
         neighbours: k, not counting the image itself; at most N - 1 or M - 1 in a small set.
     """
-    from scipy.spatial.distance import cdist
-
-    between = cdist(real, synthetic)
-    real_radii, synthetic_radii = _radii(real, neighbours), _radii(synthetic, neighbours)
-    in_real_ball = between <= real_radii[:, None]
-    k = min(neighbours, len(real) - 1)
+    real_radii, synthetic_radii = _squared_radii(real, neighbours), _squared_radii(synthetic, neighbours)
+    balls_around = np.zeros(len(synthetic), dtype=np.int64)
+    covered, recalled = np.zeros(len(real), dtype=bool), np.zeros(len(real), dtype=bool)
+    for block in distance_blocks(real, synthetic):
+        rows = slice(block.start, block.start + len(block.squared))
+        in_real_ball = within(block, real, synthetic, real_radii[rows, None])
+        balls_around += in_real_ball.sum(axis=0)
+        covered[rows] = in_real_ball.any(axis=1)
+        recalled[rows] = within(block, real, synthetic, synthetic_radii[None, :]).any(axis=1)
     return {
-        "precision": float(in_real_ball.any(axis=0).mean()),
-        "recall": float((between <= synthetic_radii[None, :]).any(axis=1).mean()),
-        "density": float(in_real_ball.sum(axis=0).mean() / k),
-        "coverage": float(in_real_ball.any(axis=1).mean()),
+        "precision": float((balls_around > 0).mean()),
+        "recall": float(recalled.mean()),
+        "density": float(balls_around.mean() / min(neighbours, len(real) - 1)),
+        "coverage": float(covered.mean()),
     }
 
 
-def _radii(features: Features, neighbours: int) -> NDArray[np.float64]:
-    """Return the distance of each point to its k-th nearest other point, (N,)."""
-    from scipy.spatial.distance import cdist
-
-    k = min(neighbours, len(features) - 1)
-    distances: NDArray[np.float64] = np.partition(cdist(features, features), k, axis=1)
-    return distances[:, k]  # column 0 is the point itself
+def _squared_radii(features: Points, neighbours: int) -> Floats:
+    """Return the squared distance of each point to its k-th nearest other point, (N,)."""
+    return nearest_points(features, features, min(neighbours, len(features) - 1))[1]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from maskloom.evaluate.scores.distances import Points, nearest_points
+
 SIDE = 64
 CROP = 0.9  # side of the crops that are tried, as a share of the image's
 CHUNK = 128
@@ -26,13 +28,10 @@ class Nearest:
     distance: NDArray[np.float64]
 
 
-def nearest_features(features: NDArray[np.float64], train: NDArray[np.float64]) -> Nearest:
+def nearest_features(features: Points, train: Points) -> Nearest:
     """Return the nearest training image by Euclidean distance of features, (N, D) to (T, D)."""
-    from scipy.spatial.distance import cdist
-
-    chunks = [cdist(features[start : start + CHUNK], train) for start in range(0, len(features), CHUNK)]
-    index = np.concatenate([chunk.argmin(axis=1) for chunk in chunks])
-    return Nearest(index, np.concatenate([chunk.min(axis=1) for chunk in chunks]))
+    index, squared = nearest_points(features, train)
+    return Nearest(index, np.sqrt(squared))
 
 
 def nearest_pixels(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Nearest:
