@@ -19,11 +19,12 @@ from transformers import CLIPTokenizer
 from maskloom.pipeline.config.loading import load_config
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.training_log import METRICS_FILE, append_metrics
 from maskloom.train_backbone.__main__ import main
 from maskloom.train_backbone.architecture import new_vae
 from maskloom.train_backbone.config import Architecture, BackboneConfig
 from maskloom.train_backbone.images import TrainImages, mirrored_text
-from maskloom.train_backbone.recipe import _tokenizer, train_backbone
+from maskloom.train_backbone.recipe import _last_losses, _tokenizer, train_backbone
 from maskloom.train_backbone.vae import VaeTask, latent_statistics, normalise_vae, normalised_moments
 from maskloom.train_backbone.vocabulary import write_tokenizer
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
@@ -97,6 +98,14 @@ def test_finished_recipe_writes_the_same_weights_again(config: BackboneConfig) -
     before = [file.read_bytes() for file in files]
     train_backbone(config, force=False)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_the_card_names_the_last_loss_of_each_part_that_logged_one(config: BackboneConfig) -> None:
+    log = config.run_folder / "logs" / "denoiser" / METRICS_FILE
+    log.parent.mkdir(parents=True)
+    for step, figures in enumerate(({"loss": 2.0}, {"loss": 1.0}, {"validation/loss": 3.0})):
+        append_metrics(log, step, figures)
+    assert _last_losses(config) == {"last loss, denoiser": "1.0000"}
 
 
 def test_force_deletes_no_checkpoint_that_a_part_goes_on_from(config: BackboneConfig) -> None:
