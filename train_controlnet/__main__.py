@@ -49,7 +49,7 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, max=100_000, help="number of GPUs, with one process each (DDP)")] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Estimate memory and disk space of a training, and name switches that make it fit 24, 16 and 12 GB.
+    """Estimate memory and disk space of a training, and find switches for 24, 16 and 12 GB.
 
     Needs no weights, GPU or dataset.
     """
