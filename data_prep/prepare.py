@@ -160,10 +160,14 @@ def _report_truncated_prompts(config: ExperimentConfig, dataset: MaskPromptDatas
     """Report the prompts that the text encoder truncates, if the backbone is on this machine."""
     if config.train is None or not Path(config.train.pretrained_model_name_or_path).is_dir():
         return
-    from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, tell_cuts, training_prompts
+    from maskloom.models.stable_diffusion.prompt_encoding import (
+        load_prompt_encoder,
+        report_truncation,
+        training_prompts,
+    )
 
     try:
         encoder = load_prompt_encoder(config.train)
     except MaskLoomError:  # the dataset is complete; training reports problems of the backbone
         return
-    tell_cuts("prepare", encoder, training_prompts(dataset))
+    report_truncation("prepare", encoder, training_prompts(dataset))

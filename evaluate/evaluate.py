@@ -1,6 +1,7 @@
-"""`evaluate`: asks the configured questions of every synthetic dataset; one JSON file per question.
+"""`evaluate`: computes the configured metrics for all synthetic datasets; one JSON file per metric.
 
-Each answer is kept with a key of all that it depends on, so that an interrupted evaluation continues with the question it stopped at.
+Each file has a key of everything that the answer depends on, so that an interrupted evaluation
+continues with the metric at which it stopped.
 """
 
 from __future__ import annotations
@@ -54,17 +55,13 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     """Answer every question of `evaluate.metrics` in `RUN/evaluation`.
 
     Raises:
-        MaskLoomError: a dataset is missing or damaged, a metric or an option is unknown, or a metric cannot be computed.
+        MaskLoomError: a dataset is missing or damaged, a metric or an option is unknown, or a metric
+            cannot be computed.
     """
     questions = [open_question(name, options) for name, options in config.evaluate.metrics.items()]
     run = open_run(config)
-    sets = {"real": run.dataset, **{name: run.synthetic / name for name in config.generate.generators}}
-    digests = {name: MaskPromptDataset.open(folder).digest for name, folder in sets.items()}
+    digests = input_digests(run, config)
     backbone = "none" if config.train is None else BackboneSource.of(config.train).digest()
-    tuned = run.generator / "vae"
-    if tuned.is_dir():
-        require_intact(run, "train", tuned)
-        digests[TUNED_VAE] = model_digest(str(tuned))
     settings = {"seed": config.seed, "questions": [question.identity for question in questions]}
     stage = Stage(run, "evaluate", {**digests, "backbone": backbone}, settings, [run.evaluation])
     if stage.skips(force):
@@ -78,8 +75,9 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
         answers.claim()
-        _remove_other_answers(answers, questions)
-        cases = EvaluationCases.of(answers, [question.name for question in questions])
+        asked = {question.name for question in questions}  # the report shows whatever else lies there
+        answers.remove([name for name in answers.files() if name != CASES_FILE and _question_of(name) not in asked])
+        cases = EvaluationCases.of(answers, asked)
         for question in questions:
             advance(0, note=question.name)
             key = value_digest([__version__, question.identity, digests, backbone, config.seed])
@@ -89,21 +87,37 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
             advance()
 
 
+def input_digests(run: Run, config: ExperimentConfig) -> dict[str, str]:
+    """Return the digest of each dataset by name, and of the fine-tuned VAE where there is one.
+
+    Raises:
+        MaskLoomError: a dataset is missing or damaged, or the VAE has changed since its training.
+    """
+    sets = {"real": run.dataset, **{name: run.synthetic / name for name in config.generate.generators}}
+    digests = {name: MaskPromptDataset.open(folder).digest for name, folder in sets.items()}
+    tuned = run.generator / "vae"
+    if tuned.is_dir():
+        require_intact(run, "train", tuned)
+        digests[TUNED_VAE] = model_digest(str(tuned))
+    return digests
+
+
 def open_question(name: str, options: dict[str, Any] | None) -> Question:
     """Return a metric with its options checked.
 
     Raises:
-        MaskLoomError: unknown metric or option (names the nearest known one), or a value that does not fit.
+        MaskLoomError: the metric or an option is unknown (the error suggests the nearest one), or a
+            value is invalid.
     """
     module = load_plugin(PACKAGE, name, "metric")
     return Question(name, module, validated(options or {}, module.Options, f"evaluate.metrics.{name}"))
 
 
 def check_question(name: str, options: dict[str, Any] | None) -> None:
-    """Check a metric's options, and that the network which it looks through can be used here.
+    """Check a metric's options, and that its feature extractor can be used here.
 
     Raises:
-        MaskLoomError: see `open_question`; or the package of the feature extractor is not installed.
+        MaskLoomError: see `open_question`; or the package of the feature extractor is missing.
     """
     question = open_question(name, options)
     if isinstance(question.options, ExtractorOptions):
@@ -114,8 +128,8 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     """Return the inputs of all metrics, after verifying every dataset.
 
     Raises:
-        MaskLoomError: a dataset is missing, damaged, leaks groups, was made from another real dataset, or the real one is not real;
-            or an image shapes a model and measures it too.
+        MaskLoomError: a dataset is missing or damaged, leaks groups, or was made from another real
+            dataset; the real dataset is not real; or an image is in two splits.
     """
     real = verify_quickly(run.dataset)
     if real.description.origin != "real":
@@ -139,20 +153,14 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     return open_inputs(real, synthetic, backbone, config.seed)
 
 
-def _remove_other_answers(answers: OwnedFolder, questions: list[Question]) -> None:
-    """Delete answers to questions that are no longer asked: the report shows whatever lies there."""
-    asked = {question.name for question in questions}
-    answers.remove([name for name in answers.files() if name != CASES_FILE and _question_of(name) not in asked])
-
-
 def _question_of(name: str) -> str:
-    """Return the metric that wrote a file of the folder: `NAME.json`, or `NAME-0.png` for its pictures."""
+    """Return the metric of a file: that of `NAME.json`, and of its images such as `NAME-0.png`."""
     path = PurePosixPath(name)
     return path.stem if path.suffix == ".json" else path.stem.rpartition("-")[0]
 
 
 def _kept_answer(answers: OwnedFolder, question: Question, key: str, cases: EvaluationCases) -> Evaluation | None:
-    """Return the answer on disk if it has this key, and it, its pictures and its cases are as they were written; reports damage."""
+    """Return the answer on disk if it has this key and is undamaged, with its images and cases; report damage."""
     name = f"{question.name}.json"
     if not (answers.path / name).is_file() or name not in answers.files():
         return None

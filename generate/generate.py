@@ -168,10 +168,10 @@ def _report_truncated_prompts(
     prompted = [one for one in generators.values() if isinstance(one, BackboneGenerator)]
     if not prompted:
         return False
-    from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, tell_cuts
+    from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, report_truncation
 
     negative = [one.options.negative_prompt for one in prompted]
-    return tell_cuts("generate", load_prompt_encoder(config.fine_tuning), [*prompts, *negative])
+    return report_truncation("generate", load_prompt_encoder(config.fine_tuning), [*prompts, *negative])
 
 
 def _written_prompts(run: Run, generators: Mapping[str, ImageGenerator]) -> list[str]:

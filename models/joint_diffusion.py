@@ -1,7 +1,9 @@
-"""Sampling from a class-conditional denoiser: diffusers' `UNet2DConditionModel`, told the class in two ways.
+"""Sampling from a class-conditional denoiser: diffusers' `UNet2DConditionModel`.
 
-The class is embedded beside the timestep, and one-hot it is the single token that the transformer blocks attend to. One more class than the dataset has,
-the last, means "no class": what classifier-free guidance needs (Ho and Salimans, Classifier-Free Diffusion Guidance, 2022).
+The class enters in two ways: as an embedding next to the timestep, and one-hot as the single token
+that the transformer blocks attend to. One class more than the dataset has, the last, means "no
+class", as classifier-free guidance needs (Ho and Salimans, Classifier-Free Diffusion Guidance,
+2022).
 """
 
 from typing import Any
@@ -12,24 +14,25 @@ from torch.nn import functional
 
 
 def class_tokens(labels: Tensor, classes: int) -> Tensor:
-    """Return (B, 1, classes + 1) float32, the cross-attention's input.
+    """Return the input of cross-attention, (B, 1, classes + 1) float32.
 
     Args:
-        labels: (B,) int64; `classes` stands for no class.
-        classes: of the dataset.
+        labels: (B,) int64; the value `classes` means no class.
+        classes: number of classes of the dataset.
     """
     return functional.one_hot(labels, classes + 1).float()[:, None]
 
 
 def guided(unet: Any, planes: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
-    """Return the prediction without a class, moved `guidance_scale` times the way to the prediction with it.
+    """Return the prediction with classifier-free guidance, (B, C, H, W) float32.
 
     Args:
         unet: the denoiser.
         planes: (B, C, H, W) float32 noisy samples.
-        timestep: of all of them.
+        timestep: the timestep of all samples.
         labels: (B,) int64 classes.
-        guidance_scale: 0: the class is not looked at; 1: as trained, in half the time of any other value; above 1: more typical of the class.
+        guidance_scale: 0: the class is ignored; 1: as trained, in half the time of any other value;
+            above 1: more typical of the class.
     """
     classes = unet.config.cross_attention_dim - 1
     if guidance_scale == 1:
@@ -45,9 +48,9 @@ def sampled(unet: Any, scheduler: Any, noise: Tensor, labels: Tensor, steps: int
     Args:
         unet: the denoiser.
         scheduler: a diffusers scheduler that draws no noise of its own (DDIM, UniPC, DPM-Solver++).
-        noise: (B, C, H, W) float32 of standard normal numbers, where the samples start.
+        noise: (B, C, H, W) float32 standard normal, from which the samples start.
         labels: (B,) int64 classes.
-        steps: of the scheduler.
+        steps: number of steps of the scheduler.
         guidance_scale: as in `guided`.
     """
     scheduler.set_timesteps(steps, device=noise.device)

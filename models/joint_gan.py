@@ -1,6 +1,8 @@
-"""Noise and a class to an image and its mask: transposed convolutions as in DCGAN (Radford et al. 2016), a trunk with a head for each.
+"""A joint generator: noise and a class -> an image and its mask.
 
-At 256 x 256: 4 x 4 x 512, then 256-128-64-32-16 channels up to 128 x 128, and in each head 8 channels and a 3 x 3 convolution.
+Transposed convolutions as in DCGAN (Radford et al. 2016): a common trunk with a head for each
+output. At 256 x 256: 4 x 4 x 512, then 256-128-64-32-16 channels up to 128 x 128, and in each head
+8 channels and a 3 x 3 convolution.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from torch import Tensor, nn
 
 from maskloom.models.layers.doubling import Doubling, noise_length, split_noise
 
-SMALLEST_START = 4  # shorter side of the grid that everything grows from, in pixels
+SMALLEST_START = 4  # shorter side of the first grid in pixels
 FEWEST_CHANNELS = 8
-FEWEST_DOUBLINGS = 2  # one in the trunk and one in the heads
+FEWEST_DOUBLINGS = 2  # one in the trunk, one in the heads
 
 
 class JointImageMaskGenerator(ModelMixin, ConfigMixin):
-    """Maps noise (B, noise_length) and classes (B,) to images and mask planes in [-1, 1], both of `sample_size`."""
+    """Maps noise (B, noise_length) and classes (B,) to images and mask planes in [-1, 1]."""
 
     @register_to_config
     def __init__(
@@ -37,13 +39,14 @@ class JointImageMaskGenerator(ModelMixin, ConfigMixin):
         """Build the layers; the image size decides how many there are.
 
         Args:
-            num_classes: each has an embedding as long as the latent vector.
-            image_channels: of an image.
-            mask_planes: see `models.mask_planes`.
+            num_classes: number of classes; a class embedding is as long as the latent vector.
+            image_channels: channels of an image.
+            mask_planes: planes of a mask; see `models.mask_planes`.
             latent_dim: length of the latent vector.
-            channels: of the first grid; half as many after every doubling of the size, at least 8.
-            sample_size: (height, width) of images and masks; see `doublings`.
-            noise_planes: of noise, at every size, in the trunk and in the image's head (see `models.layers.doubling`); 0: none.
+            channels: channels of the first grid; each doubling of the size halves them, down to 8.
+            sample_size: (height, width) of images and masks in pixels; see `doublings`.
+            noise_planes: number of noise planes at every size, in the trunk and in the head of the
+                image (see `models.layers.doubling`); 0: none.
         """
         super().__init__()
         times = doublings(sample_size)
@@ -61,7 +64,7 @@ class JointImageMaskGenerator(ModelMixin, ConfigMixin):
 
     @property
     def noise_length(self) -> int:
-        """How many standard normal numbers a pair takes."""
+        """Number of standard normal numbers per pair of image and mask."""
         return noise_length(self.config.latent_dim, self.config.noise_planes, self.noise_sizes)
 
     def forward(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +90,12 @@ class JointHead(nn.Module):
 
 
 def doublings(size: Sequence[int]) -> int:
-    """Return how often a grid whose shorter side is 4 to 7 pixels doubles until it has a size: 6 times for 256 x 256, at least twice.
+    """Return the number of doublings from a grid with a shorter side of 4 to 7 pixels to a size.
+
+    It is at least 2, and 6 for 256 x 256.
 
     Raises:
-        ValueError: no such grid becomes this size (says what to change).
+        ValueError: no such grid leads to this size; says which sizes do.
     """
     times = (min(size) // SMALLEST_START).bit_length() - 1
     if times < FEWEST_DOUBLINGS or any(side % (1 << times) for side in size):

@@ -1,6 +1,7 @@
-"""Masks as networks see them: class indices <-> planes in [-1, 1].
+"""Masks as inputs and outputs of networks: class indices <-> planes in [-1, 1].
 
-One plane holds the class as a grey level, -1 for the first and 1 for the last; as many planes as classes hold 1 for the pixel's class, -1 elsewhere.
+A single plane holds the class as a grey level, from -1 for the first to 1 for the last. With one
+plane per class, the plane of a pixel's class is 1 there, and the others are -1.
 """
 
 import torch
@@ -9,7 +10,10 @@ from torch.nn import functional
 
 
 def drawn_planes(classes: int) -> int:
-    """Return how many planes a network that draws masks needs: one grey level cannot lie between three classes."""
+    """Return the number of planes of generated masks.
+
+    It is 1 for two classes; with more, a grey level between two classes could mean a third.
+    """
     return 1 if classes == 2 else classes
 
 
@@ -18,7 +22,7 @@ def encoded_masks(masks: Tensor, classes: int, planes: int) -> Tensor:
 
     Args:
         masks: (B, H, W) class indices.
-        classes: how many there are, background included; at least 2.
+        classes: number of classes, background included; at least 2.
         planes: 1, or `classes`.
     """
     if planes == 1:
@@ -27,11 +31,11 @@ def encoded_masks(masks: Tensor, classes: int, planes: int) -> Tensor:
 
 
 def decoded_masks(planes: Tensor, classes: int) -> Tensor:
-    """Return (B, H, W) uint8 class indices: the nearest grey level of one plane, or the strongest of several.
+    """Return class indices, (B, H, W) uint8: the nearest grey level, or the largest of the planes.
 
     Args:
         planes: (B, 1 or classes, H, W), about -1 to 1.
-        classes: how many there are.
+        classes: number of classes, background included.
     """
     if planes.shape[1] == 1:
         levels = (planes[:, 0].float().clamp(-1, 1) + 1) / 2 * (classes - 1)

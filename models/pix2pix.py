@@ -1,7 +1,8 @@
 """A U-Net from masks to images.
 
-Isola et al., Image-to-Image Translation with Conditional Adversarial Networks (2017). Six levels, 64-128-256-512-512-512, instance
-norm from the second level on, dropout in the first three of the upward blocks.
+Isola et al., Image-to-Image Translation with Conditional Adversarial Networks (2017). Six levels
+with 64-128-256-512-512-512 channels, instance norm from the second level on, dropout in the first
+three decoder blocks.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ DROPPED_BLOCKS = 3
 
 
 class MaskToImageUNet(ModelMixin, ConfigMixin):
-    """Maps masks (B, in_channels, H, W) to images (B, out_channels, H, W) in [-1, 1]; sides are multiples of 2 ** levels.
+    """Maps masks (B, in_channels, H, W) to images (B, out_channels, H, W) in [-1, 1].
 
-    The innermost level must keep more than one pixel: instance norm has nothing to compare there.
+    Both sides must be multiples of 2 ** levels, and the innermost level needs more than one pixel,
+    because instance norm has no variance on a single one.
     """
 
     @register_to_config
@@ -34,10 +36,10 @@ class MaskToImageUNet(ModelMixin, ConfigMixin):
 
         Args:
             in_channels: planes of a mask.
-            out_channels: of an image.
-            channels: of each level.
-            dropout: rate in the first three upward blocks.
-            sample_size: (height, width) that it is trained at, for those who sample from it.
+            out_channels: channels of an image.
+            channels: channels of each level.
+            dropout: dropout rate in the first three decoder blocks.
+            sample_size: (height, width) of the training images in pixels, recorded for sampling.
         """
         super().__init__()
         ends = [in_channels, *channels]
@@ -46,15 +48,17 @@ class MaskToImageUNet(ModelMixin, ConfigMixin):
             for level, (before, after) in enumerate(zip(ends, channels, strict=False))
         )
         self.up = nn.ModuleList(
-            _up_block(channels[level] * (1 if level == len(channels) - 1 else 2), channels[level - 1], rate)
-            for level, rate in zip(
-                range(len(channels) - 1, 0, -1), _dropout_rates(dropout, len(channels)), strict=False
+            _up_block(
+                channels[level] * (1 if level == len(channels) - 1 else 2),
+                channels[level - 1],
+                dropout if number < DROPPED_BLOCKS else 0.0,
             )
+            for number, level in enumerate(range(len(channels) - 1, 0, -1))
         )
         self.last = nn.Sequential(nn.ConvTranspose2d(2 * channels[0], out_channels, 4, 2, 1), nn.Tanh())
 
     def forward(self, masks: Tensor) -> Tensor:
-        """Return images of the masks' size."""
+        """Return images with the size of the masks."""
         levels = []
         features = masks
         for block in self.down:
@@ -75,8 +79,3 @@ def _down_block(before: int, after: int, norm: bool) -> nn.Sequential:
 def _up_block(before: int, after: int, dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = [nn.ConvTranspose2d(before, after, 4, 2, 1), nn.InstanceNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []))
-
-
-def _dropout_rates(rate: float, blocks: int) -> list[float]:
-    """Return the rate of each upward block: the innermost ones drop, the others do not."""
-    return [rate] * DROPPED_BLOCKS + [0.0] * blocks

@@ -1,6 +1,7 @@
-"""The small MONAI U-Net that reads a mask off an image, and the scores of what it reads.
+"""The small MONAI U-Net that segments images, and its scores.
 
-Trained on real images, it measures how far a synthetic image follows its mask; trained on mixed images, it is the downstream model.
+Trained on real images, it measures how far synthetic images follow their masks. Trained on real,
+synthetic or mixed images, it is the downstream model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ EMPTY_RULE = (
 
 
 class SegmenterOptions(FixedSteps):
-    """Size and training of the segmenter."""
+    """Size and training of the segmentation model."""
 
     image_size: Size = (256, 256)
     channels: tuple[int, ...] = Field(
@@ -36,15 +37,17 @@ class SegmenterOptions(FixedSteps):
         factor = 2 ** (len(self.channels) - 1)
         if any(side % factor or side < 2 * factor for side in self.image_size):
             raise ValueError(
-                f"image_size={self.image_size}: both sides must be multiples of {factor} for {len(self.channels)} levels, and at least {2 * factor}"
+                f"image_size={self.image_size}: both sides must be multiples of {factor} for {len(self.channels)} "
+                f"levels, and at least {2 * factor}"
             )
         return self
 
 
 def build_segmenter(options: SegmenterOptions, image_channels: int, classes: int, seed: int) -> nn.Module:
-    """Return an untrained 2-D U-Net (Ronneberger et al. 2015; MONAI's residual form, Kerfoot et al. 2018).
+    """Return an untrained 2-D U-Net; the same seed gives the same weights.
 
-    Maps (B, image_channels, H, W) in [-1, 1] to (B, classes, H, W) logits. The same seed gives the same weights.
+    Ronneberger et al. 2015, in MONAI's residual form (Kerfoot et al. 2018). Maps
+    (B, image_channels, H, W) in [-1, 1] to logits (B, classes, H, W).
     """
     import torch
     from monai.networks.nets.unet import UNet
@@ -77,12 +80,12 @@ def train_segmenter(
         masks: (N, H, W) uint8 class indices below `classes`.
         classes: number of classes, background included.
         options: size and training.
-        seed: of the weights, the batches and the augmentation.
+        seed: seed of the weights, the batches and the augmentation.
         device: `cpu` or `cuda`.
         augment: see `train_fixed_steps`.
 
     Raises:
-        MaskLoomError: no images, or the loss stopped being a number.
+        MaskLoomError: there are no images, or the loss was not finite.
     """
     from monai.losses.dice import DiceCELoss
 
@@ -97,7 +100,14 @@ def train_segmenter(
 def predicted_masks(
     network: nn.Module, images: NDArray[np.uint8], device: str, batch_size: int = 64
 ) -> NDArray[np.uint8]:
-    """Return the most probable class of each pixel, (N, H, W) uint8, of (N, H, W, C) uint8 images."""
+    """Return the most probable class of each pixel, (N, H, W) uint8.
+
+    Args:
+        network: maps images (B, C, H, W) in [-1, 1] to logits.
+        images: (N, H, W, C) uint8.
+        device: `cpu` or `cuda`.
+        batch_size: number of images per forward pass.
+    """
     import torch
 
     predictions = [np.zeros((0, *images.shape[1:3]), dtype=np.uint8)]
@@ -119,7 +129,7 @@ def dice_scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8], classe
 
 
 def iou_scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8], classes: int) -> NDArray[np.float64]:
-    """Return intersection over union of every image and foreground class, (N, classes - 1); see `EMPTY_RULE`."""
+    """Return IoU of every image and foreground class, (N, classes - 1); see `EMPTY_RULE`."""
     from monai.metrics.meaniou import compute_iou
 
     scores = compute_iou(

@@ -37,7 +37,7 @@ def without_secrets(text: str) -> str:
 
 
 def excerpt(text: object) -> str:
-    """Return a library's message as one line, shortened to whole sentences where it is long."""
+    """Return a library's message as one line; a long one is cut after a sentence."""
     whole, taken = one_line(text), ""
     if len(whole) <= SHOWN:
         return whole

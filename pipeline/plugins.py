@@ -19,9 +19,9 @@ def plugin_names(package: str) -> list[str]:
 
 
 def default_plugins(package: str) -> tuple[str, ...]:
-    """Return the plug-ins of a configuration that names none, in order: the package's `DEFAULTS`.
+    """Return the plug-ins that are used if the configuration names none: `DEFAULTS` of the package.
 
-    Only the package's `__init__.py` is imported, none of its plug-ins.
+    No plug-in is imported.
     """
     names: tuple[str, ...] = importlib.import_module(package).DEFAULTS
     return names

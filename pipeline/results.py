@@ -1,6 +1,7 @@
-"""The schema of an evaluation: what a metric returns, the JSON file that `evaluate` writes of it, and its readers.
+"""The schema of evaluations: what a metric returns, and the JSON file that `evaluate` writes.
 
-No metric is known here by its name: a result says itself how its figures are shown.
+The report, the sweep and the model cards read these files. A result describes how its figures are
+shown, so that no reader has to know a metric.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.files.reading import inside, read_model
 
 REAL = "real images"
-"""Where the table of generators has a row for what real images reach by the same measure."""
+"""The row of the table of generators that holds the figures of real images."""
 TUNED_VAE = "vae"
-"""Among an evaluation's inputs: the fine-tuned decoder. Every other input is a dataset."""
+"""Name of the fine-tuned VAE among the inputs of an evaluation; all others are datasets."""
 REMEDY = "run evaluate again with --force"
 
 
 class Part(BaseModel):
-    """A part of a result. An unknown field is a bug in code; in a file it is another version's, and is ignored."""
+    """A part of a result.
+
+    In code, an unknown field is an error. In a file it is ignored: another version wrote it.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -40,14 +44,14 @@ class Part(BaseModel):
 
 
 class Interval(Part):
-    """An estimate with its interval; the ends are None where the data cannot support one (a single group)."""
+    """An estimate with its interval; the ends are None if the data allow none (a single group)."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
 
     def __str__(self) -> str:
-        """Return the interval as the verdict shows it, signed, such as `+0.012 [-0.004, 0.027]`."""
+        """Return the interval as verdicts show it, with a sign: `+0.012 [-0.004, 0.027]`."""
         if self.value is None:
             return "not defined"
         if self.low is None or self.high is None:
@@ -60,8 +64,8 @@ class Figure(Interval):
 
     Attributes:
         of: the generator's name, or `REAL`.
-        name: the column; a few words.
-        better: which way is good; None for a figure that is only there to be compared with.
+        name: name of the column, in a few words.
+        better: whether lower or higher is better; None for a reference value.
     """
 
     of: str
@@ -73,7 +77,7 @@ Cell = bool | int | float | str | Interval | None
 
 
 class Table(Part):
-    """Rows under column heads; the first cell of a row names it."""
+    """A table; the first cell of each row names the row."""
 
     title: str
     note: str = ""
@@ -81,11 +85,10 @@ class Table(Part):
     rows: list[list[Cell]]
 
 
-def _as_point(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-
-
-Point = Annotated[tuple[float, float | None], BeforeValidator(_as_point)]
+# JSON has no tuples.
+Point = Annotated[
+    tuple[float, float | None], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
 """x and y; a point without y is a gap."""
 
 
@@ -99,7 +102,7 @@ class Curve(Part):
 
 
 class PictureFile(Part):
-    """A picture beside the JSON file."""
+    """An image file beside the JSON file."""
 
     title: str
     caption: str = ""
@@ -107,7 +110,11 @@ class PictureFile(Part):
 
 
 class Picture(PictureFile):
-    """A picture for the report; `evaluate` writes `pixels`, (H, W, 3) uint8, as PNG and fills in `path`."""
+    """An image for the report; the stage writes it as PNG and fills in `path`.
+
+    Attributes:
+        pixels: (H, W, 3) uint8.
+    """
 
     path: str = ""
     pixels: NDArray[np.uint8] = Field(exclude=True)
@@ -117,17 +124,17 @@ class Answer(Part):
     """The answer to one question.
 
     Attributes:
-        question: what is asked, in plain words.
+        question: the question in plain words.
         verdict: the answer in one plain sentence.
         headline: whether the verdict belongs at the top of the report.
         skipped: why nothing was measured, else None.
         tables, curves: how to show the figures.
-        warnings: what makes these figures weaker than they look.
-        limits: what they cannot say even at their best.
-        figures: the main ones by generator, in the order of the columns that they make.
-        values: every figure with its n, for machines.
+        warnings: reasons why these figures are less reliable than they look.
+        limits: what such figures cannot show in general.
+        figures: the main figures of each generator, in the order of the columns.
+        values: all figures with their n, for programs.
         n: number of images by set.
-        seeds: seeds of the trainings behind the figures; empty where nothing random was trained.
+        seeds: seeds of the trainings behind the figures; empty if nothing was trained.
     """
 
     question: str
@@ -145,26 +152,26 @@ class Answer(Part):
 
 
 class MetricResult(Answer):
-    """What a metric returns: its answer, and pictures that are not written yet."""
+    """What a metric returns: its answer, and images that have not been written yet."""
 
     pictures: list[Picture] = Field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Return JSON-able values; figures that are not finite become null, because JSON has no NaN."""
+        """Return values for JSON, rounded; figures that are not finite become None."""
         values: dict[str, Any] = _finite(self.model_dump(mode="json"))
         return values
 
 
 class Evaluation(Answer):
-    """An answer as it lies in `RUN/evaluation/METRIC.json`.
+    """The content of `RUN/evaluation/METRIC.json`.
 
     Attributes:
         metric: file name of the metric.
         version: of the metric's figures.
-        key: digest of all that the answer depends on.
-        inputs: digest of each dataset by name (`real`, then the generators'), and of `TUNED_VAE`.
-        options: the metric's.
-        pictures: the files beside this one.
+        key: digest of everything that the answer depends on.
+        inputs: digests of the datasets by name (`real` and each generator), and of `TUNED_VAE`.
+        options: options of the metric.
+        pictures: the image files.
         case_rows: rows of this metric in `cases.parquet`, beside this file.
     """
 
@@ -177,18 +184,22 @@ class Evaluation(Answer):
     case_rows: int = 0
 
     def is_about(self, digests: Mapping[str, str]) -> bool:
-        """Return whether these datasets were used, given the digests of the real one (`real`) and of each synthetic one by name."""
+        """Return whether the evaluation is of these datasets.
+
+        Args:
+            digests: digests of the real dataset (`real`) and of each synthetic one by name.
+        """
         datasets = {name: digest for name, digest in self.inputs.items() if name != TUNED_VAE}
         return bool(datasets) and datasets.items() <= digests.items()
 
 
 def skipped_result(question: str, reason: str) -> MetricResult:
-    """Return the result of a question that this dataset cannot answer; the reason stands in the report."""
+    """Return the result of a metric that this dataset does not allow; the report shows why."""
     return MetricResult(question=question, verdict=f"Not measured: {reason}.", skipped=reason)
 
 
 def write_evaluation(folder: OwnedFolder, evaluation: Evaluation) -> None:
-    """Write an evaluation as `METRIC.json`; its pictures must be there already."""
+    """Write an evaluation as `METRIC.json`; its image files come first."""
     folder.write_text(f"{evaluation.metric}.json", json_text(evaluation.model_dump(mode="json")))
 
 
@@ -196,13 +207,15 @@ def read_evaluation(path: Path) -> Evaluation:
     """Return the evaluation in a file.
 
     Raises:
-        MaskLoomError: the file is missing or not a valid evaluation (names the file and the field).
+        MaskLoomError: the file is missing or not a valid evaluation; names the file and the field.
     """
     return read_model(path, Evaluation, REMEDY)
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Return every evaluation in a folder: headlines first, skipped questions last, otherwise sorted by file name.
+    """Return every evaluation in a folder.
+
+    Headlines come first and skipped questions last; otherwise they are sorted by file name.
 
     Raises:
         MaskLoomError: see `read_evaluation`.
@@ -212,7 +225,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """Return the sorted result files that `evaluate` wrote to a folder; other files in it are ignored."""
+    """Return the sorted JSON files that `evaluate` wrote to a folder, without other files."""
     return sorted(folder / name for name in OwnedFolder(folder).files() if name.endswith(".json"))
 
 

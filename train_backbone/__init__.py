@@ -1,4 +1,4 @@
-"""A small Stable Diffusion backbone from a dataset: how assets/nano-sd was made.
+"""Trains a small Stable Diffusion backbone on a dataset, as was done for assets/nano-sd.
 
-It sees the train split only, and imports no other stage.
+It reads only train splits, and imports no other stage.
 """

@@ -13,10 +13,10 @@ ForceOption = Annotated[bool, typer.Option("--force", help="discard checkpoints 
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse the command line and train; a user's mistake becomes one line and exit code 2.
+    """Parse the command line and train; user errors become one line and exit code 2.
 
     Args:
-        args: the arguments; by default the process's own.
+        args: the arguments; None: those of the process.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -1,4 +1,4 @@
-"""The networks of the small backbone: Stable Diffusion's classes, Stable Diffusion's layout, three orders of magnitude smaller.
+"""The networks of the small backbone: those of Stable Diffusion, orders of magnitude smaller.
 
 | part | Stable Diffusion 1.5 | here |
 |---|---|---|
@@ -33,7 +33,7 @@ def new_vae(sizes: Architecture) -> AutoencoderKL:
 
 
 def new_text_encoder(sizes: Architecture, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the untrained text encoder: (B, L) token ids -> (B, L, text_width)."""
+    """Return the untrained text encoder: token ids (B, L) -> (B, L, text_width)."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -51,7 +51,7 @@ def new_text_encoder(sizes: Architecture, tokenizer: CLIPTokenizer) -> CLIPTextM
 
 
 def new_unet(sizes: Architecture) -> UNet2DConditionModel:
-    """Return the untrained UNet; text enters by cross attention on the two coarser levels, as attention costs there least."""
+    """Return the untrained UNet; only its two coarser levels have cross-attention, to save time."""
     return UNet2DConditionModel(
         sample_size=sizes.image_size // FACTOR,
         in_channels=LATENT_CHANNELS,
@@ -61,7 +61,7 @@ def new_unet(sizes: Architecture) -> UNet2DConditionModel:
         block_out_channels=sizes.unet_channels,
         layers_per_block=1,
         cross_attention_dim=sizes.text_width,
-        # diffusers reads this argument as the number of heads (its issue 2011).
+        # diffusers takes this argument as the number of heads (its issue 2011).
         attention_head_dim=tuple(width // sizes.unet_head_dim for width in sizes.unet_channels),
         norm_num_groups=sizes.unet_norm_groups,
     )

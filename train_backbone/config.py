@@ -10,7 +10,7 @@ from maskloom.pipeline.config.train import LoopConfig
 
 
 class Source(Section):
-    """A prepared mask-and-prompt dataset whose train split is learnt."""
+    """A prepared mask-and-prompt dataset; its train split is the training data."""
 
     path: Path
     copies: Copies = Field(1, ge=1, description="copies of each image per epoch, each with its own augmentation")
@@ -21,7 +21,7 @@ class Source(Section):
 
 
 class Architecture(Section):
-    """Sizes of the three networks; see `train_backbone.architecture`."""
+    """Sizes of the networks; see `train_backbone.architecture`."""
 
     image_size: Side = Field(128, ge=16, multiple_of=8)
     vae_channels: tuple[Channels, Channels, Channels, Channels] = (32, 64, 64, 64)
@@ -39,9 +39,9 @@ class Architecture(Section):
 
 
 class VaeConfig(LoopConfig):
-    """Training the VAE.
+    """Training of the VAE.
 
-    It is convolutional, so it learns on crops, which are a few times cheaper than whole images.
+    It is convolutional, so it is trained on crops, which cost much less than whole images.
     """
 
     pixels: Side = Field(64, ge=16, multiple_of=8, description="side of the training images in pixels")
@@ -61,7 +61,7 @@ class VaeConfig(LoopConfig):
 
 
 class DenoiserConfig(LoopConfig):
-    """Training UNet and text encoder together on cached moments of the VAE."""
+    """Training of UNet and text encoder together, on cached moments of the VAE."""
 
     snr_gamma: float | None = Field(5.0, gt=0)
     proportion_empty_prompts: float = Field(0.1, ge=0, le=1)

@@ -1,4 +1,4 @@
-"""Training UNet and text encoder together, from nothing, on cached moments of the VAE."""
+"""Training of UNet and text encoder together, from scratch, on cached moments of the VAE."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,15 +26,18 @@ ENCODE_BATCH = 16
 
 
 class LatentRows(Dataset[dict[str, Any]]):
-    """Augmented copies of the training images as moments of the VAE, with their prompts; kept in memory (8 KiB a row)."""
+    """Augmented copies of the training images as moments of the VAE, with their prompts.
+
+    They are kept in memory, 8 KiB per row.
+    """
 
     def __init__(self, images: TrainImages, size: int, seed: int) -> None:
-        """Make the copies' prompts; `encode` fills the moments.
+        """Keep the parts; `encode` computes moments and prompts.
 
         Args:
-            images: what is learnt.
-            size: side in pixels of the images that are encoded.
-            seed: keys the augmentation.
+            images: the training images.
+            size: side of the encoded images in pixels.
+            seed: seed of the augmentation.
         """
         self.images, self.size, self.seed = images, size, seed
         self.moments = torch.empty(0)
@@ -42,7 +45,13 @@ class LatentRows(Dataset[dict[str, Any]]):
 
     @torch.no_grad()
     def encode(self, vae: AutoencoderKL, device: torch.device, show: bool) -> None:
-        """Encode every copy; a VAE of the same weights gives the same moments."""
+        """Encode every copy; the same weights give the same moments.
+
+        Args:
+            vae: moved to the device.
+            device: where it encodes.
+            show: whether to show a progress bar.
+        """
         vae.to(device).eval()
         moments: list[Tensor] = []
         self.texts = []
@@ -56,11 +65,11 @@ class LatentRows(Dataset[dict[str, Any]]):
         self.moments = torch.cat(moments)
 
     def normalise(self, centre: Tensor, spread: Tensor) -> None:
-        """Express the moments in the latents of a normalised VAE; see `normalise_vae`."""
+        """Convert the moments to those of the normalised VAE; see `normalise_vae`."""
         self.moments = normalised_moments(self.moments, centre, spread)
 
     def tokenise(self, tokenizer: CLIPTokenizer) -> None:
-        """Turn the prompts into token ids."""
+        """Tokenize the prompts."""
         self.tokens = token_ids(tokenizer, self.texts)
 
     def __len__(self) -> int:
@@ -71,12 +80,12 @@ class LatentRows(Dataset[dict[str, Any]]):
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Return (N, model_max_length) int64, padded and cut as StableDiffusionPipeline does."""
+    """Return token ids (N, model_max_length) int64, padded and truncated as in diffusers."""
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 class DenoiserTask(Task):
-    """The diffusion objective over UNet and text encoder, one optimizer for both."""
+    """Trains UNet and text encoder with the diffusion objective and one optimizer."""
 
     def __init__(
         self,

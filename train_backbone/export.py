@@ -1,4 +1,4 @@
-"""Writes the trained parts as a StableDiffusionPipeline folder with model card and sample grid."""
+"""Export of the trained parts as a StableDiffusionPipeline folder with card and sample grid."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from maskloom.train_backbone.config import BackboneConfig
 from maskloom.train_backbone.vocabulary import CLIP_FILES
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
-SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_A_PROMPT = 20, 3.0, 2
+SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 20, 3.0, 2
 MAX_PROMPTS = 12
 
 
@@ -53,17 +53,20 @@ def write_pipeline(
     """Write weights in fp16 safetensors, tokenizer, README.md and samples.png, atomically.
 
     Args:
-        pipe: in float32; left as it is.
-        tokenizer_folder: holds `vocab.json` and `merges.txt`, copied as they are.
-        folder: replaced if it exists.
-        card: the README.
+        pipe: the pipeline in float32; it is not changed.
+        tokenizer_folder: holds `vocab.json` and `merges.txt`, which are copied.
+        folder: the output folder, replaced if it exists.
+        card: the text of README.md.
         grid: the sample grid.
     """
     with whole_folder(folder) as unfinished:
         copy.deepcopy(pipe).to(dtype=torch.float16).save_pretrained(unfinished, safe_serialization=True)
         for name in CLIP_FILES:
             (unfinished / "tokenizer" / name).write_bytes((tokenizer_folder / name).read_bytes())
-        _ask_for_float32(unfinished / "text_encoder" / "config.json")
+        # Without this, transformers would load the text encoder, and nothing else, in fp16.
+        config_file = unfinished / "text_encoder" / "config.json"
+        settings = {**read_object(config_file, "run the recipe again"), "dtype": "float32"}
+        config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         grid.save(unfinished / "samples.png", optimize=True)
 
@@ -83,12 +86,12 @@ def sample_prompts(texts: Sequence[Sequence[str]], labels: Sequence[Sequence[int
 
 @torch.no_grad()
 def sample_grid(pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> Image.Image:
-    """Return a grey picture with one row per prompt, drawn from text alone."""
+    """Return a grey sample grid, generated from text alone: two prompts per line."""
     scheduler = pipe.scheduler
     pipe.scheduler = UniPCMultistepScheduler.from_config(scheduler.config)
     rows = [
         pipe(
-            [prompt] * SAMPLES_A_PROMPT,
+            [prompt] * SAMPLES_PER_PROMPT,
             num_inference_steps=SAMPLE_STEPS,
             guidance_scale=SAMPLE_GUIDANCE,
             generator=torch.Generator().manual_seed(seed + number),
@@ -97,12 +100,12 @@ def sample_grid(pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int
     ]
     pipe.scheduler = scheduler
     side = rows[0][0].width
-    # Two prompts a line keep the picture from being a tall ribbon.
+    # Two prompts per line keep the grid from becoming tall and narrow.
     lines = -(-len(rows) // 2)
-    grid = Image.new("L", (2 * SAMPLES_A_PROMPT * side, lines * side))
+    grid = Image.new("L", (2 * SAMPLES_PER_PROMPT * side, lines * side))
     for number, row in enumerate(rows):
         for place, image in enumerate(row):
-            grid.paste(image.convert("L"), (((number % 2) * SAMPLES_A_PROMPT + place) * side, number // 2 * side))
+            grid.paste(image.convert("L"), (((number % 2) * SAMPLES_PER_PROMPT + place) * side, number // 2 * side))
     return grid
 
 
@@ -113,8 +116,8 @@ def model_card(
 
     Args:
         config: the recipe.
-        contracts: of the datasets that were learnt.
-        prompts: of the sample grid.
+        contracts: the contracts of the training datasets.
+        prompts: the prompts of the sample grid.
         facts: figures of the training by name, such as last losses and parameter counts.
     """
     card = ModelCard.from_template(
@@ -137,10 +140,3 @@ def model_card(
         code=git_sha(),
     )
     return f"{card}\n"
-
-
-def _ask_for_float32(path: Path) -> None:
-    """Make transformers load the text encoder in float32 like the other parts, not in fp16."""
-    settings = read_object(path, "run the recipe again")
-    settings["dtype"] = "float32"
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

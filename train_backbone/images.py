@@ -1,4 +1,4 @@
-"""Training images of the backbone: the train splits of prepared datasets, and how they are augmented."""
+"""Training images of the backbone: the train splits of prepared datasets, and augmentation."""
 
 import math
 import re
@@ -20,7 +20,7 @@ MAX_DEGREES, MAX_SCALE, MAX_STRETCH, MAX_SHIFT, MAX_GAIN = 6.0, 0.07, 0.03, 0.06
 
 
 class TrainImages(Dataset[dict[str, Any]]):
-    """The train splits of several datasets, each image as often as its source's `copies`, decoded on access."""
+    """The train splits of several datasets, with `copies` of each image, decoded on access."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         """Open the train splits; no other split is read.
@@ -52,12 +52,21 @@ class TrainImages(Dataset[dict[str, Any]]):
         return str(self.splits[source][row]["sample_id"])
 
     def copy(self, index: int, size: int, seed: int) -> tuple[Tensor, str]:
-        """Return one augmented copy, (3, size, size) in [-1, 1], and its prompt; the same index gives the same copy."""
+        """Return an augmented copy and its prompt; the same index gives the same copy.
+
+        Args:
+            index: the index of the copy.
+            size: side of the copy in pixels.
+            seed: seed of the augmentation.
+
+        Returns:
+            (3, size, size) in [-1, 1], and the prompt.
+        """
         number, row, copy = self.places[index]
         source, generator = self.sources[number], keyed_generator(seed, "augmented copy", index)
         image, text = self[index]["image"].float(), self.texts[number][row]
         if source.affine and copy > 0:
-            image = bent(image, generator)
+            image = warped(image, generator)
         image = resampled(image, size)
         if source.random_flip and copy > 0 and torch.rand((), generator=generator) < 0.5:
             image, text = image.flip(-1), mirrored_text(text)
@@ -65,23 +74,23 @@ class TrainImages(Dataset[dict[str, Any]]):
 
 
 def rgb_tensor(image: Image.Image) -> Tensor:
-    """Return a decoded picture as (3, H, W) uint8; grey pictures get three equal channels."""
+    """Return a decoded image as (3, H, W) uint8; grey images get three equal channels."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def resampled(image: Tensor, size: int) -> Tensor:
-    """Return (C, S, S) float as (C, size, size), bicubic and antialiased."""
+    """Return (C, S, S) float as (C, size, size), with bicubic interpolation and antialiasing."""
     return functional.interpolate(image[None], (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
 
 
 def random_crops(images: Tensor, may_flip: Tensor, draws: Draws, config: VaeConfig) -> Tensor:
-    """Return a random crop of each image, resampled to `config.pixels`, at another brightness, some mirrored.
+    """Return a random crop of each image, resized, with random brightness and flip.
 
     Args:
         images: (B, 3, S, S) uint8.
         may_flip: (B,) bool.
-        draws: random numbers of the batch.
-        config: range of crop sides and of brightness.
+        draws: the random numbers of the batch.
+        config: the ranges of crop sides and brightness.
 
     Returns:
         (B, 3, pixels, pixels) in [-1, 1].
@@ -100,8 +109,12 @@ def random_crops(images: Tensor, may_flip: Tensor, draws: Draws, config: VaeConf
     return (torch.stack(mirrored) * gains[:, None, None, None]).clamp(0, 255) / 127.5 - 1
 
 
-def bent(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Return (C, S, S) float turned by up to 6 degrees, scaled by up to 7 %, stretched, shifted and brightened a little."""
+def warped(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Return (C, S, S) float with a small random affine map and brightness change.
+
+    Rotation is at most 6 degrees, scaling 7 %, stretching 3 %, translation 3 % of the side, and the
+    change of brightness 5 %.
+    """
     turn, scale, stretch, right, down, gain = (2 * torch.rand(6, generator=generator) - 1).tolist()
     angle, zoom, aspect = math.radians(MAX_DEGREES * turn), 1 + MAX_SCALE * scale, 1 + MAX_STRETCH * stretch
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
@@ -111,6 +124,6 @@ def bent(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mirrored_text(text: str) -> str:
-    """Return a prompt with `left` and `right` changed for each other."""
+    """Return a prompt with `left` and `right` swapped."""
     other = {"left": "right", "right": "left"}
     return re.sub(r"\b(left|right)\b", lambda match: other[match[0]], text)

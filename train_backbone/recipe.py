@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, tell_cuts
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, report_truncation
 from maskloom.pipeline.config.train import LoopConfig
 from maskloom.pipeline.dataset.contract import Contract
 from maskloom.pipeline.dataset.verification import verify_quickly
@@ -47,16 +47,19 @@ PARTS = ("vae", "denoiser")
 
 
 def train_backbone(config: BackboneConfig, force: bool) -> None:
-    """Train all parts and write `config.output_dir`; an interrupted run continues from its checkpoints.
+    """Train all parts and write `config.output_dir`; an interrupted run resumes from checkpoints.
 
     Args:
         config: the recipe.
-        force: throw earlier checkpoints away.
+        force: delete earlier checkpoints and train from scratch.
 
     Raises:
         MaskLoomError: a dataset cannot be used, a setting does not fit, or a loss was not finite.
     """
-    contracts = [_checked(verify_quickly(source.path).contract, config) for source in config.sources]
+    contracts = []
+    for source in config.sources:
+        contracts.append(verify_quickly(source.path).contract)
+        check_source(contracts[-1], config)
     check_places(
         {f"sources[{n}].path": one.path for n, one in enumerate(config.sources)}, [config.run_folder, config.output_dir]
     )
@@ -75,17 +78,19 @@ def train_backbone(config: BackboneConfig, force: bool) -> None:
     processes.wait_for_everyone()
     images = TrainImages(config.sources)
     with processes.main_process_first():
-        tokenizer = _tokenizer(config, images, told=processes.is_main_process)
+        tokenizer = make_tokenizer(config, images, report=processes.is_main_process)
     data = {f"dataset {number}": contract.digest for number, contract in enumerate(contracts)}
     vae = train_vae(config, images, data)
     unet, text_encoder = train_denoiser(config, images, vae, tokenizer, data)
     if processes.is_main_process:
         pipe = new_pipeline(config, vae.cpu().eval(), text_encoder.cpu().eval(), tokenizer, unet.cpu().eval())
         prompts = sample_prompts(images.texts, [list(split["label"]) for split in images.splits])
-        facts = {**_sizes({"VAE": vae, "text encoder": text_encoder, "UNet": unet}), **_last_losses(config)}
+        networks = {"VAE": vae, "text encoder": text_encoder, "UNet": unet}
+        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        facts = {**{f"parameters, {name}": f"{size:,}" for name, size in sizes.items()}, **last_losses(config)}
         card = model_card(config, contracts, prompts, facts)
         grid = sample_grid(pipe, prompts, config.seed)
-        write_pipeline(pipe, _tokenizer_folder(config), config.output_dir, card, grid)
+        write_pipeline(pipe, tokenizer_folder(config), config.output_dir, card, grid)
         say(f"backbone: written to {config.output_dir}")
 
 
@@ -94,22 +99,22 @@ def train_vae(config: BackboneConfig, images: TrainImages, data: Mapping[str, st
 
     Args:
         config: the recipe.
-        images: what is learnt.
-        data: digests of the datasets.
+        images: the training images.
+        data: the digests of the datasets.
     """
     set_seed(config.seed)
-    accelerator = _accelerator(config, config.vae, "vae")
+    accelerator = make_accelerator(config.vae, part_logs(config, "vae"))
     task = VaeTask(Autoencoder(new_vae(config.architecture)), new_discriminator(), images, config.vae, accelerator)
     inputs = {**data, "architecture": value_digest(config.architecture.model_dump(mode="json"))}
-    _train_part(config, task, config.vae, accelerator, "vae", inputs)
+    train_part(config, task, config.vae, accelerator, "vae", inputs)
     return accelerator.unwrap_model(task.networks["vae"], False).vae
 
 
 def train_denoiser(
     config: BackboneConfig, images: TrainImages, vae: AutoencoderKL, tokenizer: CLIPTokenizer, data: Mapping[str, str]
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Normalise the VAE's latents in place, then train UNet and text encoder on them and return both."""
-    accelerator = _accelerator(config, config.denoiser, "denoiser")
+    """Normalise the VAE's latents in place; train and return UNet and text encoder on them."""
+    accelerator = make_accelerator(config.denoiser, part_logs(config, "denoiser"))
     rows = LatentRows(images, config.architecture.image_size, config.seed)
     rows.encode(vae, accelerator.device, accelerator.is_main_process)
     centre, spread = latent_statistics(rows.moments)
@@ -121,12 +126,12 @@ def train_denoiser(
     scheduler = DDPMScheduler.from_config(new_scheduler(config.architecture).config)
     task = DenoiserTask(unet, text_encoder, tokenizer, scheduler, rows, config.denoiser)
     recipe = config.model_dump(mode="json", include={"architecture", "vae", "sources"})
-    _train_part(config, task, config.denoiser, accelerator, "denoiser", {**data, "recipe": value_digest(recipe)})
+    train_part(config, task, config.denoiser, accelerator, "denoiser", {**data, "recipe": value_digest(recipe)})
     unet, text_encoder = (accelerator.unwrap_model(network, False) for network in task.networks.values())
     return unet, text_encoder
 
 
-def _train_part(
+def train_part(
     config: BackboneConfig,
     task: Task,
     loop: LoopConfig,
@@ -134,37 +139,42 @@ def _train_part(
     name: str,
     inputs: Mapping[str, str],
 ) -> None:
-    """Run the shared loop in a folder of the part's own; a part that is finished only loads its weights."""
+    """Run the shared loop in the part's own folder; a finished part only loads its weights."""
     say(f"backbone: {name}, {loop.max_train_steps} steps")
     TrainingLoop(task, loop, accelerator, config.run_folder / name, config.seed, inputs).run()
 
 
-def _tokenizer_folder(config: BackboneConfig) -> Path:
+def tokenizer_folder(config: BackboneConfig) -> Path:
+    """Return the run's folder for the tokenizer."""
     return config.run_folder / "tokenizer"
 
 
-def _tokenizer(config: BackboneConfig, images: TrainImages, told: bool) -> CLIPTokenizer:
-    """Return the tokenizer of the training prompts, written to the run's folder; say, if `told`, which are longer than it allows."""
+def make_tokenizer(config: BackboneConfig, images: TrainImages, report: bool) -> CLIPTokenizer:
+    """Build the tokenizer of the training prompts in the run's folder, and return it.
+
+    Args:
+        config: the recipe.
+        images: the training images with their prompts.
+        report: whether to print which prompts it truncates.
+    """
     prompts, length = [text for texts in images.texts for text in texts], config.architecture.model_max_length
-    tokenizer = write_tokenizer(_tokenizer_folder(config), prompts, length)
-    if told:
-        tell_cuts("backbone", PromptEncoder(tokenizer, length), prompts, "raise architecture.model_max_length")
+    tokenizer = write_tokenizer(tokenizer_folder(config), prompts, length)
+    if report:
+        report_truncation("backbone", PromptEncoder(tokenizer, length), prompts, "raise architecture.model_max_length")
     return tokenizer
 
 
-def _accelerator(config: BackboneConfig, loop: LoopConfig, name: str) -> Accelerator:
-    return make_accelerator(loop, _logs(config, name))
-
-
-def _logs(config: BackboneConfig, name: str) -> Path:
+def part_logs(config: BackboneConfig, name: str) -> Path:
+    """Return the folder for the training log of a part."""
     return config.run_folder / "logs" / name
 
 
-def _checked(contract: Contract, config: BackboneConfig) -> Contract:
-    """Return the contract of a dataset that can be learnt.
+def check_source(contract: Contract, config: BackboneConfig) -> None:
+    """Check that a backbone can be trained on a dataset.
 
     Raises:
-        MaskLoomError: it is synthetic, not square, of several sizes, or smaller than the backbone's images.
+        MaskLoomError: the dataset is synthetic, or its images are not square, have several sizes or
+            are smaller than the backbone's.
     """
     about, size = contract.description, config.architecture.image_size
     if about.origin != "real":
@@ -176,21 +186,16 @@ def _checked(contract: Contract, config: BackboneConfig) -> Contract:
     height, width = about.image_size
     if height != width or height < size:
         raise MaskLoomError(
-            f"sources: {about.dataset} holds images of {height}x{width}; prepare it with a square data.image_size of {size} or more"
+            f"sources: {about.dataset} holds images of {height}x{width}; "
+            f"prepare it with a square data.image_size of {size} or more"
         )
-    return contract
 
 
-def _sizes(networks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Return the number of parameters of each network, for the card."""
-    return {f"parameters, {name}": f"{sum(p.numel() for p in net.parameters()):,}" for name, net in networks.items()}
-
-
-def _last_losses(config: BackboneConfig) -> dict[str, str]:
+def last_losses(config: BackboneConfig) -> dict[str, str]:
     """Return the last logged loss of each part, for the card."""
     losses = {}
     for name in PARTS:
-        logged = [line["loss"] for line in read_metrics(_logs(config, name) / METRICS_FILE) if "loss" in line]
+        logged = [line["loss"] for line in read_metrics(part_logs(config, name) / METRICS_FILE) if "loss" in line]
         if logged:
             losses[f"last loss, {name}"] = f"{logged[-1]:.4f}"
     return losses

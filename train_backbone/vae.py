@@ -1,7 +1,8 @@
-"""Training the VAE: reconstruction, perceptual similarity, a little KL, and late a patch discriminator for speckle and edges.
+"""Training of the VAE: reconstruction, perceptual distance, a little KL, and a patch discriminator.
 
-The loss is that of latent diffusion's first stage (Rombach et al., 2022; Esser et al., 2021): L1 alone draws the mean of all
-speckle patterns, a grey blur; the perceptual term keeps edges, the discriminator makes texture look like texture.
+The loss is that of the first stage of latent diffusion (Rombach et al., 2022; Esser et al., 2021).
+L1 alone yields the mean of all speckle patterns, a grey blur. The perceptual term keeps edges, and
+the discriminator, which joins late, makes texture realistic.
 """
 
 from collections.abc import Iterator
@@ -34,16 +35,17 @@ class Autoencoder(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            noise: (B, 4, H/8, W/8) standard normal, which draws the latents from the posterior.
+            noise: (B, 4, H/8, W/8) standard normal, to sample latents from the posterior.
         """
         posterior = self.vae.encode(images).latent_dist
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.parameters
 
 
 class PerceptualDistance(nn.Module):
-    """Distance of features of an ImageNet network, after LPIPS (Zhang et al., 2018), with the offline EfficientNet-Lite0.
+    """Distance between ImageNet features, after LPIPS (Zhang et al., 2018).
 
-    Its input is RGB in [-1, 1], which is how that network was trained.
+    The features are those of EfficientNet-Lite0, which needs no download and was trained on RGB in
+    [-1, 1].
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class PerceptualDistance(nn.Module):
         self.network = load_efficientnet_lite0().requires_grad_(False)
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """Return the mean squared distance (a scalar) of channel-normalised features, averaged over five layers."""
+        """Return the mean squared distance of normalised features over five layers, a scalar."""
         with torch.no_grad():
             wanted = self._features(references)
         pairs = zip(self._features(images), wanted, strict=True)
@@ -74,7 +76,10 @@ def unit(features: Tensor) -> Tensor:
 
 
 def new_discriminator() -> nn.Sequential:
-    """Return a PatchGAN (Isola et al., 2017): (B, 3, H, W) -> (B, 1, about H/4, about W/4) scores, high for real."""
+    """Return a PatchGAN (Isola et al., 2017).
+
+    It maps (B, 3, H, W) to scores (B, 1, about H/4, about W/4), high for real images.
+    """
 
     def convolution(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
         return nn.Conv2d(inputs, outputs, kernel_size=4, stride=stride, padding=1)
@@ -88,7 +93,7 @@ def new_discriminator() -> nn.Sequential:
 
 
 class VaeTask(Task):
-    """The autoencoder and, late, the discriminator against it: two optimizers."""
+    """Trains the autoencoder and, from some point on, the discriminator, with an optimizer each."""
 
     def __init__(
         self,
@@ -104,36 +109,36 @@ class VaeTask(Task):
         self.distance = PerceptualDistance().to(accelerator.device)
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Iterator[tuple[str, Tensor]]:
-        """Yield the autoencoder's loss and, once it takes part, the discriminator's (hinge)."""
+        """Yield the autoencoder's loss and, once it takes part, the discriminator's hinge loss."""
         images = random_crops(batch["image"], batch["may_flip"], draws, self.config)
         side = self.config.pixels // 8
         found, moments = self.networks["vae"](images, draws.normal("posterior", (4, side, side)))
         weight = self._adversarial_weight(draws.positions[0])
-        loss = self._likeness(found, images) + self.config.kl_weight * kl_divergence(moments)
+        with self.accelerator.autocast():
+            distance = self.distance(found, images)
+        reconstruction = functional.l1_loss(found.float(), images) + self.config.perceptual_weight * distance
+        loss = reconstruction + self.config.kl_weight * kl_divergence(moments)
         if weight is not None:
             loss = loss - weight * self._frozen_score(found)
         yield "vae", loss
         if weight is not None:
-            yield "discriminator", self._hinge(images, found.detach())
+            discriminate = self.networks["discriminator"]
+            real, fake = discriminate(images).float(), discriminate(found.detach()).float()
+            yield "discriminator", functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()
 
     def row_name(self, index: int) -> str:
         """Return the sample id of a training row."""
         return self.dataset.name(index)  # type: ignore[attr-defined]
 
-    def _likeness(self, found: Tensor, images: Tensor) -> Tensor:
-        with self.accelerator.autocast():
-            distance = self.distance(found, images)
-        return functional.l1_loss(found.float(), images) + self.config.perceptual_weight * distance
-
     def _adversarial_weight(self, samples: int) -> float | None:
-        """Return the discriminator's weight after some samples, or None before it takes part."""
+        """Return the weight of the adversarial loss after `samples`, or None before it starts."""
         start = self.config.adversarial_start
         if start is None or samples < start:
             return None
         return self.config.adversarial_weight * min(1.0, (samples - start) / self.config.adversarial_ramp)
 
     def _frozen_score(self, found: Tensor) -> Tensor:
-        """Return the mean score of reconstructions; its gradient reaches the autoencoder only."""
+        """Return the mean score of reconstructions, with a gradient for the autoencoder only."""
         network = self.accelerator.unwrap_model(self.networks["discriminator"])
         network.requires_grad_(False)
         try:
@@ -142,26 +147,36 @@ class VaeTask(Task):
         finally:
             network.requires_grad_(True)
 
-    def _hinge(self, real: Tensor, found: Tensor) -> Tensor:
-        network = self.networks["discriminator"]
-        return functional.relu(1 - network(real).float()).mean() + functional.relu(1 + network(found).float()).mean()
-
 
 def kl_divergence(moments: Tensor) -> Tensor:
-    """Return the mean KL divergence (nats a latent element) of posteriors with (B, 2C, h, w) moments from N(0, 1)."""
+    """Return the mean KL divergence of posteriors from N(0, 1), in nats per latent element.
+
+    Args:
+        moments: (B, 2C, h, w) mean and log-variance of the posteriors.
+    """
     mean, log_variance = moments.float().chunk(2, dim=1)
     return 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).mean()
 
 
 def latent_statistics(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (C,) of latents drawn from posteriors with (N, 2C, h, w) moments."""
+    """Return mean and standard deviation, (C,) each, of latents sampled from posteriors.
+
+    Args:
+        moments: (N, 2C, h, w) mean and log-variance of the posteriors.
+    """
     mean, log_variance = moments.float().chunk(2, dim=1)
     variance = mean.var(dim=(0, 2, 3)) + log_variance.exp().mean(dim=(0, 2, 3))
     return mean.mean(dim=(0, 2, 3)), variance.sqrt()
 
 
 def normalised_moments(moments: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
-    """Return (N, 2C, h, w) moments of the latents less `centre` over `spread`, both (C,)."""
+    """Return the moments, (N, 2C, h, w), of (latents - centre) / spread.
+
+    Args:
+        moments: (N, 2C, h, w) mean and log-variance of the latents.
+        centre: (C,) to subtract.
+        spread: (C,) to divide by.
+    """
     mean, log_variance = moments.chunk(2, dim=1)
     shape = (1, -1, 1, 1)
     return torch.cat([(mean - centre.view(shape)) / spread.view(shape), log_variance - 2 * spread.log().view(shape)], 1)
@@ -169,16 +184,17 @@ def normalised_moments(moments: Tensor, centre: Tensor, spread: Tensor) -> Tenso
 
 @torch.no_grad()
 def normalise_vae(vae: AutoencoderKL, centre: Tensor, spread: Tensor) -> None:
-    """Rewrite the VAE in place so that its encoder gives `normalised_moments` and its decoder takes them.
+    """Change the VAE in place so that its latents have mean 0 and variance 1 per channel.
 
-    Stable Diffusion divides by one `scaling_factor`, which leaves channels of unlike size and offset. The layers next to the
-    latents are 1x1 convolutions, so both can be put into their weights without changing any reconstruction; the scaling factor
-    is then 1.
+    Stable Diffusion multiplies latents by one `scaling_factor`, which leaves channels with
+    different means and variances. The layers next to the latents are 1x1 convolutions, so the
+    normalisation can be merged into their weights without changing any reconstruction; the scaling
+    factor is then 1.
 
     Args:
-        vae: with `quant_conv` and `post_quant_conv`.
+        vae: has `quant_conv` and `post_quant_conv`.
         centre: (C,) mean of its latents.
-        spread: (C,) their standard deviation.
+        spread: (C,) standard deviation of its latents.
     """
     into, out, channels = vae.quant_conv, vae.post_quant_conv, len(centre)
     out.bias += out.weight[:, :, 0, 0] @ centre

@@ -1,7 +1,8 @@
-"""A small CLIP vocabulary of a few hundred tokens: the words of the prompts, and characters for every other word.
+"""A small CLIP vocabulary of a few hundred tokens: words of the prompts, and single characters.
 
-CLIP's own vocabulary has 49,408 tokens, whose embeddings alone would be larger than the whole small backbone. The format is CLIP's
-(byte pair encoding with `</w>` at the end of a word; `vocab.json`, `merges.txt`), so `CLIPTokenizer` reads it as it reads its own.
+The embeddings of CLIP's own 49,408 tokens would be larger than the whole small backbone. The format
+is CLIP's (byte pair encoding with `</w>` at the end of a word; `vocab.json`, `merges.txt`), so
+`CLIPTokenizer` reads it like its own.
 """
 
 import json
@@ -20,7 +21,7 @@ CLIP_FILES = ("vocab.json", "merges.txt")
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 CHARACTERS = sorted(set(string.ascii_lowercase + string.digits + string.punctuation))
-# Words a user of a medical backbone is likely to type, whether or not a training prompt holds them.
+# Words that users of a medical backbone are likely to type, even if no training prompt has them.
 DOMAIN_TEXT = """
 a an and anterior at axial background benign brain breast bus busi central centre class contrast coronal cyst deep
 elongated enhancement fat finding from glandular gray grey image in inferior irregular large lateral left lesion level
@@ -31,16 +32,17 @@ ultrasound upper view weighted white with without
 
 
 def words_of(texts: Iterable[str]) -> list[str]:
-    """Return the distinct words of some texts as CLIP splits them (lower case, digits apart), sorted."""
+    """Return the distinct words of texts, sorted, in lower case and without digits, as in CLIP."""
     pattern = re.compile(r"[^\W\d_]+")
     return sorted({word for text in texts for word in pattern.findall(text.lower()) if word.isascii()})
 
 
 def train_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the merges of a byte pair encoding in which each of `words` ends as a single token.
+    """Return the merges of a byte pair encoding in which each word becomes a single token.
 
-    The most frequent pair is merged first, the first in the alphabet among equals, until no pair is left: the same words
-    give the same merges, which the library's own multi-threaded trainer does not promise. Sennrich et al., ACL 2016.
+    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units (ACL 2016). The
+    most frequent pair is merged first, ties in alphabetical order, until no pair is left. The same
+    words give the same merges, which the multi-threaded trainer of `tokenizers` does not guarantee.
     """
     spellings = [[*word[:-1], word[-1] + WORD_END] for word in sorted(set(words))]
     merges: list[tuple[str, str]] = []
@@ -52,7 +54,7 @@ def train_merges(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _merged(spelling: list[str], pair: tuple[str, str]) -> list[str]:
-    """Return a spelling with every occurrence of a pair joined, from left to right."""
+    """Return a spelling with every occurrence of a pair merged, from left to right."""
     joined: list[str] = []
     for piece in spelling:
         if joined and (joined[-1], piece) == pair:
@@ -63,12 +65,14 @@ def _merged(spelling: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], model_max_length: int) -> CLIPTokenizer:
-    """Write a tokenizer folder (`vocab.json`, `merges.txt`, `tokenizer_config.json`, `tokenizer.json`) and return it, loaded.
+    """Write a tokenizer folder and return the tokenizer.
 
     Args:
-        folder: made if missing.
+        folder: where to write `vocab.json`, `merges.txt`, `tokenizer_config.json` and
+            `tokenizer.json`; created if missing.
         texts: the prompts to cover besides `DOMAIN_TEXT`.
-        model_max_length: tokens a prompt is padded or cut to, start and end included.
+        model_max_length: number of tokens that prompts are padded or truncated to, with start and
+            end token.
     """
     merges = train_merges(words_of([DOMAIN_TEXT, *texts]))
     tokens = [*CHARACTERS, *(character + WORD_END for character in CHARACTERS), *("".join(pair) for pair in merges)]
@@ -79,7 +83,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], model_max_length: int) -
 
 
 def write_clip_files(folder: Path, vocabulary: dict[str, int], merges: Iterable[tuple[str, str]]) -> None:
-    """Write CLIP's own two files, which transformers 5 no longer writes and transformers 4 needs."""
+    """Write CLIP's two files, which transformers 5 no longer writes and transformers 4 needs."""
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ ArchitectureOption = Annotated[
     list[str] | None,
     typer.Option(
         "--architecture",
-        "--family",  # its name in the first release
+        "--family",  # its older name
         metavar="NAME",
         help="train only this entry of `baselines`; may be repeated",
     ),

@@ -18,8 +18,8 @@ DESCRIPTION = (
     " `plan` (estimate parameters, memory and disk before anything is loaded) and `find-lr` (a learning-rate range test)."
 )
 MEMORY_ADVICE = (
-    "lower train.train_batch_size (and raise train.gradient_accumulation_steps) or data.image_size, or set train.gradient_checkpointing=true "
-    "or train.mixed_precision=bf16; maskloom plan says what fits"
+    "lower train.train_batch_size (and raise train.gradient_accumulation_steps) or data.image_size, "
+    "or set train.gradient_checkpointing=true or train.mixed_precision=bf16; maskloom plan shows what fits"
 )
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the figures as JSON")]
 
@@ -49,7 +49,7 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, max=100_000, help="number of GPUs, with one process each (DDP)")] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Estimate memory and disk space of a training, and name switches that make it fit 24, 16 and 12 GB.
+    """Estimate memory and disk space of a training, and find switches for 24, 16 and 12 GB.
 
     Needs no weights, GPU or dataset.
     """

@@ -252,7 +252,7 @@ def notable_rates(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[fl
 
 
 def end_of_fall(smoothed: Sequence[float]) -> int:
-    """Return the number of losses before one that undoes half of a notable fall; else all of them."""
+    """Return the number of losses before one undoes half of a notable fall, or all of them."""
     first = lowest = smoothed[0]
     for number, loss in enumerate(smoothed):
         lowest = min(lowest, loss)

@@ -34,7 +34,7 @@ def model_card(
     backbone = BackboneSource.of(train).inputs()["backbone"]
     base_model = hub_base_model(backbone)
     colours = ", ".join(f"{name} = rgb{colour}" for name, colour in zip(about.mask_classes, about.palette, strict=True))
-    # diffusers' own `pipe(prompt)` samples as the training did, unless prompts were read in pieces.
+    # `pipe(prompt)` of diffusers encodes prompts as in training, unless they have several chunks.
     chunks = None if kind == "vae" else train.prompt_chunks
     length = load_prompt_encoder(train).length if chunks else 0
     data = ModelCardData(

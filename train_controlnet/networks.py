@@ -1,4 +1,4 @@
-"""The networks of a training: the backbone, a ControlNet and adapters, and which weights are trained."""
+"""The networks of a training: backbone, ControlNet, adapters, and which weights are trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,17 +76,17 @@ class Networks:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Return mean and log-variance of latents, (B, 2C, h, w), of images (B, 3, H, W) in [-1, 1]."""
+        """Return mean and log-variance, (B, 2C, h, w), of images (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
 
     @torch.no_grad()
     def text_states(self, encoder: PromptEncoder, prompts: Sequence[str]) -> Tensor:
-        """Return the text encoder's last hidden states, (B, L, D), over the L tokens of all chunks."""
+        """Return the text encoder's last hidden states, (B, L, D), over L tokens of all chunks."""
         return text_states(self.text_encoder, encoder.tokens(prompts).to(self.text_encoder.device))
 
 
 def load_networks(config: TrainConfig, device: torch.device) -> Networks:
-    """Load the networks to the device: trained weights in float32, frozen ones in `mixed_precision`.
+    """Return the networks on the device: trained weights in float32, others in `mixed_precision`.
 
     Weights that are initialised at random (adapters, layers of a new ControlNet) depend on torch's
     global seed.
@@ -96,7 +96,7 @@ def load_networks(config: TrainConfig, device: torch.device) -> Networks:
             package that is missing.
     """
     source, dtype = BackboneSource.of(config), DTYPES[config.mixed_precision]
-    # In float32 first: weights that will be trained, or copied into trained ones, must not be rounded.
+    # In float32 first: weights that will be trained, or copied into trained ones, are not rounded.
     unet = load_part(source, "unet")
     networks = Networks(
         load_tokenizer(source),

@@ -63,7 +63,7 @@ def load_adapters(networks: Mapping[str, Any], config: TrainConfig) -> None:
 
 
 def read_adapters(file: Path, where: str) -> dict[str, dict[str, Tensor]]:
-    """Return the adapters of each network under PEFT's names, with alpha multiplied into the second matrix.
+    """Return each network's adapters under PEFT's names, alpha multiplied into the second matrix.
 
     Raises:
         MaskLoomError: the file is not a LoRA of Stable Diffusion.
@@ -110,7 +110,7 @@ def _with_alphas(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_noted_alpha(weights: Mapping[str, Tensor], notes: Mapping[str, Any], part: str) -> dict[str, Tensor]:
-    """Return the matrices; each second one is multiplied by alpha / rank from the file's metadata."""
+    """Return the matrices, the second ones multiplied by alpha / rank from the metadata."""
     alpha = notes.get(f"{part}.lora_alpha")
     return {
         key: value * (alpha / value.shape[1]) if alpha is not None and "lora_B" in key else value

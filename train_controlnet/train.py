@@ -151,7 +151,7 @@ def build_task(
 
 
 def delete_older_exports(run: Run, names: Sequence[str]) -> None:
-    """Delete exports of an earlier training that this one does not write: they look like its own."""
+    """Delete weights of an earlier training that would pass for those of this one."""
     for name in EXPORTED:
         if name not in names and OwnedFolder(run.generator / name).is_marked():
             delete_folder(run.generator / name)

@@ -13,4 +13,4 @@ DEFAULTS = (
     "downstream_segmentation",
     "downstream_classification",
 )
-"""The metrics of a configuration that names none, in the order of the table and of the work."""
+"""Metrics that are computed if the configuration names none, in this order."""

@@ -4,4 +4,4 @@ Generators never import each other; networks live in `models`.
 """
 
 DEFAULTS = ("controlnet", "text_only")
-"""The generators of a configuration that names none."""
+"""Generators that are used if the configuration names none."""

@@ -1,7 +1,7 @@
-"""Attention between all places of a feature map.
+"""Self-attention over all positions of a feature map.
 
-Zhang et al., Self-Attention Generative Adversarial Networks (2019): 1 x 1 convolutions to an eighth of the channels, unscaled products, and a gate
-that opens from zero while training.
+Zhang et al., Self-Attention Generative Adversarial Networks (2019): 1 x 1 convolutions to an eighth
+of the channels, unscaled dot products, and a learnt gate that starts at zero.
 """
 
 import torch
@@ -12,7 +12,7 @@ NARROWING = 8
 
 
 class SelfAttention(nn.Module):
-    """(B, channels, H, W) to the same shape; the identity at the start."""
+    """Maps (B, channels, H, W) to the same shape; the identity before training."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -22,10 +22,10 @@ class SelfAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the features and, through the gate, what each place gathered from all others."""
+        """Return the features plus the gated attention over all positions."""
         query, key, value = (
             layer(features).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value)
         )
-        gathered = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
-        places = gathered[:, 0].transpose(1, 2).unflatten(2, features.shape[2:])
-        return features + self.gate * self.out(places)
+        attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+        attended = attended[:, 0].transpose(1, 2).unflatten(2, features.shape[2:])
+        return features + self.gate * self.out(attended)

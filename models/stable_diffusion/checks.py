@@ -1,6 +1,7 @@
-"""Says of a backbone whether it can be trained and sampled here, from its settings and file names alone: no weights are read, no code of its own runs.
+"""Checks that a backbone can be trained and sampled, from its settings and file names alone.
 
-Only what Stable Diffusion 1.x and 2.x consist of is known. Imports no torch.
+Reads no weights, runs no code that comes with a backbone, and imports no torch. Only the parts of
+Stable Diffusion 1.x and 2.x are known.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SCHEDULERS = (
     "UniPCMultistepScheduler",
     "DPMSolverSDEScheduler",
 )
-"""diffusers' schedulers that share Stable Diffusion's noise schedule (its `KarrasDiffusionSchedulers`, but for EDM's)."""
+"""diffusers' `KarrasDiffusionSchedulers`, which share a noise schedule, except for those of EDM."""
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 NOTHING = (None, None)
 COMPONENTS: Mapping[str, set[tuple[str | None, str | None]]] = {
@@ -54,7 +55,7 @@ COMPONENTS: Mapping[str, set[tuple[str | None, str | None]]] = {
     "text_encoder": {("transformers", "CLIPTextModel")},
     "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
     "scheduler": {("diffusers", name) for name in SCHEDULERS},
-    # Not used here, so it may be there.
+    # Not used, so it may be present.
     "safety_checker": {NOTHING, ("stable_diffusion", "StableDiffusionSafetyChecker")},
     "feature_extractor": {
         NOTHING,
@@ -65,9 +66,9 @@ COMPONENTS: Mapping[str, set[tuple[str | None, str | None]]] = {
     },
     "image_encoder": {NOTHING, ("transformers", "CLIPVisionModelWithProjection")},
 }
-"""By name in `model_index.json`: library and class that a component may have."""
-FOREIGN_FILES = {"text_encoder": "adapter_config.json"}  # transformers would load another model on top of it
-VAE_LEVELS = 4  # of a VAE with factor 8
+"""Allowed library and class of each component in `model_index.json`."""
+FOREIGN_FILES = {"text_encoder": "adapter_config.json"}  # transformers would load an adapter into the model
+VAE_LEVELS = 4  # a VAE with downsampling factor 8
 MOST_TOKENS = 4096
 
 
@@ -75,19 +76,22 @@ Attention = Literal["eager", "sdpa", "flash_attention_2"] | None
 
 
 class _Settings(BaseModel):
-    """Settings that matter here; the others are the library's own business."""
+    """The settings that are checked; all others are left to the library."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    auto_map: None = Field(None, description="would name code beside the weights")
+    auto_map: None = Field(None, description="names code next to the weights")
     quantization_config: None = None
-    # Any other name is that of a repository whose code transformers would fetch and run.
+    # transformers would take any other name as a repository, download its code and run it.
     attention: Attention = Field(None, alias="_attn_implementation")
     attn_implementation: Attention = None
 
 
 class _DenoiserSettings(_Settings):
-    """What UNet and ControlNet have in common, with diffusers' defaults: inputs and layers that are not known here are absent."""
+    """Settings common to UNet and ControlNet, with diffusers' defaults.
+
+    Inputs and layers that are not supported must be absent.
+    """
 
     class_embed_type: None = None
     num_class_embeds: None = None
@@ -129,7 +133,7 @@ class ControlNetSettings(_DenoiserSettings):
     @classmethod
     def _makes_factor_8(cls, value: list[int]) -> list[int]:
         if len(value) != VAE_LEVELS:
-            raise ValueError(f"an embedding of factor {2 ** (len(value) - 1)}, not the VAE's 8")
+            raise ValueError(f"an embedding with factor {2 ** (len(value) - 1)}, not 8 as the VAE")
         return value
 
 
@@ -150,7 +154,7 @@ class VaeSettings(_Settings):
     @classmethod
     def _makes_factor_8(cls, value: list[int]) -> list[int]:
         if len(value) != VAE_LEVELS:
-            raise ValueError(f"a VAE of factor {2 ** (len(value) - 1)}, not 8")
+            raise ValueError(f"a VAE with factor {2 ** (len(value) - 1)}, not 8")
         return value
 
 
@@ -177,7 +181,7 @@ class SchedulerSettings(_Settings):
     use_flow_sigmas: Literal[False] = False
 
     @model_validator(mode="after")
-    def _has_a_beta_a_timestep(self) -> Self:
+    def _has_one_beta_per_timestep(self) -> Self:
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps")
         return self
@@ -194,35 +198,40 @@ class TokenizerSettings(_Settings):
     """`tokenizer/tokenizer_config.json`."""
 
     tokenizer_class: Literal["CLIPTokenizer", "CLIPTokenizerFast"] | None = None
-    model_max_length: float | None = Field(None, ge=3, strict=True)  # 10^30 where it is not limited
+    model_max_length: float | None = Field(None, ge=3, strict=True)  # 10^30 means no limit
 
 
 def check_backbone(source: BackboneSource, settings_only: bool = False) -> None:
-    """Check that a backbone is one that can be trained and sampled here, before anything is computed.
+    """Check that a backbone can be trained and sampled, before anything is computed.
 
     Args:
         source: the backbone.
-        settings_only: whether a backbone may be without any weights; where it has some, they must be those that are asked for.
+        settings_only: whether a backbone may have no weights at all; if it has some, they must be
+            the configured ones.
 
     Raises:
-        MaskLoomError: it is not there, lacks a part or its weights, is of another kind, or names code of its own.
+        MaskLoomError: it does not exist, a part or its weights are missing, it is of another kind,
+            or it names code of its own.
     """
-    _check_place(source)
+    check_place(source)
     folder = source.settings_folder()
-    _check_index(folder, source.name)
-    _check_parts(folder, source)
+    check_index(folder, source.name)
+    check_parts(folder, source)
     if source.is_single_file:
-        _check_single_file(source, read_settings(folder / "unet" / SETTINGS["unet"]))
+        check_single_file(source, read_settings(folder / "unet" / SETTINGS["unet"]))
     elif not (settings_only and source.has_no_weights()):
-        _check_weights(source)
+        for part in WEIGHTS:  # of the variant, and whole as far as they are local
+            for name in source.weight_names(part) or []:
+                if source.is_folder and name.endswith(".safetensors"):
+                    check_safetensors(source.path / part / name, KEY)
 
 
-def _check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
-    """Check what can be checked without reading weights.
+def check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
+    """Check a single-file backbone without reading its weights.
 
     Args:
         source: the backbone.
-        unet: the settings that its UNet will have.
+        unet: the settings of its UNet.
 
     Raises:
         MaskLoomError: the file is damaged or of another kind, or a setting does not apply.
@@ -234,8 +243,8 @@ def _check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
     shape = weight_shapes(path).get(FIRST_LAYER, [])
     if len(shape) != 4 or shape[1] != unet.get("in_channels", 4):
         raise MaskLoomError(
-            f"{KEY}={path}: its UNet takes {shape[1] if len(shape) == 4 else 'unknown'} channels, not {unet.get('in_channels', 4)} "
-            "(inpainting, depth and editing models take more); only Stable Diffusion 1.x and 2.x (text to image) can be trained and sampled here"
+            f"{KEY}={path}: its UNet takes {shape[1] if len(shape) == 4 else 'unknown'} channels, "
+            f"not {unet.get('in_channels', 4)} (inpainting, depth and editing models take more); {SUPPORTED}"
         )
     if generation == "sd2" and source.single_file_config is None and source.prediction_type is None:
         raise MaskLoomError(
@@ -245,10 +254,10 @@ def _check_single_file(source: BackboneSource, unet: Mapping[str, Any]) -> None:
 
 
 def check_xformers(key: str) -> None:
-    """Check that xFormers can be used here.
+    """Check that xFormers can be used on this machine.
 
     Args:
-        key: that asks for it.
+        key: the configuration key that asks for it.
 
     Raises:
         MaskLoomError: it is not installed, or there is no GPU.
@@ -261,16 +270,20 @@ def check_xformers(key: str) -> None:
         raise MaskLoomError(f"{key} needs a GPU and none was found; set it to false (SDPA is used then)")
 
 
-def _check_place(source: BackboneSource) -> None:
-    """Check that the name is one of a folder, a file or a repository."""
+def check_place(source: BackboneSource) -> None:
+    """Check that the name is a folder, a .safetensors file or a Hub id.
+
+    Raises:
+        MaskLoomError: it is none of these.
+    """
     name, path = source.name, source.path
     if source.is_folder:
         return
     if source.is_single_file:
         if path.suffix != ".safetensors":
             raise MaskLoomError(
-                f"{KEY}={name}: only .safetensors files are read, for pickles can run code; convert it to safetensors, "
-                "or give a folder in diffusers format"
+                f"{KEY}={name}: only .safetensors files are read, because pickles can run code; "
+                "convert it to safetensors, or give a folder in diffusers format"
             )
     elif looks_local(name) or path.suffix == ".safetensors":
         raise MaskLoomError(
@@ -279,8 +292,12 @@ def _check_place(source: BackboneSource) -> None:
         )
 
 
-def _check_index(folder: Path, name: str) -> None:
-    """Check that `model_index.json` names only classes of Stable Diffusion 1.x and 2.x."""
+def check_index(folder: Path, name: str) -> None:
+    """Check that `model_index.json` names only classes of Stable Diffusion 1.x and 2.x.
+
+    Raises:
+        MaskLoomError: it is missing or names other classes or code of its own.
+    """
     if not (folder / INDEX).is_file():
         missing = [part for part in (INDEX, *PARTS) if not (folder / part).exists()]
         raise MaskLoomError(
@@ -290,26 +307,30 @@ def _check_index(folder: Path, name: str) -> None:
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise MaskLoomError(
-            f"{KEY}={name}: {INDEX} says that it is a {kind if isinstance(kind, str) else 'pipeline of its own'}; {SUPPORTED}"
+            f"{KEY}={name}: {INDEX} says that it is a {kind if isinstance(kind, str) else 'pipeline of its own'}; "
+            f"{SUPPORTED}"
         )
     if "auto_map" in index:
         raise MaskLoomError(
             f"{KEY}={name}: {INDEX} names code of its own (auto_map), which is never run; give a backbone without it"
         )
     for part, value in index.items():
-        if not part.startswith("_") and isinstance(value, list) and _pair(value) not in COMPONENTS.get(part, {NOTHING}):
+        if part.startswith("_") or not isinstance(value, list):
+            continue
+        library_and_class = tuple(item if isinstance(item, str | None) else repr(item) for item in value)
+        if library_and_class not in COMPONENTS.get(part, {NOTHING}):
             raise MaskLoomError(
-                f"{KEY}={name}: {INDEX} names {'.'.join(map(str, value))[:100]} as its {part}; code that a backbone brings is never run, and "
-                f"{SUPPORTED}"
+                f"{KEY}={name}: {INDEX} names {'.'.join(map(str, value))[:100]} as its {part}; "
+                f"code that comes with a backbone is never run, and {SUPPORTED}"
             )
 
 
-def _pair(value: list[Any]) -> tuple[Any, ...]:
-    return tuple(item if isinstance(item, str | None) else repr(item) for item in value)
+def check_parts(folder: Path, source: BackboneSource) -> None:
+    """Check the settings of each part, and that the parts fit each other.
 
-
-def _check_parts(folder: Path, source: BackboneSource) -> None:
-    """Check each part's settings, and that the parts fit each other."""
+    Raises:
+        MaskLoomError: a part is missing or not supported, or two parts do not fit.
+    """
     name = source.name
     needed = PARTS if source.tokenizer_name is None and not source.is_single_file else tuple(SETTINGS)
     missing = [part for part in needed if not (folder / part).exists()]
@@ -320,26 +341,33 @@ def _check_parts(folder: Path, source: BackboneSource) -> None:
     for part, file in FOREIGN_FILES.items():
         if (folder / part / file).exists():
             raise MaskLoomError(
-                f"{KEY}={name}: {part}/{file} would load another model; remove it, or merge the adapter into the weights"
+                f"{KEY}={name}: {part}/{file} would load an adapter; remove it, or merge the adapter into the weights"
             )
-    unet, vae = _read(folder, "unet", UNetSettings, name), _read(folder, "vae", VaeSettings, name)
-    text = _read(folder, "text_encoder", TextSettings, name)
-    _read(folder, "scheduler", SchedulerSettings, name)
+    unet, vae = (
+        read_part_settings(folder, "unet", UNetSettings, name),
+        read_part_settings(folder, "vae", VaeSettings, name),
+    )
+    text = read_part_settings(folder, "text_encoder", TextSettings, name)
+    read_part_settings(folder, "scheduler", SchedulerSettings, name)
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise MaskLoomError(
-            f"{KEY}={name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the VAE's latents have {vae.latent_channels} "
-            f"(inpainting, depth and editing models take more); {SUPPORTED}"
+            f"{KEY}={name}: its UNet takes {unet.in_channels} channels and returns {unet.out_channels}, the VAE's "
+            f"latents have {vae.latent_channels} (inpainting, depth and editing models take more); {SUPPORTED}"
         )
     if unet.cross_attention_dim != text.hidden_size:
         raise MaskLoomError(
-            f"{KEY}={name}: its UNet attends to {unet.cross_attention_dim} values per token, the text encoder gives {text.hidden_size}; "
-            "the parts are of different models"
+            f"{KEY}={name}: its UNet attends to {unet.cross_attention_dim} values per token, the text encoder returns "
+            f"{text.hidden_size}; the parts belong to different models"
         )
-    _check_tokenizer(source, text)
+    check_tokenizer(source, text)
 
 
-def _read(folder: Path, part: str, model: type[Any], name: str) -> Any:
-    """Return a part's settings, checked."""
+def read_part_settings(folder: Path, part: str, model: type[Any], name: str) -> Any:
+    """Return the settings of a part as `model`.
+
+    Raises:
+        MaskLoomError: they are missing or not supported.
+    """
     path = folder / part / SETTINGS[part]
     try:
         return validated(read_settings(path), model, str(path))
@@ -347,8 +375,12 @@ def _read(folder: Path, part: str, model: type[Any], name: str) -> Any:
         raise MaskLoomError(f"{KEY}={name}: {error}; {SUPPORTED}") from None
 
 
-def _check_tokenizer(source: BackboneSource, text: TextSettings) -> None:
-    """Check that there is a tokenizer, that it is CLIP's, and that the text encoder knows its tokens."""
+def check_tokenizer(source: BackboneSource, text: TextSettings) -> None:
+    """Check that there is a CLIP tokenizer whose tokens the text encoder knows.
+
+    Raises:
+        MaskLoomError: there is none, or it does not fit.
+    """
     folder = source.tokenizer_folder()
     where = f"{KEY}={source.name}" if source.tokenizer_name is None else f"{TOKENIZER_KEY}={source.tokenizer_name}"
     settings, whole, words = (folder / name for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json"))
@@ -359,34 +391,28 @@ def _check_tokenizer(source: BackboneSource, text: TextSettings) -> None:
             raise MaskLoomError(f"{where}: {error}; {SUPPORTED}") from None
     if not whole.is_file() and not (words.is_file() and (folder / "merges.txt").is_file()):
         raise MaskLoomError(
-            f"{where}: {folder} holds no tokenizer (vocab.json and merges.txt, or tokenizer.json); give one of CLIP's format"
+            f"{where}: {folder} has no tokenizer (vocab.json and merges.txt, or tokenizer.json); "
+            "give one in CLIP's format"
         )
     vocabulary = read_settings(words) if words.is_file() else (read_settings(whole).get("model") or {}).get("vocab")
     numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
     if not numbers or not all(type(number) is int for number in numbers):
         raise MaskLoomError(
-            f"{where}: {words if words.is_file() else whole} is no vocabulary (word: number); download the tokenizer again"
+            f"{where}: {words if words.is_file() else whole} is no vocabulary (word: number); "
+            "download the tokenizer again"
         )
     if max(numbers) >= text.vocab_size:
         raise MaskLoomError(
-            f"{where}: the tokenizer has {max(numbers) + 1} tokens, the text encoder of {source.name} knows {text.vocab_size}; "
-            "give the tokenizer that belongs to it"
+            f"{where}: the tokenizer has {max(numbers) + 1} tokens, the text encoder of {source.name} knows "
+            f"{text.vocab_size}; give the tokenizer that belongs to it"
         )
 
 
-def _check_weights(source: BackboneSource) -> None:
-    """Check that each part has weights of the variant, whole where they lie on this machine."""
-    for part in WEIGHTS:
-        for name in source.weight_names(part) or []:
-            if source.is_folder and name.endswith(".safetensors"):
-                check_safetensors(source.path / part / name, KEY)
-
-
 def check_safetensors(path: Path, key: str) -> None:
-    """Check that a file is a whole safetensors file; only its header is read.
+    """Check that a file is a complete safetensors file; only its header is read.
 
     Raises:
-        MaskLoomError: it is cut short, or something else.
+        MaskLoomError: it is truncated or another kind of file.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,7 +1,7 @@
-"""Loads the parts of a Stable Diffusion backbone, and networks that were trained here, with errors a user can act on.
+"""Loads the parts of a Stable Diffusion backbone and networks trained by this program.
 
-The one place that reads weights of diffusers' and transformers' models: always safetensors, always of a class that is named here, never
-one that a file names, so that no file can bring code to run.
+The one place that reads weights of models of diffusers and transformers: always safetensors, and
+always a class that is named here instead of in a file, so no file can bring code to run.
 """
 
 from __future__ import annotations
@@ -31,34 +31,31 @@ CONTROLNET_FILES = (
     "diffusion_pytorch_model.safetensors.index.json",
 )
 KINDS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-"""By part: its class."""
-BUFFERS = ("position_ids",)  # older versions saved them
-REST_OF_CLIP = (
-    "vision_model.",
-    "visual_projection.",
-    "text_projection.",
-    "logit_scale",
-)  # beside a text encoder's weights
+"""The class of each part."""
+BUFFERS = ("position_ids",)  # saved by older versions
+# Weights of a whole CLIP beside those of its text encoder.
+REST_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
 def load_part(source: BackboneSource, part: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a network of the backbone, with weights of this type.
+    """Return a network of the backbone.
 
     Args:
         source: the backbone.
         part: `unet`, `vae` or `text_encoder`.
-        dtype: of the weights.
+        dtype: data type of the weights.
 
     Raises:
-        MaskLoomError: the backbone cannot be used here (see `check_backbone`), or the weights do not fit the settings, or are not finite.
+        MaskLoomError: the backbone is not supported (see `check_backbone`), or its weights do not
+            fit the settings or are not finite.
     """
     check_backbone(source)
     if source.is_single_file:
-        network = _load_single_file_part(KINDS[part], source, part).to(dtype)
-        _check_finite(network, f"{KEY}={source.name}: {part}")
+        network = load_single_file_part(KINDS[part], source, part).to(dtype)
+        check_finite(network, f"{KEY}={source.name}: {part}")
         return network
     folder = source.weights_folder() / part
-    return _loaded(
+    return load_pretrained(
         KINDS[part],
         folder,
         f"{KEY}: {source.name}/{part}",
@@ -68,45 +65,47 @@ def load_part(source: BackboneSource, part: str, dtype: torch.dtype = torch.floa
     )
 
 
-def _load_single_file_part(kind: type[Any], source: BackboneSource, part: str) -> Any:
-    """Return a network with the file's weights, in float32.
+def load_single_file_part(kind: type[Any], source: BackboneSource, part: str) -> Any:
+    """Return a network with the weights of a single file, in float32.
 
     Args:
-        kind: its class.
+        kind: the class of the network.
         source: the backbone.
-        part: of `PREFIXES`.
+        part: a key of `PREFIXES`.
 
     Raises:
-        MaskLoomError: weights are missing, or have other shapes than the settings say.
+        MaskLoomError: weights are missing, or their shapes are not those of the settings.
     """
-    with init_empty_weights():  # weights that are drawn at random first would take longer than all the rest
+    with init_empty_weights():  # random initialisation would take longer than all the rest
         network = new_network(kind, source, part)
     try:
         weights = converted_names(part, tensors_under(source.path, PREFIXES[part]), network)
         network.load_state_dict(weights, assign=True)
     except Exception as error:  # the converters raise errors of many kinds; the remedy is the same
         raise MaskLoomError(
-            f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} ({excerpt(error)}); "
-            f"set {SINGLE_FILE_KEY} to the folder or Hub id of a pipeline of the same shape, or give a folder in diffusers format"
+            f"{KEY}={source.name}: its {part} does not fit the settings in {source.settings_folder()} "
+            f"({excerpt(error)}); set {SINGLE_FILE_KEY} to the folder or Hub id of a pipeline of the same shape, "
+            "or give a folder in diffusers format"
         ) from error
     return network.float().eval()
 
 
 def load_noise_schedule(source: BackboneSource, prediction_type: str | None, zero_terminal_snr: bool) -> DDPMScheduler:
-    """Return the noise schedule to train with.
+    """Return the noise schedule of the training.
 
     Args:
         source: the backbone.
-        prediction_type: replaces the backbone's; None keeps it.
-        zero_terminal_snr: whether no signal is left at the last step.
+        prediction_type: the prediction type; None: the backbone's.
+        zero_terminal_snr: whether to rescale the schedule such that no signal is left at the last
+            timestep.
 
     Raises:
         MaskLoomError: zero terminal SNR with a backbone that predicts noise.
     """
     try:
         scheduler = DDPMScheduler.from_config(source.scheduler_settings())
-    except Exception as error:  # whatever the class makes of a wrong setting, the remedy is the same
-        raise _unreadable(
+    except Exception as error:  # a wrong setting raises errors of many kinds; the remedy is the same
+        raise unreadable(
             f"{KEY}={source.name}: scheduler/{SETTINGS['scheduler']}",
             DDPMScheduler,
             error,
@@ -118,27 +117,27 @@ def load_noise_schedule(source: BackboneSource, prediction_type: str | None, zer
         return scheduler
     if scheduler.config.prediction_type == "epsilon":
         raise MaskLoomError(
-            f"train.rescale_betas_zero_snr: {source.name} predicts noise, which says nothing where no signal is left; "
-            "set train.prediction_type=v_prediction"
+            f"train.rescale_betas_zero_snr: {source.name} predicts noise, which carries no information where no signal "
+            "is left; set train.prediction_type=v_prediction"
         )
     return DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
 
 
 def new_network(kind: type[Any], source: BackboneSource, part: str) -> Any:
-    """Return a network of the backbone's shape without its weights; on the meta device where that is torch's default.
+    """Return a network with the backbone's settings and initial weights, on the default device.
 
     Raises:
-        MaskLoomError: the settings do not make one.
+        MaskLoomError: the settings cannot be used.
     """
     path = source.settings_folder() / part / SETTINGS[part]
-    return _built(kind, read_settings(path), f"{KEY}={source.name}: {path}")
+    return build_network(kind, read_settings(path), f"{KEY}={source.name}: {path}")
 
 
 def controlnet_folder(name: str) -> Path:
-    """Return the folder of a ControlNet, after downloading its safetensors where the name is a Hub id.
+    """Return the folder of a ControlNet, downloading its safetensors if the name is a Hub id.
 
     Raises:
-        MaskLoomError: there is none, or it is no ControlNet.
+        MaskLoomError: it does not exist, or it is not a supported ControlNet.
     """
     folder = folder_of(name, None, CONTROLNET_FILES, CONTROLNET_KEY)
     path = folder / "config.json"
@@ -163,7 +162,7 @@ def load_controlnet(name: str) -> ControlNetModel:
     Raises:
         MaskLoomError: it cannot be read.
     """
-    return _loaded(
+    return load_pretrained(
         ControlNetModel,
         controlnet_folder(name),
         f"{CONTROLNET_KEY}: {name}",
@@ -172,39 +171,39 @@ def load_controlnet(name: str) -> ControlNetModel:
 
 
 def new_controlnet(name: str) -> ControlNetModel:
-    """Return a ControlNet of the shape that its settings say, without its weights.
+    """Return a ControlNet with its settings and without its weights.
 
     Raises:
-        MaskLoomError: its settings cannot be read, or do not make one.
+        MaskLoomError: its settings cannot be read or used.
     """
     path = controlnet_folder(name) / "config.json"
-    return _built(ControlNetModel, read_settings(path), f"{CONTROLNET_KEY}: {path}")
+    return build_network(ControlNetModel, read_settings(path), f"{CONTROLNET_KEY}: {path}")
 
 
 def load_trained(kind: type[Any], folder: Path, remedy: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a network that was trained here, from its folder.
+    """Return a network that this program trained, from its folder.
 
     Args:
         kind: a class with `from_pretrained`.
         folder: holds `config.json` and safetensors.
-        remedy: what to do where they cannot be read.
-        dtype: of the weights.
+        remedy: for error messages: what to do if they cannot be read.
+        dtype: data type of the weights.
 
     Raises:
         MaskLoomError: the files are missing or damaged.
     """
-    return _loaded(kind, folder, str(folder), remedy, dtype)
+    return load_pretrained(kind, folder, str(folder), remedy, dtype)
 
 
 def load_schedule(kind: type[Any], folder: Path, remedy: str, **settings: Any) -> Any:
-    """Return a scheduler from the folder that was saved beside networks trained here; see `load_trained`."""
+    """Return a scheduler saved next to trained networks; arguments as in `load_trained`."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
-        raise _unreadable(str(folder), kind, error, remedy) from error
+        raise unreadable(str(folder), kind, error, remedy) from error
 
 
-def _loaded(
+def load_pretrained(
     kind: type[Any],
     folder: Path,
     where: str,
@@ -212,7 +211,12 @@ def _loaded(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> Any:
-    """Return `kind.from_pretrained(folder)`, and refuse weights that are not those of the settings: the libraries would draw them at random."""
+    """Return `kind.from_pretrained(folder)`.
+
+    Raises:
+        MaskLoomError: the folder cannot be read, or weights do not match the settings (the
+            libraries would initialise missing weights at random).
+    """
     silence_loading()
     name = "dtype" if issubclass(kind, transformers.PreTrainedModel) else "torch_dtype"
     try:
@@ -225,20 +229,23 @@ def _loaded(
             **{name: dtype},
         )
     except Exception as error:  # the readers inside raise errors of many kinds; the remedy is the same
-        raise _unreadable(where, kind, error, remedy) from error
-    # A whole CLIP holds an image encoder as well; layers that the settings do not know would be left out without a word.
+        raise unreadable(where, kind, error, remedy) from error
+    # A whole CLIP also has an image encoder. The libraries silently ignore weights of other layers.
     foreign = [key for key in found["unexpected_keys"] if name != "dtype" or not str(key).startswith(REST_OF_CLIP)]
     wrong = sorted(key for key in {*found["missing_keys"], *foreign} if not str(key).endswith(BUFFERS))
     if wrong:
         raise MaskLoomError(
-            f"{where}: its weights are not those that its config.json describes ({len(wrong)} missing or unknown, such as {wrong[0]}); {remedy}"
+            f"{where}: its weights are not those that its config.json describes "
+            f"({len(wrong)} missing or unknown, such as {wrong[0]}); {remedy}"
         )
-    _check_finite(network, where)
+    check_finite(network, where)
     return network
 
 
-def _check_finite(network: torch.nn.Module, where: str) -> None:
-    """Refuse weights that would make every image of them NaN, before anything is computed; takes a tenth of the time of loading them.
+def check_finite(network: torch.nn.Module, where: str) -> None:
+    """Check that all weights are finite: others would make every image NaN.
+
+    This takes a tenth of the time of loading them.
 
     Raises:
         MaskLoomError: a weight is NaN, infinite, or too large for its precision.
@@ -247,35 +254,40 @@ def _check_finite(network: torch.nn.Module, where: str) -> None:
         if values.numel() and not torch.stack(torch.aminmax(values.detach())).isfinite().all():
             raise MaskLoomError(
                 f"{where}: its weights hold NaN or infinite values in {values.dtype} (such as {name}); "
-                "give other weights, or, where they are too large for half precision, set train.mixed_precision=no"
+                "give other weights, or, if they are too large for half precision, set train.mixed_precision=no"
             )
 
 
-def _built(kind: type[Any], settings: dict[str, Any], where: str) -> Any:
-    """Return a network of these settings."""
+def build_network(kind: type[Any], settings: dict[str, Any], where: str) -> Any:
+    """Return a network with these settings and initial weights.
+
+    Raises:
+        MaskLoomError: the settings cannot be used.
+    """
     silence_loading()
     try:
         if issubclass(kind, CLIPTextModel):
             return CLIPTextModel(CLIPTextConfig(**settings))
         return kind.from_config(settings)
-    except Exception as error:  # whatever the classes make of a wrong setting, the remedy is the same
-        raise _unreadable(where, kind, error, "give a folder in diffusers format") from error
+    except Exception as error:  # a wrong setting raises errors of many kinds; the remedy is the same
+        raise unreadable(where, kind, error, "give a folder in diffusers format") from error
 
 
-def _unreadable(where: str, kind: type[Any], error: Exception, remedy: str) -> MaskLoomError:
+def unreadable(where: str, kind: type[Any], error: Exception, remedy: str) -> MaskLoomError:
+    """Return the error for files or settings that a class cannot read."""
     return MaskLoomError(f"{where}: cannot be read as {kind.__name__}: {excerpt(error)}; {remedy}")
 
 
 def silence_loading() -> None:
-    """Keep the libraries' bars over a model's files, and their remark about a new name of an argument, out of the log."""
+    """Silence the libraries' progress bars while loading, and a warning on a renamed argument."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    # The older name is the one that every supported version of diffusers understands.
+    # All supported versions of diffusers accept the older name.
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
 
 
 def use_xformers(*modules: Any) -> None:
-    """Switch modules to xFormers attention.
+    """Enable xFormers attention in modules.
 
     Raises:
         MaskLoomError: xFormers is not installed or cannot run here.
@@ -285,5 +297,6 @@ def use_xformers(*modules: Any) -> None:
             module.enable_xformers_memory_efficient_attention()
     except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
         raise MaskLoomError(
-            f"enable_xformers_memory_efficient_attention: {excerpt(error)}; {install_command('gpu')}, or leave it off (SDPA is used then)"
+            f"enable_xformers_memory_efficient_attention: {excerpt(error)}; {install_command('gpu')}, "
+            "or set it to false (SDPA is used then)"
         ) from None

@@ -1,4 +1,4 @@
-"""How images are sampled from a Stable Diffusion pipeline: the stage `generate`, validation samples and mask adherence all sample so.
+"""Sampling from a Stable Diffusion pipeline, for `generate`, validation and mask adherence alike.
 
 Imports torch and diffusers only where they are needed.
 """
@@ -21,14 +21,15 @@ from maskloom.pipeline.errors import MaskLoomError, excerpt
 if TYPE_CHECKING:
     import torch
 
-# StableDiffusionPipeline or its ControlNet sibling; diffusers builds both lazily, hidden from type checkers.
+# StableDiffusionPipeline or StableDiffusionControlNetPipeline: diffusers imports both lazily, so
+# type checkers do not see them.
 Pipeline = Any
-SLICED_DECODING_PIXELS = 512 * 512  # from here on the VAE decodes image by image: a batch's activations would not fit
+SLICED_DECODING_PIXELS = 512 * 512  # from this size on the VAE decodes image by image, to save memory
 GENERATORS = "generate.generators"
 
 
 class CallOptions(Section):
-    """Options of a generator that change how the pipeline is called; shares of the steps as in diffusers' ControlNet pipeline."""
+    """Options of a generator that are passed to the pipeline; names as in diffusers."""
 
     negative_prompt: str = ""
     control_guidance_start: float = Field(0.0, ge=0, lt=1)
@@ -38,21 +39,23 @@ class CallOptions(Section):
     def _guidance_is_a_range(self) -> Self:
         if self.control_guidance_start >= self.control_guidance_end:
             raise ValueError(
-                f"control_guidance_start={self.control_guidance_start:g} must lie below control_guidance_end={self.control_guidance_end:g}"
+                f"control_guidance_start={self.control_guidance_start:g} must lie below "
+                f"control_guidance_end={self.control_guidance_end:g}"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a pipeline is called.
+    """The arguments of a pipeline call.
 
     Attributes:
-        num_inference_steps: of the scheduler.
-        guidance_scale: of the prompt; up to 1 there is none, and sampling takes half the time.
-        controlnet_conditioning_scale: of the conditioning image.
-        negative_prompt: what the unconditional half of guidance sees.
-        control_guidance_start, control_guidance_end: shares of the steps between which the ControlNet acts.
+        num_inference_steps: number of steps of the scheduler.
+        guidance_scale: scale of classifier-free guidance; at most 1: no guidance, in half the time.
+        controlnet_conditioning_scale: factor of the ControlNet's residuals.
+        negative_prompt: the prompt of the unconditional half of guidance.
+        control_guidance_start, control_guidance_end: the ControlNet acts between these fractions of
+            the steps.
     """
 
     num_inference_steps: int
@@ -64,15 +67,15 @@ class Sampling:
 
     @classmethod
     def of(cls, config: GenerateConfig, options: Mapping[str, Any] | None = None, where: str = GENERATORS) -> Sampling:
-        """Return what the stage `generate` is configured to do.
+        """Return the sampling settings of the stage `generate`.
 
         Args:
-            config: its section.
-            options: of one generator; of these, only those count that change how the pipeline is called.
-            where: the options' key, for messages.
+            config: the section `generate`.
+            options: options of one generator; only those in `CallOptions` are used.
+            where: the configuration key of the options, for messages.
 
         Raises:
-            MaskLoomError: one of these options does not fit.
+            MaskLoomError: one of these options is invalid.
         """
         own = {key: value for key, value in (options or {}).items() if key in CallOptions.model_fields}
         called = validated(own, CallOptions, where).model_dump()
@@ -80,7 +83,7 @@ class Sampling:
 
     @classmethod
     def of_training(cls, config: GenerateConfig, train: TrainConfig) -> Sampling:
-        """Return how the stage `generate` will sample from what is trained.
+        """Return the sampling settings of the stage `generate` for the networks being trained.
 
         Raises:
             MaskLoomError: see `of`.
@@ -89,45 +92,47 @@ class Sampling:
         return cls.of(config, config.generators.get(name), f"{GENERATORS}.{name}")
 
     def but(self, **overrides: Any) -> Sampling:
-        """Return it with those of the values that are not None."""
+        """Return a copy with new values; those that are None are not changed."""
         return replace(self, **{key: value for key, value in overrides.items() if value is not None})
 
 
 def sampling_scheduler(settings: Mapping[str, Any], generate: GenerateConfig, train: TrainConfig, trained: bool) -> Any:
-    """Return the scheduler of `generate.scheduler` with the noise schedule that the networks were trained on.
+    """Return the scheduler of `generate.scheduler` with the noise schedule of the training.
 
     Args:
-        settings: of the backbone's scheduler, as its `scheduler_config.json` has them.
+        settings: settings of the backbone's scheduler, from `scheduler_config.json`.
         generate: names the scheduler.
-        train: says how training changed the backbone's schedule.
-        trained: whether trained weights take part. Without them the backbone's own schedule holds, but for a prediction type that
-            was set while the UNet stayed frozen: it can only correct what the backbone says.
+        train: names the changes of the training to the noise schedule.
+        trained: whether trained weights are used. Without them the backbone's own schedule applies,
+            except for a prediction type that was set although the UNet was frozen: it can only
+            correct the backbone's settings.
     """
     kind, own = solver(generate)
     if train.prediction_type is not None and (trained or unet_is_frozen(train)):
         own["prediction_type"] = train.prediction_type
-    if trained and train.rescale_betas_zero_snr:  # sampling must start where no signal is left, as training did
+    if trained and train.rescale_betas_zero_snr:  # as in training, sampling must start where no signal is left
         own |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     try:
         return kind.from_config(settings, **own)
-    except Exception as error:  # whatever diffusers makes of a wrong setting, the remedy is the same
-        raise _unusable(generate, train, error) from error
+    except Exception as error:  # a wrong setting raises errors of many kinds; the remedy is the same
+        raise unusable_scheduler(generate, train, error) from error
 
 
 def check_sampling(
     settings: Mapping[str, Any], generate: GenerateConfig, train: TrainConfig, trained: bool, steps: Iterable[int]
 ) -> None:
-    """Walk through the steps of the scheduler with a latent of one cell, before hours are spent on what could not be sampled in the end.
+    """Run the scheduler on a latent of one position, so that it does not fail after the training.
 
     Args:
         settings: see `sampling_scheduler`.
-        generate: likewise.
-        train: likewise.
-        trained: likewise.
-        steps: numbers of steps that images will be sampled in.
+        generate: see `sampling_scheduler`.
+        train: see `sampling_scheduler`.
+        trained: see `sampling_scheduler`.
+        steps: each number of inference steps that will be used.
 
     Raises:
-        MaskLoomError: more steps than the noise schedule has, or the scheduler fails with the backbone's settings.
+        MaskLoomError: there are more steps than in the noise schedule, or the scheduler fails with
+            the backbone's settings.
     """
     import torch
 
@@ -135,30 +140,33 @@ def check_sampling(
         scheduler = sampling_scheduler(settings, generate, train, trained)
         if number > scheduler.config.num_train_timesteps:
             raise MaskLoomError(
-                f"generate.num_inference_steps={number}: the backbone's noise schedule has {scheduler.config.num_train_timesteps} steps; give at most so many"
+                f"generate.num_inference_steps={number}: the backbone's noise schedule has "
+                f"{scheduler.config.num_train_timesteps} steps; give at most this number"
             )
         latent = torch.ones(1, 4, 1, 1)
         try:
             scheduler.set_timesteps(number)
             if not all(0 <= timestep < scheduler.config.num_train_timesteps for timestep in scheduler.timesteps):
-                raise ValueError("timesteps that the noise schedule has not")
+                raise ValueError("timesteps outside the noise schedule")
             for timestep in scheduler.timesteps:
                 latent = scheduler.step(latent * 0.1, timestep, latent).prev_sample
         except Exception as error:  # see `sampling_scheduler`
-            raise _unusable(generate, train, error) from error
+            raise unusable_scheduler(generate, train, error) from error
         if not latent.isfinite().all():
-            raise _unusable(generate, train, ValueError(f"{number} steps lead to values that are not finite"))
+            raise unusable_scheduler(generate, train, ValueError(f"{number} steps lead to values that are not finite"))
 
 
-def _unusable(generate: GenerateConfig, train: TrainConfig, error: Exception) -> MaskLoomError:
+def unusable_scheduler(generate: GenerateConfig, train: TrainConfig, error: Exception) -> MaskLoomError:
+    """Return the error for a scheduler that fails with the backbone's settings."""
     return MaskLoomError(
-        f"generate.scheduler={generate.scheduler}: cannot sample with scheduler/scheduler_config.json of {train.pretrained_model_name_or_path} "
-        f"({type(error).__name__}: {excerpt(error)}); choose another scheduler or number of steps, or download the backbone again"
+        f"generate.scheduler={generate.scheduler}: cannot sample with scheduler/scheduler_config.json of "
+        f"{train.pretrained_model_name_or_path} ({type(error).__name__}: {excerpt(error)}); "
+        "choose another scheduler or number of steps, or download the backbone again"
     )
 
 
 def solver(config: GenerateConfig) -> tuple[Any, dict[str, Any]]:
-    """Return diffusers' class for `generate.scheduler`, and the settings that it needs besides those of a noise schedule."""
+    """Return diffusers' class for `generate.scheduler`, and settings beside the noise schedule."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -170,7 +178,7 @@ def solver(config: GenerateConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def unet_is_frozen(train: TrainConfig) -> bool:
-    """Return whether training leaves the UNet as the backbone has it."""
+    """Return whether training does not change the UNet."""
     return train.sd_locked and "unet" not in train.lora
 
 
@@ -183,16 +191,16 @@ def build_pipeline(
     controlnet: Any | None,
     sizes: Sequence[tuple[int, int]],
 ) -> Pipeline:
-    """Return diffusers' pipeline of these parts, without a safety checker: there is none for medical images.
+    """Return diffusers' pipeline without a safety checker, as there is none for medical images.
 
     Args:
-        vae: decodes the latents.
-        text_encoder: reads the prompts.
-        tokenizer: of the text encoder.
-        unet: denoises.
+        vae: the VAE.
+        text_encoder: the text encoder.
+        tokenizer: the tokenizer of the text encoder.
+        unet: the UNet.
         scheduler: from `sampling_scheduler`.
-        controlnet: None where there is none.
-        sizes: (height, width) of the images that will be asked for.
+        controlnet: the ControlNet; None: no ControlNet.
+        sizes: (height, width) of the images to sample, in pixels.
     """
     from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
@@ -227,11 +235,12 @@ def sample(
 
     Args:
         pipe: from `build_pipeline`.
-        embeddings: of the prompts, (1, tokens, width) each, from `prompt_embedding`.
-        unconditional: the embedding of the negative prompt.
+        embeddings: embeddings of the prompts from `prompt_embedding`, each (1, tokens, width).
+        unconditional: the embedding of the negative prompt, (1, tokens, width).
         conditioning: (B, 3, H, W) in 0..1 for a ControlNet; None without one.
-        size: (height, width).
-        noise: one generator per image, on the CPU: the same seed then gives the same image on every device.
+        size: (height, width) in pixels.
+        noise: one random generator per image, on the CPU, so that a seed gives the same noise on
+            every device.
         how: steps and guidance.
     """
     import torch
@@ -259,8 +268,8 @@ def sample(
 
 
 def prompt_embedding(pipe: Pipeline, encoder: PromptEncoder, text: str) -> torch.Tensor:
-    """Return the text encoder's states of one prompt, (1, tokens, width), read as in training.
+    """Return the text encoder's states of one prompt, (1, tokens, width), as in training.
 
-    One prompt at a time, so that an embedding does not depend on which other prompts share its batch.
+    Prompts are encoded one at a time, so an embedding does not depend on the others in its batch.
     """
     return text_states(pipe.text_encoder, encoder.tokens([text]).to(pipe.device))

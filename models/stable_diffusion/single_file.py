@@ -1,6 +1,7 @@
-"""Stable Diffusion's original layout: one `.safetensors` file with UNet, VAE and text encoder, as Stability AI and community sites offer it.
+"""Stable Diffusion's original layout: a single `.safetensors` file with UNet, VAE and text encoder.
 
-The names are translated by diffusers' own converters. Settings and tokenizer are not in the file: see `BackboneSource`. Imports no torch at the top.
+diffusers' own converters translate the names of weights. The file has no settings and no tokenizer;
+see `BackboneSource`. Imports no torch at the top.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from maskloom.models.stable_diffusion.keys import KEY
 from maskloom.pipeline.errors import MaskLoomError
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-"""By part: how its weights' names begin."""
+"""Prefix of the weights' names by part."""
 GENERATIONS = {
     "sd1": "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
     "sd2": "cond_stage_model.model.positional_embedding",
 }
-"""By generation: a weight that only its text encoder has."""
+"""By generation: the name of a weight that only its text encoder has."""
 XL_PREFIX = "conditioner.embedders."
 FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 WITHOUT_PLACE = ("position_ids", "text_projection.weight", "logit_scale")  # of CLIP, unused by Stable Diffusion
@@ -27,25 +28,26 @@ def generation_of(path: Path) -> str:
     """Return `sd1` or `sd2`.
 
     Raises:
-        MaskLoomError: the file is damaged, or holds something else.
+        MaskLoomError: the file is damaged, or is not a Stable Diffusion 1.x or 2.x checkpoint.
     """
     keys = weight_shapes(path)
     absent = [part for part, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in keys)]
     found = next((name for name, key in GENERATIONS.items() if key in keys), None)
     if any(key.startswith(XL_PREFIX) for key in keys):
         raise MaskLoomError(
-            f"{KEY}={path}: a Stable Diffusion XL file; only Stable Diffusion 1.x and 2.x can be trained and sampled here"
+            f"{KEY}={path}: a Stable Diffusion XL file; only Stable Diffusion 1.x and 2.x can be trained and "
+            "sampled here"
         )
     if absent or found is None:
         raise MaskLoomError(
-            f"{KEY}={path}: holds no {', '.join(absent) or 'text encoder'} in Stable Diffusion's original layout; give a whole checkpoint of "
-            "Stable Diffusion 1.x or 2.x, or a folder in diffusers format"
+            f"{KEY}={path}: holds no {', '.join(absent) or 'text encoder'} in Stable Diffusion's original layout; "
+            "give a whole checkpoint of Stable Diffusion 1.x or 2.x, or a folder in diffusers format"
         )
     return found
 
 
 def converted_names(part: str, weights: dict[str, Any], network: Any) -> dict[str, Any]:
-    """Return a part's weights under the names that its class gives them."""
+    """Return the weights of a part under the names of diffusers' or transformers' class."""
     from diffusers.loaders import single_file_utils as converters
 
     if part == "unet":
@@ -65,7 +67,7 @@ def converted_names(part: str, weights: dict[str, Any], network: Any) -> dict[st
 
 
 def weight_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shape of every weight by its name, from the file's header."""
+    """Return the shape of every weight by name, from the header of the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -76,7 +78,7 @@ def weight_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def tensors_under(path: Path, prefix: str) -> dict[str, Any]:
-    """Return the weights whose names begin so."""
+    """Return the weights whose names start with a prefix."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

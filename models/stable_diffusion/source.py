@@ -1,6 +1,6 @@
-"""Which files a Stable Diffusion backbone consists of: a folder, a repository on the Hub, or one original `.safetensors` file.
+"""The files of a Stable Diffusion backbone: a folder, a Hub repository, or a single `.safetensors`.
 
-Every stage asks here, so that all of them read the same files. Imports no torch.
+All stages find the files here, so they read the same ones. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from maskloom.pipeline.files.shipped import shipped
 
 INDEX = "model_index.json"
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""By part that has weights: how their files' names begin."""
+"""Base name of the weight files by part."""
 SETTINGS = {
     "unet": "config.json",
     "vae": "config.json",
     "text_encoder": "config.json",
     "scheduler": "scheduler_config.json",
 }
-"""By part: the file of its settings."""
+"""Name of the settings file by part."""
 PARTS = (*SETTINGS, "tokenizer")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 TOKENIZER_FILES = (
@@ -45,20 +45,22 @@ SETTINGS_FILES = (
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
 )
 ORIGINAL = Path(__file__).parent / "settings"
-"""Settings of Stable Diffusion 1.x and 2.x, for single files, which hold none."""
+"""Settings of Stable Diffusion 1.x and 2.x for single files, which have none."""
 
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """All settings that name a backbone.
+    """The settings that identify a backbone.
 
     Attributes:
-        name: Hub id, folder in diffusers format, or `.safetensors` file in Stable Diffusion's original layout.
+        name: Hub id, folder in diffusers format, or `.safetensors` file in Stable Diffusion's
+            original layout.
         revision: branch, tag or commit on the Hub.
-        variant: of the weights' files, such as `fp16`.
-        tokenizer_name: Hub id or folder; None: the backbone's own.
-        single_file_config: Hub id or folder whose settings and tokenizer a single file takes; None: those of Stable Diffusion 1.x or 2.x.
-        prediction_type: what the configuration says that the UNet predicts; a single file does not.
+        variant: variant of the weight files, such as `fp16`.
+        tokenizer_name: Hub id or folder of the tokenizer; None: the backbone's own.
+        single_file_config: Hub id or folder with settings and tokenizer for a single file; None:
+            those of Stable Diffusion 1.x or 2.x.
+        prediction_type: the configured prediction type, which a single file does not contain.
     """
 
     name: str
@@ -82,24 +84,26 @@ class BackboneSource:
 
     @property
     def path(self) -> Path:
-        """Where it lies on this machine, unless it is on the Hub: as named, or in the package (`assets/nano-sd`)."""
+        """The local path, as named or in the package (`assets/nano-sd`); a Hub id has none."""
         return shipped(Path(self.name))
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder of this machine."""
+        """Whether it is a local folder."""
         return self.path.is_dir()
 
     @property
     def is_single_file(self) -> bool:
-        """Whether it is one file of this machine."""
+        """Whether it is a single local file."""
         return self.path.is_file()
 
     def settings_folder(self) -> Path:
-        """Return the folder with `model_index.json` and the parts' settings; from the Hub only these are downloaded.
+        """Return the folder with `model_index.json` and the settings of the parts.
+
+        From the Hub, only these files are downloaded.
 
         Raises:
-            MaskLoomError: they cannot be downloaded, or a single file is of no known kind.
+            MaskLoomError: they cannot be downloaded, or a single file is of an unknown kind.
         """
         if self.is_folder:
             return self.path
@@ -121,54 +125,60 @@ class BackboneSource:
         return settings
 
     def tokenizer_folder(self) -> Path:
-        """Return the folder with the tokenizer's files.
+        """Return the folder with the files of the tokenizer.
 
         Raises:
-            MaskLoomError: they cannot be downloaded, or a single file is given without a tokenizer.
+            MaskLoomError: they cannot be downloaded, or a single file has no tokenizer.
         """
         if self.tokenizer_name is None:
             folder = self.settings_folder() / "tokenizer"
             if self.is_single_file and not folder.is_dir():
                 raise MaskLoomError(
-                    f"{KEY}={self.name}: a single file holds no tokenizer; set {TOKENIZER_KEY} to a folder with its vocab.json and merges.txt "
-                    f"or to a Hub id (openai/clip-vit-large-patch14 for Stable Diffusion 1.x), or {SINGLE_FILE_KEY} to a pipeline's folder or id"
+                    f"{KEY}={self.name}: a single file holds no tokenizer; set {TOKENIZER_KEY} to a folder with its "
+                    "vocab.json and merges.txt or to a Hub id (openai/clip-vit-large-patch14 for Stable Diffusion 1.x), "
+                    f"or {SINGLE_FILE_KEY} to a pipeline's folder or id"
                 )
             return folder
         return folder_of(self.tokenizer_name, self.revision, TOKENIZER_FILES, TOKENIZER_KEY)
 
     def weight_names(self, part: str) -> list[str] | None:
-        """Return the names of a part's files of weights (an index and its shards, or one file), or None where the Hub cannot be asked.
+        """Return the names of a part's weight files: one file, or an index and its shards.
+
+        Returns:
+            The names, or None if the Hub cannot be reached.
 
         Raises:
-            MaskLoomError: there are none of this variant, or only pickles.
+            MaskLoomError: there are no weights of this variant, or only pickles.
         """
         names = self._names(part)
-        return None if names is None else weight_files(part, names, self.variant, self._reader(part), self.name)
+        return None if names is None else weight_files(part, names, self.variant, self._index_reader(part), self.name)
 
     def has_no_weights(self) -> bool:
-        """Return whether no part has a file of weights, of whatever kind; so is the Hub's cache before the first training."""
+        """Return whether no part has weights, as in the Hub's cache before a training."""
         names = [name for part in WEIGHTS for name in self._names(part) or []]
         return not any(name.endswith(WEIGHT_ENDINGS) for name in names)
 
     def weights_folder(self) -> Path:
-        """Return the folder that all weights are read from; downloads those that are read, and no others.
+        """Return the folder with the weights, downloading only those that are read.
 
         Raises:
-            MaskLoomError: they are not there, or cannot be downloaded.
+            MaskLoomError: weights are missing or cannot be downloaded.
         """
         if self.is_folder:
             return self.path
         wanted = [
-            f"{part}/{name}" for part in WEIGHTS for name in self.weight_names(part) or _any_name(part, self.variant)
+            f"{part}/{name}"
+            for part in WEIGHTS
+            for name in self.weight_names(part) or possible_names(part, self.variant)
         ]
         folder = hub_files(self.name, self.revision, (*SETTINGS_FILES, *wanted), KEY)
-        for part in WEIGHTS:  # a cache that was filled without the network may lack some
+        for part in WEIGHTS:  # a cache filled offline may lack some
             names = {path.name for path in (folder / part).glob("*")}
-            weight_files(part, names, self.variant, self._reader(part), self.name)
+            weight_files(part, names, self.variant, self._index_reader(part), self.name)
         return folder
 
     def files(self) -> list[Path]:
-        """Return the files of this machine that loading reads, as far as they are there; none for a backbone on the Hub."""
+        """Return the existing local files that loading reads; none for a backbone on the Hub."""
         if self.is_single_file:
             settings = self.settings_folder()
             return [self.path, *(settings / part / name for part, name in SETTINGS.items())]
@@ -178,18 +188,22 @@ class BackboneSource:
         found = [folder / INDEX, *(folder / part / name for part, name in SETTINGS.items())]
         for part in WEIGHTS:
             names = self._names(part) or []
-            chosen = _chosen(part, names, self.variant, self._reader(part))
+            chosen = choose_weight_files(part, names, self.variant, self._index_reader(part))
             found += [folder / part / name for name in chosen]
         return [path for path in found if path.is_file()]
 
     def inputs(self) -> dict[str, str]:
-        """Return what identifies the backbone: the content of the files that are read, or the Hub id, revision and variant as text.
+        """Return what identifies the backbone, under the keys of a stage's record.
 
-        The keys are those of a stage's record; `tokenizer` is there where it is not the backbone's own.
+        `backbone` is a digest of the files that are read, or Hub id, revision and variant as text.
+        `tokenizer` exists if the tokenizer is not the backbone's own.
         """
         if self.is_folder or self.is_single_file:
-            read = [*self.files(), *([] if self.tokenizer_name else _tokenizer_files(self._own_tokenizer()))]
-            digest = value_digest([[self._named(path), content_digest(path)] for path in read])
+            settings = self.settings_folder()
+            read = [*self.files(), *([] if self.tokenizer_name else tokenizer_files(settings / "tokenizer"))]
+            # Names in the digest must not depend on where the files lie.
+            names = ["" if path == self.path else path.relative_to(settings).as_posix() for path in read]
+            digest = value_digest([[name, content_digest(path)] for name, path in zip(names, read, strict=True)])
             found = {"backbone": digest}
         else:
             found = {
@@ -197,7 +211,7 @@ class BackboneSource:
             }
         if self.tokenizer_name is not None:
             folder = shipped(Path(self.tokenizer_name))
-            files = [[path.name, content_digest(path)] for path in _tokenizer_files(folder)]
+            files = [[path.name, content_digest(path)] for path in tokenizer_files(folder)]
             found["tokenizer"] = (
                 value_digest(files) if folder.is_dir() else f"{self.tokenizer_name}@{self.revision or 'main'}"
             )
@@ -208,15 +222,8 @@ class BackboneSource:
         found = self.inputs()
         return found["backbone"] if len(found) == 1 else value_digest(found)
 
-    def _own_tokenizer(self) -> Path:
-        return self.settings_folder() / "tokenizer"
-
-    def _named(self, path: Path) -> str:
-        """Return a file's name in a digest, which says nothing of where it lies."""
-        return "" if path == self.path else path.relative_to(self.settings_folder()).as_posix()
-
     def _names(self, part: str) -> Collection[str] | None:
-        """Return the names of the files in a part's folder, or None where the Hub cannot be asked."""
+        """Return the names of the files of a part, or None if the Hub cannot be reached."""
         if self.is_folder:
             return sorted(path.name for path in (self.path / part).glob("*"))
         listed = hub_listing(self.name, self.revision)
@@ -224,77 +231,78 @@ class BackboneSource:
             return None
         return [name.removeprefix(f"{part}/") for name in listed if name.rpartition("/")[0] == part]
 
-    def _reader(self, part: str) -> Callable[[str], Any]:
-        """Return what reads an index of shards in a part's folder."""
-        return lambda name: _index(self.settings_folder() / part / name)
+    def _index_reader(self, part: str) -> Callable[[str], Any]:
+        """Return a function that reads an index of shards in a part's folder."""
+        return lambda name: read_json(self.settings_folder() / part / name, "download the backbone again")
 
 
 def weight_files(
     part: str, names: Collection[str], variant: str | None, read: Callable[[str], Any], where: str
 ) -> list[str]:
-    """Return which files of a part's folder hold its weights: one, or an index and the shards that it names.
+    """Return the names of a part's weight files: one file, or an index and its shards.
 
     Args:
-        part: of `WEIGHTS`.
-        names: of the files that are there.
-        variant: of the weights.
-        read: returns the content of an index.
+        part: a key of `WEIGHTS`.
+        names: names of the files in the part's folder.
+        variant: variant of the weights.
+        read: returns the content of an index by name.
         where: the backbone, for messages.
 
     Raises:
-        MaskLoomError: there are none of this variant, only pickles, or an index that names anything but safetensors beside it.
+        MaskLoomError: there are no weights of this variant, or only pickles, or an index names
+            anything but safetensors next to it.
     """
-    chosen = _chosen(part, names, variant, read)
+    chosen = choose_weight_files(part, names, variant, read)
     bad = [name for name in chosen if not name.endswith((".safetensors", ".json")) or "/" in name or "\\" in name]
     if bad:
         raise MaskLoomError(
-            f"{KEY}={where}: {part}/{chosen[0]} names {bad[0]!r}, which is no .safetensors file beside it; only safetensors are read"
+            f"{KEY}={where}: {part}/{chosen[0]} names {bad[0]!r}, which is no .safetensors file beside it; "
+            "only safetensors are read"
         )
     missing = [name for name in chosen if name not in names]
     if not chosen or missing:
-        raise MaskLoomError(f"{KEY}={where}: {_no_weights(part, names, variant, missing)}")
+        raise MaskLoomError(f"{KEY}={where}: {missing_weights(part, names, variant, missing)}")
     return chosen
 
 
-def _chosen(part: str, names: Collection[str], variant: str | None, read: Callable[[str], Any]) -> list[str]:
-    """Return the files that diffusers (an index first) or transformers (a single file first) reads; shards that are named may be missing."""
-    single, *indices = _any_name(part, variant)
+def choose_weight_files(
+    part: str, names: Collection[str], variant: str | None, read: Callable[[str], Any]
+) -> list[str]:
+    """Return the names of the files that diffusers or transformers would read.
+
+    Shards may be missing. diffusers looks for an index first, transformers for a single file.
+    """
+    single, *indices = possible_names(part, variant)
     index = next((name for name in indices if name in names), None)
     if single in names and (index is None or part == "text_encoder"):
         return [single]
-    return [] if index is None else [index, *sorted(set(_shards(read(index))))]
+    if index is None:
+        return []
+    content = read(index)
+    named = content.get("weight_map") if isinstance(content, dict) else None
+    return [index, *sorted({str(name) for name in named.values()} if isinstance(named, dict) else ())]
 
 
-def _any_name(part: str, variant: str | None) -> list[str]:
-    """Return the names that weights may have: of a single file, and of an index by its new and by its old name."""
+def possible_names(part: str, variant: str | None) -> list[str]:
+    """Return the possible names of weights: a single file, and an index by its new and old name."""
     base, mark = WEIGHTS[part], f".{variant}" if variant else ""
     names = [f"{base}{mark}.safetensors", f"{base}.safetensors.index{mark}.json"]
     return [*names, f"{base}{mark}.safetensors.index.json"] if variant else names
 
 
-def _shards(index: Any) -> list[str]:
-    """Return the files that an index of shards names."""
-    named = index.get("weight_map") if isinstance(index, dict) else None
-    return [str(name) for name in named.values()] if isinstance(named, dict) else []
-
-
-def _index(path: Path) -> Any:
-    return read_json(path, "download the backbone again")
-
-
-def _no_weights(part: str, names: Collection[str], variant: str | None, missing: Sequence[str]) -> str:
-    """Return why a part has no weights that can be read, and what to do."""
+def missing_weights(part: str, names: Collection[str], variant: str | None, missing: Sequence[str]) -> str:
+    """Return why no weights of a part can be read, and what to do."""
     if missing:
         return f"{part}/{missing[0]} is missing, which the index of its shards names; download the backbone again"
-    wanted = _any_name(part, variant)[0]
+    wanted = possible_names(part, variant)[0]
     there = sorted(name for name in names if name.endswith(".safetensors"))
     variants = sorted(
         {name.split(".")[1] for name in there if name.startswith(f"{WEIGHTS[part]}.") and name.count(".") == 2}
     )
     if not there and any(name.endswith(WEIGHT_ENDINGS) for name in names):
         return (
-            f"{part} has no {wanted}, only weights that are not safetensors (pickles can run code and are never opened); convert them: "
-            "pipe = StableDiffusionPipeline.from_pretrained(FOLDER); pipe.save_pretrained(NEW_FOLDER, safe_serialization=True)"
+            f"{part} has no {wanted}, only weights that are not safetensors (pickles can run code and are never opened); "
+            "convert them: pipe = StableDiffusionPipeline.from_pretrained(FOLDER); pipe.save_pretrained(NEW_FOLDER, safe_serialization=True)"
         )
     if variant and f"{WEIGHTS[part]}.safetensors" in there:
         return f"{part} has no {wanted}; set train.variant=null to read {WEIGHTS[part]}.safetensors"
@@ -305,18 +313,19 @@ def _no_weights(part: str, names: Collection[str], variant: str | None, missing:
     return f"{part} has no {wanted}; give a whole Stable Diffusion folder in diffusers format"
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the existing files of a tokenizer."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def looks_local(name: str) -> bool:
-    """Return whether a name cannot be a Hub id, NAMESPACE/NAME, or is that of a place beside an existing folder."""
+    """Return whether a name is no Hub id, NAMESPACE/NAME, or names a file in an existing folder."""
     path = Path(name)
     return "\0" in name or name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir()
 
 
 def folder_of(name: str, revision: str | None, patterns: tuple[str, ...], key: str) -> Path:
-    """Return a folder as it is, or that of a repository's files; see `hub_files`.
+    """Return a local folder, or the folder of a repository's files; see `hub_files`.
 
     Raises:
         MaskLoomError: there is no such folder, or see `hub_files`.
@@ -330,16 +339,17 @@ def folder_of(name: str, revision: str | None, patterns: tuple[str, ...], key: s
 
 @lru_cache(maxsize=64)
 def hub_files(name: str, revision: str | None, patterns: tuple[str, ...], key: str) -> Path:
-    """Return the folder of the Hub's cache that holds the files of a repository, after downloading those that are missing.
+    """Return the folder in the Hub's cache with files of a repository, downloading missing ones.
 
     Args:
         name: Hub id.
         revision: branch, tag or commit.
-        patterns: of the files.
-        key: the configuration key that names it.
+        patterns: patterns of the files.
+        key: the configuration key that names the repository.
 
     Raises:
-        MaskLoomError: it cannot be reached and is not in the cache, or there is no such repository, branch or commit.
+        MaskLoomError: the Hub cannot be reached and the files are not in the cache, or there is no
+            such repository, branch or commit.
     """
     from huggingface_hub import snapshot_download
 
@@ -355,12 +365,12 @@ def hub_files(name: str, revision: str | None, patterns: tuple[str, ...], key: s
 
 @lru_cache(maxsize=64)
 def hub_listing(name: str, revision: str | None) -> tuple[str, ...] | None:
-    """Return the paths of all files in a repository, or None where the Hub cannot be asked."""
+    """Return the paths of all files in a repository, or None if the Hub cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
         return tuple(HfApi().list_repo_files(name, revision=revision))
-    except Exception:  # without the network the cache is all there is; see `hub_files` for errors
+    except Exception:  # offline, only the cache is left; see `hub_files` for errors
         return None
 
 

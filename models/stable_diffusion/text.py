@@ -1,4 +1,4 @@
-"""How a backbone reads prompts: its tokenizer and its text encoder's settings. Reads no weights and imports no torch."""
+"""The tokenizer and the text encoder's settings of a backbone, without weights and torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(source: BackboneSource) -> CLIPTokenizer:
-    """Return the tokenizer; it cuts prompts at the text encoder's length, whatever its own file says.
+    """Return the tokenizer; its maximum length is at most that of the text encoder.
 
     Raises:
         MaskLoomError: it cannot be read.
@@ -31,8 +31,8 @@ def read_tokenizer(folder: Path, where: str) -> CLIPTokenizer:
     """Return the tokenizer in a folder.
 
     Args:
-        folder: holds its files.
-        where: what named the folder, for messages.
+        folder: holds the files of the tokenizer.
+        where: the configuration key of the folder, for messages.
 
     Raises:
         MaskLoomError: it cannot be read.
@@ -48,17 +48,17 @@ def read_tokenizer(folder: Path, where: str) -> CLIPTokenizer:
 
 
 def load_text_settings(source: BackboneSource) -> CLIPTextConfig:
-    """Return the text encoder's settings.
+    """Return the settings of the text encoder.
 
     Raises:
-        MaskLoomError: they are missing, or do not make any.
+        MaskLoomError: they are missing or invalid.
     """
     from transformers import CLIPTextConfig
 
     path = source.settings_folder() / "text_encoder" / SETTINGS["text_encoder"]
     try:
         return CLIPTextConfig(**read_settings(path))
-    except Exception as error:  # whatever transformers makes of a wrong setting, the remedy is the same
+    except Exception as error:  # a wrong setting raises errors of many kinds; the remedy is the same
         raise MaskLoomError(
             f"{KEY}={source.name}: {path} cannot be read as CLIPTextConfig: {excerpt(error)}; "
             "give a folder in diffusers format"

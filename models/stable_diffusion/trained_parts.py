@@ -1,4 +1,7 @@
-"""Which folders of trained weights a configuration leaves in `generator/`, and which it reads; imports nothing of weight."""
+"""The folders of trained weights that a training writes to `generator/`, and those it reads.
+
+Imports no large library.
+"""
 
 from pathlib import Path
 
@@ -6,9 +9,9 @@ from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers calls a LoRA's file."""
+"""diffusers' name of a LoRA file."""
 KOHYA_FILE = "kohya_lora_weights.safetensors"
-"""The same LoRA in kohya's names, for ComfyUI and AUTOMATIC1111."""
+"""The same LoRA under kohya's names, for ComfyUI and AUTOMATIC1111."""
 LORA_KEY = "train.lora_model_name_or_path"
 
 
@@ -16,10 +19,11 @@ EXPORTED = ("controlnet", "unet", "lora", "vae")
 
 
 def exported_names(config: TrainConfig) -> list[str]:
-    """Return the folders' names, each one that a diffusers user loads by itself.
+    """Return the names of the folders, which users of diffusers load one by one.
 
-    `controlnet` (`ControlNetModel.from_pretrained`), `unet` (`UNet2DConditionModel.from_pretrained`; where its decoder was trained), `lora`
-    (`pipe.load_lora_weights`), `vae` (`AutoencoderKL.from_pretrained`; where its decoder was fine-tuned).
+    `controlnet` (`ControlNetModel.from_pretrained`), `lora` (`pipe.load_lora_weights`), `unet` if
+    its decoder is trained (`UNet2DConditionModel.from_pretrained`), and `vae` if its decoder is
+    fine-tuned (`AutoencoderKL.from_pretrained`).
     """
     names = []
     if config.controlnet != "none":
@@ -34,7 +38,7 @@ def exported_names(config: TrainConfig) -> list[str]:
 
 
 def adapter_file(name_or_path: str) -> Path:
-    """Return the weights file that a path names: itself, or the one in a folder.
+    """Return a LoRA's weights file: the path itself, or the file in a folder.
 
     Raises:
         MaskLoomError: there is none, or there are several.
@@ -53,7 +57,7 @@ def adapter_file(name_or_path: str) -> Path:
 
 
 def read_places(train: TrainConfig) -> dict[str, Path | None]:
-    """Return the local files and folders that a training reads besides the dataset, by the key that names them."""
+    """Return the local files and folders that a training reads besides the dataset, by key."""
     named = {
         "train.pretrained_model_name_or_path": train.pretrained_model_name_or_path,
         "train.controlnet_model_name_or_path": train.controlnet_model_name_or_path,

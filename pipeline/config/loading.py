@@ -64,7 +64,7 @@ def read_values(path: Path, overrides: list[str], between: Mapping[str, Any] | N
     """
     values = merged(_with_parents(shipped(path), ()), between or {}, str(path))
     for override in overrides:
-        values = merged(values, _from_override(override), f"override {_shown(override)}")
+        values = merged(values, parsed_override(override), f"override {_shown(override)}")
     return values
 
 
@@ -147,33 +147,30 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _from_override(override: str) -> dict[str, Any]:
-    """Return `key.subkey=value` as nested mappings."""
+def parsed_override(override: str) -> dict[str, Any]:
+    """Return `key.subkey=value` as nested mappings.
+
+    The value is parsed as YAML. Invalid YAML such as `*/images/*.png` is text, as are values that
+    YAML would truncate (` #`, `|`).
+
+    Raises:
+        MaskLoomError: the override is not of this form, or YAML rejects its value.
+    """
     key, sign, text = override.partition("=")
     parts = key.split(".")
     if not sign or override.startswith("-") or not all(part.strip() for part in parts):
         raise MaskLoomError(f"override {_shown(repr(override))}: write key=value, for example train.learning_rate=1e-5")
-    value = _override_value(key, text)
+    value: Any
+    try:
+        try:
+            value = plain_text(text) if TEXT.match(text) else parsed_yaml(text)
+        except NotYaml:
+            value = plain_text(text)
+    except ValueError as error:
+        raise MaskLoomError(f"override {_shown(key)}={_shown(text)}: {error}") from None
     for part in reversed(parts):
         value = {part: value}
     return value
-
-
-def _override_value(key: str, text: str) -> Any:
-    """Return the value of an override, parsed as YAML.
-
-    Invalid YAML such as `*/images/*.png` is text, as are values that YAML would truncate (` #`,
-    `|`).
-    """
-    try:
-        if TEXT.match(text):
-            return plain_text(text)
-        try:
-            return parsed_yaml(text)
-        except NotYaml:
-            return plain_text(text)
-    except ValueError as error:
-        raise MaskLoomError(f"override {_shown(key)}={_shown(text)}: {error}") from None
 
 
 def _kind(value: Any) -> str:

@@ -29,7 +29,7 @@ def mask_attributes(mask: NDArray[np.uint8] | None, mask_classes: Sequence[str])
 
     Returns:
         `size` (small, medium, large), `place` (such as `upper left`), `shape` (round, oval,
-        elongated, irregular) and `mask_classes` (names joined by `and`); empty where there is no
+        elongated, irregular) and `mask_classes` (names joined by `and`); empty if there is no
         foreground.
     """
     if mask is None or not mask.any():

@@ -8,7 +8,7 @@ FOLDERS = ("configs", "assets")
 
 
 def shipped(path: Path) -> Path:
-    """Return where a file or folder lies that may be a shipped one, such as `configs/demo.yaml`.
+    """Return the path of a file or folder that may be shipped, such as `configs/demo.yaml`.
 
     The user's own file, relative to the current folder, takes precedence over a shipped one.
 

@@ -33,7 +33,7 @@ NOTE = (
     "↓ lower is better, ↑ higher is better; numbers in brackets are the ends of an interval. "
     "Trained parameters: of all networks, discriminators too. Training seconds: of the steps, without start-up, "
     "caches, validation and checkpoints. "
-    "Peak memory: while training; of the device where it is a GPU, else of the process."
+    "Peak memory: while training; of the GPU, or else of the process."
 )
 
 

@@ -70,7 +70,12 @@ def check_machine(config: LoopConfig) -> None:
         check(config)
 
 
-def _check_precision(config: LoopConfig) -> None:
+def check_precision(config: LoopConfig) -> None:
+    """Check that there is a GPU if fp16 is configured.
+
+    Raises:
+        MaskLoomError: there is none.
+    """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise MaskLoomError(
             f"{config.section}.mixed_precision=fp16 needs a GPU and none was found; set it to no (or bf16)"
@@ -87,7 +92,12 @@ def check_optimizer(config: LoopConfig) -> None:
         require("bitsandbytes", "gpu", f"{config.section}.use_8bit_adam", "set it to false")
 
 
-def _check_tracker(config: LoopConfig) -> None:
+def check_tracker(config: LoopConfig) -> None:
+    """Check that the configured tracker is installed.
+
+    Raises:
+        MaskLoomError: it is not.
+    """
     name = config.report_to
     if name in ("wandb", "comet_ml") and find_spec(name) is None:
         raise MaskLoomError(
@@ -95,7 +105,7 @@ def _check_tracker(config: LoopConfig) -> None:
         )
 
 
-MACHINE_CHECKS = (_check_precision, check_optimizer, _check_tracker)
+MACHINE_CHECKS = (check_precision, check_optimizer, check_tracker)
 """The checks of `check_machine`. A caller may run each separately, and report all problems at once."""
 
 

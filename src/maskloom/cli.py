@@ -164,9 +164,11 @@ def verify(
 ) -> None:
     """Check that a run or a dataset is unchanged, and that the splits of a dataset share no image.
 
-    For a run, every file that its stages wrote is compared with its digest. For a dataset: files,
-    hashes, rows and pixels; groups in two splits; images in two splits (also near-duplicates if the
-    groups should catch them); contradicting labels.
+    For a run, every file that its stages wrote is compared with its digest.
+
+    For a dataset: files, hashes, rows and pixels; groups in two splits; images
+    in two splits, including near-duplicates if the groups should catch them;
+    contradicting labels.
     """
     from maskloom.pipeline.runs.verification import is_run
 

@@ -50,7 +50,7 @@ def test_prompts_that_are_cut_to_one_text_are_told(
     prepare(config(tmp_path, LONG, str(backbone)), force=False)
     said = capsys.readouterr().err
     assert "prepare: 2 of 2 different prompts are longer than the text encoder reads (46 tokens" in said
-    assert "prepare: WARNING: 2 different prompts become only 1 when they are cut" in said
+    assert "prepare: WARNING: 2 different prompts become only 1 when they are truncated" in said
 
 
 @pytest.mark.parametrize("kind", ["short", "elsewhere", "unreadable"])

@@ -19,11 +19,12 @@ from transformers import CLIPTokenizer
 from maskloom.pipeline.config.loading import load_config
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.training_log import METRICS_FILE, append_metrics
 from maskloom.train_backbone.__main__ import main
 from maskloom.train_backbone.architecture import new_vae
 from maskloom.train_backbone.config import Architecture, BackboneConfig
 from maskloom.train_backbone.images import TrainImages, mirrored_text
-from maskloom.train_backbone.recipe import _tokenizer, train_backbone
+from maskloom.train_backbone.recipe import last_losses, make_tokenizer, train_backbone
 from maskloom.train_backbone.vae import VaeTask, latent_statistics, normalise_vae, normalised_moments
 from maskloom.train_backbone.vocabulary import write_tokenizer
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
@@ -99,6 +100,14 @@ def test_finished_recipe_writes_the_same_weights_again(config: BackboneConfig) -
     assert [file.read_bytes() for file in files] == before
 
 
+def test_the_card_names_the_last_loss_of_each_part_that_logged_one(config: BackboneConfig) -> None:
+    log = config.run_folder / "logs" / "denoiser" / METRICS_FILE
+    log.parent.mkdir(parents=True)
+    for step, figures in enumerate(({"loss": 2.0}, {"loss": 1.0}, {"validation/loss": 3.0})):
+        append_metrics(log, step, figures)
+    assert last_losses(config) == {"last loss, denoiser": "1.0000"}
+
+
 def test_force_deletes_no_checkpoint_that_a_part_goes_on_from(config: BackboneConfig) -> None:
     checkpoint = config.run_folder / "vae" / "checkpoint-1"
     OwnedFolder(config.run_folder).claim()
@@ -111,14 +120,14 @@ def test_force_deletes_no_checkpoint_that_a_part_goes_on_from(config: BackboneCo
 
 def test_prompts_beyond_the_limit_are_told(config: BackboneConfig, capsys: pytest.CaptureFixture[str]) -> None:
     short = config.architecture.model_copy(update={"model_max_length": 5})
-    _tokenizer(config.model_copy(update={"architecture": short}), TrainImages(config.sources), told=True)
+    make_tokenizer(config.model_copy(update={"architecture": short}), TrainImages(config.sources), report=True)
     said = capsys.readouterr().err
     assert (
         "backbone: 2 of 2 different prompts are longer than the text encoder reads (3 tokens; the longest has 5)"
         in said
     )
     assert "Shorten the prompts, or raise architecture.model_max_length" in said
-    _tokenizer(config, TrainImages(config.sources), told=True)
+    make_tokenizer(config, TrainImages(config.sources), report=True)
     assert "different prompts" not in capsys.readouterr().err
 
 

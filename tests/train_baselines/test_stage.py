@@ -166,6 +166,7 @@ MISTAKES = {
     "option": ({"pix2pix": {"l1_wait": 3}}, [], "baselines.pix2pix: unknown key 'l1_wait': did you mean 'l1_weight'?"),
     "value": ({"pix2pix": {"dropout": 1.5}}, [], "baselines.pix2pix: dropout=1.5: Input should be less than 1"),
     "--architecture": ({"pix2pix": {}}, ["--architecture", "pixpix"], "--architecture pixpix: not in `baselines`: "),
+    "--family": ({"pix2pix": {}}, ["--family", "pixpix"], "--architecture pixpix: not in `baselines`: "),
     "precisions": (
         {"pix2pix": {"mixed_precision": "bf16"}, "joint_diffusion": {}},
         [],

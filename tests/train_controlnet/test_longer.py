@@ -89,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Path, backbone: 
         ({"resume_from_checkpoint": "elsewhere"}, "resume_from_checkpoint=elsewhere: no such checkpoint"),
         ({"validation_prompt": ["a"], "validation_image": ["absent.png"]}, r"train\.validation_image: absent\.png cannot be read"),
         ({"validation_prompt": ["a"], "validation_image": ["$SMALL"]}, r"train\.validation_image: .* is 8 x 8, the dataset 32 x 32"),
-        ({"tokenizer_name": "$EMPTY"}, "holds no tokenizer"),
+        ({"tokenizer_name": "$EMPTY"}, "has no tokenizer"),
         ({"pretrained_model_name_or_path": "$EMPTY"}, r"train\.pretrained_model_name_or_path"),
         ({"use_8bit_adam": True}, r"train\.use_8bit_adam needs bitsandbytes"),
         ({"mixed_precision": "fp16"}, r"train\.mixed_precision=fp16 needs a GPU"),

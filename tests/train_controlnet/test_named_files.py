@@ -16,5 +16,5 @@ def test_a_file_of_the_users_stays(tmp_path, capsys, command):
     (tmp_path / "mine.json").write_text("mine")
     with pytest.raises(SystemExit, match=str(EXIT_CODE)):
         main([command, "--config", str(config), "--json", str(tmp_path / "mine.json")])
-    assert f"--json {tmp_path / 'mine.json'}: is there" in capsys.readouterr().err
+    assert f"--json {tmp_path / 'mine.json'}: exists, and is not an earlier" in capsys.readouterr().err
     assert (tmp_path / "mine.json").read_text() == "mine"

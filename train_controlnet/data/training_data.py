@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, tell_cuts
+from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, report_truncation
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
@@ -75,7 +75,7 @@ def prepare_training_data(
     copies = {name: cache.prompts() for name, cache in caches.items()}
     prompts = numbered_prompts({name: views.prompts(copies.get(name, {})) for name, views in splits.items()})
     if accelerator.is_main_process:
-        tell_cuts("train", encoder, [*prompts.unique, *train.validation_prompt])
+        report_truncation("train", encoder, [*prompts.unique, *train.validation_prompt])
     if "text_encoder" in parts.trained():
         text = encoder.tokens(prompts.unique).to(accelerator.device)
     else:

@@ -142,7 +142,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return attention with the signature of `scaled_dot_product_attention`; other arguments take no memory."""
+    """Return attention; other arguments of `scaled_dot_product_attention` take no memory."""
     return FusedAttention.apply(query, key, value)
 
 

@@ -18,7 +18,8 @@ META = torch.device("meta")
 def planned_networks(config: TrainConfig) -> Networks:
     """Return the networks of the training on the meta device, without a tokenizer.
 
-    Compilation and xFormers are switched off: they change the speed of a step, but hardly its memory.
+    Compilation and xFormers are switched off: they change the speed of a step, but hardly its
+    memory.
 
     Raises:
         MaskLoomError: the backbone is not supported, or the ControlNet does not fit it.

@@ -58,8 +58,8 @@ def step_memory(config: TrainConfig, networks: Networks, size: tuple[int, int], 
         config: the section `train`.
         networks: from `planned_networks`.
         size: (height, width) of the images in pixels.
-        gradients_stay: whether gradients of an earlier micro-batch, or their buckets, exist from the
-            start.
+        gradients_stay: whether gradients of an earlier micro-batch, or their buckets, exist from
+            the start.
     """
     task = dry_run_task(config, networks)
     gpu = OnGpu(task.networks.values(), task.dtype)

@@ -204,7 +204,7 @@ class Planner:
         """Return the memory taken the whole time; fast, because no step is run.
 
         Raises:
-            MaskLoomError: the settings of a network cannot be read, or do not fit the configuration.
+            MaskLoomError: the settings of a network cannot be read or do not fit the configuration.
         """
         key = train.model_dump_json()
         if key not in self._fixed:
@@ -215,7 +215,7 @@ class Planner:
         """Return the whole plan.
 
         Raises:
-            MaskLoomError: the settings of a network cannot be read, or do not fit the configuration.
+            MaskLoomError: the settings of a network cannot be read or do not fit the configuration.
         """
         key = train.model_dump_json()
         if key not in self._plans:
@@ -258,7 +258,7 @@ class Planner:
         return self._validation_peaks[key]
 
     def _cache(self, train: TrainConfig, networks: Networks) -> CachePlan:
-        """Return the size of the caches; prompts that augmented copies may add are not known yet."""
+        """Return the size of the caches, without prompts that augmented copies may add."""
         item = DTYPES[train.mixed_precision].itemsize
         channels, *rest = latent_shape(networks, self.image_size)
         text, prompt_bytes = networks.text_encoder.config, 0

@@ -130,7 +130,7 @@ def prompt_lines(train: TrainConfig, dataset: MaskPromptDataset) -> list[str]:
         encoder = load_prompt_encoder(train)
     except MaskLoomError as error:
         return [f"prompts: not checked ({error})"]
-    cuts = encoder.cuts([*training_prompts(dataset, train.max_train_samples), *train.validation_prompt])
+    cuts = encoder.truncation([*training_prompts(dataset, train.max_train_samples), *train.validation_prompt])
     whole = f"none of {cuts.prompts} is truncated, the longest has {cuts.longest} of {cuts.room} tokens"
     return [f"prompts: {line}" for line in cuts.lines() or [whole]]
 

@@ -44,12 +44,12 @@ class SampleRequest:
 
 
 def validation_sampling(config: ExperimentConfig) -> Sampling:
-    """Return the sampling settings of the stage `generate` for what is trained."""
+    """Return the sampling settings of `generate` for the networks being trained."""
     return Sampling.of_training(config.generate, config.fine_tuning)
 
 
 def adherence_sampling(config: ExperimentConfig) -> Sampling:
-    """Return the same settings, except for those that `train.adherence` overrides."""
+    """Return the sampling settings of `generate` with the overrides of `train.adherence`."""
     options = config.fine_tuning.adherence
     assert options is not None
     return validation_sampling(config).but(

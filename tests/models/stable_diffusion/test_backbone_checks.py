@@ -78,7 +78,7 @@ def written(name: str, text: str) -> Callable[[Path], None]:
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     # code of its own
-    "scheduler of its own": (index(scheduler=["planted", "Planted"]), r"names planted\.Planted as its scheduler; code that a backbone brings is never run"),
+    "scheduler of its own": (index(scheduler=["planted", "Planted"]), r"names planted\.Planted as its scheduler; code that comes with a backbone is never run"),
     "component of a module path": (index(vae=["os.path", "join"]), r"names os\.path\.join as its vae"),
     "further component": (index(helper=["helper", "Helper"]), r"names helper\.Helper as its helper"),
     "component of a third library": (index(unet=["onnxruntime", "OnnxModel"]), "as its unet"),
@@ -96,7 +96,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         f"{key} of the text encoder": (settings("text_encoder", **{key: "planted/kernel"}), f"{key}='planted/kernel'")
         for key in ("_attn_implementation", "attn_implementation")
     },
-    "adapter on the text encoder": (written("text_encoder/adapter_config.json", "{}"), r"text_encoder/adapter_config\.json would load another model"),
+    "adapter on the text encoder": (written("text_encoder/adapter_config.json", "{}"), r"text_encoder/adapter_config\.json would load an adapter"),
     # settings that fail later
     "fewer betas than timesteps": (settings("scheduler", trained_betas=[0.1] * 10), "10 trained_betas for 1000 timesteps"),
     "a shift that is text": (settings("unet", freq_shift="x"), "freq_shift='x'"),
@@ -114,9 +114,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         )
     },
     "two text encoders": (index(text_encoder_2=["transformers", "CLIPTextModelWithProjection"]), "as its text_encoder_2"),
-    "inpainting": (settings("unet", in_channels=9), "takes 9 channels and gives 4, the VAE's latents have 4"),
+    "inpainting": (settings("unet", in_channels=9), "takes 9 channels and returns 4, the VAE's latents have 4"),
     "editing": (settings("unet", in_channels=8), "takes 8 channels"),
-    "variance": (settings("unet", out_channels=8), "gives 8"),
+    "variance": (settings("unet", out_channels=8), "returns 8"),
     "latents of 16 channels": (settings("vae", latent_channels=16), "latents have 16"),
     "classes": (settings("unet", class_embed_type="projection"), "class_embed_type='projection'"),
     "numbered classes": (settings("unet", num_class_embeds=10), "num_class_embeds=10"),
@@ -128,12 +128,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "quantised": (settings("unet", quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
     "another UNet": (settings("unet", _class_name="UNet3DConditionModel"), "_class_name='UNet3DConditionModel'"),
     "another VAE": (settings("vae", _class_name="AsymmetricAutoencoderKL"), "_class_name='AsymmetricAutoencoderKL'"),
-    "VAE of factor 4": (settings("vae", block_out_channels=[8, 8, 16]), "a VAE of factor 4, not 8"),
-    "VAE of factor 16": (settings("vae", block_out_channels=[8] * 5), "a VAE of factor 16, not 8"),
+    "VAE of factor 4": (settings("vae", block_out_channels=[8, 8, 16]), "a VAE with factor 4, not 8"),
+    "VAE of factor 16": (settings("vae", block_out_channels=[8] * 5), "a VAE with factor 16, not 8"),
     "VAE of grey images": (settings("vae", in_channels=1), "in_channels=1"),
     "VAE with a shift": (settings("vae", shift_factor=0.06), "shift_factor=0.06"),
     "another text encoder": (settings("text_encoder", model_type="t5"), "model_type='t5'"),
-    "text encoder of another width": (settings("text_encoder", hidden_size=48), "attends to 32 values per token, the text encoder gives 48"),
+    "text encoder of another width": (settings("text_encoder", hidden_size=48), "attends to 32 values per token, the text encoder returns 48"),
     "flow matching": (settings("scheduler", _class_name="FlowMatchEulerDiscreteScheduler"), "_class_name='FlowMatchEulerDiscreteScheduler'"),
     "unknown noise schedule": (settings("scheduler", beta_schedule="laplace"), "beta_schedule='laplace'"),
     "betas that are none": (settings("scheduler", trained_betas=[0.1, 2.0]), "trained_betas"),
@@ -147,8 +147,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no index": (removed("model_index.json"), r"model_index\.json missing"),
     "no VAE": (removed("vae"), "vae missing"),
     "no settings": (removed("unet/config.json"), r"unet/config\.json: no such file"),
-    "no vocabulary": (removed("tokenizer/vocab.json", "tokenizer/tokenizer.json"), "holds no tokenizer"),
-    "no merges": (removed("tokenizer/merges.txt", "tokenizer/tokenizer.json"), "holds no tokenizer"),
+    "no vocabulary": (removed("tokenizer/vocab.json", "tokenizer/tokenizer.json"), "has no tokenizer"),
+    "no merges": (removed("tokenizer/merges.txt", "tokenizer/tokenizer.json"), "has no tokenizer"),
     "vocabulary of another model": (written("tokenizer/vocab.json", '{"a": 5000}'), "the tokenizer has 5001 tokens"),
     "vocabulary that is none": (written("tokenizer/vocab.json", '{"a": "b"}'), "is no vocabulary"),
     "no weights": (removed("unet/diffusion_pytorch_model.safetensors"), r"unet has no diffusion_pytorch_model\.safetensors; give a whole"),
@@ -374,7 +374,7 @@ def test_a_tokenizer_without_marks_is_refused_and_a_broken_limit_rounded(backbon
     assert tokenizer.model_max_length == 10
     text = load_text_settings(BackboneSource(str(backbone)))
     change(backbone / "tokenizer" / "tokenizer_config.json", pad_token=None)
-    with pytest.raises(MaskLoomError, match="lacks the mark"):
+    with pytest.raises(MaskLoomError, match="lacks a special token"):
         PromptEncoder.of(load_tokenizer(BackboneSource(str(backbone))), text, None)
 
 
@@ -388,7 +388,7 @@ def test_a_noise_schedule_that_the_training_cannot_read(backbone: Path) -> None:
     ("values", "named"),
     [
         ({"conditioning_channels": 1}, "conditioning_channels=1"),
-        ({"conditioning_embedding_out_channels": [16, 32, 96]}, "an embedding of factor 4, not the VAE's 8"),
+        ({"conditioning_embedding_out_channels": [16, 32, 96]}, "an embedding with factor 4, not 8 as the VAE"),
         ({"global_pool_conditions": True}, "global_pool_conditions=True"),
         ({"controlnet_conditioning_channel_order": "x"}, "controlnet_conditioning_channel_order='x'"),
         ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from maskloom.models.stable_diffusion.prompt_encoding import (
     PromptEncoder,
     load_prompt_encoder,
-    tell_cuts,
+    report_truncation,
     text_states,
     training_prompts,
 )
@@ -66,7 +66,7 @@ def test_pieces_are_read_one_by_one_and_joined(backbone: Path) -> None:
 
 
 def test_cut_prompts_are_counted_with_an_example_and_what_becomes_the_same(backbone: Path) -> None:
-    cuts = encoder(backbone).cuts([DISC, SQUARE, "a disc", DISC])
+    cuts = encoder(backbone).truncation([DISC, SQUARE, "a disc", DISC])
     assert (cuts.prompts, cuts.room, cuts.longest, cuts.chunks_needed) == (3, 46, 54, 2)
     assert cuts.lost == {DISC: "ef disc", SQUARE: "ef square"}
     assert cuts.merged == [[DISC, SQUARE]]
@@ -79,18 +79,18 @@ def test_cut_prompts_are_counted_with_an_example_and_what_becomes_the_same(backb
 
 
 def test_one_cut_prompt_alone_is_no_warning_and_equal_words_no_cut(backbone: Path) -> None:
-    assert len(encoder(backbone).cuts([DISC, "a disc"]).lines()) == 1
-    assert encoder(backbone).cuts(["A Disc", "a disc"]).lines() == []  # CLIP reads small letters; nothing is lost
-    assert encoder(backbone).cuts([]).lines() == []
+    assert len(encoder(backbone).truncation([DISC, "a disc"]).lines()) == 1
+    assert encoder(backbone).truncation(["A Disc", "a disc"]).lines() == []  # CLIP reads small letters; nothing is lost
+    assert encoder(backbone).truncation([]).lines() == []
     whole, longer = "x " * 46, "x " * 47
-    assert encoder(backbone).cuts([whole, longer]).merged == [[whole, longer]]  # the shorter one is read whole
+    assert encoder(backbone).truncation([whole, longer]).merged == [[whole, longer]]  # the shorter one is read whole
 
 
 def test_chunks_that_suffice_leave_nothing_to_tell(backbone: Path) -> None:
-    assert encoder(backbone, 2).cuts([DISC, SQUARE]).lines() == []
+    assert encoder(backbone, 2).truncation([DISC, SQUARE]).lines() == []
     assert encoder(backbone, 2).is_cut("x" * 92) is False
     assert encoder(backbone, 2).is_cut("x" * 93) is True
-    (line,) = encoder(backbone).cuts(["x" * 46 * 9]).lines()
+    (line,) = encoder(backbone).truncation(["x" * 46 * 9]).lines()
     assert line.endswith("Shorten the prompts")  # no setting would do
 
 
@@ -141,5 +141,5 @@ def test_the_prompts_of_a_dataset_are_those_that_training_reads(tmp_path: Path) 
 def test_telling_says_whether_it_did(
     backbone: Path, capsys: pytest.CaptureFixture[str], prompts: Sequence[str], told: bool
 ) -> None:
-    assert tell_cuts("train", encoder(backbone), prompts) is told
+    assert report_truncation("train", encoder(backbone), prompts) is told
     assert ("train: 1 of 1 different prompts" in capsys.readouterr().err) is told
