@@ -55,6 +55,7 @@ def test_the_bytes_of_a_file(tmp_path: Path) -> None:
         "key": "k",
         "inputs": {"real": "r"},
         "options": {"tiny": 1e-12},
+        "case_rows": 0,
         "question": "Q?",
         "verdict": "V.",
         "headline": False,
