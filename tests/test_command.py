@@ -16,7 +16,7 @@ from tests.pipeline import fake_run
 from tests.tiny_datasets import write_tiny_run
 
 WANTED = (
-    "prepare train baselines generate evaluate report run status verify inspect plan find-lr sweep export combine push "
+    "prepare train baselines generate evaluate compare report run status verify inspect plan find-lr sweep export combine push "
     "doctor demo merge"
 )
 RUNNER = CliRunner()
