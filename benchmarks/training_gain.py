@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maskloom.evaluate.evaluate import verified_inputs
+from maskloom.evaluate.feature_cache import Features
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
 from maskloom.evaluate.scores.frechet import frechet_distance
 from maskloom.generate.conditions import ConditionReader
@@ -31,8 +32,6 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_baselines.train import train_baselines
-
-Features = NDArray[np.float64]
 
 
 def untrained_features(config: ExperimentConfig, run: Run, name: str, extractor: Extractor) -> Features:

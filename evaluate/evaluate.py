@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from maskloom.evaluate.downstream.cases import CASES_FILE, DownstreamResult, EvaluationCases
+from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
 from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor
 from maskloom.models.stable_diffusion.source import BackboneSource
@@ -67,14 +68,18 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     if stage.skips(force):
         return
     if config.train is not None:
-        check_places(read_places(config.train), [run.evaluation, run.logs("evaluate")])
+        check_places(read_places(config.train), [run.evaluation, run.features, run.logs("evaluate")])
     answers = OwnedFolder(run.evaluation)
     answers.check()
+    cache = FeatureCache(run.features)
+    cache.check()
     for question in questions:
         answers.check_name(f"{question.name}.json")
     inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
         answers.claim()
+        cache.keep_only(digests.values())
+        inputs.feature_cache = cache
         asked = {question.name for question in questions}  # the report shows whatever else lies there
         answers.remove([name for name in answers.files() if name != CASES_FILE and _question_of(name) not in asked])
         cases = EvaluationCases.of(answers, asked)

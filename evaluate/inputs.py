@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -135,6 +136,7 @@ class EvaluationInputs:
         backbone: the configured backbone; None if none is fine-tuned.
         seed: seed of all random numbers.
         externals: external test sets by the name of the dataset that they come from.
+        feature_cache: keeps the features of image sets on disk; None keeps them in memory only.
     """
 
     real: MaskPromptDataset
@@ -145,6 +147,7 @@ class EvaluationInputs:
     backbone: BackboneSource | None
     seed: int
     externals: dict[str, ImageSet] = field(default_factory=dict)
+    feature_cache: FeatureCache | None = None
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property

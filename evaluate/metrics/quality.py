@@ -42,10 +42,10 @@ class Featured:
     """An image set with its features (N, D) and groups."""
 
     name: str
-    features: NDArray[np.float64]
+    features: NDArray[np.floating]
     groups: list[str]
 
-    def drawn(self, count: int, random: np.random.Generator) -> NDArray[np.float64]:
+    def drawn(self, count: int, random: np.random.Generator) -> NDArray[np.floating]:
         """Return the features of `count` random images."""
         return self.features[random.choice(len(self.features), count, replace=False)]
 

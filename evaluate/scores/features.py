@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
+from maskloom.evaluate.feature_cache import Features
 from maskloom.evaluate.inputs import EvaluationInputs, Images, ImageSet
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.bounds import Side
@@ -76,25 +76,35 @@ def load_extractor(inputs: EvaluationInputs, options: ExtractorOptions) -> Extra
     return extractor
 
 
-def set_features(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSet) -> NDArray[np.float64]:
-    """Return the features of all images of a set, (N, D), computed once."""
-    key = ("features", extractor.name, extractor.side, image_set.name)
-    features: NDArray[np.float64] = inputs.once(
-        key, lambda: batch_features(extractor, image_set.batches("image"), inputs.device)
-    )
+def set_features(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSet) -> Features:
+    """Return the features of all images of a set, (N, D) float32.
+
+    They are computed once, and kept on disk where the inputs have a cache.
+    """
+    cache, depends_on = inputs.feature_cache, [extractor.name, extractor.digest, extractor.side, inputs.device]
+
+    def compute() -> Features:
+        return batch_features(extractor, image_set.batches("image"), inputs.device)
+
+    def cached() -> Features:
+        if cache is None or not len(image_set):
+            return compute()
+        return cache.features(image_set.dataset.digest, image_set.split, depends_on, compute)
+
+    features: Features = inputs.once(("features", *depends_on, image_set.name), cached)
     return features
 
 
-def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]], device: str) -> NDArray[np.float64]:
-    """Return the features, (N, D), of batches of (H, W) or (H, W, 3) uint8 images."""
+def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]], device: str) -> Features:
+    """Return the features, (N, D) float32, of batches of (H, W) or (H, W, 3) uint8 images."""
     import torch
 
     found = []
     with torch.inference_mode():
         for batch in batches:
             pixels = torch.from_numpy(np.stack([array for array in batch if array is not None])).to(device)
-            found.append(extractor.features(_as_rgb(pixels, extractor.side)).double().cpu().numpy())
-    return np.concatenate(found) if found else np.zeros((0, 1))
+            found.append(extractor.features(_as_rgb(pixels, extractor.side)).float().cpu().numpy())
+    return np.concatenate(found) if found else np.zeros((0, 1), dtype=np.float32)
 
 
 def _as_rgb(pixels: Tensor, side: int) -> Tensor:

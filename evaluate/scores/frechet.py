@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from maskloom.evaluate.scores.statistics import group_index, jackknife_interval
 from maskloom.pipeline.results import Interval
 
-Features = NDArray[np.float64]
+Floats = NDArray[np.float64]
+Features = NDArray[np.floating]
 
 
 def frechet_distance(left: Features, right: Features) -> float:
@@ -29,13 +30,13 @@ def frechet_distance(left: Features, right: Features) -> float:
     """
     left_root, right_root = _covariance_root(left), _covariance_root(right)
     overlap = np.linalg.svd(left_root @ right_root.T, compute_uv=False).sum()
-    shift = np.sum((left.mean(axis=0) - right.mean(axis=0)) ** 2)
+    shift = np.sum((left.mean(axis=0, dtype=np.float64) - right.mean(axis=0, dtype=np.float64)) ** 2)
     return float(max(0.0, shift + np.sum(left_root**2) + np.sum(right_root**2) - 2 * overlap))
 
 
-def _covariance_root(features: Features) -> Features:
+def _covariance_root(features: Features) -> Floats:
     """Return R, at most (D, D), such that R'R is the sample covariance."""
-    centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
+    centred = (features - features.mean(axis=0, dtype=np.float64)) / np.sqrt(len(features) - 1)
     if len(centred) <= centred.shape[1]:
         return centred
     return np.asarray(np.linalg.qr(centred, mode="r"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Features = NDArray[np.float64]
+Features = NDArray[np.floating]
 LARGEST_SUBSET = 1000
 
 
@@ -36,6 +36,7 @@ def squared_discrepancy(left: Features, right: Features) -> float:
 
     Gretton et al. 2012, eq. 3.
     """
+    left, right = left.astype(np.float64), right.astype(np.float64)
     within = [
         (kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)) for x in (left, right) for kernel in [_kernel(x, x)]
     ]

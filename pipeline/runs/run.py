@@ -11,7 +11,8 @@ from maskloom.pipeline.files.reading import inside
 from maskloom.pipeline.runs.training_log import METRICS_FILE
 
 RECORD_FILE, CONFIG_FILE = "stage.json", "config.yaml"
-PARTS = (CONFIG_FILE, "dataset", "generator", "baselines", "synthetic", "evaluation", "report.html")  # logs only grow
+# Logs only grow.
+PARTS = (CONFIG_FILE, "dataset", "generator", "baselines", "synthetic", "evaluation", "cache", "report.html")
 STAGES = ("prepare", "train", "baselines", "generate", "evaluate", "report")
 SHOWN_LOGS = (METRICS_FILE, "images/*.png")  # of a training, below its logs
 
@@ -86,6 +87,11 @@ class Run:
     def evaluation(self) -> Path:
         """One JSON file per question."""
         return self.folder / "evaluation"
+
+    @property
+    def features(self) -> Path:
+        """Features of images, kept from one evaluation to the next; they can be deleted."""
+        return self.folder / "cache" / "features"
 
     @property
     def report(self) -> Path:
