@@ -2,7 +2,7 @@
 
 What is compared, for each arm, test set and score:
 
-1. Models are paired by seed; arms that share no seed are paired in ascending order of their seeds.
+1. Models are matched by seed; arms that share no seed are matched in ascending order of their seeds.
 2. A seed for which one of the two arms has no defined value (its training failed) is left out of
    both. Then a case that is not defined in a remaining seed of either arm is left out of all.
    Neither depends on an order.
@@ -57,6 +57,7 @@ class Comparison:
         effective_cases: number of independent cases that would vary as much.
         groups, cases, seeds: numbers that the figures rest on. For scores that average over
             classes, `groups` is that of the class with the fewest.
+        paired_seeds: whether models of equal seeds err alike, so that seeds were paired.
         by_seed: the difference at each seed.
         left_out_cases, left_out_seeds: numbers of cases, and of pairs of seeds, that were not defined.
     """
@@ -78,6 +79,7 @@ class Comparison:
     groups: int
     cases: int
     seeds: int
+    paired_seeds: bool
     by_seed: tuple[float, ...]
     left_out_cases: int
     left_out_seeds: int
@@ -189,6 +191,7 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> C
         groups=supporting_groups(pair, score),
         cases=values.shape[1],
         seeds=pair.seeds,
+        paired_seeds=effect is not None and effect.paired_seeds,
         by_seed=tuple(values.mean(axis=1).tolist()) if values.size else (),
         left_out_cases=pair.left_out_cases,
         left_out_seeds=pair.left_out_seeds,

@@ -13,10 +13,11 @@ The variance of the difference of two means is the sum of two estimates:
   and bootstrap methods for cluster-robust inference') of the paired differences, made unbiased, with
   degrees of freedom, for groups of these sizes (Bell and McCaffrey 2002; the intraclass correlation
   is estimated);
-- seeds: the variance of each arm's seed means (Welch 1947), less what the rest alone contributes to
-  it (Cameron, Gelbach and Miller 2011, 'Robust inference with multiway clustering'). Seeds are not
-  paired: equal seeds in two arms do not make equal luck, and two arms give more degrees of freedom
-  than their difference.
+- seeds: the variance of the seeds' means, less what the rest alone contributes to it (Cameron,
+  Gelbach and Miller 2011, 'Robust inference with multiway clustering'). Where models of equal seeds
+  err alike in both arms, it is that of their differences. Otherwise it is the sum of both arms'
+  variances (Welch 1947), which has up to twice the degrees of freedom. The choice rests on the rest
+  alone, which says nothing of the seeds' means, so that it does not favour small variances.
 
 Both rest on few degrees of freedom. Their uncertainty is averaged over, as in the Behrens-Fisher
 problem (Tsui and Weerahandi 1989, 'Generalized p-values'). Plugging in the estimates
@@ -37,6 +38,8 @@ LEVEL = 0.95
 POWER = 0.8
 QUANTILES = (np.arange(200) + 0.5) / 200
 """Where the distributions of the two variances are evaluated: midpoints of 200 equal parts."""
+ALIKE = 0.2
+"""Seeds are paired if errors of equal seeds correlate by so much more than those of unequal seeds."""
 NEGLIGIBLE = 1e-13
 """A standard error below this share of the largest value is rounding, not variation."""
 
@@ -83,6 +86,7 @@ class Effect:
         p: two-sided p-value of a mean of zero.
         smallest: the smallest true effect that is found with 80 % power.
         effective_cases: number of independent cases that would vary as much as these grouped ones.
+        paired_seeds: whether models of equal seeds err alike, so that seeds were paired.
     """
 
     value: float
@@ -91,6 +95,7 @@ class Effect:
     p: float
     smallest: float
     effective_cases: float
+    paired_seeds: bool
 
 
 def group_numbers(groups: Sequence[str]) -> NDArray[np.int64]:
@@ -115,15 +120,39 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
     arms = [values] if baseline is None else [values, baseline]
     if min(map(len, arms)) < 2 or numbers.max(initial=0) < 1:
         raise ValueError("at least two seeds and two groups are needed")
+    largest = max(np.abs(arm).max() for arm in arms)
     by_case = values.mean(axis=0) - (0.0 if baseline is None else baseline.mean(axis=0))
-    value, variance = float(by_case.mean()), variance_of_mean(by_case, arms, numbers)
-    cases = len(by_case) if variance.groups == 0 else by_case.var(ddof=1) / variance.groups
-    if np.sqrt(variance.total) <= NEGLIGIBLE * max(np.abs(arm).max() for arm in arms):
-        return Effect(value, value, value, float(value == 0), 0.0, cases)
+    paired = baseline is not None and seeds_are_paired(values, baseline)
+    varying = [values - baseline] if baseline is not None and paired else arms
+    variance = variance_of_mean(by_case, varying, numbers)
+    value = float(by_case.mean())
+    cases = len(by_case) if variance.groups == 0 else float(by_case.var(ddof=1) / variance.groups)
+    if np.sqrt(variance.total) <= NEGLIGIBLE * largest:
+        return Effect(value, value, value, float(value == 0), 0.0, cases, paired)
     draws = variance.draws()
     reach = critical_value(draws)
-    smallest = reach + norm.ppf(POWER) * np.sqrt(variance.total)
-    return Effect(value, value - reach, value + reach, p_value(value, draws), float(smallest), float(cases))
+    smallest = float(reach + norm.ppf(POWER) * np.sqrt(variance.total))
+    return Effect(value, value - reach, value + reach, p_value(value, draws), smallest, cases, paired)
+
+
+def seeds_are_paired(values: Floats, baseline: Floats) -> bool:
+    """Return whether models of equal seeds err alike in two arms, both (S, N).
+
+    What is left of a score after its seed's and its case's means is compared: the correlation of
+    equal seeds with that of unequal ones.
+    """
+    sides = [_rest(one) for one in (values, baseline)]
+    norms = [np.linalg.norm(one, axis=1) for one in sides]
+    if min(one.min() for one in norms) <= NEGLIGIBLE * np.abs(values).max():
+        return False
+    correlations = sides[0] @ sides[1].T / np.outer(*norms)
+    equal = np.eye(len(values), dtype=bool)
+    return bool(correlations[equal].mean() > correlations[~equal].mean() + ALIKE)
+
+
+def _rest(values: Floats) -> Floats:
+    """Return what is left of (S, N) values after the means of seeds and of cases."""
+    return values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
 
 
 def p_value(value: float, variances: Floats) -> float:
@@ -162,10 +191,8 @@ def variance_of_mean(by_case: Floats, arms: Sequence[Floats], numbers: NDArray[n
 def _seeds_variance(values: Floats, numbers: NDArray[np.int64]) -> tuple[float, float]:
     """Return the variance of an arm's mean over seeds, and the part of it that varies from case to case."""
     seeds, cases = values.shape
-    by_seed = values.mean(axis=1)
-    rest = values - by_seed[:, None] - values.mean(axis=0) + values.mean()
-    of_groups = np.stack([np.bincount(numbers, row) for row in rest]) / cases
-    return by_seed.var(ddof=1) / seeds, (of_groups**2).sum() / (seeds * (seeds - 1))
+    of_groups = np.stack([np.bincount(numbers, row) for row in _rest(values)]) / cases
+    return values.mean(axis=1).var(ddof=1) / seeds, (of_groups**2).sum() / (seeds * (seeds - 1))
 
 
 def _groups_variance(by_case: Floats, numbers: NDArray[np.int64]) -> tuple[float, float]:

@@ -126,7 +126,7 @@ def test_one_group_or_one_seed_has_no_interval(groups: int, seeds: int) -> None:
 
 def test_the_finding_is_adjusted_for_the_number_of_arms_but_for_the_null_arm() -> None:
     weak = (
-        BASE + np.random.default_rng(3).normal(0.009, 0.02, 60) + np.random.default_rng(4).normal(0, 0.005, BASE.shape)
+        BASE + np.random.default_rng(3).normal(0.006, 0.02, 60) + np.random.default_rng(4).normal(0, 0.005, BASE.shape)
     )
     alone = one(dice_cases({"real": BASE, "real_synthetic": weak}))
     assert 0.01 < alone.p < 0.05

@@ -13,6 +13,7 @@ from maskloom.evaluate.scores.inference import (
     holm_adjusted,
     intraclass_correlation,
     p_value,
+    seeds_are_paired,
     variance_of_mean,
 )
 
@@ -87,6 +88,29 @@ def test_two_arms_that_differ_in_their_seeds_alone_give_welchs_interval() -> Non
     assert found.p == pytest.approx(expected.pvalue, abs=5e-3)
     low, high = expected.confidence_interval()
     assert (found.low, found.high) == pytest.approx((low, high), rel=0.02)
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_seeds_are_paired_where_models_of_equal_seeds_err_alike(shared: float) -> None:
+    random = np.random.default_rng(10)
+    luck = random.normal(0, 0.2, (5, 1)) * shared
+    errors = shared * random.normal(0, 0.1, (5, 80)) + random.normal(0, 0.1, (2, 5, 80))
+    values, baseline = luck + errors + np.array([0.05, 0])[:, None, None]
+    assert seeds_are_paired(values, baseline) == bool(shared)
+    found = estimate_effect(values, names([1] * 80), baseline)
+    assert found.paired_seeds == bool(shared)
+    assert found.low > 0
+    if shared:
+        assert not estimate_effect(values, names([1] * 80), np.roll(baseline, 1, axis=0)).low > 0
+        alone = variance_of_mean((values - baseline).mean(axis=0), [values - baseline], np.arange(80))
+        assert (found.low, found.high) == pytest.approx(
+            (found.value - critical_value(alone.draws()), found.value + critical_value(alone.draws()))
+        )
+
+
+def test_seeds_without_errors_of_their_own_are_not_paired() -> None:
+    level = np.arange(3)[:, None] + np.arange(20.0)
+    assert not seeds_are_paired(level, level + 1)
 
 
 def test_p_value_is_an_average_over_both_variances() -> None:
