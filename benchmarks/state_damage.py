@@ -84,13 +84,6 @@ CONFIG: dict[str, Any] = {
     "evaluate": {"metrics": {"memorisation": {}}},
 }
 DAMAGES = ("deleted", "emptied", "one bit", "of another run")
-UNSTABLE = (
-    "wall_seconds",
-    "peak_memory_mb",
-    "images_per_second",
-    "made_now",
-    "digest",
-)  # fields of a record that are not results
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.masks import resize_mask
+
+if TYPE_CHECKING:
+    import datasets
 
 Images = NDArray[np.uint8]
 BATCH = 64
@@ -49,6 +52,11 @@ class ImageSet:
         rows = list(self.dataset.rows(self.split, names))
         return {name: [row[name] for row in rows] for name in names}
 
+    @cached_property
+    def _table(self) -> datasets.Dataset:
+        """The rows, memory-mapped; opening them takes longer than reading a few."""
+        return self.dataset.split(self.split)
+
     @property
     def parents(self) -> list[str | None]:
         """Sample id of the real image whose mask each synthetic image was generated from.
@@ -68,7 +76,9 @@ class ImageSet:
         """(N,) index of each image's class, -1 where it has none."""
         return np.array([-1 if label is None else label for label in self.columns["label"]], dtype=np.int64)
 
-    def batches(self, column: str, size: tuple[int, int] | None = None) -> Iterator[list[Images | None]]:
+    def batches(
+        self, column: str, size: tuple[int, int] | None = None, rows: Sequence[int] | None = None
+    ) -> Iterator[list[Images | None]]:
         """Yield up to 64 images at a time, in the dataset's order.
 
         Memory does not grow with the dataset.
@@ -78,6 +88,7 @@ class ImageSet:
             size: (height, width) to resize to. Images are antialiased; masks use nearest neighbour
                 in a way that no class vanishes. None: unchanged, except that a dataset with buckets
                 is resized to its `image_size`.
+            rows: the rows to read, in this order; None: all.
 
         Yields:
             (H, W) or (H, W, 3) uint8 each; None where a row has no mask.
@@ -86,16 +97,22 @@ class ImageSet:
             return
         if size is None and self.dataset.description.buckets:
             size = self.dataset.description.image_size
-        rows = self.dataset.split(self.split).select_columns([column])
-        for start in range(0, len(rows), BATCH):
-            pictures = rows[start : start + BATCH][column]
+        table = self._table.select_columns([column])
+        numbers = range(len(table)) if rows is None else rows
+        for start in range(0, len(numbers), BATCH):
+            pictures = table[numbers[start : start + BATCH]][column]
             yield [None if picture is None else resized_array(picture, size, column) for picture in pictures]
 
-    def images(self, size: tuple[int, int] | None = None) -> Images:
-        """Return all images, (N, H, W, C) uint8, C = 1 or 3."""
+    def images(self, size: tuple[int, int] | None = None, rows: Sequence[int] | None = None) -> Images:
+        """Return images, (N, H, W, C) uint8, C = 1 or 3.
+
+        Args:
+            size: see `batches`.
+            rows: the images to read, in this order; None: all.
+        """
         about = self.dataset.description
         height, width = size or about.image_size
-        arrays = [array for batch in self.batches("image", size) for array in batch]
+        arrays = [array for batch in self.batches("image", size, rows) for array in batch]
         return np.array(arrays, dtype=np.uint8).reshape(len(arrays), height, width, about.channels)
 
     def masks(self, size: tuple[int, int] | None = None) -> tuple[Images, NDArray[np.bool_]]:

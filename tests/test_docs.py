@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "assets|benchmarks|configs|data_prep|docs|evaluate|generate|models|pipeline|tests|train_backbone|train_baselines|train_controlnet"
+FOLDERS = "src|assets|benchmarks|configs|data_prep|docs|evaluate|generate|models|pipeline|tests|train_backbone|train_baselines|train_controlnet"
 PATH = re.compile(rf"(?<![\w/.:-])(?:\.\./)?((?:{FOLDERS})/[\w./*-]*[\w*/])")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MADE_UP = re.compile(r"NAME|\*")  # stands for a name of the reader's
-ROW = re.compile(r"^\| [^|]+ \| [^|]*`([\w/]+\.(?:py|j2))`[^|]* \| (.*) \|$")
+ROW = re.compile(r"^\| [^|]+ \| [^|]*`([\w/]+\.(?:py|j2|toml))`[^|]* \| (.*) \|$")
+FOLDER = re.compile(r"^PACKAGE = \"maskloom\.([\w.]+)\"", re.MULTILINE)  # of plug-ins
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -31,9 +32,21 @@ def test_every_function_in_the_architecture_lies_where_the_table_says() -> None:
     assert len(found) > 35
     lost = []
     for path, words in found:
-        for name in re.findall(r"`(\w+)`", words.split(";")[0]):
-            files = [path, *re.findall(r"`([\w/]+\.py)`", words)]
+        for name in re.findall(r"`([a-z]\w*_\w+|[A-Z]\w+)`", words):
+            files = [path, *re.findall(r"`(\w+/[\w/]+\.py)`", words)]
             texts = [(ROOT / file).read_text(encoding="utf-8") for file in files]
             defined = re.compile(rf"^ *(def |class )?{name}\b *[(:=]", re.MULTILINE)
             lost += [] if any(defined.search(text) for text in texts) else [(path, name)]
     assert lost == []
+
+
+def test_every_folder_of_plugins_is_where_a_reader_looks_for_it() -> None:
+    sources = [path for stage in FOLDERS.split("|") for path in (ROOT / stage).rglob("*.py") if stage != "src"]
+    texts = [path.read_text(encoding="utf-8") for path in sources]
+    folders = {
+        name.replace(".", "/") for text in texts if "load_plugin(PACKAGE" in text for name in FOLDER.findall(text)
+    }
+    assert len(folders) == 6
+    for page in ("docs/architecture.md", "docs/extending.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert [folder for folder in sorted(folders) if f"`{folder}/NAME.py`" not in text] == []

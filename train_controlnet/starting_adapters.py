@@ -23,7 +23,6 @@ from maskloom.pipeline.errors import MaskLoomError, excerpt
 
 METADATA = "lora_adapter_metadata"  # in files of newer versions of diffusers: rank and alpha by network
 UP_NAMES = (".lora_up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight")
-DOWN_OF_UP = {"up": "down", "lora_up": "lora_down", "lora_B": "lora_A"}
 PARTS = ("unet", "text_encoder")
 
 

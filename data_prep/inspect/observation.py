@@ -12,8 +12,7 @@ from PIL import Image
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.parts import without_taken_ids
-from maskloom.data_prep.readers.common import IMAGE_SUFFIXES
-from maskloom.data_prep.readers.decoding import IMAGE_FORMATS
+from maskloom.data_prep.readers.decoding import IMAGE_FORMATS, IMAGE_SUFFIXES
 from maskloom.data_prep.survey import id_problem, sample_problem
 from maskloom.pipeline.errors import RejectedSample
 from maskloom.pipeline.progress import progress

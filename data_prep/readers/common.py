@@ -18,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.data_prep.readers.decoding import DecodedImage, decode
+from maskloom.data_prep.readers.decoding import IMAGE_SUFFIXES, DecodedImage, decode
 from maskloom.data_prep.readers.file_names import as_seen, is_system_name
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 from maskloom.pipeline.plugins import require
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 JPEG_NOISE = 32  # largest change of black or white by JPEG compression
 BLACK_ON_TRANSPARENT = (
     "what the mask shows is black on transparent, so it is unclear which of the two is meant: draw it in white on black"

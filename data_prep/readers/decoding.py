@@ -28,6 +28,7 @@ MAX_PIXELS = 2**28  # per image, and values of a deep one; slides are read tile 
 # Pillow detects formats by content, not by file name, and would run Ghostscript on PostScript
 # files.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "WEBP", "JPEG2000")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 LOSSY_FORMATS = ("JPEG", "WEBP", "JPEG2000")
 GREY_MODES = ("1", "L", "LA")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")

@@ -21,6 +21,7 @@ CODECS = {
     JPEGLSLossless: "jpegls_decode",
     JPEGLSNearLossless: "jpegls_decode",
 }
+# pydicom reads this by its name in `add_plugin`.
 DECODER_DEPENDENCIES = dict.fromkeys(CODECS, ("numpy", "imagecodecs"))
 # JPEG markers that start a frame header with its size: all SOF markers and that of JPEG-LS.
 FRAME_MARKERS = (*(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)), 0xF7)

@@ -15,7 +15,8 @@ from functools import cached_property
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from maskloom.data_prep.readers.common import IMAGE_SUFFIXES, natural_order
+from maskloom.data_prep.readers.common import natural_order
+from maskloom.data_prep.readers.decoding import IMAGE_SUFFIXES
 from maskloom.data_prep.readers.file_names import as_seen, comparable, is_system_name
 from maskloom.pipeline.errors import RejectedSample
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.data_prep.readers.common import IMAGE_SUFFIXES, decoded_image, unreadable_as_reject
-from maskloom.data_prep.readers.decoding import MAX_PIXELS
+from maskloom.data_prep.readers.common import decoded_image, unreadable_as_reject
+from maskloom.data_prep.readers.decoding import IMAGE_SUFFIXES, MAX_PIXELS
 from maskloom.pipeline.errors import RejectedSample
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")

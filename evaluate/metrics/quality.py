@@ -12,17 +12,17 @@ from pydantic import Field
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.diversity import pair_similarities, random_pairs, usable_scales
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
-from maskloom.evaluate.scores.frechet import frechet_distance, frechet_interval
-from maskloom.evaluate.scores.kernel_distance import kernel_distance, squared_discrepancy
+from maskloom.evaluate.scores.frechet import frechet_distance, frechet_leave_outs, group_blocks
+from maskloom.evaluate.scores.kernel_distance import kernel_distance
 from maskloom.evaluate.scores.manifold import manifold_scores
-from maskloom.evaluate.scores.statistics import Bootstrap, weighted_mean
+from maskloom.evaluate.scores.statistics import Bootstrap, jackknife_interval, weighted_mean
 from maskloom.pipeline.config.bounds import Repeats, Side
-from maskloom.pipeline.results import REAL, Cell, Figure, MetricResult, Table
+from maskloom.pipeline.results import REAL, Cell, Figure, Interval, MetricResult, Table
 
-VERSION = 1
+VERSION = 2
 QUESTION = "Do the synthetic images look like the real ones, and are they as varied?"
-FEWEST = 8  # with fewer images neither halves nor neighbours are meaningful
-FLOOR = "real train, other half"
+FEWEST = 8  # with fewer images neither distances nor neighbours are meaningful
+PAIRS_AT_A_TIME = 32
 RECOMMENDED = 2048  # with fewer images the Fréchet distance depends more on N than on the images
 
 
@@ -45,88 +45,212 @@ class Featured:
     features: NDArray[np.floating]
     groups: list[str]
 
-    def drawn(self, count: int, random: np.random.Generator) -> NDArray[np.floating]:
-        """Return the features of `count` random images."""
-        return self.features[random.choice(len(self.features), count, replace=False)]
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.features)
+
+    def drawn(self, count: int, key: list[int]) -> Featured:
+        """Return `count` random images, in their order; other keys and names give other images."""
+        random = np.random.default_rng([*key, *self.name.encode()])
+        chosen = np.sort(random.choice(len(self), count, replace=False))
+        return Featured(self.name, self.features[chosen], [self.groups[i] for i in chosen])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A set against a set of real images, with the same number of images on both sides.
+
+    Attributes:
+        distance: Fréchet distance.
+        leave_outs: Fréchet distance without each block of groups, (blocks,).
+        kernel: kernel distance and its standard deviation over subsets.
+        scores: precision, recall, density and coverage.
+    """
+
+    distance: float
+    leave_outs: NDArray[np.float64]
+    kernel: tuple[float, float]
+    scores: dict[str, float]
+
+    @property
+    def interval(self) -> Interval:
+        """Fréchet distance with its 95 % interval."""
+        return jackknife_interval(self.distance, self.leave_outs)
+
+    def above(self, floor: Comparison) -> Interval:
+        """Return the Fréchet distance minus the floor's; the jackknife leaves the same groups out of both."""
+        return jackknife_interval(self.distance - floor.distance, self.leave_outs - floor.leave_outs)
+
+    def cells(self, floor: Comparison | None = None) -> list[Cell]:
+        """Return the figures in the order of the table."""
+        return [self.interval, None if floor is None else self.above(floor), *self.kernel, *self.scores.values()]
+
+    def as_values(self, floor: Comparison | None = None) -> dict[str, Any]:
+        """Return the figures by name."""
+        return {
+            "frechet_distance": self.interval.model_dump(),
+            **({"above_floor": self.above(floor).model_dump()} if floor else {}),
+            "kernel_distance": {"value": self.kernel[0], "standard_deviation": self.kernel[1]},
+            **self.scores,
+        }
+
+
+@dataclass(frozen=True)
+class Round:
+    """All comparisons at one number of images.
+
+    Attributes:
+        count: number of images on each side, N.
+        draws: how often N images were drawn of each set.
+        floor: real train images against the held-out images.
+        held_out: by generator, its images against the held-out images.
+        train: by generator, its images against the real train images, which it has learnt from.
+    """
+
+    count: int
+    draws: int
+    floor: Comparison
+    held_out: dict[str, Comparison]
+    train: dict[str, Comparison]
+
+    def as_values(self) -> dict[str, Any]:
+        """Return the figures by comparison and generator."""
+        return {
+            "n": self.count,
+            "draws": self.draws,
+            "floor": self.floor.as_values(),
+            "held_out": {name: one.as_values(self.floor) for name, one in self.held_out.items()},
+            "train": {name: one.as_values() for name, one in self.train.items()},
+        }
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
-    """Compare every generator's images, and the real test images, with the real train images.
+    """Compare every generator's images, and the real train images, with held-out real images.
 
     Raises:
         MaskLoomError: the extractor is unknown or cannot be loaded.
     """
     extractor = load_extractor(inputs, options)
-    train = _featured(inputs, extractor, inputs.train)
-    sets = [
-        _featured(inputs, extractor, one) for one in (*inputs.synthetic.values(), inputs.test) if len(one) >= FEWEST
-    ]
-    warnings = _warnings(inputs)
-    tables: list[Table] = []
-    values: dict[str, Any] = {}
-    if len(train.features) >= FEWEST:
-        whole, whole_values = whole_table(train, sets, extractor, options, inputs.seed)
-        equal, equal_values = _equal_table(train, sets, extractor, options, inputs.seed)
-        tables = [table for table in (whole, equal) if table.rows]
-        values = {"all": whole_values, "equal_n": equal_values}
-    diversity, values["diversity"] = _diversity_table(inputs, options)
+    reference = held_out_set(inputs)
+    rounds = []
+    if reference is not None and len(inputs.train) >= FEWEST:
+        enough = [one for one in inputs.synthetic.values() if len(one) >= FEWEST]
+        train, held_out, *synthetic = (
+            Featured(one.name, set_features(inputs, extractor, one), one.groups)
+            for one in (inputs.train, reference, *enough)
+        )
+        rounds = comparison_rounds(train, held_out, synthetic, options, inputs.seed)
+    name = "" if reference is None else reference.name
+    main = max(rounds, key=lambda one: len(one.held_out), default=None)  # the largest N that covers most generators
+    diversity, diversity_values = _diversity_table(inputs, options)
     return MetricResult(
         question=QUESTION,
-        verdict=_verdict(values, list(inputs.synthetic), inputs.test.name),
-        tables=[*tables, *diversity],
-        warnings=warnings,
+        verdict=distance_verdict(main, name),
+        tables=[*([_table(rounds, name, extractor, options)] if rounds else []), *diversity],
+        warnings=_warnings(inputs, reference, main),
         limits=[
             f"Distances are valid for this extractor only: {extractor.title}. It was trained on photographs and may miss small medical differences.",
             "The Fréchet distance is biased upwards for small N: compare only rows with equal N.",
         ],
-        figures=_figures(values, list(inputs.synthetic)),
-        values={"extractor": {"name": extractor.name, "digest": extractor.digest, "side": extractor.side}, **values},
+        figures=_figures(main),
+        values={
+            "extractor": {"name": extractor.name, "digest": extractor.digest, "side": extractor.side},
+            "reference": name or None,
+            "rounds": [one.as_values() for one in rounds],
+            "diversity": diversity_values,
+        },
         n=inputs.counts(),
     )
 
 
-def _featured(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSet) -> Featured:
-    return Featured(image_set.name, set_features(inputs, extractor, image_set), image_set.groups)
+def held_out_set(inputs: EvaluationInputs) -> ImageSet | None:
+    """Return the real test images, or the validation images where test has too few; else None."""
+    return next((one for one in (inputs.test, inputs.validation) if len(one) >= FEWEST), None)
 
 
-def whole_table(
-    train: Featured, sets: list[Featured], extractor: Extractor, options: Options, seed: int
-) -> tuple[Table, dict[str, Any]]:
-    """Compare every set with the real train images, with all images of each."""
+def comparison_rounds(
+    train: Featured, held_out: Featured, synthetic: list[Featured], options: Options, seed: int
+) -> list[Round]:
+    """Compare all sets at equal N, from the largest N to the smallest.
+
+    N is the size of the smallest set. A generator with fewer images than there are real ones would
+    limit all others to its N: there are therefore further rounds, without it.
+    """
+    limit = min(len(train), len(held_out))
+    counts = sorted({min(limit, len(one)) for one in synthetic} or {limit}, reverse=True)
+    return [
+        _round(count, train, held_out, [one for one in synthetic if len(one) >= count], options, seed)
+        for count in counts
+    ]
+
+
+def _round(
+    count: int, train: Featured, held_out: Featured, synthetic: list[Featured], options: Options, seed: int
+) -> Round:
+    """Compare random draws of `count` images of every set."""
+    sets = (train, held_out, *synthetic)
+    single = count >= RECOMMENDED or all(len(one) == count for one in sets)
+    draws = [
+        {one.name: one.drawn(count, [seed, count, draw]) for one in sets}
+        for draw in range(1 if single else options.draws)
+    ]
+    block_of = group_blocks((group for one in draws[0].values() for group in one.groups), options.jackknife_blocks)
+
+    def compared(one: Featured, real: Featured) -> Comparison:
+        return compare_sets([(drawn[one.name], drawn[real.name]) for drawn in draws], block_of, options, seed)
+
+    against = {real.name: {one.name: compared(one, real) for one in synthetic} for real in (held_out, train)}
+    return Round(count, len(draws), compared(train, held_out), against[held_out.name], against[train.name])
+
+
+def compare_sets(
+    draws: list[tuple[Featured, Featured]], block_of: dict[str, int], options: Options, seed: int
+) -> Comparison:
+    """Compare a set with real images.
+
+    Fréchet distance, precision, recall, density and coverage are means over the draws. The kernel
+    distance and the jackknife interval are those of the first draw.
+
+    Args:
+        draws: the set and the real images, of equal N.
+        block_of: the block of each group that the jackknife leaves out.
+        options: sizes of the samples.
+        seed: seed of the kernel distance's subsets.
+    """
+    distance = float(np.mean([frechet_distance(one.features, real.features) for one, real in draws]))
+    scores = [manifold_scores(real.features, one.features, options.neighbours) for one, real in draws]
+    one, real = draws[0]
+    return Comparison(
+        distance=distance,
+        leave_outs=frechet_leave_outs(one.features, real.features, one.groups, real.groups, block_of),
+        kernel=kernel_distance(one.features, real.features, options.subsets, seed),
+        scores={name: float(np.mean([one[name] for one in scores])) for name in scores[0]},
+    )
+
+
+def _table(rounds: list[Round], reference: str, extractor: Extractor, options: Options) -> Table:
+    """Return the comparisons of all rounds, the floor of a round first."""
     rows: list[list[Cell]] = []
-    values: dict[str, Any] = {}
-    for one in sets:
-        distance = frechet_interval(one.features, train.features, one.groups, train.groups, options.jackknife_blocks)
-        kid, kid_deviation = kernel_distance(one.features, train.features, options.subsets, seed)
-        scores = manifold_scores(train.features, one.features, options.neighbours)
-        rows.append(
-            [
-                f"{one.name} against real train",
-                len(one.features),
-                len(train.features),
-                distance,
-                kid,
-                kid_deviation,
-                *scores.values(),
-            ]
-        )
-        values[one.name] = {
-            "n": len(one.features),
-            "n_reference": len(train.features),
-            "frechet_distance": distance.model_dump(),
-            "kernel_distance": {"value": kid, "standard_deviation": kid_deviation},
-            **scores,
+    for one in rounds:
+        named = {
+            f"real train against {reference} (the floor)": one.floor.cells(),
+            **{f"{name} against {reference}": found.cells(one.floor) for name, found in one.held_out.items()},
+            **{
+                f"{name} against real train (what it has learnt from)": found.cells()
+                for name, found in one.train.items()
+            },
         }
-    title = f"Distance to the real train images, {extractor.name}"
+        rows += [[name, one.count, *cells] for name, cells in named.items()]
     note = (
-        f"Extractor: {extractor.title}. Fréchet distance with a 95 % delete-a-group-block jackknife interval; kernel distance: mean and "
-        f"standard deviation over {options.subsets} subsets of half the smaller set; k = {options.neighbours}. Rows differ in N."
+        f"N random images on each side, up to {options.draws} draws. The floor is the distance between real images of different groups. Extractor: "
+        f"{extractor.title}. Fréchet distance with a 95 % delete-a-group-block jackknife interval; kernel distance: mean and standard deviation "
+        f"over {options.subsets} subsets of half the images; k = {options.neighbours}."
     )
     columns = [
         "comparison",
         "N",
-        "N of train",
         "Fréchet distance",
+        "above the floor",
         "kernel distance (KID)",
         "its standard deviation",
         "precision",
@@ -134,76 +258,9 @@ def whole_table(
         "density",
         "coverage",
     ]
-    return Table(title=title, note=note, columns=columns, rows=rows), values
-
-
-def _equal_table(
-    train: Featured, sets: list[Featured], extractor: Extractor, options: Options, seed: int
-) -> tuple[Table, dict[str, Any]]:
-    """Compare every set with a random half of the train groups, at the same N on every side.
-
-    A small test split would limit every row to its N. If it is the smallest set there are therefore
-    two rounds: without it and with it.
-    """
-    halves = [random_halves(train, np.random.default_rng([seed, draw])) for draw in range(options.draws)]
-    smallest_half = min(len(half.features) for pair in halves for half in pair)
-    counts = sorted({min(smallest_half, len(one.features)) for one in sets} | {smallest_half}, reverse=True)
-    rows: list[list[Cell]] = []
-    values: list[dict[str, Any]] = []
-    for count in [count for count in counts if count >= FEWEST]:
-        kept = [one for one in sets if len(one.features) >= count]
-        figures = _at_equal_size(halves, kept, count, seed)
-        rows += [
-            [name, count, *(x for pair in pairs.values() for x in pair.values())] for name, pairs in figures.items()
-        ]
-        values.append({"n": count, "draws": options.draws, **figures})
-    note = (
-        f"The same number of images on each side, drawn {options.draws} times; the halves of train share no group. The floor is the distance "
-        f"between two sets of real images. Extractor: {extractor.title}."
+    return Table(
+        title=f"Distance to {reference} images at equal N, {extractor.name}", note=note, columns=columns, rows=rows
     )
-    columns = [
-        "set, against half of real train",
-        "N",
-        "Fréchet distance",
-        "its standard deviation",
-        "kernel distance (KID)",
-        "its standard deviation",
-    ]
-    title = "The same at equal N, with the distance between real images as a floor"
-    return Table(title=title, note=note, columns=columns, rows=rows), {"rounds": values}
-
-
-def _at_equal_size(
-    halves: list[tuple[Featured, Featured]], sets: list[Featured], count: int, seed: int
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Return, by set, mean and standard deviation over the draws of both distances.
-
-    Each distance is between `count` images of the set and `count` images of a half of train.
-    """
-    found: dict[str, list[tuple[float, float]]] = {}
-    for draw, (reference, other) in enumerate(halves):
-        random = np.random.default_rng([seed, draw, count])
-        against = reference.drawn(count, random)
-        for one in (other, *sets):
-            drawn = one.drawn(count, random)
-            found.setdefault(one.name, []).append(
-                (frechet_distance(drawn, against), squared_discrepancy(drawn, against))
-            )
-    return {
-        name: {
-            kind: {"value": float(np.mean(values)), "standard_deviation": float(np.std(values))}
-            for kind, values in zip(("frechet_distance", "kernel_distance"), zip(*pairs, strict=True), strict=True)
-        }
-        for name, pairs in found.items()
-    }
-
-
-def random_halves(train: Featured, random: np.random.Generator) -> tuple[Featured, Featured]:
-    """Return two random halves of the groups."""
-    groups = sorted(set(train.groups))
-    first = {groups[i] for i in random.permutation(len(groups))[: len(groups) // 2]}
-    chosen = np.array([group in first for group in train.groups], dtype=bool)
-    return Featured("real train", train.features[chosen], []), Featured(FLOOR, train.features[~chosen], [])
 
 
 def _diversity_table(inputs: EvaluationInputs, options: Options) -> tuple[list[Table], dict[str, Any]]:
@@ -217,7 +274,7 @@ def _diversity_table(inputs: EvaluationInputs, options: Options) -> tuple[list[T
     for image_set in (inputs.train, *inputs.synthetic.values()) if scales else ():
         pairs = random_pairs(image_set.labels, options.pairs, inputs.seed)
         if len(pairs):
-            similarity = pair_similarities(image_set.images(size), pairs)
+            similarity = set_similarities(image_set, size, pairs)
             pair_groups = [image_set.groups[i] for i in pairs[:, 0]]
             interval = Bootstrap(pair_groups, seed=inputs.seed).interval(weighted_mean(similarity))
             rows.append([image_set.name, len(pairs), interval])
@@ -235,54 +292,57 @@ def _diversity_table(inputs: EvaluationInputs, options: Options) -> tuple[list[T
     return ([table] if rows else []), values
 
 
-def _warnings(inputs: EvaluationInputs) -> list[str]:
-    counts = {name: count for name, count in inputs.counts().items() if name != inputs.validation.name}
-    few = [f"{name} ({count})" for name, count in counts.items() if count < FEWEST]
-    small = [f"{name} ({count})" for name, count in counts.items() if FEWEST <= count < RECOMMENDED]
+def set_similarities(image_set: ImageSet, size: tuple[int, int], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the MS-SSIM of each pair, (P,), with the images of a few pairs in memory."""
+    found = []
+    for part in np.array_split(pairs, -(-len(pairs) // PAIRS_AT_A_TIME)):
+        rows, places = np.unique(part, return_inverse=True)
+        found.append(pair_similarities(image_set.images(size, rows.tolist()), places.reshape(part.shape)))
+    return np.concatenate(found)
+
+
+def _warnings(inputs: EvaluationInputs, reference: ImageSet | None, main: Round | None) -> list[str]:
+    sets = [inputs.train, inputs.test, *inputs.synthetic.values()]
+    few = [f"{one.name} ({len(one)})" for one in sets if len(one) < FEWEST]
     found = []
     if few:
         found.append(f"too few images for a distance (at least {FEWEST} are needed); left out: {', '.join(few)}")
-    if small:
+    if reference is inputs.validation:
+        found.append(f"compared with {reference.name} images, which the training has been validated on")
+    if main and main.count < RECOMMENDED:
         found.append(
-            f"Fréchet distances of fewer than {RECOMMENDED} images are biased upwards; compare only equal N: {', '.join(small)}"
+            f"Fréchet distances of fewer than {RECOMMENDED} images are biased upwards; compare only equal N (here {main.count})"
         )
     return found
 
 
-def _verdict(values: dict[str, Any], generators: list[str], test_name: str) -> str:
-    """Return the Fréchet distances at the equal N that covers most generators."""
-    equal = _round_of_most(values, generators)
-    if equal is None:
-        return "Too few images to measure a distance at equal N."
-    parts = [
-        f"{name} {equal[name]['frechet_distance']['value']:.1f}" for name in (*generators, test_name) if name in equal
-    ]
+def distance_verdict(main: Round | None, reference: str) -> str:
+    """Return each generator's Fréchet distance to held-out images, compared with the floor."""
+    if main is None:
+        return f"Too few real images to measure a distance: train, and test or validation, need {FEWEST} each."
+    parts = [f"{name} {one.distance:.1f}, {_position(one.above(main.floor))}" for name, one in main.held_out.items()]
     return (
-        f"Fréchet distance to real train images at N = {equal['n']}: {', '.join(parts)}; "
-        f"two halves of the real images differ by {equal[FLOOR]['frechet_distance']['value']:.1f}."
+        f"Fréchet distance to {reference} images at N = {main.count}: {'; '.join(parts) or 'no synthetic image'}. "
+        f"The floor is {main.floor.distance:.1f}: the distance of real train images."
     )
 
 
-def _round_of_most(values: dict[str, Any], generators: list[str]) -> dict[str, Any] | None:
-    """Return the comparison at equal N that covers most generators; None if none covers any."""
-    rounds = [one for one in values.get("equal_n", {}).get("rounds", []) if any(name in one for name in generators)]
-    return max(rounds, key=lambda one: sum(name in one for name in generators), default=None)
+def _position(above: Interval) -> str:
+    """Return in words where a distance lies relative to the floor."""
+    if above.low is None or above.high is None:
+        return f"{above.value:+.1f} from the floor [no interval]"
+    finding = "further than" if above.low > 0 else "closer than" if above.high < 0 else "not told apart from"
+    return f"{finding} the floor ({above.value:+.1f} [{above.low:.1f}, {above.high:.1f}])"
 
 
-def _figures(values: dict[str, Any], generators: list[str]) -> list[Figure]:
-    """Return each generator's distances and manifold scores; the distance between real halves."""
-    whole, equal = values.get("all", {}), _round_of_most(values, generators) or {}
-    found = []
-    for name in (name for name in generators if name in whole):
-        one = whole[name]
+def _figures(main: Round | None) -> list[Figure]:
+    """Return each generator's distances to held-out images and its manifold scores, and the floor's."""
+    found: list[Figure] = []
+    for name, one in [] if main is None else [(REAL, main.floor), *main.held_out.items()]:
         found += [
-            Figure(of=name, name="Fréchet distance", better="lower", **one["frechet_distance"]),
-            Figure(of=name, name="KID", better="lower", value=one["kernel_distance"]["value"]),
-            Figure(of=name, name="precision", better="higher", value=one["precision"]),
-            Figure(of=name, name="recall", better="higher", value=one["recall"]),
+            Figure(of=name, name="Fréchet distance", better="lower", **one.interval.model_dump()),
+            Figure(of=name, name="KID", better="lower", value=one.kernel[0]),
+            Figure(of=name, name="precision", better="higher", value=one.scores["precision"]),
+            Figure(of=name, name="recall", better="higher", value=one.scores["recall"]),
         ]
-    for row, name in [*((name, name) for name in generators), (REAL, FLOOR)]:
-        if name in equal:
-            distance = equal[name]["frechet_distance"]["value"]
-            found.append(Figure(of=row, name="Fréchet distance at equal N", better="lower", value=distance))
     return found

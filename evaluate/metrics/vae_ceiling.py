@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.inputs import EvaluationInputs, in_batches
+from maskloom.evaluate.feature_cache import Features
+from maskloom.evaluate.inputs import BATCH, EvaluationInputs, ImageSet, in_batches
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
 from maskloom.evaluate.scores.frechet import frechet_interval
 from maskloom.evaluate.scores.statistics import Bootstrap, difference, weighted_mean
@@ -44,14 +45,16 @@ class Reconstruction:
     """Decoded images, compared with their originals.
 
     Attributes:
-        images: (N, H, W, C) uint8.
+        features: (N, D).
         psnr: (N,) in dB.
         ssim: (N,).
+        shown: the images at some places, (S, H, W, C) uint8.
     """
 
-    images: NDArray[np.uint8]
+    features: Features
     psnr: NDArray[np.float64]
     ssim: NDArray[np.float64]
+    shown: NDArray[np.uint8]
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
@@ -64,17 +67,20 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         return skipped_result(QUESTION, "no backbone is fine-tuned, so no image passes through a VAE")
     if len(inputs.test) < FEWEST:
         return skipped_result(QUESTION, f"there are fewer than {FEWEST} real test images")
-    images = inputs.test.images()
-    vaes = _load_vaes(inputs, inputs.backbone)
-    reconstructions = {name: _reconstruct(vae, images, options, inputs.device) for name, vae in vaes.items()}
-    extractor, bootstrap = load_extractor(inputs, options), Bootstrap(inputs.test.groups, seed=inputs.seed)
+    count, extractor = len(inputs.test), load_extractor(inputs, options)
+    shown = np.linspace(0, count - 1, min(options.shown_images, count)).round().astype(int).tolist()
+    reconstructions = {
+        name: reconstruct(vae, inputs.test, shown, extractor, options.batch_size, inputs.device)
+        for name, vae in _load_vaes(inputs, inputs.backbone).items()
+    }
+    bootstrap = Bootstrap(inputs.test.groups, seed=inputs.seed)
     figures = {name: _figures(inputs, extractor, bootstrap, one) for name, one in reconstructions.items()}
     gain = _gain(bootstrap, reconstructions) if TUNED in reconstructions else {}
     return MetricResult(
         question=QUESTION,
-        verdict=_verdict(figures, gain, len(images)),
-        tables=[_table(figures, gain, extractor, len(images))],
-        pictures=[_picture(images, reconstructions, options.shown_images)] if options.shown_images else [],
+        verdict=_verdict(figures, gain, count),
+        tables=[_table(figures, gain, extractor, count)],
+        pictures=[_picture(inputs.test.images(rows=shown), reconstructions)] if shown else [],
         limits=[
             "PSNR and SSIM are valid here, and only here, because each image is compared with itself.",
             *(
@@ -86,11 +92,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             ),
         ],
         values={
-            "n": len(images),
+            "n": count,
             **{name: _as_values(row) for name, row in figures.items()},
             **({"gain": _as_values(gain)} if gain else {}),
         },
-        n={"real test": len(images)},
+        n={"real test": count},
     )
 
 
@@ -115,10 +121,9 @@ def _figures(
     inputs: EvaluationInputs, extractor: Extractor, bootstrap: Bootstrap, one: Reconstruction
 ) -> dict[str, Interval]:
     groups = inputs.test.groups
-    features = batch_features(extractor, in_batches(one.images), inputs.device)
     reference = set_features(inputs, extractor, inputs.test)
     return {
-        "Fréchet distance": frechet_interval(features, reference, groups, groups, JACKKNIFE_BLOCKS),
+        "Fréchet distance": frechet_interval(one.features, reference, groups, groups, JACKKNIFE_BLOCKS),
         "PSNR in dB": bootstrap.interval(weighted_mean(one.psnr)),
         "SSIM": bootstrap.interval(weighted_mean(one.ssim)),
     }
@@ -184,27 +189,39 @@ def through_vae(vae: Any, images: NDArray[np.uint8], batch_size: int, device: st
     return np.concatenate(parts)
 
 
-def _reconstruct(vae: Any, images: NDArray[np.uint8], options: Options, device: str) -> Reconstruction:
-    """Return the reconstructed images with their PSNR and SSIM (Wang et al. 2004)."""
+def reconstruct(
+    vae: Any, image_set: ImageSet, shown: list[int], extractor: Extractor, batch_size: int, device: str
+) -> Reconstruction:
+    """Return the features of reconstructed images, with their PSNR and SSIM (Wang et al. 2004).
+
+    A batch of images is in memory at a time, and the shown ones.
+    """
+    features, psnr, ssim, kept = [], [], [], []
+    for start in range(0, len(image_set), BATCH):
+        rows = range(start, min(start + BATCH, len(image_set)))
+        images = image_set.images(rows=rows)
+        decoded = through_vae(vae, images, batch_size, device)
+        features.append(batch_features(extractor, in_batches(decoded), device))
+        error = ((images.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
+        psnr.append(10 * np.log10(255**2 / np.maximum(error, 1e-2)))  # at most 68 dB, for equal images
+        ssim += [_ssim(one, other) for one, other in zip(images, decoded, strict=True)]
+        kept += [decoded[place - start] for place in shown if place in rows]
+    return Reconstruction(np.concatenate(features), np.concatenate(psnr), np.asarray(ssim), np.array(kept))
+
+
+def _ssim(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     from skimage.metrics import structural_similarity
 
-    decoded = through_vae(vae, images, options.batch_size, device)
-    error = ((images.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
-    psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-2))  # at most 68 dB, for equal images
-    ssim = [
-        structural_similarity(
-            one, other, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-        for one, other in zip(images, decoded, strict=True)
-    ]
-    return Reconstruction(decoded, psnr, np.asarray(ssim))
+    similarity: float = structural_similarity(
+        one, other, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    return similarity
 
 
-def _picture(images: NDArray[np.uint8], reconstructions: dict[str, Reconstruction], count: int) -> Picture:
-    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
-    rows = [[one[i] for i in chosen] for one in (images, *(one.images for one in reconstructions.values()))]
+def _picture(originals: NDArray[np.uint8], reconstructions: dict[str, Reconstruction]) -> Picture:
+    rows = [list(images) for images in (originals, *(one.shown for one in reconstructions.values()))]
     return Picture(
         title="Through the VAE",
         caption=f"From top to bottom: real test images; the same images after {', and after the '.join(reconstructions)}.",
-        pixels=image_grid(rows, max(images.shape[1:3])),
+        pixels=image_grid(rows, max(originals.shape[1:3])),
     )

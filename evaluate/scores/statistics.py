@@ -117,21 +117,22 @@ def expanded_tail(clusters: int, level: float = LEVEL) -> float:
     return float(norm.cdf(-reach))
 
 
-def jackknife_interval(value: float, leave_outs: Sequence[float]) -> Interval:
+def jackknife_interval(value: float, leave_outs: Sequence[float] | Floats) -> Interval:
     """Return the delete-a-block jackknife 95 % interval (Efron and Tibshirani 1993, chapter 11).
 
     Used where the bootstrap's repeated images would bias the estimate itself (Fréchet distance).
 
     Args:
         value: the estimate on all data.
-        leave_outs: the estimate without block b, for each of B blocks.
+        leave_outs: the estimate without block b, for each of B blocks; NaN where there is none.
     """
     from scipy.stats import t
 
-    blocks = len(leave_outs)
+    estimates = np.asarray(leave_outs, dtype=np.float64)
+    estimates = estimates[np.isfinite(estimates)]
+    blocks = len(estimates)
     if blocks < 2:
         return Interval(value=value)
-    estimates = np.asarray(leave_outs)
     error = np.sqrt((blocks - 1) / blocks * np.sum((estimates - estimates.mean()) ** 2))
     reach = float(t.ppf((1 + LEVEL) / 2, blocks - 1) * error)
     return Interval(value=value, low=value - reach, high=value + reach)

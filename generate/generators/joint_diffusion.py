@@ -18,7 +18,7 @@ from pydantic import Field
 from maskloom.generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
 from maskloom.generate.diffusion import weight_dtype
 from maskloom.generate.generator import Condition, JointGenerator, JointOptions
-from maskloom.models.stable_diffusion.sampling import solver
+from maskloom.models.stable_diffusion.sampling import scheduler_class_and_settings
 from maskloom.pipeline.dataset.contract import Description
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Generator(BaselineGenerator, JointGenerator):
         self.device, self.description = device, description
         dtype = weight_dtype(self.config.generate)
         self.unet = self.load_network(UNet2DConditionModel, "unet", device, dtype)
-        kind, settings = solver(self.config.generate)
+        kind, settings = scheduler_class_and_settings(self.config.generate.scheduler)
         self.scheduler = self.load_schedule(kind, **settings)
 
     def pairs(self, conditions: Sequence[Condition]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from maskloom.models.stable_diffusion.prompt_encoding import PromptEncoder, text_states
 from maskloom.pipeline.config.base import Section
-from maskloom.pipeline.config.generate import GenerateConfig
+from maskloom.pipeline.config.generate import GenerateConfig, SchedulerName
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError, excerpt
@@ -107,7 +107,7 @@ def sampling_scheduler(settings: Mapping[str, Any], generate: GenerateConfig, tr
             except for a prediction type that was set although the UNet was frozen: it can only
             correct the backbone's settings.
     """
-    kind, own = solver(generate)
+    kind, own = scheduler_class_and_settings(generate.scheduler)
     if train.prediction_type is not None and (trained or unet_is_frozen(train)):
         own["prediction_type"] = train.prediction_type
     if trained and train.rescale_betas_zero_snr:  # as in training, sampling must start where no signal is left
@@ -165,16 +165,19 @@ def unusable_scheduler(generate: GenerateConfig, train: TrainConfig, error: Exce
     )
 
 
-def solver(config: GenerateConfig) -> tuple[Any, dict[str, Any]]:
-    """Return diffusers' class for `generate.scheduler`, and settings beside the noise schedule."""
+def scheduler_class_and_settings(name: SchedulerName) -> tuple[Any, dict[str, Any]]:
+    """Return diffusers' class of a scheduler, and its settings besides the noise schedule.
+
+    None of them draws noise of its own, so that the seed of an image decides all of its noise.
+    """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+    kinds: dict[SchedulerName, tuple[Any, dict[str, Any]]] = {
         "unipc": (UniPCMultistepScheduler, {}),
         "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
         "ddim": (DDIMScheduler, {}),
     }
-    return kinds[config.scheduler]
+    return kinds[name]
 
 
 def unet_is_frozen(train: TrainConfig) -> bool:

@@ -34,6 +34,7 @@ class WarpConfig(Section):
         return self
 
 
+SchedulerName = Literal["unipc", "dpmsolver++", "ddim"]
 DEFAULT_GENERATORS = default_plugins("maskloom.generate.generators")
 
 
@@ -52,7 +53,7 @@ class GenerateConfig(Section):
         None, description="exact number of images for each class name; overrides num_images"
     )
     warp: WarpConfig = WarpConfig()
-    scheduler: Literal["unipc", "dpmsolver++", "ddim"] = "unipc"
+    scheduler: SchedulerName = "unipc"
     num_inference_steps: Timesteps = Field(20, ge=1)
     guidance_scale: float = Field(3.0, ge=0)
     controlnet_conditioning_scale: float = Field(1.0, ge=0)

@@ -34,6 +34,8 @@ from maskloom.pipeline.config.bounds import (
     Workers,
 )
 
+Tracker = Literal["tensorboard", "wandb", "comet_ml", "all"]
+"""Names of accelerate, each that of the tracker's package; `all`: those that are installed."""
 POLYNOMIAL_END = 1e-7
 """The final learning rate of diffusers' polynomial schedule."""
 
@@ -88,7 +90,7 @@ class LoopConfig(Section):
         None, ge=1, description="stop after this many validations without a lower loss, and keep the best weights"
     )
     logging_steps: Annotated[Steps, RESUMABLE] = Field(10, ge=1)
-    report_to: Annotated[Literal["tensorboard", "wandb", "comet_ml", "all"] | None, RESUMABLE] = "tensorboard"
+    report_to: Annotated[Tracker | None, RESUMABLE] = "tensorboard"
     tracker_project_name: Annotated[str, RESUMABLE] = Field("maskloom", pattern=NAME_PATTERN, max_length=MAX_NAME)
     dataloader_num_workers: Annotated[Workers, RESUMABLE] = Field(0, ge=0)
 

@@ -32,7 +32,7 @@ def page_renderer(config: ExperimentConfig, sources: Sources) -> Callable[[int],
     The sources are read only once, here.
     """
     template = _environment().get_template(TEMPLATE)
-    context = _context(config, sources)
+    context = template_variables(config, sources)
 
     def render(side: int) -> str:
         return template.render(
@@ -80,7 +80,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _context(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
+def template_variables(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
     """Return the variables of the template."""
     about = sources.real.description if sources.real else None
     condition = CONDITIONS.get(about.conditioning, "mask") if about else "mask"

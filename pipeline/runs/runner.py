@@ -37,7 +37,6 @@ MODULES = {
 LAUNCHER = "maskloom.pipeline.runs.launcher"
 PREFLIGHT = "maskloom.preflight"  # run as a command too, because it imports the stages
 DISTRIBUTED = ("train", "baselines", "generate")
-ACCELERATE_CONFIG_VARIABLE = "ACCELERATE_CONFIG_FILE"
 DEVICE_TOOLS = ("nvidia-smi", "rocm-smi", "xpu-smi")  # a machine with one of these may have several devices
 
 

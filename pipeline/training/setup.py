@@ -99,7 +99,7 @@ def check_tracker(config: LoopConfig) -> None:
         MaskLoomError: it is not.
     """
     name = config.report_to
-    if name in ("wandb", "comet_ml") and find_spec(name) is None:
+    if name not in (None, "tensorboard", "all") and find_spec(name) is None:
         raise MaskLoomError(
             f"{config.section}.report_to={name}: it is not installed; {install_command('track')}, or use tensorboard"
         )

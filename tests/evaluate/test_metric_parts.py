@@ -14,10 +14,11 @@ from maskloom.evaluate.downstream.masked import MaskedImages
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.metrics import downstream_classification, downstream_segmentation, quality
 from maskloom.evaluate.scores.features import load_extractor, set_features
+from maskloom.evaluate.scores.frechet import group_blocks
 from tests.evaluate.runs import answer, copied, faithful, small_options, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
 
-COUNTS = {"train": 16, "validation": 8, "test": 10}
+COUNTS = {"train": 16, "validation": 8, "test": 16}
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +28,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> EvaluationInputs:
     return tiny_inputs(run, ("copied", "faithful"))
 
 
-def test_halves_of_the_real_images_share_no_group() -> None:
-    groups = [f"{i // 3}" for i in range(30)]
-    for seed in range(3):
-        first, second = quality.random_halves(
-            quality.Featured("train", np.arange(30.0)[:, None], groups), np.random.default_rng(seed)
-        )
-        numbers = [{int(value) // 3 for value in half.features[:, 0]} for half in (first, second)]
-        assert not numbers[0] & numbers[1]
-        assert [len(half.features) for half in (first, second)] == [15, 15]
-
-
-def test_images_are_drawn_once_each() -> None:
-    one = quality.Featured("train", np.arange(30.0)[:, None], [])
-    drawn = one.drawn(20, np.random.default_rng(0))[:, 0].tolist()
-    assert len(set(drawn)) == 20
-    assert drawn != one.drawn(20, np.random.default_rng(1))[:, 0].tolist()
+def test_images_are_drawn_once_each_with_their_groups() -> None:
+    one = quality.Featured("train", np.arange(30.0)[:, None], [f"{i // 3}" for i in range(30)])
+    drawn = one.drawn(20, [0])
+    numbers = drawn.features[:, 0].astype(int).tolist()
+    assert len(set(numbers)) == len(drawn) == 20
+    assert drawn.groups == [f"{number // 3}" for number in numbers]
+    for other in (one.drawn(20, [1]), replace(one, name="test").drawn(20, [0])):
+        assert numbers != other.features[:, 0].tolist()
+    assert one.drawn(30, [0]).features.tolist() == one.features.tolist()
 
 
 def test_intervals_of_quality_are_over_groups(inputs: EvaluationInputs) -> None:
@@ -50,7 +44,9 @@ def test_intervals_of_quality_are_over_groups(inputs: EvaluationInputs) -> None:
     doubt.
     """
     values = answer(inputs, "quality", jackknife_blocks=8).values
-    distance = values["all"]["copied"]["frechet_distance"]
+    (found,) = values["rounds"]
+    assert (found["n"], found["draws"]) == (16, 1)
+    distance = found["train"]["copied"]["frechet_distance"]
     assert (distance["low"], distance["high"]) == pytest.approx((0, 0), abs=1e-6)
     alone = replace(inputs, train=replace(inputs.train), synthetic={}, _memo={})
     alone.train.__dict__["columns"] = {**inputs.train.columns, "group_id": ["one"] * COUNTS["train"]}
@@ -65,11 +61,10 @@ def test_precision_and_recall_are_of_synthetic_and_real_images() -> None:
     """
     random = np.random.default_rng(0)
     real = random.normal(size=(20, 3))
-    sets = [quality.Featured("collapsed", real[:1] + random.normal(0, 1e-3, (20, 3)), [f"{i}" for i in range(20)])]
-    train = quality.Featured("real train", real, [f"{i}" for i in range(20)])
-    extractor = type("Named", (), {"name": "none", "title": "none"})()
-    options = quality.Options(subsets=2, jackknife_blocks=2)
-    values = quality.whole_table(train, sets, extractor, options, 0)[1]["collapsed"]
+    groups = [f"{i}" for i in range(20)]
+    collapsed = quality.Featured("collapsed", real[:1] + random.normal(0, 1e-3, (20, 3)), groups)
+    draws = [(collapsed, quality.Featured("real test", real, groups))]
+    values = quality.compare_sets(draws, group_blocks(groups, 2), quality.Options(subsets=2), 0).scores
     assert values["precision"] == 1
     assert values["recall"] < 0.2
 

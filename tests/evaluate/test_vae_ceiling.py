@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from maskloom.evaluate.metrics.vae_ceiling import BACKBONE, TUNED, through_vae
+from maskloom.evaluate.metrics import vae_ceiling
+from maskloom.evaluate.metrics.vae_ceiling import BACKBONE, TUNED, reconstruct, through_vae
+from maskloom.evaluate.scores.features import ExtractorOptions, load_extractor
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.results import Interval, MetricResult
 from tests.evaluate.runs import answer, tiny_inputs
@@ -114,3 +116,31 @@ def test_images_keep_their_shape_and_batches_do_not_matter(backbone: Path, chann
     assert whole.shape == images.shape == (3, 24, 32, channels)
     single = np.concatenate([through_vae(vae, images[i : i + 1], 1, "cpu") for i in range(3)])
     assert abs(whole.astype(int) - single).max() <= 1
+
+
+def test_a_few_images_are_in_memory_at_a_time(run: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve images in batches of five: the same figures, and the same images shown."""
+    inputs = tiny_inputs(run, (), pretrained_model_name_or_path=str(backbone))
+    extractor = load_extractor(inputs, ExtractorOptions(extractor_size=32))
+    vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae").eval()
+    whole = reconstruct(vae, inputs.test, [0, 4, 5, 11], extractor, 4, "cpu")
+    monkeypatch.setattr(vae_ceiling, "BATCH", 5)
+    read: list[int] = []
+    original = vae_ceiling.through_vae
+
+    def noted(vae: AutoencoderKL, images: np.ndarray, batch_size: int, device: str) -> np.ndarray:
+        read.append(len(images))
+        return original(vae, images, batch_size, device)
+
+    monkeypatch.setattr(vae_ceiling, "through_vae", noted)
+    parts = reconstruct(vae, inputs.test, [0, 4, 5, 11], extractor, 4, "cpu")
+    assert read == [5, 5, 2]
+    assert abs(whole.shown.astype(int) - parts.shown).max() <= 1
+    assert whole.shown.shape == (4, 32, 32, 1)
+    assert parts.psnr == pytest.approx(whole.psnr, abs=0.01)
+    assert parts.ssim == pytest.approx(whole.ssim, abs=0.001)
+    assert parts.features == pytest.approx(whole.features, abs=0.05)
+    decoded = original(vae, inputs.test.images(), 4, "cpu")
+    assert abs(decoded[[0, 4, 5, 11]].astype(int) - whole.shown).max() <= 1
+    error = ((inputs.test.images().astype(float) - decoded) ** 2).mean(axis=(1, 2, 3))
+    assert whole.psnr == pytest.approx(10 * np.log10(255**2 / error), abs=0.01)

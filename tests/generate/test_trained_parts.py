@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from maskloom.generate.diffusion import ADAPTER_FILE, load_backbone, trained_par
 from maskloom.generate.generate import generate, open_generators
 from maskloom.generate.generator import Condition, ImageGenerator
 from maskloom.models.stable_diffusion.sampling import sampling_scheduler
-from maskloom.pipeline.config.generate import DEFAULT_GENERATORS
+from maskloom.pipeline.config.generate import DEFAULT_GENERATORS, SchedulerName
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
@@ -32,7 +33,7 @@ ALL = ("controlnet", "unet", "lora", "vae")
 TUNED_UNET = ["train.lora=[text_encoder]", "train.sd_locked=false"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZES = [(32, 32)]
-SCHEDULERS = ("unipc", "dpmsolver++", "ddim")
+SCHEDULERS = get_args(SchedulerName)
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import content_digest
 from maskloom.pipeline.files.formatting import counts_text, duration_text, interval_text, number_text
@@ -485,3 +488,42 @@ def test_evenly_chosen_pictures_hold_the_first_and_the_last():
 
 def test_the_page_is_one_document(whole):
     assert len(re.findall(r"</html>", whole[2])) == 1
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Path]]:
+    """Collects the files that Python opens during a test."""
+    files, active = [], True
+
+    def note(event, args):
+        if active and event == "open" and isinstance(args[0], str | os.PathLike):
+            files.append(Path(os.fspath(args[0])))
+
+    sys.addaudithook(note)  # cannot be removed, hence `active`
+    yield files
+    active = False
+
+
+def test_the_page_is_written_anew_when_any_file_changes_that_it_reads(tmp_path, opened):
+    run, config = fake_run.whole_run(tmp_path)
+    known = find_sources(run).digests()
+    opened.clear()
+    smallest_enough(config, find_sources(run))
+    read = {path for path in opened if path.is_relative_to(run.folder) and path.is_file() and path.stat().st_size}
+    assert {path.relative_to(run.folder).parts[0] for path in read} >= {"dataset", "evaluation", "logs"}
+
+    def is_noticed() -> bool:
+        try:
+            sources = find_sources(run)
+            for dataset in (sources.real, *sources.synthetic.values()):
+                verify_quickly(dataset.folder)
+        except MaskLoomError:
+            return True
+        return sources.digests() != known
+
+    assert not is_noticed()
+    for path in sorted(read):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert is_noticed(), path
+        path.write_bytes(content)

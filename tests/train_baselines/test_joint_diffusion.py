@@ -5,7 +5,7 @@ stopping.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 from maskloom.generate.generate import open_generators
 from maskloom.generate.generator import Condition
 from maskloom.models.joint_diffusion import guided, sampled
+from maskloom.pipeline.config.generate import SchedulerName
 from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
@@ -162,7 +163,7 @@ def generator(run: Path, size: int = 32, **generate: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpmsolver++", "ddim"])
+@pytest.mark.parametrize("solver", get_args(SchedulerName))
 def test_pairs_follow_the_seed_and_the_class_and_not_the_batch(finished: Path, solver: str) -> None:
     found = generator(finished, scheduler=solver)
     images, masks = found.pairs([condition(0, 1), condition(0, 2), condition(1, 1)])

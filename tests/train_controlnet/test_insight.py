@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import WandBTracker
+from accelerate.tracking import CometMLTracker, WandBTracker
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -467,6 +467,17 @@ def test_wandb_gets_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator.trackers = [tracker]
     show_in_trackers(accelerator, np.zeros((4, 6, 3), dtype=np.uint8), 7)
     assert sent == [({"validation": [("image", (4, 6, 3))]}, 7)]
+
+
+def test_comet_gets_the_grid() -> None:
+    """Comet is an extra, too."""
+    sent: list[Any] = []
+    tracker = CometMLTracker("maskloom")
+    tracker.writer = types.SimpleNamespace(log_image=lambda picture, **how: sent.append((picture.shape, how)))
+    accelerator = Accelerator(cpu=True)
+    accelerator.trackers = [tracker]
+    show_in_trackers(accelerator, np.zeros((4, 6, 3), dtype=np.uint8), 7)
+    assert sent == [((4, 6, 3), {"name": "validation", "step": 7})]
 
 
 def test_the_report_draws_a_figure_beside_what_it_is_compared_with(tmp_path: Path) -> None:

@@ -205,9 +205,11 @@ def sample_grid(lines: Sequence[Sequence[Picture | None]]) -> Picture:
 
 
 def show_in_trackers(accelerator: Accelerator, picture: Picture, step: int) -> None:
-    """Send an (H, W, 3) uint8 image to TensorBoard and W&B, where they are used."""
+    """Send an (H, W, 3) uint8 image to the trackers: TensorBoard, W&B and Comet."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": picture[None]}, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"validation": [picture]}, step=step)
+        elif tracker.name == "comet_ml":
+            tracker.tracker.log_image(picture, name="validation", step=step)  # accelerate's tracker has no log_images

@@ -3,7 +3,7 @@ noise and settings, same pixels.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from maskloom.models.stable_diffusion.sampling import (
     sampling_scheduler,
 )
 from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.generate import SchedulerName
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
@@ -137,7 +138,7 @@ def test_adherence_samples_as_generate_does_unless_it_says_otherwise(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, PNDMScheduler])
-@pytest.mark.parametrize("name", ["unipc", "dpmsolver++", "ddim"])
+@pytest.mark.parametrize("name", get_args(SchedulerName))
 def test_settings_as_they_are_on_disk_give_what_the_backbones_own_class_gives(
     tmp_path: Path, kind: type[Any], name: str
 ) -> None:
@@ -187,7 +188,7 @@ def test_what_cannot_be_sampled_is_refused_before_it_is_trained_for(
         )
 
 
-@pytest.mark.parametrize("name", ["unipc", "dpmsolver++", "ddim"])
+@pytest.mark.parametrize("name", get_args(SchedulerName))
 def test_any_number_of_steps_that_the_noise_schedule_has_can_be_sampled(name: str) -> None:
     config = plain(name)
     check_sampling(DDPMScheduler().config, config.generate, config.fine_tuning, True, [1, 2, 7, 999])
