@@ -23,9 +23,27 @@ from numpy.typing import NDArray
 
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
 
-SEED_SDS = (0.0, 0.01, 0.02, 0.04)
-EFFECT = 0.05
-FOUND = {"helped": 1, "hurt": -1}
+
+@dataclass(frozen=True)
+class Cell:
+    """What is simulated: the SD of a training's level, and by how much the arm is better."""
+
+    seed_sd: float
+    effect: float
+
+    @property
+    def name(self) -> str:
+        """Its name in files."""
+        return f"sd{self.seed_sd}-effect{self.effect}"
+
+    @property
+    def title(self) -> str:
+        """Its column."""
+        kind = f"found +{self.effect}" if self.effect else "wrong"
+        return f"{kind} [%], seed SD {self.seed_sd:g}"
+
+
+CELLS = (*(Cell(sd, 0.0) for sd in (0.0, 0.01, 0.02, 0.04)), Cell(0.0, 0.05), Cell(0.01, 0.05))
 
 
 @dataclass(frozen=True)
@@ -80,25 +98,34 @@ def simulated_dice(
     return dice
 
 
-def judged(layout: Layout, seeds: int, seed_sd: float, effect: float, repeats: int) -> list[int]:
-    """Return what `compare` finds in each simulated table: 1 helped, -1 hurt, 0 neither."""
-    key = [layout.groups, layout.cases, layout.unequal, seeds, round(seed_sd * 1000), round(effect * 1000)]
+def write_tables(folder: Path, layout: Layout, seeds: int, cell: Cell, repeats: int) -> list[Path]:
+    """Write the simulated tables of a cell and return their paths."""
+    key = [layout.groups, layout.cases, layout.unequal, seeds, round(cell.seed_sd * 1000), round(cell.effect * 1000)]
     random = np.random.default_rng(key)
     samples = tuple(f"case-{i:04}" for i in range(layout.cases))
     groups = tuple(f"group-{k:04}" for k in layout.group_numbers())
+    paths = [folder / f"{cell.name}-{number}.parquet" for number in range(repeats)]
+    for path in paths:
+        dice = simulated_dice(random, layout, seeds, cell.seed_sd, cell.effect)
+        arms = {
+            name: ArmCases(tuple(range(seeds)), {"Dice": dice[k]}) for k, name in enumerate(("real", "real_synthetic"))
+        }
+        write_cases(path, [ScoredTestSet("downstream_segmentation", "real test", samples, groups, arms)])
+    return paths
+
+
+def judged(layout: Layout, seeds: int, repeats: int) -> list[float]:
+    """Return the share, in %, of wrong findings in each null cell and of helped ones in the others."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.parquet" for number in range(repeats)]
-        for path in paths:
-            dice = simulated_dice(random, layout, seeds, seed_sd, effect)
-            arms = {
-                name: ArmCases(tuple(range(seeds)), {"Dice": dice[k]})
-                for k, name in enumerate(("real", "real_synthetic"))
-            }
-            write_cases(path, [ScoredTestSet("downstream_segmentation", "real test", samples, groups, arms)])
+        paths = [str(path) for cell in CELLS for path in write_tables(Path(folder), layout, seeds, cell, repeats)]
         output = Path(folder) / "found.json"
-        words = [sys.executable, "-m", "maskloom.evaluate", "compare", *map(str, paths), "--score", "Dice"]
+        words = [sys.executable, "-m", "maskloom.evaluate", "compare", *paths, "--score", "Dice"]
         subprocess.run([*words, "--json", str(output)], check=True, capture_output=True)
-        return [FOUND.get(entry["finding"], 0) for entry in json.loads(output.read_text())]
+        findings: dict[str, list[str]] = {cell.name: [] for cell in CELLS}
+        for entry in json.loads(output.read_text()):
+            findings[Path(entry["file"]).stem.rpartition("-")[0]].append(entry["finding"])
+    wanted = {cell.name: ("helped",) if cell.effect else ("helped", "hurt") for cell in CELLS}
+    return [100 * float(np.mean([one in wanted[name] for one in found])) for name, found in findings.items()]
 
 
 def main(
@@ -106,19 +133,14 @@ def main(
     layouts: Annotated[list[str] | None, typer.Option(help="only these, as GROUPSxCASES; may be repeated")] = None,
 ) -> None:
     """Print the share of wrong findings without an effect, and of found effects of +.05 Dice."""
-    print(
-        f"{repeats} tables per cell; wrong findings in % by SD of seeds {SEED_SDS}; found +{EFFECT} in % at SD 0 and .01"
-    )
+    print(f"{repeats} tables per cell")
+    print("| " + " | ".join(["test set", "seeds", *(cell.title for cell in CELLS)]) + " |")
     for layout in LAYOUTS:
         if layouts and f"{layout.groups}x{layout.cases}" not in layouts:
             continue
         for seeds in (3, 5):
-            wrong = [100 * np.mean([one != 0 for one in judged(layout, seeds, sd, 0, repeats)]) for sd in SEED_SDS]
-            found = [
-                100 * np.mean([one == 1 for one in judged(layout, seeds, sd, EFFECT, repeats)]) for sd in SEED_SDS[:2]
-            ]
             name = f"{layout.groups} groups, {layout.cases} cases, {'unequal' if layout.unequal else 'equal'}"
-            shown = " | ".join(f"{share:.1f}" for share in (*wrong, *found))
+            shown = " | ".join(f"{share:.1f}" for share in judged(layout, seeds, repeats))
             print(f"| {name} | {seeds} | {shown} |", flush=True)
 
 
