@@ -216,7 +216,8 @@ def _reason(pair: Pair, values: Floats, score: str) -> str:
     if pair.one_sided_cases > MISSING_SHARE * (values.shape[1] + pair.left_out_cases):
         return f"{pair.one_sided_cases} case(s) are defined in one arm alone"
     if groups < FEW_GROUPS:
-        return f"{groups} group(s), fewer than {FEW_GROUPS}"
+        where = "" if groups == len(set(pair.groups)) else "of its rarest class "
+        return f"the test images {where}are of {groups} group(s), fewer than {FEW_GROUPS}"
     if pair.seeds < FEW_SEEDS:
         return f"{pair.seeds} seed(s), fewer than {FEW_SEEDS}"
     return ""

@@ -143,7 +143,7 @@ def _values(one: TestSetComparison) -> dict[str, Any]:
 def _verdict(own: TestSetComparison) -> str:
     """Return the verdict, what it rests on, and what real images alone differ by."""
     headline, null = own.headline, own.null
-    basis = f"{headline.cases} test images in {headline.groups} groups, {headline.seeds} seeds"
+    basis = f"{headline.cases} test images in {own.groups} groups, {headline.seeds} seeds"
     found = "" if headline.smallest_effect is None else f"; an effect of {headline.smallest_effect:.3f} would be found"
     by_chance = f"; real images with other seeds: {_interval(null)}" if null else ""
     return f"{_change_sentence(headline)} ({basis}{found}{by_chance})."
@@ -211,12 +211,16 @@ def _figures(own: TestSetComparison, generator: str) -> list[Figure]:
     return reached + changed
 
 
+def _of_a_class(one: TestSetComparison) -> str:
+    return "" if one.headline.groups == one.groups else " of the rarest class"
+
+
 def _warnings(one: TestSetComparison) -> list[str]:
     headline, null = one.headline, one.null
     found = []
     if headline.groups < FEW_GROUPS:
         found.append(
-            f"only {headline.groups} test group(s): at least {FEW_GROUPS} are needed to tell an effect from chance"
+            f"only {headline.groups} test group(s){_of_a_class(one)}: at least {FEW_GROUPS} are needed to tell an effect from chance"
         )
     if headline.seeds < FEW_SEEDS and not one.external:  # reported once: all test sets share the models
         found.append(f"only {headline.seeds} seed(s): at least {FEW_SEEDS} are needed to tell an effect from chance")

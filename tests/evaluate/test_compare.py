@@ -105,7 +105,8 @@ def test_nothing_defined_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "seeds", "reason"), [(5, 5, "5 group(s), fewer than 6"), (6, 2, "2 seed(s), fewer than 3")]
+    ("groups", "seeds", "reason"),
+    [(5, 5, "the test images are of 5 group(s), fewer than 6"), (6, 2, "2 seed(s), fewer than 3")],
 )
 def test_few_groups_or_seeds_cannot_tell(groups: int, seeds: int, reason: str) -> None:
     names = [f"{i % groups}" for i in range(60)]
@@ -171,6 +172,7 @@ def test_a_mean_over_classes_rests_on_the_groups_of_the_rarest() -> None:
     cases = class_cases(dict(zip(("real", "real_synthetic"), probabilities, strict=True)), labels, ["common", "rare"])
     assert one(cases, score="balanced accuracy").groups == 3
     assert one(cases, score="balanced accuracy").finding == "cannot tell"
+    assert one(cases, score="macro F1").reason == "the test images of its rarest class are of 3 group(s), fewer than 6"
     assert one(cases, score="recall of common").groups == 57
     assert one(cases, score="accuracy").groups == 60
     together = class_cases(

@@ -31,7 +31,10 @@ def test_the_verdict_says_what_it_rests_on() -> None:
 
 def test_the_verdict_says_why_it_cannot_tell() -> None:
     found = compared({"real": BASE[:2], "real_synthetic": changed_by(0.1)[:2]}, [f"{i % 5}" for i in range(60)])
-    assert ": cannot tell, 5 group(s), fewer than 6 (60 test images in 5 groups, 2 seeds" in found.verdict
+    assert (
+        ": cannot tell, the test images are of 5 group(s), fewer than 6 (60 test images in 5 groups, 2 seeds"
+        in found.verdict
+    )
     assert [text.partition(":")[0] for text in found.warnings] == ["only 5 test group(s)", "only 2 seed(s)"]
 
 
