@@ -78,7 +78,7 @@ class Gan(Architecture):
             add_spectral_norm(self.discriminator)
         self.generator, self.discriminator = self.placed(self.generator), self.placed(self.discriminator)
         self.networks = {DISCRIMINATOR: self.discriminator, GENERATOR: self.generator}
-        self._notes: dict[str, Tensor] = {}
+        self._extra_metrics: dict[str, Tensor] = {}
         self._accuracy: dict[str, Tensor] = {}
         self._batches = 0
 
@@ -110,12 +110,12 @@ class Gan(Architecture):
         with frozen(self.discriminator):
             logits = self.discriminate(self.discriminator, self._augmented(generated, draws, "generator"), labels)
         further = self.further_losses(generated, real)
-        self._notes |= {key: value.detach() for key, value in further.items()}
+        self._extra_metrics |= {key: value.detach() for key, value in further.items()}
         yield GENERATOR, generator_loss(logits, self.options.gan_loss) + sum(further.values())
 
-    def notes(self) -> Mapping[str, Tensor]:
+    def extra_metrics(self) -> Mapping[str, Tensor]:
         """Return the discriminator's accuracy and the terms of the generator's loss."""
-        return self._notes
+        return self._extra_metrics
 
     def validate(self, step: int) -> dict[str, float]:
         """Write previews; warn if the samples have collapsed or the discriminator has won."""
@@ -150,7 +150,7 @@ class Gan(Architecture):
 
     def _record_accuracy(self, on_real: Tensor, on_generated: Tensor) -> None:
         right = {"real": (on_real > 0).float().mean(), "drawn": (on_generated < 0).float().mean()}
-        self._notes = {f"right/{key}": value.detach() for key, value in right.items()}
+        self._extra_metrics = {f"right/{key}": value.detach() for key, value in right.items()}
         for key, value in right.items():
             self._accuracy[key] = self._accuracy.get(key, torch.zeros_like(value)) + value.detach()
         self._batches += 1

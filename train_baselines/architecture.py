@@ -1,4 +1,4 @@
-"""The interface of a generator architecture: options, networks, losses, previews, exported weights.
+"""The interface of the training of a generator: options, networks, losses, previews, exported weights.
 
 To add an architecture, write `train_baselines/architectures/NAME.py` with a class
 `Options(ArchitectureOptions)` and a class `Trained(Architecture)`. A network that generation needs

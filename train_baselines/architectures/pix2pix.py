@@ -103,7 +103,7 @@ class Trained(Gan):
         """Return the weighted L1 and SSIM losses between generated and real images."""
         generated, real = generated[:, : self.description.channels], real[:, : self.description.channels]
         dissimilarity = self.similarity(generated, real)
-        self._notes["ssim"] = 1 - dissimilarity.detach()
+        self._extra_metrics["ssim"] = 1 - dissimilarity.detach()
         return {
             "l1": self.options.l1_weight * functional.l1_loss(generated, real),
             "dissimilarity": self.options.ssim_weight * dissimilarity,
