@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from maskloom.pipeline.config.bounds import BatchSize
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions
+from maskloom.train_baselines.architecture import ArchitectureOptions, ArchitectureTask
 from maskloom.train_baselines.diff_augment import Policy, augmented
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
@@ -29,6 +29,8 @@ A power of two is exact in float32.
 WINS = 0.98
 """Accuracy, on real and on generated samples alike, above which the discriminator has won."""
 
+GanSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"]
+
 
 class GanOptions(ArchitectureOptions):
     """Options shared by all GANs, with the optimizer defaults of DCGAN (Radford et al. 2016)."""
@@ -36,7 +38,7 @@ class GanOptions(ArchitectureOptions):
     train_batch_size: BatchSize = Field(16, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
     adam_beta1: float = Field(0.5, ge=0, lt=1)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = "constant"
+    lr_scheduler: GanSchedule = "constant"
     gan_loss: Literal["bce", "hinge"] = "bce"
     r1_gamma: float = Field(0.0, ge=0, description="weight of the R1 penalty; 0: none")
     spectral_norm: bool = Field(False, description="spectral normalisation of the discriminator's layers")
@@ -60,7 +62,7 @@ class GanOptions(ArchitectureOptions):
         return self
 
 
-class Gan(Architecture):
+class Gan(ArchitectureTask):
     """Trains a generator against a discriminator (Goodfellow et al. 2014, arXiv:1406.2661).
 
     Each step updates the discriminator first, then the generator.
