@@ -1,8 +1,8 @@
 """The interface of a dataset plug-in: description, listing of samples, and decoding of one sample.
 
 To add a dataset, write one file `data_prep/datasets/NAME.py` with a class
-`Adapter(DatasetAdapter)`. Nothing else has to be edited: the file name is the name of the dataset,
-and the contract tests cover it.
+`Adapter(DatasetAdapter)`. The file name is the name of the dataset. An adapter that needs a raw
+folder also needs `tests/writers/NAME.py` for the contract tests, and `configs/NAME.yaml` for users.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Prepares one sample for a part: decode, check, normalise, resize, describe."""
+"""Prepare one raw sample: decode, check, normalise, resize, describe."""
 
 import hashlib
 import re
@@ -37,7 +37,8 @@ class PreparedSample:
         attributes: the values that the prompt was rendered from.
         digest: SHA-256 of the raw pixels; empty if duplicates are not searched for or the image is
             constant.
-        shown: digest of the prepared image, likewise; different raw pixels may give the same image.
+        shown: SHA-256 of the pixels of the prepared image, empty as for `digest`; different raw
+            pixels may give the same prepared image.
         signature: near-duplicate signature; empty if near-duplicates are not searched for.
         kept: names of the classes that kept one pixel which nearest neighbour would have removed.
         lost: names of the classes of the raw mask that `resize_mode=crop` cut off.

@@ -1,9 +1,10 @@
 """The interface of a generator plug-in: a digest of its weights, and images for conditions.
 
 To add a generator, write one file `generate/generators/NAME.py` with a class `Options` and a class
-`Generator(ImageGenerator)`. Nothing else has to be edited: the file name is the generator's name in
-`generate.generators`, and the contract tests cover it. A generator that produces masks as well
-defines `Options(JointOptions)` and `Generator(JointGenerator)`.
+`Generator(ImageGenerator)`. The file name is the generator's name in `generate.generators`, and the
+contract tests cover it. Weights of a new kind also need a network in `models/`, and usually a
+training in `train_baselines/architectures/`. A generator that produces masks as well defines
+`Options(JointOptions)` and `Generator(JointGenerator)`.
 """
 
 from __future__ import annotations

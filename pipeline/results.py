@@ -24,6 +24,8 @@ REAL = "real images"
 """The row of the table of generators that holds the figures of real images."""
 TUNED_VAE = "vae"
 """Name of the fine-tuned VAE among the inputs of an evaluation; all others are datasets."""
+NAMED_COPIES = 3
+OnCopies = Literal["drop", "stop", "keep"]
 REMEDY = "run evaluate again with --force"
 
 
@@ -71,6 +73,36 @@ class Figure(Interval):
     of: str
     name: str
     better: Literal["lower", "higher"] | None = None
+
+
+class CopyRow(Part):
+    """A synthetic image that is a copy of a training image.
+
+    Attributes:
+        sample_id: of the synthetic image.
+        original: sample id of the training image.
+        transformation: how the original was changed, in words.
+        measure: of the similarity.
+        similarity: 0..1.
+        threshold: above which an image is a copy.
+    """
+
+    sample_id: str
+    original: str
+    transformation: str
+    measure: str
+    similarity: float
+    threshold: float
+
+    def __str__(self) -> str:
+        """Return the image and its original as verdicts name them."""
+        return f"{self.sample_id} of {self.original} ({self.transformation})"
+
+
+def named_copies(copies: list[CopyRow]) -> str:
+    """Return the first copies, each with its original, in words."""
+    named = "; ".join(map(str, copies[:NAMED_COPIES]))
+    return named + (f"; and {len(copies) - NAMED_COPIES} more" if len(copies) > NAMED_COPIES else "")
 
 
 Cell = bool | int | float | str | Interval | None

@@ -4,8 +4,11 @@ functions beside them.
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from maskloom.pipeline.config.generate import SchedulerName
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,3 +53,8 @@ def test_every_folder_of_plugins_is_where_a_reader_looks_for_it() -> None:
     for page in ("docs/architecture.md", "docs/extending.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert [folder for folder in sorted(folders) if f"`{folder}/NAME.py`" not in text] == []
+
+
+def test_every_sampling_scheduler_is_documented() -> None:
+    text = (ROOT / "docs/generators.md").read_text(encoding="utf-8")
+    assert [name for name in get_args(SchedulerName) if f"`{name}`" not in text] == []

@@ -32,7 +32,7 @@ class LatentRows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, images: TrainImages, size: int, seed: int) -> None:
-        """Keep the parts; `encode` computes moments and prompts.
+        """Store the images and settings; `encode` computes moments and prompts.
 
         Args:
             images: the training images.
@@ -96,7 +96,7 @@ class DenoiserTask(Task):
         rows: LatentRows,
         config: DenoiserConfig,
     ) -> None:
-        """Keep the parts. The VAE's scaling factor is 1: see `normalise_vae`."""
+        """Store the networks, data and settings. The VAE's scaling factor is 1: see `normalise_vae`."""
         self.networks = {"unet": unet, "text_encoder": text_encoder}
         self.dataset, self.scheduler, self.config = rows, scheduler, config
         self.empty_prompt = token_ids(tokenizer, [""])

@@ -103,7 +103,7 @@ class VaeTask(Task):
         config: VaeConfig,
         accelerator: Accelerator,
     ) -> None:
-        """Keep the parts; the perceptual network is loaded from its package."""
+        """Store the networks, data and settings; the perceptual network is loaded from its package."""
         self.networks = {"vae": autoencoder, "discriminator": discriminator}
         self.dataset, self.config, self.accelerator = images, config, accelerator
         self.distance = PerceptualDistance().to(accelerator.device)

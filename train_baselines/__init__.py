@@ -1,4 +1,4 @@
-"""The stage `baselines`: other generator architectures, to compare with ControlNet.
+"""The stage `baselines`: generators trained from scratch, to compare with fine-tuned Stable Diffusion.
 
-The training loop is `pipeline.training`; networks that sampling needs as well live in `models`.
+GANs, pix2pix and joint diffusion are one file each in `architectures`. The training loop is `pipeline.training`; networks that sampling needs as well live in `models`.
 """

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from maskloom.pipeline.config.bounds import BatchSize
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions
+from maskloom.train_baselines.architecture import ArchitectureOptions, ArchitectureTask
 from maskloom.train_baselines.diff_augment import Policy, augmented
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
@@ -29,6 +29,8 @@ A power of two is exact in float32.
 WINS = 0.98
 """Accuracy, on real and on generated samples alike, above which the discriminator has won."""
 
+GanSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"]
+
 
 class GanOptions(ArchitectureOptions):
     """Options shared by all GANs, with the optimizer defaults of DCGAN (Radford et al. 2016)."""
@@ -36,7 +38,7 @@ class GanOptions(ArchitectureOptions):
     train_batch_size: BatchSize = Field(16, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
     adam_beta1: float = Field(0.5, ge=0, lt=1)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = "constant"
+    lr_scheduler: GanSchedule = "constant"
     gan_loss: Literal["bce", "hinge"] = "bce"
     r1_gamma: float = Field(0.0, ge=0, description="weight of the R1 penalty; 0: none")
     spectral_norm: bool = Field(False, description="spectral normalisation of the discriminator's layers")
@@ -60,7 +62,7 @@ class GanOptions(ArchitectureOptions):
         return self
 
 
-class Gan(Architecture):
+class Gan(ArchitectureTask):
     """Trains a generator against a discriminator (Goodfellow et al. 2014, arXiv:1406.2661).
 
     Each step updates the discriminator first, then the generator.
@@ -78,7 +80,7 @@ class Gan(Architecture):
             add_spectral_norm(self.discriminator)
         self.generator, self.discriminator = self.placed(self.generator), self.placed(self.discriminator)
         self.networks = {DISCRIMINATOR: self.discriminator, GENERATOR: self.generator}
-        self._notes: dict[str, Tensor] = {}
+        self._extra_metrics: dict[str, Tensor] = {}
         self._accuracy: dict[str, Tensor] = {}
         self._batches = 0
 
@@ -110,12 +112,12 @@ class Gan(Architecture):
         with frozen(self.discriminator):
             logits = self.discriminate(self.discriminator, self._augmented(generated, draws, "generator"), labels)
         further = self.further_losses(generated, real)
-        self._notes |= {key: value.detach() for key, value in further.items()}
+        self._extra_metrics |= {key: value.detach() for key, value in further.items()}
         yield GENERATOR, generator_loss(logits, self.options.gan_loss) + sum(further.values())
 
-    def notes(self) -> Mapping[str, Tensor]:
+    def extra_metrics(self) -> Mapping[str, Tensor]:
         """Return the discriminator's accuracy and the terms of the generator's loss."""
-        return self._notes
+        return self._extra_metrics
 
     def validate(self, step: int) -> dict[str, float]:
         """Write previews; warn if the samples have collapsed or the discriminator has won."""
@@ -150,7 +152,7 @@ class Gan(Architecture):
 
     def _record_accuracy(self, on_real: Tensor, on_generated: Tensor) -> None:
         right = {"real": (on_real > 0).float().mean(), "drawn": (on_generated < 0).float().mean()}
-        self._notes = {f"right/{key}": value.detach() for key, value in right.items()}
+        self._extra_metrics = {f"right/{key}": value.detach() for key, value in right.items()}
         for key, value in right.items():
             self._accuracy[key] = self._accuracy.get(key, torch.zeros_like(value)) + value.detach()
         self._batches += 1

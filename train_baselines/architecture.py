@@ -1,8 +1,8 @@
-"""The interface of a generator architecture: options, networks, losses, previews, exported weights.
+"""The interface of the training of a generator: options, networks, losses, previews, exports.
 
-To add an architecture, write `train_baselines/architectures/NAME.py` with a class
-`Options(ArchitectureOptions)` and a class `Trained(Architecture)`. A network that generation needs
-as well goes to `models/`, and `generate/generators/NAME.py` samples from it.
+To add one, write `train_baselines/architectures/NAME.py` with a class
+`Options(ArchitectureOptions)` and a class `Architecture(ArchitectureTask)`. A network that
+generation needs as well goes to `models/`, and `generate/generators/NAME.py` samples from it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
             network.train(mode)
 
 
-class Architecture(Task):
+class ArchitectureTask(Task):
     """A generator architecture in training.
 
     Attributes:

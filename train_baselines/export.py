@@ -14,13 +14,13 @@ from maskloom.pipeline.errors import report_write_errors
 from maskloom.pipeline.files.atomic import model_digest
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.files.provenance import git_sha
-from maskloom.train_baselines.architecture import Architecture
+from maskloom.train_baselines.architecture import ArchitectureTask
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 def export(
-    architecture: Architecture, name: str, config: ExperimentConfig, contract: Contract, target: Path
+    architecture: ArchitectureTask, name: str, config: ExperimentConfig, contract: Contract, target: Path
 ) -> dict[str, Any]:
     """Write the weights, the model card and the latest previews to `target`, atomically.
 
@@ -29,7 +29,7 @@ def export(
         name: its name in the configuration.
         config: the experiment.
         contract: the contract of the real dataset.
-        target: the output folder; each entry of `Architecture.weights` becomes a subfolder.
+        target: the output folder; each entry of `ArchitectureTask.weights` becomes a subfolder.
 
     Returns:
         The digest of the weights, and the number of trained parameters of each network.
@@ -47,7 +47,7 @@ def export(
 
 
 def _card(
-    architecture: Architecture,
+    architecture: ArchitectureTask,
     name: str,
     config: ExperimentConfig,
     contract: Contract,

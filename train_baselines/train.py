@@ -26,7 +26,7 @@ from maskloom.pipeline.runs.run import RECORD_FILE, SHOWN_LOGS, Run
 from maskloom.pipeline.runs.stage import Stage, open_run, skip_empty_stage
 
 if TYPE_CHECKING:
-    from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions
+    from maskloom.train_baselines.architecture import ArchitectureOptions, ArchitectureTask
     from maskloom.train_baselines.rows import Rows
 
 PACKAGE = "maskloom.train_baselines.architectures"
@@ -190,7 +190,7 @@ def _check_before_training(
 
     name = stage.name.removeprefix(f"{NAME}/")
     check_machine(options)
-    rows = _open_rows(load_plugin(PACKAGE, name, "architecture").Trained, options, dataset, "train")
+    rows = _open_rows(load_plugin(PACKAGE, name, "architecture").Architecture, options, dataset, "train")
     check_replaceable(weights_folder(run, name))
     loop = in_steps(options, len(rows), launched_processes())
     check_resumable(loop, run.baselines / name, config.seed, stage.inputs, force)
@@ -237,9 +237,9 @@ def _train_architecture(
 
 def _build_architecture(
     plugin: ModuleType, options: ArchitectureOptions, dataset: MaskPromptDataset, seed: int, accelerator: Any
-) -> Architecture:
+) -> ArchitectureTask:
     """Open the rows and build the networks of an architecture."""
-    kind = plugin.Trained
+    kind = plugin.Architecture
     rows = _open_rows(kind, options, dataset, "train")
     if rows.left_out and accelerator.is_main_process:
         say(f"baselines: {rows.left_out} train rows without a mask or label are left out")
@@ -248,7 +248,9 @@ def _build_architecture(
     return kind(options, rows, previews, seed, accelerator)
 
 
-def _open_rows(kind: type[Architecture], options: ArchitectureOptions, dataset: MaskPromptDataset, split: str) -> Rows:
+def _open_rows(
+    kind: type[ArchitectureTask], options: ArchitectureOptions, dataset: MaskPromptDataset, split: str
+) -> Rows:
     """Return the rows of a split that an architecture can use, at its size."""
     from maskloom.train_baselines.rows import Rows
 

@@ -221,7 +221,7 @@ class DecoderTask(Task):
         accelerator: Accelerator,
         validation_samples: int,
     ) -> None:
-        """Keep the parts, and freeze all weights but the decoder's.
+        """Store the networks, data and settings, and freeze all weights but the decoder's.
 
         Args:
             config: the section `train.vae_decoder`.

@@ -2,8 +2,8 @@
 
 Smith, Cyclical Learning Rates for Training Neural Networks (2017): the learning rate grows by a
 constant factor per step while the loss is monitored. The training loss of a diffusion model says
-little about a single step: it varies by a factor of several with the sampled timesteps, while a
-ControlNet lowers it by a hundredth. So after every step the loss is measured on rows, noise and
+little about a single step: it varies several-fold with the sampled timesteps, while a ControlNet
+lowers it by about 1 %. So after every step the loss is measured on rows, noise and
 timesteps that stay the same and that no step trains on; only the weights can change it.
 """
 

@@ -25,11 +25,11 @@ from maskloom.train_controlnet.networks import Networks
 OPTIMIZER = "denoiser"
 
 
-class Validates(Protocol):
-    """Validates the networks between training steps."""
+class TaskValidator(Protocol):
+    """Validates the networks between training steps; `validation.validator` implements it."""
 
-    def figures(self, step: int) -> dict[str, float]:
-        """Return held-out figures by name after `step` optimizer steps."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return held-out metrics by name after `step` optimizer steps."""
 
 
 class DiffusionTask(Task):
@@ -43,10 +43,10 @@ class DiffusionTask(Task):
             validation.
     """
 
-    validator: Validates | None = None
+    validator: TaskValidator | None = None
 
     def __init__(self, config: TrainConfig, parts: Networks, data: TrainingData, device: torch.device) -> None:
-        """Keep the parts.
+        """Store the networks, data and settings.
 
         Args:
             config: the section `train`.
@@ -163,7 +163,7 @@ class DiffusionTask(Task):
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the validator's figures; empty without a validator."""
-        return {} if self.validator is None else self.validator.figures(step)
+        return {} if self.validator is None else self.validator.metrics(step)
 
     def row_name(self, index: int) -> str:
         """Return the sample id of a training row."""

@@ -1,4 +1,8 @@
-"""One file per metric, found by its name; a metric never imports another one.
+"""One file per question, here called a metric, such as "does the generator copy its images?".
+
+What the field calls metrics (Fréchet distance, Dice, precision and recall) are the scores of
+`evaluate.scores`, which a question combines into tables and a verdict. Files are found by their
+names and never import each other.
 
 A metric file holds `class Options(Section)`, `VERSION: int` (raised when its figures change) and
 `def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult`. It imports no torch

@@ -3,27 +3,41 @@
 The distance of each synthetic image to its nearest training image is measured in a network's
 feature space and pixel by pixel. It is compared with the distances of real images that the
 generator has not seen (validation and test). An image is flagged if it is closer to a training
-image than nearly all of those.
+image than nearly all of those. Apart from that, every image that is a copy of a training image,
+whole or in part, is named with its original (`evaluate.copies`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from maskloom.evaluate.copies import CopyJudgement, judged_copies
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.scores.calibration import held_out_share, joint_thresholds
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
 from maskloom.evaluate.scores.statistics import share_interval
 from maskloom.evaluate.thumbnails import coloured_mask, image_grid
 from maskloom.pipeline.config.bounds import Shown, Side
-from maskloom.pipeline.results import REAL, Cell, Curve, Figure, MetricResult, Picture, Table, skipped_result
+from maskloom.pipeline.results import (
+    REAL,
+    Cell,
+    CopyRow,
+    Curve,
+    Figure,
+    MetricResult,
+    Picture,
+    Table,
+    named_copies,
+    skipped_result,
+)
 
-VERSION = 1
+VERSION = 2
 QUESTION = "Does the generator repeat its training images?"
 FEATURES, PIXELS = "features", "pixels"
 FEW_HELD_OUT = 100
@@ -36,9 +50,9 @@ class Options(ExtractorOptions):
         5.0,
         gt=0,
         lt=50,
-        description="percentile of the held-out real images' distances; synthetic images below it are flagged",
+        description="percentage of held-out real images that lie below a threshold; synthetic images below it are flagged",
     )
-    shown_pairs: Shown = Field(6, ge=0, description="nearest pairs shown for each generator")
+    shown_pairs: Shown = Field(6, ge=0, description="nearest pairs, and copies, shown for each generator")
     picture_side: Side = Field(128, ge=16, description="side of each shown image")
 
 
@@ -52,17 +66,24 @@ class Audit:
         flagged: by space, (N,) whether the image lies below the threshold.
         parent_is_nearest: by space, (N,) whether the nearest training image is the one whose mask
             was used.
+        copies: the images that are copies of training images.
     """
 
     image_set: ImageSet
     nearest: dict[str, Nearest]
     flagged: dict[str, NDArray[np.bool_]]
     parent_is_nearest: dict[str, NDArray[np.bool_]]
+    copies: list[CopyRow] = field(default_factory=list)
 
     @property
     def flagged_in_both(self) -> NDArray[np.bool_]:
         """(N,) whether both spaces flag the image."""
         return self.flagged[FEATURES] & self.flagged[PIXELS]
+
+    @property
+    def flagged_in_either(self) -> NDArray[np.bool_]:
+        """(N,) whether any space flags the image."""
+        return self.flagged[FEATURES] | self.flagged[PIXELS]
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
@@ -83,11 +104,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         space: np.concatenate([nearest.distance for nearest in found])
         for space, found in _by_space(inputs, extractor, held_out).items()
     }
-    thresholds = {
-        space: float(np.percentile(distances, options.percentile)) for space, distances in calibration.items()
-    }
-    audits = [_audit(inputs, extractor, one, thresholds) for one in generators]
-    return _result(inputs, options, extractor, calibration, thresholds, audits)
+    thresholds = joint_thresholds(calibration, options.percentile)
+    judgement = judged_copies(inputs)
+    audits = [_audit(inputs, extractor, one, thresholds, judgement.synthetic[one.name]) for one in generators]
+    groups = [group for one in held_out for group in one.groups]
+    share = held_out_share(calibration, groups, options.percentile)
+    return _result(inputs, options, extractor, calibration, thresholds, share, judgement, audits)
 
 
 def _by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSet]) -> dict[str, list[Nearest]]:
@@ -100,7 +122,13 @@ def _by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSe
     }
 
 
-def _audit(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSet, thresholds: dict[str, float]) -> Audit:
+def _audit(
+    inputs: EvaluationInputs,
+    extractor: Extractor,
+    image_set: ImageSet,
+    thresholds: dict[str, float],
+    copies: list[CopyRow],
+) -> Audit:
     nearest = {space: found[0] for space, found in _by_space(inputs, extractor, [image_set]).items()}
     train_ids = np.asarray(inputs.train.columns["sample_id"], dtype=object)
     parents = np.asarray(image_set.parents, dtype=object)
@@ -109,6 +137,7 @@ def _audit(inputs: EvaluationInputs, extractor: Extractor, image_set: ImageSet, 
         nearest,
         {space: found.distance < thresholds[space] for space, found in nearest.items()},
         {space: train_ids[found.index] == parents for space, found in nearest.items()},
+        copies,
     )
 
 
@@ -118,26 +147,53 @@ def _result(
     extractor: Extractor,
     calibration: dict[str, NDArray[np.float64]],
     thresholds: dict[str, float],
+    share: float,
+    judgement: CopyJudgement,
     audits: list[Audit],
 ) -> MetricResult:
     count = len(calibration[FEATURES])
     table, values = audit_table(options, audits)
+    copied = [audit for audit in audits if audit.copies]
     return MetricResult(
         question=QUESTION,
         verdict=audit_verdict(audits, options),
-        tables=[table],
+        tables=[table, *(copies_table(audit) for audit in copied)],
         curves=[_curve(space, calibration[space], audits) for space in (FEATURES, PIXELS)],
-        pictures=[_picture(inputs, options, audit) for audit in audits if options.shown_pairs],
-        warnings=[f"calibrated on only {count} held-out real images: the threshold is imprecise"]
-        if count < FEW_HELD_OUT
-        else [],
+        pictures=[
+            *(_copies_picture(inputs, options, audit) for audit in copied if options.shown_pairs),
+            *(_picture(inputs, options, audit) for audit in audits if options.shown_pairs),
+        ],
+        warnings=[
+            *(
+                [f"calibrated on only {count} held-out real images: the threshold is imprecise"]
+                if count < FEW_HELD_OUT
+                else []
+            ),
+            *(
+                [
+                    f"{len(judgement.held_out)} of {count} held-out real images are copies of training images: {named_copies(judgement.held_out)}"
+                ]
+                if judgement.held_out
+                else []
+            ),
+        ],
         limits=[
-            "Passing this audit does not guarantee privacy: it detects only near copies of whole images, not copied parts or rare attributes.",
+            "Passing this audit does not guarantee privacy: it detects copies of whole images and of large parts, not of small parts or rare attributes.",
             f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over flips and {CROP:.0%} crops of the synthetic image.",
             "An image made from a training mask shares its anatomy with the image of that mask: such a pair is expected to be close, but still counts.",
         ],
         figures=_figures(options, audits),
-        values={"held_out": {"n": count, "thresholds": thresholds, "percentile": options.percentile}, **values},
+        values={
+            "held_out": {
+                "n": count,
+                "thresholds": thresholds,
+                "percentile": options.percentile,
+                "flagged_share": share,
+                "copy_thresholds": judgement.thresholds,
+                "copies": [row.model_dump() for row in judgement.held_out],
+            },
+            **values,
+        },
         n=inputs.counts(),
     )
 
@@ -148,10 +204,11 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
     values: dict[str, Any] = {}
     for audit in audits:
         total, name = len(audit.image_set), audit.image_set.name
-        values[name] = {"n": total}
-        for space, flagged in (*audit.flagged.items(), ("both", audit.flagged_in_both)):
+        values[name] = {"n": total, "copies": [row.model_dump() for row in audit.copies]}
+        spaces = (*audit.flagged.items(), ("both", audit.flagged_in_both), ("either", audit.flagged_in_either))
+        for space, flagged in spaces:
             share = share_interval(int(flagged.sum()), total)
-            parent = audit.parent_is_nearest[FEATURES if space == "both" else space]
+            parent = audit.parent_is_nearest[PIXELS if space == PIXELS else FEATURES]
             of_parent = share_interval(int((flagged & parent).sum()), int(flagged.sum()))
             rows.append([name, space, total, int(flagged.sum()), share, of_parent])
             values[name][space] = {
@@ -160,8 +217,8 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
                 "parent_is_nearest": of_parent.model_dump(),
             }
     note = (
-        f"Flagged: closer to a training image than {100 - options.percentile:g} % of the held-out real images, so about {options.percentile:g} % "
-        "would be flagged in either space alone if synthetic images were as far away as real ones. 95 % Wilson intervals. Last column: share of the flagged images "
+        f"Flagged: closer to a training image, in either space, than {100 - options.percentile:g} % of the held-out real images, so about {options.percentile:g} % "
+        "would be flagged in either space if synthetic images were as far away as real ones, and fewer in each. 95 % Wilson intervals. Last column: share of the flagged images "
         "whose nearest training image is the one whose mask they were made from."
     )
     columns = ["set", "space", "N", "flagged", "share flagged", "nearest is the mask's own image"]
@@ -170,15 +227,28 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
     ), values
 
 
+def copies_table(audit: Audit) -> Table:
+    """Return one row per copy, with its original."""
+    return Table(
+        title=f"{audit.image_set.name}: copies of training images",
+        note="Similarity is 0 to 1; no held-out real image that is not a copy itself reaches the threshold.",
+        columns=["image", "original", "how it was changed", "measure", "similarity", "threshold"],
+        rows=[
+            [row.sample_id, row.original, row.transformation, row.measure, row.similarity, row.threshold]
+            for row in audit.copies
+        ],
+    )
+
+
 def _figures(options: Options, audits: list[Audit]) -> list[Figure]:
-    """Return the share flagged in each space, and the share expected of held-out real images."""
-    found = []
-    for space in (FEATURES, PIXELS):
-        column, expected = f"near copies by {space}", options.percentile / 100
-        found.append(Figure(of=REAL, name=column, better="lower", value=expected))
-        for audit in audits:
-            share = share_interval(int(audit.flagged[space].sum()), len(audit.image_set))
-            found.append(Figure(of=audit.image_set.name, name=column, better="lower", **share.model_dump()))
+    """Return the number of copies, the share flagged, and what is expected of real images."""
+    copies, near = "copies of training images", "suspiciously close to a training image"
+    found = [Figure(of=REAL, name=copies, better="lower", value=0)]
+    found += [Figure(of=one.image_set.name, name=copies, better="lower", value=len(one.copies)) for one in audits]
+    found.append(Figure(of=REAL, name=near, better="lower", value=options.percentile / 100))
+    for audit in audits:
+        share = share_interval(int(audit.flagged_in_either.sum()), len(audit.image_set))
+        found.append(Figure(of=audit.image_set.name, name=near, better="lower", **share.model_dump()))
     return found
 
 
@@ -228,26 +298,53 @@ def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Pictur
     )
 
 
+def _copies_picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Picture:
+    """Show the first copies, each beside its original."""
+    size = (options.picture_side, options.picture_side)
+    train = inputs.once(("memorisation pictures", size), lambda: inputs.train.images(size))
+    synthetic = audit.image_set.images(size)
+    mine, theirs = (
+        {sample: position for position, sample in enumerate(one.columns["sample_id"])}
+        for one in (audit.image_set, inputs.train)
+    )
+    shown = audit.copies[: options.shown_pairs]
+    return Picture(
+        title=f"{audit.image_set.name}: copies beside their originals",
+        caption="Left: synthetic image. Right: the training image that it is a copy of. "
+        + "; ".join(map(str, shown))
+        + ".",
+        pixels=image_grid(
+            [[synthetic[mine[row.sample_id]], train[theirs[row.original]]] for row in shown], options.picture_side
+        ),
+    )
+
+
 def audit_verdict(audits: list[Audit], options: Options) -> str:
-    """Return the sentence with the share flagged in each space.
+    """Return the copies with their originals, and the share that is suspiciously close.
 
     It names the generators whose interval lies above the expected share.
     """
-    parts, near = [], []
+    parts, near, copies = [], [], []
     for audit in audits:
-        shares = {space: share_interval(int(flagged.sum()), len(flagged)) for space, flagged in audit.flagged.items()}
-        figures = [
-            f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}] by {space}" for space, share in shares.items()
-        ]
-        parts.append(f"{audit.image_set.name} {' and '.join(figures)}")
-        if any((share.low or 0) > options.percentile / 100 for share in shares.values()):
+        name, total = audit.image_set.name, len(audit.image_set)
+        share = share_interval(int(audit.flagged_in_either.sum()), total)
+        parts.append(f"{name} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
+        if audit.copies:
+            copies.append(
+                f"{name}: {len(audit.copies)} of {total} images are copies of training images: {named_copies(audit.copies)}"
+            )
+        if (share.low or 0) > options.percentile / 100:
             # Both a copy and the shared mask can explain why the nearest image is the parent.
             flagged = np.stack(list(audit.flagged.values()))
             of_parent = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
             near.append(
-                f"{audit.image_set.name} is closer to training images than unseen real images are "
+                f"{name} is closer to training images than unseen real images are "
                 f"(for {of_parent:.0%} of the flagged images, the nearest one is the image whose mask was used)"
             )
     expected = f"{options.percentile:g} % of unseen real images would be"
-    finding = f"{'; '.join(near)}: inspect the pairs" if near else "no sign of copying"
-    return f"Images flagged as suspiciously close to a training image ({expected}): {'; '.join(parts)}. Finding: {finding}."
+    shares = f"Images suspiciously close to a training image ({expected}): {'; '.join(parts)}."
+    if near:
+        finding = f" Finding: {'; '.join(near)}: inspect the pairs."
+    else:
+        finding = "" if copies else " Finding: no sign of copying."
+    return "".join(f"{sentence}. " for sentence in copies) + shares + finding

@@ -1,4 +1,5 @@
-"""The scores behind the metrics: distances, precision and recall, nearest neighbours, statistics.
+"""What the field calls metrics: distances, precision and recall, nearest neighbours, statistics.
 
-Arrays in, numbers out. The question and the verdict in words belong to `evaluate.metrics`.
+Arrays in, numbers out. The questions that they answer, and the verdicts in words, are the files of
+`evaluate.metrics`.
 """

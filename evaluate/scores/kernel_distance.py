@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
 Features = NDArray[np.floating]
 LARGEST_SUBSET = 1000
+BLOCK = 512  # rows of a kernel matrix in memory at a time
+SUBSETS = 256  # subsets whose sums are taken from the same kernel values
 
 
 def kernel_distance(left: Features, right: Features, subsets: int, seed: int) -> tuple[float, float]:
@@ -24,11 +27,15 @@ def kernel_distance(left: Features, right: Features, subsets: int, seed: int) ->
     """
     size = min(LARGEST_SUBSET, min(len(left), len(right)) // 2)
     random = np.random.default_rng(seed)
-    values = [
-        squared_discrepancy(left[random.choice(len(left), size, False)], right[random.choice(len(right), size, False)])
-        for _ in range(subsets)
-    ]
-    return float(np.mean(values)), float(np.std(values))
+    values = []
+    for start in range(0, subsets, SUBSETS):
+        count = min(SUBSETS, subsets - start)
+        in_left, in_right = np.zeros((count, len(left))), np.zeros((count, len(right)))
+        for number in range(count):
+            in_left[number, random.choice(len(left), size, False)] = 1
+            in_right[number, random.choice(len(right), size, False)] = 1
+        values.append(subset_discrepancies(left, right, in_left, in_right))
+    return float(np.mean(np.concatenate(values))), float(np.std(np.concatenate(values)))
 
 
 def squared_discrepancy(left: Features, right: Features) -> float:
@@ -36,15 +43,42 @@ def squared_discrepancy(left: Features, right: Features) -> float:
 
     Gretton et al. 2012, eq. 3.
     """
-    left, right = left.astype(np.float64), right.astype(np.float64)
-    within = [
-        (kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)) for x in (left, right) for kernel in [_kernel(x, x)]
-    ]
-    return float(sum(within) - 2 * _kernel(left, right).mean())
+    return float(subset_discrepancies(left, right, np.ones((1, len(left))), np.ones((1, len(right))))[0])
 
 
-def _kernel(left: Features, right: Features) -> NDArray[np.float64]:
-    from sklearn.metrics.pairwise import polynomial_kernel
+def subset_discrepancies(left: Features, right: Features, in_left: Floats, in_right: Floats) -> Floats:
+    """Return the unbiased squared MMD between subsets of two sets, (S,).
 
-    kernel: NDArray[np.float64] = polynomial_kernel(left, right, degree=3, gamma=1 / left.shape[1], coef0=1)
-    return kernel
+    Every kernel value is computed once for all subsets, and never all at a time.
+
+    Args:
+        left: (N1, D).
+        right: (N2, D).
+        in_left: (S, N1), 1 where an image belongs to a subset, else 0.
+        in_right: (S, N2).
+    """
+    x, y = left.astype(np.float64), right.astype(np.float64)
+    between = _kernel_sums(x, y, in_left, in_right) / (in_left.sum(axis=1) * in_right.sum(axis=1))
+    return _mean_within(x, in_left) + _mean_within(y, in_right) - 2 * between
+
+
+def _mean_within(features: Floats, members: Floats) -> Floats:
+    """Return the mean kernel value of the pairs of different images in each subset, (S,)."""
+    sizes = members.sum(axis=1)
+    of_itself = members @ _cubic(np.einsum("ij,ij->i", features, features), features.shape[1])
+    return (_kernel_sums(features, features, members, members) - of_itself) / (sizes * (sizes - 1))
+
+
+def _kernel_sums(left: Floats, right: Floats, in_left: Floats, in_right: Floats) -> Floats:
+    """Return the sum of the kernel values between each subset of `left` and of `right`, (S,)."""
+    sums = np.zeros(len(in_left))
+    for start in range(0, len(left), BLOCK):
+        rows = slice(start, start + BLOCK)
+        sums += np.einsum("ij,ij->i", in_left[:, rows] @ _cubic(left[rows] @ right.T, left.shape[1]), in_right)
+    return sums
+
+
+def _cubic(products: Floats, dimensions: int) -> Floats:
+    """Return (x.y / D + 1)^3 for the products x.y."""
+    base = products / dimensions + 1
+    return base * base * base

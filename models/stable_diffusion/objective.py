@@ -104,7 +104,7 @@ def timestep_weights(scheduler: Any, timesteps: Tensor, snr_gamma: float | None,
 def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
     """Return the SNR of each timestep, alpha^2 / sigma^2, (B,) float32.
 
-    The same as diffusers' `compute_snr`, whose module imports 80 MB of others.
+    Equal to diffusers' `compute_snr`; importing that would load 80 MB of modules.
     """
     kept = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     return kept / (1 - kept)

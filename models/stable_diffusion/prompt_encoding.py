@@ -87,10 +87,6 @@ class PromptEncoder:
             [[self._chunk(ids[start : start + most]) for start in starts] for ids in self._ids(prompts)]
         )
 
-    def is_cut(self, prompt: str) -> bool:
-        """Return whether a prompt has more tokens than are read."""
-        return len(self._ids([prompt])[0]) > self.room
-
     def truncation(self, prompts: Iterable[str]) -> Truncation:
         """Return what the prompts lose; each different prompt counts once."""
         unique = list(dict.fromkeys(prompts))

@@ -41,7 +41,7 @@ def check_only() -> Iterator[None]:
 
 
 def open_run(config: ExperimentConfig) -> Run:
-    """Return the run of a configuration; write nothing, which is left to `Stage.recorded`.
+    """Return the run of a configuration. Nothing is written before `Stage.recorded`.
 
     Raises:
         MaskLoomError: the run folder contains files that would be overwritten and that MaskLoom did

@@ -1,4 +1,4 @@
-"""Training figures: summed on the device, written to `metrics.jsonl` and to the trackers."""
+"""Training metrics: averaged on the device, written to `metrics.jsonl` and to the trackers."""
 
 from pathlib import Path
 
@@ -26,15 +26,15 @@ class MetricsLog:
             keep_metrics(self.path, start)
         accelerator.init_trackers(project)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Log the figures of a step; does nothing on processes other than the main one."""
-        if not figures or not self.accelerator.is_main_process:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of a step; does nothing on processes other than the main one."""
+        if not metrics or not self.accelerator.is_main_process:
             return
-        append_metrics(self.path, step, figures)
-        self.accelerator.log(figures, step=step)
+        append_metrics(self.path, step, metrics)
+        self.accelerator.log(metrics, step=step)
 
 
-class RunningFigures:
+class RunningMetrics:
     """Sums losses and other scalars between log lines, on the device and without synchronising."""
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ from maskloom.pipeline.training.distributed import (
     weights_gathered,
 )
 from maskloom.pipeline.training.ema import EMAWeights
-from maskloom.pipeline.training.log import MetricsLog, RunningFigures
+from maskloom.pipeline.training.log import MetricsLog, RunningMetrics
 from maskloom.pipeline.training.nonfinite import FiniteWatch
 from maskloom.pipeline.training.precision import DTYPES, check_trained_precision, try_step
 from maskloom.pipeline.training.randomness import Draws, keyed_generator
@@ -189,7 +189,7 @@ class TrainingLoop:
         self.throughput = Throughput(accelerator.device, dtype)
         self.finite_watch = FiniteWatch(self.task, self.stream, config, accelerator)
         self.log = MetricsLog(accelerator, Path(accelerator.project_dir), config.tracker_project_name, self.start)
-        self.figures = RunningFigures()
+        self.running_metrics = RunningMetrics()
         self.logged = self.start
         self.batches = batches(self.stream, config, accelerator, self.start, self.steps)
         self.stop_vote = StopVote(accelerator)
@@ -228,14 +228,14 @@ class TrainingLoop:
         with accumulating, self.throughput.micro_batch(len(positions), shapes):
             for name, loss in self.task.losses(batch, Draws(self.seed, positions, self.accelerator.device)):
                 self.accelerator.backward(loss)
-                self.figures.add("loss/" + name, loss.detach())
+                self.running_metrics.add("loss/" + name, loss.detach())
                 self.finite_watch.see_loss(loss.detach(), number)
                 if self.accelerator.sync_gradients:
                     self.clip_gradients(name, number)
                     self.step_optimizer(name)
                 self.optimizers[name].zero_grad(set_to_none=True)
-            for key, value in self.task.notes().items():
-                self.figures.add(key, value.detach())
+            for key, value in self.task.extra_metrics().items():
+                self.running_metrics.add(key, value.detach())
 
     def next_batch(self) -> tuple[dict[str, Any], list[int]]:
         """Return the next micro-batch of this process, on its device, and its stream positions."""
@@ -250,7 +250,7 @@ class TrainingLoop:
         most = self.config.max_grad_norm
         norm = clipped_norm(self.ema.parameters[name], self.optimizers[name], most, self.accelerator)
         if norm is not None:
-            self.figures.set_norm(name, norm)
+            self.running_metrics.set_norm(name, norm)
             self.finite_watch.see_gradient(norm, number)
 
     def step_optimizer(self, name: str) -> None:
@@ -307,7 +307,7 @@ class TrainingLoop:
     def log_figures(self) -> None:
         """Log mean losses since the last call, gradient norms, learning rate, speed and memory."""
         made = self.step - self.logged
-        figures = self.figures.take(made * self.config.gradient_accumulation_steps, self.accelerator)
+        figures = self.running_metrics.take(made * self.config.gradient_accumulation_steps, self.accelerator)
         figures["loss"] = sum(value for key, value in figures.items() if key.startswith("loss/"))
         figures["lr"] = float(next(iter(self.schedulers.values())).get_last_lr()[0])
         if self.accelerator.scaler is not None:

@@ -42,12 +42,12 @@ class Task(ABC):
         the loss of its generator with the updated discriminator.
         """
 
-    def notes(self) -> Mapping[str, Tensor]:
+    def extra_metrics(self) -> Mapping[str, Tensor]:
         """Return further scalars of the last micro-batch, which the loop averages and logs."""
         return {}
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return validation figures after `step` optimizer steps.
+        """Return validation metrics after `step` optimizer steps.
 
         It is called on the main process, with the EMA weights swapped in if there are any.
         """

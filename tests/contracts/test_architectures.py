@@ -15,7 +15,7 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.runs.run import Run
-from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions, Samples
+from maskloom.train_baselines.architecture import ArchitectureOptions, ArchitectureTask, Samples
 from maskloom.train_baselines.rows import Rows, stacked
 from maskloom.train_baselines.train import PACKAGE, train_baselines
 from maskloom.train_baselines.train import architecture_options as checked_options
@@ -71,27 +71,27 @@ def config(name: str, run: Path):
     return load_experiment(ROOT / "configs/tiny/dataset.yaml", []).model_validate(values)
 
 
-def opened(name: str, dataset: Path, folder: Path) -> Architecture:
+def opened(name: str, dataset: Path, folder: Path) -> ArchitectureTask:
     """Return an architecture before its training."""
     from maskloom.pipeline.training.setup import make_accelerator
 
     plugin = load_plugin(PACKAGE, name, "architecture")
     options = plugin.Options(**{**architecture_options(name), **STEPS})
-    rows = Rows(MaskPromptDataset.open(dataset), "train", (SIDE, SIDE), plugin.Trained.needs_masks)
+    rows = Rows(MaskPromptDataset.open(dataset), "train", (SIDE, SIDE), plugin.Architecture.needs_masks)
     torch.manual_seed(0)
-    return plugin.Trained(options, rows, rows, 3, make_accelerator(options, folder))
+    return plugin.Architecture(options, rows, rows, 3, make_accelerator(options, folder))
 
 
 @every_architecture
 def test_it_declares_what_the_protocol_asks_for(name: str):
     plugin = load_plugin(PACKAGE, name, "architecture")
     assert issubclass(plugin.Options, ArchitectureOptions)
-    assert issubclass(plugin.Trained, Architecture)
-    assert isinstance(plugin.Trained.needs_masks, bool)
-    assert isinstance(plugin.Trained.given_masks, bool)
+    assert issubclass(plugin.Architecture, ArchitectureTask)
+    assert isinstance(plugin.Architecture.needs_masks, bool)
+    assert isinstance(plugin.Architecture.given_masks, bool)
     assert plugin.__doc__
     assert plugin.Options.__doc__
-    assert plugin.Trained.__doc__
+    assert plugin.Architecture.__doc__
 
 
 @every_architecture

@@ -3,6 +3,7 @@ import pytest
 from scipy.linalg import sqrtm
 from sklearn.metrics.pairwise import polynomial_kernel
 
+from maskloom.evaluate.scores import kernel_distance as kernel_distances
 from maskloom.evaluate.scores.diversity import pair_similarities, random_pairs, usable_scales
 from maskloom.evaluate.scores.frechet import frechet_distance, frechet_interval
 from maskloom.evaluate.scores.kernel_distance import kernel_distance, squared_discrepancy
@@ -108,6 +109,41 @@ def test_squared_discrepancy_equals_a_double_loop(random: np.random.Generator) -
     between = np.mean([kernel(x, y) for x in left for y in right])
     assert squared_discrepancy(left, right) == pytest.approx(within_left + within_right - 2 * between)
     assert polynomial_kernel(left, right, degree=3).mean() == pytest.approx(between)
+
+
+def textbook_kernel_distance(left: np.ndarray, right: np.ndarray, subsets: int, seed: int) -> tuple[float, float]:
+    """Bińkowski et al. 2018, subset by subset with scikit-learn's kernel."""
+    size, random, values = min(len(left), len(right)) // 2, np.random.default_rng(seed), []
+    for _ in range(subsets):
+        x, y = left[random.choice(len(left), size, False)], right[random.choice(len(right), size, False)]
+        within = [
+            (kernel.sum() - np.trace(kernel)) / (size * (size - 1))
+            for kernel in (polynomial_kernel(x, x, degree=3, coef0=1), polynomial_kernel(y, y, degree=3, coef0=1))
+        ]
+        values.append(within[0] + within[1] - 2 * polynomial_kernel(x, y, degree=3, coef0=1).mean())
+    return float(np.mean(values)), float(np.std(values))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_kernel_distance_equals_subset_by_subset(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    left, right = random.normal(size=(70, 9)).astype(kind), random.normal(0.3, 1, size=(53, 9)).astype(kind)
+    expected = textbook_kernel_distance(left.astype(np.float64), right.astype(np.float64), 7, 5)
+    assert kernel_distance(left, right, 7, 5) == pytest.approx(expected, rel=1e-10)
+    monkeypatch.setattr(kernel_distances, "BLOCK", 16)
+    monkeypatch.setattr(kernel_distances, "SUBSETS", 3)
+    assert kernel_distance(left, right, 7, 5) == pytest.approx(expected, rel=1e-10)
+
+
+def test_subsets_of_the_kernel_distance_are_limited(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_distances, "LARGEST_SUBSET", 4)
+    left, right = random.normal(size=(60, 3)), random.normal(size=(60, 3))
+    expected = kernel_distance(left, right, 200, 0)[1]
+    monkeypatch.setattr(kernel_distances, "LARGEST_SUBSET", 30)
+    assert kernel_distance(left, right, 200, 0)[1] < expected / 3
 
 
 def test_kernel_distance_is_unbiased(random: np.random.Generator) -> None:

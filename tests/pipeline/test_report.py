@@ -78,6 +78,11 @@ def test_the_page_loads_nothing_from_anywhere(whole):
     assert "url(" not in html
 
 
+def test_the_menu_leads_to_every_section_in_order(whole):
+    _, _, html, page = whole
+    assert page.links == [f"#{name}" for name in re.findall(r'<section id="(\w+)"', html)]
+
+
 def test_the_page_is_small(whole):
     assert len(whole[2].encode()) < PAGE_BYTES
 

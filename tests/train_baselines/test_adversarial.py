@@ -196,14 +196,14 @@ def test_a_discriminator_that_is_always_right_is_warned_of(tmp_path, capsys):
     told = warnings_of(architecture, capsys)
     assert "step 5: the discriminator is right in 100% of all cases" in told
     assert "r1_gamma" in told
-    assert {float(architecture.notes()[f"right/{side}"]) for side in ("real", "drawn")} == {1.0}
+    assert {float(architecture.extra_metrics()[f"right/{side}"]) for side in ("real", "drawn")} == {1.0}
 
 
 @pytest.mark.parametrize(("variety", "sharpness"), [(0.0, 0.0), (0.0, -3.0), (10.0, 3.0)])
 def test_one_that_cannot_tell_or_is_fooled_is_not(tmp_path, capsys, variety, sharpness):
     architecture = made(tmp_path, variety=variety, sharpness=sharpness)
     assert "the discriminator is right" not in warnings_of(architecture, capsys)
-    assert min(float(architecture.notes()[f"right/{side}"]) for side in ("real", "drawn")) < WINS
+    assert min(float(architecture.extra_metrics()[f"right/{side}"]) for side in ("real", "drawn")) < WINS
 
 
 def test_a_warning_speaks_of_the_steps_since_the_last_one(tmp_path, capsys):

@@ -19,7 +19,7 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.architectures.joint_gan import JointCritic, Options, Trained, softened
+from maskloom.train_baselines.architectures.joint_gan import Architecture, JointCritic, Options, softened
 from maskloom.train_baselines.train import architecture_options as checked_options
 from maskloom.train_baselines.train import train_baselines
 from tests.generate.workbench import ROOT, architecture_options
@@ -140,7 +140,7 @@ def tiny_config(run: Path, **options: Any) -> Any:
     return load_experiment(ROOT / "configs/tiny/joint_gan.yaml", overrides)
 
 
-def opened(run: Path, **changes: Any) -> Trained:
+def opened(run: Path, **changes: Any) -> Architecture:
     """Return the architecture before its training, over the run's dataset."""
     from maskloom.pipeline.dataset.dataset import MaskPromptDataset
     from maskloom.pipeline.training.setup import make_accelerator
@@ -149,7 +149,7 @@ def opened(run: Path, **changes: Any) -> Trained:
     options = Options(**{**architecture_options("joint_gan"), **changes})
     rows = Rows(MaskPromptDataset.open(run / "dataset"), "train", (32, 32), with_mask=True)
     torch.manual_seed(0)
-    return Trained(options, rows, rows, 3, make_accelerator(options, run / "logs"))
+    return Architecture(options, rows, rows, 3, make_accelerator(options, run / "logs"))
 
 
 def test_the_discriminator_sees_image_mask_and_class_of_both_sides_alike(make_run: MakeRun):

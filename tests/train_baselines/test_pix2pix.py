@@ -123,7 +123,7 @@ def test_the_losses_are_those_of_the_paper_with_ssim(make_run: MakeRun, weights:
     )
     expected = np.log1p(np.exp(-on_drawn)).mean() + weights[0] * l1 + weights[1] * (1 - similar)
     assert found["generator"] == pytest.approx(expected, rel=1e-3)
-    notes = {key: float(value) for key, value in architecture.notes().items()}
+    notes = {key: float(value) for key, value in architecture.extra_metrics().items()}
     assert notes["ssim"] == pytest.approx(similar, abs=1e-3)
     assert notes["l1"] == pytest.approx(weights[0] * l1, rel=1e-4)
 

@@ -85,6 +85,6 @@ def opened(run: Path, architecture: str, **changes: Any) -> Any:
     options = plugin.Options(**{**TINY[architecture], **changes})
     dataset = MaskPromptDataset.open(run / "dataset")
     size = options.image_size or dataset.description.image_size
-    rows, previews = (Rows(dataset, split, size, plugin.Trained.needs_masks) for split in ("train", "validation"))
+    rows, previews = (Rows(dataset, split, size, plugin.Architecture.needs_masks) for split in ("train", "validation"))
     torch.manual_seed(0)
-    return plugin.Trained(options, rows, previews, 3, make_accelerator(options, run / "logs"))
+    return plugin.Architecture(options, rows, previews, 3, make_accelerator(options, run / "logs"))

@@ -1,4 +1,4 @@
-"""Writers of tiny raw datasets, one a dataset that needs a raw folder: `tests/writers/NAME.py`.
+"""Writers of tiny raw datasets, one per dataset that needs a raw folder: `tests/writers/NAME.py`.
 
 Each has `write_raw(folder)`, which writes at least 12 samples in exactly the dataset's raw layout
 (same bytes on each call), and `FLAWS`, at least eight ways in which such a folder can be damaged.

@@ -145,7 +145,7 @@ def _head(planes: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(planes, width, 1), nn.LeakyReLU(SLOPE))
 
 
-class Trained(Gan):
+class Architecture(Gan):
     """The generator and the discriminator, both conditioned on the class."""
 
     options: Options

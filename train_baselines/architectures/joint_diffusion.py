@@ -31,7 +31,7 @@ from maskloom.models.mask_planes import decoded_masks, drawn_planes, encoded_mas
 from maskloom.pipeline.config.base import RESUMABLE
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs, Layers, Side, Timesteps
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.architecture import Architecture, ArchitectureOptions, Samples
+from maskloom.train_baselines.architecture import ArchitectureOptions, ArchitectureTask, Samples
 from maskloom.train_baselines.rows import stacked
 
 UNET = "unet"
@@ -101,7 +101,7 @@ class Options(ArchitectureOptions):
             )
 
 
-class Trained(Architecture):
+class Architecture(ArchitectureTask):
     """A denoiser of images and masks."""
 
     options: Options

@@ -93,7 +93,7 @@ class JointCritic(nn.Module):
         return self.net(torch.cat([planes, of_class], dim=1))
 
 
-class Trained(Gan):
+class Architecture(Gan):
     """The two-headed generator and its discriminator."""
 
     options: Options

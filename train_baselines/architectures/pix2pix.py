@@ -21,7 +21,7 @@ from maskloom.models.mask_planes import encoded_masks
 from maskloom.models.pix2pix import MaskToImageUNet
 from maskloom.pipeline.config.bounds import BatchSize, Channels, Epochs
 from maskloom.pipeline.training.randomness import Draws
-from maskloom.train_baselines.adversarial import Gan, GanOptions, normal_start
+from maskloom.train_baselines.adversarial import Gan, GanOptions, GanSchedule, normal_start
 from maskloom.train_baselines.architecture import Samples
 
 
@@ -30,9 +30,7 @@ class Options(GanOptions):
 
     train_batch_size: BatchSize = Field(64, ge=1)
     num_train_epochs: Epochs | None = Field(200, ge=1)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_linear"] = (
-        "constant_then_linear"
-    )
+    lr_scheduler: GanSchedule = "constant_then_linear"
     logging_epochs: Epochs | None = Field(1, ge=1)
     validation_epochs: Epochs | None = Field(10, ge=1)
     checkpointing_epochs: Epochs | None = Field(10, ge=1)
@@ -68,7 +66,7 @@ class PatchCritic(nn.Module):
         return self.net(planes)[-1]
 
 
-class Trained(Gan):
+class Architecture(Gan):
     """The U-Net and its discriminator, which sees mask and image."""
 
     options: Options
@@ -103,7 +101,7 @@ class Trained(Gan):
         """Return the weighted L1 and SSIM losses between generated and real images."""
         generated, real = generated[:, : self.description.channels], real[:, : self.description.channels]
         dissimilarity = self.similarity(generated, real)
-        self._notes["ssim"] = 1 - dissimilarity.detach()
+        self._extra_metrics["ssim"] = 1 - dissimilarity.detach()
         return {
             "l1": self.options.l1_weight * functional.l1_loss(generated, real),
             "dissimilarity": self.options.ssim_weight * dissimilarity,

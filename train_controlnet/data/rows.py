@@ -29,13 +29,13 @@ class TrainingRows(Dataset[dict[str, Any]]):
         with_foreground: bool,
         shuffled_by: int | None = None,
     ) -> None:
-        """Keep the parts.
+        """Store the views, their cache and settings.
 
         Args:
             views: the split.
             moments: the cache of the split, which also holds its augmented copies; None: rows hold
                 `pixels`, and copies are computed when they are read.
-            prompts: for each view, the number of its prompt.
+            prompts: for each view, the index of its prompt.
             with_conditioning: rows hold `conditioning`, (3, H, W) uint8.
             with_foreground: rows hold `foreground`, (H, W) uint8, 0 or 1.
             shuffled_by: a seed: each row gets the conditioning image of another row of its size;

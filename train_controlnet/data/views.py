@@ -31,13 +31,13 @@ PNG_SIZE = (16, 24)  # bytes of a PNG file that hold width and height, four big-
 
 
 class Views:
-    """The rows of a split, each followed by its augmented copies.
+    """The rows of a split, each followed by its augmented copies: the views, which are cached.
 
     A view's index is row * copies + copy, and copy 0 is the row itself.
     """
 
     def __init__(self, rows: datasets.Dataset, about: Description, augment: AugmentConfig | None, seed: int) -> None:
-        """Keep the parts.
+        """Store the rows and settings.
 
         Args:
             rows: rows of the dataset.

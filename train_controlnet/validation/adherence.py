@@ -4,6 +4,9 @@ A small U-Net, trained on real images before the first step, segments each sampl
 can give its mask away (class, place, size), so each mask is sampled with the prompt of another
 image of the same class. An image that follows only its prompt is no closer to the requested mask
 than to the mask of the prompt: the latter is the chance level.
+
+This watches a training. `evaluate.metrics.faithfulness` measures the same of finished images, with
+models that have not seen the masks they judge.
 """
 
 from __future__ import annotations
@@ -117,7 +120,7 @@ class AdherenceMeter:
         classes: int,
         device: str,
     ) -> None:
-        """Keep the parts and score the real images.
+        """Store the segmentation model and the requests, and score the real images.
 
         Args:
             segmenter: the trained segmentation model, on the device.

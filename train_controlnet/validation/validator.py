@@ -61,7 +61,7 @@ class Validator:
         meter: AdherenceMeter | None,
         accelerator: Accelerator,
     ) -> None:
-        """Keep the parts.
+        """Store the task and settings.
 
         Args:
             task: holds the networks and the validation rows.
@@ -79,7 +79,7 @@ class Validator:
             self.others = TrainingRows(rows.views, rows.moments, rows.prompts, True, False, config.seed)
 
     @torch.no_grad()
-    def figures(self, step: int) -> dict[str, float]:
+    def metrics(self, step: int) -> dict[str, float]:
         """Return the held-out figures, write a sample grid, and report whether masks are followed.
 
         Returns:

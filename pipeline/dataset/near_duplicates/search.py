@@ -1,7 +1,8 @@
 """Near-duplicate search by content: copies of an image with calipers, other contrast, or a crop.
 
-1. *Texture* of each image (`textures.py`). Absolute correlations also match inverted images.
-2. *Neighbours* of each image, by windows that a crop may have left (`neighbours.py`).
+1. *Texture* of each image (`textures.py`). The absolute correlation is used, so inverted
+   images match too.
+2. *Neighbours* of each image, using windows that would survive a crop (`neighbours.py`).
 3. *Alignment* of each pair of neighbours (`alignment.py`): the correlation of the textures, and
    that of their details, the part that is not the dataset's common layout (`layout.py`).
 4. *Threshold*, from the scores of unrelated pairs of this dataset (`chance.py`). A pair is joined

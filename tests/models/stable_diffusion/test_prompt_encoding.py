@@ -88,8 +88,8 @@ def test_one_cut_prompt_alone_is_no_warning_and_equal_words_no_cut(backbone: Pat
 
 def test_chunks_that_suffice_leave_nothing_to_tell(backbone: Path) -> None:
     assert encoder(backbone, 2).truncation([DISC, SQUARE]).lines() == []
-    assert encoder(backbone, 2).is_cut("x" * 92) is False
-    assert encoder(backbone, 2).is_cut("x" * 93) is True
+    assert not encoder(backbone, 2).truncation(["x" * 92]).lost
+    assert encoder(backbone, 2).truncation(["x" * 93]).lost
     (line,) = encoder(backbone).truncation(["x" * 46 * 9]).lines()
     assert line.endswith("Shorten the prompts")  # no setting would do
 

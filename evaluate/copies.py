@@ -1,0 +1,91 @@
+"""The synthetic images that are copies of training images, judged one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.scores.calibration import copy_threshold
+from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches
+from maskloom.evaluate.scores.nearest import grey
+from maskloom.pipeline.results import CopyRow
+
+
+@dataclass(frozen=True)
+class CopyJudgement:
+    """What was found in a real dataset and the synthetic ones made from it.
+
+    Attributes:
+        thresholds: by measure, the similarity above which an image is a copy.
+        held_out: held-out real images that are copies of training images themselves.
+        synthetic: the copies of each synthetic set, by its name.
+    """
+
+    thresholds: dict[str, float]
+    held_out: list[CopyRow]
+    synthetic: dict[str, list[CopyRow]]
+
+
+def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
+    """Return the copies in every synthetic set; computed once."""
+    found: CopyJudgement = inputs.once("copies", lambda: _judged(inputs))
+    return found
+
+
+def _judged(inputs: EvaluationInputs) -> CopyJudgement:
+    search = CopySearch(_comparable(inputs.train))
+    held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
+    matches = [search.matches(_comparable(one)) for one in held_out]
+    best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
+    thresholds = {name: copy_threshold(values, len(inputs.train)) for name, values in best.items()}
+    originals = inputs.train.columns["sample_id"]
+
+    def copies_of(image_set: ImageSet, found: Matches) -> list[CopyRow]:
+        return copy_rows(image_set.columns["sample_id"], originals, found, thresholds)
+
+    return CopyJudgement(
+        thresholds,
+        [row for one, found in zip(held_out, matches, strict=True) for row in copies_of(one, found)],
+        {
+            name: copies_of(one, search.matches(_comparable(one))) if len(one) else []
+            for name, one in inputs.synthetic.items()
+        },
+    )
+
+
+def copy_rows(samples: list[str], originals: list[str], found: Matches, thresholds: dict[str, float]) -> list[CopyRow]:
+    """Return the images that exceed a threshold, each by the measure that exceeds its own most.
+
+    Args:
+        samples: sample ids of the images.
+        originals: sample ids of the training images.
+        found: the best matches of the images.
+        thresholds: by measure.
+    """
+    excess = np.stack([_z(found.similarity[name]) - _z(thresholds[name]) for name in SIMILARITIES])
+    rows = []
+    for index in np.flatnonzero(excess.max(axis=0) > 0):
+        name = SIMILARITIES[int(excess[:, index].argmax())]
+        rows.append(
+            CopyRow(
+                sample_id=samples[index],
+                original=originals[found.index[name][index]],
+                transformation=found.transformation[name][index],
+                measure=name,
+                similarity=round(float(found.similarity[name][index]), 4),
+                threshold=round(thresholds[name], 4),
+            )
+        )
+    return rows
+
+
+def _comparable(image_set: ImageSet) -> NDArray[np.uint8]:
+    return grey(image_set.images((SIDE, SIDE)))
+
+
+def _z(similarity: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """Return Fisher's z."""
+    return np.asarray(np.arctanh(np.clip(similarity, 0, 0.999999)))

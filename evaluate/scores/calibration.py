@@ -1,0 +1,85 @@
+"""Thresholds from real images that the generator has not seen: of copies, and of nearness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+QUANTILES = (0.5, 0.85)  # of the best similarities; the part above may contain copies
+EXPECTED = 0.05  # number of unrelated images, among as many again, expected beyond the chance limit
+MARGIN = 1 / 3  # of the way from the most similar held-out image to the chance limit
+LEAST = 0.6  # no image that is less similar is called a copy
+FEWEST = 16  # images needed to estimate chance
+LEAST_OF_FEW = 0.95  # lower limit of a threshold that rests on fewer
+LARGEST_Z = float(np.arctanh(0.9995))  # where stored pixels end
+FOLDS = 10
+
+Distances = dict[str, NDArray[np.float64]]
+
+
+def copy_threshold(best: NDArray[np.float64], train: int) -> float:
+    """Return the similarity to training images above which an image is a copy of one.
+
+    It lies beyond every held-out image but those that chance does not explain, which are copies
+    themselves. Chance: the best of `train` normally distributed similarities (in Fisher's z),
+    fitted to the body of the distribution.
+
+    Args:
+        best: (N,) similarity of each held-out real image to its most similar training image, 0..1.
+        train: number of training images.
+    """
+    z = np.minimum(np.arctanh(np.clip(best, 0, np.tanh(LARGEST_Z))), LARGEST_Z)
+    limit = _chance_limit(z, train) if len(z) >= FEWEST else LARGEST_Z
+    largest = z[z < limit].max(initial=0.0)
+    threshold = float(np.tanh(largest + MARGIN * (limit - largest)))
+    return max(threshold, LEAST if len(z) >= FEWEST else LEAST_OF_FEW)
+
+
+def _chance_limit(z: NDArray[np.float64], train: int) -> float:
+    low, high = np.quantile(z, QUANTILES)
+    expected_low, expected_high = (norm.ppf(share ** (1 / max(2, train))) for share in QUANTILES)
+    deviation = (high - low) / (expected_high - expected_low)
+    mean = low - deviation * expected_low
+    return float(min(LARGEST_Z, mean + deviation * norm.isf(EXPECTED / (2 * len(z) * max(2, train)))))
+
+
+def joint_thresholds(distances: Distances, percentile: float) -> dict[str, float]:
+    """Return a threshold per space such that a percentage of unseen images lies below any of them.
+
+    Conformal: with n held-out images, a further real image is flagged with the stated probability
+    as nearly as n allows (Vovk et al., Algorithmic Learning in a Random World, 2005).
+
+    Args:
+        distances: by space, (N,) distance of each held-out real image to its nearest training
+            image.
+        percentile: percentage that is flagged.
+    """
+    count = len(next(iter(distances.values())))
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in distances.values()]
+    lowest = np.min(ranks, axis=0) / max(1, count - 1)
+    level = max(0.0, (percentile / 100 * (count + 1) - 1) / max(1, count - 1))
+    share = float(np.quantile(lowest, min(1.0, level)))
+    return {space: float(np.quantile(values, share)) for space, values in distances.items()}
+
+
+def held_out_share(distances: Distances, groups: Sequence[str], percentile: float) -> float:
+    """Return the share of held-out images that thresholds flag which were set without their groups.
+
+    Args:
+        distances: see `joint_thresholds`.
+        groups: group of each image; groups are left out in at most `FOLDS` folds.
+        percentile: percentage that is to be flagged.
+    """
+    names = np.unique(groups, return_inverse=True)[1]
+    if names.max() == 0:
+        return float("nan")
+    fold = np.random.default_rng(0).permutation(names.max() + 1)[names] % FOLDS
+    flagged = np.zeros(len(names), dtype=bool)
+    for one in np.unique(fold):
+        judged = fold == one
+        thresholds = joint_thresholds({space: values[~judged] for space, values in distances.items()}, percentile)
+        flagged[judged] = np.any([values[judged] < thresholds[space] for space, values in distances.items()], axis=0)
+    return float(flagged.mean())

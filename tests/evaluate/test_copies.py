@@ -1,0 +1,175 @@
+"""Copies of training images are found one by one, whatever was done to them, and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from maskloom.evaluate.scores.calibration import copy_threshold, held_out_share, joint_thresholds
+from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches, largest_overlap
+from tests.evaluate.runs import answer, tiny_inputs
+from tests.tiny_datasets import Picture, Sample, write_tiny_run
+
+COUNT = 40
+
+
+def picture(seed: int) -> Picture:
+    """Return an image with structure of several sizes, (128, 128)."""
+    random = np.random.default_rng(seed)
+    layers = [gaussian_filter(random.normal(size=(SIDE, SIDE)), sigma) * sigma for sigma in (1.5, 4, 10)]
+    return (128 + 45 * sum(layers)).clip(0, 255).astype(np.uint8)
+
+
+def resized(image: Picture, side: int) -> Picture:
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def padded(image: Picture) -> Picture:
+    return np.pad(resized(image, 109), ((9, 10), (9, 10)))
+
+
+def deformed(image: Picture) -> Picture:
+    random = np.random.default_rng(0)
+    fields = [gaussian_filter(random.normal(size=image.shape), 10) for _ in range(2)]
+    moved = [axis + 2.5 * one / np.abs(one).max() for axis, one in zip(np.mgrid[:SIDE, :SIDE], fields, strict=True)]
+    return map_coordinates(image, moved, order=1, mode="reflect")
+
+
+def half_copied(image: Picture) -> Picture:
+    return np.hstack([image[:, : SIDE // 2], picture(999)[:, SIDE // 2 :]])
+
+
+def noisy(image: Picture) -> Picture:
+    return (image + np.random.default_rng(0).normal(0, 10, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+CHANGES: dict[str, Callable[[Picture], Picture]] = {
+    "plain": lambda image: image,
+    "mirrored left-right": lambda image: image[:, ::-1],
+    "mirrored up-down": lambda image: image[::-1],
+    "turned by 90 degrees": np.rot90,
+    "cropped by 5 %": lambda image: resized(image[:122, :122], SIDE),
+    "cropped by 10 %": lambda image: resized(image[6:121, 6:121], SIDE),
+    "cropped by 20 %": lambda image: resized(image[26:, 26:], SIDE),
+    "turned and cropped": lambda image: np.rot90(resized(image[6:121, 6:121], SIDE)),
+    "shifted": lambda image: np.pad(image[:-8, :-8], ((8, 0), (8, 0))),
+    "padded": padded,
+    "inverted": lambda image: 255 - image,
+    "noisy": noisy,
+    "blurred": lambda image: gaussian_filter(image, 1.5),
+    "other gamma": lambda image: (255 * (image / 255) ** 1.6).astype(np.uint8),
+    "deformed": deformed,
+    "half copied": half_copied,
+}
+
+
+@pytest.fixture(scope="module")
+def search() -> CopySearch:
+    return CopySearch(np.stack([picture(seed) for seed in range(COUNT)]))
+
+
+@pytest.fixture(scope="module")
+def held_out(search: CopySearch) -> Matches:
+    return search.matches(np.stack([picture(1000 + number) for number in range(20)]))
+
+
+@pytest.fixture(scope="module")
+def thresholds(held_out: Matches) -> dict[str, float]:
+    return {name: copy_threshold(held_out.similarity[name], COUNT) for name in SIMILARITIES}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_is_found(search: CopySearch, thresholds: dict[str, float], change: str) -> None:
+    found = search.matches(np.ascontiguousarray(CHANGES[change](picture(7)))[None])
+    flagged = [name for name in SIMILARITIES if found.similarity[name][0] > thresholds[name]]
+    assert flagged
+    assert {int(found.index[name][0]) for name in flagged} == {7}
+
+
+def test_unseen_images_are_no_copies(held_out: Matches, thresholds: dict[str, float], search: CopySearch) -> None:
+    others = search.matches(np.stack([picture(5000 + number) for number in range(20)]))
+    for found in (held_out, others):
+        assert not any((found.similarity[name] > thresholds[name]).any() for name in SIMILARITIES)
+
+
+def test_a_constant_image_matches_nothing(search: CopySearch) -> None:
+    found = search.matches(np.full((1, SIDE, SIDE), 90, dtype=np.uint8))
+    assert all(found.similarity[name][0] == 0 for name in SIMILARITIES)
+
+
+def test_the_displaced_part_is_found_wherever_it_went() -> None:
+    random = np.random.default_rng(0)
+    a, b = (gaussian_filter(random.normal(size=(SIDE, SIDE)), 1.5).astype(np.float32) * 3 for _ in range(2))
+    assert largest_overlap(a, b) < 0.7
+    b[50:120, 10:80] = a[20:90, 40:110]
+    assert largest_overlap(a, b) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_threshold_of_copies_lies_beyond_chance_but_not_beyond_copies() -> None:
+    random = np.random.default_rng(0)
+    best = np.tanh(random.normal(0.3, 0.15, size=(60, 100)).max(axis=1))
+    threshold = copy_threshold(best, 100)
+    assert best.max() < threshold < 0.9
+    with_copies = np.concatenate([best, [0.99, 0.995]])
+    assert copy_threshold(with_copies, 100) == pytest.approx(threshold, abs=0.02)
+    assert copy_threshold(best[:8], 100) >= 0.95
+    assert copy_threshold(np.zeros(0), 100) >= 0.95
+
+
+def test_five_percent_of_unseen_images_are_flagged() -> None:
+    """In any of two spaces together, whether they agree or not."""
+    random = np.random.default_rng(0)
+    for agreement in (0.0, 0.7, 1.0):
+        shares = []
+        for _ in range(30):
+            first, other = random.gamma(3, size=(2, 1200))
+            second = agreement * first + (1 - agreement) * other
+            spaces = {"features": first[:200], "pixels": second[:200]}
+            thresholds = joint_thresholds(spaces, 5)
+            unseen = {"features": first[200:], "pixels": second[200:]}
+            shares.append(np.any([unseen[name] < thresholds[name] for name in spaces], axis=0).mean())
+            assert held_out_share(spaces, [f"{i // 2}" for i in range(200)], 5) == pytest.approx(0.05, abs=0.025)
+        assert np.mean(shares) == pytest.approx(0.05, abs=0.01)
+
+
+def test_groups_are_left_out_whole() -> None:
+    """Images of one group that resemble nothing else: their own must not set their threshold."""
+    near = np.concatenate([np.full(10, 0.1), np.linspace(1, 2, 90)])
+    spaces = {"pixels": near}
+    alone = held_out_share(spaces, [str(i) for i in range(100)], 5)
+    together = held_out_share(spaces, [*(["one"] * 10), *(str(i) for i in range(90))], 5)
+    assert alone < 0.06 < together
+    assert np.isnan(held_out_share(spaces, ["one"] * 100, 5))
+
+
+def test_six_copies_among_150_are_named_each_with_its_original(tmp_path: Path) -> None:
+    changes = list(CHANGES.values())[:4]
+
+    def structured(sample: Sample) -> None:
+        split, number = sample.sample_id.split("-")
+        sample.image = resized(picture(int(number) + {"train": 0, "validation": 1000, "test": 2000}[split]), 64)
+
+    def six_copies(parent: Sample, index: int) -> Picture:
+        if index % 25 == 3:
+            return np.ascontiguousarray(changes[index // 25 % 4](parent.image))
+        return resized(picture(5000 + index), 64)
+
+    counts = {"train": 150, "validation": 20, "test": 24}
+    write_tiny_run(tmp_path, {"some": six_copies}, counts, size=64, change=structured)
+    inputs = tiny_inputs(tmp_path, ("some",))
+    result = answer(inputs, "memorisation")
+    copies = result.values["some"]["copies"]
+    names, parents = inputs.synthetic["some"].columns["sample_id"], inputs.synthetic["some"].parents
+    assert {one["sample_id"]: one["original"] for one in copies} == {names[i]: parents[i] for i in range(3, 150, 25)}
+    assert "some: 6 of 150 images are copies of training images: " in result.verdict
+    assert f"{names[3]} of {parents[3]} (same place and size)" in result.verdict
+    assert "and 3 more" in result.verdict
+    assert "no sign of copying" not in result.verdict
+    assert result.values["held_out"]["copies"] == []
+    assert [table.title for table in result.tables][1] == "some: copies of training images"
+    assert len(result.tables[1].rows) == 6
+    assert result.pictures[0].title == "some: copies beside their originals"
+    assert result.pictures[0].pixels.shape[1] == 2 * 32 + 4
