@@ -30,10 +30,12 @@ from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.results import TUNED_VAE, Evaluation, MetricResult, read_evaluation, write_evaluation
+from maskloom.pipeline.runs.copies import require_no_copies
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.record import require_intact
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage, open_run
+from maskloom.pipeline.runs.trainings import require_same_training
 
 PACKAGE = "maskloom.evaluate.metrics"
 
@@ -133,8 +135,9 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     """Return the inputs of all metrics, after verifying every dataset.
 
     Raises:
-        MaskLoomError: a dataset is missing or damaged, leaks groups, or was made from another real
-            dataset; the real dataset is not real; or an image is in two splits.
+        MaskLoomError: a dataset is missing or damaged, or leaks groups; the real dataset is not real;
+            a synthetic one was made from another real dataset, or by a generator trained on another;
+            or an image, or an altered copy of it, is in two splits.
     """
     real = verify_quickly(run.dataset)
     if real.description.origin != "real":
@@ -146,14 +149,11 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     synthetic = {}
     for name in config.generate.generators:
         synthetic[name] = verify_quickly(run.synthetic / name)
-        parent = synthetic[name].contract.parent
-        if parent is not None and parent.digest != real.digest:
-            raise MaskLoomError(
-                f"{synthetic[name].folder}: made from another version of {run.dataset}; run generate again"
-            )
+        require_same_training(run, name, real, synthetic[name])
     require_no_leaks(run, [real])
     if synthetic:
         require_no_leaks(run, [real, *synthetic.values()])
+    require_no_copies(run, real, list(synthetic.values()))
     backbone = None if config.train is None else BackboneSource.of(config.train)
     return open_inputs(real, synthetic, backbone, config.seed)
 

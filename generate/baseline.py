@@ -33,6 +33,11 @@ class BaselineGenerator(ImageGenerator):
     architecture: ClassVar[str]
 
     @property
+    def training_stage(self) -> str:
+        """The stage that trained the weights, `baselines/NAME`."""
+        return f"baselines/{self.architecture}"
+
+    @property
     def folder(self) -> Path:
         """The folder of the trained weights.
 
@@ -51,7 +56,7 @@ class BaselineGenerator(ImageGenerator):
         Raises:
             MaskLoomError: the weights are missing, or have changed since training.
         """
-        require_intact(self.run, f"baselines/{self.architecture}", self.folder)
+        require_intact(self.run, self.training_stage, self.folder)
         return model_digest(str(self.folder))
 
     def check_settings(self) -> None:

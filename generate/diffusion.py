@@ -229,6 +229,11 @@ class BackboneGenerator(ImageGenerator):
         """The trained weights to load, by name; from `trained_parts`."""
         return {}
 
+    @property
+    def training_stage(self) -> str | None:
+        """The stage that trained the weights, `train`; None: the backbone as it is."""
+        return "train" if self.parts else None
+
     def weights_digest(self) -> str:
         """Return a digest of the backbone and of the trained weights.
 

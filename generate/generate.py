@@ -42,6 +42,7 @@ from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import Advance, progress, say
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage, open_run
+from maskloom.pipeline.runs.trainings import TrainingStatement, require_trained_on, training_statement
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -60,8 +61,8 @@ def generate(config: ExperimentConfig, force: bool) -> None:
         force: generate everything again.
 
     Raises:
-        MaskLoomError: the dataset or a generator's weights are missing or damaged, or a generated
-            image is constant or not finite.
+        MaskLoomError: the dataset or a generator's weights are missing or damaged, the weights were
+            trained on another dataset, or a generated image is constant or not finite.
     """
     run = open_run(config)
     dataset = _real_dataset(run.dataset)
@@ -71,6 +72,7 @@ def generate(config: ExperimentConfig, force: bool) -> None:
     stage = _stage(config, run, dataset, generators)
     if stage.skips(force):
         return
+    _require_same_dataset(run, dataset, generators)
     processes = _join_processes()
     with stage.recorded(writes=processes.is_main_process) as results:
         if processes.is_main_process:
@@ -137,6 +139,14 @@ def _real_dataset(folder: Path) -> MaskPromptDataset:
             f"{folder}: a {dataset.description.origin} dataset; masks must come from a real one, run prepare"
         )
     return dataset
+
+
+def _require_same_dataset(run: Run, dataset: MaskPromptDataset, generators: Mapping[str, ImageGenerator]) -> None:
+    """Check that no generator was trained on another version of the dataset."""
+    for name, generator in generators.items():
+        if generator.training_stage is not None:
+            trained_on = training_statement(run, generator.training_stage).dataset or dataset.digest
+            require_trained_on(dataset, generator.training_stage, trained_on, f"{KEY}.{name}")
 
 
 def _stage(
@@ -243,7 +253,9 @@ class GenerationJob:
 
     def _writer(self, name: str, generator: ImageGenerator, settings: Mapping[str, Any]) -> DatasetWriter:
         about = self.dataset.description
-        preprocessing = {**about.preprocessing, "generation": dict(settings)}
+        # Beside the settings, not among them: these are listed on the dataset card.
+        generation = {**settings, "training": _training(self.run, generator).model_dump()}
+        preprocessing = {**about.preprocessing, "generation": generation}
         description = about.model_copy(update={"origin": "synthetic", "preprocessing": preprocessing})
         shared = self.config.generate.model_dump(mode="json", exclude={"generators"})
         options = generator.options.model_dump(mode="json")
@@ -349,6 +361,13 @@ def _settings(name: str, generator: ImageGenerator, config: ExperimentConfig) ->
         **{key: getattr(config.generate, key) for key in keys},
         **({"mask_source": "drawn"} if isinstance(generator, JointGenerator) else {}),
     }
+
+
+def _training(run: Run, generator: ImageGenerator) -> TrainingStatement:
+    """Return what the contract states about the training of the generator."""
+    if generator.training_stage is None:
+        return TrainingStatement(stage=None, dataset=None, weights=generator.digest)
+    return training_statement(run, generator.training_stage)
 
 
 def _sample(

@@ -76,6 +76,11 @@ class ImageGenerator(ABC):
 
     uses_mask: bool
 
+    @property
+    def training_stage(self) -> str | None:
+        """The stage of this run that trained the weights; None: nothing was trained."""
+        return None
+
     def __init__(self, config: ExperimentConfig, run: Run, options: Options) -> None:
         """Store the configuration; no weights are read."""
         self.config, self.run, self.options = config, run, options

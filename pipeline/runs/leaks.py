@@ -15,53 +15,31 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
 from maskloom.pipeline.dataset.audit.findings import Finding, failure_text, identical_findings, near_correlation
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
-from maskloom.pipeline.dataset.audit.pixels import is_blank, pixel_digest
+from maskloom.pipeline.dataset.audit.pixels import decoded_image, is_blank, pixel_digest
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.files.atomic import value_digest, write_json
-from maskloom.pipeline.files.reading import Record, read_model
 from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
 from maskloom.pipeline.runs.run import Run
 
 VERSION = 1  # of this check; a new version makes every record stale
 MAX_SHOWN = 3  # pairs of images in an error
 FIX = "prepare the dataset again with data.duplicates=identical or near, so that such images share a group or are left out"
+SYNTHETIC_FIX = (
+    "no image may be trained on that measures the result: generate the set again from this dataset, "
+    "or leave it out with generate.generators.NAME=false"
+)
 SCHEMA = """
 CREATE TABLE images (
     id INTEGER PRIMARY KEY, dataset INTEGER, split TEXT, sample TEXT, grp TEXT, label TEXT, image BLOB, mask BLOB, flat INTEGER
 );
 """
 INSERT = "INSERT INTO images (dataset, split, sample, grp, label, image, flat) VALUES (?, ?, ?, ?, ?, ?, ?)"
-
-
-class AuditRecord(Record):
-    """Record of a check that found no leak.
-
-    Attributes:
-        version: `VERSION` of the check.
-        datasets: digest of each dataset, the real one first.
-        rows: number of images that were compared.
-        near_duplicates: whether the real dataset was also checked for near-duplicates.
-        digest: digest of the other fields.
-    """
-
-    version: int
-    datasets: list[str]
-    rows: int
-    near_duplicates: bool
-    digest: str
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the record is unchanged since it was written."""
-        return self.digest == value_digest(self.model_dump(exclude={"digest"}))
 
 
 def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
@@ -80,18 +58,20 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     real = datasets[0]
-    if _is_recorded(run, datasets):
+    record = record_path(run, datasets)
+    if is_recorded(record, VERSION, datasets):
         return
     start = time.monotonic()
     rows, failures, count = _failures(datasets)
     if failures:
         first = "; ".join(failure_text(finding) for finding in failures)
         more = f"; and {count - len(failures)} more" if count > len(failures) else ""
-        raise MaskLoomError(f"{real.folder}: {count} pair(s) of images make results wrong: {first}{more}; {FIX}")
+        fix = SYNTHETIC_FIX if all(finding.problem == "datasets" for finding in failures) else FIX
+        raise MaskLoomError(f"{real.folder}: {count} pair(s) of images make results wrong: {first}{more}; {fix}")
     near = len(datasets) == 1 and looks_for_near_duplicates(real)
     if near:
         _require_no_near_duplicates(real)
-    _write_record(run, datasets, rows, near)
+    write_audit_record(record, VERSION, datasets, rows, near)
     also = ", near-duplicates included" if near else ""
     say(f"audit: {rows} images in {time.monotonic() - start:.1f} s, none in two splits{also}")
 
@@ -155,13 +135,7 @@ def _image_values(number: int, dataset: MaskPromptDataset) -> Iterator[tuple[Any
     columns = ["image", "label", "sample_id", "group_id"]
     for split in dataset.contract.split_names:
         for row in dataset.rows(split, columns):
-            try:
-                image = png_array(row["image"]["bytes"])
-            except (OSError, SyntaxError, TypeError, ValueError) as error:
-                raise MaskLoomError(
-                    f"{dataset.folder}: sample {row['sample_id']}: its image cannot be decoded ({one_line(error)}); "
-                    "write the dataset again with --force"
-                ) from None
+            image = decoded_image(dataset.folder, row)
             label = dataset.description.label_name(row["label"])
             yield number, split, row["sample_id"], row["group_id"], label, pixel_digest(image), is_blank(image)
 
@@ -177,34 +151,3 @@ def _require_no_near_duplicates(dataset: MaskPromptDataset) -> None:
     if answer.returncode:
         lines = answer.stderr.strip().splitlines() or [f"{' '.join(command)}: exit code {answer.returncode}"]
         raise MaskLoomError(one_line(lines[-1]).removeprefix("error: "))
-
-
-def _record_path(run: Run, datasets: Sequence[MaskPromptDataset]) -> Path:
-    digests = [dataset.digest for dataset in datasets]
-    return run.logs("audit") / f"{digests[0] if len(digests) == 1 else value_digest(digests)}.json"
-
-
-def _is_recorded(run: Run, datasets: Sequence[MaskPromptDataset]) -> bool:
-    """Return whether exactly these datasets have passed; report and ignore a damaged record."""
-    path = _record_path(run, datasets)
-    if not path.is_file():
-        return False
-    try:
-        record = read_model(path, AuditRecord, "it is written again")
-    except MaskLoomError as error:
-        say(f"audit: {error}")
-        return False
-    if not record.is_whole:
-        say(f"audit: {path}: damaged: its digest does not match its values; the images are compared again")
-        return False
-    return record.version == VERSION and record.datasets == [dataset.digest for dataset in datasets]
-
-
-def _write_record(run: Run, datasets: Sequence[MaskPromptDataset], rows: int, near: bool) -> None:
-    values = {
-        "version": VERSION,
-        "datasets": [dataset.digest for dataset in datasets],
-        "rows": rows,
-        "near_duplicates": near,
-    }
-    write_json(_record_path(run, datasets), {**values, "digest": value_digest(values)})

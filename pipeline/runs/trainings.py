@@ -1,8 +1,15 @@
-"""Find the training behind a synthetic dataset, and its cost."""
+"""Find the training behind a synthetic dataset, what it was trained on, and its cost."""
 
 from __future__ import annotations
 
-from maskloom.pipeline.dataset.contract import Contract
+from typing import Annotated
+
+from pydantic import Field
+
+from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.reading import Record, checked
 from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, Run
 from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
@@ -27,6 +34,99 @@ def training_of(run: Run, name: str, contract: Contract) -> str | None:
     backbone = record.inputs.get("backbone")
     generation = contract.description.preprocessing.get("generation") or {}
     return "train" if generation.get("weights", backbone) != backbone else None
+
+
+class TrainingStatement(Record):
+    """What a synthetic dataset states about the training of its generator, from that training's own record.
+
+    Attributes:
+        stage: the stage that trained it, `train` or `baselines/NAME`; None: nothing was trained.
+        dataset: digest of the dataset that it was trained on.
+        weights: digest of the trained weights; of the backbone if nothing was trained.
+    """
+
+    stage: Annotated[str, Field(pattern=r"^(train|baselines/[A-Za-z0-9_]+)$")] | None
+    dataset: str | None
+    weights: str | None
+
+
+def training_statement(run: Run, stage: str) -> TrainingStatement:
+    """Return the statement about a training of this run; `stage` is `train` or `baselines/NAME`."""
+    record = read_record(run, stage)
+    if record is None:
+        return TrainingStatement(stage=stage, dataset=None, weights=None)
+    weights = record.results.get("weights_digest")
+    return TrainingStatement(
+        stage=stage, dataset=record.inputs.get("dataset"), weights=None if weights is None else str(weights)
+    )
+
+
+def require_same_training(run: Run, name: str, real: MaskPromptDataset, synthetic: MaskPromptDataset) -> None:
+    """Check that a synthetic dataset was made from this real one, by a generator trained on it.
+
+    A generator that was trained on another version may have learnt from images that are held out now.
+    Datasets written before the contract stated the training are checked by the run's own record.
+
+    Args:
+        run: the run.
+        name: name of the generator.
+        real: the real dataset.
+        synthetic: the synthetic dataset.
+
+    Raises:
+        MaskLoomError: the contract is damaged, or names no parent or another one; or the generator was
+            trained on another dataset, or again since.
+    """
+    folder, parent = synthetic.folder, synthetic.contract.parent
+    if parent is None:
+        raise MaskLoomError(
+            f"{folder / CONTRACT_FILE}: names no real dataset (parent: null), so nothing shows that its images were not made "
+            f"from held-out ones; generate the set from {real.folder}"
+        )
+    if parent.digest != real.digest:
+        raise MaskLoomError(f"{folder}: made from another version of {real.folder}; run generate again")
+    stated = _stated_training(synthetic)
+    stage = stated.stage if stated else training_of(run, name, synthetic.contract)
+    if stage is None:
+        return
+    recorded = training_statement(run, stage)
+    require_trained_on(real, stage, stated.dataset if stated else recorded.dataset or real.digest, str(folder))
+    if stated and recorded.weights not in (None, stated.weights):
+        raise MaskLoomError(
+            f"{folder}: made with other weights than those that {stage} has trained since; run generate again"
+        )
+
+
+def require_trained_on(real: MaskPromptDataset, stage: str, trained_on: str | None, where: str) -> None:
+    """Check that a generator was trained on this very real dataset.
+
+    Args:
+        real: the real dataset as it is now.
+        stage: the stage that trained the generator.
+        trained_on: digest of the dataset that it was trained on.
+        where: the synthetic dataset or the generator, for the error.
+
+    Raises:
+        MaskLoomError: it was trained on another one.
+    """
+    if trained_on != real.digest:
+        raise MaskLoomError(
+            f"{where}: its generator was trained ({stage}) on another version of {real.folder}, and may have learnt from images "
+            f"that are held out now; run {stage.split('/')[0]} and generate again"
+        )
+
+
+def _stated_training(synthetic: MaskPromptDataset) -> TrainingStatement | None:
+    """Return what a contract states; None if an older version wrote it.
+
+    Raises:
+        MaskLoomError: the statement is damaged.
+    """
+    generation = synthetic.description.preprocessing.get("generation")
+    if not isinstance(generation, dict) or "training" not in generation:
+        return None
+    where = f"{synthetic.folder / CONTRACT_FILE}: description.preprocessing.generation.training"
+    return checked(generation["training"], TrainingStatement, where, "run generate again with --force")
 
 
 def training_cost(run: Run, stage: str) -> dict[str, float]:

@@ -19,10 +19,11 @@ def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
     assert "calibrated on only 10 held-out real images: the threshold is imprecise" in result.warnings
 
 
-def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path) -> None:
+def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where held-out images are all but copies of training images themselves, a synthetic copy with
     as small a change is nothing unusual.
     """
+    monkeypatch.setattr("maskloom.evaluate.evaluate.require_no_copies", lambda *_: None)  # stops such a dataset
 
     def almost_same_everywhere(sample: Sample) -> None:
         number = int(sample.sample_id[-4:])

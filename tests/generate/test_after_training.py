@@ -14,6 +14,7 @@ from maskloom.generate.generate import generate
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.train import train_stage
 from tests.generate.workbench import COUNTS, SIDE
@@ -97,6 +98,45 @@ def test_what_was_trained_generates(
         contract = verify_fully(run.synthetic / name).contract
         assert contract.splits["train"].rows == 2
         assert contract.description.preprocessing["generation"]["uses_mask"] == (name == "controlnet")
+
+
+def test_the_contract_states_what_the_generator_was_trained_on(tmp_path: Path, models: Path) -> None:
+    config, run = experiment(tmp_path, models, ["controlnet", "text_only"]), Run(tmp_path)
+    train_stage(config, force=False)
+    generate(config, force=False)
+    record = read_record(run, "train")
+    assert record is not None
+    real = verify_fully(run.dataset).digest
+    how = {
+        name: verify_fully(run.synthetic / name).description.preprocessing["generation"]
+        for name in ("controlnet", "text_only")
+    }
+    assert record.results["weights_digest"]
+    assert how["controlnet"]["training"] == {
+        "stage": "train",
+        "dataset": real,
+        "weights": record.results["weights_digest"],
+    }
+    assert how["text_only"]["training"] == {"stage": None, "dataset": None, "weights": how["text_only"]["weights"]}
+    assert "| training |" not in (run.synthetic / "controlnet" / "README.md").read_text()
+
+
+def test_weights_that_were_trained_on_another_version_of_the_dataset_generate_nothing(
+    tmp_path: Path, models: Path
+) -> None:
+    config, run = experiment(tmp_path, models, ["controlnet"]), Run(tmp_path)
+    train_stage(config, force=False)
+    write_tiny_run(tmp_path, {}, {**COUNTS, "test": 3}, SIDE)
+    with pytest.raises(
+        MaskLoomError,
+        match=r"controlnet: its generator was trained \(train\) on another version of .*dataset.*; run train and generate",
+    ):
+        generate(config, force=False)
+    assert not run.synthetic.exists()
+    unfinetuned = config.model_copy(
+        update={"generate": config.generate.model_copy(update={"generators": {"text_only": {}}})}
+    )
+    generate(unfinetuned, force=False)
 
 
 def test_a_part_that_was_not_trained_yet_is_named(tmp_path: Path, models: Path) -> None:

@@ -77,8 +77,18 @@ def place(datasets: Sequence[MaskPromptDataset], member: Member) -> Place:
 
 def near_correlation(dataset: MaskPromptDataset) -> float | None:
     """Return the threshold with which groups unite near-duplicates, or None if they do not."""
+    return stated_threshold(dataset, "correlation")
+
+
+def stated_threshold(dataset: MaskPromptDataset, name: str) -> float | None:
+    """Return a threshold for near-duplicates that the contract states, or None.
+
+    Args:
+        dataset: the dataset.
+        name: `correlation` (of aligned textures) or `detail` (of their details).
+    """
     stated = dataset.description.preprocessing.get("near_duplicates")
-    return float(stated["correlation"]) if isinstance(stated, dict) and "correlation" in stated else None
+    return float(stated[name]) if isinstance(stated, dict) and name in stated else None
 
 
 def measured_on_itself(a: tuple[int, str], b: tuple[int, str]) -> bool:

@@ -1,16 +1,40 @@
 """Digests of pixels, and images that are too uniform for a comparison to be meaningful."""
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.errors import MaskLoomError, one_line
 
 Pixels = NDArray[np.uint8]
 
 # Grey levels up to this are padding: zeros in padded real images, and noise around them in images
 # of a generator that has learned to pad.
 BLACK = 16
+
+
+def decoded_image(folder: Path, row: Mapping[str, Any]) -> Pixels:
+    """Return the image of a dataset's row, (H, W) or (H, W, 3).
+
+    Args:
+        folder: folder of the dataset, for the error.
+        row: `image` and `sample_id` of the row, as `MaskPromptDataset.rows` yields them.
+
+    Raises:
+        MaskLoomError: the image cannot be decoded.
+    """
+    try:
+        return png_array(row["image"]["bytes"])
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
+        raise MaskLoomError(
+            f"{folder}: sample {row['sample_id']}: its image cannot be decoded ({one_line(error)}); "
+            "write the dataset again with --force"
+        ) from None
 
 
 def pixel_digest(pixels: Pixels) -> bytes:

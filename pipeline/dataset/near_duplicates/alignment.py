@@ -72,6 +72,16 @@ def align_pairs(
     return found
 
 
+def align_pair(signatures: Path, index: WindowIndex, layout: Layout, pair: Sequence[int]) -> Agreement:
+    """Return the agreement of two images, in the better direction."""
+    boxes = windows()
+    # Start with the direction in which the vectors match better.
+    scores = {tuple(ends): index.scores(ends[0], ends[1:])[0] for ends in (pair, pair[::-1])}
+    a, b = max(scores, key=lambda ends: scores[ends].max())
+    in_a, in_b = boxes[int(scores[b, a].argmax())], boxes[int(scores[a, b].argmax())]
+    return agreement(read_texture(signatures, a), read_texture(signatures, b), in_a, in_b, layout)
+
+
 def agreement(a: Floats, b: Floats, in_a: Box, in_b: Box, layout: Layout) -> Agreement:
     """Return the similarity of `a` with a window of `b`, or, if undecided, of `b` with one of `a`.
 
@@ -132,16 +142,8 @@ def _aligned_part(
     signatures: Path, index: WindowIndex, layout: Layout, pairs: Sequence[tuple[int, int]]
 ) -> list[Agreement]:
     """Return the agreement of each pair, in the better direction."""
-    boxes = windows()
-    found = []
     with threadpool_limits(1):
-        for pair in pairs:
-            # Start with the direction in which the vectors match better.
-            scores = {tuple(ends): index.scores(ends[0], ends[1:])[0] for ends in (pair, pair[::-1])}
-            a, b = max(scores, key=lambda ends: scores[ends].max())
-            in_a, in_b = boxes[int(scores[b, a].argmax())], boxes[int(scores[a, b].argmax())]
-            found.append(agreement(read_texture(signatures, a), read_texture(signatures, b), in_a, in_b, layout))
-    return found
+        return [align_pair(signatures, index, layout, pair) for pair in pairs]
 
 
 def _climbed(whole: Floats, other: Floats, start: Box) -> tuple[float, Edges]:

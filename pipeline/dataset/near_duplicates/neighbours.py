@@ -42,10 +42,12 @@ class WindowIndex:
     Attributes:
         file: (images, windows, DIMENSIONS) float16, unit vectors; window 0 is the whole image.
         count: number of images.
+        components: (DIMENSIONS, pixels), the principal components that the vectors refer to.
     """
 
     file: Path
     count: int
+    components: Floats
 
     def vectors(self) -> NDArray[np.float16]:
         """Return the vectors as a memory map."""
@@ -69,7 +71,9 @@ class Cell(NamedTuple):
     queries: Indices
 
 
-def build_index(signatures: Path, count: int, common: int, file: Path, workers: int) -> WindowIndex:
+def build_index(
+    signatures: Path, count: int, common: int, file: Path, workers: int, sampled: int | None = None
+) -> WindowIndex:
     """Compute the vectors of all windows and write them to a file.
 
     Args:
@@ -78,15 +82,16 @@ def build_index(signatures: Path, count: int, common: int, file: Path, workers: 
         common: number of leading (layout) components to leave out.
         file: output file of the vectors.
         workers: number of processes.
+        sampled: number of leading images from which the components are computed; None: all.
     """
-    components = principal_components(signatures, count, WINDOW_SIDE, common + DIMENSIONS)
+    components = principal_components(signatures, sampled or count, WINDOW_SIDE, common + DIMENSIONS)[common:]
     blocks = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
-    describe = partial(_described, signatures, components[common:])
+    describe = partial(_described, signatures, components)
     with file.open("wb") as vectors, progress("indexing textures", count, "images") as advance:
         for block, part in zip(blocks, parallel_results(describe, blocks, workers, True), strict=True):
             vectors.write(part.tobytes())
             advance(len(block))
-    return WindowIndex(file, count)
+    return WindowIndex(file, count, components)
 
 
 def neighbour_pairs(index: WindowIndex, workers: int) -> Indices:
@@ -99,7 +104,7 @@ def neighbour_pairs(index: WindowIndex, workers: int) -> Indices:
             cells, parallel_results(partial(_nearest, index, most), cells, workers, True), strict=True
         ):
             rows = cell.queries
-            ids[rows], scores[rows] = _strongest(np.hstack([ids[rows], near]), np.hstack([scores[rows], score]), most)
+            ids[rows], scores[rows] = strongest(np.hstack([ids[rows], near]), np.hstack([scores[rows], score]), most)
             advance()
     queries, places = np.nonzero(scores >= LEAST)
     return np.unique(np.sort(np.stack([queries, ids[queries, places]], axis=1), axis=1), axis=0)
@@ -110,9 +115,13 @@ def _described(signatures: Path, components: Floats, images: range) -> NDArray[n
     boxes = windows()
     with threadpool_limits(1):
         found = [window_vectors(read_texture(signatures, image), WINDOW_SIDE, boxes) @ components.T for image in images]
-    vectors = np.stack(found)
-    lengths = np.linalg.norm(vectors, axis=2, keepdims=True)
-    return (vectors / np.where(lengths > 1e-3, lengths, np.inf)).astype(np.float16)
+    return unit_vectors(np.stack(found)).astype(np.float16)
+
+
+def unit_vectors(vectors: Floats) -> Floats:
+    """Return vectors, (..., DIMENSIONS), of length 1; zeros for those of almost no length."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 1e-3, lengths, np.inf), dtype=np.float32)
 
 
 def _blocks(index: WindowIndex) -> list[Cell]:
@@ -171,7 +180,7 @@ def _nearest(index: WindowIndex, most: int, cell: Cell) -> tuple[Indices, Floats
     return np.concatenate(ids), np.concatenate(scores)
 
 
-def _strongest(ids: Indices, scores: Floats, most: int) -> tuple[Indices, Floats]:
+def strongest(ids: Indices, scores: Floats, most: int) -> tuple[Indices, Floats]:
     """Return the `most` best distinct ids of each row and their scores, best first."""
     by_id = np.lexsort((-scores, ids), axis=1)
     ids, scores = np.take_along_axis(ids, by_id, axis=1), np.take_along_axis(scores, by_id, axis=1)

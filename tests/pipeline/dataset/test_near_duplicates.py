@@ -212,7 +212,7 @@ def test_a_margin_asks_for_more_of_both_correlations():
 
 def test_of_an_image_met_in_two_cells_the_better_score_counts():
     ids, scores = np.array([[3, 7, 3, 5]]), np.array([[0.4, 0.6, 0.9, 0.5]], np.float32)
-    kept, best = near_duplicate_index._strongest(ids, scores, 3)
+    kept, best = near_duplicate_index.strongest(ids, scores, 3)
     assert kept.tolist() == [[3, 7, 5]] and best[0] == pytest.approx([0.9, 0.6, 0.5])
 
 

@@ -1,0 +1,61 @@
+"""Check before evaluation that no train or synthetic image is a copy of a held-out one.
+
+`pipeline.runs.leaks` compares pixels; a copy with one changed grey level, cropped or mirrored passes
+it. The result is kept in `logs/audit/DIGEST-copies.json` of the run, so that the check runs once.
+"""
+
+import time
+from collections.abc import Sequence
+
+from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
+from maskloom.pipeline.runs.leaks import MAX_SHOWN, SYNTHETIC_FIX
+from maskloom.pipeline.runs.run import Run
+
+VERSION = 1  # of this check; a new version makes every record stale
+REAL_FIX = (
+    "images of one patient must lie in one split: set data.duplicates=near, or give the patient of each image as its "
+    "group, and prepare the dataset again"
+)
+
+
+def require_no_copies(run: Run, real: MaskPromptDataset, synthetic: Sequence[MaskPromptDataset]) -> None:
+    """Check that no train or synthetic image is a copy of a validation, test or external image.
+
+    Call it with verified datasets that passed `require_no_leaks`, before anything is computed or
+    deleted. More than `NEAR_LIMIT` images are not compared, which is reported.
+
+    Args:
+        run: the run that keeps the record.
+        real: the real dataset.
+        synthetic: the synthetic datasets made from it.
+
+    Raises:
+        MaskLoomError: an image is such a copy; the error names the samples.
+    """
+    datasets = [real, *synthetic]
+    record = record_path(run, datasets, "-copies")
+    if is_recorded(record, VERSION, datasets):
+        return
+    rows = sum(dataset.num_rows for dataset in datasets)
+    if rows > NEAR_LIMIT:
+        say(f"{rows} images are more than {NEAR_LIMIT}: only identical images were looked for, not altered copies")
+        return
+    from maskloom.pipeline.dataset.audit.held_out import find_held_out_copies
+
+    start = time.monotonic()
+    found = find_held_out_copies(real, synthetic)
+    if found:
+        first = "; ".join(
+            f"{one.copy.sample_id} ({one.copy.split} of {one.copy.dataset}) shows {one.original.sample_id} "
+            f"({one.original.split}{', mirrored or turned' if one.turned else ''}, correlation {one.likeness:.2f})"
+            for one in found[:MAX_SHOWN]
+        )
+        more = f"; and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
+        fix = REAL_FIX if any(one.copy.dataset == str(real.folder) for one in found) else SYNTHETIC_FIX
+        raise MaskLoomError(f"{real.folder}: {len(found)} image(s) are copies of held-out images: {first}{more}; {fix}")
+    write_audit_record(record, VERSION, datasets, rows, True)
+    say(f"no copies of held-out images among {rows} images ({time.monotonic() - start:.1f} s)")

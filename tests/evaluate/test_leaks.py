@@ -1,0 +1,292 @@
+"""No evaluation where held-out images have shaped a model: by pixels, by what the images show, and by
+what the contracts and records say.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskloom.evaluate.evaluate import evaluate, verified_inputs
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import Parent
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.runs import copies
+from maskloom.pipeline.runs.command import run_command
+from maskloom.pipeline.runs.run import Run
+from tests.data_prep.audit.test_audit import picture
+from tests.evaluate.runs import small_options, tiny_config
+from tests.records import write_record
+from tests.tiny_datasets import Picture, Sample, synthetic_samples, tiny_description, tiny_samples, write_dataset
+
+SIZE = 64
+COUNTS = {"train": 24, "validation": 8, "test": 12, "external_other": 8}
+HELD_OUT = ("test", "validation", "external_other")
+Splits = dict[str, list[Sample]]
+
+
+def recoded(image: Picture) -> Picture:
+    """Return the image with every grey level changed by at most one."""
+    change = np.random.default_rng(0).integers(-1, 2, image.shape)
+    return (image + change).clip(0, 255).astype(np.uint8)
+
+
+def cropped(image: Picture) -> Picture:
+    """Return a tenth less of the image, resized."""
+    edge = round(0.05 * SIZE)
+    return np.asarray(Image.fromarray(image[edge:-edge, edge:-edge]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+ALTERED: dict[str, Callable[[Picture], Picture]] = {
+    "recoded": recoded,
+    "cropped": cropped,
+    "mirrored": lambda image: np.ascontiguousarray(image[:, ::-1]),
+    "turned": lambda image: np.ascontiguousarray(np.rot90(image)),
+    "inverted": lambda image: 255 - image,
+}
+
+
+def picture_of(split: str, index: int) -> Picture:
+    return picture([sum(map(ord, split)), index], SIZE, SIZE)
+
+
+def write_run(
+    run: Path,
+    change: Callable[[Splits], None] = lambda splits: None,
+    image: Callable[[Splits, int], Picture] = lambda splits, index: picture_of("made", index),
+    with_parent: bool = True,
+    training: dict[str, str | None] | None = None,
+) -> ExperimentConfig:
+    """Write a run whose images are strangers to each other, apart from what the arguments change.
+
+    Args:
+        run: the run's folder.
+        change: alters the real samples in place.
+        image: draws the image of a synthetic sample from the real ones and its number.
+        with_parent: whether the synthetic dataset names the real one.
+        training: what the synthetic dataset states about the training; by default nothing.
+    """
+    splits = {split: tiny_samples(split, count, SIZE) for split, count in COUNTS.items()}
+    for split, samples in splits.items():
+        for index, sample in enumerate(samples):
+            sample.image = picture_of(split, index)
+    change(splits)
+    real = write_dataset(run / "dataset", tiny_description(SIZE), splits)
+    settings = {} if training is None else {"generation": {"weights": "0", "training": training}}
+    about = tiny_description(SIZE, "synthetic").model_copy(update={"preprocessing": settings})
+    made = synthetic_samples(splits["train"], "made", lambda parent, index: image(splits, index))
+    parent = Parent(path="../../dataset", digest=real.digest) if with_parent else None
+    write_dataset(run / "synthetic" / "pix2pix", about, {"train": made}, parent)
+    return tiny_config(run, {"quality": small_options("quality")}, ("pix2pix",))
+
+
+def stopped(config: ExperimentConfig, capsys: pytest.CaptureFixture[str]) -> str:
+    """Evaluate and return the one line with which that stops, before anything is written."""
+    folder = config.run_folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "audit" not in path.parts}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda: evaluate(config, force=True))
+    assert exit_.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "audit" not in path.parts}
+    assert len(errors) == 1 and after == before
+    return errors[0]
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_held_out_images_handed_in_as_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str) -> None:
+    config = write_run(tmp_path, image=lambda splits, index: splits[split][index % COUNTS[split]].image)  # type: ignore[return-value]
+    error = stopped(config, capsys)
+    assert f"({split}) and made-" in error and f"train of {tmp_path / 'synthetic' / 'pix2pix'}" in error
+    assert error.endswith("or leave it out with generate.generators.NAME=false")
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+@pytest.mark.parametrize("how", ALTERED)
+def test_altered_held_out_images_handed_in_as_synthetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, how: str
+) -> None:
+    config = write_run(
+        tmp_path,
+        image=lambda splits, index: ALTERED[how](picture_of(split, 5)) if index == 3 else picture_of("made", index),
+    )
+    error = stopped(config, capsys)
+    turned = ", mirrored or turned" if how in ("mirrored", "turned") else ""
+    made = tmp_path / "synthetic" / "pix2pix"
+    assert f"{tmp_path / 'dataset'}: 1 image(s) are copies of held-out images: " in error
+    assert f"made-0003 (train of {made}) shows {split}-0005 ({split}{turned}, correlation " in error
+    assert error.endswith("or leave it out with generate.generators.NAME=false")
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_train_images_under_other_ids_among_the_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    def change(splits: Splits) -> None:
+        for sample, other in zip(splits[split], splits["train"], strict=False):
+            sample.image, sample.label = other.image, other.label
+
+    error = stopped(write_run(tmp_path, change), capsys)
+    assert f"{COUNTS[split]} pair(s) of images make results wrong: identical images in two splits: train-" in error
+    assert f"({split})" in error and "prepare the dataset again" in error
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+@pytest.mark.parametrize("how", ALTERED)
+def test_altered_train_images_among_the_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, how: str
+) -> None:
+    def change(splits: Splits) -> None:
+        splits[split][5].image = ALTERED[how](picture_of("train", 2))
+
+    error = stopped(write_run(tmp_path, change), capsys)
+    assert f"train-0002 (train of {tmp_path / 'dataset'}) shows {split}-0005 ({split}" in error
+    assert error.endswith("and prepare the dataset again")
+
+
+def test_many_copies_are_counted_and_the_first_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = stopped(write_run(tmp_path, image=lambda _, index: recoded(picture_of("test", index % 12))), capsys)
+    assert "24 image(s) are copies" in error and "made-0002" in error and "made-0003" not in error
+    assert "; and 21 more; " in error
+
+
+def test_a_synthetic_dataset_without_a_parent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = stopped(write_run(tmp_path, with_parent=False), capsys)
+    contract = tmp_path / "synthetic" / "pix2pix" / "contract.json"
+    assert f"{contract}: names no real dataset (parent: null)" in error and "generate the set from" in error
+
+
+STAGES = ("train", "baselines/pix2pix")
+
+
+def trained(config: ExperimentConfig, stage: str, dataset: str, weights: str = "w") -> None:
+    write_record(
+        Run(config.run_folder),
+        stage,
+        inputs={"dataset": dataset, "backbone": "b"},
+        results={"weights_digest": weights},
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_generator_that_states_another_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    config = write_run(tmp_path, training={"stage": stage, "dataset": "another", "weights": "w"})
+    error = stopped(config, capsys)
+    assert f"pix2pix: its generator was trained ({stage}) on another version of {tmp_path / 'dataset'}" in error
+    assert error.endswith(f"run {stage.split('/')[0]} and generate again")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_older_synthetic_dataset_is_checked_by_the_record_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    config = write_run(tmp_path)
+    made = tmp_path / "synthetic" / "pix2pix"
+    about = tiny_description(SIZE, "synthetic").model_copy(update={"preprocessing": {"generation": {"weights": "0"}}})
+    real = verified_inputs(Run(tmp_path), config).real.digest
+    samples = synthetic_samples(tiny_samples("train", 24, SIZE), "made", lambda _, index: picture_of("made", index))
+    write_dataset(made, about, {"train": samples}, Parent(path="../../dataset", digest=real))
+    trained(config, stage, "another")
+    assert f"its generator was trained ({stage}) on another version" in stopped(config, capsys)
+    trained(config, stage, real)
+    verified_inputs(Run(tmp_path), config)
+
+
+def test_weights_that_were_trained_again_since(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = verified_inputs(Run(tmp_path), write_run(tmp_path)).real.digest
+    config = write_run(tmp_path, training={"stage": "baselines/pix2pix", "dataset": real, "weights": "w"})
+    trained(config, "baselines/pix2pix", real)
+    verified_inputs(Run(tmp_path), config)
+    trained(config, "baselines/pix2pix", real, weights="others")
+    error = stopped(config, capsys)
+    assert "made with other weights than those that baselines/pix2pix has trained since; run generate again" in error
+
+
+def test_a_backbone_without_training_needs_no_dataset(tmp_path: Path) -> None:
+    config = write_run(tmp_path, training={"stage": None, "dataset": None, "weights": "backbone"})
+    verified_inputs(Run(tmp_path), config)
+
+
+@pytest.mark.parametrize(
+    "training", [{"stage": "../../elsewhere", "dataset": "d", "weights": "w"}, {"stage": "train"}, {}]
+)
+def test_a_damaged_statement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], training: dict[str, str | None]
+) -> None:
+    error = stopped(write_run(tmp_path, training=training), capsys)
+    assert "contract.json: description.preprocessing.generation.training" in error
+    assert error.endswith("run generate again with --force")
+
+
+def test_strangers_pass_and_are_compared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path)
+    verified_inputs(Run(tmp_path), config)
+    assert "no copies of held-out images among 76 images" in capsys.readouterr().err
+    verified_inputs(Run(tmp_path), config)
+    assert "no copies" not in capsys.readouterr().err
+    monkeypatch.setattr(copies, "VERSION", copies.VERSION + 1)
+    verified_inputs(Run(tmp_path), config)
+    assert "no copies" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_train_image_is_a_finding_of_the_metrics_and_no_leak(tmp_path: Path) -> None:
+    config = write_run(tmp_path, image=lambda _, index: recoded(picture_of("train", index)))
+    verified_inputs(Run(tmp_path), config)
+
+
+def test_held_out_splits_may_share_an_image(tmp_path: Path) -> None:
+    def change(splits: Splits) -> None:
+        splits["external_other"][1].image = recoded(picture_of("test", 1))
+
+    config = write_run(tmp_path, change)
+    verified_inputs(Run(tmp_path), config)
+
+
+def neighbouring(index: int, shift: float) -> Picture:
+    """Return a slice of a volume between two pictures: at 0.5, as much of one as of the other."""
+    mixed = (1 - shift) * picture_of("slice", index) + shift * picture_of("next", index)
+    return mixed.astype(np.uint8)
+
+
+def test_neighbouring_slices_are_no_copies(tmp_path: Path) -> None:
+    def change(splits: Splits) -> None:
+        for index in range(8):
+            splits["train"][index].image, splits["test"][index].image = (neighbouring(index, at) for at in (0, 0.45))
+
+    config = write_run(tmp_path, change, image=lambda _, index: neighbouring(index % 8, 0.1))
+    verified_inputs(Run(tmp_path), config)
+
+
+def test_blank_images_are_no_copies(tmp_path: Path) -> None:
+    def change(splits: Splits) -> None:
+        splits["train"][0].image = np.full((SIZE, SIZE), 7, np.uint8)
+        splits["test"][0].image = np.full((SIZE, SIZE), 9, np.uint8)
+
+    verified_inputs(Run(tmp_path), write_run(tmp_path, change, lambda _, index: np.full((SIZE, SIZE), index, np.uint8)))
+
+
+def test_too_many_images_are_reported_and_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, image=lambda _, index: recoded(picture_of("test", index % 12)))
+    monkeypatch.setattr(copies, "NEAR_LIMIT", 75)
+    verified_inputs(Run(tmp_path), config)
+    assert "76 images are more than 75: only identical images were looked for" in capsys.readouterr().err
+
+
+def test_a_disk_without_space_for_the_comparison_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_run(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("maskloom.pipeline.dataset.audit.held_out.signature", full)
+    with pytest.raises(MaskLoomError, match=r"images cannot be compared \(.*No space left.*\); free space there"):
+        verified_inputs(Run(tmp_path), config)
