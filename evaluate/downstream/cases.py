@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CASES_FILE = "cases.parquet"
 TEXT_COLUMNS = ("metric", "test_set", "arm", "sample_id", "group_id", "score")
 COLUMNS = ("metric", "test_set", "arm", "seed", "sample_id", "group_id", "score", "value")
+LARGEST = 1e9
 KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
 REMEDY = "one row per metric, test_set, arm, seed, sample_id and score, with group_id and value"
 
@@ -171,14 +172,19 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
 
     Raises:
         MaskLoomError: the file is missing, is not Parquet, lacks a column, has no row, repeats a
-            row, has an id or a seed that is missing, or a case lies in two groups (names the file
-            and the value).
+            row, has an id or a seed that is missing, a value above 1e9 in size, text that is not
+            UTF-8, or a case lies in two groups (names the file and the value).
     """
     table = _checked_table(path)
-    columns = {name: np.asarray(table[name].to_pylist(), dtype=str) for name in TEXT_COLUMNS}
+    try:
+        columns = {name: np.asarray(table[name].to_pylist(), dtype=str) for name in TEXT_COLUMNS}
+    except UnicodeDecodeError as error:
+        raise MaskLoomError(f"{path}: a text is not UTF-8; write names and ids as UTF-8") from error
     seeds = table["seed"].to_numpy()
     values = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
     values = np.where(np.isfinite(values), values, np.nan)
+    if (np.abs(values) > LARGEST).any():
+        raise MaskLoomError(f"{path}: a value is {np.nanmax(np.abs(values)):g}; scores are at most {LARGEST:g} in size")
     _check_keys(path, columns, seeds)
     pairs = list(zip(columns["metric"].tolist(), columns["test_set"].tolist(), strict=True))
     found = []

@@ -3,13 +3,14 @@
 What is compared, for each arm, test set and score:
 
 1. Models are matched by seed; arms that share no seed are matched in ascending order of their seeds.
-2. A seed for which one of the two arms has no defined value (its training failed) is left out of
-   both. Then a case that is not defined in a remaining seed of either arm is left out of all.
-   Neither depends on an order.
+2. A seed for which one of the two arms has no defined value (its training failed or is not there)
+   is left out of both. Then a case that is not defined for a remaining model of either arm is left
+   out of all. Neither depends on an order.
 3. The difference, its interval and its p-value: see `scores/inference.py`.
 4. The finding. `helped` or `hurt` if the p-value, adjusted for the number of arms (Holm), is at
-   most 5 %, else `no clear benefit`; `cannot tell` under 6 groups or 3 seeds, or where results are
-   missing in a way that may hide the worst ones.
+   most 5 %, else `no clear benefit`; `cannot tell` under 6 groups (10 of each class, for means over
+   classes) or 3 seeds, where results are missing in a way that may hide the worst ones, or where one
+   training stands under two seeds.
 """
 
 from __future__ import annotations
@@ -28,17 +29,34 @@ from maskloom.evaluate.downstream.pairing import (
     Pair,
     contributions,
     paired_values,
+    repeated_seeds,
+    rests_on_classes,
     supporting_groups,
 )
-from maskloom.evaluate.scores.classification import CALIBRATION_ERROR, CLASSIFICATION_SCORES, RECALL
+from maskloom.evaluate.scores.classification import CLASSIFICATION_SCORES, RECALL
 from maskloom.evaluate.scores.inference import LEVEL, Effect, Floats, estimate_effect, holm_adjusted
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 
 BASELINE = "real"
 FEW_GROUPS, FEW_SEEDS = 6, 3
-MISSING_SHARE = 0.05
-"""Share of cases that may be undefined in one arm alone."""
-LOWER_IS_BETTER = frozenset({CALIBRATION_ERROR, "HD95", "false positives per image"})
+FEW_CLASS_GROUPS = 10
+"""Groups that a mean over classes needs of each class: with fewer, simulated null effects were found in over 7 %."""
+MISSING_SHARE = 0.02
+"""Share of cases that may be undefined for some models and defined for others."""
+LOWER_WORDS = (
+    "calibration error",
+    "hd95",
+    "hausdorff",
+    "surface distance",
+    "assd",
+    "error",
+    "loss",
+    "brier",
+    "false positive",
+    "false negative",
+    "missed",
+)
+"""A score whose name contains one of these is better when it is lower."""
 HELPED, HURT, NO_BENEFIT, CANNOT_TELL = "helped", "hurt", "no clear benefit", "cannot tell"
 
 
@@ -50,6 +68,7 @@ class Comparison:
         metric, test_set, arm, baseline, score: what is compared.
         difference: arm minus baseline, mean over seeds and cases; None where nothing is left.
         low, high: ends of its 95 % interval; None where there are not two seeds and two groups.
+        better: `higher` or `lower` values of the score.
         p, p_holm: p-value of no difference, alone and adjusted for the number of arms.
         finding: `helped`, `hurt`, `no clear benefit` or `cannot tell`.
         reason: why it cannot be told, else empty.
@@ -72,6 +91,7 @@ class Comparison:
     high: float | None
     p: float | None
     p_holm: float | None
+    better: str
     finding: str
     reason: str
     smallest_effect: float | None
@@ -105,7 +125,7 @@ def compare(
     cases: ScoredTestSet,
     baseline: str = BASELINE,
     scores: Sequence[str] | None = None,
-    lower_is_better: Collection[str] = LOWER_IS_BETTER,
+    lower_is_better: Collection[str] = (),
 ) -> list[Comparison]:
     """Return every arm's comparison with the baseline, by score.
 
@@ -113,7 +133,7 @@ def compare(
         cases: of one test set.
         baseline: the arm that others are compared with.
         scores: which scores, in this order; None: all.
-        lower_is_better: scores in which a negative difference helps.
+        lower_is_better: scores in which a negative difference helps, besides those whose name says so.
 
     Raises:
         MaskLoomError: an unknown baseline or score (names the nearest), or no other arm.
@@ -128,9 +148,17 @@ def compare(
     for score in scores or ():
         if score not in known:
             raise MaskLoomError(f"{cases.test_set}: no score is called {score!r}; {nearest_name(score, known)}")
+    chosen = known if scores is None else scores
     return [
-        one for score in scores or known for one in _compare_score(cases, baseline, score, score in lower_is_better)
+        one
+        for score in chosen
+        for one in _compare_score(cases, baseline, score, is_lower_better(score, lower_is_better))
     ]
+
+
+def is_lower_better(score: str, named: Collection[str] = ()) -> bool:
+    """Return whether a lower value of a score is better: it is among `named`, or its name says so."""
+    return score in named or any(word in score.lower() for word in LOWER_WORDS)
 
 
 def score_names(cases: ScoredTestSet) -> list[str]:
@@ -162,13 +190,13 @@ def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
 
 def _compare_score(cases: ScoredTestSet, baseline: str, score: str, lower: bool) -> list[Comparison]:
     """Return the comparisons of one score, their p-values adjusted for the number of arms."""
-    found = [_compare_arm(cases, arm, baseline, score) for arm in cases.arms if arm != baseline]
+    found = [_compare_arm(cases, arm, baseline, score, lower) for arm in cases.arms if arm != baseline]
     tested = [i for i, one in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
     adjusted = dict(zip(tested, holm_adjusted([found[i].p or 0.0 for i in tested]), strict=True))
-    return [_with_finding(replace(one, p_holm=adjusted.get(i, one.p)), lower) for i, one in enumerate(found)]
+    return [_with_finding(replace(one, p_holm=adjusted.get(i, one.p))) for i, one in enumerate(found)]
 
 
-def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> Comparison:
+def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, lower: bool) -> Comparison:
     pair = paired_values(cases, arm, baseline, score)
     left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
     values = np.zeros((pair.seeds, 0)) if left is None or right is None else left - right
@@ -184,6 +212,7 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> C
         high=effect.high if effect else None,
         p=effect.p if effect else None,
         p_holm=None,
+        better="lower" if lower else "higher",
         finding=CANNOT_TELL,
         reason=_reason(pair, values, score),
         smallest_effect=effect.smallest if effect else None,
@@ -198,29 +227,30 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> C
     )
 
 
-def _with_finding(one: Comparison, lower_is_better: bool) -> Comparison:
+def _with_finding(one: Comparison) -> Comparison:
     if one.reason or one.p_holm is None or one.difference is None:
         return one
     if one.p_holm > 1 - LEVEL:
         return replace(one, finding=NO_BENEFIT)
-    return replace(one, finding=HURT if (one.difference > 0) == lower_is_better else HELPED)
+    return replace(one, finding=HURT if (one.difference > 0) == (one.better == "lower") else HELPED)
 
 
 def _reason(pair: Pair, values: Floats, score: str) -> str:
     """Return why the finding is `cannot tell`, or an empty text."""
-    groups = supporting_groups(pair, score)
-    if not values.size:
-        return "no case is defined in both arms"
-    if pair.left_out_seeds:
-        return f"{pair.left_out_seeds} seed(s) have no result in one of the arms"
-    if pair.one_sided_cases > MISSING_SHARE * (values.shape[1] + pair.left_out_cases):
-        return f"{pair.one_sided_cases} case(s) are defined in one arm alone"
-    if groups < FEW_GROUPS:
-        where = "" if groups == len(set(pair.groups)) else "of its rarest class "
-        return f"the test images {where}are of {groups} group(s), fewer than {FEW_GROUPS}"
-    if pair.seeds < FEW_SEEDS:
-        return f"{pair.seeds} seed(s), fewer than {FEW_SEEDS}"
-    return ""
+    groups, cases = supporting_groups(pair, score), values.shape[1] + pair.left_out_cases
+    of_class = rests_on_classes(pair, score)
+    needed = FEW_CLASS_GROUPS if of_class else FEW_GROUPS
+    where = "of the rarest class " if of_class else ""
+    reasons = {
+        "no case is defined in both arms": not values.size,
+        f"{pair.left_out_seeds} seed(s) have no result in one of the arms": pair.left_out_seeds > 0,
+        f"{pair.partly_undefined} case(s) are defined for some models only": pair.partly_undefined
+        > MISSING_SHARE * cases,
+        f"the test images {where}are of {groups} group(s), fewer than {needed}": groups < needed,
+        f"{pair.seeds} seed(s), fewer than {FEW_SEEDS}": pair.seeds < FEW_SEEDS,
+        "two seeds of an arm score alike in every case": values.size > 0 and repeated_seeds(pair),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _effect(pair: Pair, score: str, values: Floats | None, baseline: Floats | None = None) -> Effect | None:

@@ -11,6 +11,7 @@ from maskloom.evaluate.downstream.cases import ScoredTestSet
 from maskloom.evaluate.downstream.compare import (
     BASELINE,
     CANNOT_TELL,
+    FEW_CLASS_GROUPS,
     FEW_GROUPS,
     FEW_SEEDS,
     ArmScore,
@@ -177,7 +178,8 @@ def _change_table(one: TestSetComparison) -> Table:
         "Arm minus real, same test images. The 95 % interval covers other patients and other trainings "
         "(groups and seeds, crossed). The finding rests on p, which is adjusted for the number of arms "
         "(Holm). Smallest effect: found with 80 % power by these images and seeds. "
-        f"Under {FEW_GROUPS} groups or {FEW_SEEDS} seeds it cannot be told."
+        f"Under {FEW_GROUPS} groups ({FEW_CLASS_GROUPS} of each class, for means over classes) or {FEW_SEEDS} seeds it "
+        "cannot be told."
     )
     columns = ["arm", "score", "change against real", "finding", "smallest effect", "p (Holm)", "range over seeds"]
     title = f"Change against training on real images only{one.place}"
@@ -211,17 +213,11 @@ def _figures(own: TestSetComparison, generator: str) -> list[Figure]:
     return reached + changed
 
 
-def _of_a_class(one: TestSetComparison) -> str:
-    return "" if one.headline.groups == one.groups else " of the rarest class"
-
-
 def _warnings(one: TestSetComparison) -> list[str]:
     headline, null = one.headline, one.null
     found = []
-    if headline.groups < FEW_GROUPS:
-        found.append(
-            f"only {headline.groups} test group(s){_of_a_class(one)}: at least {FEW_GROUPS} are needed to tell an effect from chance"
-        )
+    if "fewer than" in headline.reason and "group" in headline.reason:
+        found.append(f"{headline.reason}: an effect cannot be told from chance")
     if headline.seeds < FEW_SEEDS and not one.external:  # reported once: all test sets share the models
         found.append(f"only {headline.seeds} seed(s): at least {FEW_SEEDS} are needed to tell an effect from chance")
     if headline.left_out_cases or headline.left_out_seeds:

@@ -25,7 +25,15 @@ UNWEIGHTED = ("accuracy", CALIBRATION_ERROR)
 
 @dataclass(frozen=True)
 class Pair:
-    """The raw values of two arms at common seeds and cases, each (S, N), and what was left out."""
+    """The raw values of two arms at common seeds and cases, each (S, N), and what was left out.
+
+    Attributes:
+        arm, baseline: raw values by score.
+        groups: (N,) the group of each case.
+        seeds: number of common seeds, S.
+        left_out_cases, left_out_seeds: numbers that are not defined in one of the arms.
+        partly_undefined: cases that are defined for some of the models and not for others.
+    """
 
     arm: Mapping[str, Floats]
     baseline: Mapping[str, Floats]
@@ -33,14 +41,15 @@ class Pair:
     seeds: int
     left_out_cases: int
     left_out_seeds: int
-    one_sided_cases: int
+    partly_undefined: int
 
 
 def paired_values(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> Pair:
     """Return both arms' raw values at the seeds and cases that are defined in both.
 
     Raises:
-        MaskLoomError: the arms disagree on a case's true class.
+        MaskLoomError: rows of a class are missing, a probability is not between 0 and 1, or the true
+            class of a case is not one and the same everywhere.
     """
     sides = [_raw_values(cases.arms[name], score) for name in (arm, baseline)]
     seeds = [cases.arms[name].seeds for name in (arm, baseline)]
@@ -51,26 +60,54 @@ def paired_values(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> 
     shape = (len(rows[0]), len(cases.samples))
     defined = [_defined(side, row, shape) for side, row in zip(sides, rows, strict=True)]
     kept_seeds = np.flatnonzero(defined[0].any(axis=1) & defined[1].any(axis=1))
-    by_arm = [one[kept_seeds].all(axis=0) for one in defined]
-    kept = np.flatnonzero(by_arm[0] & by_arm[1]) if len(kept_seeds) else np.zeros(0, dtype=np.int64)
+    of_models = np.concatenate([one[kept_seeds] for one in defined])
+    kept = np.flatnonzero(of_models.all(axis=0)) if len(kept_seeds) else np.zeros(0, dtype=np.int64)
     picked = [
         {name: values[np.array(row, dtype=int)[kept_seeds]][:, kept] for name, values in side.items()}
         for side, row in zip(sides, rows, strict=True)
     ]
-    for name in (name for name in picked[0] if name.startswith(TRUTH)):
-        if not (picked[0][name][:1] == picked[1].get(name, picked[0][name] + 1)).all():
-            raise MaskLoomError(
-                f"{cases.test_set}: arms {arm!r} and {baseline!r} differ in rows {name!r}; a case has one true class"
-            )
+    _check_classes(cases, (arm, baseline), picked)
     return Pair(
         arm=picked[0],
         baseline=picked[1],
         groups=tuple(cases.groups[i] for i in kept),
         seeds=len(kept_seeds),
         left_out_cases=len(cases.samples) - len(kept),
-        left_out_seeds=shape[0] - len(kept_seeds),
-        one_sided_cases=int((by_arm[0] != by_arm[1]).sum()),
+        left_out_seeds=max(map(len, seeds)) - len(kept_seeds),
+        partly_undefined=int((of_models.any(axis=0) & ~of_models.all(axis=0)).sum()),
     )
+
+
+def _check_classes(cases: ScoredTestSet, arms: tuple[str, str], sides: Sequence[Mapping[str, Floats]]) -> None:
+    """Check the rows of classifiers: one true class per case, the same for all models, and probabilities.
+
+    Raises:
+        MaskLoomError: see `paired_values`.
+    """
+    truths = {name for side in sides for name in side if name.startswith(TRUTH)}
+    classes = {name.removeprefix(PROBABILITY) for side in sides for name in side if name.startswith(PROBABILITY)}
+    if not truths and not classes:
+        return
+    wanted = {TRUTH + one for one in classes} | {PROBABILITY + name.removeprefix(TRUTH) for name in truths}
+    for arm, side in zip(arms, sides, strict=True):
+        if missing := sorted((wanted | truths) - side.keys()):
+            raise MaskLoomError(
+                f"{cases.test_set}: arm {arm!r} has no rows {missing[0]!r}; every class needs {PROBABILITY!r} and {TRUTH!r} rows"
+            )
+        for name, values in side.items():
+            if name.startswith(PROBABILITY) and values.size and not (0 <= values.min() <= values.max() <= 1):
+                raise MaskLoomError(f"{cases.test_set}: arm {arm!r}: a value of rows {name!r} is not between 0 and 1")
+    for name in sorted(truths):
+        known = sides[1][name][:1]
+        if any((side[name] != known).any() for side in sides):
+            raise MaskLoomError(
+                f"{cases.test_set}: arms {arms[0]!r} and {arms[1]!r} differ in rows {name!r}; a case has one true class"
+            )
+    of_case = np.stack([sides[1][name][:1] for name in sorted(truths)])
+    if not (np.isin(of_case, (0, 1)).all() and (of_case.sum(axis=0) == 1).all()):
+        raise MaskLoomError(
+            f"{cases.test_set}: a case needs the value 1 in one of the rows {TRUTH!r}, and 0 in the others"
+        )
 
 
 def _raw_values(arm: ArmCases, score: str) -> dict[str, Floats]:
@@ -98,8 +135,25 @@ def contributions(raw: Mapping[str, Floats]) -> dict[str, Floats]:
     return {score: np.stack([one[score] for one in by_seed]) for score in by_seed[0]}
 
 
+def repeated_seeds(pair: Pair) -> bool:
+    """Return whether two models of an arm have the same values in every case, though cases differ.
+
+    That is one training under two seeds, or models that predict nothing.
+    """
+    for side in (pair.arm, pair.baseline):
+        stacked = np.concatenate([values for name, values in side.items() if not name.startswith(TRUTH)], axis=1)
+        varied = stacked[np.ptp(stacked, axis=1) > 0]
+        if len(np.unique(varied, axis=0)) < len(varied):
+            return True
+    return False
+
+
 def supporting_groups(pair: Pair, score: str) -> int:
-    """Return the number of groups that a score rests on: of a mean over classes, the rarest class's."""
+    """Return the number of groups that a score rests on.
+
+    Of a mean over classes, it is the effective number of the rarest class: groups that contain as
+    many of its cases as each other would count fully (Kish 1965).
+    """
     if not pair.groups:
         return 0
     numbers = group_numbers(pair.groups)
@@ -108,5 +162,10 @@ def supporting_groups(pair: Pair, score: str) -> int:
         truths = {name: truth for name, truth in truths.items() if name == TRUTH + score.removeprefix(RECALL)}
     elif score in UNWEIGHTED:
         truths = {}
-    of_classes = [len(np.unique(numbers[truth])) for truth in truths.values() if truth.any()]
-    return min([len(np.unique(numbers)), *of_classes])
+    sizes = [np.bincount(numbers[truth]) for truth in truths.values() if truth.any()]
+    return min([len(np.unique(numbers)), *(int(one.sum() ** 2 / (one**2).sum() + 1e-9) for one in sizes)])
+
+
+def rests_on_classes(pair: Pair, score: str) -> bool:
+    """Return whether a score averages over classes, or is of one class."""
+    return score not in UNWEIGHTED and any(name.startswith(TRUTH) for name in pair.arm)

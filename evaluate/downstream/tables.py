@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from maskloom.evaluate.downstream.arms import NULL_ARM
 from maskloom.evaluate.downstream.cases import read_cases
-from maskloom.evaluate.downstream.compare import LOWER_IS_BETTER, Comparison, compare, score_names
+from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, score_names
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
 from maskloom.pipeline.progress import progress
@@ -38,12 +39,13 @@ def compare_files(
         for path in paths:
             test_sets = read_cases(path)
             known = [name for cases in test_sets for name in score_names(cases)]
-            if unknown := [name for name in scores or () if name not in known]:
-                raise MaskLoomError(f"{path}: no score is called {unknown[0]!r}; {nearest_name(unknown[0], known)}")
+            if unknown := [name for name in (*(scores or ()), *lower_is_better) if name not in known]:
+                names = list(dict.fromkeys(known))
+                raise MaskLoomError(f"{path}: no score is called {unknown[0]!r}; {nearest_name(unknown[0], names)}")
             for cases in test_sets:
                 own = [name for name in score_names(cases) if scores is None or name in scores]
                 try:
-                    compared = compare(cases, baseline, own, LOWER_IS_BETTER | set(lower_is_better))
+                    compared = compare(cases, baseline, own, lower_is_better)
                 except MaskLoomError as error:
                     raise MaskLoomError(f"{path}: {error}") from error
                 found += [(path, one) for one in compared]
@@ -64,6 +66,10 @@ def print_comparisons(found: Sequence[tuple[Path, Comparison]]) -> None:
         for one in rows:
             if one.reason:
                 console.print(Text(f"{one.arm}, {one.score}: cannot tell, {one.reason}"))
+            elif one.left_out_cases:
+                console.print(Text(f"{one.arm}, {one.score}: {one.left_out_cases} case(s) are not defined, left out"))
+            if one.arm == NULL_ARM and one.finding in (HELPED, HURT):
+                console.print(Text(f"{one.score}: {NULL_ARM} differs from {one.baseline}; take the findings with care"))
     if len(tables) > SHOWN_FILES:
         console.print(Text(f"... and {len(tables) - SHOWN_FILES} further tables; --json FILE writes all"))
 
@@ -74,8 +80,8 @@ def _table(rows: Sequence[Comparison]) -> Table:
         table.add_column(column, justify="left" if column in ("arm", "score", "finding") else "right")
     for one in rows:
         table.add_row(
-            one.arm,
-            one.score,
+            Text(one.arm),
+            Text(f"{one.score} ({one.better} is better)"),
             MISSING if one.difference is None else interval_text(one.difference, one.low, one.high),
             one.finding,
             MISSING if one.smallest_effect is None else number_text(one.smallest_effect),

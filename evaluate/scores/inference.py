@@ -40,8 +40,8 @@ QUANTILES = (np.arange(200) + 0.5) / 200
 """Where the distributions of the two variances are evaluated: midpoints of 200 equal parts."""
 ALIKE = 0.2
 """Seeds are paired if errors of equal seeds correlate by so much more than those of unequal seeds."""
-NEGLIGIBLE = 1e-13
-"""A standard error below this share of the largest value is rounding, not variation."""
+NEGLIGIBLE = 1e-9
+"""Differences and standard errors below this share of the largest value are rounding."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
     arms = [values] if baseline is None else [values, baseline]
     if min(map(len, arms)) < 2 or numbers.max(initial=0) < 1:
         raise ValueError("at least two seeds and two groups are needed")
-    largest = max(np.abs(arm).max() for arm in arms)
+    rounding = NEGLIGIBLE * max(np.abs(arm).max() for arm in arms)
     by_case = values.mean(axis=0) - (0.0 if baseline is None else baseline.mean(axis=0))
     paired = baseline is not None and seeds_are_paired(values, baseline)
     varying = [values - baseline] if baseline is not None and paired else arms
     variance = variance_of_mean(by_case, varying, numbers)
-    value = float(by_case.mean())
+    value = float(by_case.mean()) if abs(by_case.mean()) > rounding else 0.0
     cases = len(by_case) if variance.groups == 0 else float(by_case.var(ddof=1) / variance.groups)
-    if np.sqrt(variance.total) <= NEGLIGIBLE * largest:
+    if np.sqrt(variance.total) <= rounding:
         return Effect(value, value, value, float(value == 0), 0.0, cases, paired)
     draws = variance.draws()
     reach = critical_value(draws)
@@ -159,7 +159,10 @@ def p_value(value: float, variances: Floats) -> float:
     """Return the two-sided p-value of a normal `value` around zero, averaged over its `variances`."""
     from scipy.special import ndtr
 
-    return float(2 * ndtr(-abs(value) / np.sqrt(variances)).mean())
+    # Where groups do not vary at all and seeds may not either, a variance is 0.
+    errors = np.sqrt(variances)
+    distances = np.divide(abs(value), errors, out=np.full(len(errors), np.inf if value else 0.0), where=errors > 0)
+    return float(2 * ndtr(-distances).mean())
 
 
 def critical_value(variances: Floats) -> float:

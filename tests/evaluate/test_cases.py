@@ -81,6 +81,7 @@ def test_missing_rows_and_infinite_values_are_not_defined(tmp_path: Path) -> Non
     [
         ({"score": None}, "column 'score' is missing"),
         ({"value": ["high"] * 12}, "column 'value' is string, not double"),
+        ({"value": [0.5] * 11 + [1e160]}, "a value is 1e\\+160; scores are at most 1e\\+09 in size"),
         ({"seed": [0.5] * 12}, "column 'seed' is double, not int64"),
         ({"seed": [None, *[0] * 11]}, "column 'seed' has 1 empty cells"),
         ({"group_id": [None] * 12}, "column 'group_id' has 12 empty cells"),
@@ -103,6 +104,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read_cases(tmp_path / "text.parquet")
     with pytest.raises(MaskLoomError, match="has no row"):
         read_cases(written(tmp_path / "empty.parquet", {name: values[:0] for name, values in rows().items()}))
+
+
+def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    table = pa.table(rows())
+    broken = pa.Array.from_buffers(
+        pa.string(), 12, [None, pa.py_buffer(np.arange(13, dtype=np.int32)), pa.py_buffer(b"\xff" * 12)]
+    )
+    pq.write_table(table.set_column(2, "arm", broken), tmp_path / "cases.parquet")
+    with pytest.raises(MaskLoomError, match="a text is not UTF-8"):
+        read_cases(tmp_path / "cases.parquet")
 
 
 class Images:

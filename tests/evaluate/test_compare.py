@@ -1,6 +1,7 @@
 """Pairing, undefined values, findings and the command `compare`, on scores that are set by hand."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,14 @@ def test_the_finding_is_what_was_planted(gain: float, finding: str) -> None:
     assert (found.groups, found.cases, found.seeds) == (60, 60, 5)
 
 
+@pytest.mark.parametrize(
+    "score", ["Hausdorff distance", "hd95", "HD95 (mm)", "ASSD", "Brier score", "loss", "mean error"]
+)
+def test_lower_is_better_where_the_name_says_so(score: str) -> None:
+    found = one(dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score=score), score=score)
+    assert (found.finding, found.better) == ("hurt", "lower")
+
+
 def test_lower_is_better_where_it_is_said() -> None:
     cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="HD95")
     assert one(cases, score="HD95").finding == "hurt"
@@ -44,7 +53,7 @@ def test_lower_is_better_where_it_is_said() -> None:
 
 def test_differences_are_of_the_same_case() -> None:
     """The cases lie far apart: only in pairs is the change the same everywhere."""
-    base = np.tile(RANDOM.normal(0, 5, 24), (3, 1))
+    base = RANDOM.normal(0, 5, 24) + RANDOM.normal(0, 0.1, (3, 24))
     found = one(dice_cases({"real": base, "real_synthetic": base + 1}))
     assert found.by_seed == pytest.approx((1, 1, 1))
     assert (found.low, found.high) == pytest.approx((1, 1))
@@ -60,8 +69,8 @@ def test_seeds_that_lie_far_apart_hide_a_change() -> None:
 
 def test_seeds_are_paired_by_number_and_else_in_order() -> None:
     base = np.arange(4)[:, None] * 10.0 + RANDOM.normal(0, 5, 24)
-    numbered = {"real": (0, 1, 2, 3), "real_synthetic": (1, 2, 3, 9)}
-    found = one(dice_cases({"real": base, "real_synthetic": np.roll(base, -1, axis=0) + 1}, seeds=numbered))
+    numbered = {"real": (1, 2, 3), "real_synthetic": (1, 2, 3)}
+    found = one(dice_cases({"real": base[1:], "real_synthetic": base[1:] + 1}, seeds=numbered))
     assert found.by_seed == pytest.approx((1, 1, 1))
     assert found.left_out_seeds == 0
     others = {"real": (0, 1, 2, 3), "real_synthetic": (10, 11, 12, 13)}
@@ -89,11 +98,38 @@ def test_an_undefined_case_leaves_all_seeds_of_both_arms() -> None:
     assert (found.left_out_cases, found.cases, found.finding) == (1, 59, "helped")
 
 
-def test_cases_that_only_one_arm_has_may_hide_the_worst() -> None:
-    arms = {"real": BASE, "real_synthetic": changed_by(0.05)}
-    arms["real_synthetic"][0, :4] = np.nan
+def test_seeds_that_one_arm_lacks_may_be_the_worst() -> None:
+    arms = {"real": BASE, "real_synthetic": changed_by(0.05)[:4]}
     found = one(dice_cases(arms))
-    assert (found.finding, found.reason) == ("cannot tell", "4 case(s) are defined in one arm alone")
+    assert (found.finding, found.left_out_seeds, found.seeds) == ("cannot tell", 1, 4)
+    found = one(dice_cases(arms, seeds={"real_synthetic": (10, 11, 12, 13)}))
+    assert (found.finding, found.left_out_seeds) == ("cannot tell", 1)
+
+
+@pytest.mark.parametrize("arm", ["real", "real_synthetic"])
+def test_one_training_under_two_seeds_cannot_tell(arm: str) -> None:
+    arms = {"real": BASE, "real_synthetic": changed_by(0.1)}
+    arms[arm] = arms[arm][[0, 1, 2, 3, 1]]
+    assert one(dice_cases(arms)).reason == "two seeds of an arm score alike in every case"
+    saturated = {"real": np.ones((3, 60)), "real_synthetic": np.ones((3, 60))}
+    assert one(dice_cases(saturated)).finding == "no clear benefit"
+
+
+def test_equal_arms_differ_by_nothing_in_any_order_of_seeds() -> None:
+    for number in range(30):
+        base = np.random.default_rng(number).uniform(size=(3, 30))
+        for order in ([0, 1, 2], [1, 2, 0]):
+            found = one(dice_cases({"real": base, "real_synthetic": base[order]}, [f"g{i % 10}" for i in range(30)]))
+            assert (found.difference, found.finding, found.p) == (pytest.approx(0), "no clear benefit", 1)
+    assert one(dice_cases({"real": BASE, "real_synthetic": BASE + 1e-12})).finding == "no clear benefit"
+
+
+def test_cases_that_only_some_models_have_may_hide_the_worst() -> None:
+    arms = {"real": BASE.copy(), "real_synthetic": changed_by(0.05)}
+    arms["real_synthetic"][:, :4] = np.nan
+    arms["real"][2, :4] = np.nan
+    found = one(dice_cases(arms))
+    assert (found.finding, found.reason) == ("cannot tell", "4 case(s) are defined for some models only")
     arms["real"] = np.where(np.arange(60) < 4, np.nan, BASE)  # not defined for anybody: says nothing of the arms
     assert one(dice_cases(arms)).finding == "helped"
 
@@ -166,30 +202,58 @@ def test_classifiers_scores_follow_from_probabilities() -> None:
         assert reached["real"].low < reached["real"].value < reached["real"].high
 
 
-def test_a_mean_over_classes_rests_on_the_groups_of_the_rarest() -> None:
-    labels = [0] * 57 + [1] * 3
-    probabilities = np.random.default_rng(8).dirichlet([1, 1], (2, 5, 60))
-    cases = class_cases(dict(zip(("real", "real_synthetic"), probabilities, strict=True)), labels, ["common", "rare"])
-    assert one(cases, score="balanced accuracy").groups == 3
-    assert one(cases, score="balanced accuracy").finding == "cannot tell"
-    assert one(cases, score="macro F1").reason == "the test images of its rarest class are of 3 group(s), fewer than 6"
-    assert one(cases, score="recall of common").groups == 57
-    assert one(cases, score="accuracy").groups == 60
-    together = class_cases(
-        dict(zip(("real", "real_synthetic"), probabilities, strict=True)),
-        labels,
-        ["common", "rare"],
-        [*(f"{i}" for i in range(57)), "last", "last", "last"],
+def two_classes(labels: list[int], groups: list[str] | None = None) -> ScoredTestSet:
+    probabilities = np.random.default_rng(8).dirichlet([1, 1], (2, 5, len(labels)))
+    return class_cases(
+        dict(zip(("real", "real_synthetic"), probabilities, strict=True)), labels, ["common", "rare"], groups
     )
+
+
+def test_a_mean_over_classes_rests_on_the_groups_of_the_rarest() -> None:
+    cases = two_classes([0] * 51 + [1] * 9)
+    assert one(cases, score="balanced accuracy").groups == 9
+    reason = "the test images of the rarest class are of 9 group(s), fewer than 10"
+    assert {one(cases, score=score).reason for score in ("balanced accuracy", "macro F1", "AUROC")} == {reason}
+    assert one(cases, score="recall of common").groups == 51
+    assert one(cases, score="recall of common").finding == "no clear benefit"
+    assert one(cases, score="accuracy").groups == 60
+    assert one(two_classes([0] * 50 + [1] * 10), score="balanced accuracy").finding == "no clear benefit"
+    together = two_classes([0] * 57 + [1] * 3, [*(f"{i}" for i in range(57)), "last", "last", "last"])
     assert one(together, score="recall of rare").low is None
 
 
-def test_arms_that_disagree_on_the_truth_are_refused() -> None:
-    probabilities = RANDOM.dirichlet([1, 1], (3, 8))
-    left, right = (class_cases({"real": probabilities}, labels, "ab") for labels in ([0, 1] * 4, [1, 0] * 4))
-    arms = {"real": left.arms["real"], "real_synthetic": right.arms["real"]}
-    with pytest.raises(MaskLoomError, match="arms 'real_synthetic' and 'real' differ in rows 'is a'"):
-        compare(ScoredTestSet(left.metric, left.test_set, left.samples, left.groups, arms))
+def test_a_class_whose_cases_lie_in_one_group_for_the_most_part_has_few_groups() -> None:
+    """Most cases of one patient define the recall: a jackknife over all patients would not see it vary."""
+    groups = [f"{i % 20}" for i in range(300)]
+    cases = two_classes([0] * 300 + [1] * 52, [*groups, *["0"] * 40, *(f"{i}" for i in range(1, 13))])
+    assert one(cases, score="AUROC").groups == 1
+    assert one(cases, score="AUROC").finding == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda arms: arms["real_synthetic"].update({"is a": 1 - arms["real_synthetic"]["is a"]}),
+            "differ in rows 'is a'",
+        ),
+        (lambda arms: arms["real_synthetic"]["is a"].__setitem__((2, 0), 0), "differ in rows 'is a'"),
+        (lambda arms: arms["real"].pop("is b"), "arm 'real' has no rows 'is b'"),
+        (
+            lambda arms: arms["real_synthetic"].pop("probability of a"),
+            "'real_synthetic' has no rows 'probability of a'",
+        ),
+        (lambda arms: arms["real"]["probability of b"].__imul__(3), "'probability of b' is not between 0 and 1"),
+        (lambda arms: [one["is a"].fill(1) for one in arms.values()], "a case needs the value 1 in one of the rows"),
+    ],
+)
+def test_rows_of_classifiers_that_contradict_are_refused(change: Callable[[dict], object], message: str) -> None:
+    probabilities = np.random.default_rng(2).uniform(0.4, 1, (2, 3, 8))
+    both = np.stack([probabilities, 1 - probabilities], axis=-1)
+    cases = class_cases({"real": both[0], "real_synthetic": both[1]}, [0, 1] * 4, ["a", "b"])
+    change({name: arm.values for name, arm in cases.arms.items()})
+    with pytest.raises(MaskLoomError, match=message):
+        compare(cases)
 
 
 def test_unknown_arms_and_scores_are_named() -> None:
@@ -247,9 +311,19 @@ def test_the_command_writes_one_entry_per_file_test_set_arm_and_score(tmp_path: 
     assert entries[0]["low"] == pytest.approx(direct.low, abs=1e-12)
 
 
+def test_a_score_is_compared_only_where_it_occurs_and_names_are_no_markup(tmp_path: Path) -> None:
+    arms = {"real": BASE, "real_synthetic": changed_by(0.05)}
+    other = dice_cases(arms, score="[/red]", test_set="[bold]")
+    write_cases(tmp_path / "cases.parquet", [dice_cases(arms), other])
+    words = ["compare", str(tmp_path / "cases.parquet"), "--json", str(tmp_path / "out.json")]
+    code, text = finished("maskloom.evaluate", [*words, "--score", "[/red]"])
+    assert (code, "[/red]" in text, "[bold]" in text) == (0, True, True)
+    assert [entry["score"] for entry in json.loads((tmp_path / "out.json").read_text())] == ["[/red]"]
+
+
 def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     write_cases(tmp_path / "cases.parquet", [dice_cases({"real": BASE, "real_synthetic": BASE})])
-    for words in (["--score", "Dise"], ["--baseline", "reel"]):
+    for words in (["--score", "Dise"], ["--baseline", "reel"], ["--lower-is-better", "Dise"]):
         code, text = finished("maskloom.evaluate", ["compare", str(tmp_path / "cases.parquet"), *words])
         assert code == 2
         assert str(tmp_path / "cases.parquet") in text

@@ -35,7 +35,10 @@ def test_the_verdict_says_why_it_cannot_tell() -> None:
         ": cannot tell, the test images are of 5 group(s), fewer than 6 (60 test images in 5 groups, 2 seeds"
         in found.verdict
     )
-    assert [text.partition(":")[0] for text in found.warnings] == ["only 5 test group(s)", "only 2 seed(s)"]
+    assert [text.partition(":")[0] for text in found.warnings] == [
+        "the test images are of 5 group(s), fewer than 6",
+        "only 2 seed(s)",
+    ]
 
 
 def test_cases_left_out_and_a_null_arm_that_differs_are_warned_of() -> None:
@@ -53,7 +56,7 @@ def test_an_external_set_is_compared_by_its_own_groups() -> None:
     assert found.values["groups"] == 60
     assert found.values["external"]["abroad"]["groups"] == 2
     assert "On the abroad it changed Dice by " in found.verdict
-    assert any(text.startswith("abroad: only 2 test group(s)") for text in found.warnings)
+    assert any(text.startswith("abroad: the test images are of 2 group(s)") for text in found.warnings)
 
 
 def test_figures_tell_generators_and_real_images_apart() -> None:
