@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches
 from maskloom.evaluate.scores.nearest import grey
-from maskloom.pipeline.results import CopyRow
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.results import CopyRow, named_copies
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,42 @@ def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
     """Return the copies in every synthetic set; computed once."""
     found: CopyJudgement = inputs.once("copies", lambda: _judged(inputs))
     return found
+
+
+def require_no_copies(inputs: EvaluationInputs) -> None:
+    """Check that no synthetic image is a copy, where copies are to stop the evaluation.
+
+    Raises:
+        MaskLoomError: some are; names the first of each set with their originals.
+    """
+    if inputs.on_copies != "stop":
+        return
+    for name, copies in judged_copies(inputs).synthetic.items():
+        if copies:
+            raise MaskLoomError(
+                f"{inputs.synthetic[name].dataset.folder}: {len(copies)} of {len(inputs.synthetic[name])} images are copies of training images: "
+                f"{named_copies(copies)}; delete them, or set evaluate.on_copies=drop to leave them out"
+            )
+
+
+def rows_without_copies(inputs: EvaluationInputs, name: str, samples: list[str]) -> NDArray[np.int64]:
+    """Return the rows of a synthetic set that downstream models train on, by their sample ids."""
+    if inputs.on_copies != "drop":
+        return np.arange(len(samples))
+    copies = {row.sample_id for row in judged_copies(inputs).synthetic[name]}
+    return np.array([row for row, sample in enumerate(samples) if sample not in copies], dtype=np.int64)
+
+
+def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[str]:
+    """Return which copies downstream models do not see."""
+    if inputs.on_copies != "drop":
+        return []
+    found = {name: judged_copies(inputs).synthetic[name] for name in names}
+    return [
+        f"{name}: {len(copies)} images are left out, because they are copies of training images: {named_copies(copies)}"
+        for name, copies in found.items()
+        if copies
+    ]
 
 
 def _judged(inputs: EvaluationInputs) -> CopyJudgement:

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
 
+from maskloom.evaluate.copies import require_no_copies
 from maskloom.evaluate.downstream.cases import CASES_FILE, DownstreamResult, EvaluationCases
 from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
@@ -59,13 +60,15 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
 
     Raises:
         MaskLoomError: a dataset is missing or damaged, a metric or an option is unknown, or a metric
-            cannot be computed.
+            cannot be computed; or a synthetic image is a copy and `evaluate.on_copies` is `stop`.
     """
     questions = [open_question(name, options) for name, options in config.evaluate.metrics.items()]
     run = open_run(config)
     digests = input_digests(run, config)
     backbone = "none" if config.train is None else BackboneSource.of(config.train).digest()
     settings = {"seed": config.seed, "questions": [question.identity for question in questions]}
+    handling = {} if config.evaluate.on_copies == "drop" else {"on_copies": config.evaluate.on_copies}
+    settings |= handling
     stage = Stage(run, "evaluate", {**digests, "backbone": backbone}, settings, [run.evaluation])
     if stage.skips(force):
         return
@@ -82,12 +85,14 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
         answers.claim()
         cache.keep_only(digests.values())
         inputs.feature_cache = cache
+        inputs.on_copies = config.evaluate.on_copies
+        require_no_copies(inputs)
         asked = {question.name for question in questions}  # the report shows whatever else lies there
         answers.remove([name for name in answers.files() if name != CASES_FILE and _question_of(name) not in asked])
         cases = EvaluationCases.of(answers, asked)
         for question in questions:
             advance(0, note=question.name)
-            key = value_digest([__version__, question.identity, digests, backbone, config.seed])
+            key = value_digest([__version__, question.identity, digests, backbone, config.seed, *handling.values()])
             kept = None if force else _kept_answer(answers, question, key, cases)
             answer = kept or _new_answer(answers, question, inputs, key, digests, cases)
             results[question.name] = answer.verdict
@@ -199,6 +204,7 @@ def _new_answer(
         version=question.module.VERSION,
         key=key,
         case_rows=cases.rows_of(question.name),
+        on_copies=inputs.on_copies,
         inputs=digests,
         options=question.options.model_dump(mode="json"),
         **result.as_json(),

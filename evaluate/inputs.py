@@ -16,6 +16,7 @@ from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.masks import resize_mask
+from maskloom.pipeline.results import OnCopies
 
 if TYPE_CHECKING:
     import datasets
@@ -154,6 +155,7 @@ class EvaluationInputs:
         seed: seed of all random numbers.
         externals: external test sets by the name of the dataset that they come from.
         feature_cache: keeps the features of image sets on disk; None keeps them in memory only.
+        on_copies: whether downstream models train on copies of training images.
     """
 
     real: MaskPromptDataset
@@ -165,6 +167,7 @@ class EvaluationInputs:
     seed: int
     externals: dict[str, ImageSet] = field(default_factory=dict)
     feature_cache: FeatureCache | None = None
+    on_copies: OnCopies = "keep"
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property

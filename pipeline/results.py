@@ -167,6 +167,7 @@ class Answer(Part):
         values: all figures with their n, for programs.
         n: number of images by set.
         seeds: seeds of the trainings behind the figures; empty if nothing was trained.
+        copies: images that are copies of training images, by synthetic set; None: not looked for.
     """
 
     question: str
@@ -181,6 +182,7 @@ class Answer(Part):
     values: dict[str, Any] = Field(default_factory=dict)
     n: dict[str, int] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=list)
+    copies: dict[str, list[CopyRow]] | None = None
 
 
 class MetricResult(Answer):
@@ -205,6 +207,7 @@ class Evaluation(Answer):
         options: options of the metric.
         pictures: the image files.
         case_rows: rows of this metric in `cases.parquet`, beside this file.
+        on_copies: what is done with copies: `evaluate.on_copies`.
     """
 
     metric: str
@@ -214,6 +217,7 @@ class Evaluation(Answer):
     options: dict[str, Any] = Field(default_factory=dict)
     pictures: list[PictureFile] = Field(default_factory=list)
     case_rows: int = 0
+    on_copies: OnCopies = "drop"
 
     def is_about(self, digests: Mapping[str, str]) -> bool:
         """Return whether the evaluation is of these datasets.

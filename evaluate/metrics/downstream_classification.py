@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from maskloom.evaluate.copies import left_out_warnings, rows_without_copies
 from maskloom.evaluate.downstream.arms import (
     ArmOptions,
     Pair,
@@ -81,10 +82,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         one.name: labelled_images(one, options.image_size) for one in other_generators(inputs, options, generator)
     }
     generated = {
-        name: _limited(part, len(real), options, inputs.seed)
+        name: _limited(part, len(real), options, inputs, name)
         for name, part in {generator.name: synthetic, **others}.items()
         if len(part)
     }
+    if not len(generated[generator.name][0]):
+        return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
     found = {one.name: labelled_images(one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
@@ -99,6 +102,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         tables=comparison.tables,
         warnings=[
             *comparison.warnings,
+            *left_out_warnings(inputs, generated),
             *_class_warnings(test, labels),
             *(f"{name}: {text}" for name, part in externals.items() for text in _class_warnings(part, labels)),
             *(f"{name}: no image has a label, so it is left out" for name in found if name not in externals),
@@ -152,9 +156,10 @@ def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str
     return ""
 
 
-def _limited(part: LabelledImages, real: int, options: Options, seed: int) -> Pair:
+def _limited(part: LabelledImages, real: int, options: Options, inputs: EvaluationInputs, name: str) -> Pair:
     """Return the images and labels of a synthetic set that arms use, beside `real` real images."""
-    rows = limited_rows(real, len(part), options, seed)
+    kept = rows_without_copies(inputs, name, part.samples)
+    rows = kept[limited_rows(real, len(kept), options, inputs.seed)]
     return part.images[rows], part.labels[rows]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from maskloom.evaluate.copies import left_out_warnings, rows_without_copies
 from maskloom.evaluate.downstream.arms import (
     ArmOptions,
     Pair,
@@ -74,10 +75,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         one.name: masked_images(inputs, one, options.image_size) for one in other_generators(inputs, options, generator)
     }
     generated = {
-        name: _limited(part, len(real), options, inputs.seed)
+        name: _limited(part, len(real), options, inputs, name)
         for name, part in {generator.name: synthetic, **others}.items()
         if len(part)
     }
+    if not len(generated[generator.name][0]):
+        return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
     found = {one.name: masked_images(inputs, one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
@@ -90,6 +93,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         tables=comparison.tables,
         warnings=[
             *comparison.warnings,
+            *left_out_warnings(inputs, generated),
             *_empty_warning(test, inputs.classes),
             *(f"{name}: {text}" for name, part in externals.items() for text in _empty_warning(part, inputs.classes)),
             *(f"{name}: no image has a mask, so it is left out" for name in found if name not in externals),
@@ -111,9 +115,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     )
 
 
-def _limited(part: MaskedImages, real: int, options: Options, seed: int) -> Pair:
+def _limited(part: MaskedImages, real: int, options: Options, inputs: EvaluationInputs, name: str) -> Pair:
     """Return the images and masks of a synthetic set that arms use, beside `real` real images."""
-    rows = limited_rows(real, len(part), options, seed)
+    kept = rows_without_copies(inputs, name, part.samples)
+    rows = kept[limited_rows(real, len(kept), options, inputs.seed)]
     return part.images[rows], part.masks[rows]
 
 

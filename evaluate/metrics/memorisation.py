@@ -195,6 +195,7 @@ def _result(
             **values,
         },
         n=inputs.counts(),
+        copies={audit.image_set.name: audit.copies for audit in audits},
     )
 
 

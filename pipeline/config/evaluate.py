@@ -1,6 +1,6 @@
 """The sections `evaluate` and `report`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,10 @@ class EvaluateConfig(Section):
     metrics: Annotated[Plugins, plugin_options(*DEFAULT_METRICS)] = Field(
         {name: {} for name in DEFAULT_METRICS},
         description="file name in evaluate/metrics -> its options",
+    )
+    on_copies: Literal["drop", "stop", "keep"] = Field(
+        "drop",
+        description="synthetic images that are copies of training images: left out of downstream training, export and combine; an error; or kept",
     )
 
 

@@ -111,7 +111,12 @@ def _written(
                     pass
     card = combination_card(description, real, sets, plan, real_labels)
     parent = Parent(path=os.path.relpath(real.folder.resolve(), plan.folder.resolve()), digest=real.digest)
-    contract = writer.finish(card, [], value_digest(plan.settings), parent)
+    rejected = [
+        {"path": one.prefix + sample, "reason": f"copy of the training image {original}"}
+        for one in sets
+        for sample, original in one.left_out.items()
+    ]
+    contract = writer.finish(card, rejected, value_digest(plan.settings), parent)
     say(f"{plan.folder}: train {rows['train']} rows (real {len(real_labels)}, synthetic {len(plan.chosen)})")
     return contract
 

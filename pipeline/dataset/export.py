@@ -10,6 +10,7 @@ from typing import Any
 
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.copies import rows_left_out
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.exporter import DatasetExporter, ExportSource
 from maskloom.pipeline.dataset.verification import verify_fully
@@ -59,7 +60,9 @@ def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
     """
     exporter = open_exporter(options.format, options.values)
     verified = verify_fully(dataset)
-    source = ExportSource.surveyed(verified, _chosen_splits(verified, options.splits))
+    source = ExportSource.surveyed(verified, _chosen_splits(verified, options.splits), rows_left_out(verified))
+    if not source.counts:
+        raise MaskLoomError(f"{dataset}: every row is a copy of a training image; there are no rows to export")
     _check_fit(exporter, source, options.format)
     provenance = _provenance(exporter, source, options.format)
     _check_output(options.output, dataset, provenance, options.force)
@@ -129,16 +132,19 @@ def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> d
     """
     about = source.about
     rows_by_origin: Counter[str] = Counter()
-    for (_, origin, _), count in source.counts.items():
+    rows_by_split = dict.fromkeys(source.splits, 0)
+    for (split, origin, _), count in source.counts.items():
         rows_by_origin[origin] += count
+        rows_by_split[split] += count
     return {
         "format": name,
         "options": exporter.options.model_dump(mode="json"),
         "dataset": about.dataset,
         "origin": about.origin,
         "digest": source.dataset.digest,
-        "splits": {split: source.dataset.contract.splits[split].rows for split in source.splits},
+        "splits": rows_by_split,
         "rows_by_origin": dict(sorted(rows_by_origin.items())),
+        **({"copies_left_out": dict(source.left_out)} if source.left_out else {}),
         "masks": exporter.mask_values(about),
         "mask_classes": list(about.mask_classes),
         "labels": list(about.labels),

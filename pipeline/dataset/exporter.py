@@ -11,8 +11,8 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,6 +67,8 @@ class ExportSource:
         splits: the splits to export; each has rows.
         counts: number of rows by (split, origin, label).
         without_mask, without_label: a sample that has none; None if every sample has one.
+        left_out: sample ids of copies of training images that are not exported, and their
+            originals.
     """
 
     dataset: MaskPromptDataset
@@ -74,6 +76,7 @@ class ExportSource:
     counts: Counter[tuple[str, str, str | None]]
     without_mask: str | None
     without_label: str | None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def about(self) -> Description:
@@ -86,24 +89,31 @@ class ExportSource:
         return self.dataset.folder
 
     @classmethod
-    def surveyed(cls, dataset: MaskPromptDataset, splits: tuple[str, ...]) -> ExportSource:
+    def surveyed(
+        cls, dataset: MaskPromptDataset, splits: tuple[str, ...], left_out: Mapping[str, str] | None = None
+    ) -> ExportSource:
         """Count the rows, without reading images."""
         counts: Counter[tuple[str, str, str | None]] = Counter()
         without_mask, without_label = None, None
+        left_out = left_out or {}
         columns = ["sample_id", "label", "origin", "mask.path"]  # the path of a missing mask is null
         for split in splits:
             for row in dataset.rows(split, columns):
+                if row["sample_id"] in left_out:
+                    continue
                 label = dataset.description.label_name(row["label"])
                 counts[split, row["origin"], label] += 1
                 if row["mask"] is None:
                     without_mask = without_mask or row["sample_id"]
                 if label is None:
                     without_label = without_label or row["sample_id"]
-        return cls(dataset, splits, counts, without_mask, without_label)
+        return cls(dataset, splits, counts, without_mask, without_label, left_out)
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yield the rows of a split in order, with a few in memory at a time."""
         for stored in self.dataset.rows(split):
+            if stored["sample_id"] in self.left_out:
+                continue
             yield Row(
                 split=split,
                 **{name: stored[name] for name in ("sample_id", "group_id", "source", "origin", "text")},

@@ -1,6 +1,7 @@
 """Copies of training images are found one by one, whatever was done to them, and nothing else."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.scores.calibration import copy_threshold, held_out_share, joint_thresholds
 from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches, largest_overlap
-from tests.evaluate.runs import answer, tiny_inputs
+from maskloom.pipeline.dataset.copies import found_copies
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.errors import MaskLoomError
+from tests.evaluate.runs import answer, copied, small_options, tiny_config, tiny_inputs
 from tests.tiny_datasets import Picture, Sample, write_tiny_run
 
 COUNT = 40
@@ -173,3 +178,54 @@ def test_six_copies_among_150_are_named_each_with_its_original(tmp_path: Path) -
     assert len(result.tables[1].rows) == 6
     assert result.pictures[0].title == "some: copies beside their originals"
     assert result.pictures[0].pixels.shape[1] == 2 * 32 + 4
+
+
+def copied_run(folder: Path) -> None:
+    """Write a run whose every third synthetic image is a copy."""
+
+    def structured(sample: Sample) -> None:
+        split, number = sample.sample_id.split("-")
+        sample.image = resized(picture(int(number) + {"train": 0, "validation": 1000, "test": 2000}[split]), 32)
+
+    def third(parent: Sample, index: int) -> Picture:
+        return parent.image if index % 3 == 0 else resized(picture(5000 + index), 32)
+
+    counts = {"train": 18, "validation": 16, "test": 12}
+    write_tiny_run(folder, {"third": third}, counts, change=structured)
+
+
+@pytest.mark.parametrize("metric", ["downstream_segmentation", "downstream_classification"])
+def test_downstream_models_do_not_train_on_copies(tmp_path: Path, metric: str) -> None:
+    copied_run(tmp_path)
+    seen = {}
+    for on_copies in ("drop", "keep"):
+        inputs = replace(tiny_inputs(tmp_path, ("third",)), on_copies=on_copies)
+        result = answer(inputs, metric, arms=("real", "real_synthetic"))
+        seen[on_copies] = result.n["third"]
+        assert any("third: 6 images are left out" in text for text in result.warnings) == (on_copies == "drop")
+    assert seen == {"drop": 12, "keep": 18}
+
+
+@pytest.mark.parametrize("metric", ["downstream_segmentation", "downstream_classification"])
+def test_nothing_is_trained_where_every_image_is_a_copy(tmp_path: Path, metric: str) -> None:
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 18, "validation": 16, "test": 12})
+    result = answer(replace(tiny_inputs(tmp_path, ("copied",)), on_copies="drop"), metric)
+    assert result.skipped == "every image of copied is a copy of a training image"
+
+
+def test_the_stage_records_copies_or_stops(tmp_path: Path) -> None:
+    copied_run(tmp_path)
+
+    def evaluated(on_copies: str) -> None:
+        config = tiny_config(tmp_path, {"memorisation": small_options("memorisation")}, ("third",))
+        asked = config.evaluate.model_copy(update={"on_copies": on_copies})
+        evaluate(config.model_copy(update={"evaluate": asked}), force=False)
+
+    with pytest.raises(MaskLoomError, match=r"6 of 18 images are copies of training images: third-0000 of train-0000"):
+        evaluated("stop")
+    for on_copies in ("drop", "keep"):
+        evaluated(on_copies)
+        found = found_copies(MaskPromptDataset.open(tmp_path / "synthetic/third"))
+        assert found is not None
+        assert found.on_copies == on_copies
+        assert [row.sample_id for row in found.rows] == [f"third-{index:04d}" for index in range(0, 18, 3)]

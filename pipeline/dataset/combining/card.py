@@ -11,6 +11,7 @@ from huggingface_hub import CardData, RepoCard
 from maskloom.pipeline.dataset.combining.plan import Combination
 from maskloom.pipeline.dataset.combining.sets import SyntheticRow, SyntheticSet
 from maskloom.pipeline.dataset.contract import Description
+from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.licence import other_licence
 from maskloom.pipeline.files.formatting import markdown_table
@@ -45,10 +46,19 @@ def combination_card(
         classes=_class_table(about.labels, real_labels, plan.chosen),
         other_splits={name: real.contract.splits[name].rows for name in real.contract.split_names if name != "train"},
         sources="\n".join(markdown_table(["generator", "rows taken", "rows there", "licence", "digest"], sources)),
+        copies=[line for one in sets if (line := _copies_line(one))],
         settings=plan.settings,
         licence=f"Real rows: {real.description.licence}. {about.citation}. {about.homepage}".strip(),
     )
     return f"{card}\n"
+
+
+def _copies_line(one: SyntheticSet) -> str:
+    found = found_copies(one.dataset)
+    if found is None or not found.rows:
+        return ""
+    done = "left out" if one.left_out else "**kept**"
+    return f"{one.settings()['generator']}: {len(found.rows)} rows are copies of training images, and were {done}."
 
 
 def _class_table(names: Sequence[str], real_labels: Sequence[int | None], chosen: Sequence[SyntheticRow]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskloom.pipeline.dataset.copies import rows_left_out
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
@@ -42,12 +43,14 @@ class SyntheticSet:
         prefix: put before its sample ids if they would repeat those of another set; mostly empty.
         labels: of its rows, in order.
         ids: its sample ids, in order.
+        left_out: those of copies of training images, which are not added, and their originals.
     """
 
     dataset: MaskPromptDataset
     prefix: str
     labels: tuple[int | None, ...]
     ids: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Return what the contract states about the set; not where it lies on this machine."""
@@ -56,6 +59,7 @@ class SyntheticSet:
             "digest": self.dataset.digest,
             "generator": generation.get("generator", "unknown") if isinstance(generation, dict) else "unknown",
             "sample_id_prefix": self.prefix,
+            **({"copies_left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
 
@@ -72,12 +76,15 @@ def verified_sets(folders: Sequence[Path], real: MaskPromptDataset) -> list[Synt
         _check_set(dataset, real)
         if dataset.digest in {one.dataset.digest for one in sets}:
             raise MaskLoomError(f"--synthetic {folder}: these rows are given twice; name each synthetic dataset once")
+        left_out = rows_left_out(dataset)
         rows = [(row["sample_id"], row["label"]) for row in dataset.rows("train", ["sample_id", "label"])]
         prefix = ""
         while taken & {prefix + sample for sample, _ in rows}:
             prefix += f"set{number}-"
         taken |= {prefix + sample for sample, _ in rows}
-        sets.append(SyntheticSet(dataset, prefix, tuple(label for _, label in rows), tuple(i for i, _ in rows)))
+        sets.append(
+            SyntheticSet(dataset, prefix, tuple(label for _, label in rows), tuple(i for i, _ in rows), left_out)
+        )
     return sets
 
 
@@ -108,6 +115,8 @@ def ordered_pool(sets: Sequence[SyntheticSet], seed: int) -> list[SyntheticRow]:
     pool = []
     for number, one in enumerate(sets):
         for position, (sample, label) in enumerate(zip(one.ids, one.labels, strict=True)):
+            if sample in one.left_out:
+                continue
             key = hashlib.sha256(f"{seed}\0{one.dataset.digest}\0{sample}".encode()).hexdigest()
             pool.append(SyntheticRow(number, position, label, key))
     return sorted(pool, key=lambda row: row.order)

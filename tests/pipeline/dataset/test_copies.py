@@ -1,0 +1,131 @@
+"""Copies of training images are not handed on, whichever way rows leave a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maskloom.pipeline.dataset.combine import combine
+from maskloom.pipeline.dataset.combining.plan import CombineOptions
+from maskloom.pipeline.dataset.copies import found_copies
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.export import ExportOptions, export
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.hub.uploads import Target, pack
+from maskloom.pipeline.results import CopyRow, Evaluation, OnCopies, write_evaluation
+from maskloom.pipeline.runs.run import Run
+from tests.tiny_datasets import write_tiny_run
+
+COPIES = {"some-0001": "train-0001", "some-0004": "train-0009"}
+NAMED = "2 rows are copies of training images: some-0001 of train-0001 (mirrored up-down)"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_tiny_run(tmp_path, {"some": lambda parent, index: parent.image}, {"train": 6, "test": 2})
+    return tmp_path
+
+
+def write_answer(run: Path, on_copies: OnCopies, digest: str | None = None, copies: bool = True) -> None:
+    """Write the answer that names the copies in `run/synthetic/some`."""
+    rows = [
+        CopyRow(
+            sample_id=sample,
+            original=original,
+            transformation="mirrored up-down",
+            measure="details",
+            similarity=0.9,
+            threshold=0.7,
+        )
+        for sample, original in COPIES.items()
+    ]
+    folder = OwnedFolder(run / "evaluation")
+    folder.claim()
+    answer = Evaluation(
+        metric="copying",
+        version=1,
+        question="?",
+        verdict="!",
+        inputs={"some": digest or MaskPromptDataset.open(run / "synthetic/some").digest},
+        copies={"some": rows if copies else []},
+        on_copies=on_copies,
+    )
+    write_evaluation(folder, answer)
+
+
+def combined(run: Path) -> list[str]:
+    combine(run / "dataset", [run / "synthetic/some"], CombineOptions(run / "combined", force=True))
+    return [row["sample_id"] for row in MaskPromptDataset.open(run / "combined").rows("train", ["sample_id"])]
+
+
+def exported(run: Path) -> dict[str, object]:
+    return export(run / "synthetic/some", ExportOptions("imagefolder", run / "exported", force=True))
+
+
+def test_copies_are_left_out_with_a_ledger(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_answer(run, "drop")
+    assert [name for name in combined(run) if name.startswith("some")] == [f"some-000{i}" for i in (0, 2, 3, 5)]
+    ledger = [json.loads(line) for line in (run / "combined/rejected.jsonl").read_text().splitlines()]
+    assert {row["path"]: row["reason"].rpartition(" ")[2] for row in ledger} == COPIES
+    assert "2 rows are copies of training images, and were left out" in (run / "combined/README.md").read_text()
+    provenance = exported(run)
+    assert provenance["copies_left_out"] == COPIES
+    assert provenance["splits"] == {"train": 4}
+    assert len(list((run / "exported").rglob("some-*_mask.png"))) == 4
+    assert f"{NAMED}; some-0004 of train-0009 (mirrored up-down); left out" in capsys.readouterr().err
+
+
+def test_a_push_of_copies_is_refused(run: Path) -> None:
+    write_answer(run, "drop")
+    with pytest.raises(MaskLoomError, match=r"2 rows are copies of training images, and a push sends whole files"):
+        pack(Run(run), Target("synthetic", "some"), "a/b")
+
+
+def test_copies_stop_every_way_out(run: Path) -> None:
+    write_answer(run, "stop")
+    for way_out in (combined, exported, lambda one: pack(Run(one), Target("synthetic", "some"), "a/b")):
+        with pytest.raises(MaskLoomError, match=rf"{NAMED[:50]}.*evaluate\.on_copies=drop"):
+            way_out(run)
+
+
+def test_kept_copies_are_stated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_answer(run, "keep")
+    assert set(COPIES) <= set(combined(run))
+    assert "2 rows are copies of training images, and were **kept**" in (run / "combined/README.md").read_text()
+    assert "copies_left_out" not in exported(run)
+    assert "kept (evaluate.on_copies=keep)" in capsys.readouterr().err
+    pack(Run(run), Target("synthetic", "some"), "a/b")
+
+
+def test_without_an_answer_about_this_version_it_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_answer(run, "drop", digest="0" * 64)
+    assert found_copies(MaskPromptDataset.open(run / "synthetic/some")) is None
+    assert set(COPIES) <= set(combined(run))
+    assert "not searched for copies of training images" in capsys.readouterr().err
+
+
+def test_without_copies_nothing_changes(run: Path) -> None:
+    combined(run)
+    before = {path.name: path.read_bytes() for path in (run / "combined").iterdir() if path.is_file()}
+    write_answer(run, "drop", copies=False)
+    combined(run)
+    assert before == {path.name: path.read_bytes() for path in (run / "combined").iterdir() if path.is_file()}
+
+
+def test_nothing_but_copies_cannot_be_exported(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"some": lambda parent, index: parent.image}, {"train": 2, "test": 2})
+    of_all = {f"some-000{index}": f"train-000{index}" for index in range(2)}
+    rows = [
+        CopyRow(sample_id=s, original=o, transformation="", measure="", similarity=1, threshold=0.5)
+        for s, o in of_all.items()
+    ]
+    folder = OwnedFolder(tmp_path / "evaluation")
+    folder.claim()
+    digest = MaskPromptDataset.open(tmp_path / "synthetic/some").digest
+    write_evaluation(
+        folder,
+        Evaluation(metric="m", version=1, question="?", verdict="!", inputs={"some": digest}, copies={"some": rows}),
+    )
+    with pytest.raises(MaskLoomError, match="every row is a copy of a training image"):
+        exported(tmp_path)
