@@ -37,7 +37,7 @@ def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
     return found
 
 
-def require_no_copies(inputs: EvaluationInputs) -> None:
+def require_no_training_copies(inputs: EvaluationInputs) -> None:
     """Check that no synthetic image is a copy, where copies are to stop the evaluation.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
 
-from maskloom.evaluate.copies import require_no_copies
+from maskloom.evaluate.copies import require_no_training_copies
 from maskloom.evaluate.downstream.cases import CASES_FILE, DownstreamResult, EvaluationCases
 from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
@@ -31,7 +31,7 @@ from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.results import TUNED_VAE, Evaluation, MetricResult, read_evaluation, write_evaluation
-from maskloom.pipeline.runs.copies import require_no_copies
+from maskloom.pipeline.runs.copies import require_no_held_out_copies
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.record import require_intact
 from maskloom.pipeline.runs.run import Run
@@ -86,7 +86,7 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
         cache.keep_only(digests.values())
         inputs.feature_cache = cache
         inputs.on_copies = config.evaluate.on_copies
-        require_no_copies(inputs)
+        require_no_training_copies(inputs)
         asked = {question.name for question in questions}  # the report shows whatever else lies there
         answers.remove([name for name in answers.files() if name != CASES_FILE and _question_of(name) not in asked])
         cases = EvaluationCases.of(answers, asked)
@@ -158,7 +158,7 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     require_no_leaks(run, [real])
     if synthetic:
         require_no_leaks(run, [real, *synthetic.values()])
-    require_no_copies(run, real, list(synthetic.values()))
+    require_no_held_out_copies(run, real, list(synthetic.values()))
     backbone = None if config.train is None else BackboneSource.of(config.train)
     return open_inputs(real, synthetic, backbone, config.seed)
 

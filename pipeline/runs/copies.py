@@ -22,7 +22,7 @@ REAL_FIX = (
 )
 
 
-def require_no_copies(run: Run, real: MaskPromptDataset, synthetic: Sequence[MaskPromptDataset]) -> None:
+def require_no_held_out_copies(run: Run, real: MaskPromptDataset, synthetic: Sequence[MaskPromptDataset]) -> None:
     """Check that no train or synthetic image is a copy of a validation, test or external image.
 
     Call it with verified datasets that passed `require_no_leaks`, before anything is computed or

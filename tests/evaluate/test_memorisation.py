@@ -23,7 +23,9 @@ def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path, m
     """Where held-out images are all but copies of training images themselves, a synthetic copy with
     as small a change is nothing unusual.
     """
-    monkeypatch.setattr("maskloom.evaluate.evaluate.require_no_copies", lambda *_: None)  # stops such a dataset
+    monkeypatch.setattr(
+        "maskloom.evaluate.evaluate.require_no_held_out_copies", lambda *_: None
+    )  # stops such a dataset
 
     def almost_same_everywhere(sample: Sample) -> None:
         number = int(sample.sample_id[-4:])
