@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.calibration import copy_threshold
-from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches
 from maskloom.evaluate.scores.nearest import grey
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.results import CopyRow, named_copies
+
+if TYPE_CHECKING:
+    from maskloom.evaluate.scores.copies import Matches
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[st
 
 
 def _judged(inputs: EvaluationInputs) -> CopyJudgement:
+    from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch
+
     search = CopySearch(_comparable(inputs.train))
     held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
     matches = [search.matches(_comparable(one)) for one in held_out]
@@ -103,6 +108,8 @@ def copy_rows(samples: list[str], originals: list[str], found: Matches, threshol
         found: the best matches of the images.
         thresholds: by measure.
     """
+    from maskloom.evaluate.scores.copies import SIMILARITIES
+
     excess = np.stack([_z(found.similarity[name]) - _z(thresholds[name]) for name in SIMILARITIES])
     rows = []
     for index in np.flatnonzero(excess.max(axis=0) > 0):
@@ -121,6 +128,8 @@ def copy_rows(samples: list[str], originals: list[str], found: Matches, threshol
 
 
 def _comparable(image_set: ImageSet) -> NDArray[np.uint8]:
+    from maskloom.evaluate.scores.copies import SIDE
+
     return grey(image_set.images((SIDE, SIDE)))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 QUANTILES = (0.5, 0.85)  # of the best similarities; the part above may contain copies
 EXPECTED = 0.05  # number of unrelated images, among as many again, expected beyond the chance limit
@@ -39,6 +38,8 @@ def copy_threshold(best: NDArray[np.float64], train: int) -> float:
 
 
 def _chance_limit(z: NDArray[np.float64], train: int) -> float:
+    from scipy.stats import norm
+
     low, high = np.quantile(z, QUANTILES)
     expected_low, expected_high = (norm.ppf(share ** (1 / max(2, train))) for share in QUANTILES)
     deviation = (high - low) / (expected_high - expected_low)

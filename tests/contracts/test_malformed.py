@@ -34,7 +34,7 @@ CONFIGURED: dict[str, Command] = {
     "backbone": backbone,
     "train_baselines": lambda words: run_command(lambda: baselines.app(args=words)),
     "generate": lambda words: run_command(lambda: generating.app(args=words)),
-    "evaluate": lambda words: run_command(lambda: evaluating.app(args=words)),
+    "evaluate": evaluating.main,
     **{
         name: lambda words, name=name: run_command(lambda: whole.app(args=[name, *words]))
         for name in ("run", "status", "report", "push", "sweep")

@@ -117,7 +117,7 @@ def test_two_variants_run_side_by_side_and_share_their_dataset(
     figures = table["rows"][0]["figures"]
     assert figures["cost"]["samples seen"]["value"] == 8
     assert figures["cost"]["training seconds"]["value"] > 0
-    assert figures["memorisation"]["near copies by pixels"]["better"] == "lower"
+    assert figures["memorisation"]["copies of training images"]["better"] == "lower"
     assert "pix2pix" in capsys.readouterr().out
 
 
