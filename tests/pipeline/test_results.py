@@ -56,6 +56,8 @@ def test_the_bytes_of_a_file(tmp_path: Path) -> None:
         "inputs": {"real": "r"},
         "options": {"tiny": 1e-12},
         "case_rows": 0,
+        "copies": None,
+        "on_copies": "drop",
         "question": "Q?",
         "verdict": "V.",
         "headline": False,
