@@ -21,6 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A signal may arrive up to three times: from the terminal or SLURM, and from a launcher that it has
 # ended. Within this time it counts once.
 REPEATED_SECONDS = 1.0
+LATER_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 LAUNCHED = "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"  # environment variables that a launcher sets
 REMEDY = "run the same command again to continue"
@@ -145,7 +146,16 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _STATE.action(number)
         return
     end_children()
+    threading.Thread(target=_end_later_children, daemon=True).start()
     raise Interrupted(number)
+
+
+def _end_later_children() -> None:
+    """Kill what other threads still start until the command has ended: it would wait for them."""
+    while _STATE.number is not None:
+        time.sleep(LATER_SECONDS)
+        if _STATE.number is not None:
+            end_children()
 
 
 def outlive_first_signal(worker: int) -> None:

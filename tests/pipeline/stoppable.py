@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskloom.pipeline.parallel import parallel_results
 from maskloom.pipeline.runs.command import run_command
-from maskloom.pipeline.runs.interruption import signals_to
+from maskloom.pipeline.runs.interruption import received, signals_to
 
 
 def nap(folder: Path, item: int) -> None:
@@ -38,6 +38,25 @@ def ask(folder: Path) -> None:
         list(pool.map(subprocess.run, [["sleep", "60"]]))
 
 
+def ask_late(folder: Path) -> None:
+    """Start the process in the thread when the signal has come already."""
+
+    def wait_and_ask(_: int) -> None:
+        while received() is None:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        subprocess.run(["sleep", "60"])
+
+    (folder / "begun-0").touch()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(wait_and_ask, [0]))
+
+
 if __name__ == "__main__":
     kind, target = sys.argv[1:]
-    run_command(partial({"work": work, "busy": busy, "ask": ask, "nap": partial(nap, item=0)}[kind], Path(target)))
+    run_command(
+        partial(
+            {"work": work, "busy": busy, "ask": ask, "ask_late": ask_late, "nap": partial(nap, item=0)}[kind],
+            Path(target),
+        )
+    )

@@ -161,6 +161,14 @@ def test_processes_that_a_thread_waits_for_end_with_the_command(tmp_path):
     assert command.wait(20) == 143
 
 
+def test_processes_that_a_thread_starts_after_the_signal_end_too(tmp_path):
+    command = Command("tests.pipeline.stoppable", ["ask_late", str(tmp_path)])
+    wait_for(lambda: (tmp_path / "begun-0").exists())
+    time.sleep(0.3)
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(20) == 143
+
+
 def test_a_second_signal_ends_a_command_at_once(tmp_path):
     command = Command("tests.pipeline.stoppable", ["busy", str(tmp_path)])
     wait_for(lambda: (tmp_path / "begun-0").exists())
