@@ -4,7 +4,9 @@ Each table of cases is simulated, written, and judged by `python -m evaluate com
 would be. Dice is skewed, some lesions are missed, cases lie in groups that are alike in difficulty
 and in how the two arms do on them, and every training (arm and seed) has a level of its own.
 
-    python -m benchmarks.verdict_simulation [--repeats 200] [--layouts 30x100 ...]
+With `auto`, the number of seeds is decided by the first three, as `seeds: auto` does.
+
+    python -m benchmarks.verdict_simulation [--repeats 200] [--layouts 30x100 ...] [--seeds auto ...]
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,11 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from maskloom.evaluate.downstream.arms import AUTO
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
+from maskloom.evaluate.downstream.seeds import seed_plan
+
+MOST_SEEDS = 10
 
 
 @dataclass(frozen=True)
@@ -98,39 +104,49 @@ def simulated_dice(
     return dice
 
 
-def write_tables(folder: Path, layout: Layout, seeds: int, cell: Cell, repeats: int) -> list[Path]:
+def write_tables(folder: Path, layout: Layout, seeds: str, cell: Cell, repeats: int) -> list[Path]:
     """Write the simulated tables of a cell and return their paths."""
-    key = [layout.groups, layout.cases, layout.unequal, seeds, round(cell.seed_sd * 1000), round(cell.effect * 1000)]
+    most = MOST_SEEDS if seeds == AUTO else int(seeds)
+    key = [layout.groups, layout.cases, layout.unequal, most, round(cell.seed_sd * 1000), round(cell.effect * 1000)]
     random = np.random.default_rng(key)
     samples = tuple(f"case-{i:04}" for i in range(layout.cases))
     groups = tuple(f"group-{k:04}" for k in layout.group_numbers())
     paths = [folder / f"{cell.name}-{number}.parquet" for number in range(repeats)]
     for path in paths:
-        dice = simulated_dice(random, layout, seeds, cell.seed_sd, cell.effect)
-        arms = {
-            name: ArmCases(tuple(range(seeds)), {"Dice": dice[k]}) for k, name in enumerate(("real", "real_synthetic"))
-        }
-        write_cases(path, [ScoredTestSet("downstream_segmentation", "real test", samples, groups, arms)])
+        dice = simulated_dice(random, layout, most, cell.seed_sd, cell.effect)
+        cases = ScoredTestSet("downstream_segmentation", "real test", samples, groups, arms_of(dice))
+        if seeds == AUTO:
+            cases = replace(cases, arms=arms_of(dice[:, : seed_plan(cases, "Dice", most).seeds]))
+        write_cases(path, [cases])
     return paths
 
 
-def judged(layout: Layout, seeds: int, repeats: int) -> list[float]:
-    """Return the share, in %, of wrong findings in each null cell and of helped ones in the others."""
+def arms_of(dice: NDArray[np.float64]) -> dict[str, ArmCases]:
+    """Return the two arms of simulated Dice, (2, seeds, cases)."""
+    seeds = tuple(range(dice.shape[1]))
+    return {name: ArmCases(seeds, {"Dice": dice[k]}) for k, name in enumerate(("real", "real_synthetic"))}
+
+
+def judged(layout: Layout, seeds: str, repeats: int) -> tuple[list[float], float]:
+    """Return the share, in %, of wrong findings in each null cell and of helped ones in the others, and the mean number of seeds."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(path) for cell in CELLS for path in write_tables(Path(folder), layout, seeds, cell, repeats)]
         output = Path(folder) / "found.json"
         words = [sys.executable, "-m", "maskloom.evaluate", "compare", *paths, "--score", "Dice"]
         subprocess.run([*words, "--json", str(output)], check=True, capture_output=True)
         findings: dict[str, list[str]] = {cell.name: [] for cell in CELLS}
-        for entry in json.loads(output.read_text()):
+        entries = json.loads(output.read_text())
+        for entry in entries:
             findings[Path(entry["file"]).stem.rpartition("-")[0]].append(entry["finding"])
     wanted = {cell.name: ("helped",) if cell.effect else ("helped", "hurt") for cell in CELLS}
-    return [100 * float(np.mean([one in wanted[name] for one in found])) for name, found in findings.items()]
+    shares = [100 * float(np.mean([one in wanted[name] for one in found])) for name, found in findings.items()]
+    return shares, float(np.mean([entry["seeds"] for entry in entries]))
 
 
 def main(
     repeats: Annotated[int, typer.Option(min=20, help="simulated tables per cell")] = 200,
     layouts: Annotated[list[str] | None, typer.Option(help="only these, as GROUPSxCASES; may be repeated")] = None,
+    seeds: Annotated[list[str] | None, typer.Option(help="only these: a number, or auto; may be repeated")] = None,
 ) -> None:
     """Print the share of wrong findings without an effect, and of found effects of +.05 Dice."""
     print(f"{repeats} tables per cell")
@@ -138,10 +154,11 @@ def main(
     for layout in LAYOUTS:
         if layouts and f"{layout.groups}x{layout.cases}" not in layouts:
             continue
-        for seeds in (3, 5):
+        for number in seeds or ("3", "5", AUTO):
             name = f"{layout.groups} groups, {layout.cases} cases, {'unequal' if layout.unequal else 'equal'}"
-            shown = " | ".join(f"{share:.1f}" for share in judged(layout, seeds, repeats))
-            print(f"| {name} | {seeds} | {shown} |", flush=True)
+            shares, used = judged(layout, number, repeats)
+            shown = " | ".join(f"{share:.1f}" for share in shares)
+            print(f"| {name} | {f'auto ({used:.1f})' if number == AUTO else number} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
@@ -29,6 +29,10 @@ NULL_ARM = "real_other_seeds"
 OTHER_SEEDS = 10_000
 """Added to the seeds of the null arm, so that it shares none with the others."""
 PREFERRED_GENERATOR = "controlnet"
+AUTO: Final = "auto"
+FIRST_SEEDS = 3
+"""Seeds that `seeds: auto` trains with before it decides how many it needs."""
+MOST_SEEDS = 1000
 Outcome = TypeVar("Outcome")
 
 
@@ -64,7 +68,13 @@ class ArmOptions(Section):
     """The arms of the comparison, and the number of trainings and bootstrap draws."""
 
     arms: tuple[ArmName, ...] = ("real", "real_augmented", "real_synthetic", "synthetic")
-    seeds: Trainings = Field(3, ge=1, description="trainings per arm; 5 for a result to publish")
+    seeds: Trainings | Literal["auto"] = Field(
+        3,
+        description="trainings per arm; 5 for a result to publish; auto: 3, and more where the interval needs them",
+    )
+    max_seeds: Trainings = Field(
+        10, ge=FIRST_SEEDS, description="with seeds: auto, the largest number of trainings per arm"
+    )
     generator: str | None = Field(
         None, description="generator whose images are used; null: controlnet if there is one, otherwise the first"
     )
@@ -79,6 +89,20 @@ class ArmOptions(Section):
         True, description="also train on real images with other seeds, to show what difference seeds alone make"
     )
     augmentation: AugmentationOptions = AugmentationOptions()
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds_are_auto_or_a_number(cls, seeds: Any) -> Any:
+        number = isinstance(seeds, int | float) and 1 <= seeds <= MOST_SEEDS and seeds % 1 == 0
+        if seeds != AUTO and not number:
+            raise ValueError(f"give auto, or a whole number from 1 to {MOST_SEEDS}: each is a separate training")
+        return seeds
+
+    @model_serializer(mode="wrap")
+    def _without_unused_limit(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `max_seeds` out where it has no effect: keys of answers are digests of these values."""
+        values: dict[str, Any] = values_of(self)
+        return values if self.seeds == AUTO else {name: one for name, one in values.items() if name != "max_seeds"}
 
     @field_validator("arms")
     @classmethod
@@ -143,6 +167,7 @@ def train_arms(
     generated: Mapping[str, Pair],
     seed: int,
     train: Callable[[Pair, int, Augment | None], Outcome],
+    seeds_needed: Callable[[Mapping[str, Mapping[int, Outcome]]], int] = lambda trained: FIRST_SEEDS,
 ) -> dict[str, dict[int, Outcome]]:
     """Return what `train(data, seed, augment)` returns, by arm and seed.
 
@@ -155,6 +180,8 @@ def train_arms(
             and each other one makes an arm of its own together with the real images.
         seed: the first seed.
         train: trains one model and returns its results on the test images, external ones included.
+        seeds_needed: returns, with `seeds: auto`, the number of seeds from what the first
+            `FIRST_SEEDS` gave; all arms train with as many.
     """
     augment = standard_augmentation(options.augmentation)
     (_, chosen), *others = generated.items()
@@ -163,11 +190,19 @@ def train_arms(
     if options.null_arm:
         arms[NULL_ARM] = (ARMS[NULL_ARM], chosen)
     outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in arms}
-    with progress("training downstream models", len(arms) * options.seeds, "models") as advance:
-        for name, (arm, images) in arms.items():
-            data, first = arm_data(arm, real, images), seed + (OTHER_SEEDS if name == NULL_ARM else 0)
-            for one in range(first, first + options.seeds):
-                advance(0, note=f"{arm_title(name)}, seed {one}")
-                outcomes[name][one] = train(data, one, augment if arm.augmented else None)
-                advance()
+
+    def train_seeds(numbers: range) -> None:
+        with progress("training downstream models", len(arms) * len(numbers), "models") as advance:
+            for name, (arm, images) in arms.items():
+                data, first = arm_data(arm, real, images), seed + (OTHER_SEEDS if name == NULL_ARM else 0)
+                for one in (first + number for number in numbers):
+                    advance(0, note=f"{arm_title(name)}, seed {one}")
+                    outcomes[name][one] = train(data, one, augment if arm.augmented else None)
+                    advance()
+
+    if options.seeds != AUTO:
+        train_seeds(range(options.seeds))
+        return outcomes
+    train_seeds(range(FIRST_SEEDS))
+    train_seeds(range(FIRST_SEEDS, seeds_needed(outcomes)))
     return outcomes

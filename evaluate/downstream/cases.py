@@ -34,6 +34,8 @@ KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
 REMEDY = "one row per metric, test_set, arm, seed, sample_id and score, with group_id and value"
 
 Floats = NDArray[np.float64]
+Outcomes = Mapping[str, Mapping[int, Mapping[str, Mapping[str, Floats]]]]
+"""What trained models scored, (N,) each, by arm, seed, test set and score."""
 
 
 @dataclass(frozen=True)
@@ -257,14 +259,14 @@ def _test_set_cases(
 
 def trained_cases(
     metric: str,
-    trained: Mapping[str, Mapping[int, Mapping[str, Mapping[str, Floats]]]],
+    trained: Outcomes,
     tests: Mapping[str, TestImages],
 ) -> list[ScoredTestSet]:
     """Return the cases of trained models.
 
     Args:
         metric: file name of the metric.
-        trained: the values, (N,), by arm, seed, test set and score.
+        trained: the values.
         tests: the test sets by name.
     """
     found = []

@@ -214,7 +214,7 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, lowe
         p_holm=None,
         better="lower" if lower else "higher",
         finding=CANNOT_TELL,
-        reason=_reason(pair, values, score),
+        reason=reason_not_to_tell(pair, values, score),
         smallest_effect=effect.smallest if effect else None,
         effective_cases=effect.effective_cases if effect else None,
         groups=supporting_groups(pair, score),
@@ -235,7 +235,7 @@ def _with_finding(one: Comparison) -> Comparison:
     return replace(one, finding=HURT if (one.difference > 0) == (one.better == "lower") else HELPED)
 
 
-def _reason(pair: Pair, values: Floats, score: str) -> str:
+def reason_not_to_tell(pair: Pair, values: Floats, score: str) -> str:
     """Return why the finding is `cannot tell`, or an empty text."""
     groups, cases = supporting_groups(pair, score), values.shape[1] + pair.left_out_cases
     of_class = rests_on_classes(pair, score)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from maskloom.evaluate.copies import left_out_warnings, rows_without_copies
 from maskloom.evaluate.downstream.arms import (
+    AUTO,
     ArmOptions,
     Pair,
     chosen_generator,
@@ -23,10 +24,11 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.downstream.cases import DownstreamResult, ScoredTestSet, trained_cases
+from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, ScoredTestSet, trained_cases
 from maskloom.evaluate.downstream.classifier import ClassifierOptions, predicted_probabilities, train_classifier
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
+from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.classification import RECALL
 from maskloom.pipeline.results import MetricResult, skipped_result
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+NAME = "downstream_classification"
 VERSION = 3
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
@@ -92,6 +95,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
     cases = scored_cases(inputs, options, (real.images, real.labels), generated, tests)
+    plan = seed_plan(cases[0], PRIMARY, options.max_seeds) if options.seeds == AUTO else None
     comparison = compare_test_sets(cases, PRIMARY, RECALL, generator.name)
     labels = inputs.real.description.labels
     baseline = comparison.values["arms"]["real"][PRIMARY]["value"]
@@ -116,16 +120,17 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             f"Valid for {options.architecture}, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
             "Averages over classes include only classes that have test images. AUROC: one class against the rest, averaged.",
             "The interval covers other test patients and other seeds of these models, not other training sets or other trained generators.",
+            *([plan.sentence] if plan else []),
         ],
         figures=comparison.figures,
-        values=comparison.values,
+        values=comparison.values | ({"seeds": plan.as_json()} if plan else {}),
         cases=cases,
         n={
             "real train": len(real),
             **{name: len(images) for name, (images, _) in generated.items()},
             **{name: len(part) for name, part in tests.items()},
         },
-        seeds=[inputs.seed + offset for offset in range(options.seeds)],
+        seeds=list(cases[0].arms["real"].seeds),
     )
 
 
@@ -188,7 +193,10 @@ def scored_cases(
         network = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
         return {name: image_scores(network, part, names, inputs.device) for name, part in tests.items()}
 
-    return trained_cases("downstream_classification", train_arms(options, real, generated, inputs.seed, train), tests)
+    def seeds_needed(trained: Outcomes) -> int:
+        return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
+
+    return trained_cases(NAME, train_arms(options, real, generated, inputs.seed, train, seeds_needed), tests)
 
 
 def image_scores(network: nn.Module, test: LabelledImages, names: Sequence[str], device: str) -> dict[str, Floats]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from maskloom.evaluate.copies import left_out_warnings, rows_without_copies
 from maskloom.evaluate.downstream.arms import (
+    AUTO,
     ArmOptions,
     Pair,
     chosen_generator,
@@ -22,9 +23,10 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.downstream.cases import DownstreamResult, ScoredTestSet, trained_cases
+from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, ScoredTestSet, trained_cases
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
+from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.models.segmenter import (
     EMPTY_RULE,
@@ -40,6 +42,7 @@ from maskloom.pipeline.training.fixed_steps import Augment
 if TYPE_CHECKING:
     from torch import nn
 
+NAME = "downstream_segmentation"
 VERSION = 3
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
 PRIMARY = "Dice"
@@ -85,6 +88,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
     cases = scored_cases(inputs, options, (real.images, real.masks), generated, tests)
+    plan = seed_plan(cases[0], PRIMARY, options.max_seeds) if options.seeds == AUTO else None
     comparison = compare_test_sets(cases, PRIMARY, None, generator.name)
     return DownstreamResult(
         question=QUESTION,
@@ -102,16 +106,17 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             f"Valid for this network, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
             f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
             "The interval covers other test patients and other seeds of these models, not other training sets or other trained generators.",
+            *([plan.sentence] if plan else []),
         ],
         figures=comparison.figures,
-        values=comparison.values,
+        values=comparison.values | ({"seeds": plan.as_json()} if plan else {}),
         cases=cases,
         n={
             "real train": len(real),
             **{name: len(images) for name, (images, _) in generated.items()},
             **{name: len(part) for name, part in tests.items()},
         },
-        seeds=[inputs.seed + offset for offset in range(options.seeds)],
+        seeds=list(cases[0].arms["real"].seeds),
     )
 
 
@@ -146,7 +151,10 @@ def scored_cases(
         network = train_segmenter(data[0], masks, len(inputs.classes), options, seed, inputs.device, augment)
         return {name: image_scores(network, part, inputs.classes, inputs.device) for name, part in tests.items()}
 
-    return trained_cases("downstream_segmentation", train_arms(options, real, generated, inputs.seed, train), tests)
+    def seeds_needed(trained: Outcomes) -> int:
+        return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
+
+    return trained_cases(NAME, train_arms(options, real, generated, inputs.seed, train, seeds_needed), tests)
 
 
 def image_scores(network: nn.Module, test: MaskedImages, classes: Sequence[str], device: str) -> dict[str, Floats]:

@@ -27,7 +27,7 @@ problem (Tsui and Weerahandi 1989, 'Generalized p-values'). Plugging in the esti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,22 @@ class Variance:
         seeds = self.seeds * self.seeds_df / chdtri(self.seeds_df, QUANTILES)
         return np.add.outer(np.maximum(seeds - self.rest, 0.0), groups).ravel()
 
+    def with_seeds(self, trained: int, seeds: int) -> Variance:
+        """Return what these parts would be with another number of seeds than the trained one."""
+        share = trained / seeds
+        seeds_df = self.seeds_df * (seeds - 1) / (trained - 1)
+        return replace(self, seeds=self.seeds * share, seeds_df=seeds_df, rest=self.rest * share)
+
+    def smallest_effect(self, reach: float) -> float:
+        """Return the smallest true effect that is found with 80 % power.
+
+        Args:
+            reach: half the width of the 95 % interval, see `critical_value`.
+        """
+        from scipy.stats import norm
+
+        return float(reach + norm.ppf(POWER) * np.sqrt(self.total))
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -114,8 +130,6 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
     Raises:
         ValueError: fewer than two seeds or two groups: how the mean varies cannot be seen.
     """
-    from scipy.stats import norm
-
     numbers = group_numbers(groups)
     arms = [values] if baseline is None else [values, baseline]
     if min(map(len, arms)) < 2 or numbers.max(initial=0) < 1:
@@ -131,8 +145,8 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
         return Effect(value, value, value, float(value == 0), 0.0, cases, paired)
     draws = variance.draws()
     reach = critical_value(draws)
-    smallest = float(reach + norm.ppf(POWER) * np.sqrt(variance.total))
-    return Effect(value, value - reach, value + reach, p_value(value, draws), smallest, cases, paired)
+    p = p_value(value, draws)
+    return Effect(value, value - reach, value + reach, p, variance.smallest_effect(reach), cases, paired)
 
 
 def seeds_are_paired(values: Floats, baseline: Floats) -> bool:
