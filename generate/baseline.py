@@ -47,7 +47,7 @@ class BaselineGenerator(ImageGenerator):
         self.check_settings()
         folder = self.run.baselines / self.architecture / "weights"
         if not folder.is_dir():
-            raise MaskLoomError(f"{folder}: missing; run baselines first (make baselines)")
+            raise MaskLoomError(f"{folder}: missing; run baselines first (maskloom baselines)")
         return folder
 
     def weights_digest(self) -> str:

@@ -67,6 +67,11 @@ class Sources:
         digests |= {f"record of {stage}": value_digest(record) for stage, record in self.records.items()}
         return digests | {str(path.relative_to(self.run.folder)): file_digest(path) for path in files}
 
+    def is_empty(self) -> bool:
+        """Return whether the run holds nothing that the report could show."""
+        evaluated = evaluation_files(self.run.evaluation)
+        return not (self.real or self.synthetic or self.unfinished or self.trainings or self.records or evaluated)
+
     def missing(self) -> list[str]:
         """Return one sentence for each missing part."""
         parts = {
@@ -134,7 +139,7 @@ def _check_evaluation(run: Run) -> None:
     problem = next((p for name in answers.files() if (p := answers.problem(name))), None)
     if problem:
         raise MaskLoomError(
-            f"{problem}: damaged since evaluate wrote it; run evaluate again to recompute it (make evaluate)"
+            f"{problem}: damaged since evaluate wrote it; run evaluate again to recompute it (maskloom evaluate)"
         )
 
 

@@ -4,26 +4,38 @@ from pathlib import Path
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.verification import verify_quickly
+from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.files.private_paths import without_known_places
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.report.page import page_renderer
 from maskloom.pipeline.report.sources import Sources, find_sources
+from maskloom.pipeline.runs.kept_config import configuration_after
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage, open_run
 
 IMAGE_SIDES = (256, 160, 96)  # longest side of an embedded image in pixels; the first that fits `PAGE_BYTES` is used
 PAGE_BYTES = 5_000_000
+NOTHING = (
+    "run_dir={folder}: nothing to report, no stage of this run has finished; run them first (maskloom run), or give the "
+    "overrides that the run was made with, such as experiment=NAME or run_dir=FOLDER"
+)
 
 
 def write_report(config: ExperimentConfig, force: bool) -> None:
     """Write `report.html` from whatever exists in the run; the page names missing parts.
 
+    The page describes the run as it was made: all settings but those of the section `report` are
+    taken from its `config.yaml`, if there is one.
+
     Raises:
-        MaskLoomError: a dataset, an evaluation or a record is damaged.
+        MaskLoomError: the run holds nothing; a dataset, an evaluation or a record is damaged.
     """
     run = open_run(config)
     sources = find_sources(run)
+    if sources.is_empty():
+        raise MaskLoomError(NOTHING.format(folder=run.folder))
+    config = configuration_after(run, "report") or config
     stage = Stage(run, "report", sources.digests(), config.model_dump(mode="json"), [run.report])
     if stage.skips(force):
         return

@@ -93,9 +93,9 @@ def require_intact(run: Run, stage: str, folder: Path) -> None:
     prefix = f"{folder.relative_to(run.folder).as_posix()}/"
     written = {} if record is None else {file: known for file, known in record.files.items() if file.startswith(prefix)}
     if not written:
-        raise MaskLoomError(f"{folder}: its training has not ended; run {name} first (make {name})")
+        raise MaskLoomError(f"{folder}: its training has not ended; run {name} first (maskloom {name})")
     problem = damaged_file(run, written)
     if problem:
         raise MaskLoomError(
-            f"{problem}: damaged since {name} wrote it; run {name} again, which writes it again (make {name})"
+            f"{problem}: damaged since {name} wrote it; run {name} again, which writes it again (maskloom {name})"
         )

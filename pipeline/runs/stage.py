@@ -14,8 +14,10 @@ from maskloom.pipeline.files.atomic import content_digest, sole_writer, value_di
 from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
 from maskloom.pipeline.files.provenance import git_sha, package_versions, peak_memory_mb
 from maskloom.pipeline.progress import say
+from maskloom.pipeline.runs.differences import differences_text
+from maskloom.pipeline.runs.kept_config import configuration_after, overlooked_settings
 from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record, write_record
-from maskloom.pipeline.runs.run import RECORD_FILE, Run
+from maskloom.pipeline.runs.run import CONFIG_FILE, RECORD_FILE, Run
 
 DONE, STALE, DAMAGED, MISSING, EMPTY = "done", "stale", "damaged", "missing", "nothing to do"
 _CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
@@ -174,7 +176,8 @@ class Stage:
         """Run the block, then write `stage.json` with the yielded mapping as its `results`.
 
         An earlier record is kept until it is replaced; the digests of the outputs show whether it
-        is still valid.
+        is still valid. So is an earlier `config.yaml`: a stage that refuses or is interrupted
+        leaves it as it was.
 
         Args:
             writes: false on processes other than the main one.
@@ -191,8 +194,11 @@ class Stage:
             read_record(self.run, self.name)  # raises now, not after hours of work
         self.run.mark()
         with sole_writer(self.path.parent):
-            self.run.keep_config()
+            self._report_overlooked_settings()
+            if not (self.run.folder / CONFIG_FILE).exists():
+                self.run.keep_config()
             yield results
+            Run(self.run.folder, configuration_after(self.run, self.name)).keep_config()
             record = StageRecord(
                 stage=self.name,
                 key=self.key,
@@ -211,6 +217,11 @@ class Stage:
             )
             write_record(self.run, record)
             say(f"{self.name}: done in {record.wall_seconds:.0f} s")
+
+    def _report_overlooked_settings(self) -> None:
+        """Print the settings that differ from those with which earlier stages have run."""
+        if overlooked := overlooked_settings(self.run, self.name):
+            say(f"{self.name}: {differences_text(self.run.folder, overlooked)}")
 
     def delete_record(self) -> None:
         """Delete the record before the stage starts from scratch, in case it is interrupted."""

@@ -187,7 +187,7 @@ def test_an_architectures_digest_is_that_of_its_weights(bench: Bench, name: str)
 @every_baseline
 def test_an_architecture_that_is_not_trained_is_an_error_that_says_what_to_do(bench: Bench, name: str):
     config = bench.config(generators={name: {}})
-    with pytest.raises(MaskLoomError, match=r"run baselines first \(make baselines\)"):
+    with pytest.raises(MaskLoomError, match=r"run baselines first \(maskloom baselines\)"):
         open_generators(config, bench.run)[name].check()
     not_configured = config.model_copy(update={"baselines": {}})
     with pytest.raises(MaskLoomError, match=rf"does not train it; add baselines\.{name}="):

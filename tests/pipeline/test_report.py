@@ -143,8 +143,51 @@ def test_a_new_evaluation_makes_the_report_stale(tmp_path):
     assert "a clear benefit" in _report(config)[1].text
 
 
-def test_an_empty_run_says_what_is_missing(tmp_path):
-    _, page = _report(load_experiment(fake_run.write_config(tmp_path), []))
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_run_with_nothing_in_it_is_refused(tmp_path, exists):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    if exists:
+        config.run_folder.mkdir()
+    with pytest.raises(MaskLoomError, match=r"/run: nothing to report, no stage of this run has finished; run them"):
+        write_report(config, force=False)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_settings_given_now_do_not_change_what_the_run_was_made_with(tmp_path, capsys):
+    run, _ = fake_run.whole_run(tmp_path)
+    path = tmp_path / "config.yaml"
+    made = load_experiment(path, ["seed=3", "train.max_train_steps=77"])
+    Run(run.folder, made).keep_config()
+    html, _ = _report(made)
+    kept = (run.folder / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert _report(load_experiment(path, []), force=True)[0] == html
+    assert (run.folder / "config.yaml").read_bytes() == kept
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "differs" in line]
+    assert line == (
+        f"report: {run.folder}/config.yaml, which the stages were last run with, differs from this configuration in "
+        "seed (there 3, now 0), train.max_train_steps (there 77, now 1000). Give the same overrides to every command."
+    )
+    _, page = _report(load_experiment(path, ["report.title=Mine"]))
+    assert "Mine" in page.text
+    assert load_experiment(run.folder / "config.yaml", []) == load_experiment(
+        path, ["seed=3", "train.max_train_steps=77", "report.title=Mine"]
+    )
+
+
+def test_a_configuration_changed_by_hand_is_not_taken_for_the_runs(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    html, _ = _report(config)
+    kept = run.folder / "config.yaml"
+    kept.write_text(kept.read_text().replace("seed: 0", "seed: 5"))
+    assert _report(config, force=True)[0] == html
+
+
+def test_an_almost_empty_run_says_what_is_missing(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    Run(config.run_folder).mark()
+    (config.run_folder / "synthetic" / "half_done").mkdir(parents=True)
+    _, page = _report(config)
     for sentence in (
         "nothing has been evaluated",
         "The dataset has not been prepared.",

@@ -69,6 +69,36 @@ def test_a_run_keeps_its_resolved_configuration(tmp_path):
     assert yaml.safe_load(kept.read_text())["seed"] == 0
 
 
+def test_a_stage_describes_only_its_own_section_in_the_kept_configuration(tmp_path, capsys):
+    path = fake_run.write_config(tmp_path)
+
+    def work(name: str, *overrides: str) -> str:
+        run = open_run(load_experiment(path, list(overrides)))
+        _run(Stage(run, name, {}, None, []))
+        return capsys.readouterr().err.replace(str(run.folder), "run")
+
+    assert "differs" not in work("train", "train.max_train_steps=77", "seed=4")
+    assert work("evaluate", "data.num_workers=3").startswith(
+        "evaluate: run/config.yaml, which the stages were last run with, differs from this configuration in seed (there"
+        " 4, now 0), train.max_train_steps (there 77, now 1000). Give the same overrides to every command.\n"
+    )
+    kept = load_experiment(tmp_path / "run" / "config.yaml", [])
+    assert (kept.fine_tuning.max_train_steps, kept.data.num_workers) == (77, 3)
+    assert "differs" not in work("train", "train.max_train_steps=78")
+    kept = load_experiment(tmp_path / "run" / "config.yaml", [])
+    assert (kept.fine_tuning.max_train_steps, kept.data.num_workers) == (78, None)
+
+
+def test_a_stage_that_refuses_leaves_the_kept_configuration(tmp_path):
+    path = fake_run.write_config(tmp_path)
+    _run(Stage(open_run(load_experiment(path, [])), "train", {}, None, []))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    stage = Stage(open_run(load_experiment(path, ["train.max_train_steps=77"])), "train", {}, 1, [])
+    with pytest.raises(MaskLoomError, match="no space"), stage.recorded():
+        raise MaskLoomError("no space")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
 def test_a_stage_that_ran_is_skipped_until_something_changes(tmp_path, capsys):
     assert not _stage(tmp_path).skips(force=False)
     _run(_stage(tmp_path))

@@ -1,0 +1,62 @@
+"""The configuration in a run's `config.yaml`: each section as its stage was last run."""
+
+from typing import Any
+
+from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.runs.differences import differing_settings
+from maskloom.pipeline.runs.run import CONFIG_FILE, RECORD_FILE, STAGES, Run
+
+SECTIONS = {"prepare": "data"} | {stage: stage for stage in STAGES if stage != "prepare"}
+"""The section that describes each stage."""
+
+
+def kept_configuration(run: Run) -> ExperimentConfig | None:
+    """Return the configuration in `config.yaml`; None if there is none, or it was changed by hand."""
+    try:
+        if OwnedFolder(run.folder).problem(CONFIG_FILE) is not None:
+            return None
+        return load_experiment(run.folder / CONFIG_FILE, [])
+    except MaskLoomError:  # a damaged manifest, or a file of another version
+        return None
+
+
+def configuration_after(run: Run, stage: str) -> ExperimentConfig | None:
+    """Return the configuration that describes a run once a stage has computed.
+
+    Sections of other stages that have finished stay as they are in `config.yaml`: those stages did
+    not run with the settings given now. After `report`, which computes nothing that others use,
+    only its own section and the place of the run are new.
+
+    Args:
+        run: the run, with the configuration given now.
+        stage: name of the stage that computes, such as `train` or `baselines/pix2pix`.
+    """
+    kept = kept_configuration(run)
+    if run.config is None or kept is None:
+        return run.config
+    if stage == "report":
+        return kept.model_copy(update={"report": run.config.report, "run_dir": run.config.run_dir})
+    others = [section for name, section in SECTIONS.items() if name != stage.split("/")[0] and _has_finished(run, name)]
+    return run.config.model_copy(update={section: getattr(kept, section) for section in others})
+
+
+def overlooked_settings(run: Run, stage: str) -> dict[str, tuple[Any, Any]]:
+    """Return the given settings that differ from those with which earlier stages have run.
+
+    Returns:
+        (value in `config.yaml`, value now) by key, for the sections of all finished stages before
+        this one, and `seed`.
+    """
+    earlier = STAGES[: STAGES.index(stage.split("/")[0])]
+    described = {SECTIONS[name] for name in earlier if _has_finished(run, name)}
+    described |= {"seed"} if described else set()
+    return {key: values for key, values in differing_settings(run).items() if key.split(".")[0] in described}
+
+
+def _has_finished(run: Run, stage: str) -> bool:
+    """Return whether a stage, or one of its parts such as `baselines/pix2pix`, has a record."""
+    logs = run.logs(stage)
+    return any(path.is_file() for path in (logs / RECORD_FILE, *logs.glob(f"*/{RECORD_FILE}")))
