@@ -91,11 +91,21 @@ def inspect(
     samples: Annotated[
         int, typer.Option(min=1, help="largest number of images to decode, spread over the dataset")
     ] = 200,
+    yaml: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="only write the section `data` that reads the folder, as it is guessed"),
+    ] = None,
 ) -> None:
     """Identify a raw folder, summarise its images and masks, and show how to prepare it."""
+    from maskloom.data_prep.inspect.guess import guessed_data
     from maskloom.data_prep.inspect.inspect import inspect_folder
+    from maskloom.pipeline.runs.named_files import named_file
 
-    inspect_folder(raw_dir, samples)
+    output = named_file("--yaml", yaml, "guessed configuration")
+    if output is None:
+        inspect_folder(raw_dir, samples)
+    else:
+        output.write_yaml({"data": guessed_data(raw_dir)})
 
 
 def parsed_shard(text: str) -> "Shard":

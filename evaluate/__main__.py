@@ -1,6 +1,6 @@
 """`python -m evaluate --config FILE [--force] [KEY=VALUE ...]`.
 
-A further command: `compare`.
+Further commands: `compare` and `judge`.
 """
 
 import sys
@@ -14,9 +14,12 @@ from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, Overri
 from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
-    "Evaluate every synthetic dataset with the configured metrics, one JSON file per question. Further command, with"
-    " its own --help: `compare` (recompute the comparison of downstream models from a table of cases)."
+    "Evaluate every synthetic dataset with the configured metrics, one JSON file per question. Further commands, with"
+    " their own --help: `compare` (recompute the comparison of downstream models from a table of cases) and `judge`"
+    " (judge images that something else made)."
 )
+LEAK_EXIT_CODE = 3
+"""Of `judge`, where a leak or copies stopped it."""
 MEMORY_ADVICE = "lower batch_size or image_size in the options of the metric that was running (evaluate.metrics.NAME)"
 
 
@@ -63,7 +66,52 @@ def compare(
         output.write_json_list([{"file": str(path), **one.as_json()} for path, one in found])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare}
+def judge(
+    real: Annotated[
+        Path, typer.Option(metavar="REAL", help="real images: a folder, a prepared dataset, or a run of MaskLoom")
+    ],
+    synthetic: Annotated[Path, typer.Option(metavar="SYNTHETIC", help="the images to judge: likewise")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="overrides, such as data.options.label_from=parent or evaluate.on_copies=stop;"
+            " synthetic.options.KEY: how the synthetic folder is read",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the result; default: runs/judged")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="side in pixels to which images are resized; default: 128")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="trainings per downstream arm; default: 3")] = None,
+    config: Annotated[Path, typer.Option("--config", help="YAML file with the questions and their options")] = Path(
+        "configs/judge.yaml"
+    ),
+    force: ForceOption = False,
+) -> None:
+    """Judge synthetic images that something else made, against real ones.
+
+    Answers the questions of evaluate: do they look real, follow their masks, copy
+    patients, help a model?
+
+    Reads class folders, images with masks (by pattern or table), nnU-Net and
+    Hugging Face folders, prepared datasets and runs.
+
+    Exit code: 0 with a verdict; 3 where a leak or copies stopped it; 2 for a
+    mistake in what was given.
+    """
+    from maskloom.evaluate.judge.judge import Request
+    from maskloom.evaluate.judge.judge import judge as judging
+    from maskloom.pipeline.errors import LeakedImages
+
+    try:
+        judging(Request(real, synthetic, out, config, size, seeds, overrides or []), force)
+    except LeakedImages as leak:
+        print(f"stopped: {leak}", file=sys.stderr)
+        raise typer.Exit(LEAK_EXIT_CODE) from None
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"compare": compare, "judge": judge}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.evaluate.scores.nearest import grey
-from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.results import CopyRow, named_copies
 
 if TYPE_CHECKING:
@@ -44,15 +44,16 @@ def require_no_training_copies(inputs: EvaluationInputs) -> None:
     """Check that no synthetic image is a copy, where copies are to stop the evaluation.
 
     Raises:
-        MaskLoomError: some are; names the first of each set with their originals.
+        LeakedImages: some are; names the first of each set with their originals.
     """
     if inputs.on_copies != "stop":
         return
     for name, copies in judged_copies(inputs).synthetic.items():
         if copies:
-            raise MaskLoomError(
+            raise LeakedImages(
                 f"{inputs.synthetic[name].dataset.folder}: {len(copies)} of {len(inputs.synthetic[name])} images are copies of training images: "
-                f"{named_copies(copies)}; delete them, or set evaluate.on_copies=drop to leave them out"
+                f"{named_copies(copies)}",
+                "delete them, or set evaluate.on_copies=drop to leave them out",
             )
 
 

@@ -22,6 +22,15 @@ class MaskLoomError(Exception):
     """A mistake in the user's input, configuration or environment, described in one line."""
 
 
+class LeakedImages(MaskLoomError):
+    """Images that shape a model are images that measure it, or copies of training images."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        """Store what was found where, and what to do; the error states both."""
+        super().__init__(f"{found}; {remedy}")
+        self.found, self.remedy = found, remedy
+
+
 class RejectedSample(Exception):
     """One raw sample cannot be used: it is listed in `rejected.jsonl` with this reason."""
 

@@ -10,19 +10,20 @@ from pathlib import Path
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from maskloom.data_prep.inspect.advice import advice_for, fitting_configuration
 from maskloom.data_prep.inspect.content import IMAGES, kinds_of, misnamed
+from maskloom.data_prep.inspect.guess import check_readable, recognised
 from maskloom.data_prep.inspect.layout import Guess, guessed_options
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of
 from maskloom.data_prep.inspect.raw_tree import RawTree, known_formats, suffix_of, tables_of, tree_of
 from maskloom.data_prep.inspect.text import Page, counted, quantiles, share
 from maskloom.data_prep.inspect.yaml_text import command_line, configuration_text
 from maskloom.data_prep.left_out import group_by_reason
-from maskloom.data_prep.readers.file_names import is_text, printable
+from maskloom.data_prep.readers.file_names import printable
 from maskloom.data_prep.sources import PACKAGE
 from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment, validated
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.plugins import load_plugin, plugin_names
+from maskloom.pipeline.plugins import load_plugin
 
 REASONS, FOLDERS, SETS = 8, 12, 6  # shown
 
@@ -37,7 +38,7 @@ def inspect_folder(raw_dir: Path, samples: int) -> None:
     Raises:
         MaskLoomError: the folder is missing, not a folder, unreadable or empty.
     """
-    _check_readable(raw_dir)
+    check_readable(raw_dir)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             errors="backslashreplace"
@@ -45,7 +46,7 @@ def inspect_folder(raw_dir: Path, samples: int) -> None:
     with Page() as page, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoder warnings about unusual files
         page.title(str(raw_dir))
-        names = recognised(raw_dir, page)
+        names = recognised_names(raw_dir, page)
         tree = tree_of(raw_dir)
         kinds = kinds_of(raw_dir, tree.files)
         _print_misnamed(kinds, page)
@@ -54,20 +55,11 @@ def inspect_folder(raw_dir: Path, samples: int) -> None:
             _describe_unknown(raw_dir, tree, kinds, samples, page)
 
 
-def recognised(raw_dir: Path, page: Page) -> list[str]:
+def recognised_names(raw_dir: Path, page: Page) -> list[str]:
     """Return and print the datasets whose layout matches the folder, most specific first."""
-    names = []
-    for name in plugin_names(PACKAGE):
-        try:
-            if load_plugin(PACKAGE, name, "dataset").Adapter.recognises(raw_dir):
-                names.append(name)
-        except OSError as error:
-            page.line(f"{name}: not checked ({error.strerror}: {error.filename})")
-        except MaskLoomError as error:
-            page.line(f"{name}: not checked ({error})")
-    # Adapters of a file format (named FORMAT_folder) match any such files; adapters of a dataset
-    # are more specific.
-    names.sort(key=lambda name: (name.endswith("_folder"), name))
+    names, unchecked = recognised(raw_dir)
+    for name, reason in unchecked.items():
+        page.line(f"{name}: not checked ({reason})")
     page.line(f"looks like: {', '.join(names)}" if names else "none of the datasets that have an adapter of their own")
     return names
 
@@ -78,20 +70,6 @@ def _print_misnamed(kinds: dict[str, str], page: Page) -> None:
         page.section("Not what their endings say")
         for suffix, told in found:
             page.fact(suffix, told)
-
-
-def _check_readable(raw_dir: Path) -> None:
-    if not is_text(str(raw_dir)):
-        raise MaskLoomError(f"{printable(str(raw_dir))}: a name in this path is not valid UTF-8; rename it")
-    if not raw_dir.is_dir():
-        what = "is a file; give the folder that holds it" if raw_dir.exists() else "no such folder"
-        raise MaskLoomError(f"{raw_dir}: {what}")
-    try:
-        empty = not any(raw_dir.iterdir())
-    except OSError as error:
-        raise MaskLoomError(f"{raw_dir}: cannot be read ({error.strerror}); fix the permissions") from None
-    if empty:
-        raise MaskLoomError(f"{raw_dir}: the folder is empty")
 
 
 def _describe_dataset(name: str, raw_dir: Path, samples: int, page: Page) -> bool:

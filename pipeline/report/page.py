@@ -117,7 +117,7 @@ def _training_summary(stage: str, training: Training) -> dict[str, Any]:
 
 
 def _dataset_summary(name: str, dataset: MaskPromptDataset) -> dict[str, Any]:
-    """Return a dataset's counts by split and class, in the contract's order, and its rejections."""
+    """Return a dataset's counts by split and class, in the contract's order, its rejections and notes."""
     order = {label: place for place, label in enumerate(dataset.description.labels)}
     counts = class_counts(dataset)
     classes = {label for row in counts.values() for label in row}
@@ -128,5 +128,6 @@ def _dataset_summary(name: str, dataset: MaskPromptDataset) -> dict[str, Any]:
         "counts": counts,
         "classes": sorted(classes, key=lambda label: order.get(label, len(order))),
         "reasons": reasons,
+        "notes": dataset.description.preprocessing.get("generation", {}).get("notes", []),
         "rarer": rarer,
     }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
 from maskloom.pipeline.runs.leaks import MAX_SHOWN, SYNTHETIC_FIX
@@ -34,7 +34,7 @@ def require_no_held_out_copies(run: Run, real: MaskPromptDataset, synthetic: Seq
         synthetic: the synthetic datasets made from it.
 
     Raises:
-        MaskLoomError: an image is such a copy; the error names the samples.
+        LeakedImages: an image is such a copy; the error names the samples.
     """
     datasets = [real, *synthetic]
     record = record_path(run, datasets, "-copies")
@@ -56,6 +56,6 @@ def require_no_held_out_copies(run: Run, real: MaskPromptDataset, synthetic: Seq
         )
         more = f"; and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
         fix = REAL_FIX if any(one.copy.dataset == str(real.folder) for one in found) else SYNTHETIC_FIX
-        raise MaskLoomError(f"{real.folder}: {len(found)} image(s) are copies of held-out images: {first}{more}; {fix}")
+        raise LeakedImages(f"{real.folder}: {len(found)} image(s) are copies of held-out images: {first}{more}", fix)
     write_audit_record(record, VERSION, datasets, rows, True)
     say(f"no copies of held-out images among {rows} images ({time.monotonic() - start:.1f} s)")

@@ -22,7 +22,7 @@ from maskloom.pipeline.dataset.audit.findings import Finding, failure_text, iden
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.audit.pixels import decoded_image, is_blank, pixel_digest
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import LeakedImages, MaskLoomError, one_line
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
 from maskloom.pipeline.runs.run import Run
@@ -53,7 +53,7 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
         datasets: the real dataset, then any synthetic datasets made from it.
 
     Raises:
-        MaskLoomError: an image leaks or has two labels; the error names the samples.
+        LeakedImages: an image leaks or has two labels; the error names the samples.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -67,7 +67,7 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
         first = "; ".join(failure_text(finding) for finding in failures)
         more = f"; and {count - len(failures)} more" if count > len(failures) else ""
         fix = SYNTHETIC_FIX if all(finding.problem == "datasets" for finding in failures) else FIX
-        raise MaskLoomError(f"{real.folder}: {count} pair(s) of images make results wrong: {first}{more}; {fix}")
+        raise LeakedImages(f"{real.folder}: {count} pair(s) of images make results wrong: {first}{more}", fix)
     near = len(datasets) == 1 and looks_for_near_duplicates(real)
     if near:
         _require_no_near_duplicates(real)

@@ -1,4 +1,4 @@
-"""Files whose path the user gives (`--json FILE`, `--contact-sheet FILE`).
+"""Files whose path the user gives (`--json FILE`, `--yaml FILE`, `--contact-sheet FILE`).
 
 Only an earlier file of the same kind that MaskLoom wrote is replaced.
 """
@@ -62,6 +62,14 @@ class NamedFile:
         """Write a JSON list, with the mark in each entry; see `check`."""
         self.check()
         write_text(self.path, json_text([{"about": self.mark, **entry} for entry in entries]))
+
+    def write_yaml(self, values: Mapping[str, Any]) -> None:
+        """Write values as YAML, with the mark; see `check`."""
+        import yaml
+
+        self.check()
+        written = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+        write_text(self.path, f"# {self.mark}\n{written}")
 
     def write_page(self, page: str) -> None:
         """Write an HTML page, with the mark; see `check`."""

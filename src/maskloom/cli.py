@@ -26,7 +26,7 @@ from maskloom.data_prep.__main__ import (
 from maskloom.data_prep.__main__ import verify as verify_dataset
 from maskloom.evaluate.__main__ import MEMORY_ADVICE as EVALUATE_ADVICE
 from maskloom.evaluate.__main__ import command as evaluate_here
-from maskloom.evaluate.__main__ import compare
+from maskloom.evaluate.__main__ import compare, judge
 from maskloom.generate.__main__ import MEMORY_ADVICE as GENERATE_ADVICE
 from maskloom.generate.__main__ import command as generate_here
 from maskloom.pipeline import __version__
@@ -57,6 +57,7 @@ ADVICE = {
     "baselines": BASELINES_ADVICE,
     "generate": GENERATE_ADVICE,
     "evaluate": EVALUATE_ADVICE,
+    "judge": EVALUATE_ADVICE,
 }
 DEMO = Path("configs/demo.yaml")
 
@@ -217,6 +218,16 @@ COMMANDS = (
         compare,
         STAGES,
         ("maskloom compare runs/demo/evaluation/cases.parquet", "maskloom compare CASES --score Dice --json OUT"),
+    ),
+    Command(
+        "judge",
+        judge,
+        STAGES,
+        (
+            "maskloom judge --real REAL --synthetic SYNTHETIC",
+            "maskloom judge --real raw/busi --synthetic vendor --out runs/vendor",
+            "maskloom judge --real R --synthetic S 'synthetic.options.masks=m/{stem}.png'",
+        ),
     ),
     Command("report", report, STAGES, ("maskloom report --config C",)),
     Command("inspect", inspect, DATA, ("maskloom inspect FOLDER",)),

@@ -1,0 +1,93 @@
+"""The section `data` that reads a raw folder, as far as its files tell."""
+
+from pathlib import Path
+from typing import Any
+
+from maskloom.data_prep.adapter import DatasetAdapter
+from maskloom.data_prep.inspect.content import IMAGES, kinds_of
+from maskloom.data_prep.inspect.layout import guessed_options
+from maskloom.data_prep.inspect.observation import listing_of
+from maskloom.data_prep.inspect.raw_tree import tables_of, tree_of
+from maskloom.data_prep.readers.file_names import is_text, printable
+from maskloom.data_prep.sources import PACKAGE
+from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.plugins import load_plugin, plugin_names
+
+MODALITY = "medical image"
+
+
+def guessed_data(raw_dir: Path) -> dict[str, Any]:
+    """Return `dataset`, `conditioning` and `options` of a folder: of the dataset that it is, or else guessed for `folder`.
+
+    Raises:
+        MaskLoomError: the folder is missing, unreadable or empty, holds several datasets, or no image that is read.
+    """
+    check_readable(raw_dir)
+    names, _ = recognised(raw_dir)
+    for name in names:
+        adapter: type[DatasetAdapter] = load_plugin(PACKAGE, name, "dataset").Adapter
+        sets = adapter.needed_options(raw_dir)
+        if len(sets) > 1:
+            shown = "; ".join(", ".join(f"options.{key}={value}" for key, value in one.items()) for one in sets[:3])
+            raise MaskLoomError(f"{raw_dir}: holds {len(sets)} datasets of the kind {name}; choose one: {shown}")
+        if (opened := _usable(adapter, raw_dir, sets[0])) is not None:
+            masks = len(opened.info().mask_classes) > 1
+            return {"dataset": name, "conditioning": "mask" if masks else "edges", "options": sets[0]}
+    tree = tree_of(raw_dir)
+    kinds = kinds_of(raw_dir, tree.files)
+    pictures = tree.without([file for file, kind in kinds.items() if kind not in IMAGES])
+    guess = guessed_options(raw_dir, pictures, tables_of(raw_dir, tree)[0])
+    if guess is None:
+        raise MaskLoomError(
+            f"{raw_dir}: no image of a format that is read (PNG, JPEG, BMP, TIFF, npy); give the folder that holds the images"
+        )
+    return {
+        "dataset": "folder",
+        "conditioning": "mask" if {"masks", "mask_column"} & guess.options.keys() else "edges",
+        "options": {"modality": MODALITY, **guess.options},
+    }
+
+
+def recognised(raw_dir: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the datasets whose layout matches a folder, most specific first, and why others were not checked."""
+    names, unchecked = [], {}
+    for name in plugin_names(PACKAGE):
+        try:
+            if load_plugin(PACKAGE, name, "dataset").Adapter.recognises(raw_dir):
+                names.append(name)
+        except OSError as error:
+            unchecked[name] = f"{error.strerror}: {error.filename}"
+        except MaskLoomError as error:
+            unchecked[name] = str(error)
+    # Adapters of a file format (named FORMAT_folder) match any such files; adapters of a dataset
+    # are more specific.
+    return sorted(names, key=lambda name: (name.endswith("_folder"), name)), unchecked
+
+
+def check_readable(raw_dir: Path) -> None:
+    """Check that a raw folder can be listed and holds something.
+
+    Raises:
+        MaskLoomError: it is missing, not a folder, unreadable or empty.
+    """
+    if not is_text(str(raw_dir)):
+        raise MaskLoomError(f"{printable(str(raw_dir))}: a name in this path is not valid UTF-8; rename it")
+    if not raw_dir.is_dir():
+        what = "is a file; give the folder that holds it" if raw_dir.exists() else "no such folder"
+        raise MaskLoomError(f"{raw_dir}: {what}")
+    try:
+        empty = not any(raw_dir.iterdir())
+    except OSError as error:
+        raise MaskLoomError(f"{raw_dir}: cannot be read ({error.strerror}); fix the permissions") from None
+    if empty:
+        raise MaskLoomError(f"{raw_dir}: the folder is empty")
+
+
+def _usable(adapter: type[DatasetAdapter], raw_dir: Path, options: dict[str, Any]) -> DatasetAdapter | None:
+    """Return the adapter of a folder if it lists an image; None if the folder only looks like its dataset."""
+    try:
+        opened = adapter(raw_dir, validated(options, adapter.Options, "data.options"))
+        return opened if listing_of(opened).items else None
+    except (MaskLoomError, OSError):
+        return None

@@ -1,0 +1,250 @@
+"""Images that something else made, written as a synthetic set of a real dataset, as `generate` writes one.
+
+Nobody states what they were made from. So no row has a parent, but for rows of a MaskLoom set whose
+parents are in the very same real dataset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from maskloom.pipeline.dataset.conditioning import conditioning_image
+from maskloom.pipeline.dataset.contract import Description, Parent
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.dataset.licence import hub_identifier
+from maskloom.pipeline.dataset.masks import resize_mask
+from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, Shard, plan_shards
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.files.formatting import markdown_cell
+from maskloom.pipeline.files.reading import row_attributes
+from maskloom.pipeline.progress import progress
+from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.stage import Stage
+
+NAME = "synthetic"
+"""Name of the set, in the run and on the report."""
+ORIGIN = "made elsewhere: unknown training set"
+STAGE = "generate"  # whose output it is
+VERSION = 1  # of the rules by which rows are converted
+ROWS_PER_SHARD = 512
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the rows of a given dataset become rows like those of the real one.
+
+    Attributes:
+        about: the real dataset.
+        labels: index of the real class by that of the given one.
+        classes: (256,) real mask index by given mask index; None: masks are left out.
+        parents: group of each real train row, if the given set states parents of this very dataset.
+    """
+
+    about: Description
+    labels: Mapping[int, int]
+    classes: Pixels | None
+    parents: Mapping[str, str]
+
+    def sample(self, row: Mapping[str, Any]) -> Sample:
+        """Return a stored row as a synthetic sample."""
+        image = png_array(row["image"]["bytes"])
+        stored = None if row["mask"] is None or self.classes is None else png_array(row["mask"]["bytes"])
+        mask = None if stored is None or self.classes is None else self.classes[stored]
+        image, mask = resized(_with_channels(image, self.about.channels), mask, self.about)
+        parent = row["parent_id"] if row["parent_id"] in self.parents else None
+        mode = "edges" if mask is None or self.about.conditioning == "image" else self.about.conditioning
+        return Sample(
+            image=image,
+            mask=mask,
+            conditioning_image=conditioning_image(mask, image, mode, self.about.palette),
+            text=row["text"],
+            label=None if row["label"] is None else self.labels.get(row["label"]),
+            sample_id=row["sample_id"],
+            group_id=self.parents[parent] if parent else f"{NAME}/{row['group_id']}",
+            source=self.about.dataset,
+            origin="synthetic",
+            attributes=row_attributes(row["attributes"], row["sample_id"]),
+            parent_id=parent,
+            generator=ORIGIN,
+        )
+
+
+def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, force: bool) -> None:
+    """Write the rows of a given dataset to `RUN/synthetic/synthetic`.
+
+    Args:
+        run: the run.
+        real: its dataset, verified.
+        given: the images to judge, verified.
+        force: write them even if nothing has changed.
+
+    Raises:
+        MaskLoomError: classes or mask classes differ from the real ones, or a set has rows of both kinds.
+    """
+    if given.description.origin == "combined":
+        raise MaskLoomError(
+            f"{given.folder}: a combined dataset, with real images in it; give the synthetic ones alone"
+        )
+    conversion = conversion_of(real, given)
+    stage = Stage(run, STAGE, {"dataset": real.digest, "images": given.digest}, [VERSION], [run.synthetic / NAME])
+    if stage.skips(force):
+        return
+    shards = plan_shards({"train": given.num_rows}, ROWS_PER_SHARD)
+    settings = {"generator": NAME, "origin": ORIGIN, "uses_mask": conversion.classes is not None}
+    generation = {**settings, "notes": notes(real, given), "training": dict.fromkeys(("stage", "dataset", "weights"))}
+    about = real.description.model_copy(
+        update={"origin": "synthetic", "preprocessing": {**real.description.preprocessing, "generation": generation}}
+    )
+    writer = DatasetWriter(run.synthetic / NAME, about, shards, value_digest([VERSION, real.digest, given.digest]))
+    with stage.recorded() as results:
+        writer.prepare_folder(from_scratch=force)
+        _write_shards(writer, writer.missing_shards(), conversion, given)
+        parent = Parent(path=os.path.relpath(run.dataset, writer.folder), digest=real.digest)
+        writer.finish(dataset_card(about, given, settings), (), stage.config_hash, parent)
+        results[NAME] = {"images": given.num_rows, "left_out": given.contract.rejected}
+
+
+def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset) -> Conversion:
+    """Return how the rows of a given dataset are converted.
+
+    Raises:
+        MaskLoomError: it has classes or mask classes that the real one lacks.
+    """
+    ours, theirs = real.description, given.description
+    known = {label.casefold(): index for index, label in enumerate(ours.labels)}
+    strange = [label for label in theirs.labels if label.casefold() not in known] if known else []
+    if strange:
+        raise MaskLoomError(
+            f"{given.folder}: class {strange[0]!r} is none of the real classes ({', '.join(ours.labels)}); rename it, "
+            "leave it out (synthetic.options.labels=[...]), or give real images of it"
+        )
+    labels = {index: known[label.casefold()] for index, label in enumerate(theirs.labels) if known}
+    parent, train = given.contract.parent, real.ids("train").get("train", [])
+    parents = dict(train) if parent is not None and parent.digest == real.digest else {}
+    return Conversion(ours, labels, _mask_classes(ours, theirs, given), parents)
+
+
+def _mask_classes(ours: Description, theirs: Description, given: MaskPromptDataset) -> Pixels | None:
+    """Return the real mask index of each given one; None if one of the sets has no masks.
+
+    Classes are matched by name. A single class is the other set's single class whatever its name.
+
+    Raises:
+        MaskLoomError: a mask class is none of the real ones.
+    """
+    if min(len(ours.mask_classes), len(theirs.mask_classes)) < 2:
+        return None
+    table = np.zeros(256, dtype=np.uint8)
+    if len(ours.mask_classes) == len(theirs.mask_classes) == 2:
+        table[1] = 1
+        return table
+    known = {name.casefold(): index for index, name in enumerate(ours.mask_classes)}
+    for index, name in enumerate(theirs.mask_classes[1:], start=1):
+        if name.casefold() not in known:
+            raise MaskLoomError(
+                f"{given.folder}: mask class {name!r} is none of the real ones ({', '.join(ours.mask_classes[1:])}); "
+                "say what the mask values mean, in the real names: synthetic.options.mask_values={0: background, ...}"
+            )
+        table[index] = known[name.casefold()]
+    return table
+
+
+def notes(real: MaskPromptDataset, given: MaskPromptDataset) -> list[str]:
+    """Return what was done to the images, and which questions they do not allow, in sentences for the report."""
+    ours, theirs = real.description, given.description
+    masked = sum(1 for row in given.rows(None, ["mask.path"]) if row["mask"] is not None)
+    labelled = sum(1 for row in given.rows(None, ["label"]) if row["label"] is not None)
+    found = [
+        f"Made elsewhere: nothing states what these images were trained on, or from which masks ({given.num_rows} images)."
+    ]
+    found.append(
+        f"Images are {ours.image_size[0]} × {ours.image_size[1]} with {ours.channels} channel(s), like the real ones: resized "
+        "(antialiased; padded with black where the aspect ratio differs), colours turned to luminance or grey repeated where needed."
+    )
+    if len(ours.mask_classes) > 1 and masked < given.num_rows:
+        which = "No image has" if not masked else f"{given.num_rows - masked} images do not have"
+        found.append(f"{which} a mask: faithfulness and segmentation leave them out.")
+    if ours.labels and labelled < given.num_rows:
+        which = "No image has" if not labelled else f"{given.num_rows - labelled} images do not have"
+        found.append(f"{which} a class: classification leaves them out.")
+    if theirs.labels and not ours.labels:
+        found.append("Their classes are left out, because the real images have none.")
+    if given.contract.rejected:
+        found.append(f"{given.contract.rejected} files could not be used and are not judged.")
+    return found
+
+
+def resized(image: Pixels, mask: Pixels | None, about: Description) -> tuple[Pixels, Pixels | None]:
+    """Return image and mask at a size of the real dataset: that of the nearest aspect ratio.
+
+    The aspect ratio is kept; what is missing is black, and background.
+
+    Args:
+        image: (H, W) or (H, W, 3).
+        mask: (H, W) class indices, or None.
+        about: the real dataset.
+    """
+    if image.shape[:2] in about.sizes:
+        return image, mask
+    height, width = image.shape[:2]
+    size = min(about.sizes, key=lambda size: abs(np.log(size[1] / size[0]) - np.log(width / height)))
+    scale = min(size[0] / height, size[1] / width)
+    inner = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    place = slice(top, top + inner[0]), slice(left, left + inner[1])
+    canvas = np.zeros((*size, *image.shape[2:]), dtype=np.uint8)
+    canvas[place] = np.asarray(Image.fromarray(image).resize(inner[::-1], Image.Resampling.BICUBIC))
+    if mask is None:
+        return canvas, None
+    background = np.zeros(size, dtype=np.uint8)
+    background[place] = resize_mask(mask, inner).mask
+    return canvas, background
+
+
+def _with_channels(image: Pixels, channels: int) -> Pixels:
+    """Return an image as (H, W) for one channel, or (H, W, 3)."""
+    return np.asarray(Image.fromarray(image).convert("L" if channels == 1 else "RGB"))
+
+
+def _write_shards(
+    writer: DatasetWriter, missing: Sequence[Shard], conversion: Conversion, given: MaskPromptDataset
+) -> None:
+    with progress("converting synthetic images", sum(one.stop - one.start for one in missing), "images") as advance:
+        for shard in missing:
+            rows = islice(_all_rows(given), shard.start, shard.stop)
+            writer.write_shard(shard, map(conversion.sample, rows))
+            advance(shard.stop - shard.start)
+
+
+def _all_rows(given: MaskPromptDataset) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all splits: whoever made the images may have split them."""
+    for split in given.contract.split_names:
+        yield from given.rows(split)
+
+
+def dataset_card(about: Description, given: MaskPromptDataset, settings: Mapping[str, Any]) -> str:
+    """Return the dataset card: where the images come from, and their classes."""
+    counts = Counter(given.description.label_name(row["label"]) or "no class" for row in given.rows(None, ["label"]))
+    lines = [
+        *("---", "license: other", f"license_name: {hub_identifier(given.description.licence)}"),
+        *("tags: [synthetic, medical, maskloom]", "---", ""),
+        *(f"# Synthetic images beside {about.dataset}: {ORIGIN}", ""),
+        "MaskLoom has read these images and judged them; it has not made them. Synthetic images are not patients.",
+        *("", "| class | images |", "|---|---|"),
+        *(f"| {markdown_cell(name)} | {count} |" for name, count in sorted(counts.items())),
+        *("", "| setting | value |", "|---|---|"),
+        *(f"| {key} | {markdown_cell(value)} |" for key, value in settings.items()),
+    ]
+    return "\n".join(lines) + "\n"
