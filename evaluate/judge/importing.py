@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,23 +82,22 @@ class Conversion:
         )
 
 
-def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, force: bool) -> None:
+def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, where: Path, force: bool) -> None:
     """Write the rows of a given dataset to `RUN/synthetic/synthetic`.
 
     Args:
         run: the run.
         real: its dataset, verified.
         given: the images to judge, verified.
+        where: the folder that the user gave, for errors.
         force: write them even if nothing has changed.
 
     Raises:
         MaskLoomError: classes or mask classes differ from the real ones, or a set has rows of both kinds.
     """
     if given.description.origin == "combined":
-        raise MaskLoomError(
-            f"{given.folder}: a combined dataset, with real images in it; give the synthetic ones alone"
-        )
-    conversion = conversion_of(real, given)
+        raise MaskLoomError(f"{where}: a combined dataset, with real images in it; give the synthetic ones alone")
+    conversion = conversion_of(real, given, where)
     stage = Stage(run, STAGE, {"dataset": real.digest, "images": given.digest}, [VERSION], [run.synthetic / NAME])
     if stage.skips(force):
         return
@@ -116,36 +116,52 @@ def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, forc
         results[NAME] = {"images": given.num_rows, "left_out": given.contract.rejected}
 
 
-def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset) -> Conversion:
+def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset, where: Path) -> Conversion:
     """Return how the rows of a given dataset are converted.
 
     Raises:
-        MaskLoomError: it has classes or mask classes that the real one lacks.
+        MaskLoomError: it has classes or mask classes that the real one lacks; names `where`.
     """
-    ours, theirs = real.description, given.description
-    known = {label.casefold(): index for index, label in enumerate(ours.labels)}
-    strange = [label for label in theirs.labels if label.casefold() not in known] if known else []
+    known, theirs = class_counts(real), class_counts(given)
+    by_name = {label.casefold(): index for index, label in enumerate(real.description.labels)}
+    present = {label.casefold() for label in known}
+    strange = sorted(label for label in theirs if label.casefold() not in present) if known else []
     if strange:
         raise MaskLoomError(
-            f"{given.folder}: class {strange[0]!r} is none of the real classes ({', '.join(ours.labels)}); rename it, "
-            "leave it out (synthetic.options.labels=[...]), or give real images of it"
+            f"--synthetic {where}: class {strange[0]!r} is none of the real classes ({', '.join(known)}); rename it, leave "
+            "it out (synthetic.options.labels=[...]), or give real images of it"
         )
-    labels = {index: known[label.casefold()] for index, label in enumerate(theirs.labels) if known}
+    labels = {
+        index: by_name[label.casefold()]
+        for index, label in enumerate(given.description.labels)
+        if label.casefold() in by_name
+    }
     parent, train = given.contract.parent, real.ids("train").get("train", [])
     parents = dict(train) if parent is not None and parent.digest == real.digest else {}
-    return Conversion(ours, labels, _mask_classes(ours, theirs, given), parents)
+    classes = _mask_classes(real.description, given.description, where) if mask_count(real) else None
+    return Conversion(real.description, labels, classes, parents)
 
 
-def _mask_classes(ours: Description, theirs: Description, given: MaskPromptDataset) -> Pixels | None:
-    """Return the real mask index of each given one; None if one of the sets has no masks.
+def class_counts(dataset: MaskPromptDataset) -> Counter[str]:
+    """Return the number of images of each class that has any, in the order of the classes."""
+    names = (dataset.description.label_name(row["label"]) for row in dataset.rows(None, ["label"]))
+    counts = Counter(name for name in names if name is not None)
+    return Counter({label: counts[label] for label in dataset.description.labels if counts[label]})
+
+
+def mask_count(dataset: MaskPromptDataset) -> int:
+    """Return the number of images that have a mask."""
+    return sum(1 for row in dataset.rows(None, ["mask.path"]) if row["mask"] is not None)
+
+
+def _mask_classes(ours: Description, theirs: Description, where: Path) -> Pixels:
+    """Return the real mask index of each given one, (256,).
 
     Classes are matched by name. A single class is the other set's single class whatever its name.
 
     Raises:
         MaskLoomError: a mask class is none of the real ones.
     """
-    if min(len(ours.mask_classes), len(theirs.mask_classes)) < 2:
-        return None
     table = np.zeros(256, dtype=np.uint8)
     if len(ours.mask_classes) == len(theirs.mask_classes) == 2:
         table[1] = 1
@@ -154,7 +170,7 @@ def _mask_classes(ours: Description, theirs: Description, given: MaskPromptDatas
     for index, name in enumerate(theirs.mask_classes[1:], start=1):
         if name.casefold() not in known:
             raise MaskLoomError(
-                f"{given.folder}: mask class {name!r} is none of the real ones ({', '.join(ours.mask_classes[1:])}); "
+                f"--synthetic {where}: mask class {name!r} is none of the real ones ({', '.join(ours.mask_classes[1:])}); "
                 "say what the mask values mean, in the real names: synthetic.options.mask_values={0: background, ...}"
             )
         table[index] = known[name.casefold()]
@@ -163,24 +179,24 @@ def _mask_classes(ours: Description, theirs: Description, given: MaskPromptDatas
 
 def notes(real: MaskPromptDataset, given: MaskPromptDataset) -> list[str]:
     """Return what was done to the images, and which questions they do not allow, in sentences for the report."""
-    ours, theirs = real.description, given.description
-    masked = sum(1 for row in given.rows(None, ["mask.path"]) if row["mask"] is not None)
-    labelled = sum(1 for row in given.rows(None, ["label"]) if row["label"] is not None)
+    ours, count = real.description, given.num_rows
+    height, width = ours.image_size
     found = [
-        f"Made elsewhere: nothing states what these images were trained on, or from which masks ({given.num_rows} images)."
+        f"Made elsewhere: nothing states what these {count} images were trained on, or from which masks.",
+        f"They are {height} × {width} with {ours.channels} channel(s), like the real ones: resized (antialiased; padded with "
+        "black where the aspect ratio differs), colours turned to luminance or grey repeated where needed.",
     ]
-    found.append(
-        f"Images are {ours.image_size[0]} × {ours.image_size[1]} with {ours.channels} channel(s), like the real ones: resized "
-        "(antialiased; padded with black where the aspect ratio differs), colours turned to luminance or grey repeated where needed."
-    )
-    if len(ours.mask_classes) > 1 and masked < given.num_rows:
-        which = "No image has" if not masked else f"{given.num_rows - masked} images do not have"
-        found.append(f"{which} a mask: faithfulness and segmentation leave them out.")
-    if ours.labels and labelled < given.num_rows:
-        which = "No image has" if not labelled else f"{given.num_rows - labelled} images do not have"
-        found.append(f"{which} a class: classification leaves them out.")
-    if theirs.labels and not ours.labels:
-        found.append("Their classes are left out, because the real images have none.")
+    questions = {"mask": "faithfulness and segmentation leave", "class": "classification leaves"}
+    counts = {
+        "mask": (mask_count(real), mask_count(given)),
+        "class": [class_counts(one).total() for one in (real, given)],
+    }
+    for name, (of_real, of_given) in counts.items():
+        if of_real and of_given < count:
+            which = f"{count - of_given} images have" if of_given else "No image has"
+            found.append(f"{which} {'no' if of_given else 'a'} {name}: {questions[name]} them out.")
+        elif of_given and not of_real:
+            found.append(f"What they have beside a picture ({name}) is left out, because the real images have none.")
     if given.contract.rejected:
         found.append(f"{given.contract.rejected} files could not be used and are not judged.")
     return found
@@ -236,14 +252,15 @@ def _all_rows(given: MaskPromptDataset) -> Iterator[dict[str, Any]]:
 
 def dataset_card(about: Description, given: MaskPromptDataset, settings: Mapping[str, Any]) -> str:
     """Return the dataset card: where the images come from, and their classes."""
-    counts = Counter(given.description.label_name(row["label"]) or "no class" for row in given.rows(None, ["label"]))
+    counts = class_counts(given)
+    counts += Counter({"no class": given.num_rows - counts.total()})
     lines = [
         *("---", "license: other", f"license_name: {hub_identifier(given.description.licence)}"),
         *("tags: [synthetic, medical, maskloom]", "---", ""),
         *(f"# Synthetic images beside {about.dataset}: {ORIGIN}", ""),
         "MaskLoom has read these images and judged them; it has not made them. Synthetic images are not patients.",
         *("", "| class | images |", "|---|---|"),
-        *(f"| {markdown_cell(name)} | {count} |" for name, count in sorted(counts.items())),
+        *(f"| {markdown_cell(name)} | {count} |" for name, count in counts.items()),
         *("", "| setting | value |", "|---|---|"),
         *(f"| {key} | {markdown_cell(value)} |" for key, value in settings.items()),
     ]

@@ -85,7 +85,8 @@ def judge(request: Request, force: bool) -> None:
         prepare(values, force)
     dataset = verify_quickly(run.dataset)
     try:
-        import_set(run, dataset, judged_images(request, synthetic, dataset, config, force), force)
+        images = judged_images(request, synthetic, dataset, config, force)
+        import_set(run, dataset, images, synthetic.folder, force)
         evaluate(config, force)
     except LeakedImages as leak:
         remove_results(run)

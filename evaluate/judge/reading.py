@@ -97,8 +97,6 @@ def read_synthetic(values: Mapping[str, Any], force: bool) -> MaskPromptDataset:
 def _like_real(guessed: Mapping[str, Any], about: Description) -> dict[str, Any]:
     """Return guessed options of `folder` in which channels, classes and mask values are the real dataset's."""
     left_out = {"channels", "group_column", "group_pattern", "split_column", "split_pattern"}
-    if len(about.mask_classes) < 2:
-        left_out |= {"masks", "mask_column", "mask_values"}
     options = {key: value for key, value in guessed.items() if key not in left_out}
     options["channels"] = about.channels
     values = options.get("mask_values")

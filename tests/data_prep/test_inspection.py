@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from maskloom.data_prep.__main__ import main
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.inspect import observation
 from maskloom.data_prep.inspect.advice import advice_for
+from maskloom.data_prep.inspect.guess import guessed_data
 from maskloom.data_prep.inspect.layout import guessed_options
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of, spread
 from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
@@ -736,3 +738,35 @@ def test_of_very_many_files_some_are_looked_at(tmp_path, monkeypatch, capsys):
     only_images(tmp_path)
     monkeypatch.setattr(raw_tree, "MAX_FILES", 5)
     assert "Files: 5 and more; only these were looked at" in inspected(capsys, tmp_path)
+
+
+def guessed_file(folder: Path, to: Path) -> dict:
+    """Write the guess of a folder, and return its section `data`."""
+    main(["inspect", str(folder), "--yaml", str(to)])
+    written = to.read_text()
+    assert written.startswith("# written by MaskLoom: guessed configuration\n")
+    return yaml.safe_load(written)["data"]
+
+
+def test_the_guess_as_a_file(tmp_path, capsys):
+    (tmp_path / "known").mkdir()
+    busi.write_raw(tmp_path / "known")
+    found = guessed_file(tmp_path / "known", tmp_path / "a.yaml")
+    assert found == {"dataset": "busi", "conditioning": "mask", "options": {}}
+    (tmp_path / "own" / "x").mkdir(parents=True)
+    only_images(tmp_path / "own" / "x")
+    found = guessed_file(tmp_path / "own", tmp_path / "b.yaml")
+    assert found["dataset"] == "folder" and found["conditioning"] == "edges"
+    assert found["options"]["modality"] == "medical image" and "masks" not in found["options"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_cannot_be_guessed(tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(MaskLoomError, match="no image of a format that is read"):
+        guessed_data(tmp_path)
+    (tmp_path / "several").mkdir()
+    for flag in ("bloodmnist", "pneumoniamnist"):
+        (tmp_path / "several" / f"{flag}.npz").write_bytes(b"")
+    with pytest.raises(MaskLoomError, match=r"holds 2 datasets of the kind medmnist; choose one: options\.flag="):
+        guessed_data(tmp_path / "several")

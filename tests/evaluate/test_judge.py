@@ -1,0 +1,377 @@
+"""Judge images that something else made: every layout, every refusal, leaks and copies."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from PIL import Image
+
+from maskloom.data_prep.datasets.phantom_bus import _render
+from maskloom.evaluate.judge.given import given_folder, require_apart
+from maskloom.evaluate.judge.importing import ORIGIN
+from maskloom.evaluate.judge.judge import Request, judge
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.errors import LeakedImages, MaskLoomError
+from maskloom.pipeline.results import read_evaluations
+from tests.evaluate.runs import faithful, small_options
+from tests.tiny_datasets import write_tiny_run
+
+SIDE = 64
+LABELS = ("benign", "malignant")
+METRICS = ("quality", "faithfulness", "memorisation", "downstream_segmentation", "downstream_classification")
+BLOCKED = ("diffusers", "accelerate", "peft", "transformers")
+BLOCKER = f"""
+import sys
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED!r}:
+            raise ImportError(f"blocked: {{name}}")
+
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def scan(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a phantom (H, W) and its mask of 0 and 1."""
+    return _render(seed, number, 0, LABELS[number % 2], SIDE)
+
+
+def write_classes(folder: Path, seed: int, count: int, masks: bool = True) -> Path:
+    """Write class folders, `benign/scan_0.png` and `benign/scan_0_mask.png`."""
+    for number in range(count):
+        place = folder / LABELS[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image, mask = scan(seed, number)
+        Image.fromarray(image).save(place / f"scan_{number}.png")
+        if masks:
+            Image.fromarray(mask * np.uint8(255)).save(place / f"scan_{number}_mask.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classes(tmp_path_factory.mktemp("real") / "images", 1, 40)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration with small questions."""
+    path = tmp_path / "small.yaml"
+    metrics = {name: small_options(name) for name in METRICS}
+    values = {"extends": "judge.yaml", "data": {"image_size": SIDE}, "evaluate": {"metrics": metrics}}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    """A configuration with one quick question."""
+    path = tmp_path / "quick.yaml"
+    metrics = {name: False for name in METRICS if name != "quality"} | {"quality": small_options("quality")}
+    values = {"extends": "judge.yaml", "data": {"image_size": SIDE}, "evaluate": {"metrics": metrics}}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def judged(
+    real: Path, synthetic: Path, out: Path, config: Path, *overrides: str, seeds: int | None = None
+) -> tuple[MaskPromptDataset, MaskPromptDataset]:
+    """Judge, and return the real dataset and the synthetic set of the run."""
+    judge(Request(real, synthetic, out, config, None, seeds, overrides), force=False)
+    return MaskPromptDataset.open(out / "dataset"), MaskPromptDataset.open(out / "synthetic" / "synthetic")
+
+
+def classes_of(dataset: MaskPromptDataset) -> Counter[str | None]:
+    return Counter(dataset.description.label_name(row["label"]) for row in dataset.rows(None, ["label"]))
+
+
+def masked(dataset: MaskPromptDataset) -> int:
+    return sum(row["mask"] is not None and bool(png_array(row["mask"]["bytes"]).any()) for row in dataset.rows())
+
+
+def without_masks(folder: Path, to: Path) -> Path:
+    """Copy class folders without their masks."""
+    return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*_mask.png")))
+
+
+def held_out_file(run: Path, real: Path, split: str) -> Path:
+    """Return the file of the first image of a split."""
+    row = next(iter(MaskPromptDataset.open(run / "dataset").rows(split, ["sample_id"])))
+    label, _, name = row["sample_id"].partition("-")
+    return real / label / f"{name}.png"
+
+
+def plant(original: Path, synthetic: Path, name: str = "planted") -> None:
+    """Put an image, with its mask, among the synthetic ones."""
+    target = synthetic / original.parent.name
+    shutil.copy(original, target / f"{name}.png")
+    shutil.copy(original.with_name(f"{original.stem}_mask.png"), target / f"{name}_mask.png")
+
+
+def test_a_verdict_without_any_of_the_training_packages(real: Path, tmp_path: Path, config: Path) -> None:
+    synthetic = write_classes(tmp_path / "vendor", 2, 24)
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    imports = subprocess.run(
+        [sys.executable, "-c", "import accelerate"], env=environment, capture_output=True, text=True
+    )
+    assert "blocked: accelerate" in imports.stderr
+    words = ["judge", "--real", real, "--synthetic", synthetic, "--out", tmp_path / "out", "--config", config]
+    command = [sys.executable, "-m", "maskloom.evaluate", *map(str, words), "--seeds", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = {one.metric: one for one in read_evaluations(tmp_path / "out" / "evaluation")}
+    assert set(answers) == set(METRICS)
+    assert all(one.skipped is None and one.verdict in done.stdout for one in answers.values())
+    assert answers["downstream_segmentation"].seeds == [0, 1, 2, 3]
+    assert (tmp_path / "out" / "evaluation" / "cases.parquet").is_file()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Made elsewhere: nothing states what these images were trained on" in page
+    assert "maskloom-judge" not in page and str(tmp_path) not in page
+
+
+def test_the_set_is_one_of_the_real_dataset_and_says_that_it_was_made_elsewhere(
+    real: Path, tmp_path: Path, quick: Path
+) -> None:
+    ours, theirs = judged(real, write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out", quick)
+    assert ours.num_rows == 40 and theirs.contract.splits["train"].rows == theirs.num_rows == 12
+    assert theirs.contract.parent is not None and theirs.contract.parent.digest == ours.digest
+    stated = theirs.description.preprocessing["generation"]
+    assert stated["origin"] == ORIGIN
+    assert stated["training"] == {"stage": None, "dataset": None, "weights": None}
+    assert classes_of(theirs) == {"benign": 6, "malignant": 6} and masked(theirs) == 12
+    rows = list(theirs.rows())
+    assert all(row["origin"] == "synthetic" and row["generator"] == ORIGIN for row in rows)
+    assert all(row["parent_id"] is None and row["group_id"].startswith("synthetic/") for row in rows)
+    assert ORIGIN in (theirs.folder / "README.md").read_text()
+    evaluated = (tmp_path / "out" / "evaluation" / "quality.json").stat().st_mtime_ns
+    judged(real, tmp_path / "vendor", tmp_path / "out", quick)  # nothing has changed
+    assert (tmp_path / "out" / "evaluation" / "quality.json").stat().st_mtime_ns == evaluated
+
+
+def test_a_planted_test_image_stops_with_exit_code_3_and_leaves_no_older_verdict(
+    real: Path, tmp_path: Path, quick: Path
+) -> None:
+    synthetic, out = write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out"
+    judged(real, synthetic, out, quick)
+    plant(held_out_file(out, real, "test"), synthetic)
+    words = ["judge", "--real", real, "--synthetic", synthetic, "--out", out, "--config", quick]
+    done = subprocess.run([sys.executable, "-m", "maskloom.evaluate", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 3
+    told = done.stderr.strip().splitlines()[-1]
+    assert told.startswith("stopped: ") and "-planted (train of" in told and "(test)" in told
+    assert "take these images out of the synthetic folder" in told
+    assert not (out / "report.html").exists() and not read_evaluations(out / "evaluation")
+
+
+def test_an_altered_test_image_stops_too(real: Path, tmp_path: Path, quick: Path) -> None:
+    synthetic, out = write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out"
+    judged(real, synthetic, out, quick)
+    original = held_out_file(out, real, "test")
+    plant(original, synthetic)
+    for name, change in (("planted", lambda pixels: pixels // 2 + 40), ("planted_mask", lambda pixels: pixels)):
+        file = synthetic / original.parent.name / f"{name}.png"
+        Image.fromarray(change(np.asarray(Image.open(file))[:, ::-1])).save(file)
+    with pytest.raises(LeakedImages, match=r"-planted .* shows .*mirrored"):
+        judged(real, synthetic, out, quick)
+
+
+def test_copies_of_train_images_follow_on_copies(real: Path, tmp_path: Path, quick: Path) -> None:
+    synthetic, out = write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out"
+    judged(real, synthetic, out, quick)
+    plant(held_out_file(out, real, "train"), synthetic)
+    memorisation = f"evaluate.metrics.memorisation={json.dumps(small_options('memorisation'))}"
+    with pytest.raises(
+        LeakedImages, match=r"images are copies of training images: .*-planted of .*evaluate\.on_copies"
+    ):
+        judged(real, synthetic, out, quick, "evaluate.on_copies=stop", memorisation)
+    judged(real, synthetic, out, quick, memorisation)  # dropped: a verdict, which names it
+    answer = next(one for one in read_evaluations(out / "evaluation") if one.metric == "memorisation")
+    assert answer.copies is not None
+    assert any(row.sample_id.endswith("planted") for row in answer.copies["synthetic"])
+
+
+def test_images_without_masks_and_of_another_size_and_colour(real: Path, tmp_path: Path, config: Path) -> None:
+    write_classes(tmp_path / "drawn", 2, 16, masks=False)
+    for file in (tmp_path / "drawn").rglob("*.png"):
+        Image.open(file).convert("RGB").resize((90, 50)).save(file)
+    _, theirs = judged(real, tmp_path / "drawn", tmp_path / "out", config)
+    assert masked(theirs) == 0 and theirs.description.channels == 1
+    assert png_array(next(iter(theirs.rows()))["image"]["bytes"]).shape == (SIDE, SIDE)
+    answers = {one.metric: one for one in read_evaluations(tmp_path / "out" / "evaluation")}
+    assert answers["downstream_segmentation"].skipped == "no image of synthetic has a mask"
+    assert "No synthetic image has a mask" in answers["faithfulness"].verdict
+    assert answers["downstream_classification"].skipped is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No image has a mask: faithfulness and segmentation leave them out." in page
+    assert "colours turned to luminance" in page
+
+
+def test_a_single_class_folder_is_that_class(real: Path, tmp_path: Path, quick: Path) -> None:
+    synthetic = write_classes(tmp_path / "vendor", 2, 16)
+    shutil.rmtree(synthetic / "malignant")
+    _, theirs = judged(without_masks(real, tmp_path / "real"), synthetic, tmp_path / "out", quick)
+    assert classes_of(theirs) == {"benign": 8} and masked(theirs) == 0
+    assert "(mask) is left out" in (tmp_path / "out" / "report.html").read_text()
+
+
+def write_pairs(folder: Path, seed: int, count: int, table: bool) -> Path:
+    """Write `images/N.png` and `masks/N.png`, and on demand a table of classes and patients."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    lines = ["file,mask,diagnosis,patient"]
+    for number in range(count):
+        image, mask = scan(seed, number)
+        Image.fromarray(image).save(folder / "images" / f"{number}.png")
+        Image.fromarray(mask * np.uint8(255)).save(folder / "masks" / f"{number}.png")
+        lines.append(f"images/{number}.png,masks/{number}.png,{LABELS[number % 2]},c{number // 2}")
+    if table:
+        (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_images_with_masks_by_pattern(tmp_path: Path, quick: Path) -> None:
+    real, synthetic = write_pairs(tmp_path / "real", 1, 40, False), write_pairs(tmp_path / "vendor", 2, 12, False)
+    ours, theirs = judged(real, synthetic, tmp_path / "out", quick)
+    assert masked(ours) == 40 and masked(theirs) == 12 and not ours.description.labels
+
+
+def test_images_of_a_table(tmp_path: Path, quick: Path) -> None:
+    real, synthetic = write_pairs(tmp_path / "real", 1, 40, True), write_pairs(tmp_path / "vendor", 2, 12, True)
+    ours, theirs = judged(real, synthetic, tmp_path / "out", quick)
+    assert masked(ours) == 40 and masked(theirs) == 12
+    assert classes_of(ours) == {"benign": 20, "malignant": 20} and classes_of(theirs) == {"benign": 6, "malignant": 6}
+    assert sum(part.groups for part in ours.contract.splits.values()) == 20  # patients
+
+
+def test_a_run_and_its_synthetic_set(tmp_path: Path, quick: Path) -> None:
+    run = tmp_path / "run"
+    write_tiny_run(run, {"controlnet": faithful})
+    copied, theirs = judged(run, run / "synthetic" / "controlnet", tmp_path / "out", quick)
+    assert copied.digest == MaskPromptDataset.open(run / "dataset").digest
+    given = MaskPromptDataset.open(run / "synthetic" / "controlnet")
+    assert [row["parent_id"] for row in theirs.rows()] == [row["parent_id"] for row in given.rows()]
+    assert given_folder("synthetic", run).folder == run / "synthetic" / "controlnet"
+
+
+REFUSALS = {
+    "no such folder": (lambda r, s: (r, s.parent / "nowhere"), r"--synthetic .*nowhere: no such folder"),
+    "a file": (lambda r, s: (r, s / "benign" / "scan_0.png"), r"scan_0\.png: is a file; give the folder"),
+    "the same folder": (lambda r, s: (r, r), r"is the folder of --real"),
+    "the same folder by a link": (lambda r, s: (r, _linked(r, s)), r"is the folder of --real"),
+    "one in the other": (lambda r, s: (r, r / "benign"), r"benign: lies in --real"),
+    "one around the other": (lambda r, s: (r / "benign", r), r"--real .*benign: lies in --synthetic"),
+    "an empty folder": (lambda r, s: (r, _emptied(s)), r"--synthetic .*: the folder is empty"),
+    "no image": (lambda r, s: (r, _without_images(s)), r"--synthetic .*: no image of a format that is read"),
+    "a class that the real set lacks": (lambda r, s: (r, _renamed(s)), r"--synthetic .*vendor: class 'cyst' is none of the real classes \(benign, malignant\)"),
+}  # fmt: skip
+
+
+def _linked(real: Path, synthetic: Path) -> Path:
+    link = synthetic.parent / "link"
+    link.symlink_to(real)
+    return link
+
+
+def _emptied(synthetic: Path) -> Path:
+    shutil.rmtree(synthetic)
+    synthetic.mkdir()
+    return synthetic
+
+
+def _without_images(synthetic: Path) -> Path:
+    _emptied(synthetic)
+    (synthetic / "notes.txt").write_text("none")
+    return synthetic
+
+
+def _renamed(synthetic: Path) -> Path:
+    (synthetic / "benign").rename(synthetic / "cyst")
+    return synthetic
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_refused(name: str, real: Path, tmp_path: Path, quick: Path) -> None:
+    change, told = REFUSALS[name]
+    ours, theirs = change(real, write_classes(tmp_path / "vendor", 2, 8, masks=False))
+    with pytest.raises(MaskLoomError, match=told) as error:
+        judged(ours, theirs, tmp_path / "out", quick)
+    assert "\n" not in str(error.value) and not isinstance(error.value, LeakedImages)
+
+
+def test_unreadable_images_are_left_out_and_counted(real: Path, tmp_path: Path, quick: Path) -> None:
+    synthetic = write_classes(tmp_path / "vendor", 2, 12)
+    (synthetic / "benign" / "scan_0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    (tmp_path / "elsewhere.png").write_bytes((synthetic / "benign" / "scan_2.png").read_bytes())
+    (synthetic / "benign" / "scan_2.png").unlink()
+    (synthetic / "benign" / "scan_2.png").symlink_to(tmp_path / "elsewhere.png")
+    overrides = (
+        "synthetic.dataset=folder",
+        "synthetic.options={modality: medical image, images: '*/scan_*.png', masks: '{folder}/{stem}_mask.png', label_from: parent}",
+    )
+    _, theirs = judged(real, synthetic, tmp_path / "out", quick, *overrides)
+    assert theirs.num_rows == 10
+    assert "2 files could not be used and are not judged." in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_folder_of_unreadable_images_ends_with_the_exit_code_of_prepare(
+    real: Path, tmp_path: Path, quick: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    synthetic = write_classes(tmp_path / "vendor", 2, 4, masks=False)
+    for file in synthetic.rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(typer.Exit) as end:
+        judged(real, synthetic, tmp_path / "out", quick)
+    assert end.value.exit_code == 2
+    assert "no usable image" in capfd.readouterr().err
+
+
+def test_a_real_folder_that_is_synthetic_or_of_fixed_size(tmp_path: Path, quick: Path) -> None:
+    run = tmp_path / "run"
+    write_tiny_run(run, {"a": faithful})
+    ours, theirs = run / "dataset", run / "synthetic" / "a"
+    with pytest.raises(MaskLoomError, match=r"--real .*: a synthetic dataset; give the real one"):
+        judged(theirs, ours, tmp_path / "out", quick)
+    with pytest.raises(MaskLoomError, match=r"--size 32: .*dataset is prepared already, at"):
+        judge(Request(ours, theirs, tmp_path / "out", quick, 32), force=False)
+    with pytest.raises(MaskLoomError, match=r"synthetic\.options\.channels=3: .*a is prepared already"):
+        judged(ours, theirs, tmp_path / "out", quick, "synthetic.options.channels=3")
+
+
+def test_which_synthetic_set_of_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_tiny_run(run, {})
+    with pytest.raises(MaskLoomError, match=r"a run with 0 synthetic sets; give one of them: none"):
+        given_folder("synthetic", run)
+    write_tiny_run(run, {"a": faithful, "b": faithful})
+    with pytest.raises(MaskLoomError, match=r"a run with 2 synthetic sets; give one of them: .*/a, .*/b"):
+        given_folder("synthetic", run)
+    assert given_folder("real", run).folder == run / "dataset"
+
+
+def test_the_result_lies_apart_from_what_is_read(tmp_path: Path) -> None:
+    for name in ("real", "synthetic"):
+        (tmp_path / name).mkdir()
+    given = given_folder("real", tmp_path / "real"), given_folder("synthetic", tmp_path / "synthetic")
+    with pytest.raises(MaskLoomError, match=r"--synthetic=.*synthetic: holds .*result, which is written to"):
+        require_apart(*given, tmp_path / "synthetic" / "result")
+
+
+def test_foreign_files_in_the_place_of_the_result_stay(real: Path, tmp_path: Path, quick: Path) -> None:
+    (tmp_path / "out" / "dataset").mkdir(parents=True)
+    (tmp_path / "out" / "dataset" / "mine.txt").write_text("mine")
+    with pytest.raises(MaskLoomError, match=r"holds dataset, which MaskLoom did not write"):
+        judged(real, write_classes(tmp_path / "vendor", 2, 4), tmp_path / "out", quick)
+    assert (tmp_path / "out" / "dataset" / "mine.txt").read_text() == "mine"
