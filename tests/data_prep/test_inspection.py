@@ -742,7 +742,9 @@ def test_of_very_many_files_some_are_looked_at(tmp_path, monkeypatch, capsys):
 
 def guessed_file(folder: Path, to: Path) -> dict:
     """Write the guess of a folder, and return its section `data`."""
-    main(["inspect", str(folder), "--yaml", str(to)])
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", str(folder), "--yaml", str(to)])
+    assert not end.value.code
     written = to.read_text()
     assert written.startswith("# written by MaskLoom: guessed configuration\n")
     return yaml.safe_load(written)["data"]
