@@ -1,10 +1,11 @@
-"""`python -m evaluate --config FILE [--force] [KEY=VALUE ...]`.
+"""`python -m evaluate --config FILE [--controls] [--force] [KEY=VALUE ...]`.
 
 Further commands: `compare` and `judge`.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,13 +34,23 @@ def main(args: list[str]) -> None:
 
 
 def command(
-    config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
+    force: ForceOption = False,
+    check: CheckOption = False,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="also plant copies, leaked test images and shuffled masks, and report whether they are noticed",
+        ),
+    ] = False,
 ) -> None:
     """Evaluate every synthetic dataset with the configured metrics, one JSON file per question."""
     experiment = loaded(config, overrides)
     from maskloom.evaluate.evaluate import evaluate
 
-    run_stage(evaluate, experiment, force, check)
+    run_stage(partial(evaluate, controls=controls), experiment, force, check)
 
 
 def compare(

@@ -6,11 +6,13 @@ continues with the metric at which it stopped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
 
+from maskloom.evaluate import controls as controls_module
 from maskloom.evaluate.copies import require_no_training_copies
 from maskloom.evaluate.downstream.cases import CASES_FILE, DownstreamResult, EvaluationCases
 from maskloom.evaluate.feature_cache import FeatureCache
@@ -30,7 +32,7 @@ from maskloom.pipeline.files.atomic import model_digest, value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.plugins import load_plugin
 from maskloom.pipeline.progress import progress, say
-from maskloom.pipeline.results import TUNED_VAE, Evaluation, MetricResult, read_evaluation, write_evaluation
+from maskloom.pipeline.results import CONTROLS, TUNED_VAE, Evaluation, MetricResult, read_evaluation, write_evaluation
 from maskloom.pipeline.runs.copies import require_no_held_out_copies
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.record import require_intact
@@ -55,8 +57,14 @@ class Question:
         return [self.name, self.module.VERSION, self.options.model_dump(mode="json")]
 
 
-def evaluate(config: ExperimentConfig, force: bool) -> None:
+def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> None:
     """Answer every question of `evaluate.metrics` in `RUN/evaluation`.
+
+    Args:
+        config: the experiment.
+        force: answer even if nothing has changed.
+        controls: also run the known controls. Without it, an answer about them stays while it is
+            still valid.
 
     Raises:
         MaskLoomError: a dataset is missing or damaged, a metric or an option is unknown, or a metric
@@ -70,16 +78,20 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
     handling = {} if config.evaluate.on_copies == "drop" else {"on_copies": config.evaluate.on_copies}
     settings |= handling
     stage = Stage(run, "evaluate", {**digests, "backbone": backbone}, settings, [run.evaluation])
-    if stage.skips(force):
+    answers = OwnedFolder(run.evaluation)
+    control = controls_question(questions)
+    about = {"real": digests["real"]}
+    control_key = value_digest([__version__, control.identity, about, config.seed])
+    tested = None if controls and force else _kept_answer(answers, control, control_key, EvaluationCases(answers, {}))
+    if stage.skips(force or (controls and not tested)):
         return
     if config.train is not None:
         check_places(read_places(config.train), [run.evaluation, run.features, run.logs("evaluate")])
-    answers = OwnedFolder(run.evaluation)
     answers.check()
     cache = FeatureCache(run.features)
     cache.check()
-    for question in questions:
-        answers.check_name(f"{question.name}.json")
+    for name in (*(question.name for question in questions), *([CONTROLS] if controls else [])):
+        answers.check_name(f"{name}.json")
     inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
         answers.claim()
@@ -88,6 +100,7 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
         inputs.on_copies = config.evaluate.on_copies
         require_no_training_copies(inputs)
         asked = {question.name for question in questions}  # the report shows whatever else lies there
+        asked |= {CONTROLS} if tested else set()
         answers.remove([name for name in answers.files() if name != CASES_FILE and _question_of(name) not in asked])
         cases = EvaluationCases.of(answers, asked)
         for question in questions:
@@ -97,6 +110,18 @@ def evaluate(config: ExperimentConfig, force: bool) -> None:
             answer = kept or _new_answer(answers, question, inputs, key, digests, cases)
             results[question.name] = answer.verdict
             advance()
+        if controls:
+            tested = tested or _new_answer(answers, control, inputs, control_key, about, cases)
+        if tested:
+            results[CONTROLS] = tested.verdict
+            for warning in tested.warnings:
+                print(f"controls: {warning}")  # a finding about the answers themselves
+
+
+def controls_question(questions: Sequence[Question]) -> Question:
+    """Return the known controls as a question, with the options of the metrics that they test."""
+    options = next((one.options for one in questions if one.name == "faithfulness"), None)
+    return Question(CONTROLS, controls_module, controls_module.Options(faithfulness=options))
 
 
 def input_digests(run: Run, config: ExperimentConfig) -> dict[str, str]:
@@ -177,7 +202,7 @@ def _kept_answer(answers: OwnedFolder, question: Question, key: str, cases: Eval
     own = [file for file in answers.files() if _question_of(file) == question.name]
     problem = next((problem for file in own if (problem := answers.problem(file))), None)
     if problem:
-        say(f"{problem}; computing {question.name} again")
+        say(f"{problem}; its answer is dropped")
         return None
     answer = read_evaluation(answers.path / name)
     return answer if answer.key == key and answer.case_rows == cases.rows_of(question.name) else None

@@ -24,6 +24,8 @@ REAL = "real images"
 """The row of the table of generators that holds the figures of real images."""
 TUNED_VAE = "vae"
 """Name of the fine-tuned VAE among the inputs of an evaluation; all others are datasets."""
+CONTROLS = "controls"
+"""The answer of `evaluate --controls`: it is about the checks, not about synthetic images."""
 NAMED_COPIES = 3
 OnCopies = Literal["drop", "stop", "keep"]
 REMEDY = "run evaluate again with --force"

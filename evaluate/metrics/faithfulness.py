@@ -131,7 +131,7 @@ def score_set(
     predictions = [predicted_masks(model.network, masked.images, inputs.device) for model in models]
     classes = len(inputs.classes)
     random = np.random.default_rng(inputs.seed)
-    others = [masked.masks[_derangement(len(masked), random)] for _ in range(options.shuffles)]
+    others = [masked.masks[derangement(len(masked), random)] for _ in range(options.shuffles)]
 
     def mean_over_models(scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         return np.einsum("nm,mnc->nc", weights, np.stack(scores))
@@ -144,7 +144,7 @@ def score_set(
     return SetScores(name, dice, iou, chance, masked.groups)
 
 
-def _derangement(count: int, random: np.random.Generator) -> NDArray[np.int64]:
+def derangement(count: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Return a random cyclic permutation: no image keeps its own mask unless it is the only one."""
     order = random.permutation(count)
     partner = np.empty(count, dtype=np.int64)
