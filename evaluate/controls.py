@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +36,6 @@ QUESTION = "Do the checks of this evaluation notice what they are meant to find,
 PLANTED = 20  # images per control
 FEWEST_FOUND = 0.95  # share of the planted images from which a control is caught
 CROPPED = 0.1  # share of the side that a cropped copy lacks
-BLIND = "this check is blind in this dataset"
 
 Pixels = NDArray[np.uint8]
 Change = Callable[[Pixels, np.random.Generator], Pixels]
@@ -72,6 +70,13 @@ class Control:
         """Return the control with its result."""
         return f"{self.name}: {self.result}"
 
+    @property
+    def state(self) -> str:
+        """Whether it was caught, and what follows if not."""
+        if self.caught is None:
+            return "not applicable"
+        return "yes" if self.caught else f"NO: this check is {'partly ' if self.found else ''}blind in this dataset"
+
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     """Run every control.
@@ -92,7 +97,11 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         question=QUESTION,
         verdict=_verdict(controls),
         tables=[_table(controls)],
-        warnings=[f"{one}; {BLIND}, so what it does not find may be there" for one in controls if one.caught is False],
+        warnings=[
+            f"{one}; {one.state.removeprefix('NO: ')}, so what it does not find may be there"
+            for one in controls
+            if one.caught is False
+        ],
         limits=["A control that is caught shows that such images are found, not that every kind of copy would be."],
         values={one.name: asdict(one) for one in controls},
         n={"real train": len(inputs.train), "planted": sum(one.planted or 0 for one in controls)},
@@ -262,23 +271,21 @@ def _planted_control(name: str, planted: PlantedSet | None, pairs: Mapping[str, 
         return Control(name, f"not applicable: there is no {kind} image that is not uniform", None)
     count, found = len(planted.originals), len(pairs)
     named = sum(planted.originals[sample] == original for sample, original in pairs.items())
-    words = f"{count} planted, {found} found ({named} with their original)"
-    return Control(name, words, found >= FEWEST_FOUND * count, count, found, named)
+    return Control(name, f"{found} of {count} found", found >= FEWEST_FOUND * count, count, found, named)
 
 
 def _verdict(controls: Sequence[Control]) -> str:
     """Return the verdict, what was not caught first."""
     missed, caught, other = ([one for one in controls if one.caught is state] for state in (False, True, None))
-    parts = [f"NOT CAUGHT, {BLIND}: {'; '.join(map(str, missed))}."] if missed else []
+    parts = [f"NOT CAUGHT in this dataset: {'; '.join(map(str, missed))}."] if missed else []
     parts += [f"Controls caught: {'; '.join(map(str, caught))}."] if caught else []
     return " ".join([*parts, *(f"{one.name[0].upper()}{one.name[1:]}: {one.result}." for one in other)])
 
 
 def _table(controls: Sequence[Control]) -> Table:
-    states: dict[Any, str] = {True: "yes", False: f"NO: {BLIND}", None: "not applicable"}
     return Table(
         title="Known controls",
         note=f"Planted images are caught if {FEWEST_FOUND:.0%} of them are found; shuffled masks if the fall's interval is above 0.",
-        columns=["control", "result", "caught"],
-        rows=[[one.name, one.result.removeprefix("not applicable: "), states[one.caught]] for one in controls],
+        columns=["control", "result", "with their original", "caught"],
+        rows=[[one.name, one.result.removeprefix("not applicable: "), one.named, one.state] for one in controls],
     )

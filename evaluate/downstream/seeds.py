@@ -67,8 +67,10 @@ def seed_plan(cases: ScoredTestSet, score: str, most: int) -> SeedPlan:
     while gain >= GAIN and seeds < most:
         seeds += 1
         gain = _gain(pooled, seeds)
-    why = "by less" if gain < GAIN else "still by more, but this is max_seeds"
-    return SeedPlan(seeds, most, f"another would lower the smallest effect {why} ({gain:.1%}; limit {GAIN:.0%})")
+    improvement = f"another would lower the smallest effect by {100 * gain:.1f} %"
+    if gain < GAIN:
+        return SeedPlan(seeds, most, f"{improvement}, less than {100 * GAIN:.0f} %")
+    return SeedPlan(seeds, most, f"{improvement}, but max_seeds is reached")
 
 
 def _first_seeds(cases: ScoredTestSet) -> ScoredTestSet:

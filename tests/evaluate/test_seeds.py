@@ -38,7 +38,9 @@ def test_seeds_are_added_where_they_vary_and_not_where_patients_do() -> None:
     assert seed_plan(simulated(0.0, 0.1), "Dice", 10).seeds <= 4
     few = seed_plan(simulated(0.05, 0.0), "Dice", 5)
     assert few.seeds == 5
-    assert few.reason.startswith("another would lower the smallest effect still by more, but this is max_seeds (")
+    assert few.reason.startswith("another would lower the smallest effect by ")
+    assert few.reason.endswith(" %, but max_seeds is reached")
+    assert seed_plan(simulated(0.0, 0.1), "Dice", 10).reason.endswith(" %, less than 5 %")
 
 
 @pytest.mark.parametrize("shift", [-0.2, -0.01, 0.003, 0.05, 0.3])
