@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +30,72 @@ def frechet_distance(left: Features, right: Features) -> float:
     Returns:
         The squared distance, as the literature reports it; never negative.
     """
-    with threadpool_limits(1):  # these threads wait for each other at every column, beside other work for long
-        left_root, right_root = _covariance_root(left), _covariance_root(right)
-        overlap = np.linalg.svd(left_root @ right_root.T, compute_uv=False).sum()
-    shift = np.sum((left.mean(axis=0, dtype=np.float64) - right.mean(axis=0, dtype=np.float64)) ** 2)
-    return float(max(0.0, shift + np.sum(left_root**2) + np.sum(right_root**2) - 2 * overlap))
+    return gaussian_distance(fit_gaussian(left), fit_gaussian(right))
 
 
-def _covariance_root(features: Features) -> Floats:
-    """Return R, at most (D, D), such that R'R is the sample covariance."""
-    centred = (features - features.mean(axis=0, dtype=np.float64)) / np.sqrt(len(features) - 1)
-    if len(centred) <= centred.shape[1]:
-        return centred
-    return np.asarray(np.linalg.qr(centred, mode="r"))
+@dataclass(frozen=True)
+class Gaussian:
+    """The Gaussian fitted to a set of features.
+
+    Attributes:
+        mean: (D,).
+        root: R, (rows, D) with at most D rows, such that R'R is the sample covariance.
+    """
+
+    mean: Floats
+    root: Floats
+
+
+def fit_gaussian(features: Features) -> Gaussian:
+    """Return the Gaussian fitted to features, (N, D), N >= 2."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    root = (features - mean) / np.sqrt(len(features) - 1)
+    if len(root) > root.shape[1]:
+        with threadpool_limits(1):  # these threads wait for each other at every column, beside other work for long
+            root = np.asarray(np.linalg.qr(root, mode="r"))
+    return Gaussian(mean, root)
+
+
+def gaussian_distance(left: Gaussian, right: Gaussian) -> float:
+    """Return the squared Fréchet distance of two Gaussians."""
+    with threadpool_limits(1):
+        overlap = np.linalg.svd(left.root @ right.root.T, compute_uv=False).sum()
+    shift = np.sum((left.mean - right.mean) ** 2)
+    return float(max(0.0, shift + np.sum(left.root**2) + np.sum(right.root**2) - 2 * overlap))
+
+
+def gaussians_without(features: Features, block: NDArray[np.int64], blocks: int) -> Iterator[Gaussian | None]:
+    """Yield the Gaussian fitted to the features without each block; None where fewer than two are left.
+
+    With centred data X = QR, leaving out the rows W of Q changes the covariance to R'(I - W'W)R: the
+    square root of this matrix follows from the singular values of W, which is small. Fitting every
+    remainder anew takes one decomposition of almost all features per block.
+
+    Args:
+        features: (N, D).
+        block: (N,) number of each image's block.
+        blocks: number of blocks.
+    """
+    kept = len(features) - np.bincount(block, minlength=blocks)
+    if kept.min() <= features.shape[1]:
+        for out in range(blocks):
+            yield fit_gaussian(features[block != out]) if kept[out] > 1 else None
+        return
+    mean = features.mean(axis=0, dtype=np.float64)
+    with threadpool_limits(1):
+        basis, root = np.linalg.qr(features - mean)
+    for out in range(blocks):
+        yield _without_rows(mean, basis[block == out], root, int(kept[out]))
+
+
+def _without_rows(mean: Floats, rows: Floats, root: Floats, kept: int) -> Gaussian:
+    """Return the Gaussian of the `kept` images that remain without some rows of Q in X = QR."""
+    shift = rows.sum(axis=0) / kept  # the remainder is centred around its own mean
+    with threadpool_limits(1):
+        _, sizes, axes = np.linalg.svd(np.vstack([rows, shift * np.sqrt(kept)]), full_matrices=False)
+    shrunk = 1 - np.sqrt(np.clip(1 - sizes**2, 0, None))
+    remaining = root - (axes.T * shrunk) @ (axes @ root)
+    return Gaussian(mean - shift @ root, remaining / np.sqrt(kept - 1))
 
 
 def frechet_interval(
@@ -84,11 +138,10 @@ def frechet_leave_outs(
     It is NaN where fewer than two images remain on a side. Distances of several pairs of sets can
     be subtracted block by block where they share `block_of`.
     """
-    left_block = np.array([block_of[group] for group in left_groups])
-    right_block = np.array([block_of[group] for group in right_groups])
-    leave_outs = np.full(max(block_of.values()) + 1, np.nan)
-    for out in range(len(leave_outs)):
-        kept_left, kept_right = left[left_block != out], right[right_block != out]
-        if len(kept_left) > 1 and len(kept_right) > 1:
-            leave_outs[out] = frechet_distance(kept_left, kept_right)
-    return leave_outs
+    blocks = max(block_of.values()) + 1
+    sides = [
+        gaussians_without(features, np.array([block_of[group] for group in groups]), blocks)
+        for features, groups in ((left, left_groups), (right, right_groups))
+    ]
+    pairs = zip(*sides, strict=True)
+    return np.array([np.nan if one is None or real is None else gaussian_distance(one, real) for one, real in pairs])

@@ -5,7 +5,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 from maskloom.evaluate.scores import kernel_distance as kernel_distances
 from maskloom.evaluate.scores.diversity import pair_similarities, random_pairs, usable_scales
-from maskloom.evaluate.scores.frechet import frechet_distance, frechet_interval
+from maskloom.evaluate.scores.frechet import frechet_distance, frechet_interval, frechet_leave_outs
 from maskloom.evaluate.scores.kernel_distance import kernel_distance, squared_discrepancy
 from maskloom.evaluate.scores.manifold import manifold_scores
 from maskloom.evaluate.scores.statistics import jackknife_interval
@@ -71,6 +71,21 @@ def test_frechet_interval_leaves_a_group_out_on_both_sides(random: np.random.Gen
     expected = jackknife_interval(frechet_distance(left, right), [without(group) for group in "abcdef"])
     found = frechet_interval(left, right, left_groups, right_groups, 20)
     assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))
+
+
+def test_frechet_without_a_block_equals_a_new_fit(random: np.random.Generator) -> None:
+    """Blocks of unequal size, one of them with the only images of a direction, so that the rest lacks it."""
+    left, right = random.normal(size=(90, 12)), random.normal(0.3, 1.5, size=(70, 12))
+    left[:, 11] = np.arange(90) < 9
+    groups = [f"l{i // 9}" for i in range(90)], [f"r{i // 7}" for i in range(70)]
+    block_of = {group: int(group[1:]) % 7 if group[0] == "r" else int(group[1:]) % 9 for group in sum(groups, [])}
+    found = frechet_leave_outs(left, right, *groups, block_of)
+    for block, distance in enumerate(found):
+        kept = [
+            features[[block_of[group] != block for group in names]]
+            for features, names in zip((left, right), groups, strict=True)
+        ]
+        assert distance == pytest.approx(frechet_distance(*kept), rel=1e-7)
 
 
 def test_frechet_interval_keeps_groups_whole_in_few_blocks(random: np.random.Generator) -> None:
