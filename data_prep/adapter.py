@@ -148,11 +148,14 @@ class DatasetAdapter(ABC):
         needs_raw_dir: false if the data comes with a package or is computed.
         items_per_part: number of listed items that are read and stored as one resumable part; 1 for
             volumes and slides.
+        states_layout: true if a file of the folder says what its images are, so that `inspect` puts
+            this adapter before those that go by the names of folders.
     """
 
     Options: ClassVar[type[Options]] = Options
     needs_raw_dir: ClassVar[bool] = True
     items_per_part: ClassVar[int] = 32
+    states_layout: ClassVar[bool] = False
 
     def __init__(self, raw_dir: Path | None, options: BaseModel) -> None:
         """Store the folder and the options.

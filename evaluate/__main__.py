@@ -105,8 +105,8 @@ def judge(
     Answers the questions of evaluate: do they look real, follow their masks, copy
     patients, help a model?
 
-    Reads class folders, images with masks (by pattern or table), prepared
-    datasets and runs.
+    Reads class folders, images with masks (by pattern or table), nnU-Net and
+    Hugging Face folders, prepared datasets and runs.
 
     Exit code: 0 with a verdict; 3 where a leak or copies stopped it; 2 for a
     mistake in what was given.

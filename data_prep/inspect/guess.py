@@ -51,18 +51,21 @@ def guessed_data(raw_dir: Path) -> dict[str, Any]:
 
 def recognised(raw_dir: Path) -> tuple[list[str], dict[str, str]]:
     """Return the datasets whose layout matches a folder, most specific first, and why others were not checked."""
-    names, unchecked = [], {}
+    adapters: dict[str, type[DatasetAdapter]] = {}
+    unchecked = {}
     for name in plugin_names(PACKAGE):
         try:
-            if load_plugin(PACKAGE, name, "dataset").Adapter.recognises(raw_dir):
-                names.append(name)
+            adapter = load_plugin(PACKAGE, name, "dataset").Adapter
+            if adapter.recognises(raw_dir):
+                adapters[name] = adapter
         except OSError as error:
             unchecked[name] = f"{error.strerror}: {error.filename}"
         except MaskLoomError as error:
             unchecked[name] = str(error)
     # Adapters of a file format (named FORMAT_folder) match any such files; adapters of a dataset
     # are more specific.
-    return sorted(names, key=lambda name: (name.endswith("_folder"), name)), unchecked
+    order = {name: (not one.states_layout, name.endswith("_folder"), name) for name, one in adapters.items()}
+    return sorted(order, key=lambda name: order[name]), unchecked
 
 
 def check_readable(raw_dir: Path) -> None:

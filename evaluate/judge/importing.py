@@ -96,7 +96,9 @@ def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, wher
         MaskLoomError: classes or mask classes differ from the real ones, or a set has rows of both kinds.
     """
     if given.description.origin == "combined":
-        raise MaskLoomError(f"{where}: a combined dataset, with real images in it; give the synthetic ones alone")
+        raise MaskLoomError(
+            f"--synthetic {where}: a combined dataset, with real images in it; give the synthetic ones alone"
+        )
     conversion = conversion_of(real, given, where)
     stage = Stage(run, STAGE, {"dataset": real.digest, "images": given.digest}, [VERSION], [run.synthetic / NAME])
     if stage.skips(force):
@@ -138,7 +140,7 @@ def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset, where: Path
     }
     parent, train = given.contract.parent, real.ids("train").get("train", [])
     parents = dict(train) if parent is not None and parent.digest == real.digest else {}
-    classes = _mask_classes(real.description, given.description, where) if mask_count(real) else None
+    classes = mask_class_table(real.description, given.description, where) if mask_count(real) else None
     return Conversion(real.description, labels, classes, parents)
 
 
@@ -154,7 +156,7 @@ def mask_count(dataset: MaskPromptDataset) -> int:
     return sum(1 for row in dataset.rows(None, ["mask.path"]) if row["mask"] is not None)
 
 
-def _mask_classes(ours: Description, theirs: Description, where: Path) -> Pixels:
+def mask_class_table(ours: Description, theirs: Description, where: Path) -> Pixels:
     """Return the real mask index of each given one, (256,).
 
     Classes are matched by name. A single class is the other set's single class whatever its name.

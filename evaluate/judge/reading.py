@@ -75,7 +75,9 @@ def synthetic_values(given: Given, about: Description, run_dir: Path, seed: int)
     """
     data = guessed_data(given)
     if data["dataset"] == "folder":
-        data["options"] = _like_real(data["options"], about)
+        data["options"] = options_like_real(data["options"], about)
+    elif data["dataset"] == "hf_folder" and len(about.mask_classes) > 2:
+        data["options"] = {**data["options"], "mask_values": dict(enumerate(about.mask_classes))}
     data |= {
         "image_size": list(about.image_size),
         "buckets": [list(size) for size in about.buckets],
@@ -94,7 +96,7 @@ def read_synthetic(values: Mapping[str, Any], force: bool) -> MaskPromptDataset:
     return MaskPromptDataset.open(Run(Path(values["run_dir"])).dataset)
 
 
-def _like_real(guessed: Mapping[str, Any], about: Description) -> dict[str, Any]:
+def options_like_real(guessed: Mapping[str, Any], about: Description) -> dict[str, Any]:
     """Return guessed options of `folder` in which channels, classes and mask values are the real dataset's."""
     left_out = {"channels", "group_column", "group_pattern", "split_column", "split_pattern"}
     options = {key: value for key, value in guessed.items() if key not in left_out}

@@ -16,14 +16,16 @@ from PIL import Image
 
 from maskloom.data_prep.datasets.phantom_bus import _render
 from maskloom.evaluate.judge.given import given_folder, require_apart
-from maskloom.evaluate.judge.importing import ORIGIN
+from maskloom.evaluate.judge.importing import ORIGIN, mask_class_table, resized
 from maskloom.evaluate.judge.judge import Request, judge
+from maskloom.evaluate.judge.reading import options_like_real
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.errors import LeakedImages, MaskLoomError
 from maskloom.pipeline.results import read_evaluations
 from tests.evaluate.runs import faithful, small_options
-from tests.tiny_datasets import write_tiny_run
+from tests.tiny_datasets import tiny_description, write_tiny_run
+from tests.writers import hf_folder, nnunet_folder
 
 SIDE = 64
 LABELS = ("benign", "malignant")
@@ -254,6 +256,81 @@ def test_images_of_a_table(tmp_path: Path, quick: Path) -> None:
     assert masked(ours) == 40 and masked(theirs) == 12
     assert classes_of(ours) == {"benign": 20, "malignant": 20} and classes_of(theirs) == {"benign": 6, "malignant": 6}
     assert sum(part.groups for part in ours.contract.splits.values()) == 20  # patients
+
+
+def test_nnunet_folders(tmp_path: Path, quick: Path) -> None:
+    for name in ("real", "vendor"):
+        nnunet_folder.write_raw(tmp_path / name)
+    for number, file in enumerate(sorted((tmp_path / "vendor").rglob("*_0000.png"))):
+        Image.fromarray(scan(5, number)[0]).save(file)
+        Image.fromarray(scan(5, number)[1]).save(str(file).replace("images", "labels").replace("_0000", ""))
+    nnunet_folder.describe(tmp_path / "vendor", labels={"background": 0, "tumour": 1})
+    ours, theirs = judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)
+    assert ours.description.dataset == "nnunet_folder" and masked(ours) == masked(theirs) == 16
+    assert ours.contract.splits["test"].rows == nnunet_folder.TEST
+    assert theirs.description.mask_classes == ("background", "lesion")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "metadata.jsonl", "metadata.csv"])
+def test_hugging_face_folders(layout: str, tmp_path: Path, quick: Path) -> None:
+    if layout == "parquet":
+        hf_folder.write_raw(tmp_path / "real")
+    else:
+        hf_folder.write_metadata(tmp_path / "real", layout)
+    synthetic = write_classes(tmp_path / "vendor", 2, 12)
+    ours, theirs = judged(tmp_path / "real", synthetic, tmp_path / "out", quick)
+    assert ours.description.dataset == "hf_folder" and masked(ours) == 20 and masked(theirs) == 12
+    assert {split: part.rows for split, part in ours.contract.splits.items()} == hf_folder.COUNTS
+    assert classes_of(theirs) == {"benign": 6, "malignant": 6}
+
+
+ABOUT = tiny_description(labels=("benign", "malignant"))
+LIVER = ABOUT.model_copy(
+    update={"mask_classes": ("background", "liver", "tumour"), "palette": ((0, 0, 0), (9, 9, 9), (99, 99, 99))}
+)
+
+
+def test_mask_values_of_several_classes_are_those_of_the_real_set() -> None:
+    guessed = {"images": "*.png", "masks": "m/{stem}.png", "mask_values": {0: "background", 2: "class_1"}}
+    assert options_like_real(guessed, LIVER)["mask_values"] == {0: "background", 1: "liver", 2: "tumour"}
+    guessed["mask_values"] = {0: "background", 128: "class_1"}
+    assert options_like_real(guessed, LIVER)["mask_values"] == {
+        0: "background",
+        128: "class_1",
+    }  # refused later, by name
+    stated = {"options": {"mask_values": {"0": "background", "128": "liver", "#ffffff": "tumour"}}}
+    named = options_like_real(guessed, LIVER.model_copy(update={"preprocessing": stated}))["mask_values"]
+    assert named == {0: "background", 128: "liver", "#ffffff": "tumour"}
+
+
+def test_mask_classes_are_matched_by_name() -> None:
+    theirs = LIVER.model_copy(update={"mask_classes": ("background", "Tumour", "liver")})
+    assert mask_class_table(LIVER, theirs, Path("vendor"))[:3].tolist() == [0, 2, 1]
+    assert mask_class_table(ABOUT, ABOUT, Path("vendor"))[:2].tolist() == [0, 1]
+    with pytest.raises(
+        MaskLoomError, match=r"--synthetic vendor: mask class 'lesion' is none of the real ones \(liver, tumour\)"
+    ):
+        mask_class_table(LIVER, ABOUT, Path("vendor"))
+
+
+def test_images_of_another_aspect_ratio_are_padded() -> None:
+    image, mask = np.full((20, 40, 3), 200, np.uint8), np.ones((20, 40), np.uint8)
+    about = tiny_description(size=32, channels=3)
+    padded, marked = resized(image, mask, about)
+    assert padded.shape == (32, 32, 3) and marked is not None
+    assert not padded[:8].any() and (padded[8:24] == 200).all() and not padded[24:].any()
+    assert marked.sum() == 16 * 32 and (marked[8:24] == 1).all()
+    assert resized(np.zeros((32, 32), np.uint8), None, about)[1] is None
+    assert resized(image, None, about.model_copy(update={"buckets": ((16, 32),)}))[0].shape == (16, 32, 3)
+
+
+def test_a_combined_set_is_refused(tmp_path: Path, quick: Path) -> None:
+    run = tmp_path / "run"
+    write_tiny_run(run, {"a": faithful})
+    combined = ["--real", run / "dataset", "--synthetic", run / "synthetic" / "a", "--output", tmp_path / "both"]
+    subprocess.run([sys.executable, "-m", "maskloom.pipeline", "combine", *map(str, combined)], check=True)
+    with pytest.raises(MaskLoomError, match=r"--synthetic .*both: a combined dataset, with real images in it"):
+        judged(run, tmp_path / "both", tmp_path / "out", quick)
 
 
 def test_a_run_and_its_synthetic_set(tmp_path: Path, quick: Path) -> None:
