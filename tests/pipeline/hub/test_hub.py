@@ -625,6 +625,17 @@ def test_the_card_gains_figures_and_provenance(hub, world, pushed):
     assert "other.safetensors" not in text
 
 
+def test_the_card_leaves_out_the_controls_of_the_evaluation(hub, world, pushed):
+    write_evaluated(world)
+    fake_run.write_evaluation(
+        world.run, "controls", fake_run.evaluation("controls", inputs={"real": world.real.digest})
+    )
+    assert pushed().code == 0
+    text = hub.model(MODEL)["README.md"].decode()
+    assert "### Does it faith?" in text
+    assert "Does it controls?" not in text
+
+
 def test_figures_of_other_images_are_left_out(hub, world, pushed):
     write_evaluated(world)
     path = world.run.evaluation / "faith.json"
