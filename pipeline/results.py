@@ -135,6 +135,40 @@ class Curve(Part):
     series: dict[str, list[Point]]
 
 
+class ForestRow(Interval):
+    """One difference of a forest plot.
+
+    Attributes:
+        name: what is compared.
+        finding: in a few words.
+        basis: the numbers of cases, groups and seeds, in words.
+        smallest: the smallest true difference that would be found; marked on both sides of zero.
+        reference: whether the row shows what chance alone makes.
+    """
+
+    name: str
+    finding: str = ""
+    basis: str = ""
+    smallest: float | None = None
+    reference: bool = False
+
+
+class Forest(Part):
+    """A forest plot: differences with their intervals around zero.
+
+    Attributes:
+        title: what the plot shows.
+        x_label: what the difference is of, and which direction is better.
+        primary: whether the verdict is about this plot.
+        rows: from top to bottom.
+    """
+
+    title: str
+    x_label: str
+    primary: bool = False
+    rows: list[ForestRow]
+
+
 class PictureFile(Part):
     """An image file beside the JSON file."""
 
@@ -162,7 +196,8 @@ class Answer(Part):
         verdict: the answer in one plain sentence.
         headline: whether the verdict belongs at the top of the report.
         skipped: why nothing was measured, else None.
-        tables, curves: how to show the figures.
+        tables, curves, forests: how to show the figures.
+        would_change: what would change the verdict, such as more patients; in sentences.
         warnings: reasons why these figures are less reliable than they look.
         limits: what such figures cannot show in general.
         figures: the main figures of each generator, in the order of the columns.
@@ -178,6 +213,8 @@ class Answer(Part):
     skipped: str | None = None
     tables: list[Table] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
+    forests: list[Forest] = Field(default_factory=list)
+    would_change: list[str] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
     limits: list[str] = Field(default_factory=list)
     figures: list[Figure] = Field(default_factory=list)

@@ -20,7 +20,8 @@ from maskloom.evaluate.downstream.compare import (
     compare,
     score_names,
 )
-from maskloom.pipeline.results import REAL, Cell, Figure, Interval, Table
+from maskloom.evaluate.downstream.outlook import what_would_change
+from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class ComparisonResult:
     tables: list[Table]
     values: dict[str, Any]
     figures: list[Figure]
+    forests: list[Forest]
+    would_change: list[str]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -99,6 +102,8 @@ def compare_test_sets(
             **({"external": {one.test_set: _values(one) for one in external}} if external else {}),
         },
         figures=_figures(own, generator),
+        forests=[forest for one in (own, *external) for forest in _forests(one)],
+        would_change=what_would_change(test_sets[0], own.headline),
         warnings=[*_warnings(own), *(f"{one.test_set}: {text}" for one in external for text in _warnings(one))],
     )
 
@@ -184,6 +189,38 @@ def _change_table(one: TestSetComparison) -> Table:
     columns = ["arm", "score", "change against real", "finding", "smallest effect", "p (Holm)", "range over seeds"]
     title = f"Change against training on real images only{one.place}"
     return Table(title=title, note=note, columns=columns, rows=rows)
+
+
+def _forests(one: TestSetComparison) -> list[Forest]:
+    """Return one plot per score: every arm's difference to real images, chance alone last."""
+    ordered = sorted(one.changes, key=lambda arm: arm == NULL_ARM)
+    found = []
+    for name in one.shown:
+        changes = [one.changes[arm][name] for arm in ordered]
+        found.append(
+            Forest(
+                title=f"{name}: difference to training on real images only{one.place}",
+                x_label=f"difference in {name} ({changes[0].better} is better)",
+                primary=name == one.primary,
+                rows=[
+                    ForestRow(
+                        name=arm_title(change.arm),
+                        **_interval(change).model_dump(),
+                        finding=change.finding,
+                        basis=basis_of(change),
+                        smallest=change.smallest_effect,
+                        reference=change.arm == NULL_ARM,
+                    )
+                    for change in changes
+                ],
+            )
+        )
+    return found
+
+
+def basis_of(one: Comparison) -> str:
+    """Return the numbers that a comparison rests on, in words."""
+    return f"{one.cases} cases, {one.groups} groups, {one.seeds} seeds"
 
 
 def _score_table(one: TestSetComparison) -> Table:

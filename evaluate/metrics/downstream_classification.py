@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 NAME = "downstream_classification"
-VERSION = 3
+VERSION = 4
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
 TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
@@ -123,6 +123,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             *([plan.sentence] if plan else []),
         ],
         figures=comparison.figures,
+        forests=comparison.forests,
+        would_change=comparison.would_change,
         values=comparison.values | ({"seeds": plan.as_json()} if plan else {}),
         cases=cases,
         n={

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "downstream_segmentation"
-VERSION = 3
+VERSION = 4
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
 PRIMARY = "Dice"
 BATCH = 64  # images predicted and scored at a time
@@ -109,6 +109,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             *([plan.sentence] if plan else []),
         ],
         figures=comparison.figures,
+        forests=comparison.forests,
+        would_change=comparison.would_change,
         values=comparison.values | ({"seeds": plan.as_json()} if plan else {}),
         cases=cases,
         n={

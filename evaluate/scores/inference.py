@@ -81,6 +81,14 @@ class Variance:
         seeds_df = self.seeds_df * (seeds - 1) / (trained - 1)
         return replace(self, seeds=self.seeds * share, seeds_df=seeds_df, rest=self.rest * share)
 
+    def with_groups(self, tested: int, groups: int) -> Variance:
+        """Return what these parts would be with another number of groups, of such sizes, than the tested one."""
+        share = tested / groups
+        groups_df = max(self.groups_df * (groups - 1) / (tested - 1), 1.0)
+        rest = self.rest * share  # single cases add less to the seeds' means; the seeds' own variance stays
+        seeds = max(self.seeds - self.rest, 0.0) + rest
+        return replace(self, groups=self.groups * share, groups_df=groups_df, seeds=seeds, rest=rest)
+
     def smallest_effect(self, reach: float) -> float:
         """Return the smallest true effect that is found with 80 % power.
 
@@ -130,15 +138,8 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
     Raises:
         ValueError: fewer than two seeds or two groups: how the mean varies cannot be seen.
     """
-    numbers = group_numbers(groups)
-    arms = [values] if baseline is None else [values, baseline]
-    if min(map(len, arms)) < 2 or numbers.max(initial=0) < 1:
-        raise ValueError("at least two seeds and two groups are needed")
-    rounding = NEGLIGIBLE * max(np.abs(arm).max() for arm in arms)
-    by_case = values.mean(axis=0) - (0.0 if baseline is None else baseline.mean(axis=0))
-    paired = baseline is not None and seeds_are_paired(values, baseline)
-    varying = [values - baseline] if baseline is not None and paired else arms
-    variance = variance_of_mean(by_case, varying, numbers)
+    by_case, variance, paired = difference_variance(values, groups, baseline)
+    rounding = NEGLIGIBLE * max(np.abs(arm).max() for arm in (values, baseline) if arm is not None)
     value = float(by_case.mean()) if abs(by_case.mean()) > rounding else 0.0
     cases = len(by_case) if variance.groups == 0 else float(by_case.var(ddof=1) / variance.groups)
     if np.sqrt(variance.total) <= rounding:
@@ -147,6 +148,24 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
     reach = critical_value(draws)
     p = p_value(value, draws)
     return Effect(value, value - reach, value + reach, p, variance.smallest_effect(reach), cases, paired)
+
+
+def difference_variance(
+    values: Floats, groups: Sequence[str], baseline: Floats | None = None
+) -> tuple[Floats, Variance, bool]:
+    """Return what `estimate_effect` rests on: the differences per case, the variance of their mean, whether seeds pair.
+
+    Raises:
+        ValueError: see `estimate_effect`.
+    """
+    numbers = group_numbers(groups)
+    arms = [values] if baseline is None else [values, baseline]
+    if min(map(len, arms)) < 2 or numbers.max(initial=0) < 1:
+        raise ValueError("at least two seeds and two groups are needed")
+    by_case = values.mean(axis=0) - (0.0 if baseline is None else baseline.mean(axis=0))
+    paired = baseline is not None and seeds_are_paired(values, baseline)
+    varying = [values - baseline] if baseline is not None and paired else arms
+    return by_case, variance_of_mean(by_case, varying, numbers), paired
 
 
 def seeds_are_paired(values: Floats, baseline: Floats) -> bool:

@@ -43,14 +43,14 @@ def line_chart(curve: Curve) -> str:
             axes.plot(
                 xs,
                 ys,
-                label=_plain(name),
+                label=plain_text(name),
                 color=COLOURS[index % len(COLOURS)],
                 linewidth=1.5,
                 marker=marker,
                 markersize=3,
             )
-        axes.set_xlabel(_plain(curve.x_label))
-        axes.set_ylabel(_plain(curve.y_label))
+        axes.set_xlabel(plain_text(curve.x_label))
+        axes.set_ylabel(plain_text(curve.y_label))
         if len(curve.series) > 1:
             axes.legend(fontsize=8)
         buffer = io.StringIO()
@@ -105,6 +105,6 @@ def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, float]]
     return series
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Return text that matplotlib does not interpret as mathematics or as a hidden legend entry."""
     return text.replace("$", r"\$").lstrip("_")

@@ -14,6 +14,7 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.files.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.files.private_paths import without_places
 from maskloom.pipeline.report.curves import line_chart, training_curves
+from maskloom.pipeline.report.forest import forest_description, forest_plot
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
 from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
 from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts
@@ -77,6 +78,8 @@ def _environment() -> Environment:
         pretty=partial(json.dumps, indent=2, sort_keys=True, ensure_ascii=False, default=str),
     )
     environment.globals["chart"] = lambda curve: svg_uri(line_chart(curve))
+    environment.globals["forest_chart"] = lambda forest: svg_uri(forest_plot(forest))
+    environment.filters["described"] = forest_description
     return environment
 
 

@@ -71,6 +71,8 @@ def test_the_bytes_of_a_file(tmp_path: Path) -> None:
             }
         ],
         "curves": [{"title": "C", "x_label": "", "y_label": "", "series": {"s": [[0.0, 1.5], [1.0, None]]}}],
+        "forests": [],
+        "would_change": [],
         "pictures": [],
         "warnings": [],
         "limits": [],

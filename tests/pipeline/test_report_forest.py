@@ -1,0 +1,45 @@
+"""Forest plots of the report."""
+
+from maskloom.pipeline.report import write_report
+from maskloom.pipeline.report.forest import forest_description, forest_plot
+from maskloom.pipeline.results import Forest, ForestRow
+from tests.pipeline import fake_run
+
+FOREST = Forest(
+    title="Dice <1>",
+    x_label="difference in Dice",
+    primary=True,
+    rows=[
+        ForestRow(
+            name="a_$b$", value=0.01, low=-0.1, high=0.12, finding="no clear benefit", basis="9 cases", smallest=0.2
+        ),
+        ForestRow(name="one seed", value=-0.02, finding="cannot tell", basis="9 cases"),
+        ForestRow(name="failed", value=None, finding="cannot tell", basis="0 cases", reference=True),
+    ],
+)
+
+
+def test_the_same_forest_gives_the_same_bytes() -> None:
+    assert forest_plot(FOREST) == forest_plot(FOREST)
+    text = forest_plot(FOREST)
+    assert "a_$b$: +0.010 [-0.100, 0.120]" in text
+    assert "one seed: -0.0200 [no interval]" in text
+    assert "failed: not defined" in text
+
+
+def test_the_plot_is_described_in_words() -> None:
+    words = forest_description(FOREST)
+    assert words.startswith("forest plot: Dice <1>. a_$b$ +0.010 [-0.100, 0.120], no clear benefit (9 cases, smallest")
+    assert "failed not defined, cannot tell (0 cases)" in words
+
+
+def test_the_page_shows_forests_and_what_would_change_the_verdict(tmp_path) -> None:
+    run, config = fake_run.whole_run(tmp_path)
+    other = FOREST.model_copy(update={"primary": False, "title": "IoU"})
+    extra = {"forests": [one.model_dump() for one in (other, FOREST)], "would_change": ["About 40 <groups>."]}
+    fake_run.write_evaluation(run, "b_help", fake_run.evaluation("help", headline=True, **extra))
+    write_report(config, False)
+    page = run.report.read_text(encoding="utf-8")
+    assert "About 40 &lt;groups&gt;." in page
+    assert "the same for 1 other score(s)" in page
+    assert page.index("forest plot: Dice &lt;1&gt;") < page.index("forest plot: IoU")
