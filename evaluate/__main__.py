@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.cli import CheckOption, Command, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
@@ -28,7 +28,7 @@ def main(args: list[str]) -> None:
     """Run the command named by the first argument; without one, evaluate an experiment."""
     name = args[0] if args and args[0] in COMMANDS else None
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else command)
+    app.command(cls=Command, help=None if name else DESCRIPTION)(COMMANDS[name] if name else command)
     words = ["python -m evaluate", *([name] if name else [])]
     run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)), MEMORY_ADVICE)
 
@@ -55,7 +55,7 @@ def command(
 
 def compare(
     cases: Annotated[
-        list[Path], typer.Argument(metavar="CASES.parquet...", help="tables of cases: RUN/evaluation/cases.parquet")
+        list[Path], typer.Argument(metavar="CASES.parquet", help="tables of cases: RUN/evaluation/cases.parquet")
     ],
     score: Annotated[list[str] | None, typer.Option(help="compare this score; may be repeated; default: all")] = None,
     baseline: Annotated[str, typer.Option(help="arm that the others are compared with")] = "real",

@@ -5,14 +5,14 @@ Plain `python -m generate` works as well.
 
 import typer
 
-from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.cli import CheckOption, Command, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.runs.command import run_command
 
 MEMORY_ADVICE = "lower generate.batch_size, or set generate.mixed_precision=fp16 (bf16 on a CPU)"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def command(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskloom.pipeline.cli import AccelerateConfigOption, CheckOption, ConfigOption, ForceOption, OverridesArgument
+from maskloom.pipeline.cli import (
+    AccelerateConfigOption,
+    CheckOption,
+    Command,
+    ConfigOption,
+    ForceOption,
+    Menu,
+    OverridesArgument,
+)
 from maskloom.pipeline.plugins import plugin_names
 from maskloom.pipeline.runs.command import run_command
 
@@ -18,14 +26,14 @@ if TYPE_CHECKING:
     from maskloom.pipeline.runs.runner import StageState
 
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__.splitlines()[0]
+    cls=Menu, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__.splitlines()[0]
 )
 
 STATE_STYLES = {"done": "green", "stale": "yellow", "damaged": "bold red", "missing": "red", "nothing to do": "dim"}
 DIGEST_LETTERS = 8
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     config: ConfigOption,
     overrides: OverridesArgument = None,
@@ -47,7 +55,7 @@ def run(
     raise typer.Exit(run_stages(stages, [*arguments, *(["--force"] if force else [])], accelerate_config))
 
 
-@app.command()
+@app.command(cls=Command)
 def sweep(
     config: ConfigOption,
     overrides: OverridesArgument = None,
@@ -62,7 +70,7 @@ def sweep(
     sweeping.sweep(config, overrides or [], force, accelerate_config)
 
 
-@app.command()
+@app.command(cls=Command)
 def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     """Show which stages are done, stale, damaged or missing, with their run times and inputs.
 
@@ -83,7 +91,7 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
         print(differences_text(run.folder, differing))
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
 ) -> None:
@@ -95,13 +103,13 @@ def report(
     run_stage(write_report, load_experiment(config, overrides or []), force, check)
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     config: ConfigOption,
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[WHAT|KEY=VALUE]...",
+            metavar="WHAT|KEY=VALUE",
             help="dataset, generator (default), generator:KIND, baseline:NAME or synthetic:NAME; "
             "and overrides of the configuration",
         ),
@@ -127,7 +135,7 @@ def push(
     hub.push(loaded, [word for word in words if "=" not in word], options)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     path: Annotated[Path, typer.Argument(help="a run folder, such as runs/demo, or a mask-and-prompt dataset")],
 ) -> None:
@@ -150,7 +158,7 @@ def verify(
     print(f"{path}: valid ({rows} rows; {contract.rejected} rejected)")
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     dataset: Annotated[Path, typer.Argument(help="a mask-and-prompt dataset, such as runs/demo/dataset")],
     layout: Annotated[
@@ -158,7 +166,7 @@ def export(
     ],
     output: Annotated[Path, typer.Option(help="a new or empty folder")],
     values: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's options, such as dataset_id=502")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="the format's options, such as dataset_id=502")
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="split to export; may be repeated; default: all")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export of different data")] = False,
@@ -169,7 +177,7 @@ def export(
     export(dataset, ExportOptions(layout, output, split or [], values or [], force))
 
 
-@app.command()
+@app.command(cls=Command)
 def combine(
     real: Annotated[Path, typer.Option(help="the real dataset; all its rows are kept")],
     synthetic: Annotated[list[Path], typer.Option(help="a synthetic dataset generated from it; may be repeated")],

@@ -7,15 +7,65 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+
+from maskloom.pipeline.errors import MaskLoomError
 
 if TYPE_CHECKING:
     from maskloom.pipeline.config.experiment import ExperimentConfig
 
     StageFunction = Callable[[ExperimentConfig, bool], None]
+
+
+def check_overrides(context: typer.Context, words: list[str] | None) -> list[str] | None:
+    """Return the arguments of a command that takes overrides.
+
+    Raises:
+        MaskLoomError: an argument is not of the form `key=value`; the error suggests the option or
+            key that was probably meant.
+    """
+    for word in words or ():
+        if "=" not in word:
+            near = _suggestion(context, word)
+            raise MaskLoomError(
+                f"override {word[:SHOWN]!r}: write key=value, for example train.learning_rate=1e-5{near}"
+            )
+    return words
+
+
+def _suggestion(context: typer.Context, word: str) -> str:
+    """Return the option of the command, or the key, nearest to a word; empty if there is none."""
+    from maskloom.pipeline.config.loading import key_names
+
+    options = {name.lstrip("-"): name for option in context.command.params for name in option.opts if name[0] == "-"}
+    near = get_close_matches(word, [*options, *key_names()], n=1, cutoff=0.6)
+    return f"; did you mean {options.get(near[0]) or f'{near[0]}=VALUE'}?" if near else ""
+
+
+class _PlainFlags:
+    """Shows flags in the help as `--force`, without typer's `<bool>`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, with an empty name for the value of each flag."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for one in params:
+            if getattr(one, "is_flag", False) and one.metavar is None:
+                one.metavar = ""
+        return params
+
+
+class Command(_PlainFlags, TyperCommand):
+    """A command with plain flags in its help."""
+
+
+class Menu(_PlainFlags, TyperGroup):
+    """A group of commands with plain flags in its help."""
+
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file, such as configs/demo.yaml")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run even if inputs and configuration have not changed")]
@@ -24,7 +74,8 @@ CheckOption = Annotated[
     typer.Option("--check", help="only print the state: done, stale, damaged, missing or nothing to do"),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.learning_rate=1e-5")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="overrides, such as train.learning_rate=1e-5", callback=check_overrides),
 ]
 AccelerateConfigOption = Annotated[
     Path | None,
@@ -34,6 +85,7 @@ AccelerateConfigOption = Annotated[
 ]
 
 
+SHOWN = 100  # characters of an argument in a message
 MODULE_FORMS = {"prepare": "data_prep", "inspect": "data_prep inspect"}
 
 

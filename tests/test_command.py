@@ -35,6 +35,48 @@ def test_every_command_has_help_with_an_example():
         assert f"maskloom {name}" in shown.output.split("Examples:")[1]
 
 
+@pytest.mark.parametrize("name", ["", *WANTED.split()])
+def test_help_at_80_columns_shows_examples_in_one_line_and_plain_flags(name, monkeypatch):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    text = RUNNER.invoke(cli.app, [*name.split(), "--help"], terminal_width=80, env={"COLUMNS": "80"}).output
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= 80
+    shown = [line.strip() for line in lines[lines.index(" Examples:") + 1 :] if line.strip()]
+    examples = next((one.examples for one in cli.COMMANDS if one.name == name), tuple(shown))
+    assert shown == list(examples)
+    assert all(line.startswith("maskloom ") and len(line) <= 78 for line in shown)
+    assert "<bool>" not in text
+    assert "]..." not in text.replace("VALUE]...", "").replace("ARGS]...", "")
+
+
+@pytest.mark.parametrize("module", ["pipeline", "data_prep", "train_controlnet", "train_baselines", "train_backbone"])
+def test_the_help_of_the_module_forms_has_plain_flags(module):
+    done = subprocess.run(
+        [sys.executable, "-m", f"maskloom.{module}", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--help" in done.stdout
+    assert "<bool>" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["doctor", "foo"], "override 'foo': write key=value, for example train.learning_rate=1e-5"),
+        (["doctor", "seed=1"], "'seed=1': overrides need the configuration that they change; give --config FILE"),
+        (["run", "--config", "C", "force"], "override 'force': write key=value, for example train.learning_rate=1e-5; did you mean --force?"),
+        (["plan", "--config", "C", "train.max_train_step"], "did you mean train.max_train_steps=VALUE?"),
+        *(([name, "--config", "C", "foo"], "override 'foo': write key=value") for name in (
+            ["run", "status", "sweep", "prepare", "merge", "train", "baselines", "generate", "evaluate", "report", "plan", "find-lr"]
+        )),
+        (["demo", "foo"], "override 'foo': write key=value"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_no_override_is_named(arguments, message):
+    ended = RUNNER.invoke(cli.app, arguments)
+    assert isinstance(ended.exception, MaskLoomError)
+    assert message in str(ended.exception)
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys; from maskloom import cli; print({name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

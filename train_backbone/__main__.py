@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from maskloom.pipeline.cli import ConfigOption, OverridesArgument
+from maskloom.pipeline.cli import Command, ConfigOption, OverridesArgument
 from maskloom.pipeline.config.loading import load_config
 from maskloom.pipeline.runs.command import run_command
 from maskloom.train_backbone.config import BackboneConfig
@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> None:
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-    @app.command(help="Train a small Stable Diffusion backbone: VAE, then text encoder and UNet.")
+    @app.command(cls=Command, help="Train a small Stable Diffusion backbone: VAE, then text encoder and UNet.")
     def command(config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False) -> None:
         settings = load_config(config, overrides or [], BackboneConfig)
         from maskloom.train_backbone.recipe import train_backbone

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.cli import CheckOption, Command, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.runs.command import run_command
 
 MEMORY_ADVICE = "lower train_batch_size, image_size or channels in the options of the architecture (baselines.NAME)"
@@ -21,7 +21,7 @@ ArchitectureOption = Annotated[
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def command(
     config: ConfigOption,
     overrides: OverridesArgument = None,

@@ -19,7 +19,7 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_for_training
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.ownership import OwnedFolder, check_replaceable
-from maskloom.pipeline.plugins import load_plugin
+from maskloom.pipeline.plugins import load_plugin, plugin_names
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import RECORD_FILE, SHOWN_LOGS, Run
@@ -47,10 +47,10 @@ def train_baselines(config: ExperimentConfig, force: bool, architectures: Sequen
             was not finite.
     """
     run = open_run(config)
+    chosen = _chosen(config, architectures)
     if not config.baselines:
         skip_empty_stage(NAME, "the configuration has no section `baselines`")
         return
-    chosen = _chosen(config, architectures)
     dataset = verify_for_training(run.dataset)
     if dataset.description.buckets:
         raise MaskLoomError(SEVERAL_SIZES.format(where=run.dataset))
@@ -116,10 +116,16 @@ def weights_folder(run: Run, name: str) -> Path:
 
 
 def _chosen(config: ExperimentConfig, architectures: Sequence[str] | None) -> list[str]:
+    """Return the architectures to train.
+
+    Raises:
+        MaskLoomError: one is not in the configuration; the error lists those that are.
+    """
     for name in architectures or ():
         if name not in config.baselines:
+            remedy = f"; baselines.{name}={{}} adds it" if name in plugin_names(PACKAGE) else ""
             raise MaskLoomError(
-                f"--architecture {name}: not in `baselines`: {nearest_name(name, list(config.baselines))}"
+                f"--architecture {name}: not in `baselines`: {nearest_name(name, list(config.baselines))}{remedy}"
             )
     return list(architectures or config.baselines)
 

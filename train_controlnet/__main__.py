@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from maskloom.pipeline.cli import CheckOption, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.cli import CheckOption, Command, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
@@ -28,7 +28,7 @@ def main(args: list[str]) -> None:
     """Run the command named by the first argument; without one, train."""
     name = args[0] if args and args[0] in COMMANDS else None
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=None if name else DESCRIPTION)(COMMANDS[name] if name else train)
+    app.command(cls=Command, help=None if name else DESCRIPTION)(COMMANDS[name] if name else train)
     words = ["python -m train_controlnet", *([name] if name else [])]
     run_command(lambda: app(args=args[len(words) - 1 :], prog_name=" ".join(words)), MEMORY_ADVICE)
 

@@ -114,6 +114,16 @@ def validated(values: Any, model: type[Model], where: str) -> Model:
         raise MaskLoomError(f"{where}: {_first_problem(error, model)}") from None
 
 
+def key_names(model: type[BaseModel] = ExperimentConfig, place: str = "") -> list[str]:
+    """Return the full names of all keys below a section, such as `train.learning_rate`."""
+    names = []
+    for key, field in model.model_fields.items():
+        names.append(f"{place}{key}")
+        if (section := _section(field.annotation)) is not None:
+            names += key_names(section, f"{place}{key}.")
+    return names
+
+
 def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """Return the merged values of a file and of the files that it extends."""
     if not _is_file(path):
@@ -202,9 +212,14 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
     """Return the keys of the model at a nested location."""
     for part in location:
         field = model.model_fields.get(str(part))
-        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not nested:
+        section = None if field is None else _section(field.annotation)
+        if section is None:
             return []
-        model = nested[0]
+        model = section
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """Return the model in the annotation of a field, such as `TrainConfig | None`, or None."""
+    candidates = (annotation, *get_args(annotation))
+    return next((one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel)), None)

@@ -35,8 +35,10 @@ from maskloom.pipeline.__main__ import verify as verify_run
 from maskloom.pipeline.cli import (
     AccelerateConfigOption,
     CheckOption,
+    Command,
     ConfigOption,
     ForceOption,
+    Menu,
     OverridesArgument,
     launched,
 )
@@ -69,6 +71,7 @@ def example(*lines: str) -> str:
 
 app = typer.Typer(
     name="maskloom",
+    cls=Menu,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Labelled medical images in; a synthetic dataset, and a verdict on it with statistics, out.",
@@ -181,7 +184,7 @@ def verify(
         verify_run(path)
 
 
-class Command(NamedTuple):
+class Entry(NamedTuple):
     """One command of the menu.
 
     Attributes:
@@ -198,28 +201,28 @@ class Command(NamedTuple):
 
 
 STAGES, PIPELINE, DATA, TRAINING = "Stages", "The whole pipeline", "Datasets", "Training"
-NNUNET = "maskloom export runs/demo/dataset --format nnunet --output FOLDER dataset_id=502"
-COMBINE = "maskloom combine --real runs/demo/dataset --synthetic runs/demo/synthetic/controlnet --output FOLDER"
+NNUNET = "maskloom export runs/demo/dataset --format nnunet --output OUT dataset_id=502"
+COMBINE = "maskloom combine --real REAL --synthetic SYNTHETIC --output OUT"
 COMMANDS = (
-    Command("demo", demo, PIPELINE, ("maskloom demo", "maskloom demo train.max_train_steps=100")),
-    Command("run", run, PIPELINE, ("maskloom run --config C", "maskloom run --config C --from generate --force")),
-    Command("status", status, PIPELINE, ("maskloom status --config C",)),
-    Command("sweep", sweep, PIPELINE, ("maskloom sweep --config configs/experiments/generators.yaml",)),
-    Command("doctor", doctor, PIPELINE, ("maskloom doctor", "maskloom doctor --config configs/busi.yaml")),
-    Command("prepare", prepare_dataset, STAGES, ("maskloom prepare --config configs/busi.yaml data.raw_dir=FOLDER",)),
-    Command(
+    Entry("demo", demo, PIPELINE, ("maskloom demo", "maskloom demo train.max_train_steps=100")),
+    Entry("run", run, PIPELINE, ("maskloom run --config C", "maskloom run --config C --from generate --force")),
+    Entry("status", status, PIPELINE, ("maskloom status --config C",)),
+    Entry("sweep", sweep, PIPELINE, ("maskloom sweep --config configs/experiments/generators.yaml",)),
+    Entry("doctor", doctor, PIPELINE, ("maskloom doctor", "maskloom doctor --config configs/busi.yaml")),
+    Entry("prepare", prepare_dataset, STAGES, ("maskloom prepare --config configs/busi.yaml data.raw_dir=FOLDER",)),
+    Entry(
         "train", train, STAGES, ("maskloom train --config C", "maskloom train --config C train.max_train_steps=2000")
     ),
-    Command("baselines", baselines, STAGES, ("maskloom baselines --config C --architecture pix2pix",)),
-    Command("generate", generate, STAGES, ("maskloom generate --config C generate.num_images=500",)),
-    Command("evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C",)),
-    Command(
+    Entry("baselines", baselines, STAGES, ("maskloom baselines --config C --architecture pix2pix",)),
+    Entry("generate", generate, STAGES, ("maskloom generate --config C generate.num_images=500",)),
+    Entry("evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C",)),
+    Entry(
         "compare",
         compare,
         STAGES,
         ("maskloom compare runs/demo/evaluation/cases.parquet", "maskloom compare CASES --score Dice --json OUT"),
     ),
-    Command(
+    Entry(
         "judge",
         judge,
         STAGES,
@@ -229,23 +232,23 @@ COMMANDS = (
             "maskloom judge --real R --synthetic S 'synthetic.options.masks=m/{stem}.png'",
         ),
     ),
-    Command("report", report, STAGES, ("maskloom report --config C",)),
-    Command("inspect", inspect, DATA, ("maskloom inspect FOLDER",)),
-    Command("merge", merge, DATA, ("maskloom prepare --config C --shard 1/2", "maskloom merge --config C")),
-    Command(
+    Entry("report", report, STAGES, ("maskloom report --config C",)),
+    Entry("inspect", inspect, DATA, ("maskloom inspect FOLDER",)),
+    Entry("merge", merge, DATA, ("maskloom prepare --config C --shard 1/2", "maskloom merge --config C")),
+    Entry(
         "verify",
         verify,
         DATA,
         ("maskloom verify runs/demo", "maskloom verify runs/demo/dataset --contact-sheet sheet.html"),
     ),
-    Command("export", export, DATA, (NNUNET,)),
-    Command("combine", combine, DATA, (COMBINE,)),
-    Command("push", push, DATA, ("maskloom push --config C --dry-run", "maskloom push --config C dataset")),
-    Command("plan", plan, TRAINING, ("maskloom plan --config configs/busi.yaml",)),
-    Command("find-lr", find_lr, TRAINING, ("maskloom find-lr --config C --steps 200",)),
+    Entry("export", export, DATA, (NNUNET,)),
+    Entry("combine", combine, DATA, (COMBINE,)),
+    Entry("push", push, DATA, ("maskloom push --config C --dry-run", "maskloom push --config C dataset")),
+    Entry("plan", plan, TRAINING, ("maskloom plan --config configs/busi.yaml",)),
+    Entry("find-lr", find_lr, TRAINING, ("maskloom find-lr --config C --steps 200",)),
 )
 for one in COMMANDS:
-    app.command(one.name, rich_help_panel=one.panel, epilog=example(*one.examples))(one.function)
+    app.command(one.name, cls=Command, rich_help_panel=one.panel, epilog=example(*one.examples))(one.function)
 
 if __name__ == "__main__":
     main()

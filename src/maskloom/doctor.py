@@ -58,12 +58,14 @@ def print_findings(config: Path | None, overrides: list[str]) -> None:
         overrides: `key=value` overrides of the configuration.
 
     Raises:
-        MaskLoomError: the configuration cannot run here.
+        MaskLoomError: the configuration cannot run here, or there are only overrides of one.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    if overrides and config is None:
+        raise MaskLoomError(f"{overrides[0]!r}: overrides need the configuration that they change; give --config FILE")
     experiment = load_experiment(config, overrides) if config else None
     table = Table("", "found", show_header=False)
     problems = 0

@@ -166,6 +166,16 @@ MISTAKES = {
     "option": ({"pix2pix": {"l1_wait": 3}}, [], "baselines.pix2pix: unknown key 'l1_wait': did you mean 'l1_weight'?"),
     "value": ({"pix2pix": {"dropout": 1.5}}, [], "baselines.pix2pix: dropout=1.5: Input should be less than 1"),
     "--architecture": ({"pix2pix": {}}, ["--architecture", "pixpix"], "--architecture pixpix: not in `baselines`: "),
+    "not configured": (
+        {"pix2pix": {}},
+        ["--architecture", "joint_gan"],
+        "--architecture joint_gan: not in `baselines`: known: pix2pix; baselines.joint_gan={} adds it",
+    ),
+    "none configured": (
+        {},
+        ["--architecture", "pix2pix"],
+        "--architecture pix2pix: not in `baselines`: known: none; baselines.pix2pix={} adds it",
+    ),
     "--family": ({"pix2pix": {}}, ["--family", "pixpix"], "--architecture pixpix: not in `baselines`: "),
     "precisions": (
         {"pix2pix": {"mixed_precision": "bf16"}, "joint_diffusion": {}},
