@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from maskloom.pipeline.cli import CheckOption, Command, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
+from maskloom.pipeline.cli import (
+    CheckOption,
+    Command,
+    ConfigOption,
+    ForceOption,
+    OverridesArgument,
+    check_overrides,
+    loaded,
+    run_stage,
+)
 from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
@@ -85,7 +94,8 @@ def judge(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
+            callback=check_overrides,
             help="overrides, such as data.options.label_from=parent or evaluate.on_copies=stop;"
             " synthetic.options.KEY: how the synthetic folder is read",
         ),
