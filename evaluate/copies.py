@@ -27,11 +27,13 @@ class CopyJudgement:
         thresholds: by measure, the similarity above which an image is a copy.
         held_out: held-out real images that are copies of training images themselves.
         synthetic: the copies of each synthetic set, by its name.
+        average: by measure, the similarity that the average training image of any class reaches.
     """
 
     thresholds: dict[str, float]
     held_out: list[CopyRow]
     synthetic: dict[str, list[CopyRow]]
+    average: dict[str, float]
 
 
 def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
@@ -80,12 +82,14 @@ def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[st
 def _judged(inputs: EvaluationInputs) -> CopyJudgement:
     from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch
 
-    search = CopySearch(_comparable(inputs.train))
+    train = _comparable(inputs.train)
+    search = CopySearch(train)
     held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
     matches = [search.matches(_comparable(one)) for one in held_out]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
     thresholds = {name: copy_threshold(values, len(inputs.train)) for name, values in best.items()}
     originals = inputs.train.columns["sample_id"]
+    averages = np.stack([train[inputs.train.labels == one].mean(axis=0) for one in np.unique(inputs.train.labels)])
 
     def copies_of(image_set: ImageSet, found: Matches) -> list[CopyRow]:
         return copy_rows(image_set.columns["sample_id"], originals, found, thresholds)
@@ -96,6 +100,10 @@ def _judged(inputs: EvaluationInputs) -> CopyJudgement:
         {
             name: copies_of(one, search.matches(_comparable(one))) if len(one) else []
             for name, one in inputs.synthetic.items()
+        },
+        {
+            name: float(value.max())
+            for name, value in search.matches(averages.round().astype(np.uint8)).similarity.items()
         },
     )
 

@@ -37,7 +37,7 @@ from maskloom.pipeline.results import (
     skipped_result,
 )
 
-VERSION = 2
+VERSION = 3
 QUESTION = "Does the generator repeat its training images?"
 FEATURES, PIXELS = "features", "pixels"
 FEW_HELD_OUT = 100
@@ -176,10 +176,16 @@ def _result(
                 if judgement.held_out
                 else []
             ),
+            *(
+                f"{audit.image_set.name}: its {len(audit.copies)} copies are kept (evaluate.on_copies=keep): models train on them, and export, combine and push pass them on"
+                for audit in copied
+                if inputs.on_copies == "keep"
+            ),
         ],
         limits=[
             "Passing this audit does not guarantee privacy: it detects copies of whole images and of large parts, not of small parts or rare attributes.",
             f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over flips and {CROP:.0%} crops of the synthetic image.",
+            average_sentence(judgement),
             "An image made from a training mask shares its anatomy with the image of that mask: such a pair is expected to be close, but still counts.",
         ],
         figures=_figures(options, audits),
@@ -191,12 +197,21 @@ def _result(
                 "flagged_share": share,
                 "copy_thresholds": judgement.thresholds,
                 "copies": [row.model_dump() for row in judgement.held_out],
+                "average_image": judgement.average,
             },
             **values,
         },
         n=inputs.counts(),
         copies={audit.image_set.name: audit.copies for audit in audits},
     )
+
+
+def average_sentence(judgement: CopyJudgement) -> str:
+    """Return what an image reaches that shows nothing but the anatomy which all images share."""
+    reached = ", ".join(
+        f"{name} {value:.2f} (copy from {judgement.thresholds[name]:.2f})" for name, value in judgement.average.items()
+    )
+    return f"For reference, the average training image of a class, which shows only what all images share, reaches these similarities to a training image: {reached}."
 
 
 def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str, Any]]:

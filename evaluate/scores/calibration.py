@@ -74,13 +74,18 @@ def held_out_share(distances: Distances, groups: Sequence[str], percentile: floa
         groups: group of each image; groups are left out in at most `FOLDS` folds.
         percentile: percentage that is to be flagged.
     """
-    names = np.unique(groups, return_inverse=True)[1]
-    if names.max() == 0:
+    fold = group_folds(groups)
+    if len(set(groups)) == 1:
         return float("nan")
-    fold = np.random.default_rng(0).permutation(names.max() + 1)[names] % FOLDS
-    flagged = np.zeros(len(names), dtype=bool)
+    flagged = np.zeros(len(fold), dtype=bool)
     for one in np.unique(fold):
         judged = fold == one
         thresholds = joint_thresholds({space: values[~judged] for space, values in distances.items()}, percentile)
         flagged[judged] = np.any([values[judged] < thresholds[space] for space, values in distances.items()], axis=0)
     return float(flagged.mean())
+
+
+def group_folds(groups: Sequence[str]) -> NDArray[np.int64]:
+    """Return the fold of each image, (N,); images of one group share a fold, and a seed is fixed."""
+    names = np.unique(groups, return_inverse=True)[1]
+    return np.asarray(np.random.default_rng(0).permutation(names.max() + 1)[names] % FOLDS)

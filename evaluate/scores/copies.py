@@ -4,24 +4,27 @@ Every image is compared with every training image by short descriptors: the whol
 orientations with windows of the other (crops both ways), and patches of half the side with patches
 nearby. Descriptors are whitened on the training images, so that what all images share counts little
 (Jegou and Chum, Negative Evidences and Co-occurences in Image Retrieval, ECCV 2012). Their absolute
-cosine also finds inverted images. The best matches are then verified: the aligned detector of
-near-duplicates compares the details, and phase correlation finds the displacement at which part of
-two images agrees (Kuglin and Hines, The Phase Correlation Image Alignment Method, 1975).
+cosine also finds inverted images. The best matches are then verified: both images are registered and
+compared by fine and coarse textures (`registration.py`), and phase correlation finds the displacement
+at which part of two images agrees (Kuglin and Hines, The Phase Correlation Image Alignment Method,
+1975).
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import scipy.fft
+import scipy.ndimage
 from numpy.typing import NDArray
-from sklearn.utils.extmath import randomized_svd
+from PIL import Image
 
-from maskloom.pipeline.dataset.near_duplicates.alignment import WHOLE, agreement
-from maskloom.pipeline.dataset.near_duplicates.layout import Layout, layout_size
-from maskloom.pipeline.dataset.near_duplicates.textures import Box, texture, window_vector
+from maskloom.evaluate.scores.registration import box_transform, registered_similarities
+from maskloom.pipeline.dataset.near_duplicates.textures import Box, texture
+from maskloom.pipeline.parallel import available_cores
 from maskloom.pipeline.progress import progress
 
 Floats = NDArray[np.float32]
@@ -29,7 +32,7 @@ Floats = NDArray[np.float32]
 SIDE = 128  # of the images that are compared
 HALF, WINDOW, PATCH = SIDE // 2, 32, 16  # sides of thumbnail, window and patch descriptors
 ORIENTATIONS = 8
-WINDOW_GRIDS = ((0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
+WINDOW_GRIDS = ((0.95, 3), (0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
 WINDOW_DIMENSIONS, PATCH_DIMENSIONS = 192, 96
 REGULARISATION = 0.1  # share of the mean variance; keeps noise from being amplified
 STEP = 4  # of the grid of patches, in thumbnail pixels
@@ -37,10 +40,13 @@ VERIFIED = 3  # best matches of each kind that are verified
 BLOCK = 128  # images compared at a time
 OVERLAP_SIDE, LEAST_VARIANCE = 56, 0.02  # of the area in which displaced textures are compared
 PEAKS = 3  # displacements tried
-SAMPLED = 1024  # windows from which the layout is estimated
+BLACK = 16  # grey levels that padding may differ from black or white
+LEAST_CONTENT, LEAST_PADDING = 0.4, 0.03  # of the side
+FEW_PADDED = 0.05  # of the training images; where more have padding, it belongs to the images
 
-WHOLE_IMAGE, JOINT, DETAIL, PART, OVERLAP = "whole image", "whole and parts", "details", "part", "displaced part"
-SIMILARITIES = (WHOLE_IMAGE, JOINT, DETAIL, PART, OVERLAP)
+WHOLE_IMAGE, JOINT, PART, OVERLAP = "whole image", "whole and parts", "part", "displaced part"
+FINE, COARSE = "fine details", "coarse details"  # after registration
+SIMILARITIES = (WHOLE_IMAGE, JOINT, FINE, COARSE, PART, OVERLAP)
 TURNS = (
     "",
     "turned by 90 degrees",
@@ -82,12 +88,14 @@ class Described:
     """The descriptors of N images.
 
     Attributes:
+        plain: (N, 64, 64) thumbnails.
         textures: (N, 128, 128).
         wholes: (N, 8, dimensions), by orientation.
         windows: (N, boxes, dimensions).
         patches: (N, 8, patches, dimensions), by orientation.
     """
 
+    plain: Floats
     textures: Floats
     wholes: Floats
     windows: Floats
@@ -96,7 +104,7 @@ class Described:
     def row(self, index: int) -> Described:
         """Return the descriptors of one image."""
         row = slice(index, index + 1)
-        return Described(self.textures[row], self.wholes[row], self.windows[row], self.patches[row])
+        return Described(self.plain[row], self.textures[row], self.wholes[row], self.windows[row], self.patches[row])
 
 
 class Whitening:
@@ -123,25 +131,29 @@ class CopySearch:
 
     def __init__(self, train: NDArray[np.uint8]) -> None:
         """Describe the training images."""
+        padded = sum(without_padding(image) is not image for image in train)
+        self.trims = padded < FEW_PADDED * len(train)
         self.textures = np.stack([texture(image.astype(np.float32)) for image in train])
-        plain, thumbnails = halved(train.astype(np.float32)), halved(self.textures)
-        window_vectors, patches = windows_of(plain), patches_of(thumbnails)
+        self.plain = halved(train.astype(np.float32))
+        self.contents = [content_box(one) for one in self.plain]
+        window_vectors, patches = windows_of(self.plain), patches_of(halved(self.textures))
         self.whiten_windows = Whitening(window_vectors.reshape(-1, WINDOW**2), WINDOW_DIMENSIONS)
         self.whiten_patches = Whitening(patches.reshape(-1, PATCH**2), PATCH_DIMENSIONS)
         self.windows = self.whiten_windows(window_vectors)
-        self.wholes = self.whiten_windows(wholes_of(plain))
+        self.wholes = self.whiten_windows(wholes_of(self.plain))
         self.patches = self.whiten_patches(patches)
-        self.layout = self._fitted_layout()
 
     def matches(self, images: NDArray[np.uint8]) -> Matches:
         """Return the best matches of (N, 128, 128) uint8 grey images."""
         found: list[dict[str, Match]] = []
-        with progress("searching copies", len(images), "images") as advance:
+        searching = progress("searching copies", len(images), "images")
+        with ThreadPoolExecutor(available_cores()) as threads, searching as advance:
             for start in range(0, len(images), BLOCK):
                 block = self._described(images[start : start + BLOCK])
                 whole, part = self._whole_similarities(block), self._part_similarities(block)
-                for row in range(len(whole)):
-                    found.append(self._verified(block.row(row), whole[row], part[row]))
+                rows = [block.row(row) for row in range(len(whole))]
+                for one in threads.map(self._verified, rows, whole, part):
+                    found.append(one)
                     advance()
         return Matches(
             {name: np.array([one[name].similarity for one in found]) for name in SIMILARITIES},
@@ -150,12 +162,17 @@ class CopySearch:
         )
 
     def _described(self, images: NDArray[np.uint8]) -> Described:
-        """Return the descriptors of (N, 128, 128) uint8 images."""
+        """Return the descriptors of (N, 128, 128) uint8 images.
+
+        Padding is cut off first, unless training images have some.
+        """
+        if self.trims:
+            images = np.stack([without_padding(image) for image in images])
         textures = np.stack([texture(image.astype(np.float32)) for image in images])
         plain, thumbnails = halved(images.astype(np.float32)), halved(textures)
         turned = [self.whiten_patches(patches_of(oriented(thumbnails, turn))) for turn in range(ORIENTATIONS)]
         wholes, windows = self.whiten_windows(wholes_of(plain)), self.whiten_windows(windows_of(plain))
-        return Described(textures, wholes, windows, np.stack(turned, axis=1))
+        return Described(plain, textures, wholes, windows, np.stack(turned, axis=1))
 
     def _whole_similarities(self, images: Described) -> Floats:
         """Return the best cosine of whole images with windows of the others, both ways, (N, T)."""
@@ -178,12 +195,13 @@ class CopySearch:
         """Return the best match of one image by each measure."""
         joint = (whole + part) / 2
         likeliest = int(joint.argmax())
-        details = [self._aligned(image, index) for index in best_first(whole)]
+        registered = [self._registered(image, index) for index in dict.fromkeys([*best_first(whole), likeliest])]
         overlaps = [self._displaced(image, index) for index in best_first(part)]
         return {
-            WHOLE_IMAGE: Match(float(whole.max()), details[0].index, details[0].transformation),
+            WHOLE_IMAGE: Match(float(whole.max()), registered[0][0].index, registered[0][0].transformation),
             JOINT: Match(float(joint.max()), likeliest, _in_words(*self._placed(image, likeliest))),
-            DETAIL: max(details),
+            FINE: max(fine for fine, _ in registered),
+            COARSE: max(coarse for _, coarse in registered),
             PART: Match(float(part.max()), overlaps[0].index, overlaps[0].transformation),
             OVERLAP: max(overlaps),
         }
@@ -195,13 +213,23 @@ class CopySearch:
         turn, direction, box = np.unravel_index(int(cosines.argmax()), cosines.shape)
         return int(turn), int(direction), int(box)
 
-    def _aligned(self, image: Described, index: int) -> Match:
-        """Return how well the details agree after alignment."""
+    def _registered(self, image: Described, index: int) -> tuple[Match, Match]:
+        """Return how well fine and coarse details agree after registration.
+
+        It starts where the descriptors agree, and where the contents of both images coincide, as
+        padding need not be of the same width on all sides.
+        """
         turn, direction, box = self._placed(image, index)
-        pair = image.textures[0], self.textures[index]
-        whole, other = pair[::-1] if direction else pair
-        found = agreement(np.ascontiguousarray(oriented(whole, turn)), other, WHOLE, boxes()[box], self.layout)
-        return Match(max(0.0, found.detail), index, _in_words(turn, direction, box))
+        mine, original = np.ascontiguousarray(oriented(image.plain[0], turn)), self.plain[index]
+        place = box_transform(boxes()[0], boxes()[box])
+        fixed, moving = (original, mine) if direction else (mine, original)
+        found = [registered_similarities(fixed, moving, place)]
+        content, other = content_box(mine), self.contents[index]
+        if np.abs(np.subtract(content, other)).max() > LEAST_PADDING:
+            found.append(registered_similarities(original, mine, box_transform(other, content)))
+        words = _in_words(turn, direction, box)
+        fine, coarse = (Match(max(one), index, words) for one in zip(*found, strict=True))
+        return fine, coarse
 
     def _displaced(self, image: Described, index: int) -> Match:
         """Return how well a part agrees, at the displacement that phase correlation finds."""
@@ -211,20 +239,30 @@ class CopySearch:
         overlap = largest_overlap(np.ascontiguousarray(oriented(image.textures[0], turn)), self.textures[index])
         return Match(overlap, index, ", ".join(filter(None, ["in part", TURNS[turn]])))
 
-    def _fitted_layout(self) -> Layout:
-        """Return the layout that the training images share."""
-        random, count = np.random.default_rng(0), len(self.textures)
-        chosen = zip(random.integers(count, size=SAMPLED), random.integers(len(boxes()), size=SAMPLED), strict=True)
-        vectors = [window_vector(self.textures[one], np.array(boxes()[box]) * SIDE, HALF) for one, box in chosen]
-        size = layout_size(count)
-        if size == 0:
-            return Layout(np.zeros((0, HALF**2), np.float32))
-        return Layout(randomized_svd(np.stack(vectors), size, random_state=0)[2].astype(np.float32))
-
 
 def best_first(similarities: Floats) -> list[int]:
     """Return the training images to verify."""
     return [int(index) for index in np.argsort(-similarities, kind="stable")[:VERIFIED]]
+
+
+def without_padding(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a (128, 128) image without padding, at its old size; itself unless all sides have some."""
+    top, left, bottom, right = content_box(halved(image.astype(np.float32)))
+    if min(top, left, 1 - bottom, 1 - right) <= LEAST_PADDING:
+        return image
+    corners = SIDE * left, SIDE * top, SIDE * right, SIDE * bottom
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=corners))
+
+
+def content_box(thumbnail: Floats) -> Box:
+    """Return the area of a (64, 64) thumbnail without black or white rows and columns around it."""
+    smooth, ends = scipy.ndimage.uniform_filter(thumbnail, 3), []
+    for axis in (1, 0):
+        content = np.flatnonzero((smooth.max(axis=axis) > BLACK) & (smooth.min(axis=axis) < 255 - BLACK))
+        if len(content) < LEAST_CONTENT * HALF:
+            return boxes()[0]
+        ends.append((content[0] / HALF, (content[-1] + 1) / HALF))
+    return float(ends[0][0]), float(ends[1][0]), float(ends[0][1]), float(ends[1][1])
 
 
 def largest_overlap(a: Floats, b: Floats) -> float:
@@ -285,7 +323,7 @@ def halved(images: Floats) -> Floats:
 
 @cache
 def boxes() -> tuple[Box, ...]:
-    """Return the whole image and its square crops of 90, 85 and 80 % of the side."""
+    """Return the whole image and its square crops of 95, 90, 85 and 80 % of the side."""
     found: list[Box] = [(0.0, 0.0, 1.0, 1.0)]
     for side, count in WINDOW_GRIDS:
         starts = np.linspace(0, 1 - side, count).tolist()

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from maskloom.data_prep.processing.phantom import LABELS, patient, render
+from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.scores.calibration import copy_threshold, held_out_share, joint_thresholds
 from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches, largest_overlap
@@ -19,6 +21,7 @@ from tests.evaluate.runs import answer, copied, small_options, tiny_config, tiny
 from tests.tiny_datasets import Picture, Sample, write_tiny_run
 
 COUNT = 40
+BUSI = Path(__file__).parents[2] / ".." / "shared" / "data" / "busi" / "Dataset_BUSI_with_GT" / "benign"
 
 
 def picture(seed: int) -> Picture:
@@ -150,6 +153,32 @@ def test_groups_are_left_out_whole() -> None:
     assert np.isnan(held_out_share(spaces, ["one"] * 100, 5))
 
 
+def phantom(seed: int) -> Picture:
+    """Return an ultrasound phantom; every seed is another patient."""
+    return resized(render(patient(5, seed, LABELS[seed % len(LABELS)]), 5, seed, 0, SIDE)[0], SIDE)
+
+
+def busi(seed: int) -> Picture:
+    """Return an image of the public dataset BUSI."""
+    files = [file for file in sorted(BUSI.glob("*.png")) if "_mask" not in file.name]
+    return resized(np.asarray(Image.open(files[seed]).convert("L")), SIDE)
+
+
+@pytest.mark.parametrize(
+    "source", [phantom, pytest.param(busi, marks=pytest.mark.skipif(not BUSI.is_dir(), reason="BUSI is not there"))]
+)
+def test_six_copies_of_medical_images_are_named_each_with_its_original(source: Callable[[int], Picture]) -> None:
+    images = [source(seed) for seed in range(254)]
+    train, held_out, others = np.stack(images[:80]), np.stack(images[80:110]), images[110:]
+    copies = [change(train[10 * number]) for number, change in enumerate(list(CHANGES.values())[1:7])]
+    search, numbers = CopySearch(train), [str(row) for row in range(150)]
+    unseen = search.matches(held_out)
+    limits = {name: copy_threshold(unseen.similarity[name], len(train)) for name in SIMILARITIES}
+    planted = np.stack([np.ascontiguousarray(one) for one in [*copies, *others]])
+    rows = copy_rows(numbers, numbers, search.matches(planted), limits)
+    assert [(row.sample_id, row.original) for row in rows[:6]] == [(str(row), str(10 * row)) for row in range(6)]
+
+
 def test_six_copies_among_150_are_named_each_with_its_original(tmp_path: Path) -> None:
     changes = list(CHANGES.values())[:4]
 
@@ -174,6 +203,8 @@ def test_six_copies_among_150_are_named_each_with_its_original(tmp_path: Path) -
     assert "and 3 more" in result.verdict
     assert "no sign of copying" not in result.verdict
     assert result.values["held_out"]["copies"] == []
+    assert max(result.values["held_out"]["average_image"].values()) < 1
+    assert any("some: its 6 copies are kept (evaluate.on_copies=keep)" in text for text in result.warnings)
     assert [table.title for table in result.tables][1] == "some: copies of training images"
     assert len(result.tables[1].rows) == 6
     assert result.pictures[0].title == "some: copies beside their originals"
