@@ -23,6 +23,8 @@ from maskloom.evaluate.downstream.compare import (
 from maskloom.evaluate.downstream.outlook import what_would_change
 from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
+SMALLEST_P = 0.001
+
 
 @dataclass(frozen=True)
 class TestSetComparison:
@@ -177,7 +179,13 @@ def _change_table(one: TestSetComparison) -> Table:
         for name in one.shown:
             change = found[name]
             spread = f"{min(change.by_seed):+.3f} to {max(change.by_seed):+.3f}" if change.by_seed else None
-            figures: list[Cell] = [_interval(change), change.finding, change.smallest_effect, change.p_holm, spread]
+            figures: list[Cell] = [
+                _interval(change),
+                change.finding,
+                change.smallest_effect,
+                _p_cell(change.p_holm),
+                spread,
+            ]
             rows.append([arm_title(arm), name, *figures])
     note = (
         "Arm minus real, same test images. The 95 % interval covers other patients and other trainings "
@@ -189,6 +197,11 @@ def _change_table(one: TestSetComparison) -> Table:
     columns = ["arm", "score", "change against real", "finding", "smallest effect", "p (Holm)", "range over seeds"]
     title = f"Change against training on real images only{one.place}"
     return Table(title=title, note=note, columns=columns, rows=rows)
+
+
+def _p_cell(p: float | None) -> Cell:
+    """Return a p-value; the smallest are bounded, because no test of so few models is certain."""
+    return p if p is None or p >= SMALLEST_P else f"< {SMALLEST_P}"
 
 
 def _forests(one: TestSetComparison) -> list[Forest]:
@@ -225,11 +238,17 @@ def basis_of(one: Comparison) -> str:
 
 def _score_table(one: TestSetComparison) -> Table:
     rows: list[list[Cell]] = [
-        [arm_title(arm), *(_interval(score) for score in found.values())] for arm, found in one.scores.items()
+        [arm_title(arm), *(_reached(score) for score in found.values())] for arm, found in one.scores.items()
     ]
     images = f"images of the {one.test_set}" if one.external else "real test images"
-    note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds."
+    note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds. "
+    note += "Where all models and cases agree, no interval can be given."
     return Table(title=f"Scores of each arm{one.place}", note=note, columns=["arm", *one.scores[BASELINE]], rows=rows)
+
+
+def _reached(one: ArmScore) -> Interval:
+    """Return a score; without its interval if all models and cases agree, which proves no certainty."""
+    return Interval(value=one.value) if one.low == one.high else _interval(one)
 
 
 def _figures(own: TestSetComparison, generator: str) -> list[Figure]:

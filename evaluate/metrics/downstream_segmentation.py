@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from maskloom.evaluate.copies import left_out_warnings, rows_without_copies
 from maskloom.evaluate.downstream.arms import (
     AUTO,
+    WITH_SYNTHETIC,
     ArmOptions,
     Pair,
     chosen_generator,
@@ -27,6 +28,7 @@ from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, Score
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.seeds import seed_plan
+from maskloom.evaluate.downstream.subgroups import by_size, subgroup_table
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.models.segmenter import (
     EMPTY_RULE,
@@ -36,7 +38,7 @@ from maskloom.models.segmenter import (
     predicted_masks,
     train_segmenter,
 )
-from maskloom.pipeline.results import MetricResult, skipped_result
+from maskloom.pipeline.results import MetricResult, Table, skipped_result
 from maskloom.pipeline.training.fixed_steps import Augment
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         question=QUESTION,
         verdict=f"Segmentation: {comparison.verdict}",
         headline=True,
-        tables=comparison.tables,
+        tables=[*comparison.tables, *_subgroup_tables(inputs, cases, tests)],
         warnings=[
             *comparison.warnings,
             *left_out_warnings(inputs, generated),
@@ -120,6 +122,25 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         },
         seeds=list(cases[0].arms["real"].seeds),
     )
+
+
+def _subgroup_tables(
+    inputs: EvaluationInputs, cases: Sequence[ScoredTestSet], tests: Mapping[str, MaskedImages]
+) -> list[Table]:
+    """Return where real + synthetic images help: by class and by size, on each test set."""
+    found = []
+    sets = {inputs.test.name: inputs.test, **{one.name: one for one in inputs.externals.values()}}
+    for one in cases:
+        if WITH_SYNTHETIC not in one.arms:
+            continue
+        test, parts = sets[one.test_set], {f"all of the {one.test_set}": list(one.samples)}
+        for k, label in enumerate(inputs.real.description.labels):
+            parts[f"class {label}"] = [test.columns["sample_id"][i] for i in np.flatnonzero(test.labels == k)]
+        masked = tests[one.test_set]
+        parts |= by_size(masked.samples, masked.masks)
+        table = subgroup_table(one, WITH_SYNTHETIC, PRIMARY, parts)
+        found += [table] if table else []
+    return found
 
 
 def _limited(part: MaskedImages, real: int, options: Options, inputs: EvaluationInputs, name: str) -> Pair:

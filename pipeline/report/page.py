@@ -18,7 +18,7 @@ from maskloom.pipeline.report.forest import forest_description, forest_plot
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
 from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
 from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts
-from maskloom.pipeline.results import Interval, Table, cell_text, read_evaluations
+from maskloom.pipeline.results import Evaluation, Interval, Table, cell_text, read_evaluations
 
 TEMPLATE = "template.html.j2"
 PICTURE_SCALE = 4  # a figure of several panels may be this many times as wide as a single image
@@ -90,11 +90,12 @@ def template_variables(config: ExperimentConfig, sources: Sources) -> dict[str, 
     generation = {name: one.description.preprocessing.get("generation", {}) for name, one in sources.synthetic.items()}
     datasets = {"real": sources.real} if sources.real else {}
     datasets |= {f"synthetic: {name}": dataset for name, dataset in sources.synthetic.items()}
+    evaluations, stale = current_evaluations(sources)
     return {
         "title": config.report.title or f"MaskLoom: {config.experiment}",
         "config": config,
-        "missing": sources.missing(),
-        "evaluations": read_evaluations(sources.run.evaluation),
+        "missing": [*sources.missing(), *stale],
+        "evaluations": evaluations,
         "evaluation_folder": sources.run.evaluation,
         "grids": image_grids(sources.real, sources.synthetic, config.report.images_per_class) if sources.real else {},
         "generators": list(sources.synthetic),
@@ -110,6 +111,21 @@ def template_variables(config: ExperimentConfig, sources: Sources) -> dict[str, 
             without_places(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True
         ),
     }
+
+
+def current_evaluations(sources: Sources) -> tuple[list[Evaluation], list[str]]:
+    """Return the answers about the datasets that the run has now, and a sentence for each other answer."""
+    digests = {name: dataset.digest for name, dataset in sources.synthetic.items()}
+    digests |= {"real": sources.real.digest} if sources.real else {}
+    shown, stale = [], []
+    for one in read_evaluations(sources.run.evaluation):
+        if not one.inputs or one.is_about(digests):
+            shown.append(one)
+        else:
+            stale.append(
+                f"{one.metric}: the answer is of other images than the run has now, and is not shown; run maskloom evaluate."
+            )
+    return shown, stale
 
 
 def _training_summary(stage: str, training: Training) -> dict[str, Any]:

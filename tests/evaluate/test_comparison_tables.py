@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maskloom.evaluate.downstream.comparison import ComparisonResult, compare_test_sets
-from maskloom.pipeline.results import REAL
+from maskloom.pipeline.results import REAL, Interval
 from tests.evaluate.cases import class_cases, dice_cases
 
 BASE = np.random.default_rng(0).uniform(0.4, 0.6, (5, 60))
@@ -88,3 +88,11 @@ def test_the_table_of_changes_hides_what_the_table_of_scores_has() -> None:
     assert [row[1] for row in changes.rows] == scores.columns[1:6]
     assert scores.columns[6:] == ["recall of a", "recall of b"]
     assert changes.columns[2:5] == ["change against real", "finding", "smallest effect"]
+
+
+def test_saturated_figures_are_not_printed_as_certainty() -> None:
+    gain = np.random.default_rng(3).normal(0.2, 0.001, BASE.shape)
+    changes, scores = compared({"real": np.full_like(BASE, 1.0), "real_synthetic": BASE + gain}).tables
+    assert changes.rows[0][5] == "< 0.001"
+    assert scores.rows[0][1] == Interval(value=1.0)
+    assert "no interval can be given" in scores.note

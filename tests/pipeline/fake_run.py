@@ -196,7 +196,7 @@ def evaluation(metric: str = "help", **changes: Any) -> dict[str, Any]:
         "values": {"dice": 0.7},
         "n": {"real train": 8, "test": 3},
         "seeds": [0, 1, 2],
-        "inputs": {"dataset": "a" * 64},
+        "inputs": {},
         "options": {"steps": 100},
     }
     return {**values, **changes}

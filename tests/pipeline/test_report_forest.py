@@ -43,3 +43,13 @@ def test_the_page_shows_forests_and_what_would_change_the_verdict(tmp_path) -> N
     assert "About 40 &lt;groups&gt;." in page
     assert "the same for 1 other score(s)" in page
     assert page.index("forest plot: Dice &lt;1&gt;") < page.index("forest plot: IoU")
+
+
+def test_an_answer_about_other_images_is_not_shown(tmp_path) -> None:
+    run, config = fake_run.whole_run(tmp_path)
+    stale = fake_run.evaluation("help", headline=True, inputs={"real": "a" * 64})
+    fake_run.write_evaluation(run, "b_help", stale)
+    write_report(config, False)
+    page = run.report.read_text(encoding="utf-8")
+    assert "help: the answer is of other images than the run has now, and is not shown; run maskloom evaluate." in page
+    assert stale["verdict"] not in page

@@ -1,0 +1,69 @@
+"""Where synthetic data help: the same comparison within parts of a test set. Exploratory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskloom.evaluate.downstream.arms import arm_title
+from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
+from maskloom.evaluate.downstream.compare import BASELINE, compare
+from maskloom.pipeline.results import Cell, Interval, Table
+
+SIZES = ("smallest third", "middle third", "largest third")
+NOTE = (
+    "Exploratory: the findings are not adjusted for the number of parts, and with so many parts some differ by chance. "
+    "Sizes are thirds of the test masks by their foreground area."
+)
+
+
+def by_size(samples: Sequence[str], masks: NDArray[np.uint8]) -> dict[str, list[str]]:
+    """Return the samples of each third by foreground area; masks without foreground are left out.
+
+    Args:
+        samples: ids of N images.
+        masks: (N, H, W) class indices, 0 = background.
+    """
+    areas = (masks > 0).sum(axis=(1, 2))
+    ordered = sorted((int(area), sample) for area, sample in zip(areas, samples, strict=True) if area)
+    parts = np.array_split(np.arange(len(ordered)), len(SIZES))
+    return {name: [ordered[i][1] for i in part] for name, part in zip(SIZES, parts, strict=True)}
+
+
+def subset(cases: ScoredTestSet, samples: Collection[str], arms: Collection[str]) -> ScoredTestSet:
+    """Return some cases of some arms."""
+    kept = [i for i, sample in enumerate(cases.samples) if sample in samples]
+    return replace(
+        cases,
+        samples=tuple(cases.samples[i] for i in kept),
+        groups=tuple(cases.groups[i] for i in kept),
+        arms={
+            name: ArmCases(arm.seeds, {score: values[:, kept] for score, values in arm.values.items()})
+            for name, arm in cases.arms.items()
+            if name in arms
+        },
+    )
+
+
+def subgroup_table(cases: ScoredTestSet, arm: str, score: str, parts: Mapping[str, Collection[str]]) -> Table | None:
+    """Return the comparison of an arm with real images in each part of a test set; None without parts.
+
+    Args:
+        cases: the test set.
+        arm: the arm.
+        score: the score.
+        parts: the samples of each part by its name; empty parts are left out.
+    """
+    rows: list[list[Cell]] = []
+    for name, samples in parts.items():
+        part = subset(cases, set(samples), (BASELINE, arm))
+        if part.samples:
+            one = compare(part, scores=[score])[0]
+            change = Interval(value=one.difference, low=one.low, high=one.high)
+            rows.append([name, change, one.finding, one.smallest_effect, one.cases, one.groups, one.seeds])
+    columns = ["part", "change against real", "finding", "smallest effect", "cases", "groups", "seeds"]
+    title = f"Where it helps: {arm_title(arm)}, {score} on the {cases.test_set}"
+    return Table(title=title, note=NOTE, columns=columns, rows=rows) if rows else None

@@ -1,0 +1,28 @@
+"""Comparisons within parts of a test set."""
+
+import numpy as np
+
+from maskloom.evaluate.downstream.subgroups import SIZES, by_size, subgroup_table
+from tests.evaluate.cases import dice_cases
+
+BASE = np.random.default_rng(0).uniform(0.4, 0.6, (3, 30))
+
+
+def test_sizes_are_thirds_by_area_and_empty_masks_are_left_out() -> None:
+    masks = np.zeros((7, 4, 4), np.uint8)
+    for i in range(7):
+        masks[i].flat[:i] = 1
+    assert by_size("abcdefg", masks) == dict(zip(SIZES, (["b", "c"], ["d", "e"], ["f", "g"]), strict=True))
+
+
+def test_each_part_has_its_own_change_numbers_and_finding() -> None:
+    gain = np.where(np.arange(30) < 15, 0.2, 0.0) + np.random.default_rng(1).normal(0, 0.01, BASE.shape)
+    cases = dice_cases({"real": BASE, "real_synthetic": BASE + gain})
+    parts = {"first": cases.samples[:15], "few": cases.samples[25:], "none": ()}
+    table = subgroup_table(cases, "real_synthetic", "Dice", parts)
+    assert table is not None
+    assert table.note.startswith("Exploratory: the findings are not adjusted")
+    assert [row[0] for row in table.rows] == ["first", "few"]
+    assert [row[2] for row in table.rows] == ["helped", "cannot tell"]
+    assert [row[4:] for row in table.rows] == [[15, 15, 3], [5, 5, 3]]
+    assert subgroup_table(cases, "real_synthetic", "Dice", {}) is None
