@@ -197,6 +197,7 @@ class Answer(Part):
         headline: whether the verdict belongs at the top of the report.
         skipped: why nothing was measured, else None.
         tables, curves, forests: how to show the figures.
+        subgroups: tables of exploratory comparisons within parts of the data, shown after `tables`.
         would_change: what would change the verdict, such as more patients; in sentences.
         warnings: reasons why these figures are less reliable than they look.
         limits: what such figures cannot show in general.
@@ -214,6 +215,7 @@ class Answer(Part):
     tables: list[Table] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
     forests: list[Forest] = Field(default_factory=list)
+    subgroups: list[Table] = Field(default_factory=list)
     would_change: list[str] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
     limits: list[str] = Field(default_factory=list)

@@ -96,7 +96,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         question=QUESTION,
         verdict=f"Segmentation: {comparison.verdict}",
         headline=True,
-        tables=[*comparison.tables, *_subgroup_tables(inputs, cases, tests)],
+        tables=comparison.tables,
+        subgroups=_subgroup_tables(inputs, cases, tests),
         warnings=[
             *comparison.warnings,
             *left_out_warnings(inputs, generated),

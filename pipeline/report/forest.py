@@ -38,7 +38,13 @@ def forest_plot(forest: Forest) -> str:
                 axes.plot([row.value], [place], "D" if row.reference else "s", color=colour, markersize=5)
             label = f"{row.name}: {figures_text(row)}"
             axes.text(
-                0, place - 0.3, plain_text(label), transform=axes.get_yaxis_transform(), fontsize=8.5, color=colour
+                0,
+                place - 0.3,
+                plain_text(label),
+                transform=axes.get_yaxis_transform(),
+                fontsize=8.5,
+                color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
         axes.set_ylim(len(forest.rows) - 0.5, -0.85)
         axes.set_yticks([])

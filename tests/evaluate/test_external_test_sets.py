@@ -62,6 +62,7 @@ def test_the_own_tests_figures_do_not_depend_on_external_sets(runs: dict[str, Ev
     assert {key: with_sets["values"][key] for key in without["values"]} == without["values"]
     assert with_sets["tables"][:2] == without["tables"]
     assert len(without["tables"]) == 2
+    assert with_sets["subgroups"][: len(without["subgroups"])] == without["subgroups"]
     assert with_sets["verdict"].startswith(without["verdict"])
     assert without["n"].items() <= with_sets["n"].items()
     assert without["warnings"] == [text for text in with_sets["warnings"] if not text.startswith("external")]

@@ -37,10 +37,14 @@ def test_the_page_shows_forests_and_what_would_change_the_verdict(tmp_path) -> N
     run, config = fake_run.whole_run(tmp_path)
     other = FOREST.model_copy(update={"primary": False, "title": "IoU"})
     extra = {"forests": [one.model_dump() for one in (other, FOREST)], "would_change": ["About 40 <groups>."]}
+    extra["subgroups"] = [
+        {"title": "Where it helps", "note": "Exploratory", "columns": ["part"], "rows": [["largest third"]]}
+    ]
     fake_run.write_evaluation(run, "b_help", fake_run.evaluation("help", headline=True, **extra))
     write_report(config, False)
     page = run.report.read_text(encoding="utf-8")
     assert "About 40 &lt;groups&gt;." in page
+    assert page.index("Dice by arm") < page.index("Where it helps") < page.index("largest third")
     assert "the same for 1 other score(s)" in page
     assert page.index("forest plot: Dice &lt;1&gt;") < page.index("forest plot: IoU")
 

@@ -72,6 +72,7 @@ def test_the_bytes_of_a_file(tmp_path: Path) -> None:
         ],
         "curves": [{"title": "C", "x_label": "", "y_label": "", "series": {"s": [[0.0, 1.5], [1.0, None]]}}],
         "forests": [],
+        "subgroups": [],
         "would_change": [],
         "pictures": [],
         "warnings": [],
