@@ -126,8 +126,12 @@ def _compare_test_set(
 
 
 def _interval(one: ArmScore | Comparison) -> Interval:
-    value = one.value if isinstance(one, ArmScore) else one.difference
-    return Interval(value=value, low=one.low, high=one.high)
+    """Return a figure with its interval; that of a score is cut at 0 and 1, between which all scores lie."""
+    if not isinstance(one, ArmScore):
+        return Interval(value=one.difference, low=one.low, high=one.high)
+    if one.low is None or one.high is None:
+        return Interval(value=one.value)
+    return Interval(value=one.value, low=max(0.0, one.low), high=min(1.0, one.high))
 
 
 def _values(one: TestSetComparison) -> dict[str, Any]:
@@ -241,8 +245,8 @@ def _score_table(one: TestSetComparison) -> Table:
         [arm_title(arm), *(_reached(score) for score in found.values())] for arm, found in one.scores.items()
     ]
     images = f"images of the {one.test_set}" if one.external else "real test images"
-    note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds. "
-    note += "Where all models and cases agree, no interval can be given."
+    note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds, "
+    note += "cut at 0 and 1. Where all models and cases agree, no interval can be given."
     return Table(title=f"Scores of each arm{one.place}", note=note, columns=["arm", *one.scores[BASELINE]], rows=rows)
 
 

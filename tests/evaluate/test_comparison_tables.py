@@ -96,3 +96,12 @@ def test_saturated_figures_are_not_printed_as_certainty() -> None:
     assert changes.rows[0][5] == "< 0.001"
     assert scores.rows[0][1] == Interval(value=1.0)
     assert "no interval can be given" in scores.note
+
+
+@pytest.mark.parametrize("level", [0.98, 0.02])
+def test_the_interval_of_a_score_ends_where_scores_end(level: float) -> None:
+    values = np.clip(level + np.random.default_rng(0).normal(0, 0.02, (3, 6)), 0, 1)
+    found = compared({"real": values, "real_synthetic": values[:, ::-1]})
+    interval = found.values["arms"]["real"]["Dice"]
+    assert (interval["high"] == 1) if level > 0.5 else (interval["low"] == 0)
+    assert 0 <= interval["low"] < interval["value"] < interval["high"] <= 1

@@ -78,7 +78,9 @@ def test_frechet_without_a_block_equals_a_new_fit(random: np.random.Generator) -
     left, right = random.normal(size=(90, 12)), random.normal(0.3, 1.5, size=(70, 12))
     left[:, 11] = np.arange(90) < 9
     groups = [f"l{i // 9}" for i in range(90)], [f"r{i // 7}" for i in range(70)]
-    block_of = {group: int(group[1:]) % 7 if group[0] == "r" else int(group[1:]) % 9 for group in sum(groups, [])}
+    block_of = {
+        group: int(group[1:]) % 7 if group[0] == "r" else int(group[1:]) % 9 for names in groups for group in names
+    }
     found = frechet_leave_outs(left, right, *groups, block_of)
     for block, distance in enumerate(found):
         kept = [
