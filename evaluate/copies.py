@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +33,7 @@ class CopyJudgement:
     thresholds: dict[str, float]
     held_out: list[CopyRow]
     synthetic: dict[str, list[CopyRow]]
-    average: dict[str, float]
+    average: dict[str, float] = field(default_factory=dict)
 
 
 def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
