@@ -10,12 +10,12 @@ from pathlib import Path
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, Reject
 from maskloom.data_prep.inspect.advice import advice_for, fitting_configuration
 from maskloom.data_prep.inspect.content import IMAGES, kinds_of, misnamed
-from maskloom.data_prep.inspect.guess import check_readable, recognised
+from maskloom.data_prep.inspect.guess import MODALITY, check_readable, recognised
 from maskloom.data_prep.inspect.layout import Guess, guessed_options
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of
 from maskloom.data_prep.inspect.raw_tree import RawTree, known_formats, suffix_of, tables_of, tree_of
 from maskloom.data_prep.inspect.text import Page, counted, quantiles, share
-from maskloom.data_prep.inspect.yaml_text import command_line, configuration_text
+from maskloom.data_prep.inspect.yaml_text import command_line, configuration_text, experiment_name
 from maskloom.data_prep.left_out import group_by_reason
 from maskloom.data_prep.readers.file_names import printable
 from maskloom.data_prep.sources import PACKAGE
@@ -243,11 +243,12 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
     except MaskLoomError as error:
         page.section("Problem")
         page.line(str(error))
-    page.section("To prepare it: save this as configs/my_data.yaml, replace TODO, check what was guessed")
+    name = f"configs/{experiment_name(raw_dir)}.yaml"
+    page.section(f"To prepare it: save this as {name}, replace TODO, check what was guessed")
     page.block(configuration_text(guess, raw_dir, data))
     page.section("Then")
-    page.command(f"{shown_command('prepare')} --config configs/my_data.yaml")
-    page.section("Or without a file of your own")
-    options = {"modality": "medical image", **guess.options}
+    page.command(f"{shown_command('prepare')} --config {name}")
+    page.section(f"Or without a file of your own: replace {MODALITY!r}, which prompts would say, by the imaging method")
+    options = {"modality": MODALITY, **guess.options}
     size = {"image_size": data.image_size[0], "conditioning": data.conditioning}
     page.command(command_line("configs/folder.yaml", raw_dir, options, **size))

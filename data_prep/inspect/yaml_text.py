@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from maskloom.data_prep.inspect.layout import Guess
 from maskloom.data_prep.readers.file_names import printable
 from maskloom.pipeline.cli import shown_command
+from maskloom.pipeline.config.base import MAX_NAME
 from maskloom.pipeline.config.data import DataConfig
 
 PLAIN = re.compile(
@@ -31,7 +33,7 @@ def configuration_text(guess: Guess, raw_dir: Path, data: DataConfig) -> str:
     """
     lines = [
         "extends: folder.yaml",
-        "experiment: my_data",
+        f"experiment: {_quoted(experiment_name(raw_dir))}",
         "data:",
         f"  raw_dir: {_quoted(str(raw_dir.resolve()))}",
         f"  image_size: {data.image_size[0]}",
@@ -43,6 +45,15 @@ def configuration_text(guess: Guess, raw_dir: Path, data: DataConfig) -> str:
         if key in guess.options:
             lines += _entry(key, guess.options[key], guess.why.get(key, ""))
     return "\n".join(lines)
+
+
+def experiment_name(raw_dir: Path) -> str:
+    """Return `my_` and the folder's name in plain lower case letters and digits.
+
+    It is a valid name of an experiment and of a file, and that of no configuration of this project.
+    """
+    ascii_name = unicodedata.normalize("NFKD", raw_dir.resolve().name).encode("ascii", "ignore").decode().lower()
+    return f"my_{re.sub(r'[^a-z0-9]+', '_', ascii_name).strip('_') or 'data'}"[:MAX_NAME]
 
 
 def _entry(key: str, value: Any, why: str) -> list[str]:

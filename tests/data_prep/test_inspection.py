@@ -25,6 +25,7 @@ from maskloom.data_prep.inspect.guess import guessed_data
 from maskloom.data_prep.inspect.layout import guessed_options
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of, spread
 from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
+from maskloom.data_prep.inspect.yaml_text import experiment_name
 from maskloom.data_prep.prepare import prepare
 from maskloom.data_prep.sources import PACKAGE
 from maskloom.pipeline.cli import shown_command
@@ -397,7 +398,8 @@ def test_the_configuration_for_an_unknown_folder_works_as_printed(write, rows, c
     assert "none of the datasets that have an adapter of their own" in text
     printed = re.search(r"replace TODO, check what was guessed\n(.*?)\n\nThen\n", text, re.DOTALL)[1]
     shutil.copy(ROOT / "configs" / "folder.yaml", tmp_path)
-    config = tmp_path / "my_data.yaml"
+    config = tmp_path / "my_raw_data.yaml"
+    assert f"save this as configs/{config.name}, replace TODO" in text
     config.write_text(printed, encoding="utf-8")
     overrides = [f"run_dir={tmp_path / 'run'}", "data.image_size=64"]
     with pytest.raises(MaskLoomError, match="modality='TODO': say what the images are"):
@@ -405,10 +407,19 @@ def test_the_configuration_for_an_unknown_folder_works_as_printed(write, rows, c
     config.write_text(printed.replace("TODO", "skin photograph"), encoding="utf-8")
     experiment = load_experiment(config, overrides)
     assert {key: experiment.data.options[key] for key in expected} == expected
+    assert experiment.experiment == "my_raw_data"
     prepare(experiment, force=False)
     contract = verify_fully(tmp_path / "run" / "dataset").contract
     assert sum(part.rows for part in contract.splits.values()) == rows and contract.rejected == 0
     assert contract.description.mask_classes == classes and contract.description.modality == "skin photograph"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("Süd 2024!", "my_sud_2024"), ("null", "my_null"), ("肺", "my_data"), ("x" * 200, "my_" + "x" * 125)],
+)
+def test_an_experiment_is_named_after_its_folder(folder, name, tmp_path):
+    assert experiment_name(tmp_path / folder) == name
 
 
 def test_masks_that_no_pattern_joins_are_said_to_be_left_out(tmp_path, capsys):
