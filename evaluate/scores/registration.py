@@ -1,9 +1,9 @@
 """How well two images agree after registration: a copy agrees better than any other image.
 
-Registration, affine and then with a smooth deformation, maximises the correlation of two images (Evangelidis and Psarakis, Parametric Image
-Alignment Using Enhanced Correlation Coefficient Maximization, PAMI 2008). The images are then compared
-by their texture in the frame of one of them: a texture that was computed before would be of another
-scale, and differ near black borders.
+Registration, affine and then with a smooth deformation, maximises the correlation of two images
+(Evangelidis and Psarakis, Parametric Image Alignment Using Enhanced Correlation Coefficient
+Maximization, PAMI 2008). The images are then compared by their texture in the frame of one of them:
+a texture that was computed before would be of another scale, and differ near black borders.
 """
 
 from __future__ import annotations
