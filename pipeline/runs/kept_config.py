@@ -48,8 +48,10 @@ def overlooked_settings(run: Run, stage: str) -> dict[str, tuple[Any, Any]]:
 
     Returns:
         (value in `config.yaml`, value now) by key, for the sections of all finished stages before
-        this one, and `seed`.
+        this one, and `seed`; empty if `config.yaml` is missing or was changed by hand.
     """
+    if kept_configuration(run) is None:
+        return {}
     earlier = STAGES[: STAGES.index(stage.split("/")[0])]
     described = {SECTIONS[name] for name in earlier if _has_finished(run, name)}
     described |= {"seed"} if described else set()
