@@ -76,9 +76,9 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
 
     Every output is checked against its digest.
     """
-    from rich.console import Console
 
     from maskloom.pipeline.config.loading import load_experiment
+    from maskloom.pipeline.progress import table_console
     from maskloom.pipeline.runs.differences import differences_text, differing_settings
     from maskloom.pipeline.runs.run import Run
     from maskloom.pipeline.runs.runner import stage_states
@@ -86,7 +86,7 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     loaded = load_experiment(config, overrides or [])
     run = Run(loaded.run_folder, loaded)
     states = stage_states(run, ["--config", str(config), *(overrides or [])])
-    Console().print(_status_table(run.folder, states))
+    table_console().print(_status_table(run.folder, states))
     if differing := differing_settings(run):
         print(differences_text(run.folder, differing))
 

@@ -1,4 +1,7 @@
-"""Show progress: a bar with rate and remaining time on a terminal, otherwise one summary line."""
+"""What commands show while they run, and the console on which they print tables.
+
+Progress is a bar with rate and remaining time on a terminal, otherwise a line per minute and a last one.
+"""
 
 import sys
 import time
@@ -11,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 console = Console(stderr=True)
+WIDTH_OF_FILES = 180  # characters per line of a table, where the output is no terminal
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class Advance(Protocol):
@@ -36,6 +41,11 @@ def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def table_console() -> Console:
+    """Return a console on stdout for tables, as wide as the terminal; a file gets wide tables."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+
+
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0, show: bool = True) -> Iterator[Advance]:
     """Yield a function that counts finished units.
@@ -47,18 +57,9 @@ def progress(title: str, total: int, unit: str, done: int = 0, show: bool = True
         done: number of units that an earlier, interrupted run finished.
         show: false on processes that print nothing (ranks other than 0).
     """
-    start = time.monotonic()
     if not (show and sys.stderr.isatty()):
-        counted = 0
-
-        def count_only(count: int = 1, note: str = "") -> None:
-            nonlocal counted
-            counted += count
-
-        yield count_only
-        seconds = time.monotonic() - start
-        if show:
-            say(f"{title}: {counted} {unit} in {seconds:.1f} s ({counted / max(seconds, 1e-9):.1f} {unit}/s)")
+        with _lines(title, total, unit, done, show) as count:
+            yield count
         return
     columns = (
         TextColumn("{task.description}"),
@@ -71,3 +72,22 @@ def progress(title: str, total: int, unit: str, done: int = 0, show: bool = True
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(title, total=total, completed=done, note="")
         yield lambda count=1, note="": bars.update(task, advance=count, **({"note": note} if note else {}))
+
+
+@contextmanager
+def _lines(title: str, total: int, unit: str, done: int, show: bool) -> Iterator[Advance]:
+    """Yield a function that counts finished units, and prints a line now and then: a log is not silent for hours."""
+    start = shown = time.monotonic()
+    counted = 0
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal counted, shown
+        counted += count
+        if show and count and time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            say(f"{title}: {done + counted} of {total} {unit}{note and f', {note}'}")
+
+    yield advance
+    seconds = time.monotonic() - start
+    if show:
+        say(f"{title}: {counted} {unit} in {seconds:.1f} s ({counted / max(seconds, 1e-9):.1f} {unit}/s)")

@@ -1,18 +1,16 @@
 """Prints an audit as tables."""
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from maskloom.data_prep.audit.audit import SIGNIFICANT, Audit, RegionSizes, SplitContent
 from maskloom.pipeline.dataset.audit.findings import Finding
+from maskloom.pipeline.progress import table_console
 
 SHOWN_FINDINGS, SHOWN_REGIONS, SHOWN_TEXT = 20, 60, 90
-WIDTH_OF_FILES = 180  # characters, where the output is no terminal
 TITLES = {
     "splits": "The same picture in two splits",
     "datasets": "The same picture in both datasets",
@@ -23,7 +21,7 @@ TITLES = {
 
 def print_audit(audit: Audit) -> None:
     """Print all non-empty tables."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+    console = table_console()
     numbers = {dataset: f" [{number}]" for number, dataset in enumerate(audit.datasets)} if audit.datasets[1:] else {}
     for dataset, number in numbers.items():
         console.print(Text(f"{number.strip()} {dataset}"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +15,8 @@ from maskloom.evaluate.downstream.cases import read_cases
 from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, score_names
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
-from maskloom.pipeline.progress import progress
+from maskloom.pipeline.progress import progress, table_console
 
-WIDTH_OF_FILES = 180  # characters, where the output is no terminal
 SHOWN_FILES = 20
 COLUMNS = ("arm", "score", "difference", "finding", "smallest effect found", "p (Holm)", "cases", "groups", "seeds")
 
@@ -55,7 +52,7 @@ def compare_files(
 
 def print_comparisons(found: Sequence[tuple[Path, Comparison]]) -> None:
     """Print one table per file and test set, of the first files."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+    console = table_console()
     tables = [
         (path, metric, test_set, [one for _, one in rows])
         for (path, metric, test_set), rows in groupby(found, lambda pair: (pair[0], pair[1].metric, pair[1].test_set))

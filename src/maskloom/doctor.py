@@ -60,9 +60,10 @@ def print_findings(config: Path | None, overrides: list[str]) -> None:
     Raises:
         MaskLoomError: the configuration cannot run here, or there are only overrides of one.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from maskloom.pipeline.progress import table_console
 
     if overrides and config is None:
         raise MaskLoomError(f"{overrides[0]!r}: overrides need the configuration that they change; give --config FILE")
@@ -73,7 +74,7 @@ def print_findings(config: Path | None, overrides: list[str]) -> None:
         problems += bool(finding.problem)
         style = "red" if finding.problem else ""
         table.add_row(finding.name, Text(finding.problem or finding.text, style))
-    Console().print(table)
+    table_console().print(table)
     if problems:
         raise MaskLoomError(f"{config}: {problems} problem(s) prevent it from running here; fix those listed above")
 

@@ -140,7 +140,7 @@ def test_a_verdict_without_any_of_the_training_packages(real: Path, tmp_path: Pa
     assert answers["downstream_segmentation"].seeds == [0, 1, 2, 3]
     assert (tmp_path / "out" / "evaluation" / "cases.parquet").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Made elsewhere: nothing states what these images were trained on" in page
+    assert "Made elsewhere: nothing states what these 24 images were trained on" in page
     assert "maskloom-judge" not in page and str(tmp_path) not in page
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from maskloom.pipeline.progress import progress, say
+from maskloom.pipeline.progress import progress, say, table_console
 
 ROOT = Path(__file__).parents[2]
 LONG_STEP = (
@@ -25,6 +25,24 @@ def test_elsewhere_one_line_tells_the_count_and_the_rate(capsys):
     assert err.startswith("weaving: 5 images in ")
     assert "images/s" in err
     assert err.count("\n") == 1
+
+
+def test_elsewhere_a_long_step_tells_where_it_is_every_minute(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("maskloom.pipeline.progress.time.monotonic", lambda: now)
+    with progress("weaving", 10, "images", done=4) as advance:
+        for now in (30.0, 61.0, 90.0, 125.0):
+            advance(note=f"loss {now:.0f}")
+    assert capsys.readouterr().err.splitlines() == [
+        "weaving: 6 of 10 images, loss 61",
+        "weaving: 8 of 10 images, loss 125",
+        "weaving: 4 images in 125.0 s (0.0 images/s)",
+    ]
+
+
+def test_tables_in_a_file_are_wide(capsys):
+    table_console().print("word " * 30)
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_silent_where_asked(capsys):
