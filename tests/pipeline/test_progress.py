@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from maskloom.pipeline.progress import progress, say, table_console
 
 ROOT = Path(__file__).parents[2]
 LONG_STEP = (
-    "from maskloom.pipeline.progress import progress\n"
+    "import pytest
+
+from maskloom.pipeline.progress import progress\n"
     "with progress('weaving', 4, 'images') as advance:\n"
     "    for i in range(4):\n"
     "        advance(note=f'loss {i}')\n"
@@ -40,9 +44,13 @@ def test_elsewhere_a_long_step_tells_where_it_is_every_minute(capsys, monkeypatc
     ]
 
 
-def test_tables_in_a_file_are_wide(capsys):
+@pytest.mark.parametrize(("columns", "lines"), [(None, 1), ("80", 2)])
+def test_tables_in_a_file_are_wide_unless_columns_says_otherwise(columns, lines, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
     table_console().print("word " * 30)
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().out.count("\n") == lines
 
 
 def test_silent_where_asked(capsys):
