@@ -12,9 +12,7 @@ from maskloom.pipeline.progress import progress, say, table_console
 
 ROOT = Path(__file__).parents[2]
 LONG_STEP = (
-    "import pytest
-
-from maskloom.pipeline.progress import progress\n"
+    "from maskloom.pipeline.progress import progress\n"
     "with progress('weaving', 4, 'images') as advance:\n"
     "    for i in range(4):\n"
     "        advance(note=f'loss {i}')\n"
