@@ -72,8 +72,8 @@ def train_segmenter(
     seed: int,
     device: str,
     augment: Augment | None = None,
-) -> nn.Module:
-    """Return a U-Net trained with Dice + cross-entropy loss for `options.steps` steps.
+) -> tuple[nn.Module, list[float]]:
+    """Return a U-Net trained with Dice + cross-entropy loss for `options.steps` steps, and the loss of each step.
 
     Args:
         images: (N, H, W, C) uint8 at `options.image_size`.
@@ -91,10 +91,10 @@ def train_segmenter(
 
     network = build_segmenter(options, images.shape[-1], classes, seed)
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
-    train_fixed_steps(
+    losses = train_fixed_steps(
         network, images, masks, lambda logits, mask: loss(logits, mask[:, None]), options, seed, device, augment
     )
-    return network
+    return network, losses
 
 
 def predicted_masks(

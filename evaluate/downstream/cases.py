@@ -34,8 +34,23 @@ KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
 REMEDY = "one row per metric, test_set, arm, seed, sample_id and score, with group_id and value"
 
 Floats = NDArray[np.float64]
-Outcomes = Mapping[str, Mapping[int, Mapping[str, Mapping[str, Floats]]]]
-"""What trained models scored, (N,) each, by arm, seed, test set and score."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """One downstream model.
+
+    Attributes:
+        losses: the training loss of each step.
+        scores: what it scored, (N,) each, by test set and score.
+    """
+
+    losses: Sequence[float]
+    scores: Mapping[str, Mapping[str, Floats]]
+
+
+Outcomes = Mapping[str, Mapping[int, TrainedModel]]
+"""The trained models by arm and seed."""
 
 
 @dataclass(frozen=True)
@@ -266,14 +281,14 @@ def trained_cases(
 
     Args:
         metric: file name of the metric.
-        trained: the values.
+        trained: the models.
         tests: the test sets by name.
     """
     found = []
     for name, test in tests.items():
         order = np.argsort(np.asarray(test.samples, dtype=str), kind="stable")
         arms = {
-            arm: ArmCases(tuple(by_seed), _stacked([one[name] for one in by_seed.values()], order))
+            arm: ArmCases(tuple(by_seed), _stacked([one.scores[name] for one in by_seed.values()], order))
             for arm, by_seed in trained.items()
         }
         samples, groups = (tuple(column[i] for i in order) for column in (test.samples, test.groups))

@@ -61,8 +61,8 @@ def train_classifier(
     seed: int,
     device: str,
     augment: Augment | None = None,
-) -> nn.Module:
-    """Return a classifier trained with cross-entropy for `options.steps` steps.
+) -> tuple[nn.Module, list[float]]:
+    """Return a classifier trained with cross-entropy for `options.steps` steps, and the loss of each step.
 
     Args:
         images: (N, H, W, C) uint8.
@@ -79,8 +79,9 @@ def train_classifier(
     import torch
 
     network = build_classifier(options, images.shape[-1], classes, seed)
-    train_fixed_steps(network, images, labels, torch.nn.functional.cross_entropy, options, seed, device, augment)
-    return network
+    loss = torch.nn.functional.cross_entropy
+    losses = train_fixed_steps(network, images, labels, loss, options, seed, device, augment)
+    return network, losses
 
 
 def predicted_probabilities(

@@ -24,9 +24,10 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, ScoredTestSet, trained_cases
+from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.classifier import ClassifierOptions, predicted_probabilities, train_classifier
 from maskloom.evaluate.downstream.comparison import compare_test_sets
+from maskloom.evaluate.downstream.losses import LossCurves
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
@@ -94,7 +95,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     found = {one.name: labelled_images(one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    cases = scored_cases(inputs, options, (real.images, real.labels), generated, tests)
+    trained = train_models(inputs, options, (real.images, real.labels), generated, tests)
+    cases, losses = trained_cases(NAME, trained, tests), LossCurves.of(trained)
     plan = seed_plan(cases[0], PRIMARY, options.max_seeds) if options.seeds == AUTO else None
     comparison = compare_test_sets(cases, PRIMARY, RECALL, generator.name)
     labels = inputs.real.description.labels
@@ -106,6 +108,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         tables=comparison.tables,
         warnings=[
             *comparison.warnings,
+            *losses.warnings(),
             *left_out_warnings(inputs, generated),
             *_class_warnings(test, labels),
             *(f"{name}: {text}" for name, part in externals.items() for text in _class_warnings(part, labels)),
@@ -123,9 +126,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             *([plan.sentence] if plan else []),
         ],
         figures=comparison.figures,
+        curves=[losses.chart()],
         forests=comparison.forests,
         would_change=comparison.would_change,
-        values=comparison.values | ({"seeds": plan.as_json()} if plan else {}),
+        values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
         cases=cases,
         n={
             "real train": len(real),
@@ -170,14 +174,14 @@ def _limited(part: LabelledImages, real: int, options: Options, inputs: Evaluati
     return part.images[rows], part.labels[rows]
 
 
-def scored_cases(
+def train_models(
     inputs: EvaluationInputs,
     options: Options,
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, LabelledImages],
-) -> list[ScoredTestSet]:
-    """Return the true class of every test image, and its probabilities by every arm's models, by test set.
+) -> dict[str, dict[int, TrainedModel]]:
+    """Return every arm's models, by arm and seed, with the true class and the probabilities of every test image.
 
     Each model is trained once and scored on all test sets.
 
@@ -190,15 +194,16 @@ def scored_cases(
     """
     names = inputs.real.description.labels
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, dict[str, Floats]]:
+    def train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
         labels = np.asarray(data[1], dtype=np.int64)
-        network = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
-        return {name: image_scores(network, part, names, inputs.device) for name, part in tests.items()}
+        network, losses = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
+        scores = {name: image_scores(network, part, names, inputs.device) for name, part in tests.items()}
+        return TrainedModel(losses, scores)
 
     def seeds_needed(trained: Outcomes) -> int:
         return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
 
-    return trained_cases(NAME, train_arms(options, real, generated, inputs.seed, train, seeds_needed), tests)
+    return train_arms(options, real, generated, inputs.seed, train, seeds_needed)
 
 
 def image_scores(network: nn.Module, test: LabelledImages, names: Sequence[str], device: str) -> dict[str, Floats]:

@@ -24,8 +24,9 @@ from maskloom.evaluate.downstream.arms import (
     other_generators,
     train_arms,
 )
-from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, ScoredTestSet, trained_cases
+from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, ScoredTestSet, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.comparison import compare_test_sets
+from maskloom.evaluate.downstream.losses import LossCurves
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import by_size, subgroup_table
@@ -89,7 +90,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     found = {one.name: masked_images(inputs, one, options.image_size) for one in inputs.externals.values()}
     externals = {name: part for name, part in found.items() if len(part)}
     tests = {inputs.test.name: test, **externals}
-    cases = scored_cases(inputs, options, (real.images, real.masks), generated, tests)
+    trained = train_models(inputs, options, (real.images, real.masks), generated, tests)
+    cases, losses = trained_cases(NAME, trained, tests), LossCurves.of(trained)
     plan = seed_plan(cases[0], PRIMARY, options.max_seeds) if options.seeds == AUTO else None
     comparison = compare_test_sets(cases, PRIMARY, None, generator.name)
     return DownstreamResult(
@@ -100,6 +102,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         subgroups=_subgroup_tables(inputs, cases, tests),
         warnings=[
             *comparison.warnings,
+            *losses.warnings(),
             *left_out_warnings(inputs, generated),
             *_empty_warning(test, inputs.classes),
             *(f"{name}: {text}" for name, part in externals.items() for text in _empty_warning(part, inputs.classes)),
@@ -112,9 +115,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             *([plan.sentence] if plan else []),
         ],
         figures=comparison.figures,
+        curves=[losses.chart()],
         forests=comparison.forests,
         would_change=comparison.would_change,
-        values=comparison.values | ({"seeds": plan.as_json()} if plan else {}),
+        values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
         cases=cases,
         n={
             "real train": len(real),
@@ -151,14 +155,14 @@ def _limited(part: MaskedImages, real: int, options: Options, inputs: Evaluation
     return part.images[rows], part.masks[rows]
 
 
-def scored_cases(
+def train_models(
     inputs: EvaluationInputs,
     options: Options,
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, MaskedImages],
-) -> list[ScoredTestSet]:
-    """Return the scores of every arm's models, by test set.
+) -> dict[str, dict[int, TrainedModel]]:
+    """Return every arm's models, by arm and seed, with their scores on every test image.
 
     Each model is trained once and scored on all test sets.
 
@@ -170,15 +174,16 @@ def scored_cases(
         tests: test sets by name.
     """
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> dict[str, dict[str, Floats]]:
+    def train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
         masks = np.asarray(data[1], dtype=np.uint8)
-        network = train_segmenter(data[0], masks, len(inputs.classes), options, seed, inputs.device, augment)
-        return {name: image_scores(network, part, inputs.classes, inputs.device) for name, part in tests.items()}
+        network, losses = train_segmenter(data[0], masks, len(inputs.classes), options, seed, inputs.device, augment)
+        scores = {name: image_scores(network, part, inputs.classes, inputs.device) for name, part in tests.items()}
+        return TrainedModel(losses, scores)
 
     def seeds_needed(trained: Outcomes) -> int:
         return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
 
-    return trained_cases(NAME, train_arms(options, real, generated, inputs.seed, train, seeds_needed), tests)
+    return train_arms(options, real, generated, inputs.seed, train, seeds_needed)
 
 
 def image_scores(network: nn.Module, test: MaskedImages, classes: Sequence[str], device: str) -> dict[str, Floats]:

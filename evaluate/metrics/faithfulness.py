@@ -110,7 +110,7 @@ def train_fold_models(inputs: EvaluationInputs, train: MaskedImages, options: Op
     with progress("training segmentation models on real images", folds, "models") as advance:
         for out in range(folds):
             kept = np.flatnonzero(fold != out) if folds > 1 else np.arange(len(train))
-            network = train_segmenter(
+            network, _ = train_segmenter(
                 train.images[kept], train.masks[kept], len(inputs.classes), options, inputs.seed + out, inputs.device
             )
             models.append(FoldModel(network, frozenset(train.groups[i] for i in kept)))

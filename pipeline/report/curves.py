@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from maskloom.pipeline.files.formatting import number_text
 from maskloom.pipeline.results import Curve
 from maskloom.pipeline.runs.training_log import readable_metrics
 
@@ -56,6 +57,15 @@ def line_chart(curve: Curve) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def curve_description(curve: Curve) -> str:
+    """Return the content of a line chart in words, for those who cannot see it: where each line starts and ends."""
+    lines = []
+    for name, points in curve.series.items():
+        known = [f"{number_text(y)} at {x:g}" for x, y in points if y is not None]
+        lines.append(f"{name}: from {known[0]} to {known[-1]}" if known else f"{name}: no values")
+    return f"line chart: {curve.title}. " + "; ".join(lines) + "."
 
 
 def training_curves(path: Path) -> tuple[list[Curve], int]:

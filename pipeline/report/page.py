@@ -13,7 +13,7 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.files.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.files.private_paths import without_places
-from maskloom.pipeline.report.curves import line_chart, training_curves
+from maskloom.pipeline.report.curves import curve_description, line_chart, training_curves
 from maskloom.pipeline.report.forest import forest_description, forest_plot
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
 from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
@@ -80,6 +80,7 @@ def _environment() -> Environment:
     environment.globals["chart"] = lambda curve: svg_uri(line_chart(curve))
     environment.globals["forest_chart"] = lambda forest: svg_uri(forest_plot(forest))
     environment.filters["described"] = forest_description
+    environment.filters["chart_described"] = curve_description
     return environment
 
 

@@ -8,7 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maskloom.evaluate.downstream.cases import COLUMNS, EvaluationCases, read_cases, trained_cases, write_cases
+from maskloom.evaluate.downstream.cases import (
+    COLUMNS,
+    EvaluationCases,
+    TrainedModel,
+    read_cases,
+    trained_cases,
+    write_cases,
+)
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
 from tests.evaluate.cases import class_cases, dice_cases
@@ -122,7 +129,7 @@ class Images:
 
 
 def test_trained_cases_are_sorted_so_that_reading_and_training_agree(tmp_path: Path) -> None:
-    trained = {"real": {7: {"real test": {"Dice": np.array([0.1, 0.2, 0.3])}}}}
+    trained = {"real": {7: TrainedModel([0.5], {"real test": {"Dice": np.array([0.1, 0.2, 0.3])}})}}
     (cases,) = trained_cases("downstream_segmentation", trained, {"real test": Images()})
     assert (cases.samples, cases.groups) == (("a", "b", "c"), ("g0", "g1", "g1"))
     assert cases.arms["real"].seeds == (7,)

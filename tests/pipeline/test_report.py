@@ -21,7 +21,7 @@ from maskloom.pipeline.files.atomic import content_digest
 from maskloom.pipeline.files.formatting import counts_text, duration_text, interval_text, number_text
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.report import write_report
-from maskloom.pipeline.report.curves import POINTS, averaged, line_chart, training_curves
+from maskloom.pipeline.report.curves import POINTS, averaged, curve_description, line_chart, training_curves
 from maskloom.pipeline.report.gallery import image_grids, spread_choice
 from maskloom.pipeline.report.page import evenly_chosen, numeric_columns
 from maskloom.pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
@@ -494,6 +494,12 @@ def test_charts_are_the_same_bytes_every_time_and_draw_any_text():
     assert svg == line_chart(curve)
     assert "hidden $1" in svg
     assert "<b>" not in svg
+
+
+def test_charts_are_described_in_words():
+    series = {"real": [(100, 1.25), (200, 0.5), (300, None)], "failed": [(100, None)]}
+    words = curve_description(Curve(title="Loss <1>", series=series))
+    assert words == "line chart: Loss <1>. real: from 1.25 at 100 to 0.500 at 200; failed: no values."
 
 
 def test_masks_keep_their_colours_exactly_and_large_photographs_become_jpeg():

@@ -250,7 +250,7 @@ def adherence_segmenter(
             return segmenter.to(device).eval()
     most = min(options.steps * options.batch_size, len(rows))  # training sees no more
     images, masks = seen.convert_rows(rows, np.linspace(0, len(rows) - 1, most).astype(int).tolist())
-    segmenter = train_segmenter(images, masks, classes, options, config.seed, str(device))
+    segmenter, _ = train_segmenter(images, masks, classes, options, config.seed, str(device))
     with report_write_errors(file), owned.writing(file.name) as temporary:
         save_file({name: value.cpu() for name, value in segmenter.state_dict().items()}, temporary, {"key": key})
     return segmenter
