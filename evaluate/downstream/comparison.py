@@ -24,6 +24,7 @@ from maskloom.evaluate.downstream.outlook import what_would_change
 from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
 SMALLEST_P = 0.001
+LUCK_RATIO = 2.0  # from which the null arm's half interval is out of line with the smallest effect
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,17 @@ def _compare_test_set(
 
 
 def _interval(one: ArmScore | Comparison) -> Interval:
-    """Return a figure with its interval; that of a score is cut at 0 and 1, between which all scores lie."""
+    """Return a figure with its interval.
+
+    The interval of a score is cut at 0 and 1, between which all scores lie. A difference that is
+    the same in every case and seed has none, as this proves no certainty.
+    """
     if not isinstance(one, ArmScore):
-        return Interval(value=one.difference, low=one.low, high=one.high)
+        return (
+            Interval(value=one.difference)
+            if one.low == one.high
+            else Interval(value=one.difference, low=one.low, high=one.high)
+        )
     if one.low is None or one.high is None:
         return Interval(value=one.value)
     return Interval(value=one.value, low=max(0.0, one.low), high=min(1.0, one.high))
@@ -156,7 +165,7 @@ def _verdict(own: TestSetComparison) -> str:
     """Return the verdict, what it rests on, and what real images alone differ by."""
     headline, null = own.headline, own.null
     basis = f"{headline.cases} test images in {own.groups} groups, {headline.seeds} seeds"
-    found = "" if headline.smallest_effect is None else f"; an effect of {headline.smallest_effect:.3f} would be found"
+    found = "" if not headline.smallest_effect else f"; an effect of {headline.smallest_effect:.3f} would be found"
     by_chance = f"; real images with other seeds: {_interval(null)}" if null else ""
     return f"{_change_sentence(headline)} ({basis}{found}{by_chance})."
 
@@ -186,7 +195,7 @@ def _change_table(one: TestSetComparison) -> Table:
             figures: list[Cell] = [
                 _interval(change),
                 change.finding,
-                change.smallest_effect,
+                change.smallest_effect or None,
                 _p_cell(change.p_holm),
                 spread,
             ]
@@ -225,7 +234,7 @@ def _forests(one: TestSetComparison) -> list[Forest]:
                         **_interval(change).model_dump(),
                         finding=change.finding,
                         basis=basis_of(change),
-                        smallest=change.smallest_effect,
+                        smallest=change.smallest_effect or None,
                         reference=change.arm == NULL_ARM,
                     )
                     for change in changes
@@ -288,4 +297,14 @@ def _warnings(one: TestSetComparison) -> list[str]:
         found.append(
             f"real images with other seeds differ from real images by {_interval(null)}: take the findings with care"
         )
+    elif null is not None and headline.smallest_effect and reach(null) > LUCK_RATIO * headline.smallest_effect:
+        found.append(
+            f"real images with other seeds differ from real images by {_interval(null)}: trainings vary more by luck than "
+            f"the smallest effect of {headline.smallest_effect:.3f} suggests; train longer, or with more seeds"
+        )
     return found
+
+
+def reach(one: Comparison) -> float:
+    """Return half the width of an interval; 0 where there is none."""
+    return 0.0 if one.low is None or one.high is None else (one.high - one.low) / 2

@@ -36,7 +36,9 @@ def what_would_change(cases: ScoredTestSet, change: Comparison) -> list[str]:
     """
     found = [f"Cannot be told now: {change.reason}."] if change.finding == CANNOT_TELL else []
     variance = _variance(cases, change)
-    if variance is None or variance.total == 0:
+    if variance is not None and variance.total == 0:
+        return [*found, "The difference is the same in every case and seed: more of them would not tell more."]
+    if variance is None:
         needed = (
             f"At least {FEW_GROUPS} test groups ({FEW_CLASS_GROUPS} of each class, for means over classes) and {FEW_SEEDS} "
             "seeds are needed before any number can be given."

@@ -105,3 +105,26 @@ def test_the_interval_of_a_score_ends_where_scores_end(level: float) -> None:
     interval = found.values["arms"]["real"]["Dice"]
     assert (interval["high"] == 1) if level > 0.5 else (interval["low"] == 0)
     assert 0 <= interval["low"] < interval["value"] < interval["high"] <= 1
+
+
+def test_a_difference_without_any_variance_has_no_interval_and_no_smallest_effect() -> None:
+    found = compared({"real": BASE, "real_synthetic": BASE})
+    assert found.verdict.startswith("real + synthetic changed Dice by +0.000 [no interval]: no clear benefit (")
+    assert "would be found" not in found.verdict
+    assert found.tables[0].rows[0][2:5] == [Interval(value=0.0), "no clear benefit", None]
+    assert found.would_change == [
+        "The difference is the same in every case and seed: more of them would not tell more."
+    ]
+    assert found.forests[0].rows[0].smallest is None and found.forests[0].rows[0].low is None
+
+
+def test_luck_that_the_smallest_effect_does_not_show_is_warned_of() -> None:
+    """Models of equal seeds err alike, so that pairs of them differ less than trainings do."""
+    luck = np.random.default_rng(5).normal(0, 0.1, (2, 5, 1))
+    shape = np.random.default_rng(6).normal(0, 0.1, (2, *BASE.shape))
+    arms = {"real": BASE + luck[0] + shape[0], "real_other_seeds": BASE + luck[1] + shape[1]}
+    steady = compared({**arms, "real_synthetic": arms["real"] + 0.001 * shape[1]})
+    assert any("trainings vary more by luck than" in text for text in steady.warnings)
+    assert (
+        compared({"real": BASE, "real_synthetic": changed_by(0.0), "real_other_seeds": changed_by(0, 9)}).warnings == []
+    )
