@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions, control_tensor, trained_parts, weight_dtype
+from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions, control_tensor
 from maskloom.generate.generator import Condition
 from maskloom.models.stable_diffusion.sampling import CallOptions
+from maskloom.models.stable_diffusion.trained_pipeline import trained_parts, weight_dtype
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.errors import MaskLoomError

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.generate.baseline import BaselineGenerator, class_masks, class_tensor, seeded_noise, unit_images
-from maskloom.generate.diffusion import weight_dtype
 from maskloom.generate.generator import Condition, JointGenerator, JointOptions
 from maskloom.models.stable_diffusion.sampling import scheduler_class_and_settings
+from maskloom.models.stable_diffusion.trained_pipeline import weight_dtype
 from maskloom.pipeline.dataset.contract import Description
 
 if TYPE_CHECKING:

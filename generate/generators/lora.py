@@ -6,7 +6,8 @@ fine-tuned backbone. A fine-tuned VAE is loaded as well. Hu et al., LoRA (2021),
 
 from pathlib import Path
 
-from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions, trained_parts
+from maskloom.generate.diffusion import BackboneGenerator, BackboneOptions
+from maskloom.models.stable_diffusion.trained_pipeline import trained_parts
 from maskloom.pipeline.errors import MaskLoomError
 
 

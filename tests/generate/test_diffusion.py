@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from maskloom.generate.diffusion import Sampler, load_backbone
+from maskloom.generate.diffusion import Sampler
 from maskloom.generate.generate import open_generators
 from maskloom.generate.generator import Condition
 from maskloom.models.stable_diffusion.sampling import Sampling
+from maskloom.models.stable_diffusion.trained_pipeline import load_backbone
 from maskloom.pipeline.errors import MaskLoomError
 from tests.generate.workbench import PLAIN, Bench
 from tests.tiny_datasets import tiny_description

@@ -14,10 +14,11 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from maskloom.generate.diffusion import ADAPTER_FILE, load_backbone, trained_parts
 from maskloom.generate.generate import generate, open_generators
 from maskloom.generate.generator import Condition, ImageGenerator
 from maskloom.models.stable_diffusion.sampling import sampling_scheduler
+from maskloom.models.stable_diffusion.trained_parts import ADAPTER_FILE
+from maskloom.models.stable_diffusion.trained_pipeline import load_backbone, trained_parts
 from maskloom.pipeline.config.generate import DEFAULT_GENERATORS, SchedulerName
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.dataset.verification import verify_fully

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from maskloom.generate.diffusion import Sampler, load_backbone
+from maskloom.generate.diffusion import Sampler
+from maskloom.models.stable_diffusion.trained_pipeline import load_backbone
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.runs.run import Run

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
-from maskloom.generate.diffusion import load_backbone
 from maskloom.generate.generators import controlnet
 from maskloom.models.stable_diffusion.sampling import (
     Sampling,
@@ -19,6 +18,7 @@ from maskloom.models.stable_diffusion.sampling import (
     sample,
     sampling_scheduler,
 )
+from maskloom.models.stable_diffusion.trained_pipeline import load_backbone
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.generate import SchedulerName
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
