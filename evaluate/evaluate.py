@@ -56,6 +56,15 @@ class Question:
         """What the answer depends on besides the data: name, version, options."""
         return [self.name, self.module.VERSION, self.options.model_dump(mode="json")]
 
+    def own_inputs(self, run: Run, config: ExperimentConfig) -> dict[str, str]:
+        """Return the digests of what this metric alone reads, by name; `own_inputs` of its file.
+
+        Raises:
+            MaskLoomError: trained weights are damaged.
+        """
+        find = getattr(self.module, "own_inputs", None)
+        return {} if find is None else find(run, config)
+
 
 def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> None:
     """Answer every question of `evaluate.metrics` in `RUN/evaluation`.
@@ -77,7 +86,9 @@ def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> N
     settings = {"seed": config.seed, "questions": [question.identity for question in questions]}
     handling = {} if config.evaluate.on_copies == "drop" else {"on_copies": config.evaluate.on_copies}
     settings |= handling
-    stage = Stage(run, "evaluate", {**digests, "backbone": backbone}, settings, [run.evaluation])
+    own = {question.name: question.own_inputs(run, config) for question in questions}
+    read = {name: digest for inputs_of_one in own.values() for name, digest in inputs_of_one.items()}
+    stage = Stage(run, "evaluate", {**digests, "backbone": backbone, **read}, settings, [run.evaluation])
     answers = OwnedFolder(run.evaluation)
     control = controls_question(questions)
     about = {"real": digests["real"]}
@@ -105,7 +116,9 @@ def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> N
         cases = EvaluationCases.of(answers, asked)
         for question in questions:
             advance(0, note=question.name)
-            key = value_digest([__version__, question.identity, digests, backbone, config.seed, *handling.values()])
+            read_alone = [own[question.name]] if own[question.name] else []  # leaves the other keys as they are
+            about_all = [digests, backbone, config.seed, *handling.values()]
+            key = value_digest([__version__, question.identity, *about_all, *read_alone])
             kept = None if force else _kept_answer(answers, question, key, cases)
             answer = kept or _new_answer(answers, question, inputs, key, digests, cases)
             results[question.name] = answer.verdict
@@ -185,7 +198,9 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
         require_no_leaks(run, [real, *synthetic.values()])
     require_no_held_out_copies(run, real, list(synthetic.values()))
     backbone = None if config.train is None else BackboneSource.of(config.train)
-    return open_inputs(real, synthetic, backbone, config.seed)
+    inputs = open_inputs(real, synthetic, backbone, config.seed)
+    inputs.config = config
+    return inputs
 
 
 def _question_of(name: str) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.masks import resize_mask
@@ -156,6 +157,7 @@ class EvaluationInputs:
         externals: external test sets by the name of the dataset that they come from.
         feature_cache: keeps the features of image sets on disk; None keeps them in memory only.
         on_copies: whether downstream models train on copies of training images.
+        config: the experiment; None if only datasets are given.
     """
 
     real: MaskPromptDataset
@@ -168,6 +170,7 @@ class EvaluationInputs:
     externals: dict[str, ImageSet] = field(default_factory=dict)
     feature_cache: FeatureCache | None = None
     on_copies: OnCopies = "keep"
+    config: ExperimentConfig | None = None
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property

@@ -27,6 +27,7 @@ SLOW = [
     "data_prep/test_prepare_ownership.py",
     "evaluate/test_evaluate_stage.py",
     "evaluate/test_external_test_sets.py",
+    "evaluate/test_membership.py",
     "evaluate/test_planted_effects.py",
     "evaluate/test_vae_ceiling.py",
     "generate/test_after_training.py",

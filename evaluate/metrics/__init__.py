@@ -7,6 +7,10 @@ names and never import each other.
 A metric file holds `class Options(Section)`, `VERSION: int` (raised when its figures change) and
 `def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult`. It imports no torch
 at import time, so that an up-to-date evaluation is skipped fast.
+
+A metric that reads more than datasets and backbone, such as trained weights, also holds
+`def own_inputs(run: Run, config: ExperimentConfig) -> dict[str, str]`: their digests by name. It is
+evaluated again when one changes.
 """
 
 DEFAULTS = (

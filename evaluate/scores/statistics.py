@@ -138,6 +138,36 @@ def jackknife_interval(value: float, leave_outs: Sequence[float] | Floats) -> In
     return Interval(value=value, low=value - reach, high=value + reach)
 
 
+def separation_interval(
+    lower: Floats, higher: Floats, groups_of_lower: Sequence[str], groups_of_higher: Sequence[str]
+) -> Interval:
+    """Return the AUC with which a score tells two samples apart, with its 95 % jackknife interval.
+
+    The AUC is the probability that a score of the first sample lies below one of the second, ties
+    counting half. The interval leaves out one group at a time, and ends at 0 and 1.
+
+    Args:
+        lower: (N,) scores that should be low.
+        higher: (M,) scores that should be high.
+        groups_of_lower: the group of each of the N scores.
+        groups_of_higher: the group of each of the M scores.
+
+    Returns:
+        The interval; without ends if all scores of a sample are of one group.
+    """
+    wins = (lower[:, None] < higher) + 0.5 * (lower[:, None] == higher)  # (N, M)
+    of_rows, of_columns = np.asarray(groups_of_lower, dtype=str), np.asarray(groups_of_higher, dtype=str)
+    value = float(wins.mean())
+    if min(len(set(of_rows)), len(set(of_columns))) < 2:
+        return Interval(value=value)
+    groups = sorted({*of_rows, *of_columns})
+    leave_outs = [wins[of_rows != group][:, of_columns != group].mean() for group in groups]
+    found = jackknife_interval(value, leave_outs)
+    assert found.low is not None
+    assert found.high is not None
+    return Interval(value=value, low=max(found.low, 0.0), high=min(found.high, 1.0))
+
+
 def share_interval(hits: int, total: int) -> Interval:
     """Return a share with its 95 % Wilson score interval; not defined without trials."""
     from scipy.stats import binomtest

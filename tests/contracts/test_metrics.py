@@ -15,7 +15,7 @@ from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.plugins import load_plugin, plugin_names
 from maskloom.pipeline.results import REAL, Evaluation, MetricResult
-from tests.evaluate.runs import answer, faithful, noise, small_options, tiny_inputs
+from tests.evaluate.runs import answer, faithful, leave_training, noise, small_options, tiny_inputs
 from tests.tiny_backbone import build_tiny_backbone
 from tests.tiny_datasets import tiny_description, write_tiny_run
 
@@ -29,9 +29,10 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, backbone: str) -> Path:
     folder: Path = tmp_path_factory.mktemp("run")
     write_tiny_run(folder, GENERATORS)
+    leave_training(folder, Path(backbone))
     return folder
 
 
@@ -108,6 +109,7 @@ def test_its_figures_stand_side_by_side(name: str, run: Path, backbone: str) -> 
 @pytest.mark.parametrize("name", METRICS)
 def test_poor_data_gives_an_answer_or_a_reason(name: str, case: str, tmp_path: Path, backbone: str) -> None:
     write_tiny_run(tmp_path, GENERATORS, **CASES[case])
+    leave_training(tmp_path, Path(backbone))
     check_answer(
         answer(
             inputs_of(tmp_path, backbone), name, **{key: 1 for key in ("seeds", "steps") if key in small_options(name)}

@@ -8,8 +8,11 @@ import numpy as np
 from maskloom.evaluate.evaluate import open_question, verified_inputs
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.files.ownership import seal_folder
 from maskloom.pipeline.results import MetricResult
 from maskloom.pipeline.runs.run import Run
+from tests.records import record_outputs
+from tests.tiny_backbone import build_tiny_controlnet
 from tests.tiny_datasets import Picture, Sample, tiny_picture
 
 SMALL: dict[str, Any] = {
@@ -57,6 +60,20 @@ def small_options(name: str, **more: Any) -> dict[str, Any]:
 def tiny_inputs(run: Path, generators: tuple[str, ...], **train: Any) -> EvaluationInputs:
     """Return the verified inputs of a tiny run."""
     return verified_inputs(Run(run), tiny_config(run, {}, generators, **train))
+
+
+def leave_training(run: Path, backbone: Path, **record: Any) -> None:
+    """Leave a ControlNet and the record of its training, as the stage `train` does.
+
+    Args:
+        run: the run's folder.
+        backbone: the tiny backbone.
+        record: changes to the record.
+    """
+    folder = run / "generator" / "controlnet"
+    build_tiny_controlnet(backbone, folder)
+    seal_folder(folder)
+    record_outputs(Run(run), "train", [folder], **record)
 
 
 def answer(inputs: EvaluationInputs, name: str, **options: Any) -> MetricResult:
