@@ -129,18 +129,13 @@ def _compare_test_set(
 def _interval(one: ArmScore | Comparison) -> Interval:
     """Return a figure with its interval.
 
-    The interval of a score is cut at 0 and 1, between which all scores lie. A difference that is
-    the same in every case and seed has none, as this proves no certainty.
+    The interval ends where scores (0 and 1) and their differences (-1 and 1) do. What is the same in
+    every case and seed has none, as this proves no certainty.
     """
-    if not isinstance(one, ArmScore):
-        return (
-            Interval(value=one.difference)
-            if one.low == one.high
-            else Interval(value=one.difference, low=one.low, high=one.high)
-        )
-    if one.low is None or one.high is None:
-        return Interval(value=one.value)
-    return Interval(value=one.value, low=max(0.0, one.low), high=min(1.0, one.high))
+    value, lowest = (one.value, 0.0) if isinstance(one, ArmScore) else (one.difference, -1.0)
+    if one.low is None or one.high is None or one.low == one.high:
+        return Interval(value=value)
+    return Interval(value=value, low=max(lowest, one.low), high=min(1.0, one.high))
 
 
 def _values(one: TestSetComparison) -> dict[str, Any]:
@@ -165,9 +160,13 @@ def _verdict(own: TestSetComparison) -> str:
     """Return the verdict, what it rests on, and what real images alone differ by."""
     headline, null = own.headline, own.null
     basis = f"{headline.cases} test images in {own.groups} groups, {headline.seeds} seeds"
-    found = "" if not headline.smallest_effect else f"; an effect of {headline.smallest_effect:.3f} would be found"
+    found = f"; {_smallest_effect(headline.smallest_effect)}" if headline.smallest_effect else ""
     by_chance = f"; real images with other seeds: {_interval(null)}" if null else ""
     return f"{_change_sentence(headline)} ({basis}{found}{by_chance})."
+
+
+def _smallest_effect(effect: float) -> str:
+    return f"an effect of {effect:.3f} would be found" if effect <= 1 else "no effect, however large, would be found"
 
 
 def _change_sentence(one: Comparison) -> str:
@@ -251,17 +250,12 @@ def basis_of(one: Comparison) -> str:
 
 def _score_table(one: TestSetComparison) -> Table:
     rows: list[list[Cell]] = [
-        [arm_title(arm), *(_reached(score) for score in found.values())] for arm, found in one.scores.items()
+        [arm_title(arm), *(_interval(score) for score in found.values())] for arm, found in one.scores.items()
     ]
     images = f"images of the {one.test_set}" if one.external else "real test images"
     note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds, "
     note += "cut at 0 and 1. Where all models and cases agree, no interval can be given."
     return Table(title=f"Scores of each arm{one.place}", note=note, columns=["arm", *one.scores[BASELINE]], rows=rows)
-
-
-def _reached(one: ArmScore) -> Interval:
-    """Return a score; without its interval if all models and cases agree, which proves no certainty."""
-    return Interval(value=one.value) if one.low == one.high else _interval(one)
 
 
 def _figures(own: TestSetComparison, generator: str) -> list[Figure]:

@@ -215,7 +215,9 @@ COMMANDS = (
     ),
     Entry("baselines", baselines, STAGES, ("maskloom baselines --config C --architecture pix2pix",)),
     Entry("generate", generate, STAGES, ("maskloom generate --config C generate.num_images=500",)),
-    Entry("evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C",)),
+    Entry(
+        "evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C", "maskloom evaluate --config C --controls")
+    ),
     Entry(
         "compare",
         compare,

@@ -128,3 +128,12 @@ def test_luck_that_the_smallest_effect_does_not_show_is_warned_of() -> None:
     assert (
         compared({"real": BASE, "real_synthetic": changed_by(0.0), "real_other_seeds": changed_by(0, 9)}).warnings == []
     )
+
+
+def test_differences_end_at_one() -> None:
+    first = np.repeat([[1.0, 0.0]], 3, axis=0).repeat(5, axis=1)
+    arms = {"real": 0 * first, "real_synthetic": first, "real_other_seeds": 0 * first}
+    found = compared(arms, ["a"] * 5 + ["b"] * 5)
+    interval = found.tables[0].rows[0][2]
+    assert (interval.low, interval.high) == (-1, 1)
+    assert "; no effect, however large, would be found" in found.verdict
