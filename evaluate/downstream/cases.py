@@ -25,6 +25,7 @@ from maskloom.pipeline.results import MetricResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from torch import nn
 
 CASES_FILE = "cases.parquet"
 TEXT_COLUMNS = ("metric", "test_set", "arm", "sample_id", "group_id", "score")
@@ -43,10 +44,12 @@ class TrainedModel:
     Attributes:
         losses: the training loss of each step.
         scores: what it scored, (N,) each, by test set and score.
+        network: the model itself, where predictions of it will be shown.
     """
 
     losses: Sequence[float]
     scores: Mapping[str, Mapping[str, Floats]]
+    network: nn.Module | None = None
 
 
 Outcomes = Mapping[str, Mapping[int, TrainedModel]]

@@ -28,6 +28,7 @@ from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, Score
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.losses import LossCurves
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
+from maskloom.evaluate.downstream.pictures import ARMS, changed_case_pictures
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import by_size, subgroup_table
 from maskloom.evaluate.inputs import EvaluationInputs
@@ -39,7 +40,7 @@ from maskloom.models.segmenter import (
     predicted_masks,
     train_segmenter,
 )
-from maskloom.pipeline.results import MetricResult, Table, skipped_result
+from maskloom.pipeline.results import MetricResult, Picture, Table, skipped_result
 from maskloom.pipeline.training.fixed_steps import Augment
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         ],
         figures=comparison.figures,
         curves=[losses.chart()],
+        pictures=_pictures(inputs, cases[0], test, trained),
         forests=comparison.forests,
         would_change=comparison.would_change,
         values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
@@ -127,6 +129,18 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         },
         seeds=list(cases[0].arms["real"].seeds),
     )
+
+
+def _pictures(inputs: EvaluationInputs, cases: ScoredTestSet, test: MaskedImages, trained: Outcomes) -> list[Picture]:
+    """Return the test cases that real + synthetic images change most, as the networks of the first seed see them."""
+    first = {arm: trained[arm][inputs.seed].network for arm in ARMS if arm in trained}
+    networks = {arm: network for arm, network in first.items() if network is not None}
+    if len(networks) < len(ARMS):
+        return []
+    names = inputs.real.description.labels
+    labelled = zip(inputs.test.columns["sample_id"], inputs.test.labels.tolist(), strict=True)
+    labels = {sample: names[label] for sample, label in labelled if label >= 0}
+    return changed_case_pictures(cases, PRIMARY, test, networks, labels, inputs.device)
 
 
 def _subgroup_tables(
@@ -164,7 +178,7 @@ def train_models(
 ) -> dict[str, dict[int, TrainedModel]]:
     """Return every arm's models, by arm and seed, with their scores on every test image.
 
-    Each model is trained once and scored on all test sets.
+    Each model is trained once and scored on all test sets. The networks of the first seed are kept.
 
     Args:
         inputs: the inputs of the evaluation.
@@ -178,7 +192,7 @@ def train_models(
         masks = np.asarray(data[1], dtype=np.uint8)
         network, losses = train_segmenter(data[0], masks, len(inputs.classes), options, seed, inputs.device, augment)
         scores = {name: image_scores(network, part, inputs.classes, inputs.device) for name, part in tests.items()}
-        return TrainedModel(losses, scores)
+        return TrainedModel(losses, scores, network if seed == inputs.seed else None)
 
     def seeds_needed(trained: Outcomes) -> int:
         return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds

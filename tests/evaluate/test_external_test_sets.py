@@ -71,6 +71,8 @@ def test_the_own_tests_figures_do_not_depend_on_external_sets(runs: dict[str, Ev
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_arm_is_compared_on_each_external_set(runs: dict[str, EvaluationInputs], metric: str) -> None:
     result = answer(runs["with"], metric, seeds=2)
+    for number, picture in enumerate(result.pictures):
+        picture.path = f"{metric}-{number}.png"  # as the stage names its file
     Evaluation.model_validate(json.loads(json.dumps({"metric": metric, "version": 2, **result.as_json()})))
     assert [table.title for table in result.tables] == [
         f"{title}{place}"
