@@ -3,7 +3,6 @@
 Progress is a bar with rate and remaining time on a terminal, otherwise a line per minute and a last one.
 """
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,9 +42,8 @@ def say(text: str) -> None:
 
 
 def table_console() -> Console:
-    """Return a console on stdout for tables, as wide as the terminal or `COLUMNS`; a file gets wide tables."""
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(file=sys.stdout, width=None if known else WIDTH_OF_FILES, highlight=False)
+    """Return a console on stdout for tables, as wide as the terminal; a file gets wide tables."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
 
 
 @contextmanager

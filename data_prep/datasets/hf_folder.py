@@ -52,6 +52,7 @@ COLUMNS = {
     "group": ("group_id", "patient", "patient_id", "subject_id", "case_id"),
 }
 MAX_BYTES = 2**28  # of a table of metadata
+MAX_SHOWN, NOT_PLAIN = 80, re.compile(r"[^\w .()+-]", re.ASCII)  # of names that temporary files get
 TRIED = 8  # images that are looked at for colour
 FIX = "write the dataset again, or name the columns with data.options.image_column and so on"
 
@@ -337,7 +338,7 @@ def _parquet_table(path: Path, file: str) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as stored:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as stored:
             schema = stored.schema_arrow
             plain = [one.name for one in schema if not (pa.types.is_nested(one.type) or _is_binary(one.type))]
             rows = stored.read(columns=plain).to_pylist() if plain else [{}] * stored.metadata.num_rows
@@ -371,7 +372,8 @@ def _file_of(root: Path, cell: Cell) -> Iterator[Path]:
         return
     content = _cell_bytes(path, cell)
     with TemporaryDirectory(prefix="maskloom-cell-") as folder:
-        copy = Path(folder) / f"{cell.column} of row {cell.row} of {path.name}"
+        column, table = (NOT_PLAIN.sub("_", name)[-MAX_SHOWN:] for name in (cell.column, path.name))
+        copy = Path(folder) / f"{column} of row {cell.row} of {table}"
         copy.write_bytes(content)
         yield copy
 
@@ -394,7 +396,8 @@ def _row_group(path: Path, row: int) -> tuple[int, int]:
     """Return the row group of a row, and its place in it."""
     import pyarrow.parquet as pq
 
-    metadata = pq.read_metadata(path)
+    with path.open("rb") as opened:  # pyarrow takes no name that is not UTF-8
+        metadata = pq.read_metadata(opened)
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
         if row < rows:
@@ -410,7 +413,8 @@ def _column_of_group(path: Path, group: int, column: str, changed: int) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+        with path.open("rb") as opened, pq.ParquetFile(opened) as stored:
+            return stored.read_row_group(group, columns=[column]).column(0)
     except (pa.ArrowException, OSError) as error:
         raise RejectedSample(f"{path.name} cannot be decoded ({one_line(error)[:200]})") from None
 

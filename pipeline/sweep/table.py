@@ -187,11 +187,10 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
     """Print the table, or one table per metric if the terminal is too narrow."""
+    from rich.console import Console
     from rich.measure import Measurement
 
-    from maskloom.pipeline.progress import table_console
-
-    console = table_console()
+    console = Console()
     columns = columns_of(rows)
     whole = _rich_table(title, rows, columns, with_group=True)
     if Measurement.get(console, console.options.update(width=ANY_WIDTH), whole).maximum <= console.width:
