@@ -11,18 +11,18 @@ from maskloom.pipeline.progress import progress, say, table_console
 ROOT = Path(__file__).parents[2]
 LONG_STEP = (
     "from maskloom.pipeline.progress import progress\n"
-    "with progress('weaving', 4, 'images') as advance:\n"
+    "with progress('reading', 4, 'images') as advance:\n"
     "    for i in range(4):\n"
     "        advance(note=f'loss {i}')\n"
 )
 
 
 def test_elsewhere_one_line_tells_the_count_and_the_rate(capsys):
-    with progress("weaving", 5, "images") as advance:
+    with progress("reading", 5, "images") as advance:
         advance()
         advance(4, note="ignored")
     err = capsys.readouterr().err
-    assert err.startswith("weaving: 5 images in ")
+    assert err.startswith("reading: 5 images in ")
     assert "images/s" in err
     assert err.count("\n") == 1
 
@@ -30,13 +30,13 @@ def test_elsewhere_one_line_tells_the_count_and_the_rate(capsys):
 def test_elsewhere_a_long_step_tells_where_it_is_every_minute(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr("maskloom.pipeline.progress.time.monotonic", lambda: now)
-    with progress("weaving", 10, "images", done=4) as advance:
+    with progress("reading", 10, "images", done=4) as advance:
         for now in (30.0, 61.0, 90.0, 125.0):
             advance(note=f"loss {now:.0f}")
     assert capsys.readouterr().err.splitlines() == [
-        "weaving: 6 of 10 images, loss 61",
-        "weaving: 8 of 10 images, loss 125",
-        "weaving: 4 images in 125.0 s (0.0 images/s)",
+        "reading: 6 of 10 images, loss 61",
+        "reading: 8 of 10 images, loss 125",
+        "reading: 4 images in 125.0 s (0.0 images/s)",
     ]
 
 
@@ -46,7 +46,7 @@ def test_tables_in_a_file_are_wide(capsys):
 
 
 def test_silent_where_asked(capsys):
-    with progress("weaving", 5, "images", show=False) as advance:
+    with progress("reading", 5, "images", show=False) as advance:
         advance(5)
     assert capsys.readouterr().err == ""
 
@@ -73,7 +73,7 @@ def test_on_a_terminal_there_is_a_bar_with_count_rate_and_note():
     os.close(ours)
     assert process.wait(timeout=30) == 0
     text = shown.decode()
-    assert "weaving" in text
+    assert "reading" in text
     assert "4/4" in text
     assert "images/s" in text
     assert "loss 3" in text
