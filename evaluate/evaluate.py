@@ -1,7 +1,7 @@
 """`evaluate`: computes the configured metrics for all synthetic datasets; one JSON file per metric.
 
 Each file has a key of everything that the answer depends on, so that an interrupted evaluation
-continues with the metric at which it stopped.
+continues with the metric at which it stopped, and with the downstream model that was being trained.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from maskloom.evaluate.copies import require_no_training_copies
 from maskloom.evaluate.downstream.cases import CASES_FILE, DownstreamResult, EvaluationCases
 from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
+from maskloom.evaluate.model_cache import ModelCache
 from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import read_places
@@ -97,17 +98,21 @@ def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> N
     if stage.skips(force or (controls and not tested)):
         return
     if config.train is not None:
-        check_places(read_places(config.train), [run.evaluation, run.features, run.logs("evaluate")])
+        written = [run.evaluation, run.features, run.downstream_models, run.logs("evaluate")]
+        check_places(read_places(config.train), written)
     answers.check()
-    cache = FeatureCache(run.features)
+    cache, models = FeatureCache(run.features), ModelCache(run.downstream_models)
     cache.check()
+    models.check()
     for name in (*(question.name for question in questions), *([CONTROLS] if controls else [])):
         answers.check_name(f"{name}.json")
     inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results, progress("evaluating", len(questions), "questions") as advance:
         answers.claim()
         cache.keep_only(digests.values())
-        inputs.feature_cache = cache
+        if force:
+            models.clear()
+        inputs.feature_cache, inputs.model_cache = cache, models
         inputs.on_copies = config.evaluate.on_copies
         require_no_training_copies(inputs)
         asked = {question.name for question in questions}  # the report shows whatever else lies there
@@ -121,8 +126,10 @@ def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> N
             key = value_digest([__version__, question.identity, *about_all, *read_alone])
             kept = None if force else _kept_answer(answers, question, key, cases)
             answer = kept or _new_answer(answers, question, inputs, key, digests, cases)
+            models.finish(question.name)
             results[question.name] = answer.verdict
             advance()
+        models.clear()
         if controls:
             tested = tested or _new_answer(answers, control, inputs, control_key, about, cases)
         if tested:

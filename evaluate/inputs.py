@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskloom.evaluate.feature_cache import FeatureCache
+from maskloom.evaluate.model_cache import ModelCache
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX
@@ -156,6 +157,7 @@ class EvaluationInputs:
         seed: seed of all random numbers.
         externals: external test sets by the name of the dataset that they come from.
         feature_cache: keeps the features of image sets on disk; None keeps them in memory only.
+        model_cache: keeps downstream models on disk until their metric is answered; None keeps none.
         on_copies: whether downstream models train on copies of training images.
         config: the experiment; None if only datasets are given.
     """
@@ -169,6 +171,7 @@ class EvaluationInputs:
     seed: int
     externals: dict[str, ImageSet] = field(default_factory=dict)
     feature_cache: FeatureCache | None = None
+    model_cache: ModelCache | None = None
     on_copies: OnCopies = "keep"
     config: ExperimentConfig | None = None
     _memo: dict[Any, Any] = field(default_factory=dict)

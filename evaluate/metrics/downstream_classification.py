@@ -25,10 +25,16 @@ from maskloom.evaluate.downstream.arms import (
     train_arms,
 )
 from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, TrainedModel, trained_cases
-from maskloom.evaluate.downstream.classifier import ClassifierOptions, predicted_probabilities, train_classifier
+from maskloom.evaluate.downstream.classifier import (
+    ClassifierOptions,
+    build_classifier,
+    predicted_probabilities,
+    train_classifier,
+)
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.losses import LossCurves
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
+from maskloom.evaluate.downstream.resuming import resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.classification import RECALL
@@ -203,7 +209,13 @@ def train_models(
     def seeds_needed(trained: Outcomes) -> int:
         return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
 
-    return train_arms(options, real, generated, inputs.seed, train, seeds_needed)
+    def build() -> nn.Module:
+        return build_classifier(options, real[0].shape[-1], len(names), inputs.seed).to(inputs.device)
+
+    arrays = {name: (part.images, part.labels) for name, part in tests.items()}
+    depends_on = [VERSION, inputs.device, list(names), inputs.seed]
+    training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
+    return train_arms(options, real, generated, inputs.seed, training, seeds_needed)
 
 
 def image_scores(network: nn.Module, test: LabelledImages, names: Sequence[str], device: str) -> dict[str, Floats]:

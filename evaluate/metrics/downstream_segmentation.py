@@ -29,12 +29,14 @@ from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.losses import LossCurves
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.pictures import ARMS, changed_case_pictures
+from maskloom.evaluate.downstream.resuming import resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import by_size, subgroup_table
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.models.segmenter import (
     EMPTY_RULE,
     SegmenterOptions,
+    build_segmenter,
     dice_scores,
     iou_scores,
     predicted_masks,
@@ -197,7 +199,13 @@ def train_models(
     def seeds_needed(trained: Outcomes) -> int:
         return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
 
-    return train_arms(options, real, generated, inputs.seed, train, seeds_needed)
+    def build() -> nn.Module:
+        return build_segmenter(options, real[0].shape[-1], len(inputs.classes), inputs.seed).to(inputs.device)
+
+    arrays = {name: (part.images, part.masks) for name, part in tests.items()}
+    depends_on = [VERSION, inputs.device, list(inputs.classes), inputs.seed]
+    training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
+    return train_arms(options, real, generated, inputs.seed, training, seeds_needed)
 
 
 def image_scores(network: nn.Module, test: MaskedImages, classes: Sequence[str], device: str) -> dict[str, Floats]:

@@ -94,6 +94,11 @@ class Run:
         return self.folder / "cache" / "features"
 
     @property
+    def downstream_models(self) -> Path:
+        """Downstream models of an interrupted evaluation."""
+        return self.folder / "cache" / "downstream"
+
+    @property
     def report(self) -> Path:
         """The report."""
         return self.folder / "report.html"
