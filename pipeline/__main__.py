@@ -30,7 +30,6 @@ app = typer.Typer(
 )
 
 STATE_STYLES = {"done": "green", "stale": "yellow", "damaged": "bold red", "missing": "red", "nothing to do": "dim"}
-DIGEST_LETTERS = 8
 
 
 @app.command(cls=Command)
@@ -72,7 +71,7 @@ def sweep(
 
 @app.command(cls=Command)
 def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
-    """Show which stages are done, stale, damaged or missing, with their run times and inputs.
+    """Show which stages are done, stale, damaged or missing, with their run times and reasons.
 
     Every output is checked against its digest.
     """
@@ -87,6 +86,9 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     run = Run(loaded.run_folder, loaded)
     states = stage_states(run, ["--config", str(config), *(overrides or [])])
     table_console().print(_status_table(run.folder, states))
+    for one in states:
+        if one.reason:
+            print(f"{one.name}: {one.state}, {one.reason}")
     if differing := differing_settings(run):
         print(differences_text(run.folder, differing))
 
@@ -202,7 +204,7 @@ def combine(
 
 
 def _status_table(folder: Path, states: "list[StageState]") -> "Table":
-    """Return a table with one row per stage."""
+    """Return a table with one line per stage."""
     from datetime import datetime
 
     from rich.table import Table
@@ -210,13 +212,11 @@ def _status_table(folder: Path, states: "list[StageState]") -> "Table":
 
     from maskloom.pipeline.files.formatting import duration_text
 
-    table = Table("stage", "state", "took", "finished", "inputs / reason", title=str(folder))
+    table = Table("stage", "state", "took", "finished", title=str(folder))
     for one in states:
         took = duration_text(one.record["wall_seconds"]) if one.record else ""
         finished = datetime.fromtimestamp(one.finished).strftime("%Y-%m-%d %H:%M") if one.finished else ""
-        inputs = ", ".join(f"{name} {digest[:DIGEST_LETTERS]}" for name, digest in one.record.get("inputs", {}).items())
-        state = Text(one.state, style=STATE_STYLES[one.state])
-        table.add_row(one.name, state, took, finished, Text(one.reason or inputs))
+        table.add_row(one.name, Text(one.state, style=STATE_STYLES[one.state]), took, finished)
     return table
 
 

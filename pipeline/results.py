@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 from maskloom.pipeline.files.atomic import json_text
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
@@ -111,12 +120,28 @@ Cell = bool | int | float | str | Interval | None
 
 
 class Table(Part):
-    """A table; the first cell of each row names the row."""
+    """A table; the first cell of each row names the row.
+
+    Attributes:
+        groups: a heading for each row; rows of one heading stand below each other. Empty: no headings.
+    """
 
     title: str
     note: str = ""
     columns: list[str]
     rows: list[list[Cell]]
+    groups: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _every_row_has_a_group(self) -> Table:
+        if self.groups and len(self.groups) != len(self.rows):
+            raise ValueError(f"{len(self.groups)} groups for {len(self.rows)} rows; give one for each row, or none")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_groups(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = values_of(self)
+        return values if self.groups else {name: value for name, value in values.items() if name != "groups"}
 
 
 # JSON has no tuples.
@@ -144,6 +169,7 @@ class ForestRow(Interval):
         basis: the numbers of cases, groups and seeds, in words.
         smallest: the smallest true difference that would be found; marked on both sides of zero.
         reference: whether the row shows what chance alone makes.
+        group: heading of this row and its neighbours with the same; empty: none.
     """
 
     name: str
@@ -151,6 +177,7 @@ class ForestRow(Interval):
     basis: str = ""
     smallest: float | None = None
     reference: bool = False
+    group: str = ""
 
 
 class Forest(Part):

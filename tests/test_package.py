@@ -70,7 +70,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(checkout, w
         "configs/experiments/generators.yaml",
         "configs/slurm/train.sh",
         "models/stable_diffusion/settings/sd1/model_index.json",
-        "pipeline/report/template.html.j2",
+        "pipeline/report/templates/page.html.j2",
     ],
 )
 def test_the_wheel_holds_what_an_installed_command_needs(wheel, name):

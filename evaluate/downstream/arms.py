@@ -5,7 +5,7 @@ All arms are trained for the same number of optimizer steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
@@ -62,6 +62,10 @@ ARMS: dict[str, Arm] = {
     "synthetic": Arm("synthetic only", real=False, synthetic=True),
     NULL_ARM: Arm("real, other seeds", real=True, synthetic=False),
 }
+
+
+GROUPS = ("real images only", "synthetic images only", "real and synthetic images")
+"""Of the arms, by what they train on; tables and plots show them in this order."""
 
 
 class ArmOptions(Section):
@@ -140,6 +144,19 @@ def arm_title(name: str) -> str:
     """
     kind, _, generator = name.partition(":")
     return f"{ARMS[kind].title} by {generator}" if generator else ARMS[kind].title
+
+
+def arm_group(name: str) -> str:
+    """Return what an arm trains on, one of `GROUPS`."""
+    arm, (real_only, synthetic_only, mixed) = ARMS[name.partition(":")[0]], GROUPS
+    if not arm.synthetic:
+        return real_only
+    return mixed if arm.real else synthetic_only
+
+
+def grouped_arms(names: Iterable[str]) -> list[str]:
+    """Return arms in the order of `GROUPS`; within a group in their own order, chance alone last."""
+    return sorted(names, key=lambda name: (GROUPS.index(arm_group(name)), name == NULL_ARM))
 
 
 def limited_rows(real: int, synthetic: int, options: ArmOptions, seed: int) -> NDArray[np.int64]:

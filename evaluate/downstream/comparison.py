@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from maskloom.evaluate.downstream.arms import NULL_ARM, WITH_SYNTHETIC, arm_title
+from maskloom.evaluate.downstream.arms import GROUPS, NULL_ARM, WITH_SYNTHETIC, arm_group, arm_title, grouped_arms
 from maskloom.evaluate.downstream.cases import ScoredTestSet
 from maskloom.evaluate.downstream.compare import (
     BASELINE,
@@ -25,6 +25,8 @@ from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Int
 
 SMALLEST_P = 0.001
 LUCK_RATIO = 2.0  # from which the null arm's half interval is out of line with the smallest effect
+
+ORDER = f"Arms stand in the order of what they train on: {', '.join(GROUPS)}."
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,10 @@ def _external_sentence(external: TestSetComparison, own: TestSetComparison) -> s
 
 def _change_table(one: TestSetComparison) -> Table:
     rows: list[list[Cell]] = []
-    for arm, found in one.changes.items():
+    arms = grouped_arms(one.changes)
+    for arm in arms:
         for name in one.shown:
-            change = found[name]
+            change = one.changes[arm][name]
             spread = f"{min(change.by_seed):+.3f} to {max(change.by_seed):+.3f}" if change.by_seed else None
             figures: list[Cell] = [
                 _interval(change),
@@ -204,11 +207,12 @@ def _change_table(one: TestSetComparison) -> Table:
         "(groups and seeds, crossed). The finding rests on p, which is adjusted for the number of arms "
         "(Holm). Smallest effect: found with 80 % power by these images and seeds. "
         f"Under {FEW_GROUPS} groups ({FEW_CLASS_GROUPS} of each class, for means over classes) or {FEW_SEEDS} seeds it "
-        "cannot be told."
+        f"cannot be told. {ORDER}"
     )
     columns = ["arm", "score", "change against real", "finding", "smallest effect", "p (Holm)", "range over seeds"]
     title = f"Change against training on real images only{one.place}"
-    return Table(title=title, note=note, columns=columns, rows=rows)
+    groups = [arm_group(arm) for arm in arms for _ in one.shown]
+    return Table(title=title, note=note, columns=columns, rows=rows, groups=groups)
 
 
 def _p_cell(p: float | None) -> Cell:
@@ -217,8 +221,8 @@ def _p_cell(p: float | None) -> Cell:
 
 
 def _forests(one: TestSetComparison) -> list[Forest]:
-    """Return one plot per score: every arm's difference to real images, chance alone last."""
-    ordered = sorted(one.changes, key=lambda arm: arm == NULL_ARM)
+    """Return one plot per score: every arm's difference to real images, arms grouped by what they train on."""
+    ordered = grouped_arms(one.changes)
     found = []
     for name in one.shown:
         changes = [one.changes[arm][name] for arm in ordered]
@@ -235,6 +239,7 @@ def _forests(one: TestSetComparison) -> list[Forest]:
                         basis=basis_of(change),
                         smallest=change.smallest_effect or None,
                         reference=change.arm == NULL_ARM,
+                        group=arm_group(change.arm),
                     )
                     for change in changes
                 ],
@@ -249,13 +254,13 @@ def basis_of(one: Comparison) -> str:
 
 
 def _score_table(one: TestSetComparison) -> Table:
-    rows: list[list[Cell]] = [
-        [arm_title(arm), *(_interval(score) for score in found.values())] for arm, found in one.scores.items()
-    ]
+    arms = grouped_arms(one.scores)
+    rows: list[list[Cell]] = [[arm_title(arm), *map(_interval, one.scores[arm].values())] for arm in arms]
     images = f"images of the {one.test_set}" if one.external else "real test images"
     note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds, "
-    note += "cut at 0 and 1. Where all models and cases agree, no interval can be given."
-    return Table(title=f"Scores of each arm{one.place}", note=note, columns=["arm", *one.scores[BASELINE]], rows=rows)
+    note += f"cut at 0 and 1. Where all models and cases agree, no interval can be given. {ORDER}"
+    title, columns = f"Scores of each arm{one.place}", ["arm", *one.scores[BASELINE]]
+    return Table(title=title, note=note, columns=columns, rows=rows, groups=[arm_group(arm) for arm in arms])
 
 
 def _figures(own: TestSetComparison, generator: str) -> list[Figure]:

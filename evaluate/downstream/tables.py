@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from rich import box
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,7 @@ from maskloom.pipeline.files.formatting import MISSING, interval_text, number_te
 from maskloom.pipeline.progress import progress, table_console
 
 SHOWN_FILES = 20
+ANY_WIDTH = 10_000  # rich limits a measurement to this width
 COLUMNS = ("arm", "score", "difference", "finding", "smallest effect found", "p (Holm)", "cases", "groups", "seeds")
 
 
@@ -51,7 +53,10 @@ def compare_files(
 
 
 def print_comparisons(found: Sequence[tuple[Path, Comparison]]) -> None:
-    """Print one table per file and test set, of the first files."""
+    """Print one table per file and test set, of the first files.
+
+    Where a table is wider than the terminal, each comparison is printed on lines of its own instead.
+    """
     console = table_console()
     tables = [
         (path, metric, test_set, [one for _, one in rows])
@@ -59,7 +64,9 @@ def print_comparisons(found: Sequence[tuple[Path, Comparison]]) -> None:
     ]
     for path, metric, test_set, rows in tables[:SHOWN_FILES]:
         console.print(Text(f"{path}: {metric}, {test_set}"))
-        console.print(_table(rows))
+        table = _table(rows)
+        fits = Measurement.get(console, console.options.update(width=ANY_WIDTH), table).maximum <= console.width
+        console.print(table if fits else Text("\n".join(map(_stacked, rows))))
         for one in rows:
             if one.reason:
                 console.print(Text(f"{one.arm}, {one.score}: cannot tell, {one.reason}"))
@@ -76,15 +83,30 @@ def _table(rows: Sequence[Comparison]) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("arm", "score", "finding") else "right")
     for one in rows:
-        table.add_row(
-            Text(one.arm),
-            Text(f"{one.score} ({one.better} is better)"),
-            MISSING if one.difference is None else interval_text(one.difference, one.low, one.high),
-            one.finding,
-            MISSING if one.smallest_effect is None else number_text(one.smallest_effect),
-            MISSING if one.p_holm is None else number_text(one.p_holm),
-            str(one.cases),
-            str(one.groups),
-            str(one.seeds),
-        )
+        table.add_row(*map(Text, _cells(one)))
     return table
+
+
+def _stacked(one: Comparison) -> str:
+    """Return a comparison on three lines, for narrow terminals."""
+    arm, score, difference, finding, smallest, p, cases, groups, seeds = _cells(one)
+    return (
+        f"\n{arm}, {score}\n"
+        f"  {difference}: {finding}\n"
+        f"  p (Holm) {p}, smallest effect {smallest}; {cases} cases, {groups} groups, {seeds} seeds"
+    )
+
+
+def _cells(one: Comparison) -> tuple[str, ...]:
+    """Return the text of each column of a comparison, in the order of `COLUMNS`."""
+    return (
+        one.arm,
+        f"{one.score} ({one.better} is better)",
+        MISSING if one.difference is None else interval_text(one.difference, one.low, one.high),
+        one.finding,
+        MISSING if one.smallest_effect is None else number_text(one.smallest_effect),
+        MISSING if one.p_holm is None else number_text(one.p_holm),
+        str(one.cases),
+        str(one.groups),
+        str(one.seeds),
+    )

@@ -1,52 +1,57 @@
 """Forest plots as SVG: differences with their intervals around zero."""
 
+from __future__ import annotations
+
 import io
+from collections.abc import Sequence
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
 
 from maskloom.pipeline.files.formatting import interval_text
 from maskloom.pipeline.report.curves import COLOURS, STYLE, plain_text
 from maskloom.pipeline.results import Forest, ForestRow
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 WIDTH_INCHES = 4.4  # small enough for its text to be readable at 400 px
-ROW_INCHES = 0.46
-MARGIN_INCHES = 0.75
+LINE_INCHES, INTERVAL_INCHES, HEADING_INCHES, AXIS_INCHES = 0.17, 0.29, 0.26, 0.6  # heights
+LETTERS = 56  # per line of text in the plot
 CHANCE_COLOUR = "#6b6b6b"
 MARK_COLOUR = "#b0922b"
+HEADING_COLOUR = "#1d2329"
 
 
 def forest_plot(forest: Forest) -> str:
     """Return a forest plot as SVG text; the same forest gives the same text.
 
-    Each row has its name and its figures above its interval. A row that shows what chance alone
-    makes is grey. Small triangles mark the smallest true effect that would be found.
+    Each row has its name and its figures above its interval, and each group of rows a heading. A row
+    that shows what chance alone makes is grey. Small upright marks show the smallest true effect that
+    would be found.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
+    labels = [wrap(f"{row.name}: {figures_text(row)}", LETTERS) for row in forest.rows]
+    headings = [
+        row.group if number == 0 or row.group != forest.rows[number - 1].group else ""
+        for number, row in enumerate(forest.rows)
+    ]
+    height = sum(LINE_INCHES * len(lines) + INTERVAL_INCHES for lines in labels)
+    height += HEADING_INCHES * sum(map(bool, headings))
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        height = MARGIN_INCHES + ROW_INCHES * len(forest.rows)
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH_INCHES, height + AXIS_INCHES), layout="constrained")
         axes = figure.add_subplot()
         axes.axvline(0, color="#444444", linewidth=0.8)
-        for place, row in enumerate(forest.rows):
-            colour = CHANCE_COLOUR if row.reference else COLOURS[0]
-            if row.smallest is not None:
-                ends = [-row.smallest, row.smallest]
-                axes.plot(ends, [place, place], "|", color=MARK_COLOUR, markersize=11, markeredgewidth=1.6)
-            if row.value is not None:
-                if row.low is not None and row.high is not None:
-                    axes.plot([row.low, row.high], [place, place], color=colour, linewidth=1.6)
-                axes.plot([row.value], [place], "D" if row.reference else "s", color=colour, markersize=5)
-            label = f"{row.name}: {figures_text(row)}"
-            axes.text(
-                0,
-                place - 0.3,
-                plain_text(label),
-                transform=axes.get_yaxis_transform(),
-                fontsize=8.5,
-                color=colour,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )
-        axes.set_ylim(len(forest.rows) - 0.5, -0.85)
+        top = 0.0
+        for row, lines, heading in zip(forest.rows, labels, headings, strict=True):
+            if heading:
+                _write(axes, top, [heading], HEADING_COLOUR, fontweight="bold")
+                top += HEADING_INCHES
+            _write(axes, top, lines, CHANCE_COLOUR if row.reference else COLOURS[0])
+            top += LINE_INCHES * len(lines) + INTERVAL_INCHES
+            _draw_interval(axes, row, top - INTERVAL_INCHES / 2)
+        axes.set_ylim(height, 0)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.08)
@@ -54,6 +59,34 @@ def forest_plot(forest: Forest) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def _write(axes: Axes, top: float, lines: Sequence[str], colour: str, **style: Any) -> None:
+    """Write lines of text from the left edge down, on white, so that the line at zero does not cross them."""
+    for number, line in enumerate(lines):
+        axes.text(
+            0,
+            top + LINE_INCHES * (number + 0.5),
+            plain_text(line),
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=8.5,
+            color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            **style,
+        )
+
+
+def _draw_interval(axes: Axes, row: ForestRow, place: float) -> None:
+    colour = CHANCE_COLOUR if row.reference else COLOURS[0]
+    if row.smallest is not None:
+        ends = [-row.smallest, row.smallest]
+        axes.plot(ends, [place, place], "|", color=MARK_COLOUR, markersize=11, markeredgewidth=1.6)
+    if row.value is None:
+        return
+    if row.low is not None and row.high is not None:
+        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=1.6)
+    axes.plot([row.value], [place], "D" if row.reference else "s", color=colour, markersize=5)
 
 
 def forest_description(forest: Forest) -> str:

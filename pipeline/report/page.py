@@ -20,7 +20,8 @@ from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg
 from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts
 from maskloom.pipeline.results import Evaluation, Interval, Table, cell_text, read_evaluations
 
-TEMPLATE = "template.html.j2"
+TEMPLATES = Path(__file__).with_name("templates")
+PAGE = "page.html.j2"
 PICTURE_SCALE = 4  # a figure of several panels may be this many times as wide as a single image
 VALIDATION_PICTURES = 4
 # Names of conditioning images on the page, by `data.conditioning`; any other is a mask.
@@ -32,7 +33,7 @@ def page_renderer(config: ExperimentConfig, sources: Sources) -> Callable[[int],
 
     The sources are read only once, here.
     """
-    template = _environment().get_template(TEMPLATE)
+    template = _environment().get_template(PAGE)
     context = template_variables(config, sources)
 
     def render(side: int) -> str:
@@ -63,7 +64,7 @@ def numeric_columns(table: Table) -> set[int]:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -24,10 +24,7 @@ def differing_settings(run: Run) -> dict[str, tuple[Any, Any]]:
         kept = read_yaml(run.folder / CONFIG_FILE)
     except MaskLoomError:
         return {}
-    old = dict(_leaves(kept)) if isinstance(kept, dict) else {}
-    new = dict(_leaves(run.config.model_dump(mode="json")))
-    keys = [*new, *(key for key in old if key not in new)]
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+    return dict(_differences(kept if isinstance(kept, dict) else {}, run.config.model_dump(mode="json")))
 
 
 def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
@@ -45,14 +42,18 @@ def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> st
     )
 
 
-def _leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{place}{key}.")
-        else:
-            yield f"{place}{key}", value
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each differing key with both values; a section that one side lacks is one key."""
+    for key in [*new, *(key for key in old if key not in new)]:
+        values = old.get(key), new.get(key)
+        if all(isinstance(value, dict) and value for value in values):
+            yield from _differences(*values, f"{place}{key}.")
+        elif values[0] != values[1]:
+            yield f"{place}{key}", values
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return f"{len(value)} setting(s)"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"

@@ -134,6 +134,24 @@ def test_differences_end_at_one() -> None:
     first = np.repeat([[1.0, 0.0]], 3, axis=0).repeat(5, axis=1)
     arms = {"real": 0 * first, "real_synthetic": first, "real_other_seeds": 0 * first}
     found = compared(arms, ["a"] * 5 + ["b"] * 5)
-    interval = found.tables[0].rows[0][2]
+    (interval,) = [row[2] for row in found.tables[0].rows if row[0] == "real + synthetic"]
     assert (interval.low, interval.high) == (-1, 1)
     assert "; no effect, however large, would be found" in found.verdict
+
+
+def test_arms_stand_in_groups_and_the_order_is_stated() -> None:
+    arms = ("real", "real_synthetic", "synthetic", "real_synthetic:gan", "real_augmented", "real_other_seeds")
+    found = compared({arm: changed_by(0.01 * number, number) for number, arm in enumerate(arms)})
+    changes, scores = found.tables
+    names = ["real + standard augmentation", "real, other seeds", "synthetic only", "real + synthetic"]
+    names += ["real + synthetic by gan"]
+    assert [row[0] for row in changes.rows] == names
+    assert [row.name for row in found.forests[0].rows] == names
+    assert [row[0] for row in scores.rows] == ["real", *names]
+    groups = ["real images only"] * 2 + ["synthetic images only"] + ["real and synthetic images"] * 2
+    assert changes.groups == [row.group for row in found.forests[0].rows] == groups
+    assert scores.groups == ["real images only", *groups]
+    assert all(
+        "real images only, synthetic images only, real and synthetic images." in one.note for one in found.tables
+    )
+    assert found.verdict.startswith("real + synthetic changed Dice")

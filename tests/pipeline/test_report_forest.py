@@ -27,6 +27,17 @@ def test_the_same_forest_gives_the_same_bytes() -> None:
     assert "failed: not defined" in text
 
 
+def test_groups_of_rows_have_headings_and_long_names_are_wrapped() -> None:
+    rows = [
+        ForestRow(name=name, value=0.1, group=group)
+        for name, group in (("one", "first"), ("two", "first"), ("x" * 150, "second"))
+    ]
+    text = forest_plot(Forest(title="t", x_label="difference", rows=rows))
+    assert text.count(">first<") == text.count(">second<") == 1
+    assert text.index(">first<") < text.index(">one: ") < text.index(">second<") < text.index("x" * 50)
+    assert "x" * 60 not in text
+
+
 def test_the_plot_is_described_in_words() -> None:
     words = forest_description(FOREST)
     assert words.startswith("forest plot: Dice <1>. a_$b$ +0.010 [-0.100, 0.120], no clear benefit (9 cases, smallest")
