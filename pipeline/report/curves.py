@@ -13,7 +13,7 @@ from maskloom.pipeline.results import Curve
 from maskloom.pipeline.runs.training_log import readable_metrics
 
 POINTS = 200  # longer series are averaged down to at most this many points
-SIZE_INCHES = (5.6, 3.0)
+SIZE_INCHES = (4.6, 2.8)  # small enough for its text to be readable at 400 px
 COLOURS = ("#1b5e9b", "#c25a1c", "#2f7d4f", "#8a3d8f", "#6b6b6b", "#b0922b", "#3aa0a8", "#a33a4a")
 STYLE: Any = {
     "svg.hashsalt": "maskloom",  # keeps the ids in the drawing the same every time

@@ -24,6 +24,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 PAGE = "page.html.j2"
 PICTURE_SCALE = 4  # a figure of several panels may be this many times as wide as a single image
 VALIDATION_PICTURES = 4
+MOST_ROWS = 40  # a longer table scrolls in a box of its own
 # Names of conditioning images on the page, by `data.conditioning`; any other is a mask.
 CONDITIONS = {"edges": "edge map", "foreground": "foreground map", "image": "paired image"}
 
@@ -78,6 +79,7 @@ def _environment() -> Environment:
         numeric_columns=numeric_columns,
         pretty=partial(json.dumps, indent=2, sort_keys=True, ensure_ascii=False, default=str),
     )
+    environment.globals["most_rows"] = MOST_ROWS
     environment.globals["chart"] = lambda curve: svg_uri(line_chart(curve))
     environment.globals["forest_chart"] = lambda forest: svg_uri(forest_plot(forest))
     environment.filters["described"] = forest_description

@@ -45,11 +45,11 @@ def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> st
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each differing key with both values; a section that one side lacks is one key."""
     for key in [*new, *(key for key in old if key not in new)]:
-        values = old.get(key), new.get(key)
-        if all(isinstance(value, dict) and value for value in values):
-            yield from _differences(*values, f"{place}{key}.")
-        elif values[0] != values[1]:
-            yield f"{place}{key}", values
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict) and before and now:
+            yield from _differences(before, now, f"{place}{key}.")
+        elif before != now:
+            yield f"{place}{key}", (before, now)
 
 
 def _shown(value: Any) -> str:

@@ -1,13 +1,17 @@
 """Pairing, undefined values, findings and the command `compare`, on scores that are set by hand."""
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from sklearn import metrics
 
+from maskloom.evaluate.downstream import tables
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
 from maskloom.evaluate.downstream.compare import Comparison, arm_scores, compare, score_names
 from maskloom.evaluate.scores.inference import holm_adjusted
@@ -330,3 +334,21 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in text
     code, text = finished("maskloom.evaluate", ["compare", str(tmp_path / "none.parquet")])
     assert (code, "none.parquet: no such file" in text) == (2, True)
+
+
+@pytest.mark.parametrize("width", [80, 180])
+def test_a_comparison_is_stacked_where_the_terminal_is_too_narrow_for_a_table(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"real": BASE, "real_synthetic[b]": BASE + np.random.default_rng(1).normal(0.1, 0.02, BASE.shape)}
+    (one,) = compare(dice_cases(arms))
+    monkeypatch.setattr(tables, "table_console", lambda: Console(file=sys.stdout, width=width, highlight=False))
+    tables.print_comparisons([(Path("cases.parquet"), one)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    if width == 180:
+        assert any(line.split()[0] == "real_synthetic[b]" and " helped " in line for line in lines)
+    else:
+        assert "real_synthetic[b], Dice (higher is better)" in lines
+        assert any(re.fullmatch(r"  0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]: helped", line) for line in lines)
+        assert lines[-1].endswith(f"{one.cases} cases, {one.groups} groups, {one.seeds} seeds")

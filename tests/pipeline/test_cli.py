@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,8 +135,21 @@ def test_of_many_differences_some_are_shown_and_a_damaged_file_shows_none(tmp_pa
     assert list(differing_settings(changed)) == ["experiment", "seed"]
     assert f"now {'x' * 60}…)" in differences_text(run.folder, differing_settings(changed))
     assert " and 2 more." in differences_text(run.folder, {str(number): (0, 1) for number in range(7)})
+    without = Run(run.folder, config.model_copy(update={"train": None}))
+    assert list(differing_settings(without)) == ["train"]
+    assert re.search(
+        r"in train \(there \d+ setting\(s\), now null\)\.", differences_text(run.folder, differing_settings(without))
+    )
     (run.folder / "config.yaml").write_text("{")
     assert differing_settings(run) == {}
+
+
+def test_status_prints_one_line_per_stage_and_the_reason_below(tmp_path):
+    run, _ = fake_run.whole_run(tmp_path)
+    fake_run.write_records(run, ("report",))
+    lines = _pipeline("status", "--config", str(tmp_path / "config.yaml")).stdout.splitlines()
+    assert len([line for line in lines if line.startswith("│ report ")]) == 1
+    assert "report: stale, its inputs or settings have changed" in lines
 
 
 @pytest.mark.parametrize("command", ["run", "status"])
