@@ -15,13 +15,13 @@ from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_
 from maskloom.evaluate.scores.frechet import frechet_distance, frechet_leave_outs, group_blocks
 from maskloom.evaluate.scores.kernel_distance import kernel_distance
 from maskloom.evaluate.scores.manifold import manifold_scores
+from maskloom.evaluate.scores.real_floor import FEWEST, Featured, held_out_set, shortage_warnings
 from maskloom.evaluate.scores.statistics import Bootstrap, jackknife_interval, weighted_mean
 from maskloom.pipeline.config.bounds import Repeats, Side
 from maskloom.pipeline.results import REAL, Cell, Figure, Interval, MetricResult, Table
 
 VERSION = 2
 QUESTION = "Do the synthetic images look like the real ones, and are they as varied?"
-FEWEST = 8  # with fewer images neither distances nor neighbours are meaningful
 PAIRS_AT_A_TIME = 32
 RECOMMENDED = 2048  # with fewer images the Fréchet distance depends more on N than on the images
 
@@ -35,25 +35,6 @@ class Options(ExtractorOptions):
     draws: Repeats = Field(5, ge=1, description="random draws for the comparison at equal N")
     pairs: Repeats = Field(500, ge=1, description="pairs of images of one class for the diversity of a set")
     diversity_size: Side = Field(256, ge=16, description="largest side at which pairs are compared")
-
-
-@dataclass(frozen=True)
-class Featured:
-    """An image set with its features (N, D) and groups."""
-
-    name: str
-    features: NDArray[np.floating]
-    groups: list[str]
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.features)
-
-    def drawn(self, count: int, key: list[int]) -> Featured:
-        """Return `count` random images, in their order; other keys and names give other images."""
-        random = np.random.default_rng([*key, *self.name.encode()])
-        chosen = np.sort(random.choice(len(self), count, replace=False))
-        return Featured(self.name, self.features[chosen], [self.groups[i] for i in chosen])
 
 
 @dataclass(frozen=True)
@@ -161,11 +142,6 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         },
         n=inputs.counts(),
     )
-
-
-def held_out_set(inputs: EvaluationInputs) -> ImageSet | None:
-    """Return the real test images, or the validation images where test has too few; else None."""
-    return next((one for one in (inputs.test, inputs.validation) if len(one) >= FEWEST), None)
 
 
 def comparison_rounds(
@@ -302,13 +278,7 @@ def set_similarities(image_set: ImageSet, size: tuple[int, int], pairs: NDArray[
 
 
 def _warnings(inputs: EvaluationInputs, reference: ImageSet | None, main: Round | None) -> list[str]:
-    sets = [inputs.train, inputs.test, *inputs.synthetic.values()]
-    few = [f"{one.name} ({len(one)})" for one in sets if len(one) < FEWEST]
-    found = []
-    if few:
-        found.append(f"too few images for a distance (at least {FEWEST} are needed); left out: {', '.join(few)}")
-    if reference is inputs.validation:
-        found.append(f"compared with {reference.name} images, which the training has been validated on")
+    found = shortage_warnings(inputs, reference)
     if main and main.count < RECOMMENDED:
         found.append(
             f"Fréchet distances of fewer than {RECOMMENDED} images are biased upwards; compare only equal N (here {main.count})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maskloom.evaluate.scores.distances import Floats, Points, distance_blocks, nearest_points, within
 
@@ -36,6 +37,20 @@ def manifold_scores(real: Points, synthetic: Points, neighbours: int) -> dict[st
         "density": float(balls_around.mean() / min(neighbours, len(real) - 1)),
         "coverage": float(covered.mean()),
     }
+
+
+def authentic(train: Points, images: Points) -> NDArray[np.bool_]:
+    """Return which images are authentic, (M,); their share is the authenticity.
+
+    Alaa et al. 2022, arXiv:2102.08921, section 4.3: an image is authentic unless it lies nearer to its
+    nearest train image than that train image lies to any other train image.
+
+    Args:
+        train: (N, D), N >= 2.
+        images: (M, D).
+    """
+    nearest, squared = nearest_points(images, train)
+    return squared > _squared_radii(train, 1)[nearest]
 
 
 def _squared_radii(features: Points, neighbours: int) -> Floats:

@@ -8,11 +8,12 @@ import pytest
 
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.metrics import quality
-from maskloom.evaluate.metrics.quality import Comparison, Featured, Options, Round, comparison_rounds
+from maskloom.evaluate.metrics.quality import Comparison, Options, Round, comparison_rounds
 from maskloom.evaluate.scores.diversity import pair_similarities
 from maskloom.evaluate.scores.frechet import frechet_distance, frechet_leave_outs, group_blocks
 from maskloom.evaluate.scores.kernel_distance import kernel_distance
 from maskloom.evaluate.scores.manifold import manifold_scores
+from maskloom.evaluate.scores.real_floor import Featured
 from maskloom.evaluate.scores.statistics import jackknife_interval
 from maskloom.pipeline.results import REAL
 from tests.evaluate.runs import answer, copied, faithful, noise, tiny_inputs
