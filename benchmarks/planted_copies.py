@@ -28,7 +28,8 @@ from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.inputs import EvaluationInputs, in_batches, open_inputs
 from maskloom.evaluate.metrics.memorisation import Options
 from maskloom.evaluate.scores.calibration import copy_threshold, group_folds, held_out_share
-from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches
+from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches
+from maskloom.evaluate.scores.descriptors import SIDE
 from maskloom.evaluate.scores.features import batch_features, load_extractor
 from maskloom.evaluate.scores.nearest import SIDE as PIXELS_SIDE
 from maskloom.evaluate.scores.nearest import grey, nearest_features, nearest_pixels

@@ -137,7 +137,7 @@ def copy_rows(samples: list[str], originals: list[str], found: Matches, threshol
 
 
 def _comparable(image_set: ImageSet) -> NDArray[np.uint8]:
-    from maskloom.evaluate.scores.copies import SIDE
+    from maskloom.evaluate.scores.descriptors import SIDE
 
     return grey(image_set.images((SIDE, SIDE)))
 

@@ -4,59 +4,68 @@ Registration, affine and then with a smooth deformation, maximises the correlati
 (Evangelidis and Psarakis, Parametric Image Alignment Using Enhanced Correlation Coefficient
 Maximization, PAMI 2008). The images are then compared by their texture in the frame of one of them:
 a texture that was computed before would be of another scale, and differ near black borders.
+
+Many pairs are registered at a time. What is found for a pair does not depend on the others.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor
+from torch.nn.functional import grid_sample
 
 Floats = NDArray[np.floating]
 Affine = NDArray[np.float64]
 """(2, 3): rows and columns of one image as functions of (row, column, 1) of the other, all in -1..1."""
 
 SIDE = 64  # of the registered images
+PAIRS = 32  # registered at a time: their images fit into the cache of a core
 PASSES, STEPS = 2, 4  # textures are computed anew in each pass
 GAIN = 1e-4  # smaller gains of a step end a pass
 LEAST_OVERLAP = 0.4  # of the frame
-BANDS = (0.8, 4.0), (3.0, 16.0)  # fine and coarse: the sigmas of two Gaussians, in pixels
+FINE, COARSE = (0.8, 4.0), (3.0, 16.0)  # bands: the sigmas of two Gaussians, in pixels
 HOPELESS = 0.4  # copies correlate more after the first pass
 NOISE = 2.0  # grey levels of 255; areas with less contrast have no texture
+LEAST_LENGTH = 0.01  # of a texture; that of a constant image is rounding errors
 DAMPING = 1e-4
 KNOTS = 5  # control points per axis of the smooth deformation
 
-_AXES = (np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2) / (SIDE / 2)
-_BASIS = np.stack([*_AXES, np.ones((SIDE, SIDE))]).astype(np.float32)
+AXIS = (torch.arange(SIDE) - (SIDE - 1) / 2) / (SIDE / 2)
+IDENTITY = torch.eye(2, 3)
 
 
-def registered_similarities(fixed: Floats, moving: Floats, start: Affine) -> tuple[float, float]:
-    """Return the absolute correlations of two images after registration, 0..1: fine, and coarse.
+def registered_similarities(fixed: Floats, moving: Floats, start: Affine) -> NDArray[np.float32]:
+    """Return the absolute correlations of pairs after registration, (P, 2) in 0..1: fine, and coarse.
 
     Args:
-        fixed: (64, 64) grey, 0..255.
-        moving: (64, 64) grey; it may be inverted.
-        start: where the pixels of `fixed` lie in `moving`, about.
+        fixed: (P, 64, 64) grey, 0..255.
+        moving: (P, 64, 64) grey; it may be inverted.
+        start: (P, 2, 3), where the pixels of `fixed` lie in `moving`, about.
     """
-    where = start
+    batches = [torch.from_numpy(one).float().split(PAIRS) for one in (fixed, moving, start)]
+    with torch.inference_mode():
+        return np.concatenate([_similarities(*batch).numpy() for batch in zip(*batches, strict=True)])
+
+
+def _similarities(fixed: Tensor, moving: Tensor, start: Tensor) -> Tensor:
+    """Return `registered_similarities` of one batch; pairs that cannot be copies are given up early."""
+    found, where, left = torch.zeros(len(fixed), 2), start.clone(), torch.arange(len(fixed))
     for _ in range(PASSES):
-        pair, shared = _in_one_frame(fixed, moving, where)
-        if shared.mean() < LEAST_OVERLAP:
-            return 0.0, 0.0
-        a, b = (texture(one, BANDS[0]) for one in pair)
-        correlation, correction = _registered(a, b, shared, _BASIS)
-        if correlation < HOPELESS:
-            return max(0.0, correlation), 0.0
-        where = _composed(where, np.eye(2, 3) + correction)
-    pair, shared = _in_one_frame(fixed, moving, where)
-    if shared.mean() < LEAST_OVERLAP:
-        return 0.0, 0.0
-    a, b = (texture(one, BANDS[0]) for one in pair)
-    deformed, _ = _registered(a, b, shared, _grid_basis())
-    coarse = abs(_correlation(*(texture(one, BANDS[1])[shared] for one in pair)))
-    return min(1.0, max(0.0, deformed)), min(1.0, coarse)
+        a, b, shared = _in_one_frame(fixed[left], moving[left], where[left])
+        found[left, 0], correction = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, affine_basis())
+        where[left] = _composed(where[left], IDENTITY + correction)
+        left = left[found[left, 0] >= HOPELESS]
+    a, b, shared = _in_one_frame(fixed[left], moving[left], where[left])
+    found[left, 0], _ = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, grid_basis())
+    coarse = correlation(texture(a, COARSE), texture(b, COARSE), shared).abs()
+    found[left, 1] = torch.where(found[left, 0] > 0, coarse, 0)
+    return found.clamp(0, 1)
 
 
 def box_transform(fixed: tuple[float, float, float, float], moving: tuple[float, float, float, float]) -> Affine:
@@ -69,96 +78,163 @@ def box_transform(fixed: tuple[float, float, float, float], moving: tuple[float,
     return result
 
 
-def texture(image: Floats, band: tuple[float, float]) -> Floats:
-    """Return the band-passed image, divided by its local contrast."""
-    fine, coarse = band
-    passed = gaussian_filter(image, fine, truncate=3) - gaussian_filter(image, coarse, truncate=3)
-    contrast = np.sqrt(gaussian_filter(passed * passed, coarse, truncate=3))
-    return np.asarray(passed / (contrast + contrast.mean() + NOISE))
+@dataclass(frozen=True)
+class Basis:
+    """Displacements of pixels: sums of K products of a function of the row and one of the column.
 
-
-def _in_one_frame(fixed: Floats, moving: Floats, where: Affine) -> tuple[list[Floats], NDArray[np.bool_]]:
-    """Return both images in the frame of the first, and where both are known."""
-    warped, shared = _warped(moving, where)
-    if not shared.any():
-        return [fixed, warped], shared
-    return [np.where(shared, one, one[shared].mean()).astype(np.float32) for one in (fixed, warped)], shared
-
-
-def _registered(a: Floats, b: Floats, shared: NDArray[np.bool_], basis: Floats) -> tuple[float, Affine]:
-    """Return the largest correlation that Gauss-Newton steps reach, and the displacement there.
-
-    Args:
-        a: texture of one image.
-        b: texture of the other, in its frame.
-        shared: where both are known.
-        basis: (K, 64, 64); the displacement of rows and of columns are sums of these.
+    Attributes:
+        functions: (F, 64), of the position along an axis.
+        kept: (K,) which of the F * F products are used.
     """
-    moved, best = np.zeros((2, len(basis))), (-1.0, np.zeros((2, len(basis))))
-    sign = 1.0 if _correlation(a[shared], b[shared]) >= 0 else -1.0
-    slopes: list[Floats] = list(np.gradient(b))
-    for step in range(STEPS + 1):
-        warped, inside = _displaced(b, moved, basis) if step else (b, shared)
-        inside = inside & shared
-        if inside.mean() < LEAST_OVERLAP:
-            break
-        correlation = sign * _correlation(a[inside], warped[inside])
-        if correlation <= best[0] + GAIN:
-            break
-        best = (correlation, moved)
-        if step == STEPS:
-            break
-        here = [_displaced(slope, moved, basis)[0][inside] * (SIDE / 2) for slope in slopes]
-        jacobian = np.concatenate([slope * basis[:, inside] for slope in here]).T
-        moved = moved + _step(sign * a[inside], warped[inside], jacobian)
-    return best
 
+    functions: Tensor
+    kept: Tensor
 
-def _step(target: Floats, current: Floats, jacobian: Floats) -> NDArray[np.float64]:
-    """Return the step that increases the correlation of two vectors the most.
+    @cached_property
+    def fields(self) -> Tensor:
+        """The products at every pixel, (K, 4096)."""
+        return torch.einsum("fy,gx->fgyx", self.functions, self.functions).reshape(-1, SIDE**2)[self.kept]
 
-    Args:
-        target: (n,).
-        current: (n,).
-        jacobian: (n, 2 K) derivatives of `current`.
-    """
-    target, current = target - target.mean(), current - current.mean()
-    lengths = [max(float(np.linalg.norm(one)), 1e-6) for one in (target, current)]
-    target, current = target / lengths[0], current / lengths[1]
-    jacobian = (jacobian - jacobian.mean(axis=0)) / lengths[1]
-    jacobian -= np.outer(current, current @ jacobian)
-    form = jacobian.T @ jacobian
-    form += (DAMPING * np.trace(form) / len(form) + 1e-9) * np.eye(len(form))
-    step = np.linalg.solve(form, jacobian.T @ (target - current * (target @ current)))
-    return np.asarray(step, dtype=np.float64).reshape(2, -1)
+    def projections(self, images: Tensor) -> Tensor:
+        """Return the sums of (..., 64, 64) images over all pixels, weighted by each product, (..., K)."""
+        return images.flatten(-2) @ self.fields.T
 
-
-def _warped(image: Floats, where: Affine) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return an image seen from another frame, and which pixels of that frame lie inside it."""
-    return _displaced(image, where - np.eye(2, 3), _BASIS)
-
-
-def _displaced(image: Floats, moved: NDArray[np.float64], basis: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return an image with every pixel taken from elsewhere, and which of these places lie inside."""
-    places = (_AXES + np.tensordot(moved, basis, 1)) * (SIDE / 2) + (SIDE - 1) / 2
-    inside = np.asarray(((places >= -0.5) & (places <= SIDE - 0.5)).all(axis=0))
-    return map_coordinates(image, places, order=1, mode="nearest"), inside
+    def gram(self, images: Tensor) -> Tensor:
+        """Return the sums of (..., 64, 64) images, weighted by each two products, (..., K, K)."""
+        twice = torch.einsum("fy,gy->fgy", self.functions, self.functions).flatten(0, 1)
+        count = len(self.functions)
+        sums = (twice @ images @ twice.T).unflatten(-1, (count, count)).unflatten(-3, (count, count))
+        return sums.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., self.kept[:, None], self.kept]
 
 
 @cache
-def _grid_basis() -> Floats:
-    """Return the hat functions of a grid of control points, (points, 64, 64)."""
-    knots, pixels = np.linspace(0, SIDE - 1, KNOTS), np.arange(SIDE)
-    hats = np.maximum(0, 1 - np.abs(pixels - knots[:, None]) / knots[1])
-    return np.asarray(np.einsum("iy,jx->ijyx", hats, hats).reshape(-1, SIDE, SIDE), dtype=np.float32)
+def affine_basis() -> Basis:
+    """Return row, column and 1."""
+    return Basis(torch.stack([AXIS, torch.ones(SIDE)]), torch.tensor([1, 2, 3]))
 
 
-def _composed(outer: Affine, inner: Affine) -> Affine:
-    """Return the transform that applies `inner` first."""
-    return outer[:, :2] @ inner + np.hstack([np.zeros((2, 2)), outer[:, 2:]])
+@cache
+def grid_basis() -> Basis:
+    """Return the hat functions of a grid of control points."""
+    knots = torch.linspace(0, SIDE - 1, KNOTS)
+    hats = 1 - (torch.arange(SIDE) - knots[:, None]).abs() / knots[1]
+    return Basis(hats.clamp(min=0), torch.arange(KNOTS**2))
 
 
-def _correlation(a: Floats, b: Floats) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    length = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / length if length > 1e-6 else 0.0
+def texture(images: Tensor, band: tuple[float, float]) -> Tensor:
+    """Return (P, 64, 64) images band-passed and divided by their local contrast."""
+    fine, coarse = band
+    passed = blurred(images, fine) - blurred(images, coarse)
+    contrast = blurred(passed * passed, coarse).clamp(min=0).sqrt()
+    return passed / (contrast + contrast.mean(dim=(1, 2), keepdim=True) + NOISE)
+
+
+def maximised_correlation(a: Tensor, b: Tensor, shared: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Return the largest correlations that Gauss-Newton steps reach, (P,), and the displacements there.
+
+    A correlation is -1 where too little is shared.
+
+    Args:
+        a: (P, 64, 64) textures.
+        b: (P, 64, 64) textures in the frames of `a`.
+        shared: (P, 64, 64), 1 where both are known, else 0.
+        basis: the displacements, (P, 2, K), are those of rows and of columns.
+    """
+    a = torch.where(correlation(a, b, shared) >= 0, 1.0, -1.0)[:, None, None] * a
+    layers = torch.stack([b, *(slope * (SIDE / 2) for slope in torch.gradient(b, dim=(1, 2)))], dim=1)
+    best, best_moved = torch.full((len(a),), -1.0), torch.zeros(len(a), 2, len(basis.kept))
+    moved, left = best_moved.clone(), torch.arange(len(a))
+    for step in range(STEPS + 1):
+        warped, inside = displaced(layers[left], moved[left], basis)
+        inside = inside * shared[left]
+        reached = correlation(a[left], warped[:, 0], inside)
+        better = (inside.mean(dim=(1, 2)) >= LEAST_OVERLAP) & (reached > best[left] + GAIN)
+        left, warped, inside = left[better], warped[better], inside[better]
+        best[left], best_moved[left] = reached[better], moved[left]
+        if step < STEPS:
+            moved[left] += _step(a[left], warped[:, 0], warped[:, 1:], inside, basis)
+    return best, best_moved
+
+
+def _step(target: Tensor, current: Tensor, slopes: Tensor, inside: Tensor, basis: Basis) -> Tensor:
+    """Return the displacements that increase correlations the most, (P, 2, K).
+
+    Args:
+        target: (P, 64, 64).
+        current: (P, 64, 64).
+        slopes: (P, 2, 64, 64) derivatives of `current` along its axes.
+        inside: (P, 64, 64), 1 where pixels count, else 0.
+        basis: of the displacements.
+    """
+    (target, _), (current, length) = standardised(target, inside), standardised(current, inside)
+    slopes = slopes * (inside / length)[:, None]
+    residual = target - current * (target * current).sum(dim=(1, 2), keepdim=True)
+    mean = inside / inside.sum(dim=(1, 2), keepdim=True).sqrt()
+    fields = torch.stack([mean, current, residual], dim=1)[:, :, None] * slopes[:, None]
+    fixed, right = basis.projections(fields).flatten(2).split((2, 1), dim=1)
+    down, mixed, across = basis.gram(slopes[:, [0, 0, 1]] * slopes[:, [0, 1, 1]]).unbind(1)
+    form = torch.cat([torch.cat([down, mixed], dim=2), torch.cat([mixed, across], dim=2)], dim=1)
+    form = form - fixed.mT @ fixed  # neither brightness nor contrast changes a correlation
+    damping = DAMPING * form.diagonal(dim1=1, dim2=2).mean(dim=1) + 1e-9
+    form = form + damping[:, None, None] * torch.eye(form.shape[-1])
+    return torch.linalg.solve(form, right[:, 0]).unflatten(1, (2, -1))
+
+
+def correlation(a: Tensor, b: Tensor, inside: Tensor) -> Tensor:
+    """Return the correlation of (P, 64, 64) images where `inside` is 1, (P,); 0 if one is constant."""
+    return (standardised(a, inside)[0] * standardised(b, inside)[0]).sum(dim=(1, 2))
+
+
+def standardised(images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images of mean 0 and length 1, 0 where `inside` is 0, and their old lengths, (P, 1, 1)."""
+    centred = (images - _means(images, inside)) * inside
+    length = centred.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    return torch.where(length > LEAST_LENGTH, centred / length, 0), length.clamp(min=LEAST_LENGTH)
+
+
+def displaced(layers: Tensor, moved: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Return (P, C, 64, 64) layers with every pixel taken from elsewhere, and which places are inside.
+
+    Args:
+        layers: what is taken.
+        moved: (P, 2, K) displacements of rows and columns in `basis`.
+        basis: the displacements.
+    """
+    places = pixel_places() + (moved @ basis.fields).unflatten(2, (SIDE, SIDE))
+    inside = (places.abs() <= 1).all(dim=1).float()
+    across_first = places.flip(1).permute(0, 2, 3, 1)
+    return grid_sample(layers, across_first, padding_mode="border", align_corners=False), inside
+
+
+@cache
+def pixel_places() -> Tensor:
+    """Return rows and columns of all pixels, (2, 64, 64) in -1..1."""
+    return torch.stack(torch.meshgrid(AXIS, AXIS, indexing="ij"))
+
+
+def _in_one_frame(fixed: Tensor, moving: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both images of each pair in the frame of the first, and where both are known."""
+    warped, shared = displaced(moving[:, None], where - IDENTITY, affine_basis())
+    filled = [torch.where(shared > 0, one, _means(one, shared)) for one in (fixed, warped[:, 0])]
+    return filled[0], filled[1], shared
+
+
+def _means(images: Tensor, inside: Tensor) -> Tensor:
+    return (images * inside).sum(dim=(1, 2), keepdim=True) / inside.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+
+def _composed(outer: Tensor, inner: Tensor) -> Tensor:
+    """Return the transforms, (P, 2, 3), that apply `inner` first."""
+    return outer[:, :, :2] @ inner + torch.nn.functional.pad(outer[:, :, 2:], (2, 0))
+
+
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """Return (P, H, H) images after a Gaussian filter, as scipy's with `truncate=3`."""
+    blur = _blur_matrix(sigma, images.shape[-1])
+    return blur @ images @ blur.T
+
+
+@cache
+def _blur_matrix(sigma: float, side: int) -> Tensor:
+    """Return the filter of an axis, (side, side)."""
+    return torch.from_numpy(gaussian_filter1d(np.eye(side), sigma, axis=0, truncate=3)).float()

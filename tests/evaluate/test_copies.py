@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 
@@ -13,7 +14,9 @@ from maskloom.data_prep.processing.phantom import LABELS, patient, render
 from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.scores.calibration import copy_threshold, held_out_share, joint_thresholds
-from maskloom.evaluate.scores.copies import SIDE, SIMILARITIES, CopySearch, Matches, largest_overlap
+from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches
+from maskloom.evaluate.scores.descriptors import SIDE
+from maskloom.evaluate.scores.overlap import largest_overlaps
 from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
@@ -108,12 +111,17 @@ def test_a_constant_image_matches_nothing(search: CopySearch) -> None:
     assert all(found.similarity[name][0] == 0 for name in SIMILARITIES)
 
 
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the largest overlap of one pair."""
+    return float(largest_overlaps(torch.from_numpy(a)[None], torch.from_numpy(b)[None])[0])
+
+
 def test_the_displaced_part_is_found_wherever_it_went() -> None:
     random = np.random.default_rng(0)
     a, b = (gaussian_filter(random.normal(size=(SIDE, SIDE)), 1.5).astype(np.float32) * 3 for _ in range(2))
-    assert largest_overlap(a, b) < 0.7
+    assert overlap(a, b) < 0.7
     b[50:120, 10:80] = a[20:90, 40:110]
-    assert largest_overlap(a, b) == pytest.approx(1, abs=1e-4)
+    assert overlap(a, b) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_threshold_of_copies_lies_beyond_chance_but_not_beyond_copies() -> None:

@@ -1,0 +1,220 @@
+"""Short descriptors of whole images, of windows and of patches, by which copies are looked for.
+
+They are whitened on the training images, so that what all images share counts little (Jegou and
+Chum, Negative Evidences and Co-occurences in Image Retrieval, ECCV 2012).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import scipy.ndimage
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from PIL import Image
+
+from maskloom.evaluate.scores.registration import blurred
+from maskloom.pipeline.dataset.near_duplicates import textures
+from maskloom.pipeline.dataset.near_duplicates.textures import Box
+
+Floats = NDArray[np.float32]
+
+SIDE = 128  # of the images that are compared
+HALF, WINDOW, PATCH = SIDE // 2, 32, 16  # sides of thumbnail, window and patch descriptors
+ORIENTATIONS = 8
+WINDOW_GRIDS = ((0.95, 3), (0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
+WINDOW_DIMENSIONS, PATCH_DIMENSIONS = 192, 96
+REGULARISATION = 0.1  # share of the mean variance; keeps noise from being amplified
+STEP = 4  # of the grid of patches, in thumbnail pixels
+BLACK = 16  # grey levels that padding may differ from black or white
+LEAST_CONTENT, LEAST_PADDING = 0.4, 0.03  # of the side
+
+
+@dataclass(frozen=True)
+class Described:
+    """The descriptors of N images.
+
+    Attributes:
+        plain: (N, 64, 64) thumbnails.
+        textures: (N, 128, 128).
+        wholes: (N, 8, dimensions), by orientation.
+        windows: (N, boxes, dimensions).
+        patches: (N, 8, patches, dimensions), by orientation.
+    """
+
+    plain: Floats
+    textures: Floats
+    wholes: Floats
+    windows: Floats
+    patches: Floats
+
+
+class Whitening:
+    """Principal components scaled to nearly equal variance, of vectors of unit length."""
+
+    def __init__(self, second_moments: NDArray[np.float64], dimensions: int) -> None:
+        """Fit to the mean of v v' over vectors v, (D, D)."""
+        values, components = np.linalg.eigh(second_moments)
+        values, components = values[::-1][:dimensions], components[:, ::-1][:, :dimensions]
+        scale = np.sqrt(np.maximum(values, 0) + REGULARISATION * values.mean() + 1e-12)
+        self.components = (components / scale).astype(np.float32)
+
+    def __call__(self, vectors: Floats) -> Floats:
+        """Return (..., D) unit vectors as whitened unit vectors, (..., dimensions)."""
+        return unit_vectors(vectors @ self.components)
+
+
+def second_moments(vectors: Floats) -> NDArray[np.float64]:
+    """Return the sum of v v' over (..., D) vectors v, (D, D)."""
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    return (rows.T @ rows).astype(np.float64)
+
+
+def whole_cosines(images: Described, wholes: Floats, windows: Floats) -> Floats:
+    """Return the best cosine of whole images with windows of the others, both ways, (N, T).
+
+    Args:
+        images: of N images.
+        wholes: (T, 8, dimensions) of T other images.
+        windows: (T, boxes, dimensions) of the same.
+    """
+    best = np.zeros((len(images.wholes), len(wholes)), np.float32)
+    for turn in range(ORIENTATIONS):
+        for box in range(len(boxes())):
+            np.maximum(best, np.abs(images.wholes[:, turn] @ windows[:, box].T), out=best)
+            np.maximum(best, np.abs(images.windows[:, box] @ wholes[:, turn].T), out=best)
+    return best
+
+
+def part_cosines(images: Described, patches: Floats) -> Floats:
+    """Return the best cosine of patches with patches at nearly the same place, (N, T).
+
+    Args:
+        images: of N images.
+        patches: (T, patches, dimensions) of T other images.
+    """
+    best = np.zeros((len(images.patches), len(patches)), np.float32)
+    for turn in range(ORIENTATIONS):
+        for mine, theirs in patch_pairs():
+            np.maximum(best, np.abs(images.patches[:, turn, mine] @ patches[:, theirs].T), out=best)
+    return best
+
+
+def without_padding(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a (128, 128) image without padding, at its old size; itself unless all sides have some."""
+    content = content_box(halved(image.astype(np.float32)))
+    if not is_padded(content):
+        return image
+    top, left, bottom, right = (SIDE * edge for edge in content)
+    return np.asarray(
+        Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    )
+
+
+def is_padded(content: Box) -> bool:
+    """Return whether there is padding on all sides of an image's content."""
+    top, left, bottom, right = content
+    return min(top, left, 1 - bottom, 1 - right) > LEAST_PADDING
+
+
+def content_box(thumbnail: Floats) -> Box:
+    """Return the area of a (64, 64) thumbnail without black or white rows and columns around it."""
+    smooth, ends = scipy.ndimage.uniform_filter(thumbnail, 3), []
+    for axis in (1, 0):
+        content = np.flatnonzero((smooth.max(axis=axis) > BLACK) & (smooth.min(axis=axis) < 255 - BLACK))
+        if len(content) < LEAST_CONTENT * HALF:
+            return boxes()[0]
+        ends.append((content[0] / HALF, (content[-1] + 1) / HALF))
+    return float(ends[0][0]), float(ends[1][0]), float(ends[0][1]), float(ends[1][1])
+
+
+def textures_of(images: NDArray[np.uint8]) -> Floats:
+    """Return the textures of (N, 128, 128) images, as `near_duplicates.textures` computes them."""
+    pixels = torch.from_numpy(images).float()
+    band = blurred(pixels, textures.FINE) - blurred(pixels, textures.COARSE)
+    contrast = blurred(band * band, textures.COARSE).clamp(min=0).sqrt()
+    return (band / (contrast + textures.NOISE)).numpy()
+
+
+def oriented(images: Floats, turn: int) -> Floats:
+    """Return (..., H, H) images in one of the eight orientations; from 4 on also mirrored."""
+    turned = np.rot90(images, turn % 4, axes=(-2, -1))
+    return turned[..., ::-1] if turn >= 4 else turned
+
+
+def halved(images: Floats) -> Floats:
+    """Return (..., H, W) images at half the size."""
+    upper, lower = images[..., ::2, :], images[..., 1::2, :]
+    return np.asarray((upper[..., ::2] + upper[..., 1::2] + lower[..., ::2] + lower[..., 1::2]) / 4)
+
+
+@cache
+def boxes() -> tuple[Box, ...]:
+    """Return the whole image and its square crops of 95, 90, 85 and 80 % of the side."""
+    found: list[Box] = [(0.0, 0.0, 1.0, 1.0)]
+    for side, count in WINDOW_GRIDS:
+        starts = np.linspace(0, 1 - side, count).tolist()
+        found += [(top, left, top + side, left + side) for top in starts for left in starts]
+    return tuple(found)
+
+
+@cache
+def resampling(start: float, stop: float) -> Floats:
+    """Return the matrix that averages a part of an axis of the thumbnail, (WINDOW, HALF)."""
+    edges = np.linspace(start * HALF, stop * HALF, WINDOW + 1)
+    pixels = np.arange(HALF)
+    shared = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = np.maximum(shared, 0)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def windows_of(plain: Floats) -> Floats:
+    """Return the windows of (N, 64, 64) thumbnails as unit vectors, (N, boxes, 1024)."""
+    cut = [resampling(top, bottom) @ plain @ resampling(left, right).T for top, left, bottom, right in boxes()]
+    return centred(np.stack(cut, axis=1))
+
+
+def wholes_of(plain: Floats) -> Floats:
+    """Return the eight orientations of (N, 64, 64) thumbnails as unit vectors, (N, 8, 1024)."""
+    small = halved(plain)
+    return centred(np.stack([oriented(small, turn) for turn in range(ORIENTATIONS)], axis=1))
+
+
+def patches_of(thumbnails: Floats) -> Floats:
+    """Return the patches of (N, 64, 64) textures as unit vectors, (N, patches, 256)."""
+    cut = sliding_window_view(halved(thumbnails), (PATCH, PATCH), axis=(1, 2))[:, :: STEP // 2, :: STEP // 2]
+    return centred(cut.reshape(len(cut), -1, PATCH, PATCH))
+
+
+@cache
+def patch_places() -> tuple[tuple[int, int], ...]:
+    """Return the top left corners of the patches in the thumbnail."""
+    starts = range(0, HALF - 2 * PATCH + 1, STEP)
+    return tuple((top, left) for top in starts for left in starts)
+
+
+@cache
+def patch_pairs() -> tuple[tuple[int, int], ...]:
+    """Return which patches of two images to compare: every other one with its neighbours."""
+    return tuple(
+        (mine, theirs)
+        for mine, (top, left) in enumerate(patch_places())
+        if top % (2 * STEP) == 0 and left % (2 * STEP) == 0
+        for theirs, (down, right) in enumerate(patch_places())
+        if max(abs(top - down), abs(left - right)) <= STEP
+    )
+
+
+def centred(images: Floats) -> Floats:
+    """Return (..., H, W) images as vectors of mean 0 and length 1."""
+    vectors = images.reshape(*images.shape[:-2], -1)
+    return unit_vectors(vectors - vectors.mean(axis=-1, keepdims=True))
+
+
+def unit_vectors(vectors: Floats) -> Floats:
+    """Return vectors of length 1; one that vanishes becomes zeros, which match nothing."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 1e-3), dtype=np.float32)
