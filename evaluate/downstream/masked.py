@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from maskloom.evaluate.downstream.arms import Pair
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 
 
@@ -30,6 +31,11 @@ class MaskedImages:
     groups: list[str]
     parents: list[str | None]
     without_mask: int
+
+    @property
+    def pair(self) -> Pair:
+        """Images and masks."""
+        return self.images, self.masks
 
     def __len__(self) -> int:
         """Return the number of images."""

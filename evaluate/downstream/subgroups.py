@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.arms import arm_title
+from maskloom.evaluate.downstream.arms import WITH_SYNTHETIC, arm_title
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
 from maskloom.evaluate.downstream.compare import BASELINE, compare
+from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.pipeline.results import Cell, Interval, Table
 
 SIZES = ("smallest third", "middle third", "largest third")
@@ -67,3 +68,32 @@ def subgroup_table(cases: ScoredTestSet, arm: str, score: str, parts: Mapping[st
     columns = ["part", "change against real", "finding", "smallest effect", "cases", "groups", "seeds"]
     title = f"Where it helps: {arm_title(arm)}, {score} on the {cases.test_set}"
     return Table(title=title, note=NOTE, columns=columns, rows=rows) if rows else None
+
+
+def subgroup_tables(
+    inputs: EvaluationInputs,
+    cases: Sequence[ScoredTestSet],
+    score: str,
+    masked: Mapping[str, tuple[Sequence[str], NDArray[np.uint8]]],
+    note: str = NOTE,
+) -> list[Table]:
+    """Return where real + synthetic images help: by class and by size, on each test set.
+
+    Args:
+        inputs: the inputs of the evaluation.
+        cases: the test sets.
+        score: the score that the verdict is about.
+        masked: sample ids (N,) and masks (N, H, W) by test set, for the sizes; 0 = background.
+        note: below each table.
+    """
+    sets = {inputs.test.name: inputs.test, **{one.name: one for one in inputs.externals.values()}}
+    found = []
+    for one in cases:
+        if WITH_SYNTHETIC not in one.arms:
+            continue
+        test, parts = sets[one.test_set], {f"all of the {one.test_set}": list(one.samples)}
+        for k, label in enumerate(inputs.real.description.labels):
+            parts[f"class {label}"] = [test.columns["sample_id"][i] for i in np.flatnonzero(test.labels == k)]
+        table = subgroup_table(one, WITH_SYNTHETIC, score, parts | by_size(*masked[one.test_set]))
+        found += [table.model_copy(update={"note": note})] if table else []
+    return found

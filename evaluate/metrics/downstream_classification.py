@@ -14,28 +14,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.copies import left_out_warnings, rows_without_copies
-from maskloom.evaluate.downstream.arms import (
-    AUTO,
-    ArmOptions,
-    Pair,
-    chosen_generator,
-    limited_rows,
-    other_generators,
-    train_arms,
-)
-from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, TrainedModel, trained_cases
+from maskloom.evaluate.downstream.arms import ArmOptions, Pair, chosen_generator, train_arms
+from maskloom.evaluate.downstream.cases import Outcomes, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.classifier import (
     ClassifierOptions,
     build_classifier,
     predicted_probabilities,
     train_classifier,
 )
-from maskloom.evaluate.downstream.comparison import compare_test_sets
-from maskloom.evaluate.downstream.losses import LossCurves
+from maskloom.evaluate.downstream.compare import BASELINE
+from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
+from maskloom.evaluate.downstream.result import Task, downstream_result
 from maskloom.evaluate.downstream.resuming import resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
+from maskloom.evaluate.downstream.subgroups import NOTE, subgroup_tables
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.classification import RECALL
 from maskloom.pipeline.results import MetricResult, skipped_result
@@ -50,6 +43,8 @@ NAME = "downstream_classification"
 VERSION = 4
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
+TASK = Task(NAME, "Classification", QUESTION, PRIMARY, hidden_prefix=RECALL)
+CLASS_NOTE = f"Within one class, {PRIMARY} is the share of its images that are recognised."
 TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
 
 
@@ -72,6 +67,11 @@ class LabelledImages:
     samples: list[str]
     groups: list[str]
 
+    @property
+    def pair(self) -> Pair:
+        """Images and labels."""
+        return self.images, self.labels
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)
@@ -87,63 +87,41 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     reason = _reason_to_skip(inputs, generator)
     if generator is None or reason:
         return skipped_result(QUESTION, reason)
-    real, synthetic, test = (labelled_images(one, options.image_size) for one in (inputs.train, generator, inputs.test))
-    others = {
-        one.name: labelled_images(one, options.image_size) for one in other_generators(inputs, options, generator)
-    }
-    generated = {
-        name: _limited(part, len(real), options, inputs, name)
-        for name, part in {generator.name: synthetic, **others}.items()
-        if len(part)
-    }
-    if not len(generated[generator.name][0]):
+    data = comparison_data(inputs, options, generator, lambda one: labelled_images(one, options.image_size))
+    if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
-    found = {one.name: labelled_images(one, options.image_size) for one in inputs.externals.values()}
-    externals = {name: part for name, part in found.items() if len(part)}
-    tests = {inputs.test.name: test, **externals}
-    trained = train_models(inputs, options, (real.images, real.labels), generated, tests)
-    cases, losses = trained_cases(NAME, trained, tests), LossCurves.of(trained)
-    plan = seed_plan(cases[0], PRIMARY, options.max_seeds) if options.seeds == AUTO else None
-    comparison = compare_test_sets(cases, PRIMARY, RECALL, generator.name)
+    trained = train_models(inputs, options, data.real.pair, data.generated, data.tests)
+    result = downstream_result(TASK, inputs, options, data, trained)
+    masked = {one.name: labelled_masks(one, options.image_size) for one in (inputs.test, *inputs.externals.values())}
+    result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked, f"{NOTE} {CLASS_NOTE}")
+    result.warnings += _warnings(inputs, data, result.values["arms"][BASELINE][PRIMARY]["value"])
+    height, width = options.image_size
+    result.limits[:0] = [
+        f"Valid for {options.architecture}, {options.steps} training steps and images of {height} x {width}; "
+        f"synthetic images by {generator.name}.",
+        "Averages over classes include only classes that have test images. AUROC: one class against the rest, averaged.",
+    ]
+    return result
+
+
+def _warnings(inputs: EvaluationInputs, data: ComparisonData[LabelledImages], baseline: float | None) -> list[str]:
+    """Return warnings of classes with few test groups, of external sets without labels, and of an easy task.
+
+    Args:
+        inputs: the inputs of the evaluation.
+        data: what the models were trained and tested on.
+        baseline: what real images alone reach.
+    """
+    (_, test), *externals = data.tests.items()
     labels = inputs.real.description.labels
-    baseline = comparison.values["arms"]["real"][PRIMARY]["value"]
-    return DownstreamResult(
-        question=QUESTION,
-        verdict=f"Classification: {comparison.verdict}",
-        headline=True,
-        tables=comparison.tables,
-        warnings=[
-            *comparison.warnings,
-            *losses.warnings(),
-            *left_out_warnings(inputs, generated),
-            *_class_warnings(test, labels),
-            *(f"{name}: {text}" for name, part in externals.items() for text in _class_warnings(part, labels)),
-            *(f"{name}: no image has a label, so it is left out" for name in found if name not in externals),
-            *(
-                [f"real images alone reach a {PRIMARY} of {baseline:.3f}: this task is too easy to show a benefit"]
-                if baseline is not None and baseline >= TOO_EASY
-                else []
-            ),
-        ],
-        limits=[
-            f"Valid for {options.architecture}, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
-            "Averages over classes include only classes that have test images. AUROC: one class against the rest, averaged.",
-            "The interval covers other test patients and other seeds of these models, not other training sets or other trained generators.",
-            *([plan.sentence] if plan else []),
-        ],
-        figures=comparison.figures,
-        curves=[losses.chart()],
-        forests=comparison.forests,
-        would_change=comparison.would_change,
-        values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
-        cases=cases,
-        n={
-            "real train": len(real),
-            **{name: len(images) for name, (images, _) in generated.items()},
-            **{name: len(part) for name, part in tests.items()},
-        },
-        seeds=list(cases[0].arms["real"].seeds),
-    )
+    found = [
+        *_class_warnings(test, labels),
+        *(f"{name}: {text}" for name, part in externals for text in _class_warnings(part, labels)),
+        *(f"{name}: no image has a label, so it is left out" for name in data.unusable),
+    ]
+    if baseline is not None and baseline >= TOO_EASY:
+        found.append(f"real images alone reach a {PRIMARY} of {baseline:.3f}: this task is too easy to show a benefit")
+    return found
 
 
 def labelled_images(image_set: ImageSet, size: tuple[int, int]) -> LabelledImages:
@@ -156,6 +134,12 @@ def labelled_images(image_set: ImageSet, size: tuple[int, int]) -> LabelledImage
         [samples[i] for i in kept],
         [groups[i] for i in kept],
     )
+
+
+def labelled_masks(image_set: ImageSet, size: tuple[int, int]) -> tuple[list[str], NDArray[np.uint8]]:
+    """Return the sample ids and the masks, (N, H, W), of the images that have a label; all zeros where none is."""
+    kept = np.flatnonzero(image_set.labels >= 0)
+    return [image_set.columns["sample_id"][i] for i in kept], image_set.masks(size)[0][kept]
 
 
 def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str:
@@ -171,13 +155,6 @@ def _reason_to_skip(inputs: EvaluationInputs, generator: ImageSet | None) -> str
     if len(present) < 2:
         return f"all labelled train images belong to one class ({inputs.real.description.labels[present[0]]})"
     return ""
-
-
-def _limited(part: LabelledImages, real: int, options: Options, inputs: EvaluationInputs, name: str) -> Pair:
-    """Return the images and labels of a synthetic set that arms use, beside `real` real images."""
-    kept = rows_without_copies(inputs, name, part.samples)
-    rows = kept[limited_rows(real, len(kept), options, inputs.seed)]
-    return part.images[rows], part.labels[rows]
 
 
 def train_models(

@@ -13,26 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.copies import left_out_warnings, rows_without_copies
-from maskloom.evaluate.downstream.arms import (
-    AUTO,
-    WITH_SYNTHETIC,
-    ArmOptions,
-    Pair,
-    chosen_generator,
-    limited_rows,
-    other_generators,
-    train_arms,
-)
-from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, ScoredTestSet, TrainedModel, trained_cases
-from maskloom.evaluate.downstream.comparison import compare_test_sets
-from maskloom.evaluate.downstream.losses import LossCurves
+from maskloom.evaluate.downstream.arms import ArmOptions, Pair, chosen_generator, train_arms
+from maskloom.evaluate.downstream.cases import Outcomes, ScoredTestSet, TrainedModel, trained_cases
+from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.pictures import ARMS, changed_case_pictures
+from maskloom.evaluate.downstream.result import Task, downstream_result
 from maskloom.evaluate.downstream.resuming import resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
-from maskloom.evaluate.downstream.subgroups import by_size, subgroup_table
-from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.downstream.subgroups import subgroup_tables
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.models.segmenter import (
     EMPTY_RULE,
     SegmenterOptions,
@@ -42,7 +32,7 @@ from maskloom.models.segmenter import (
     predicted_masks,
     train_segmenter,
 )
-from maskloom.pipeline.results import MetricResult, Picture, Table, skipped_result
+from maskloom.pipeline.results import MetricResult, Picture, skipped_result
 from maskloom.pipeline.training.fixed_steps import Augment
 
 if TYPE_CHECKING:
@@ -52,6 +42,7 @@ NAME = "downstream_segmentation"
 VERSION = 4
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
 PRIMARY = "Dice"
+TASK = Task(NAME, "Segmentation", QUESTION, PRIMARY)
 BATCH = 64  # images predicted and scored at a time
 
 Floats = NDArray[np.float64]
@@ -68,69 +59,45 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         MaskLoomError: the named generator has no set, or a training failed.
     """
     generator = chosen_generator(inputs, options.generator)
-    if generator is None:
-        return skipped_result(QUESTION, "there is no synthetic set")
-    real, synthetic, test = (
-        masked_images(inputs, one, options.image_size) for one in (inputs.train, generator, inputs.test)
-    )
-    missing = [
-        name for name, part in (("real train", real), (generator.name, synthetic), ("real test", test)) if not len(part)
-    ]
-    if missing or len(inputs.classes) < 2:
-        return skipped_result(
-            QUESTION, f"no image of {missing[0]} has a mask" if missing else "there are no mask classes"
-        )
-    others = {
-        one.name: masked_images(inputs, one, options.image_size) for one in other_generators(inputs, options, generator)
-    }
-    generated = {
-        name: _limited(part, len(real), options, inputs, name)
-        for name, part in {generator.name: synthetic, **others}.items()
-        if len(part)
-    }
-    if not len(generated[generator.name][0]):
+    reason = _reason_to_skip(inputs, options, generator)
+    if generator is None or reason:
+        return skipped_result(QUESTION, reason)
+    data = comparison_data(inputs, options, generator, lambda one: masked_images(inputs, one, options.image_size))
+    if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
-    found = {one.name: masked_images(inputs, one, options.image_size) for one in inputs.externals.values()}
-    externals = {name: part for name, part in found.items() if len(part)}
-    tests = {inputs.test.name: test, **externals}
-    trained = train_models(inputs, options, (real.images, real.masks), generated, tests)
-    cases, losses = trained_cases(NAME, trained, tests), LossCurves.of(trained)
-    plan = seed_plan(cases[0], PRIMARY, options.max_seeds) if options.seeds == AUTO else None
-    comparison = compare_test_sets(cases, PRIMARY, None, generator.name)
-    return DownstreamResult(
-        question=QUESTION,
-        verdict=f"Segmentation: {comparison.verdict}",
-        headline=True,
-        tables=comparison.tables,
-        subgroups=_subgroup_tables(inputs, cases, tests),
-        warnings=[
-            *comparison.warnings,
-            *losses.warnings(),
-            *left_out_warnings(inputs, generated),
-            *_empty_warning(test, inputs.classes),
-            *(f"{name}: {text}" for name, part in externals.items() for text in _empty_warning(part, inputs.classes)),
-            *(f"{name}: no image has a mask, so it is left out" for name in found if name not in externals),
-        ],
-        limits=[
-            f"Valid for this network, {options.steps} training steps and images of {options.image_size[0]} x {options.image_size[1]}; synthetic images by {generator.name}.",
-            f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
-            "The interval covers other test patients and other seeds of these models, not other training sets or other trained generators.",
-            *([plan.sentence] if plan else []),
-        ],
-        figures=comparison.figures,
-        curves=[losses.chart()],
-        pictures=_pictures(inputs, cases[0], test, trained),
-        forests=comparison.forests,
-        would_change=comparison.would_change,
-        values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
-        cases=cases,
-        n={
-            "real train": len(real),
-            **{name: len(images) for name, (images, _) in generated.items()},
-            **{name: len(part) for name, part in tests.items()},
-        },
-        seeds=list(cases[0].arms["real"].seeds),
-    )
+    trained = train_models(inputs, options, data.real.pair, data.generated, data.tests)
+    result = downstream_result(TASK, inputs, options, data, trained)
+    masked = {name: (part.samples, part.masks) for name, part in data.tests.items()}
+    result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked)
+    result.pictures = _pictures(inputs, result.cases[0], data.tests[inputs.test.name], trained)
+    result.warnings += _warnings(inputs, data)
+    height, width = options.image_size
+    result.limits[:0] = [
+        f"Valid for this network, {options.steps} training steps and images of {height} x {width}; "
+        f"synthetic images by {generator.name}.",
+        f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
+    ]
+    return result
+
+
+def _reason_to_skip(inputs: EvaluationInputs, options: Options, generator: ImageSet | None) -> str:
+    """Return why segmentation cannot be evaluated, or an empty string."""
+    if generator is None:
+        return "there is no synthetic set"
+    for image_set in (inputs.train, generator, inputs.test):
+        if not len(masked_images(inputs, image_set, options.image_size)):
+            return f"no image of {image_set.name} has a mask"
+    return "" if len(inputs.classes) > 1 else "there are no mask classes"
+
+
+def _warnings(inputs: EvaluationInputs, data: ComparisonData[MaskedImages]) -> list[str]:
+    """Return warnings of classes that many test masks lack, and of external sets without masks."""
+    own, *externals = data.tests.items()
+    return [
+        *_empty_warning(own[1], inputs.classes),
+        *(f"{name}: {text}" for name, part in externals for text in _empty_warning(part, inputs.classes)),
+        *(f"{name}: no image has a mask, so it is left out" for name in data.unusable),
+    ]
 
 
 def _pictures(inputs: EvaluationInputs, cases: ScoredTestSet, test: MaskedImages, trained: Outcomes) -> list[Picture]:
@@ -143,32 +110,6 @@ def _pictures(inputs: EvaluationInputs, cases: ScoredTestSet, test: MaskedImages
     labelled = zip(inputs.test.columns["sample_id"], inputs.test.labels.tolist(), strict=True)
     labels = {sample: names[label] for sample, label in labelled if label >= 0}
     return changed_case_pictures(cases, PRIMARY, test, networks, labels, inputs.device)
-
-
-def _subgroup_tables(
-    inputs: EvaluationInputs, cases: Sequence[ScoredTestSet], tests: Mapping[str, MaskedImages]
-) -> list[Table]:
-    """Return where real + synthetic images help: by class and by size, on each test set."""
-    found = []
-    sets = {inputs.test.name: inputs.test, **{one.name: one for one in inputs.externals.values()}}
-    for one in cases:
-        if WITH_SYNTHETIC not in one.arms:
-            continue
-        test, parts = sets[one.test_set], {f"all of the {one.test_set}": list(one.samples)}
-        for k, label in enumerate(inputs.real.description.labels):
-            parts[f"class {label}"] = [test.columns["sample_id"][i] for i in np.flatnonzero(test.labels == k)]
-        masked = tests[one.test_set]
-        parts |= by_size(masked.samples, masked.masks)
-        table = subgroup_table(one, WITH_SYNTHETIC, PRIMARY, parts)
-        found += [table] if table else []
-    return found
-
-
-def _limited(part: MaskedImages, real: int, options: Options, inputs: EvaluationInputs, name: str) -> Pair:
-    """Return the images and masks of a synthetic set that arms use, beside `real` real images."""
-    kept = rows_without_copies(inputs, name, part.samples)
-    rows = kept[limited_rows(real, len(kept), options, inputs.seed)]
-    return part.images[rows], part.masks[rows]
 
 
 def train_models(

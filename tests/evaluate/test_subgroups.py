@@ -1,9 +1,13 @@
 """Comparisons within parts of a test set."""
 
+from pathlib import Path
+
 import numpy as np
 
 from maskloom.evaluate.downstream.subgroups import SIZES, by_size, subgroup_table
 from tests.evaluate.cases import dice_cases
+from tests.evaluate.runs import answer, faithful, tiny_inputs
+from tests.tiny_datasets import write_tiny_run
 
 BASE = np.random.default_rng(0).uniform(0.4, 0.6, (3, 30))
 
@@ -26,3 +30,17 @@ def test_each_part_has_its_own_change_numbers_and_finding() -> None:
     assert [row[2] for row in table.rows] == ["helped", "cannot tell"]
     assert [row[4:] for row in table.rows] == [[15, 15, 3], [5, 5, 3]]
     assert subgroup_table(cases, "real_synthetic", "Dice", {}) is None
+
+
+def test_a_classifier_is_compared_within_classes_and_sizes(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"faithful": faithful}, {"train": 16, "test": 16})
+    result = answer(tiny_inputs(tmp_path, ("faithful",)), "downstream_classification")
+    (table,) = result.subgroups
+    assert table.title == "Where it helps: real + synthetic, balanced accuracy on the real test"
+    assert "Within one class, balanced accuracy is the share of its images that are recognised." in table.note
+    parts = [row[0] for row in table.rows]
+    assert parts[0] == "all of the real test"
+    assert parts[-len(SIZES) :] == list(SIZES)
+    assert any(str(part).startswith("class ") for part in parts)
+    classes = [row for row in table.rows if str(row[0]).startswith("class ")]
+    assert sum(row[4] for row in classes) == table.rows[0][4] == 16

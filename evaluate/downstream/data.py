@@ -1,0 +1,96 @@
+"""What the models of a comparison train on, and the test sets that score them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from maskloom.evaluate.copies import rows_without_copies
+from maskloom.evaluate.downstream.arms import ArmOptions, Pair, limited_rows, other_generators
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+
+
+class TargetImages(Protocol):
+    """The images of a set that have a target, such as a mask or a label."""
+
+    @property
+    def samples(self) -> Sequence[str]:
+        """Id of each image."""
+
+    @property
+    def groups(self) -> Sequence[str]:
+        """Group of each image."""
+
+    @property
+    def pair(self) -> Pair:
+        """Images and targets."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+
+Images = TypeVar("Images", bound=TargetImages)
+
+
+@dataclass(frozen=True)
+class ComparisonData(Generic[Images]):
+    """The images of a comparison.
+
+    Attributes:
+        generator: of the arms with synthetic images.
+        real: real train images.
+        generated: images and targets by generator, without copies, as many as the options allow; those
+            of `generator` first.
+        tests: test sets by name, the dataset's own first.
+        unusable: names of external test sets in which no image has a target.
+    """
+
+    generator: str
+    real: Images
+    generated: Mapping[str, Pair]
+    tests: Mapping[str, Images]
+    unusable: Sequence[str]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of images by set."""
+        return {
+            "real train": len(self.real),
+            **{name: len(images) for name, (images, _) in self.generated.items()},
+            **{name: len(part) for name, part in self.tests.items()},
+        }
+
+
+def comparison_data(
+    inputs: EvaluationInputs, options: ArmOptions, generator: ImageSet, load: Callable[[ImageSet], Images]
+) -> ComparisonData[Images]:
+    """Return the images of a comparison.
+
+    Args:
+        inputs: the inputs of the evaluation.
+        options: the arms.
+        generator: the synthetic set of the arms; further sets, for arms of their own, follow from the options.
+        load: returns the images of a set that have a target.
+    """
+    real, others = load(inputs.train), other_generators(inputs, options, generator)
+    synthetic = {one.name: load(one) for one in (generator, *others)}
+    externals = {one.name: load(one) for one in inputs.externals.values()}
+    return ComparisonData(
+        generator=generator.name,
+        real=real,
+        generated={
+            name: _training_pair(name, part, len(real), inputs, options)
+            for name, part in synthetic.items()
+            if len(part) or name == generator.name
+        },
+        tests={inputs.test.name: load(inputs.test), **{name: part for name, part in externals.items() if len(part)}},
+        unusable=[name for name, part in externals.items() if not len(part)],
+    )
+
+
+def _training_pair(name: str, part: TargetImages, real: int, inputs: EvaluationInputs, options: ArmOptions) -> Pair:
+    """Return the images and targets of a synthetic set that arms use, beside `real` real images."""
+    kept = rows_without_copies(inputs, name, list(part.samples))
+    rows = kept[limited_rows(real, len(kept), options, inputs.seed)]
+    images, targets = part.pair
+    return images[rows], targets[rows]

@@ -1,0 +1,72 @@
+"""The result of a metric that trains downstream models: what both tasks have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskloom.evaluate.copies import left_out_warnings
+from maskloom.evaluate.downstream.arms import AUTO, ArmOptions
+from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, trained_cases
+from maskloom.evaluate.downstream.compare import BASELINE
+from maskloom.evaluate.downstream.comparison import compare_test_sets
+from maskloom.evaluate.downstream.data import ComparisonData, Images
+from maskloom.evaluate.downstream.losses import LossCurves
+from maskloom.evaluate.downstream.seeds import seed_plan
+from maskloom.evaluate.inputs import EvaluationInputs
+
+INTERVAL_LIMIT = (
+    "The interval covers other test patients and other seeds of these models, not other training sets or other "
+    "trained generators."
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A downstream task.
+
+    Attributes:
+        metric: file name of its metric.
+        title: the first word of its verdict.
+        question: in plain words.
+        primary: the score that the verdict is about; higher is better.
+        hidden_prefix: scores whose name begins so are not in the table of changes; None: all are.
+    """
+
+    metric: str
+    title: str
+    question: str
+    primary: str
+    hidden_prefix: str | None = None
+
+
+def downstream_result(
+    task: Task, inputs: EvaluationInputs, options: ArmOptions, data: ComparisonData[Images], trained: Outcomes
+) -> DownstreamResult:
+    """Return the comparison of trained models; the task adds its own warnings, limits and pictures.
+
+    Args:
+        task: the task.
+        inputs: the inputs of the evaluation.
+        options: the arms.
+        data: what the models were trained and tested on.
+        trained: the models by arm and seed.
+    """
+    cases, losses = trained_cases(task.metric, trained, data.tests), LossCurves.of(trained)
+    plan = seed_plan(cases[0], task.primary, options.max_seeds) if options.seeds == AUTO else None
+    comparison = compare_test_sets(cases, task.primary, task.hidden_prefix, data.generator)
+    return DownstreamResult(
+        question=task.question,
+        verdict=f"{task.title}: {comparison.verdict}",
+        headline=True,
+        tables=comparison.tables,
+        forests=comparison.forests,
+        curves=[losses.chart()],
+        figures=comparison.figures,
+        would_change=comparison.would_change,
+        warnings=[*comparison.warnings, *losses.warnings(), *left_out_warnings(inputs, data.generated)],
+        limits=[INTERVAL_LIMIT, *([plan.sentence] if plan else [])],
+        values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
+        cases=cases,
+        n=data.counts(),
+        seeds=list(cases[0].arms[BASELINE].seeds),
+    )
