@@ -62,12 +62,13 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="changes to plant; default: all")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
     sheets: Annotated[Path | None, typer.Option(help="folder for sheets of images to look at")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the originals and of their changes")] = 1,
 ) -> None:
     """Plant copies in prepared datasets and print how many are found."""
     found = {}
     for folder in datasets:
         inputs = open_inputs(MaskPromptDataset.open(folder), {}, None, 0)
-        found[inputs.real.description.dataset] = measured(inputs, count, train, held_out, only, sheets)
+        found[inputs.real.description.dataset] = measured(inputs, count, train, held_out, only, sheets, seed)
     Console(width=120).print(planted_table(found))
     Console(width=120).print(unseen_table(found))
     if json_file:
@@ -75,7 +76,13 @@ def main(
 
 
 def measured(
-    inputs: EvaluationInputs, count: int, most: int, held_out: int, only: Sequence[str] | None, sheets: Path | None
+    inputs: EvaluationInputs,
+    count: int,
+    most: int,
+    held_out: int,
+    only: Sequence[str] | None,
+    sheets: Path | None,
+    seed: int,
 ) -> dict[str, Any]:
     """Return what is found in one dataset."""
     train, unseen = real_images(inputs, ("train",), most), real_images(inputs, ("validation", "test"), held_out)
@@ -85,10 +92,12 @@ def measured(
     of_unseen = search.matches(at_search_size(unseen.pixels))
     seconds = described + (time.process_time() - start - described) * 1000 / len(unseen.pixels)
     thresholds = {name: copy_threshold(of_unseen.similarity[name], len(train.pixels)) for name in SIMILARITIES}
-    originals = np.random.default_rng(1).permutation(len(train.pixels))[:count]
+    originals = np.random.default_rng(seed).permutation(len(train.pixels))[:count]
     changes = {}
     for name in only or CHANGES:
-        planted = np.stack([CHANGES[name](train.pixels[one], np.random.default_rng([2, one])) for one in originals])
+        planted = np.stack(
+            [CHANGES[name](train.pixels[one], np.random.default_rng([seed + 1, one])) for one in originals]
+        )
         found = search.matches(at_search_size(planted))
         rows = copy_rows([str(row) for row in range(len(planted))], train.samples, found, thresholds)
         group_of = dict(zip(train.samples, train.groups, strict=True))
