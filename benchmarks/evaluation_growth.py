@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from maskloom.data_prep.prepare import prepare
-from maskloom.evaluate.evaluate import open_question
 from maskloom.evaluate.inputs import open_inputs
+from maskloom.evaluate.questions import open_question
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment

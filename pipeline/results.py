@@ -272,6 +272,8 @@ class Evaluation(Answer):
         version: of the metric's figures.
         key: digest of everything that the answer depends on.
         inputs: digests of the datasets by name (`real` and each generator), and of `TUNED_VAE`.
+        weights: digests of the trained weights that the answer is about besides the datasets, by the
+            stage that trained them, such as `train`.
         options: options of the metric.
         pictures: the image files.
         case_rows: rows of this metric in `cases.parquet`, beside this file.
@@ -282,10 +284,16 @@ class Evaluation(Answer):
     version: str | int
     key: str = ""
     inputs: dict[str, str] = Field(default_factory=dict)
+    weights: dict[str, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
     pictures: list[PictureFile] = Field(default_factory=list)
     case_rows: int = 0
     on_copies: OnCopies = "drop"
+
+    @model_serializer(mode="wrap")
+    def _without_unused_weights(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = values_of(self)
+        return values if self.weights else {name: value for name, value in values.items() if name != "weights"}
 
     def is_about(self, digests: Mapping[str, str]) -> bool:
         """Return whether the evaluation is of these datasets.

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskloom.evaluate.evaluate import evaluate, open_question
+from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.judge.given import Given, given_folder, require_apart
 from maskloom.evaluate.judge.importing import NAME, import_set
 from maskloom.evaluate.judge.reading import SYNTHETIC_KEY, guessed_data, prepare, read_synthetic, synthetic_values
+from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import merged, parsed_override, read_values, validated
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE

@@ -22,6 +22,7 @@ from maskloom.pipeline.files.atomic import file_digest
 from maskloom.pipeline.files.formatting import duration_text, markdown_table
 from maskloom.pipeline.files.reading import read_model
 from maskloom.pipeline.results import CONTROLS, Evaluation, Interval, Table, cell_text, read_evaluations
+from maskloom.pipeline.runs.answers import is_current
 from maskloom.pipeline.runs.record import StageRecord
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import training_of
@@ -155,7 +156,7 @@ def current_evaluations(run: Run, weights: Weights, real: Contract) -> tuple[lis
     sets = {p.parent.name: read_contract(p.parent) for p in sorted(run.synthetic.glob(f"*/{CONTRACT_FILE}"))}
     measured = [one for one in read_evaluations(run.evaluation) if not one.skipped and one.metric != CONTROLS]
     digests = {"real": real.digest, **{name: contract.digest for name, contract in sets.items()}}
-    fitting = [one for one in measured if one.is_about(digests)]
+    fitting = [one for one in measured if is_current(run, one, digests)]
     own = [name for name, contract in sets.items() if training_of(run, name, contract) == weights.record.stage]
     newest = max((weights.folder / name).stat().st_mtime for name in weights.files)
     made = min(((run.synthetic / name / CONTRACT_FILE).stat().st_mtime for name in own), default=0.0)

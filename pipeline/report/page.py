@@ -18,7 +18,9 @@ from maskloom.pipeline.report.forest import forest_description, forest_plot
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
 from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
 from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts
-from maskloom.pipeline.results import Evaluation, Interval, Table, cell_text, read_evaluations
+from maskloom.pipeline.results import Interval, Table, cell_text
+from maskloom.pipeline.runs.answers import current_answers
+from maskloom.pipeline.runs.trainings import newer_training
 
 TEMPLATES = Path(__file__).with_name("templates")
 PAGE = "page.html.j2"
@@ -29,13 +31,18 @@ MOST_ROWS = 40  # a longer table scrolls in a box of its own
 CONDITIONS = {"edges": "edge map", "foreground": "foreground map", "image": "paired image"}
 
 
-def page_renderer(config: ExperimentConfig, sources: Sources) -> Callable[[int], str]:
+def page_renderer(config: ExperimentConfig, sources: Sources, notices: Sequence[str] = ()) -> Callable[[int], str]:
     """Return a function that renders the page for a longest image side in pixels.
 
     The sources are read only once, here.
+
+    Args:
+        config: the configuration of the run.
+        sources: the parts of the run.
+        notices: sentences to show beside the verdict.
     """
     template = _environment().get_template(PAGE)
-    context = template_variables(config, sources)
+    context = template_variables(config, sources, notices)
 
     def render(side: int) -> str:
         return template.render(
@@ -87,18 +94,20 @@ def _environment() -> Environment:
     return environment
 
 
-def template_variables(config: ExperimentConfig, sources: Sources) -> dict[str, Any]:
+def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequence[str] = ()) -> dict[str, Any]:
     """Return the variables of the template."""
     about = sources.real.description if sources.real else None
     condition = CONDITIONS.get(about.conditioning, "mask") if about else "mask"
     generation = {name: one.description.preprocessing.get("generation", {}) for name, one in sources.synthetic.items()}
     datasets = {"real": sources.real} if sources.real else {}
     datasets |= {f"synthetic: {name}": dataset for name, dataset in sources.synthetic.items()}
-    evaluations, stale = current_evaluations(sources)
+    digests = {name: dataset.digest for name, dataset in sources.synthetic.items()}
+    digests |= {"real": sources.real.digest} if sources.real else {}
+    evaluations, remarks = current_answers(sources.run, digests)
     return {
         "title": config.report.title or f"MaskLoom: {config.experiment}",
         "config": config,
-        "missing": [*sources.missing(), *stale],
+        "missing": [*sources.missing(), *stale_parts(sources), *remarks, *notices],
         "evaluations": evaluations,
         "evaluation_folder": sources.run.evaluation,
         "grids": image_grids(sources.real, sources.synthetic, config.report.images_per_class) if sources.real else {},
@@ -117,19 +126,14 @@ def template_variables(config: ExperimentConfig, sources: Sources) -> dict[str, 
     }
 
 
-def current_evaluations(sources: Sources) -> tuple[list[Evaluation], list[str]]:
-    """Return the answers about the datasets that the run has now, and a sentence for each other answer."""
-    digests = {name: dataset.digest for name, dataset in sources.synthetic.items()}
-    digests |= {"real": sources.real.digest} if sources.real else {}
-    shown, stale = [], []
-    for one in read_evaluations(sources.run.evaluation):
-        if not one.inputs or one.is_about(digests):
-            shown.append(one)
-        else:
-            stale.append(
-                f"{one.metric}: the answer is of other images than the run has now, and is not shown; run maskloom evaluate."
-            )
-    return shown, stale
+def stale_parts(sources: Sources) -> list[str]:
+    """Return a sentence for each synthetic dataset whose generator has been trained again since."""
+    trained = {name: newer_training(sources.run, dataset) for name, dataset in sources.synthetic.items()}
+    return [
+        f"synthetic/{name}: made with other weights than {stage} has trained since; run maskloom generate."
+        for name, stage in trained.items()
+        if stage
+    ]
 
 
 def _training_summary(stage: str, training: Training) -> dict[str, Any]:

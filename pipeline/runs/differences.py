@@ -34,12 +34,16 @@ def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> st
         path: the run folder.
         differing: at least one key, with its value in the file and now.
     """
-    shown = [f"{key} (there {_shown(old)}, now {_shown(new)})" for key, (old, new) in list(differing.items())[:SHOWN]]
-    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
     return (
         f"{path / CONFIG_FILE}, which the stages were last run with, differs from this configuration in "
-        f"{', '.join(shown)}{more}. Give the same overrides to every command."
+        f"{differences_list(differing)}. Give the same overrides to every command."
     )
+
+
+def differences_list(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the first differing keys with both values, and the number of all others."""
+    shown = [f"{key} (there {_shown(old)}, now {_shown(new)})" for key, (old, new) in list(differing.items())[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else "")
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

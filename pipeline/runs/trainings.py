@@ -91,10 +91,22 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
         return
     recorded = training_statement(run, stage)
     require_trained_on(real, stage, stated.dataset if stated else recorded.dataset or real.digest, str(folder))
-    if stated and recorded.weights not in (None, stated.weights):
+    if newer_training(run, synthetic):
         raise MaskLoomError(
             f"{folder}: made with other weights than those that {stage} has trained since; run generate again"
         )
+
+
+def newer_training(run: Run, synthetic: MaskPromptDataset) -> str | None:
+    """Return the stage that has trained other weights since a synthetic dataset was made; None if none has.
+
+    Raises:
+        MaskLoomError: what the contract states of the training is damaged.
+    """
+    stated = _stated_training(synthetic)
+    if stated is None or stated.stage is None:
+        return None
+    return stated.stage if training_statement(run, stated.stage).weights not in (None, stated.weights) else None
 
 
 def require_trained_on(real: MaskPromptDataset, stage: str, trained_on: str | None, where: str) -> None:

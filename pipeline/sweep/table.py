@@ -19,6 +19,7 @@ from maskloom.pipeline.files.atomic import json_text
 from maskloom.pipeline.files.formatting import MISSING, markdown_table
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.results import Evaluation, Interval, cell_text, read_evaluations
+from maskloom.pipeline.runs.answers import is_current
 from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.trainings import training_cost, training_of
@@ -104,7 +105,7 @@ def _answers(run: Run, config: ExperimentConfig, sets: Mapping[str, Contract]) -
         return []
     digests = {"real": read_contract(run.dataset).digest, **{name: one.digest for name, one in sets.items()}}
     order = list(config.evaluate.metrics)
-    found = [one for one in read_evaluations(run.evaluation) if one.metric in order and one.is_about(digests)]
+    found = [one for one in read_evaluations(run.evaluation) if one.metric in order and is_current(run, one, digests)]
     return sorted(found, key=lambda one: order.index(one.metric))
 
 

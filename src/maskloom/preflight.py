@@ -150,7 +150,7 @@ def generate_checks(config: ExperimentConfig) -> Iterator[Check]:
 
 def evaluate_checks(config: ExperimentConfig) -> Iterator[Check]:
     """Yield the checks of `evaluate` for each metric."""
-    from maskloom.evaluate.evaluate import check_question
+    from maskloom.evaluate.questions import check_question
 
     for name, options in config.evaluate.metrics.items():
         yield partial(check_question, name, options)

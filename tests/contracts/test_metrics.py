@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskloom.evaluate.evaluate import PACKAGE, open_question
 from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.questions import PACKAGE, open_question
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.plugins import load_plugin, plugin_names

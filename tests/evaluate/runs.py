@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from maskloom.evaluate.evaluate import open_question, verified_inputs
+from maskloom.evaluate.evaluate import verified_inputs
 from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.files.ownership import seal_folder
 from maskloom.pipeline.results import MetricResult

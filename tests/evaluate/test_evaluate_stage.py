@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from maskloom.evaluate.evaluate import evaluate, open_question
+from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.verification import verify_quickly

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from maskloom.evaluate.downstream.comparison import ComparisonResult, compare_test_sets
-from maskloom.evaluate.evaluate import open_question
 from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.results import Evaluation
 from tests.evaluate.cases import dice_cases

@@ -8,7 +8,7 @@ import pytest
 
 from maskloom.evaluate.downstream.cases import TrainedModel
 from maskloom.evaluate.downstream.losses import LossCurves, still_falling
-from maskloom.evaluate.evaluate import open_question
+from maskloom.evaluate.questions import open_question
 from tests.evaluate.runs import answer, faithful, tiny_inputs
 from tests.tiny_datasets import write_tiny_run
 
