@@ -17,6 +17,7 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.differences import differences_text
 from maskloom.pipeline.runs.kept_config import configuration_after, overlooked_settings
 from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record, write_record
+from maskloom.pipeline.runs.refusal import leaves_no_trace
 from maskloom.pipeline.runs.run import CONFIG_FILE, RECORD_FILE, Run
 
 DONE, STALE, DAMAGED, MISSING, EMPTY = "done", "stale", "damaged", "missing", "nothing to do"
@@ -177,7 +178,7 @@ class Stage:
 
         An earlier record is kept until it is replaced; the digests of the outputs show whether it
         is still valid. So is an earlier `config.yaml`: a stage that refuses or is interrupted
-        leaves it as it was.
+        leaves it as it was. A stage that refuses before it writes anything leaves no file.
 
         Args:
             writes: false on processes other than the main one.
@@ -192,11 +193,7 @@ class Stage:
             return
         if self.path.is_dir():
             read_record(self.run, self.name)  # raises now, not after hours of work
-        self.run.mark()
-        with sole_writer(self.path.parent):
-            self._report_overlooked_settings()
-            if not (self.run.folder / CONFIG_FILE).exists():
-                self.run.keep_config()
+        with leaves_no_trace(self.run, self.path.parent), self._opened():
             yield results
             Run(self.run.folder, configuration_after(self.run, self.name)).keep_config()
             record = StageRecord(
@@ -217,6 +214,16 @@ class Stage:
             )
             write_record(self.run, record)
             say(f"{self.name}: done in {record.wall_seconds:.0f} s")
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Mark the run, lock the stage during the block, and keep the configuration of a new run."""
+        self.run.mark()
+        with sole_writer(self.path.parent):
+            self._report_overlooked_settings()
+            if not (self.run.folder / CONFIG_FILE).exists():
+                self.run.keep_config()
+            yield
 
     def _report_overlooked_settings(self) -> None:
         """Print the settings that differ from those with which earlier stages have run."""
