@@ -90,7 +90,8 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         small_classes = small_classes_summary(reading.folder, parts)
         clear_parts(scratch)
     left_out = left_out_summary(rejects, sum(map(len, splits.values())), run.dataset / LEDGER_FILE)
-    for summary in filter(None, (left_out, small_classes)):
+    rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
+    for summary in filter(None, (left_out, small_classes, f"prepare: wrote {run.dataset} ({rows} rows)")):
         say(summary)
 
 

@@ -6,7 +6,7 @@ exception is a bug and keeps its traceback.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,16 @@ SIGNED_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]*")
 
 class MaskLoomError(Exception):
     """A mistake in the user's input, configuration or environment, described in one line."""
+
+
+class SeveralMistakes(MaskLoomError):
+    """Several mistakes, such as invalid values of one configuration; the command line prints each."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        """Store the mistakes, at least one; as text, the error is the first and the number of others."""
+        more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+        super().__init__(f"{mistakes[0]}{more}")
+        self.mistakes = list(mistakes)
 
 
 class LeakedImages(MaskLoomError):
@@ -58,11 +68,20 @@ def excerpt(text: object) -> str:
     return taken or f"{whole[:SHOWN].rpartition(' ')[0] or whole[:SHOWN]} …"
 
 
-def nearest_name(unknown: str, known: list[str]) -> str:
-    """Return a sentence that suggests a similar known name, if there is one, and lists them all."""
+def nearest_name(unknown: str, known: list[str], most: int | None = None) -> str:
+    """Return a sentence that suggests a similar known name, if there is one, and lists the known ones.
+
+    Args:
+        unknown: the name that is not known.
+        known: the known names.
+        most: of more names than this, only as many of the most similar are listed; None: all are.
+    """
     near = get_close_matches(unknown, known, n=1, cutoff=0.5)
     suggestion = f"did you mean {near[0]!r}? " if near else ""
-    return f"{suggestion}known: {', '.join(sorted(known)) or 'none'}"
+    if most is None or len(known) <= most:
+        return f"{suggestion}known: {', '.join(sorted(known)) or 'none'}"
+    alike = get_close_matches(unknown, known, n=most, cutoff=0)
+    return f"{suggestion}known: {', '.join(alike)} and {len(known) - most} more"
 
 
 @contextmanager

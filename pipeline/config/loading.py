@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.yaml_reading import NotYaml, parsed_yaml, plain_text, read_yaml
-from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
+from maskloom.pipeline.errors import MaskLoomError, SeveralMistakes, nearest_name, one_line
 from maskloom.pipeline.files.shipped import shipped, shipped_names, shipped_only
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -20,6 +21,8 @@ DROPPABLE = frozenset(
 """Sections of named entries, in which the value `false` removes an inherited entry."""
 
 MAX_PARENTS = 50
+MOST_PROBLEMS = 5  # of one configuration, in messages
+MOST_KEYS = 5  # that are listed where a key is unknown
 MAX_SHOWN = 100  # characters of a value or key in a message
 TEXT = re.compile(r"\s*[|>]|[^'\"\s].*\s#|#")  # YAML would read a block scalar, or cut the value off
 QUOTES = "in quotes a value is text: {key}='\"…\"'"
@@ -105,13 +108,16 @@ def validated(values: Any, model: type[Model], where: str) -> Model:
     """Return an instance of `model` with these values.
 
     Raises:
-        MaskLoomError: a key or value is invalid; the error names `where`, the key and the value,
-            and suggests the nearest known key.
+        SeveralMistakes: keys or values are invalid; it names `where`, each key and value, and
+            suggests the nearest known key.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise MaskLoomError(f"{where}: {_first_problem(error, model)}") from None
+        problems = [f"{where}: {_problem(one, model)}" for one in error.errors()[:MOST_PROBLEMS]]
+        if (left := error.error_count() - MOST_PROBLEMS) > 0:
+            problems.append(f"{where}: {left} more problem(s), shown once these are fixed")
+        raise SeveralMistakes(problems) from None
 
 
 def key_names(model: type[BaseModel] = ExperimentConfig, place: str = "") -> list[str]:
@@ -191,21 +197,17 @@ def _shown(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return pydantic's first error as one line, with the number of further errors."""
-    first = error.errors()[0]
-    key = ".".join(_shown(str(part)) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return (
-            f"unknown key {key!r}: {nearest_name(str(first['loc'][-1]), _known_keys(model, first['loc'][:-1]))}{more}"
-        )
-    if first["type"] == "missing":
-        return f"{key}: this key is required{more}"
-    value = first["input"]
-    shown = f"={_shown(repr(value))}" if key and (not isinstance(value, dict) or "_type" in first["type"]) else ""
-    remedy = f"; {QUOTES.format(key=key)}" if first["type"] in ("string_type", "path_type") else ""
-    return f"{key}{shown}{': ' if key else ''}{one_line(first['msg']).removeprefix('Value error, ')}{remedy}{more}"
+def _problem(error: ErrorDetails, model: type[BaseModel]) -> str:
+    """Return one error of pydantic as one line."""
+    place, kind, value = error["loc"], error["type"], error["input"]
+    key = ".".join(_shown(str(part)) for part in place)
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}: {nearest_name(str(place[-1]), _known_keys(model, place[:-1]), MOST_KEYS)}"
+    if kind == "missing":
+        return f"{key}: this key is required"
+    shown = f"={_shown(repr(value))}" if key and (not isinstance(value, dict) or "_type" in kind) else ""
+    remedy = f"; {QUOTES.format(key=key)}" if kind in ("string_type", "path_type") else ""
+    return f"{key}{shown}{': ' if key else ''}{one_line(error['msg']).removeprefix('Value error, ')}{remedy}"
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

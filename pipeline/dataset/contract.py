@@ -197,11 +197,11 @@ def read_contract(folder: Path) -> Contract:
             contract is damaged.
     """
     if not folder.is_dir():
-        unfinished = staging_folder(folder).is_dir()
+        writer = "maskloom generate" if folder.parent.name == "synthetic" else "maskloom prepare"
         what = (
-            "unfinished; run the stage that writes it again"
-            if unfinished
-            else "no such dataset; run the stage that writes it first, or correct the path"
+            f"unfinished; run `{writer}` again"
+            if staging_folder(folder).is_dir()
+            else f"no such dataset; run `{writer}` first, or correct the path"
         )
         raise MaskLoomError(f"{folder}: {what}")
     path = folder / CONTRACT_FILE

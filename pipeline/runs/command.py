@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
 
-from maskloom.pipeline.errors import MaskLoomError, one_line, without_secrets
+from maskloom.pipeline.errors import MaskLoomError, SeveralMistakes, one_line, without_secrets
 from maskloom.pipeline.runs.interruption import Interrupted, handled_signals
 
 EXIT_CODE = 2
@@ -54,7 +54,7 @@ def _is_first_to_report(line: bytes) -> bool:
 
 
 def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVICE) -> None:
-    """Run a command-line entry point; report a user mistake as one line with exit code 2.
+    """Run a command-line entry point; report each user mistake as one line, with exit code 2.
 
     A full disk, missing permissions and lack of memory are reported in the same way. SIGTERM and
     Ctrl-C end the command with one line and the exit code of the signal.
@@ -70,6 +70,8 @@ def run_command(command: Callable[[], object], memory_advice: str = MEMORY_ADVIC
         if (line := stop.line()) and os.environ.get("RANK", "0") == "0":
             print(line, file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
+    except SeveralMistakes as error:
+        exit_with(*error.mistakes)
     except MaskLoomError as error:
         exit_with(error)
     except OSError as error:

@@ -29,19 +29,9 @@ from maskloom.evaluate.__main__ import command as evaluate_here
 from maskloom.evaluate.__main__ import compare, judge
 from maskloom.generate.__main__ import MEMORY_ADVICE as GENERATE_ADVICE
 from maskloom.generate.__main__ import command as generate_here
-from maskloom.pipeline import __version__
+from maskloom.pipeline import __version__, cli
 from maskloom.pipeline.__main__ import combine, export, push, report, run, status, sweep
 from maskloom.pipeline.__main__ import verify as verify_run
-from maskloom.pipeline.cli import (
-    AccelerateConfigOption,
-    CheckOption,
-    Command,
-    ConfigOption,
-    ForceOption,
-    Menu,
-    OverridesArgument,
-    launched,
-)
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.command import MEMORY_ADVICE, run_command
 from maskloom.train_baselines.__main__ import MEMORY_ADVICE as BASELINES_ADVICE
@@ -71,12 +61,12 @@ def example(*lines: str) -> str:
 
 app = typer.Typer(
     name="maskloom",
-    cls=Menu,
+    cls=cli.Menu,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Labelled medical images in; a synthetic dataset, and a verdict on it with statistics, out.",
     epilog=example(
-        "maskloom demo", "maskloom inspect FOLDER", "maskloom run --config configs/busi.yaml data.raw_dir=FOLDER"
+        "maskloom demo", "maskloom inspect raw/busi", "maskloom run --config configs/busi.yaml data.raw_dir=raw/busi"
     ),
 )
 
@@ -103,44 +93,44 @@ def _options(
 
 
 def train(
-    config: ConfigOption,
-    overrides: OverridesArgument = None,
-    force: ForceOption = False,
-    check: CheckOption = False,
-    accelerate_config: AccelerateConfigOption = None,
+    config: cli.ConfigOption,
+    overrides: cli.OverridesArgument = None,
+    force: cli.ForceOption = False,
+    check: cli.CheckOption = False,
+    accelerate_config: cli.AccelerateConfigOption = None,
 ) -> None:
     """Train a ControlNet, adapters, or both, on a Stable Diffusion backbone."""
-    if not launched("train", [], config, overrides, force, check, accelerate_config):
+    if not cli.launched("train", [], config, overrides, force, check, accelerate_config):
         train_here(config, overrides, force, check)
 
 
 def baselines(
-    config: ConfigOption,
-    overrides: OverridesArgument = None,
+    config: cli.ConfigOption,
+    overrides: cli.OverridesArgument = None,
     architecture: ArchitectureOption = None,
-    force: ForceOption = False,
-    check: CheckOption = False,
-    accelerate_config: AccelerateConfigOption = None,
+    force: cli.ForceOption = False,
+    check: cli.CheckOption = False,
+    accelerate_config: cli.AccelerateConfigOption = None,
 ) -> None:
     """Train the generators of the section `baselines`: GANs, pix2pix, joint diffusion."""
     architectures = [word for name in architecture or [] for word in ("--architecture", name)]
-    if not launched("baselines", architectures, config, overrides, force, check, accelerate_config):
+    if not cli.launched("baselines", architectures, config, overrides, force, check, accelerate_config):
         baselines_here(config, overrides, architecture, force, check)
 
 
 def generate(
-    config: ConfigOption,
-    overrides: OverridesArgument = None,
-    force: ForceOption = False,
-    check: CheckOption = False,
-    accelerate_config: AccelerateConfigOption = None,
+    config: cli.ConfigOption,
+    overrides: cli.OverridesArgument = None,
+    force: cli.ForceOption = False,
+    check: cli.CheckOption = False,
+    accelerate_config: cli.AccelerateConfigOption = None,
 ) -> None:
     """Generate synthetic datasets from masks and prompts, one per generator."""
-    if not launched("generate", [], config, overrides, force, check, accelerate_config):
+    if not cli.launched("generate", [], config, overrides, force, check, accelerate_config):
         generate_here(config, overrides, force, check)
 
 
-def demo(overrides: OverridesArgument = None, force: ForceOption = False) -> None:
+def demo(overrides: cli.OverridesArgument = None, force: cli.ForceOption = False) -> None:
     """Run the whole pipeline on slices of a brain template, up to runs/demo/report.html.
 
     Needs no GPU, no download and no data.
@@ -150,7 +140,7 @@ def demo(overrides: OverridesArgument = None, force: ForceOption = False) -> Non
 
 def doctor(
     config: Annotated[Path | None, typer.Option("--config", help="also check what this configuration needs")] = None,
-    overrides: OverridesArgument = None,
+    overrides: cli.OverridesArgument = None,
 ) -> None:
     """Check this machine and installation, and whether a configuration can run here."""
     from maskloom.doctor import print_findings
@@ -201,42 +191,69 @@ class Entry(NamedTuple):
 
 
 STAGES, PIPELINE, DATA, TRAINING = "Stages", "The whole pipeline", "Datasets", "Training"
-NNUNET = "maskloom export runs/demo/dataset --format nnunet --output OUT dataset_id=502"
-COMBINE = "maskloom combine --real REAL --synthetic SYNTHETIC --output OUT"
+NNUNET = "maskloom export runs/demo/dataset --format nnunet --output out dataset_id=502"
+COMBINE = "maskloom combine --real real --synthetic synthetic --output combined"
 COMMANDS = (
     Entry("demo", demo, PIPELINE, ("maskloom demo", "maskloom demo train.max_train_steps=100")),
-    Entry("run", run, PIPELINE, ("maskloom run --config C", "maskloom run --config C --from generate --force")),
-    Entry("status", status, PIPELINE, ("maskloom status --config C",)),
+    Entry(
+        "run",
+        run,
+        PIPELINE,
+        ("maskloom run --config configs/demo.yaml", "maskloom run --config configs/demo.yaml --from generate --force"),
+    ),
+    Entry("status", status, PIPELINE, ("maskloom status --config configs/demo.yaml",)),
     Entry("sweep", sweep, PIPELINE, ("maskloom sweep --config configs/experiments/generators.yaml",)),
     Entry("doctor", doctor, PIPELINE, ("maskloom doctor", "maskloom doctor --config configs/busi.yaml")),
-    Entry("prepare", prepare_dataset, STAGES, ("maskloom prepare --config configs/busi.yaml data.raw_dir=FOLDER",)),
+    Entry("prepare", prepare_dataset, STAGES, ("maskloom prepare --config configs/busi.yaml data.raw_dir=raw/busi",)),
     Entry(
-        "train", train, STAGES, ("maskloom train --config C", "maskloom train --config C train.max_train_steps=2000")
+        "train",
+        train,
+        STAGES,
+        (
+            "maskloom train --config configs/demo.yaml",
+            "maskloom train --config configs/demo.yaml train.max_train_steps=2000",
+        ),
     ),
-    Entry("baselines", baselines, STAGES, ("maskloom baselines --config C --architecture pix2pix",)),
-    Entry("generate", generate, STAGES, ("maskloom generate --config C generate.num_images=500",)),
     Entry(
-        "evaluate", evaluate_here, STAGES, ("maskloom evaluate --config C", "maskloom evaluate --config C --controls")
+        "baselines",
+        baselines,
+        STAGES,
+        ("maskloom baselines --config configs/pix2pix_lidc.yaml --architecture pix2pix",),
+    ),
+    Entry("generate", generate, STAGES, ("maskloom generate --config configs/demo.yaml generate.num_images=500",)),
+    Entry(
+        "evaluate",
+        evaluate_here,
+        STAGES,
+        ("maskloom evaluate --config configs/demo.yaml", "maskloom evaluate --config configs/demo.yaml --controls"),
     ),
     Entry(
         "compare",
         compare,
         STAGES,
-        ("maskloom compare runs/demo/evaluation/cases.parquet", "maskloom compare CASES --score Dice --json OUT"),
+        (
+            "maskloom compare runs/demo/evaluation/cases.parquet",
+            "maskloom compare runs/demo/evaluation/cases.parquet --score Dice",
+        ),
     ),
     Entry(
         "judge",
         judge,
         STAGES,
         (
-            "maskloom judge --real REAL --synthetic SYNTHETIC",
+            "maskloom judge --real runs/demo --synthetic runs/demo/synthetic/controlnet",
             "maskloom judge --real raw/busi --synthetic vendor --out runs/vendor",
-            "maskloom judge --real R --synthetic S 'synthetic.options.masks=m/{stem}.png'",
+            "maskloom judge --real a --synthetic b 'synthetic.options.masks=m/{stem}.png'",
         ),
     ),
-    Entry("report", report, STAGES, ("maskloom report --config C",)),
-    Entry("inspect", inspect, DATA, ("maskloom inspect FOLDER",)),
-    Entry("merge", merge, DATA, ("maskloom prepare --config C --shard 1/2", "maskloom merge --config C")),
+    Entry("report", report, STAGES, ("maskloom report --config configs/demo.yaml",)),
+    Entry("inspect", inspect, DATA, ("maskloom inspect raw/busi",)),
+    Entry(
+        "merge",
+        merge,
+        DATA,
+        ("maskloom prepare --config configs/demo.yaml --shard 1/2", "maskloom merge --config configs/demo.yaml"),
+    ),
     Entry(
         "verify",
         verify,
@@ -245,12 +262,17 @@ COMMANDS = (
     ),
     Entry("export", export, DATA, (NNUNET,)),
     Entry("combine", combine, DATA, (COMBINE,)),
-    Entry("push", push, DATA, ("maskloom push --config C --dry-run", "maskloom push --config C dataset")),
+    Entry(
+        "push",
+        push,
+        DATA,
+        ("maskloom push --config configs/demo.yaml --dry-run", "maskloom push --config configs/demo.yaml dataset"),
+    ),
     Entry("plan", plan, TRAINING, ("maskloom plan --config configs/busi.yaml",)),
-    Entry("find-lr", find_lr, TRAINING, ("maskloom find-lr --config C --steps 200",)),
+    Entry("find-lr", find_lr, TRAINING, ("maskloom find-lr --config configs/demo.yaml --steps 200",)),
 )
 for one in COMMANDS:
-    app.command(one.name, cls=Command, rich_help_panel=one.panel, epilog=example(*one.examples))(one.function)
+    app.command(one.name, cls=cli.Command, rich_help_panel=one.panel, epilog=example(*one.examples))(one.function)
 
 if __name__ == "__main__":
     main()

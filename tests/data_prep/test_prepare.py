@@ -325,6 +325,7 @@ def refused(capsys, arguments):
 def test_a_missing_folder(tmp_path, capsys):
     line = refused(capsys, command_line(tmp_path / "run", tmp_path / "nowhere"))
     assert "nowhere: no such folder" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder(tmp_path, capsys):

@@ -181,6 +181,21 @@ def test_mistakes_in_a_run_are_told_before_anything_starts(tmp_path, arguments, 
     assert not (tmp_path / "run").exists()
 
 
+def test_every_invalid_value_of_a_run_is_named_on_a_line_of_its_own(tmp_path):
+    config = fake_run.write_config(tmp_path)
+    ended = _pipeline("run", "--config", str(config), "seed=-1", "train.max_train_steps=-1", "traim.x=1")
+    assert ended.returncode == 2
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 3
+    for line, key in zip(lines, ("seed=-1: ", "train.max_train_steps=-1: ", "unknown key 'traim': "), strict=True):
+        assert line.startswith(f"error: {config}: {key}")
+    many = [f"train.unknown_{number}=1" for number in range(7)]
+    lines = _pipeline("run", "--config", str(config), *many).stderr.splitlines()
+    assert [f"'train.unknown_{number}'" in line for number, line in enumerate(lines)] == [*[True] * 5, False]
+    assert lines[5] == f"error: {config}: 2 more problem(s), shown once these are fixed"
+    assert not (tmp_path / "run").exists()
+
+
 def _run_stage(stage, config: Path, *arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         run_stage_command(stage, ["--config", str(config), *arguments])
@@ -316,6 +331,9 @@ def test_nearest_names():
     assert nearest_name("sed", ["seed", "data"]) == "did you mean 'seed'? known: data, seed"
     assert nearest_name("zzz", ["seed"]) == "known: seed"
     assert nearest_name("zzz", []) == "known: none"
+    known = ["data", "seed", "seeds", "speed", "train"]
+    assert nearest_name("sed", known, most=3) == "did you mean 'seed'? known: seed, speed, seeds and 2 more"
+    assert nearest_name("sed", known, most=5) == "did you mean 'seed'? known: data, seed, seeds, speed, train"
     assert one_line(" a\n b\t c ") == "a b c"
 
 

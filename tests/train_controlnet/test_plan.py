@@ -364,6 +364,41 @@ def test_settings_that_are_not_there_are_named(config: ExperimentConfig, backbon
         planned_networks(changed(config, pretrained_model_name_or_path=str(broken)).train)
 
 
+@pytest.mark.parametrize(
+    ("name", "unet", "text_encoder"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 123_060_480),
+        ("stabilityai/stable-diffusion-2-1", 865_910_724, 340_387_840),
+    ],
+)
+def test_a_known_backbone_needs_no_network(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, name: str, unet: int, text_encoder: int
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    train = config.fine_tuning.model_copy(
+        update={"pretrained_model_name_or_path": name, "variant": "fp16", "tokenizer_name": None}
+    )
+    networks = planned_networks(train)
+    counts = [sum(p.numel() for p in one.parameters()) for one in (networks.unet, networks.text_encoder, networks.vae)]
+    assert counts == [unet, text_encoder, 83_653_863]
+
+
+@pytest.mark.parametrize("changes", [{"revision": "abc"}, {"pretrained_model_name_or_path": "someone/unheard-of"}])
+def test_settings_of_any_other_backbone_are_read_from_the_hub(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str]
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    known = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-2-1"}
+    train = config.fine_tuning.model_copy(update={**known, **changes})
+    with pytest.raises(
+        MaskLoomError, match=r"neither in the Hub's cache .* \(no network\); connect to the network once"
+    ):
+        planned_networks(train)
+
+
 def test_the_plain_command_is_the_training(
     config: ExperimentConfig, tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,12 +7,19 @@ from torch.utils.checkpoint import checkpoint
 
 from maskloom.models.stable_diffusion.checks import check_backbone
 from maskloom.models.stable_diffusion.loading import KINDS, load_noise_schedule, new_controlnet, new_network
-from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.source import ORIGINAL, BackboneSource
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.train_controlnet.memory_plan.memory import OnGpu
 from maskloom.train_controlnet.networks import Networks, make_controlnet, prepared_networks
 
 META = torch.device("meta")
+KNOWN_BACKBONES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
+    "CompVis/stable-diffusion-v1-4": "sd1",
+    "stabilityai/stable-diffusion-2-1": "sd2",
+    "stabilityai/stable-diffusion-2-1-base": "sd2",
+}
+"""Hub ids whose networks have the shipped settings; the folder of these by id."""
 
 
 def planned_networks(config: TrainConfig) -> Networks:
@@ -24,8 +31,10 @@ def planned_networks(config: TrainConfig) -> Networks:
     Raises:
         MaskLoomError: the backbone is not supported, or the ControlNet does not fit it.
     """
-    source = BackboneSource.of(config)
-    check_backbone(source, settings_only=True)
+    source = known_settings(config)
+    if source is None:
+        source = BackboneSource.of(config)
+        check_backbone(source, settings_only=True)
     with META:
         unet, vae, text_encoder = (new_network(KINDS[part], source, part) for part in ("unet", "vae", "text_encoder"))
         networks = Networks(
@@ -38,6 +47,14 @@ def planned_networks(config: TrainConfig) -> Networks:
         )
         plain = {"torch_compile": False, "enable_xformers_memory_efficient_attention": False}
         return prepared_networks(networks, config.model_copy(update=plain), META)
+
+
+def known_settings(config: TrainConfig) -> BackboneSource | None:
+    """Return the shipped settings of a known backbone on the Hub, which need no network; None for another one."""
+    source = BackboneSource.of(config)
+    if source.is_folder or source.revision is not None or source.name not in KNOWN_BACKBONES:
+        return None
+    return BackboneSource(str(ORIGINAL / KNOWN_BACKBONES[source.name]))
 
 
 def recompute_on_gpu(networks: Networks, config: TrainConfig, gpu: OnGpu) -> None:

@@ -91,7 +91,7 @@ def test_an_interrupted_writing_goes_on(tmp_path, splits):
 
     first = writer("key")
     first.write_shard(shards[0], splits["train"][:4])
-    with pytest.raises(MaskLoomError, match=r"dataset: unfinished; run the stage that writes it again"):
+    with pytest.raises(MaskLoomError, match=r"dataset: unfinished; run `maskloom prepare` again"):
         read_contract(tmp_path / "dataset")
     assert writer("key").missing_shards() == shards[1:]
     assert writer("another key").missing_shards() == shards
@@ -126,8 +126,10 @@ def test_the_ledger_is_kept(tmp_path, splits):
 
 
 def test_no_such_dataset(tmp_path):
-    with pytest.raises(MaskLoomError, match="no such dataset; run the stage that writes it first"):
+    with pytest.raises(MaskLoomError, match="no such dataset; run `maskloom prepare` first"):
         read_contract(tmp_path / "nowhere")
+    with pytest.raises(MaskLoomError, match="lora: no such dataset; run `maskloom generate` first"):
+        read_contract(tmp_path / "synthetic" / "lora")
 
 
 def test_a_folder_of_something_else(tmp_path):

@@ -48,7 +48,7 @@ def test_it_is_the_folder_and_its_contract(dataset: MaskPromptDataset):
 
 
 def test_no_such_dataset(tmp_path: Path):
-    with pytest.raises(MaskLoomError, match="no such dataset; run the stage that writes it first"):
+    with pytest.raises(MaskLoomError, match="no such dataset; run `maskloom prepare` first"):
         MaskPromptDataset.open(tmp_path / "nowhere")
 
 

@@ -442,7 +442,7 @@ def test_what_is_not_there_cannot_be_pushed(hub, tmp_path, capsys):
     assert told == [
         f"{tmp_path}/run/generator: nothing has been trained yet; run train first",
         f"{tmp_path}/run/synthetic: nothing has been generated yet; run generate first",
-        f"{tmp_path}/run/dataset: no such dataset; run the stage that writes it first, or correct the path",
+        f"{tmp_path}/run/dataset: no such dataset; run `maskloom prepare` first, or correct the path",
         f"model: no such part of {tmp_path}/run; known: dataset, generator",
     ]
 

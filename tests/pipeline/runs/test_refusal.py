@@ -16,11 +16,14 @@ def opened(folder: Path) -> Run:
 
 
 def refuse(run: Run, stage: str = "prepare", writes: str = "") -> None:
-    with pytest.raises(MaskLoomError, match="no such scanner"), Stage(run, stage, {}, None, []).recorded():
+    def compute() -> None:
         if writes:
             (run.folder / writes).parent.mkdir(parents=True, exist_ok=True)
             (run.folder / writes).write_text("a part")
         raise MaskLoomError("no such scanner")
+
+    with pytest.raises(MaskLoomError, match="no such scanner"), Stage(run, stage, {}, None, []).recorded():
+        compute()
 
 
 def paths(run: Run) -> set[str]:
