@@ -104,14 +104,18 @@ def part_cosines(images: Described, patches: Floats) -> Floats:
 
 
 def without_padding(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return a (128, 128) image without padding, at its old size; itself unless all sides have some."""
+    """Return a (128, 128) image without padding, at its old size; itself unless all sides have some.
+
+    What is kept is square: an image that had black sides of its own before it was padded keeps them.
+    """
     content = content_box(halved(image.astype(np.float32)))
     if not is_padded(content):
         return image
-    top, left, bottom, right = (SIDE * edge for edge in content)
-    return np.asarray(
-        Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    )
+    top, left, bottom, right = content
+    side = max(bottom - top, right - left)
+    up, before = (min(max(0.0, (low + high - side) / 2), 1 - side) for low, high in ((top, bottom), (left, right)))
+    corners = SIDE * before, SIDE * up, SIDE * (before + side), SIDE * (up + side)
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=corners))
 
 
 def is_padded(content: Box) -> bool:

@@ -15,7 +15,7 @@ from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.scores.calibration import copy_threshold, held_out_share, joint_thresholds
 from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches
-from maskloom.evaluate.scores.descriptors import SIDE
+from maskloom.evaluate.scores.descriptors import SIDE, without_padding
 from maskloom.evaluate.scores.overlap import largest_overlaps
 from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -98,6 +98,14 @@ def test_a_changed_copy_is_found(search: CopySearch, thresholds: dict[str, float
     flagged = [name for name in SIMILARITIES if found.similarity[name][0] > thresholds[name]]
     assert flagged
     assert {int(found.index[name][0]) for name in flagged} == {7}
+
+
+def test_padding_is_cut_without_changing_the_aspect_ratio() -> None:
+    letterboxed = picture(7)
+    letterboxed[:30] = letterboxed[-38:] = 0
+    cut = without_padding(padded(letterboxed))
+    assert np.corrcoef(cut.ravel(), letterboxed.ravel())[0, 1] > 0.97
+    assert without_padding(letterboxed) is letterboxed
 
 
 def test_unseen_images_are_no_copies(held_out: Matches, thresholds: dict[str, float], search: CopySearch) -> None:
