@@ -10,6 +10,7 @@ from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.questions import Question
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.files.private_paths import without_places
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.results import Evaluation, MetricResult, read_evaluation, write_evaluation
 from maskloom.pipeline.runs.run import Run
@@ -84,7 +85,7 @@ class Answers:
             on_copies=inputs.on_copies,
             inputs=dict(digests),
             weights=dict(weights),
-            options=question.options.model_dump(mode="json"),
+            options=without_places(question.options.model_dump(mode="json")),
             **result.as_json(),
         )
         write_evaluation(self.folder, answer)

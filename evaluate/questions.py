@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from maskloom.evaluate import controls
-from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor
+from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor, extractor_digests
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
@@ -33,13 +33,14 @@ class Question:
         return [self.name, self.module.VERSION, self.options.model_dump(mode="json")]
 
     def own_inputs(self, run: Run, config: ExperimentConfig) -> dict[str, str]:
-        """Return the digests of what this metric alone reads, by name; `own_inputs` of its file.
+        """Return the digests of what this metric alone reads, by name: `own_inputs` of its file, and a vision model.
 
         Raises:
-            MaskLoomError: trained weights are damaged.
+            MaskLoomError: trained weights are damaged, or a vision model cannot be read.
         """
         find = getattr(self.module, "own_inputs", None)
-        return {} if find is None else find(run, config)
+        model = extractor_digests(self.options) if isinstance(self.options, ExtractorOptions) else {}
+        return model if find is None else {**find(run, config), **model}
 
 
 def open_question(name: str, options: dict[str, Any] | None) -> Question:

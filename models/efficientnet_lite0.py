@@ -25,6 +25,7 @@ STAGES = (
     (6, 192, 4, 5, 2),
     (6, 320, 1, 3, 1),
 )
+LAST_OF_RESOLUTION = (0, 2, 4, 10, 15)  # blocks after which the sides are halved, or nothing follows
 
 
 class EfficientNetLite0(nn.Module):
@@ -51,6 +52,19 @@ class EfficientNetLite0(nn.Module):
             images: RGB, (B, 3, H, W) in about [-1, 1].
         """
         return functional.relu6(self.bn0(self.conv_stem(images)))
+
+    def maps_by_resolution(self, images: Tensor) -> list[Tensor]:
+        """Return the last maps at each resolution: 16, 24, 40, 112 and 320 channels, sides H/2 to H/32.
+
+        Args:
+            images: RGB, (B, 3, H, W) in about [-1, 1].
+        """
+        features, found = self.stem(images), []
+        for number, block in enumerate(self.blocks):
+            features = block(features)
+            if number in LAST_OF_RESOLUTION:
+                found.append(features)
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the maps of the last convolution, (B, 1280, H/32, W/32), with sides rounded up.

@@ -24,7 +24,10 @@ PACKAGE = "maskloom.evaluate.scores.extractors"
 class ExtractorOptions(Section):
     """The network that extracts features, and its input size."""
 
-    extractor: str = Field("efficientnet_lite0", description="file name in evaluate/scores/extractors")
+    extractor: str = Field(
+        "efficientnet_lite0",
+        description="file name in evaluate/scores/extractors; or a vision model: ./FOLDER, or NAMESPACE/NAME@COMMIT on the Hub",
+    )
     extractor_size: Side | None = Field(
         None, ge=32, description="input side in pixels; null: the size at which the network was trained"
     )
@@ -35,21 +38,38 @@ class Extractor:
     """A pretrained network that maps images to features.
 
     Attributes:
-        name: file name in evaluate/scores/extractors.
+        name: file name in evaluate/scores/extractors, or the name of a vision model.
         digest: SHA-256 that identifies its weights.
         side: images are resized to side x side, bicubic with antialiasing, not rounded to 8 bits.
         features: maps NCHW float32 RGB in [0, 255] to (N, D) float32.
+        maps: maps the same to the feature maps of several layers, (N, C, ...) each; None if the
+            network does not give them.
     """
 
     name: str
     digest: str
     side: int
     features: Callable[[Tensor], Tensor]
+    maps: Callable[[Tensor], list[Tensor]] | None = None
 
     @property
     def title(self) -> str:
         """Name, weights and size: figures are comparable only if this is the same."""
         return f"{self.name} (weights {self.digest[:12]}, {self.side} px, bicubic antialiased)"
+
+
+def extractor_plugin(name: str) -> Any:
+    """Return the file of an extractor, or what stands for the file of a vision model.
+
+    Args:
+        name: the option `extractor`; a name with a slash is that of a model.
+
+    Raises:
+        MaskLoomError: unknown name (lists the known ones), or the model's settings cannot be read.
+    """
+    if "/" not in name:
+        return load_plugin(PACKAGE, name, "extractor")
+    return load_plugin(PACKAGE, "huggingface", "extractor").of_model(name)
 
 
 def check_extractor(options: ExtractorOptions) -> None:
@@ -58,21 +78,35 @@ def check_extractor(options: ExtractorOptions) -> None:
     No weights are read.
 
     Raises:
-        MaskLoomError: unknown name (lists the known ones), or it cannot be used.
+        MaskLoomError: see `extractor_plugin`; or it cannot be used.
     """
-    module: Any = load_plugin(PACKAGE, options.extractor, "extractor")
-    module.check(options.extractor_size or module.INPUT_SIZE)
+    plugin = extractor_plugin(options.extractor)
+    plugin.check(options.extractor_size or plugin.INPUT_SIZE)
+
+
+def extractor_digests(options: ExtractorOptions) -> dict[str, str]:
+    """Return the digest of the vision model of the options by its name; empty for other extractors.
+
+    The files of a folder may change under its name, other than those of an extractor's package.
+
+    Raises:
+        MaskLoomError: see `extractor_plugin`; or a folder has no weights.
+    """
+    if "/" not in options.extractor:
+        return {}
+    model = extractor_plugin(options.extractor)
+    return {f"extractor {model.name}": model.digest()}
 
 
 def load_extractor(inputs: EvaluationInputs, options: ExtractorOptions) -> Extractor:
     """Return the extractor of the options, loaded once.
 
     Raises:
-        MaskLoomError: unknown name (lists the known ones), or it cannot be loaded.
+        MaskLoomError: see `extractor_plugin`; or it cannot be loaded.
     """
-    module: Any = load_plugin(PACKAGE, options.extractor, "extractor")
-    side = options.extractor_size or module.INPUT_SIZE
-    extractor: Extractor = inputs.once(("extractor", options.extractor, side), lambda: module.load(side, inputs.device))
+    plugin = extractor_plugin(options.extractor)
+    side = options.extractor_size or plugin.INPUT_SIZE
+    extractor: Extractor = inputs.once(("extractor", options.extractor, side), lambda: plugin.load(side, inputs.device))
     return extractor
 
 
@@ -103,11 +137,11 @@ def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]],
     with torch.inference_mode():
         for batch in batches:
             pixels = torch.from_numpy(np.stack([array for array in batch if array is not None])).to(device)
-            found.append(extractor.features(_as_rgb(pixels, extractor.side)).float().cpu().numpy())
+            found.append(extractor.features(as_rgb(pixels, extractor.side)).float().cpu().numpy())
     return np.concatenate(found) if found else np.zeros((0, 1), dtype=np.float32)
 
 
-def _as_rgb(pixels: Tensor, side: int) -> Tensor:
+def as_rgb(pixels: Tensor, side: int) -> Tensor:
     """Return (N, H, W[, 3]) uint8 as (N, 3, side, side) float32 in [0, 255]."""
     import torch
 

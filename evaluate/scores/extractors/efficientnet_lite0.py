@@ -30,8 +30,13 @@ def load(side: int, device: str) -> Extractor:
 
     network = load_efficientnet_lite0().to(device)
 
-    def features(pixels: torch.Tensor) -> torch.Tensor:
-        scaled = ((pixels - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
-        return network(scaled).mean(dim=(2, 3))
+    def scaled(pixels: torch.Tensor) -> torch.Tensor:
+        return ((pixels - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
 
-    return Extractor("efficientnet_lite0", file_digest(weights_file()), side, features)
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        return network(scaled(pixels)).mean(dim=(2, 3))
+
+    def maps(pixels: torch.Tensor) -> list[torch.Tensor]:
+        return network.maps_by_resolution(scaled(pixels))
+
+    return Extractor("efficientnet_lite0", file_digest(weights_file()), side, features, maps)
