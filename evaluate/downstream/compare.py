@@ -111,7 +111,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ArmScore:
-    """What one arm reached in one score on one test set: mean over its seeds and cases, 95 % interval."""
+    """What one arm reached in one score on one test set: mean over its seeds and cases, 95 % interval.
+
+    `groups` is the number of groups behind it, see `Comparison`.
+    """
 
     arm: str
     score: str
@@ -119,6 +122,7 @@ class ArmScore:
     low: float | None
     high: float | None
     by_seed: tuple[float, ...]
+    groups: int = 0
 
 
 def compare(
@@ -182,10 +186,10 @@ def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
     if values is None or not values.size:
         return ArmScore(arm, score, None, None, None, ())
     by_seed = tuple(values.mean(axis=1).tolist())
-    effect = _effect(pair, score, values)
+    effect, groups = _effect(pair, score, values), supporting_groups(pair, score)
     if effect is None:
-        return ArmScore(arm, score, float(values.mean()), None, None, by_seed)
-    return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed)
+        return ArmScore(arm, score, float(values.mean()), None, None, by_seed, groups)
+    return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed, groups)
 
 
 def _compare_score(cases: ScoredTestSet, baseline: str, score: str, lower: bool) -> list[Comparison]:

@@ -21,9 +21,13 @@ from maskloom.evaluate.downstream.compare import (
     score_names,
 )
 from maskloom.evaluate.downstream.outlook import what_would_change
+from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
+from maskloom.evaluate.scores.statistics import saturated_interval
 from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
 SMALLEST_P = 0.001
+NO_SHARES = ("AUROC", CALIBRATION_ERROR)
+"""Scores that are no means over cases: the best of them in every group says nothing of a share."""
 LUCK_RATIO = 2.0  # from which the null arm's half interval is out of line with the smallest effect
 
 ORDER = f"Arms stand in the order of what they train on: {', '.join(GROUPS)}."
@@ -131,13 +135,16 @@ def _compare_test_set(
 def _interval(one: ArmScore | Comparison) -> Interval:
     """Return a figure with its interval.
 
-    The interval ends where scores (0 and 1) and their differences (-1 and 1) do. What is the same in
-    every case and seed has none, as this proves no certainty.
+    The interval ends where scores (0 and 1) and their differences (-1 and 1) do. A share that is 0 or 1
+    in every case and seed has the exact interval over groups. All else that is the same in every case
+    and seed has none, as this proves no certainty.
     """
     value, lowest = (one.value, 0.0) if isinstance(one, ArmScore) else (one.difference, -1.0)
-    if one.low is None or one.high is None or one.low == one.high:
-        return Interval(value=value)
-    return Interval(value=value, low=max(lowest, one.low), high=min(1.0, one.high))
+    if one.low is not None and one.high is not None and one.low != one.high:
+        return Interval(value=value, low=max(lowest, one.low), high=min(1.0, one.high))
+    if isinstance(one, ArmScore) and value in (0.0, 1.0) and one.groups and one.score not in NO_SHARES:
+        return saturated_interval(value, one.groups)
+    return Interval(value=value)
 
 
 def _values(one: TestSetComparison) -> dict[str, Any]:
@@ -236,7 +243,7 @@ def _forests(one: TestSetComparison) -> list[Forest]:
                         name=arm_title(change.arm),
                         **_interval(change).model_dump(),
                         finding=change.finding,
-                        basis=basis_of(change),
+                        basis=basis_of(change, one.groups),
                         smallest=change.smallest_effect or None,
                         reference=change.arm == NULL_ARM,
                         group=arm_group(change.arm),
@@ -248,9 +255,15 @@ def _forests(one: TestSetComparison) -> list[Forest]:
     return found
 
 
-def basis_of(one: Comparison) -> str:
-    """Return the numbers that a comparison rests on, in words."""
-    return f"{one.cases} cases, {one.groups} groups, {one.seeds} seeds"
+def basis_of(one: Comparison, groups: int) -> str:
+    """Return the numbers that a comparison rests on, in words.
+
+    Args:
+        one: the comparison.
+        groups: of the test set; a mean over classes rests on those of the rarest class, and cases may be left out.
+    """
+    effective = f" ({one.groups} effective)" if one.groups < groups else ""
+    return f"{one.cases} cases, {groups} groups{effective}, {one.seeds} seeds"
 
 
 def _score_table(one: TestSetComparison) -> Table:
@@ -258,7 +271,10 @@ def _score_table(one: TestSetComparison) -> Table:
     rows: list[list[Cell]] = [[arm_title(arm), *map(_interval, one.scores[arm].values())] for arm in arms]
     images = f"images of the {one.test_set}" if one.external else "real test images"
     note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds, "
-    note += f"cut at 0 and 1. Where all models and cases agree, no interval can be given. {ORDER}"
+    note += (
+        "cut at 0 and 1. Where all models and cases agree on 0 or 1, the interval is the exact one over groups "
+        f"(Clopper-Pearson); where they agree otherwise, no interval can be given. {ORDER}"
+    )
     title, columns = f"Scores of each arm{one.place}", ["arm", *one.scores[BASELINE]]
     return Table(title=title, note=note, columns=columns, rows=rows, groups=[arm_group(arm) for arm in arms])
 

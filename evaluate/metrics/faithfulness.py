@@ -185,12 +185,14 @@ def _table(
         values[scored.name] = {"n": len(scored.groups), "groups": len(set(scored.groups))}
         for column, class_name in enumerate(names):
             figures = {
-                kind: bootstrap.interval(weighted_mean(scores[:, column - 1] if column else scores.mean(axis=1)))
+                kind: bootstrap.interval(
+                    weighted_mean(scores[:, column - 1] if column else scores.mean(axis=1)), share=True
+                )
                 for kind, scores in (("dice", scored.dice), ("iou", scored.iou), ("chance_dice", scored.chance))
             }
             values[scored.name][class_name] = {kind: interval.model_dump() for kind, interval in figures.items()}
             rows.append([scored.name, class_name, len(scored.groups), *figures.values()])
-    note = f"Means over images with 95 % intervals clustered by group. Chance: Dice with the mask of another image of the same set. {EMPTY_RULE}"
+    note = f"Means over images with 95 % intervals clustered by group (bootstrap; exact, Clopper-Pearson, where all are 0 or 1). Chance: Dice with the mask of another image of the same set. {EMPTY_RULE}"
     return Table(
         title="Mask faithfulness", note=note, columns=["set", "class", "n", "Dice", "IoU", "Dice by chance"], rows=rows
     ), values

@@ -357,7 +357,7 @@ def audit_verdict(audits: list[Audit], options: Options) -> str:
                 f"{name} is closer to training images than unseen real images are "
                 f"(for {of_parent:.0%} of the flagged images, the nearest one is the image whose mask was used)"
             )
-    expected = f"{options.percentile:g} % of unseen real images would be"
+    expected = f"{options.percentile:g} % of unseen real images would be; 95 % Wilson intervals"
     shares = f"Images suspiciously close to a training image ({expected}): {'; '.join(parts)}."
     if near:
         finding = f" Finding: {'; '.join(near)}: inspect the pairs."

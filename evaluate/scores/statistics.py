@@ -81,26 +81,35 @@ class Bootstrap:
         self.weights = bootstrap_weights(groups, resamples, seed) if self.clusters > 1 else None
         self.without_one = 1.0 - (group_index(groups) == np.arange(self.clusters)[:, None])
 
-    def interval(self, statistic: Statistic) -> Interval:
+    def interval(self, statistic: Statistic, share: bool = False) -> Interval:
         """Return the estimate and its 95 % group-clustered bootstrap interval.
 
         The percentiles are expanded for the number of groups (Hesterberg 2015, 'What Teachers
         Should Know About the Bootstrap'): plain percentile intervals are too narrow when groups are
-        few.
+        few. A share of 0 or 1 has the exact interval instead: all draws of it are alike.
+
+        Args:
+            statistic: the statistic.
+            share: whether it is a mean of values between 0 and 1.
 
         Returns:
             The interval; without ends if the figure depends on one group alone (the only one, or
-            the only one with a class), since its variation between groups is then unknown.
+            the only one with a class), or if all draws are alike, since its variation between groups
+            is then unknown.
         """
         point = estimate(statistic, self.count)
         if not np.isfinite(point):
             return Interval(value=None)
+        if share and point in (0.0, 1.0):
+            return saturated_interval(point, self.clusters)
         if self.weights is None or not np.isfinite(statistic(self.without_one)).all():
             return Interval(value=point)
         replicates = statistic(self.weights)
         replicates = replicates[np.isfinite(replicates)]
         tail = expanded_tail(self.clusters)
         low, high = np.quantile(replicates, [tail, 1 - tail])
+        if low == high:
+            return Interval(value=point)
         return Interval(value=point, low=float(low), high=float(high))
 
 
@@ -153,19 +162,34 @@ def separation_interval(
         groups_of_higher: the group of each of the M scores.
 
     Returns:
-        The interval; without ends if all scores of a sample are of one group.
+        The interval; without ends if all scores of a sample are of one group. If all scores are
+        told apart, it is the exact one of as many pairs of groups as there are without a common group.
     """
     wins = (lower[:, None] < higher) + 0.5 * (lower[:, None] == higher)  # (N, M)
     of_rows, of_columns = np.asarray(groups_of_lower, dtype=str), np.asarray(groups_of_higher, dtype=str)
     value = float(wins.mean())
-    if min(len(set(of_rows)), len(set(of_columns))) < 2:
+    pairs = min(len(set(of_rows)), len(set(of_columns)))
+    if pairs < 2:
         return Interval(value=value)
+    if value in (0.0, 1.0):
+        return saturated_interval(value, pairs)
     groups = sorted({*of_rows, *of_columns})
     leave_outs = [wins[of_rows != group][:, of_columns != group].mean() for group in groups]
     found = jackknife_interval(value, leave_outs)
     assert found.low is not None
     assert found.high is not None
     return Interval(value=value, low=max(found.low, 0.0), high=min(found.high, 1.0))
+
+
+def saturated_interval(value: float, groups: int) -> Interval:
+    """Return the exact (Clopper-Pearson) 95 % interval of a share that is 0, or 1, in every group.
+
+    Groups, not images, are the independent trials: 1 in each of 6 groups is 1 [0.541, 1].
+    """
+    from scipy.stats import binomtest
+
+    bounds = binomtest(round(value) * groups, groups).proportion_ci(LEVEL, method="exact")
+    return Interval(value=float(round(value)), low=float(bounds.low), high=float(bounds.high))
 
 
 def share_interval(hits: int, total: int) -> Interval:

@@ -94,7 +94,9 @@ def test_saturated_figures_are_not_printed_as_certainty() -> None:
     gain = np.random.default_rng(3).normal(0.2, 0.001, BASE.shape)
     changes, scores = compared({"real": np.full_like(BASE, 1.0), "real_synthetic": BASE + gain}).tables
     assert changes.rows[0][5] == "< 0.001"
-    assert scores.rows[0][1] == Interval(value=1.0)
+    saturated = scores.rows[0][1]
+    assert (saturated.value, saturated.low, saturated.high) == (1.0, pytest.approx(0.025 ** (1 / 60)), 1.0)
+    assert "the exact one over groups (Clopper-Pearson)" in scores.note
     assert "no interval can be given" in scores.note
 
 

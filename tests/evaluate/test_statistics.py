@@ -9,6 +9,7 @@ from maskloom.evaluate.scores.statistics import (
     estimate,
     expanded_tail,
     jackknife_interval,
+    separation_interval,
     share_interval,
     weighted_mean,
 )
@@ -120,6 +121,22 @@ def test_share_interval_is_wilsons() -> None:
     )
     assert share_interval(0, 0) == Interval(value=None)
     assert share_interval(0, 10).high > 0.2
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(1.0, 0.025 ** (1 / 6), 1), (0.0, 0, 1 - 0.025 ** (1 / 6))])
+def test_shares_of_all_or_nothing_have_the_exact_interval_over_groups(value: float, low: float, high: float) -> None:
+    found = Bootstrap([f"{i // 5}" for i in range(30)]).interval(weighted_mean(np.full(30, value)), share=True)
+    assert (found.value, found.low, found.high) == (value, pytest.approx(low), pytest.approx(high))
+
+
+def test_draws_that_are_all_alike_give_no_interval() -> None:
+    assert Bootstrap(list("aabbcc")).interval(weighted_mean(np.full(6, 0.4))).low is None
+
+
+def test_samples_that_are_wholly_told_apart_are_not_certain() -> None:
+    groups = list("abcdef")
+    found = separation_interval(np.arange(6.0), np.arange(6.0) + 10, groups, [one * 2 for one in groups])
+    assert (found.value, found.low, found.high) == (1.0, pytest.approx(0.025 ** (1 / 6)), 1.0)
 
 
 def test_interval_reads_as_in_the_verdict() -> None:
