@@ -142,11 +142,11 @@ def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]],
 
 
 def as_rgb(pixels: Tensor, side: int) -> Tensor:
-    """Return (N, H, W[, 3]) uint8 as (N, 3, side, side) float32 in [0, 255]."""
+    """Return (N, H, W[, 1 or 3]) uint8 as (N, 3, side, side) float32 in [0, 255]."""
     import torch
 
-    colour = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None].expand(-1, 3, -1, -1)
-    colour = colour.float()
+    channels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
+    colour = channels.expand(-1, 3, -1, -1).float()
     if colour.shape[-2:] == (side, side):
         return colour
     resized = torch.nn.functional.interpolate(colour, (side, side), mode="bicubic", antialias=True)
