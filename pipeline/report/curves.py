@@ -15,6 +15,10 @@ from maskloom.pipeline.runs.training_log import readable_metrics
 POINTS = 200  # longer series are averaged down to at most this many points
 SIZE_INCHES = (4.6, 2.8)  # small enough for its text to be readable at 400 px
 COLOURS = ("#1b5e9b", "#c25a1c", "#2f7d4f", "#8a3d8f", "#6b6b6b", "#b0922b", "#3aa0a8", "#a33a4a")
+LINES = ("-", "--", ":", "-.")  # further series repeat the colours
+MOST_IN_CHART = 8  # the legend of more series stands below the chart
+LEGEND_INCHES = 0.18  # height of a line of the legend
+LETTERS = 40  # longer names are cut
 STYLE: Any = {
     "svg.hashsalt": "maskloom",  # keeps the ids in the drawing the same every time
     "svg.fonttype": "none",
@@ -36,7 +40,9 @@ def line_chart(curve: Curve) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        below = len(curve.series) > MOST_IN_CHART
+        width, height = SIZE_INCHES
+        figure = Figure(figsize=(width, height + below * LEGEND_INCHES * len(curve.series)), layout="constrained")
         axes = figure.add_subplot()
         for index, (name, points) in enumerate(curve.series.items()):
             xs, ys = [x for x, _ in points], [math.nan if y is None else y for _, y in points]
@@ -44,15 +50,18 @@ def line_chart(curve: Curve) -> str:
             axes.plot(
                 xs,
                 ys,
-                label=plain_text(name),
+                label=plain_text(shortened(name)),
                 color=COLOURS[index % len(COLOURS)],
+                linestyle=LINES[index // len(COLOURS) % len(LINES)],
                 linewidth=1.5,
                 marker=marker,
                 markersize=3,
             )
-        axes.set_xlabel(plain_text(curve.x_label))
-        axes.set_ylabel(plain_text(curve.y_label))
-        if len(curve.series) > 1:
+        axes.set_xlabel(plain_text(shortened(curve.x_label)))
+        axes.set_ylabel(plain_text(shortened(curve.y_label)))
+        if below:
+            figure.legend(fontsize=8, loc="outside lower left")
+        elif len(curve.series) > 1:
             axes.legend(fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -113,6 +122,11 @@ def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, float]]
             if key != "step" and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
                 series.setdefault(key, {})[line["step"]] = float(value)
     return series
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most `LETTERS` letters, and an ellipsis where more were cut."""
+    return text if len(text) <= LETTERS else f"{text[:LETTERS]}…"
 
 
 def plain_text(text: str) -> str:

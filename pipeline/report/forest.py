@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH_INCHES = 4.4  # small enough for its text to be readable at 400 px
-LINE_INCHES, INTERVAL_INCHES, HEADING_INCHES, AXIS_INCHES = 0.17, 0.29, 0.26, 0.6  # heights
+LINE_INCHES, INTERVAL_INCHES, GAP_INCHES, AXIS_INCHES = 0.17, 0.29, 0.09, 0.6  # heights
 LETTERS = 56  # per line of text in the plot
 CHANCE_COLOUR = "#6b6b6b"
 MARK_COLOUR = "#b0922b"
@@ -34,11 +34,11 @@ def forest_plot(forest: Forest) -> str:
 
     labels = [wrap(f"{row.name}: {figures_text(row)}", LETTERS) for row in forest.rows]
     headings = [
-        row.group if number == 0 or row.group != forest.rows[number - 1].group else ""
+        wrap(row.group, LETTERS - 8) if number == 0 or row.group != forest.rows[number - 1].group else []
         for number, row in enumerate(forest.rows)
     ]
     height = sum(LINE_INCHES * len(lines) + INTERVAL_INCHES for lines in labels)
-    height += HEADING_INCHES * sum(map(bool, headings))
+    height += sum(LINE_INCHES * len(lines) + GAP_INCHES for lines in headings if lines)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(WIDTH_INCHES, height + AXIS_INCHES), layout="constrained")
         axes = figure.add_subplot()
@@ -46,8 +46,8 @@ def forest_plot(forest: Forest) -> str:
         top = 0.0
         for row, lines, heading in zip(forest.rows, labels, headings, strict=True):
             if heading:
-                _write(axes, top, [heading], HEADING_COLOUR, fontweight="bold")
-                top += HEADING_INCHES
+                _write(axes, top, heading, HEADING_COLOUR, fontweight="bold")
+                top += LINE_INCHES * len(heading) + GAP_INCHES
             _write(axes, top, lines, CHANCE_COLOUR if row.reference else COLOURS[0])
             top += LINE_INCHES * len(lines) + INTERVAL_INCHES
             _draw_interval(axes, row, top - INTERVAL_INCHES / 2)
@@ -55,7 +55,7 @@ def forest_plot(forest: Forest) -> str:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.08)
-        axes.set_xlabel(plain_text(forest.x_label))
+        axes.set_xlabel(plain_text("\n".join(wrap(forest.x_label, LETTERS))))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
