@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from maskloom import cli, doctor
@@ -162,6 +163,20 @@ def test_doctor_says_what_a_configuration_lacks(tmp_path, capsys):
     assert "data.raw_dir=/none: no such folder" in capsys.readouterr().out.replace("\n", " ").replace("│", "").replace(
         "  ", " "
     )
+
+
+def test_doctor_cuts_no_word_off_at_80_columns(tmp_path, capsys, monkeypatch):
+    config = tmp_path / "c.yaml"
+    name = "a-long-namespace/and-a-long-name-of-a-backbone-that-no-line-holds"
+    config.write_text(
+        f"experiment: x\ndata: {{dataset: phantom_bus}}\ntrain: {{pretrained_model_name_or_path: ./{name}}}\n"
+    )
+    monkeypatch.setattr("maskloom.pipeline.progress.table_console", lambda: Console(width=80))
+    with pytest.raises(MaskLoomError, match="prevent it from running here"):
+        doctor.print_findings(config, [])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert name in "".join(line.split("│")[2].strip() for line in shown.splitlines() if "│" in line)
 
 
 def test_the_module_forms_are_the_same_commands(tmp_path):

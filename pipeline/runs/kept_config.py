@@ -27,7 +27,7 @@ def configuration_after(run: Run, stage: str) -> ExperimentConfig | None:
     """Return the configuration that describes a run once a stage has computed.
 
     Sections of other stages that have finished stay as they are in `config.yaml`: those stages did
-    not run with the settings given now. After `report`, which computes nothing that others use,
+    not run with the settings given now. So do the entries of other architectures in `baselines`. After `report`, which computes nothing that others use,
     only its own section and the place of the run are new.
 
     Args:
@@ -39,8 +39,14 @@ def configuration_after(run: Run, stage: str) -> ExperimentConfig | None:
         return run.config
     if stage == "report":
         return kept.model_copy(update={"report": run.config.report, "run_dir": run.config.run_dir})
-    others = [section for name, section in SECTIONS.items() if name != stage.split("/")[0] and _has_finished(run, name)]
-    return run.config.model_copy(update={section: getattr(kept, section) for section in others})
+    whole, _, architecture = stage.partition("/")
+    others = [section for name, section in SECTIONS.items() if name != whole and _has_finished(run, name)]
+    changes = {section: getattr(kept, section) for section in others}
+    if architecture:
+        trained = {name: old for name, old in kept.baselines.items() if _has_finished(run, f"{whole}/{name}")}
+        own = {architecture: run.config.baselines[architecture]}
+        changes["baselines"] = {**run.config.baselines, **trained, **own}
+    return run.config.model_copy(update=changes)
 
 
 def overlooked_settings(run: Run, stage: str) -> dict[str, tuple[Any, Any]]:

@@ -60,7 +60,7 @@ def print_findings(config: Path | None, overrides: list[str]) -> None:
     Raises:
         MaskLoomError: the configuration cannot run here, or there are only overrides of one.
     """
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from maskloom.pipeline.progress import table_console
@@ -68,7 +68,7 @@ def print_findings(config: Path | None, overrides: list[str]) -> None:
     if overrides and config is None:
         raise MaskLoomError(f"{overrides[0]!r}: overrides need the configuration that they change; give --config FILE")
     experiment = load_experiment(config, overrides) if config else None
-    table = Table("", "found", show_header=False)
+    table = Table("", Column("found", overflow="fold"), show_header=False)
     problems = 0
     for finding in [*machine(), *(needs(experiment) if experiment else ())]:
         problems += bool(finding.problem)

@@ -89,6 +89,37 @@ def test_a_stage_describes_only_its_own_section_in_the_kept_configuration(tmp_pa
     assert (kept.fine_tuning.max_train_steps, kept.data.num_workers) == (78, None)
 
 
+def test_every_section_of_the_kept_configuration_is_what_its_stage_ran_with(tmp_path):
+    path = fake_run.write_config(tmp_path)
+    given = {
+        "prepare": ["data.rows_per_shard=7"],
+        "train": ["train.max_train_steps=77"],
+        "generate": ["generate.num_images=5"],
+        "evaluate": ["evaluate.metrics={quality: {pairs: 9}}"],
+        "report": ["report.title=Mine"],
+    }
+    for name, overrides in given.items():
+        _run(Stage(open_run(load_experiment(path, overrides)), name, {}, None, []))
+    kept = load_experiment(tmp_path / "run" / "config.yaml", [])
+    assert kept == load_experiment(path, [one for overrides in given.values() for one in overrides])
+
+
+def test_an_architecture_describes_only_its_own_entry_in_the_kept_configuration(tmp_path):
+    path = fake_run.write_config(tmp_path)
+
+    def work(name: str, *overrides: str) -> dict[str, int]:
+        both = ["baselines.pix2pix={max_train_steps: 1}", "baselines.class_gan={max_train_steps: 1}"]
+        run = open_run(load_experiment(path, [*both, *overrides]))
+        _run(Stage(run, name, {}, None, []))
+        kept = load_experiment(run.folder / "config.yaml", [])
+        return {name: options["max_train_steps"] for name, options in kept.baselines.items()}
+
+    assert work("baselines/pix2pix", "baselines.pix2pix.max_train_steps=5") == {"pix2pix": 5, "class_gan": 1}
+    assert work("baselines/class_gan", "baselines.class_gan.max_train_steps=6") == {"pix2pix": 5, "class_gan": 6}
+    assert work("baselines/class_gan", "baselines.pix2pix=false") == {"pix2pix": 5, "class_gan": 1}
+    assert work("baselines") == {"pix2pix": 1, "class_gan": 1}
+
+
 def test_a_stage_that_refuses_leaves_the_kept_configuration(tmp_path):
     path = fake_run.write_config(tmp_path)
     _run(Stage(open_run(load_experiment(path, [])), "train", {}, None, []))
