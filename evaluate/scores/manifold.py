@@ -42,7 +42,7 @@ def manifold_scores(real: Points, synthetic: Points, neighbours: int) -> dict[st
 def authentic(train: Points, images: Points) -> NDArray[np.bool_]:
     """Return which images are authentic, (M,); their share is the authenticity.
 
-    Alaa et al. 2022, arXiv:2102.08921, section 4.3: an image is authentic unless it lies nearer to its
+    Alaa et al. 2022, arXiv:2102.08921: an image is authentic unless it lies nearer to its
     nearest train image than that train image lies to any other train image.
 
     Args:

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.preprocessing import StandardScaler
 
 from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.histograms import histogram_grid
+from maskloom.evaluate.metrics.radiomics_distance import radiomic_features
 from maskloom.evaluate.metrics.tumour_characteristics import CHARACTERISTICS, wasserstein
 from maskloom.evaluate.scores.radiomics import (
     FIRST_ORDER,
@@ -237,3 +239,48 @@ def test_histograms_are_drawn_the_same_every_time(random: np.random.Generator) -
     assert pixels.ndim == 3
     assert (pixels == histogram_grid(panels)).all()
     assert len(histogram_grid(dict(list(panels.items())[:3]))) < len(pixels)
+
+
+def test_radiomics_distance_equals_a_matrix_square_root(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"faithful": faithful, "noise": noise}, {"train": 20, "test": 20})
+    inputs = tiny_inputs(tmp_path, ("faithful", "noise"))
+    result = answer(inputs, "radiomics_distance")
+    train, test, made = (
+        radiomic_features(inputs, one, True).features for one in (inputs.train, inputs.test, inputs.synthetic["noise"])
+    )
+    scaler = StandardScaler().fit(train)
+    real, synthetic = scaler.transform(test), scaler.transform(made)
+    product = np.cov(real.T) @ np.cov(synthetic.T)
+    root = np.sqrt(np.clip(np.linalg.eigvals(product).real, 0, None)).sum()
+    shift = ((real.mean(axis=0) - synthetic.mean(axis=0)) ** 2).sum()
+    expected = shift + np.trace(np.cov(real.T)) + np.trace(np.cov(synthetic.T)) - 2 * root
+    generators = result.values["generators"]
+    assert generators["noise"]["distance"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert generators["noise"]["above_floor"]["low"] > 0
+    assert generators["faithful"]["distance"]["value"] < 0.2 * expected
+    assert "scikit-image" in result.tables[0].title
+    assert len(result.values["features"]) == 40
+    assert result.values["left_out"] == {"real train": 0, "real test": 0, "faithful": 0, "noise": 0}
+
+
+def test_radiomics_distance_without_masks_is_of_whole_images(tmp_path: Path) -> None:
+    def unmasked(sample):
+        sample.mask = None
+
+    write_tiny_run(tmp_path, {"noise": noise}, {"train": 12, "test": 10}, change=unmasked)
+    found = answer(tiny_inputs(tmp_path, ("noise",)), "radiomics_distance")
+    assert found.skipped is None
+    assert all(name.startswith("image: ") for name in found.values["features"])
+
+
+def test_radiomics_distance_names_images_without_a_region(tmp_path: Path) -> None:
+    def some_unmasked(sample):
+        if sample.sample_id.endswith("0"):
+            sample.mask = None
+
+    write_tiny_run(tmp_path, {"noise": noise}, {"train": 20, "test": 12}, change=some_unmasked)
+    found = answer(tiny_inputs(tmp_path, ("noise",)), "radiomics_distance")
+    assert any("left out: real train 2, real test 2, noise 2" in warning for warning in found.warnings)
+    write_tiny_run(tmp_path / "few", {"noise": noise}, {"train": 12, "test": 7})
+    found = answer(tiny_inputs(tmp_path / "few", ("noise",)), "radiomics_distance")
+    assert found.skipped == "real train, and test or validation, need 8 images each"
