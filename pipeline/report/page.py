@@ -41,7 +41,7 @@ def page_renderer(config: ExperimentConfig, sources: Sources, notices: Sequence[
         sources: the parts of the run.
         notices: sentences to show beside the verdict.
     """
-    template = _environment().get_template(PAGE)
+    template = template_environment().get_template(PAGE)
     context = template_variables(config, sources, notices)
 
     def render(side: int) -> str:
@@ -70,7 +70,8 @@ def numeric_columns(table: Table) -> set[int]:
     return numbers - words
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
+    """Return the environment of the templates: autoescaped, with the filters and charts that they use."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

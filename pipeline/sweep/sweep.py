@@ -25,7 +25,8 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.record import damaged_file, read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
 from maskloom.pipeline.runs.runner import run_stages
-from maskloom.pipeline.sweep.table import print_table, variant_rows, write_table
+from maskloom.pipeline.sweep.page import PAGE, difference_lines, merged_forests, selection_warning, write_page
+from maskloom.pipeline.sweep.table import current_answers, print_table, variant_rows, write_table
 
 FOLDER = "sweep"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -84,7 +85,7 @@ class Variant:
 
 
 def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path | None) -> None:
-    """Run every variant, print the table, and write `table.md`, `table.csv` and `table.json`.
+    """Run every variant, print the table, and write `sweep.html`, `table.md`, `table.csv` and `table.json`.
 
     The sweep continues after a failed variant. The same command, run again, resumes the sweep.
 
@@ -113,9 +114,14 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
         if stage:
             failed[variant.name] = stage
     rows = [row for variant in variants for row in variant_rows(variant.name, variant.run, variant.config)]
-    write_table(config.run_folder, config.experiment, rows, failed)
+    forests = merged_forests({variant.name: current_answers(variant.run, variant.config) for variant in variants})
+    lines = [line for forest in forests for line in difference_lines(forest)]
+    write_table(config.run_folder, config.experiment, rows, failed, lines)
+    write_page(config.run_folder, config.experiment, rows, forests, failed)
     print_table(config.experiment, rows)
-    say(f"sweep: {config.run_folder / 'table.md'}")
+    for warning in dict.fromkeys(filter(None, map(selection_warning, forests))):
+        say(f"sweep: {warning}")
+    say(f"sweep: {config.run_folder / PAGE}")
     if failed:
         shown = ", ".join(f"{name or config.experiment} at {stage}" for name, stage in failed.items())
         raise MaskLoomError(f"{len(failed)} of {len(variants)} runs failed ({shown}); fix them and run the sweep again")

@@ -75,12 +75,7 @@ def variant_rows(variant: str, run: Run, config: ExperimentConfig) -> list[Row]:
     Raises:
         MaskLoomError: a contract, a record or an evaluation is damaged.
     """
-    sets = {
-        name: read_contract(run.synthetic / name)
-        for name in config.generate.generators
-        if (run.synthetic / name / CONTRACT_FILE).is_file()
-    }
-    answers = _answers(run, config, sets)
+    sets, answers = synthetic_contracts(run, config), current_answers(run, config)
     skipped = {one.metric: one.skipped for one in answers if one.skipped}
     named = dict.fromkeys([*sets, *(figure.of for one in answers for figure in one.figures)])
     rows = []
@@ -99,8 +94,22 @@ def variant_rows(variant: str, run: Run, config: ExperimentConfig) -> list[Row]:
     return rows
 
 
-def _answers(run: Run, config: ExperimentConfig, sets: Mapping[str, Contract]) -> list[Evaluation]:
-    """Return the evaluations of exactly these datasets, in the configuration's order."""
+def synthetic_contracts(run: Run, config: ExperimentConfig) -> dict[str, Contract]:
+    """Return the contract of each finished synthetic dataset, in the configuration's order."""
+    return {
+        name: read_contract(run.synthetic / name)
+        for name in config.generate.generators
+        if (run.synthetic / name / CONTRACT_FILE).is_file()
+    }
+
+
+def current_answers(run: Run, config: ExperimentConfig) -> list[Evaluation]:
+    """Return the evaluations of exactly these datasets, in the configuration's order.
+
+    Raises:
+        MaskLoomError: a contract or an evaluation is damaged.
+    """
+    sets = synthetic_contracts(run, config)
     if not (run.dataset / CONTRACT_FILE).is_file() or not run.evaluation.is_dir():
         return []
     digests = {"real": read_contract(run.dataset).digest, **{name: one.digest for name, one in sets.items()}}
@@ -126,7 +135,14 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     return [column for group in (*groups, COST) for column in columns if column.group == group]
 
 
-def write_table(folder: Path, title: str, rows: Sequence[Row], failed: Mapping[str, str]) -> None:
+def row_names(rows: Sequence[Row]) -> list[str]:
+    """Return the variant of each row; empty if the sweep is one run."""
+    return [row.variant for row in rows] if _has_variants(rows) else []
+
+
+def write_table(
+    folder: Path, title: str, rows: Sequence[Row], failed: Mapping[str, str], differences: Sequence[str] = ()
+) -> None:
     """Write `table.md`, `table.csv` and `table.json`.
 
     Args:
@@ -134,9 +150,10 @@ def write_table(folder: Path, title: str, rows: Sequence[Row], failed: Mapping[s
         title: the experiment's name.
         rows: of all variants.
         failed: name of a failed variant -> stage at which it failed.
+        differences: lines of further sections of `table.md`.
     """
     owned = OwnedFolder(folder)
-    owned.write_text("table.md", _markdown(title, rows, failed))
+    owned.write_text("table.md", "\n".join([_markdown(title, rows, failed), *differences]))
     owned.write_text("table.csv", _csv(rows))
     table = {"experiment": title, "failed": dict(failed), "rows": [_as_json(row) for row in rows]}
     owned.write_text("table.json", json_text(table))

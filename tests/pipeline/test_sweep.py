@@ -20,10 +20,11 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import LOCK_FILE, read_json
 from maskloom.pipeline.files.ownership import whole_folder
 from maskloom.pipeline.report import write_report
-from maskloom.pipeline.results import Interval
+from maskloom.pipeline.results import Evaluation, Forest, ForestRow, Interval
 from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.sweep import sweep as sweeping
+from maskloom.pipeline.sweep.page import difference_lines, merged_forests, selection_warning, write_page
 from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
 from maskloom.pipeline.sweep.table import Column, Row, columns_of, print_table, variant_rows, write_table
 from maskloom.train_baselines.train import train_baselines
@@ -346,3 +347,31 @@ def test_a_narrow_terminal_gets_a_table_a_metric(
     printed = capsys.readouterr().out
     assert printed.count("┏") == tables
     assert "[1.250,\u00a01.750]" in printed
+
+
+def forest_answer(metric: str, gain: float) -> Evaluation:
+    rows = [
+        ForestRow(name="real + <synthetic>", value=gain, low=gain - 0.1, high=gain + 0.1, finding="no clear benefit"),
+        ForestRow(name="real, other seeds", value=0.0, low=-0.05, high=0.05, basis="9 cases", reference=True),
+    ]
+    plots = [Forest(title=title, x_label="x", primary=title == "Dice", rows=rows) for title in ("Dice", "IoU")]
+    return Evaluation(question="q", verdict="v", metric=metric, version=1, forests=plots)
+
+
+def test_differences_of_all_variants_stand_in_one_plot_with_a_warning_of_the_choice(tmp_path: Path):
+    (forest,) = merged_forests({"a": [forest_answer("help", 0.1)], "b": [forest_answer("help", 0.2)]})
+    assert (forest.title, [row.group for row in forest.rows]) == ("Dice", ["a", "a", "b", "b"])
+    assert selection_warning(forest).startswith("2 differences are compared here. The largest of so many is too good")
+    assert selection_warning(forest.model_copy(update={"rows": forest.rows[:2]})) == ""
+    write_table(tmp_path, "small", rows_of_two_variants(), {}, difference_lines(forest))
+    text = (tmp_path / "table.md").read_text()
+    assert "| a | real + <synthetic> | +0.100 [0.000, 0.200] | no clear benefit |" in text
+    assert "| b | real, other seeds | 0.000 [-0.050, 0.050] |" in text
+    assert "winner's curse" in text
+    write_page(tmp_path, "small", rows_of_two_variants(), [forest], {"c": "train"})
+    page = (tmp_path / "sweep.html").read_text()
+    assert "real + &lt;synthetic&gt;" in page
+    assert "winner&#39;s curse" in page
+    assert "c failed at train." in page
+    assert page.index("Do the synthetic images help?") < page.index("Figures of every generator")
+    assert "1.500 [1.250,\u00a01.750]" in page
