@@ -100,16 +100,16 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             "there is no synthetic image" if held_out else "there is no validation or test image to calibrate with",
         )
     extractor = load_extractor(inputs, options)
-    calibration = {
+    distances = {
         space: np.concatenate([nearest.distance for nearest in found])
         for space, found in _by_space(inputs, extractor, held_out).items()
     }
-    thresholds = joint_thresholds(calibration, options.percentile)
+    groups = [group for one in held_out for group in one.groups]
+    thresholds = joint_thresholds(distances, options.percentile)
+    calibration = Calibration(distances, thresholds, held_out_share(distances, groups, options.percentile))
     judgement = judged_copies(inputs)
     audits = [_audit(inputs, extractor, one, thresholds, judgement.synthetic[one.name]) for one in generators]
-    groups = [group for one in held_out for group in one.groups]
-    share = held_out_share(calibration, groups, options.percentile)
-    return _result(inputs, options, extractor, calibration, thresholds, share, judgement, audits)
+    return _result(inputs, options, extractor, calibration, judgement, audits)
 
 
 def _by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSet]) -> dict[str, list[Nearest]]:
@@ -141,69 +141,95 @@ def _audit(
     )
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What held-out real images say of closeness.
+
+    Attributes:
+        distances: by space, (N,) of each held-out image to its nearest training image.
+        thresholds: by space; a synthetic image below it is flagged.
+        share: of the held-out images that are flagged, by cross-validation.
+    """
+
+    distances: dict[str, NDArray[np.float64]]
+    thresholds: dict[str, float]
+    share: float
+
+    def __len__(self) -> int:
+        """Return the number of held-out images."""
+        return len(self.distances[FEATURES])
+
+
 def _result(
     inputs: EvaluationInputs,
     options: Options,
     extractor: Extractor,
-    calibration: dict[str, NDArray[np.float64]],
-    thresholds: dict[str, float],
-    share: float,
+    calibration: Calibration,
     judgement: CopyJudgement,
     audits: list[Audit],
 ) -> MetricResult:
-    count = len(calibration[FEATURES])
     table, values = audit_table(options, audits)
     copied = [audit for audit in audits if audit.copies]
+    pictures = [
+        *(_copies_picture(inputs, options, audit) for audit in copied if options.shown_pairs),
+        *(_picture(inputs, options, audit) for audit in audits if options.shown_pairs),
+    ]
     return MetricResult(
         question=QUESTION,
         verdict=audit_verdict(audits, options),
         tables=[table, *(copies_table(audit) for audit in copied)],
-        curves=[_curve(space, calibration[space], audits) for space in (FEATURES, PIXELS)],
-        pictures=[
-            *(_copies_picture(inputs, options, audit) for audit in copied if options.shown_pairs),
-            *(_picture(inputs, options, audit) for audit in audits if options.shown_pairs),
-        ],
-        warnings=[
-            *(
-                [f"calibrated on only {count} held-out real images: the threshold is imprecise"]
-                if count < FEW_HELD_OUT
-                else []
-            ),
-            *(
-                [
-                    f"{len(judgement.held_out)} of {count} held-out real images are copies of training images: {named_copies(judgement.held_out)}"
-                ]
-                if judgement.held_out
-                else []
-            ),
-            *(
-                f"{audit.image_set.name}: its {len(audit.copies)} copies are kept (evaluate.on_copies=keep): models train on them, and export, combine and push pass them on"
-                for audit in copied
-                if inputs.on_copies == "keep"
-            ),
-        ],
-        limits=[
-            "Passing this audit does not guarantee privacy: it detects copies of whole images and of large parts, not of small parts or rare attributes.",
-            f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over flips and {CROP:.0%} crops of the synthetic image.",
-            average_sentence(judgement),
-            "An image made from a training mask shares its anatomy with the image of that mask: such a pair is expected to be close, but still counts.",
-        ],
+        curves=[_curve(space, calibration.distances[space], audits) for space in (FEATURES, PIXELS)],
+        pictures=pictures,
+        warnings=_warnings(inputs, len(calibration), judgement, copied),
+        limits=_limits(extractor, judgement),
         figures=_figures(options, audits),
-        values={
-            "held_out": {
-                "n": count,
-                "thresholds": thresholds,
-                "percentile": options.percentile,
-                "flagged_share": share,
-                "copy_thresholds": judgement.thresholds,
-                "copies": [row.model_dump() for row in judgement.held_out],
-                "average_image": judgement.average,
-            },
-            **values,
-        },
+        values={"held_out": _held_out_values(options, calibration, judgement), **values},
         n=inputs.counts(),
         copies={audit.image_set.name: audit.copies for audit in audits},
     )
+
+
+def _warnings(inputs: EvaluationInputs, held_out: int, judgement: CopyJudgement, copied: list[Audit]) -> list[str]:
+    """Return warnings of few held-out images, of copies among them, and of copies that are kept."""
+    found = []
+    if held_out < FEW_HELD_OUT:
+        found.append(f"calibrated on only {held_out} held-out real images: the threshold is imprecise")
+    if judgement.held_out:
+        found.append(
+            f"{len(judgement.held_out)} of {held_out} held-out real images are copies of training images: "
+            f"{named_copies(judgement.held_out)}"
+        )
+    if inputs.on_copies == "keep":
+        found += [
+            f"{audit.image_set.name}: its {len(audit.copies)} copies are kept (evaluate.on_copies=keep): models train on "
+            "them, and export, combine and push pass them on"
+            for audit in copied
+        ]
+    return found
+
+
+def _limits(extractor: Extractor, judgement: CopyJudgement) -> list[str]:
+    return [
+        "Passing this audit does not guarantee privacy: it detects copies of whole images and of large parts, not of "
+        "small parts or rare attributes.",
+        f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over flips "
+        f"and {CROP:.0%} crops of the synthetic image.",
+        average_sentence(judgement),
+        "An image made from a training mask shares its anatomy with the image of that mask: such a pair is expected to "
+        "be close, but still counts.",
+    ]
+
+
+def _held_out_values(options: Options, calibration: Calibration, judgement: CopyJudgement) -> dict[str, Any]:
+    return {
+        "n": len(calibration),
+        "thresholds": calibration.thresholds,
+        "percentile": options.percentile,
+        "flagged_share": calibration.share,
+        "copy_thresholds": judgement.thresholds,
+        "copies": [row.model_dump() for row in judgement.held_out],
+        "average_image": judgement.average,
+    }
 
 
 def average_sentence(judgement: CopyJudgement) -> str:
