@@ -5,9 +5,11 @@
 For each count, as many real train and test images and synthetic ones are made: ultrasound phantoms
 of 128 x 128, one per patient. Each evaluation runs in a process of its own, with the options of
 configs/busi_laptop.yaml: the search for held-out copies, then every metric but the downstream ones.
+Core seconds, unlike seconds, hardly depend on what else the machine does.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -34,34 +36,35 @@ from maskloom.pipeline.runs.run import Run
 
 CONFIG = Path("configs/busi_laptop.yaml")
 DOWNSTREAM = "downstream_"
+COSTS = ("seconds", "core seconds", "peak memory so far [MiB]")
 
 
 def main(
     count: Annotated[list[int] | None, typer.Option(min=20, help="images of each set; default: 1000 and 4000")] = None,
     inputs: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Evaluate phantoms of each count, and print seconds and peak memory with their growth."""
+    """Evaluate phantoms of each count, and print what each step costs and how that grows."""
     if inputs:
         print(json.dumps(measured(inputs)))
         return
     console = Console()
     found = {one: measured_alone(one) for one in count or [1000, 4000]}
-    first = next(iter(found.values()))
-    table = Table("step", *(f"{one} images" for one in found), "growth")
-    for step in first:
-        values = [one[step] for one in found.values()]
-        table.add_row(step, *(f"{value:.1f}" for value in values), f"{values[-1] / max(values[0], 1e-9):.2f}")
+    table = Table("step", *(f"{one} images: {what}" for one in found for what in COSTS), "growth of core seconds")
+    for step in next(iter(found.values())):
+        costs = [one[step] for one in found.values()]
+        growth = costs[-1][1] / max(costs[0][1], 1e-9)
+        table.add_row(step, *(f"{value:.1f}" for one in costs for value in one), f"{growth:.2f}")
     console.print(table)
 
 
-def measured_alone(count: int) -> dict[str, float]:
-    """Return the seconds of each step, and the peak memory in MiB, in a process of its own."""
+def measured_alone(count: int) -> dict[str, list[float]]:
+    """Return the costs of each step of an evaluation in a process of its own."""
     with TemporaryDirectory() as scratch:
         for name, patients, train in (("real", 2 * count, 0.5), ("synthetic", count, 1.0)):
             prepare(phantoms(Path(scratch) / name, patients, train), force=False)
         command = [sys.executable, "-m", "benchmarks.evaluation_growth", "--inputs", scratch]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    values: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
     return values
 
 
@@ -77,29 +80,34 @@ def phantoms(run: Path, patients: int, train: float) -> ExperimentConfig:
     return config.model_copy(update={"run_dir": run})
 
 
-def measured(folder: Path) -> dict[str, float]:
-    """Return the seconds of each step of an evaluation, and the peak memory in MiB."""
+def measured(folder: Path) -> dict[str, list[float]]:
+    """Return the costs of each step of an evaluation, and of all: see `COSTS`."""
     real, synthetic = (MaskPromptDataset.open(folder / name / "dataset") for name in ("real", "synthetic"))
     config = phantoms(folder / "real", 1, 1.0)
     assert config.train
     inputs = open_inputs(real, {"phantoms": synthetic}, BackboneSource.of(config.train), 0)
-    seconds = {"held-out copies": timed(lambda: require_no_held_out_copies(Run(folder / "real"), real, [synthetic]))}
+    costs = {
+        "held-out copies": measured_step(lambda: require_no_held_out_copies(Run(folder / "real"), real, [synthetic]))
+    }
     for name, options in config.evaluate.metrics.items():
         if not name.startswith(DOWNSTREAM):
             question = open_question(name, options)
-            seconds[name] = timed(partial(question.module.evaluate, inputs, question.options))
-    total = sum(seconds.values())
-    return seconds | {
-        "all": total,
-        "peak memory [MiB]": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+            costs[name] = measured_step(partial(question.module.evaluate, inputs, question.options))
+    seconds, core_seconds, memory = zip(*costs.values(), strict=True)
+    return costs | {"all": [sum(seconds), sum(core_seconds), max(memory)]}
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Return the seconds that a step takes."""
-    start = time.perf_counter()
+def measured_step(step: Callable[[], object]) -> list[float]:
+    """Run a step and return its costs."""
+    start, start_of_cores = time.perf_counter(), core_seconds()
     step()
-    return time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return [time.perf_counter() - start, core_seconds() - start_of_cores, memory]
+
+
+def core_seconds() -> float:
+    """Return the seconds that all threads, and the processes that have ended, spent on a core."""
+    return sum(os.times()[:4])
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ from rich.table import Table
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from maskloom.evaluate.copies import copy_rows
-from maskloom.evaluate.inputs import EvaluationInputs, in_batches, open_inputs
+from maskloom.evaluate.inputs import EvaluationInputs, grey, in_batches, open_inputs
 from maskloom.evaluate.metrics.memorisation import Options
 from maskloom.evaluate.scores.calibration import copy_threshold, group_folds, held_out_share
 from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches
 from maskloom.evaluate.scores.descriptors import SIDE
 from maskloom.evaluate.scores.features import batch_features, load_extractor
 from maskloom.evaluate.scores.nearest import SIDE as PIXELS_SIDE
-from maskloom.evaluate.scores.nearest import grey, nearest_features, nearest_pixels
+from maskloom.evaluate.scores.nearest import nearest_features, nearest_pixels
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 
 Picture = NDArray[np.uint8]
@@ -131,7 +131,8 @@ def measured(
 def real_images(inputs: EvaluationInputs, splits: Sequence[str], most: int) -> RealImages:
     """Return at most so many images of some splits, drawn with a fixed seed."""
     sets = [one for one in (getattr(inputs, split) for split in splits) if len(one)]
-    pixels = np.concatenate([grey(one.images()) for one in sets])
+    images = (image for one in sets for batch in one.batches("image") for image in batch)
+    pixels = np.stack([grey(image) for image in images if image is not None])
     chosen = np.sort(np.random.default_rng(0).permutation(len(pixels))[:most])
     samples = [sample for one in sets for sample in one.columns["sample_id"]]
     groups = [group for one in sets for group in one.groups]

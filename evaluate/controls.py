@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.evaluate.copies import judged_copies
+from maskloom.evaluate.copies import copy_judge
 from maskloom.evaluate.downstream.masked import masked_images
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.metrics.faithfulness import Options as FaithfulnessOptions
@@ -114,9 +114,10 @@ def copy_controls(inputs: EvaluationInputs, folder: Path) -> list[Control]:
         name: PlantedSet.write(folder / f"copies-{number}", inputs, inputs.train, change)
         for number, (name, change) in enumerate(COPIES.items())
     }
-    sets = {name: ImageSet(name, one.dataset, "train") for name, one in planted.items() if one}
-    judged = judged_copies(replace(inputs, synthetic=sets, _memo={}))
-    pairs = {name: {row.sample_id: row.original for row in rows} for name, rows in judged.synthetic.items()}
+    rows = {
+        name: copy_judge(inputs).copies_in(ImageSet(name, one.dataset, "train")) for name, one in planted.items() if one
+    }
+    pairs = {name: {row.sample_id: row.original for row in found} for name, found in rows.items()}
     return [_planted_control(name, one, pairs.get(name, {}), "training") for name, one in planted.items()]
 
 

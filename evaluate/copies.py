@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_images
 from maskloom.evaluate.scores.calibration import copy_threshold
-from maskloom.evaluate.scores.nearest import grey
 from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.results import CopyRow, named_copies
 
 if TYPE_CHECKING:
-    from maskloom.evaluate.scores.copies import Matches
+    from maskloom.evaluate.scores.copies import CopySearch, Matches
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,35 @@ class CopyJudgement:
     held_out: list[CopyRow]
     synthetic: dict[str, list[CopyRow]]
     average: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CopyJudge:
+    """Finds the copies in any image set, by what is usual among held-out real images.
+
+    Attributes:
+        search: the search among the training images.
+        originals: their sample ids.
+        thresholds, held_out: see `CopyJudgement`.
+    """
+
+    search: CopySearch
+    originals: list[str]
+    thresholds: dict[str, float]
+    held_out: list[CopyRow]
+
+    def copies_in(self, image_set: ImageSet) -> list[CopyRow]:
+        """Return the images of a set that are copies of training images."""
+        if not len(image_set):
+            return []
+        found = self.search.matches(_comparable(image_set))
+        return copy_rows(image_set.columns["sample_id"], self.originals, found, self.thresholds)
+
+
+def copy_judge(inputs: EvaluationInputs) -> CopyJudge:
+    """Return the judge of the real images, whatever the synthetic sets; made once."""
+    judge: CopyJudge = inputs.once("copy judge", lambda: _calibrated(inputs))
+    return judge
 
 
 def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
@@ -79,32 +107,32 @@ def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[st
     ]
 
 
-def _judged(inputs: EvaluationInputs) -> CopyJudgement:
+def _calibrated(inputs: EvaluationInputs) -> CopyJudge:
+    """Compare validation and test images with the training images."""
     from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch
 
-    train = _comparable(inputs.train)
-    search = CopySearch(train)
+    search, originals = CopySearch(_comparable(inputs.train)), inputs.train.columns["sample_id"]
     held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
     matches = [search.matches(_comparable(one)) for one in held_out]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
-    thresholds = {name: copy_threshold(values, len(inputs.train)) for name, values in best.items()}
-    originals = inputs.train.columns["sample_id"]
-    averages = np.stack([train[inputs.train.labels == one].mean(axis=0) for one in np.unique(inputs.train.labels)])
+    thresholds = {name: copy_threshold(values, len(originals)) for name, values in best.items()}
+    copies = [
+        row
+        for one, found in zip(held_out, matches, strict=True)
+        for row in copy_rows(one.columns["sample_id"], originals, found, thresholds)
+    ]
+    return CopyJudge(search, originals, thresholds, copies)
 
-    def copies_of(image_set: ImageSet, found: Matches) -> list[CopyRow]:
-        return copy_rows(image_set.columns["sample_id"], originals, found, thresholds)
 
+def _judged(inputs: EvaluationInputs) -> CopyJudgement:
+    judge, labels = copy_judge(inputs), inputs.train.labels
+    averages = np.stack([judge.search.train[labels == one].mean(axis=0) for one in np.unique(labels)])
+    of_averages = judge.search.matches(averages.round().astype(np.uint8)).similarity
     return CopyJudgement(
-        thresholds,
-        [row for one, found in zip(held_out, matches, strict=True) for row in copies_of(one, found)],
-        {
-            name: copies_of(one, search.matches(_comparable(one))) if len(one) else []
-            for name, one in inputs.synthetic.items()
-        },
-        {
-            name: float(value.max())
-            for name, value in search.matches(averages.round().astype(np.uint8)).similarity.items()
-        },
+        judge.thresholds,
+        judge.held_out,
+        {name: judge.copies_in(one) for name, one in inputs.synthetic.items()},
+        {name: float(values.max()) for name, values in of_averages.items()},
     )
 
 
@@ -139,7 +167,7 @@ def copy_rows(samples: list[str], originals: list[str], found: Matches, threshol
 def _comparable(image_set: ImageSet) -> NDArray[np.uint8]:
     from maskloom.evaluate.scores.descriptors import SIDE
 
-    return grey(image_set.images((SIDE, SIDE)))
+    return grey_images(image_set, SIDE)
 
 
 def _z(similarity: NDArray[np.float64] | float) -> NDArray[np.float64]:

@@ -129,6 +129,21 @@ class ImageSet:
         return stacked.reshape(-1, *blank.shape), np.array([array is not None for array in arrays], dtype=bool)
 
 
+def grey_images(image_set: ImageSet, side: int) -> Images:
+    """Return all images in grey and square, (N, side, side) uint8."""
+    found = np.empty((len(image_set), side, side), dtype=np.uint8)
+    start = 0
+    for batch in image_set.batches("image", (side, side)):
+        found[start : start + len(batch)] = [grey(image) for image in batch if image is not None]
+        start += len(batch)
+    return found
+
+
+def grey(image: Images) -> Images:
+    """Return an image, (H, W) or (H, W, 3), in grey, (H, W): the channels' mean."""
+    return image if image.ndim == 2 else image.mean(axis=2).round().astype(np.uint8)
+
+
 def resized_array(picture: Image.Image, size: tuple[int, int] | None, column: str) -> Images:
     """Return the pixels of an image or mask, resized to (height, width) unless `size` is None."""
     if size is None or picture.size == (size[1], size[0]):

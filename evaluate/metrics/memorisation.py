@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.evaluate.copies import CopyJudgement, judged_copies
-from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_images
 from maskloom.evaluate.scores.calibration import held_out_share, joint_thresholds
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
-from maskloom.evaluate.scores.nearest import CROP, SIDE, Nearest, grey, nearest_features, nearest_pixels
+from maskloom.evaluate.scores.nearest import CROP, SIDE, Nearest, nearest_features, nearest_pixels
 from maskloom.evaluate.scores.statistics import share_interval
 from maskloom.evaluate.thumbnails import coloured_mask, image_grid
 from maskloom.pipeline.config.bounds import Shown, Side
@@ -37,7 +37,7 @@ from maskloom.pipeline.results import (
     skipped_result,
 )
 
-VERSION = 3
+VERSION = 4
 QUESTION = "Does the generator repeat its training images?"
 FEATURES, PIXELS = "features", "pixels"
 FEW_HELD_OUT = 100
@@ -115,10 +115,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 def _by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSet]) -> dict[str, list[Nearest]]:
     """Return, by space, the nearest training image of every image of each set."""
     train_features = set_features(inputs, extractor, inputs.train)
-    train_pixels = inputs.once("memorisation pixels", lambda: grey(inputs.train.images((SIDE, SIDE))))
+    train_pixels = inputs.once("memorisation pixels", lambda: grey_images(inputs.train, SIDE))
     return {
         FEATURES: [nearest_features(set_features(inputs, extractor, one), train_features) for one in sets],
-        PIXELS: [nearest_pixels(grey(one.images((SIDE, SIDE))), train_pixels) for one in sets],
+        PIXELS: [nearest_pixels(grey_images(one, SIDE), train_pixels) for one in sets],
     }
 
 

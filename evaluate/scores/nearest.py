@@ -75,8 +75,3 @@ def normalised_rows(images: NDArray[np.generic]) -> NDArray[np.float32]:
     rows = rows - rows.mean(axis=1, keepdims=True)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
-
-
-def grey(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return (N, H, W, C) images as (N, H, W), the channels' mean."""
-    return images.mean(axis=3).round().astype(np.uint8)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from maskloom.evaluate import controls
-from maskloom.evaluate.copies import CopyJudgement
+from maskloom.evaluate.copies import CopyJudge
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.metrics import faithfulness
@@ -89,9 +90,7 @@ def test_the_same_inputs_give_the_same_answer(
 def test_blind_copy_detection_is_reported(
     inputs: EvaluationInputs, options: controls.Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        controls, "judged_copies", lambda seen: CopyJudgement({}, [], {name: [] for name in seen.synthetic})
-    )
+    monkeypatch.setattr(CopyJudge, "copies_in", lambda judge, image_set: [])
     result = controls.evaluate(inputs, options)
     assert {name for name, one in result.values.items() if one["caught"] is False} == set(controls.COPIES)
     assert result.verdict.startswith("NOT CAUGHT in this dataset: copies of training images: 0 of 20 found; ")
@@ -105,7 +104,7 @@ def test_a_detector_that_finds_no_crops_is_reported(inputs: EvaluationInputs, mo
         "maskloom.evaluate.scores.copies.registered_similarities",
         lambda fixed, moving, start: np.zeros((len(fixed), 2)),
     )
-    result = controls.evaluate(inputs, controls.Options())
+    result = controls.evaluate(replace(inputs, _memo={}), controls.Options())
     assert result.values["copies of training images"]["caught"]
     assert not result.values["copies of training images, cropped by 10 %"]["caught"]
     assert result.tables[0].rows[1][3].endswith("blind in this dataset")
@@ -220,9 +219,7 @@ def test_a_check_that_is_blind_is_shown_in_red_and_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_run(tmp_path, {"some": faithful}, {"train": 24, "test": 12}, size=64, change=structured)
-    monkeypatch.setattr(
-        controls, "judged_copies", lambda seen: CopyJudgement({}, [], {name: [] for name in seen.synthetic})
-    )
+    monkeypatch.setattr(CopyJudge, "copies_in", lambda judge, image_set: [])
     evaluate(config(tmp_path), force=False, controls=True)
     printed = capsys.readouterr().out
     assert "controls: copies of training images: 0 of 20 found; this check is blind in this dataset, so" in printed
