@@ -26,6 +26,7 @@ from maskloom.evaluate.scores.descriptors import (
     WINDOW_DIMENSIONS,
     Described,
     Floats,
+    Vectors,
     Whitening,
     boxes,
     content_box,
@@ -36,6 +37,7 @@ from maskloom.evaluate.scores.descriptors import (
     patch_pairs,
     patch_places,
     patches_of,
+    rough_pairs,
     second_moments,
     textures_of,
     whole_cosines,
@@ -51,7 +53,9 @@ from maskloom.pipeline.progress import progress
 Pair = tuple[int, int]  # an image of a block, and a training image
 
 VERIFIED = 3  # best matches of each kind that are verified
-BLOCK = 64  # images compared at a time
+BLOCK, COMPARED = 64, 128  # images compared at a time, with so many training images at a time
+EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with the candidates
+CANDIDATES = 8  # training images per image and kind of descriptor
 STORED = torch.float16  # rounding changes cosines by less than 1e-4
 FEW_PADDED = 0.05  # of the training images; where more have padding, it belongs to the images
 
@@ -113,7 +117,7 @@ class CopySearch:
         self.whiten_patches = Whitening(moments[1] / (count * len(patch_places())), PATCH_DIMENSIONS)
         self.wholes = torch.empty((count, ORIENTATIONS, WINDOW_DIMENSIONS), dtype=STORED)
         self.windows = torch.empty((count, len(boxes()), WINDOW_DIMENSIONS), dtype=STORED)
-        self.patches = torch.empty((count, len(patch_places()), PATCH_DIMENSIONS), dtype=STORED)
+        self.patches = torch.empty((count, 1, len(patch_places()), PATCH_DIMENSIONS), dtype=STORED)
         list(thread_results(self._describe, range(0, count, BLOCK)))
 
     def _describe(self, start: int) -> None:
@@ -122,7 +126,7 @@ class CopySearch:
         plain, textures = halved(self.train[rows].astype(np.float32)), textures_of(self.train[rows])
         self.wholes[rows] = torch.from_numpy(self.whiten_windows(wholes_of(plain)))
         self.windows[rows] = torch.from_numpy(self.whiten_windows(windows_of(plain)))
-        self.patches[rows] = torch.from_numpy(self.whiten_patches(patches_of(halved(textures))))
+        self.patches[rows, 0] = torch.from_numpy(self.whiten_patches(patches_of(halved(textures))))
 
     def matches(self, images: NDArray[np.uint8]) -> Matches:
         """Return the best matches of (N, 128, 128) uint8 grey images."""
@@ -140,7 +144,7 @@ class CopySearch:
     def _block_matches(self, images: NDArray[np.uint8]) -> list[dict[str, Match]]:
         """Return the best match of each image by each measure."""
         block = self._described(images)
-        whole, part = self._cosines(block)
+        whole, part = self._cosines(block.vectors)
         joint = (whole + part) / 2
         likeliest = joint.argmax(axis=1).tolist()
         shown = [list(dict.fromkeys([*best_first(one), two])) for one, two in zip(whole, likeliest, strict=True)]
@@ -169,23 +173,36 @@ class CopySearch:
         thumbnails = halved(textures)
         turned = [self.whiten_patches(patches_of(oriented(thumbnails, turn))) for turn in range(ORIENTATIONS)]
         wholes, windows = self.whiten_windows(wholes_of(plain)), self.whiten_windows(windows_of(plain))
-        return Described(plain, textures, wholes, windows, np.stack(turned, axis=1))
+        return Described(plain, textures, Vectors(wholes, windows, np.stack(turned, axis=1)))
 
-    def _cosines(self, images: Described) -> tuple[Floats, Floats]:
-        """Return the best cosines with every training image, (N, T): of whole images, and of patches."""
-        whole, part = [], []
-        for start in range(0, len(self.train), BLOCK):
-            rows = slice(start, start + BLOCK)
-            wholes, windows, patches = (one[rows].float().numpy() for one in (self.wholes, self.windows, self.patches))
-            whole.append(whole_cosines(images, wholes, windows))
-            part.append(part_cosines(images, patches))
-        return np.hstack(whole), np.hstack(part)
+    def _cosines(self, images: Vectors) -> tuple[Floats, Floats]:
+        """Return the best cosines with every training image, (N, T): of whole images, and of patches.
+
+        Of many training images, a rough look rules out most: their cosines are 0.
+        """
+        rows = np.arange(len(self.train))
+        if len(rows) > EXHAUSTIVE:
+            rough = self._compared(images.roughly(), rows, roughly=True)
+            rows = np.unique([np.argpartition(-one, CANDIDATES, axis=1)[:, :CANDIDATES] for one in rough])
+        return self._compared(images, rows, roughly=False)
+
+    def _compared(self, images: Vectors, rows: NDArray[np.int64], roughly: bool) -> tuple[Floats, Floats]:
+        """Return the best cosines with some training images, and 0 with all others, (N, T)."""
+        whole, part = (np.zeros((len(images.wholes), len(self.train)), np.float32) for _ in range(2))
+        for start in range(0, len(rows), COMPARED):
+            chosen = rows[start : start + COMPARED]
+            others = Vectors(*(one[chosen].float().numpy() for one in (self.wholes, self.windows, self.patches)))
+            others = others.roughly() if roughly else others
+            pairs = rough_pairs() if roughly else patch_pairs()
+            whole[:, chosen], part[:, chosen] = whole_cosines(images, others), part_cosines(images, others, pairs)
+        return whole, part
 
     def _placed(self, block: Described, pair: Pair) -> tuple[int, int, int]:
         """Return orientation, direction (1: the image shows more than the original) and window."""
         row, index = pair
         wholes, windows = self.wholes[index].float().numpy(), self.windows[index].float().numpy()
-        cosines = np.abs(np.stack([block.wholes[row] @ windows.T, wholes @ block.windows[row].T], axis=1))
+        mine = block.vectors
+        cosines = np.abs(np.stack([mine.wholes[row] @ windows.T, wholes @ mine.windows[row].T], axis=1))
         turn, direction, box = np.unravel_index(int(cosines.argmax()), cosines.shape)
         return int(turn), int(direction), int(box)
 
@@ -221,7 +238,7 @@ class CopySearch:
         mine, theirs = np.array(patch_pairs()).T
         turns = []
         for row, index in pairs:
-            cosines = (block.patches[row][:, mine] * self.patches[index].float().numpy()[theirs]).sum(axis=2)
+            cosines = (block.vectors.patches[row][:, mine] * self.patches[index, 0].float().numpy()[theirs]).sum(axis=2)
             turns.append(int(np.abs(cosines).max(axis=1).argmax()))
         turned = np.stack([oriented(block.textures[row], turn) for (row, _), turn in zip(pairs, turns, strict=True)])
         originals = textures_of(self.train[[index for _, index in pairs]])

@@ -6,6 +6,7 @@ Chum, Negative Evidences and Co-occurences in Image Retrieval, ECCV 2012).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,6 +28,7 @@ HALF, WINDOW, PATCH = SIDE // 2, 32, 16  # sides of thumbnail, window and patch 
 ORIENTATIONS = 8
 WINDOW_GRIDS = ((0.95, 3), (0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
 WINDOW_DIMENSIONS, PATCH_DIMENSIONS = 192, 96
+ROUGHNESS = 3  # of a rough look, which compares a third of the components
 REGULARISATION = 0.1  # share of the mean variance; keeps noise from being amplified
 STEP = 4  # of the grid of patches, in thumbnail pixels
 BLACK = 16  # grey levels that padding may differ from black or white
@@ -34,22 +36,41 @@ LEAST_CONTENT, LEAST_PADDING = 0.4, 0.03  # of the side
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """The whitened vectors of N images, all of length 1.
+
+    Attributes:
+        wholes: (N, 8, dimensions), by orientation.
+        windows: (N, windows, dimensions).
+        patches: (N, 8, patches, dimensions), by orientation; (N, 1, patches, dimensions) of training images.
+    """
+
+    wholes: Floats
+    windows: Floats
+    patches: Floats
+
+    def roughly(self) -> Vectors:
+        """Return the leading components of the vectors, and fewer windows."""
+        return Vectors(
+            unit_vectors(self.wholes[..., : WINDOW_DIMENSIONS // ROUGHNESS]),
+            unit_vectors(self.windows[:, rough_boxes(), : WINDOW_DIMENSIONS // ROUGHNESS]),
+            unit_vectors(self.patches[..., : PATCH_DIMENSIONS // ROUGHNESS]),
+        )
+
+
+@dataclass(frozen=True)
 class Described:
-    """The descriptors of N images.
+    """What N images are compared by.
 
     Attributes:
         plain: (N, 64, 64) thumbnails.
         textures: (N, 128, 128).
-        wholes: (N, 8, dimensions), by orientation.
-        windows: (N, boxes, dimensions).
-        patches: (N, 8, patches, dimensions), by orientation.
+        vectors: the short descriptors.
     """
 
     plain: Floats
     textures: Floats
-    wholes: Floats
-    windows: Floats
-    patches: Floats
+    vectors: Vectors
 
 
 class Whitening:
@@ -73,33 +94,22 @@ def second_moments(vectors: Floats) -> NDArray[np.float64]:
     return (rows.T @ rows).astype(np.float64)
 
 
-def whole_cosines(images: Described, wholes: Floats, windows: Floats) -> Floats:
-    """Return the best cosine of whole images with windows of the others, both ways, (N, T).
-
-    Args:
-        images: of N images.
-        wholes: (T, 8, dimensions) of T other images.
-        windows: (T, boxes, dimensions) of the same.
-    """
-    best = np.zeros((len(images.wholes), len(wholes)), np.float32)
+def whole_cosines(images: Vectors, others: Vectors) -> Floats:
+    """Return the best cosine of N whole images with windows of T others, or the reverse, (N, T)."""
+    best = np.zeros((len(images.wholes), len(others.wholes)), np.float32)
     for turn in range(ORIENTATIONS):
-        for box in range(len(boxes())):
-            np.maximum(best, np.abs(images.wholes[:, turn] @ windows[:, box].T), out=best)
-            np.maximum(best, np.abs(images.windows[:, box] @ wholes[:, turn].T), out=best)
+        for window in range(others.windows.shape[1]):
+            np.maximum(best, np.abs(images.wholes[:, turn] @ others.windows[:, window].T), out=best)
+            np.maximum(best, np.abs(images.windows[:, window] @ others.wholes[:, turn].T), out=best)
     return best
 
 
-def part_cosines(images: Described, patches: Floats) -> Floats:
-    """Return the best cosine of patches with patches at nearly the same place, (N, T).
-
-    Args:
-        images: of N images.
-        patches: (T, patches, dimensions) of T other images.
-    """
-    best = np.zeros((len(images.patches), len(patches)), np.float32)
+def part_cosines(images: Vectors, others: Vectors, pairs: Sequence[tuple[int, int]]) -> Floats:
+    """Return the best cosine of N images' patches with T others', compared in `pairs`, (N, T)."""
+    best = np.zeros((len(images.patches), len(others.patches)), np.float32)
     for turn in range(ORIENTATIONS):
-        for mine, theirs in patch_pairs():
-            np.maximum(best, np.abs(images.patches[:, turn, mine] @ patches[:, theirs].T), out=best)
+        for mine, theirs in pairs:
+            np.maximum(best, np.abs(images.patches[:, turn, mine] @ others.patches[:, 0, theirs].T), out=best)
     return best
 
 
@@ -166,6 +176,17 @@ def boxes() -> tuple[Box, ...]:
 
 
 @cache
+def rough_boxes() -> list[int]:
+    """Return which boxes a rough look compares: the whole image, and nine crops each of 90 and 80 %."""
+    found = []
+    for number, (top, left, bottom, _) in enumerate(boxes()):
+        side, *place = (round(20 * one) for one in (bottom - top, top, left))  # in twentieths of the side
+        if side in (20, 18) or (side == 16 and all(one % 2 == 0 for one in place)):
+            found.append(number)
+    return found
+
+
+@cache
 def resampling(start: float, stop: float) -> Floats:
     """Return the matrix that averages a part of an axis of the thumbnail, (WINDOW, HALF)."""
     edges = np.linspace(start * HALF, stop * HALF, WINDOW + 1)
@@ -210,6 +231,12 @@ def patch_pairs() -> tuple[tuple[int, int], ...]:
         for theirs, (down, right) in enumerate(patch_places())
         if max(abs(top - down), abs(left - right)) <= STEP
     )
+
+
+@cache
+def rough_pairs() -> tuple[tuple[int, int], ...]:
+    """Return which patches a rough look compares: those of every second place, as on a chessboard."""
+    return tuple(pair for pair in patch_pairs() if sum(patch_places()[pair[0]]) % (4 * STEP) == 0)
 
 
 def centred(images: Floats) -> Floats:

@@ -108,6 +108,20 @@ def test_padding_is_cut_without_changing_the_aspect_ratio() -> None:
     assert without_padding(letterboxed) is letterboxed
 
 
+def test_a_rough_look_at_many_training_images_keeps_every_original(
+    search: CopySearch, thresholds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = np.stack([np.ascontiguousarray(change(picture(7))) for change in CHANGES.values()])
+    full = search.matches(changed)
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.EXHAUSTIVE", 10)
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.CANDIDATES", 2)
+    for one, change in enumerate(CHANGES):
+        found = search.matches(changed[one : one + 1])
+        flagged = [name for name in SIMILARITIES if found.similarity[name][0] > thresholds[name]]
+        assert {int(found.index[name][0]) for name in flagged} == {7}, change
+        assert all(found.similarity[name][0] <= full.similarity[name][one] + 1e-5 for name in SIMILARITIES)
+
+
 def test_unseen_images_are_no_copies(held_out: Matches, thresholds: dict[str, float], search: CopySearch) -> None:
     others = search.matches(np.stack([picture(5000 + number) for number in range(20)]))
     for found in (held_out, others):
