@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -106,8 +107,9 @@ def measured_step(step: Callable[[], object]) -> list[float]:
 
 
 def core_seconds() -> float:
-    """Return the seconds that all threads, and the processes that have ended, spent on a core."""
-    return sum(os.times()[:4])
+    """Return the seconds that this process and those it started have spent on a core."""
+    running = [one.cpu_times() for one in psutil.Process().children(recursive=True)]
+    return sum(os.times()[:4]) + sum(one.user + one.system for one in running)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ synthetic or mixed images, it is the downstream model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 EMPTY_RULE = (
     "A class absent from both the mask and the prediction scores 1, a class predicted where the mask has none scores 0."
 )
+SCORED = 64  # images scored at a time
 
 
 class SegmenterOptions(FixedSteps):
@@ -122,20 +124,34 @@ def dice_scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8], classe
     """Return Dice of every image and foreground class, (N, classes - 1); see `EMPTY_RULE`."""
     from monai.metrics.meandice import compute_dice
 
-    scores = compute_dice(
-        _one_hot(predictions, classes), _one_hot(masks, classes), include_background=False, ignore_empty=False
-    )
-    return np.asarray(scores.numpy(), dtype=np.float64)
+    return _image_scores(compute_dice, predictions, masks, classes)
 
 
 def iou_scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8], classes: int) -> NDArray[np.float64]:
     """Return IoU of every image and foreground class, (N, classes - 1); see `EMPTY_RULE`."""
     from monai.metrics.meaniou import compute_iou
 
-    scores = compute_iou(
-        _one_hot(predictions, classes), _one_hot(masks, classes), include_background=False, ignore_empty=False
-    )
-    return np.asarray(scores.numpy(), dtype=np.float64)
+    return _image_scores(compute_iou, predictions, masks, classes)
+
+
+def _image_scores(
+    score: Callable[..., Tensor], predictions: NDArray[np.uint8], masks: NDArray[np.uint8], classes: int
+) -> NDArray[np.float64]:
+    """Return MONAI's score of every image and foreground class, a few images at a time.
+
+    One-hot masks take 8 bytes per pixel and class.
+    """
+    import torch
+
+    found = [
+        score(
+            *(_one_hot(one[start : start + SCORED], classes) for one in (predictions, masks)),
+            include_background=False,
+            ignore_empty=False,
+        )
+        for start in range(0, max(1, len(masks)), SCORED)
+    ]
+    return np.asarray(torch.cat(found).numpy(), dtype=np.float64)
 
 
 def _one_hot(masks: NDArray[np.uint8], classes: int) -> Tensor:

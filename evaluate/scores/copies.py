@@ -53,7 +53,7 @@ from maskloom.pipeline.progress import progress
 Pair = tuple[int, int]  # an image of a block, and a training image
 
 VERIFIED = 3  # best matches of each kind that are verified
-BLOCK, COMPARED = 64, 128  # images compared at a time, with so many training images at a time
+BLOCK, COMPARED = 32, 128  # images compared at a time, with so many training images at a time
 EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with the candidates
 CANDIDATES = 8  # training images per image and kind of descriptor
 STORED = torch.float16  # rounding changes cosines by less than 1e-4

@@ -198,8 +198,11 @@ def resampling(start: float, stop: float) -> Floats:
 
 def windows_of(plain: Floats) -> Floats:
     """Return the windows of (N, 64, 64) thumbnails as unit vectors, (N, boxes, 1024)."""
-    cut = [resampling(top, bottom) @ plain @ resampling(left, right).T for top, left, bottom, right in boxes()]
-    return centred(np.stack(cut, axis=1))
+    found = np.empty((len(plain), len(boxes()), WINDOW**2), dtype=np.float32)
+    for number, (top, left, bottom, right) in enumerate(boxes()):
+        cut = resampling(top, bottom) @ plain @ resampling(left, right).T
+        found[:, number] = centred(np.asarray(cut, dtype=np.float32))
+    return found
 
 
 def wholes_of(plain: Floats) -> Floats:

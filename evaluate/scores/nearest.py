@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ def nearest_pixels(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Neare
     index, distance = [], []
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]
-        correlation = np.max([normalised_rows(variant) @ targets.T for variant in variants(chunk)], axis=0)
+        correlation = reduce(np.maximum, (normalised_rows(variant) @ targets.T for variant in variants(chunk)))
         index.append(correlation.argmax(axis=1))
         distance.append(1 - correlation.max(axis=1))
     return Nearest(np.concatenate(index), np.concatenate(distance).astype(np.float64))
