@@ -16,7 +16,6 @@ POINTS = 200  # longer series are averaged down to at most this many points
 SIZE_INCHES = (4.6, 2.8)  # small enough for its text to be readable at 400 px
 COLOURS = ("#1b5e9b", "#c25a1c", "#2f7d4f", "#8a3d8f", "#6b6b6b", "#b0922b", "#3aa0a8", "#a33a4a")
 LINES = ("-", "--", ":", "-.")  # further series repeat the colours
-MOST_IN_CHART = 8  # the legend of more series stands below the chart
 LEGEND_INCHES = 0.18  # height of a line of the legend
 LETTERS = 40  # longer names are cut
 STYLE: Any = {
@@ -40,9 +39,8 @@ def line_chart(curve: Curve) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        below = len(curve.series) > MOST_IN_CHART
-        width, height = SIZE_INCHES
-        figure = Figure(figsize=(width, height + below * LEGEND_INCHES * len(curve.series)), layout="constrained")
+        (width, height), lines = SIZE_INCHES, len(curve.series) if len(curve.series) > 1 else 0
+        figure = Figure(figsize=(width, height + LEGEND_INCHES * lines), layout="constrained")
         axes = figure.add_subplot()
         for index, (name, points) in enumerate(curve.series.items()):
             xs, ys = [x for x, _ in points], [math.nan if y is None else y for _, y in points]
@@ -59,10 +57,8 @@ def line_chart(curve: Curve) -> str:
             )
         axes.set_xlabel(plain_text(shortened(curve.x_label)))
         axes.set_ylabel(plain_text(shortened(curve.y_label)))
-        if below:
-            figure.legend(fontsize=8, loc="outside lower left")
-        elif len(curve.series) > 1:
-            axes.legend(fontsize=8)
+        if lines:
+            figure.legend(fontsize=8, loc="outside lower left")  # in the chart it may hide a line
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
