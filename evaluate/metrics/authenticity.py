@@ -7,10 +7,14 @@ coverage of `quality`, and needs no threshold, unlike the search for copies of `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import Field
 
+from maskloom.evaluate.feature_cache import Features
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.scores.distances import nearest_points
 from maskloom.evaluate.scores.features import ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.manifold import authentic
 from maskloom.evaluate.scores.real_floor import FEWEST, held_out_set, shortage_warnings
@@ -20,6 +24,8 @@ from maskloom.pipeline.results import REAL, Figure, Interval, MetricResult, Tabl
 
 VERSION = 1
 QUESTION = "Are synthetic images new, or next to a training image?"
+BLIND = "such siblings are near, so that almost any image counts as authentic"
+HALF = 0.5
 
 
 class Options(ExtractorOptions):
@@ -42,8 +48,9 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 
     def share(one: ImageSet) -> Interval:
         values = authentic(train, set_features(inputs, extractor, one)).astype(np.float64)
-        return Bootstrap(one.groups, options.resamples, inputs.seed).interval(weighted_mean(values))
+        return Bootstrap(one.groups, options.resamples, inputs.seed).interval(weighted_mean(values), share=True)
 
+    siblings = sibling_share(train, inputs.train.groups)
     sets = {REAL: reference, **{name: one for name, one in inputs.synthetic.items() if len(one) >= FEWEST}}
     shares = {name: share(one) for name, one in sets.items()}
     named = "; ".join(f"{name} {cell_text(one)}" for name, one in shares.items() if name != REAL)
@@ -64,10 +71,16 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
                 ],
             )
         ],
-        warnings=shortage_warnings(inputs, reference),
+        warnings=[
+            *shortage_warnings(inputs, reference),
+            *(
+                [f"for {siblings:.0%} of the train images the nearest other one is of the same group: {BLIND}"]
+                if siblings > HALF
+                else []
+            ),
+        ],
         limits=[
             f"Valid for this extractor only: {extractor.title}.",
-            "Blind where train images of one group resemble each other: the distance between siblings is the yardstick.",
             "Not a guarantee of privacy: an image may be authentic and show a patient.",
         ],
         figures=[
@@ -78,7 +91,20 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             "extractor": {"name": extractor.name, "digest": extractor.digest, "side": extractor.side},
             "reference": reference.name,
             "better": "higher",
+            "nearest_is_sibling": siblings,
             "authenticity": {name: one.model_dump() for name, one in shares.items()},
         },
         n=inputs.counts(),
     )
+
+
+def sibling_share(features: Features, groups: Sequence[str]) -> float:
+    """Return the share of images whose nearest other image is of their own group.
+
+    Args:
+        features: (N, D), N >= 2.
+        groups: of each image.
+    """
+    names = np.array(groups, dtype=str)
+    nearest, _ = nearest_points(features, features, order=1)
+    return float((names[nearest] == names).mean())

@@ -54,11 +54,13 @@ class Compared:
 
     Attributes:
         name: mask class, or mask class and label, such as `lesion, benign`.
+        label: index of the image-level class; None: of all images.
         sets: the characteristics of each set, real train and held-out images first.
         comparisons: by characteristic; distances in standard deviations of the real train images.
     """
 
     name: str
+    label: int | None
     sets: list[Featured]
     comparisons: dict[str, FloorComparison]
 
@@ -74,7 +76,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         measured = [characteristics(inputs, one, mask_class, label) for one in sets]
         comparisons = compared_characteristics(measured, options, inputs.seed)
         if comparisons:
-            found.append(Compared(name, measured, comparisons))
+            found.append(Compared(name, label, measured, comparisons))
         else:
             few.append(f"{name} ({len(measured[0])} and {len(measured[1])})")
     if not found:
@@ -86,7 +88,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     return MetricResult(
         question=QUESTION,
         verdict=verdict(found, generators, reference.name),
-        tables=[_table(one, generators, reference.name) for one in found],
+        tables=[_table(one, generators, reference.name) for one in found if one.label is None],
+        subgroups=[_table(one, generators, reference.name) for one in found if one.label is not None],
         pictures=[_picture(one) for one in found],
         warnings=[
             *shortage_warnings(inputs, reference),

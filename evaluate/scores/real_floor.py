@@ -71,8 +71,9 @@ class Measured:
 
     @property
     def interval(self) -> Interval:
-        """The distance with its 95 % interval."""
-        return jackknife_interval(self.value, self.leave_outs)
+        """The distance with its 95 % interval, which ends at 0: no distance is negative."""
+        found = jackknife_interval(self.value, self.leave_outs)
+        return found if found.low is None else found.model_copy(update={"low": max(found.low, 0.0)})
 
     def above(self, floor: Measured) -> Interval:
         """Return the distance minus the floor's; the jackknife leaves the same groups out of both."""

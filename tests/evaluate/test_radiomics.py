@@ -195,7 +195,12 @@ def test_planted_differences_are_found_and_others_are_not(tmp_path: Path) -> Non
     means = {figure.of: figure.value for figure in result.figures}
     assert means["dim"] > means["faithful"] > 0
     assert set(means) == {REAL, "faithful", "dim"}
-    assert len(result.pictures) == len(result.tables) == 3
+    assert [table.title for table in result.tables] == ["Characteristics: lesion"]
+    assert [table.title for table in result.subgroups] == [
+        "Characteristics: lesion, disc",
+        "Characteristics: lesion, square",
+    ]
+    assert len(result.pictures) == 3
 
 
 def test_without_image_classes_the_mask_classes_remain(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
+from maskloom.evaluate.metrics.authenticity import sibling_share
 from maskloom.evaluate.scores import kernel_distance as kernel_distances
 from maskloom.evaluate.scores.frechet import frechet_distance, frechet_leave_outs
 from maskloom.evaluate.scores.kernel_distance import cmmd, cmmd_leave_outs
@@ -116,7 +117,10 @@ def test_sets_of_equal_size_are_drawn_once() -> None:
     assert found is not None
     assert found.draws == 1
     assert found.floor.value == mean_shift(sets[0].features, sets[1].features)
-    assert found.floor.interval == jackknife_interval(found.floor.value, found.floor.leave_outs)
+    expected = jackknife_interval(found.floor.value, found.floor.leave_outs)
+    assert (found.floor.interval.value, found.floor.interval.high) == (expected.value, expected.high)
+    assert expected.low is not None
+    assert found.floor.interval.low == max(expected.low, 0)
 
 
 def test_without_generators_the_floor_is_shown_and_without_real_images_nothing() -> None:
@@ -158,6 +162,25 @@ def test_copies_are_not_authentic(tmp_path: Path) -> None:
     assert shares["noise"] == 1
     assert 0.2 < shares[REAL] < 0.9
     assert {figure.better for figure in result.figures} == {"higher"}
+
+
+def test_siblings_that_make_authenticity_blind_are_warned_of(tmp_path: Path) -> None:
+    """Two slices of a patient are almost the same image."""
+    originals: list[np.ndarray] = []
+
+    def as_its_sibling(sample):
+        index = int(sample.sample_id[-4:])
+        if index % 2 == 0:
+            originals.append(sample.image)
+        else:
+            sample.image = np.clip(originals[-1].astype(int) + 1, 0, 255).astype(np.uint8)
+
+    write_tiny_run(tmp_path, {"faithful": faithful}, {"train": 24, "test": 16}, change=as_its_sibling)
+    result = answer(tiny_inputs(tmp_path, ("faithful",)), "authenticity")
+    assert result.values["nearest_is_sibling"] == 1
+    assert any(warning.startswith("for 100% of the train images") for warning in result.warnings)
+    assert result.values["authenticity"][REAL]["value"] == 1
+    assert sibling_share(np.array([[0.0], [1.0], [1.1], [0.2]]), ["a", "b", "c", "a"]) == 0.5
 
 
 @pytest.mark.parametrize("name", ["cmmd", "authenticity"])
