@@ -115,13 +115,13 @@ def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> N
     features, models = checked_caches(run, config)
     inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results:
+        inputs.feature_cache, inputs.model_cache = features, models
+        inputs.on_copies = config.evaluate.on_copies
+        require_no_training_copies(inputs)
         answers.folder.claim()
         features.keep_only(subject.digests.values())
         if force:
             models.clear()
-        inputs.feature_cache, inputs.model_cache = features, models
-        inputs.on_copies = config.evaluate.on_copies
-        require_no_training_copies(inputs)
         answers.keep_only({*names, *([CONTROLS] if tested else [])})
         results |= answer_all(subject, answers, questions, inputs, force)
         models.clear()

@@ -81,10 +81,10 @@ class ModelCache:
             return {one: file.get_tensor(one) for one in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
 
     def _write(self, name: str, model: Stored) -> None:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         self._owned.claim()
         self._owned.check_name(name)
         arrays, notes = model
         with report_write_errors(self._owned.path / name), self._owned.writing(name) as temporary:
-            save_file(dict(arrays), temporary, dict(notes))
+            temporary.write_bytes(save(dict(arrays), dict(notes)))
