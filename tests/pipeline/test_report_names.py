@@ -53,3 +53,9 @@ def test_thirty_arms_with_hostile_and_long_names_are_shown_escaped(tmp_path) -> 
     assert LONG in page.text
     for tag in ("table", "tr", "td", "th", "figure", "details", "div", "section"):
         assert page.opened.count(tag) == page.closed.count(tag), tag
+
+
+def test_a_table_has_a_heading_for_every_row_or_for_none() -> None:
+    with pytest.raises(ValueError, match="1 groups for 2 rows; give one for each row, or none"):
+        Table(title="t", columns=["a"], rows=[["x"], ["y"]], groups=["first"])
+    assert "groups" not in Table(title="t", columns=["a"], rows=[["x"]]).model_dump()
