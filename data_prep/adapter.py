@@ -128,6 +128,7 @@ class RawImage:
             (`DatasetInfo.paired_image`).
         pixel_size: (height, width) of a pixel, in millimetres or any other unit, if pixels may not
             be square; resizing then makes them square. None: square pixels.
+        darkened: share of the pixels that were transparent and became visibly darker, 0..1.
     """
 
     image: NDArray[Any]
@@ -135,6 +136,7 @@ class RawImage:
     value_range: tuple[float, float] | None = None
     condition: NDArray[np.uint8] | None = None
     pixel_size: tuple[float, float] | None = None
+    darkened: float = 0.0
 
 
 class DatasetAdapter(ABC):

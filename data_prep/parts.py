@@ -203,6 +203,7 @@ def _record(item: RawItem, sample: PreparedSample, pictures: BinaryIO) -> dict[s
         "kept": sample.kept,
         "lost": sample.lost,
         "areas": sample.areas,
+        "darkened": sample.darkened,
     }
 
 

@@ -23,6 +23,7 @@ from maskloom.data_prep.parts import Part, Reading, clear_parts, read_part, scan
 from maskloom.data_prep.rows import RowsBySplit, rows_by_split, usable_rows
 from maskloom.data_prep.small_classes import small_classes_summary
 from maskloom.data_prep.sources import open_sources, shown_path
+from maskloom.data_prep.transparency import transparency_summary, transparent_images
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import LEDGER_FILE, Contract, Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -88,10 +89,13 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         write_item_log(logs / "items.jsonl", reading.folder, parts, sources)
         _report_truncated_prompts(config, MaskPromptDataset(run.dataset, contract))
         small_classes = small_classes_summary(reading.folder, parts)
+        transparent = transparent_images(reading.folder, parts, sources)
+        results.update({"transparent": transparent} if transparent else {})
         clear_parts(scratch)
     left_out = left_out_summary(rejects, sum(map(len, splits.values())), run.dataset / LEDGER_FILE)
     rows = ", ".join(f"{split} {contract.splits[split].rows}" for split in contract.split_names)
-    for summary in filter(None, (left_out, small_classes, f"prepare: wrote {run.dataset} ({rows} rows)")):
+    told = f"prepare: wrote {run.dataset} ({rows} rows)"
+    for summary in filter(None, (left_out, small_classes, transparency_summary(transparent), told)):
         say(summary)
 
 

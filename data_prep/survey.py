@@ -43,6 +43,7 @@ class PreparedSample:
         kept: names of the classes that kept one pixel which nearest neighbour would have removed.
         lost: names of the classes of the raw mask that `resize_mode=crop` cut off.
         areas: for the other classes, the number of connected areas that vanished.
+        darkened: see `RawImage`.
     """
 
     image: Picture
@@ -56,6 +57,7 @@ class PreparedSample:
     kept: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     areas: dict[str, int] = field(default_factory=dict)
+    darkened: float = 0.0
 
 
 def prepared_sample(
@@ -108,6 +110,7 @@ def prepared_sample(
         kept=tuple(names[index] for index in kept),
         lost=lost,
         areas={name: count for name, count in areas.items() if name not in lost},
+        darkened=raw.darkened,
     )
 
 

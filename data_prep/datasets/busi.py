@@ -13,7 +13,7 @@ alpha channel does not. The release has no patient ids, so groups are found by c
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,10 +53,10 @@ class Adapter(DatasetAdapter):
 
     @classmethod
     def recognises(cls, raw_dir: Path) -> bool:
-        """Whether there are folders benign and malignant with masks in either layout."""
+        """Whether there are folders benign and malignant with masks in either layout, and BUSI's file names."""
         root = _class_root(raw_dir)
         folders = {} if root is None else _class_folders(root)
-        return all(label in folders and any(_files(folder).masks for folder in folders[label]) for label in LABELS[:2])
+        return all(_holds_busi(folders.get(label, ()), label) for label in LABELS[:2])
 
     def info(self) -> DatasetInfo:
         """Return what is true of every image."""
@@ -134,6 +134,17 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
         if comparable(folder.name) in LABELS:
             folders.setdefault(comparable(folder.name), []).append(folder)
     return folders
+
+
+def _holds_busi(folders: Sequence[Path], label: str) -> bool:
+    """Whether most images of a class are named as in BUSI, `benign (1)`, and there are masks.
+
+    Folders of other origin are called benign and malignant, too.
+    """
+    found = [_files(folder) for folder in folders]
+    names = [comparable(image.stem) for files in found for image in files.images]
+    named = sum(re.fullmatch(rf"{label} ?\(\d+\)", name) is not None for name in names)
+    return any(files.masks for files in found) and 2 * named > len(names)
 
 
 class ClassFiles(NamedTuple):

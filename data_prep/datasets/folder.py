@@ -40,16 +40,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from numpy.typing import NDArray
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.folder.listing import Candidate, is_read, listed_candidates, shown_path
 from maskloom.data_prep.folder.options import FolderOptions, case_clash
-from maskloom.data_prep.processing.label_maps import binary_mask, class_mask, distinct_palette, label_map
+from maskloom.data_prep.processing.label_maps import distinct_palette, label_map, read_mask
 from maskloom.data_prep.readers.common import require_same_size
 from maskloom.data_prep.readers.file_names import NO_TEXT, as_seen, canonical, comparable, is_text
 from maskloom.data_prep.readers.file_patterns import Confined, has_wildcards, placeholder_values
-from maskloom.data_prep.readers.image_files import READ_SUFFIXES, decoded_mask, image_pixels
+from maskloom.data_prep.readers.image_files import READ_SUFFIXES, read_picture
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.files.atomic import value_digest
 
@@ -114,25 +113,19 @@ class Adapter(DatasetAdapter):
             RejectedSample: a file is unreadable, or a mask has another size than its image or a
                 value without a class.
         """
-        image = image_pixels(Path(item.path))
+        image, darkened = read_picture(Path(item.path))
         if not item.mask_paths:
-            return RawImage(image, None)
+            return RawImage(image, None, darkened=darkened)
+        values = self.options.mask_values
+        classes = None if values is None else label_map(values)
         mask = np.zeros(image.shape[:2], dtype=np.uint8)
         for path, pattern in zip(map(Path, item.mask_paths), item.key, strict=True):
-            part = self._mask(path)
+            part = read_mask(path, classes)
             require_same_size(f"mask {path.name}", part, image)
             # With masks by class, patterns are in class order, and later classes are drawn over
             # earlier ones.
             mask = np.maximum(mask, part * np.uint8(pattern + 1))
-        return RawImage(image, mask)
-
-    def _mask(self, path: Path) -> NDArray[np.uint8]:
-        if self.options.mask_values is None:
-            mask = decoded_mask(path, coloured=True)
-            return binary_mask(mask.values, path.name, mask.lossy, mask.transparent)
-        classes = label_map(self.options.mask_values)
-        mask = decoded_mask(path, classes.coloured)
-        return class_mask(mask.values, classes, path.name, mask.transparent, mask.lossy)
+        return RawImage(image, mask, darkened=darkened)
 
     def __getstate__(self) -> dict[str, object]:
         """Exclude the listing, which worker processes do not need."""
@@ -152,14 +145,14 @@ class Adapter(DatasetAdapter):
         found = sorted({label for image in images if (label := self._label(image))})
         unused = [label for label in self.options.labels or () if label not in found]
         if self.options.labels is None and (clash := case_clash(found)):
-            key = "label_column" if self.options.label_column else "label_from"
             raise MaskLoomError(
-                f"data.options.{key}: {clash}; name the classes in data.options.labels, whose spelling then counts"
+                f"data.options.{self.options.label_key}: {clash}; name the classes in data.options.labels, whose spelling then counts"
             )
-        if images and (unused or not found):  # without images, the rejects say why
-            key = "labels" if unused else "label_column" if self.options.label_column else "label_from"
-            missing = f"no image has the label {unused[0]!r}" if unused else "no image has a label"
-            raise MaskLoomError(f"data.options.{key}: {missing}; found: {', '.join(found) or 'none'}")
+        missing = not found and not self.options.keep_incomplete
+        if images and (unused or missing):  # without images, the rejects say why
+            key = "labels" if unused else self.options.label_key
+            told = f"no image has the label {unused[0]!r}" if unused else "no image has a label"
+            raise MaskLoomError(f"data.options.{key}: {told}; found: {', '.join(found) or 'none'}")
         return self.options.labels or tuple(found)
 
     @cached_property
@@ -185,6 +178,8 @@ class Adapter(DatasetAdapter):
         if self.options.has_masks:
             self._check_masks(candidate, owners)
         label = self._label(candidate)
+        if not label and self.options.keep_incomplete:
+            label = None
         if label is not None and label not in labels:
             where = self._table_place(candidate, "label") if self.options.label_source == "table" else ""
             raise RejectedSample(
@@ -204,6 +199,8 @@ class Adapter(DatasetAdapter):
 
     def _check_masks(self, candidate: Candidate, owners: dict[str, list[str]]) -> None:
         masks = candidate.masks
+        if not masks and self.options.keep_incomplete:
+            return
         if not masks:
             raise RejectedSample(f"no mask file fits data.options.masks={self.options.masks or '{mask}'!r}")
         if candidate.file in masks:
@@ -234,7 +231,11 @@ class Adapter(DatasetAdapter):
         source = self.options.label_source
         if source is None:
             return None
-        found = canonical(candidate.row["label"] if source == "table" else placeholder_values(candidate.file)[source])
+        if source == "pattern":
+            named = _group_of(str(self.options.label_pattern), "label", candidate.file) or ""
+        else:
+            named = candidate.row["label"] if source == "table" else placeholder_values(candidate.file)[source]
+        found = canonical(named)
         labels = self.options.labels or ()
         alike = [label for label in labels if comparable(label) == comparable(found)]
         return alike[0] if found not in labels and len(alike) == 1 else found
@@ -258,8 +259,7 @@ class Adapter(DatasetAdapter):
             RejectedSample: there is no value for this image.
         """
         if pattern is not None:
-            found = re.search(pattern, candidate.file)
-            value = found[meaning if meaning in found.re.groupindex else 1] if found else None
+            value = _group_of(pattern, meaning, candidate.file)
             source = f"data.options.{meaning}_pattern={pattern!r} finds"
         elif meaning in candidate.row:
             value = candidate.row[meaning]
@@ -269,6 +269,12 @@ class Adapter(DatasetAdapter):
         if not value:
             raise RejectedSample(f"{source} no {meaning} for it")
         return value
+
+
+def _group_of(pattern: str, meaning: str, file: str) -> str | None:
+    """Return the group of a regular expression that is named after a meaning, or else its first one."""
+    found = re.search(pattern, file)
+    return found[meaning if meaning in found.re.groupindex else 1] if found else None
 
 
 def _sample_id(file: str) -> str:

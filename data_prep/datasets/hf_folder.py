@@ -12,7 +12,8 @@ or image files with one table of metadata per folder (`imagefolder`):
 
 Columns are found by the usual names (`COLUMNS`), or named by the options. Classes are those of a
 `ClassLabel`, or the words of the column. Masks are black with one bright colour, or label maps whose
-values `mask_values` names. Class folders without metadata are read by `folder`.
+values `mask_values` names. Class folders without metadata are read by `folder`. Where all files are
+of one split, such as `train`, splits are drawn.
 """
 
 import json
@@ -25,17 +26,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.adapter import Options as BaseOptions
-from maskloom.data_prep.processing.label_maps import BACKGROUND, binary_mask, class_mask, distinct_palette, label_map
+from maskloom.data_prep.processing.label_maps import BACKGROUND, MaskValues, distinct_palette, label_map, read_mask
 from maskloom.data_prep.readers.common import portable_id, reject_as_error, require_same_size
 from maskloom.data_prep.readers.file_names import is_visible
 from maskloom.data_prep.readers.file_patterns import Confined
-from maskloom.data_prep.readers.image_files import decoded_mask, image_pixels
+from maskloom.data_prep.readers.image_files import image_pixels, read_picture
 from maskloom.data_prep.readers.tables import csv_table
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
@@ -65,16 +64,12 @@ class HfOptions(BaseOptions):
     mask_column: str | None = Field(None, description="column of the mask, or of its path")
     label_column: str | None = Field(None, description="column of the class")
     group_column: str | None = Field(None, description="column of the patient")
-    mask_values: dict[int | str, str] | None = Field(
+    mask_values: MaskValues | None = Field(
         None, description="class of each mask value (0: background, 128: liver); null: black, and one bright colour"
     )
-
-    @field_validator("mask_values")
-    @classmethod
-    def _values_are_a_map(cls, values: dict[int | str, str] | None) -> dict[int | str, str] | None:
-        if values is not None:
-            label_map(values)
-        return values
+    keep_incomplete: bool = Field(
+        False, description="keep rows without a mask, a class or a patient; false: leave them out"
+    )
 
 
 class Cell(NamedTuple):
@@ -173,26 +168,22 @@ class Adapter(DatasetAdapter):
         """
         image_cell, mask_cell = item.key
         with _file_of(self._root, image_cell) as path:
-            image = image_pixels(path)
-        if mask_cell is None:
-            return RawImage(image, None)
+            image, darkened = read_picture(path)
+        if mask_cell is None or (self.options.keep_incomplete and _is_empty(self._root, mask_cell)):
+            return RawImage(image, None, darkened=darkened)
+        values = self.options.mask_values
         with _file_of(self._root, mask_cell) as path:
-            stored = decoded_mask(path, coloured=self.options.mask_values is None)
-            name = path.name
-        if self.options.mask_values is None:
-            mask: NDArray[np.uint8] = binary_mask(stored.values, name, stored.lossy, stored.transparent)
-        else:
-            classes = label_map(self.options.mask_values)
-            mask = class_mask(stored.values, classes, name, stored.transparent, stored.lossy)
-        require_same_size(f"mask {name}", mask, image)
-        return RawImage(image, mask)
+            mask = read_mask(path, None if values is None else label_map(values))
+        require_same_size(f"mask {path.name}", mask, image)
+        return RawImage(image, mask, darkened=darkened)
 
     def _item(self, table: Table, number: int, row: Mapping[str, Any], place: str, confined: Confined) -> RawItem:
         image = self._cell(table, number, row, "image")
         if image is None:
             raise RejectedSample("the row names no image")
         mask = self._cell(table, number, row, "mask")
-        if mask is None and self._has("mask"):
+        complete = not self.options.keep_incomplete
+        if mask is None and self._has("mask") and complete:
             raise RejectedSample("the row has no mask")
         for cell in (image, mask):
             if cell is not None:
@@ -203,17 +194,18 @@ class Adapter(DatasetAdapter):
             else str(Path(image.file).with_suffix(""))
         )
         label = self._label(table, row)
-        if self._labels and label is None:
+        if self._labels and label is None and complete:
             raise RejectedSample("the row has no class")
         group = row.get(self._column(table, "group") or "")
-        if self._has("group") and group in (None, ""):
+        group = None if group == "" else group
+        if self._has("group") and group is None and complete:
             raise RejectedSample("the row has no patient")
         return RawItem(
             sample_id=portable_id(name.replace("/", "-")),
             path=place,
             label=label,
             group=None if group is None else str(group),
-            split=table.split,
+            split=table.split if self._is_divided else None,
             key=(image, mask),
         )
 
@@ -245,6 +237,11 @@ class Adapter(DatasetAdapter):
 
     def _has(self, meaning: str) -> bool:
         return any(self._column(table, meaning) is not None for table in self._tables)
+
+    @cached_property
+    def _is_divided(self) -> bool:
+        """Whether the files name several splits: a single one divides nothing."""
+        return len({table.split for table in self._tables}) > 1
 
     @property
     def _root(self) -> Path:
@@ -384,12 +381,21 @@ def _cell_bytes(path: Path, cell: Cell) -> bytes:
     Raises:
         RejectedSample: the cell is empty, or holds no bytes.
     """
-    group, offset = _row_group(path, cell.row)
-    value = _column_of_group(path, group, cell.column, path.stat().st_mtime_ns)[offset].as_py()
+    value = _cell_value(path, cell)
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes) or not content:
         raise RejectedSample(f"{cell.column} of row {cell.row} of {path.name} holds no image")
     return content
+
+
+def _is_empty(root: Path, cell: Cell) -> bool:
+    """Whether a cell of a Parquet file holds nothing."""
+    return cell.row >= 0 and _cell_value(root / cell.file, cell) is None
+
+
+def _cell_value(path: Path, cell: Cell) -> Any:
+    group, offset = _row_group(path, cell.row)
+    return _column_of_group(path, group, cell.column, path.stat().st_mtime_ns)[offset].as_py()
 
 
 def _row_group(path: Path, row: int) -> tuple[int, int]:

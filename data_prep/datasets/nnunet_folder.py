@@ -19,17 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject
 from maskloom.data_prep.adapter import Options as BaseOptions
-from maskloom.data_prep.processing.label_maps import LabelMap, class_mask, distinct_palette, label_map
+from maskloom.data_prep.processing.label_maps import LabelMap, distinct_palette, label_map, read_mask
 from maskloom.data_prep.readers.common import files_in, portable_id, require_same_size
 from maskloom.data_prep.readers.file_names import NO_TEXT, is_text, subfolders
 from maskloom.data_prep.readers.file_patterns import Confined
-from maskloom.data_prep.readers.image_files import READ_SUFFIXES, decoded_mask, image_pixels
+from maskloom.data_prep.readers.image_files import READ_SUFFIXES, read_picture
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.files.reading import read_object
 
@@ -47,6 +45,7 @@ class NnunetOptions(BaseOptions):
     group_pattern: str | None = Field(
         None, description="regular expression on the name of a case; its group 1 is the patient, as in '^(p[0-9]+)_'"
     )
+    keep_incomplete: bool = Field(False, description="keep cases without a label map; false: leave them out")
 
 
 class Adapter(DatasetAdapter):
@@ -95,7 +94,7 @@ class Adapter(DatasetAdapter):
         for part, split in PARTS.items():
             images, labels = self._root / f"images{part}", self._root / f"labels{part}"
             files = files_in(images)
-            if files and not labels.is_dir():
+            if files and not labels.is_dir() and not self.options.keep_incomplete:
                 yield Reject(str(images), f"there is no folder {labels.name}, and images without labels are not read")
                 continue
             for file in files:
@@ -115,12 +114,13 @@ class Adapter(DatasetAdapter):
             RejectedSample: a file is unreadable, or the label map has another size or a value that
                 dataset.json does not name.
         """
-        image = image_pixels(Path(item.path))
+        image, darkened = read_picture(Path(item.path))
+        if not item.mask_paths:
+            return RawImage(image, None, darkened=darkened)
         path = Path(item.mask_paths[0])
-        stored = decoded_mask(path, coloured=False)
-        mask: NDArray[np.uint8] = class_mask(stored.values, self._labels, path.name, stored.transparent, stored.lossy)
+        mask = read_mask(path, self._labels)
         require_same_size(f"label map {path.name}", mask, image)
-        return RawImage(image, mask)
+        return RawImage(image, mask, darkened=darkened)
 
     def _item(self, file: Path, labels: Path, split: str | None, confined: Confined) -> RawItem:
         if not is_text(file.name):
@@ -133,12 +133,13 @@ class Adapter(DatasetAdapter):
         label = labels / f"{found['case']}{self._ending}"
         for path in (file, label):
             confined.check(path.relative_to(self._root).as_posix())
-        if not label.is_file():
+        masked = label.is_file()
+        if not masked and not self.options.keep_incomplete:
             raise RejectedSample(f"there is no label map {labels.name}/{label.name}")
         return RawItem(
             sample_id=f"{'test-' if split else ''}{portable_id(found['case'])}",
             path=str(file),
-            mask_paths=(str(label),),
+            mask_paths=(str(label),) if masked else (),
             group=self._group(found["case"]),
             split=split,
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from maskloom.data_prep.adapter import Options
-from maskloom.data_prep.processing.label_maps import BACKGROUND, MAX_CLASSES, Colour, colour, label_map
+from maskloom.data_prep.processing.label_maps import BACKGROUND, MAX_CLASSES, Colour, MaskValues, colour, label_map
 from maskloom.data_prep.readers.file_names import canonical, comparable
 from maskloom.data_prep.readers.file_patterns import check_pattern
 
@@ -44,6 +44,10 @@ class FolderOptions(Options):
     label_from: Literal["parent", "grandparent", "table"] | None = Field(
         None, description="source of the class: the name of the image's folder, of the folder above, or label_column"
     )
+    label_pattern: str | None = Field(
+        None,
+        description="regular expression on an image's path below raw_dir; its group 1 (or `label`) is the class",
+    )
     labels: tuple[str, ...] | None = Field(
         None, description="class names in order; images of other classes are left out; null: all classes found, sorted"
     )
@@ -55,10 +59,13 @@ class FolderOptions(Options):
         None,
         description="regular expression on that path; its group 1 (or `split`) is the split: train, val, test and the like",
     )
-    mask_values: dict[int | str, str] | None = Field(
+    mask_values: MaskValues | None = Field(
         None,
         description="class of each mask value (0: background, 128: liver) or colour ('#ff0000': tumour, '0,255,0': liver);"
         " null: black, and one bright colour that is a lesion",
+    )
+    keep_incomplete: bool = Field(
+        False, description="keep images without a mask file or without a class; false: leave them out"
     )
     palette: dict[str, str] | None = Field(
         None, description="colour of each foreground class in the conditioning image; null: default colours"
@@ -99,9 +106,14 @@ class FolderOptions(Options):
         return None if palette is None else ((0, 0, 0), *(colour(palette[name]) for name in self.mask_classes[1:]))
 
     @property
-    def label_source(self) -> Literal["parent", "grandparent", "table"] | None:
-        """The source of the classes: `label_from`, or the table if `label_column` is set."""
-        return self.label_from or ("table" if self.label_column else None)
+    def label_source(self) -> Literal["parent", "grandparent", "table", "pattern"] | None:
+        """The source of the classes: `label_from`, or what `label_column` or `label_pattern` names."""
+        return self.label_from or ("table" if self.label_column else "pattern" if self.label_pattern else None)
+
+    @property
+    def label_key(self) -> str:
+        """The key that names the source of the classes."""
+        return {"table": "label_column", "pattern": "label_pattern"}.get(self.label_source or "", "label_from")
 
     @property
     def columns(self) -> dict[str, str]:
@@ -123,7 +135,7 @@ class FolderOptions(Options):
             check_pattern(table, ())
         return table
 
-    @field_validator("group_pattern", "split_pattern")
+    @field_validator("label_pattern", "group_pattern", "split_pattern")
     @classmethod
     def _pattern_has_a_group(cls, pattern: str | None, info: ValidationInfo) -> str | None:
         if pattern is None:
@@ -136,13 +148,6 @@ class FolderOptions(Options):
             meaning = str(info.field_name).removesuffix("_pattern")
             raise ValueError(f"put the part that is the {meaning} in parentheses, as in '^([^/]+)/'")
         return pattern
-
-    @field_validator("mask_values")
-    @classmethod
-    def _values_are_a_map(cls, values: dict[int | str, str] | None) -> dict[int | str, str] | None:
-        if values is not None:
-            label_map(values)
-        return values
 
     @field_validator("masks", mode="before")
     @classmethod
@@ -223,6 +228,8 @@ class FolderOptions(Options):
             raise ValueError("label_from='table' needs label_column")
         if self.label_from in ("parent", "grandparent") and "label" in columns:
             raise ValueError(f"label_from={self.label_from!r} and label_column are both given; use one of them")
+        if self.label_pattern and self.label_source != "pattern":
+            raise ValueError(f"label_pattern and {self.label_key} are both given; use one of them")
 
     def _check_patterns(self) -> None:
         image_placeholders = ("image",) if self.table else ()
@@ -251,10 +258,12 @@ class FolderOptions(Options):
     def _check_classes(self) -> None:
         if self.labels is not None and self.label_source is None:
             raise ValueError(
-                "labels are given, but not where an image's class is found: set label_from or label_column"
+                "labels are given, but not where an image's class is found: set label_from or label_column, or label_pattern"
             )
         if any("label" in _placeholders(prompt) for prompt in self.prompts or ()) and self.label_source is None:
-            raise ValueError("prompts use {label}, but the images have no classes: set label_from or label_column")
+            raise ValueError(
+                "prompts use {label}, but the images have no classes: set label_from or label_column, or label_pattern"
+            )
         if isinstance(self.masks, dict) and self.mask_values:
             raise ValueError("masks by class are black and white, and mask_values is given; leave it out")
         if not self.has_masks and (self.mask_values or self.palette):

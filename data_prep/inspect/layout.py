@@ -20,6 +20,7 @@ from maskloom.data_prep.inspect.names import (
     MASK_SUFFIX,
     PATIENT_IN_NAME,
     SPLIT_FOLDER,
+    class_words,
     is_mask,
     literal,
     pattern_of,
@@ -71,6 +72,7 @@ def guessed_options(root: Path, tree: RawTree, tables: Sequence[Table]) -> Guess
     if "table" not in guess.options:
         guess.options["images"] = pattern_of(image_files)
         _guess_from_folders(image_files, guess)
+        _guess_classes_from_names(image_files, guess)
     if (
         mask_files
         and "mask_column" not in guess.options
@@ -103,6 +105,13 @@ def _guess_from_folders(images: Sequence[str], guess: Guess) -> None:
     patients = Counter(found[1] for file in images if (found := re.search(PATIENT_IN_NAME, file)))
     if patients.total() >= ENOUGH * len(images) and 2 < len(patients) < len(images):
         _propose(guess, "group_pattern", PATIENT_IN_NAME, f"names with {', '.join(list(patients)[:3])}")
+
+
+def _guess_classes_from_names(images: Sequence[str], guess: Guess) -> None:
+    words = class_words(images)
+    if "label_from" not in guess.options and 1 < len(words) <= MOST_CLASSES:
+        either = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+        _propose(guess, "label_pattern", rf"(?:^|/)({either})[^/]*$", f"names that begin with {', '.join(words[:4])}")
 
 
 def _propose(guess: Guess, key: str, value: Any, why: str) -> None:

@@ -19,7 +19,7 @@ PLAIN = re.compile(
 )  # not `yes`, `null` or `1e3`, which YAML does not read as text
 ORDER = (
     "channels", "images", "masks", "mask_values", "table", "image_column", "mask_column", "label_column", "group_column",
-    "split_column", "label_from", "group_pattern", "split_pattern",
+    "split_column", "label_from", "label_pattern", "group_pattern", "split_pattern",
 )  # fmt: skip
 
 

@@ -8,13 +8,16 @@ import colorsys
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator
 from scipy import ndimage
 
 from maskloom.data_prep.readers.common import BLACK_ON_TRANSPARENT, JPEG_NOISE
+from maskloom.data_prep.readers.image_files import decoded_mask
 from maskloom.pipeline.errors import RejectedSample
 
 Colour = tuple[int, int, int]
@@ -83,6 +86,31 @@ def label_map(mask_values: Mapping[int | str, str]) -> LabelMap:
         raise ValueError(f"must name 1 to {MAX_CLASSES - 1} classes besides background, not {len(classes) - 1}")
     index_of = {code: classes.index(name) for (code, _), name in zip(codes, names, strict=True)}
     return LabelMap(classes, index_of, codes[0][1])
+
+
+def _checked(mask_values: dict[int | str, str]) -> dict[int | str, str]:
+    label_map(mask_values)
+    return mask_values
+
+
+MaskValues = Annotated[dict[int | str, str], AfterValidator(_checked)]
+"""Type of the option `mask_values`: see `label_map`."""
+
+
+def read_mask(path: Path, classes: LabelMap | None) -> NDArray[np.uint8]:
+    """Return the class indices of a mask file, (H, W).
+
+    Args:
+        path: the file.
+        classes: meaning of its values; None: black, and one bright colour.
+
+    Raises:
+        RejectedSample: the file is unreadable, or holds other values.
+    """
+    stored = decoded_mask(path, coloured=classes is None or classes.coloured)
+    if classes is None:
+        return binary_mask(stored.values, path.name, stored.lossy, stored.transparent)
+    return class_mask(stored.values, classes, path.name, stored.transparent, stored.lossy)
 
 
 def colour(text: str) -> Colour:

@@ -35,6 +35,7 @@ COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 DEEP_MODES = ("I", "F")  # and the 16-bit ones, which begin with `I;`
 ORIENTATION = 0x0112  # Exif and TIFF
 UPRIGHT = (0, 1)
+VISIBLE = 0.05  # smallest change that counts, relative to the brightest pixel
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTH = 24  # offset of the bit depth in the first chunk of a PNG; the colour type follows
@@ -82,6 +83,18 @@ class DecodedImage:
             raise RejectedSample("its alpha channel has values beyond 0 (transparent) to 1 (opaque)")
         shown = self.pixels * (share if self.pixels.ndim == 2 else share[..., None])
         return (shown if self.pixels.dtype.kind == "f" else np.rint(shown)).astype(self.pixels.dtype)
+
+    def darkened(self) -> float:
+        """Return the share of the pixels that become visibly darker over black, 0..1.
+
+        Raises:
+            RejectedSample: as for `over_black`.
+        """
+        if self.alpha is None:
+            return 0.0
+        loss = self.pixels.astype(np.float64) - self.over_black()
+        least = VISIBLE * max(float(self.pixels.max()), np.finfo(np.float64).tiny)
+        return float(((loss if loss.ndim == 2 else loss.max(axis=2)) > least).mean())
 
     def transparent(self) -> NDArray[np.bool_] | None:
         """Return where alpha is below half of its maximum, (H, W); None if it nowhere is."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,30 @@ class DecodedMask:
     lossy: bool = False
 
 
+class Picture(NamedTuple):
+    """An image over black.
+
+    Attributes:
+        pixels: (H, W) or (H, W, 3), uint8 or the deeper dtype of the file.
+        darkened: share of the pixels that were transparent and became visibly darker, 0..1.
+    """
+
+    pixels: NDArray[Any]
+    darkened: float = 0.0
+
+
+def read_picture(path: Path) -> Picture:
+    """Return an image over black, and how much of it transparency has made black.
+
+    Raises:
+        RejectedSample: as for `image_pixels`.
+    """
+    if path.suffix.lower() == ".npy":
+        return Picture(_array(path, "uif"))
+    image = decoded_image(path)
+    return Picture(image.over_black(), image.darkened())
+
+
 def image_pixels(path: Path) -> NDArray[Any]:
     """Return an image over black, (H, W) or (H, W, 3), uint8 or the deeper dtype of the file.
 
@@ -38,9 +62,7 @@ def image_pixels(path: Path) -> NDArray[Any]:
         RejectedSample: the file is unreadable, has several pages, is rotated by Exif, or is an
             array of another shape.
     """
-    if path.suffix.lower() == ".npy":
-        return _array(path, "uif")
-    return decoded_image(path).over_black()
+    return read_picture(path).pixels
 
 
 def decoded_mask(path: Path, coloured: bool) -> DecodedMask:

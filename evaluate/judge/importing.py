@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from maskloom.evaluate.judge.remarks import mask_remark, transparency_remark
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.contract import Description, Parent
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -29,7 +30,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.formatting import markdown_cell
 from maskloom.pipeline.files.reading import row_attributes
-from maskloom.pipeline.progress import progress
+from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage
 
@@ -82,7 +83,9 @@ class Conversion:
         )
 
 
-def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, where: Path, force: bool) -> None:
+def import_set(
+    run: Run, real: MaskPromptDataset, given: MaskPromptDataset, where: Path, force: bool, stated: bool = True
+) -> None:
     """Write the rows of a given dataset to `RUN/synthetic/synthetic`.
 
     Args:
@@ -91,9 +94,11 @@ def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, wher
         given: the images to judge, verified.
         where: the folder that the user gave, for errors.
         force: write them even if nothing has changed.
+        stated: see `mask_remark`.
 
     Raises:
-        MaskLoomError: classes or mask classes differ from the real ones, or a set has rows of both kinds.
+        MaskLoomError: classes or mask classes differ from the real ones, masks are inverted, much of the images is
+            transparent, or a set has rows of both kinds.
     """
     if given.description.origin == "combined":
         raise MaskLoomError(
@@ -103,9 +108,17 @@ def import_set(run: Run, real: MaskPromptDataset, given: MaskPromptDataset, wher
     stage = Stage(run, STAGE, {"dataset": real.digest, "images": given.digest}, [VERSION], [run.synthetic / NAME])
     if stage.skips(force):
         return
+    remarks = [mask_remark(real, given, where, stated), transparency_remark(real, given, where)]
+    remarks = [remark for remark in remarks if remark]
+    for remark in remarks:
+        say(f"judge: {remark}")
     shards = plan_shards({"train": given.num_rows}, ROWS_PER_SHARD)
     settings = {"generator": NAME, "origin": ORIGIN, "uses_mask": conversion.classes is not None}
-    generation = {**settings, "notes": notes(real, given), "training": dict.fromkeys(("stage", "dataset", "weights"))}
+    generation = {
+        **settings,
+        "notes": [*notes(real, given), *remarks],
+        "training": dict.fromkeys(("stage", "dataset", "weights")),
+    }
     about = real.description.model_copy(
         update={"origin": "synthetic", "preprocessing": {**real.description.preprocessing, "generation": generation}}
     )

@@ -87,7 +87,7 @@ def judge(request: Request, force: bool) -> None:
     dataset = verify_quickly(run.dataset)
     try:
         images = judged_images(request, synthetic, dataset, config, force)
-        import_set(run, dataset, images, synthetic.folder, force)
+        import_set(run, dataset, images, synthetic.folder, force, states_masks(request, synthetic, images))
         evaluate(config, force)
     except LeakedImages as leak:
         remove_results(run)
@@ -115,7 +115,8 @@ def experiment_values(request: Request, real: Given, out: Path, overrides: Seque
             "conditioning": about.conditioning,
         }
     else:
-        data = guessed_data(real) | ({"image_size": request.size} if request.size else {})
+        stated = _stated([one.removeprefix("data.") for one in overrides if one.startswith("data.")], "data.")
+        data = guessed_data(real, stated) | ({"image_size": request.size} if request.size else {})
     between: dict[str, Any] = {"run_dir": str(out), "data": data, "generate": {"generators": {NAME: {}}}}
     if request.seeds is not None:
         metrics = read_values(request.config, list(overrides)).get("evaluate", {}).get("metrics", {})
@@ -161,10 +162,24 @@ def judged_images(
             raise MaskLoomError(f"{SYNTHETIC_KEY}{given[0]}: {synthetic.folder} is prepared already; leave it out")
         return verify_quickly(synthetic.folder)
     place = config.run_folder / "cache" / f"given-{value_digest(str(synthetic.folder.resolve()))[:8]}"
-    values = synthetic_values(synthetic, real.description, place, config.seed)
-    for override in given:
-        values["data"] = merged(values["data"], parsed_override(override), f"override {SYNTHETIC_KEY}{override}")
-    return read_synthetic(values, force)
+    stated = _stated(given, SYNTHETIC_KEY)
+    return read_synthetic(synthetic_values(synthetic, real.description, place, config.seed, stated), force)
+
+
+def states_masks(request: Request, synthetic: Given, images: MaskPromptDataset) -> bool:
+    """Whether the user has said what the synthetic mask values mean, or reads a layout that says it itself."""
+    key = f"{SYNTHETIC_KEY}options.mask_values"
+    by_class = isinstance((images.description.preprocessing.get("options") or {}).get("masks"), dict)
+    has_key = not synthetic.prepared and images.description.dataset in ("folder", "hf_folder") and not by_class
+    return not has_key or any(one.startswith((f"{key}=", f"{key}.")) for one in request.overrides)
+
+
+def _stated(overrides: Sequence[str], section: str) -> dict[str, Any]:
+    """Return overrides of a section, given without its name, as nested mappings."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        values = merged(values, parsed_override(override), f"override {section}{override}")
+    return values
 
 
 def remove_results(run: Run) -> None:

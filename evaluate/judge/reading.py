@@ -5,9 +5,13 @@ What is guessed (dataset, patterns, columns, classes) is shown, and every key of
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +20,8 @@ import typer
 import yaml
 
 from maskloom.evaluate.judge.given import Given
+from maskloom.pipeline.config.data import DataConfig
+from maskloom.pipeline.config.loading import merged
 from maskloom.pipeline.config.yaml_reading import read_yaml
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -27,13 +33,23 @@ from maskloom.pipeline.runs.runner import run_stages
 SYNTHETIC_KEY = "synthetic."
 """Prefix of overrides of the section `data` with which the synthetic images are read."""
 
+DATA_KEY = re.compile(rf"(?<![\w./-])data\.(?=(?:{'|'.join(DataConfig.model_fields)})\b)")
+KEEP_INCOMPLETE = ("folder", "hf_folder", "nnunet_folder")
+"""Datasets whose images may lack masks and classes: also such images are searched for leaks and copies."""
 
-def guessed_data(given: Given) -> dict[str, Any]:
+
+def guessed_data(given: Given, stated: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section `data` that reads a raw folder, and say what was guessed.
+
+    Args:
+        given: the folder.
+        stated: the keys of the section that the user gives; with a dataset among them, nothing is guessed.
 
     Raises:
         MaskLoomError: the folder is empty or unreadable, or holds no image; names the folder.
     """
+    if "dataset" in stated:
+        return {"dataset": stated["dataset"], "options": {}, "raw_dir": str(given.folder)}
     with TemporaryDirectory(prefix="maskloom-judge-") as folder:
         file = Path(folder) / "data.yaml"
         command = [sys.executable, "-m", "maskloom.data_prep", "inspect", str(given.folder), "--yaml", str(file)]
@@ -47,21 +63,50 @@ def guessed_data(given: Given) -> dict[str, Any]:
     return {**data, "raw_dir": str(given.folder)}
 
 
-def prepare(values: Mapping[str, Any], force: bool) -> None:
+def prepare(values: Mapping[str, Any], force: bool, section: str = "data.") -> None:
     """Run the stage `prepare` of a configuration, given by its values.
+
+    Args:
+        values: the configuration.
+        force: read everything again.
+        section: what the command line of `judge` calls the section `data`.
 
     Raises:
         typer.Exit: it failed, and has printed why.
     """
-    with TemporaryDirectory(prefix="maskloom-judge-") as folder:
+    with TemporaryDirectory(prefix="maskloom-judge-") as folder, messages_about(section) as messages:
         file = Path(folder) / "config.yaml"
         file.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        code = run_stages(["prepare"], ["--config", str(file), *(["--force"] if force else [])], None)
+        code = run_stages(["prepare"], ["--config", str(file), *(["--force"] if force else [])], None, messages)
     if code:
         raise typer.Exit(code)
 
 
-def synthetic_values(given: Given, about: Description, run_dir: Path, seed: int) -> dict[str, Any]:
+@contextmanager
+def messages_about(section: str) -> Iterator[int | None]:
+    """Yield what takes the messages of a stage and prints them, with the keys of `data` as keys of a section."""
+    if section == "data.":
+        yield None
+        return
+    reading, writing = os.pipe()
+
+    def pass_on() -> None:
+        with os.fdopen(reading, encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                print(DATA_KEY.sub(section, line), end="", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        passing = pool.submit(pass_on)
+        try:
+            yield writing
+        finally:
+            os.close(writing)
+            passing.result()
+
+
+def synthetic_values(
+    given: Given, about: Description, run_dir: Path, seed: int, stated: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the configuration with which raw synthetic images are read, like the real ones.
 
     Size, channels and the meaning of mask values are those of the real dataset. All images are in
@@ -72,12 +117,23 @@ def synthetic_values(given: Given, about: Description, run_dir: Path, seed: int)
         about: the real dataset.
         run_dir: where the dataset goes.
         seed: of the experiment.
+        stated: the keys of the section `data` that the user gives.
+
+    Raises:
+        MaskLoomError: the folder cannot be read, or its mask values mean nothing in the real classes.
     """
-    data = guessed_data(given)
-    if data["dataset"] == "folder":
-        data["options"] = options_like_real(data["options"], about)
-    elif data["dataset"] == "hf_folder" and len(about.mask_classes) > 2:
-        data["options"] = {**data["options"], "mask_values": dict(enumerate(about.mask_classes))}
+    data = guessed_data(given, stated)
+    options = stated.get("options")
+    mask_values = options.get("mask_values") if isinstance(options, dict) else None
+    if data["dataset"] == "folder" and "dataset" not in stated:
+        data["options"] = options_like_real(data["options"], about, given.folder, mask_values)
+    elif data["dataset"] == "hf_folder" and len(about.mask_classes) > 2 and not mask_values:
+        data["options"] = {
+            **data["options"],
+            "mask_values": stated_values(about) or dict(enumerate(about.mask_classes)),
+        }
+    if data["dataset"] in KEEP_INCOMPLETE:
+        data["options"] = {**data["options"], "keep_incomplete": True}
     data |= {
         "image_size": list(about.image_size),
         "buckets": [list(size) for size in about.buckets],
@@ -86,39 +142,105 @@ def synthetic_values(given: Given, about: Description, run_dir: Path, seed: int)
         "duplicates": "identical",
         "splits": {"train": 1.0, "validation": 0.0, "test": 0.0},
     }
+    data = merged(data, stated, f"{SYNTHETIC_KEY}KEY=VALUE")
     return {"experiment": "given", "run_dir": str(run_dir), "seed": seed, "data": data}
 
 
 def read_synthetic(values: Mapping[str, Any], force: bool) -> MaskPromptDataset:
     """Return the dataset of raw synthetic images, read with a configuration of `synthetic_values`."""
-    say(f"judge: reading the synthetic images (in what follows, data.KEY is {SYNTHETIC_KEY}KEY of this command)")
-    prepare(values, force)
+    say("judge: reading the synthetic images")
+    prepare(values, force, SYNTHETIC_KEY)
     return MaskPromptDataset.open(Run(Path(values["run_dir"])).dataset)
 
 
-def options_like_real(guessed: Mapping[str, Any], about: Description) -> dict[str, Any]:
-    """Return guessed options of `folder` in which channels, classes and mask values are the real dataset's."""
-    left_out = {"channels", "group_column", "group_pattern", "split_column", "split_pattern"}
+def options_like_real(
+    guessed: Mapping[str, Any], about: Description, folder: Path, mask_values: Any = None
+) -> dict[str, Any]:
+    """Return guessed options of `folder` in which channels, classes and mask values are the real dataset's.
+
+    Args:
+        guessed: the options.
+        about: the real dataset.
+        folder: the folder of which they were guessed.
+        mask_values: the meaning of the mask values, if the user gives it.
+
+    Raises:
+        MaskLoomError: what the mask values mean in the real classes is unclear.
+    """
+    left_out = {"channels", "label_pattern", "group_column", "group_pattern", "split_column", "split_pattern"}
     options = {key: value for key, value in guessed.items() if key not in left_out}
     options["channels"] = about.channels
-    values = options.get("mask_values")
     if {"masks", "mask_column"} & options.keys() and not isinstance(options.get("masks"), dict):
-        stated = (about.preprocessing.get("options") or {}).get("mask_values")
-        indices: dict[Any, str] = dict(enumerate(about.mask_classes))
-        if stated:
-            options["mask_values"] = {_as_number(key): name for key, name in stated.items()}
-        elif (values and values.keys() <= indices.keys()) or (not values and len(indices) > 2):
-            options["mask_values"] = indices
-    folder = Path(str(options.get("images") or "")).parent.name
-    if not {"label_from", "label_column"} & options.keys() and _is_class(folder, about.labels):
-        options["label_from"] = "parent"  # a single class: nothing shows that its folder names it
+        found = options.pop("mask_values", None)
+        values = mask_values or real_mask_values(found, about, folder)
+        options |= {"mask_values": values} if values else {}
+    if not {"label_from", "label_column"} & options.keys():
+        options |= class_source(folder, str(options.get("images") or ""), about.labels)
     return options
+
+
+def real_mask_values(found: Mapping[Any, str] | None, about: Description, folder: Path) -> Mapping[Any, str] | None:
+    """Return the real class of each value in the synthetic masks; None: black, and one bright colour.
+
+    Args:
+        found: the values in a sample of the masks; None if these are black with one bright colour.
+        about: the real dataset.
+        folder: the synthetic images, for errors.
+
+    Raises:
+        MaskLoomError: the values are neither those of the real masks, nor class indices, nor as many.
+    """
+    stated, classes = stated_values(about), about.mask_classes
+    indices: dict[Any, str] = dict(enumerate(classes))
+    if len(classes) == 2:  # a single class, whatever its value
+        return stated if found and stated and found.keys() <= stated.keys() else found
+    if found is None:
+        return stated or indices
+    for known in (stated or indices, indices):
+        if found.keys() <= known.keys():
+            return known
+    keys = list(stated or indices)
+    if len(found) == len(keys) and all(isinstance(key, int) for key in (*found, *keys)):
+        values = {key: (stated or indices)[ours] for key, ours in zip(sorted(found), sorted(keys), strict=True)}
+        say(
+            f"judge: the {len(values)} values of the synthetic masks are taken for those of the real ones, in ascending order:"
+            f" {_shown(values)}; if they mean something else: {SYNTHETIC_KEY}options.mask_values={{VALUE: CLASS, ...}}"
+        )
+        return values
+    raise MaskLoomError(
+        f"--synthetic {folder}: the masks hold the values {', '.join(map(str, found))}, those of the real masks are "
+        f"{_shown(stated or indices)}; say what each value means: {SYNTHETIC_KEY}options.mask_values={{0: background, VALUE: CLASS}}"
+    )
+
+
+def stated_values(about: Description) -> dict[Any, str] | None:
+    """Return the option `mask_values` with which the real dataset was prepared, with numbers as keys, or None."""
+    stated = (about.preprocessing.get("options") or {}).get("mask_values")
+    return {_as_number(key): name for key, name in stated.items()} if stated else None
+
+
+def class_source(folder: Path, pattern: str, labels: Sequence[str]) -> dict[str, Any]:
+    """Return the option that reads the class off a folder's or the files' names, if these name real classes.
+
+    Args:
+        folder: the synthetic images.
+        pattern: of the images in it.
+        labels: the real classes.
+    """
+    if Path(pattern).parent.name.casefold() in {label.casefold() for label in labels}:
+        return {"label_from": "parent"}  # a single class: nothing shows that its folder names it
+    either = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    names = [path.name for path in folder.glob(pattern)] if pattern else []
+    if not labels or not names or not all(re.match(rf"(?i)({either})(?![^\W\d_])", name) for name in names):
+        return {}
+    say("judge: each synthetic image is of the real class with which its name begins")
+    return {"label_pattern": rf"(?i)(?:^|/)({either})(?![^\W\d_])[^/]*$"}
+
+
+def _shown(values: Mapping[Any, str]) -> str:
+    return ", ".join(f"{value} = {name}" for value, name in values.items())
 
 
 def _as_number(key: Any) -> Any:
     """Return a key of `mask_values` as it was written: JSON has only text."""
     return int(key) if isinstance(key, str) and key.lstrip("-").isdigit() else key
-
-
-def _is_class(folder: str, labels: Sequence[str]) -> bool:
-    return folder.casefold() in {label.casefold() for label in labels}

@@ -89,13 +89,16 @@ def check_settings(
         exit_with(*dict.fromkeys(message for _, message in problems))
 
 
-def run_stages(stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None) -> int:
+def run_stages(
+    stages: Sequence[str], arguments: Sequence[str], accelerate_config: Path | None, messages: int | None = None
+) -> int:
     """Run stages in order; stop at the first one that fails.
 
     Args:
         stages: names, from `selected_stages`.
         arguments: command-line arguments of every stage: `--config FILE`, overrides, `--force`.
         accelerate_config: a file for `accelerate launch --config_file`, or None.
+        messages: descriptor of the file that takes what the stages print on stderr; None: stderr.
 
     Returns:
         The exit code of the failed stage (128 + N if signal N ended it), or 0. The stage has
@@ -106,13 +109,14 @@ def run_stages(stages: Sequence[str], arguments: Sequence[str], accelerate_confi
     """
     for stage in stages:
         command = [*stage_command(stage, accelerate_config), *arguments]
-        code = _run(command, launched=needs_launcher(accelerate_config) and stage in DISTRIBUTED)
+        launched = needs_launcher(accelerate_config) and stage in DISTRIBUTED
+        code = _run(command, launched, messages)
         if code:
             return code if code > 0 else 128 - code
     return 0
 
 
-def _run(command: Sequence[str], launched: bool) -> int:
+def _run(command: Sequence[str], launched: bool, messages: int | None) -> int:
     """Run a stage and return its exit code; forward signals to it.
 
     Raises:
@@ -121,7 +125,7 @@ def _run(command: Sequence[str], launched: bool) -> int:
     # A launcher would print a traceback on Ctrl-C; in its own process group the terminal does not
     # signal it.
     begin = end_with_parent if launched else _begin_stage
-    process = subprocess.Popen(command, preexec_fn=begin, process_group=0 if launched else None)
+    process = subprocess.Popen(command, preexec_fn=begin, process_group=0 if launched else None, stderr=messages)
     with signals_to(lambda number: _forward(number, process.pid, launched)):
         code = process.wait()
         if (number := received()) is not None:

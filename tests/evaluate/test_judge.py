@@ -284,6 +284,7 @@ def test_hugging_face_folders(layout: str, tmp_path: Path, quick: Path) -> None:
     assert classes_of(theirs) == {"benign": 6, "malignant": 6}
 
 
+VENDOR = Path("vendor")
 ABOUT = tiny_description(labels=("benign", "malignant"))
 LIVER = ABOUT.model_copy(
     update={"mask_classes": ("background", "liver", "tumour"), "palette": ((0, 0, 0), (9, 9, 9), (99, 99, 99))}
@@ -292,14 +293,12 @@ LIVER = ABOUT.model_copy(
 
 def test_mask_values_of_several_classes_are_those_of_the_real_set() -> None:
     guessed = {"images": "*.png", "masks": "m/{stem}.png", "mask_values": {0: "background", 2: "class_1"}}
-    assert options_like_real(guessed, LIVER)["mask_values"] == {0: "background", 1: "liver", 2: "tumour"}
+    assert options_like_real(guessed, LIVER, VENDOR)["mask_values"] == {0: "background", 1: "liver", 2: "tumour"}
     guessed["mask_values"] = {0: "background", 128: "class_1"}
-    assert options_like_real(guessed, LIVER)["mask_values"] == {
-        0: "background",
-        128: "class_1",
-    }  # refused later, by name
+    with pytest.raises(MaskLoomError, match=r"--synthetic vendor: the masks hold the values 0, 128, those of the real"):
+        options_like_real(guessed, LIVER, VENDOR)
     stated = {"options": {"mask_values": {"0": "background", "128": "liver", "#ffffff": "tumour"}}}
-    named = options_like_real(guessed, LIVER.model_copy(update={"preprocessing": stated}))["mask_values"]
+    named = options_like_real(guessed, LIVER.model_copy(update={"preprocessing": stated}), VENDOR)["mask_values"]
     assert named == {0: "background", 128: "liver", "#ffffff": "tumour"}
 
 
