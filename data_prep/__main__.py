@@ -93,11 +93,13 @@ def inspect(
     ] = 200,
     yaml: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="only write the section `data` that reads the folder, as it is guessed"),
+        typer.Option(
+            metavar="FILE", help="only write a configuration for `run --config`, with what is guessed of the folder"
+        ),
     ] = None,
 ) -> None:
     """Identify a raw folder, summarise its images and masks, and show how to prepare it."""
-    from maskloom.data_prep.inspect.guess import guessed_data
+    from maskloom.data_prep.inspect.guess import guessed_configuration
     from maskloom.data_prep.inspect.inspect import inspect_folder
     from maskloom.pipeline.runs.named_files import named_file
 
@@ -105,7 +107,7 @@ def inspect(
     if output is None:
         inspect_folder(raw_dir, samples)
     else:
-        output.write_yaml({"data": guessed_data(raw_dir)})
+        output.write_yaml(guessed_configuration(raw_dir))
 
 
 def parsed_shard(text: str) -> "Shard":

@@ -8,9 +8,10 @@ from maskloom.data_prep.inspect.content import IMAGES, kinds_of
 from maskloom.data_prep.inspect.layout import guessed_options
 from maskloom.data_prep.inspect.observation import listing_of
 from maskloom.data_prep.inspect.raw_tree import tables_of, tree_of
+from maskloom.data_prep.inspect.yaml_text import experiment_name
 from maskloom.data_prep.readers.file_names import is_text, printable
 from maskloom.data_prep.sources import PACKAGE
-from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.config.loading import read_values, validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.plugins import load_plugin, plugin_names
 
@@ -30,7 +31,9 @@ def guessed_data(raw_dir: Path) -> dict[str, Any]:
         sets = adapter.needed_options(raw_dir)
         if len(sets) > 1:
             shown = "; ".join(", ".join(f"options.{key}={value}" for key, value in one.items()) for one in sets[:3])
-            raise MaskLoomError(f"{raw_dir}: holds {len(sets)} datasets of the kind {name}; choose one: {shown}")
+            raise MaskLoomError(
+                f"{raw_dir}: holds {len(sets)} datasets of the kind {name}; choose one: {shown} (with dataset={name})"
+            )
         if (opened := _usable(adapter, raw_dir, sets[0])) is not None:
             masks = len(opened.info().mask_classes) > 1
             return {"dataset": name, "conditioning": "mask" if masks else "edges", "options": sets[0]}
@@ -47,6 +50,24 @@ def guessed_data(raw_dir: Path) -> dict[str, Any]:
         "conditioning": "mask" if {"masks", "mask_column"} & guess.options.keys() else "edges",
         "options": {"modality": MODALITY, **guess.options},
     }
+
+
+def guessed_configuration(raw_dir: Path) -> dict[str, Any]:
+    """Return a configuration of all stages for a folder, which extends the one that ships for its dataset.
+
+    Raises:
+        MaskLoomError: as for `guessed_data`.
+    """
+    data = guessed_data(raw_dir)
+    preset = Path(f"configs/{data['dataset']}.yaml")
+    shipped = read_values(preset, [])
+    guessed = {"dataset": data["dataset"], "raw_dir": str(raw_dir.resolve()), **data}
+    if data["conditioning"] == "edges" and shipped["data"].get("conditioning") in ("foreground", "image"):
+        del guessed["conditioning"]  # needs no mask either, and suits the dataset
+    values = {"extends": str(preset), "experiment": experiment_name(raw_dir), "data": guessed}
+    if data["conditioning"] == "edges" and (shipped.get("train") or {}).get("adherence") is not None:
+        values["train"] = {"adherence": None}  # which needs masks
+    return values
 
 
 def recognised(raw_dir: Path) -> tuple[list[str], dict[str, str]]:

@@ -27,7 +27,7 @@ from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, 
 from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
 from maskloom.data_prep.inspect.yaml_text import experiment_name
 from maskloom.data_prep.prepare import prepare
-from maskloom.data_prep.sources import PACKAGE
+from maskloom.data_prep.sources import PACKAGE, open_sources
 from maskloom.pipeline.cli import shown_command
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import load_experiment
@@ -765,13 +765,29 @@ def test_the_guess_as_a_file(tmp_path, capsys):
     (tmp_path / "known").mkdir()
     busi.write_raw(tmp_path / "known")
     found = guessed_file(tmp_path / "known", tmp_path / "a.yaml")
-    assert found == {"dataset": "busi", "conditioning": "mask", "options": {}}
+    assert found == {"dataset": "busi", "raw_dir": str(tmp_path / "known"), "conditioning": "mask", "options": {}}
     (tmp_path / "own" / "x").mkdir(parents=True)
     only_images(tmp_path / "own" / "x")
     found = guessed_file(tmp_path / "own", tmp_path / "b.yaml")
     assert found["dataset"] == "folder" and found["conditioning"] == "edges"
     assert found["options"]["modality"] == "medical image" and "masks" not in found["options"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", WITH_WRITER)
+def test_the_guess_is_a_whole_configuration(name, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    importlib.import_module(f"tests.writers.{name}").write_raw(raw)
+    data = guessed_file(raw, tmp_path / "mine.yaml")
+    config = load_experiment(tmp_path / "mine.yaml", [])
+    assert config.experiment == "my_raw" and config.train is not None and config.generate is not None
+    assert (config.data.dataset, config.data.raw_dir) == (name, raw)
+    info = open_sources(config.data)[0].info
+    masked = len(info.mask_classes) > 1
+    assert config.data.conditioning in (("mask",) if masked else ("edges", "foreground", "image"))
+    assert masked or config.train.adherence is None
+    assert {key: config.data.options[key] for key in data["options"]} == data["options"]
 
 
 def test_a_folder_that_cannot_be_guessed(tmp_path):
