@@ -23,6 +23,7 @@ from maskloom.data_prep.inspect import observation
 from maskloom.data_prep.inspect.advice import advice_for
 from maskloom.data_prep.inspect.guess import guessed_data
 from maskloom.data_prep.inspect.layout import guessed_options
+from maskloom.data_prep.inspect.names import class_words
 from maskloom.data_prep.inspect.observation import Listing, Sample, listing_of, sample_of, spread
 from maskloom.data_prep.inspect.raw_tree import RawTree, tables_of, tree_of
 from maskloom.data_prep.inspect.yaml_text import experiment_name
@@ -329,6 +330,12 @@ def windows_table(raw):
     (raw / "t.csv").write_text("\n".join(rows), encoding="utf-8")
 
 
+def classes_in_names(raw):
+    for number in range(12):
+        picture(raw / f"derma_{'ab'[number % 2]}_{number}.png", number)
+        mask(raw / f"derma_{'ab'[number % 2]}_{number}_mask.png", 255, number=number)
+
+
 def table(raw):
     rows = ["img;seg;patient_id;Diagnosis;split;age"]
     for number in range(12):
@@ -359,6 +366,12 @@ def table(raw):
         (further_masks, 12, ("background", "lesion"), {"images": "*.png", "masks": "{folder}/{stem}_mask*.png"}),
         (prefixed, 9, ("background", "lesion"), {"masks": "a b masks/mask_{stem}.png", "images": "a b/*.bmp"}),
         (only_images, 9, ("background", "lesion"), {"images": "*.png"}),
+        (
+            classes_in_names,
+            12,
+            ("background", "lesion"),
+            {"label_pattern": "(?:^|/)(derma_a|derma_b)[^/]*$", "masks": "{folder}/{stem}_mask.png"},
+        ),
         (
             table,
             12,
@@ -412,6 +425,26 @@ def test_the_configuration_for_an_unknown_folder_works_as_printed(write, rows, c
     contract = verify_fully(tmp_path / "run" / "dataset").contract
     assert sum(part.rows for part in contract.splits.values()) == rows and contract.rejected == 0
     assert contract.description.mask_classes == classes and contract.description.modality == "skin photograph"
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ("derma_a_{} derma_b_{}", ["derma_a", "derma_b"]),
+        ("benign ({}) malignant({})", ["benign", "malignant"]),
+        ("{} {}0", []),  # numbers alone
+        ("img_{} scan_{}", []),  # what a file is
+        ("left_{} right_{}", []),  # sides
+        ("train_{} test_{}", []),  # splits
+        ("p01_{} p02_{}", []),  # patients
+        ("Benign_{} benign_{}", []),  # one class in two spellings
+        ("benign_{}", []),
+    ],
+)
+def test_classes_in_names_where_nothing_else_is_meant(names, classes):
+    files = [f"x/{name.format(number)}.png" for number in range(3) for name in re.split(r"(?<=[})]) ", names)]
+    assert class_words(files) == classes
+    assert class_words([*files, "x/cyst_1.png"]) == []  # a word of a single file
 
 
 @pytest.mark.parametrize(

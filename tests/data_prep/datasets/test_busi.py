@@ -241,3 +241,13 @@ def test_real_busi_is_listed_whole():
     assert len(items) + len(rejects) == len(images)
     raw = adapter(BUSI).load(items["benign-100"])
     assert len(items["benign-100"].mask_paths) == 2 and raw.mask.shape == raw.image.shape
+
+
+@pytest.mark.parametrize(("name", "known"), [("{label} ({n})", True), ("{label}({n})", True), ("scan_{n}", False)])
+def test_busi_is_recognised_by_its_file_names(name, known, tmp_path):
+    for label in ("benign", "malignant"):
+        for number in range(3):
+            stem = name.format(label=label, n=number)
+            save(tmp_path / label / f"{stem}.png", np.zeros((8, 8), np.uint8))
+            save(tmp_path / label / f"{stem}_mask.png", np.zeros((8, 8), np.uint8))
+    assert Adapter.recognises(tmp_path) == known

@@ -590,3 +590,35 @@ def test_many_files_are_matched_quickly(tmp_path):
         for number in range(1500):
             (tmp_path / part / f"{number}{'_m.png' if part == 'masks' else '.png'}").touch()
     assert len(masks_of(tmp_path, masks="masks/{stem}_*.png")) == 1500
+
+
+def test_labels_from_names(tmp_path):
+    tree(tmp_path, "a/benign_1.png", "a/malignant_2.png", "a/other_3.png")
+    options = {"images": "a/*.png", "label_pattern": "(?:^|/)(benign|malignant)_[^/]*$"}
+    items, reasons = listed(tmp_path, **options)
+    assert {path: item.label for path, item in items.items()} == {
+        "a/benign_1.png": "benign",
+        "a/malignant_2.png": "malignant",
+    }
+    assert reasons == {"a/other_3.png": "it has no label"}
+    named = listed(tmp_path, **{**options, "label_pattern": "(?P<x>a)/(?P<label>[a-z]+)_"})[0]
+    assert named["a/other_3.png"].label == "other"
+    assert adapter(tmp_path, **options).info().labels == ("benign", "malignant")
+    with pytest.raises(MaskLoomError, match=r"data\.options\.label_pattern: no image has a label; found: none"):
+        adapter(tmp_path, images="a/*.png", label_pattern="(x)").info()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_pattern": "x"}, "label_pattern.*put the part that is the label in parentheses"),
+        ({"label_pattern": "(x)", "label_from": "parent"}, "label_pattern and label_from are both given"),
+        (
+            {"label_pattern": "(x)", "table": "t.csv", "image_column": "a", "label_column": "b"},
+            "label_pattern and label_column are both given",
+        ),
+    ],
+)
+def test_a_pattern_of_classes_that_makes_no_sense(tmp_path, options, message):
+    with pytest.raises(MaskLoomError, match=message):
+        opened(tmp_path, **options)
