@@ -144,7 +144,7 @@ def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset, where: Path
     if strange:
         raise MaskLoomError(
             f"--synthetic {where}: class {strange[0]!r} is none of the real classes ({', '.join(known)}); rename it, leave "
-            "it out (synthetic.options.labels=[...]), or give real images of it"
+            f"it out{', synthetic.options.labels=[...],' if given.description.dataset == 'folder' else ''} or give real images of it"
         )
     labels = {
         index: by_name[label.casefold()]

@@ -33,6 +33,7 @@ from maskloom.pipeline.runs.runner import run_stages
 SYNTHETIC_KEY = "synthetic."
 """Prefix of overrides of the section `data` with which the synthetic images are read."""
 
+RAW_DIR = re.compile(r"\bdata\.raw_dir=")
 DATA_KEY = re.compile(rf"(?<![\w./-])data\.(?=(?:{'|'.join(DataConfig.model_fields)})\b)")
 KEEP_INCOMPLETE = ("folder", "hf_folder", "nnunet_folder")
 """Datasets whose images may lack masks and classes: also such images are searched for leaks and copies."""
@@ -93,7 +94,8 @@ def messages_about(section: str) -> Iterator[int | None]:
     def pass_on() -> None:
         with os.fdopen(reading, encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
-                print(DATA_KEY.sub(section, line), end="", file=sys.stderr, flush=True)
+                about_images = RAW_DIR.sub("--synthetic ", line).replace("data.raw_dir", "--synthetic")
+                print(DATA_KEY.sub(section, about_images), end="", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         passing = pool.submit(pass_on)
@@ -196,20 +198,24 @@ def real_mask_values(found: Mapping[Any, str] | None, about: Description, folder
         return stated if found and stated and found.keys() <= stated.keys() else found
     if found is None:
         return stated or indices
-    for known in (stated or indices, indices):
-        if found.keys() <= known.keys():
-            return known
-    keys = list(stated or indices)
-    if len(found) == len(keys) and all(isinstance(key, int) for key in (*found, *keys)):
-        values = {key: (stated or indices)[ours] for key, ours in zip(sorted(found), sorted(keys), strict=True)}
+    known = stated or indices
+    if found.keys() <= known.keys():
+        return known
+    keys, values, why = list(known), None, ""
+    if found.keys() <= indices.keys():
+        values, why = indices, "class indices"
+    elif len(found) == len(keys) and all(isinstance(key, int) for key in (*found, *keys)):
+        values = {key: known[ours] for key, ours in zip(sorted(found), sorted(keys), strict=True)}
+        why = "those of the real masks, in ascending order"
+    if values is not None:
         say(
-            f"judge: the {len(values)} values of the synthetic masks are taken for those of the real ones, in ascending order:"
-            f" {_shown(values)}; if they mean something else: {SYNTHETIC_KEY}options.mask_values={{VALUE: CLASS, ...}}"
+            f"judge: the values of the synthetic masks are taken for {why} ({_shown(values)}); if they mean something else:"
+            f" {SYNTHETIC_KEY}options.mask_values={{VALUE: CLASS, ...}}"
         )
         return values
     raise MaskLoomError(
         f"--synthetic {folder}: the masks hold the values {', '.join(map(str, found))}, those of the real masks are "
-        f"{_shown(stated or indices)}; say what each value means: {SYNTHETIC_KEY}options.mask_values={{0: background, VALUE: CLASS}}"
+        f"{_shown(known)}; say what each value means: {SYNTHETIC_KEY}options.mask_values={{0: background, VALUE: CLASS}}"
     )
 
 
