@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,17 @@ from maskloom.data_prep.datasets.phantom_bus import _render
 from maskloom.evaluate.judge.given import given_folder, require_apart
 from maskloom.evaluate.judge.importing import ORIGIN, mask_class_table, resized
 from maskloom.evaluate.judge.judge import Request, judge
-from maskloom.evaluate.judge.reading import options_like_real
+from maskloom.evaluate.judge.reading import class_source, messages_about, options_like_real, real_mask_values
+from maskloom.evaluate.judge.remarks import mask_remark, transparency_remark
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import LeakedImages, MaskLoomError
 from maskloom.pipeline.results import read_evaluations
+from maskloom.pipeline.runs.record import StageRecord, write_record
+from maskloom.pipeline.runs.run import Run
 from tests.evaluate.runs import faithful, small_options
-from tests.tiny_datasets import tiny_description, write_tiny_run
+from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
 from tests.writers import hf_folder, nnunet_folder
 
 SIDE = 64
@@ -267,6 +273,15 @@ def test_nnunet_folders(tmp_path: Path, quick: Path) -> None:
     nnunet_folder.describe(tmp_path / "vendor", labels={"background": 0, "tumour": 1})
     ours, theirs = judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)
     assert ours.description.dataset == "nnunet_folder" and masked(ours) == masked(theirs) == 16
+    shutil.rmtree(tmp_path / "vendor" / nnunet_folder.FOLDER / "labelsTs")
+    place = tmp_path / "vendor" / nnunet_folder.FOLDER / "imagesTs"
+    original = next((tmp_path / "real" / nnunet_folder.FOLDER / "imagesTs").iterdir())
+    shutil.copy(original, place / "case_900_0000.png")  # an image without a label map may be a leak as well
+    with pytest.raises(LeakedImages, match=r"test-case_900 "):
+        judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)
+    (place / "case_900_0000.png").unlink()
+    theirs = judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)[1]
+    assert theirs.num_rows == 16 and masked(theirs) == nnunet_folder.CASES
     assert ours.contract.splits["test"].rows == nnunet_folder.TEST
     assert theirs.description.mask_classes == ("background", "lesion")
 
@@ -285,6 +300,14 @@ def test_hugging_face_folders(layout: str, tmp_path: Path, quick: Path) -> None:
 
 
 VENDOR = Path("vendor")
+
+
+def test_a_hugging_face_dataset_of_one_file_is_divided(tmp_path: Path, quick: Path) -> None:
+    hf_folder.write_rows(tmp_path / "real" / hf_folder.file_of("train"), hf_folder.rows_of("train"))
+    ours, _ = judged(tmp_path / "real", write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out", quick)
+    assert all(ours.contract.splits[split].rows for split in ("train", "validation", "test"))
+
+
 ABOUT = tiny_description(labels=("benign", "malignant"))
 LIVER = ABOUT.model_copy(
     update={"mask_classes": ("background", "liver", "tumour"), "palette": ((0, 0, 0), (9, 9, 9), (99, 99, 99))}
@@ -300,6 +323,171 @@ def test_mask_values_of_several_classes_are_those_of_the_real_set() -> None:
     stated = {"options": {"mask_values": {"0": "background", "128": "liver", "#ffffff": "tumour"}}}
     named = options_like_real(guessed, LIVER.model_copy(update={"preprocessing": stated}), VENDOR)["mask_values"]
     assert named == {0: "background", 128: "liver", "#ffffff": "tumour"}
+
+
+GREY = {0: "background", 100: "liver", 200: "tumour"}
+INDICES = {0: "background", 1: "liver", 2: "tumour"}
+
+
+@pytest.mark.parametrize(
+    ("real", "found", "expected", "told"),
+    [
+        (
+            GREY,
+            {0: "background", 1: "class_1", 2: "class_2"},
+            INDICES,
+            "are taken for class indices (0 = background, 1",
+        ),
+        (INDICES, {0: "background", 100: "class_1", 200: "class_2"}, GREY, "in ascending order (0 = background, 100 ="),
+        (
+            GREY,
+            {0: "background", 60: "class_1", 255: "class_2"},
+            {0: "background", 60: "liver", 255: "tumour"},
+            "order",
+        ),
+        (GREY, {0: "background", 200: "class_1"}, GREY, ""),
+        (GREY, None, GREY, ""),  # a sample of black and one bright value, which may be the real one
+        (None, None, INDICES, ""),
+        (None, {0: "background", 5: "a", 9: "b"}, {0: "background", 5: "liver", 9: "tumour"}, "in ascending order"),
+    ],
+)
+def test_mask_values_of_another_scale(real, found, expected, told, capsys: pytest.CaptureFixture[str]) -> None:
+    about = LIVER.model_copy(update={"preprocessing": {"options": {"mask_values": real}} if real else {}})
+    assert real_mask_values(found, about, VENDOR) == expected
+    error = capsys.readouterr().err
+    assert told in error and bool(told) == bool(error)
+
+
+@pytest.mark.parametrize(
+    ("real", "found"),
+    [(GREY, {0: "background", 77: "a"}), ({"#000000": "background", "#ff0000": "liver", "#00ff00": "tumour"}, {0: "b", 7: "l", 9: "t"})],
+)  # fmt: skip
+def test_mask_values_without_a_meaning_are_refused(real, found) -> None:
+    about = LIVER.model_copy(update={"preprocessing": {"options": {"mask_values": real}}})
+    with pytest.raises(MaskLoomError, match=r"say what each value means: synthetic\.options\.mask_values=\{0: backgr"):
+        real_mask_values(found, about, VENDOR)
+    options = {"masks": "m/{stem}.png", "mask_values": found}
+    assert options_like_real(options, about, VENDOR, {0: "liver"})["mask_values"] == {0: "liver"}
+
+
+def test_a_single_mask_class_is_that_class_whatever_its_value() -> None:
+    about = ABOUT.model_copy(update={"preprocessing": {"options": {"mask_values": {0: "background", 100: "lesion"}}}})
+    assert real_mask_values(None, about, VENDOR) is None
+    assert real_mask_values({0: "background", 100: "class_1"}, about, VENDOR) == {0: "background", 100: "lesion"}
+    assert real_mask_values({0: "background", 7: "class_1"}, about, VENDOR) == {0: "background", 7: "class_1"}
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("benign_1", "Malignant 2", "benign (3)"), {"benign_1": "benign", "Malignant 2": "Malignant", "benign (3)": "benign"}),
+        (("benign_1", "benign_2"), {"benign_1": "benign"}),  # of a single class
+        (("benign_1", "scan_2"), None),
+        (("benignity_1", "malignant_2"), None),
+        ((), None),
+    ],
+)  # fmt: skip
+def test_classes_in_names(names: tuple[str, ...], classes: dict[str, str] | None, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / f"{name}.png").touch()
+    source = class_source(tmp_path, "*.png", LABELS)
+    assert bool(source) == (classes is not None)
+    for name, label in (classes or {}).items():
+        found = re.search(source["label_pattern"], f"{name}.png")
+        assert found is not None and found[1] == label
+    assert class_source(tmp_path, "x/Benign/*.png", LABELS) == {"label_from": "parent"}
+    assert class_source(tmp_path, "*.png", ()) == {}
+
+
+def written(folder: Path, change: Callable[[Sample], None], size: int = 32) -> MaskPromptDataset:
+    """Write a tiny dataset of changed samples."""
+    samples = tiny_samples("train", 12, size)
+    for sample in samples:
+        change(sample)
+    write_dataset(folder / "dataset", tiny_description(size), {"train": samples})
+    return MaskPromptDataset.open(folder / "dataset")
+
+
+def inverted(sample: Sample) -> None:
+    """Exchange black and white, and pad above and below, as for an image of another aspect ratio."""
+    sample.mask = 1 - np.asarray(sample.mask)
+    sample.mask[:4] = sample.mask[-4:] = 0
+
+
+def widened(sample: Sample) -> None:
+    sample.mask = np.zeros_like(np.asarray(sample.mask))
+    sample.mask[6:26, 6:26] = 1
+
+
+def narrowed(sample: Sample) -> None:
+    sample.mask = np.zeros_like(np.asarray(sample.mask))
+    sample.mask[9, 9:12] = 1
+
+
+def unmasked(sample: Sample) -> None:
+    sample.mask = None
+
+
+def test_inverted_masks_are_refused_unless_they_are_meant_so(tmp_path: Path) -> None:
+    ours, theirs = written(tmp_path / "ours", lambda sample: None), written(tmp_path / "theirs", inverted)
+    told = (
+        r"--synthetic vendor: foreground and background look exchanged in its masks: the masks mark [67]\d\.\d% of a synthetic "
+        r"image and 1\d\.\d% of a real one, and in 92% of the synthetic and 0% of the real masks .*"
+        r"synthetic\.options\.mask_values=\{0: lesion, 255: background\}"
+    )
+    with pytest.raises(MaskLoomError, match=told):
+        mask_remark(ours, theirs, VENDOR, stated=False)
+    assert mask_remark(ours, theirs, VENDOR, stated=True).startswith("Do the masks mean the same? The masks mark ")
+    assert mask_remark(theirs, theirs, VENDOR, stated=False) == ""  # so are the real ones
+    assert mask_remark(ours, ours, VENDOR, stated=False) == ""
+
+
+def test_masks_of_another_extent_are_a_remark(tmp_path: Path) -> None:
+    ours = written(tmp_path / "ours", lambda sample: None)
+    for name, change in (("wide", widened), ("narrow", narrowed)):
+        remark = mask_remark(ours, written(tmp_path / name, change), VENDOR, stated=False)
+        assert ("Do the masks mean the same?" in remark) == (name == "narrow")
+    assert mask_remark(ours, written(tmp_path / "none", unmasked), VENDOR, stated=False) == ""
+
+
+def record_transparent(dataset: MaskPromptDataset, images: int, darkened: float) -> None:
+    """Record transparent images as `prepare` does."""
+    run = Run(dataset.folder.parent)
+    results = {"transparent": {"images": images, "first": "a.png", "darkened": darkened}}
+    fields = {
+        "key": "k",
+        "inputs": {},
+        "config_hash": "c",
+        "maskloom": "0",
+        "git_sha": "0",
+        "packages": {},
+        "files": {},
+    }
+    write_record(run, StageRecord(stage="prepare", wall_seconds=0, peak_memory_mb=0, results=results, **fields))
+
+
+def test_transparent_images_are_a_remark_or_refused(tmp_path: Path) -> None:
+    ours, theirs = written(tmp_path / "ours", lambda sample: None), written(tmp_path / "theirs", lambda sample: None)
+    assert transparency_remark(ours, theirs, VENDOR) == ""
+    record_transparent(theirs, 3, 0.8)
+    told = "3 of 12 synthetic images have transparent pixels (such as a.png), which became black: 80% of their pixels"
+    assert told in transparency_remark(ours, theirs, VENDOR)
+    record_transparent(theirs, 6, 0.8)
+    with pytest.raises(MaskLoomError, match=r"--synthetic vendor: 6 of 12 .*on black, 40% of all pixels would lose"):
+        transparency_remark(ours, theirs, VENDOR)
+    record_transparent(ours, 6, 0.8)
+    assert "which became black" in transparency_remark(ours, theirs, VENDOR)  # as the real ones
+
+
+def test_messages_about_synthetic_images_name_its_option_and_keys(capfd: pytest.CaptureFixture[str]) -> None:
+    with messages_about("synthetic.") as messages:
+        line = "a/data.options.x: data.options.mask_values; data.image_size, data.other; data.raw_dir=/x: no; check data.raw_dir"
+        subprocess.run([sys.executable, "-c", f"import sys; print({line!r}, file=sys.stderr)"], stderr=messages)
+    assert capfd.readouterr().err == (
+        "a/data.options.x: synthetic.options.mask_values; synthetic.image_size, data.other; --synthetic /x: no; check --synthetic\n"
+    )
+    with messages_about("data.") as messages:
+        assert messages is None
 
 
 def test_mask_classes_are_matched_by_name() -> None:
