@@ -52,7 +52,7 @@ from maskloom.pipeline.progress import progress
 
 Pair = tuple[int, int]  # an image of a block, and a training image
 
-VERIFIED = 3  # best matches of each kind that are verified
+VERIFIED_WHOLES, VERIFIED_PARTS = 6, 3  # best matches that are verified
 BLOCK, COMPARED = 32, 128  # images compared at a time, with so many training images at a time
 EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with the candidates
 CANDIDATES = 8  # training images per image and kind of descriptor
@@ -61,7 +61,9 @@ FEW_PADDED = 0.05  # of the training images; where more have padding, it belongs
 
 WHOLE_IMAGE, JOINT, PART, OVERLAP = "whole image", "whole and parts", "part", "displaced part"
 FINE, COARSE = "fine details", "coarse details"  # after registration
-SIMILARITIES = (WHOLE_IMAGE, JOINT, FINE, COARSE, PART, OVERLAP)
+WHOLE_COARSE = "whole and coarse details"
+SIMILARITIES = (WHOLE_IMAGE, JOINT, FINE, COARSE, WHOLE_COARSE, PART, OVERLAP)
+COARSE_SHARE = 0.3  # of the two in Fisher's z; where noise covers the details, each alone falls short
 TURNS = (
     "",
     "turned by 90 degrees",
@@ -147,8 +149,11 @@ class CopySearch:
         whole, part = self._cosines(block.vectors)
         joint = (whole + part) / 2
         likeliest = joint.argmax(axis=1).tolist()
-        shown = [list(dict.fromkeys([*best_first(one), two])) for one, two in zip(whole, likeliest, strict=True)]
-        parts = [best_first(one) for one in part]
+        shown = [
+            list(dict.fromkeys([*best_first(one, VERIFIED_WHOLES), two]))
+            for one, two in zip(whole, likeliest, strict=True)
+        ]
+        parts = [best_first(one, VERIFIED_PARTS) for one in part]
         registered, displaced = self._registered(block, pairs_of(shown)), self._displaced(block, pairs_of(parts))
         return [
             {
@@ -156,6 +161,7 @@ class CopySearch:
                 JOINT: replace(registered[row, likeliest[row]][0], similarity=float(joint[row].max())),
                 FINE: max(registered[row, index][0] for index in near),
                 COARSE: max(registered[row, index][1] for index in near),
+                WHOLE_COARSE: max(_with_whole(registered[row, index][1], whole[row, index]) for index in near),
                 PART: replace(displaced[row, parts[row][0]], similarity=float(part[row].max())),
                 OVERLAP: max(displaced[row, index] for index in parts[row]),
             }
@@ -247,6 +253,13 @@ class CopySearch:
         return {pair: Match(overlap, pair[1], word) for pair, overlap, word in zip(pairs, overlaps, words, strict=True)}
 
 
+def _with_whole(coarse: Match, whole: float) -> Match:
+    """Return a pair's coarse agreement, averaged with that of the whole images."""
+    shares = (COARSE_SHARE, coarse.similarity), (1 - COARSE_SHARE, float(whole))
+    z = sum(share * np.arctanh(min(similarity, 0.999999)) for share, similarity in shares)
+    return replace(coarse, similarity=float(np.tanh(z)))
+
+
 def in_blocks(images: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     """Return a few images at a time."""
     return [images[start : start + BLOCK] for start in range(0, len(images), BLOCK)]
@@ -257,9 +270,9 @@ def pairs_of(near: Sequence[Sequence[int]]) -> list[Pair]:
     return [(row, index) for row, indices in enumerate(near) for index in indices]
 
 
-def best_first(similarities: Floats) -> list[int]:
+def best_first(similarities: Floats, count: int) -> list[int]:
     """Return the training images to verify."""
-    return [int(index) for index in np.argsort(-similarities, kind="stable")[:VERIFIED]]
+    return [int(index) for index in np.argsort(-similarities, kind="stable")[:count]]
 
 
 def _second_moments(images: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
