@@ -271,8 +271,11 @@ def test_only_its_own_key_follows_the_weights(run: Path, backbone: Path) -> None
         return {name: json.loads((run / "evaluation" / f"{name}.json").read_text())["key"] for name in options}
 
     untrained = keys()
-    leave_training(run, backbone)
+    leave_training(run, backbone, results={"weights_digest": "w"})
     trained = keys()
+    answers = {name: json.loads((run / "evaluation" / f"{name}.json").read_text()) for name in options}
+    assert answers[NAME]["weights"] == {"train": "w"}  # the report hides it once others are trained
+    assert "weights" not in answers["quality"]
     assert trained["quality"] == untrained["quality"]
     assert trained[NAME] != untrained[NAME]
     path = run / "generator" / "controlnet" / "config.json"
