@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,33 @@ def test_a_record_names_no_folder_of_this_machine(vit: Path, tmp_path: Path) -> 
     written = (run / "evaluation/cmmd.json").read_text()
     assert json.loads(written)["options"]["extractor"] == "…/vit"
     assert str(tmp_path) not in written
+
+
+def test_models_of_timm_are_read_where_it_is_installed(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0).eval()
+    about = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "model_args": {"img_size": 32, "patch_size": 8},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    pixels = torch.tensor((images / 255 - 0.5) / 0.25, dtype=torch.float32).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = model(pixels).numpy()
+    extractor = huggingface.of_model(str(tmp_path)).load(32, "cpu")
+    np.testing.assert_allclose(batch_features(extractor, [list(images)], "cpu"), expected, atol=1e-5)
+
+
+def test_models_of_timm_name_the_package_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3}}
+    about["pretrained_cfg"]["std"] = [0.25] * 3  # type: ignore[index]
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MaskLoomError, match=r"extractor=.* needs timm: pip install timm"):
+        huggingface.of_model(str(tmp_path)).check(32)

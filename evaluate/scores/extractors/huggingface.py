@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +29,7 @@ CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SETTINGS = (CONFIG, *PROCESSORS)
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+TIMM = "pretrained_cfg"  # key of the settings of timm's models
 COMMIT = re.compile(r"[0-9a-f]{40}")
 UNUSED = ("pooler.", "mask_token")  # weights that a checkpoint may lack: features do not depend on them
 COMPLETE = "give a folder that save_pretrained has written, with its image processor"
@@ -78,12 +80,15 @@ class VisionModel:
         """Check what `load` needs, except for the weights of a model on the Hub.
 
         Raises:
-            MaskLoomError: another side is asked for, or a local folder has no safetensors.
+            MaskLoomError: another side is asked for, a local folder has no safetensors, or the
+                model is one of timm, which is not installed.
         """
         if side != self.INPUT_SIZE:
             raise MaskLoomError(f"extractor_size={side}: the extractor {self.name} takes {self.INPUT_SIZE} only")
         if self.hub is None:
             _weights(self.folder)
+        if TIMM in read_object(self.folder / CONFIG, COMPLETE) and find_spec("timm") is None:
+            raise MaskLoomError(f"{KEY}={self.name} needs timm: pip install timm, or use {KEY}=efficientnet_lite0")
 
     def digest(self) -> str:
         """Return the identity of the weights: of the files read, or the Hub id and its commit.
@@ -177,7 +182,7 @@ def _vision_model(name: str, folder: Path, hub: tuple[str, str] | None) -> Visio
 
 def _preprocessing(folder: Path) -> tuple[Any, Any, Any]:
     """Return input side, mean and deviation as the settings of a model state them; None where they do not."""
-    timm = read_object(folder / CONFIG, COMPLETE).get("pretrained_cfg")
+    timm = read_object(folder / CONFIG, COMPLETE).get(TIMM)
     if isinstance(timm, dict):  # models of timm have no image processor
         return (timm.get("input_size") or [None])[-1], timm.get("mean"), timm.get("std")
     file = next((path for name in PROCESSORS if (path := folder / name).is_file()), folder / PROCESSORS[0])
