@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "data_prep", "train_controlnet", "train_baselines", "generate", "evaluate")
-LOADING = {"models/stable_diffusion/loading.py", "models/stable_diffusion/text.py"}
+LOADING = {
+    "models/stable_diffusion/loading.py",
+    "models/stable_diffusion/text.py",
+    "evaluate/scores/extractors/huggingface.py",
+}
 MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 UNSAFE_YAML = {"load", "unsafe_load", "full_load", "load_all", "unsafe_load_all", "full_load_all"}
 UNKNOWN_CLASSES = ("AutoModel", "AutoTokenizer", "AutoPipeline", "DiffusionPipeline")
@@ -50,7 +54,8 @@ def _problems_of_call(call: ast.Call, loads: bool) -> Iterator[str]:
     if last == "load_lora_weights" and given.get("use_safetensors") != "True":
         yield "load_lora_weights without use_safetensors=True"
     if last in ("from_pretrained", "from_single_file"):
-        if not loads or name.startswith(UNKNOWN_CLASSES):
+        without_code = given.get("trust_remote_code") == "False" and given.get("use_safetensors") == "True"
+        if not loads or (name.rpartition(".")[0].endswith(UNKNOWN_CLASSES) and not without_code):
             yield f"{name} outside the modules that load models"
         if given.get("local_files_only") != "True":
             yield f"{name} without local_files_only=True: it would not read the files that were checked"
@@ -124,3 +129,6 @@ def test_what_is_safe_is_left(line: str) -> None:
     assert not list(problems("kind.from_pretrained(folder, local_files_only=True)", loads=True))
     assert list(problems("kind.from_pretrained(folder)", loads=True))
     assert list(problems("DiffusionPipeline.from_pretrained(folder, local_files_only=True)", loads=True))
+    auto = "transformers.AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True"
+    assert list(problems(f"{auto})", loads=True))
+    assert not list(problems(f"{auto}, trust_remote_code=False)", loads=True))
