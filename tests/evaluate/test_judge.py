@@ -264,26 +264,33 @@ def test_images_of_a_table(tmp_path: Path, quick: Path) -> None:
     assert sum(part.groups for part in ours.contract.splits.values()) == 20  # patients
 
 
-def test_nnunet_folders(tmp_path: Path, quick: Path) -> None:
+def write_nnunet(folder: Path) -> None:
+    """Write `real` and `vendor`, nnU-Net folders of other phantoms."""
     for name in ("real", "vendor"):
-        nnunet_folder.write_raw(tmp_path / name)
-    for number, file in enumerate(sorted((tmp_path / "vendor").rglob("*_0000.png"))):
+        nnunet_folder.write_raw(folder / name)
+    for number, file in enumerate(sorted((folder / "vendor").rglob("*_0000.png"))):
         Image.fromarray(scan(5, number)[0]).save(file)
         Image.fromarray(scan(5, number)[1]).save(str(file).replace("images", "labels").replace("_0000", ""))
-    nnunet_folder.describe(tmp_path / "vendor", labels={"background": 0, "tumour": 1})
+    nnunet_folder.describe(folder / "vendor", labels={"background": 0, "tumour": 1})
+
+
+def test_nnunet_folders(tmp_path: Path, quick: Path) -> None:
+    write_nnunet(tmp_path)
     ours, theirs = judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)
     assert ours.description.dataset == "nnunet_folder" and masked(ours) == masked(theirs) == 16
-    shutil.rmtree(tmp_path / "vendor" / nnunet_folder.FOLDER / "labelsTs")
-    place = tmp_path / "vendor" / nnunet_folder.FOLDER / "imagesTs"
-    original = next((tmp_path / "real" / nnunet_folder.FOLDER / "imagesTs").iterdir())
-    shutil.copy(original, place / "case_900_0000.png")  # an image without a label map may be a leak as well
-    with pytest.raises(LeakedImages, match=r"test-case_900 "):
-        judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)
-    (place / "case_900_0000.png").unlink()
-    theirs = judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)[1]
-    assert theirs.num_rows == 16 and masked(theirs) == nnunet_folder.CASES
     assert ours.contract.splits["test"].rows == nnunet_folder.TEST
     assert theirs.description.mask_classes == ("background", "lesion")
+
+
+def test_cases_without_label_maps_are_judged_and_searched_for_leaks(tmp_path: Path, quick: Path) -> None:
+    write_nnunet(tmp_path)
+    ours, theirs = (tmp_path / name / nnunet_folder.FOLDER for name in ("real", "vendor"))
+    shutil.rmtree(theirs / "labelsTs")
+    shutil.copy(next((ours / "imagesTs").iterdir()), theirs / "imagesTs" / "case_900_0000.png")
+    with pytest.raises(LeakedImages, match=r"test-case_900 "):
+        judged(tmp_path / "real", tmp_path / "vendor", tmp_path / "out", quick)
+    images = MaskPromptDataset.open(tmp_path / "out" / "synthetic" / "synthetic")
+    assert images.num_rows == nnunet_folder.CASES + nnunet_folder.TEST + 1 and masked(images) == nnunet_folder.CASES
 
 
 @pytest.mark.parametrize("layout", ["parquet", "metadata.jsonl", "metadata.csv"])
