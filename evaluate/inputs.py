@@ -118,13 +118,19 @@ class ImageSet:
         arrays = [array for batch in self.batches("image", size, rows) for array in batch]
         return np.array(arrays, dtype=np.uint8).reshape(len(arrays), height, width, about.channels)
 
-    def masks(self, size: tuple[int, int] | None = None) -> tuple[Images, NDArray[np.bool_]]:
-        """Return all masks, (N, H, W) uint8 class indices, and whether each image has one, (N,).
+    def masks(
+        self, size: tuple[int, int] | None = None, rows: Sequence[int] | None = None
+    ) -> tuple[Images, NDArray[np.bool_]]:
+        """Return masks, (N, H, W) uint8 class indices, and whether each image has one, (N,).
 
         The mask of an image without one is all zeros.
+
+        Args:
+            size: see `batches`.
+            rows: the masks to read, in this order; None: all.
         """
         blank = np.zeros(size or self.dataset.description.image_size, dtype=np.uint8)
-        arrays = [array for batch in self.batches("mask", size) for array in batch]
+        arrays = [array for batch in self.batches("mask", size, rows) for array in batch]
         stacked = np.array([blank if array is None else array for array in arrays], dtype=np.uint8)
         return stacked.reshape(-1, *blank.shape), np.array([array is not None for array in arrays], dtype=bool)
 

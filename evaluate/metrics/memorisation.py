@@ -319,20 +319,12 @@ def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Pictur
         np.argsort(np.argsort(audit.nearest[space].distance, kind="stable"), kind="stable")
         for space in (FEATURES, PIXELS)
     )
-    worst = np.argsort(rank, kind="stable")[: options.shown_pairs]
+    worst = np.argsort(rank, kind="stable")[: options.shown_pairs].tolist()
     size = (options.picture_side, options.picture_side)
-    synthetic, masks = audit.image_set.images(size), audit.image_set.masks(size)[0]
-    train = inputs.once(("memorisation pictures", size), lambda: inputs.train.images(size))
-    palette = inputs.real.description.palette
-    rows = [
-        [
-            synthetic[i],
-            train[audit.nearest[FEATURES].index[i]],
-            train[audit.nearest[PIXELS].index[i]],
-            coloured_mask(masks[i], palette),
-        ]
-        for i in worst
-    ]
+    synthetic, masks = audit.image_set.images(size, worst), audit.image_set.masks(size, worst)[0]
+    near = [inputs.train.images(size, audit.nearest[space].index[worst].tolist()) for space in (FEATURES, PIXELS)]
+    coloured = [coloured_mask(mask, inputs.real.description.palette) for mask in masks]
+    rows = [list(row) for row in zip(synthetic, *near, coloured, strict=True)]
     return Picture(
         title=f"{audit.image_set.name}: the images closest to training images",
         caption="From left to right: synthetic image, nearest training image by features, nearest by pixels, the mask it was made from. Nearest pairs first.",
@@ -343,21 +335,15 @@ def _picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Pictur
 def _copies_picture(inputs: EvaluationInputs, options: Options, audit: Audit) -> Picture:
     """Show the first copies, each beside its original."""
     size = (options.picture_side, options.picture_side)
-    train = inputs.once(("memorisation pictures", size), lambda: inputs.train.images(size))
-    synthetic = audit.image_set.images(size)
-    mine, theirs = (
-        {sample: position for position, sample in enumerate(one.columns["sample_id"])}
-        for one in (audit.image_set, inputs.train)
-    )
     shown = audit.copies[: options.shown_pairs]
+    copies = audit.image_set.images(size, [audit.image_set.columns["sample_id"].index(row.sample_id) for row in shown])
+    originals = inputs.train.images(size, [inputs.train.columns["sample_id"].index(row.original) for row in shown])
     return Picture(
         title=f"{audit.image_set.name}: copies beside their originals",
         caption="Left: synthetic image. Right: the training image that it is a copy of. "
         + "; ".join(map(str, shown))
         + ".",
-        pixels=image_grid(
-            [[synthetic[mine[row.sample_id]], train[theirs[row.original]]] for row in shown], options.picture_side
-        ),
+        pixels=image_grid([list(pair) for pair in zip(copies, originals, strict=True)], options.picture_side),
     )
 
 

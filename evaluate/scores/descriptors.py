@@ -16,6 +16,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from maskloom.evaluate.scores.registration import blurred
 from maskloom.pipeline.dataset.near_duplicates import textures
@@ -78,7 +79,8 @@ class Whitening:
 
     def __init__(self, second_moments: NDArray[np.float64], dimensions: int) -> None:
         """Fit to the mean of v v' over vectors v, (D, D)."""
-        values, components = np.linalg.eigh(second_moments)
+        with threadpool_limits(1):  # these threads would mostly wait for each other
+            values, components = np.linalg.eigh(second_moments)
         values, components = values[::-1][:dimensions], components[:, ::-1][:, :dimensions]
         scale = np.sqrt(np.maximum(values, 0) + REGULARISATION * values.mean() + 1e-12)
         self.components = (components / scale).astype(np.float32)

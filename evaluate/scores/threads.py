@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -19,12 +20,18 @@ def thread_results(function: Callable[[Item], Result], items: Sequence[Item]) ->
     """Yield `function(item)` for every item, in order, computed by as many threads as there are cores.
 
     Libraries may not split single operations between cores meanwhile: for small ones, the cores
-    would mostly wait for each other.
+    would mostly wait for each other. Few results wait to be used, so memory does not grow with the
+    number of items.
     """
-    before = torch.get_num_threads()
+    before, cores = torch.get_num_threads(), available_cores()
     torch.set_num_threads(1)  # of every thread that starts from now on
     try:
-        with threadpool_limits(1), ThreadPoolExecutor(available_cores()) as threads:
-            yield from threads.map(function, items)
+        with threadpool_limits(1), ThreadPoolExecutor(cores) as threads:
+            running = deque[Future[Result]]()
+            for item in items:
+                running.append(threads.submit(function, item))
+                if len(running) > cores:
+                    yield running.popleft().result()
+            yield from (one.result() for one in running)
     finally:
         torch.set_num_threads(before)

@@ -87,6 +87,13 @@ def test_the_same_inputs_give_the_same_answer(
     assert controls.evaluate(inputs, options) == result
 
 
+def test_the_search_of_the_evaluation_is_shared(
+    inputs: EvaluationInputs, result: MetricResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.CopySearch", None)  # no other can be made
+    assert controls.copy_controls(inputs, tmp_path)[0].found == result.values["copies of training images"]["found"]
+
+
 def test_blind_copy_detection_is_reported(
     inputs: EvaluationInputs, options: controls.Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from maskloom.evaluate.downstream.masked import masked_images
-from maskloom.evaluate.inputs import EvaluationInputs, in_batches, resized_array
+from maskloom.evaluate.inputs import EvaluationInputs, grey, grey_images, in_batches, resized_array
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.results import Interval, MetricResult, skipped_result
 from tests.evaluate.runs import copied, tiny_inputs
@@ -36,6 +36,23 @@ def test_pixels_come_as_they_were_written(samples_and_inputs: tuple[dict[str, li
     assert not present[1]
     assert (masks[5] == samples["train"][5].mask).all()
     assert not masks[1].any()
+
+
+def test_some_masks_are_those_of_their_rows(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs],
+) -> None:
+    train = samples_and_inputs[1].train
+    masks, present = train.masks(rows=[5, 1])
+    assert (masks[0] == train.masks()[0][5]).all()
+    assert present.tolist() == [True, False]
+
+
+def test_grey_is_the_mean_of_the_channels(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs],
+) -> None:
+    train = samples_and_inputs[1].train
+    assert (grey_images(train, 16) == train.images((16, 16))[..., 0]).all()
+    assert grey(np.array([[[1, 2, 5], [0, 0, 1]]], dtype=np.uint8)).tolist() == [[3, 0]]
 
 
 def test_resizing_keeps_classes(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:

@@ -7,6 +7,7 @@ from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
 
 from maskloom.evaluate.scores.registration import SIDE, box_transform, registered_similarities
 from maskloom.evaluate.scores.threads import thread_results
+from maskloom.pipeline.parallel import available_cores
 
 IDENTITY = np.eye(2, 3)
 PLACES = (np.mgrid[:SIDE, :SIDE] - 31.5) / 32
@@ -128,3 +129,11 @@ def plain_texture(image: np.ndarray, fine: float, coarse: float) -> np.ndarray:
 def plain_warp(image: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     warped = map_coordinates(image, 32 * places + 31.5, order=1, mode="nearest")
     return warped, (np.abs(places) <= 1).all(axis=0)
+
+
+def test_results_of_threads_come_in_order_and_do_not_pile_up() -> None:
+    started = []
+    results = thread_results(lambda number: started.append(number) or number, range(1000))
+    assert next(results) == 0
+    assert len(started) <= available_cores() + 1
+    assert list(results) == list(range(1, 1000))
