@@ -1,6 +1,6 @@
 """`python -m evaluate --config FILE [--controls] [--force] [KEY=VALUE ...]`.
 
-Further commands: `compare` and `judge`.
+Further commands: `filter`, `compare` and `judge`.
 """
 
 import sys
@@ -25,7 +25,7 @@ from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
     "Evaluate every synthetic dataset with the configured metrics, one JSON file per question. Further commands, with"
-    " their own --help: `compare` (recompute the comparison of downstream models from a table of cases) and `judge`"
+    " their own --help: `filter` (keep the synthetic images that pass for real ones), `compare` (recompute the comparison of downstream models from a table of cases) and `judge`"
     " (judge images that something else made)."
 )
 LEAK_EXIT_CODE = 3
@@ -60,6 +60,16 @@ def command(
     from maskloom.evaluate.evaluate import evaluate
 
     run_stage(partial(evaluate, controls=controls), experiment, force, check)
+
+
+def filter_command(
+    config: ConfigOption, overrides: OverridesArgument = None, force: ForceOption = False, check: CheckOption = False
+) -> None:
+    """Keep the synthetic images that pass for real ones, and draw the others again."""
+    experiment = loaded(config, overrides)
+    from maskloom.evaluate.filtering.filter import filter_synthetic
+
+    run_stage(filter_synthetic, experiment, force, check)
 
 
 def compare(
@@ -132,7 +142,7 @@ def judge(
         raise typer.Exit(LEAK_EXIT_CODE) from None
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare, "judge": judge}
+COMMANDS: dict[str, Callable[..., None]] = {"filter": filter_command, "compare": compare, "judge": judge}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

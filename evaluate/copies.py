@@ -54,7 +54,7 @@ class CopyJudge:
         """Return the images of a set that are copies of training images."""
         if not len(image_set):
             return []
-        found = self.search.matches(_comparable(image_set))
+        found = self.search.matches(comparable(image_set))
         return copy_rows(image_set.columns["sample_id"], self.originals, found, self.thresholds)
 
 
@@ -111,9 +111,9 @@ def _calibrated(inputs: EvaluationInputs) -> CopyJudge:
     """Compare validation and test images with the training images."""
     from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch
 
-    search, originals = CopySearch(_comparable(inputs.train)), inputs.train.columns["sample_id"]
+    search, originals = CopySearch(comparable(inputs.train)), inputs.train.columns["sample_id"]
     held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
-    matches = [search.matches(_comparable(one)) for one in held_out]
+    matches = [search.matches(comparable(one)) for one in held_out]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
     thresholds = {name: copy_threshold(values, len(originals)) for name, values in best.items()}
     copies = [
@@ -164,7 +164,8 @@ def copy_rows(samples: list[str], originals: list[str], found: Matches, threshol
     return rows
 
 
-def _comparable(image_set: ImageSet) -> NDArray[np.uint8]:
+def comparable(image_set: ImageSet) -> NDArray[np.uint8]:
+    """Return the images of a set as the search for copies compares them, (N, side, side) grey."""
     from maskloom.evaluate.scores.descriptors import SIDE
 
     return grey_images(image_set, SIDE)

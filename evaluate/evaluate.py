@@ -178,7 +178,7 @@ def input_digests(run: Run, config: ExperimentConfig) -> dict[str, str]:
     Raises:
         MaskLoomError: a dataset is missing or damaged, or the VAE has changed since its training.
     """
-    sets = {"real": run.dataset, **{name: run.synthetic / name for name in config.generate.generators}}
+    sets = {"real": run.dataset, **{name: run.synthetic / name for name in config.synthetic_sets}}
     digests = {name: MaskPromptDataset.open(folder).digest for name, folder in sets.items()}
     tuned = run.generator / "vae"
     if tuned.is_dir():
@@ -187,8 +187,13 @@ def input_digests(run: Run, config: ExperimentConfig) -> dict[str, str]:
     return digests
 
 
-def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
+def verified_inputs(run: Run, config: ExperimentConfig, names: Sequence[str] | None = None) -> EvaluationInputs:
     """Return the inputs of all metrics, after verifying every dataset.
+
+    Args:
+        run: the run.
+        config: the experiment.
+        names: names of the synthetic datasets; None: all of the configuration.
 
     Raises:
         MaskLoomError: a dataset is missing or damaged, or leaks groups; the real dataset is not real;
@@ -203,7 +208,7 @@ def verified_inputs(run: Run, config: ExperimentConfig) -> EvaluationInputs:
     if "train" not in real.contract.splits:
         raise MaskLoomError(f"{run.dataset}: the train split is empty; nothing can be compared with it")
     synthetic = {}
-    for name in config.generate.generators:
+    for name in config.synthetic_sets if names is None else names:
         synthetic[name] = verify_quickly(run.synthetic / name)
         require_same_training(run, name, real, synthetic[name])
     require_no_leaks(run, [real])

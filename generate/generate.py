@@ -65,15 +65,15 @@ def generate(config: ExperimentConfig, force: bool) -> None:
             trained on another dataset, or a generated image is constant or not finite.
     """
     run = open_run(config)
-    dataset = _real_dataset(run.dataset)
+    dataset = real_dataset(run.dataset)
     generators = open_generators(config, run)
     if config.train is not None:
         check_places(read_places(config.train), [run.synthetic, run.logs("generate")])
-    stage = _stage(config, run, dataset, generators)
+    stage = generation_stage(config, run, dataset, generators)
     if stage.skips(force):
         return
-    _require_same_dataset(run, dataset, generators)
-    processes = _join_processes()
+    require_same_dataset(run, dataset, generators)
+    processes = join_processes()
     with stage.recorded(writes=processes.is_main_process) as results:
         if processes.is_main_process:
             for name in generators:
@@ -132,7 +132,12 @@ def open_generator(config: ExperimentConfig, run: Run, name: str) -> ImageGenera
     return generator
 
 
-def _real_dataset(folder: Path) -> MaskPromptDataset:
+def real_dataset(folder: Path) -> MaskPromptDataset:
+    """Return the real dataset whose masks are used.
+
+    Raises:
+        MaskLoomError: it is missing or damaged, or not real.
+    """
     dataset = MaskPromptDataset.open(folder)
     if dataset.description.origin != "real":
         raise MaskLoomError(
@@ -141,7 +146,7 @@ def _real_dataset(folder: Path) -> MaskPromptDataset:
     return dataset
 
 
-def _require_same_dataset(run: Run, dataset: MaskPromptDataset, generators: Mapping[str, ImageGenerator]) -> None:
+def require_same_dataset(run: Run, dataset: MaskPromptDataset, generators: Mapping[str, ImageGenerator]) -> None:
     """Check that no generator was trained on another version of the dataset."""
     for name, generator in generators.items():
         if generator.training_stage is not None:
@@ -149,9 +154,10 @@ def _require_same_dataset(run: Run, dataset: MaskPromptDataset, generators: Mapp
             require_trained_on(dataset, generator.training_stage, trained_on, f"{KEY}.{name}")
 
 
-def _stage(
+def generation_stage(
     config: ExperimentConfig, run: Run, dataset: MaskPromptDataset, generators: Mapping[str, ImageGenerator]
 ) -> Stage:
+    """Return the stage `generate` of a run, with the digests of what it reads."""
     return Stage(
         run,
         "generate",
@@ -190,7 +196,7 @@ def _written_prompts(run: Run, generators: Mapping[str, ImageGenerator]) -> list
     return [] if name is None else MaskPromptDataset.open(run.synthetic / name).split("train")["text"]
 
 
-def _join_processes() -> PartialState:
+def join_processes() -> PartialState:
     """Return accelerate's view of the processes: one, or as many as were launched."""
     import torch
     from accelerate import PartialState
@@ -202,15 +208,23 @@ def _join_processes() -> PartialState:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Generates the synthetic datasets of a run, which share plan, masks and processes."""
+    """Generates the synthetic datasets of a run, which share plan, masks and processes.
+
+    Attributes:
+        folder: holds one dataset per generator.
+        rows: the planned rows.
+        drawn_again: whether they replace rows of the plan; see `generate.redraw`.
+    """
 
     config: ExperimentConfig
     run: Run
     dataset: MaskPromptDataset
     config_hash: str
     processes: PartialState
+    folder: Path
     rows: Sequence[PlannedRow]
     reader: ConditionReader
+    drawn_again: bool = False
 
     @classmethod
     def planned(
@@ -222,7 +236,7 @@ class GenerationJob:
         rows = plan_rows(parents, dataset.description.labels, config.generate, config.seed)
         check_parents_are_train(rows, dataset)
         reader = ConditionReader(dataset, config, parents)
-        return cls(config, run, dataset, config_hash, processes, rows, reader)
+        return cls(config, run, dataset, config_hash, processes, run.synthetic, rows, reader)
 
     def write_set(self, name: str, generator: ImageGenerator, force: bool) -> dict[str, Any]:
         """Write the dataset of one generator and return its entry in `stage.json`."""
@@ -268,11 +282,11 @@ class GenerationJob:
                 options,
                 shared,
                 *settings_of_other_sections(self.config),
+                *([[row.index for row in self.rows]] if self.drawn_again else []),
             ]
         )
         shards = plan_shards({"train": len(self.rows)}, self.config.generate.rows_per_shard)
-        folder = self.run.synthetic / name
-        return DatasetWriter(folder, description, shards, key, self.processes.process_index, LEDGERS)
+        return DatasetWriter(self.folder / name, description, shards, key, self.processes.process_index, LEDGERS)
 
     def _write_shards(
         self, writer: DatasetWriter, missing: Sequence[Shard], name: str, generator: ImageGenerator

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,6 +103,20 @@ def plan_rows(
             drafts.append(((place + 0.5) / count, stream, source, parent))
     drafts.sort(key=lambda draft: draft[:2])
     return [PlannedRow(i, source, parent, noise_seed(seed, i)) for i, (_, _, source, parent) in enumerate(drafts)]
+
+
+def rows_drawn_again(rows: Sequence[PlannedRow], indices: Sequence[int], number: int) -> list[PlannedRow]:
+    """Return rows of a plan with other seeds: the same class, mask source and parent.
+
+    The index of a row, and with it its id, noise and warp, depends on the round and on no other row.
+
+    Args:
+        rows: the whole plan.
+        indices: of the rows to draw again, in ascending order.
+        number: of the round, from 1.
+    """
+    again = [(rows[index], len(rows) * number + index) for index in indices]
+    return [replace(row, index=index, seed=(row.seed + index - row.index) % 2**32) for row, index in again]
 
 
 def group_by_label(parents: Sequence[TrainRow]) -> dict[int | None, list[TrainRow]]:

@@ -48,7 +48,7 @@ def standard_augmentation(options: AugmentationOptions) -> Augment:
                 targets[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False
             )
             targets = masks[:, 0].long()
-        return _with_other_contrast(moved, options, random), targets
+        return with_other_contrast(moved, options, random), targets
 
     return augment
 
@@ -76,7 +76,8 @@ def random_matrices(count: int, aspect: float, options: AugmentationOptions, ran
     return torch.stack([top, bottom], dim=1)
 
 
-def _with_other_contrast(images: Tensor, options: AugmentationOptions, random: torch.Generator) -> Tensor:
+def with_other_contrast(images: Tensor, options: AugmentationOptions, random: torch.Generator) -> Tensor:
+    """Return images (B, C, H, W) in [-1, 1] with contrast and brightness drawn for each."""
     import torch
 
     draws = (2 * torch.rand(2, len(images), 1, 1, 1, generator=random) - 1).to(images.device)

@@ -1,13 +1,14 @@
 """The configuration of an experiment, one section per stage."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from maskloom.pipeline.config.base import MAX_NAME, NAME_PATTERN, Plugins, Section, plugin_options
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.evaluate import EvaluateConfig, ReportConfig
+from maskloom.pipeline.config.filter import FILTERED, FilterConfig
 from maskloom.pipeline.config.generate import GenerateConfig
 from maskloom.pipeline.config.train import TrainConfig
 from maskloom.pipeline.errors import MaskLoomError
@@ -26,6 +27,7 @@ class ExperimentConfig(Section):
         description="further generator architectures to train: file name in train_baselines/architectures -> its options",
     )
     generate: GenerateConfig = GenerateConfig()
+    filter: FilterConfig | None = Field(None, description="null: do not filter synthetic images")
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
 
@@ -33,6 +35,17 @@ class ExperimentConfig(Section):
     def run_folder(self) -> Path:
         """The run folder: `run_dir`, by default `runs/EXPERIMENT`."""
         return self.run_dir or Path("runs") / self.experiment
+
+    @property
+    def synthetic_sets(self) -> list[str]:
+        """Names of the synthetic datasets: one per generator, then their filtered forms."""
+        names = list(self.generate.generators)
+        return names if self.filter is None else [*names, *(f"{name}{FILTERED}" for name in names)]
+
+    @model_serializer(mode="wrap")
+    def _without_absent_filter(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an absent filter, so that `config.yaml` of a run without one is stable."""
+        return {name: value for name, value in serialise(self).items() if name != "filter" or value is not None}
 
     @property
     def fine_tuning(self) -> TrainConfig:

@@ -13,6 +13,7 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.files.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.files.private_paths import without_places
+from maskloom.pipeline.filter_summary import FilterSummary
 from maskloom.pipeline.report.curves import curve_description, line_chart, training_curves
 from maskloom.pipeline.report.forest import forest_description, forest_plot
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
@@ -155,6 +156,7 @@ def _dataset_summary(name: str, dataset: MaskPromptDataset) -> dict[str, Any]:
         "contract": dataset.contract,
         "counts": counts,
         "classes": sorted(classes, key=lambda label: order.get(label, len(order))),
+        "filtered": FilterSummary.of(dataset),
         "reasons": reasons,
         "notes": dataset.description.preprocessing.get("generation", {}).get("notes", []),
         "rarer": rarer,

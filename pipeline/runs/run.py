@@ -12,8 +12,8 @@ from maskloom.pipeline.runs.training_log import METRICS_FILE
 
 RECORD_FILE, CONFIG_FILE = "stage.json", "config.yaml"
 # Logs only grow.
-PARTS = (CONFIG_FILE, "dataset", "generator", "baselines", "synthetic", "evaluation", "cache", "report.html")
-STAGES = ("prepare", "train", "baselines", "generate", "evaluate", "report")
+PARTS = (CONFIG_FILE, "dataset", "generator", "baselines", "synthetic", "filter", "evaluation", "cache", "report.html")
+STAGES = ("prepare", "train", "baselines", "generate", "filter", "evaluate", "report")
 SHOWN_LOGS = (METRICS_FILE, "images/*.png")  # of a training, below its logs
 
 
@@ -82,6 +82,24 @@ class Run:
     def synthetic(self) -> Path:
         """One synthetic dataset per generator."""
         return self.folder / "synthetic"
+
+    @property
+    def filter(self) -> Path:
+        """What the filter judged: per generator, a ledger of all images and a summary."""
+        return self.folder / "filter"
+
+    @property
+    def filter_scores(self) -> Path:
+        """Scores of the filter's criteria, kept from one run of it to the next; they can be deleted."""
+        return self.folder / "cache" / "filter"
+
+    def redrawn(self, number: int) -> Path:
+        """Return the folder of the synthetic datasets that were drawn to replace rejected images.
+
+        Args:
+            number: of the round, from 1.
+        """
+        return self.folder / "cache" / f"redrawn-{number}"
 
     @property
     def evaluation(self) -> Path:

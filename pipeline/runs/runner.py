@@ -31,6 +31,7 @@ MODULES = {
     "train": ("maskloom.train_controlnet",),
     "baselines": ("maskloom.train_baselines",),
     "generate": ("maskloom.generate",),
+    "filter": ("maskloom.evaluate", "filter"),
     "evaluate": ("maskloom.evaluate",),
     "report": ("maskloom.pipeline", "report"),
 }

@@ -26,7 +26,7 @@ from maskloom.data_prep.__main__ import (
 from maskloom.data_prep.__main__ import verify as verify_dataset
 from maskloom.evaluate.__main__ import MEMORY_ADVICE as EVALUATE_ADVICE
 from maskloom.evaluate.__main__ import command as evaluate_here
-from maskloom.evaluate.__main__ import compare, judge
+from maskloom.evaluate.__main__ import compare, filter_command, judge
 from maskloom.generate.__main__ import MEMORY_ADVICE as GENERATE_ADVICE
 from maskloom.generate.__main__ import command as generate_here
 from maskloom.pipeline import __version__, cli
@@ -48,6 +48,7 @@ ADVICE = {
     "find-lr": TRAIN_ADVICE,
     "baselines": BASELINES_ADVICE,
     "generate": GENERATE_ADVICE,
+    "filter": EVALUATE_ADVICE,
     "evaluate": EVALUATE_ADVICE,
     "judge": EVALUATE_ADVICE,
 }
@@ -221,6 +222,7 @@ COMMANDS = (
         ("maskloom baselines --config configs/pix2pix_lidc.yaml --architecture pix2pix",),
     ),
     Entry("generate", generate, STAGES, ("maskloom generate --config configs/demo.yaml generate.num_images=500",)),
+    Entry("filter", filter_command, STAGES, ("maskloom filter --config configs/demo.yaml filter.acceptance=0.9",)),
     Entry(
         "evaluate",
         evaluate_here,

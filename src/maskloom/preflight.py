@@ -148,6 +148,17 @@ def generate_checks(config: ExperimentConfig) -> Iterator[Check]:
         yield partial(check_xformers, "generate.enable_xformers_memory_efficient_attention")
 
 
+def filter_checks(config: ExperimentConfig) -> Iterator[Check]:
+    """Yield the checks of `filter`: its criteria, and their feature extractors."""
+    if config.filter is None:
+        return
+    from maskloom.evaluate.filtering.judge import check_criterion, require_criteria
+
+    yield partial(require_criteria, config)
+    for name, options in config.filter.criteria.items():
+        yield partial(check_criterion, name, options)
+
+
 def evaluate_checks(config: ExperimentConfig) -> Iterator[Check]:
     """Yield the checks of `evaluate` for each metric."""
     from maskloom.evaluate.questions import check_question
@@ -161,6 +172,7 @@ CHECKS: dict[str, Callable[[ExperimentConfig], Iterator[Check]]] = {
     "train": training_checks,
     "baselines": baselines_checks,
     "generate": generate_checks,
+    "filter": filter_checks,
     "evaluate": evaluate_checks,
 }
 

@@ -183,15 +183,23 @@ def test_every_stage_has_a_command_line():
 
 @pytest.mark.usefixtures("tiny_stages")
 def test_states_come_from_the_stages_themselves_and_pass_down(tmp_path):
-    states = {"prepare": "done", "train": "stale", "baselines": "done", "generate": "done", "report": "missing"}
+    states = {
+        "prepare": "done",
+        "train": "stale",
+        "baselines": "done",
+        "generate": "done",
+        "filter": "nothing to do",
+        "report": "missing",
+    }
     for name, state in states.items():
         (tmp_path / f"tiny_{name}.py").write_text(f"import sys\nassert sys.argv[-1] == '--check'\nprint({state!r})\n")
     (tmp_path / "tiny_evaluate.py").write_text("raise SystemExit('error: no weights;\\nerror: train first')\n")
     run = Run(tmp_path / "run")
     fake_run.write_records(run, ("prepare", "evaluate"))
     found = runner.stage_states(run, [])
-    assert [one.state for one in found] == ["done", "stale", "stale", "stale", "stale", "missing"]
-    assert [one.reason for one in found] == ["", "", "train must run first", "train must run first", "train first", ""]
+    assert [one.state for one in found] == ["done", "stale", "stale", "stale", "nothing to do", "stale", "missing"]
+    must = "train must run first"
+    assert [one.reason for one in found] == ["", "", must, must, "", "train first", ""]
     assert found[0].record["stage"] == "prepare"
     assert found[0].finished == pytest.approx((run.logs("prepare") / "stage.json").stat().st_mtime)
     assert found[1].finished is None
