@@ -13,6 +13,7 @@ import yaml
 
 from maskloom.data_prep.prepare import prepare
 from maskloom.evaluate.evaluate import evaluate
+from maskloom.evaluate.filtering.filter import filter_synthetic
 from maskloom.generate.generate import generate
 from maskloom.pipeline.config.loading import load_config, load_experiment
 from maskloom.pipeline.dataset.verification import verify_quickly
@@ -84,6 +85,7 @@ def run_here(stages: Sequence[str], arguments: Sequence[str], accelerate_config:
         "train": lambda: train_stage(config, force),
         "baselines": lambda: train_baselines(config, force, architectures),
         "generate": lambda: generate(config, force),
+        "filter": lambda: filter_synthetic(config, force),
         "evaluate": lambda: evaluate(config, force),
         "report": lambda: write_report(config, force),
     }
@@ -178,6 +180,7 @@ def test_every_architecture_is_trained_in_a_process_of_its_own(tmp_path: Path, m
         ["baselines", "--force", "--architecture", "class_gan"],
         ["baselines"],
         ["generate", "--force"],
+        ["filter", "--force"],
         ["evaluate", "--force"],
         ["report", "--force"],
     ]
