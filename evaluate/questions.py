@@ -9,6 +9,7 @@ from typing import Any
 
 from maskloom.evaluate import controls
 from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor, extractor_digests
+from maskloom.models.network_options import NetworkOptions
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import validated
@@ -55,14 +56,16 @@ def open_question(name: str, options: dict[str, Any] | None) -> Question:
 
 
 def check_question(name: str, options: dict[str, Any] | None) -> None:
-    """Check a metric's options, and that its feature extractor can be used here.
+    """Check a metric's options, and that its feature extractor and its network can be used here.
 
     Raises:
-        MaskLoomError: see `open_question`; or the package of the feature extractor is missing.
+        MaskLoomError: see `open_question`; or a package of the feature extractor or the network is missing.
     """
     question = open_question(name, options)
     if isinstance(question.options, ExtractorOptions):
         check_extractor(question.options)
+    if isinstance(question.options, NetworkOptions):
+        question.options.check_packages()
 
 
 def controls_question(questions: Sequence[Question]) -> Question:

@@ -1,4 +1,4 @@
-"""The small MONAI U-Net that segments images, and its scores.
+"""The network that segments images, a small MONAI U-Net by default, and its scores.
 
 Trained on real images, it measures how far synthetic images follow their masks. Trained on real,
 synthetic or mixed images, it is the downstream model.
@@ -6,15 +6,21 @@ synthetic or mixed images, it is the downstream model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from maskloom.pipeline.config.base import Size
-from maskloom.pipeline.training.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
+from maskloom.models.network_options import (
+    KeyedNetwork,
+    NetworkOptions,
+    build_network,
+    final_logits,
+    training_loss,
+)
+from maskloom.pipeline.training.fixed_steps import Augment, normalised, train_fixed_steps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,45 +31,31 @@ EMPTY_RULE = (
 SCORED = 64  # images scored at a time
 
 
-class SegmenterOptions(FixedSteps):
-    """Size and training of the segmentation model."""
+class SegmenterOptions(NetworkOptions):
+    """The segmentation network, its size and its training."""
 
-    image_size: Size = (256, 256)
+    PACKAGE: ClassVar[str] = "maskloom.models.segmenters"
+    KIND: ClassVar[str] = "segmentation network"
+    CHOOSER: ClassVar[str] = "network"
+    KEYED: ClassVar[Mapping[str, KeyedNetwork]] = {"unet": KeyedNetwork("unet", ("channels", "residual_units"))}
+
+    network: str = Field("unet", description="file name in models/segmenters")
     channels: tuple[int, ...] = Field(
-        (32, 64, 128, 256), min_length=2, description="channels of each level; each level halves the size"
+        (32, 64, 128, 256), min_length=2, description="of unet: channels of each level; each level halves the size"
     )
-    residual_units: int = Field(2, ge=0)
+    residual_units: int = Field(2, ge=0, description="of unet: residual units of each level")
 
-    @model_validator(mode="after")
-    def _size_suits_the_levels(self) -> SegmenterOptions:
-        factor = 2 ** (len(self.channels) - 1)
-        if any(side % factor or side < 2 * factor for side in self.image_size):
-            raise ValueError(
-                f"image_size={self.image_size}: both sides must be multiples of {factor} for {len(self.channels)} "
-                f"levels, and at least {2 * factor}"
-            )
-        return self
+    def unused_keys(self) -> set[str]:
+        """Return, besides those of other networks, the network's name where it is the U-Net."""
+        return super().unused_keys() | ({"network"} if self.network == "unet" else set())
 
 
 def build_segmenter(options: SegmenterOptions, image_channels: int, classes: int, seed: int) -> nn.Module:
-    """Return an untrained 2-D U-Net; the same seed gives the same weights.
+    """Return an untrained segmentation network; the same seed gives the same weights.
 
-    Ronneberger et al. 2015, in MONAI's residual form (Kerfoot et al. 2018). Maps
-    (B, image_channels, H, W) in [-1, 1] to logits (B, classes, H, W).
+    It maps (B, image_channels, H, W) in [-1, 1] to logits (B, classes, H, W), or to a list of logits.
     """
-    import torch
-    from monai.networks.nets.unet import UNet
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return UNet(
-            spatial_dims=2,
-            in_channels=image_channels,
-            out_channels=classes,
-            channels=options.channels,
-            strides=(2,) * (len(options.channels) - 1),
-            num_res_units=options.residual_units,
-        )
+    return build_network(options, image_channels, classes, seed)
 
 
 def train_segmenter(
@@ -75,7 +67,9 @@ def train_segmenter(
     device: str,
     augment: Augment | None = None,
 ) -> tuple[nn.Module, list[float]]:
-    """Return a U-Net trained with Dice + cross-entropy loss for `options.steps` steps, and the loss of each step.
+    """Return a network trained for `options.steps` steps, and the loss of each step.
+
+    The loss is Dice + cross-entropy unless the network has its own.
 
     Args:
         images: (N, H, W, C) uint8 at `options.image_size`.
@@ -89,14 +83,26 @@ def train_segmenter(
     Raises:
         MaskLoomError: there are no images, or the loss was not finite.
     """
-    from monai.losses.dice import DiceCELoss
-
     network = build_segmenter(options, images.shape[-1], classes, seed)
-    loss = DiceCELoss(to_onehot_y=True, softmax=True)
-    losses = train_fixed_steps(
-        network, images, masks, lambda logits, mask: loss(logits, mask[:, None]), options, seed, device, augment
-    )
+    loss = training_loss(options, dice_and_cross_entropy)
+    losses = train_fixed_steps(network, images, masks, loss, options, seed, device, augment)
     return network, losses
+
+
+def dice_and_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Return the mean of Dice loss and cross-entropy, summed; logits of another size are resized to the masks'.
+
+    Args:
+        logits: (B, classes, h, w).
+        masks: (B, H, W) class indices.
+    """
+    from monai.losses.dice import DiceCELoss
+    from torch.nn.functional import interpolate
+
+    if logits.shape[2:] != masks.shape[1:]:
+        logits = interpolate(logits, size=masks.shape[1:], mode="bilinear")
+    loss: Tensor = DiceCELoss(to_onehot_y=True, softmax=True)(logits, masks[:, None])
+    return loss
 
 
 def predicted_masks(
@@ -105,7 +111,7 @@ def predicted_masks(
     """Return the most probable class of each pixel, (N, H, W) uint8.
 
     Args:
-        network: maps images (B, C, H, W) in [-1, 1] to logits.
+        network: maps images (B, C, H, W) in [-1, 1] to logits (B, classes, H, W), or to a list, these first.
         images: (N, H, W, C) uint8.
         device: `cpu` or `cuda`.
         batch_size: number of images per forward pass.
@@ -115,7 +121,7 @@ def predicted_masks(
     predictions = [np.zeros((0, *images.shape[1:3]), dtype=np.uint8)]
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
-            logits = network(normalised(images[start : start + batch_size], device))
+            logits = final_logits(network(normalised(images[start : start + batch_size], device)))
             predictions.append(logits.argmax(dim=1).to(torch.uint8).cpu().numpy())
     return np.concatenate(predictions)
 

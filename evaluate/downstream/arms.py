@@ -11,11 +11,11 @@ from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, field_validator
 
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.pipeline.config.base import Section
+from maskloom.pipeline.config.base import DigestedSection
 from maskloom.pipeline.config.bounds import Trainings
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.progress import progress
@@ -68,7 +68,7 @@ GROUPS = ("real images only", "synthetic images only", "real and synthetic image
 """Of the arms, by what they train on; tables and plots show them in this order."""
 
 
-class ArmOptions(Section):
+class ArmOptions(DigestedSection):
     """The arms of the comparison, and the number of trainings and bootstrap draws."""
 
     arms: tuple[ArmName, ...] = ("real", "real_augmented", "real_synthetic", "synthetic")
@@ -102,11 +102,9 @@ class ArmOptions(Section):
             raise ValueError(f"give auto, or a whole number from 1 to {MOST_SEEDS}: each is a separate training")
         return seeds
 
-    @model_serializer(mode="wrap")
-    def _without_unused_limit(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `max_seeds` out where it has no effect: keys of answers are digests of these values."""
-        values: dict[str, Any] = values_of(self)
-        return values if self.seeds == AUTO else {name: one for name, one in values.items() if name != "max_seeds"}
+    def unused_keys(self) -> set[str]:
+        """Return `max_seeds` where the number of seeds is fixed."""
+        return super().unused_keys() | (set() if self.seeds == AUTO else {"max_seeds"})
 
     @field_validator("arms")
     @classmethod

@@ -1,56 +1,51 @@
-"""The downstream classifier: a MONAI ResNet or DenseNet."""
+"""The downstream classifier, a MONAI ResNet by default."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.pipeline.config.base import Size
+from maskloom.models.network_options import (
+    KeyedNetwork,
+    NetworkOptions,
+    build_network,
+    final_logits,
+    training_loss,
+)
 from maskloom.pipeline.config.bounds import Channels
-from maskloom.pipeline.training.fixed_steps import Augment, FixedSteps, normalised, train_fixed_steps
+from maskloom.pipeline.training.fixed_steps import Augment, normalised, train_fixed_steps
 
 if TYPE_CHECKING:
     from torch import nn
 
-BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
 
+class ClassifierOptions(NetworkOptions):
+    """The classification network, its input size and its training."""
 
-class ClassifierOptions(FixedSteps):
-    """Input size, architecture and training of the classifier."""
+    PACKAGE: ClassVar[str] = "maskloom.models.classifiers"
+    KIND: ClassVar[str] = "classification network"
+    CHOOSER: ClassVar[str] = "architecture"
+    KEYED: ClassVar[Mapping[str, KeyedNetwork]] = {
+        "resnet10": KeyedNetwork("resnet", ("width",), {"depth": 10}),
+        "resnet18": KeyedNetwork("resnet", ("width",), {"depth": 18}),
+    }
 
-    image_size: Size = (256, 256)
-    architecture: Literal["resnet10", "resnet18", "densenet121"] = "resnet18"
-    width: Channels = Field(64, ge=4, description="channels of a ResNet's first stage; each further stage doubles them")
+    architecture: str = Field("resnet18", description="resnet10, resnet18, or a file name in models/classifiers")
+    width: Channels = Field(
+        64, ge=4, description="of resnet10 and resnet18: channels of the first stage; each further stage doubles them"
+    )
 
 
 def build_classifier(options: ClassifierOptions, image_channels: int, classes: int, seed: int) -> nn.Module:
-    """Return an untrained classifier.
+    """Return an untrained classifier; the same seed gives the same weights.
 
-    It maps (B, image_channels, H, W) in [-1, 1] to (B, classes) logits.
-
-    He et al. 2016 (ResNet) or Huang et al. 2017 (DenseNet), as MONAI builds them for two
-    dimensions. The same seed gives the same weights.
+    It maps (B, image_channels, H, W) in [-1, 1] to (B, classes) logits, or to a list of logits.
     """
-    import torch
-    from monai.networks.nets.densenet import DenseNet121
-    from monai.networks.nets.resnet import ResNet
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if options.architecture == "densenet121":
-            return DenseNet121(spatial_dims=2, in_channels=image_channels, out_channels=classes)
-        return ResNet(
-            block="basic",
-            layers=list(BLOCKS[options.architecture]),
-            block_inplanes=[options.width * 2**stage for stage in range(4)],
-            spatial_dims=2,
-            n_input_channels=image_channels,
-            conv1_t_stride=2,
-            num_classes=classes,
-        )
+    return build_network(options, image_channels, classes, seed)
 
 
 def train_classifier(
@@ -62,7 +57,9 @@ def train_classifier(
     device: str,
     augment: Augment | None = None,
 ) -> tuple[nn.Module, list[float]]:
-    """Return a classifier trained with cross-entropy for `options.steps` steps, and the loss of each step.
+    """Return a classifier trained for `options.steps` steps, and the loss of each step.
+
+    The loss is cross-entropy unless the network has its own.
 
     Args:
         images: (N, H, W, C) uint8.
@@ -79,7 +76,7 @@ def train_classifier(
     import torch
 
     network = build_classifier(options, images.shape[-1], classes, seed)
-    loss = torch.nn.functional.cross_entropy
+    loss = training_loss(options, torch.nn.functional.cross_entropy)
     losses = train_fixed_steps(network, images, labels, loss, options, seed, device, augment)
     return network, losses
 
@@ -92,7 +89,9 @@ def predicted_probabilities(
 
     with torch.inference_mode():
         parts = [
-            torch.softmax(network(normalised(images[start : start + batch_size], device)).double(), dim=1).cpu().numpy()
+            torch.softmax(final_logits(network(normalised(images[start : start + batch_size], device))).double(), dim=1)
+            .cpu()
+            .numpy()
             for start in range(0, len(images), batch_size)
         ]
     return np.concatenate(parts)

@@ -1,6 +1,6 @@
 """Does the synthetic data help a segmentation model on real test images?
 
-The same U-Net is trained on each arm for the same number of steps and with the same seeds. No
+The same network is trained on each arm for the same number of steps and with the same seeds. No
 checkpoint is selected: the weights of the last step are scored once on the test images and on those
 of external test sets; the validation split is not used.
 """
@@ -49,7 +49,7 @@ Floats = NDArray[np.float64]
 
 
 class Options(SegmenterOptions, ArmOptions):
-    """The U-Net, its training, and the arms."""
+    """The network, its training, and the arms."""
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
@@ -73,7 +73,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     result.warnings += _warnings(inputs, data)
     height, width = options.image_size
     result.limits[:0] = [
-        f"Valid for this network, {options.steps} training steps and images of {height} x {width}; "
+        f"Valid for {options.network}, {options.steps} training steps and images of {height} x {width}; "
         f"synthetic images by {generator.name}.",
         f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
     ]

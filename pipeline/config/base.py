@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from maskloom.pipeline.config.bounds import Side, unbounded_number
 
@@ -75,6 +83,22 @@ class Section(BaseModel):
             if (number := unbounded_number(value)) is not None:
                 raise ValueError(f"{key}: {number:.3g} is larger than the largest supported number")
         return self
+
+
+class DigestedSection(Section):
+    """A section whose values are parts of digests: keys without effect are left out of what is written.
+
+    A new key therefore leaves the digests, and so the answers, of settings that do not use it.
+    """
+
+    def unused_keys(self) -> set[str]:
+        """Return the keys that have no effect with these values; subclasses add to those of `super()`."""
+        return set()
+
+    @model_serializer(mode="wrap")
+    def _without_unused_keys(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values, unused = values_of(self), self.unused_keys()
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 def plugin_options(*defaults: str) -> BeforeValidator:

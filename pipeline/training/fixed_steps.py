@@ -81,17 +81,19 @@ def train_fixed_steps(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps + 1)
     network.to(device).train()
     losses = []
-    for _ in range(options.steps):
-        index = torch.randint(len(images), (options.batch_size,), generator=random).numpy()
-        batch, target = normalised(images[index], device), torch.from_numpy(targets[index]).to(device).long()
-        if augment is not None:
-            batch, target = augment(batch, target, random)
-        value = loss(network(batch), target)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(value.detach())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # dropout draws from the global state
+        for _ in range(options.steps):
+            index = torch.randint(len(images), (options.batch_size,), generator=random).numpy()
+            batch, target = normalised(images[index], device), torch.from_numpy(targets[index]).to(device).long()
+            if augment is not None:
+                batch, target = augment(batch, target, random)
+            value = loss(network(batch), target)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(value.detach())
     network.eval()
     curve = torch.stack(losses).tolist()
     if not np.isfinite(curve).all():

@@ -32,6 +32,7 @@ OPTIONAL = {
     "wandb": ("track", "train.report_to=wandb"),
     "comet_ml": ("track", "train.report_to=comet_ml"),
     "torch_fidelity": ("fid", "the extractor inception"),
+    "einops": ("swin", "the segmentation network swin_unetr"),
     "timm": ("", "vision models of timm as extractor"),
 }
 """Optional packages: the extra that installs each, and what needs it."""

@@ -9,7 +9,7 @@ everything (docs/filter.md has the figures).
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Options(ClassifierOptions):
     """Input size, architecture and training of the classifier."""
 
     image_size: Size = (128, 128)
-    architecture: Literal["resnet10", "resnet18", "densenet121"] = "resnet10"
+    architecture: str = "resnet10"
     width: Channels = Field(16, ge=4)
     steps: Steps = Field(1000, ge=1)
     batch_size: BatchSize = Field(32, ge=2)
