@@ -20,7 +20,7 @@ from maskloom.models.network_options import (
     final_logits,
     training_loss,
 )
-from maskloom.pipeline.training.fixed_steps import Augment, normalised, train_fixed_steps
+from maskloom.pipeline.training.fixed_steps import Augment, Recipe, normalised, train_fixed_steps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,6 +66,7 @@ def train_segmenter(
     seed: int,
     device: str,
     augment: Augment | None = None,
+    recipe: Recipe | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Return a network trained for `options.steps` steps, and the loss of each step.
 
@@ -79,13 +80,14 @@ def train_segmenter(
         seed: seed of the weights, the batches and the augmentation.
         device: `cpu` or `cuda`.
         augment: see `train_fixed_steps`.
+        recipe: see `train_fixed_steps`.
 
     Raises:
         MaskLoomError: there are no images, or the loss was not finite.
     """
     network = build_segmenter(options, images.shape[-1], classes, seed)
     loss = training_loss(options, dice_and_cross_entropy)
-    losses = train_fixed_steps(network, images, masks, loss, options, seed, device, augment)
+    losses = train_fixed_steps(network, images, masks, loss, options, seed, device, augment, recipe)
     return network, losses
 
 
@@ -106,7 +108,12 @@ def dice_and_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def predicted_masks(
-    network: nn.Module, images: NDArray[np.uint8], device: str, batch_size: int = 64
+    network: nn.Module,
+    images: NDArray[np.uint8],
+    device: str,
+    batch_size: int = 64,
+    flips: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """Return the most probable class of each pixel, (N, H, W) uint8.
 
@@ -115,14 +122,23 @@ def predicted_masks(
         images: (N, H, W, C) uint8.
         device: `cpu` or `cuda`.
         batch_size: number of images per forward pass.
+        flips: average the probabilities of each image and of its mirror image.
+        size: (height, width) that probabilities are resized to; None: that of the images.
     """
     import torch
+    from torch.nn.functional import interpolate
 
-    predictions = [np.zeros((0, *images.shape[1:3]), dtype=np.uint8)]
+    predictions = [np.zeros((0, *(size or images.shape[1:3])), dtype=np.uint8)]
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
-            logits = final_logits(network(normalised(images[start : start + batch_size], device)))
-            predictions.append(logits.argmax(dim=1).to(torch.uint8).cpu().numpy())
+            batch = normalised(images[start : start + batch_size], device)
+            scores = final_logits(network(batch))
+            if flips:
+                mirrored = final_logits(network(batch.flip(3))).flip(3)
+                scores = scores.softmax(dim=1) + mirrored.softmax(dim=1)
+            if size is not None and scores.shape[2:] != size:
+                scores = interpolate(scores if flips else scores.softmax(dim=1), size=size, mode="bilinear")
+            predictions.append(scores.argmax(dim=1).to(torch.uint8).cpu().numpy())
     return np.concatenate(predictions)
 
 

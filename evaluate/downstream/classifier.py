@@ -17,10 +17,10 @@ from maskloom.models.network_options import (
     training_loss,
 )
 from maskloom.pipeline.config.bounds import Channels
-from maskloom.pipeline.training.fixed_steps import Augment, normalised, train_fixed_steps
+from maskloom.pipeline.training.fixed_steps import Augment, Recipe, normalised, train_fixed_steps
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class ClassifierOptions(NetworkOptions):
@@ -56,6 +56,7 @@ def train_classifier(
     seed: int,
     device: str,
     augment: Augment | None = None,
+    recipe: Recipe | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Return a classifier trained for `options.steps` steps, and the loss of each step.
 
@@ -69,6 +70,7 @@ def train_classifier(
         seed: seed of the weights, the batches and the augmentation.
         device: `cpu` or `cuda`.
         augment: see `train_fixed_steps`.
+        recipe: see `train_fixed_steps`.
 
     Raises:
         MaskLoomError: there are no images, or the loss was not finite.
@@ -77,21 +79,32 @@ def train_classifier(
 
     network = build_classifier(options, images.shape[-1], classes, seed)
     loss = training_loss(options, torch.nn.functional.cross_entropy)
-    losses = train_fixed_steps(network, images, labels, loss, options, seed, device, augment)
+    losses = train_fixed_steps(network, images, labels, loss, options, seed, device, augment, recipe)
     return network, losses
 
 
 def predicted_probabilities(
-    network: nn.Module, images: NDArray[np.uint8], device: str, batch_size: int = 64
+    network: nn.Module, images: NDArray[np.uint8], device: str, batch_size: int = 64, flips: bool = False
 ) -> NDArray[np.float64]:
-    """Return the softmax output, (N, classes), of (N, H, W, C) uint8 images."""
+    """Return the softmax output, (N, classes), of (N, H, W, C) uint8 images.
+
+    Args:
+        network: maps images (B, C, H, W) in [-1, 1] to logits (B, classes), or to a list, these first.
+        images: (N, H, W, C) uint8.
+        device: `cpu` or `cuda`.
+        batch_size: number of images per forward pass.
+        flips: average the probabilities of each image and of its mirror image.
+    """
     import torch
 
+    def probabilities(batch: Tensor) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = torch.softmax(final_logits(network(batch)).double(), dim=1).cpu().numpy()
+        return found
+
+    parts = []
     with torch.inference_mode():
-        parts = [
-            torch.softmax(final_logits(network(normalised(images[start : start + batch_size], device))).double(), dim=1)
-            .cpu()
-            .numpy()
-            for start in range(0, len(images), batch_size)
-        ]
+        for start in range(0, len(images), batch_size):
+            batch = normalised(images[start : start + batch_size], device)
+            found = probabilities(batch)
+            parts.append((found + probabilities(batch.flip(3))) / 2 if flips else found)
     return np.concatenate(parts)

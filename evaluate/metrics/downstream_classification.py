@@ -1,18 +1,19 @@
 """Does the synthetic data help a classification model on real test images?
 
-The same classifier is trained on each arm for the same number of steps and with the same seeds. No
-checkpoint is selected: the weights of the last step are scored once on the test images and on those
-of external test sets; the validation split is not used.
+The same classifier is trained on each arm for the same number of steps and with the same seeds. Each
+model is scored once on the test images and on those of external test sets: the weights of the last
+step, or with `selection: best` those of the best score on the real validation images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from maskloom.evaluate.downstream.arms import ArmOptions, Pair, chosen_generator, train_arms
 from maskloom.evaluate.downstream.cases import Outcomes, TrainedModel, trained_cases
@@ -25,14 +26,15 @@ from maskloom.evaluate.downstream.classifier import (
 from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
+from maskloom.evaluate.downstream.recipe import RecipeOptions, balanced_draw, training_recipe
 from maskloom.evaluate.downstream.result import Task, downstream_result
-from maskloom.evaluate.downstream.resuming import resumable
+from maskloom.evaluate.downstream.resuming import array_digest, resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import NOTE, subgroup_tables
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.classification import RECALL
 from maskloom.pipeline.results import MetricResult, skipped_result
-from maskloom.pipeline.training.fixed_steps import Augment
+from maskloom.pipeline.training.fixed_steps import Augment, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,11 +47,20 @@ QUESTION = "Does the synthetic data help a classification model on real test ima
 PRIMARY = "balanced accuracy"
 TASK = Task(NAME, "Classification", QUESTION, PRIMARY, hidden_prefix=RECALL)
 CLASS_NOTE = f"Within one class, {PRIMARY} is the share of its images that are recognised."
+BATCH = 64  # images predicted at a time
 TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
 
 
-class Options(ClassifierOptions, ArmOptions):
+class Options(ClassifierOptions, RecipeOptions, ArmOptions):
     """The classifier, its training, and the arms."""
+
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform", description="batches: uniform, or balanced: each class is drawn equally often"
+    )
+
+    def unused_keys(self) -> set[str]:
+        """Return the keys that leave the plain recipe as it is."""
+        return super().unused_keys() | ({"sampling"} if self.sampling == "uniform" else set())
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     result.limits[:0] = [
         f"Valid for {options.architecture}, {options.steps} training steps and images of {height} x {width}; "
         f"synthetic images by {generator.name}.",
+        options.sentence,
         "Averages over classes include only classes that have test images. AUROC: one class against the rest, averaged.",
     ]
     return result
@@ -175,12 +187,14 @@ def train_models(
         generated: images and labels of synthetic sets by generator, see `train_arms`.
         tests: test sets by name.
     """
-    names = inputs.real.description.labels
+    names, flips = inputs.real.description.labels, options.test_time_flips
+    validation = labelled_images(inputs.validation, options.image_size) if options.selection == "best" else None
 
     def train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
         labels = np.asarray(data[1], dtype=np.int64)
-        network, losses = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment)
-        scores = {name: image_scores(network, part, names, inputs.device) for name, part in tests.items()}
+        recipe = _recipe(options, labels, validation, inputs.device)
+        network, losses = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment, recipe)
+        scores = {name: image_scores(network, part, names, inputs.device, flips) for name, part in tests.items()}
         return TrainedModel(losses, scores)
 
     def seeds_needed(trained: Outcomes) -> int:
@@ -191,13 +205,31 @@ def train_models(
 
     arrays = {name: (part.images, part.labels) for name, part in tests.items()}
     depends_on = [VERSION, inputs.device, list(names), inputs.seed]
+    if validation is not None:
+        depends_on += [array_digest(one) for one in validation.pair]
     training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
     return train_arms(options, real, generated, inputs.seed, training, seeds_needed)
 
 
-def image_scores(network: nn.Module, test: LabelledImages, names: Sequence[str], device: str) -> dict[str, Floats]:
+def _recipe(
+    options: Options, labels: NDArray[np.int64], validation: LabelledImages | None, device: str
+) -> Recipe | None:
+    """Return how a model is trained on images with these labels; see `training_recipe`."""
+    draw = balanced_draw(labels, options.batch_size) if options.sampling == "balanced" else None
+
+    def balanced_accuracy(network: nn.Module) -> float:
+        assert validation is not None
+        right = predicted_probabilities(network, validation.images, device).argmax(axis=1) == validation.labels
+        return float(np.mean([right[validation.labels == k].mean() for k in np.unique(validation.labels)]))
+
+    return training_recipe(options, draw, len(validation or ()), balanced_accuracy, "a label")
+
+
+def image_scores(
+    network: nn.Module, test: LabelledImages, names: Sequence[str], device: str, flips: bool = False
+) -> dict[str, Floats]:
     """Return what a network's scores follow from: for every class, its probability and whether it is the true one, (N,)."""
-    probabilities = predicted_probabilities(network, test.images, device)
+    probabilities = predicted_probabilities(network, test.images, device, BATCH, flips)
     found = {f"{PROBABILITY}{name}": probabilities[:, k] for k, name in enumerate(names)}
     return found | {f"{TRUTH}{name}": (test.labels == k).astype(np.float64) for k, name in enumerate(names)}
 

@@ -1,25 +1,33 @@
 """Does the synthetic data help a segmentation model on real test images?
 
-The same network is trained on each arm for the same number of steps and with the same seeds. No
-checkpoint is selected: the weights of the last step are scored once on the test images and on those
-of external test sets; the validation split is not used.
+The same network is trained on each arm for the same number of steps and with the same seeds. Each
+model is scored once on the test images and on those of external test sets: the weights of the last
+step, or with `selection: best` those of the best score on the real validation images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from maskloom.evaluate.downstream.arms import ArmOptions, Pair, chosen_generator, train_arms
 from maskloom.evaluate.downstream.cases import Outcomes, ScoredTestSet, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.pictures import ARMS, changed_case_pictures
+from maskloom.evaluate.downstream.recipe import (
+    RecipeOptions,
+    balanced_draw,
+    lesion_draw,
+    rarest_classes,
+    training_recipe,
+)
 from maskloom.evaluate.downstream.result import Task, downstream_result
-from maskloom.evaluate.downstream.resuming import resumable
+from maskloom.evaluate.downstream.resuming import array_digest, resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import subgroup_tables
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
@@ -33,7 +41,7 @@ from maskloom.models.segmenter import (
     train_segmenter,
 )
 from maskloom.pipeline.results import MetricResult, Picture, skipped_result
-from maskloom.pipeline.training.fixed_steps import Augment
+from maskloom.pipeline.training.fixed_steps import Augment, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,8 +56,22 @@ BATCH = 64  # images predicted and scored at a time
 Floats = NDArray[np.float64]
 
 
-class Options(SegmenterOptions, ArmOptions):
+class Options(SegmenterOptions, RecipeOptions, ArmOptions):
     """The network, its training, and the arms."""
+
+    sampling: Literal["uniform", "balanced", "lesions"] = Field(
+        "uniform",
+        description="batches: uniform; balanced: by the rarest class in each mask; "
+        "lesions: half of each batch or more has a foreground",
+    )
+    score_at: Literal["model", "native"] = Field(
+        "model", description="size of scored masks: image_size, or that of the dataset's own masks (data.image_size)"
+    )
+
+    def unused_keys(self) -> set[str]:
+        """Return the keys that leave the plain recipe as it is."""
+        defaults = {"sampling": "uniform", "score_at": "model"}
+        return super().unused_keys() | {key for key, value in defaults.items() if getattr(self, key) == value}
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
@@ -75,6 +97,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     result.limits[:0] = [
         f"Valid for {options.network}, {options.steps} training steps and images of {height} x {width}; "
         f"synthetic images by {generator.name}.",
+        options.sentence,
         f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
     ]
     return result
@@ -131,10 +154,19 @@ def train_models(
         tests: test sets by name.
     """
 
+    validation = masked_images(inputs, inputs.validation, options.image_size) if options.selection == "best" else None
+    truths = {name: truth_masks(inputs, options, name, part) for name, part in tests.items()}
+
     def train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
         masks = np.asarray(data[1], dtype=np.uint8)
-        network, losses = train_segmenter(data[0], masks, len(inputs.classes), options, seed, inputs.device, augment)
-        scores = {name: image_scores(network, part, inputs.classes, inputs.device) for name, part in tests.items()}
+        recipe = _recipe(inputs, options, masks, validation)
+        network, losses = train_segmenter(
+            data[0], masks, len(inputs.classes), options, seed, inputs.device, augment, recipe
+        )
+        scores = {
+            name: image_scores(network, part, inputs.classes, inputs.device, truths[name], options.test_time_flips)
+            for name, part in tests.items()
+        }
         return TrainedModel(losses, scores, network if seed == inputs.seed else None)
 
     def seeds_needed(trained: Outcomes) -> int:
@@ -143,23 +175,76 @@ def train_models(
     def build() -> nn.Module:
         return build_segmenter(options, real[0].shape[-1], len(inputs.classes), inputs.seed).to(inputs.device)
 
-    arrays = {name: (part.images, part.masks) for name, part in tests.items()}
+    arrays = {name: (part.images, truths[name]) for name, part in tests.items()}
     depends_on = [VERSION, inputs.device, list(inputs.classes), inputs.seed]
+    if validation is not None:
+        depends_on += [array_digest(one) for one in validation.pair]
     training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
     return train_arms(options, real, generated, inputs.seed, training, seeds_needed)
 
 
-def image_scores(network: nn.Module, test: MaskedImages, classes: Sequence[str], device: str) -> dict[str, Floats]:
+def truth_masks(inputs: EvaluationInputs, options: Options, name: str, test: MaskedImages) -> NDArray[np.uint8]:
+    """Return the masks that predictions on a test set are compared with, (N, H, W).
+
+    Args:
+        inputs: the inputs of the evaluation.
+        options: the options of the metric.
+        name: of the test set.
+        test: its images that have a mask.
+    """
+    if options.score_at == "model":
+        return test.masks
+    sets = {one.name: one for one in (inputs.test, *inputs.externals.values())}
+    masks, present = sets[name].masks()
+    return masks[present]
+
+
+def _recipe(
+    inputs: EvaluationInputs, options: Options, masks: NDArray[np.uint8], validation: MaskedImages | None
+) -> Recipe | None:
+    """Return how a model is trained on images with these masks; see `training_recipe`."""
+    draw = None
+    if options.sampling == "balanced":
+        draw = balanced_draw(rarest_classes(masks, len(inputs.classes)), options.batch_size)
+    elif options.sampling == "lesions":
+        draw = lesion_draw(masks, options.batch_size)
+    kept = np.zeros(0, np.int64) if validation is None else np.flatnonzero((validation.masks > 0).any(axis=(1, 2)))
+
+    def mean_dice(network: nn.Module) -> float:
+        assert validation is not None
+        predictions = predicted_masks(network, validation.images[kept], inputs.device)
+        return float(dice_scores(predictions, validation.masks[kept], len(inputs.classes)).mean())
+
+    return training_recipe(options, draw, len(kept), mean_dice, "a mask with a foreground")
+
+
+def image_scores(
+    network: nn.Module,
+    test: MaskedImages,
+    classes: Sequence[str],
+    device: str,
+    truth: NDArray[np.uint8] | None = None,
+    flips: bool = False,
+) -> dict[str, Floats]:
     """Return a network's scores on every test image, (N,) each; predictions are not kept.
 
     Dice and IoU are means over the foreground classes; of two or more, each has its Dice too.
+
+    Args:
+        network: the network.
+        test: the images.
+        classes: names of the mask's classes, background first.
+        device: `cpu` or `cuda`.
+        truth: (N, H, W) masks that predictions, resized to them, are compared with; None: those of `test`.
+        flips: see `predicted_masks`.
     """
+    masks = test.masks if truth is None else truth
     dice, iou = [], []
     for start in range(0, len(test), BATCH):
         part = slice(start, start + BATCH)
-        predictions = predicted_masks(network, test.images[part], device)
-        dice.append(dice_scores(predictions, test.masks[part], len(classes)))
-        iou.append(iou_scores(predictions, test.masks[part], len(classes)))
+        predictions = predicted_masks(network, test.images[part], device, flips=flips, size=masks.shape[1:])
+        dice.append(dice_scores(predictions, masks[part], len(classes)))
+        iou.append(iou_scores(predictions, masks[part], len(classes)))
     by_class = np.concatenate(dice)
     of_classes = {f"Dice of {name}": by_class[:, k] for k, name in enumerate(classes[1:])}
     means = {PRIMARY: by_class.mean(axis=1), "IoU": np.concatenate(iou).mean(axis=1)}

@@ -1,0 +1,124 @@
+"""How downstream models are trained and applied: which weights are scored, how batches are drawn.
+
+The defaults are the plainest recipe: uniform batches, the weights of the last step, no flips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from maskloom.pipeline.config.base import DigestedSection
+from maskloom.pipeline.config.bounds import Steps
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.training.fixed_steps import Draw, Recipe, Selection
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class RecipeOptions(DigestedSection):
+    """How downstream models are trained and applied."""
+
+    selection: Literal["last", "best"] = Field(
+        "last", description="weights that are scored: of the last step, or of the best validation score"
+    )
+    validate_every: Steps = Field(100, ge=1, description="with selection: best, steps from one validation to the next")
+    test_time_flips: bool = Field(
+        False, description="average the probabilities of each test image and of its mirror image"
+    )
+
+    def unused_keys(self) -> set[str]:
+        """Return the keys that leave the plain recipe as it is."""
+        unused = super().unused_keys() | (set() if self.test_time_flips else {"test_time_flips"})
+        return unused | ({"selection", "validate_every"} if self.selection == "last" else set())
+
+    @property
+    def sentence(self) -> str:
+        """Which weights are scored, for readers."""
+        if self.selection == "last":
+            return "The weights of the last step are scored; the validation split is not used."
+        return f"The weights of the best validation score, taken every {self.validate_every} steps, are scored."
+
+
+def training_recipe(
+    options: RecipeOptions, draw: Draw | None, validation: int, score: Callable[[nn.Module], float], what: str
+) -> Recipe | None:
+    """Return the recipe of a training; None where it is the plain one.
+
+    Args:
+        options: the options.
+        draw: draws the numbers of a batch; None: uniformly.
+        validation: number of validation images that can be scored.
+        score: a network's score on them, higher is better.
+        what: what such an image has, such as `a mask`.
+
+    Raises:
+        MaskLoomError: weights are to be chosen on validation images, and there are none.
+    """
+    if options.selection == "last":
+        return None if draw is None else Recipe(draw)
+    if not validation:
+        raise MaskLoomError(
+            f"selection=best: no real validation image has {what}; set selection=last, or give the dataset a validation split"
+        )
+    return Recipe(draw, Selection(options.validate_every, score))
+
+
+def balanced_draw(kinds: NDArray[np.int64], batch_size: int) -> Draw:
+    """Return a function that draws every kind of image equally often.
+
+    Args:
+        kinds: (N,) the kind of each image, such as its class.
+        batch_size: images per batch.
+    """
+    import torch
+
+    _, kind, counts = np.unique(kinds, return_inverse=True, return_counts=True)
+    weights = torch.from_numpy(1 / counts[kind])
+
+    def draw(random: torch.Generator) -> Tensor:
+        return torch.multinomial(weights, batch_size, replacement=True, generator=random)
+
+    return draw
+
+
+def lesion_draw(masks: NDArray[np.uint8], batch_size: int) -> Draw | None:
+    """Return a function whose batches hold images with a foreground in at least one half, others anywhere.
+
+    Args:
+        masks: (N, H, W) class indices, 0 = background.
+        batch_size: images per batch.
+
+    Returns:
+        None where no mask has a foreground, or all have: batches are then drawn uniformly.
+    """
+    import torch
+
+    with_lesion = torch.from_numpy(np.flatnonzero((masks > 0).any(axis=(1, 2))))
+    if len(with_lesion) in (0, len(masks)):
+        return None
+    half = -(-batch_size // 2)
+
+    def draw(random: torch.Generator) -> Tensor:
+        lesions = with_lesion[torch.randint(len(with_lesion), (half,), generator=random)]
+        return torch.cat([lesions, torch.randint(len(masks), (batch_size - half,), generator=random)])
+
+    return draw
+
+
+def rarest_classes(masks: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
+    """Return, of the classes in each mask, the one that the fewest masks have, (N,); 0 without foreground.
+
+    Args:
+        masks: (N, H, W) class indices, 0 = background.
+        classes: number of classes, background included.
+    """
+    present = np.stack([(masks == k).any(axis=(1, 2)) for k in range(1, classes)], axis=1)
+    rarity = np.where(present, present.sum(axis=0), len(masks) + 1)
+    return np.where(present.any(axis=1), rarity.argmin(axis=1) + 1, 0)
