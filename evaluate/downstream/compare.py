@@ -166,13 +166,13 @@ def is_lower_better(score: str, named: Collection[str] = ()) -> bool:
 
 
 def score_names(cases: ScoredTestSet) -> list[str]:
-    """Return the scores of a test set: those in the table, and those of classifiers that follow from it."""
+    """Return the scores of a test set: those of classifiers that follow from the table, and those in it."""
     raw = list(dict.fromkeys(score for found in cases.arms.values() for score in found.values))
     names = [score for score in raw if not score.startswith((PROBABILITY, TRUTH))]
     first = next(iter(cases.arms.values()))
     present = [name for name, values in first.values.items() if name.startswith(TRUTH) and (values == 1).any()]
     recalls = [RECALL + name.removeprefix(TRUTH) for name in present]
-    return [*names, *((*CLASSIFICATION_SCORES, *recalls) if recalls else ())]
+    return [*((*CLASSIFICATION_SCORES, *recalls) if recalls else ()), *names]
 
 
 def arm_scores(cases: ScoredTestSet, scores: Sequence[str]) -> list[ArmScore]:

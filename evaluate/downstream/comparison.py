@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from maskloom.evaluate.downstream.arms import GROUPS, NULL_ARM, WITH_SYNTHETIC, arm_group, arm_title, grouped_arms
 from maskloom.evaluate.downstream.cases import ScoredTestSet
 from maskloom.evaluate.downstream.compare import (
@@ -22,12 +24,13 @@ from maskloom.evaluate.downstream.compare import (
 )
 from maskloom.evaluate.downstream.outlook import what_would_change
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
+from maskloom.evaluate.scores.segmentation import UNBOUNDED
 from maskloom.evaluate.scores.statistics import saturated_interval
 from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
 SMALLEST_P = 0.001
-NO_SHARES = ("AUROC", CALIBRATION_ERROR)
-"""Scores that are no means over cases: the best of them in every group says nothing of a share."""
+NO_SHARES = ("AUROC", CALIBRATION_ERROR, *UNBOUNDED)
+"""Scores that are no means of shares over cases: the best of them in every group says nothing of a share."""
 LUCK_RATIO = 2.0  # from which the null arm's half interval is out of line with the smallest effect
 
 ORDER = f"Arms stand in the order of what they train on: {', '.join(GROUPS)}."
@@ -41,6 +44,7 @@ class TestSetComparison:
         test_set: its name.
         external: whether it is an external one.
         cases, groups: numbers of test cases and of their groups.
+        scored: the same two by score, of the cases in which it is defined for some model.
         primary: the score that the verdict is about; higher is better.
         shown: scores in the table of changes; the table of scores has all.
         changes: every arm but the baseline, by arm and score.
@@ -51,6 +55,7 @@ class TestSetComparison:
     external: bool
     cases: int
     groups: int
+    scored: Mapping[str, tuple[int, int]]
     primary: str
     shown: Sequence[str]
     changes: Mapping[str, Mapping[str, Comparison]]
@@ -87,7 +92,7 @@ class ComparisonResult:
 
 
 def compare_test_sets(
-    test_sets: Sequence[ScoredTestSet], primary: str, hidden_prefix: str | None, generator: str
+    test_sets: Sequence[ScoredTestSet], primary: str, hidden_prefix: str | tuple[str, ...] | None, generator: str
 ) -> ComparisonResult:
     """Return the comparison on the dataset's own test images, followed by the same on each external test set.
 
@@ -97,7 +102,7 @@ def compare_test_sets(
     Args:
         test_sets: the dataset's own first.
         primary: the score that the verdict is about; higher is better.
-        hidden_prefix: scores whose name begins so are not in the table of changes; None: all are.
+        hidden_prefix: scores whose name begins so, or in one of these ways, are not in the table of changes; None: all are.
         generator: the generator of the arm `real_synthetic`.
     """
     own, *external = (
@@ -118,7 +123,7 @@ def compare_test_sets(
 
 
 def _compare_test_set(
-    cases: ScoredTestSet, primary: str, hidden_prefix: str | None, external: bool
+    cases: ScoredTestSet, primary: str, hidden_prefix: str | tuple[str, ...] | None, external: bool
 ) -> TestSetComparison:
     names = score_names(cases)
     changes: dict[str, dict[str, Comparison]] = {}
@@ -129,19 +134,35 @@ def _compare_test_set(
         scores.setdefault(score.arm, {})[score.score] = score
     shown = [name for name in names if hidden_prefix is None or not name.startswith(hidden_prefix)]
     groups = len(set(cases.groups))
-    return TestSetComparison(cases.test_set, external, len(cases.samples), groups, primary, shown, changes, scores)
+    scored = {name: _scored(cases, name) for name in names}
+    return TestSetComparison(
+        cases.test_set, external, len(cases.samples), groups, scored, primary, shown, changes, scores
+    )
+
+
+def _scored(cases: ScoredTestSet, score: str) -> tuple[int, int]:
+    """Return the numbers of cases and groups in which a score is defined for some model.
+
+    Scores of classifiers follow from other rows, and count as defined.
+    """
+    found = [arm.values[score] for arm in cases.arms.values() if score in arm.values]
+    if not found:
+        return len(cases.samples), len(set(cases.groups))
+    kept = np.flatnonzero(np.isfinite(np.concatenate(found)).any(axis=0)).tolist()
+    return len(kept), len({cases.groups[i] for i in kept})
 
 
 def _interval(one: ArmScore | Comparison) -> Interval:
     """Return a figure with its interval.
 
-    The interval ends where scores (0 and 1) and their differences (-1 and 1) do. A share that is 0 or 1
+    The interval ends where scores (0 and 1) and their differences (-1 and 1) do, if they do. A share that is 0 or 1
     in every case and seed has the exact interval over groups. All else that is the same in every case
     and seed has none, as this proves no certainty.
     """
-    value, lowest = (one.value, 0.0) if isinstance(one, ArmScore) else (one.difference, -1.0)
+    highest = np.inf if one.score in UNBOUNDED else 1.0
+    value, lowest = (one.value, 0.0) if isinstance(one, ArmScore) else (one.difference, -highest)
     if one.low is not None and one.high is not None and one.low != one.high:
-        return Interval(value=value, low=max(lowest, one.low), high=min(1.0, one.high))
+        return Interval(value=value, low=max(lowest, one.low), high=min(highest, one.high))
     if isinstance(one, ArmScore) and value in (0.0, 1.0) and one.groups and one.score not in NO_SHARES:
         return saturated_interval(value, one.groups)
     return Interval(value=value)
@@ -168,7 +189,7 @@ def _values(one: TestSetComparison) -> dict[str, Any]:
 def _verdict(own: TestSetComparison) -> str:
     """Return the verdict, what it rests on, and what real images alone differ by."""
     headline, null = own.headline, own.null
-    basis = f"{headline.cases} test images in {own.groups} groups, {headline.seeds} seeds"
+    basis = f"{headline.cases} test images in {own.scored[own.primary][1]} groups, {headline.seeds} seeds"
     found = f"; {_smallest_effect(headline.smallest_effect)}" if headline.smallest_effect else ""
     by_chance = f"; real images with other seeds: {_interval(null)}" if null else ""
     return f"{_change_sentence(headline)} ({basis}{found}{by_chance})."
@@ -243,7 +264,7 @@ def _forests(one: TestSetComparison) -> list[Forest]:
                         name=arm_title(change.arm),
                         **_interval(change).model_dump(),
                         finding=change.finding,
-                        basis=basis_of(change, one.groups),
+                        basis=basis_of(change, one.scored[name][1]),
                         smallest=change.smallest_effect or None,
                         reference=change.arm == NULL_ARM,
                         group=arm_group(change.arm),
@@ -260,7 +281,7 @@ def basis_of(one: Comparison, groups: int) -> str:
 
     Args:
         one: the comparison.
-        groups: of the test set; a mean over classes rests on those of the rarest class, and cases may be left out.
+        groups: with a case in which the score is defined; a mean over classes rests on those of the rarest class.
     """
     effective = f" ({one.groups} effective)" if one.groups < groups else ""
     return f"{one.cases} cases, {groups} groups{effective}, {one.seeds} seeds"
@@ -304,9 +325,10 @@ def _warnings(one: TestSetComparison) -> list[str]:
         found.append(f"{headline.reason}: an effect cannot be told from chance")
     if headline.seeds < FEW_SEEDS and not one.external:  # reported once: all test sets share the models
         found.append(f"only {headline.seeds} seed(s): at least {FEW_SEEDS} are needed to tell an effect from chance")
-    if headline.left_out_cases or headline.left_out_seeds:
+    left_out = headline.left_out_cases - (one.cases - one.scored[one.primary][0])
+    if left_out or headline.left_out_seeds:
         found.append(
-            f"{headline.left_out_cases} case(s) and {headline.left_out_seeds} seed(s) are not defined, and are left out of both arms"
+            f"{left_out} case(s) and {headline.left_out_seeds} seed(s) are not defined, and are left out of both arms"
         )
     if null is not None and null.finding in ("helped", "hurt"):
         found.append(

@@ -35,7 +35,7 @@ def what_would_change(cases: ScoredTestSet, change: Comparison) -> list[str]:
         change: the comparison that the verdict is about.
     """
     found = [f"Cannot be told now: {change.reason}."] if change.finding == CANNOT_TELL else []
-    variance = _variance(cases, change)
+    variance, groups = _variance(cases, change)
     if variance is not None and variance.total == 0:
         return [*found, "The difference is the same in every case and seed: more of them would not tell more."]
     if variance is None:
@@ -44,7 +44,7 @@ def what_would_change(cases: ScoredTestSet, change: Comparison) -> list[str]:
             "seeds are needed before any number can be given."
         )
         return [*found, needed]
-    groups, seeds = len(set(cases.groups)), change.seeds
+    seeds = change.seeds
     now = smallest_effect(variance)
     basis = f"{groups} test groups and {seeds} seeds"
     found.append(f"With these {basis}, a true change of {change.score} of {now:.3f} is found in 4 of 5 studies.")
@@ -61,13 +61,13 @@ def smallest_effect(variance: Variance) -> float:
     return variance.smallest_effect(critical_value(variance.draws()))
 
 
-def _variance(cases: ScoredTestSet, change: Comparison) -> Variance | None:
-    """Return the variance of a difference; None where its parts cannot be seen."""
+def _variance(cases: ScoredTestSet, change: Comparison) -> tuple[Variance | None, int]:
+    """Return the variance of a difference, None where its parts cannot be seen, and the number of groups behind it."""
     pair = paired_values(cases, change.arm, change.baseline, change.score)
     left, right = (contributions(side).get(change.score) for side in (pair.arm, pair.baseline))
     if left is None or right is None or change.smallest_effect is None:
-        return None
-    return difference_variance(left, pair.groups, right)[1]
+        return None, 0
+    return difference_variance(left, pair.groups, right)[1], len(set(pair.groups))
 
 
 def _needed(variance: Variance, groups: int, seeds: int, effect: float) -> str:

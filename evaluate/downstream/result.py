@@ -29,14 +29,14 @@ class Task:
         title: the first word of its verdict.
         question: in plain words.
         primary: the score that the verdict is about; higher is better.
-        hidden_prefix: scores whose name begins so are not in the table of changes; None: all are.
+        hidden_prefix: scores whose name begins so, or in one of these ways, are not in the table of changes; None: all are.
     """
 
     metric: str
     title: str
     question: str
     primary: str
-    hidden_prefix: str | None = None
+    hidden_prefix: str | tuple[str, ...] | None = None
 
 
 def downstream_result(

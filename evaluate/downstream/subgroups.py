@@ -12,9 +12,9 @@ from maskloom.evaluate.downstream.arms import WITH_SYNTHETIC, arm_title
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
 from maskloom.evaluate.downstream.compare import BASELINE, compare
 from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.scores.segmentation import SIZES
 from maskloom.pipeline.results import Cell, Interval, Table
 
-SIZES = ("smallest third", "middle third", "largest third")
 NOTE = (
     "Exploratory: the findings are not adjusted for the number of parts, and with so many parts some differ by chance. "
     "Sizes are thirds of the test masks by their foreground area."
@@ -56,13 +56,13 @@ def subgroup_table(cases: ScoredTestSet, arm: str, score: str, parts: Mapping[st
         cases: the test set.
         arm: the arm.
         score: the score.
-        parts: the samples of each part by its name; empty parts are left out.
+        parts: the samples of each part by its name; those without a case in which the score is defined are left out.
     """
     rows: list[list[Cell]] = []
     for name, samples in parts.items():
         part = subset(cases, set(samples), (BASELINE, arm))
-        if part.samples:
-            one = compare(part, scores=[score])[0]
+        one = compare(part, scores=[score])[0] if part.samples else None
+        if one is not None and one.cases:
             change = Interval(value=one.difference, low=one.low, high=one.high)
             rows.append([name, change, one.finding, one.smallest_effect, one.cases, one.groups, one.seeds])
     columns = ["part", "change against real", "finding", "smallest effect", "cases", "groups", "seeds"]

@@ -32,7 +32,7 @@ from maskloom.evaluate.downstream.resuming import array_digest, resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import NOTE, subgroup_tables
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.scores.classification import RECALL
+from maskloom.evaluate.scores.classification import RECALL, SPECIFICITY, operating_scores
 from maskloom.pipeline.results import MetricResult, skipped_result
 from maskloom.pipeline.training.fixed_steps import Augment, Recipe
 
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 NAME = "downstream_classification"
-VERSION = 4
+VERSION = 5
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
-TASK = Task(NAME, "Classification", QUESTION, PRIMARY, hidden_prefix=RECALL)
+TASK = Task(NAME, "Classification", QUESTION, PRIMARY, hidden_prefix=(RECALL, SPECIFICITY))
 CLASS_NOTE = f"Within one class, {PRIMARY} is the share of its images that are recognised."
 BATCH = 64  # images predicted at a time
 TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
@@ -58,9 +58,17 @@ class Options(ClassifierOptions, RecipeOptions, ArmOptions):
         "uniform", description="batches: uniform, or balanced: each class is drawn equally often"
     )
 
+    operating_specificity: float = Field(
+        0.9,
+        gt=0,
+        lt=1,
+        description="share of the validation images of other classes that stay below each class's threshold",
+    )
+
     def unused_keys(self) -> set[str]:
-        """Return the keys that leave the plain recipe as it is."""
-        return super().unused_keys() | ({"sampling"} if self.sampling == "uniform" else set())
+        """Return the keys that leave the plain recipe and scores as they are."""
+        defaults = {"sampling": "uniform", "operating_specificity": 0.9}
+        return super().unused_keys() | {key for key, value in defaults.items() if getattr(self, key) == value}
 
 
 @dataclass(frozen=True)
@@ -188,13 +196,16 @@ def train_models(
         tests: test sets by name.
     """
     names, flips = inputs.real.description.labels, options.test_time_flips
-    validation = labelled_images(inputs.validation, options.image_size) if options.selection == "best" else None
+    validation = labelled_images(inputs.validation, options.image_size)
 
     def train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
         labels = np.asarray(data[1], dtype=np.int64)
         recipe = _recipe(options, labels, validation, inputs.device)
         network, losses = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment, recipe)
-        scores = {name: image_scores(network, part, names, inputs.device, flips) for name, part in tests.items()}
+        operating = OperatingPoint.of(network, validation, options, inputs.device)
+        scores = {
+            name: image_scores(network, part, names, inputs.device, flips, operating) for name, part in tests.items()
+        }
         return TrainedModel(losses, scores)
 
     def seeds_needed(trained: Outcomes) -> int:
@@ -204,34 +215,64 @@ def train_models(
         return build_classifier(options, real[0].shape[-1], len(names), inputs.seed).to(inputs.device)
 
     arrays = {name: (part.images, part.labels) for name, part in tests.items()}
-    depends_on = [VERSION, inputs.device, list(names), inputs.seed]
-    if validation is not None:
-        depends_on += [array_digest(one) for one in validation.pair]
+    depends_on = [VERSION, inputs.device, list(names), inputs.seed, *map(array_digest, validation.pair)]
     training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
     return train_arms(options, real, generated, inputs.seed, training, seeds_needed)
 
 
-def _recipe(
-    options: Options, labels: NDArray[np.int64], validation: LabelledImages | None, device: str
-) -> Recipe | None:
+def _recipe(options: Options, labels: NDArray[np.int64], validation: LabelledImages, device: str) -> Recipe | None:
     """Return how a model is trained on images with these labels; see `training_recipe`."""
     draw = balanced_draw(labels, options.batch_size) if options.sampling == "balanced" else None
 
     def balanced_accuracy(network: nn.Module) -> float:
-        assert validation is not None
         right = predicted_probabilities(network, validation.images, device).argmax(axis=1) == validation.labels
         return float(np.mean([right[validation.labels == k].mean() for k in np.unique(validation.labels)]))
 
-    return training_recipe(options, draw, len(validation or ()), balanced_accuracy, "a label")
+    return training_recipe(options, draw, len(validation), balanced_accuracy, "a label")
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What the thresholds of a model's classes are chosen by.
+
+    Attributes:
+        labels, probabilities: true classes (V,) and probabilities (V, K) of the validation images.
+        specificity: see `operating_scores`.
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: Floats
+    specificity: float
+
+    @classmethod
+    def of(cls, network: nn.Module, validation: LabelledImages, options: Options, device: str) -> OperatingPoint | None:
+        """Return that of a trained network; None without validation images."""
+        if not len(validation):
+            return None
+        found = predicted_probabilities(network, validation.images, device, BATCH, options.test_time_flips)
+        return cls(validation.labels, found, options.operating_specificity)
 
 
 def image_scores(
-    network: nn.Module, test: LabelledImages, names: Sequence[str], device: str, flips: bool = False
+    network: nn.Module,
+    test: LabelledImages,
+    names: Sequence[str],
+    device: str,
+    flips: bool = False,
+    operating: OperatingPoint | None = None,
 ) -> dict[str, Floats]:
-    """Return what a network's scores follow from: for every class, its probability and whether it is the true one, (N,)."""
+    """Return what a network's scores follow from, (N,) each.
+
+    For every class, its probability and whether it is the true one; with an operating point, whether
+    the model is right there.
+    """
     probabilities = predicted_probabilities(network, test.images, device, BATCH, flips)
     found = {f"{PROBABILITY}{name}": probabilities[:, k] for k, name in enumerate(names)}
-    return found | {f"{TRUTH}{name}": (test.labels == k).astype(np.float64) for k, name in enumerate(names)}
+    found |= {f"{TRUTH}{name}": (test.labels == k).astype(np.float64) for k, name in enumerate(names)}
+    if operating is None:
+        return found
+    chosen = (operating.labels, operating.probabilities)
+    return found | operating_scores(chosen, test.labels, probabilities, names, operating.specificity)
 
 
 def _class_warnings(test: LabelledImages, names: Sequence[str]) -> list[str]:

@@ -31,12 +31,12 @@ from maskloom.evaluate.downstream.resuming import array_digest, resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import subgroup_tables
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.scores.segmentation import DICE, FALSE_POSITIVES, SENSITIVITY, SegmentationScores
 from maskloom.models.segmenter import (
     EMPTY_RULE,
     SegmenterOptions,
     build_segmenter,
     dice_scores,
-    iou_scores,
     predicted_masks,
     train_segmenter,
 )
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "downstream_segmentation"
-VERSION = 4
+VERSION = 5
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
-PRIMARY = "Dice"
-TASK = Task(NAME, "Segmentation", QUESTION, PRIMARY)
+PRIMARY = DICE
+TASK = Task(NAME, "Segmentation", QUESTION, PRIMARY, hidden_prefix=f"{SENSITIVITY} (")
 BATCH = 64  # images predicted and scored at a time
 
 Floats = NDArray[np.float64]
@@ -68,9 +68,13 @@ class Options(SegmenterOptions, RecipeOptions, ArmOptions):
         "model", description="size of scored masks: image_size, or that of the dataset's own masks (data.image_size)"
     )
 
+    surface_tolerance: float = Field(
+        2.0, ge=0, description="of surface Dice: distance in pixels up to which a boundary counts as found"
+    )
+
     def unused_keys(self) -> set[str]:
-        """Return the keys that leave the plain recipe as it is."""
-        defaults = {"sampling": "uniform", "score_at": "model"}
+        """Return the keys that leave the plain recipe and scores as they are."""
+        defaults = {"sampling": "uniform", "score_at": "model", "surface_tolerance": 2.0}
         return super().unused_keys() | {key for key, value in defaults.items() if getattr(self, key) == value}
 
 
@@ -99,6 +103,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         f"synthetic images by {generator.name}.",
         options.sentence,
         f"Dice and IoU are means over foreground classes. {EMPTY_RULE}",
+        *_lesion_limits(data.tests[inputs.test.name]),
     ]
     return result
 
@@ -110,6 +115,8 @@ def _reason_to_skip(inputs: EvaluationInputs, options: Options, generator: Image
     for image_set in (inputs.train, generator, inputs.test):
         if not len(masked_images(inputs, image_set, options.image_size)):
             return f"no image of {image_set.name} has a mask"
+    if not masked_images(inputs, inputs.test, options.image_size).masks.any():
+        return f"no mask of {inputs.test.name} has a foreground"
     return "" if len(inputs.classes) > 1 else "there are no mask classes"
 
 
@@ -163,8 +170,9 @@ def train_models(
         network, losses = train_segmenter(
             data[0], masks, len(inputs.classes), options, seed, inputs.device, augment, recipe
         )
+        how = (options.test_time_flips, options.surface_tolerance)
         scores = {
-            name: image_scores(network, part, inputs.classes, inputs.device, truths[name], options.test_time_flips)
+            name: image_scores(network, part, inputs.classes, inputs.device, truths[name], *how)
             for name, part in tests.items()
         }
         return TrainedModel(losses, scores, network if seed == inputs.seed else None)
@@ -225,6 +233,7 @@ def image_scores(
     device: str,
     truth: NDArray[np.uint8] | None = None,
     flips: bool = False,
+    tolerance: float = 2.0,
 ) -> dict[str, Floats]:
     """Return a network's scores on every test image, (N,) each; predictions are not kept.
 
@@ -237,24 +246,34 @@ def image_scores(
         device: `cpu` or `cuda`.
         truth: (N, H, W) masks that predictions, resized to them, are compared with; None: those of `test`.
         flips: see `predicted_masks`.
+        tolerance: of surface Dice, in pixels.
     """
     masks = test.masks if truth is None else truth
-    dice, iou = [], []
+    scored = SegmentationScores.of(masks, classes, tolerance)
+    parts = []
     for start in range(0, len(test), BATCH):
         part = slice(start, start + BATCH)
         predictions = predicted_masks(network, test.images[part], device, flips=flips, size=masks.shape[1:])
-        dice.append(dice_scores(predictions, masks[part], len(classes)))
-        iou.append(iou_scores(predictions, masks[part], len(classes)))
-    by_class = np.concatenate(dice)
-    of_classes = {f"Dice of {name}": by_class[:, k] for k, name in enumerate(classes[1:])}
-    means = {PRIMARY: by_class.mean(axis=1), "IoU": np.concatenate(iou).mean(axis=1)}
-    return means | (of_classes if len(of_classes) > 1 else {})
+        parts.append(scored.scores(predictions, masks[part]))
+    return {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+
+
+def _lesion_limits(test: MaskedImages) -> list[str]:
+    """Return which images the scores are of, where a test mask has no foreground."""
+    lesions = int((test.masks > 0).any(axis=(1, 2)).sum())
+    if lesions == len(test):
+        return []
+    return [
+        f"Scores are of the {lesions} of {len(test)} test images whose mask has a foreground, except those of all "
+        f"images and {FALSE_POSITIVES}."
+    ]
 
 
 def _empty_warning(test: MaskedImages, classes: Sequence[str]) -> list[str]:
-    found = []
+    """Return a warning for each class that many masks with a foreground lack."""
+    found, masks = [], test.masks[(test.masks > 0).any(axis=(1, 2))]
     for k, name in enumerate(classes[1:], start=1):
-        share = float((~(test.masks == k).any(axis=(1, 2))).mean())
+        share = float((~(masks == k).any(axis=(1, 2))).mean()) if len(masks) else 0.0
         if share > 0.1:
             found.append(
                 f"{share:.0%} of the test masks contain no {name}: their Dice is 1 or 0, see the rule for empty masks"

@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 
 BINS = 10
 RECALL = "recall of "  # and the class
+SPECIFICITY = "specificity of "  # and the class
 CALIBRATION_ERROR = "calibration error (ECE)"
 CLASSIFICATION_SCORES = ("balanced accuracy", "accuracy", "macro F1", "AUROC", CALIBRATION_ERROR)
 """Every classifier has these, and the recall of each class."""
@@ -47,6 +48,37 @@ def classification_contributions(
         CALIBRATION_ERROR: _calibration_error(labels, probabilities),
         **recalls,
     }
+
+
+def operating_scores(
+    validation: tuple[NDArray[np.int64], Floats],
+    labels: NDArray[np.int64],
+    probabilities: Floats,
+    names: Sequence[str],
+    specificity: float,
+) -> dict[str, Floats]:
+    """Return each class's recall and specificity at a threshold that validation images choose, by name.
+
+    An image counts as of the class if its probability is above the smallest threshold at which at least
+    `specificity` of the validation images of other classes are not. Values are 1 where the model is
+    right, 0 where it is wrong, and NaN for images that the score is not about, (N,).
+
+    Args:
+        validation: true class indices (V,) and probabilities (V, K) of validation images.
+        labels: (N,) true class indices.
+        probabilities: (N, K).
+        names: of the K classes; those without a validation image, or with nothing else, are left out.
+        specificity: share of the validation images of other classes.
+    """
+    found, at = {}, f" at {100 * specificity:g} % specificity (validation)"
+    for k, name in enumerate(names):
+        others = validation[1][validation[0] != k, k]
+        if not 0 < len(others) < len(validation[0]):
+            continue
+        above = probabilities[:, k] > np.quantile(others, specificity, method="higher")
+        found[f"{RECALL}{name}{at}"] = np.where(labels == k, above, np.nan)
+        found[f"{SPECIFICITY}{name}{at}"] = np.where(labels == k, np.nan, ~above)
+    return found
 
 
 def _average(parts: Sequence[Floats], cases: int) -> Floats:

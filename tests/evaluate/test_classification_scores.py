@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from maskloom.evaluate.scores.classification import classification_contributions
+from maskloom.evaluate.scores.classification import classification_contributions, operating_scores
 
 NAMES = ("a", "b", "c")
 
@@ -98,3 +98,29 @@ def test_auroc_of_one_class_alone_is_not_defined() -> None:
     labels, probabilities = example(classes=2)
     found = classification_contributions(np.zeros_like(labels), probabilities, NAMES[:2])
     assert np.isnan(found["AUROC"]).all()
+
+
+def test_operating_points_are_chosen_on_validation_images_alone() -> None:
+    random = np.random.default_rng(3)
+    true, seen = random.integers(0, 3, 400), random.dirichlet(np.ones(3), 400)
+    labels, probabilities = random.integers(0, 3, 200), random.dirichlet(np.ones(3), 200)
+    names, at = ["a", "b", "c"], " at 80 % specificity (validation)"
+    found = operating_scores((true, seen), labels, probabilities, names, 0.8)
+    for k, name in enumerate(names):
+        others = seen[true != k, k]
+        threshold = min(one for one in others if (others <= one).mean() >= 0.8)
+        chosen = probabilities[:, k] > threshold
+        for score, positive in ((f"recall of {name}{at}", True), (f"specificity of {name}{at}", False)):
+            expected = metrics.recall_score(labels == k, chosen, pos_label=positive)
+            assert np.nanmean(found[score]) == pytest.approx(expected, abs=1e-12)
+        assert np.isnan(found[f"recall of {name}{at}"]).tolist() == (labels != k).tolist()
+        assert np.isnan(found[f"specificity of {name}{at}"]).tolist() == (labels == k).tolist()
+        own = operating_scores((true, seen), true, seen, names, 0.8)
+        assert 0.8 <= np.nanmean(own[f"specificity of {name}{at}"]) < 0.81
+
+
+def test_a_class_that_validation_lacks_has_no_operating_point() -> None:
+    true, seen = np.array([0, 1, 1]), np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.4, 0.5, 0.1]])
+    found = operating_scores((true, seen), true, seen, ["a", "b", "c"], 0.9)
+    assert {name.split()[2] for name in found} == {"a", "b"}
+    assert operating_scores((true[1:], seen[1:]), true, seen, ["a", "b", "c"], 0.9) == {}

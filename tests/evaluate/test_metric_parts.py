@@ -120,7 +120,8 @@ def test_every_test_image_is_scored_in_its_place() -> None:
     images[66] = 255 - images[66]
     test = MaskedImages(images, masks, [f"{i}" for i in range(70)], ["a"] * 70, [None] * 70, 0)
     found = downstream_segmentation.image_scores(Bright(), test, ["background", "lesion"], "cpu")
-    assert {name: np.flatnonzero(values < 1).tolist() for name, values in found.items()} == {"Dice": [66], "IoU": [66]}
+    assert {name: np.flatnonzero(found[name] < 1).tolist() for name in ("Dice", "IoU")} == {"Dice": [66], "IoU": [66]}
+    assert np.flatnonzero(found["HD95 (pixels)"]).tolist() == [66]
     assert {len(values) for values in found.values()} == {70}
 
 
