@@ -9,6 +9,7 @@ whole or in part, is named with its original (`evaluate.copies`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,13 @@ from pydantic import Field
 
 from maskloom.evaluate.copies import CopyJudgement, judged_copies
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_images
-from maskloom.evaluate.scores.calibration import held_out_share, joint_thresholds
+from maskloom.evaluate.scores.calibration import (
+    chance_share,
+    effective_count,
+    held_out_share,
+    joint_thresholds,
+    too_few_held_out,
+)
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.nearest import CROP, SIDE, Nearest, nearest_features, nearest_pixels
 from maskloom.evaluate.scores.statistics import share_interval
@@ -66,6 +73,8 @@ class Audit:
         flagged: by space, (N,) whether the image lies below the threshold.
         parent_is_nearest: by space, (N,) whether the nearest training image is the one whose mask
             was used.
+        chance: share flagged that chance reaches in images as far away as real ones, 0..1; None if
+            there are too few held-out images to tell.
         copies: the images that are copies of training images.
     """
 
@@ -73,6 +82,7 @@ class Audit:
     nearest: dict[str, Nearest]
     flagged: dict[str, NDArray[np.bool_]]
     parent_is_nearest: dict[str, NDArray[np.bool_]]
+    chance: float | None
     copies: list[CopyRow] = field(default_factory=list)
 
     @property
@@ -84,6 +94,11 @@ class Audit:
     def flagged_in_either(self) -> NDArray[np.bool_]:
         """(N,) whether any space flags the image."""
         return self.flagged[FEATURES] | self.flagged[PIXELS]
+
+    @property
+    def is_near(self) -> bool:
+        """Whether more images are flagged than chance explains."""
+        return self.chance is not None and float(self.flagged_in_either.mean()) > self.chance
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
@@ -105,10 +120,9 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         for space, found in _by_space(inputs, extractor, held_out).items()
     }
     groups = [group for one in held_out for group in one.groups]
-    thresholds = joint_thresholds(distances, options.percentile)
-    calibration = Calibration(distances, thresholds, held_out_share(distances, groups, options.percentile))
+    calibration = Calibration.of(distances, groups, options.percentile)
     judgement = judged_copies(inputs)
-    audits = [_audit(inputs, extractor, one, thresholds, judgement.synthetic[one.name]) for one in generators]
+    audits = [_audit(inputs, extractor, one, calibration, judgement.synthetic[one.name]) for one in generators]
     return _result(inputs, options, extractor, calibration, judgement, audits)
 
 
@@ -126,7 +140,7 @@ def _audit(
     inputs: EvaluationInputs,
     extractor: Extractor,
     image_set: ImageSet,
-    thresholds: dict[str, float],
+    calibration: Calibration,
     copies: list[CopyRow],
 ) -> Audit:
     nearest = {space: found[0] for space, found in _by_space(inputs, extractor, [image_set]).items()}
@@ -135,8 +149,9 @@ def _audit(
     return Audit(
         image_set,
         nearest,
-        {space: found.distance < thresholds[space] for space, found in nearest.items()},
+        {space: found.distance < calibration.thresholds[space] for space, found in nearest.items()},
         {space: train_ids[found.index] == parents for space, found in nearest.items()},
+        calibration.chance({space: found.distance for space, found in nearest.items()}, image_set.groups),
         copies,
     )
 
@@ -149,11 +164,37 @@ class Calibration:
         distances: by space, (N,) of each held-out image to its nearest training image.
         thresholds: by space; a synthetic image below it is flagged.
         share: of the held-out images that are flagged, by cross-validation.
+        expected: share of unseen real images that is flagged: the one asked for, or `share` if that
+            is higher.
+        effective: number of independent images that would tell as much as the held-out ones.
+        too_few: why no set can be called nearer than they are; empty if they suffice.
     """
 
     distances: dict[str, NDArray[np.float64]]
     thresholds: dict[str, float]
     share: float
+    expected: float
+    effective: float
+    too_few: str
+
+    @classmethod
+    def of(cls, distances: dict[str, NDArray[np.float64]], groups: Sequence[str], percentile: float) -> Calibration:
+        """Return the calibration by held-out images with these distances and groups."""
+        share = held_out_share(distances, groups, percentile)
+        return cls(
+            distances,
+            joint_thresholds(distances, percentile),
+            share,
+            float(np.fmax(share, percentile / 100)),
+            effective_count(distances, groups),
+            too_few_held_out(groups, percentile),
+        )
+
+    def chance(self, distances: dict[str, NDArray[np.float64]], groups: Sequence[str]) -> float | None:
+        """Return the share that chance flags in images with these distances and groups; see `Audit`."""
+        if self.too_few:
+            return None
+        return chance_share(self.expected, self.effective, effective_count(distances, groups))
 
     def __len__(self) -> int:
         """Return the number of held-out images."""
@@ -176,7 +217,7 @@ def _result(
     ]
     return MetricResult(
         question=QUESTION,
-        verdict=audit_verdict(audits, options),
+        verdict=audit_verdict(audits, options, calibration.too_few),
         tables=[table, *(copies_table(audit) for audit in copied)],
         curves=[_curve(space, calibration.distances[space], audits) for space in (FEATURES, PIXELS)],
         pictures=pictures,
@@ -226,6 +267,7 @@ def _held_out_values(options: Options, calibration: Calibration, judgement: Copy
         "thresholds": calibration.thresholds,
         "percentile": options.percentile,
         "flagged_share": calibration.share,
+        "effective": calibration.effective,
         "copy_thresholds": judgement.thresholds,
         "copies": [row.model_dump() for row in judgement.held_out],
         "average_image": judgement.average,
@@ -246,7 +288,7 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
     values: dict[str, Any] = {}
     for audit in audits:
         total, name = len(audit.image_set), audit.image_set.name
-        values[name] = {"n": total, "copies": [row.model_dump() for row in audit.copies]}
+        values[name] = {"n": total, "chance": audit.chance, "copies": [row.model_dump() for row in audit.copies]}
         spaces = (*audit.flagged.items(), ("both", audit.flagged_in_both), ("either", audit.flagged_in_either))
         for space, flagged in spaces:
             share = share_interval(int(flagged.sum()), total)
@@ -260,7 +302,8 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
             }
     note = (
         f"Flagged: closer to a training image, in either space, than {100 - options.percentile:g} % of the held-out real images, so about {options.percentile:g} % "
-        "would be flagged in either space if synthetic images were as far away as real ones, and fewer in each. 95 % Wilson intervals. Last column: share of the flagged images "
+        "would be flagged in either space if synthetic images were as far away as real ones, and fewer in each. 95 % Wilson intervals; they leave out "
+        "how precisely the held-out images set the thresholds, which the share that chance reaches, in the verdict, counts. Last column: share of the flagged images "
         "whose nearest training image is the one whose mask they were made from."
     )
     columns = ["set", "space", "N", "flagged", "share flagged", "nearest is the mask's own image"]
@@ -347,32 +390,45 @@ def _copies_picture(inputs: EvaluationInputs, options: Options, audit: Audit) ->
     )
 
 
-def audit_verdict(audits: list[Audit], options: Options) -> str:
-    """Return the copies with their originals, and the share that is suspiciously close.
+def audit_verdict(audits: list[Audit], options: Options, too_few: str = "") -> str:
+    """Return the copies with their originals, the share that is suspiciously close, and the finding.
 
-    It names the generators whose interval lies above the expected share.
+    Args:
+        audits: one per generator.
+        options: options of the metric.
+        too_few: why it cannot be told whether a set is nearer than held-out images; empty if it can.
     """
-    parts, near, copies = [], [], []
-    for audit in audits:
-        name, total = audit.image_set.name, len(audit.image_set)
-        share = share_interval(int(audit.flagged_in_either.sum()), total)
-        parts.append(f"{name} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
-        if audit.copies:
-            copies.append(
-                f"{name}: {len(audit.copies)} of {total} images are copies of training images: {named_copies(audit.copies)}"
-            )
-        if (share.low or 0) > options.percentile / 100:
-            # Both a copy and the shared mask can explain why the nearest image is the parent.
-            flagged = np.stack(list(audit.flagged.values()))
-            of_parent = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
-            near.append(
-                f"{name} is closer to training images than unseen real images are "
-                f"(for {of_parent:.0%} of the flagged images, the nearest one is the image whose mask was used)"
-            )
+    copies = [
+        f"{one.image_set.name}: {len(one.copies)} of {len(one.image_set)} images are copies of training images: "
+        f"{named_copies(one.copies)}. "
+        for one in audits
+        if one.copies
+    ]
+    near = [_nearness(one) for one in audits if one.is_near]
     expected = f"{options.percentile:g} % of unseen real images would be; 95 % Wilson intervals"
-    shares = f"Images suspiciously close to a training image ({expected}): {'; '.join(parts)}."
+    shares = f"Images suspiciously close to a training image ({expected}): {'; '.join(map(_share_text, audits))}."
     if near:
         finding = f" Finding: {'; '.join(near)}: inspect the pairs."
+    elif too_few:
+        finding = (
+            f" Finding: cannot tell whether images are closer to training images than unseen real ones are: {too_few}."
+        )
     else:
         finding = "" if copies else " Finding: no sign of copying."
-    return "".join(f"{sentence}. " for sentence in copies) + shares + finding
+    return "".join(copies) + shares + finding
+
+
+def _share_text(audit: Audit) -> str:
+    share = share_interval(int(audit.flagged_in_either.sum()), len(audit.image_set))
+    reached = "" if audit.chance is None else f", chance reaches {audit.chance:.1%}"
+    return f"{audit.image_set.name} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]{reached}"
+
+
+def _nearness(audit: Audit) -> str:
+    """Name a set that is too near; both a copy and the shared mask can explain a parent's being nearest."""
+    flagged = np.stack(list(audit.flagged.values()))
+    of_parent = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
+    return (
+        f"{audit.image_set.name} is closer to training images than unseen real images are "
+        f"(for {of_parent:.0%} of the flagged images, the nearest one is the image whose mask was used)"
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from maskloom.evaluate.scores.inference import intraclass_correlation
 
 QUANTILES = (0.5, 0.85)  # of the best similarities; the part above may contain copies
 EXPECTED = 0.05  # number of unrelated images, among as many again, expected beyond the chance limit
@@ -15,6 +18,9 @@ FEWEST = 16  # images needed to estimate chance
 LEAST_OF_FEW = 0.95  # lower limit of a threshold that rests on fewer
 LARGEST_Z = float(np.arctanh(0.9995))  # where stored pixels end
 FOLDS = 10
+LEAST_BELOW = 2  # held-out images below a threshold; fewer, and single images decide where it lies
+FEWEST_GROUPS = 10  # of held-out images, to estimate how alike the images of a group are
+CHANCE = 0.975  # one side of a 95 % interval
 
 Distances = dict[str, NDArray[np.float64]]
 
@@ -89,3 +95,52 @@ def group_folds(groups: Sequence[str]) -> NDArray[np.int64]:
     """Return the fold of each image, (N,); images of one group share a fold, and a seed is fixed."""
     names = np.unique(groups, return_inverse=True)[1]
     return np.asarray(np.random.default_rng(0).permutation(names.max() + 1)[names] % FOLDS)
+
+
+def too_few_held_out(groups: Sequence[str], percentile: float) -> str:
+    """Return why no set can be called nearer than held-out images, or an empty string.
+
+    Args:
+        groups: group of each held-out image.
+        percentile: percentage that is to be flagged.
+    """
+    needed, there = math.ceil(100 * LEAST_BELOW / percentile), len(set(groups))
+    if len(groups) < needed:
+        return f"{len(groups)} held-out real images are fewer than {needed}"
+    return f"the held-out real images are of {there} group(s), fewer than {FEWEST_GROUPS}" * (there < FEWEST_GROUPS)
+
+
+def chance_share(expected: float, held_out: float, judged: float) -> float:
+    """Return the share flagged that chance exceeds in one set of 40, if it is as far away as real images.
+
+    Both the threshold and the share are estimates: the true share beyond the threshold follows a
+    beta distribution, as of an order statistic, and the number flagged is binomial given that.
+
+    Args:
+        expected: share of unseen real images that is flagged, 0..1.
+        held_out: effective number of images that the threshold was set with.
+        judged: effective number of images that the threshold is applied to.
+    """
+    from scipy.stats import betabinom
+
+    count = max(1, math.floor(judged))
+    below = expected * (held_out + 1)
+    return float(betabinom.ppf(CHANCE, count, below, held_out + 1 - below)) / count
+
+
+def effective_count(distances: Distances, groups: Sequence[str]) -> float:
+    """Return the number of independent images that tell as much as these (Kish's design effect).
+
+    Args:
+        distances: by space, (N,) distance of each image to its nearest training image.
+        groups: group of each image. Images of one group are as alike as their ranks; a single
+            group cannot be compared with others, and its images count as independent.
+    """
+    from scipy.stats import rankdata
+
+    members = np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(members)
+    if len(sizes) < 2:
+        return float(len(members))
+    alike = max(intraclass_correlation(rankdata(values), members) for values in distances.values())
+    return float(len(members) / (1 + ((sizes**2).sum() / len(members) - 1) * alike))

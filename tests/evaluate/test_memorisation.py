@@ -1,15 +1,28 @@
 """What is flagged, what it is compared with, and how near images are told to be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from maskloom.evaluate.metrics.memorisation import FEATURES, PIXELS, Audit, Options, audit_table, audit_verdict
+from maskloom.evaluate.metrics.memorisation import (
+    FEATURES,
+    PIXELS,
+    Audit,
+    Calibration,
+    Options,
+    audit_table,
+    audit_verdict,
+)
 from maskloom.evaluate.scores import nearest
+from maskloom.evaluate.scores.calibration import effective_count, too_few_held_out
 from maskloom.evaluate.scores.nearest import Nearest, nearest_features, nearest_pixels
 from tests.evaluate.runs import answer, copied, tiny_inputs
 from tests.tiny_datasets import Picture, Sample, tiny_picture, write_tiny_run
+
+Floats = NDArray[np.float64]
 
 
 def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
@@ -52,6 +65,7 @@ def test_shares_of_flagged_images(tmp_path: Path) -> None:
         {FEATURES: found, PIXELS: found},
         {FEATURES: np.array([True, True, False, False]), PIXELS: np.array([True, False, True, True])},
         {FEATURES: np.array([False, True, True, True]), PIXELS: np.array([True, True, True, False])},
+        None,
     )
     values = audit_table(Options(), [audit])[1]["copied"]
     assert {space: values[space]["flagged"] for space in (FEATURES, PIXELS, "both")} == {
@@ -67,16 +81,72 @@ def test_shares_of_flagged_images(tmp_path: Path) -> None:
 def test_a_generator_is_named_where_more_is_flagged_than_chance_explains(
     tmp_path: Path, flagged: int, named: bool
 ) -> None:
-    """Two of 20 are 10 %, but its interval reaches below the 5 % that unseen real images would be
-    flagged at.
-    """
     write_tiny_run(tmp_path, {"copied": copied}, {"train": 20})
     found = Nearest(np.zeros(20, np.int64), np.zeros(20))
     some = {space: np.arange(20) < flagged for space in (FEATURES, PIXELS)}
     image_set = tiny_inputs(tmp_path, ("copied",)).synthetic["copied"]
-    verdict = audit_verdict([Audit(image_set, {FEATURES: found, PIXELS: found}, some, some)], Options())
+    audit = Audit(image_set, {FEATURES: found, PIXELS: found}, some, some, chance=0.2)
+    verdict = audit_verdict([audit], Options())
     assert ("copied is closer to training images" in verdict) == named
     assert ("no sign of copying" in verdict) != named
+    assert "chance reaches 20.0%" in verdict
+    untold = audit_verdict([replace(audit, chance=None)], Options(), "7 held-out real images are fewer than 40")
+    assert "Finding: cannot tell" in untold and "7 held-out real images are fewer than 40." in untold
+    assert "no sign of copying" not in untold and "copied is closer" not in untold
+
+
+def of_two_spaces(random: np.random.Generator, count: int, agreement: float) -> dict[str, Floats]:
+    """Return distances as far from the training images as those of any other such call."""
+    first, other = random.normal(size=(2, count))
+    return {FEATURES: first, PIXELS: agreement * first + np.sqrt(1 - agreement**2) * other}
+
+
+def judged_nearness(held_out: int, synthetic: int, planted: float, agreement: float) -> list[bool | None]:
+    """Return, of many sets as far away as real images, whether they are called nearer; None: not told."""
+    found: list[bool | None] = []
+    for trial in range(150):
+        random = np.random.default_rng([held_out, synthetic, trial])
+        calibration = Calibration.of(of_two_spaces(random, held_out, agreement), [*map(str, range(held_out))], 5)
+        distances = of_two_spaces(random, synthetic, agreement)
+        flagged = np.any([distances[name] < calibration.thresholds[name] for name in distances], axis=0)
+        flagged[: int(planted * synthetic)] = True
+        chance = calibration.chance(distances, [*map(str, range(synthetic))])
+        found.append(None if chance is None else bool(flagged.mean() > chance))
+    return found
+
+
+@pytest.mark.parametrize("agreement", [0, 0.7])
+@pytest.mark.parametrize(("held_out", "synthetic"), [(18, 28), (40, 150), (81, 150), (81, 1000), (172, 4000)])
+def test_nearness_is_rarely_found_in_sets_as_far_away_as_real_images(
+    held_out: int, synthetic: int, agreement: float
+) -> None:
+    """The threshold rests on few held-out images, so that it varies too."""
+    found = judged_nearness(held_out, synthetic, 0, agreement)
+    assert np.mean([one is True for one in found]) <= 0.07
+    assert all(one is None for one in found) == (held_out < 40)
+
+
+def test_planted_nearness_is_found() -> None:
+    assert np.mean(judged_nearness(81, 150, 0.3, 0.7)) > 0.95
+
+
+def test_nearness_needs_groups() -> None:
+    assert too_few_held_out(["a"] * 30 + ["b"] * 30, 5).endswith("are of 2 group(s), fewer than 10")
+    assert too_few_held_out([*map(str, range(39))], 5) == "39 held-out real images are fewer than 40"
+    assert too_few_held_out([*map(str, range(40))], 5) == ""
+    assert too_few_held_out([*map(str, range(20))], 10) == ""
+
+
+def test_images_of_a_group_count_as_fewer() -> None:
+    """Ten slices each of ten brains that are all alike tell as much as ten images."""
+    groups = [str(index // 10) for index in range(100)]
+    random = np.random.default_rng(0)
+    alike = {PIXELS: np.repeat(random.normal(size=10), 10) + 1e-6 * random.normal(size=100)}
+    apart = {PIXELS: random.normal(size=100)}
+    assert effective_count(alike, groups) == pytest.approx(10, rel=0.05)
+    assert effective_count(apart, groups) > 60
+    assert effective_count(apart, [str(index) for index in range(100)]) == pytest.approx(100)
+    assert effective_count(apart, ["one"] * 100) == 100
 
 
 def test_every_image_is_compared_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
