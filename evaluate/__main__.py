@@ -1,6 +1,6 @@
 """`python -m evaluate --config FILE [--controls] [--force] [KEY=VALUE ...]`.
 
-Further commands: `filter`, `compare`, `import-predictions` and `judge`.
+Further commands: `filter`, `compare` and `judge`.
 """
 
 import sys
@@ -25,8 +25,8 @@ from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
     "Evaluate every synthetic dataset with the configured metrics, one JSON file per question. Further commands, with"
-    " their own --help: `filter` (keep the synthetic images that pass for real ones), `compare` (recompute the comparison of downstream models from a table of cases),"
-    " `import-predictions` (score the predictions of other models) and `judge` (judge images that something else made)."
+    " their own --help: `filter` (keep the synthetic images that pass for real ones), `compare` (recompute the comparison of downstream models from a table of cases) and `judge`"
+    " (judge images that something else made)."
 )
 LEAK_EXIT_CODE = 3
 """Of `judge`, where a leak or copies stopped it."""
@@ -81,48 +81,24 @@ def compare(
     lower_is_better: Annotated[
         list[str] | None, typer.Option(metavar="SCORE", help="a lower value of this score is better; may be repeated")
     ] = None,
+    higher_is_better: Annotated[
+        list[str] | None, typer.Option(metavar="SCORE", help="a higher value of this score is better; may be repeated")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write a list with one entry per file, test set, arm and score")
     ] = None,
 ) -> None:
     """Compare downstream models from tables of cases alone: difference, interval, finding."""
-    from maskloom.evaluate.downstream.tables import compare_files, print_comparisons
+    from maskloom.evaluate.downstream.tables import compare_files, print_comparisons, print_directions
     from maskloom.pipeline.runs.named_files import named_file
 
     output = named_file("--json", json, "comparison")
-    found = compare_files(cases, baseline, score, lower_is_better or [])
+    stated = (lower_is_better or [], higher_is_better or [])
+    found = compare_files(cases, baseline, score, *stated)
     print_comparisons(found)
+    print_directions({one.score for _, one in found}, *stated)
     if output:
         output.write_json_list([{"file": str(path), **one.as_json()} for path, one in found])
-
-
-def import_predictions(
-    predictions: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="ARM/SEED/CASE.png: predicted masks; or ARM/SEED.csv: probabilities"),
-    ],
-    dataset: Annotated[Path, typer.Option(metavar="DATASET", help="the real dataset: RUN/dataset")],
-    cases: Annotated[Path, typer.Option(metavar="FILE", help="table of cases to write, such as predictions.parquet")],
-    split: Annotated[
-        str, typer.Option(metavar="SPLIT", help="test set that was predicted: test, or external_NAME")
-    ] = "test",
-    surface_tolerance: Annotated[float, typer.Option(min=0, help="of surface Dice, in pixels")] = 2.0,
-) -> None:
-    """Score predictions of nnU-Net or any other model, as those of our own models.
-
-    Writes a table of cases, which compare reads, and compares its arms.
-    """
-    from maskloom.evaluate.downstream.compare import BASELINE, compare
-    from maskloom.evaluate.downstream.predictions import read_predictions, write_imported
-    from maskloom.evaluate.downstream.tables import print_comparisons
-    from maskloom.pipeline.runs.named_files import NamedFile
-
-    file = NamedFile("--cases", cases, "table of cases")
-    file.check()
-    scored = read_predictions(predictions, dataset, split, surface_tolerance)
-    write_imported(file, scored)
-    if BASELINE in scored.arms and len(scored.arms) > 1:
-        print_comparisons([(cases, one) for one in compare(scored)])
 
 
 def judge(
@@ -171,12 +147,7 @@ def judge(
         raise typer.Exit(LEAK_EXIT_CODE) from None
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "filter": filter_command,
-    "compare": compare,
-    "import-predictions": import_predictions,
-    "judge": judge,
-}
+COMMANDS: dict[str, Callable[..., None]] = {"filter": filter_command, "compare": compare, "judge": judge}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

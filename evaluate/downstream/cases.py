@@ -10,6 +10,7 @@ follow, and rows of what it gets right at thresholds that validation images chos
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ CASES_FILE = "cases.parquet"
 TEXT_COLUMNS = ("metric", "test_set", "arm", "sample_id", "group_id", "score")
 COLUMNS = ("metric", "test_set", "arm", "seed", "sample_id", "group_id", "score", "value")
 LARGEST = 1e9
+NAMES = ("metric", "test_set", "arm", "score")
 KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
 REMEDY = "one row per metric, test_set, arm, seed, sample_id and score, with group_id and value"
 
@@ -154,19 +156,13 @@ class EvaluationCases:
             write_cases(temporary, [one for _, found in sorted(self.by_metric.items()) for one in found])
 
 
-def write_cases(path: Path, test_sets: Iterable[ScoredTestSet], about: str = "") -> None:
-    """Write a table of cases, rows in the order of metric, test set, arm, seed, score and case.
-
-    Args:
-        path: the file.
-        test_sets: the cases.
-        about: says in the file's metadata who wrote it; empty: nothing.
-    """
+def write_cases(path: Path, test_sets: Iterable[ScoredTestSet]) -> None:
+    """Write a table of cases, rows in the order of metric, test set, arm, seed, score and case."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.concat_tables([_as_table(one) for one in test_sets])
-    pq.write_table(table.replace_schema_metadata({"about": about}) if about else table, path, compression="zstd")
+    parts = [_as_table(one) for one in test_sets]
+    pq.write_table(pa.concat_tables(parts), path, compression="zstd")
 
 
 def _as_table(cases: ScoredTestSet) -> pa.Table:
@@ -198,15 +194,17 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
     Infinite values count as not defined.
 
     Raises:
-        MaskLoomError: the file is missing, is not Parquet, lacks a column, has no row, repeats a
-            row, has an id or a seed that is missing, a value above 1e9 in size, text that is not
-            UTF-8, or a case lies in two groups (names the file and the value).
+        MaskLoomError: the file is missing, is not Parquet, lacks or repeats a column, has no row, repeats
+            a row, has an id or a seed that is missing, a value above 1e9 in size, text that is not
+            UTF-8, two names that look alike, or a case lies in two groups (names the file and the value).
     """
     table = _checked_table(path)
     try:
         columns = {name: np.asarray(table[name].to_pylist(), dtype=str) for name in TEXT_COLUMNS}
     except UnicodeDecodeError as error:
         raise MaskLoomError(f"{path}: a text is not UTF-8; write names and ids as UTF-8") from error
+    for name in NAMES:
+        _check_names(path, name, np.unique(columns[name]).tolist())
     seeds = table["seed"].to_numpy()
     values = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
     values = np.where(np.isfinite(values), values, np.nan)
@@ -229,7 +227,12 @@ def _checked_table(path: Path) -> pa.Table:
     if not path.is_file():
         raise MaskLoomError(f"{path}: no such file; give a table of cases, such as RUN/evaluation/{CASES_FILE}")
     try:
-        table = pq.read_table(path)
+        names = pq.read_schema(path).names
+        if repeated := [name for name in COLUMNS if names.count(name) > 1]:
+            raise MaskLoomError(
+                f"{path}: there are {names.count(repeated[0])} columns {repeated[0]!r}; keep one of them"
+            )
+        table = pq.read_table(path, columns=[name for name in COLUMNS if name in names])
     except (pa.ArrowException, OSError) as error:
         raise MaskLoomError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0][:120]})") from error
     if missing := [name for name in COLUMNS if name not in table.column_names]:
@@ -246,6 +249,18 @@ def _checked_table(path: Path) -> pa.Table:
             raise MaskLoomError(f"{path}: column {name!r} has {column.null_count} empty cells; it needs {REMEDY}")
         table = table.set_column(table.column_names.index(name), name, column)
     return table.select(list(COLUMNS))
+
+
+def _check_names(path: Path, column: str, names: Sequence[str]) -> None:
+    """Refuse names that differ by spaces or characters without width alone: they print alike."""
+    printed: dict[str, str] = {}
+    for name in names:
+        seen = " ".join("".join(one for one in name if unicodedata.category(one) != "Cf").split())
+        if seen in printed:
+            raise MaskLoomError(
+                f"{path}: column {column!r} has {printed[seen]!a} and {name!a}, which look alike; rename one"
+            )
+        printed[seen] = name
 
 
 def _check_keys(path: Path, columns: Mapping[str, NDArray[np.str_]], seeds: NDArray[np.int64]) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
 from maskloom.evaluate.downstream.cases import ScoredTestSet
+from maskloom.evaluate.downstream.directions import LOWER, direction
 from maskloom.evaluate.downstream.pairing import (
     PROBABILITY,
     TRUTH,
@@ -43,20 +44,6 @@ FEW_CLASS_GROUPS = 10
 """Groups that a mean over classes needs of each class: with fewer, simulated null effects were found in over 7 %."""
 MISSING_SHARE = 0.02
 """Share of cases that may be undefined for some models and defined for others."""
-LOWER_WORDS = (
-    "calibration error",
-    "hd95",
-    "hausdorff",
-    "surface distance",
-    "assd",
-    "error",
-    "loss",
-    "brier",
-    "false positive",
-    "false negative",
-    "missed",
-)
-"""A score whose name contains one of these is better when it is lower."""
 HELPED, HURT, NO_BENEFIT, CANNOT_TELL = "helped", "hurt", "no clear benefit", "cannot tell"
 
 
@@ -130,6 +117,7 @@ def compare(
     baseline: str = BASELINE,
     scores: Sequence[str] | None = None,
     lower_is_better: Collection[str] = (),
+    higher_is_better: Collection[str] = (),
 ) -> list[Comparison]:
     """Return every arm's comparison with the baseline, by score.
 
@@ -137,7 +125,8 @@ def compare(
         cases: of one test set.
         baseline: the arm that others are compared with.
         scores: which scores, in this order; None: all.
-        lower_is_better: scores in which a negative difference helps, besides those whose name says so.
+        lower_is_better: scores of which less is better, whatever their name says.
+        higher_is_better: likewise, of which more is better.
 
     Raises:
         MaskLoomError: an unknown baseline or score (names the nearest), or no other arm.
@@ -156,13 +145,8 @@ def compare(
     return [
         one
         for score in chosen
-        for one in _compare_score(cases, baseline, score, is_lower_better(score, lower_is_better))
+        for one in _compare_score(cases, baseline, score, direction(score, lower_is_better, higher_is_better).better)
     ]
-
-
-def is_lower_better(score: str, named: Collection[str] = ()) -> bool:
-    """Return whether a lower value of a score is better: it is among `named`, or its name says so."""
-    return score in named or any(word in score.lower() for word in LOWER_WORDS)
 
 
 def score_names(cases: ScoredTestSet) -> list[str]:
@@ -192,15 +176,15 @@ def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
     return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed, groups)
 
 
-def _compare_score(cases: ScoredTestSet, baseline: str, score: str, lower: bool) -> list[Comparison]:
+def _compare_score(cases: ScoredTestSet, baseline: str, score: str, better: str) -> list[Comparison]:
     """Return the comparisons of one score, their p-values adjusted for the number of arms."""
-    found = [_compare_arm(cases, arm, baseline, score, lower) for arm in cases.arms if arm != baseline]
+    found = [_compare_arm(cases, arm, baseline, score, better) for arm in cases.arms if arm != baseline]
     tested = [i for i, one in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
     adjusted = dict(zip(tested, holm_adjusted([found[i].p or 0.0 for i in tested]), strict=True))
     return [_with_finding(replace(one, p_holm=adjusted.get(i, one.p))) for i, one in enumerate(found)]
 
 
-def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, lower: bool) -> Comparison:
+def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, better: str) -> Comparison:
     pair = paired_values(cases, arm, baseline, score)
     left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
     values = np.zeros((pair.seeds, 0)) if left is None or right is None else left - right
@@ -216,7 +200,7 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, lowe
         high=effect.high if effect else None,
         p=effect.p if effect else None,
         p_holm=None,
-        better="lower" if lower else "higher",
+        better=better,
         finding=CANNOT_TELL,
         reason=reason_not_to_tell(pair, values, score),
         smallest_effect=effect.smallest if effect else None,
@@ -236,7 +220,7 @@ def _with_finding(one: Comparison) -> Comparison:
         return one
     if one.p_holm > 1 - LEVEL:
         return replace(one, finding=NO_BENEFIT)
-    return replace(one, finding=HURT if (one.difference > 0) == (one.better == "lower") else HELPED)
+    return replace(one, finding=HURT if (one.difference > 0) == (one.better == LOWER) else HELPED)
 
 
 def reason_not_to_tell(pair: Pair, values: Floats, score: str) -> str:

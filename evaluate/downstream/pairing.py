@@ -21,6 +21,8 @@ PROBABILITY, TRUTH = "probability of ", "is "
 """How the raw rows of a classifier begin; the class follows."""
 UNWEIGHTED = ("accuracy", CALIBRATION_ERROR)
 """Scores of a classifier that are not means over classes."""
+JITTER = 1e-3
+"""Two models are one training if no case differs by more than this share of the standard deviation over cases."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,11 @@ def _defined(side: Mapping[str, Floats], rows: Sequence[int], shape: tuple[int, 
 
 
 def contributions(raw: Mapping[str, Floats]) -> dict[str, Floats]:
-    """Return contributions, (S, N), by score: the table's own values, or what probabilities give."""
-    names = [name.removeprefix(PROBABILITY) for name in raw if name.startswith(PROBABILITY)]
+    """Return contributions, (S, N), by score: the table's own values, or what probabilities give.
+
+    Classes are sorted: of equally probable ones the first counts, whatever the order of the rows.
+    """
+    names = sorted(name.removeprefix(PROBABILITY) for name in raw if name.startswith(PROBABILITY))
     if not names or not raw[PROBABILITY + names[0]].size:
         return dict(raw)
     labels = np.stack([raw[TRUTH + name] for name in names], axis=-1).argmax(axis=-1)
@@ -138,13 +143,15 @@ def contributions(raw: Mapping[str, Floats]) -> dict[str, Floats]:
 def repeated_seeds(pair: Pair) -> bool:
     """Return whether two models of an arm have the same values in every case, though cases differ.
 
-    That is one training under two seeds, or models that predict nothing.
+    That is one training under two seeds, or models that predict nothing. A network that is run again
+    on another machine differs by rounding, see `JITTER`.
     """
     for side in (pair.arm, pair.baseline):
         stacked = np.concatenate([values for name, values in side.items() if not name.startswith(TRUTH)], axis=1)
-        varied = stacked[np.ptp(stacked, axis=1) > 0]
-        if len(np.unique(varied, axis=0)) < len(varied):
-            return True
+        for number, one in enumerate(stacked):
+            apart = np.abs(stacked[:number] - one).max(axis=1)
+            if (apart <= JITTER * one.std()).any() and one.std() > 0:
+                return True
     return False
 
 

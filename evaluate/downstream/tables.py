@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.measure import Measurement
@@ -12,44 +14,90 @@ from rich.table import Table
 from rich.text import Text
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
-from maskloom.evaluate.downstream.cases import read_cases
+from maskloom.evaluate.downstream.cases import ScoredTestSet, read_cases
 from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, score_names
+from maskloom.evaluate.downstream.directions import HIGHER, LOWER, OWN_SCORES, direction, subject
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
-from maskloom.pipeline.progress import progress, table_console
+from maskloom.pipeline.progress import progress, say, table_console
 
 SHOWN_FILES = 20
+ASSUMED = {"name": "by its name", "default": "its name does not say"}
+"""How a direction was found that neither the user states nor MaskLoom's table of scores holds."""
+REAL_TEST = "real test"
+"""The dataset's own test set, which stands first."""
 ANY_WIDTH = 10_000  # rich limits a measurement to this width
 COLUMNS = ("arm", "score", "difference", "finding", "smallest effect found", "p (Holm)", "cases", "groups", "seeds")
 
 
 def compare_files(
-    paths: Sequence[Path], baseline: str, scores: Sequence[str] | None, lower_is_better: Sequence[str]
+    paths: Sequence[Path],
+    baseline: str,
+    scores: Sequence[str] | None,
+    lower_is_better: Sequence[str] = (),
+    higher_is_better: Sequence[str] = (),
 ) -> list[tuple[Path, Comparison]]:
     """Return the comparisons of each file, test set by test set.
 
     With several metrics in a file, each score is looked for where it occurs.
 
+    Comparisons stand in an order that does not depend on that of the rows, and neither does a figure. A test
+    set without the baseline is left out, with a message, if another one of its file has it.
+
     Raises:
-        MaskLoomError: a file is no table of cases, or lacks the baseline or a score (names the file).
+        MaskLoomError: a file is no table of cases, or lacks the baseline or a score (names the file), or a
+            score is said to be better in both directions.
     """
+    if both := sorted(set(lower_is_better) & set(higher_is_better)):
+        raise MaskLoomError(f"score {both[0]!r} is in --lower-is-better and in --higher-is-better; keep one of them")
+    named = [*(scores or ()), *lower_is_better, *higher_is_better]
     found = []
     with progress("comparing", len(paths), "files") as advance:
         for path in paths:
             test_sets = read_cases(path)
             known = [name for cases in test_sets for name in score_names(cases)]
-            if unknown := [name for name in (*(scores or ()), *lower_is_better) if name not in known]:
+            if unknown := [name for name in named if name not in known]:
                 names = list(dict.fromkeys(known))
                 raise MaskLoomError(f"{path}: no score is called {unknown[0]!r}; {nearest_name(unknown[0], names)}")
-            for cases in test_sets:
+            compared = []
+            for cases in _with_baseline(path, test_sets, baseline):
                 own = [name for name in score_names(cases) if scores is None or name in scores]
                 try:
-                    compared = compare(cases, baseline, own, lower_is_better)
+                    compared += compare(cases, baseline, own, lower_is_better, higher_is_better)
                 except MaskLoomError as error:
                     raise MaskLoomError(f"{path}: {error}") from error
-                found += [(path, one) for one in compared]
+            found += [(path, one) for one in sorted(compared, key=_place)]
             advance()
     return found
+
+
+def _with_baseline(path: Path, test_sets: Sequence[ScoredTestSet], baseline: str) -> list[ScoredTestSet]:
+    """Return the test sets that can be compared, and say which are left out; all of them if none can."""
+    kept = [one for one in test_sets if baseline in one.arms and len(one.arms) > 1]
+    if not kept:
+        return list(test_sets)
+    for one in test_sets:
+        if not any(one is other for other in kept):
+            say(f"{path}: {one.metric}, {one.test_set}: left out, as it needs arm {baseline!r} and another one")
+    return kept
+
+
+def _place(one: Comparison) -> tuple[Any, ...]:
+    """Return what comparisons of a file are sorted by: the dataset's own test set and known scores first."""
+    own = list(OWN_SCORES)
+    head = next((own.index(name) for name in (one.score, subject(one.score)) if name in own), len(own))
+    return one.metric, one.test_set != REAL_TEST, one.test_set, head, one.score, one.arm
+
+
+def print_directions(scores: Collection[str], lower: Collection[str], higher: Collection[str]) -> None:
+    """Print which direction was assumed of scores that are not MaskLoom's own, and how to state another."""
+    console = table_console()
+    for score in sorted(scores):
+        found = direction(score, lower, higher)
+        if found.source in ASSUMED:
+            other = HIGHER if found.better == LOWER else LOWER
+            words = f"Assumed that {found.better} is better for {score!r} ({ASSUMED[found.source]})"
+            console.print(Text(f"{words}; if not, add --{other}-is-better {shlex.quote(score)}"))
 
 
 def print_comparisons(found: Sequence[tuple[Path, Comparison]]) -> None:

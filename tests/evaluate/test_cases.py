@@ -113,6 +113,22 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read_cases(written(tmp_path / "empty.parquet", {name: values[:0] for name, values in rows().items()}))
 
 
+def test_a_repeated_column_is_named(tmp_path: Path) -> None:
+    table = pa.table(rows())
+    pq.write_table(table.append_column("value", table["value"]), tmp_path / "cases.parquet")
+    with pytest.raises(MaskLoomError, match=r"cases\.parquet: there are 2 columns 'value'; keep one of them"):
+        read_cases(tmp_path / "cases.parquet")
+
+
+@pytest.mark.parametrize(("column", "name"), [("arm", "real "), ("arm", "re\u200bal"), ("score", " Dice")])
+def test_names_that_print_alike_are_refused(tmp_path: Path, column: str, name: str) -> None:
+    columns = rows()
+    columns[column] = [name, *columns[column][1:]]
+    with pytest.raises(MaskLoomError, match=f"column '{column}' has .*, which look alike; rename one") as error:
+        read_cases(written(tmp_path / "cases.parquet", columns))
+    assert ascii(name) in str(error.value)
+
+
 def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     table = pa.table(rows())
     broken = pa.Array.from_buffers(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from sklearn import metrics
@@ -14,6 +15,7 @@ from sklearn import metrics
 from maskloom.evaluate.downstream import tables
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
 from maskloom.evaluate.downstream.compare import Comparison, arm_scores, compare, score_names
+from maskloom.evaluate.downstream.directions import direction
 from maskloom.evaluate.scores.inference import holm_adjusted
 from maskloom.pipeline.errors import MaskLoomError
 from tests.evaluate.cases import class_cases, dice_cases
@@ -53,6 +55,110 @@ def test_lower_is_better_where_it_is_said() -> None:
     cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="distance")
     assert one(cases, score="distance").finding == "helped"
     assert one(cases, score="distance", lower_is_better={"distance"}).finding == "hurt"
+
+
+CLASSES_OF_BAD_NAMES = ("bone loss", "refractive error", "missed by readers", "HD", "false positive")
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        *(f"{score} of {name}" for score in ("Dice", "recall", "AUC") for name in CLASSES_OF_BAD_NAMES),
+        "recall of bone loss at 95 % specificity (validation)",
+        "specificity of missed by readers at 95 % specificity (validation)",
+        "lesion sensitivity (smallest third)",
+        "surface Dice at 2 pixels",
+        "Dice, all images",
+        "balanced accuracy",
+        "glossiness",
+        "terrorist",
+        "neg_mean_squared_error",
+    ],
+)
+def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
+    assert direction(score).better == "higher"
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        *("HD95 (pixels)", "false positives per image", "calibration error (ECE)", "false positives of bone"),
+        *("ASD", "ASSD (mm)", "MASD", "RMSE", "mae", "FPR", "fnr of bone loss", "HD", "95HD", "HD of bone"),
+        *("volume difference", "mean surface distance", "meanSurfaceDistance", "mean_error", "NLL", "ECE", "RAVD"),
+        *("number of false positives", "rate of missed lesions", "cross-entropy", "logLoss"),
+    ],
+)
+def test_less_is_better_of_errors_and_distances(score: str) -> None:
+    assert direction(score).better == "lower"
+
+
+def test_what_is_stated_overrides_the_name() -> None:
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="loss")
+    assert one(cases, score="loss").finding == "hurt"
+    assert one(cases, score="loss", higher_is_better={"loss"}).finding == "helped"
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)})
+    assert one(cases, lower_is_better={"Dice"}).finding == "hurt"
+
+
+def test_the_command_prints_the_directions_that_it_assumed(tmp_path: Path) -> None:
+    arms = {"real": BASE, "real_synthetic": changed_by(0.05)}
+    sets = [dice_cases(arms, score=score, test_set=score) for score in ("Dice", "ASD", "my score")]
+    write_cases(tmp_path / "cases.parquet", sets)
+    words = ["compare", str(tmp_path / "cases.parquet"), "--json", str(tmp_path / "out.json")]
+    code, text = finished("maskloom.evaluate", words)
+    assumed = [line for line in text.splitlines() if line.startswith("Assumed")]
+    assert (code, assumed) == (
+        0,
+        [
+            "Assumed that lower is better for 'ASD' (by its name); if not, add --higher-is-better ASD",
+            "Assumed that higher is better for 'my score' (its name does not say); "
+            "if not, add --lower-is-better 'my score'",
+        ],
+    )
+    code, text = finished("maskloom.evaluate", [*words, "--higher-is-better", "ASD", "--lower-is-better", "my score"])
+    assert (code, "Assumed" in text) == (0, False)
+    better = {entry["score"]: entry["better"] for entry in json.loads((tmp_path / "out.json").read_text())}
+    assert better == {"Dice": "higher", "ASD": "higher", "my score": "lower"}
+    code, text = finished("maskloom.evaluate", [*words, "--higher-is-better", "ASD", "--lower-is-better", "ASD"])
+    assert (code, "score 'ASD' is in --lower-is-better and in --higher-is-better" in text) == (2, True)
+
+
+def shuffled(path: Path, number: int) -> Path:
+    """Write the rows of a table in another order."""
+    table, target = pq.read_table(path), path.with_name(f"shuffled-{number}.parquet")
+    pq.write_table(table.take(np.random.default_rng(number).permutation(table.num_rows)), target)
+    return target
+
+
+def test_the_order_of_rows_changes_nothing(tmp_path: Path) -> None:
+    """Of equally probable classes the first counts, and rows say nothing of which that is."""
+    random, path = np.random.default_rng(2), tmp_path / "cases.parquet"
+    first = random.uniform(0.2, 0.8, (3, 4, 60)).round(1)
+    probabilities = dict(zip(("real", "synthetic", "real_synthetic"), np.stack([first, 1 - first], -1), strict=True))
+    arms = {"real": BASE, "real_synthetic": changed_by(0.05), "b": changed_by(0.0, 2)}
+    sets = [dice_cases(arms, score=score, test_set=name) for name in ("abroad", "real test") for score in ("IoU",)]
+    write_cases(path, [*sets, class_cases(probabilities, [0, 1] * 30, ["sick", "healthy"])])
+    expected, *others = (
+        [one.as_json() for _, one in tables.compare_files([one], "real", None)]
+        for one in (path, *(shuffled(path, number) for number in range(4)))
+    )
+    assert [one for one in others if one != expected] == []
+    assert [(one["test_set"], one["arm"]) for one in expected if one["score"] == "IoU"] == [
+        (name, arm) for name in ("real test", "abroad") for arm in ("b", "real_synthetic")
+    ]
+
+
+def test_a_test_set_without_the_baseline_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)})
+    abroad = dice_cases({"synthetic": BASE, "real_synthetic": changed_by(0.05)}, test_set="abroad")
+    write_cases(tmp_path / "cases.parquet", [own, abroad])
+    found = tables.compare_files([tmp_path / "cases.parquet"], "real", None)
+    assert [one.test_set for _, one in found] == ["real test"]
+    assert "abroad: left out, as it needs arm 'real' and another one" in capsys.readouterr().err
+    with pytest.raises(MaskLoomError, match="real test: no arm is called 'reel'"):
+        tables.compare_files([tmp_path / "cases.parquet"], "reel", None)
 
 
 def test_differences_are_of_the_same_case() -> None:
@@ -115,6 +221,11 @@ def test_one_training_under_two_seeds_cannot_tell(arm: str) -> None:
     arms = {"real": BASE, "real_synthetic": changed_by(0.1)}
     arms[arm] = arms[arm][[0, 1, 2, 3, 1]]
     assert one(dice_cases(arms)).reason == "two seeds of an arm score alike in every case"
+    for jitter in (1e-13, 1e-9, 1e-6):  # the same network, run on other machines
+        noisy = arms[arm] + np.random.default_rng(1).normal(0, jitter, BASE.shape)
+        assert one(dice_cases(arms | {arm: noisy})).reason == "two seeds of an arm score alike in every case"
+    arms[arm] = arms[arm] + np.random.default_rng(1).normal(0, 0.001, BASE.shape)  # a pixel here and there
+    assert one(dice_cases(arms)).finding != "cannot tell"
     saturated = {"real": np.ones((3, 60)), "real_synthetic": np.ones((3, 60))}
     assert one(dice_cases(saturated)).finding == "no clear benefit"
 

@@ -9,8 +9,9 @@ from scipy.spatial.distance import cdist
 from skimage.measure import label, regionprops
 from skimage.metrics import hausdorff_distance
 
-from maskloom.evaluate.downstream.compare import compare, is_lower_better, score_names
+from maskloom.evaluate.downstream.compare import compare, score_names
 from maskloom.evaluate.downstream.comparison import compare_test_sets
+from maskloom.evaluate.downstream.directions import is_lower_better
 from maskloom.evaluate.scores.segmentation import (
     FALSE_POSITIVES,
     HD95,
