@@ -40,10 +40,12 @@ def main(
     config: Annotated[Path, typer.Option(help="experiment with the options of the downstream models")] = CONFIG,
     models: Annotated[int, typer.Option(min=6, help="models trained per metric")] = 40,
     repeats: Annotated[int, typer.Option(min=20, help="comparisons per number of seeds")] = 1000,
+    only: Annotated[str | None, typer.Option(help="one metric; default: both")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
 ) -> None:
     """Print the share of wrong findings between models of the same arm."""
     metrics = load_experiment(config, ["data.raw_dir=."]).evaluate.metrics
+    metrics = {name: options for name, options in metrics.items() if only in (None, name)}
     found = []
     print(f"{models} models, {repeats} comparisons per row\n")
     print(
@@ -65,10 +67,10 @@ def scored_test_sets(
     inputs: EvaluationInputs, metrics: dict[str, dict[str, object]], models: int
 ) -> Iterator[tuple[ScoredTestSet, str]]:
     """Yield the test cases that each metric's models scored, and the score that its verdict is about."""
-    if len(inputs.classes) > 1:
+    if segmentation.NAME in metrics and len(inputs.classes) > 1:
         options = segmentation.Options.model_validate(metrics[segmentation.NAME])
         yield segmentation_cases(inputs, options.model_copy(update=real_only(models))), segmentation.PRIMARY
-    if len(inputs.real.description.labels) > 1:
+    if classification.NAME in metrics and len(inputs.real.description.labels) > 1:
         chosen = classification.Options.model_validate(metrics[classification.NAME])
         yield classification_cases(inputs, chosen.model_copy(update=real_only(models))), classification.PRIMARY
 
