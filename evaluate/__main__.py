@@ -1,6 +1,6 @@
 """`python -m evaluate --config FILE [--controls] [--force] [KEY=VALUE ...]`.
 
-Further commands: `filter`, `compare` and `judge`.
+Further commands: `filter`, `compare`, `import-predictions` and `judge`.
 """
 
 import sys
@@ -25,8 +25,8 @@ from maskloom.pipeline.runs.command import run_command
 
 DESCRIPTION = (
     "Evaluate every synthetic dataset with the configured metrics, one JSON file per question. Further commands, with"
-    " their own --help: `filter` (keep the synthetic images that pass for real ones), `compare` (recompute the comparison of downstream models from a table of cases) and `judge`"
-    " (judge images that something else made)."
+    " their own --help: `filter` (keep the synthetic images that pass for real ones), `compare` (recompute the comparison of downstream models from a table of cases),"
+    " `import-predictions` (score the predictions of other models) and `judge` (judge images that something else made)."
 )
 LEAK_EXIT_CODE = 3
 """Of `judge`, where a leak or copies stopped it."""
@@ -101,6 +101,35 @@ def compare(
         output.write_json_list([{"file": str(path), **one.as_json()} for path, one in found])
 
 
+def import_predictions(
+    predictions: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="ARM/SEED/CASE.png: predicted masks; or ARM/SEED.csv: probabilities"),
+    ],
+    dataset: Annotated[Path, typer.Option(metavar="DATASET", help="the real dataset: RUN/dataset")],
+    cases: Annotated[Path, typer.Option(metavar="FILE", help="table of cases to write, such as predictions.parquet")],
+    split: Annotated[
+        str, typer.Option(metavar="SPLIT", help="test set that was predicted: test, or external_NAME")
+    ] = "test",
+    surface_tolerance: Annotated[float, typer.Option(min=0, help="of surface Dice, in pixels")] = 2.0,
+) -> None:
+    """Score predictions of nnU-Net or any other model, as those of our own models.
+
+    Writes a table of cases, which compare reads, and compares its arms.
+    """
+    from maskloom.evaluate.downstream.compare import BASELINE, compare
+    from maskloom.evaluate.downstream.predictions import read_predictions, write_imported
+    from maskloom.evaluate.downstream.tables import print_comparisons
+    from maskloom.pipeline.runs.named_files import NamedFile
+
+    file = NamedFile("--cases", cases, "table of cases")
+    file.check()
+    scored = read_predictions(predictions, dataset, split, surface_tolerance)
+    write_imported(file, scored)
+    if BASELINE in scored.arms and len(scored.arms) > 1:
+        print_comparisons([(cases, one) for one in compare(scored)])
+
+
 def judge(
     real: Annotated[
         Path, typer.Option(metavar="REAL", help="real images: a folder, a prepared dataset, or a run of MaskLoom")
@@ -147,7 +176,12 @@ def judge(
         raise typer.Exit(LEAK_EXIT_CODE) from None
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"filter": filter_command, "compare": compare, "judge": judge}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "filter": filter_command,
+    "compare": compare,
+    "import-predictions": import_predictions,
+    "judge": judge,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

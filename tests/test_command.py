@@ -18,7 +18,7 @@ from tests.tiny_datasets import write_tiny_run
 
 WANTED = (
     "prepare train baselines generate evaluate compare report run status verify inspect plan find-lr sweep export combine push "
-    "doctor demo merge judge filter"
+    "doctor demo merge judge filter import-predictions"
 )
 RUNNER = CliRunner()
 

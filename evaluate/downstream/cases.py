@@ -156,13 +156,19 @@ class EvaluationCases:
             write_cases(temporary, [one for _, found in sorted(self.by_metric.items()) for one in found])
 
 
-def write_cases(path: Path, test_sets: Iterable[ScoredTestSet]) -> None:
-    """Write a table of cases, rows in the order of metric, test set, arm, seed, score and case."""
+def write_cases(path: Path, test_sets: Iterable[ScoredTestSet], about: str = "") -> None:
+    """Write a table of cases, rows in the order of metric, test set, arm, seed, score and case.
+
+    Args:
+        path: the file.
+        test_sets: the cases.
+        about: says in the file's metadata who wrote it; empty: nothing.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parts = [_as_table(one) for one in test_sets]
-    pq.write_table(pa.concat_tables(parts), path, compression="zstd")
+    table = pa.concat_tables([_as_table(one) for one in test_sets])
+    pq.write_table(table.replace_schema_metadata({"about": about}) if about else table, path, compression="zstd")
 
 
 def _as_table(cases: ScoredTestSet) -> pa.Table:

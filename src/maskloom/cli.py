@@ -26,7 +26,7 @@ from maskloom.data_prep.__main__ import (
 from maskloom.data_prep.__main__ import verify as verify_dataset
 from maskloom.evaluate.__main__ import MEMORY_ADVICE as EVALUATE_ADVICE
 from maskloom.evaluate.__main__ import command as evaluate_here
-from maskloom.evaluate.__main__ import compare, filter_command, judge
+from maskloom.evaluate.__main__ import compare, filter_command, import_predictions, judge
 from maskloom.generate.__main__ import MEMORY_ADVICE as GENERATE_ADVICE
 from maskloom.generate.__main__ import command as generate_here
 from maskloom.pipeline import __version__, cli
@@ -237,6 +237,12 @@ COMMANDS = (
             "maskloom compare runs/demo/evaluation/cases.parquet",
             "maskloom compare runs/demo/evaluation/cases.parquet --score Dice",
         ),
+    ),
+    Entry(
+        "import-predictions",
+        import_predictions,
+        STAGES,
+        ("maskloom import-predictions nnunet --dataset runs/d/dataset --cases n.parquet",),
     ),
     Entry(
         "judge",

@@ -15,6 +15,7 @@ from PIL import Image
 from maskloom.data_prep.datasets import phantom_bus
 from maskloom.data_prep.prepare import prepare
 from maskloom.pipeline.__main__ import app
+from maskloom.pipeline.dataset.combine import CombineOptions, combine
 from maskloom.pipeline.dataset.contract import Contract, Parent, read_contract
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.export import PROVENANCE_FILE, ExportOptions, export, open_exporter
@@ -248,6 +249,46 @@ def test_nnunet_needs_something_to_segment(tmp_path: Path):
     write_dataset(tmp_path / "real", about, {"train": samples})
     with pytest.raises(MaskLoomError, match="no class besides the background"):
         export(tmp_path / "real", ExportOptions("nnunet", tmp_path / "out"))
+
+
+def folds_of(folder: Path, output: Path, folds: int) -> list[dict[str, list[str]]]:
+    export(folder, ExportOptions("nnunet", output, values=[f"folds={folds}"]))
+    found: list[dict[str, list[str]]] = json.loads((output / "Dataset501_tiny/splits_final.json").read_text())
+    return found
+
+
+def test_nnunet_folds_validate_on_every_real_case_once_and_keep_groups_together(real: Path, tmp_path: Path):
+    folds = folds_of(real, tmp_path / "out", 3)
+    rows = [row for split in ("train", "validation") for row in MaskPromptDataset.open(real).split(split)]
+    group_of = {row["sample_id"]: row["group_id"] for row in rows}
+    assert sorted(case for fold in folds for case in fold["val"]) == sorted(group_of)
+    for fold in folds:
+        assert set(fold["train"]) | set(fold["val"]) == set(group_of)
+        assert not {group_of[case] for case in fold["train"]} & {group_of[case] for case in fold["val"]}
+    assert json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())["options"]["folds"] == 3
+    assert folds_of(real, tmp_path / "again", 3) == folds
+
+
+def test_nnunet_trains_on_synthetic_cases_and_never_validates_on_them(real: Path, synthetic: Path, tmp_path: Path):
+    combine(real, [synthetic], CombineOptions(tmp_path / "combined"))
+    rows = list(MaskPromptDataset.open(tmp_path / "combined").split("train"))
+    parent_of = {row["sample_id"]: row["parent_id"] for row in rows if row["origin"] == "synthetic"}
+    assert len(parent_of) == 6
+    folds = folds_of(tmp_path / "combined", tmp_path / "out", 2)
+    for fold in folds:
+        assert not parent_of.keys() & set(fold["val"])
+        trained = parent_of.keys() & set(fold["train"])
+        assert not {parent_of[case] for case in trained} & set(fold["val"])
+    assert set().union(*(fold["train"] for fold in folds)) >= parent_of.keys()
+    export(tmp_path / "combined", ExportOptions("nnunet", tmp_path / "one"))
+    (fold,) = json.loads((tmp_path / "one/Dataset501_tiny/splits_final.json").read_text())
+    assert parent_of.keys() <= set(fold["train"])
+    assert "folds" not in json.loads((tmp_path / "one" / PROVENANCE_FILE).read_text())["options"]
+
+
+def test_nnunet_needs_a_real_group_for_every_fold(real: Path, tmp_path: Path):
+    with pytest.raises(MaskLoomError, match=r"folds=50, but its train and validation rows have \d+ real groups"):
+        export(real, ExportOptions("nnunet", tmp_path / "out", values=["folds=50"]))
 
 
 # --- imagefolder
