@@ -94,7 +94,7 @@ class NetworkOptions(FixedSteps, DigestedSection):
         return self
 
     def unused_keys(self) -> set[str]:
-        """Return the keys of other networks, or of `network_options` where the section has the settings."""
+        """Return the keys of other networks; `network_options` where other keys replace it."""
         if self.network_name in self.KEYED:
             return super().unused_keys() | {"network_options"}
         return super().unused_keys() | {key for network in self.KEYED.values() for key in network.keys}
@@ -148,7 +148,7 @@ def final_logits(outputs: Any) -> Tensor:
 
 
 def training_loss(options: NetworkOptions, loss: Loss) -> Loss:
-    """Return the loss of a network's output and targets: the network's own, or the mean of `loss` over all logits."""
+    """Return the training loss: the network's own, or the mean of `loss` over all its logits."""
     import torch
 
     def mean_loss(outputs: Any, targets: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def train_segmenter(
 
 
 def dice_and_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return the mean of Dice loss and cross-entropy, summed; logits of another size are resized to the masks'.
+    """Return the sum of Dice loss and cross-entropy; logits are resized to the masks.
 
     Args:
         logits: (B, classes, h, w).
@@ -118,7 +118,8 @@ def predicted_masks(
     """Return the most probable class of each pixel, (N, H, W) uint8.
 
     Args:
-        network: maps images (B, C, H, W) in [-1, 1] to logits (B, classes, H, W), or to a list, these first.
+        network: maps images (B, C, H, W) in [-1, 1] to logits (B, classes, H, W), or to a
+            list, these first.
         images: (N, H, W, C) uint8.
         device: `cpu` or `cuda`.
         batch_size: number of images per forward pass.

@@ -3,9 +3,9 @@
 One row per metric, test set, arm, seed, case and score. From this table alone anyone can compute
 the comparison again: `python -m evaluate compare` does, and so does the report.
 
-A segmentation model has one row per score (`Dice`, `IoU`, ...; `scores/segmentation.py`). A classifier
-has, for each class, a row `probability of CLASS` and a row `is CLASS` (1 or 0), from which its scores
-follow, and rows of what it gets right at thresholds that validation images chose.
+A segmentation model has one row per score (`Dice`, `IoU`, ...; `scores/segmentation.py`). A
+classifier has, for each class, a row `probability of CLASS` and a row `is CLASS` (1 or 0), from
+which its scores follow, and rows of what it gets right at thresholds that validation images chose.
 """
 
 from __future__ import annotations

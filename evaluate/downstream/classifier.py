@@ -89,7 +89,8 @@ def predicted_probabilities(
     """Return the softmax output, (N, classes), of (N, H, W, C) uint8 images.
 
     Args:
-        network: maps images (B, C, H, W) in [-1, 1] to logits (B, classes), or to a list, these first.
+        network: maps images (B, C, H, W) in [-1, 1] to logits (B, classes), or to a list,
+            these first.
         images: (N, H, W, C) uint8.
         device: `cpu` or `cuda`.
         batch_size: number of images per forward pass.

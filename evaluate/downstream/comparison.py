@@ -102,7 +102,8 @@ def compare_test_sets(
     Args:
         test_sets: the dataset's own first.
         primary: the score that the verdict is about; higher is better.
-        hidden_prefix: scores whose name begins so, or in one of these ways, are not in the table of changes; None: all are.
+        hidden_prefix: scores whose name begins so, or in one of these ways, are not in the
+            table of changes; None: all are.
         generator: the generator of the arm `real_synthetic`.
     """
     own, *external = (
@@ -155,9 +156,9 @@ def _scored(cases: ScoredTestSet, score: str) -> tuple[int, int]:
 def _interval(one: ArmScore | Comparison) -> Interval:
     """Return a figure with its interval.
 
-    The interval ends where scores (0 and 1) and their differences (-1 and 1) do, if they do. A share that is 0 or 1
-    in every case and seed has the exact interval over groups. All else that is the same in every case
-    and seed has none, as this proves no certainty.
+    The interval ends where scores (0 and 1) and their differences (-1 and 1) do, if they do. A
+    share that is 0 or 1 in every case and seed has the exact interval over groups. All else that is
+    the same in every case and seed has none, as this proves no certainty.
     """
     highest = np.inf if one.score in UNBOUNDED else 1.0
     value, lowest = (one.value, 0.0) if isinstance(one, ArmScore) else (one.difference, -highest)
@@ -281,7 +282,8 @@ def basis_of(one: Comparison, groups: int) -> str:
 
     Args:
         one: the comparison.
-        groups: with a case in which the score is defined; a mean over classes rests on those of the rarest class.
+        groups: with a case in which the score is defined; a mean over classes rests on those of
+            the rarest class.
     """
     effective = f" ({one.groups} effective)" if one.groups < groups else ""
     return f"{one.cases} cases, {groups} groups{effective}, {one.seeds} seeds"

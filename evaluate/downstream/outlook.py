@@ -62,7 +62,7 @@ def smallest_effect(variance: Variance) -> float:
 
 
 def _variance(cases: ScoredTestSet, change: Comparison) -> tuple[Variance | None, int]:
-    """Return the variance of a difference, None where its parts cannot be seen, and the number of groups behind it."""
+    """Return the variance of a difference, None if unknown, and the number of groups behind it."""
     pair = paired_values(cases, change.arm, change.baseline, change.score)
     left, right = (contributions(side).get(change.score) for side in (pair.arm, pair.baseline))
     if left is None or right is None or change.smallest_effect is None:

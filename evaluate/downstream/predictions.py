@@ -1,11 +1,11 @@
 """Predictions of nnU-Net or of any other model, as a table of cases like that of our own models.
 
-    PREDICTIONS/ARM/SEED/CASE.png    predicted masks of one model: class indices, one file per test image
-    PREDICTIONS/ARM/SEED.csv         or a classifier's: `sample_id`, and a column of probabilities per class
+    FOLDER/ARM/SEED/CASE.png    masks of one model: class indices, one file per test image
+    FOLDER/ARM/SEED.csv         or a classifier's probabilities: `sample_id`, a column per class
 
-`ARM` is a name such as `real` or `real_synthetic`; `SEED` ends with a number, as in `0` or `fold_0`; `CASE`
-is the sample id, as `maskloom export --format nnunet` writes it. Masks are compared at their own size:
-the true ones are resized to it as for our own models.
+`ARM` is a name such as `real` or `real_synthetic`; `SEED` ends with a number, as in `0` or
+`fold_0`; `CASE` is the sample id, as `maskloom export --format nnunet` writes it. Masks are
+compared at their own size: the true ones are resized to it as for our own models.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def read_predictions(folder: Path, dataset: Path, split: str, tolerance: float) 
         tolerance: of surface Dice, in pixels.
 
     Raises:
-        MaskLoomError: the tolerance is no number; the dataset is invalid or lacks the split; the layout is another one; a case is
-            missing, superfluous or unreadable; or a value is no class index or probability.
+        MaskLoomError: the tolerance is no number; the dataset is invalid or lacks the split;
+            the layout is another one; a case is missing, superfluous or unreadable; or a value is
+            no class index or probability.
     """
     if not 0 <= tolerance < np.inf:
         raise MaskLoomError(f"--surface-tolerance {tolerance}: give a number of pixels, 0 or more")
@@ -162,8 +163,8 @@ def read_masks(folder: Path, samples: Sequence[str], classes: int) -> NDArray[np
     Files other than PNG are ignored, as nnU-Net leaves some.
 
     Raises:
-        MaskLoomError: a file is missing, superfluous, unreadable, of another size than the others or no
-            grey image, or a value is no class index.
+        MaskLoomError: a file is missing, superfluous, unreadable, no grey image or of another size
+            than the others, or a value is no class index.
     """
     names = [f"{safe_name(sample)}.png" for sample in samples]
     found = {path.name for path in folder.iterdir() if path.suffix == ".png"}

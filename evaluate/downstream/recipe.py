@@ -42,7 +42,7 @@ class RecipeOptions(DigestedSection):
     def sentence(self) -> str:
         """Which weights are scored, for readers."""
         if self.selection == "last":
-            return "The weights of the last step are scored; the validation split is not used."
+            return "The weights of the last step are scored."
         return f"The weights of the best validation score, taken every {self.validate_every} steps, are scored."
 
 
@@ -89,7 +89,7 @@ def balanced_draw(kinds: NDArray[np.int64], batch_size: int) -> Draw:
 
 
 def lesion_draw(masks: NDArray[np.uint8], batch_size: int) -> Draw | None:
-    """Return a function whose batches hold images with a foreground in at least one half, others anywhere.
+    """Return a function that draws images with a foreground into at least half of each batch.
 
     Args:
         masks: (N, H, W) class indices, 0 = background.
@@ -113,7 +113,7 @@ def lesion_draw(masks: NDArray[np.uint8], batch_size: int) -> Draw | None:
 
 
 def rarest_classes(masks: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
-    """Return, of the classes in each mask, the one that the fewest masks have, (N,); 0 without foreground.
+    """Return the class in each mask that the fewest masks have, (N,); 0 without foreground.
 
     Args:
         masks: (N, H, W) class indices, 0 = background.

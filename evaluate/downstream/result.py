@@ -29,7 +29,8 @@ class Task:
         title: the first word of its verdict.
         question: in plain words.
         primary: the score that the verdict is about; higher is better.
-        hidden_prefix: scores whose name begins so, or in one of these ways, are not in the table of changes; None: all are.
+        hidden_prefix: scores whose name begins so, or in one of these ways, are not in the table of
+            changes; None: all are.
     """
 
     metric: str

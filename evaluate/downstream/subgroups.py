@@ -56,7 +56,8 @@ def subgroup_table(cases: ScoredTestSet, arm: str, score: str, parts: Mapping[st
         cases: the test set.
         arm: the arm.
         score: the score.
-        parts: the samples of each part by its name; those without a case in which the score is defined are left out.
+        parts: the samples of each part by its name; those in which the score is defined in no
+            case are left out.
     """
     rows: list[list[Cell]] = []
     for name, samples in parts.items():

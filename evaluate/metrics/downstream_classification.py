@@ -1,8 +1,8 @@
 """Does the synthetic data help a classification model on real test images?
 
-The same classifier is trained on each arm for the same number of steps and with the same seeds. Each
-model is scored once on the test images and on those of external test sets: the weights of the last
-step, or with `selection: best` those of the best score on the real validation images.
+The same classifier is trained on each arm for the same number of steps and with the same seeds.
+Each model is scored once on the test images and on those of external test sets: the weights of the
+last step, or with `selection: best` those of the best score on the real validation images.
 """
 
 from __future__ import annotations

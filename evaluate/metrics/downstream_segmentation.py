@@ -244,7 +244,8 @@ def image_scores(
         test: the images.
         classes: names of the mask's classes, background first.
         device: `cpu` or `cuda`.
-        truth: (N, H, W) masks that predictions, resized to them, are compared with; None: those of `test`.
+        truth: (N, H, W) masks that predictions are resized to and compared with; None: those of
+            `test`.
         flips: see `predicted_masks`.
         tolerance: of surface Dice, in pixels.
     """

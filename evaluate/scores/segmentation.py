@@ -1,11 +1,12 @@
 """Scores of predicted masks, one number per image: overlap, boundaries and lesions.
 
-Overlap and boundaries are of images whose mask has a foreground: Dice of an empty mask is 1 or 0, and a
-fifth of such images pulls a mean more than the lesions do. `Dice, all images` stands beside it where a
-test set has empty masks.
+Overlap and boundaries are of images whose mask has a foreground: Dice of an empty mask is 1 or 0,
+and a fifth of such images pulls a mean more than the lesions do. `Dice, all images` stands beside
+it where a test set has empty masks.
 
-A lesion is a set of foreground pixels, of whatever class, that touch at sides or corners. A predicted
-and a true lesion match from an intersection over union of 0.1 on (Saha et al. 2024, PI-CAI).
+A lesion is a set of foreground pixels, of whatever class, that touch at sides or corners. A
+predicted and a true lesion match from an intersection over union of 0.1 on (Saha et al. 2024,
+PI-CAI).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _share(found: NDArray[np.bool_]) -> float:
 
 @dataclass(frozen=True)
 class LesionMatch:
-    """The true lesions of an image: their areas in pixels, which are found, and the predicted ones that match none."""
+    """The lesions of an image: areas in pixels, which are found, and predicted ones without a match."""
 
     areas: NDArray[np.int64]
     found: NDArray[np.bool_]

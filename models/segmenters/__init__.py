@@ -1,13 +1,13 @@
-"""Segmentation networks, found by file name: the option `network` of what trains a segmentation model.
+"""Segmentation networks, found by file name: the option `network` of a segmentation model.
 
 A network's file provides:
 
 - `Options`, a `Section`: the network's own settings.
 - `LEARNING_RATE`: used where the configuration gives none.
-- `sides(options)`: the number that both sides of an image must be multiples of, and the smallest side.
+- `sides(options)`: the factor of both sides of an image, and the smallest side.
 - `build(options, image_channels, classes, image_size)`: the untrained network. It maps images
-  (B, image_channels, H, W) in [-1, 1] to logits (B, classes, H, W), or to a list of logits, the final
-  ones first; those of another size are resized to that of the masks.
+  (B, image_channels, H, W) in [-1, 1] to logits (B, classes, H, W), or to a list, the final ones
+  first; those of another size are resized to that of the masks.
 - `loss(outputs, masks)`, optional: the training loss of the network's output and (B, H, W) int64
   masks. Without it, the loss is the mean of Dice + cross-entropy over all logits.
 - `check()`, optional: raises `MaskLoomError` where a package that the network needs is missing.

@@ -113,9 +113,8 @@ def train_fixed_steps(
     losses = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # dropout draws from the global state
-        for step in range(options.steps):
-            index = draw(random).numpy()
-            batch, target = normalised(images[index], device), torch.from_numpy(targets[index]).to(device).long()
+        for step in range(1, options.steps + 1):
+            batch, target = _batch(images, targets, draw(random).numpy(), device)
             if augment is not None:
                 batch, target = augment(batch, target, random)
             value = loss(network(batch), target)
@@ -125,11 +124,20 @@ def train_fixed_steps(
             schedule.step()
             losses.append(value.detach())
             if best is not None:
-                best.update(step + 1)
+                best.update(step)
     if best is not None:
         best.restore()
     network.eval()
     return _finite_curve(torch.stack(losses).tolist(), options)
+
+
+def _batch(
+    images: NDArray[np.uint8], targets: NDArray[np.generic], index: NDArray[np.int64], device: str
+) -> tuple[Tensor, Tensor]:
+    """Return some images, normalised, and their targets, int64, on the device."""
+    import torch
+
+    return normalised(images[index], device), torch.from_numpy(targets[index]).to(device).long()
 
 
 def uniform_draw(count: int, batch_size: int) -> Draw:

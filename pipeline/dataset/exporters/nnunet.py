@@ -10,11 +10,12 @@ See documentation/dataset_format.md and manual_data_splits.md of MIC-DKFZ/nnUNet
                     splits_final.json          fold 0: train against validation; or `folds` folds
 
 nnU-Net reads `splits_final.json` from `nnUNet_preprocessed/Dataset501_NAME`; copy it there after
-`nnUNetv2_plan_and_preprocess`, then train with fold 0. Without validation rows and `folds` there is no
-such file, and nnU-Net splits the cases itself, which may put one group into several folds.
+`nnUNetv2_plan_and_preprocess`, then train with fold 0. Without validation rows and `folds` there is
+no such file, and nnU-Net splits the cases itself, which may put one group into several folds.
 
-With `folds=K`, the groups of the real cases are divided into K folds of about the same size. Each fold
-validates on its real cases and trains on all others but synthetic ones whose parent it validates on.
+With `folds=K`, the groups of the real cases are divided into K folds of about the same size. Each
+fold validates on its real cases and trains on all others but synthetic ones whose parent it
+validates on.
 """
 
 import hashlib
