@@ -247,6 +247,7 @@ def _ended(work: Callable[[], object], check: bool) -> int:
 def _stage(name: str) -> Callable[..., object]:
     from maskloom.data_prep.prepare import prepare
     from maskloom.evaluate.evaluate import evaluate
+    from maskloom.evaluate.filtering.filter import filter_synthetic
     from maskloom.generate.generate import generate
     from maskloom.pipeline.report import write_report
     from maskloom.train_baselines.train import train_baselines
@@ -257,6 +258,7 @@ def _stage(name: str) -> Callable[..., object]:
         "train": train_stage,
         "baselines": train_baselines,
         "generate": generate,
+        "filter": filter_synthetic,
         "evaluate": evaluate,
         "report": write_report,
     }

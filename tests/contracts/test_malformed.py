@@ -180,7 +180,7 @@ def refused(command: Command, words: list[str], capsys: pytest.CaptureFixture[st
     own = [line for line in said.err.splitlines() if line.startswith("error: ")]
     one = len(own) == 1 and len(own[0]) < 2000
     # A configuration may have several invalid values: one line each.
-    place = f"error: {words[1]}: "
+    place = f"error: {words[1] if len(words) > 1 else ''}: "
     several = 1 < len(own) <= MOST_PROBLEMS + 1 and all(line.startswith(place) and len(line) < 2000 for line in own)
     assert (("Usage: " in said.err or "─ Error ─" in said.err) and not own) or one or several, said.err
     assert time.monotonic() - start < SECONDS
