@@ -6,7 +6,10 @@ and in how the two arms do on them, and every training (arm and seed) has a leve
 
 With `auto`, the number of seeds is decided by the first three, as `seeds: auto` does.
 
+With `--skewed`, patients' effects are skewed instead: log-normal, or a rare bad group.
+
     python -m benchmarks.verdict_simulation [--repeats 200] [--layouts 30x100 ...] [--seeds auto ...]
+    python -m benchmarks.verdict_simulation --skewed
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from numpy.typing import NDArray
 
 from maskloom.evaluate.downstream.arms import AUTO
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
+from maskloom.evaluate.downstream.compare import compare
 from maskloom.evaluate.downstream.seeds import seed_plan
 
 MOST_SEEDS = 10
@@ -104,6 +108,43 @@ def simulated_dice(
     return dice
 
 
+def skewed_scores(random: np.random.Generator, groups: NDArray[np.int64], seeds: int, kind: str) -> NDArray[np.float64]:
+    """Return the scores of two arms, (2, seeds, cases), that are equal on average over all patients.
+
+    Args:
+        random: where numbers are drawn from.
+        groups: the group of each case.
+        seeds: number of seeds.
+        kind: of the groups' effects: `log-normal`, or `rare bad group` (one in 20 loses .5).
+    """
+    count = int(groups.max()) + 1
+    scores = 0.7 + 0.1 * random.normal(size=len(groups)) + 0.03 * random.normal(size=(2, seeds, len(groups)))
+    scores += 0.01 * random.normal(size=(2, seeds, 1))
+    if kind == "log-normal":
+        scores[1] += 0.05 * (np.exp(1.2 * random.normal(size=count)) - np.exp(0.72))[groups]
+    else:
+        scores[1] += np.where(random.random(count) < 0.05, -0.475, 0.025)[groups]
+    return scores
+
+
+def print_skewed(repeats: int) -> None:
+    """Print the share of wrong findings where the effects of patients are skewed, around zero on average."""
+    print("| patients' effects | test set | wrong [%], 3 seeds | 5 seeds |")
+    for kind in ("log-normal", "rare bad group"):
+        for count, size in ((6, 16), (12, 8), (30, 3), (100, 1)):
+            groups, shares = np.repeat(np.arange(count), size), []
+            samples, names = (tuple(f"{i:04}" for i in column) for column in (range(count * size), groups))
+            for seeds in (3, 5):
+                drawn = (
+                    skewed_scores(np.random.default_rng([count, seeds, k]), groups, seeds, kind) for k in range(repeats)
+                )
+                tables = [
+                    ScoredTestSet("downstream_segmentation", "real test", samples, names, arms_of(one)) for one in drawn
+                ]
+                shares.append(100 * np.mean([compare(one)[0].finding in ("helped", "hurt") for one in tables]))
+            print(f"| {kind} | {count} groups of {size} | {shares[0]:.1f} | {shares[1]:.1f} |", flush=True)
+
+
 def write_tables(folder: Path, layout: Layout, seeds: str, cell: Cell, repeats: int) -> list[Path]:
     """Write the simulated tables of a cell and return their paths."""
     most = MOST_SEEDS if seeds == AUTO else int(seeds)
@@ -147,9 +188,13 @@ def main(
     repeats: Annotated[int, typer.Option(min=20, help="simulated tables per cell")] = 200,
     layouts: Annotated[list[str] | None, typer.Option(help="only these, as GROUPSxCASES; may be repeated")] = None,
     seeds: Annotated[list[str] | None, typer.Option(help="only these: a number, or auto; may be repeated")] = None,
+    skewed: Annotated[bool, typer.Option("--skewed", help="skewed effects of patients instead")] = False,
 ) -> None:
     """Print the share of wrong findings without an effect, and of found effects of +.05 Dice."""
     print(f"{repeats} tables per cell")
+    if skewed:
+        print_skewed(repeats)
+        return
     print("| " + " | ".join(["test set", "seeds", *(cell.title for cell in CELLS)]) + " |")
     for layout in LAYOUTS:
         if layouts and f"{layout.groups}x{layout.cases}" not in layouts:

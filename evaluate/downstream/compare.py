@@ -9,8 +9,8 @@ What is compared, for each arm, test set and score:
 3. The difference, its interval and its p-value: see `scores/inference.py`.
 4. The finding. `helped` or `hurt` if the p-value, adjusted for the number of arms (Holm), is at
    most 5 %, else `no clear benefit`; `cannot tell` under 6 groups (10 of each class, for means over
-   classes) or 3 seeds, where results are missing in a way that may hide the worst ones, or where one
-   training stands under two seeds.
+   classes) or 3 seeds, where results are missing in a way that may hide the worst ones, where one
+   training stands under two seeds, or where a few groups differ strongly the other way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ from maskloom.evaluate.downstream.pairing import (
     supporting_groups,
 )
 from maskloom.evaluate.scores.classification import CLASSIFICATION_SCORES, RECALL
-from maskloom.evaluate.scores.inference import LEVEL, Effect, Floats, estimate_effect, holm_adjusted
+from maskloom.evaluate.scores.inference import (
+    LEVEL,
+    Effect,
+    Floats,
+    estimate_effect,
+    group_skewness,
+    holm_adjusted,
+)
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 
 BASELINE = "real"
@@ -44,6 +51,8 @@ FEW_CLASS_GROUPS = 10
 """Groups that a mean over classes needs of each class: with fewer, simulated null effects were found in over 7 %."""
 MISSING_SHARE = 0.02
 """Share of cases that may be undefined for some models and defined for others."""
+MOST_SKEWNESS = 1.5
+"""Skewness of the groups' differences, against their mean, from which a finding is not told."""
 HELPED, HURT, NO_BENEFIT, CANNOT_TELL = "helped", "hurt", "no clear benefit", "cannot tell"
 
 
@@ -59,7 +68,7 @@ class Comparison:
         p, p_holm: p-value of no difference, alone and adjusted for the number of arms.
         finding: `helped`, `hurt`, `no clear benefit` or `cannot tell`.
         reason: why it cannot be told, else empty.
-        smallest_effect: the smallest true effect that this test set finds with 80 % power.
+        smallest_effect: the smallest true effect that this test set finds with a power of about 70 to 80 %.
         effective_cases: number of independent cases that would vary as much.
         groups, cases, seeds: numbers that the figures rest on. For scores that average over
             classes, `groups` is that of the class with the fewest.
@@ -181,7 +190,7 @@ def _compare_score(cases: ScoredTestSet, baseline: str, score: str, better: str)
     found = [_compare_arm(cases, arm, baseline, score, better) for arm in cases.arms if arm != baseline]
     tested = [i for i, one in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
     adjusted = dict(zip(tested, holm_adjusted([found[i].p or 0.0 for i in tested]), strict=True))
-    return [_with_finding(replace(one, p_holm=adjusted.get(i, one.p))) for i, one in enumerate(found)]
+    return [_with_finding(cases, replace(one, p_holm=adjusted.get(i, one.p))) for i, one in enumerate(found)]
 
 
 def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, better: str) -> Comparison:
@@ -215,12 +224,24 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bett
     )
 
 
-def _with_finding(one: Comparison) -> Comparison:
+def _with_finding(cases: ScoredTestSet, one: Comparison) -> Comparison:
     if one.reason or one.p_holm is None or one.difference is None:
         return one
     if one.p_holm > 1 - LEVEL:
         return replace(one, finding=NO_BENEFIT)
+    if _few_groups_oppose(cases, one):
+        return replace(one, reason="a few groups differ strongly the other way, and others like them may be missing")
     return replace(one, finding=HURT if (one.difference > 0) == (one.better == LOWER) else HELPED)
+
+
+def _few_groups_oppose(cases: ScoredTestSet, one: Comparison) -> bool:
+    """Return whether the groups' differences are strongly skewed against their mean.
+
+    A long tail that is barely sampled moves the mean away from it, and makes the interval too short.
+    """
+    pair = paired_values(cases, one.arm, one.baseline, one.score)
+    arm, baseline = (contributions(side)[one.score].mean(axis=0) for side in (pair.arm, pair.baseline))
+    return group_skewness(arm - baseline, pair.groups) * np.sign(one.difference or 0.0) < -MOST_SKEWNESS
 
 
 def reason_not_to_tell(pair: Pair, values: Floats, score: str) -> str:

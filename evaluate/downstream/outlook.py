@@ -47,7 +47,9 @@ def what_would_change(cases: ScoredTestSet, change: Comparison) -> list[str]:
     seeds = change.seeds
     now = smallest_effect(variance)
     basis = f"{groups} test groups and {seeds} seeds"
-    found.append(f"With these {basis}, a true change of {change.score} of {now:.3f} is found in 4 of 5 studies.")
+    found.append(
+        f"With these {basis}, a true change of {change.score} of {now:.3f} is found in about 70 to 80 % of studies."
+    )
     found.append(f"To find half of it ({now / 2:.3f}): {_needed(variance, groups, seeds, now / 2)}.")
     seen = abs(change.difference or 0.0)
     if change.finding == NO_BENEFIT and 0 < seen < now:
@@ -57,7 +59,7 @@ def what_would_change(cases: ScoredTestSet, change: Comparison) -> list[str]:
 
 
 def smallest_effect(variance: Variance) -> float:
-    """Return the smallest true effect that is found with 80 % power."""
+    """Return the smallest true effect that is found with a power of about 70 to 80 %."""
     return variance.smallest_effect(critical_value(variance.draws()))
 
 
