@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from maskloom.evaluate.copies import copy_judge
 from maskloom.evaluate.downstream.masked import masked_images
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.evaluate.leaks import held_out_judge, leaked_in
 from maskloom.evaluate.metrics.faithfulness import Options as FaithfulnessOptions
 from maskloom.evaluate.metrics.faithfulness import derangement, score_set, train_fold_models
 from maskloom.evaluate.scores.statistics import Bootstrap, weighted_mean
@@ -31,11 +34,14 @@ from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, plan_shards
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.results import MetricResult, Table, cell_text
 
-VERSION = 1
+VERSION = 2
 QUESTION = "Do the checks of this evaluation notice what they are meant to find, in this dataset?"
 PLANTED = 20  # images per control
 FEWEST_FOUND = 0.95  # share of the planted images from which a control is caught
-CROPPED = 0.1  # share of the side that a cropped copy lacks
+SHIFTED = 0.06  # of the side
+PADDED = 0.8  # of the side that a padded copy keeps
+BLURRED = 1.5 / 128  # standard deviation, of the side
+JPEG_QUALITY = 20
 
 Pixels = NDArray[np.uint8]
 Change = Callable[[Pixels, np.random.Generator], Pixels]
@@ -122,7 +128,10 @@ def copy_controls(inputs: EvaluationInputs, folder: Path) -> list[Control]:
 
 
 def leak_controls(inputs: EvaluationInputs, folder: Path) -> list[Control]:
-    """Return whether held-out images are found among synthetic ones (`pipeline.runs.copies`)."""
+    """Return whether held-out images are found among synthetic ones, by either check that looks for them.
+
+    The checks: `pipeline.runs.copies` and `evaluate.leaks`.
+    """
     held_out = next((one for one in (inputs.test, inputs.validation) if len(one)), None)
     if inputs.real.num_rows + PLANTED * len(LEAKS) > NEAR_LIMIT:
         reason = f"not applicable: beyond {NEAR_LIMIT} images only identical ones are looked for"
@@ -133,14 +142,16 @@ def leak_controls(inputs: EvaluationInputs, folder: Path) -> list[Control]:
         name: PlantedSet.write(folder / f"leaks-{number}", inputs, held_out, change)
         for number, (name, change) in enumerate(LEAKS.items())
     }
-    found = find_held_out_copies(inputs.real, [one.dataset for one in planted.values() if one])
-    pairs: dict[str, dict[str, str]] = {}
-    for leak in found:
-        pairs.setdefault(leak.copy.dataset, {})[leak.copy.sample_id] = leak.original.sample_id
-    return [
-        _planted_control(name, one, pairs.get(str(one.dataset.folder), {}) if one else {}, "held-out")
-        for name, one in planted.items()
-    ]
+    pairs: dict[str, dict[str, str]] = {name: {} for name in planted}
+    if judge := held_out_judge(inputs):
+        for name, one in planted.items():
+            found = leaked_in(inputs, judge, ImageSet(name, one.dataset, "train")) if one else []
+            pairs[name] = {row.sample_id: row.original for row in found}
+    folders = {str(one.dataset.folder): name for name, one in planted.items() if one}
+    for leak in find_held_out_copies(inputs.real, [one.dataset for one in planted.values() if one]):
+        if leak.copy.dataset in folders:
+            pairs[folders[leak.copy.dataset]].setdefault(leak.copy.sample_id, leak.original.sample_id)
+    return [_planted_control(name, one, pairs[name], "held-out") for name, one in planted.items()]
 
 
 def mask_control(inputs: EvaluationInputs, options: FaithfulnessOptions | None) -> Control:
@@ -240,12 +251,44 @@ def mirrored(image: Pixels, random: np.random.Generator) -> Pixels:
     return image[:, ::-1]
 
 
-def cropped(image: Pixels, random: np.random.Generator) -> Pixels:
-    """Return a random crop of the image, resized to its size."""
+def cropped(image: Pixels, random: np.random.Generator, share: float = 0.1) -> Pixels:
+    """Return a random crop of the image, without a share of its sides, resized to its size."""
     height, width = image.shape[:2]
-    top, left = (random.integers(0, max(1, round(side * CROPPED)) + 1) for side in (height, width))
-    kept = image[top:, left:][: round(height * (1 - CROPPED)), : round(width * (1 - CROPPED))]
-    return np.asarray(Image.fromarray(np.ascontiguousarray(kept)).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (random.integers(0, max(1, round(side * share)) + 1) for side in (height, width))
+    return _resized(image[top:, left:][: round(height * (1 - share)), : round(width * (1 - share))], height, width)
+
+
+def shifted(image: Pixels, random: np.random.Generator) -> Pixels:
+    """Return the image moved down and to the right; its edge fills the rest."""
+    height, width = image.shape[:2]
+    moved = [(max(1, round(SHIFTED * side)), 0) for side in (height, width)]
+    return np.pad(image, [*moved, *[(0, 0)] * (image.ndim - 2)], mode="edge")[:height, :width]
+
+
+def padded(image: Pixels, random: np.random.Generator, grey: int = 0) -> Pixels:
+    """Return the image at `PADDED` of its size, in the middle of a uniform one."""
+    height, width = image.shape[:2]
+    rows, columns = round(PADDED * height), round(PADDED * width)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    around = np.full_like(image, grey)
+    around[top : top + rows, left : left + columns] = _resized(image, rows, columns)
+    return around
+
+
+def blurred(image: Pixels, random: np.random.Generator) -> Pixels:
+    """Return the image after a Gaussian filter."""
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLURRED * max(image.shape[:2]))))
+
+
+def compressed(image: Pixels, random: np.random.Generator) -> Pixels:
+    """Return the image after JPEG at `JPEG_QUALITY`."""
+    file = BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY)
+    return np.asarray(Image.open(file))
+
+
+def _resized(image: Pixels, height: int, width: int) -> Pixels:
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BICUBIC))
 
 
 COPIES: dict[str, Change] = {
@@ -253,9 +296,17 @@ COPIES: dict[str, Change] = {
     "copies of training images, cropped by 10 %": cropped,
     "copies of training images, mirrored": mirrored,
 }
+LEAKED = "held-out images among synthetic ones"
 LEAKS: dict[str, Change] = {
-    "held-out images among synthetic ones": unchanged,
-    "held-out images among synthetic ones, mirrored": mirrored,
+    LEAKED: unchanged,
+    f"{LEAKED}, mirrored": mirrored,
+    f"{LEAKED}, cropped by 10 %": cropped,
+    f"{LEAKED}, cropped by 20 %": partial(cropped, share=0.2),
+    f"{LEAKED}, shifted by 6 %": shifted,
+    f"{LEAKED}, padded with black": padded,
+    f"{LEAKED}, padded with grey": partial(padded, grey=128),
+    f"{LEAKED}, blurred": blurred,
+    f"{LEAKED}, compressed by JPEG": compressed,
 }
 
 

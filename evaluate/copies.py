@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,13 @@ class CopyJudgement:
 
 @dataclass(frozen=True)
 class CopyJudge:
-    """Finds the copies in any image set, by what is usual among held-out real images.
+    """Finds copies of known images in any image set, by what is usual among other real images.
 
     Attributes:
-        search: the search among the training images.
+        search: the search among the known images: those of train, or the held-out ones (`evaluate.leaks`).
         originals: their sample ids.
-        thresholds, held_out: see `CopyJudgement`.
+        thresholds: see `CopyJudgement`.
+        held_out: the images that set the thresholds and are copies of known images themselves.
     """
 
     search: CopySearch
@@ -51,7 +52,7 @@ class CopyJudge:
     held_out: list[CopyRow]
 
     def copies_in(self, image_set: ImageSet) -> list[CopyRow]:
-        """Return the images of a set that are copies of training images."""
+        """Return the images of a set that are copies of known images."""
         if not len(image_set):
             return []
         found = self.search.matches(comparable(image_set))
@@ -60,7 +61,8 @@ class CopyJudge:
 
 def copy_judge(inputs: EvaluationInputs) -> CopyJudge:
     """Return the judge of the real images, whatever the synthetic sets; made once."""
-    judge: CopyJudge = inputs.once("copy judge", lambda: _calibrated(inputs))
+    held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
+    judge: CopyJudge = inputs.once("copy judge", lambda: calibrated_judge([inputs.train], held_out))
     return judge
 
 
@@ -107,19 +109,32 @@ def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[st
     ]
 
 
-def _calibrated(inputs: EvaluationInputs) -> CopyJudge:
-    """Compare validation and test images with the training images."""
+def calibrated_judge(
+    known: Sequence[ImageSet],
+    unseen: Sequence[ImageSet],
+    read: Callable[[ImageSet], NDArray[np.uint8]] | None = None,
+    margin: float = 0.0,
+) -> CopyJudge:
+    """Return a judge that finds copies of known images.
+
+    Args:
+        known: the image sets that are searched.
+        unseen: real images of other groups, which set the thresholds.
+        read: returns the images of a set as they are compared; None: `comparable`.
+        margin: see `copy_rows`; for the copies among the unseen images.
+    """
     from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch
 
-    search, originals = CopySearch(comparable(inputs.train)), inputs.train.columns["sample_id"]
-    held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
-    matches = [search.matches(comparable(one)) for one in held_out]
+    read = read or comparable
+    search = CopySearch(np.concatenate([read(one) for one in known]))
+    originals = [sample for one in known for sample in one.columns["sample_id"]]
+    matches = [search.matches(read(one)) for one in unseen]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
     thresholds = {name: copy_threshold(values, len(originals)) for name, values in best.items()}
     copies = [
         row
-        for one, found in zip(held_out, matches, strict=True)
-        for row in copy_rows(one.columns["sample_id"], originals, found, thresholds)
+        for one, found in zip(unseen, matches, strict=True)
+        for row in copy_rows(one.columns["sample_id"], originals, found, thresholds, margin)
     ]
     return CopyJudge(search, originals, thresholds, copies)
 
@@ -136,7 +151,9 @@ def _judged(inputs: EvaluationInputs) -> CopyJudgement:
     )
 
 
-def copy_rows(samples: list[str], originals: list[str], found: Matches, thresholds: dict[str, float]) -> list[CopyRow]:
+def copy_rows(
+    samples: list[str], originals: list[str], found: Matches, thresholds: dict[str, float], margin: float = 0.0
+) -> list[CopyRow]:
     """Return the images that exceed a threshold, each by the measure that exceeds its own most.
 
     Args:
@@ -144,12 +161,13 @@ def copy_rows(samples: list[str], originals: list[str], found: Matches, threshol
         originals: sample ids of the training images.
         found: the best matches of the images.
         thresholds: by measure.
+        margin: by how much an image must exceed one, in Fisher's z.
     """
     from maskloom.evaluate.scores.copies import SIMILARITIES
 
     excess = np.stack([_z(found.similarity[name]) - _z(thresholds[name]) for name in SIMILARITIES])
     rows = []
-    for index in np.flatnonzero(excess.max(axis=0) > 0):
+    for index in np.flatnonzero(excess.max(axis=0) > margin):
         name = SIMILARITIES[int(excess[:, index].argmax())]
         rows.append(
             CopyRow(

@@ -13,6 +13,7 @@ from maskloom.evaluate.answers import Answers
 from maskloom.evaluate.copies import require_no_training_copies
 from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
+from maskloom.evaluate.leaks import require_no_altered_held_out_images
 from maskloom.evaluate.model_cache import ModelCache
 from maskloom.evaluate.questions import Question, controls_question, open_question
 from maskloom.models.stable_diffusion.source import BackboneSource
@@ -217,5 +218,6 @@ def verified_inputs(run: Run, config: ExperimentConfig, names: Sequence[str] | N
     require_no_held_out_copies(run, real, list(synthetic.values()))
     backbone = None if config.train is None else BackboneSource.of(config.train)
     inputs = open_inputs(real, synthetic, backbone, config.seed)
+    require_no_altered_held_out_images(run, inputs)
     inputs.config = config
     return inputs

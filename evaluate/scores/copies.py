@@ -90,6 +90,14 @@ class Matches:
     index: dict[str, NDArray[np.int64]]
     transformation: dict[str, list[str]]
 
+    def of(self, row: int) -> Matches:
+        """Return the matches of one image."""
+        return Matches(
+            {name: values[[row]] for name, values in self.similarity.items()},
+            {name: values[[row]] for name, values in self.index.items()},
+            {name: [words[row]] for name, words in self.transformation.items()},
+        )
+
 
 @dataclass(frozen=True, order=True)
 class Match:

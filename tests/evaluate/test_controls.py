@@ -77,8 +77,8 @@ def test_every_control_is_caught(result: MetricResult) -> None:
     assert result.warnings == []
     assert result.verdict.startswith("Controls caught: copies of training images: 20 of 20 found; ")
     assert "masks shuffled: faithfulness (Dice) falls from 0." in result.verdict
-    assert [row[3] for row in result.tables[0].rows] == ["yes"] * 6
-    assert result.n == {"real train": 40, "planted": 100}
+    assert [row[3] for row in result.tables[0].rows] == ["yes"] * 13
+    assert result.n == {"real train": 40, "planted": 240}
 
 
 def test_the_same_inputs_give_the_same_answer(
@@ -121,6 +121,7 @@ def test_blind_leak_detection_is_reported(
     inputs: EvaluationInputs, options: controls.Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(held_out, "find_held_out_copies", lambda real, synthetic: [])
+    monkeypatch.setattr(controls, "leaked_in", lambda inputs, judge, image_set: [])
     result = controls.evaluate(inputs, options)
     assert {name for name, one in result.values.items() if one["caught"] is False} == set(controls.LEAKS)
 
@@ -168,6 +169,11 @@ def test_colour_images_and_a_single_split(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     assert controls.cropped(image, random).shape == (20, 30, 3)
+    for change in (*controls.COPIES.values(), *controls.LEAKS.values()):
+        changed = change(image, random)
+        assert changed.shape == (20, 30, 3) and changed.dtype == np.uint8
+    assert (controls.padded(image, random, grey=128)[0] == 128).all()
+    assert (controls.shifted(image, random)[1:, 2:] == image[:-1, :-2]).all()
     assert (controls.mirrored(image, random) == image[:, ::-1]).all()
     assert controls.unchanged(image, random) is image
 

@@ -196,6 +196,24 @@ def test_an_altered_test_image_stops_too(real: Path, tmp_path: Path, quick: Path
         judged(real, synthetic, out, quick)
 
 
+def test_a_shrunk_test_image_on_grey_stops_too(real: Path, tmp_path: Path, quick: Path) -> None:
+    synthetic, out = write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out"
+    judged(real, synthetic, out, quick)
+    original = held_out_file(out, real, "test")
+    plant(original, synthetic)
+    for name, grey in (("planted", 128), ("planted_mask", 0)):
+        file = synthetic / original.parent.name / f"{name}.png"
+        small = Image.open(file).resize((52, 52), Image.Resampling.NEAREST)
+        around = Image.new(small.mode, (SIDE, SIDE), grey)
+        around.paste(small, (6, 6))
+        around.save(file)
+    with pytest.raises(
+        LeakedImages, match=r"altered copies .*-planted .* shows .*; take these images out of the synth"
+    ):
+        judged(real, synthetic, out, quick)
+    assert not (out / "report.html").exists() and not read_evaluations(out / "evaluation")
+
+
 def test_copies_of_train_images_follow_on_copies(real: Path, tmp_path: Path, quick: Path) -> None:
     synthetic, out = write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out"
     judged(real, synthetic, out, quick)

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskloom.evaluate import leaks
 from maskloom.evaluate.evaluate import evaluate, verified_inputs
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Parent
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs import copies
 from maskloom.pipeline.runs.command import run_command
+from maskloom.pipeline.runs.copies import require_no_held_out_copies
 from maskloom.pipeline.runs.run import Run
 from tests.data_prep.audit.test_audit import picture
 from tests.evaluate.runs import small_options, tiny_config
@@ -45,6 +48,26 @@ ALTERED: dict[str, Callable[[Picture], Picture]] = {
     "mirrored": lambda image: np.ascontiguousarray(image[:, ::-1]),
     "turned": lambda image: np.ascontiguousarray(np.rot90(image)),
     "inverted": lambda image: 255 - image,
+}
+
+
+def with_border(image: Picture, grey: int) -> Picture:
+    """Return the image at 81 % of its size, on a uniform border."""
+    side = round(0.81 * SIZE)
+    around = np.full_like(image, grey)
+    edge = (SIZE - side) // 2
+    small = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+    around[edge : edge + side, edge : edge + side] = np.asarray(small)
+    return around
+
+
+# What only the search for copies finds (`evaluate.leaks`).
+HIDDEN: dict[str, Callable[[Picture], Picture]] = {
+    "grey border": lambda image: with_border(image, 128),
+    "mirrored and cropped": lambda image: np.asarray(
+        Image.fromarray(image[:-13, :12:-1]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    ),
+    "shifted": lambda image: np.pad(image, ((4, 0), (4, 0)), "edge")[:SIZE, :SIZE],
 }
 
 
@@ -147,6 +170,52 @@ def test_altered_train_images_among_the_held_out(
     assert error.endswith("and prepare the dataset again")
 
 
+@pytest.mark.parametrize("split", HELD_OUT)
+@pytest.mark.parametrize("how", HIDDEN)
+def test_held_out_images_that_only_the_search_for_copies_finds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, how: str
+) -> None:
+    config = write_run(
+        tmp_path,
+        image=lambda splits, index: HIDDEN[how](picture_of(split, 5)) if index == 3 else picture_of("made", index),
+    )
+    made = MaskPromptDataset.open(tmp_path / "synthetic" / "pix2pix")
+    require_no_held_out_copies(Run(tmp_path), MaskPromptDataset.open(tmp_path / "dataset"), [made])
+    error = stopped(config, capsys)
+    assert f"{tmp_path / 'dataset'}: 1 image(s) are altered copies of held-out images: " in error
+    assert f"made-0003 (train of {made.folder}) shows {split}-0005 ({split}, " in error
+    assert error.endswith("or leave it out with generate.generators.NAME=false")
+
+
+def test_only_uniform_grey_borders_are_cut() -> None:
+    image = picture([1], 128, 128)
+    assert leaks.without_grey_border(image) is image
+    black = np.pad(image[:100, :100], 14)
+    assert leaks.without_grey_border(black) is black
+    left = np.pad(image[:, :100], ((0, 0), (28, 0)), constant_values=128)
+    assert leaks.without_grey_border(left) is left
+    assert (leaks.without_grey_border(np.full((128, 128), 90, np.uint8)) == 90).all()
+    wide = np.pad(image[20:80, 14:114], ((34, 34), (14, 14)), constant_values=128)
+    assert leaks.without_grey_border(wide).shape == (128, 128)
+    assert (leaks.without_grey_border(wide)[:20] == 128).all()  # proportions stay
+    grey = np.pad(image[14:114, 14:114], 14, constant_values=128)
+    whole = np.asarray(Image.fromarray(image[14:114, 14:114]).resize((128, 128), Image.Resampling.BICUBIC))
+    assert np.abs(leaks.without_grey_border(grey).astype(int) - whole).mean() < 1
+
+
+def test_train_images_that_only_the_search_for_copies_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(splits: Splits) -> None:
+        for index in range(3):
+            splits["train"][index].image = with_border(picture_of("test", index), 128)
+
+    error = stopped(write_run(tmp_path, change), capsys)
+    dataset = tmp_path / "dataset"
+    assert (
+        f"{dataset}: 3 image(s) are altered copies of held-out images: train-0000 (train of {dataset}) shows " in error
+    )
+    assert "; images of one patient must lie in one split" in error
+
+
 def test_many_copies_are_counted_and_the_first_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = stopped(write_run(tmp_path, image=lambda _, index: recoded(picture_of("test", index % 12))), capsys)
     assert "24 image(s) are copies" in error and "made-0002" in error and "made-0003" not in error
@@ -228,12 +297,17 @@ def test_strangers_pass_and_are_compared_once(
 ) -> None:
     config = write_run(tmp_path)
     verified_inputs(Run(tmp_path), config)
-    assert "no copies of held-out images among 76 images" in capsys.readouterr().err
+    first = capsys.readouterr().err
+    assert "no copies of held-out images among 76 images" in first
+    assert "no altered held-out images among 76 images" in first
     verified_inputs(Run(tmp_path), config)
-    assert "no copies" not in capsys.readouterr().err
+    again = capsys.readouterr().err
+    assert "no copies" not in again and "no altered" not in again
     monkeypatch.setattr(copies, "VERSION", copies.VERSION + 1)
+    monkeypatch.setattr(leaks, "VERSION", leaks.VERSION + 1)
     verified_inputs(Run(tmp_path), config)
-    assert "no copies" in capsys.readouterr().err
+    renewed = capsys.readouterr().err
+    assert "no copies" in renewed and "no altered" in renewed
 
 
 def test_a_copy_of_a_train_image_is_a_finding_of_the_metrics_and_no_leak(tmp_path: Path) -> None:
@@ -277,6 +351,7 @@ def test_too_many_images_are_reported_and_not_compared(
 ) -> None:
     config = write_run(tmp_path, image=lambda _, index: recoded(picture_of("test", index % 12)))
     monkeypatch.setattr(copies, "NEAR_LIMIT", 75)
+    monkeypatch.setattr(leaks, "NEAR_LIMIT", 75)
     verified_inputs(Run(tmp_path), config)
     assert "76 images are more than 75: only identical images were looked for" in capsys.readouterr().err
 

@@ -36,9 +36,8 @@ def test_what_is_no_nearer_than_held_out_images_is_not_flagged(tmp_path: Path, m
     """Where held-out images are all but copies of training images themselves, a synthetic copy with
     as small a change is nothing unusual.
     """
-    monkeypatch.setattr(
-        "maskloom.evaluate.evaluate.require_no_held_out_copies", lambda *_: None
-    )  # stops such a dataset
+    for check in ("require_no_held_out_copies", "require_no_altered_held_out_images"):  # they stop such a dataset
+        monkeypatch.setattr(f"maskloom.evaluate.evaluate.{check}", lambda *_: None)
 
     def almost_same_everywhere(sample: Sample) -> None:
         number = int(sample.sample_id[-4:])

@@ -1,0 +1,136 @@
+"""Altered copies of held-out images among the images that shape a model, by the search for copies.
+
+The check of every stage (`pipeline.runs.copies`) looks for near-duplicates. Before an evaluation, the
+stronger search that finds copies of training images (`evaluate.copies`) looks for held-out ones, too:
+padded with any grey, blurred, cropped and mirrored, shifted. Its thresholds come from the train
+images, which are other groups than the held-out ones. The result is kept in
+`logs/audit/DIGEST-altered.json` of the run, so that the check runs once.
+"""
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from maskloom.evaluate.copies import CopyJudge, calibrated_judge, comparable, copy_judge, copy_rows
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
+from maskloom.pipeline.errors import LeakedImages
+from maskloom.pipeline.progress import say
+from maskloom.pipeline.results import CopyRow
+from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
+from maskloom.pipeline.runs.copies import REAL_FIX
+from maskloom.pipeline.runs.leaks import MAX_SHOWN, SYNTHETIC_FIX
+from maskloom.pipeline.runs.run import Run
+
+VERSION = 1  # of this check; a new version makes every record stale
+# In Fisher's z. One image stops everything, and some sets have thousands: among real images that
+# thresholds had not seen, none exceeded them by more than 0.25. Altered copies mostly exceed them by 0.7.
+MARGIN = 0.3
+UNIFORM = 8  # grey levels by which a border may vary, as after JPEG
+LEAST_BORDER = 0.03  # of the side
+
+
+def require_no_altered_held_out_images(run: Run, inputs: EvaluationInputs) -> None:
+    """Check that no train or synthetic image is an altered validation, test or external image.
+
+    Call it after `require_no_held_out_copies`, before anything is computed or deleted. More than
+    `NEAR_LIMIT` images are not compared, which that check reports.
+
+    Raises:
+        LeakedImages: an image is such a copy; the error names the samples.
+    """
+    datasets = [inputs.real, *(one.dataset for one in inputs.synthetic.values())]
+    record, rows = record_path(run, datasets, "-altered"), sum(dataset.num_rows for dataset in datasets)
+    if is_recorded(record, VERSION, datasets) or rows > NEAR_LIMIT:
+        return
+    start, judge = time.monotonic(), held_out_judge(inputs)
+    if judge is None:
+        return
+    found = [(inputs.train, row) for row in judge.held_out]
+    fix = REAL_FIX if found else SYNTHETIC_FIX
+    for image_set in filter(len, inputs.synthetic.values()):
+        found += [(image_set, row) for row in leaked_in(inputs, judge, image_set)]
+    if found:
+        raise LeakedImages(_in_words(inputs, found), fix)
+    write_audit_record(record, VERSION, datasets, rows, True)
+    say(f"no altered held-out images among {rows} images ({time.monotonic() - start:.1f} s)")
+
+
+def held_out_sets(inputs: EvaluationInputs) -> list[ImageSet]:
+    """Return the splits that measure: validation, test and external sets, as far as there are any."""
+    return [one for one in (inputs.validation, inputs.test, *inputs.externals.values()) if len(one)]
+
+
+def held_out_judge(inputs: EvaluationInputs) -> CopyJudge | None:
+    """Return the judge that finds held-out images; None where there are none.
+
+    Its `held_out` are the train images that are copies of held-out ones. It is not kept: its
+    descriptors take 55 kB per held-out image.
+    """
+    known = held_out_sets(inputs)
+    return calibrated_judge(known, [inputs.train], bare_images, MARGIN) if known else None
+
+
+def leaked_in(inputs: EvaluationInputs, judge: CopyJudge, image_set: ImageSet) -> list[CopyRow]:
+    """Return the images of a set that are altered held-out ones.
+
+    Such an image also resembles its original by `MARGIN` more than any train image: one that shows
+    little, as a smooth blob, resembles images of every split.
+    """
+    images, samples = bare_images(image_set), image_set.columns["sample_id"]
+    found = judge.search.matches(images)
+    suspects = {row.sample_id for row in copy_rows(samples, judge.originals, found, judge.thresholds, MARGIN)}
+    indices = [index for index, sample in enumerate(samples) if sample in suspects]
+    if not indices:
+        return []
+    known = copy_judge(inputs).search.matches(images[indices])
+    rows = []
+    for number, index in enumerate(indices):
+        limits = {name: max(one, float(known.similarity[name][number])) for name, one in judge.thresholds.items()}
+        rows += copy_rows([samples[index]], judge.originals, found.of(index), limits, MARGIN)
+    return rows
+
+
+def bare_images(image_set: ImageSet) -> NDArray[np.uint8]:
+    """Return the images of a set as they are compared, (N, side, side), without grey borders."""
+    images = comparable(image_set)
+    for index, image in enumerate(images):
+        images[index] = without_grey_border(image)
+    return images
+
+
+def without_grey_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a square grey image without a uniform border on all sides, at its old size.
+
+    Black and white borders stay: the search leaves them out itself, unless they belong to the images.
+    What is kept is square, so that proportions stay.
+    """
+    side = len(image)
+    grey = float(np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])))
+    if not UNIFORM < grey < 255 - UNIFORM:
+        return image
+    differs = np.abs(image - np.float32(grey)) > UNIFORM
+    rows, columns = np.flatnonzero(differs.any(axis=1)), np.flatnonzero(differs.any(axis=0))
+    if not len(rows):
+        return image
+    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    if min(top, left, side - bottom, side - right) < LEAST_BORDER * side:
+        return image
+    kept = max(bottom - top, right - left)
+    up, before = (min(max(0, (low + high - kept) // 2), side - kept) for low, high in ((top, bottom), (left, right)))
+    picture = Image.fromarray(image)
+    box = (before, up, before + kept, up + kept)
+    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=box))
+
+
+def _in_words(inputs: EvaluationInputs, found: list[tuple[ImageSet, CopyRow]]) -> str:
+    split_of = {sample: one.split for one in held_out_sets(inputs) for sample in one.columns["sample_id"]}
+    first = "; ".join(
+        f"{row.sample_id} ({image_set.split} of {image_set.dataset.folder}) shows {row.original} ({split_of[row.original]}, "
+        f"{row.transformation}, {row.measure} {row.similarity:.2f} above {row.threshold:.2f})"
+        for image_set, row in found[:MAX_SHOWN]
+    )
+    more = f"; and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
+    return f"{inputs.real.folder}: {len(found)} image(s) are altered copies of held-out images: {first}{more}"
