@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from maskloom.evaluate.downstream.cases import CASES_FILE, DownstreamResult, EvaluationCases
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.questions import Question
+from maskloom.pipeline.dataset.copies import COPIES_FILE
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.files.private_paths import without_places
@@ -36,7 +37,8 @@ class Answers:
 
     def keep_only(self, questions: Collection[str]) -> None:
         """Remove the answers to all other questions, which the report would show, and read the cases of these."""
-        others = [name for name in self.folder.files() if name != CASES_FILE and question_of(name) not in questions]
+        shared = {CASES_FILE, COPIES_FILE}
+        others = [name for name in self.folder.files() if name not in shared and question_of(name) not in questions]
         self.folder.remove(others)
         self.cases = EvaluationCases.of(self.folder, questions)
 

@@ -80,13 +80,22 @@ def require_no_training_copies(inputs: EvaluationInputs) -> None:
     """
     if inputs.on_copies != "stop":
         return
-    for name, copies in judged_copies(inputs).synthetic.items():
-        if copies:
-            raise LeakedImages(
-                f"{inputs.synthetic[name].dataset.folder}: {len(copies)} of {len(inputs.synthetic[name])} images are copies of training images: "
-                f"{named_copies(copies)}",
-                "delete them, or set evaluate.on_copies=drop to leave them out",
-            )
+    found = [
+        f"{inputs.synthetic[name].dataset.folder}: {len(copies)} of {len(inputs.synthetic[name])} images are copies of training images: "
+        f"{named_copies(copies)}"
+        for name, copies in judged_copies(inputs).synthetic.items()
+        if copies
+    ]
+    if found:
+        raise LeakedImages(" | ".join(found), "delete them, or set evaluate.on_copies=drop to leave them out")
+
+
+def searched_sets(inputs: EvaluationInputs) -> dict[str, list[CopyRow]]:
+    """Return the copies in each set by its digest, where they were or must be searched; else nothing."""
+    judgement = judged_copies(inputs) if inputs.on_copies == "stop" else inputs.made("copies")
+    if judgement is None:
+        return {}
+    return {inputs.synthetic[name].dataset.digest: rows for name, rows in judgement.synthetic.items()}
 
 
 def rows_without_copies(inputs: EvaluationInputs, name: str, samples: list[str]) -> NDArray[np.int64]:

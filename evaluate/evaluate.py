@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from maskloom.evaluate.answers import Answers
-from maskloom.evaluate.copies import require_no_training_copies
+from maskloom.evaluate.copies import require_no_training_copies, searched_sets
 from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
 from maskloom.evaluate.leaks import require_no_altered_held_out_images
@@ -20,6 +20,7 @@ from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.models.stable_diffusion.trained_parts import read_places
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.copies import COPIES_FILE, record_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
@@ -113,18 +114,21 @@ def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> N
         return
     names = [question.name for question in questions]
     answers.check([*names, *([CONTROLS] if controls else [])])
+    answers.folder.check_name(COPIES_FILE)
     features, models = checked_caches(run, config)
     inputs = verified_inputs(run, config)  # refuses before anything is changed
     with stage.recorded() as results:
         inputs.feature_cache, inputs.model_cache = features, models
         inputs.on_copies = config.evaluate.on_copies
-        require_no_training_copies(inputs)
         answers.folder.claim()
+        record_copies(answers.folder, searched_sets(inputs), subject.digests.values(), inputs.on_copies)
+        require_no_training_copies(inputs)
         features.keep_only(subject.digests.values())
         if force:
             models.clear()
         answers.keep_only({*names, *([CONTROLS] if tested else [])})
         results |= answer_all(subject, answers, questions, inputs, force)
+        record_copies(answers.folder, searched_sets(inputs), subject.digests.values(), inputs.on_copies)
         models.clear()
         if controls:
             tested = tested or subject.answered(answers, control, inputs)

@@ -223,6 +223,10 @@ class EvaluationInputs:
             self._memo[key] = compute()
         return self._memo[key]
 
+    def made(self, key: Any) -> Any | None:
+        """Return what `once` has computed for a key; None if it has not."""
+        return self._memo.get(key)
+
 
 def open_inputs(
     real: MaskPromptDataset,

@@ -21,6 +21,7 @@ from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import merged, parsed_override, read_values, validated
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE
+from maskloom.pipeline.dataset.copies import COPIES_FILE
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import LeakedImages, MaskLoomError
@@ -183,10 +184,14 @@ def _stated(overrides: Sequence[str], section: str) -> dict[str, Any]:
 
 
 def remove_results(run: Run) -> None:
-    """Delete the report and the evaluation of earlier images: they say nothing about those that leak."""
+    """Delete the report and the answers about earlier images: they say nothing about those that leak.
+
+    The list of copies stays: each of its sets is named by its digest.
+    """
     OwnedFolder(run.folder).remove([run.report.name])
     if run.evaluation.is_dir():
-        OwnedFolder(run.evaluation).clear()
+        answers = OwnedFolder(run.evaluation)
+        answers.remove([name for name in answers.files() if name != COPIES_FILE])
 
 
 def print_verdicts(run: Run) -> None:

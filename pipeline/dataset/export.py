@@ -10,7 +10,7 @@ from typing import Any
 
 from maskloom.pipeline import __version__
 from maskloom.pipeline.config.loading import validated
-from maskloom.pipeline.dataset.copies import rows_left_out
+from maskloom.pipeline.dataset.copies import copies_handed_on
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.exporter import DatasetExporter, ExportSource
 from maskloom.pipeline.dataset.verification import verify_fully
@@ -60,11 +60,12 @@ def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
     """
     exporter = open_exporter(options.format, options.values)
     verified = verify_fully(dataset)
-    source = ExportSource.surveyed(verified, _chosen_splits(verified, options.splits), rows_left_out(verified))
+    copies = copies_handed_on(verified)
+    source = ExportSource.surveyed(verified, _chosen_splits(verified, options.splits), copies.left_out)
     if not source.counts:
         raise MaskLoomError(f"{dataset}: every row is a copy of a training image; there are no rows to export")
     _check_fit(exporter, source, options.format)
-    provenance = _provenance(exporter, source, options.format)
+    provenance = _provenance(exporter, source, options.format, copies.kept)
     _check_output(options.output, dataset, provenance, options.force)
     with whole_folder(options.output.resolve()) as folder:
         exporter.write(source, folder)
@@ -125,8 +126,10 @@ def _check_fit(exporter: DatasetExporter, source: ExportSource, name: str) -> No
     exporter.check(source)
 
 
-def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> dict[str, Any]:
-    """Return the content of `maskloom.json`.
+def _provenance(
+    exporter: DatasetExporter, source: ExportSource, name: str, kept_copies: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the content of `maskloom.json`, with the exported copies of training images among it.
 
     It contains no local path and no time, so that the same dataset gives the same bytes.
     """
@@ -145,6 +148,7 @@ def _provenance(exporter: DatasetExporter, source: ExportSource, name: str) -> d
         "splits": rows_by_split,
         "rows_by_origin": dict(sorted(rows_by_origin.items())),
         **({"copies_left_out": dict(source.left_out)} if source.left_out else {}),
+        **({"copies_kept": dict(kept_copies)} if kept_copies else {}),
         "masks": exporter.mask_values(about),
         "mask_classes": list(about.mask_classes),
         "labels": list(about.labels),

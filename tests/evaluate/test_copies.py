@@ -19,6 +19,7 @@ from maskloom.evaluate.scores.descriptors import SIDE, content_box, halved, with
 from maskloom.evaluate.scores.overlap import largest_overlaps
 from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.export import ExportOptions, export
 from maskloom.pipeline.errors import MaskLoomError
 from tests.evaluate.runs import answer, copied, small_options, tiny_config, tiny_inputs
 from tests.tiny_datasets import Picture, Sample, write_tiny_run
@@ -241,7 +242,7 @@ def test_six_copies_among_150_are_named_each_with_its_original(tmp_path: Path) -
     assert result.pictures[0].pixels.shape[1] == 2 * 32 + 4
 
 
-def copied_run(folder: Path) -> None:
+def copied_run(folder: Path, names: tuple[str, ...] = ("third",)) -> None:
     """Write a run whose every third synthetic image is a copy."""
 
     def structured(sample: Sample) -> None:
@@ -252,7 +253,7 @@ def copied_run(folder: Path) -> None:
         return parent.image if index % 3 == 0 else resized(picture(5000 + index), 32)
 
     counts = {"train": 18, "validation": 16, "test": 12}
-    write_tiny_run(folder, {"third": third}, counts, change=structured)
+    write_tiny_run(folder, dict.fromkeys(names, third), counts, change=structured)
 
 
 @pytest.mark.parametrize("metric", ["downstream_segmentation", "downstream_classification"])
@@ -290,3 +291,33 @@ def test_the_stage_records_copies_or_stops(tmp_path: Path) -> None:
         assert found is not None
         assert found.on_copies == on_copies
         assert [row.sample_id for row in found.rows] == [f"third-{index:04d}" for index in range(0, 18, 3)]
+
+
+def test_copies_that_stop_are_listed_for_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that no way out hands them on; an earlier list and earlier answers stay."""
+    copied_run(tmp_path, ("third", "other"))
+
+    def evaluated(on_copies: str) -> None:
+        config = tiny_config(tmp_path, {"memorisation": small_options("memorisation")}, ("third", "other"))
+        asked = config.evaluate.model_copy(update={"on_copies": on_copies})
+        evaluate(config.model_copy(update={"evaluate": asked}), force=False)
+
+    def handled(name: str) -> str | None:
+        found = found_copies(MaskPromptDataset.open(tmp_path / "synthetic" / name))
+        return None if found is None or len(found.rows) != 6 else found.on_copies
+
+    both = r"third: 6 of 18 images are copies .*other: 6 of 18 images are copies .*evaluate\.on_copies=drop"
+    for _ in range(2):
+        with pytest.raises(MaskLoomError, match=both):
+            evaluated("stop")
+        for name in ("third", "other"):
+            assert handled(name) == "stop"
+            options = ExportOptions("imagefolder", tmp_path / "exported", force=True)
+            with pytest.raises(MaskLoomError, match=r"6 rows are copies of training images"):
+                export(tmp_path / "synthetic" / name, options)
+        assert not (tmp_path / "exported").exists()
+        evaluated("drop")  # the answers of the first time are kept; what becomes of copies is not
+        assert handled("third") == handled("other") == "drop"
+    evaluated("keep")
+    assert handled("third") == "keep"
+    assert (tmp_path / "evaluation" / "memorisation.json").is_file()

@@ -50,7 +50,7 @@ def test_answers_carry_what_a_reader_needs(run: Path) -> None:
     evaluate(config(run, "memorisation"), force=False)
     answer = json.loads((run / "evaluation" / "memorisation.json").read_text())
     assert answer["metric"] == "memorisation"
-    assert answer["version"] == 3
+    assert answer["version"] == 4
     assert set(answer["inputs"]) == {"real", "controlnet", "text_only"}
     assert answer["options"]["percentile"] == 5
     assert answer["n"]["real train"] == 24

@@ -22,6 +22,7 @@ from maskloom.evaluate.judge.importing import ORIGIN, mask_class_table, resized
 from maskloom.evaluate.judge.judge import Request, judge
 from maskloom.evaluate.judge.reading import class_source, messages_about, options_like_real, real_mask_values
 from maskloom.evaluate.judge.remarks import mask_remark, transparency_remark
+from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.dataset.writer import Sample
@@ -223,7 +224,11 @@ def test_copies_of_train_images_follow_on_copies(real: Path, tmp_path: Path, qui
         LeakedImages, match=r"images are copies of training images: .*-planted of .*evaluate\.on_copies"
     ):
         judged(real, synthetic, out, quick, "evaluate.on_copies=stop", memorisation)
+    stopped = found_copies(MaskPromptDataset.open(out / "synthetic/synthetic"))
+    assert stopped is not None and stopped.on_copies == "stop" and stopped.rows
     judged(real, synthetic, out, quick, memorisation)  # dropped: a verdict, which names it
+    dropped = found_copies(MaskPromptDataset.open(out / "synthetic/synthetic"))
+    assert dropped is not None and dropped.on_copies == "drop" and dropped.rows == stopped.rows
     answer = next(one for one in read_evaluations(out / "evaluation") if one.metric == "memorisation")
     assert answer.copies is not None
     assert any(row.sample_id.endswith("planted") for row in answer.copies["synthetic"])

@@ -7,7 +7,7 @@ import pytest
 
 from maskloom.pipeline.dataset.combine import combine
 from maskloom.pipeline.dataset.combining.plan import CombineOptions
-from maskloom.pipeline.dataset.copies import found_copies
+from maskloom.pipeline.dataset.copies import COPIES_FILE, found_copies, record_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.export import ExportOptions, export
 from maskloom.pipeline.errors import MaskLoomError
@@ -27,9 +27,8 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_answer(run: Path, on_copies: OnCopies, digest: str | None = None, copies: bool = True) -> None:
-    """Write the answer that names the copies in `run/synthetic/some`."""
-    rows = [
+def copy_rows(originals: dict[str, str]) -> list[CopyRow]:
+    return [
         CopyRow(
             sample_id=sample,
             original=original,
@@ -38,8 +37,13 @@ def write_answer(run: Path, on_copies: OnCopies, digest: str | None = None, copi
             similarity=0.9,
             threshold=0.7,
         )
-        for sample, original in COPIES.items()
+        for sample, original in originals.items()
     ]
+
+
+def write_answer(run: Path, on_copies: OnCopies, digest: str | None = None, copies: bool = True) -> None:
+    """Write the answer that names the copies in `run/synthetic/some`."""
+    rows = copy_rows(COPIES)
     folder = OwnedFolder(run / "evaluation")
     folder.claim()
     answer = Evaluation(
@@ -129,3 +133,44 @@ def test_nothing_but_copies_cannot_be_exported(tmp_path: Path) -> None:
     )
     with pytest.raises(MaskLoomError, match="every row is a copy of a training image"):
         exported(tmp_path)
+
+
+def test_kept_copies_are_stated_in_every_export(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of a combined dataset too, which says nothing of them itself."""
+    write_answer(run, "keep")
+    assert exported(run)["copies_kept"] == COPIES
+    combined(run)
+    provenance = export(run / "combined", ExportOptions("imagefolder", run / "of-both"))
+    assert provenance["copies_kept"] == COPIES
+    assert "combined: 2 rows are copies of training images" in capsys.readouterr().err
+
+
+def test_copies_found_after_combining_are_not_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    combined(run)
+    options = ExportOptions("imagefolder", run / "of-both", force=True)
+    export(run / "combined", options)
+    assert f"{run / 'combined'}: not searched for copies" in capsys.readouterr().err
+    write_answer(run, "drop")
+    assert export(run / "combined", options)["copies_left_out"] == COPIES
+    assert not list((run / "of-both").rglob("some-0001*"))
+    write_answer(run, "stop")
+    with pytest.raises(MaskLoomError, match="combined: 2 rows are copies of training images"):
+        export(run / "combined", options)
+
+
+def test_the_list_keeps_sets_that_were_searched_earlier(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, (row, *_) = OwnedFolder(run / "evaluation"), copy_rows(COPIES)
+    folder.claim()
+    dataset = MaskPromptDataset.open(run / "synthetic/some")
+    record_copies(folder, {dataset.digest: [row]}, [dataset.digest], "stop")
+    record_copies(folder, {"0" * 64: []}, ["0" * 64], "keep")  # another set
+    found = found_copies(dataset)
+    assert found is not None and (found.rows, found.on_copies) == ([row], "stop")
+    record_copies(folder, {}, [dataset.digest], "drop")
+    assert list(exported(run)["copies_left_out"]) == [row.sample_id]  # type: ignore[call-overload]
+    (run / "evaluation" / COPIES_FILE).write_text("{}\n")
+    with pytest.raises(MaskLoomError, match=rf"{COPIES_FILE}:1: .*run evaluate again with --force"):
+        exported(run)
+    record_copies(folder, {}, [dataset.digest], "drop")
+    assert "changed since it was written; its list of copies is dropped" in capsys.readouterr().err
+    assert found_copies(dataset) is None
