@@ -7,19 +7,23 @@ written, its models are deleted.
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from maskloom.pipeline.errors import report_write_errors
-from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.errors import MaskLoomError, report_write_errors
+from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
+from maskloom.pipeline.files.ownership import MANIFESTS, OwnedFolder
 from maskloom.pipeline.progress import say
 
 Stored = tuple[Mapping[str, NDArray[Any]], Mapping[str, str]]
 """The arrays of a model, and text that says what they are."""
 NAME_DIGITS = 16  # of the digest in a file's name
+MODEL_NAME = re.compile(rf"[a-z0-9_]+-[0-9a-f]{{{NAME_DIGITS}}}\.safetensors")
 
 
 class ModelCache:
@@ -31,8 +35,44 @@ class ModelCache:
         self._read_back = 0
 
     def check(self) -> None:
-        """Check that the folder may be written to; see `OwnedFolder.check` for the errors."""
-        self._owned.check()
+        """Check that the folder may be written to; one without a readable manifest is emptied.
+
+        Nothing but models that can be trained again lies under its name, so that damage never stops
+        an evaluation. Files of other kinds stay.
+
+        Raises:
+            MaskLoomError: a file of another kind is in the way; see `OwnedFolder.check`.
+        """
+        try:
+            self._owned.check()
+            self._owned.files()
+        except MaskLoomError as error:
+            if not self._is_only_models():
+                raise
+            say(f"{error}; training these models again")
+            shutil.rmtree(self._owned.path)
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        """Remove empty folders where models belong."""
+        for one in self._owned.path.glob("*.safetensors"):
+            if one.is_dir() and not one.is_symlink():
+                if any(one.iterdir()):
+                    raise MaskLoomError(f"{one}: a folder with files in it, where a model belongs; move it away")
+                say(f"{one}: a folder where a model belongs; training this model again")
+                one.rmdir()
+
+    def _is_only_models(self) -> bool:
+        """Whether nothing but models, their leftovers and the manifest lies in the folder."""
+        path = self._owned.path
+        if path.is_symlink() or not path.is_dir():
+            return False
+        return all(
+            (MODEL_NAME.fullmatch(one.name) or one.match(MANIFESTS) or one.name.endswith(TEMPORARY_SUFFIX))
+            and not one.is_symlink()
+            and one.is_file()
+            for one in path.iterdir()
+        )
 
     def stored(self, metric: str, key: str, train: Callable[[], Stored]) -> Stored:
         """Return a model: the one on disk, or `train()`, which is kept.

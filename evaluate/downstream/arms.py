@@ -207,6 +207,8 @@ def train_arms(
     outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in arms}
 
     def train_seeds(numbers: range) -> None:
+        if not numbers:
+            return
         with progress("training downstream models", len(arms) * len(numbers), "models") as advance:
             for name, (arm, images) in arms.items():
                 data, first = arm_data(arm, real, images), seed + (OTHER_SEEDS if name == NULL_ARM else 0)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from maskloom.pipeline.config.filter import FILTERED
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
@@ -74,8 +75,8 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
         synthetic: the synthetic dataset.
 
     Raises:
-        MaskLoomError: the contract is damaged, or names no parent or another one; or the generator was
-            trained on another dataset, or again since.
+        MaskLoomError: the contract is damaged, or names no parent or another one, or another generator;
+            or the generator was trained on another dataset, or again since.
     """
     folder, parent = synthetic.folder, synthetic.contract.parent
     if parent is None:
@@ -85,6 +86,7 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
         )
     if parent.digest != real.digest:
         raise MaskLoomError(f"{folder}: made from another version of {real.folder}; run generate again")
+    _require_generator(name, synthetic)
     stated = _stated_training(synthetic)
     stage = stated.stage if stated else training_of(run, name, synthetic.contract)
     if stage is None:
@@ -94,6 +96,21 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
     if newer_training(run, synthetic):
         raise MaskLoomError(
             f"{folder}: made with other weights than those that {stage} has trained since; run generate again"
+        )
+
+
+def _require_generator(name: str, synthetic: MaskPromptDataset) -> None:
+    """Check that the generator that a set's folder is named after made it; its filtered form has a suffix.
+
+    Raises:
+        MaskLoomError: the contract states another generator.
+    """
+    generation = synthetic.description.preprocessing.get("generation")
+    stated = generation.get("generator") if isinstance(generation, dict) else None
+    if stated is not None and stated != name.removesuffix(FILTERED):
+        raise MaskLoomError(
+            f"{synthetic.folder}: made by {stated}, as its {CONTRACT_FILE} states, not by {name}; "
+            "move it back to the folder of its generator, or run generate again"
         )
 
 

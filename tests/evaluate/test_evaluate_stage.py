@@ -15,6 +15,8 @@ from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.dataset.contract import Parent
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import write_json
@@ -23,6 +25,7 @@ from maskloom.pipeline.results import TUNED_VAE, MetricResult, read_evaluations,
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import StageChecked, check_only
+from maskloom.pipeline.runs.trainings import require_same_training
 from tests.evaluate.runs import faithful, noise, small_options, tiny_config, tiny_inputs
 from tests.records import record_outputs
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
@@ -256,6 +259,24 @@ def test_synthetic_set_of_another_dataset(run: Path, tmp_path_factory: pytest.Te
     (run / "synthetic" / "controlnet").symlink_to(other / "synthetic" / "controlnet")
     with pytest.raises(MaskLoomError, match=r"controlnet: made from another version of .*dataset; run generate again"):
         tiny_inputs(run, ("controlnet",))
+
+
+def test_synthetic_set_of_another_generator(tmp_path: Path) -> None:
+    """A set that was moved to the folder of another generator would be reported under its name."""
+    samples = {"train": tiny_samples("train", 4)}
+    real = write_dataset(tmp_path / "dataset", tiny_description(), samples)
+    preprocessing = {
+        "generation": {"generator": "text_only", "training": dict.fromkeys(("stage", "dataset", "weights"))}
+    }
+    about = tiny_description(origin="synthetic").model_copy(update={"preprocessing": preprocessing})
+    parent = Parent(path="../../dataset", digest=real.digest)
+    for name in ("controlnet", "text_only", "text_only-filtered"):
+        write_dataset(tmp_path / "synthetic" / name, about, samples, parent)
+    opened, run = MaskPromptDataset.open(tmp_path / "dataset"), Run(tmp_path)
+    for name in ("text_only", "text_only-filtered"):
+        require_same_training(run, name, opened, MaskPromptDataset.open(run.synthetic / name))
+    with pytest.raises(MaskLoomError, match=r"controlnet: made by text_only, .*not by controlnet; move it back"):
+        require_same_training(run, "controlnet", opened, MaskPromptDataset.open(run.synthetic / "controlnet"))
 
 
 def test_edited_synthetic_set(run: Path) -> None:

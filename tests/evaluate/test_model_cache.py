@@ -17,7 +17,7 @@ from maskloom.evaluate.model_cache import ModelCache
 from maskloom.models.segmenter import SegmenterOptions, build_segmenter
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.ownership import OwnedFolder
+from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
 from maskloom.pipeline.runs.run import Run
 from tests.evaluate.runs import answer, faithful, noise, small_options, tiny_config, tiny_inputs
 from tests.tiny_datasets import write_tiny_run
@@ -164,6 +164,46 @@ def test_damaged_models_are_reported_and_trained_again(
     path.write_bytes(damage(path.read_bytes()))
     assert len(trained_seeds(tmp_path, "downstream_classification")) == 12 - 1
     assert f"{path}: changed since it was written; training this model again" in capsys.readouterr().err
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (lambda folder: (folder / MANIFEST).unlink(), 0),
+        (lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:100]), 0),
+        (lambda folder: as_folder(min(folder.glob("*.safetensors"))), 1),
+    ],
+    ids=["no manifest", "damaged manifest", "folder"],
+)
+def test_a_damaged_folder_is_reported_and_its_models_trained_again(
+    damage: Callable[[Path], None], kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ModelCache(tmp_path / "models")
+    model = as_arrays(TrainedModel([1.0], {}, None))
+    for key in ("0" * 16, "1" * 16):
+        cache.stored("m", key, lambda: model)
+    damage(tmp_path / "models")
+    trained = []
+    cache.check()
+    assert "again" in capsys.readouterr().err
+    for key in ("0" * 16, "1" * 16):
+        cache.stored("m", key, lambda: trained.append(1) or model)
+    assert len(trained) == 2 - kept
+    cache.finish("m")
+    assert not list((tmp_path / "models").glob("*.safetensors"))
+
+
+def test_a_folder_with_files_where_a_model_belongs_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "m-0.safetensors").mkdir()
+    OwnedFolder(tmp_path).mark()
+    (tmp_path / "m-0.safetensors" / "mine.txt").write_text("mine")
+    with pytest.raises(MaskLoomError, match="a folder with files in it, where a model belongs; move it away"):
+        ModelCache(tmp_path).check()
 
 
 def test_the_users_files_are_in_the_way_before_anything_is_trained(tmp_path: Path) -> None:

@@ -111,6 +111,14 @@ def test_all_arms_train_alike_and_no_seed_twice() -> None:
     assert len(trained) == 15
 
 
+def test_no_training_is_announced_where_the_first_seeds_suffice(capsys: pytest.CaptureFixture[str]) -> None:
+    real = np.zeros((2, 2)), np.zeros(2)
+    options = ArmOptions(arms=["real", "synthetic"], seeds="auto", max_seeds=3)
+    found = train_arms(options, real, {"gan": real}, 5, lambda *_: 0, lambda _: 3)
+    assert [len(one) for one in found.values()] == [3, 3, 3]
+    assert capsys.readouterr().err.count("training downstream models") == 1
+
+
 @pytest.mark.parametrize("seeds", ["automatic", "", 0, -1, 2.5, 1001, None, [3], float("nan")])
 def test_seeds_are_auto_or_a_whole_number(seeds: Any) -> None:
     with pytest.raises(MaskLoomError, match=r"^here: seeds=.*: give auto, or a whole number from 1 to 1000") as error:
