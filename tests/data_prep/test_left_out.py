@@ -68,9 +68,10 @@ def test_prepare_and_merge_end_by_saying_it(tmp_path, capsys):
             command = command_line(run, raw, *(more or []))
             run_main(["merge", *command] if more is None else command)
         said = capsys.readouterr().err.splitlines()
-        assert said[-2:] == [
+        assert said[-3:] == [
             f"2 of 20 inputs were left out; {run}/dataset/rejected.jsonl lists each with its reason",
             f"  2: no mask file belongs to this image (such as {busi.ROOT}/normal/normal (1).png)",
+            f"prepare: wrote {run}/dataset (train 12, validation 3, test 3 rows)",
         ]
 
 

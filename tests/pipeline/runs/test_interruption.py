@@ -237,7 +237,7 @@ STARTER = """
 import sys
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.runner import _run
-run_command(lambda: _run([sys.executable, *sys.argv[1:]], launched=False))
+run_command(lambda: _run([sys.executable, *sys.argv[1:]], launched=False, messages=None))
 """
 
 
