@@ -73,7 +73,7 @@ def measured(
         known = options if isinstance(plugin.options, ClassifierOptions | SegmenterOptions) else {}
         plugins.append(open_criterion(name, dict(known)))
     judge = Judge(inputs, plugins, acceptance)
-    samples = [test_sample(row) for row in real.rows("test")]
+    samples = [decoded_sample(row) for row in real.rows("test")]
     random = np.random.default_rng(seed)
     kinds: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -96,7 +96,7 @@ def measured(
     }
 
 
-def test_sample(row: Mapping[str, Any]) -> Sample:
+def decoded_sample(row: Mapping[str, Any]) -> Sample:
     """Return a stored row with decoded pixels; it keeps its own group."""
     pixels = {
         name: None if row[name] is None else png_array(row[name]["bytes"])

@@ -7,7 +7,7 @@ coverage of `quality`, and needs no threshold, unlike the search for copies of `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import Field
@@ -15,7 +15,7 @@ from pydantic import Field
 from maskloom.evaluate.feature_cache import Features
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.distances import nearest_points
-from maskloom.evaluate.scores.features import ExtractorOptions, load_extractor, set_features
+from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.manifold import authentic
 from maskloom.evaluate.scores.real_floor import FEWEST, held_out_set, shortage_warnings
 from maskloom.evaluate.scores.statistics import Bootstrap, weighted_mean
@@ -58,19 +58,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         question=QUESTION,
         verdict=f"Authentic share, {extractor.name}: {named or 'no synthetic image'}; "
         f"{reference.name} images, which nobody has learnt from, {cell_text(shares[REAL])}.",
-        tables=[
-            Table(
-                title=f"Authenticity, {extractor.name}",
-                note="Share of images that lie further from their nearest train image than that image lies from any other "
-                f"train image; higher is better. The {reference.name} images show what new real images reach; far below "
-                f"them a generator repeats its training images. 95 % bootstrap interval over groups. Extractor: {extractor.title}.",
-                columns=["images", "N", "authentic"],
-                rows=[
-                    [f"{reference.name} (the reference)" if name == REAL else name, len(sets[name]), one]
-                    for name, one in shares.items()
-                ],
-            )
-        ],
+        tables=[_table(sets, shares, extractor)],
         warnings=[
             *shortage_warnings(inputs, reference),
             *(
@@ -95,6 +83,21 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             "authenticity": {name: one.model_dump() for name, one in shares.items()},
         },
         n=inputs.counts(),
+    )
+
+
+def _table(sets: Mapping[str, ImageSet], shares: Mapping[str, Interval], extractor: Extractor) -> Table:
+    reference = sets[REAL].name
+    return Table(
+        title=f"Authenticity, {extractor.name}",
+        note="Share of images that lie further from their nearest train image than that image lies from any other "
+        f"train image; higher is better. The {reference} images show what new real images reach; far below "
+        f"them a generator repeats its training images. 95 % bootstrap interval over groups. Extractor: {extractor.title}.",
+        columns=["images", "N", "authentic"],
+        rows=[
+            [f"{reference} (the reference)" if name == REAL else name, len(sets[name]), one]
+            for name, one in shares.items()
+        ],
     )
 
 

@@ -7,16 +7,18 @@ extractor's features, fitted to the real train images and their classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from pydantic import Field
 
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
-from maskloom.evaluate.scores.features import ExtractorOptions, load_extractor, set_features
+from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, load_extractor, set_features
 from maskloom.evaluate.scores.inception_score import inception_score, linear_probabilities
 from maskloom.evaluate.scores.real_floor import FEWEST, held_out_set, shortage_warnings
 from maskloom.evaluate.scores.statistics import Bootstrap
 from maskloom.pipeline.config.bounds import Repeats
-from maskloom.pipeline.results import REAL, Figure, MetricResult, Table, cell_text, skipped_result
+from maskloom.pipeline.results import REAL, Figure, Interval, MetricResult, Table, cell_text, skipped_result
 
 VERSION = 1
 QUESTION = "Are synthetic images clearly of one class each, and of all classes together?"
@@ -61,25 +63,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         question=QUESTION,
         verdict=f"Inception score ({classifier}, {len(classes)} classes): {named or 'no synthetic image'}; "
         f"{reference.name} images {cell_text(scores[REAL])}.",
-        tables=[
-            Table(
-                title=f"Inception score, {classifier}",
-                note=f"From 1 to {len(classes)}, the number of classes; higher: images are clearly of one class each, and of all "
-                "classes. The classifier is fitted to the real train images of this dataset, so that its scores are not "
-                "those of Inception v3 on ImageNet. Class found: share of images in which it finds the class that they are "
-                f"labelled with. 95 % bootstrap intervals over groups. Extractor: {extractor.title}.",
-                columns=["images", "N", "inception score", "class found"],
-                rows=[
-                    [
-                        f"{reference.name} (the reference)" if name == REAL else name,
-                        len(sets[name]),
-                        one,
-                        accuracies[name],
-                    ]
-                    for name, one in scores.items()
-                ],
-            )
-        ],
+        tables=[_table(sets, scores, accuracies, len(classes), extractor)],
         warnings=[
             *shortage_warnings(inputs, reference),
             *_classifier_warnings(accuracies[REAL], len(classes), reference),
@@ -102,6 +86,27 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             "class_found": accuracies,
         },
         n=inputs.counts(),
+    )
+
+
+def _table(
+    sets: Mapping[str, ImageSet],
+    scores: Mapping[str, Interval],
+    accuracies: Mapping[str, float | None],
+    classes: int,
+    extractor: Extractor,
+) -> Table:
+    return Table(
+        title=f"Inception score, logistic regression on {extractor.name}",
+        note=f"From 1 to {classes}, the number of classes; higher: images are clearly of one class each, and of all "
+        "classes. The classifier is fitted to the real train images of this dataset, so that its scores are not "
+        "those of Inception v3 on ImageNet. Class found: share of images in which it finds the class that they are "
+        f"labelled with. 95 % bootstrap intervals over groups. Extractor: {extractor.title}.",
+        columns=["images", "N", "inception score", "class found"],
+        rows=[
+            [f"{sets[REAL].name} (the reference)" if name == REAL else name, len(sets[name]), one, accuracies[name]]
+            for name, one in scores.items()
+        ],
     )
 
 
