@@ -4,7 +4,7 @@
 
 For each count, as many real train and test images and synthetic ones are made: ultrasound phantoms
 of 128 x 128, one per patient. Each evaluation runs in a process of its own, with the options of
-configs/busi_laptop.yaml: the search for held-out copies, then every metric but the downstream ones.
+configs/busi_laptop.yaml: the searches for held-out copies, then every metric but the downstream ones.
 Core seconds, unlike seconds, hardly depend on what else the machine does.
 """
 
@@ -27,6 +27,7 @@ from rich.table import Table
 
 from maskloom.data_prep.prepare import prepare
 from maskloom.evaluate.inputs import open_inputs
+from maskloom.evaluate.leaks import require_no_altered_held_out_images
 from maskloom.evaluate.questions import open_question
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
@@ -87,8 +88,10 @@ def measured(folder: Path) -> dict[str, list[float]]:
     config = phantoms(folder / "real", 1, 1.0)
     assert config.train
     inputs = open_inputs(real, {"phantoms": synthetic}, BackboneSource.of(config.train), 0)
+    run = Run(folder / "real")
     costs = {
-        "held-out copies": measured_step(lambda: require_no_held_out_copies(Run(folder / "real"), real, [synthetic]))
+        "held-out copies": measured_step(lambda: require_no_held_out_copies(run, real, [synthetic])),
+        "altered held-out copies": measured_step(lambda: require_no_altered_held_out_images(run, inputs)),
     }
     for name, options in config.evaluate.metrics.items():
         if not name.startswith(DOWNSTREAM):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,6 @@ from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.results import OnCopies
-
-if TYPE_CHECKING:
-    import datasets
 
 Images = NDArray[np.uint8]
 BATCH = 64
@@ -54,11 +51,6 @@ class ImageSet:
         names = ["sample_id", "group_id", "parent_id", "label"]
         rows = list(self.dataset.rows(self.split, names))
         return {name: [row[name] for row in rows] for name in names}
-
-    @cached_property
-    def _table(self) -> datasets.Dataset:
-        """The rows, memory-mapped; opening them takes longer than reading a few."""
-        return self.dataset.split(self.split)
 
     @property
     def parents(self) -> list[str | None]:
@@ -100,7 +92,8 @@ class ImageSet:
             return
         if size is None and self.dataset.description.buckets:
             size = self.dataset.description.image_size
-        table = self._table.select_columns([column])
+        # Opened anew each time, in some milliseconds: pages of the mapped file stay in memory as long as it is open.
+        table = self.dataset.split(self.split).select_columns([column])
         numbers = range(len(table)) if rows is None else rows
         for start in range(0, len(numbers), BATCH):
             pictures = table[numbers[start : start + BATCH]][column]

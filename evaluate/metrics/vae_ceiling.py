@@ -19,6 +19,7 @@ from maskloom.evaluate.inputs import BATCH, EvaluationInputs, ImageSet, in_batch
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
 from maskloom.evaluate.scores.frechet import frechet_interval
 from maskloom.evaluate.scores.statistics import Bootstrap, difference, weighted_mean
+from maskloom.evaluate.scores.threads import thread_results
 from maskloom.evaluate.thumbnails import image_grid
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.bounds import BatchSize, Shown
@@ -196,7 +197,8 @@ def reconstruct(
 
     A batch of images is in memory at a time, and the shown ones.
     """
-    features, psnr, ssim, kept = [], [], [], []
+    features, psnr, kept = [], [], []
+    ssim: list[float] = []
     for start in range(0, len(image_set), BATCH):
         rows = range(start, min(start + BATCH, len(image_set)))
         images = image_set.images(rows=rows)
@@ -204,7 +206,7 @@ def reconstruct(
         features.append(batch_features(extractor, in_batches(decoded), device))
         error = ((images.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
         psnr.append(10 * np.log10(255**2 / np.maximum(error, 1e-2)))  # at most 68 dB, for equal images
-        ssim += [_ssim(one, other) for one, other in zip(images, decoded, strict=True)]
+        ssim += thread_results(lambda pair: _ssim(*pair), list(zip(images, decoded, strict=True)))
         kept += [decoded[place - start] for place in shown if place in rows]
     return Reconstruction(np.concatenate(features), np.concatenate(psnr), np.asarray(ssim), np.array(kept))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from maskloom.evaluate.scores.statistics import jackknife_interval
+from maskloom.evaluate.scores.threads import thread_results
 from maskloom.pipeline.results import Interval
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.floating]
+NO_VARIANCE = 1e-10  # of the largest singular value; smaller ones are rounding errors
 
 
 def frechet_distance(left: Features, right: Features) -> float:
@@ -49,11 +51,21 @@ class Gaussian:
 def fit_gaussian(features: Features) -> Gaussian:
     """Return the Gaussian fitted to features, (N, D), N >= 2."""
     mean = features.mean(axis=0, dtype=np.float64)
-    root = (features - mean) / np.sqrt(len(features) - 1)
-    if len(root) > root.shape[1]:
+    return Gaussian(mean, _centred_root(features, mean) / np.sqrt(len(features) - 1))
+
+
+def _centred_root(features: Features, mean: Floats) -> Floats:
+    """Return R with R'R = X'X, (at most D rows, D), where X are the features minus their mean.
+
+    It is made of D features at a time, so that no copy of all in double precision is in memory.
+    """
+    dimensions = features.shape[1]
+    root: Floats = features[:dimensions] - mean
+    for start in range(dimensions, len(features), dimensions):
         with threadpool_limits(1):  # these threads wait for each other at every column, beside other work for long
-            root = np.asarray(np.linalg.qr(root, mode="r"))
-    return Gaussian(mean, root)
+            rows = np.vstack([root, features[start : start + dimensions] - mean])
+            root = np.asarray(np.linalg.qr(rows, mode="r"))
+    return root
 
 
 def gaussian_distance(left: Gaussian, right: Gaussian) -> float:
@@ -64,12 +76,13 @@ def gaussian_distance(left: Gaussian, right: Gaussian) -> float:
     return float(max(0.0, shift + np.sum(left.root**2) + np.sum(right.root**2) - 2 * overlap))
 
 
-def gaussians_without(features: Features, block: NDArray[np.int64], blocks: int) -> Iterator[Gaussian | None]:
-    """Yield the Gaussian fitted to the features without each block; None where fewer than two are left.
+def gaussians_without(features: Features, block: NDArray[np.int64], blocks: int) -> Callable[[int], Gaussian | None]:
+    """Return the function that fits a Gaussian to the features without a block.
 
-    With centred data X = QR, leaving out the rows W of Q changes the covariance to R'(I - W'W)R: the
-    square root of this matrix follows from the singular values of W, which is small. Fitting every
-    remainder anew takes one decomposition of almost all features per block.
+    It returns None where fewer than two are left. With centred data X = QR, leaving out the rows W
+    of Q changes the covariance to R'(I - W'W)R: the square root of this matrix follows from the
+    singular values of W, which is small. Fitting every remainder anew takes one decomposition of
+    almost all features per block.
 
     Args:
         features: (N, D).
@@ -78,14 +91,14 @@ def gaussians_without(features: Features, block: NDArray[np.int64], blocks: int)
     """
     kept = len(features) - np.bincount(block, minlength=blocks)
     if kept.min() <= features.shape[1]:
-        for out in range(blocks):
-            yield fit_gaussian(features[block != out]) if kept[out] > 1 else None
-        return
+        return lambda out: fit_gaussian(features[block != out]) if kept[out] > 1 else None
     mean = features.mean(axis=0, dtype=np.float64)
+    root = _centred_root(features, mean)
     with threadpool_limits(1):
-        basis, root = np.linalg.qr(features - mean)
-    for out in range(blocks):
-        yield _without_rows(mean, basis[block == out], root, int(kept[out]))
+        left, sizes, right = np.linalg.svd(root)
+    varied = sizes > NO_VARIANCE * sizes[0]
+    inverse = (right[varied].T / sizes[varied]) @ left[:, varied].T  # of R, so that Q = X R^-1
+    return lambda out: _without_rows(mean, (features[block == out] - mean) @ inverse, root, int(kept[out]))
 
 
 def _without_rows(mean: Floats, rows: Floats, root: Floats, kept: int) -> Gaussian:
@@ -139,9 +152,13 @@ def frechet_leave_outs(
     be subtracted block by block where they share `block_of`.
     """
     blocks = max(block_of.values()) + 1
-    sides = [
+    real_without, other_without = (
         gaussians_without(features, np.array([block_of[group] for group in groups]), blocks)
-        for features, groups in ((left, left_groups), (right, right_groups))
-    ]
-    pairs = zip(*sides, strict=True)
-    return np.array([np.nan if one is None or real is None else gaussian_distance(one, real) for one, real in pairs])
+        for features, groups in ((right, right_groups), (left, left_groups))
+    )
+
+    def distance_without(out: int) -> float:
+        one, real = other_without(out), real_without(out)
+        return np.nan if one is None or real is None else gaussian_distance(one, real)
+
+    return np.array(list(thread_results(distance_without, range(blocks))))

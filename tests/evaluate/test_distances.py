@@ -90,6 +90,18 @@ def test_frechet_without_a_block_equals_a_new_fit(random: np.random.Generator) -
         assert distance == pytest.approx(frechet_distance(*kept), rel=1e-7)
 
 
+def test_frechet_without_a_block_of_features_that_hardly_vary(random: np.random.Generator) -> None:
+    """Scales from 1 to 1e-7, a constant, and two equal features, as networks give; far more images than features."""
+    left, right = (random.normal(size=(300, 20)) * 10.0 ** -np.linspace(0, 7, 20) for _ in range(2))
+    for features in (left, right):
+        features[:, 3], features[:, 5] = 2.0, features[:, 4]
+    groups = [f"{i // 3}" for i in range(300)]
+    block_of = {group: int(group) % 10 for group in groups}
+    blocks = np.array([block_of[group] for group in groups])
+    expected = [frechet_distance(left[blocks != block], right[blocks != block]) for block in range(10)]
+    assert frechet_leave_outs(left, right, groups, groups, block_of) == pytest.approx(expected, rel=1e-10)
+
+
 def test_frechet_interval_keeps_groups_whole_in_few_blocks(random: np.random.Generator) -> None:
     """A set against itself stays at distance 0 whichever block leaves both sides."""
     left = random.normal(size=(24, 3))
