@@ -284,16 +284,21 @@ def intraclass_correlation(by_case: Floats, numbers: NDArray[np.int64]) -> float
 
 
 def group_skewness(by_case: Floats, groups: Sequence[str]) -> float:
-    """Return the skewness of what each group adds to the mean of `by_case`, (N,).
+    """Return the skewness of the groups' means of `by_case`, (N,), each divided by its standard deviation.
 
-    It is adjusted for the number of groups (Joanes and Gill 1998, G1); 0 for two groups, or equal ones.
+    That deviation is what the group's size leaves under the working model, so that the skewness is
+    that of patients, not of the sizes of their groups. It is adjusted for the number of groups
+    (Joanes and Gill 1998, G1); 0 for two groups, or equal ones.
     """
+    from scipy.stats import skew
+
     numbers = group_numbers(groups)
-    added = np.bincount(numbers, by_case - by_case.mean())
-    count, spread = len(added), np.sqrt((added**2).mean())
-    if count < 3 or spread <= NEGLIGIBLE * np.abs(by_case).max():
+    sizes = np.bincount(numbers)
+    moved = np.bincount(numbers, by_case - by_case.mean()) / sizes
+    if len(sizes) < 3 or np.ptp(moved) <= NEGLIGIBLE * np.abs(by_case).max():
         return 0.0
-    return float((added**3).mean() / spread**3 * np.sqrt(count * (count - 1)) / (count - 2))
+    correlation = intraclass_correlation(by_case, numbers)
+    return float(skew(moved / np.sqrt(correlation + (1 - correlation) / sizes), bias=False))
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ from maskloom.evaluate.scores.inference import (
     critical_value,
     estimate_effect,
     group_numbers,
+    group_skewness,
     holm_adjusted,
     intraclass_correlation,
     p_value,
@@ -180,3 +181,23 @@ def test_holm_steps_down() -> None:
     assert holm_adjusted([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm_adjusted([0.6, 0.7]) == [1.0, 1.0]
     assert holm_adjusted([]) == []
+
+
+def test_skewness_is_that_of_patients_not_of_the_sizes_of_their_groups() -> None:
+    random = np.random.default_rng(0)
+    sizes = np.maximum(1, 120 // np.arange(1, 41))
+    groups = [f"{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    effects = random.normal(size=40)
+    effects[0] = 2.0  # of the largest group
+    by_case = np.repeat(effects, sizes) + 0.01 * random.normal(size=sizes.sum())
+    assert abs(group_skewness(by_case, groups)) < 0.5
+    assert group_skewness(np.repeat(np.exp(1.5 * effects), sizes), groups) > 1.5
+
+
+def test_skewness_of_groups_of_one_size_is_that_of_their_means() -> None:
+    values = np.random.default_rng(1).exponential(size=(20, 4))
+    found = group_skewness(values.ravel(), [f"{number // 4}" for number in range(80)])
+    means = values.mean(axis=1) - values.mean()
+    expected = (means**3).mean() / (means**2).mean() ** 1.5 * np.sqrt(20 * 19) / 18  # Joanes and Gill 1998, G1
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert group_skewness(np.ones(9), list("aabbccddd")) == group_skewness(np.array([0.0, 1.0]), ["a", "b"]) == 0
