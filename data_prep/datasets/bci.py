@@ -26,11 +26,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, RawItem, Reject, unread_folders
 from maskloom.data_prep.readers.common import decoded_image, eight_bit, files_in, require_same_size
+from maskloom.data_prep.readers.decoding import Picture
 from maskloom.data_prep.readers.file_names import Names, folder_named, subfolders
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
@@ -101,8 +99,9 @@ class Adapter(DatasetAdapter):
             RejectedSample: a file is unreadable or not in colour, or the two differ in size.
         """
         ihc, he = _colour_image(Path(item.path)), _colour_image(Path(item.key))
-        require_same_size(f"the H&E image {Path(item.key).name}", he, ihc)
-        return RawImage(image=ihc, mask=None, condition=he)
+        require_same_size(f"the H&E image {Path(item.key).name}", he.pixels, ihc.pixels)
+        darkened = max(ihc.darkened, he.darkened)
+        return RawImage(image=ihc.pixels, mask=None, condition=he.pixels, darkened=darkened)
 
 
 def _root(raw_dir: Path) -> Path | None:
@@ -161,8 +160,8 @@ def _item(ihc: Path, he: Path, name: re.Match[str]) -> RawItem:
     )
 
 
-def _colour_image(path: Path) -> NDArray[np.uint8]:
-    """Return (H, W, 3) uint8.
+def _colour_image(path: Path) -> Picture:
+    """Return an image over black, (H, W, 3) uint8.
 
     Raises:
         RejectedSample: it is unreadable, grey, or has a palette.

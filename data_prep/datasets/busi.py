@@ -97,7 +97,7 @@ class Adapter(DatasetAdapter):
             RejectedSample: a file is unreadable, a mask has another size, or the mask of a lesion
                 is empty or that of a normal image is not.
         """
-        image = eight_bit(decoded_image(Path(item.path)), "L")
+        image, darkened = eight_bit(decoded_image(Path(item.path)), "L")
         mask = np.zeros(image.shape, dtype=np.uint8)
         for path in map(Path, item.mask_paths):
             part = bright(decoded_image(path))
@@ -105,7 +105,7 @@ class Adapter(DatasetAdapter):
             mask |= part
         if mask.any() == (item.label == "normal"):
             raise RejectedSample(f"the mask of a {item.label} image is {'not ' if mask.any() else ''}empty")
-        return RawImage(image=image, mask=mask)
+        return RawImage(image=image, mask=mask, darkened=darkened)
 
     def _labels(self) -> tuple[str, ...]:
         return LABELS if self.options.include_normal else LABELS[:2]

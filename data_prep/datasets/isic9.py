@@ -138,7 +138,8 @@ class Adapter(DatasetAdapter):
         Raises:
             RejectedSample: the file is unreadable, or has more than 8 bits per channel.
         """
-        return RawImage(image=eight_bit(decoded_image(Path(item.path), turn=True), "RGB"), mask=None)
+        image, darkened = eight_bit(decoded_image(Path(item.path), turn=True), "RGB")
+        return RawImage(image=image, mask=None, darkened=darkened)
 
     def _lesions(self) -> dict[str, str]:
         """Return the lesion of each image id in the metadata.

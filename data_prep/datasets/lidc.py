@@ -209,13 +209,13 @@ class Adapter(DatasetAdapter):
         """
         mask_path = Path(item.mask_paths[0])
         if item.path.endswith(".png"):
-            image, value_range = eight_bit(decoded_image(Path(item.path)), "L"), None
+            (image, darkened), value_range = eight_bit(decoded_image(Path(item.path)), "L"), None
             mask = _masks_tree_mask(mask_path, str(item.label), self.options.mask_codes)
         else:
-            image, value_range = _segmented_lung(Path(item.path))
+            (image, value_range), darkened = _segmented_lung(Path(item.path)), 0.0
             mask = _nodule_mask(mask_path, str(item.label))
         require_same_size(f"mask {mask_path.name}", mask, image)
-        return RawImage(image=image, mask=mask, value_range=value_range)
+        return RawImage(image=image, mask=mask, value_range=value_range, darkened=darkened)
 
     def _found(self) -> Found:
         assert self.raw_dir is not None

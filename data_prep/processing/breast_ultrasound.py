@@ -28,9 +28,9 @@ def image_with_lesion(image_path: Path, mask_path: Path) -> RawImage:
         RejectedSample: a file is unreadable or has more than 8 bits per channel, or the mask has
             another size or is empty.
     """
-    image = eight_bit(decoded_image(image_path), "L")
+    image, darkened = eight_bit(decoded_image(image_path), "L")
     mask = bright(decoded_image(mask_path))
     require_same_size(f"mask {mask_path.name}", mask, image)
     if not mask.any():
         raise RejectedSample(f"mask {mask_path.name} is empty: an image of this dataset has a lesion")
-    return RawImage(image=image, mask=mask)
+    return RawImage(image=image, mask=mask, darkened=darkened)

@@ -76,7 +76,7 @@ def stain_normaliser(config: StainConfig) -> StainNormaliser:
     if config.reference is None:
         return StainNormaliser(config.method, _unfitted(config.method))
     try:
-        pixels = eight_bit(decoded_image(config.reference), "RGB")
+        pixels = eight_bit(decoded_image(config.reference), "RGB").pixels
         return StainNormaliser(config.method, _fitted(config.method, pixels))
     except RejectedSample as error:
         raise MaskLoomError(

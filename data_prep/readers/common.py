@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.data_prep.readers.decoding import IMAGE_SUFFIXES, DecodedImage, decode
+from maskloom.data_prep.readers.decoding import IMAGE_SUFFIXES, DecodedImage, Picture, decode
 from maskloom.data_prep.readers.file_names import as_seen, is_system_name
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 from maskloom.pipeline.plugins import require
@@ -102,14 +102,15 @@ def bright(mask: DecodedImage, threshold: int = 127) -> NDArray[np.uint8]:
     return (pixels > (0 if highest <= 1 else threshold)).astype(np.uint8)
 
 
-def eight_bit(image: DecodedImage, mode: Literal["L", "RGB"]) -> NDArray[np.uint8]:
-    """Return the pixels of an 8-bit image over black, (H, W) for `L` and (H, W, 3) for `RGB`.
+def eight_bit(image: DecodedImage, mode: Literal["L", "RGB"]) -> Picture:
+    """Return an 8-bit image over black, (H, W) uint8 for `L` and (H, W, 3) for `RGB`.
 
     Raises:
         RejectedSample: the image has more than 8 bits per channel, so values would be clipped.
     """
     _require_eight_bits(image)
-    return np.array(Image.fromarray(image.over_black()).convert(mode))
+    pixels, darkened = image.over_black()
+    return Picture(np.array(Image.fromarray(pixels).convert(mode)), darkened)
 
 
 def _require_eight_bits(image: DecodedImage) -> None:

@@ -12,7 +12,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,18 @@ COLOURS = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3}  # channels of what tifff
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
+class Picture(NamedTuple):
+    """An image over black.
+
+    Attributes:
+        pixels: (H, W) or (H, W, 3), uint8 or the deeper dtype of the file.
+        darkened: share of the pixels that were transparent and became visibly darker, 0..1.
+    """
+
+    pixels: NDArray[Any]
+    darkened: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
     """The content of an image file.
@@ -69,32 +81,25 @@ class DecodedImage:
     indices: NDArray[np.uint8] | None = None
     lossy: bool = False
 
-    def over_black(self) -> NDArray[Any]:
-        """Return the pixels composited over black; unchanged without an alpha channel.
+    def over_black(self) -> Picture:
+        """Return the image composited over black; unchanged without an alpha channel.
+
+        Every reader shows transparency so, and hands on how much of the image it has made black.
 
         Raises:
             RejectedSample: the alpha channel is outside the range of its dtype.
         """
         if self.alpha is None:
-            return self.pixels
+            return Picture(self.pixels)
         opaque = 1.0 if self.alpha.dtype.kind == "f" else float(np.iinfo(self.alpha.dtype).max)
         share = self.alpha.astype(np.float64) / opaque
         if not (np.isfinite(share).all() and share.min() >= 0 and share.max() <= 1):
             raise RejectedSample("its alpha channel has values beyond 0 (transparent) to 1 (opaque)")
         shown = self.pixels * (share if self.pixels.ndim == 2 else share[..., None])
-        return (shown if self.pixels.dtype.kind == "f" else np.rint(shown)).astype(self.pixels.dtype)
-
-    def darkened(self) -> float:
-        """Return the share of the pixels that become visibly darker over black, 0..1.
-
-        Raises:
-            RejectedSample: as for `over_black`.
-        """
-        if self.alpha is None:
-            return 0.0
-        loss = self.pixels.astype(np.float64) - self.over_black()
+        shown = (shown if self.pixels.dtype.kind == "f" else np.rint(shown)).astype(self.pixels.dtype)
+        loss = self.pixels.astype(np.float64) - shown
         least = VISIBLE * max(float(self.pixels.max()), np.finfo(np.float64).tiny)
-        return float(((loss if loss.ndim == 2 else loss.max(axis=2)) > least).mean())
+        return Picture(shown, float(((loss if loss.ndim == 2 else loss.max(axis=2)) > least).mean()))
 
     def transparent(self) -> NDArray[np.bool_] | None:
         """Return where alpha is below half of its maximum, (H, W); None if it nowhere is."""

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.data_prep.readers.common import decoded_image, unreadable_as_reject
-from maskloom.data_prep.readers.decoding import IMAGE_SUFFIXES, MAX_PIXELS
+from maskloom.data_prep.readers.decoding import IMAGE_SUFFIXES, MAX_PIXELS, Picture
 from maskloom.pipeline.errors import RejectedSample
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -31,18 +31,6 @@ class DecodedMask:
     lossy: bool = False
 
 
-class Picture(NamedTuple):
-    """An image over black.
-
-    Attributes:
-        pixels: (H, W) or (H, W, 3), uint8 or the deeper dtype of the file.
-        darkened: share of the pixels that were transparent and became visibly darker, 0..1.
-    """
-
-    pixels: NDArray[Any]
-    darkened: float = 0.0
-
-
 def read_picture(path: Path) -> Picture:
     """Return an image over black, and how much of it transparency has made black.
 
@@ -51,8 +39,7 @@ def read_picture(path: Path) -> Picture:
     """
     if path.suffix.lower() == ".npy":
         return Picture(_array(path, "uif"))
-    image = decoded_image(path)
-    return Picture(image.over_black(), image.darkened())
+    return decoded_image(path).over_black()
 
 
 def image_pixels(path: Path) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
+from PIL import Image
 
 from maskloom.data_prep.adapter import DatasetAdapter, RawImage, RawItem, Reject
 from maskloom.data_prep.parts import without_taken_ids
@@ -31,6 +32,7 @@ from tests.data_prep.experiment import dataset_bytes, experiment
 
 pytestmark = pytest.mark.parametrize("name", plugin_names(PACKAGE))
 LOADED = 24  # samples decoded one by one
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 MASK_WORDS = {"size", "place", "shape", "mask_classes"}
 
 
@@ -161,6 +163,29 @@ def test_samples_fit_the_description(adapter):
         if raw.mask is not None:
             np.testing.assert_array_equal(raw.mask, again.mask)
     assert usable
+
+
+def test_transparent_pixels_are_counted(name, raw_dir):
+    """Whatever reads picture files hands on how much of them transparency has made black."""
+    if raw_dir is None:
+        return  # what comes with a package has no transparency
+    adapter = opened(name, raw_dir)
+    pictures = [file for item in items_of(adapter) if (file := Path(item.path)).suffix.lower() in PICTURES]
+    for file in {file for file in pictures if file.is_file()}:
+        make_half_transparent(file)
+    for item in items_of(adapter):
+        if Path(item.path) in pictures:
+            assert 0.2 < adapter.load(item).darkened <= 0.5, item.path
+
+
+def make_half_transparent(file):
+    """Give a picture an alpha channel that hides its left half."""
+    with Image.open(file) as stored:
+        image = stored.convert("LA" if stored.mode in ("1", "L") else "RGBA")
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, image.width // 2, image.height))
+    image.putalpha(alpha)
+    image.save(file, format="PNG")
 
 
 def test_every_prompt_word_is_known_and_one_template_needs_no_mask(adapter):
