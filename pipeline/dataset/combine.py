@@ -24,7 +24,7 @@ from maskloom.pipeline.dataset.combining.plan import (
     intact_dataset,
     planned_datasets,
 )
-from maskloom.pipeline.dataset.combining.sets import SyntheticSet, ordered_pool, verified_sets
+from maskloom.pipeline.dataset.combining.sets import SyntheticSet, ordered_pool, positions_of, verified_sets
 from maskloom.pipeline.dataset.contract import Contract, Description, Parent
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
@@ -142,7 +142,7 @@ def _samples(split: str, real: MaskPromptDataset, sets: Sequence[SyntheticSet], 
     if split != "train":
         return
     for number, one in enumerate(sets):
-        chosen = {row.position for row in plan.chosen if row.set == number}
+        chosen = positions_of(plan.chosen, number)
         for position, row in enumerate(one.dataset.rows("train")):
             if position in chosen:
                 yield _sample(row, one.prefix)

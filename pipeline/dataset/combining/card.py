@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from huggingface_hub import CardData, RepoCard
 
 from maskloom.pipeline.dataset.combining.plan import Combination
-from maskloom.pipeline.dataset.combining.sets import SyntheticRow, SyntheticSet
+from maskloom.pipeline.dataset.combining.sets import SyntheticRow, SyntheticSet, positions_of
 from maskloom.pipeline.dataset.contract import Description
-from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.licence import other_licence
 from maskloom.pipeline.files.formatting import markdown_table
@@ -30,7 +29,7 @@ def combination_card(
     added = Counter(row.set for row in plan.chosen)
     sources = [
         [
-            one.settings()["generator"],
+            one.generator,
             added[number],
             len(one.ids),
             one.dataset.description.licence,
@@ -46,19 +45,24 @@ def combination_card(
         classes=_class_table(about.labels, real_labels, plan.chosen),
         other_splits={name: real.contract.splits[name].rows for name in real.contract.split_names if name != "train"},
         sources="\n".join(markdown_table(["generator", "rows taken", "rows there", "licence", "digest"], sources)),
-        copies=[line for one in sets if (line := _copies_line(one))],
+        copies=[
+            line for number, one in enumerate(sets) for line in _copies_lines(one, positions_of(plan.chosen, number))
+        ],
         settings=plan.settings,
         licence=f"Real rows: {real.description.licence}. {about.citation}. {about.homepage}".strip(),
     )
     return f"{card}\n"
 
 
-def _copies_line(one: SyntheticSet) -> str:
-    found = found_copies(one.dataset)
-    if found is None or not found.rows:
-        return ""
-    done = "left out" if one.left_out else "**kept**"
-    return f"{one.settings()['generator']}: {len(found.rows)} rows are copies of training images, and were {done}."
+def _copies_lines(one: SyntheticSet, positions: Collection[int]) -> list[str]:
+    """Return which rows of a set are copies, and what became of them; `positions`: of its rows that were taken."""
+    found = {"left out": one.left_out, "**kept**": one.kept_among(positions)}
+    return [
+        f"{one.generator}: {len(rows)} rows are copies of training images, and were {done}: "
+        f"{', '.join(f'{one.prefix}{sample} of {original}' for sample, original in rows.items())}."
+        for done, rows in found.items()
+        if rows
+    ]
 
 
 def _class_table(names: Sequence[str], real_labels: Sequence[int | None], chosen: Sequence[SyntheticRow]) -> str:

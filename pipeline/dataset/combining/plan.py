@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskloom.pipeline import __version__
-from maskloom.pipeline.dataset.combining.sets import SyntheticRow, SyntheticSet
+from maskloom.pipeline.dataset.combining.sets import SyntheticRow, SyntheticSet, positions_of
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, PLAN_FILE
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.writer import check_dataset_place
@@ -97,7 +97,7 @@ def planned_datasets(
             "seed": options.seed,
             "stage": None if options.schedule is None else f"{stage} of {stages}",
             "real": real.digest,
-            "synthetic": [one.settings() for one in sets],
+            "synthetic": [one.settings(positions_of(rows, number)) for number, one in enumerate(sets)],
         }
         folder = options.output if options.schedule is None else options.output / STAGE.format(number=stage)
         key = KEY_PREFIX + value_digest([__version__, settings, sorted((row.set, row.position) for row in rows)])

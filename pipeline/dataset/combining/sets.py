@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskloom.pipeline.dataset.copies import rows_left_out
+from maskloom.pipeline.dataset.copies import copies_handed_on
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
@@ -44,6 +44,7 @@ class SyntheticSet:
         labels: of its rows, in order.
         ids: its sample ids, in order.
         left_out: those of copies of training images, which are not added, and their originals.
+        kept: those of copies that may be added, and their originals.
     """
 
     dataset: MaskPromptDataset
@@ -51,15 +52,31 @@ class SyntheticSet:
     labels: tuple[int | None, ...]
     ids: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
-    def settings(self) -> dict[str, Any]:
-        """Return what the contract states about the set; not where it lies on this machine."""
+    @property
+    def generator(self) -> str:
+        """Name of the generator, as the contract states it."""
         generation = self.dataset.description.preprocessing.get("generation", {})
+        return str(generation.get("generator", "unknown")) if isinstance(generation, dict) else "unknown"
+
+    def kept_among(self, positions: Collection[int]) -> dict[str, str]:
+        """Return the copies, with their originals, among the rows at some positions."""
+        return {self.ids[one]: self.kept[self.ids[one]] for one in sorted(positions) if self.ids[one] in self.kept}
+
+    def settings(self, positions: Collection[int]) -> dict[str, Any]:
+        """Return what the contract states about the set; not where it lies on this machine.
+
+        Args:
+            positions: of the rows that are added.
+        """
+        kept = self.kept_among(positions)
         return {
             "digest": self.dataset.digest,
-            "generator": generation.get("generator", "unknown") if isinstance(generation, dict) else "unknown",
+            "generator": self.generator,
             "sample_id_prefix": self.prefix,
             **({"copies_left_out": dict(self.left_out)} if self.left_out else {}),
+            **({"copies_kept": kept} if kept else {}),
         }
 
 
@@ -76,15 +93,14 @@ def verified_sets(folders: Sequence[Path], real: MaskPromptDataset) -> list[Synt
         _check_set(dataset, real)
         if dataset.digest in {one.dataset.digest for one in sets}:
             raise MaskLoomError(f"--synthetic {folder}: these rows are given twice; name each synthetic dataset once")
-        left_out = rows_left_out(dataset)
+        copies = copies_handed_on(dataset)
         rows = [(row["sample_id"], row["label"]) for row in dataset.rows("train", ["sample_id", "label"])]
         prefix = ""
         while taken & {prefix + sample for sample, _ in rows}:
             prefix += f"set{number}-"
         taken |= {prefix + sample for sample, _ in rows}
-        sets.append(
-            SyntheticSet(dataset, prefix, tuple(label for _, label in rows), tuple(i for i, _ in rows), left_out)
-        )
+        ids, labels = tuple(sample for sample, _ in rows), tuple(label for _, label in rows)
+        sets.append(SyntheticSet(dataset, prefix, labels, ids, copies.left_out, copies.kept))
     return sets
 
 
@@ -108,6 +124,11 @@ def _check_set(dataset: MaskPromptDataset, real: MaskPromptDataset) -> None:
         raise MaskLoomError(
             f"--synthetic {folder}: its {other[0]} is {getattr(about, other[0])}, that of {real.folder} is {getattr(real.description, other[0])}"
         )
+
+
+def positions_of(rows: Sequence[SyntheticRow], number: int) -> set[int]:
+    """Return the positions of the rows that are of one set; `number` as in `SyntheticRow.set`."""
+    return {row.position for row in rows if row.set == number}
 
 
 def ordered_pool(sets: Sequence[SyntheticSet], seed: int) -> list[SyntheticRow]:

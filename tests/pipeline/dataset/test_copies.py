@@ -97,9 +97,31 @@ def test_kept_copies_are_stated(run: Path, capsys: pytest.CaptureFixture[str]) -
     write_answer(run, "keep")
     assert set(COPIES) <= set(combined(run))
     assert "2 rows are copies of training images, and were **kept**" in (run / "combined/README.md").read_text()
+    stated = MaskPromptDataset.open(run / "combined").description.preprocessing["combination"]["synthetic"][0]
+    assert stated["copies_kept"] == COPIES and "copies_left_out" not in stated
     assert "copies_left_out" not in exported(run)
     assert "kept (evaluate.on_copies=keep)" in capsys.readouterr().err
     pack(Run(run), Target("synthetic", "some"), "a/b")
+
+
+def test_only_kept_copies_that_were_taken_are_stated(run: Path) -> None:
+    write_answer(run, "keep")
+    combine(run / "dataset", [run / "synthetic/some"], CombineOptions(run / "stages", ratio=0.5, schedule=2))
+    for stage in (1, 2):
+        dataset = MaskPromptDataset.open(run / f"stages/stage-{stage}")
+        there = {row["sample_id"] for row in dataset.rows("train", ["sample_id"])} & COPIES.keys()
+        stated = dataset.description.preprocessing["combination"]["synthetic"][0].get("copies_kept", {})
+        card = (dataset.folder / "README.md").read_text()
+        assert stated == {sample: COPIES[sample] for sample in there}
+        assert all((f"{sample} of {original}" in card) == (sample in there) for sample, original in COPIES.items())
+        assert ("**kept**" in card) == bool(there) and (stage == 2 or not there)
+
+
+def test_copies_found_since_make_it_another_combination(run: Path) -> None:
+    combine(run / "dataset", [run / "synthetic/some"], CombineOptions(run / "combined"))
+    write_answer(run, "keep")
+    with pytest.raises(MaskLoomError, match="holds another combination"):
+        combine(run / "dataset", [run / "synthetic/some"], CombineOptions(run / "combined"))
 
 
 def test_without_an_answer_about_this_version_it_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
