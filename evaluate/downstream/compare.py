@@ -69,6 +69,7 @@ class Comparison:
         finding: `helped`, `hurt`, `no clear benefit` or `cannot tell`.
         reason: why it cannot be told, else empty.
         smallest_effect: the smallest true effect that this test set finds with a power of about 70 to 80 %.
+        smallest_effect_low, smallest_effect_high: ends of its 95 % interval.
         effective_cases: number of independent cases that would vary as much.
         groups, cases, seeds: numbers that the figures rest on. For scores that average over
             classes, `groups` is that of the class with the fewest.
@@ -91,6 +92,8 @@ class Comparison:
     finding: str
     reason: str
     smallest_effect: float | None
+    smallest_effect_low: float | None
+    smallest_effect_high: float | None
     effective_cases: float | None
     groups: int
     cases: int
@@ -213,6 +216,8 @@ def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bett
         finding=CANNOT_TELL,
         reason=reason_not_to_tell(pair, values, score),
         smallest_effect=effect.smallest if effect else None,
+        smallest_effect_low=effect.smallest_low if effect else None,
+        smallest_effect_high=effect.smallest_high if effect else None,
         effective_cases=effect.effective_cases if effect else None,
         groups=supporting_groups(pair, score),
         cases=values.shape[1],

@@ -191,13 +191,24 @@ def _verdict(own: TestSetComparison) -> str:
     """Return the verdict, what it rests on, and what real images alone differ by."""
     headline, null = own.headline, own.null
     basis = f"{headline.cases} test images in {own.scored[own.primary][1]} groups, {headline.seeds} seeds"
-    found = f"; {_smallest_effect(headline.smallest_effect)}" if headline.smallest_effect else ""
+    found = f"; {_smallest_effect(headline)}" if headline.smallest_effect else ""
     by_chance = f"; real images with other seeds: {_interval(null)}" if null else ""
     return f"{_change_sentence(headline)} ({basis}{found}{by_chance})."
 
 
-def _smallest_effect(effect: float) -> str:
-    return f"an effect of {effect:.3f} would be found" if effect <= 1 else "no effect, however large, would be found"
+def _smallest_effect(one: Comparison) -> str:
+    """Return the smallest effect, and between which it lies, in words; of scores from 0 to 1."""
+    effect, low, high = one.smallest_effect or 0.0, one.smallest_effect_low, one.smallest_effect_high
+    if effect > 1:
+        return "no effect, however large, would be found"
+    between = "" if low is None or high is None else f", an estimate with the 95 % interval [{low:.3f}, {high:.3f}]"
+    return f"an effect of {effect:.3f} would be found{between}"
+
+
+def _smallest_interval(one: Comparison) -> Interval | None:
+    """Return the smallest effect with its interval; None where there is none."""
+    low, high = one.smallest_effect_low, one.smallest_effect_high
+    return Interval(value=one.smallest_effect, low=low, high=high) if one.smallest_effect else None
 
 
 def _change_sentence(one: Comparison) -> str:
@@ -226,7 +237,7 @@ def _change_table(one: TestSetComparison) -> Table:
             figures: list[Cell] = [
                 _interval(change),
                 change.finding,
-                change.smallest_effect or None,
+                _smallest_interval(change),
                 _p_cell(change.p_holm),
                 spread,
             ]
@@ -234,7 +245,8 @@ def _change_table(one: TestSetComparison) -> Table:
     note = (
         "Arm minus real, same test images. The 95 % interval covers other patients and other trainings "
         "(groups and seeds, crossed). The finding rests on p, which is adjusted for the number of arms "
-        "(Holm). Smallest effect: found in about 70 to 80 % of studies with so many images and seeds; an estimate. "
+        "(Holm). Smallest effect: found in about 70 to 80 % of studies with so many images and seeds; an estimate, with "
+        "its 95 % interval. "
         f"Under {FEW_GROUPS} groups ({FEW_CLASS_GROUPS} of each class, for means over classes) or {FEW_SEEDS} seeds it "
         f"cannot be told. {ORDER}"
     )

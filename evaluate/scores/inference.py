@@ -112,6 +112,7 @@ class Effect:
         low, high: ends of the 95 % interval.
         p: two-sided p-value of a mean of zero.
         smallest: the smallest true effect that is found with a power of about 70 to 80 %.
+        smallest_low, smallest_high: ends of its 95 % interval, as the variances are estimates.
         effective_cases: number of independent cases that would vary as much as these grouped ones.
         paired_seeds: whether models of equal seeds err alike, so that seeds were paired.
     """
@@ -121,6 +122,8 @@ class Effect:
     high: float
     p: float
     smallest: float
+    smallest_low: float
+    smallest_high: float
     effective_cases: float
     paired_seeds: bool
 
@@ -146,11 +149,12 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
     value = float(by_case.mean()) if abs(by_case.mean()) > rounding else 0.0
     cases = len(by_case) if variance.groups == 0 else float(by_case.var(ddof=1) / variance.groups)
     if np.sqrt(variance.total) <= rounding:
-        return Effect(value, value, value, float(value == 0), 0.0, cases, paired)
+        return Effect(value, value, value, float(value == 0), 0.0, 0.0, 0.0, cases, paired)
     draws = variance.draws()
     reach = critical_value(draws)
-    p = p_value(value, draws)
-    return Effect(value, value - reach, value + reach, p, variance.smallest_effect(reach), cases, paired)
+    p, smallest = p_value(value, draws), variance.smallest_effect(reach)
+    low, high = smallest * np.sqrt(np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) / variance.total)
+    return Effect(value, value - reach, value + reach, p, smallest, float(low), float(high), cases, paired)
 
 
 def difference_variance(
