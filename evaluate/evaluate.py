@@ -33,7 +33,7 @@ from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.record import require_intact
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.stage import Stage, open_run
-from maskloom.pipeline.runs.trainings import require_same_training, training_statement
+from maskloom.pipeline.runs.trainings import require_same_training, weights_now
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Subject:
     def answered(self, answers: Answers, question: Question, inputs: EvaluationInputs) -> Evaluation:
         """Compute and write the answer to a question."""
         digests = {"real": self.digests["real"]} if question.name == CONTROLS else self.digests
-        trained = training_statement(self.run, "train").weights if self.own.get(question.name) else None
-        return answers.write(question, inputs, self.key(question), digests, {"train": trained} if trained else {})
+        weights = {"train": weights_now(self.run, "train")} if question.reads_weights else {}
+        return answers.write(question, inputs, self.key(question), digests, weights)
 
 
 def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> None:

@@ -33,6 +33,11 @@ class Question:
         """What the answer depends on besides the data: name, version, options."""
         return [self.name, self.module.VERSION, self.options.model_dump(mode="json")]
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this metric itself reads the weights that the stage `train` leaves."""
+        return hasattr(self.module, "own_inputs")
+
     def own_inputs(self, run: Run, config: ExperimentConfig) -> dict[str, str]:
         """Return the digests of what this metric alone reads, by name: `own_inputs` of its file, and a vision model.
 

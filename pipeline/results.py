@@ -93,8 +93,8 @@ class CopyRow(Part):
         sample_id: of the synthetic image.
         original: sample id of the training image.
         transformation: how the original was changed, in words.
-        measure: of the similarity.
-        similarity: 0..1.
+        measure: of the similarity, the one by which the image is a copy.
+        similarity: 0..1, the largest to any training image.
         threshold: above which an image is a copy.
     """
 
@@ -273,7 +273,7 @@ class Evaluation(Answer):
         key: digest of everything that the answer depends on.
         inputs: digests of the datasets by name (`real` and each generator), and of `TUNED_VAE`.
         weights: digests of the trained weights that the answer is about besides the datasets, by the
-            stage that trained them, such as `train`.
+            stage that trained them, such as `train`; `none` where nothing was trained.
         options: options of the metric.
         pictures: the image files.
         case_rows: rows of this metric in `cases.parquet`, beside this file.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from maskloom.pipeline.files.atomic import model_digest
 from maskloom.pipeline.results import CONTROLS, TUNED_VAE, Evaluation, read_evaluations
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.runs.trainings import training_statement
+from maskloom.pipeline.runs.trainings import weights_now
 
 AGAIN = "; run maskloom evaluate."
 
@@ -50,7 +50,7 @@ def current_answers(run: Run, digests: Mapping[str, str]) -> tuple[list[Evaluati
 
 def _retrained(run: Run, answer: Evaluation) -> list[str]:
     """Return the stages that have trained other weights than those that an answer is about."""
-    return [stage for stage, weights in answer.weights.items() if training_statement(run, stage).weights != weights]
+    return [stage for stage, weights in answer.weights.items() if weights_now(run, stage) != weights]
 
 
 def _other_vae(run: Run, answers: list[Evaluation]) -> list[str]:

@@ -21,10 +21,12 @@ from maskloom.evaluate.metrics import membership
 from maskloom.evaluate.metrics.membership import LossProbe, drawn_rows, own_inputs
 from maskloom.evaluate.scores.statistics import separation_interval
 from maskloom.models.stable_diffusion.prompt_encoding import load_prompt_encoder, text_states
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import rgb_array
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import seal_folder
 from maskloom.pipeline.results import Interval, MetricResult
+from maskloom.pipeline.runs.answers import current_answers
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.fixed_steps import normalised
 from maskloom.pipeline.training.randomness import keyed_generator
@@ -260,6 +262,23 @@ def test_damaged_weights_are_refused(run: Path, backbone: Path) -> None:
     for refused in (lambda: evaluate(config, force=False), lambda: answer(inputs, NAME)):
         with pytest.raises(MaskLoomError, match="damaged since train wrote it; run train again"):
             refused()
+
+
+def test_that_nothing_is_trained_holds_until_something_is(run: Path, backbone: Path) -> None:
+    config = tiny_config(run, {NAME: {"images": 4}}, (), pretrained_model_name_or_path=str(backbone))
+    evaluate(config, force=False)
+    digests = {"real": MaskPromptDataset.open(run / "dataset").digest}
+    (shown,), remarks = current_answers(Run(run), digests)
+    assert shown.skipped is not None and "has not finished in this run" in shown.skipped and not remarks
+    leave_training(run, backbone, results={"weights_digest": "w"})
+    shown, remarks = current_answers(Run(run), digests)
+    assert not shown
+    assert remarks == [
+        f"{NAME}: the answer is about other weights than train has trained since, and is not shown; run maskloom evaluate."
+    ]
+    evaluate(config, force=False)
+    (shown,), remarks = current_answers(Run(run), digests)
+    assert shown.skipped is None and not remarks
 
 
 def test_only_its_own_key_follows_the_weights(run: Path, backbone: Path) -> None:
