@@ -109,6 +109,7 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
     return {
         "title": config.report.title or f"MaskLoom: {config.experiment}",
         "config": config,
+        "seeds": seeds_in_words(config, sources),
         "missing": [*sources.missing(), *stale_parts(sources), *remarks, *notices],
         "evaluations": evaluations,
         "evaluation_folder": sources.run.evaluation,
@@ -126,6 +127,14 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
             without_places(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True
         ),
     }
+
+
+def seeds_in_words(config: ExperimentConfig, sources: Sources) -> str:
+    """Return the seed of the experiment, or that of each stage where they differ."""
+    seeds = {stage: record["seed"] for stage, record in sources.records.items() if record.get("seed") is not None}
+    if len(set(seeds.values())) < 2:
+        return f"seed {next(iter(seeds.values()), config.seed)}"
+    return f"seeds: {', '.join(f'{stage} {seed}' for stage, seed in seeds.items())}"
 
 
 def stale_parts(sources: Sources) -> list[str]:

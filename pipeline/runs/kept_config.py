@@ -1,5 +1,6 @@
 """The configuration in a run's `config.yaml`: each section as its stage was last run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
@@ -7,6 +8,7 @@ from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.runs.differences import differing_settings
+from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import CONFIG_FILE, RECORD_FILE, STAGES, Run
 
 SECTIONS = {"prepare": "data"} | {stage: stage for stage in STAGES if stage != "prepare"}
@@ -52,16 +54,42 @@ def configuration_after(run: Run, stage: str) -> ExperimentConfig | None:
 def overlooked_settings(run: Run, stage: str) -> dict[str, tuple[Any, Any]]:
     """Return the given settings that differ from those with which earlier stages have run.
 
+    `seed` in `config.yaml` is that of the last stage. It counts if that of an earlier one differs from the given one.
+
     Returns:
         (value in `config.yaml`, value now) by key, for the sections of all finished stages before
         this one, and `seed`; empty if `config.yaml` is missing or was changed by hand.
     """
     if kept_configuration(run) is None:
         return {}
-    earlier = STAGES[: STAGES.index(stage.split("/")[0])]
+    earlier = _earlier(stage)
     described = {SECTIONS[name] for name in earlier if _has_finished(run, name)}
-    described |= {"seed"} if described else set()
+    unknown = recorded_seeds(run, earlier).keys() != {name for name in earlier if _has_finished(run, name)}
+    described |= {"seed"} if described and (unknown or overlooked_seeds(run, stage)) else set()
     return {key: values for key, values in differing_settings(run).items() if key.split(".")[0] in described}
+
+
+def overlooked_seeds(run: Run, stage: str) -> dict[str, int]:
+    """Return the seeds of earlier stages that differ from the given one, by stage."""
+    now = run.config.seed if run.config else None
+    return {name: seed for name, seed in recorded_seeds(run, _earlier(stage)).items() if seed != now}
+
+
+def recorded_seeds(run: Run, stages: Sequence[str] = STAGES) -> dict[str, int]:
+    """Return the seed with which each stage last ran, as far as its record tells."""
+    found = {}
+    for stage in stages:
+        try:
+            record = read_record(run, stage)
+        except MaskLoomError:  # damaged: whoever needs it reports that
+            continue
+        if record is not None and record.seed is not None:
+            found[stage] = record.seed
+    return found
+
+
+def _earlier(stage: str) -> Sequence[str]:
+    return STAGES[: STAGES.index(stage.split("/")[0])]
 
 
 def _has_finished(run: Run, stage: str) -> bool:

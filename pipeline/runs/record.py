@@ -18,6 +18,7 @@ class StageRecord(Record):
 
     Attributes:
         key: digest of everything that the outputs depend on.
+        seed: that of the experiment when the stage ran; None in older records.
         inputs: digest of each input by name.
         wall_seconds, peak_memory_mb: cost of the stage's main process.
         results: figures of the stage itself.
@@ -37,11 +38,12 @@ class StageRecord(Record):
     results: dict[str, Any]
     files: Files
     shown: Files = Field(default_factory=dict)
+    seed: int | None = None
     digest: str = ""
 
     def own_digest(self) -> str:
-        """Return the digest of all other fields."""
-        return value_digest(self.model_dump(mode="json", exclude={"digest"}))
+        """Return the digest of all other fields; that of an older record is without `seed`."""
+        return value_digest(self.model_dump(mode="json", exclude={"digest", *({"seed"} if self.seed is None else {})}))
 
 
 def read_record(run: Run, stage: str) -> StageRecord | None:

@@ -15,7 +15,7 @@ from maskloom.pipeline.files.ownership import MANIFEST, OwnedFolder
 from maskloom.pipeline.files.provenance import git_sha, package_versions, peak_memory_mb
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.differences import differences_text
-from maskloom.pipeline.runs.kept_config import configuration_after, overlooked_settings
+from maskloom.pipeline.runs.kept_config import configuration_after, overlooked_seeds, overlooked_settings
 from maskloom.pipeline.runs.record import StageRecord, damaged_file, read_record, write_record
 from maskloom.pipeline.runs.refusal import leaves_no_trace
 from maskloom.pipeline.runs.run import CONFIG_FILE, RECORD_FILE, Run
@@ -201,6 +201,7 @@ class Stage:
                 key=self.key,
                 inputs=self.inputs,
                 config_hash=self.config_hash,
+                seed=self.run.config.seed if self.run.config else None,
                 maskloom=__version__,
                 git_sha=git_sha(),
                 packages=package_versions(),
@@ -229,6 +230,11 @@ class Stage:
         """Print the settings that differ from those with which earlier stages have run."""
         if overlooked := overlooked_settings(self.run, self.name):
             say(f"{self.name}: {differences_text(self.run.folder, overlooked)}")
+        if self.run.config and (seeds := overlooked_seeds(self.run, self.name)) and "seed" not in overlooked:
+            ran = ", ".join(f"{stage} ran with seed={seed}" for stage, seed in seeds.items())
+            say(
+                f"{self.name}: runs with seed={self.run.config.seed}, but {ran}. Give the same overrides to every command."
+            )
 
     def delete_record(self) -> None:
         """Delete the record before the stage starts from scratch, in case it is interrupted."""

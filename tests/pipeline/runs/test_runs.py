@@ -89,6 +89,33 @@ def test_a_stage_describes_only_its_own_section_in_the_kept_configuration(tmp_pa
     assert (kept.fine_tuning.max_train_steps, kept.data.num_workers) == (78, None)
 
 
+def test_a_stage_names_earlier_stages_of_another_seed(tmp_path, capsys):
+    path = fake_run.write_config(tmp_path)
+
+    def work(name: str, *overrides: str) -> str:
+        run = open_run(load_experiment(path, list(overrides)))
+        _run(Stage(run, name, {}, None, []))
+        assert read_record(run, name).seed == run.config.seed
+        return capsys.readouterr().err
+
+    work("prepare")
+    assert "seed (there 0, now 5)" in work("evaluate", "seed=5")  # config.yaml now has seed 5
+    assert "train: runs with seed=5, but prepare ran with seed=0. Give the same" in work("train", "seed=5")
+    told = work("generate")
+    assert "generate: runs with seed=0, but train ran with seed=5" in told or "seed (there 5, now 0)" in told
+    assert "seed" not in work("train")
+
+
+def test_a_record_of_an_older_version_has_no_seed(tmp_path):
+    _run(_stage(tmp_path))
+    path = tmp_path / "logs" / "train" / "stage.json"
+    record = json.loads(path.read_text())
+    assert record.pop("seed") is None
+    path.write_text(json.dumps(record))
+    found = read_record(Run(tmp_path), "train")
+    assert found is not None and found.seed is None
+
+
 def test_every_section_of_the_kept_configuration_is_what_its_stage_ran_with(tmp_path):
     path = fake_run.write_config(tmp_path)
     given = {
