@@ -145,7 +145,7 @@ def write_tiny_run(
     for name, picture in pictures.items():
         parent = Parent(path="../../dataset", digest=real.digest)
         samples = synthetic_samples(splits["train"], name, picture)
-        write_dataset(
-            run / "synthetic" / name, about.model_copy(update={"origin": "synthetic"}), {"train": samples}, parent
-        )
+        preprocessing = {**about.preprocessing, "generation": {"generator": name.removesuffix("-filtered")}}
+        made = about.model_copy(update={"origin": "synthetic", "preprocessing": preprocessing})
+        write_dataset(run / "synthetic" / name, made, {"train": samples}, parent)
     return splits

@@ -51,6 +51,15 @@ class TrainingStatement(Record):
     weights: str | None
 
 
+UNTRAINED = "none"
+"""What stands for the digest of weights that have not been trained."""
+
+
+def weights_now(run: Run, stage: str) -> str:
+    """Return the digest of the weights that a training of this run has left, or `UNTRAINED`."""
+    return training_statement(run, stage).weights or UNTRAINED
+
+
 def training_statement(run: Run, stage: str) -> TrainingStatement:
     """Return the statement about a training of this run; `stage` is `train` or `baselines/NAME`."""
     record = read_record(run, stage)
@@ -75,7 +84,7 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
         synthetic: the synthetic dataset.
 
     Raises:
-        MaskLoomError: the contract is damaged, or names no parent or another one, or another generator;
+        MaskLoomError: the contract is damaged, or names no parent or generator, or another one;
             or the generator was trained on another dataset, or again since.
     """
     folder, parent = synthetic.folder, synthetic.contract.parent
@@ -102,12 +111,19 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
 def _require_generator(name: str, synthetic: MaskPromptDataset) -> None:
     """Check that the generator that a set's folder is named after made it; its filtered form has a suffix.
 
+    `generate` has always stated it, and so does `judge` of the images that it reads.
+
     Raises:
-        MaskLoomError: the contract states another generator.
+        MaskLoomError: the contract states no generator, or another one.
     """
     generation = synthetic.description.preprocessing.get("generation")
     stated = generation.get("generator") if isinstance(generation, dict) else None
-    if stated is not None and stated != name.removesuffix(FILTERED):
+    if stated is None:
+        raise MaskLoomError(
+            f"{synthetic.folder / CONTRACT_FILE}: does not state the generator (description.preprocessing.generation.generator), "
+            f"so nothing shows that {name} made these images; run generate again, or maskloom judge for images of another source"
+        )
+    if stated != name.removesuffix(FILTERED):
         raise MaskLoomError(
             f"{synthetic.folder}: made by {stated}, as its {CONTRACT_FILE} states, not by {name}; "
             "move it back to the folder of its generator, or run generate again"

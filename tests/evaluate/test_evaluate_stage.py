@@ -280,6 +280,22 @@ def test_synthetic_set_of_another_generator(tmp_path: Path) -> None:
         require_same_training(run, "controlnet", opened, MaskPromptDataset.open(run.synthetic / "controlnet"))
 
 
+@pytest.mark.parametrize("generation", [None, {}, {"weights": "w"}])
+def test_synthetic_set_that_states_no_generator(generation: dict[str, str] | None, tmp_path: Path) -> None:
+    """Whatever its folder is called, its images would be reported under that name."""
+    samples = {"train": tiny_samples("train", 4)}
+    real = write_dataset(tmp_path / "dataset", tiny_description(), samples)
+    preprocessing = {} if generation is None else {"generation": generation}
+    about = tiny_description(origin="synthetic").model_copy(update={"preprocessing": preprocessing})
+    made = tmp_path / "synthetic" / "controlnet"
+    write_dataset(made, about, samples, Parent(path="../../dataset", digest=real.digest))
+    opened = MaskPromptDataset.open(tmp_path / "dataset")
+    with pytest.raises(
+        MaskLoomError, match=r"contract\.json: does not state the generator .*that controlnet made .*judge"
+    ):
+        require_same_training(Run(tmp_path), "controlnet", opened, MaskPromptDataset.open(made))
+
+
 def test_edited_synthetic_set(run: Path) -> None:
     shard = next((run / "synthetic" / "controlnet" / "data").iterdir())
     shard.write_bytes(shard.read_bytes() + b" ")

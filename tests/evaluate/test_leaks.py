@@ -97,8 +97,8 @@ def write_run(
             sample.image = picture_of(split, index)
     change(splits)
     real = write_dataset(run / "dataset", tiny_description(SIZE), splits)
-    settings = {} if training is None else {"generation": {"weights": "0", "training": training}}
-    about = tiny_description(SIZE, "synthetic").model_copy(update={"preprocessing": settings})
+    generation = {"generator": "pix2pix"} | ({} if training is None else {"weights": "0", "training": training})
+    about = tiny_description(SIZE, "synthetic").model_copy(update={"preprocessing": {"generation": generation}})
     made = synthetic_samples(splits["train"], "made", lambda parent, index: image(splits, index))
     parent = Parent(path="../../dataset", digest=real.digest) if with_parent else None
     write_dataset(run / "synthetic" / "pix2pix", about, {"train": made}, parent)
@@ -256,7 +256,8 @@ def test_an_older_synthetic_dataset_is_checked_by_the_record_of_the_training(
 ) -> None:
     config = write_run(tmp_path)
     made = tmp_path / "synthetic" / "pix2pix"
-    about = tiny_description(SIZE, "synthetic").model_copy(update={"preprocessing": {"generation": {"weights": "0"}}})
+    preprocessing = {"generation": {"generator": "pix2pix", "weights": "0"}}
+    about = tiny_description(SIZE, "synthetic").model_copy(update={"preprocessing": preprocessing})
     real = verified_inputs(Run(tmp_path), config).real.digest
     samples = synthetic_samples(tiny_samples("train", 24, SIZE), "made", lambda _, index: picture_of("made", index))
     write_dataset(made, about, {"train": samples}, Parent(path="../../dataset", digest=real))
