@@ -165,6 +165,11 @@ def copy_rows(
 ) -> list[CopyRow]:
     """Return the images that exceed a threshold, each by the measure that exceeds its own most.
 
+    The original is named by a measure that looks closer. Among images that resemble each other, such as
+    neighbouring slices, short descriptors often prefer a neighbour of the true one. Coarse details
+    after registration, together with the whole image, tell them apart; where only a part agrees, the
+    displaced part does.
+
     Args:
         samples: sample ids of the images.
         originals: sample ids of the training images.
@@ -172,17 +177,19 @@ def copy_rows(
         thresholds: by measure.
         margin: by how much an image must exceed one, in Fisher's z.
     """
-    from maskloom.evaluate.scores.copies import SIMILARITIES
+    from maskloom.evaluate.scores.copies import OVERLAP, PART, SIMILARITIES, WHOLE_COARSE
 
     excess = np.stack([_z(found.similarity[name]) - _z(thresholds[name]) for name in SIMILARITIES])
     rows = []
     for index in np.flatnonzero(excess.max(axis=0) > margin):
         name = SIMILARITIES[int(excess[:, index].argmax())]
+        in_part = name in (PART, OVERLAP) and excess[SIMILARITIES.index(WHOLE_COARSE), index] <= margin
+        closer = OVERLAP if in_part else WHOLE_COARSE
         rows.append(
             CopyRow(
                 sample_id=samples[index],
-                original=originals[found.index[name][index]],
-                transformation=found.transformation[name][index],
+                original=originals[found.index[closer][index]],
+                transformation=found.transformation[closer][index],
                 measure=name,
                 similarity=round(float(found.similarity[name][index]), 4),
                 threshold=round(thresholds[name], 4),

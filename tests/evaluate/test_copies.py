@@ -210,6 +210,33 @@ def test_six_copies_of_medical_images_are_named_each_with_its_original(source: C
     assert [(row.sample_id, row.original) for row in rows[:6]] == [(str(row), str(10 * row)) for row in range(6)]
 
 
+@pytest.mark.parametrize(
+    ("measure", "whole", "named"),
+    [
+        ("whole image", 0.9, "true one"),
+        ("part", 0.9, "true one"),
+        ("part", 0.4, "true of the part"),
+        ("displaced part", 0.4, "true of the part"),
+        ("fine details", 0.4, "true one"),
+    ],
+)
+def test_the_original_is_named_by_the_measure_that_tells_neighbours_apart(
+    measure: str, whole: float, named: str
+) -> None:
+    """Descriptors prefer `neighbour`; a measure of parts is asked only where nothing but a part agrees."""
+    originals = ["neighbour", "true one", "true of the part"]
+    similarity = dict.fromkeys(SIMILARITIES, 0.4) | {"whole and coarse details": whole, measure: 0.99}
+    index = dict.fromkeys(SIMILARITIES, 0) | {"whole and coarse details": 1, "displaced part": 2}
+    found = Matches(
+        {name: np.array([value]) for name, value in similarity.items()},
+        {name: np.array([value]) for name, value in index.items()},
+        {name: [f"by {originals[value]}"] for name, value in index.items()},
+    )
+    (row,) = copy_rows(["image"], originals, found, dict.fromkeys(SIMILARITIES, 0.5))
+    assert (row.measure, row.original, row.transformation) == (measure, named, f"by {named}")
+    assert row.similarity == 0.99
+
+
 def test_six_copies_among_150_are_named_each_with_its_original(tmp_path: Path) -> None:
     changes = list(CHANGES.values())[:4]
 
