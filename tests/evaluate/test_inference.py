@@ -138,6 +138,27 @@ def test_smallest_effect_is_found_with_80_percent_power() -> None:
     assert 0.74 < found < 0.88
 
 
+def test_the_interval_of_the_smallest_effect_is_that_of_a_variance() -> None:
+    """Without seeds' luck, the smallest effect is a multiple of a standard deviation with 39 degrees of freedom."""
+    random = np.random.default_rng(6)
+    found = estimate_effect(random.normal(0, 1, 40) + random.normal(0, 1e-6, (3, 40)), names([1] * 40))
+    low, high = found.smallest * np.sqrt(39 / stats.chi2.ppf([0.975, 0.025], 39))
+    assert (found.smallest_low, found.smallest_high) == pytest.approx((low, high), rel=0.01)
+
+
+def test_the_interval_of_the_smallest_effect_contains_what_is_found_with_80_percent_power() -> None:
+    random = np.random.default_rng(7)
+
+    def simulated() -> np.ndarray:
+        return random.normal(0, 1, 40) + random.normal(0, 0.5, (5, 40)) + random.normal(0, 0.1, (5, 1))
+
+    effects = [estimate_effect(simulated(), names([1] * 40)) for _ in range(200)]
+    needed = np.quantile(
+        [one.high - 2 * one.value for one in effects], 0.8
+    )  # found if the effect exceeds reach - error
+    assert 0.88 < np.mean([one.smallest_low <= needed <= one.smallest_high for one in effects]) < 0.99
+
+
 @pytest.mark.parametrize(
     ("seeds", "seed_sd", "sizes"), [(3, 0.04, [5] * 20), (3, 0.02, [3] * 40), (5, 0.0, [30, 9, 4, 3, 2, 2])]
 )

@@ -175,6 +175,15 @@ def test_settings_given_now_do_not_change_what_the_run_was_made_with(tmp_path, c
     )
 
 
+def test_the_page_states_the_seed_of_each_stage_where_they_differ(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    for stage in ("prepare", "train"):
+        write_record(run, stage, seed=4)
+    assert "seed 4" in _report(config)[1].text
+    write_record(run, "train", seed=5)
+    assert "seeds: prepare 4, train 5" in _report(config)[1].text
+
+
 def test_a_configuration_changed_by_hand_is_not_taken_for_the_runs(tmp_path):
     run, config = fake_run.whole_run(tmp_path)
     html, _ = _report(config)
