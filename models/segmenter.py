@@ -67,6 +67,7 @@ def train_segmenter(
     device: str,
     augment: Augment | None = None,
     recipe: Recipe | None = None,
+    start: nn.Module | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Return a network trained for `options.steps` steps, and the loss of each step.
 
@@ -81,11 +82,12 @@ def train_segmenter(
         device: `cpu` or `cuda`.
         augment: see `train_fixed_steps`.
         recipe: see `train_fixed_steps`.
+        start: the network to train further; None: an untrained one.
 
     Raises:
         MaskLoomError: there are no images, or the loss was not finite.
     """
-    network = build_segmenter(options, images.shape[-1], classes, seed)
+    network = build_segmenter(options, images.shape[-1], classes, seed) if start is None else start
     loss = training_loss(options, dice_and_cross_entropy)
     losses = train_fixed_steps(network, images, masks, loss, options, seed, device, augment, recipe)
     return network, losses

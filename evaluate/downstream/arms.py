@@ -1,29 +1,35 @@
-"""The arms of a downstream comparison and their training data.
+"""The arms of a downstream comparison, and the training of all their models.
 
-All arms are trained for the same number of optimizer steps.
+To add an arm, add an entry to `ARMS`. All arms are trained for the same number of optimizer steps,
+but for equal real exposure, whose synthetic images take further ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
+from maskloom.evaluate.downstream.copy_paste import CopyPasteOptions, copy_paste
+from maskloom.evaluate.downstream.phases import Arm, Pair, Phase
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.pipeline.config.base import DigestedSection
 from maskloom.pipeline.config.bounds import Trainings
+from maskloom.pipeline.config.filter import FILTERED
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.progress import progress
 from maskloom.pipeline.training.fixed_steps import Augment
 
-Pair = tuple[NDArray[np.uint8], NDArray[np.generic]]
-ArmName = Literal["real", "real_augmented", "real_synthetic", "real_synthetic_augmented", "synthetic"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 WITH_SYNTHETIC = "real_synthetic"
+WITH_FILTERED = "real_synthetic_filtered"
 NULL_ARM = "real_other_seeds"
 """Real images again: the difference that other seeds alone make."""
 OTHER_SEEDS = 10_000
@@ -36,42 +42,83 @@ MOST_SEEDS = 1000
 Outcome = TypeVar("Outcome")
 
 
-@dataclass(frozen=True)
-class Arm:
-    """The training data of one arm.
-
-    Attributes:
-        title: the arm's name in the report.
-        real, synthetic: whether it trains on real and on synthetic images.
-        augmented: whether the standard augmentation is applied.
-    """
-
-    title: str
-    real: bool
-    synthetic: bool
-    augmented: bool = False
-
-
+PASTES = (
+    "each image gets with a probability of {options.copy_paste.probability:.0%} the foreground of another train image, "
+    "at its place but for a shift of at most {options.copy_paste.shift:.0%} of the side"
+)
 ARMS: dict[str, Arm] = {
     "real": Arm("real", real=True, synthetic=False),
     "real_augmented": Arm("real + standard augmentation", real=True, synthetic=False, augmented=True),
+    "real_oversampled": Arm(
+        "real, classes equally often",
+        real=True,
+        synthetic=False,
+        balanced=True,
+        note="every label, or for segmentation every rarest class of a mask, is drawn equally often",
+    ),
+    "real_copy_paste": Arm("real + copy-paste", real=True, synthetic=False, copy_paste=True, note=PASTES),
+    "real_copy_paste_augmented": Arm(
+        "real + copy-paste + standard augmentation",
+        real=True,
+        synthetic=False,
+        copy_paste=True,
+        augmented=True,
+        note=PASTES,
+    ),
     "real_synthetic": Arm("real + synthetic", real=True, synthetic=True),
     "real_synthetic_augmented": Arm(
         "real + synthetic + standard augmentation", real=True, synthetic=True, augmented=True
     ),
+    "real_synthetic_equal_exposure": Arm(
+        "real + synthetic, equal real exposure",
+        real=True,
+        synthetic=True,
+        equal_exposure=True,
+        note="{steps:,} steps instead of {baseline:,}, so that real images are drawn as often as without synthetic ones; "
+        "a change may come from the longer training",
+    ),
+    WITH_FILTERED: Arm(
+        "real + filtered synthetic",
+        real=True,
+        synthetic=True,
+        filtered=True,
+        note="the same generator's images that the filter kept or drew again",
+    ),
+    "pretrain_synthetic": Arm(
+        "synthetic, then real",
+        real=True,
+        synthetic=True,
+        pretrained=True,
+        note="{options.pretrain_share:.0%} of the steps on synthetic images, the rest on real ones, "
+        "each with a learning-rate schedule and an optimizer of its own",
+    ),
     "synthetic": Arm("synthetic only", real=False, synthetic=True),
     NULL_ARM: Arm("real, other seeds", real=True, synthetic=False),
 }
+"""Every arm by its name in `arms`, in the order of the documentation."""
 
 
 GROUPS = ("real images only", "synthetic images only", "real and synthetic images")
 """Of the arms, by what they train on; tables and plots show them in this order."""
 
 
+def _known_arm(name: str) -> str:
+    known = [one for one in ARMS if one != NULL_ARM]
+    if name not in known:
+        raise ValueError(f"no arm is called {name!r}; {nearest_name(name, known)}")
+    return name
+
+
+ArmName = Annotated[str, AfterValidator(_known_arm)]
+
+
 class ArmOptions(DigestedSection):
     """The arms of the comparison, and the number of trainings and bootstrap draws."""
 
-    arms: tuple[ArmName, ...] = ("real", "real_augmented", "real_synthetic", "synthetic")
+    arms: tuple[ArmName, ...] = Field(
+        ("real", "real_augmented", "real_synthetic", "synthetic"),
+        description="what models train on; docs/downstream.md has a table of them",
+    )
     seeds: Trainings | Literal["auto"] = Field(
         3,
         description="trainings per arm; 5 for a result to publish; auto: 3, and more where the interval needs them",
@@ -93,6 +140,10 @@ class ArmOptions(DigestedSection):
         True, description="also train on real images with other seeds, to show what difference seeds alone make"
     )
     augmentation: AugmentationOptions = AugmentationOptions()
+    copy_paste: CopyPasteOptions = Field(CopyPasteOptions(), description="of the arms with copy-paste")
+    pretrain_share: float = Field(
+        0.5, gt=0, lt=1, description="of pretrain_synthetic: share of the steps that are trained on synthetic images"
+    )
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -103,8 +154,14 @@ class ArmOptions(DigestedSection):
         return seeds
 
     def unused_keys(self) -> set[str]:
-        """Return `max_seeds` where the number of seeds is fixed."""
-        return super().unused_keys() | (set() if self.seeds == AUTO else {"max_seeds"})
+        """Return `max_seeds` where the number of seeds is fixed, and the options of arms that are not trained."""
+        arms = [ARMS[name] for name in self.arms]
+        used = {
+            "max_seeds": self.seeds == AUTO,
+            "copy_paste": any(arm.copy_paste for arm in arms),
+            "pretrain_share": any(arm.pretrained for arm in arms),
+        }
+        return super().unused_keys() | {key for key, is_used in used.items() if not is_used}
 
     @field_validator("arms")
     @classmethod
@@ -129,9 +186,40 @@ def chosen_generator(inputs: EvaluationInputs, name: str | None) -> ImageSet | N
     ]
 
 
+def filtered_set(inputs: EvaluationInputs, options: ArmOptions, chosen: ImageSet) -> ImageSet | None:
+    """Return the filtered form of the chosen synthetic set; None if no arm asks for it.
+
+    Raises:
+        MaskLoomError: an arm asks for it, and the run has none.
+    """
+    if WITH_FILTERED not in options.arms:
+        return None
+    if chosen.name.endswith(FILTERED):
+        raise MaskLoomError(
+            f"arms: {WITH_FILTERED} is beside unfiltered images, and generator={chosen.name!r} is filtered; "
+            f"set generator={chosen.name.removesuffix(FILTERED)}"
+        )
+    name = f"{chosen.name}{FILTERED}"
+    if name not in inputs.synthetic:
+        raise MaskLoomError(
+            f"arms: {WITH_FILTERED} needs the filtered images of {chosen.name}, and there are none; "
+            "add a section filter and run `maskloom filter`, or leave the arm out"
+        )
+    return inputs.synthetic[name]
+
+
 def other_generators(inputs: EvaluationInputs, options: ArmOptions, chosen: ImageSet) -> list[ImageSet]:
-    """Return the other synthetic sets that get an arm: all with `every_generator`, else none."""
-    return [one for one in inputs.synthetic.values() if options.every_generator and one.name != chosen.name]
+    """Return the further synthetic sets that arms train on.
+
+    With `every_generator` all, else the filtered form of the chosen one if an arm asks for it.
+
+    Raises:
+        MaskLoomError: see `filtered_set`.
+    """
+    filtered = filtered_set(inputs, options, chosen)
+    return [
+        one for one in inputs.synthetic.values() if one is filtered or (options.every_generator and one is not chosen)
+    ]
 
 
 def arm_title(name: str) -> str:
@@ -170,10 +258,33 @@ def limited_rows(real: int, synthetic: int, options: ArmOptions, seed: int) -> N
     return np.sort(np.random.default_rng(seed).permutation(synthetic)[:most])
 
 
-def arm_data(arm: Arm, real: Pair, synthetic: Pair) -> Pair:
-    """Return the images and targets of an arm."""
-    parts = [pair for pair, used in ((real, arm.real), (synthetic, arm.synthetic)) if used]
-    return np.concatenate([images for images, _ in parts]), np.concatenate([targets for _, targets in parts])
+def phase_augmentation(phase: Phase, options: ArmOptions) -> Augment | None:
+    """Return what alters the batches of a phase: copy-paste first, then the standard augmentation."""
+    parts = [copy_paste(options.copy_paste)] if phase.copy_paste else []
+    parts += [standard_augmentation(options.augmentation)] if phase.augmented else []
+    if len(parts) < 2:
+        return parts[0] if parts else None
+
+    def both(images: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        return parts[1](*parts[0](images, targets, random), random)
+
+    return both
+
+
+def trained_arms(options: ArmOptions, generated: Mapping[str, Pair]) -> dict[str, tuple[Arm, Pair]]:
+    """Return every arm that is trained, by its name, with its synthetic images.
+
+    Args:
+        options: the arms.
+        generated: see `train_arms`.
+    """
+    (first, chosen), *others = generated.items()
+    filtered = f"{first}{FILTERED}"
+    arms = {name: (ARMS[name], generated[filtered] if ARMS[name].filtered else chosen) for name in options.arms}
+    if WITH_FILTERED in arms:
+        others = [(name, pair) for name, pair in others if name != filtered]
+    arms |= {f"{WITH_SYNTHETIC}:{name}": (ARMS[WITH_SYNTHETIC], pair) for name, pair in others}
+    return arms | ({NULL_ARM: (ARMS[NULL_ARM], chosen)} if options.null_arm else {})
 
 
 def train_arms(
@@ -181,29 +292,26 @@ def train_arms(
     real: Pair,
     generated: Mapping[str, Pair],
     seed: int,
-    train: Callable[[Pair, int, Augment | None], Outcome],
+    steps: int,
+    train: Callable[[Sequence[Phase], int], Outcome],
     seeds_needed: Callable[[Mapping[str, Mapping[int, Outcome]]], int] = lambda trained: FIRST_SEEDS,
 ) -> dict[str, dict[int, Outcome]]:
-    """Return what `train(data, seed, augment)` returns, by arm and seed.
+    """Return what `train(phases, seed)` returns, by arm and seed.
 
     All arms have the same seeds (initial weights, order of data, augmentation), but for the null arm.
 
     Args:
         options: the arms and the number of seeds.
         real: real images (N, H, W, C) and their targets.
-        generated: synthetic images and their targets by generator; `options.arms` use the first,
-            and each other one makes an arm of its own together with the real images.
+        generated: synthetic images and their targets by generator; `options.arms` use the first, or
+            its filtered form, and each other one makes an arm of its own together with the real images.
         seed: the first seed.
+        steps: optimizer steps of a training on real images alone.
         train: trains one model and returns its results on the test images, external ones included.
         seeds_needed: returns, with `seeds: auto`, the number of seeds from what the first
             `FIRST_SEEDS` gave; all arms train with as many.
     """
-    augment = standard_augmentation(options.augmentation)
-    (_, chosen), *others = generated.items()
-    arms: dict[str, tuple[Arm, Pair]] = {name: (ARMS[name], chosen) for name in options.arms}
-    arms |= {f"{WITH_SYNTHETIC}:{name}": (ARMS[WITH_SYNTHETIC], pair) for name, pair in others}
-    if options.null_arm:
-        arms[NULL_ARM] = (ARMS[NULL_ARM], chosen)
+    arms = trained_arms(options, generated)
     outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in arms}
 
     def train_seeds(numbers: range) -> None:
@@ -211,10 +319,11 @@ def train_arms(
             return
         with progress("training downstream models", len(arms) * len(numbers), "models") as advance:
             for name, (arm, images) in arms.items():
-                data, first = arm_data(arm, real, images), seed + (OTHER_SEEDS if name == NULL_ARM else 0)
+                phases = arm.phases(real, images, steps, options.pretrain_share)
+                first = seed + (OTHER_SEEDS if name == NULL_ARM else 0)
                 for one in (first + number for number in numbers):
                     advance(0, note=f"{arm_title(name)}, seed {one}")
-                    outcomes[name][one] = train(data, one, augment if arm.augmented else None)
+                    outcomes[name][one] = train(phases, one)
                     advance()
 
     if options.seeds != AUTO:

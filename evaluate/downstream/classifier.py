@@ -57,6 +57,7 @@ def train_classifier(
     device: str,
     augment: Augment | None = None,
     recipe: Recipe | None = None,
+    start: nn.Module | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Return a classifier trained for `options.steps` steps, and the loss of each step.
 
@@ -71,13 +72,14 @@ def train_classifier(
         device: `cpu` or `cuda`.
         augment: see `train_fixed_steps`.
         recipe: see `train_fixed_steps`.
+        start: the network to train further; None: an untrained one.
 
     Raises:
         MaskLoomError: there are no images, or the loss was not finite.
     """
     import torch
 
-    network = build_classifier(options, images.shape[-1], classes, seed)
+    network = build_classifier(options, images.shape[-1], classes, seed) if start is None else start
     loss = training_loss(options, torch.nn.functional.cross_entropy)
     losses = train_fixed_steps(network, images, labels, loss, options, seed, device, augment, recipe)
     return network, losses

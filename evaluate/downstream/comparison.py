@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from maskloom.evaluate.downstream.arms import GROUPS, NULL_ARM, WITH_SYNTHETIC, arm_group, arm_title, grouped_arms
+from maskloom.evaluate.downstream.arms import (
+    GROUPS,
+    NULL_ARM,
+    WITH_FILTERED,
+    WITH_SYNTHETIC,
+    arm_group,
+    arm_title,
+    grouped_arms,
+)
 from maskloom.evaluate.downstream.cases import ScoredTestSet
 from maskloom.evaluate.downstream.compare import (
     BASELINE,
@@ -26,6 +34,7 @@ from maskloom.evaluate.downstream.outlook import what_would_change
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
 from maskloom.evaluate.scores.segmentation import UNBOUNDED
 from maskloom.evaluate.scores.statistics import saturated_interval
+from maskloom.pipeline.config.filter import FILTERED
 from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
 SMALLEST_P = 0.001
@@ -318,17 +327,18 @@ def _figures(own: TestSetComparison, generator: str) -> list[Figure]:
     """Return the main figures of each generator: the score with its images, and the change.
 
     The score of real images alone is included. The names of further arms with synthetic images
-    contain their generator.
+    contain their generator; filtered images have a figure of their own.
     """
     primary = own.primary
     reached = [Figure(of=REAL, name=primary, better="higher", **_interval(own.scores[BASELINE][primary]).model_dump())]
     changed = []
     for arm, found in own.changes.items():
         kind, _, other = arm.partition(":")
-        if kind == WITH_SYNTHETIC:
+        of = f"{generator}{FILTERED}" if kind == WITH_FILTERED else other or generator
+        if kind in (WITH_SYNTHETIC, WITH_FILTERED):
             score, change = (_interval(one).model_dump() for one in (own.scores[arm][primary], found[primary]))
-            reached.append(Figure(of=other or generator, name=primary, better="higher", **score))
-            changed.append(Figure(of=other or generator, name=f"change of {primary}", better="higher", **change))
+            reached.append(Figure(of=of, name=primary, better="higher", **score))
+            changed.append(Figure(of=of, name=f"change of {primary}", better="higher", **change))
     return reached + changed
 
 

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from maskloom.evaluate.copies import rows_without_copies
-from maskloom.evaluate.downstream.arms import ArmOptions, Pair, limited_rows, other_generators
+from maskloom.evaluate.downstream.arms import (
+    WITH_FILTERED,
+    ArmOptions,
+    filtered_set,
+    limited_rows,
+    other_generators,
+)
+from maskloom.evaluate.downstream.phases import Pair
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
+from maskloom.pipeline.errors import MaskLoomError
 
 
 class TargetImages(Protocol):
@@ -71,18 +79,28 @@ def comparison_data(
         options: the arms.
         generator: the synthetic set of the arms; further sets, for arms of their own, follow from the options.
         load: returns the images of a set that have a target.
+
+    Raises:
+        MaskLoomError: an arm trains on filtered images, and there are none.
     """
     real, others = load(inputs.train), other_generators(inputs, options, generator)
     synthetic = {one.name: load(one) for one in (generator, *others)}
     externals = {one.name: load(one) for one in inputs.externals.values()}
+    generated = {
+        name: _training_pair(name, part, len(real), inputs, options)
+        for name, part in synthetic.items()
+        if len(part) or name == generator.name
+    }
+    filtered = filtered_set(inputs, options, generator)
+    if filtered is not None and (filtered.name not in generated or not len(generated[filtered.name][0])):
+        raise MaskLoomError(
+            f"arms: {WITH_FILTERED}: no image of {filtered.name} has a target and is no copy of a training image; "
+            "leave the arm out"
+        )
     return ComparisonData(
         generator=generator.name,
         real=real,
-        generated={
-            name: _training_pair(name, part, len(real), inputs, options)
-            for name, part in synthetic.items()
-            if len(part) or name == generator.name
-        },
+        generated=generated,
         tests={inputs.test.name: load(inputs.test), **{name: part for name, part in externals.items() if len(part)}},
         unusable=[name for name, part in externals.items() if not len(part)],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,26 +24,33 @@ class LossCurves:
     """The training loss of every model, as means of consecutive steps.
 
     Attributes:
-        steps: the last step of each of B bins, ascending.
+        steps: the last step of each of B bins, ascending, of the first arm.
         arms: B means by arm and seed.
+        other_steps: `steps` of arms that were trained for another number of steps.
     """
 
     steps: list[int]
     arms: Mapping[str, Mapping[int, list[float]]]
+    other_steps: Mapping[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trained: Mapping[str, Mapping[int, TrainedModel]]) -> LossCurves:
-        """Return the losses of trained models, all of the same number of steps, in about `BINS` equal bins."""
+        """Return the losses of trained models, the same number in each of an arm, in about `BINS` equal bins."""
         arms = {
             arm: {seed: [float(part.mean()) for part in _binned(model.losses)] for seed, model in by_seed.items()}
             for arm, by_seed in trained.items()
         }
-        first = next(model for by_seed in trained.values() for model in by_seed.values())
-        return cls(np.cumsum([len(part) for part in _binned(first.losses)]).tolist(), arms)
+        steps = {
+            arm: np.cumsum([len(part) for part in _binned(next(iter(by_seed.values())).losses)]).tolist()
+            for arm, by_seed in trained.items()
+        }
+        first = next(iter(steps.values()))
+        return cls(first, arms, {arm: found for arm, found in steps.items() if found != first})
 
     def as_json(self) -> dict[str, Any]:
         """Return the curves for programs."""
-        return {"steps": self.steps, "arms": {arm: dict(by_seed) for arm, by_seed in self.arms.items()}}
+        found = {"steps": self.steps, "arms": {arm: dict(by_seed) for arm, by_seed in self.arms.items()}}
+        return found | ({"other_steps": dict(self.other_steps)} if self.other_steps else {})
 
     def mean(self, arm: str) -> list[float]:
         """Return the mean over an arm's seeds, by bin."""
@@ -56,7 +63,10 @@ class LossCurves:
             title="Loss of each arm on its own training images, mean over seeds",
             x_label="step",
             y_label="training loss",
-            series={arm_title(arm): list(zip(self.steps, self.mean(arm), strict=True)) for arm in self.arms},
+            series={
+                arm_title(arm): list(zip(self.other_steps.get(arm, self.steps), self.mean(arm), strict=True))
+                for arm in self.arms
+            },
         )
 
     def warnings(self) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.arms import Pair
+from maskloom.evaluate.downstream.phases import Pair
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 
 

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from maskloom.evaluate.downstream.phases import Phase
 from maskloom.pipeline.config.base import DigestedSection
 from maskloom.pipeline.config.bounds import Steps
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.training.fixed_steps import Draw, Recipe, Selection
+from maskloom.pipeline.training.fixed_steps import Draw, Recipe, Selection, uniform_draw
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,12 @@ class RecipeOptions(DigestedSection):
 
 
 def training_recipe(
-    options: RecipeOptions, draw: Draw | None, validation: int, score: Callable[[nn.Module], float], what: str
+    options: RecipeOptions,
+    draw: Draw | None,
+    validation: int,
+    score: Callable[[nn.Module], float],
+    what: str,
+    last: bool = True,
 ) -> Recipe | None:
     """Return the recipe of a training; None where it is the plain one.
 
@@ -57,6 +63,7 @@ def training_recipe(
         validation: number of validation images that can be scored.
         score: a network's score on them, higher is better.
         what: what such an image has, such as `a mask`.
+        last: whether the training ends with this phase; the weights of an earlier one are not chosen.
 
     Raises:
         MaskLoomError: weights are to be chosen on validation images, and there are none.
@@ -67,7 +74,70 @@ def training_recipe(
         raise MaskLoomError(
             f"selection=best: no real validation image has {what}; set selection=last, or give the dataset a validation split"
         )
-    return Recipe(draw, Selection(options.validate_every, score))
+    return Recipe(draw, Selection(options.validate_every, score) if last else None)
+
+
+def phase_draw(phase: Phase, draw_from: Callable[[NDArray[np.generic]], Draw | None], batch_size: int) -> Draw | None:
+    """Return a function that draws the batches of a phase, once; None: uniformly.
+
+    Args:
+        phase: the phase.
+        draw_from: returns what draws the numbers of images by their targets; None: uniformly.
+        batch_size: images per batch.
+    """
+    targets = phase.data[1]
+    if phase.exposure is None:
+        return draw_from(targets)
+    parts = targets[: phase.exposure.images], targets[phase.exposure.images :]
+    real, synthetic = (draw_from(part) or uniform_draw(len(part), batch_size) for part in parts)
+    return exposed_draw(real, synthetic, phase, batch_size)
+
+
+def exposed_draw(real: Draw, synthetic: Draw, phase: Phase, batch_size: int) -> Draw:
+    """Return a function that draws real images exactly as often as without synthetic ones, for one training.
+
+    Where they stand among the batches is random.
+
+    Args:
+        real: draws batches of real images.
+        synthetic: draws batches of synthetic ones, numbered from 0.
+        phase: a phase with an exposure.
+        batch_size: images per batch.
+    """
+    import torch
+
+    exposure = phase.exposure
+    assert exposure is not None
+    take_real, take_synthetic = stream(real), stream(synthetic)
+    turns: list[Tensor] = []  # whether each image is a real one, by batch, last batch first
+
+    def draw(random: torch.Generator) -> Tensor:
+        if not turns:
+            places = torch.randperm(phase.steps * batch_size, generator=random)
+            turns.extend((places < exposure.steps * batch_size).split(batch_size)[::-1])
+        is_real = turns.pop()
+        rows = torch.empty(batch_size, dtype=torch.long)
+        rows[is_real] = take_real(int(is_real.sum()), random)
+        rows[~is_real] = exposure.images + take_synthetic(int((~is_real).sum()), random)
+        return rows
+
+    return draw
+
+
+def stream(draw: Draw) -> Callable[[int, torch.Generator], Tensor]:
+    """Return a function (count, generator) that returns the next numbers of the batches of `draw`."""
+    import torch
+
+    left = torch.empty(0, dtype=torch.long)
+
+    def take(count: int, random: torch.Generator) -> Tensor:
+        nonlocal left
+        while len(left) < count:
+            left = torch.cat([left, draw(random)])
+        taken, left = left[:count], left[count:]
+        return taken
+
+    return take
 
 
 def balanced_draw(kinds: NDArray[np.int64], batch_size: int) -> Draw:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maskloom.evaluate.copies import left_out_warnings
-from maskloom.evaluate.downstream.arms import AUTO, ArmOptions
+from maskloom.evaluate.downstream.arms import ARMS, AUTO, ArmOptions, arm_title
 from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, trained_cases
 from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.comparison import compare_test_sets
@@ -65,9 +65,25 @@ def downstream_result(
         figures=comparison.figures,
         would_change=comparison.would_change,
         warnings=[*comparison.warnings, *losses.warnings(), *left_out_warnings(inputs, data.generated)],
-        limits=[INTERVAL_LIMIT, *([plan.sentence] if plan else [])],
+        limits=[INTERVAL_LIMIT, *([plan.sentence] if plan else []), *arm_notes(options, trained)],
         values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
         cases=cases,
         n=data.counts(),
         seeds=list(cases[0].arms[BASELINE].seeds),
     )
+
+
+def arm_notes(options: ArmOptions, trained: Outcomes) -> list[str]:
+    """Return what readers must know of the arms that were trained.
+
+    Args:
+        options: the arms.
+        trained: the models by arm and seed.
+    """
+    steps = {arm: len(next(iter(models.values())).losses) for arm, models in trained.items()}
+    notes = {arm: ARMS[arm.partition(":")[0]].note for arm in trained}
+    return [
+        f"{arm_title(arm)}: {note.format(options=options, steps=steps[arm], baseline=steps[BASELINE])}."
+        for arm, note in notes.items()
+        if note
+    ]

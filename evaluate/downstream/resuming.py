@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.arms import ArmOptions, Pair
+from maskloom.evaluate.downstream.arms import ArmOptions
 from maskloom.evaluate.downstream.cases import TrainedModel
+from maskloom.evaluate.downstream.phases import Phase
 from maskloom.evaluate.model_cache import ModelCache, Stored
 from maskloom.pipeline import __version__
 from maskloom.pipeline.files.atomic import value_digest
-from maskloom.pipeline.training.fixed_steps import Augment
 
 if TYPE_CHECKING:
     from torch import nn
 
-Train = Callable[[Pair, int, Augment | None], TrainedModel]
+Train = Callable[[Sequence[Phase], int], TrainedModel]
 LOSSES, SCORE, WEIGHT = "losses", "score.", "network."
 
 
@@ -36,7 +37,7 @@ def resumable(
     """Return `train`, except that models in the cache are read back.
 
     Args:
-        train: trains one model on images and targets and scores it on every test set.
+        train: trains one model, phase by phase, and scores it on every test set.
         cache: keeps the models until the metric is answered; None: nothing is kept.
         metric: file name of the metric.
         options: options of the metric. Those that only choose which models are trained do not
@@ -50,13 +51,33 @@ def resumable(
     how = options.model_dump(mode="json", exclude=set(ArmOptions.model_fields))
     scored = [[name, *map(array_digest, arrays)] for name, arrays in tests.items()]
 
-    def read_or_train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
-        augmentation = None if augment is None else options.augmentation.model_dump(mode="json")
-        images = [array_digest(one) for one in data]
-        key = value_digest([__version__, metric, how, augmentation, seed, images, scored, *depends_on])
-        return from_arrays(cache.stored(metric, key, lambda: as_arrays(train(data, seed, augment))), build)
+    def read_or_train(phases: Sequence[Phase], seed: int) -> TrainedModel:
+        first, *_ = phases
+        augmentation = options.augmentation.model_dump(mode="json") if first.augmented else None
+        images = [array_digest(one) for one in first.data]
+        further = [] if is_plain(phases) else [phase_identity(one, options) for one in phases]
+        key = value_digest([__version__, metric, how, augmentation, seed, images, scored, *depends_on, *further])
+        return from_arrays(cache.stored(metric, key, lambda: as_arrays(train(phases, seed))), build)
 
     return read_or_train
+
+
+def is_plain(phases: Sequence[Phase]) -> bool:
+    """Whether the options and the images of a training say all of it."""
+    first, *more = phases
+    return not (more or first.balanced or first.copy_paste or first.exposure)
+
+
+def phase_identity(phase: Phase, options: ArmOptions) -> dict[str, Any]:
+    """Return what decides a phase besides the options that all arms share, as JSON values."""
+    return {
+        "images": [array_digest(one) for one in phase.data],
+        "steps": phase.steps,
+        "augmentation": options.augmentation.model_dump(mode="json") if phase.augmented else None,
+        "balanced": phase.balanced,
+        "copy_paste": options.copy_paste.model_dump(mode="json") if phase.copy_paste else None,
+        "exposure": None if phase.exposure is None else asdict(phase.exposure),
+    }
 
 
 def array_digest(array: NDArray[Any]) -> str:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from maskloom.evaluate.downstream.arms import ArmOptions, Pair, chosen_generator, train_arms
+from maskloom.evaluate.downstream.arms import ARMS, ArmOptions, chosen_generator, phase_augmentation, train_arms
 from maskloom.evaluate.downstream.cases import Outcomes, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.classifier import (
     ClassifierOptions,
@@ -26,7 +26,8 @@ from maskloom.evaluate.downstream.classifier import (
 from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
-from maskloom.evaluate.downstream.recipe import RecipeOptions, balanced_draw, training_recipe
+from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
+from maskloom.evaluate.downstream.recipe import RecipeOptions, balanced_draw, phase_draw, training_recipe
 from maskloom.evaluate.downstream.result import Task, downstream_result
 from maskloom.evaluate.downstream.resuming import array_digest, resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
@@ -34,7 +35,7 @@ from maskloom.evaluate.downstream.subgroups import NOTE, subgroup_tables
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.classification import RECALL, SPECIFICITY, operating_scores
 from maskloom.pipeline.results import MetricResult, skipped_result
-from maskloom.pipeline.training.fixed_steps import Augment, Recipe
+from maskloom.pipeline.training.fixed_steps import Draw, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +65,16 @@ class Options(ClassifierOptions, RecipeOptions, ArmOptions):
         lt=1,
         description="share of the validation images of other classes that stay below each class's threshold",
     )
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_need_no_mask(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        if pasting := [name for name in arms if ARMS[name].copy_paste]:
+            raise ValueError(
+                f"{pasting[0]} is for segmentation only: a lesion pasted into an image of another class leaves no class "
+                "that is right for the result; leave the arm out"
+            )
+        return arms
 
     def unused_keys(self) -> set[str]:
         """Return the keys that leave the plain recipe and scores as they are."""
@@ -198,10 +209,8 @@ def train_models(
     names, flips = inputs.real.description.labels, options.test_time_flips
     validation = labelled_images(inputs.validation, options.image_size)
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
-        labels = np.asarray(data[1], dtype=np.int64)
-        recipe = _recipe(options, labels, validation, inputs.device)
-        network, losses = train_classifier(data[0], labels, len(names), options, seed, inputs.device, augment, recipe)
+    def train(phases: Sequence[Phase], seed: int) -> TrainedModel:
+        network, losses = trained_network(inputs, options, phases, seed, validation)
         operating = OperatingPoint.of(network, validation, options, inputs.device)
         scores = {
             name: image_scores(network, part, names, inputs.device, flips, operating) for name, part in tests.items()
@@ -217,18 +226,47 @@ def train_models(
     arrays = {name: (part.images, part.labels) for name, part in tests.items()}
     depends_on = [VERSION, inputs.device, list(names), inputs.seed, *map(array_digest, validation.pair)]
     training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
-    return train_arms(options, real, generated, inputs.seed, training, seeds_needed)
+    return train_arms(options, real, generated, inputs.seed, options.steps, training, seeds_needed)
 
 
-def _recipe(options: Options, labels: NDArray[np.int64], validation: LabelledImages, device: str) -> Recipe | None:
-    """Return how a model is trained on images with these labels; see `training_recipe`."""
-    draw = balanced_draw(labels, options.batch_size) if options.sampling == "balanced" else None
+def trained_network(
+    inputs: EvaluationInputs, options: Options, phases: Sequence[Phase], seed: int, validation: LabelledImages
+) -> tuple[nn.Module, list[float]]:
+    """Return a classifier trained in phases, and the loss of each step.
+
+    With `selection: best`, the weights of the last phase are chosen.
+
+    Args:
+        inputs: the inputs of the evaluation.
+        options: the options of the metric.
+        phases: what it trains on, in turn.
+        seed: the seed of each phase.
+        validation: what weights are chosen on.
+    """
+
+    def train(phase: Phase, start: nn.Module | None) -> tuple[nn.Module, list[float]]:
+        labels, classes = np.asarray(phase.data[1], dtype=np.int64), len(inputs.real.description.labels)
+        how = options.model_copy(update={"steps": phase.steps})
+        recipe = _recipe(options, phase, validation, inputs.device, last=phase is phases[-1])
+        augment = phase_augmentation(phase, options)
+        return train_classifier(phase.data[0], labels, classes, how, seed, inputs.device, augment, recipe, start)
+
+    return trained_in_phases(phases, train)
+
+
+def _recipe(options: Options, phase: Phase, validation: LabelledImages, device: str, last: bool) -> Recipe | None:
+    """Return how a model is trained in a phase; see `training_recipe`."""
+
+    def draw_from(labels: NDArray[np.generic]) -> Draw | None:
+        balanced = phase.balanced or options.sampling == "balanced"
+        return balanced_draw(np.asarray(labels, dtype=np.int64), options.batch_size) if balanced else None
 
     def balanced_accuracy(network: nn.Module) -> float:
         right = predicted_probabilities(network, validation.images, device).argmax(axis=1) == validation.labels
         return float(np.mean([right[validation.labels == k].mean() for k in np.unique(validation.labels)]))
 
-    return training_recipe(options, draw, len(validation), balanced_accuracy, "a label")
+    draw = phase_draw(phase, draw_from, options.batch_size)
+    return training_recipe(options, draw, len(validation), balanced_accuracy, "a label", last)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.downstream.arms import ArmOptions, Pair, chosen_generator, train_arms
+from maskloom.evaluate.downstream.arms import ArmOptions, chosen_generator, phase_augmentation, train_arms
 from maskloom.evaluate.downstream.cases import Outcomes, ScoredTestSet, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
+from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
 from maskloom.evaluate.downstream.pictures import ARMS, changed_case_pictures
 from maskloom.evaluate.downstream.recipe import (
     RecipeOptions,
     balanced_draw,
     lesion_draw,
+    phase_draw,
     rarest_classes,
     training_recipe,
 )
@@ -41,7 +43,7 @@ from maskloom.models.segmenter import (
     train_segmenter,
 )
 from maskloom.pipeline.results import MetricResult, Picture, skipped_result
-from maskloom.pipeline.training.fixed_steps import Augment, Recipe
+from maskloom.pipeline.training.fixed_steps import Draw, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,12 +166,8 @@ def train_models(
     validation = masked_images(inputs, inputs.validation, options.image_size) if options.selection == "best" else None
     truths = {name: truth_masks(inputs, options, name, part) for name, part in tests.items()}
 
-    def train(data: Pair, seed: int, augment: Augment | None) -> TrainedModel:
-        masks = np.asarray(data[1], dtype=np.uint8)
-        recipe = _recipe(inputs, options, masks, validation)
-        network, losses = train_segmenter(
-            data[0], masks, len(inputs.classes), options, seed, inputs.device, augment, recipe
-        )
+    def train(phases: Sequence[Phase], seed: int) -> TrainedModel:
+        network, losses = trained_network(inputs, options, phases, seed, validation)
         how = (options.test_time_flips, options.surface_tolerance)
         scores = {
             name: image_scores(network, part, inputs.classes, inputs.device, truths[name], *how)
@@ -188,7 +186,7 @@ def train_models(
     if validation is not None:
         depends_on += [array_digest(one) for one in validation.pair]
     training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
-    return train_arms(options, real, generated, inputs.seed, training, seeds_needed)
+    return train_arms(options, real, generated, inputs.seed, options.steps, training, seeds_needed)
 
 
 def truth_masks(inputs: EvaluationInputs, options: Options, name: str, test: MaskedImages) -> NDArray[np.uint8]:
@@ -207,15 +205,45 @@ def truth_masks(inputs: EvaluationInputs, options: Options, name: str, test: Mas
     return masks[present]
 
 
+def trained_network(
+    inputs: EvaluationInputs, options: Options, phases: Sequence[Phase], seed: int, validation: MaskedImages | None
+) -> tuple[nn.Module, list[float]]:
+    """Return a network trained in phases, and the loss of each step.
+
+    With `selection: best`, the weights of the last phase are chosen.
+
+    Args:
+        inputs: the inputs of the evaluation.
+        options: the options of the metric.
+        phases: what it trains on, in turn.
+        seed: the seed of each phase.
+        validation: what weights are chosen on.
+    """
+
+    def train(phase: Phase, start: nn.Module | None) -> tuple[nn.Module, list[float]]:
+        masks = np.asarray(phase.data[1], dtype=np.uint8)
+        how = options.model_copy(update={"steps": phase.steps})
+        recipe = _recipe(inputs, options, phase, validation, last=phase is phases[-1])
+        augment = phase_augmentation(phase, options)
+        return train_segmenter(
+            phase.data[0], masks, len(inputs.classes), how, seed, inputs.device, augment, recipe, start
+        )
+
+    return trained_in_phases(phases, train)
+
+
 def _recipe(
-    inputs: EvaluationInputs, options: Options, masks: NDArray[np.uint8], validation: MaskedImages | None
+    inputs: EvaluationInputs, options: Options, phase: Phase, validation: MaskedImages | None, last: bool
 ) -> Recipe | None:
-    """Return how a model is trained on images with these masks; see `training_recipe`."""
-    draw = None
-    if options.sampling == "balanced":
-        draw = balanced_draw(rarest_classes(masks, len(inputs.classes)), options.batch_size)
-    elif options.sampling == "lesions":
-        draw = lesion_draw(masks, options.batch_size)
+    """Return how a model is trained in a phase; see `training_recipe`."""
+
+    def draw_from(masks: NDArray[np.generic]) -> Draw | None:
+        found = np.asarray(masks, dtype=np.uint8)
+        if phase.balanced or options.sampling == "balanced":
+            return balanced_draw(rarest_classes(found, len(inputs.classes)), options.batch_size)
+        return lesion_draw(found, options.batch_size) if options.sampling == "lesions" else None
+
+    draw = phase_draw(phase, draw_from, options.batch_size)
     kept = np.zeros(0, np.int64) if validation is None else np.flatnonzero((validation.masks > 0).any(axis=(1, 2)))
 
     def mean_dice(network: nn.Module) -> float:
@@ -223,7 +251,7 @@ def _recipe(
         predictions = predicted_masks(network, validation.images[kept], inputs.device)
         return float(dice_scores(predictions, validation.masks[kept], len(inputs.classes)).mean())
 
-    return training_recipe(options, draw, len(kept), mean_dice, "a mask with a foreground")
+    return training_recipe(options, draw, len(kept), mean_dice, "a mask with a foreground", last)
 
 
 def image_scores(

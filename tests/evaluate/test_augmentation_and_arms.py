@@ -7,17 +7,21 @@ import torch
 from maskloom.evaluate.downstream.arms import (
     ARMS,
     ArmOptions,
-    arm_data,
     arm_title,
     chosen_generator,
     limited_rows,
     other_generators,
     train_arms,
+    trained_arms,
 )
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, random_matrices, standard_augmentation
+from maskloom.evaluate.downstream.recipe import phase_draw, stream
+from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
+from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.loading import validated
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
-from tests.evaluate.runs import faithful, noise, tiny_inputs
+from tests.evaluate.runs import answer, copied, faithful, noise, tiny_inputs
 from tests.tiny_datasets import write_tiny_run
 
 STILL = AugmentationOptions(flip_horizontal=False, rotation_degrees=0, scale=0, translation=0, contrast=0, brightness=0)
@@ -68,35 +72,42 @@ def test_rotation_is_rigid_in_pixels_of_oblong_images() -> None:
 def test_arms_hold_what_they_say() -> None:
     real = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int64)
     synthetic = np.ones((5, 2, 2, 1), np.uint8), np.ones(5, np.int64)
-    sizes = {name: len(arm_data(arm, real, synthetic)[0]) for name, arm in ARMS.items()}
+    sizes = {name: len(arm.data(real, synthetic)[0]) for name, arm in ARMS.items()}
     assert sizes == {
         "real": 3,
         "real_augmented": 3,
+        "real_oversampled": 3,
+        "real_copy_paste": 3,
+        "real_copy_paste_augmented": 3,
         "real_synthetic": 8,
         "real_synthetic_augmented": 8,
+        "real_synthetic_equal_exposure": 8,
+        "real_synthetic_filtered": 8,
+        "pretrain_synthetic": 8,
         "synthetic": 5,
         "real_other_seeds": 3,
     }
-    assert arm_data(ARMS["synthetic"], real, synthetic)[1].tolist() == [1] * 5
+    assert ARMS["synthetic"].data(real, synthetic)[1].tolist() == [1] * 5
 
 
 def test_every_arm_is_trained_with_every_seed() -> None:
     real = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int64)
     options = ArmOptions(arms=["real", "real_augmented"], seeds=2)
-    trained = train_arms(options, real, {"gan": real}, 5, lambda data, seed, augment: (seed, augment is not None))
+    trained = train_arms(options, real, {"gan": real}, 5, 9, lambda phases, seed: (seed, phases[0].augmented))
     assert trained == {
         "real": {5: (5, False), 6: (6, False)},
         "real_augmented": {5: (5, True), 6: (6, True)},
         "real_other_seeds": {10005: (10005, False), 10006: (10006, False)},
     }
     alone = ArmOptions(arms=["real", "real_augmented"], seeds=2, null_arm=False)
-    assert list(train_arms(alone, real, {"gan": real}, 5, lambda *_: None)) == ["real", "real_augmented"]
+    assert list(train_arms(alone, real, {"gan": real}, 5, 9, lambda *_: None)) == ["real", "real_augmented"]
 
 
 def test_each_other_generator_is_one_more_arm() -> None:
     real, first, second = ((np.full((n, 2, 2, 1), n, np.uint8), np.full(n, n)) for n in (3, 2, 5))
     options = ArmOptions(arms=["real", "synthetic"], seeds=1, null_arm=False)
-    trained = train_arms(options, real, {"gan": first, "pix2pix": second}, 0, lambda data, *_: data[1].tolist())
+    generated = {"gan": first, "pix2pix": second}
+    trained = train_arms(options, real, generated, 0, 9, lambda phases, seed: phases[0].data[1].tolist())
     assert trained == {
         "real": {0: [3] * 3},
         "synthetic": {0: [2] * 2},
@@ -131,6 +142,93 @@ def test_the_rows_of_a_share_are_drawn_by_the_seed_and_keep_their_order() -> Non
 def test_arms_need_the_baseline_and_another(arms: list[str]) -> None:
     with pytest.raises(MaskLoomError, match="must hold 'real'"):
         validated({"arms": arms}, ArmOptions, "here")
+
+
+def test_an_arm_by_another_name_is_an_error() -> None:
+    with pytest.raises(
+        MaskLoomError, match=r"arms\.1=.*no arm is called 'real_sythetic'; did you mean 'real_synthetic'"
+    ):
+        validated({"arms": ["real", "real_sythetic"]}, ArmOptions, "here")
+    with pytest.raises(MaskLoomError, match="no arm is called 'real_other_seeds'"):
+        validated({"arms": ["real", "real_other_seeds"]}, ArmOptions, "here")
+
+
+@pytest.mark.parametrize("name", ["real_copy_paste", "real_copy_paste_augmented"])
+def test_no_lesion_is_pasted_into_a_labelled_image(name: str) -> None:
+    with pytest.raises(MaskLoomError, match=f"{name} is for segmentation only: .* leave the arm out"):
+        open_question("downstream_classification", {"arms": ["real", name]})
+    assert name in open_question("downstream_segmentation", {"arms": ["real", name]}).options.arms
+
+
+FILTERED_ARMS = ArmOptions(arms=["real", "real_synthetic_filtered"])
+
+
+def test_the_filtered_set_of_the_chosen_generator_is_used_and_has_no_second_arm(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"gan": noise, "gan-filtered": faithful, "text_only": noise}, {"train": 4})
+    inputs = given(tmp_path, "gan", "gan-filtered", "text_only")
+    first, filtered, other = inputs.synthetic.values()
+    assert other_generators(inputs, FILTERED_ARMS, first) == [filtered]
+    every = FILTERED_ARMS.model_copy(update={"every_generator": True, "null_arm": False})
+    assert other_generators(inputs, every, first) == [filtered, other]
+    pairs = {name: (np.full((1, 2, 2, 1), n, np.uint8), np.zeros(1)) for n, name in enumerate(inputs.synthetic)}
+    arms = trained_arms(every, pairs)
+    assert {name: int(images[0].max()) for name, (_, (images, _)) in arms.items()} == {
+        "real": 0,
+        "real_synthetic_filtered": 1,
+        "real_synthetic:text_only": 2,
+    }
+
+
+def test_a_filtered_arm_needs_filtered_images(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"gan": noise, "gan-filtered": faithful}, {"train": 4})
+    inputs = given(tmp_path, "gan")
+    with pytest.raises(
+        MaskLoomError, match="needs the filtered images of gan, and there are none; add a section filter"
+    ):
+        other_generators(inputs, FILTERED_ARMS, inputs.synthetic["gan"])
+    inputs = given(tmp_path, "gan", "gan-filtered")
+    with pytest.raises(MaskLoomError, match="generator='gan-filtered' is filtered; set generator=gan"):
+        other_generators(inputs, FILTERED_ARMS, inputs.synthetic["gan-filtered"])
+
+
+def test_a_filtered_arm_needs_one_filtered_image_with_a_target(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"gan": noise, "gan-filtered": copied}, {"train": 12, "test": 6})
+    inputs = given(tmp_path, "gan", "gan-filtered")
+    inputs.on_copies = "drop"
+    with pytest.raises(MaskLoomError, match="no image of gan-filtered has a target and is no copy of a training image"):
+        answer(inputs, "downstream_segmentation", arms=["real", "real_synthetic_filtered"], generator="gan")
+
+
+def given(run: Path, *generators: str) -> EvaluationInputs:
+    sets = {name: MaskPromptDataset.open(run / "synthetic" / name) for name in generators}
+    return open_inputs(MaskPromptDataset.open(run / "dataset"), sets, None, 0)
+
+
+def test_steps_are_shared_out_to_two_phases() -> None:
+    pair, arm = (np.zeros((2, 2, 2, 1), np.uint8), np.zeros(2)), ARMS["pretrain_synthetic"]
+    shares = {(2, 0.01): [1, 1], (10, 0.99): [9, 1], (10, 0.3): [3, 7], (7, 0.5): [4, 3]}
+    for (steps, share), expected in shares.items():
+        assert [phase.steps for phase in arm.phases(pair, pair, steps, share)] == expected
+    with pytest.raises(MaskLoomError, match="synthetic, then real: steps=1 leaves no step for one of two phases"):
+        arm.phases(pair, pair, 1, 0.5)
+
+
+@pytest.mark.parametrize(("real", "synthetic", "steps"), [(3, 5, 4), (7, 1, 3), (2, 9, 5), (4, 4, 1)])
+def test_exposure_counts_exactly_whatever_the_numbers(real: int, synthetic: int, steps: int) -> None:
+    pairs = [(np.zeros((n, 2, 2, 1), np.uint8), np.zeros(n, np.int64)) for n in (real, synthetic)]
+    (phase,) = ARMS["real_synthetic_equal_exposure"].phases(*pairs, steps, 0.5)
+    assert phase.steps == int(np.ceil(steps * (real + synthetic) / real))
+    draw, random = phase_draw(phase, lambda targets: None, 4), torch.Generator().manual_seed(1)
+    rows = torch.stack([draw(random) for _ in range(phase.steps)])
+    assert rows.shape == (phase.steps, 4)
+    assert (rows < real).sum() == steps * 4
+    assert rows.max() < real + synthetic
+
+
+def test_a_stream_returns_the_draws_in_their_order() -> None:
+    numbers = iter(torch.arange(12).split(4))
+    take, random = stream(lambda random: next(numbers)), torch.Generator()
+    assert [take(count, random).tolist() for count in (0, 3, 6, 3)] == [[], [0, 1, 2], [3, 4, 5, 6, 7, 8], [9, 10, 11]]
 
 
 def test_generator_is_chosen_by_name_else_the_mask_conditioned_one(tmp_path: Path) -> None:

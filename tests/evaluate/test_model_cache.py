@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from maskloom.evaluate.downstream.cases import TrainedModel
+from maskloom.evaluate.downstream.phases import Phase
 from maskloom.evaluate.downstream.resuming import array_digest, as_arrays, from_arrays, resumable
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.metrics import downstream_classification, downstream_segmentation
@@ -139,9 +140,8 @@ def test_versions_device_and_test_images_are_part_of_the_key(tmp_path: Path, mon
             return trained
 
         cache = ModelCache(tmp_path)
-        resumable(train, cache, "m", options, depends_on, {"real test": (test,)}, lambda: None)(
-            (images, images), 0, None
-        )  # type: ignore[arg-type, return-value]
+        phases = (Phase((images, images), 4),)
+        resumable(train, cache, "m", options, depends_on, {"real test": (test,)}, lambda: None)(phases, 0)  # type: ignore[arg-type, return-value]
 
     model([4, "cpu"], images)
     model([4, "cpu"], images)

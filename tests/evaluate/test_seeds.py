@@ -89,7 +89,7 @@ def test_all_arms_train_alike_and_no_seed_twice() -> None:
     real = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int64)
     trained: list[int] = []
 
-    def train(data: Any, seed: int, augment: Any) -> int:
+    def train(phases: Any, seed: int) -> int:
         trained.append(seed)
         return seed
 
@@ -102,7 +102,7 @@ def test_all_arms_train_alike_and_no_seed_twice() -> None:
         return 5
 
     options = ArmOptions(arms=["real", "synthetic"], seeds="auto")
-    found = train_arms(options, real, {"gan": real}, 5, train, needed)
+    found = train_arms(options, real, {"gan": real}, 5, 9, train, needed)
     assert {name: list(one) for name, one in found.items()} == {
         "real": [5, 6, 7, 8, 9],
         "synthetic": [5, 6, 7, 8, 9],
@@ -114,7 +114,7 @@ def test_all_arms_train_alike_and_no_seed_twice() -> None:
 def test_no_training_is_announced_where_the_first_seeds_suffice(capsys: pytest.CaptureFixture[str]) -> None:
     real = np.zeros((2, 2)), np.zeros(2)
     options = ArmOptions(arms=["real", "synthetic"], seeds="auto", max_seeds=3)
-    found = train_arms(options, real, {"gan": real}, 5, lambda *_: 0, lambda _: 3)
+    found = train_arms(options, real, {"gan": real}, 5, 9, lambda *_: 0, lambda _: 3)
     assert [len(one) for one in found.values()] == [3, 3, 3]
     assert capsys.readouterr().err.count("training downstream models") == 1
 
