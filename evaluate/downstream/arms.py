@@ -7,11 +7,11 @@ but for equal real exposure, whose synthetic images take further ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
 from maskloom.evaluate.downstream.copy_paste import CopyPasteOptions, copy_paste
@@ -110,6 +110,7 @@ def _known_arm(name: str) -> str:
 
 
 ArmName = Annotated[str, AfterValidator(_known_arm)]
+Ratio = Annotated[float, Field(gt=0)]
 
 
 class ArmOptions(DigestedSection):
@@ -136,6 +137,14 @@ class ArmOptions(DigestedSection):
     synthetic_per_real: float | None = Field(
         None, gt=0, description="largest number of synthetic images per real one; null: all images"
     )
+    synthetic_ratios: tuple[Ratio, ...] = Field(
+        (),
+        description="numbers of synthetic images per real one; the best on the validation images is used where both are "
+        "mixed; none: all images",
+    )
+    ratio_seeds: Trainings = Field(
+        1, ge=1, description="with synthetic_ratios, trainings per ratio, of the first seeds"
+    )
     null_arm: bool = Field(
         True, description="also train on real images with other seeds, to show what difference seeds alone make"
     )
@@ -160,6 +169,8 @@ class ArmOptions(DigestedSection):
             "max_seeds": self.seeds == AUTO,
             "copy_paste": any(arm.copy_paste for arm in arms),
             "pretrain_share": any(arm.pretrained for arm in arms),
+            "synthetic_ratios": bool(self.synthetic_ratios),
+            "ratio_seeds": bool(self.synthetic_ratios),
         }
         return super().unused_keys() | {key for key, is_used in used.items() if not is_used}
 
@@ -169,6 +180,19 @@ class ArmOptions(DigestedSection):
         if "real" not in arms or len(arms) < 2 or len(set(arms)) < len(arms):
             raise ValueError("must hold 'real' (every other arm is compared with it) and another arm, each once")
         return arms
+
+    @model_validator(mode="after")
+    def _ratios_are_a_choice(self) -> Self:
+        ratios = self.synthetic_ratios
+        if ratios and (len(ratios) < 2 or len(set(ratios)) < len(ratios)):
+            raise ValueError("synthetic_ratios: give two or more, each once; a single one is synthetic_per_real")
+        if ratios and self.synthetic_per_real is not None:
+            raise ValueError(
+                "synthetic_ratios and synthetic_per_real both limit the synthetic images; keep one of them"
+            )
+        if ratios and WITH_SYNTHETIC not in self.arms:
+            raise ValueError(f"synthetic_ratios are chosen for {WITH_SYNTHETIC}; add it to arms, or leave them out")
+        return self
 
 
 def chosen_generator(inputs: EvaluationInputs, name: str | None) -> ImageSet | None:
@@ -255,7 +279,21 @@ def limited_rows(real: int, synthetic: int, options: ArmOptions, seed: int) -> N
         if options.synthetic_per_real is None
         else min(synthetic, max(1, round(real * options.synthetic_per_real)))
     )
-    return np.sort(np.random.default_rng(seed).permutation(synthetic)[:most])
+    return random_rows(synthetic, most, seed)
+
+
+def random_rows(count: int, most: int, seed: int) -> NDArray[np.int64]:
+    """Return at most so many of the numbers below `count`, ascending; fewer are among more of the same seed."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
+
+
+def random_part(pair: Pair, most: int | None, seed: int) -> Pair:
+    """Return at most so many images, drawn at random, and their targets; None: all."""
+    images, targets = pair
+    if most is None or most >= len(images):
+        return pair
+    rows = random_rows(len(images), most, seed)
+    return images[rows], targets[rows]
 
 
 def phase_augmentation(phase: Phase, options: ArmOptions) -> Augment | None:
@@ -295,6 +333,7 @@ def train_arms(
     steps: int,
     train: Callable[[Sequence[Phase], int], Outcome],
     seeds_needed: Callable[[Mapping[str, Mapping[int, Outcome]]], int] = lambda trained: FIRST_SEEDS,
+    mixed: int | None = None,
 ) -> dict[str, dict[int, Outcome]]:
     """Return what `train(phases, seed)` returns, by arm and seed.
 
@@ -310,6 +349,7 @@ def train_arms(
         train: trains one model and returns its results on the test images, external ones included.
         seeds_needed: returns, with `seeds: auto`, the number of seeds from what the first
             `FIRST_SEEDS` gave; all arms train with as many.
+        mixed: largest number of synthetic images of the arms that mix them with real ones; None: all.
     """
     arms = trained_arms(options, generated)
     outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in arms}
@@ -319,7 +359,8 @@ def train_arms(
             return
         with progress("training downstream models", len(arms) * len(numbers), "models") as advance:
             for name, (arm, images) in arms.items():
-                phases = arm.phases(real, images, steps, options.pretrain_share)
+                synthetic = random_part(images, mixed if arm.mixes else None, seed)
+                phases = arm.phases(real, synthetic, steps, options.pretrain_share)
                 first = seed + (OTHER_SEEDS if name == NULL_ARM else 0)
                 for one in (first + number for number in numbers):
                     advance(0, note=f"{arm_title(name)}, seed {one}")

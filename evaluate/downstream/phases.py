@@ -86,7 +86,7 @@ class Arm:
         """Whether real and synthetic images are in the same batches."""
         return self.real and self.synthetic and not self.pretrained
 
-    def phases(self, real: Pair, synthetic: Pair, steps: int, pretrain_share: float) -> tuple[Phase, ...]:
+    def phases(self, real: Pair, synthetic: Pair, steps: int, pretrain_share: float = 0.5) -> tuple[Phase, ...]:
         """Return the phases of a training.
 
         Args:

@@ -11,6 +11,7 @@ from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.data import ComparisonData, Images
 from maskloom.evaluate.downstream.losses import LossCurves
+from maskloom.evaluate.downstream.ratios import RatioChoice
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs
 
@@ -41,7 +42,12 @@ class Task:
 
 
 def downstream_result(
-    task: Task, inputs: EvaluationInputs, options: ArmOptions, data: ComparisonData[Images], trained: Outcomes
+    task: Task,
+    inputs: EvaluationInputs,
+    options: ArmOptions,
+    data: ComparisonData[Images],
+    trained: Outcomes,
+    ratio: RatioChoice | None = None,
 ) -> DownstreamResult:
     """Return the comparison of trained models; the task adds its own warnings, limits and pictures.
 
@@ -51,6 +57,7 @@ def downstream_result(
         options: the arms.
         data: what the models were trained and tested on.
         trained: the models by arm and seed.
+        ratio: the choice of the number of synthetic images, if one was made.
     """
     cases, losses = trained_cases(task.metric, trained, data.tests), LossCurves.of(trained)
     plan = seed_plan(cases[0], task.primary, options.max_seeds) if options.seeds == AUTO else None
@@ -59,14 +66,19 @@ def downstream_result(
         question=task.question,
         verdict=f"{task.title}: {comparison.verdict}",
         headline=True,
-        tables=comparison.tables,
+        tables=[*comparison.tables, *([ratio.table()] if ratio else [])],
         forests=comparison.forests,
         curves=[losses.chart()],
         figures=comparison.figures,
         would_change=comparison.would_change,
         warnings=[*comparison.warnings, *losses.warnings(), *left_out_warnings(inputs, data.generated)],
-        limits=[INTERVAL_LIMIT, *([plan.sentence] if plan else []), *arm_notes(options, trained)],
-        values=comparison.values | {"losses": losses.as_json()} | ({"seeds": plan.as_json()} if plan else {}),
+        limits=[INTERVAL_LIMIT, *([one.sentence for one in (plan, ratio) if one]), *arm_notes(options, trained)],
+        values={
+            **comparison.values,
+            "losses": losses.as_json(),
+            **({"seeds": plan.as_json()} if plan else {}),
+            **({"ratio": ratio.as_json()} if ratio else {}),
+        },
         cases=cases,
         n=data.counts(),
         seeds=list(cases[0].arms[BASELINE].seeds),

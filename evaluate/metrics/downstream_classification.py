@@ -27,6 +27,7 @@ from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
 from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
+from maskloom.evaluate.downstream.ratios import VALIDATION, RatioChoice, choose_ratio
 from maskloom.evaluate.downstream.recipe import RecipeOptions, balanced_draw, phase_draw, training_recipe
 from maskloom.evaluate.downstream.result import Task, downstream_result
 from maskloom.evaluate.downstream.resuming import array_digest, resumable
@@ -120,8 +121,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     data = comparison_data(inputs, options, generator, lambda one: labelled_images(one, options.image_size))
     if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
-    trained = train_models(inputs, options, data.real.pair, data.generated, data.tests)
-    result = downstream_result(TASK, inputs, options, data, trained)
+    ratio = chosen_ratio(inputs, options, data)
+    mixed = None if ratio is None else ratio.count
+    trained = train_models(inputs, options, data.real.pair, data.generated, data.tests, mixed)
+    result = downstream_result(TASK, inputs, options, data, trained, ratio)
     masked = {one.name: labelled_masks(one, options.image_size) for one in (inputs.test, *inputs.externals.values())}
     result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked, f"{NOTE} {CLASS_NOTE}")
     result.warnings += _warnings(inputs, data, result.values["arms"][BASELINE][PRIMARY]["value"])
@@ -194,6 +197,7 @@ def train_models(
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, LabelledImages],
+    mixed: int | None = None,
 ) -> dict[str, dict[int, TrainedModel]]:
     """Return every arm's models, by arm and seed, with the true class and the probabilities of every test image.
 
@@ -205,6 +209,7 @@ def train_models(
         real: real train images and labels.
         generated: images and labels of synthetic sets by generator, see `train_arms`.
         tests: test sets by name.
+        mixed: see `train_arms`.
     """
     names, flips = inputs.real.description.labels, options.test_time_flips
     validation = labelled_images(inputs.validation, options.image_size)
@@ -220,13 +225,61 @@ def train_models(
     def seeds_needed(trained: Outcomes) -> int:
         return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
 
-    def build() -> nn.Module:
-        return build_classifier(options, real[0].shape[-1], len(names), inputs.seed).to(inputs.device)
-
     arrays = {name: (part.images, part.labels) for name, part in tests.items()}
     depends_on = [VERSION, inputs.device, list(names), inputs.seed, *map(array_digest, validation.pair)]
-    training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
-    return train_arms(options, real, generated, inputs.seed, options.steps, training, seeds_needed)
+    training = resumable(
+        train, inputs.model_cache, NAME, options, depends_on, arrays, lambda: untrained(inputs, options)
+    )
+    return train_arms(options, real, generated, inputs.seed, options.steps, training, seeds_needed, mixed)
+
+
+def chosen_ratio(
+    inputs: EvaluationInputs, options: Options, data: ComparisonData[LabelledImages]
+) -> RatioChoice | None:
+    """Return the choice of the number of synthetic images; None where there is none to make.
+
+    Raises:
+        MaskLoomError: there is no validation image to choose by.
+    """
+    if not options.synthetic_ratios:
+        return None
+    validation = labelled_images(inputs.validation, options.image_size)
+
+    def train(phases: Sequence[Phase], seed: int) -> TrainedModel:
+        network, losses = trained_network(inputs, options, phases, seed, validation)
+        reached = np.array([validation_accuracy(network, validation, inputs.device)])
+        return TrainedModel(losses, {VALIDATION: {PRIMARY: reached}})
+
+    training = resumable(
+        train,
+        inputs.model_cache,
+        NAME,
+        options,
+        [VERSION, inputs.device, list(inputs.real.description.labels)],
+        {VALIDATION: validation.pair},
+        lambda: untrained(inputs, options),
+    )
+    return choose_ratio(
+        options,
+        data.real.pair,
+        data.generated[data.generator],
+        inputs.seed,
+        options.steps,
+        (PRIMARY, lambda phases, seed: float(training(phases, seed).scores[VALIDATION][PRIMARY][0])),
+        (len(validation), "a label"),
+    )
+
+
+def untrained(inputs: EvaluationInputs, options: Options) -> nn.Module:
+    """Return a classifier with random weights."""
+    about = inputs.real.description
+    return build_classifier(options, about.channels, len(about.labels), inputs.seed).to(inputs.device)
+
+
+def validation_accuracy(network: nn.Module, validation: LabelledImages, device: str) -> float:
+    """Return a classifier's balanced accuracy on the validation images."""
+    right = predicted_probabilities(network, validation.images, device).argmax(axis=1) == validation.labels
+    return float(np.mean([right[validation.labels == k].mean() for k in np.unique(validation.labels)]))
 
 
 def trained_network(
@@ -262,8 +315,7 @@ def _recipe(options: Options, phase: Phase, validation: LabelledImages, device: 
         return balanced_draw(np.asarray(labels, dtype=np.int64), options.batch_size) if balanced else None
 
     def balanced_accuracy(network: nn.Module) -> float:
-        right = predicted_probabilities(network, validation.images, device).argmax(axis=1) == validation.labels
-        return float(np.mean([right[validation.labels == k].mean() for k in np.unique(validation.labels)]))
+        return validation_accuracy(network, validation, device)
 
     draw = phase_draw(phase, draw_from, options.batch_size)
     return training_recipe(options, draw, len(validation), balanced_accuracy, "a label", last)

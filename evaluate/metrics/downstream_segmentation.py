@@ -20,6 +20,7 @@ from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
 from maskloom.evaluate.downstream.pictures import ARMS, changed_case_pictures
+from maskloom.evaluate.downstream.ratios import VALIDATION, RatioChoice, choose_ratio
 from maskloom.evaluate.downstream.recipe import (
     RecipeOptions,
     balanced_draw,
@@ -93,8 +94,10 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     data = comparison_data(inputs, options, generator, lambda one: masked_images(inputs, one, options.image_size))
     if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
-    trained = train_models(inputs, options, data.real.pair, data.generated, data.tests)
-    result = downstream_result(TASK, inputs, options, data, trained)
+    ratio = chosen_ratio(inputs, options, data)
+    mixed = None if ratio is None else ratio.count
+    trained = train_models(inputs, options, data.real.pair, data.generated, data.tests, mixed)
+    result = downstream_result(TASK, inputs, options, data, trained, ratio)
     masked = {name: (part.samples, part.masks) for name, part in data.tests.items()}
     result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked)
     result.pictures = _pictures(inputs, result.cases[0], data.tests[inputs.test.name], trained)
@@ -150,6 +153,7 @@ def train_models(
     real: Pair,
     generated: Mapping[str, Pair],
     tests: Mapping[str, MaskedImages],
+    mixed: int | None = None,
 ) -> dict[str, dict[int, TrainedModel]]:
     """Return every arm's models, by arm and seed, with their scores on every test image.
 
@@ -161,8 +165,8 @@ def train_models(
         real: real train images and masks.
         generated: images and masks of synthetic sets by generator, see `train_arms`.
         tests: test sets by name.
+        mixed: see `train_arms`.
     """
-
     validation = masked_images(inputs, inputs.validation, options.image_size) if options.selection == "best" else None
     truths = {name: truth_masks(inputs, options, name, part) for name, part in tests.items()}
 
@@ -178,15 +182,67 @@ def train_models(
     def seeds_needed(trained: Outcomes) -> int:
         return seed_plan(trained_cases(NAME, trained, tests)[0], PRIMARY, options.max_seeds).seeds
 
-    def build() -> nn.Module:
-        return build_segmenter(options, real[0].shape[-1], len(inputs.classes), inputs.seed).to(inputs.device)
-
     arrays = {name: (part.images, truths[name]) for name, part in tests.items()}
     depends_on = [VERSION, inputs.device, list(inputs.classes), inputs.seed]
     if validation is not None:
         depends_on += [array_digest(one) for one in validation.pair]
-    training = resumable(train, inputs.model_cache, NAME, options, depends_on, arrays, build)
-    return train_arms(options, real, generated, inputs.seed, options.steps, training, seeds_needed)
+    training = resumable(
+        train, inputs.model_cache, NAME, options, depends_on, arrays, lambda: untrained(inputs, options)
+    )
+    return train_arms(options, real, generated, inputs.seed, options.steps, training, seeds_needed, mixed)
+
+
+def chosen_ratio(inputs: EvaluationInputs, options: Options, data: ComparisonData[MaskedImages]) -> RatioChoice | None:
+    """Return the choice of the number of synthetic images; None where there is none to make.
+
+    Raises:
+        MaskLoomError: there is no validation image to choose by.
+    """
+    if not options.synthetic_ratios:
+        return None
+    validation = masked_images(inputs, inputs.validation, options.image_size)
+
+    def train(phases: Sequence[Phase], seed: int) -> TrainedModel:
+        network, losses = trained_network(inputs, options, phases, seed, validation)
+        reached = np.array([validation_dice(inputs, network, validation)])
+        return TrainedModel(losses, {VALIDATION: {PRIMARY: reached}})
+
+    training = resumable(
+        train,
+        inputs.model_cache,
+        NAME,
+        options,
+        [VERSION, inputs.device, list(inputs.classes)],
+        {VALIDATION: validation.pair},
+        lambda: untrained(inputs, options),
+    )
+    return choose_ratio(
+        options,
+        data.real.pair,
+        data.generated[data.generator],
+        inputs.seed,
+        options.steps,
+        (PRIMARY, lambda phases, seed: float(training(phases, seed).scores[VALIDATION][PRIMARY][0])),
+        (len(lesion_rows(validation)), "a mask with a foreground"),
+    )
+
+
+def untrained(inputs: EvaluationInputs, options: Options) -> nn.Module:
+    """Return a network with random weights."""
+    channels = inputs.real.description.channels
+    return build_segmenter(options, channels, len(inputs.classes), inputs.seed).to(inputs.device)
+
+
+def lesion_rows(images: MaskedImages) -> NDArray[np.int64]:
+    """Return the rows of the images whose mask has a foreground."""
+    return np.flatnonzero((images.masks > 0).any(axis=(1, 2)))
+
+
+def validation_dice(inputs: EvaluationInputs, network: nn.Module, validation: MaskedImages) -> float:
+    """Return a network's mean Dice on the validation images whose mask has a foreground."""
+    kept = lesion_rows(validation)
+    predictions = predicted_masks(network, validation.images[kept], inputs.device)
+    return float(dice_scores(predictions, validation.masks[kept], len(inputs.classes)).mean())
 
 
 def truth_masks(inputs: EvaluationInputs, options: Options, name: str, test: MaskedImages) -> NDArray[np.uint8]:
@@ -244,14 +300,13 @@ def _recipe(
         return lesion_draw(found, options.batch_size) if options.sampling == "lesions" else None
 
     draw = phase_draw(phase, draw_from, options.batch_size)
-    kept = np.zeros(0, np.int64) if validation is None else np.flatnonzero((validation.masks > 0).any(axis=(1, 2)))
 
     def mean_dice(network: nn.Module) -> float:
         assert validation is not None
-        predictions = predicted_masks(network, validation.images[kept], inputs.device)
-        return float(dice_scores(predictions, validation.masks[kept], len(inputs.classes)).mean())
+        return validation_dice(inputs, network, validation)
 
-    return training_recipe(options, draw, len(kept), mean_dice, "a mask with a foreground", last)
+    scored = 0 if validation is None else len(lesion_rows(validation))
+    return training_recipe(options, draw, scored, mean_dice, "a mask with a foreground", last)
 
 
 def image_scores(
