@@ -15,7 +15,7 @@ from maskloom.evaluate.downstream.arms import (
     trained_arms,
 )
 from maskloom.evaluate.downstream.augmentation import AugmentationOptions, random_matrices, standard_augmentation
-from maskloom.evaluate.downstream.recipe import phase_draw, stream
+from maskloom.evaluate.downstream.recipe import balanced_draw, phase_draw, stream
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
 from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.loading import validated
@@ -223,6 +223,18 @@ def test_exposure_counts_exactly_whatever_the_numbers(real: int, synthetic: int,
     assert rows.shape == (phase.steps, 4)
     assert (rows < real).sum() == steps * 4
     assert rows.max() < real + synthetic
+
+
+def test_exposure_goes_with_balanced_batches() -> None:
+    real, synthetic = np.array([0] * 9 + [1]), np.array([1] * 9 + [0])
+    pairs = [(np.zeros((10, 2, 2, 1), np.uint8), labels) for labels in (real, synthetic)]
+    (phase,) = ARMS["real_synthetic_equal_exposure"].phases(*pairs, 200, 0.5)
+    draw = phase_draw(phase, lambda labels: balanced_draw(np.asarray(labels), 8), 8)
+    random = torch.Generator().manual_seed(0)
+    rows = torch.cat([draw(random) for _ in range(phase.steps)]).numpy()
+    assert (rows < 10).sum() == 200 * 8
+    assert real[rows[rows < 10]].mean() == pytest.approx(0.5, abs=0.04)
+    assert synthetic[rows[rows >= 10] - 10].mean() == pytest.approx(0.5, abs=0.04)
 
 
 def test_a_stream_returns_the_draws_in_their_order() -> None:
