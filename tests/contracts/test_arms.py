@@ -1,5 +1,7 @@
 """Every arm of a downstream comparison keeps the protocol; a new one is tested by being in `ARMS`."""
 
+import html
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,17 @@ import pytest
 import torch
 
 from maskloom.evaluate.downstream.arms import ARMS, GROUPS, NULL_ARM, ArmOptions, arm_group, arm_title
+from maskloom.evaluate.evaluate import evaluate
+from maskloom.evaluate.filtering.filter import filter_synthetic
 from maskloom.evaluate.inputs import EvaluationInputs, open_inputs
 from maskloom.evaluate.metrics import downstream_classification, downstream_segmentation
 from maskloom.evaluate.model_cache import ModelCache
+from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.report.stage import write_report
 from maskloom.pipeline.results import MetricResult
-from tests.evaluate.runs import answer, faithful, unfaithful
+from tests.evaluate.runs import answer, faithful, small_options, tiny_config, unfaithful
 from tests.tiny_datasets import Sample, write_tiny_run
 
 TRAINERS = {
@@ -256,3 +263,24 @@ def test_options_of_arms_that_are_not_trained_leave_no_trace() -> None:
     assert not {"copy_paste", "pretrain_share"} & plain.keys()
     assert "pretrain_share" in ArmOptions(arms=["real", "pretrain_synthetic"]).model_dump()
     assert "copy_paste" in ArmOptions(arms=["real", "real_copy_paste"]).model_dump()
+
+
+def test_a_run_with_a_filter_reports_every_arm_and_the_ratio(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"controlnet": faithful}, {"train": 16, "validation": 12, "test": 8})
+    metric, network = "downstream_segmentation", {"image_size": 32, "width": 4, "batch_size": 8, "steps": 4}
+    values = small_options(metric, arms=NAMES, seeds=2, steps=4, synthetic_ratios=[0.5, 1])
+    tiny = tiny_config(tmp_path, {metric: values}, ("controlnet",)).model_dump(mode="json")
+    rules = {"criteria": {"class_agreement": network}, "rounds": 0, "acceptance": 0.6}
+    config = ExperimentConfig(**{**tiny, "filter": rules})
+    with pytest.raises(MaskLoomError, match="controlnet-filtered"):
+        evaluate(config, force=False)
+    filter_synthetic(config, force=False)
+    evaluate(config, force=False)
+    write_report(config, force=False)
+    answered = json.loads((tmp_path / "evaluation" / f"{metric}.json").read_text())
+    assert answered["n"]["controlnet-filtered"] <= answered["n"]["controlnet"]
+    assert answered["values"]["ratio"]["chosen"] in (0.5, 1)
+    page = (tmp_path / "report.html").read_text()
+    for name in NAMES:
+        assert html.escape(arm_title(name)) in page
+    assert "Choice of the number of synthetic images" in page
