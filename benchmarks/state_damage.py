@@ -205,7 +205,7 @@ def results(run: Path) -> dict[str, str]:
         part = Path(name).parts[0]
         visible = not any(piece.startswith(".") for piece in Path(name).parts)
         kept = (
-            part in ("dataset", "synthetic", "evaluation")
+            part in ("dataset", "synthetic", "filter", "evaluation")
             or "/weights/" in name
             or name.startswith(("generator/controlnet", "generator/lora"))
         )

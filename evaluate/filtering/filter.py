@@ -109,8 +109,7 @@ class FilteredSet:
         """
         draws = list(self._draws())
         kept = np.isin(draws[0].rows, np.concatenate([draw.rows[draw.judgement.accepted] for draw in draws]))
-        thresholds = self.judge.calibration.thresholds
-        lines = [line for draw in draws for line in ledger_rows(draw, thresholds)]
+        lines = [line for draw in draws for line in ledger_rows(draw, self.judge.calibration)]
         ledgers.write_text(
             f"{self.name}.jsonl", "".join(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n" for line in lines)
         )

@@ -3,6 +3,7 @@
 `benchmarks/state_damage.py` tries every file.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,29 @@ FILES = {
     "report.html": "named",
     "generator/checkpoint-2/optimizer.bin": "same",
     "config.yaml": "same",
+}
+
+FILTERED = {
+    "filter/controlnet.jsonl": "named",
+    "filter/controlnet.json": "named",
+    "synthetic/controlnet-filtered/data/train-00000-of-00001.parquet": "named",
+    "synthetic/controlnet-filtered/contract.json": "named",
+    "logs/filter/stage.json": "named",
+}
+# The criterion is hardly trained, so that it accepts some of the images of a generator that is not either.
+FILTER = {
+    "baselines": {},
+    "generate": {
+        "generators": {"controlnet": {}},
+        "num_images": 6,
+        "rows_per_shard": 6,
+        "num_inference_steps": 2,
+        "mask_source": ["train"],
+    },
+    "filter": {
+        "criteria": {"class_agreement": {"image_size": 32, "width": 4, "steps": 2, "batch_size": 4}},
+        "rounds": 0,
+    },
 }
 
 
@@ -45,3 +69,38 @@ def test_damage_is_named_or_changes_nothing(
         damage == "deleted" and not name.endswith("stage.json")
     ):  # then it is `missing`
         assert case.ending == FILES[name], case.said
+
+
+@pytest.fixture(scope="module")
+def filtered_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
+    place = tmp_path_factory.mktemp("damage-filtered")
+    sound, other = (finished_run(place / name, seed, FILTER) for seed, name in enumerate(("sound", "other"), 1))
+    return sound, other, results(sound)
+
+
+def test_a_finished_run_is_filtered(filtered_runs: tuple[Path, Path, dict[str, str]]) -> None:
+    sound = filtered_runs[0]
+    cached = [name for name in run_files(sound) if name.startswith("cache/filter/") and name.endswith(".npy")]
+    assert set(FILTERED) <= set(run_files(sound))
+    assert cached
+    lines = [json.loads(line) for line in (sound / "filter" / "controlnet.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines if line["round"] == 0] == list(range(6))
+
+
+@pytest.mark.parametrize("name", FILTERED)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_what_the_filter_wrote_is_named(
+    filtered_runs: tuple[Path, Path, dict[str, str]], tmp_path: Path, name: str, damage: str
+) -> None:
+    sound, other, expected = filtered_runs
+    case = damaged_case(sound, other, tmp_path / "damaged", name, damage, expected)
+    assert case.is_right, f"{case.ending}: {case.said}"
+
+
+def test_damaged_scores_of_the_filter_are_not_used(
+    filtered_runs: tuple[Path, Path, dict[str, str]], tmp_path: Path
+) -> None:
+    sound, other, expected = filtered_runs
+    name = next(name for name in run_files(sound) if name.startswith("cache/filter/") and name.endswith(".npy"))
+    case = damaged_case(sound, other, tmp_path / "damaged", name, "one bit", expected)
+    assert case.is_right, f"{case.ending}: {case.said}"
