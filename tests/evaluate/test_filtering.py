@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.ndimage import gaussian_filter
 
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.filtering.calibration import Levels, Reference, calibrate, conformal_limit, needed_groups
+from maskloom.evaluate.filtering.criteria.mask_match import related
 from maskloom.evaluate.filtering.criteria.realism import nearest_mean, power_spectra
 from maskloom.evaluate.filtering.criterion import log_odds
 from maskloom.evaluate.filtering.crossfit import Folds
@@ -21,7 +21,6 @@ from maskloom.evaluate.filtering.filter import filter_synthetic, without_test
 from maskloom.evaluate.filtering.judge import Judge, check_criterion, open_criteria, require_criteria
 from maskloom.evaluate.filtering.ledger import SMALL, Draw, ledger_rows, loss_warnings, subsets
 from maskloom.evaluate.filtering.planted import FAULTS, planted_sets
-from maskloom.evaluate.filtering.views import around_structures, composed, moved, resampled
 from maskloom.evaluate.inputs import ImageSet, open_inputs
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -361,20 +360,12 @@ def test_planted_faults_keep_the_group_and_change_what_they_say(run: Path) -> No
             assert differs <= {column, "attributes"}
 
 
-def test_the_part_around_a_structure() -> None:
-    masks = torch.zeros(2, 32, 64, dtype=torch.bool)
-    masks[0, 10:20, 30:40] = True
-    frames = around_structures(masks)
-    assert frames[1].tolist() == [[1, 0, 0], [0, 1, 0]]
-    part = resampled(masks[:, None].float(), frames, (16, 16))
-    assert part[0].mean() == pytest.approx(1 / 1.6**2, abs=0.02)
-    rows, columns = part[0, 0].nonzero().float().mean(dim=0).tolist()
-    assert (rows, columns) == pytest.approx((7.5, 7.5), abs=0.1)
-    still = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]).expand(2, 2, 3)
-    assert torch.allclose(composed(frames, still), frames)
-    assert torch.allclose(composed(still, frames), frames)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 64, 1)).astype(np.uint8)
-    assert np.array_equal(moved(pixels, 0), pixels)
+def test_a_mask_is_compared_with_those_of_its_kind() -> None:
+    real, kinds = np.concatenate([np.arange(101.0), np.arange(-100.0, 1)]), np.arange(202) >= 101
+    found = related(np.array([50.0, 5.0, -50.0, -95.0]), np.array([False, False, True, True]), real, kinds)
+    assert found == pytest.approx([0, -1, 0, -1])
+    few = related(np.array([7.0]), np.array([True]), np.arange(21.0), np.arange(21) < 1)
+    assert few == pytest.approx([-3 / 9])  # the median is 10, the lowest 5 % are below 1
 
 
 def test_scores_by_hand() -> None:
