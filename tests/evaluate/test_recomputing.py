@@ -3,16 +3,44 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.cases import write_cases
-from maskloom.evaluate.downstream.compare import compare
+from maskloom.evaluate.downstream.cases import ScoredTestSet, write_cases
+from maskloom.evaluate.downstream.compare import Comparison, compare
 from tests.evaluate.cases import dice_cases
 
 PAGE = Path(__file__).parents[2] / "docs/verdict.md"
+
+
+def recomputed(folder: Path, cases: ScoredTestSet) -> list[float]:
+    """Return what the script of the documentation prints."""
+    (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(script.splitlines()) <= 60
+    write_cases(folder / "cases.parquet", [cases])
+    (folder / "recompute.py").write_text(script)
+    words = [sys.executable, str(folder / "recompute.py"), str(folder / "cases.parquet")]
+    return [float(word) for word in subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()]
+
+
+def simulated(shared: float = 0.0) -> NDArray[np.float64]:
+    """Return Dice of two arms, (2, 4 seeds, 40 cases)."""
+    random = np.random.default_rng(0)
+    values = random.uniform(0.4, 0.8, 40) + random.normal(0, 0.1, (2, 4, 40)) + random.normal(0, 0.02, (2, 4, 1))
+    values[1] += 0.05
+    return np.asarray(values + shared * random.normal(size=(4, 40)))
+
+
+def check_headline(folder: Path, cases: ScoredTestSet) -> Comparison:
+    """Compare what the script prints with `compare`."""
+    (found,) = compare(cases)
+    expected = [found.difference, found.low, found.high, found.p]
+    assert recomputed(folder, cases) == pytest.approx(expected, abs=1e-9)
+    return found
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.2])
@@ -20,18 +48,21 @@ PAGE = Path(__file__).parents[2] / "docs/verdict.md"
 def test_the_script_of_the_documentation_recomputes_the_headline(
     tmp_path: Path, groups: list[str] | None, shared: float
 ) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(script.splitlines()) <= 60
-    random = np.random.default_rng(0)
-    values = random.uniform(0.4, 0.8, 40) + random.normal(0, 0.1, (2, 4, 40)) + random.normal(0, 0.02, (2, 4, 1))
-    values += shared * random.normal(size=(4, 40))
-    cases = dice_cases({"real": values[0], "real_synthetic": values[1] + 0.05}, groups)
-    write_cases(tmp_path / "cases.parquet", [cases])
-    (tmp_path / "recompute.py").write_text(script)
-    words = [sys.executable, str(tmp_path / "recompute.py"), str(tmp_path / "cases.parquet")]
-    shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    (found,) = compare(cases)
+    real, arm = simulated(shared)
+    found = check_headline(tmp_path, dice_cases({"real": real, "real_synthetic": arm}, groups))
     assert found.paired_seeds == bool(shared)
-    assert [float(word) for word in shown.split()] == pytest.approx(
-        [found.difference, found.low, found.high, found.p], abs=1e-9
-    )
+
+
+def test_the_script_leaves_out_what_is_not_defined(tmp_path: Path) -> None:
+    real, arm = simulated()
+    arm[1, 7], real[2, 3], arm[3] = np.nan, np.nan, np.nan
+    found = check_headline(tmp_path, dice_cases({"real": real, "real_synthetic": arm}))
+    assert (found.left_out_cases, found.left_out_seeds) == (2, 1)
+
+
+@pytest.mark.parametrize("seeds", [(1, 2, 3, 4), (10, 11, 12, 13)], ids=["partly shared", "others"])
+def test_the_script_matches_models_by_seed(tmp_path: Path, seeds: tuple[int, ...]) -> None:
+    cases = dice_cases(dict(zip(("real", "real_synthetic"), simulated(), strict=True)))
+    arm = replace(cases.arms["real_synthetic"], seeds=seeds)
+    found = check_headline(tmp_path, replace(cases, arms=cases.arms | {"real_synthetic": arm}))
+    assert found.seeds == (3 if seeds[0] == 1 else 4)
