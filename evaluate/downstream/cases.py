@@ -209,7 +209,7 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
         columns = {name: np.asarray(table[name].to_pylist(), dtype=str) for name in TEXT_COLUMNS}
     except UnicodeDecodeError as error:
         raise MaskLoomError(f"{path}: a text is not UTF-8; write names and ids as UTF-8") from error
-    for name in NAMES:
+    for name in (*NAMES, "group_id"):
         _check_names(path, name, np.unique(columns[name]).tolist())
     seeds = table["seed"].to_numpy()
     values = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
@@ -251,8 +251,9 @@ def _checked_table(path: Path) -> pa.Table:
             column = table[name].cast(kind)
         except pa.ArrowException as error:
             raise MaskLoomError(f"{path}: column {name!r} is {table[name].type}, not {kind}") from error
-        if name != "value" and column.null_count:
-            raise MaskLoomError(f"{path}: column {name!r} has {column.null_count} empty cells; it needs {REMEDY}")
+        empty = table[name].is_null(nan_is_null=True).to_numpy().sum()
+        if name != "value" and empty:
+            raise MaskLoomError(f"{path}: column {name!r} has {empty} empty cells; it needs {REMEDY}")
         table = table.set_column(table.column_names.index(name), name, column)
     return table.select(list(COLUMNS))
 

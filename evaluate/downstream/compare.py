@@ -9,8 +9,9 @@ What is compared, for each arm, test set and score:
 3. The difference, its interval and its p-value: see `scores/inference.py`.
 4. The finding. `helped` or `hurt` if the p-value, adjusted for the number of arms (Holm), is at
    most 5 %, else `no clear benefit`; `cannot tell` under 6 groups (10 of each class, for means over
-   classes) or 3 seeds, where results are missing in a way that may hide the worst ones, where one
-   training stands under two seeds, or where a few groups differ strongly the other way.
+   classes) or 3 seeds, where results are missing in a way that may hide the worst ones (more than 2 %
+   of the cases, or the worst values there would undo the finding), where one training stands under
+   two seeds, or where a few groups differ strongly the other way.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from maskloom.evaluate.downstream.pairing import (
     repeated_seeds,
     rests_on_classes,
     supporting_groups,
+    with_worst_values,
 )
 from maskloom.evaluate.scores.classification import CLASSIFICATION_SCORES, RECALL
 from maskloom.evaluate.scores.inference import (
@@ -236,7 +238,28 @@ def _with_finding(cases: ScoredTestSet, one: Comparison) -> Comparison:
         return replace(one, finding=NO_BENEFIT)
     if _few_groups_oppose(cases, one):
         return replace(one, reason="a few groups differ strongly the other way, and others like them may be missing")
-    return replace(one, finding=HURT if (one.difference > 0) == (one.better == LOWER) else HELPED)
+    finding = HURT if (one.difference > 0) == (one.better == LOWER) else HELPED
+    if _missing_values_oppose(cases, one, favoured=one.arm if finding == HELPED else one.baseline):
+        return replace(
+            one, reason="some cases are not defined for all models, and with the worst values there nothing is found"
+        )
+    return replace(one, finding=finding)
+
+
+def _missing_values_oppose(cases: ScoredTestSet, one: Comparison, favoured: str) -> bool:
+    """Return whether values that are not defined, if they were the worst, would undo a finding.
+
+    An arm that fails in the hardest cases has no value there, and looks better for it.
+    """
+    if not paired_values(cases, one.arm, one.baseline, one.score).partly_undefined:
+        return False
+    other = one.baseline if favoured == one.arm else one.arm
+    worst = with_worst_values(cases, favoured, other, one.score, one.better == LOWER)
+    again = _compare_arm(worst, one.arm, one.baseline, one.score, one.better)
+    if again.reason or again.p is None or again.difference is None:
+        return True
+    adjustment = one.p_holm / one.p if one.p and one.p_holm else 1.0
+    return again.p * adjustment > 1 - LEVEL or (again.difference > 0) != ((one.difference or 0.0) > 0)
 
 
 def _few_groups_oppose(cases: ScoredTestSet, one: Comparison) -> bool:

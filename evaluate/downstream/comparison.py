@@ -211,7 +211,7 @@ def _smallest_effect(one: Comparison) -> str:
     if effect > 1:
         return "no effect, however large, would be found"
     between = "" if low is None or high is None else f", an estimate with the 95 % interval [{low:.3f}, {high:.3f}]"
-    return f"an effect of {effect:.3f} would be found{between}"
+    return f"an effect of {effect:.3f} would be found in 70 to 80 % of such studies{between}"
 
 
 def _smallest_interval(one: Comparison) -> Interval | None:

@@ -28,14 +28,22 @@ OWN_SCORES = {
 }
 """By whole name, or by what stands before a class, a threshold or a unit."""
 LOWER_WORDS = re.compile(
-    r"\b(errors?|loss(es)?|brier|entropy|miss(ed|es)?|misclassifi\w+|differences?|deviations?|failures?"
+    r"\b(errors?|loss(es)?|brier|entropy|perplexity|divergence|differences?|deviations?|failures?"
+    r"|miss(ed|es)?|misclassifi\w+|undetected|unfound|negative log likelihood"
     r"|false (positives?|negatives?|alarms?|discover(y|ies))"
-    r"|hausdorff|(surface|boundary|contour|mean|average|median) distances?|\d*hd\d*|asd|msd|masd|assd"
-    r"|fp|fn|fpr|fnr|fdr|eer|mae|mape|mse|rmse|nrmse|ece|ace|mce|nll|bce|vd|avd|rvd|ravd|voe|lpips|fid|kid)\b"
+    r"|(surface|boundary|contour|mean|average|median|wasserstein|fr[eé]chet|kernel) distances?"
+    r"|hausdorff\d*|\d*hd\d*|asd|msd|masd|assd"
+    r"|fps?|fns?|fpr|fnr|fdr|eer|mae|mape|mse|rmse|nrmse|ece|ace|mce|nll|bce|vd|avd|rvd|ravd|voe|tre|aurc"
+    r"|lpips|fid|kid)(mm|px|vox)?\b"
 )
 """Whole words of names, in lower case, of which less is better."""
-COUNTS = re.compile(r"(mean|average|median|total|sum|number|rate|share|percentage|fraction|count) of ", re.IGNORECASE)
-NEGATED = re.compile(r"(neg|negated)\b|1 -|-", re.IGNORECASE)
+OPPOSITE = re.compile(r"\b(free|reductions?|improvements?|decreases?|without (an )?(errors?|miss(es)?|failures?))\b")
+"""Words that turn it round: `error reduction`, `share of cases without error`."""
+COUNTS = re.compile(
+    r"(mean|average|median|total|sum|number|no\.|rate|share|percentage|fraction|count) of ", re.IGNORECASE
+)
+COMPLEMENT = re.compile(r"(neg|negated)\b|1 ?-|-", re.IGNORECASE)
+"""How the name of a negated score, or of one minus a score, begins."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,14 @@ def direction(score: str, lower: Collection[str] = (), higher: Collection[str] =
     for name in (score, head):
         if name in OWN_SCORES:
             return Direction(OWN_SCORES[name], "own")
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", head).strip().lower()
-    if LOWER_WORDS.search(words) and not NEGATED.match(head.replace("_", " ")):
-        return Direction(LOWER, "name")
-    return Direction(HIGHER, "default")
+    measured = re.sub("[\u2010-\u2015\u2212]", "-", head).replace("_", " ")  # any dash
+    negated = COMPLEMENT.match(measured)
+    measured = measured[negated.end() :] if negated else measured
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", measured).strip().lower()
+    is_lower = bool(LOWER_WORDS.search(words)) and not OPPOSITE.search(words)
+    if negated and (is_lower or measured.strip().lower() in map(str.lower, OWN_SCORES)):
+        is_lower = not is_lower
+    return Direction(LOWER, "name") if is_lower else Direction(HIGHER, "default")
 
 
 def subject(score: str) -> str:

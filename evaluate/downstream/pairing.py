@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,50 @@ def paired_values(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> 
         left_out_seeds=max(map(len, seeds)) - len(kept_seeds),
         partly_undefined=int((of_models.any(axis=0) & ~of_models.all(axis=0)).sum()),
     )
+
+
+def with_worst_values(cases: ScoredTestSet, favoured: str, other: str, score: str, lower: bool) -> ScoredTestSet:
+    """Return two arms whose undefined values speak against the favoured one as much as any value seen.
+
+    It gets the worst value of both arms, and the other one the best; probabilities those of a wrong
+    and of the right class. A case without a value in any model stays undefined, and so does a model
+    without a value in any case (its training failed).
+
+    Args:
+        cases: of one test set.
+        favoured: the arm that a finding is in favour of.
+        other: the arm that it is compared with.
+        score: the score.
+        lower: whether lower values of the score are better.
+    """
+    sides = {name: _raw_values(cases.arms[name], score) for name in (favoured, other)}
+    defined = {
+        name: _defined(side, range(len(cases.arms[name].seeds)), (0, len(cases.samples)))
+        for name, side in sides.items()
+    }
+    known_cases = np.concatenate(list(defined.values())).any(axis=0)
+    arms = dict(cases.arms)
+    for name, side in sides.items():
+        missing = ~defined[name] & defined[name].any(axis=1, keepdims=True) & known_cases
+        extreme = _extreme_values(sides, score, worst=name == favoured, lower=lower)
+        filled = {one: np.where(missing, extreme[one], values) for one, values in side.items()}
+        arms[name] = replace(cases.arms[name], values={**cases.arms[name].values, **filled})
+    return replace(cases, arms=arms)
+
+
+def _extreme_values(
+    sides: Mapping[str, Mapping[str, Floats]], score: str, worst: bool, lower: bool
+) -> Mapping[str, Floats | float]:
+    """Return the worst or best raw values, by name: of a score over all cases, of a classifier for each, (N,)."""
+    if all(score in side for side in sides.values()):
+        seen = np.concatenate([side[score].ravel() for side in sides.values()])
+        return {score: float(np.nanmax(seen) if worst == lower else np.nanmin(seen))}
+    classes = sorted({name.removeprefix(TRUTH) for side in sides.values() for name in side if name.startswith(TRUTH)})
+    truth = {
+        name: np.nanmax(np.concatenate([side[TRUTH + name] for side in sides.values()]), axis=0) for name in classes
+    }
+    shown = {name: truth[classes[number - 1]] if worst else truth[name] for number, name in enumerate(classes)}
+    return {PROBABILITY + name: shown[name] for name in classes} | {TRUTH + name: truth[name] for name in classes}
 
 
 def _check_classes(cases: ScoredTestSet, arms: tuple[str, str], sides: Sequence[Mapping[str, Floats]]) -> None:

@@ -92,6 +92,7 @@ def test_missing_rows_and_infinite_values_are_not_defined(tmp_path: Path) -> Non
         ({"seed": [0.5] * 12}, "column 'seed' is double, not int64"),
         ({"seed": [None, *[0] * 11]}, "column 'seed' has 1 empty cells"),
         ({"group_id": [None] * 12}, "column 'group_id' has 12 empty cells"),
+        ({"group_id": [float("nan"), *[1.0] * 11]}, "column 'group_id' has 1 empty cells"),
         ({"sample_id": ["c0"] * 12}, "two rows for .*'sample_id': 'c0'"),
         ({"group_id": [f"g{i}" for i in range(12)]}, "sample_id 'c0' is in group 'g0' and in group 'g3'"),
     ],
@@ -120,7 +121,9 @@ def test_a_repeated_column_is_named(tmp_path: Path) -> None:
         read_cases(tmp_path / "cases.parquet")
 
 
-@pytest.mark.parametrize(("column", "name"), [("arm", "real "), ("arm", "re\u200bal"), ("score", " Dice")])
+@pytest.mark.parametrize(
+    ("column", "name"), [("arm", "real "), ("arm", "re\u200bal"), ("score", " Dice"), ("group_id", "g0 ")]
+)
 def test_names_that_print_alike_are_refused(tmp_path: Path, column: str, name: str) -> None:
     columns = rows()
     columns[column] = [name, *columns[column][1:]]

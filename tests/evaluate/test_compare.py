@@ -74,6 +74,8 @@ CLASSES_OF_BAD_NAMES = ("bone loss", "refractive error", "missed by readers", "H
         "glossiness",
         "terrorist",
         "neg_mean_squared_error",
+        *("1-FPR", "1 \u2212 HD95", "-HD95", "error-free cases", "share of cases without error", "miss-free rate"),
+        *("error reduction", "HD95 improvement", "gain in Dice", "Dice improvement"),
     ],
 )
 def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
@@ -87,6 +89,9 @@ def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
         *("ASD", "ASSD (mm)", "MASD", "RMSE", "mae", "FPR", "fnr of bone loss", "HD", "95HD", "HD of bone"),
         *("volume difference", "mean surface distance", "meanSurfaceDistance", "mean_error", "NLL", "ECE", "RAVD"),
         *("number of false positives", "rate of missed lesions", "cross-entropy", "logLoss"),
+        *("Hausdorff95", "HD95mm", "1-Dice", "1 - AUROC", "-dice", "neg_dice", "negative log likelihood", "perplexity"),
+        *("TRE", "AURC", "FNs", "FPs per image", "undetected lesions", "no. of misses", "wasserstein distance"),
+        *("KL divergence", "HD95 without outliers"),
     ],
 )
 def test_less_is_better_of_errors_and_distances(score: str) -> None:
@@ -272,6 +277,38 @@ def test_cases_that_only_some_models_have_may_hide_the_worst() -> None:
     assert (found.finding, found.reason) == ("cannot tell", "4 case(s) are defined for some models only")
     arms["real"] = np.where(np.arange(60) < 4, np.nan, BASE)  # not defined for anybody: says nothing of the arms
     assert one(dice_cases(arms)).finding == "helped"
+
+
+@pytest.mark.parametrize(("score", "lower"), [("Dice", False), ("HD95", True)])
+@pytest.mark.parametrize("better", ["real", "real_synthetic"])
+def test_an_arm_is_not_better_for_having_no_value_in_some_cases(score: str, lower: bool, better: str) -> None:
+    """In 5 of 300 cases one arm has no value: too few to be refused, and enough to hide total failures."""
+    base = np.random.default_rng(2).normal(0, 0.03, (5, 300)) + np.linspace(0.1, 0.9, 300)
+    hidden = np.arange(300) < 5 if lower else np.arange(300) >= 295  # cases in which a failure costs most
+    arms = {name: base + 0.004 * (name == better) * (-1 if lower else 1) for name in ("real", "real_synthetic")}
+    finding = "hurt" if better == "real" else "helped"
+    assert one(dice_cases(arms, score=score), score=score).finding == finding
+    of_better = dice_cases(arms | {better: np.where(hidden, np.nan, arms[better])}, score=score)
+    found = one(of_better, score=score)
+    assert (found.finding, found.left_out_cases) == ("cannot tell", 5)
+    assert found.reason.startswith("some cases are not defined for all models, and with the worst values there")
+    (worse,) = arms.keys() - {better}
+    of_worse = dice_cases(arms | {worse: np.where(hidden, np.nan, arms[worse])}, score=score)
+    assert one(of_worse, score=score).finding == finding
+
+
+@pytest.mark.parametrize(("gain", "finding"), [(0.1, "cannot tell"), (0.5, "helped")])
+def test_undefined_probabilities_of_the_better_classifier_count_as_wrong(gain: float, finding: str) -> None:
+    random, labels = np.random.default_rng(3), np.arange(300) % 3
+    arms = {}
+    for name, better in (("real", 0.0), ("real_synthetic", gain)):
+        noise = random.dirichlet(np.ones(3), (4, 300))
+        arms[name] = (noise + (0.3 + better) * np.eye(3)[labels]) / (1.3 + better)
+    arms["real_synthetic"][:, :5] = np.nan
+    found = one(class_cases(arms, labels, ["a", "b", "c"]), score="AUROC")
+    assert found.p is not None
+    assert found.p < 0.05
+    assert (found.finding, found.left_out_cases) == (finding, 5)
 
 
 def test_nothing_defined_is_said() -> None:

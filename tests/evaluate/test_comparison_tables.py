@@ -27,7 +27,10 @@ def test_the_verdict_says_what_it_rests_on() -> None:
     assert basis.startswith(f"60 test images in 20 groups, 5 seeds; an effect of {change['smallest_effect']:.3f} would")
     low, high = change["smallest_effect_low"], change["smallest_effect_high"]
     assert 0 < low < change["smallest_effect"] < high
-    assert f" would be found, an estimate with the 95 % interval [{low:.3f}, {high:.3f}]; " in basis
+    assert (
+        f" would be found in 70 to 80 % of such studies, an estimate with the 95 % interval [{low:.3f}, {high:.3f}]; "
+        in basis
+    )
     cell = next(row for row in found.tables[0].rows if row[0] == "real + synthetic")[4]
     assert isinstance(cell, Interval) and (cell.value, cell.low, cell.high) == (change["smallest_effect"], low, high)
     assert "; real images with other seeds: " in basis
