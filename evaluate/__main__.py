@@ -84,21 +84,47 @@ def compare(
     higher_is_better: Annotated[
         list[str] | None, typer.Option(metavar="SCORE", help="a higher value of this score is better; may be repeated")
     ] = None,
+    subgroup: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="also compare within the values of this column of --dataset, such as scanner; may be repeated",
+        ),
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(metavar="DATASET", help="with --subgroup: the real dataset, RUN/dataset")
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="write a list with one entry per file, test set, arm and score")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="write a list with one entry per file, test set, arm and score, and per subgroup's finding and gap",
+        ),
     ] = None,
 ) -> None:
     """Compare downstream models from tables of cases alone: difference, interval, finding."""
-    from maskloom.evaluate.downstream.tables import compare_files, print_comparisons, print_directions
+    from maskloom.evaluate.downstream.tables import (
+        compare_files,
+        compare_subgroup_files,
+        print_comparisons,
+        print_directions,
+        print_subgroups,
+        subgroup_entries,
+        subgroup_request,
+    )
     from maskloom.pipeline.runs.named_files import named_file
 
     output = named_file("--json", json, "comparison")
     stated = (lower_is_better or [], higher_is_better or [])
+    request = subgroup_request(dataset, subgroup)
     found = compare_files(cases, baseline, score, *stated)
+    within = compare_subgroup_files(cases, request, baseline, score, *stated) if request else []
     print_comparisons(found)
+    print_subgroups(within)
     print_directions({one.score for _, one in found}, *stated)
     if output:
-        output.write_json_list([{"file": str(path), **one.as_json()} for path, one in found])
+        entries = [{"file": str(path), **one.as_json()} for path, one in found]
+        output.write_json_list([*entries, *(entry for path, one in within for entry in subgroup_entries(path, one))])
 
 
 def import_predictions(

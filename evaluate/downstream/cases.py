@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -94,6 +94,21 @@ class ScoredTestSet:
         """Yield the (S, N) values of every arm and score."""
         for arm in self.arms.values():
             yield from arm.values.values()
+
+
+def subset(cases: ScoredTestSet, samples: Collection[str], arms: Collection[str]) -> ScoredTestSet:
+    """Return some cases of some arms."""
+    kept = [i for i, sample in enumerate(cases.samples) if sample in samples]
+    return replace(
+        cases,
+        samples=tuple(cases.samples[i] for i in kept),
+        groups=tuple(cases.groups[i] for i in kept),
+        arms={
+            name: ArmCases(arm.seeds, {score: values[:, kept] for score, values in arm.values.items()})
+            for name, arm in cases.arms.items()
+            if name in arms
+        },
+    )
 
 
 class TestImages(Protocol):

@@ -192,13 +192,26 @@ def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
 
 def _compare_score(cases: ScoredTestSet, baseline: str, score: str, better: str) -> list[Comparison]:
     """Return the comparisons of one score, their p-values adjusted for the number of arms."""
-    found = [_compare_arm(cases, arm, baseline, score, better) for arm in cases.arms if arm != baseline]
-    tested = [i for i, one in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
-    adjusted = dict(zip(tested, holm_adjusted([found[i].p or 0.0 for i in tested]), strict=True))
-    return [_with_finding(cases, replace(one, p_holm=adjusted.get(i, one.p))) for i, one in enumerate(found)]
+    return with_findings(
+        [(cases, compare_arm(cases, arm, baseline, score, better)) for arm in cases.arms if arm != baseline]
+    )
 
 
-def _compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, better: str) -> Comparison:
+def with_findings(found: Sequence[tuple[ScoredTestSet, Comparison]]) -> list[Comparison]:
+    """Return comparisons with their findings, the p-values adjusted for their number.
+
+    Chance alone, the null arm, does not count and is not adjusted.
+
+    Args:
+        found: each comparison of `compare_arm`, and the cases that it is of.
+    """
+    tested = [i for i, (_, one) in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
+    adjusted = dict(zip(tested, holm_adjusted([found[i][1].p or 0.0 for i in tested]), strict=True))
+    return [_with_finding(cases, replace(one, p_holm=adjusted.get(i, one.p))) for i, (cases, one) in enumerate(found)]
+
+
+def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, better: str) -> Comparison:
+    """Return an arm's comparison with the baseline, without a finding and an adjusted p-value."""
     pair = paired_values(cases, arm, baseline, score)
     left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
     values = np.zeros((pair.seeds, 0)) if left is None or right is None else left - right

@@ -162,7 +162,7 @@ def _scored(cases: ScoredTestSet, score: str) -> tuple[int, int]:
     return len(kept), len({cases.groups[i] for i in kept})
 
 
-def _interval(one: ArmScore | Comparison) -> Interval:
+def shown_interval(one: ArmScore | Comparison) -> Interval:
     """Return a figure with its interval.
 
     The interval ends where scores (0 and 1) and their differences (-1 and 1) do, if they do. A
@@ -186,7 +186,8 @@ def _values(one: TestSetComparison) -> dict[str, Any]:
         "primary": one.primary,
         "arms": {
             arm: {
-                name: {**_interval(score).model_dump(), "by_seed": list(score.by_seed)} for name, score in found.items()
+                name: {**shown_interval(score).model_dump(), "by_seed": list(score.by_seed)}
+                for name, score in found.items()
             }
             for arm, found in one.scores.items()
         },
@@ -201,7 +202,7 @@ def _verdict(own: TestSetComparison) -> str:
     headline, null = own.headline, own.null
     basis = f"{headline.cases} test images in {own.scored[own.primary][1]} groups, {headline.seeds} seeds"
     found = f"; {_smallest_effect(headline)}" if headline.smallest_effect else ""
-    by_chance = f"; real images with other seeds: {_interval(null)}" if null else ""
+    by_chance = f"; real images with other seeds: {shown_interval(null)}" if null else ""
     return f"{_change_sentence(headline)} ({basis}{found}{by_chance})."
 
 
@@ -222,7 +223,7 @@ def _smallest_interval(one: Comparison) -> Interval | None:
 
 def _change_sentence(one: Comparison) -> str:
     reason = f", {one.reason}" if one.reason else ""
-    return f"{arm_title(one.arm)} changed {one.score} by {_interval(one)}: {one.finding}{reason}"
+    return f"{arm_title(one.arm)} changed {one.score} by {shown_interval(one)}: {one.finding}{reason}"
 
 
 def _external_sentence(external: TestSetComparison, own: TestSetComparison) -> str:
@@ -231,7 +232,7 @@ def _external_sentence(external: TestSetComparison, own: TestSetComparison) -> s
     conclusion = ", the same conclusion" if here.finding == there.finding else ", another conclusion"
     told = CANNOT_TELL not in (here.finding, there.finding)
     return (
-        f"On the {external.test_set} it changed {here.score} by {_interval(here)}: "
+        f"On the {external.test_set} it changed {here.score} by {shown_interval(here)}: "
         f"{here.finding}{conclusion if told else ''}."
     )
 
@@ -244,10 +245,10 @@ def _change_table(one: TestSetComparison) -> Table:
             change = one.changes[arm][name]
             spread = f"{min(change.by_seed):+.3f} to {max(change.by_seed):+.3f}" if change.by_seed else None
             figures: list[Cell] = [
-                _interval(change),
+                shown_interval(change),
                 change.finding,
                 _smallest_interval(change),
-                _p_cell(change.p_holm),
+                p_cell(change.p_holm),
                 spread,
             ]
             rows.append([arm_title(arm), name, *figures])
@@ -265,7 +266,7 @@ def _change_table(one: TestSetComparison) -> Table:
     return Table(title=title, note=note, columns=columns, rows=rows, groups=groups)
 
 
-def _p_cell(p: float | None) -> Cell:
+def p_cell(p: float | None) -> Cell:
     """Return a p-value; the smallest are bounded, because no test of so few models is certain."""
     return p if p is None or p >= SMALLEST_P else f"< {SMALLEST_P}"
 
@@ -284,7 +285,7 @@ def _forests(one: TestSetComparison) -> list[Forest]:
                 rows=[
                     ForestRow(
                         name=arm_title(change.arm),
-                        **_interval(change).model_dump(),
+                        **shown_interval(change).model_dump(),
                         finding=change.finding,
                         basis=basis_of(change, one.scored[name][1]),
                         smallest=change.smallest_effect or None,
@@ -312,7 +313,7 @@ def basis_of(one: Comparison, groups: int) -> str:
 
 def _score_table(one: TestSetComparison) -> Table:
     arms = grouped_arms(one.scores)
-    rows: list[list[Cell]] = [[arm_title(arm), *map(_interval, one.scores[arm].values())] for arm in arms]
+    rows: list[list[Cell]] = [[arm_title(arm), *map(shown_interval, one.scores[arm].values())] for arm in arms]
     images = f"images of the {one.test_set}" if one.external else "real test images"
     note = f"Mean over seeds on {one.cases} {images} in {one.groups} groups; 95 % intervals over groups and seeds, "
     note += (
@@ -330,13 +331,15 @@ def _figures(own: TestSetComparison, generator: str) -> list[Figure]:
     contain their generator; filtered images have a figure of their own.
     """
     primary = own.primary
-    reached = [Figure(of=REAL, name=primary, better="higher", **_interval(own.scores[BASELINE][primary]).model_dump())]
+    reached = [
+        Figure(of=REAL, name=primary, better="higher", **shown_interval(own.scores[BASELINE][primary]).model_dump())
+    ]
     changed = []
     for arm, found in own.changes.items():
         kind, _, other = arm.partition(":")
         of = f"{generator}{FILTERED}" if kind == WITH_FILTERED else other or generator
         if kind in (WITH_SYNTHETIC, WITH_FILTERED):
-            score, change = (_interval(one).model_dump() for one in (own.scores[arm][primary], found[primary]))
+            score, change = (shown_interval(one).model_dump() for one in (own.scores[arm][primary], found[primary]))
             reached.append(Figure(of=of, name=primary, better="higher", **score))
             changed.append(Figure(of=of, name=f"change of {primary}", better="higher", **change))
     return reached + changed
@@ -356,11 +359,11 @@ def _warnings(one: TestSetComparison) -> list[str]:
         )
     if null is not None and null.finding in ("helped", "hurt"):
         found.append(
-            f"real images with other seeds differ from real images by {_interval(null)}: take the findings with care"
+            f"real images with other seeds differ from real images by {shown_interval(null)}: take the findings with care"
         )
     elif null is not None and headline.smallest_effect and reach(null) > LUCK_RATIO * headline.smallest_effect:
         found.append(
-            f"real images with other seeds differ from real images by {_interval(null)}: trainings vary more by luck than "
+            f"real images with other seeds differ from real images by {shown_interval(null)}: trainings vary more by luck than "
             f"the smallest effect of {headline.smallest_effect:.3f} suggests; train longer, or with more seeds"
         )
     return found

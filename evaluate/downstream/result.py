@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from maskloom.evaluate.copies import left_out_warnings
 from maskloom.evaluate.downstream.arms import ARMS, AUTO, ArmOptions, arm_title
+from maskloom.evaluate.downstream.by_column import compare_subgroups
 from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, trained_cases
+from maskloom.evaluate.downstream.columns import Subgroups
 from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.data import ComparisonData, Images
+from maskloom.evaluate.downstream.directions import HIGHER
 from maskloom.evaluate.downstream.losses import LossCurves
 from maskloom.evaluate.downstream.ratios import RatioChoice
 from maskloom.evaluate.downstream.seeds import seed_plan
@@ -99,3 +103,22 @@ def arm_notes(options: ArmOptions, trained: Outcomes) -> list[str]:
         for arm, note in notes.items()
         if note
     ]
+
+
+def add_subgroups(
+    result: DownstreamResult, score: str, columns: Mapping[str, Subgroups], problems: Sequence[str]
+) -> None:
+    """Add what the arms reach in the subgroups of the dataset's columns.
+
+    Args:
+        result: the comparison.
+        score: the score that the verdict is about; higher is better.
+        columns: the subgroups by test set; see `subgroups_by_test_set`.
+        problems: why columns have no subgroups in external test sets.
+    """
+    sets = [one for one in result.cases if columns.get(one.test_set)]
+    found = [compare_subgroups(one, score, HIGHER, columns[one.test_set]) for one in sets]
+    if found:
+        result.subgroups += [table for one in found for table in one.tables()]
+        result.values["subgroups"] = {one.test_set: one.as_json() for one in found}
+    result.warnings += problems

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from maskloom.evaluate.downstream.arms import ArmOptions
 from maskloom.evaluate.downstream.cases import TrainedModel
+from maskloom.evaluate.downstream.columns import SubgroupOptions
 from maskloom.evaluate.downstream.phases import Phase
 from maskloom.evaluate.model_cache import ModelCache, Stored
 from maskloom.pipeline import __version__
@@ -48,7 +49,7 @@ def resumable(
     """
     if cache is None:
         return train
-    how = options.model_dump(mode="json", exclude=set(ArmOptions.model_fields))
+    how = options.model_dump(mode="json", exclude={*ArmOptions.model_fields, *SubgroupOptions.model_fields})
     scored = [[name, *map(array_digest, arrays)] for name, arrays in tests.items()]
 
     def read_or_train(phases: Sequence[Phase], seed: int) -> TrainedModel:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.evaluate.downstream.arms import WITH_SYNTHETIC, arm_title
-from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
+from maskloom.evaluate.downstream.cases import ScoredTestSet, subset
 from maskloom.evaluate.downstream.compare import BASELINE, compare
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.scores.segmentation import SIZES
@@ -32,21 +31,6 @@ def by_size(samples: Sequence[str], masks: NDArray[np.uint8]) -> dict[str, list[
     ordered = sorted((int(area), sample) for area, sample in zip(areas, samples, strict=True) if area)
     parts = np.array_split(np.arange(len(ordered)), len(SIZES))
     return {name: [ordered[i][1] for i in part] for name, part in zip(SIZES, parts, strict=True)}
-
-
-def subset(cases: ScoredTestSet, samples: Collection[str], arms: Collection[str]) -> ScoredTestSet:
-    """Return some cases of some arms."""
-    kept = [i for i, sample in enumerate(cases.samples) if sample in samples]
-    return replace(
-        cases,
-        samples=tuple(cases.samples[i] for i in kept),
-        groups=tuple(cases.groups[i] for i in kept),
-        arms={
-            name: ArmCases(arm.seeds, {score: values[:, kept] for score, values in arm.values.items()})
-            for name, arm in cases.arms.items()
-            if name in arms
-        },
-    )
 
 
 def subgroup_table(cases: ScoredTestSet, arm: str, score: str, parts: Mapping[str, Collection[str]]) -> Table | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,23 @@ from rich.table import Table
 from rich.text import Text
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
+from maskloom.evaluate.downstream.by_column import SubgroupComparison, compare_subgroups
 from maskloom.evaluate.downstream.cases import ScoredTestSet, read_cases
+from maskloom.evaluate.downstream.columns import Subgroups, split_of, split_subgroups, usable_subgroups
 from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, score_names
 from maskloom.evaluate.downstream.directions import HIGHER, LOWER, OWN_SCORES, direction, subject
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
 from maskloom.pipeline.progress import progress, say, table_console
+from maskloom.pipeline.results import cell_text
 
 SHOWN_FILES = 20
 ASSUMED = {"name": "by its name", "default": "its name does not say"}
 """How a direction was found that neither the user states nor MaskLoom's table of scores holds."""
 REAL_TEST = "real test"
 """The dataset's own test set, which stands first."""
+TEST_SPLIT = "test"
 ANY_WIDTH = 10_000  # rich limits a measurement to this width
 COLUMNS = ("arm", "score", "difference", "finding", "smallest effect found", "p (Holm)", "cases", "groups", "seeds")
 
@@ -69,6 +75,97 @@ def compare_files(
             found += [(path, one) for one in sorted(compared, key=_place)]
             advance()
     return found
+
+
+@dataclass(frozen=True)
+class SubgroupRequest:
+    """Which subgroups of which cases are compared.
+
+    Attributes:
+        dataset: folder of the real dataset whose test images the cases are.
+        columns: its columns whose values make the subgroups.
+    """
+
+    dataset: Path
+    columns: Sequence[str]
+
+    def subgroups(self, path: Path, cases: ScoredTestSet) -> Subgroups:
+        """Return the subgroups of a test set; says which columns have none in an external one.
+
+        Raises:
+            MaskLoomError: the dataset is missing, a column cannot be used, or no case is in the dataset.
+        """
+        dataset, split = MaskPromptDataset.open(self.dataset), split_of(cases.test_set)
+        ids = {sample for sample, _ in dataset.ids(split).get(split, [])}
+        if not ids & set(cases.samples):
+            raise MaskLoomError(
+                f"{path}: {cases.test_set}: no case is an image of {self.dataset}, split {split}; give the dataset of the run"
+            )
+        if split == TEST_SPLIT:
+            return split_subgroups(dataset, split, self.columns)
+        found, problems = usable_subgroups(dataset, split, self.columns)
+        for problem in problems:
+            say(f"{path}: {cases.test_set}: {problem}")
+        return found
+
+
+def subgroup_request(dataset: Path | None, columns: Sequence[str] | None) -> SubgroupRequest | None:
+    """Return the request of the options `--dataset` and `--subgroup`; None without them.
+
+    Raises:
+        MaskLoomError: one is given without the other, or a column twice.
+    """
+    if (dataset is None) != (not columns):
+        raise MaskLoomError("--subgroup COLUMN and --dataset DATASET go together; give both, or neither")
+    if dataset is None or not columns:
+        return None
+    if repeated := [name for name in columns if columns.count(name) > 1]:
+        raise MaskLoomError(f"--subgroup {repeated[0]}: stands there twice; keep one")
+    return SubgroupRequest(dataset, columns)
+
+
+def compare_subgroup_files(
+    paths: Sequence[Path],
+    request: SubgroupRequest,
+    baseline: str,
+    scores: Sequence[str] | None,
+    lower_is_better: Sequence[str] = (),
+    higher_is_better: Sequence[str] = (),
+) -> list[tuple[Path, SubgroupComparison]]:
+    """Return what the arms reach in subgroups, by file, test set and score; see `compare_files`, which checks the rest.
+
+    Raises:
+        MaskLoomError: see `SubgroupRequest.subgroups`.
+    """
+    found = []
+    for path in paths:
+        for cases in _with_baseline(path, read_cases(path), baseline):
+            columns = request.subgroups(path, cases)
+            for score in [name for name in score_names(cases) if scores is None or name in scores]:
+                better = direction(score, lower_is_better, higher_is_better).better
+                found.append((path, compare_subgroups(cases, score, better, columns, baseline)))
+    return found
+
+
+def subgroup_entries(path: Path, one: SubgroupComparison) -> list[dict[str, Any]]:
+    """Return the findings and gaps of a file's test set, one entry each."""
+    return [{"file": str(path), **entry} for kind in ("findings", "gaps") for entry in one.as_json()[kind]]
+
+
+def print_subgroups(found: Sequence[tuple[Path, SubgroupComparison]]) -> None:
+    """Print the tables of subgroups, of the first files and scores."""
+    console = table_console()
+    shown = [(path, table) for path, one in found for table in one.tables()]
+    for path, content in shown[:SHOWN_FILES]:
+        table = Table(box=box.SIMPLE)
+        for column in content.columns:
+            table.add_column(Text(column))
+        for row in content.rows:
+            table.add_row(*(Text(cell_text(cell)) for cell in row))
+        console.print(Text(f"{path}: {content.title}"))
+        console.print(table)
+    if len(shown) > SHOWN_FILES:
+        console.print(Text(f"... and {len(shown) - SHOWN_FILES} further tables; --json FILE writes all"))
 
 
 def _with_baseline(path: Path, test_sets: Sequence[ScoredTestSet], baseline: str) -> list[ScoredTestSet]:

@@ -23,13 +23,14 @@ from maskloom.evaluate.downstream.classifier import (
     predicted_probabilities,
     train_classifier,
 )
+from maskloom.evaluate.downstream.columns import SubgroupOptions, subgroups_by_test_set
 from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
 from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
 from maskloom.evaluate.downstream.ratios import VALIDATION, RatioChoice, choose_ratio
 from maskloom.evaluate.downstream.recipe import RecipeOptions, balanced_draw, phase_draw, training_recipe
-from maskloom.evaluate.downstream.result import Task, downstream_result
+from maskloom.evaluate.downstream.result import Task, add_subgroups, downstream_result
 from maskloom.evaluate.downstream.resuming import array_digest, resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import NOTE, subgroup_tables
@@ -53,7 +54,7 @@ BATCH = 64  # images predicted at a time
 TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
 
 
-class Options(ClassifierOptions, RecipeOptions, ArmOptions):
+class Options(ClassifierOptions, RecipeOptions, SubgroupOptions, ArmOptions):
     """The classifier, its training, and the arms."""
 
     sampling: Literal["uniform", "balanced"] = Field(
@@ -112,12 +113,14 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     """Train every arm and compare each with training on real images only.
 
     Raises:
-        MaskLoomError: the named generator has no set, or a training failed.
+        MaskLoomError: the named generator has no set, a column of subgroups cannot be used, or a training
+            failed.
     """
     generator = chosen_generator(inputs, options.generator)
     reason = _reason_to_skip(inputs, generator)
     if generator is None or reason:
         return skipped_result(QUESTION, reason)
+    columns = subgroups_by_test_set(inputs, options.subgroups)
     data = comparison_data(inputs, options, generator, lambda one: labelled_images(one, options.image_size))
     if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
@@ -127,6 +130,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     result = downstream_result(TASK, inputs, options, data, trained, ratio)
     masked = {one.name: labelled_masks(one, options.image_size) for one in (inputs.test, *inputs.externals.values())}
     result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked, f"{NOTE} {CLASS_NOTE}")
+    add_subgroups(result, PRIMARY, *columns)
     result.warnings += _warnings(inputs, data, result.values["arms"][BASELINE][PRIMARY]["value"])
     height, width = options.image_size
     result.limits[:0] = [

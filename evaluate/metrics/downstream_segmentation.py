@@ -16,6 +16,7 @@ from pydantic import Field
 
 from maskloom.evaluate.downstream.arms import ArmOptions, chosen_generator, phase_augmentation, train_arms
 from maskloom.evaluate.downstream.cases import Outcomes, ScoredTestSet, TrainedModel, trained_cases
+from maskloom.evaluate.downstream.columns import SubgroupOptions, subgroups_by_test_set
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
@@ -29,7 +30,7 @@ from maskloom.evaluate.downstream.recipe import (
     rarest_classes,
     training_recipe,
 )
-from maskloom.evaluate.downstream.result import Task, downstream_result
+from maskloom.evaluate.downstream.result import Task, add_subgroups, downstream_result
 from maskloom.evaluate.downstream.resuming import array_digest, resumable
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.downstream.subgroups import subgroup_tables
@@ -59,7 +60,7 @@ BATCH = 64  # images predicted and scored at a time
 Floats = NDArray[np.float64]
 
 
-class Options(SegmenterOptions, RecipeOptions, ArmOptions):
+class Options(SegmenterOptions, RecipeOptions, SubgroupOptions, ArmOptions):
     """The network, its training, and the arms."""
 
     sampling: Literal["uniform", "balanced", "lesions"] = Field(
@@ -85,12 +86,14 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     """Train every arm and compare each with training on real images only.
 
     Raises:
-        MaskLoomError: the named generator has no set, or a training failed.
+        MaskLoomError: the named generator has no set, a column of subgroups cannot be used, or a training
+            failed.
     """
     generator = chosen_generator(inputs, options.generator)
     reason = _reason_to_skip(inputs, options, generator)
     if generator is None or reason:
         return skipped_result(QUESTION, reason)
+    columns = subgroups_by_test_set(inputs, options.subgroups)
     data = comparison_data(inputs, options, generator, lambda one: masked_images(inputs, one, options.image_size))
     if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
@@ -100,6 +103,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     result = downstream_result(TASK, inputs, options, data, trained, ratio)
     masked = {name: (part.samples, part.masks) for name, part in data.tests.items()}
     result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked)
+    add_subgroups(result, PRIMARY, *columns)
     result.pictures = _pictures(inputs, result.cases[0], data.tests[inputs.test.name], trained)
     result.warnings += _warnings(inputs, data)
     height, width = options.image_size

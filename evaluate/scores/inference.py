@@ -145,9 +145,15 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
         ValueError: fewer than two seeds or two groups: how the mean varies cannot be seen.
     """
     by_case, variance, paired = difference_variance(values, groups, baseline)
-    rounding = NEGLIGIBLE * max(np.abs(arm).max() for arm in (values, baseline) if arm is not None)
-    value = float(by_case.mean()) if abs(by_case.mean()) > rounding else 0.0
     cases = len(by_case) if variance.groups == 0 else float(by_case.var(ddof=1) / variance.groups)
+    largest = max(np.abs(arm).max() for arm in (values, baseline) if arm is not None)
+    return _effect(float(by_case.mean()), variance, largest, cases, paired)
+
+
+def _effect(value: float, variance: Variance, largest: float, cases: float, paired: bool) -> Effect:
+    """Return the effect of a mean or difference with this variance; `largest` is the largest value behind it."""
+    rounding = NEGLIGIBLE * largest
+    value = value if abs(value) > rounding else 0.0
     if np.sqrt(variance.total) <= rounding:
         return Effect(value, value, value, float(value == 0), 0.0, 0.0, 0.0, cases, paired)
     draws = variance.draws()
@@ -173,6 +179,69 @@ def difference_variance(
     paired = baseline is not None and seeds_are_paired(values, baseline)
     varying = [values - baseline] if baseline is not None and paired else arms
     return by_case, variance_of_mean(by_case, varying, numbers), paired
+
+
+def estimate_gap(values: Floats, groups: Sequence[str], rest: Floats, rest_groups: Sequence[str]) -> Effect:
+    """Return the mean of some cases less that of others, scored by the same models, and its uncertainty.
+
+    Groups vary on both sides independently, unless they have cases on both. Seeds are those of the
+    same models, so that their variance is that of the differences by seed.
+
+    Args:
+        values: (S, N), finite; the score per seed and case.
+        groups: the group of each of N cases.
+        rest: (S, M), the same of the other cases, at the same seeds.
+        rest_groups: the group of each of M cases.
+
+    Raises:
+        ValueError: fewer than two seeds, or two groups on a side: how the means vary cannot be seen.
+    """
+    if min(len(values), len(np.unique(groups)), len(np.unique(rest_groups))) < 2:
+        raise ValueError("at least two seeds, and two groups on each side, are needed")
+    by_case = [one.mean(axis=0) for one in (values, rest)]
+    jackknives = [
+        _jackknife(one, group_numbers(names)) for one, names in zip(by_case, (groups, rest_groups), strict=True)
+    ]
+    variance = _gap_variance(values, groups, rest, rest_groups, jackknives)
+    cases = sum(
+        len(one) if side.variance == 0 else float(one.var(ddof=1) / side.variance)
+        for one, side in zip(by_case, jackknives, strict=True)
+    )
+    largest = max(np.abs(one).max() for one in (values, rest))
+    return _effect(float(by_case[0].mean() - by_case[1].mean()), variance, largest, cases, paired=True)
+
+
+def _gap_variance(
+    values: Floats, groups: Sequence[str], rest: Floats, rest_groups: Sequence[str], jackknives: Sequence[_Jackknife]
+) -> Variance:
+    """Return the parts of the variance of a gap; see `estimate_gap`.
+
+    The groups' part is the sum of both sides' variances (Welch 1947), less twice the covariance of
+    the jackknife's movements where groups have cases on both sides. The degrees of freedom are then
+    those of the side that has fewer.
+    """
+    names = np.unique([*groups, *rest_groups])
+    own = [np.searchsorted(names, np.unique(one)) for one in (groups, rest_groups)]
+    moved, of_seeds = np.zeros((2, len(names))), np.zeros((2, len(values), len(names)))
+    for side, (scores, rows, present) in enumerate(zip((values, rest), (groups, rest_groups), own, strict=True)):
+        moved[side, present] = jackknives[side].scaled
+        of_seeds[side][:, present] = _sums(_rest(scores), group_numbers(rows)) / scores.shape[1]
+    variances, dfs = (np.array([getattr(one, name) for one in jackknives]) for name in ("variance", "df"))
+    shared = np.intersect1d(own[0], own[1]).size > 0
+    welch = variances.sum() ** 2 / (variances**2 / dfs).sum() if variances.any() else dfs.min()
+    seeds, by_seed = len(values), values.mean(axis=1) - rest.mean(axis=1)
+    return Variance(
+        groups=float(((moved[0] - moved[1]) ** 2).sum()),
+        groups_df=float(dfs.min() if shared else welch),
+        seeds=float(by_seed.var(ddof=1) / seeds),
+        seeds_df=float(seeds - 1),
+        rest=float(((of_seeds[0] - of_seeds[1]) ** 2).sum() / (seeds * (seeds - 1))),
+    )
+
+
+def _sums(values: Floats, numbers: NDArray[np.int64]) -> Floats:
+    """Return the sums over each group's cases, (S, G), of (S, N) values."""
+    return np.stack([np.bincount(numbers, row) for row in values])
 
 
 def seeds_are_paired(values: Floats, baseline: Floats) -> bool:
@@ -226,20 +295,51 @@ def variance_of_mean(by_case: Floats, arms: Sequence[Floats], numbers: NDArray[n
     seeds, rest = of_arms.sum(axis=0)
     least = min(map(len, arms)) - 1
     square = (of_arms[:, 0] ** 2 / [len(arm) - 1 for arm in arms]).sum()  # Welch and Satterthwaite
-    groups, groups_df = _groups_variance(by_case, numbers)
+    groups = _jackknife(by_case, numbers)
     seeds_df = float(seeds**2 / square) if square > 0 else float(least)
-    return Variance(groups, groups_df, float(seeds), seeds_df, float(rest))
+    return Variance(groups.variance, groups.df, float(seeds), seeds_df, float(rest))
 
 
 def _seeds_variance(values: Floats, numbers: NDArray[np.int64]) -> tuple[float, float]:
     """Return the variance of an arm's mean over seeds, and the part of it that varies from case to case."""
     seeds, cases = values.shape
-    of_groups = np.stack([np.bincount(numbers, row) for row in _rest(values)]) / cases
+    of_groups = _sums(_rest(values), numbers) / cases
     return values.mean(axis=1).var(ddof=1) / seeds, (of_groups**2).sum() / (seeds * (seeds - 1))
 
 
-def _groups_variance(by_case: Floats, numbers: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the variance of the mean of `by_case`, (N,), over groups, and its degrees of freedom.
+@dataclass(frozen=True)
+class _Jackknife:
+    """How a mean of cases moves if one group is left out.
+
+    Attributes:
+        moved: (G,) the movements, centred.
+        of_mean: variance of the mean under the working model, up to a factor.
+        trace, square: see `_moments`.
+    """
+
+    moved: Floats
+    of_mean: float
+    trace: float
+    square: float
+
+    @property
+    def variance(self) -> float:
+        """The variance of the mean over groups, unbiased under the working model."""
+        return float((self.moved**2).sum() * self.of_mean / self.trace)
+
+    @property
+    def scaled(self) -> Floats:
+        """The movements, (G,), scaled so that the sum of their squares is the variance."""
+        return self.moved * np.sqrt(self.of_mean / self.trace)
+
+    @property
+    def df(self) -> float:
+        """Degrees of freedom of the variance, at least 1."""
+        return max(float(self.trace**2 / self.square), 1.0)
+
+
+def _jackknife(by_case: Floats, numbers: NDArray[np.int64]) -> _Jackknife:
+    """Return how the mean of `by_case`, (N,), moves without each group.
 
     Without group k the mean moves by -shift[k] * (mean of group k - mean); the jackknife's variance
     is that of these movements. `_moments` gives what they vary by under the working model.
@@ -248,12 +348,10 @@ def _groups_variance(by_case: Floats, numbers: NDArray[np.int64]) -> tuple[float
     shares = sizes / sizes.sum()
     shift = shares / (1 - shares)
     moved = shift * (np.bincount(numbers, by_case) / sizes - by_case.mean())
-    jackknife = ((moved - moved.mean()) ** 2).sum()
     correlation = intraclass_correlation(by_case, numbers)
     of_group = correlation + (1 - correlation) / sizes  # variance of a group's mean, up to a factor
     of_mean = (shares**2 * of_group).sum()
-    trace, square = _moments(shift, shares, of_group, of_mean)
-    return float(jackknife * of_mean / trace), max(float(trace**2 / square), 1.0)
+    return _Jackknife(moved - moved.mean(), of_mean, *_moments(shift, shares, of_group, of_mean))
 
 
 def _moments(shift: Floats, shares: Floats, of_group: Floats, of_mean: float) -> tuple[float, float]:
