@@ -1,7 +1,7 @@
 """How often the gap of a subgroup is found where one is, and where none is.
 
     python -m benchmarks.subgroup_gap tables [--repeats 1000]
-    python -m benchmarks.subgroup_gap trainings [--datasets 20 --darker 20]
+    python -m benchmarks.subgroup_gap trainings [--datasets 20 --darker 40]
 
 `tables` simulates what one arm's models score (Dice is skewed, some lesions are missed, cases of a
 patient are alike, every training has a level of its own, and one for each scanner), on two scanners
@@ -49,7 +49,7 @@ SIDES = (
     (Layout(30, 60, False), Layout(30, 60, False)),
     (Layout(30, 100, True), Layout(30, 100, True)),
 )
-SIDE, VIEWS, DARK_SCANNER = 64, 2, "scanner B"
+SIDE, VIEWS, DARK_SCANNER = 64, 1, "scanner B"
 DESCRIPTION = Description(
     dataset="phantom_bus",
     origin="real",
@@ -137,7 +137,7 @@ def share_found(sides: Sequence[Layout], seeds: int, seed_sd: float, gap: float,
 @app.command()
 def trainings(
     datasets: Annotated[int, typer.Option(min=1, help="phantom datasets, each with patients of its own")] = 20,
-    darker: Annotated[float, typer.Option(help="dB by which the gain of scanner B is lower; 0: no gap")] = 20.0,
+    darker: Annotated[float, typer.Option(help="dB by which the gain of scanner B is lower; 0: no gap")] = 40.0,
     patients: Annotated[int, typer.Option(min=20, help="patients per dataset")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="trainings per dataset")] = 3,
     first: Annotated[int, typer.Option(help="seed of the first dataset")] = 0,

@@ -151,13 +151,37 @@ Point = Annotated[
 """x and y; a point without y is a gap."""
 
 
+# JSON has no tuples.
+Ends = Annotated[
+    tuple[float | None, float | None], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
+"""Ends of an interval; None where there is none."""
+
+
 class Curve(Part):
-    """Lines over a common x axis."""
+    """Lines over a common x axis.
+
+    Attributes:
+        series: points by the line's name.
+        intervals: ends of the interval of each point, by the line's name; empty: no intervals.
+    """
 
     title: str
     x_label: str = ""
     y_label: str = ""
     series: dict[str, list[Point]]
+    intervals: dict[str, list[Ends]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _every_point_has_an_interval(self) -> Curve:
+        if any(len(ends) != len(self.series.get(name, [])) for name, ends in self.intervals.items()):
+            raise ValueError("intervals must be of lines of the chart, one for each point")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_intervals(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = values_of(self)
+        return values if self.intervals else {name: value for name, value in values.items() if name != "intervals"}
 
 
 class ForestRow(Interval):

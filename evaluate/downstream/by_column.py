@@ -15,7 +15,7 @@ from maskloom.evaluate.downstream.arms import arm_title, grouped_arms
 from maskloom.evaluate.downstream.cases import ScoredTestSet, subset
 from maskloom.evaluate.downstream.columns import Subgroups
 from maskloom.evaluate.downstream.compare import BASELINE, ArmScore, Comparison, arm_scores, compare_arm, with_findings
-from maskloom.evaluate.downstream.comparison import p_cell, shown_interval
+from maskloom.evaluate.downstream.comparison import change_cells, p_cell, shown_interval
 from maskloom.evaluate.downstream.gaps import Gap, subgroup_gaps
 from maskloom.evaluate.scores.segmentation import UNBOUNDED
 from maskloom.pipeline.results import Cell, Interval, Table
@@ -71,7 +71,7 @@ class SubgroupComparison:
             changes = {one.arm: one for one in self.findings[name, subgroup]}
             reached = {one.arm: one for one in scores}
             for arm in grouped_arms(reached) if name == column else ():
-                rows.append([subgroup, arm_title(arm), shown_interval(reached[arm]), *_change_cells(changes.get(arm))])
+                rows.append([subgroup, arm_title(arm), shown_interval(reached[arm]), *change_cells(changes.get(arm))])
         columns = [column, "arm", self.score, "change against real", "finding", "p (Holm)", "cases", "groups"]
         title = f"Subgroups by {column}: {self.score} on the {self.test_set}"
         return Table(title=title, note=FINDING_NOTE, columns=columns, rows=rows)
@@ -139,14 +139,6 @@ def _with_cases(cases: ScoredTestSet, columns: Subgroups) -> dict[str, dict[str,
 def _entry(place: tuple[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
     column, subgroup = place
     return {"column": column, "subgroup": subgroup, **values}
-
-
-def _change_cells(change: Comparison | None) -> list[Cell]:
-    """Return the cells of an arm's change against real images; of the baseline itself, empty ones."""
-    if change is None:
-        return [None] * 5
-    finding = change.finding + (f": {change.reason}" if change.reason else "")
-    return [shown_interval(change), finding, p_cell(change.p_holm), change.cases, change.groups]
 
 
 def _gap_interval(one: Gap) -> Interval:

@@ -149,6 +149,9 @@ def _as_numbers(values: Mapping[str, str]) -> dict[str, float] | None:
 
 
 def split_of(test_set: str) -> str:
-    """Return the split whose cases a table names so; other software's names stand for the test split."""
+    """Return the split whose cases a table names so; other software's names stand for the test split.
+
+    Learning curves add a share after a comma.
+    """
     external = test_set.startswith(EXTERNAL_SET)
-    return EXTERNAL_PREFIX + test_set.removeprefix(EXTERNAL_SET) if external else "test"
+    return EXTERNAL_PREFIX + test_set.removeprefix(EXTERNAL_SET).partition(",")[0] if external else "test"

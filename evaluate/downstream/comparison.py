@@ -266,6 +266,14 @@ def _change_table(one: TestSetComparison) -> Table:
     return Table(title=title, note=note, columns=columns, rows=rows, groups=groups)
 
 
+def change_cells(change: Comparison | None) -> list[Cell]:
+    """Return an arm's change against real images, finding, p, cases and groups; of the baseline itself, empty cells."""
+    if change is None:
+        return [None] * 5
+    finding = change.finding + (f": {change.reason}" if change.reason else "")
+    return [shown_interval(change), finding, p_cell(change.p_holm), change.cases, change.groups]
+
+
 def p_cell(p: float | None) -> Cell:
     """Return a p-value; the smallest are bounded, because no test of so few models is certain."""
     return p if p is None or p >= SMALLEST_P else f"< {SMALLEST_P}"

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from maskloom.evaluate.copies import rows_without_copies
 from maskloom.evaluate.downstream.arms import (
     WITH_FILTERED,
@@ -52,6 +55,7 @@ class ComparisonData(Generic[Images]):
             of `generator` first.
         tests: test sets by name, the dataset's own first.
         unusable: names of external test sets in which no image has a target.
+        parents: sample id of the real image behind each of `generated`, likewise by generator.
     """
 
     generator: str
@@ -59,6 +63,7 @@ class ComparisonData(Generic[Images]):
     generated: Mapping[str, Pair]
     tests: Mapping[str, Images]
     unusable: Sequence[str]
+    parents: Mapping[str, Sequence[str | None]]
 
     def counts(self) -> dict[str, int]:
         """Return the number of images by set."""
@@ -103,12 +108,31 @@ def comparison_data(
         generated=generated,
         tests={inputs.test.name: load(inputs.test), **{name: part for name, part in externals.items() if len(part)}},
         unusable=[name for name, part in externals.items() if not len(part)],
+        parents={
+            one.name: _parents(one, synthetic[one.name], len(real), inputs, options) for one in (generator, *others)
+        },
     )
 
 
 def _training_pair(name: str, part: TargetImages, real: int, inputs: EvaluationInputs, options: ArmOptions) -> Pair:
     """Return the images and targets of a synthetic set that arms use, beside `real` real images."""
-    kept = rows_without_copies(inputs, name, list(part.samples))
-    rows = kept[limited_rows(real, len(kept), options, inputs.seed)]
+    rows = _training_rows(name, part, real, inputs, options)
     images, targets = part.pair
     return images[rows], targets[rows]
+
+
+def _training_rows(
+    name: str, part: TargetImages, real: int, inputs: EvaluationInputs, options: ArmOptions
+) -> NDArray[np.int64]:
+    """Return the numbers of the images of a synthetic set that arms use, beside `real` real images."""
+    kept = rows_without_copies(inputs, name, list(part.samples))
+    return kept[limited_rows(real, len(kept), options, inputs.seed)]
+
+
+def _parents(
+    image_set: ImageSet, part: TargetImages, real: int, inputs: EvaluationInputs, options: ArmOptions
+) -> list[str | None]:
+    """Return the sample id of the real image behind each image of `_training_pair`."""
+    parent_of = dict(zip(image_set.columns["sample_id"], image_set.parents, strict=True))
+    rows = _training_rows(image_set.name, part, real, inputs, options)
+    return [parent_of[part.samples[i]] for i in rows]

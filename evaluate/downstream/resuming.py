@@ -15,6 +15,7 @@ from maskloom.evaluate.downstream.arms import ArmOptions
 from maskloom.evaluate.downstream.cases import TrainedModel
 from maskloom.evaluate.downstream.columns import SubgroupOptions
 from maskloom.evaluate.downstream.phases import Phase
+from maskloom.evaluate.downstream.shares import ShareOptions
 from maskloom.evaluate.model_cache import ModelCache, Stored
 from maskloom.pipeline import __version__
 from maskloom.pipeline.files.atomic import value_digest
@@ -49,7 +50,8 @@ def resumable(
     """
     if cache is None:
         return train
-    how = options.model_dump(mode="json", exclude={*ArmOptions.model_fields, *SubgroupOptions.model_fields})
+    choices = {*ArmOptions.model_fields, *SubgroupOptions.model_fields, *ShareOptions.model_fields}
+    how = options.model_dump(mode="json", exclude=choices)
     scored = [[name, *map(array_digest, arrays)] for name, arrays in tests.items()]
 
     def read_or_train(phases: Sequence[Phase], seed: int) -> TrainedModel:

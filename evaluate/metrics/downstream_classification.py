@@ -26,6 +26,7 @@ from maskloom.evaluate.downstream.classifier import (
 from maskloom.evaluate.downstream.columns import SubgroupOptions, subgroups_by_test_set
 from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
+from maskloom.evaluate.downstream.learning_curve import LearningOptions, curricula, train_curves
 from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
 from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
 from maskloom.evaluate.downstream.ratios import VALIDATION, RatioChoice, choose_ratio
@@ -54,7 +55,7 @@ BATCH = 64  # images predicted at a time
 TOO_EASY = 0.98  # above this score of real images alone, a benefit cannot show
 
 
-class Options(ClassifierOptions, RecipeOptions, SubgroupOptions, ArmOptions):
+class Options(ClassifierOptions, RecipeOptions, SubgroupOptions, LearningOptions):
     """The classifier, its training, and the arms."""
 
     sampling: Literal["uniform", "balanced"] = Field(
@@ -124,6 +125,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     data = comparison_data(inputs, options, generator, lambda one: labelled_images(one, options.image_size))
     if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
+    curves = curricula(inputs, options, data, data.real.labels, inputs.real.description.labels)
     ratio = chosen_ratio(inputs, options, data)
     mixed = None if ratio is None else ratio.count
     trained = train_models(inputs, options, data.real.pair, data.generated, data.tests, mixed)
@@ -131,6 +133,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     masked = {one.name: labelled_masks(one, options.image_size) for one in (inputs.test, *inputs.externals.values())}
     result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked, f"{NOTE} {CLASS_NOTE}")
     add_subgroups(result, PRIMARY, *columns)
+    train_curves(result, PRIMARY, inputs, options, curves, data, train_models, mixed)
     result.warnings += _warnings(inputs, data, result.values["arms"][BASELINE][PRIMARY]["value"])
     height, width = options.image_size
     result.limits[:0] = [

@@ -18,6 +18,7 @@ from maskloom.evaluate.downstream.arms import ArmOptions, chosen_generator, phas
 from maskloom.evaluate.downstream.cases import Outcomes, ScoredTestSet, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.columns import SubgroupOptions, subgroups_by_test_set
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
+from maskloom.evaluate.downstream.learning_curve import LearningOptions, curricula, train_curves
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
 from maskloom.evaluate.downstream.pictures import ARMS, changed_case_pictures
@@ -60,7 +61,7 @@ BATCH = 64  # images predicted and scored at a time
 Floats = NDArray[np.float64]
 
 
-class Options(SegmenterOptions, RecipeOptions, SubgroupOptions, ArmOptions):
+class Options(SegmenterOptions, RecipeOptions, SubgroupOptions, LearningOptions):
     """The network, its training, and the arms."""
 
     sampling: Literal["uniform", "balanced", "lesions"] = Field(
@@ -97,6 +98,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     data = comparison_data(inputs, options, generator, lambda one: masked_images(inputs, one, options.image_size))
     if not len(data.generated[generator.name][0]):
         return skipped_result(QUESTION, f"every image of {generator.name} is a copy of a training image")
+    curves = curricula(inputs, options, data, *image_kinds(inputs, data.real.samples, data.real.masks))
     ratio = chosen_ratio(inputs, options, data)
     mixed = None if ratio is None else ratio.count
     trained = train_models(inputs, options, data.real.pair, data.generated, data.tests, mixed)
@@ -104,6 +106,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     masked = {name: (part.samples, part.masks) for name, part in data.tests.items()}
     result.subgroups = subgroup_tables(inputs, result.cases, PRIMARY, masked)
     add_subgroups(result, PRIMARY, *columns)
+    train_curves(result, PRIMARY, inputs, options, curves, data, train_models, mixed)
     result.pictures = _pictures(inputs, result.cases[0], data.tests[inputs.test.name], trained)
     result.warnings += _warnings(inputs, data)
     height, width = options.image_size
@@ -115,6 +118,27 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         *_lesion_limits(data.tests[inputs.test.name]),
     ]
     return result
+
+
+def image_kinds(
+    inputs: EvaluationInputs, samples: Sequence[str], masks: NDArray[np.uint8]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Return the class of each real train image, and the names of the classes.
+
+    It is the image-level label where the dataset has two or more, else the rarest class in the mask.
+    Images without either have -1.
+
+    Args:
+        inputs: the inputs of the evaluation.
+        samples: ids of N images.
+        masks: (N, H, W) class indices, 0 = background.
+    """
+    labels = inputs.real.description.labels
+    if len(labels) > 1:
+        label_of = dict(zip(inputs.train.columns["sample_id"], inputs.train.labels.tolist(), strict=True))
+        return np.array([label_of[one] for one in samples], dtype=np.int64), list(labels)
+    rarest = rarest_classes(masks, len(inputs.classes))
+    return np.where(rarest > 0, rarest, -1), list(inputs.classes)
 
 
 def _reason_to_skip(inputs: EvaluationInputs, options: Options, generator: ImageSet | None) -> str:

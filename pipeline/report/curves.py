@@ -4,7 +4,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def line_chart(curve: Curve) -> str:
                 marker=marker,
                 markersize=3,
             )
+            _draw_intervals(axes, xs, curve.intervals.get(name, []), COLOURS[index % len(COLOURS)])
         axes.set_xlabel(plain_text(shortened(curve.x_label)))
         axes.set_ylabel(plain_text(shortened(curve.y_label)))
         if lines:
@@ -62,6 +63,15 @@ def line_chart(curve: Curve) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def _draw_intervals(
+    axes: Any, xs: Sequence[float], ends: Sequence[tuple[float | None, float | None]], colour: str
+) -> None:
+    """Draw a vertical line for each interval."""
+    for x, (low, high) in zip(xs, ends, strict=False):
+        if low is not None and high is not None:
+            axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.6)
 
 
 def curve_description(curve: Curve) -> str:
