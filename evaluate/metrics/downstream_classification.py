@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from maskloom.evaluate.downstream.arms import ARMS, ArmOptions, chosen_generator, phase_augmentation, train_arms
+from maskloom.evaluate.downstream.arms import ARMS, chosen_generator, phase_augmentation, train_arms
 from maskloom.evaluate.downstream.cases import Outcomes, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.classifier import (
     ClassifierOptions,

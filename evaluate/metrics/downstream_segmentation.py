@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.downstream.arms import ArmOptions, chosen_generator, phase_augmentation, train_arms
+from maskloom.evaluate.downstream.arms import chosen_generator, phase_augmentation, train_arms
 from maskloom.evaluate.downstream.cases import Outcomes, ScoredTestSet, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.columns import SubgroupOptions, subgroups_by_test_set
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
