@@ -268,7 +268,7 @@ def _missing_values_oppose(cases: ScoredTestSet, one: Comparison, favoured: str)
         return False
     other = one.baseline if favoured == one.arm else one.arm
     worst = with_worst_values(cases, favoured, other, one.score, one.better == LOWER)
-    again = _compare_arm(worst, one.arm, one.baseline, one.score, one.better)
+    again = compare_arm(worst, one.arm, one.baseline, one.score, one.better)
     if again.reason or again.p is None or again.difference is None:
         return True
     adjustment = one.p_holm / one.p if one.p and one.p_holm else 1.0
