@@ -16,6 +16,7 @@ help: ## list the targets
 		else printf "  %s\n  %12s%s\n", $$1, "", $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV); the first time, this takes minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@

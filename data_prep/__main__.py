@@ -4,6 +4,7 @@ Further commands: `inspect`, `merge` and `verify`.
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import typer
 from maskloom.pipeline.cli import CheckOption, Command, ConfigOption, ForceOption, OverridesArgument, loaded, run_stage
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.command import run_command
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ def inspect(
         inspect_folder(raw_dir, samples)
     else:
         output.write_yaml(guessed_configuration(raw_dir))
+        say(f"wrote {yaml}; check what was guessed, then: maskloom run --config {shlex.quote(str(yaml))}")
 
 
 def parsed_shard(text: str) -> "Shard":

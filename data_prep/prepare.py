@@ -88,7 +88,7 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
         write_item_log(logs / "items.jsonl", reading.folder, parts, sources)
         _report_truncated_prompts(config, MaskPromptDataset(run.dataset, contract))
-        small_classes = small_classes_summary(reading.folder, parts)
+        small_classes = small_classes_summary(reading.folder, parts, config.data.resize_mode)
         transparent = transparent_images(reading.folder, parts, sources)
         results.update({"transparent": transparent} if transparent else {})
         clear_parts(scratch)

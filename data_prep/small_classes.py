@@ -8,7 +8,7 @@ from pathlib import Path
 from maskloom.data_prep.parts import Part
 
 
-def small_classes_summary(folder: Path, parts: Sequence[Part]) -> str:
+def small_classes_summary(folder: Path, parts: Sequence[Part], resize_mode: str) -> str:
     """Return a report on masks that kept one pixel of a class, or lost a class or an area.
 
     Empty if there are none.
@@ -16,6 +16,7 @@ def small_classes_summary(folder: Path, parts: Sequence[Part]) -> str:
     Args:
         folder: folder of the parts.
         parts: all parts.
+        resize_mode: `data.resize_mode`; `pad` keeps more than the others.
     """
     kept: Counter[str] = Counter()
     lost: Counter[str] = Counter()
@@ -38,7 +39,8 @@ def small_classes_summary(folder: Path, parts: Sequence[Part]) -> str:
     if areas:
         listed = ", ".join(f"{count} of {name}" for name, count in areas.most_common())
         told.append(
-            f"small areas vanished beside others of their class ({listed}): a larger data.image_size, or data.resize_mode=pad, keeps them"
+            f"small areas vanished beside others of their class ({listed}): a larger data.image_size"
+            f"{'' if resize_mode == 'pad' else ', or data.resize_mode=pad,'} keeps them"
         )
     return "\n".join(told)
 

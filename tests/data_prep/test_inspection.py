@@ -798,6 +798,8 @@ def test_the_guess_as_a_file(tmp_path, capsys):
     (tmp_path / "known").mkdir()
     busi.write_raw(tmp_path / "known")
     found = guessed_file(tmp_path / "known", tmp_path / "a.yaml")
+    told = capsys.readouterr().err.replace("\n", "")
+    assert f"then: maskloom run --config {tmp_path / 'a.yaml'}" in told
     assert found == {"dataset": "busi", "raw_dir": str(tmp_path / "known"), "conditioning": "mask", "options": {}}
     (tmp_path / "own" / "x").mkdir(parents=True)
     only_images(tmp_path / "own" / "x")

@@ -75,6 +75,9 @@ def test_a_second_lesion_that_vanishes_is_said(tmp_path, capsys):
     sampled = sum(all(any((place + i) % 16 == 8 for i in range(3)) for place in spot) for spot in SPOTS)
     told = f"small areas vanished beside others of their class ({9 - sampled} of lesion): a larger data.image_size"
     assert told in said.replace("\n", " ") and "kept one pixel" not in said
+    assert "data.resize_mode" not in said  # it pads already
+    cropped = prepared(tmp_path, capsys, image_size=16, resize_mode="crop")[1].replace("\n", " ")
+    assert "a larger data.image_size, or data.resize_mode=pad, keeps them" in cropped
     assert "vanished" not in prepared(tmp_path, capsys, image_size=256)[1]
 
 
