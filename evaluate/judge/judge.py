@@ -8,10 +8,13 @@ page are theirs.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.judge.given import Given, given_folder, require_apart
@@ -86,14 +89,15 @@ def judge(request: Request, force: bool) -> None:
     else:
         prepare(values, force)
     dataset = verify_quickly(run.dataset)
-    try:
-        images = judged_images(request, synthetic, dataset, config, force)
-        import_set(run, dataset, images, synthetic.folder, force, states_masks(request, synthetic, images))
-        evaluate(config, force)
-    except LeakedImages as leak:
-        remove_results(run)
-        raise LeakedImages(leak.found, REMEDY if leak.remedy == SYNTHETIC_FIX else leak.remedy) from None
-    write_report(config, force)
+    with real_images_stay(run):
+        try:
+            images = judged_images(request, synthetic, dataset, config, force)
+            import_set(run, dataset, images, synthetic.folder, force, states_masks(request, synthetic, images))
+            evaluate(config, force)
+        except LeakedImages as leak:
+            remove_results(run)
+            raise LeakedImages(leak.found, REMEDY if leak.remedy == SYNTHETIC_FIX else leak.remedy) from None
+        write_report(config, force)
     print_verdicts(run)
 
 
@@ -192,6 +196,19 @@ def remove_results(run: Run) -> None:
     if run.evaluation.is_dir():
         answers = OwnedFolder(run.evaluation)
         answers.remove([name for name in answers.files() if name != COPIES_FILE])
+
+
+@contextmanager
+def real_images_stay(run: Run) -> Iterator[None]:
+    """Where the block refuses, say that the prepared real images stay, so that the next try need not read them."""
+    try:
+        yield
+    except (MaskLoomError, typer.Exit):
+        say(
+            f"judge: the real images stay in {run.dataset}, prepared; the same command uses them again, as long as "
+            "neither they nor the settings change"
+        )
+        raise
 
 
 def print_verdicts(run: Run) -> None:
