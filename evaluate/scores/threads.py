@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
 from threadpoolctl import threadpool_limits
 
 from maskloom.pipeline.parallel import available_cores
@@ -23,6 +22,8 @@ def thread_results(function: Callable[[Item], Result], items: Sequence[Item]) ->
     would mostly wait for each other. Few results wait to be used, so memory does not grow with the
     number of items.
     """
+    import torch
+
     before, cores = torch.get_num_threads(), available_cores()
     torch.set_num_threads(1)  # of every thread that starts from now on
     try:
