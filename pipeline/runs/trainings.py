@@ -10,8 +10,9 @@ from maskloom.pipeline.config.filter import FILTERED
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.reading import Record, checked
-from maskloom.pipeline.runs.record import read_record
+from maskloom.pipeline.runs.record import StageRecord, read_record
 from maskloom.pipeline.runs.run import RECORD_FILE, Run
 from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
 
@@ -32,9 +33,18 @@ def training_of(run: Run, name: str, contract: Contract) -> str | None:
     record = read_record(run, "train")
     if record is None:
         return None
-    backbone = record.inputs.get("backbone")
+    backbone = backbone_digest(record)
     generation = contract.description.preprocessing.get("generation") or {}
     return "train" if generation.get("weights", backbone) != backbone else None
+
+
+def backbone_digest(record: StageRecord) -> str | None:
+    """Return the digest of the backbone that `train` recorded, as a generator states it that uses nothing else.
+
+    A tokenizer of its own is an input of its own, and is part of what the generator states.
+    """
+    found = {name: record.inputs[name] for name in ("backbone", "tokenizer") if name in record.inputs}
+    return value_digest(found) if len(found) > 1 else found.get("backbone")
 
 
 class TrainingStatement(Record):
@@ -85,7 +95,8 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
 
     Raises:
         MaskLoomError: the contract is damaged, or names no parent or generator, or another one;
-            or the generator was trained on another dataset, or again since.
+            or the generator was trained on another dataset, or again since; or what the contract states
+            of the training contradicts the records of this run.
     """
     folder, parent = synthetic.folder, synthetic.contract.parent
     if parent is None:
@@ -97,6 +108,8 @@ def require_same_training(run: Run, name: str, real: MaskPromptDataset, syntheti
         raise MaskLoomError(f"{folder}: made from another version of {real.folder}; run generate again")
     _require_generator(name, synthetic)
     stated = _stated_training(synthetic)
+    if stated:
+        _require_recorded_training(run, name.removesuffix(FILTERED), stated, synthetic)
     stage = stated.stage if stated else training_of(run, name, synthetic.contract)
     if stage is None:
         return
@@ -128,6 +141,50 @@ def _require_generator(name: str, synthetic: MaskPromptDataset) -> None:
             f"{synthetic.folder}: made by {stated}, as its {CONTRACT_FILE} states, not by {name}; "
             "move it back to the folder of its generator, or run generate again"
         )
+
+
+def _require_recorded_training(
+    run: Run, generator: str, stated: TrainingStatement, synthetic: MaskPromptDataset
+) -> None:
+    """Check that a contract states the training that this run has recorded for the generator.
+
+    A set that was copied from another run is only checked as far as this run knows its generator.
+
+    Raises:
+        MaskLoomError: the contract states the training of another generator, or none although the
+            run trains this one, or one that the run that made the set has no record of.
+    """
+    generated = read_record(run, "generate")
+    made_here = generated is not None and f"weights of {generator}" in generated.inputs
+    if stated.stage is None:
+        problem = _trained_after_all(run, generator, stated, synthetic, made_here)
+    elif stated.stage not in ("train", f"baselines/{generator}"):
+        problem = f"states the training of another generator, {stated.stage}"
+    elif stated.stage == "train" and read_record(run, f"baselines/{generator}") is not None:
+        problem = f"states that train trained its generator, but baselines/{generator} did, as this run has recorded"
+    elif made_here and read_record(run, stated.stage) is None:
+        problem = f"states that {stated.stage} trained its generator, but this run has no record of that training, so run it again"
+    else:
+        return
+    if problem:
+        where = f"{synthetic.folder / CONTRACT_FILE}: description.preprocessing.generation.training"
+        raise MaskLoomError(f"{where}: {problem}; run generate again with --force")
+
+
+def _trained_after_all(
+    run: Run, generator: str, stated: TrainingStatement, synthetic: MaskPromptDataset, made_here: bool
+) -> str:
+    """Return what contradicts a statement that nothing was trained; empty if nothing does.
+
+    Images of another source (`judge`) state no weights at all.
+    """
+    if read_record(run, f"baselines/{generator}") is not None:
+        return f"states that nothing was trained, but this run has recorded baselines/{generator}"
+    record = read_record(run, "train")
+    weights = {stated.weights, synthetic.description.preprocessing["generation"].get("weights")}
+    if record is None or weights == {backbone_digest(record)} or (weights == {None} and not made_here):
+        return ""
+    return "states that nothing was trained, but its weights are not those of the backbone that train has recorded"
 
 
 def newer_training(run: Run, synthetic: MaskPromptDataset) -> str | None:

@@ -4,6 +4,7 @@ what the contracts and records say.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import Parent
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.runs import copies
 from maskloom.pipeline.runs.command import run_command
 from maskloom.pipeline.runs.copies import require_no_held_out_copies
 from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.trainings import training_of
 from tests.data_prep.audit.test_audit import picture
 from tests.evaluate.runs import small_options, tiny_config
 from tests.records import write_record
@@ -81,6 +84,7 @@ def write_run(
     image: Callable[[Splits, int], Picture] = lambda splits, index: picture_of("made", index),
     with_parent: bool = True,
     training: dict[str, str | None] | None = None,
+    weights: str | None = "0",
 ) -> ExperimentConfig:
     """Write a run whose images are strangers to each other, apart from what the arguments change.
 
@@ -90,6 +94,7 @@ def write_run(
         image: draws the image of a synthetic sample from the real ones and its number.
         with_parent: whether the synthetic dataset names the real one.
         training: what the synthetic dataset states about the training; by default nothing.
+        weights: what it then states beside it; None: nothing.
     """
     splits = {split: tiny_samples(split, count, SIZE) for split, count in COUNTS.items()}
     for split, samples in splits.items():
@@ -97,7 +102,8 @@ def write_run(
             sample.image = picture_of(split, index)
     change(splits)
     real = write_dataset(run / "dataset", tiny_description(SIZE), splits)
-    generation = {"generator": "pix2pix"} | ({} if training is None else {"weights": "0", "training": training})
+    generation: dict[str, Any] = {"generator": "pix2pix"} | ({} if training is None else {"training": training})
+    generation |= {} if training is None or weights is None else {"weights": weights}
     about = tiny_description(SIZE, "synthetic").model_copy(update={"preprocessing": {"generation": generation}})
     made = synthetic_samples(splits["train"], "made", lambda parent, index: image(splits, index))
     parent = Parent(path="../../dataset", digest=real.digest) if with_parent else None
@@ -279,6 +285,77 @@ def test_weights_that_were_trained_again_since(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_backbone_without_training_needs_no_dataset(tmp_path: Path) -> None:
     config = write_run(tmp_path, training={"stage": None, "dataset": None, "weights": "backbone"})
+    verified_inputs(Run(tmp_path), config)
+
+
+NOTHING_TRAINED = {"stage": None, "dataset": None, "weights": "b"}
+
+
+def test_a_backbone_that_the_training_of_another_generator_used(tmp_path: Path) -> None:
+    config = write_run(tmp_path, training=NOTHING_TRAINED, weights="b")
+    real = verified_inputs(Run(tmp_path), config).real.digest
+    trained(config, "train", real)
+    verified_inputs(Run(tmp_path), config)
+    write_record(Run(tmp_path), "generate", inputs={"weights of pix2pix": "b"})
+    verified_inputs(Run(tmp_path), config)
+
+
+def test_a_tokenizer_of_its_own_is_part_of_the_backbone(tmp_path: Path) -> None:
+    inputs = {"backbone": "b", "tokenizer": "t"}
+    whole = value_digest(inputs)
+    config = write_run(tmp_path, training=NOTHING_TRAINED | {"weights": whole}, weights=whole)
+    write_record(Run(tmp_path), "train", inputs=inputs)
+    verified_inputs(Run(tmp_path), config)
+    contract = MaskPromptDataset.open(tmp_path / "synthetic" / "pix2pix").contract
+    assert training_of(Run(tmp_path), "pix2pix", contract) is None
+
+
+def test_images_of_another_source_state_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path, training=dict.fromkeys(NOTHING_TRAINED), weights=None)
+    trained(config, "train", verified_inputs(Run(tmp_path), config).real.digest)
+    verified_inputs(Run(tmp_path), config)
+    write_record(Run(tmp_path), "generate", inputs={"weights of pix2pix": "w"})
+    assert "states that nothing was trained, but its weights are not those of the backbone" in stopped(config, capsys)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("weights", ["0", "b"])
+def test_a_statement_that_nothing_was_trained_where_the_run_trains_the_generator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, weights: str
+) -> None:
+    """The made-up statement agrees with itself in neither case: the set's weights are not the backbone's."""
+    config = write_run(tmp_path, training=NOTHING_TRAINED | {"weights": weights}, weights="trained")
+    trained(config, stage, verified_inputs(Run(tmp_path), config).real.digest)
+    error = stopped(config, capsys)
+    assert "contract.json: description.preprocessing.generation.training: states that nothing was trained, but" in error
+    assert error.endswith("; run generate again with --force")
+
+
+@pytest.mark.parametrize(
+    ("stated", "recorded", "problem"),
+    [
+        ("baselines/other", "train", "states the training of another generator, baselines/other"),
+        ("train", "baselines/pix2pix", "states that train trained its generator, but baselines/pix2pix did"),
+        ("train", "generate", "states that train trained its generator, but this run has no record of that training"),
+        ("baselines/pix2pix", "generate", "but this run has no record of that training"),
+    ],
+)
+def test_a_stated_training_that_is_not_the_recorded_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stated: str, recorded: str, problem: str
+) -> None:
+    real = verified_inputs(Run(tmp_path), write_run(tmp_path)).real.digest
+    config = write_run(tmp_path, training={"stage": stated, "dataset": real, "weights": "w"})
+    write_record(Run(tmp_path), recorded, inputs={"dataset": real, "weights of pix2pix": "w"})
+    assert problem in stopped(config, capsys)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_set_copied_from_another_run(tmp_path: Path, stage: str) -> None:
+    """This run has trained and generated with another generator only."""
+    real = verified_inputs(Run(tmp_path), write_run(tmp_path)).real.digest
+    config = write_run(tmp_path, training={"stage": stage, "dataset": real, "weights": "w"})
+    write_record(Run(tmp_path), "generate", inputs={"dataset": real, "weights of other": "w"})
+    trained(config, "baselines/other", real)
     verified_inputs(Run(tmp_path), config)
 
 
