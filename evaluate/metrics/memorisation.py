@@ -44,7 +44,7 @@ from maskloom.pipeline.results import (
     skipped_result,
 )
 
-VERSION = 4
+VERSION = 5
 QUESTION = "Does the generator repeat its training images?"
 FEATURES, PIXELS = "features", "pixels"
 FEW_HELD_OUT = 100
@@ -94,6 +94,17 @@ class Audit:
     def flagged_in_either(self) -> NDArray[np.bool_]:
         """(N,) whether any space flags the image."""
         return self.flagged[FEATURES] | self.flagged[PIXELS]
+
+    @property
+    def parent_is_nearest_where_flagged(self) -> NDArray[np.bool_]:
+        """(N,) whether the parent is the nearest training image in a space that flags the image."""
+        return np.any([flagged & self.parent_is_nearest[space] for space, flagged in self.flagged.items()], axis=0)
+
+    @property
+    def flagged_copies(self) -> int:
+        """Number of copies that are flagged too."""
+        flagged = np.asarray(self.image_set.columns["sample_id"], dtype=object)[self.flagged_in_either]
+        return len({row.sample_id for row in self.copies} & set(flagged))
 
     @property
     def is_near(self) -> bool:
@@ -289,10 +300,14 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
     for audit in audits:
         total, name = len(audit.image_set), audit.image_set.name
         values[name] = {"n": total, "chance": audit.chance, "copies": [row.model_dump() for row in audit.copies]}
-        spaces = (*audit.flagged.items(), ("both", audit.flagged_in_both), ("either", audit.flagged_in_either))
-        for space, flagged in spaces:
+        nearest = audit.parent_is_nearest
+        spaces = (
+            *((space, flagged, nearest[space]) for space, flagged in audit.flagged.items()),
+            ("both", audit.flagged_in_both, nearest[FEATURES] & nearest[PIXELS]),
+            ("either", audit.flagged_in_either, audit.parent_is_nearest_where_flagged),
+        )
+        for space, flagged, parent in spaces:
             share = share_interval(int(flagged.sum()), total)
-            parent = audit.parent_is_nearest[PIXELS if space == PIXELS else FEATURES]
             of_parent = share_interval(int((flagged & parent).sum()), int(flagged.sum()))
             rows.append([name, space, total, int(flagged.sum()), share, of_parent])
             values[name][space] = {
@@ -304,7 +319,8 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
         f"Flagged: closer to a training image, in either space, than {100 - options.percentile:g} % of the held-out real images, so about {options.percentile:g} % "
         "would be flagged in either space if synthetic images were as far away as real ones, and fewer in each. 95 % Wilson intervals; they leave out "
         "how precisely the held-out images set the thresholds, which the share that chance reaches, in the verdict, counts. Last column: share of the flagged images "
-        "whose nearest training image is the one whose mask they were made from."
+        "whose nearest training image is the one whose mask they were made from: in that space, in both, or (either) in a space that flags them. "
+        "Copies are found by another rule, after alignment and also in part: not every copy is close as a whole image."
     )
     columns = ["set", "space", "N", "flagged", "share flagged", "nearest is the mask's own image"]
     return Table(
@@ -407,6 +423,8 @@ def audit_verdict(audits: list[Audit], options: Options, too_few: str = "") -> s
     near = [_nearness(one) for one in audits if one.is_near]
     expected = f"{options.percentile:g} % of unseen real images would be; 95 % Wilson intervals"
     shares = f"Images suspiciously close to a training image ({expected}): {'; '.join(map(_share_text, audits))}."
+    if copies:
+        shares += f" {_rules_text(audits)}"
     if near:
         finding = f" Finding: {'; '.join(near)}: inspect the pairs."
     elif too_few:
@@ -424,11 +442,20 @@ def _share_text(audit: Audit) -> str:
     return f"{audit.image_set.name} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]{reached}"
 
 
+def _rules_text(audits: list[Audit]) -> str:
+    """Say why the number of copies and the share of close images are not the same."""
+    numbers = [f"{one.image_set.name} {one.flagged_copies} of {len(one.copies)} copies" for one in audits if one.copies]
+    return (
+        "The two rules differ: an image is a copy if it shows a training image after alignment, or a part of one, and close if "
+        "the whole image lies nearer than unseen real images do. Copies count whether or not they are close, as these are: "
+        f"{'; '.join(numbers)}."
+    )
+
+
 def _nearness(audit: Audit) -> str:
     """Name a set that is too near; both a copy and the shared mask can explain a parent's being nearest."""
-    flagged = np.stack(list(audit.flagged.values()))
-    of_parent = (flagged & np.stack(list(audit.parent_is_nearest.values()))).sum() / flagged.sum()
+    of_parent = audit.parent_is_nearest_where_flagged.sum() / audit.flagged_in_either.sum()
     return (
         f"{audit.image_set.name} is closer to training images than unseen real images are "
-        f"(for {of_parent:.0%} of the flagged images, the nearest one is the image whose mask was used)"
+        f"(for {of_parent:.0%} of the flagged images, the nearest training image is the one whose mask was used)"
     )

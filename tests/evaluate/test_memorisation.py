@@ -19,6 +19,7 @@ from maskloom.evaluate.metrics.memorisation import (
 from maskloom.evaluate.scores import nearest
 from maskloom.evaluate.scores.calibration import effective_count, too_few_held_out
 from maskloom.evaluate.scores.nearest import Nearest, nearest_features, nearest_pixels
+from maskloom.pipeline.results import CopyRow
 from tests.evaluate.runs import answer, copied, tiny_inputs
 from tests.tiny_datasets import Picture, Sample, tiny_picture, write_tiny_run
 
@@ -74,6 +75,27 @@ def test_shares_of_flagged_images(tmp_path: Path) -> None:
     }
     of_parents = [values[space]["parent_is_nearest"]["value"] for space in (FEATURES, PIXELS, "both")]
     assert of_parents == pytest.approx([1 / 2, 2 / 3, 0])
+    # All four are flagged; the parent of three is nearest in a space that flags them.
+    assert values["either"]["flagged"] == 4 and values["either"]["parent_is_nearest"]["value"] == 0.75
+    verdict = audit_verdict([replace(audit, chance=0.2)], Options())
+    assert "(for 75% of the flagged images, the nearest training image is the one whose mask was used)" in verdict
+
+
+def test_the_verdict_says_how_many_copies_are_close(tmp_path: Path) -> None:
+    """A copy of a part is not close as a whole image; without copies there is nothing to explain."""
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 4})
+    found = Nearest(np.zeros(4, np.int64), np.zeros(4))
+    image_set = tiny_inputs(tmp_path, ("copied",)).synthetic["copied"]
+    flagged = dict.fromkeys((FEATURES, PIXELS), np.array([True, False, False, False]))
+    names = image_set.columns["sample_id"]
+    copies = [
+        CopyRow(sample_id=name, original="o", transformation="", measure="part", similarity=1, threshold=0.9)
+        for name in (names[0], names[2], names[3])
+    ]
+    audit = Audit(image_set, dict.fromkeys(flagged, found), flagged, flagged, None, copies)
+    assert "The two rules differ" in audit_verdict([audit], Options())
+    assert "whether or not they are close, as these are: copied 1 of 3 copies." in audit_verdict([audit], Options())
+    assert "The two rules differ" not in audit_verdict([replace(audit, copies=[])], Options())
 
 
 @pytest.mark.parametrize(("flagged", "named"), [(2, False), (6, True)])
