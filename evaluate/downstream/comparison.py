@@ -253,7 +253,7 @@ def _change_table(one: TestSetComparison) -> Table:
             ]
             rows.append([arm_title(arm), name, *figures])
     note = (
-        "Arm minus real, same test images. The 95 % interval covers other patients and other trainings "
+        "Arm minus real, same test images. The 95 % interval covers other test groups and other trainings "
         "(groups and seeds, crossed). The finding rests on p, which is adjusted for the number of arms "
         "(Holm). Smallest effect: found in about 70 to 80 % of studies with so many images and seeds; an estimate, with "
         "its 95 % interval. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ SIDE = 192  # pixels
 LINE_WIDTH = 2  # pixels
 LEAST_CHANGE = 0.001
 """A smaller change of score counts as none."""
+COLOUR_NAMES = ("yellow", "cyan", "pink", "green", "orange", "violet")
 COLOURS = ((255, 221, 0), (0, 220, 255), (255, 70, 200), (120, 255, 60), (255, 130, 0), (150, 130, 255))
 """Bright colours of the foreground classes' contours, for grey and for stained images."""
 ARMS = (BASELINE, WITH_SYNTHETIC)
@@ -37,6 +38,7 @@ def changed_case_pictures(
     networks: Mapping[str, nn.Module],
     labels: Mapping[str, str],
     device: str,
+    classes: Sequence[str],
 ) -> list[Picture]:
     """Return a picture of the cases that worsened most and one of those that improved most, where there are any.
 
@@ -47,6 +49,7 @@ def changed_case_pictures(
         networks: one trained network of each of `ARMS`.
         labels: class of each sample that has one.
         device: `cpu` or `cuda`.
+        classes: names of the mask classes, the background first.
     """
     means = {arm: cases.arms[arm].values[score].mean(axis=0) for arm in ARMS}
     change = means[WITH_SYNTHETIC] - means[BASELINE]
@@ -67,7 +70,7 @@ def changed_case_pictures(
             Picture(
                 title=f"Test cases that {word} most with synthetic images",
                 caption=f"From left to right: contours of the mask, of the prediction by {arm_title(BASELINE)}, and of "
-                f"that by {arm_title(WITH_SYNTHETIC)} (first seed). Scores are means over seeds. From top to bottom: "
+                f"that by {arm_title(WITH_SYNTHETIC)} (first seed). {colours_in_words(classes)} Scores are means over seeds. From top to bottom: "
                 f"{'; '.join(texts)}.",
                 pixels=image_grid(rows, SIDE),
             )
@@ -79,6 +82,12 @@ def most_gained(gain: NDArray[np.float64]) -> list[int]:
     """Return the numbers of at most `SHOWN` cases, the largest gain first; equal ones in their order."""
     ordered: list[int] = np.argsort(-gain, kind="stable").tolist()
     return [i for i in ordered if gain[i] >= LEAST_CHANGE][:SHOWN]
+
+
+def colours_in_words(classes: Sequence[str]) -> str:
+    """Return which class has contours of which colour; `classes` begins with the background."""
+    named = [f"{COLOUR_NAMES[k % len(COLOURS)]} {name}" for k, name in enumerate(classes[1:])]
+    return f"Colours of the contours: {', '.join(named)}."
 
 
 def outlined(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -18,11 +18,19 @@ from maskloom.evaluate.downstream.losses import LossCurves
 from maskloom.evaluate.downstream.ratios import RatioChoice
 from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.pipeline.dataset.groups import group_sentence, group_words
 
-INTERVAL_LIMIT = (
-    "The interval covers other test patients and other seeds of these models, not other training sets or other "
-    "trained generators."
-)
+
+def interval_limit(dataset: str) -> str:
+    """Return what the interval of a difference covers, and what it does not.
+
+    Args:
+        dataset: name of the real dataset.
+    """
+    return (
+        f"The interval covers other test {group_words(dataset)} and other seeds of these models, not other training sets "
+        f"or other trained generators. {group_sentence(dataset)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,11 @@ def downstream_result(
         figures=comparison.figures,
         would_change=comparison.would_change,
         warnings=[*comparison.warnings, *losses.warnings(), *left_out_warnings(inputs, data.generated)],
-        limits=[INTERVAL_LIMIT, *([one.sentence for one in (plan, ratio) if one]), *arm_notes(options, trained)],
+        limits=[
+            interval_limit(inputs.real.description.dataset),
+            *([one.sentence for one in (plan, ratio) if one]),
+            *arm_notes(options, trained),
+        ],
         values={
             **comparison.values,
             "losses": losses.as_json(),

@@ -172,7 +172,7 @@ def _pictures(inputs: EvaluationInputs, cases: ScoredTestSet, test: MaskedImages
     names = inputs.real.description.labels
     labelled = zip(inputs.test.columns["sample_id"], inputs.test.labels.tolist(), strict=True)
     labels = {sample: names[label] for sample, label in labelled if label >= 0}
-    return changed_case_pictures(cases, PRIMARY, test, networks, labels, inputs.device)
+    return changed_case_pictures(cases, PRIMARY, test, networks, labels, inputs.device, inputs.classes)
 
 
 def train_models(

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.groups import group_sentence
 from maskloom.pipeline.files.formatting import counts_text, duration_text, number_text
 from maskloom.pipeline.files.private_paths import without_places
 from maskloom.pipeline.filter_summary import FilterSummary
@@ -28,6 +29,7 @@ PAGE = "page.html.j2"
 PICTURE_SCALE = 4  # a figure of several panels may be this many times as wide as a single image
 VALIDATION_PICTURES = 4
 MOST_ROWS = 40  # a longer table scrolls in a box of its own
+MOST_COLUMNS = 8  # a wider table is shown in parts, one below the other
 # Names of conditioning images on the page, by `data.conditioning`; any other is a mask.
 CONDITIONS = {"edges": "edge map", "foreground": "foreground map", "image": "paired image"}
 
@@ -71,6 +73,28 @@ def numeric_columns(table: Table) -> set[int]:
     return numbers - words
 
 
+def page_wide(table: Table) -> list[Table]:
+    """Return a table in parts of at most `MOST_COLUMNS` columns, each with the leading columns of words."""
+    count = len(table.columns)
+    numeric = numeric_columns(table)
+    leading = next((index for index in range(count) if index in numeric), 1) or 1
+    room = MOST_COLUMNS - leading
+    if count <= MOST_COLUMNS or room < 1:
+        return [table]
+    parts = -(-(count - leading) // room)
+    size = -(-(count - leading) // parts)
+    chosen = [[*range(leading), *range(first, min(first + size, count))] for first in range(leading, count, size)]
+    return [
+        table.model_copy(
+            update={
+                "columns": [table.columns[index] for index in indices],
+                "rows": [[row[index] for index in indices] for row in table.rows],
+            }
+        )
+        for indices in chosen
+    ]
+
+
 def template_environment() -> Environment:
     """Return the environment of the templates: autoescaped, with the filters and charts that they use."""
     environment = Environment(
@@ -86,6 +110,7 @@ def template_environment() -> Environment:
         duration=duration_text,
         counts=counts_text,
         numeric_columns=numeric_columns,
+        page_wide=page_wide,
         pretty=partial(json.dumps, indent=2, sort_keys=True, ensure_ascii=False, default=str),
     )
     environment.globals["most_rows"] = MOST_ROWS
@@ -118,6 +143,7 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
         "maskless": [name for name, settings in generation.items() if not settings.get("uses_mask", True)],
         "nearest_side": NEAREST_SIDE,
         "about": about,
+        "groups": group_sentence(about.dataset) if about else "",
         "condition": condition,
         "exact_colours": condition != "paired image",
         "trainings": {stage: _training_summary(stage, one) for stage, one in sources.trainings.items()},

@@ -43,7 +43,7 @@ def selection_warning(forest: Forest) -> str:
     return (
         f"{compared} differences are compared here. The largest of so many is too good by chance (winner's curse): its "
         "true effect is likely to be smaller, and its interval does not allow for the choice. Findings are adjusted for "
-        "the arms of one variant (Holm), not for the number of variants. Confirm a choice on test patients that had no "
+        "the arms of one variant (Holm), not for the number of variants. Confirm a choice on test groups that had no "
         "part in it."
     )
 

@@ -60,12 +60,15 @@ def test_pictures_show_the_most_changed_cases_with_their_scores() -> None:
     both = real + np.array([0.2, -0.1, 0.0, -0.3, 0.1])
     cases = dice_cases({"real": real, "real_synthetic": both})
     labels = {"case-0003": "benign"}
-    worse, better = changed_case_pictures(cases, "Dice", five_cases(), NETWORKS, labels, "cpu")
+    worse, better = changed_case_pictures(
+        cases, "Dice", five_cases(), NETWORKS, labels, "cpu", ["background", "lesion"]
+    )
     assert worse.title == "Test cases that worsened most with synthetic images"
     assert worse.caption.endswith(
         "From top to bottom: case-0003 (benign): Dice 0.800 to 0.500; case-0001: Dice 0.600 to 0.500."
     )
     assert "by real, and of that by real + synthetic (first seed)" in worse.caption
+    assert " Colours of the contours: yellow lesion. Scores" in worse.caption
     assert better.title == "Test cases that improved most with synthetic images"
     assert better.caption.endswith("case-0000: Dice 0.500 to 0.700; case-0004: Dice 0.800 to 0.900.")
     assert worse.pixels.shape == (2 * STEP - 4, 3 * STEP - 4, 3)
@@ -77,7 +80,7 @@ def test_pictures_show_the_most_changed_cases_with_their_scores() -> None:
 
 def test_cases_that_do_not_change_have_no_picture() -> None:
     cases = dice_cases({"real": np.full((2, 5), 0.5), "real_synthetic": np.full((2, 5), 0.5)})
-    assert changed_case_pictures(cases, "Dice", five_cases(), NETWORKS, {}, "cpu") == []
+    assert changed_case_pictures(cases, "Dice", five_cases(), NETWORKS, {}, "cpu", ["background", "lesion"]) == []
 
 
 @pytest.mark.parametrize("arms", [["real", "real_synthetic"], ["real", "synthetic"]])

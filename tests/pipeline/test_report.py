@@ -23,7 +23,7 @@ from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.report import write_report
 from maskloom.pipeline.report.curves import POINTS, averaged, curve_description, line_chart, training_curves
 from maskloom.pipeline.report.gallery import image_grids, spread_choice
-from maskloom.pipeline.report.page import evenly_chosen, numeric_columns
+from maskloom.pipeline.report.page import MOST_COLUMNS, evenly_chosen, numeric_columns, page_wide, template_environment
 from maskloom.pipeline.report.pictures import LOSSLESS_SIDE, embedded_file, embedded_image
 from maskloom.pipeline.report.sources import class_counts, find_sources, rejection_counts
 from maskloom.pipeline.report.stage import PAGE_BYTES, smallest_enough
@@ -590,3 +590,28 @@ def test_the_page_is_written_anew_when_any_file_changes_that_it_reads(tmp_path, 
         path.write_bytes(content[: len(content) // 2])
         assert is_noticed(), path
         path.write_bytes(content)
+
+
+def test_a_wide_table_is_shown_in_parts_that_repeat_the_names_of_the_rows() -> None:
+    columns = ["arm", "score", *(f"figure {i}" for i in range(13))]
+    rows = [["real", "Dice", *range(13)], ["synthetic", "Dice", *range(13)]]
+    wide = Table(title="Scores", note="Means.", columns=columns, rows=rows, groups=["a", "b"])
+    parts = page_wide(wide)
+    assert [part.columns[:2] for part in parts] == [["arm", "score"]] * 3
+    assert all(len(part.columns) <= MOST_COLUMNS and part.groups == ["a", "b"] for part in parts)
+    assert [name for part in parts for name in part.columns[2:]] == columns[2:]
+    assert [cell for part in parts for cell in part.rows[1][2:]] == list(range(13))
+    narrow = wide.model_copy(update={"columns": columns[:8], "rows": [row[:8] for row in rows]})
+    assert page_wide(narrow) == [narrow]
+    numbers = Table(title="", columns=[str(i) for i in range(10)], rows=[list(range(10))])
+    assert [part.columns[0] for part in page_wide(numbers)] == ["0", "0"]
+    words = Table(title="", columns=[str(i) for i in range(10)], rows=[["a"] * 10])
+    assert [len(part.columns) for part in page_wide(words)] == [6, 5]
+
+
+def test_the_values_of_a_table_name_their_column_for_narrow_screens() -> None:
+    table = Table(title="Scores", note="Means.", columns=["arm", "change & interval"], rows=[["real", 0.5]])
+    macros = template_environment().get_template("macros.html.j2").module
+    html = macros.results_table(table)
+    assert '<td data-column="arm">real</td><td data-column="change &amp; interval" class="number">0.500</td>' in html
+    assert html.count("<h4>") == 1 and html.count("Means.") == 1
