@@ -184,7 +184,10 @@ def _trained_after_all(
     weights = {stated.weights, synthetic.description.preprocessing["generation"].get("weights")}
     if record is None or weights == {backbone_digest(record)} or (weights == {None} and not made_here):
         return ""
-    return "states that nothing was trained, but its weights are not those of the backbone that train has recorded"
+    return (
+        "states that nothing was trained, but its weights are not those of the backbone that train has recorded (if the "
+        "backbone was changed since, run train first)"
+    )
 
 
 def newer_training(run: Run, synthetic: MaskPromptDataset) -> str | None:
