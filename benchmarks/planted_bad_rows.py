@@ -10,36 +10,33 @@ class. Thresholds come from validation images alone, and no network sees a test 
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.ndimage import gaussian_filter
 
 from maskloom.evaluate.downstream.classifier import ClassifierOptions
 from maskloom.evaluate.filtering.filter import without_test
 from maskloom.evaluate.filtering.judge import Judge, open_criterion
-from maskloom.evaluate.filtering.planted import (
-    Pixels,
-    Plant,
-    blurred,
-    decoded_sample,
-    noisy,
-    of_pixels,
-    other_class,
-    other_mask,
-    write_planted,
-)
 from maskloom.evaluate.inputs import ImageSet, open_inputs
 from maskloom.evaluate.scores.statistics import share_interval
 from maskloom.models.segmenter import SegmenterOptions
 from maskloom.pipeline.config.filter import DEFAULT_CRITERIA
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.images import png_array
+from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, plan_shards
 
+Pixels = NDArray[np.uint8]
 GOOD = "good: real test images"
+Plant = Callable[[Sequence[Sample], np.random.Generator, int], Sequence[Sample]]
+"""(samples, random numbers, number of classes) -> bad samples."""
 
 
 def main(
@@ -83,7 +80,7 @@ def measured(
         for number, (kind, plant) in enumerate(PLANTS.items()):
             rows = plant(samples, random, len(real.description.labels))
             if rows:
-                dataset = write_planted(Path(place) / str(number), real, rows)
+                dataset = written(Path(place) / str(number), real, rows)
                 judgement = judge.judge(ImageSet(kind, dataset, "train"))
                 by = {name: int(rejected.sum()) for name, rejected in judgement.rejected.items()}
                 kinds[kind] = {"images": len(rows), "rejected": int((~judgement.accepted).sum()), "by": by}
@@ -99,9 +96,85 @@ def measured(
     }
 
 
+def decoded_sample(row: Mapping[str, Any]) -> Sample:
+    """Return a stored row with decoded pixels; it keeps its own group."""
+    pixels = {
+        name: None if row[name] is None else png_array(row[name]["bytes"])
+        for name in ("image", "mask", "conditioning_image")
+    }
+    return Sample(**{**row, **pixels, "attributes": {}})
+
+
+def written(folder: Path, real: MaskPromptDataset, samples: Sequence[Sample]) -> MaskPromptDataset:
+    """Write samples as a dataset and return it."""
+    shards = plan_shards({"train": len(samples)}, len(samples))
+    writer = DatasetWriter(folder, real.description, shards, "planted")
+    writer.prepare_folder()
+    writer.write_shard(shards[0], samples)
+    writer.finish("planted\n", [], "none", None)
+    return MaskPromptDataset.open(folder)
+
+
+def other_mask(samples: Sequence[Sample], random: np.random.Generator, classes: int) -> list[Sample]:
+    """Return every image that shows something, with the mask of another one of its class."""
+    shown = [one for one in samples if one.mask is not None and np.any(one.mask)]
+    bad = []
+    for one in shown:
+        others = [
+            other
+            for other in shown
+            if other.group_id != one.group_id
+            and other.label == one.label
+            and np.asarray(other.mask).shape == np.asarray(one.mask).shape
+            and not np.array_equal(np.asarray(other.mask), np.asarray(one.mask))
+        ]
+        if others:
+            bad.append(replace(one, mask=others[random.integers(len(others))].mask))
+    return bad
+
+
+def other_class(samples: Sequence[Sample], random: np.random.Generator, classes: int) -> list[Sample]:
+    """Return every image with another class."""
+    if classes < 2:
+        return []
+    return [
+        replace(one, label=int((one.label + random.integers(1, classes)) % classes))
+        for one in samples
+        if one.label is not None
+    ]
+
+
+def of_pixels(change: Callable[[Pixels, np.random.Generator], Pixels]) -> Plant:
+    """Return what changes the pixels of every image."""
+
+    def plant(samples: Sequence[Sample], random: np.random.Generator, classes: int) -> list[Sample]:
+        return [replace(one, image=change(np.asarray(one.image), random)) for one in samples]
+
+    return plant
+
+
 def noise(image: Pixels, random: np.random.Generator) -> Pixels:
     """Return noise."""
     return random.integers(0, 256, image.shape).astype(np.uint8)
+
+
+def noisy(deviation: float) -> Callable[[Pixels, np.random.Generator], Pixels]:
+    """Return what adds noise of a standard deviation, in grey levels."""
+
+    def change(image: Pixels, random: np.random.Generator) -> Pixels:
+        return (image + random.normal(0, deviation, image.shape)).clip(0, 255).round().astype(np.uint8)
+
+    return change
+
+
+def blurred(sigma: float) -> Callable[[Pixels, np.random.Generator], Pixels]:
+    """Return what blurs by a Gaussian of a width in pixels."""
+
+    def change(image: Pixels, random: np.random.Generator) -> Pixels:
+        sigmas = (sigma, sigma, 0)[: image.ndim]
+        return gaussian_filter(image.astype(float), sigmas).round().astype(np.uint8)
+
+    return change
 
 
 PLANTS: dict[str, Plant] = {

@@ -109,7 +109,8 @@ class FilteredSet:
         """
         draws = list(self._draws())
         kept = np.isin(draws[0].rows, np.concatenate([draw.rows[draw.judgement.accepted] for draw in draws]))
-        lines = [line for draw in draws for line in ledger_rows(draw, self.judge.calibration)]
+        thresholds = self.judge.calibration.thresholds
+        lines = [line for draw in draws for line in ledger_rows(draw, thresholds)]
         ledgers.write_text(
             f"{self.name}.jsonl", "".join(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n" for line in lines)
         )

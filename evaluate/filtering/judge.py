@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.evaluate.feature_cache import FeatureCache
-from maskloom.evaluate.filtering.calibration import Calibration, Reference, calibrate, rejections
+from maskloom.evaluate.filtering.calibration import Calibration, calibrate, rejections
 from maskloom.evaluate.filtering.criterion import Criterion, Scores
-from maskloom.evaluate.filtering.planted import planted_sets
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.scores.features import ExtractorOptions, check_extractor
 from maskloom.pipeline import __version__
@@ -138,21 +135,7 @@ class Judge:
         validation = self.inputs.validation
         scores = {one.name: self._scores(one, validation) for one in self.plugins}
         fixed = {name: one.threshold for name, one in self._criteria.items() if one.threshold is not None}
-        return calibrate(scores, fixed, validation.groups, self.acceptance, self._reference())
-
-    def _reference(self) -> Reference:
-        """Return the scores of real train images, and of some of them with planted faults."""
-        free = [one for one in self.plugins if self._criteria[one.name].threshold is None]
-
-        def scores(image_set: ImageSet) -> dict[str, Scores]:
-            return {one.name: self._scores(one, image_set) for one in free}
-
-        real = scores(self.inputs.train)
-        if len(free) < 2:
-            return Reference(real)
-        with TemporaryDirectory(prefix="maskloom-filter-") as folder:
-            planted = {one.name: scores(one) for one in planted_sets(self.inputs, Path(folder))}
-        return Reference(real, planted)
+        return calibrate(scores, fixed, validation.groups, self.acceptance)
 
     def judge(self, image_set: ImageSet) -> Judgement:
         """Return what all criteria that apply to the dataset say about each image of a set."""

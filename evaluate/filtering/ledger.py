@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.filtering.calibration import Calibration
 from maskloom.evaluate.filtering.judge import Judgement
 from maskloom.evaluate.inputs import ImageSet
 from maskloom.pipeline.filter_summary import SubsetCounts
@@ -43,19 +42,12 @@ def class_names(image_set: ImageSet) -> list[str]:
     return [about.label_name(label) or NO_CLASS for label in image_set.columns["label"]]
 
 
-def ledger_rows(draw: Draw, calibration: Calibration) -> list[dict[str, Any]]:
-    """Return one line of the ledger per image of a round, in order.
-
-    The criteria that reject an image are named from the most decisive one on: those with a threshold
-    of their own, then those by which the fewest real images score less.
-    """
+def ledger_rows(draw: Draw, thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return one line of the ledger per image of a round, in order."""
     columns, names, judgement = draw.image_set.columns, class_names(draw.image_set), draw.judgement
-    thresholds = calibration.thresholds
-    levels = {name: one.of(judgement.scores[name]) for name, one in calibration.levels.items()}
     lines = []
     for place, sample in enumerate(columns["sample_id"]):
         failed = [name for name, rejected in judgement.rejected.items() if rejected[place]]
-        failed.sort(key=lambda name: levels[name][place] if name in levels else -np.inf)
         scores = {name: _number(values[place]) for name, values in judgement.scores.items()}
         lines.append(
             {

@@ -12,15 +12,13 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from maskloom.evaluate.evaluate import evaluate
-from maskloom.evaluate.filtering.calibration import Levels, Reference, calibrate, conformal_limit, needed_groups
-from maskloom.evaluate.filtering.criteria.mask_match import related
+from maskloom.evaluate.filtering.calibration import calibrate
 from maskloom.evaluate.filtering.criteria.realism import nearest_mean, power_spectra
 from maskloom.evaluate.filtering.criterion import log_odds
 from maskloom.evaluate.filtering.crossfit import Folds
 from maskloom.evaluate.filtering.filter import filter_synthetic, without_test
 from maskloom.evaluate.filtering.judge import Judge, check_criterion, open_criteria, require_criteria
-from maskloom.evaluate.filtering.ledger import SMALL, Draw, ledger_rows, loss_warnings, subsets
-from maskloom.evaluate.filtering.planted import FAULTS, planted_sets
+from maskloom.evaluate.filtering.ledger import SMALL, Draw, loss_warnings, subsets
 from maskloom.evaluate.inputs import ImageSet, open_inputs
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -283,89 +281,6 @@ def test_thresholds_accept_the_stated_share_together() -> None:
     assert fixed.accepted == pytest.approx(0.95, abs=0.005)
     assert fixed.thresholds["d"] == 0
     assert "rest on 8 real" in calibrate({"a": np.arange(8.0)}, {}, ["g"] * 8, 0.95).warnings()[0]
-
-
-def test_unseen_real_images_are_rejected_as_rarely_as_asked_for() -> None:
-    random, rejected, asked = np.random.default_rng(0), [], 0.95
-    for _ in range(200):
-        scores = {name: random.normal(size=586) for name in "abc"}
-        train = Reference({name: values[:300] for name, values in scores.items()})
-        groups = [str(i) for i in range(86)]
-        found = calibrate({name: values[300:386] for name, values in scores.items()}, {}, groups, asked, train)
-        unseen = np.stack([scores[name][386:] < found.thresholds[name] for name in "abc"])
-        rejected.append(unseen.any(axis=0).mean())
-    assert 0.04 <= np.mean(rejected) <= 0.05  # 4 of 87 in expectation
-
-
-def test_the_rejected_share_is_spent_where_faults_are_hard_to_find() -> None:
-    random = np.random.default_rng(0)
-    real = {name: random.normal(size=400) for name in "ab"}
-    hard, easy = ({name: random.normal(size=400) for name in "ab"} for _ in range(2))
-    hard["a"] -= 2.5
-    easy["b"] -= 8
-    validation, groups = {name: random.normal(size=400) for name in "ab"}, [str(i) for i in range(400)]
-    spent = calibrate(validation, {}, groups, 0.95, Reference(real, {"hard": hard, "easy": easy})).thresholds
-    equal = calibrate(validation, {}, groups, 0.95, Reference(real)).thresholds
-    assert spent["a"] > equal["a"]
-    assert spent["b"] < equal["b"]
-    assert (hard["a"] < spent["a"]).mean() > (hard["a"] < equal["a"]).mean()
-    assert (easy["b"] < spent["b"]).mean() > 0.99
-
-
-def test_few_groups_take_the_milder_of_the_thresholds_of_train_and_validation_images() -> None:
-    random = np.random.default_rng(0)
-    train, validation = random.normal(size=300), random.normal(1, 0.5, size=40)
-    few = calibrate({"a": validation}, {}, [str(i % 6) for i in range(40)], 0.95, Reference({"a": train}))
-    many = calibrate({"a": validation}, {}, [str(i) for i in range(40)], 0.95, Reference({"a": train}))
-    assert needed_groups(0.95) == 19
-    assert few.thresholds["a"] < many.thresholds["a"]
-    assert (train < few.thresholds["a"]).mean() == pytest.approx(0.05, abs=0.005)
-    assert any("of 6 group(s), and fewer than 19 cannot show" in text for text in few.warnings())
-    assert not any("group(s)" in text for text in many.warnings())
-
-
-def test_levels_by_hand() -> None:
-    levels = Levels(np.array([4.0, 0.0, np.nan, 1.0, 2.0, 3.0]))
-    assert levels.of(np.array([0.0, 2.0, 3.5, 9.0])) == pytest.approx([0, 0.5, 0.875, 1])
-    assert np.isposinf(levels.of(np.array([np.nan]))).all()
-    for level in (-0.5, 0.0, 0.3, 1.0):
-        assert levels.of(np.array([levels.score(level)])) == pytest.approx([level])
-    assert conformal_limit(np.arange(99.0), 0.95) == pytest.approx(4, abs=0.01)  # four of 99 are below
-    assert conformal_limit(np.arange(99.0), 0.95) < 4
-    assert 0 < conformal_limit(np.arange(1.0, 11), 0.95) < 1  # too few: none is below
-    assert 2 < conformal_limit(np.array([-np.inf, -np.inf, 3.0, 4.0]), 0.95) < 3
-    assert conformal_limit(np.full(3, -np.inf), 0.95) == 0
-
-
-def test_the_ledger_names_the_most_decisive_criterion_first(run: Path) -> None:
-    image_set, one = open_synthetic(run), judge(run, {"realism": QUICK["realism"], "copies": {}})
-    judgement = one.judge(image_set)
-    rejected = dict.fromkeys(judgement.rejected, np.ones(30, dtype=bool))
-    draw = Draw(0, image_set, np.arange(30), replace(judgement, rejected=rejected))
-    assert ledger_rows(draw, one.calibration)[0]["rejected_by"] == ["copies", "realism"]
-
-
-def test_planted_faults_keep_the_group_and_change_what_they_say(run: Path) -> None:
-    inputs = without_test(open_inputs(MaskPromptDataset.open(run / "dataset"), {}, None, 0))
-    before = {row["sample_id"]: row for row in inputs.real.rows("train")}
-    sets = planted_sets(inputs, run / "planted")
-    changed = {"another image's mask": "mask", "another class": "label", "noise": "image", "blur": "image"}
-    assert [one.name.removeprefix("real train, planted: ") for one in sets] == list(FAULTS) == list(changed)
-    for one, column in zip(sets, changed.values(), strict=True):
-        rows = list(one.dataset.rows("train"))
-        assert len(rows) == COUNTS["train"]
-        for row in rows:
-            differs = {name for name, value in row.items() if value != before[row["sample_id"]][name]}
-            assert column in differs
-            assert differs <= {column, "attributes"}
-
-
-def test_a_mask_is_compared_with_those_of_its_kind() -> None:
-    real, kinds = np.concatenate([np.arange(101.0), np.arange(-100.0, 1)]), np.arange(202) >= 101
-    found = related(np.array([50.0, 5.0, -50.0, -95.0]), np.array([False, False, True, True]), real, kinds)
-    assert found == pytest.approx([0, -1, 0, -1])
-    few = related(np.array([7.0]), np.array([True]), np.arange(21.0), np.arange(21) < 1)
-    assert few == pytest.approx([-3 / 9])  # the median is 10, the lowest 5 % are below 1
 
 
 def test_scores_by_hand() -> None:

@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-VERSION = 2
+VERSION = 1
 OWN, SHIFTED = 0.5, 0.3  # shares of images with their own mask, and of the others with it shifted
 LEAST_SHIFT = 8  # images are shifted by at least the side divided by this
-FEWEST = 20  # real images with a structure, or without one, to which scores are related
-LOW = 0.05  # share of real images with a score below -1
 
 
 class Options(ClassifierOptions):
@@ -47,41 +45,25 @@ class Options(ClassifierOptions):
     steps: Steps = Field(1000, ge=1)
     batch_size: BatchSize = Field(32, ge=2)
     learning_rate: float = Field(3e-3, gt=0)
-    folds: FoldsOption = 5
+    folds: FoldsOption = 2
 
 
 class Criterion(criterion.Criterion):
-    """How likely the mask is the image's own; NaN for images without a mask.
-
-    Log odds of the classifier, related to those of real train images, each from the classifier that
-    has not seen it: 0 is their median, -1 what 5 % of them stay below. Images whose mask marks a
-    structure, and images whose mask is empty, are each related to their like: many real images with
-    an empty mask show something that could be one, and their low scores would set the threshold of all.
-    """
+    """Log odds that the mask is the image's own; NaN for images without a mask."""
 
     options: Options
 
     def scores(self, image_set: ImageSet) -> Scores:
-        """Return the score of each image."""
+        """Return the log odds of each image."""
         masked = masked_images(self.inputs, image_set, self.options.image_size)
         if not len(masked) or not len(self._train) or len(self.inputs.classes) < 2:
             return np.full(len(image_set), np.nan)
-        odds, empty = self._log_odds(masked), is_empty(masked.masks)
-        return spread(image_set, masked.samples, related(odds, empty, *self._real))
-
-    def _log_odds(self, masked: MaskedImages) -> Scores:
-        """Return the log odds that each mask is the image's own."""
         pairs = self._pairs(masked)
 
         def score(fold: int, images: NDArray[np.int64]) -> Scores:
             return mean_log_odds(self._networks[fold], pairs[images], 1, self.inputs.device)
 
-        return self._folds.apply(masked.groups, score)
-
-    @cached_property
-    def _real(self) -> tuple[Scores, NDArray[np.bool_]]:
-        """The log odds of the real train images, and whether their masks are empty."""
-        return self._log_odds(self._train), is_empty(self._train.masks)
+        return spread(image_set, masked.samples, self._folds.apply(masked.groups, score))
 
     @cached_property
     def _train(self) -> MaskedImages:
@@ -106,28 +88,6 @@ class Criterion(criterion.Criterion):
         """Return each image with its mask, one channel of 0 or 255 per foreground class."""
         planes = masked.masks[..., None] == np.arange(1, len(self.inputs.classes))
         return np.concatenate([masked.images, planes.astype(np.uint8) * 255], axis=3)
-
-
-def is_empty(masks: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return whether each mask, (N, H, W), marks nothing."""
-    return np.asarray(~masks.any(axis=(1, 2)))
-
-
-def related(odds: Scores, empty: NDArray[np.bool_], real: Scores, real_empty: NDArray[np.bool_]) -> Scores:
-    """Return log odds on the scale of real images of the same kind: 0 is the median, -1 the lowest 5 %.
-
-    Args:
-        odds: (N,) log odds.
-        empty: (N,) whether each mask is empty.
-        real: (R,) log odds of real images.
-        real_empty: (R,) whether their masks are empty. Of fewer than `FEWEST` of a kind, all count.
-    """
-    found = np.empty(len(odds))
-    for kind in (False, True):
-        alike = real[real_empty == kind]
-        low, middle = np.quantile(alike if len(alike) >= FEWEST else real, [LOW, 0.5])
-        found[empty == kind] = (odds[empty == kind] - middle) / ((middle - low) or 1.0)
-    return found
 
 
 def mismatched(channels: int) -> Augment:

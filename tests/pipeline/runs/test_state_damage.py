@@ -4,6 +4,9 @@
 """
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,23 @@ def test_a_finished_run_is_filtered(filtered_runs: tuple[Path, Path, dict[str, s
     assert cached
     lines = [json.loads(line) for line in (sound / "filter" / "controlnet.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines if line["round"] == 0] == list(range(6))
+
+
+def test_the_command_leaves_the_same_filtered_run(
+    filtered_runs: tuple[Path, Path, dict[str, str]], tmp_path: Path
+) -> None:
+    sound, _, expected = filtered_runs
+    shutil.copytree(sound.parent, tmp_path / "again")
+    text = (sound.parent / "config.yaml").read_text().replace(str(sound), str(tmp_path / "again" / "run"))
+    (tmp_path / "again" / "config.yaml").write_text(text)
+    command = [sys.executable, "-m", "maskloom", "filter", "--config", str(tmp_path / "again" / "config.yaml")]
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "up to date" in again.stderr
+    forced = subprocess.run([*command, "--force"], capture_output=True, text=True, check=False)
+    assert forced.returncode == 0, forced.stderr
+    assert "images were accepted at once" in forced.stderr
+    assert results(tmp_path / "again" / "run") == expected
 
 
 @pytest.mark.parametrize("name", FILTERED)
