@@ -20,6 +20,7 @@ from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.judge.given import Given, given_folder, require_apart
 from maskloom.evaluate.judge.importing import NAME, import_set
 from maskloom.evaluate.judge.reading import SYNTHETIC_KEY, guessed_data, prepare, read_synthetic, synthetic_values
+from maskloom.evaluate.judge.remarks import few_groups_remark
 from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import merged, parsed_override, read_values, validated
@@ -89,6 +90,8 @@ def judge(request: Request, force: bool) -> None:
     else:
         prepare(values, force)
     dataset = verify_quickly(run.dataset)
+    if remark := few_groups_remark(dataset):
+        say(remark)
     with real_images_stay(run):
         try:
             images = judged_images(request, synthetic, dataset, config, force)

@@ -1,4 +1,4 @@
-"""What would mislead in the images to judge: inverted masks, and transparency that becomes black."""
+"""What would mislead in the images to judge: few test groups, inverted masks, transparency that becomes black."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from maskloom.evaluate.downstream.compare import FEW_GROUPS
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.errors import MaskLoomError
@@ -34,6 +35,24 @@ class MaskShares:
     masks: int
     marked: float
     frames: float
+
+
+def few_groups_remark(real: MaskPromptDataset) -> str:
+    """Return that the test split has too few groups for a finding on downstream models, or an empty text."""
+    groups = {row["group_id"] for row in real.rows(None, ["group_id"])}
+    test = {row["group_id"] for row in real.rows("test", ["group_id"])} if "test" in real.contract.splits else set()
+    if len(test) >= FEW_GROUPS:
+        return ""
+    needed = "add real images that have as many"
+    if test:
+        enough = -(-len(groups) * FEW_GROUPS // len(test))
+        needed = (
+            f"give about {enough} real groups (patients, or images without near-duplicates) instead of {len(groups)}"
+        )
+    return (
+        f"{real.folder}: the test split has {len(test)} group(s); whether the synthetic images help a model cannot be told "
+        f"from fewer than {FEW_GROUPS}: {needed}"
+    )
 
 
 def mask_shares(dataset: MaskPromptDataset) -> MaskShares:

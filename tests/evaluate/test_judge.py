@@ -21,7 +21,7 @@ from maskloom.evaluate.judge.given import given_folder, require_apart
 from maskloom.evaluate.judge.importing import ORIGIN, mask_class_table, resized
 from maskloom.evaluate.judge.judge import Request, judge
 from maskloom.evaluate.judge.reading import class_source, messages_about, options_like_real, real_mask_values
-from maskloom.evaluate.judge.remarks import mask_remark, transparency_remark
+from maskloom.evaluate.judge.remarks import few_groups_remark, mask_remark, transparency_remark
 from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
@@ -436,6 +436,19 @@ def written(folder: Path, change: Callable[[Sample], None], size: int = 32) -> M
         change(sample)
     write_dataset(folder / "dataset", tiny_description(size), {"train": samples})
     return MaskPromptDataset.open(folder / "dataset")
+
+
+@pytest.mark.parametrize(("groups", "told"), [(0, "add real images"), (5, "give about 21 real groups"), (6, "")])
+def test_few_test_groups_are_said_before_anything_is_trained(tmp_path: Path, groups: int, told: str) -> None:
+    splits = {"train": tiny_samples("train", 12, 32)} | ({"test": tiny_samples("test", groups, 32)} if groups else {})
+    for split, samples in splits.items():
+        for number, sample in enumerate(samples):
+            sample.group_id = f"{split}-{number}"
+    write_dataset(tmp_path / "dataset", tiny_description(32), splits)
+    remark = few_groups_remark(MaskPromptDataset.open(tmp_path / "dataset"))
+    assert told in remark
+    assert bool(remark) == bool(told)
+    assert not remark or f"the test split has {groups} group(s); whether" in remark
 
 
 def inverted(sample: Sample) -> None:
