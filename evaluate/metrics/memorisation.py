@@ -447,7 +447,7 @@ def _rules_text(audits: list[Audit]) -> str:
     numbers = [f"{one.image_set.name} {one.flagged_copies} of {len(one.copies)} copies" for one in audits if one.copies]
     return (
         "The two rules differ: an image is a copy if it shows a training image after alignment, or a part of one, and close if "
-        "the whole image lies nearer than unseen real images do. Copies count whether or not they are close, as these are: "
+        "the whole image lies nearer than unseen real images do. A copy counts, close or not; close as well are: "
         f"{'; '.join(numbers)}."
     )
 

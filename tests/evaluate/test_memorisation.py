@@ -94,7 +94,7 @@ def test_the_verdict_says_how_many_copies_are_close(tmp_path: Path) -> None:
     ]
     audit = Audit(image_set, dict.fromkeys(flagged, found), flagged, flagged, None, copies)
     assert "The two rules differ" in audit_verdict([audit], Options())
-    assert "whether or not they are close, as these are: copied 1 of 3 copies." in audit_verdict([audit], Options())
+    assert "A copy counts, close or not; close as well are: copied 1 of 3 copies." in audit_verdict([audit], Options())
     assert "The two rules differ" not in audit_verdict([replace(audit, copies=[])], Options())
 
 
