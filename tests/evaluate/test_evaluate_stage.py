@@ -54,7 +54,7 @@ def test_answers_carry_what_a_reader_needs(run: Path) -> None:
     evaluate(config(run, "memorisation"), force=False)
     answer = json.loads((run / "evaluation" / "memorisation.json").read_text())
     assert answer["metric"] == "memorisation"
-    assert answer["version"] == 4
+    assert answer["version"] == 5
     assert set(answer["inputs"]) == {"real", "controlnet", "text_only"}
     assert answer["options"]["percentile"] == 5
     assert answer["n"]["real train"] == 24
