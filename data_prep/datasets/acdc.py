@@ -67,6 +67,7 @@ DIAGNOSES = {
     "RV": "abnormal right ventricle",
 }
 OTHER_NAMES = {"ARV": "RV"}
+GROUPS = "patients"
 MASK_CLASSES = ("background", "right ventricular cavity", "myocardium", "left ventricular cavity")
 RIGHT, LEFT = 1, 3  # the cavities
 CODES = {index: index for index in range(len(MASK_CLASSES))}

@@ -50,6 +50,7 @@ from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
 Modality = Literal["t1", "t1ce", "t2", "flair"]
 WORDS: dict[Modality, str] = {"t1": "T1", "t1ce": "contrast-enhanced T1", "t2": "T2", "flair": "FLAIR"}
+GROUPS = "patients"
 MASK_CLASSES = ("background", "necrotic core", "oedema", "enhancing tumour")
 GRADES = {"HGG": "high-grade glioma", "LGG": "low-grade glioma"}
 MISNAMED = {"BraTS20_Training_355": "W39_1998.09.19_Segm"}

@@ -46,6 +46,7 @@ from maskloom.data_prep.readers.file_names import Names, entry_named, folder_nam
 from maskloom.data_prep.readers.tables import TableRow, csv_rows, whole_number, wrong_value
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
+GROUPS = "patients"
 RESTORE = "restore the file from the dataset"
 ROOT, TABLE = "BUSBRA", "bus_data.csv"
 IMAGE_NAME = re.compile(r"bus_(.+\.png)", re.IGNORECASE)

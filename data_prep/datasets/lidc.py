@@ -62,6 +62,7 @@ from maskloom.data_prep.readers.tables import TableRow, csv_rows, whole_number, 
 from maskloom.pipeline.config.data import IntensityWindow
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 
+GROUPS = "patients"
 LABELS = ("clean", "nodule")
 A_NODULE, NO_NODULE = "a pulmonary nodule", "no pulmonary nodule"
 # The malignancy scale of the LIDC-IDRI reading form.

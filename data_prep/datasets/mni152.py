@@ -29,6 +29,7 @@ BOX = ((22, 175), (23, 211), (0, 158))  # the voxels that hold brain, a few mm m
 FILE = "assets/mni152/mni152.npy.xz"
 MIDLINE = 98  # x of the world's 0
 SLAB = 8
+GROUPS = "slabs of one average brain"
 # One period of slabs; 5 of 7 train. Fixed here and not drawn, so that no seed can move a slab that a backbone was trained on.
 PATTERN = ("train", "train", "train", "validation", "train", "train", "test")
 TISSUE_THRESHOLD = 0.5

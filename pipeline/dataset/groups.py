@@ -1,22 +1,20 @@
 """What the groups of a dataset are, in words: what an interval over groups covers.
 
-The contract does not state it, so this is told by the dataset's name, from its file in `data_prep/datasets`.
+The contract does not state it, so the dataset's file in `data_prep/datasets` does: `GROUPS`, in the plural.
 """
 
+from maskloom.pipeline.plugins import load_plugin, plugin_names
+
+PACKAGE = "maskloom.data_prep.datasets"
 PATIENTS = "patients"
-GROUPS = {
-    "acdc": PATIENTS,
-    "brats": PATIENTS,
-    "busbra": PATIENTS,
-    "lidc": PATIENTS,
-    "mni152": "slabs of one average brain",
-}
 UNKNOWN = "groups"
 
 
 def group_words(dataset: str) -> str:
     """Return what the groups of a dataset are, in the plural; `groups` where its source does not tell."""
-    return GROUPS.get(dataset, UNKNOWN)
+    if dataset not in plugin_names(PACKAGE):
+        return UNKNOWN
+    return str(getattr(load_plugin(PACKAGE, dataset, "dataset"), "GROUPS", UNKNOWN))
 
 
 def group_sentence(dataset: str) -> str:

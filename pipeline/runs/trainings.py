@@ -181,8 +181,9 @@ def _trained_after_all(
     if read_record(run, f"baselines/{generator}") is not None:
         return f"states that nothing was trained, but this run has recorded baselines/{generator}"
     record = read_record(run, "train")
+    backbone = None if record is None else backbone_digest(record)
     weights = {stated.weights, synthetic.description.preprocessing["generation"].get("weights")}
-    if record is None or weights == {backbone_digest(record)} or (weights == {None} and not made_here):
+    if backbone is None or weights == {backbone} or (weights == {None} and not made_here):
         return ""
     return (
         "states that nothing was trained, but its weights are not those of the backbone that train has recorded (if the "

@@ -102,7 +102,7 @@ def test_images_are_decoded_whole(tmp_path, name):
     Image.fromarray(PIXELS).save(tmp_path / name, **options)
     image = decoded_image(tmp_path / name)
     (tmp_path / name).unlink()  # nothing is read later
-    assert np.abs(eight_bit(image, "L").astype(int) - PIXELS).max() <= (8 if name == "a.jpg" else 0)
+    assert np.abs(eight_bit(image, "L").pixels.astype(int) - PIXELS).max() <= (8 if name == "a.jpg" else 0)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_an_image_that_is_too_large_is_rejected_before_its_pixels_are_read(tmp_p
 def test_pixels_of_eight_bits(mode):
     black_and_white = np.where(PIXELS > 100, 255, 0).astype(np.uint8)
     image = decoded_picture(Image.fromarray(black_and_white).convert(mode))
-    grey, colour = eight_bit(image, "L"), eight_bit(image, "RGB")
+    grey, colour = eight_bit(image, "L").pixels, eight_bit(image, "RGB").pixels
     np.testing.assert_array_equal(grey, black_and_white)
     np.testing.assert_array_equal(colour, np.repeat(black_and_white[..., None], 3, axis=2))
     assert grey.dtype == colour.dtype == np.uint8
@@ -199,7 +199,8 @@ def test_a_mask_that_is_black_on_transparent_is_rejected():
 
 def test_an_image_shows_its_transparency_on_black():
     image = DecodedImage(np.full((1, 3), 200, np.uint8), np.array([[255, 51, 0]], np.uint8))
-    assert eight_bit(image, "L").tolist() == [[200, 40, 0]]
+    grey, darkened = eight_bit(image, "L")
+    assert (grey.tolist(), darkened) == ([[200, 40, 0]], pytest.approx(2 / 3))
 
 
 # npy_array

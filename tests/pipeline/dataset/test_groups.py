@@ -4,15 +4,17 @@ import pytest
 
 from maskloom.evaluate.downstream.result import interval_limit
 from maskloom.pipeline.config.loading import load_experiment
-from maskloom.pipeline.dataset.groups import GROUPS, group_sentence, group_words
+from maskloom.pipeline.dataset.groups import PACKAGE, group_sentence, group_words
 from maskloom.pipeline.plugins import plugin_names
 from maskloom.pipeline.runs.run import Run
 from tests.pipeline import fake_run
 from tests.pipeline.test_report_stale import page_of
 
 
-def test_every_named_dataset_exists() -> None:
-    assert set(GROUPS) <= set(plugin_names("maskloom.data_prep.datasets"))
+def test_every_dataset_says_what_its_groups_are_or_nothing() -> None:
+    words = {name: group_words(name) for name in plugin_names(PACKAGE)}
+    assert {name for name, told in words.items() if told == "patients"} == {"acdc", "brats", "busbra", "lidc"}
+    assert set(words.values()) == {"patients", "groups", "slabs of one average brain"}
 
 
 def test_slabs_of_one_brain_are_not_patients() -> None:
