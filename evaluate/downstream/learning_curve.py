@@ -41,7 +41,7 @@ from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.results import Cell, Curve, Table
 
 NOTE = (
-    "All models take the same number of steps. Each seed draws its own train groups, nested over the shares and the same "
+    "All models take the same number of steps, but for equal real exposure. Each seed draws its own train groups, nested over the shares and the same "
     "for all arms, so that the intervals cover the luck of the draw. p is adjusted for the number of arms and shares "
     "below 1 (Holm); the rows of 1 are those of the verdict. Synthetic images whose parent is not kept are left out."
 )
