@@ -131,7 +131,7 @@ def score_set(
     predictions = [predicted_masks(model.network, masked.images, inputs.device) for model in models]
     classes = len(inputs.classes)
     random = np.random.default_rng(inputs.seed)
-    others = [masked.masks[derangement(len(masked), random)] for _ in range(options.shuffles)]
+    others = [derangement(len(masked), random) for _ in range(options.shuffles)]
 
     def mean_over_models(scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         return np.einsum("nm,mnc->nc", weights, np.stack(scores))
@@ -139,7 +139,8 @@ def score_set(
     dice = mean_over_models([dice_scores(prediction, masked.masks, classes) for prediction in predictions])
     iou = mean_over_models([iou_scores(prediction, masked.masks, classes) for prediction in predictions])
     chance = np.mean(
-        [mean_over_models([dice_scores(p, other, classes) for p in predictions]) for other in others], axis=0
+        [mean_over_models([dice_scores(p, masked.masks[other], classes) for p in predictions]) for other in others],
+        axis=0,
     )
     return SetScores(name, dice, iou, chance, masked.groups)
 

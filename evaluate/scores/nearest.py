@@ -73,6 +73,7 @@ def normalised_rows(images: NDArray[np.generic]) -> NDArray[np.float32]:
     Constant images become zeros.
     """
     rows = images.reshape(len(images), -1).astype(np.float32)
-    rows = rows - rows.mean(axis=1, keepdims=True)
+    rows -= rows.mean(axis=1, keepdims=True)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    rows /= np.where(length > 0, length, 1)
+    return rows
