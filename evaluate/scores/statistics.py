@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 
 LEVEL = 0.95
+GROUPS_AT_A_TIME = 256  # left out; all at once take memory that grows with their square
 
 
 def group_index(groups: Sequence[str]) -> NDArray[np.int64]:
@@ -79,7 +80,7 @@ class Bootstrap:
         """
         self.count, self.clusters = len(groups), len(set(groups))
         self.weights = bootstrap_weights(groups, resamples, seed) if self.clusters > 1 else None
-        self.without_one = 1.0 - (group_index(groups) == np.arange(self.clusters)[:, None])
+        self.index = group_index(groups)
 
     def interval(self, statistic: Statistic, share: bool = False) -> Interval:
         """Return the estimate and its 95 % group-clustered bootstrap interval.
@@ -102,7 +103,7 @@ class Bootstrap:
             return Interval(value=None)
         if share and point in (0.0, 1.0):
             return saturated_interval(point, self.clusters)
-        if self.weights is None or not np.isfinite(statistic(self.without_one)).all():
+        if self.weights is None or not self._is_defined_without_any_group(statistic):
             return Interval(value=point)
         replicates = statistic(self.weights)
         replicates = replicates[np.isfinite(replicates)]
@@ -111,6 +112,12 @@ class Bootstrap:
         if low == high:
             return Interval(value=point)
         return Interval(value=point, low=float(low), high=float(high))
+
+    def _is_defined_without_any_group(self, statistic: Statistic) -> bool:
+        """Return whether the statistic is finite whichever group is left out, a few at a time."""
+        left_out = np.arange(self.clusters)[:, None]
+        blocks = (left_out[start : start + GROUPS_AT_A_TIME] for start in range(0, self.clusters, GROUPS_AT_A_TIME))
+        return all(np.isfinite(statistic(1.0 - (self.index == block))).all() for block in blocks)
 
 
 def expanded_tail(clusters: int, level: float = LEVEL) -> float:
