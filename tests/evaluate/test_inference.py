@@ -222,3 +222,14 @@ def test_skewness_of_groups_of_one_size_is_that_of_their_means() -> None:
     expected = (means**3).mean() / (means**2).mean() ** 1.5 * np.sqrt(20 * 19) / 18  # Joanes and Gill 1998, G1
     assert found == pytest.approx(expected, rel=1e-12)
     assert group_skewness(np.ones(9), list("aabbccddd")) == group_skewness(np.array([0.0, 1.0]), ["a", "b"]) == 0
+
+
+def test_skewness_does_not_take_the_noise_of_small_groups_for_that_of_patients() -> None:
+    """Single images vary more than means of many: one far off among them says little of its patient."""
+    random = np.random.default_rng(0)
+    sizes = np.repeat([40, 1], [12, 12])
+    by_case = random.normal(size=sizes.sum()) + np.repeat(0.3 * random.normal(size=24), sizes)
+    by_case[-1] = -4.0
+    means = [part.mean() for part in np.split(by_case, np.cumsum(sizes)[:-1])]
+    found = group_skewness(by_case, [f"{number}" for number, size in enumerate(sizes) for _ in range(size)])
+    assert abs(found) < 0.7 * abs(stats.skew(means, bias=False))

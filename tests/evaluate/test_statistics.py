@@ -143,3 +143,16 @@ def test_interval_reads_as_in_the_verdict() -> None:
     assert str(Interval(value=0.012, low=-0.004, high=0.027)) == "+0.012 [-0.004, 0.027]"
     assert str(Interval(value=0.012)) == "+0.012 [no interval]"
     assert str(Interval(value=None)) == "not defined"
+
+
+@pytest.mark.parametrize("group", [0, 150, 299])
+def test_a_figure_that_rests_on_one_of_many_groups_has_no_interval(group: int) -> None:
+    """Groups are left out a few at a time; whichever part the one lies in, it is found."""
+    values = np.full(600, np.nan)
+    values[2 * group : 2 * group + 2] = 0.2, 0.6
+    found = Bootstrap([f"{number // 2:04}" for number in range(600)], 200).interval(weighted_mean(values))
+    assert (found.value, found.low, found.high) == (pytest.approx(0.4), None, None)
+    values[:2], values[-2:] = 0.1, 0.9
+    assert (
+        Bootstrap([f"{number // 2:04}" for number in range(600)], 200).interval(weighted_mean(values)).low is not None
+    )
