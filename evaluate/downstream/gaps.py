@@ -29,6 +29,7 @@ from maskloom.evaluate.downstream.pairing import (
     paired_values,
     rests_on_classes,
     supporting_groups,
+    with_extreme_values,
 )
 from maskloom.evaluate.scores.inference import LEVEL, Effect, Floats, estimate_gap, group_skewness, holm_adjusted
 
@@ -200,9 +201,38 @@ def _with_finding(one: Gap, cases: ScoredTestSet, columns: Subgroups) -> Gap:
         return one
     if one.p_holm > 1 - LEVEL:
         return replace(one, finding=NO_GAP)
-    if _few_groups_oppose(one, *_sides(cases, one.arm, one.score, one.subgroup, columns[one.column])):
+    parts = columns[one.column]
+    if _few_groups_oppose(one, *_sides(cases, one.arm, one.score, one.subgroup, parts)):
         return replace(one, reason="a few groups differ strongly the other way, and others like them may be missing")
-    return replace(one, finding=WORSE if (one.gap > 0) == (one.better == LOWER) else BETTER)
+    finding = WORSE if (one.gap > 0) == (one.better == LOWER) else BETTER
+    if _missing_values_oppose(one, cases, parts, inside_is_worst=finding == BETTER):
+        return replace(
+            one, reason="some cases are not defined for all models, and with the worst values there nothing is found"
+        )
+    return replace(one, finding=finding)
+
+
+def _missing_values_oppose(
+    one: Gap, cases: ScoredTestSet, parts: Mapping[str, Collection[str]], inside_is_worst: bool
+) -> bool:
+    """Return whether undefined values would undo a gap, if they were as much against it as any value seen.
+
+    Where a model fails in the hardest cases of a subgroup, it has no value there, and looks better for it.
+    """
+    sides = _sides(cases, one.arm, one.score, one.subgroup, parts)
+    if not any(side.pair.partly_undefined for side in sides):
+        return False
+    filled = {
+        worst: with_extreme_values(cases, one.arm, [one.arm], one.score, worst, one.better == LOWER)
+        for worst in (True, False)
+    }
+    inside, _ = _sides(filled[inside_is_worst], one.arm, one.score, one.subgroup, parts)
+    _, outside = _sides(filled[not inside_is_worst], one.arm, one.score, one.subgroup, parts)
+    effect = _effect(inside, outside, one.score)
+    if effect is None or effect.p is None:
+        return True
+    adjustment = one.p_holm / one.p if one.p and one.p_holm else 1.0
+    return effect.p * adjustment > 1 - LEVEL or (effect.value > 0) != ((one.gap or 0.0) > 0)
 
 
 def _few_groups_oppose(one: Gap, inside: _Side, outside: _Side) -> bool:

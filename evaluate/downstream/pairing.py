@@ -83,9 +83,7 @@ def paired_values(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> 
 def with_worst_values(cases: ScoredTestSet, favoured: str, other: str, score: str, lower: bool) -> ScoredTestSet:
     """Return two arms whose undefined values speak against the favoured one as much as any value seen.
 
-    It gets the worst value of both arms, and the other one the best; probabilities those of a wrong
-    and of the right class. A case without a value in any model stays undefined, and so does a model
-    without a value in any case (its training failed).
+    It gets the worst value of both arms, and the other one the best; see `with_extreme_values`.
 
     Args:
         cases: of one test set.
@@ -94,19 +92,40 @@ def with_worst_values(cases: ScoredTestSet, favoured: str, other: str, score: st
         score: the score.
         lower: whether lower values of the score are better.
     """
-    sides = {name: _raw_values(cases.arms[name], score) for name in (favoured, other)}
+    filled = {
+        name: with_extreme_values(cases, name, (favoured, other), score, worst=name == favoured, lower=lower)
+        for name in (favoured, other)
+    }
+    return replace(cases, arms={**cases.arms, **{name: one.arms[name] for name, one in filled.items()}})
+
+
+def with_extreme_values(
+    cases: ScoredTestSet, arm: str, arms: Sequence[str], score: str, worst: bool, lower: bool
+) -> ScoredTestSet:
+    """Return an arm whose undefined values are the worst or the best seen.
+
+    Probabilities are those of a wrong or of the right class. A case without a value in any model stays undefined, and so does a model without a value in any
+    case (its training failed).
+
+    Args:
+        cases: of one test set.
+        arm: the arm.
+        arms: the arms whose values have been seen.
+        score: the score.
+        worst: whether the worst values are filled in, not the best.
+        lower: whether lower values of the score are better.
+    """
+    sides = {name: _raw_values(cases.arms[name], score) for name in arms}
     defined = {
         name: _defined(side, range(len(cases.arms[name].seeds)), (0, len(cases.samples)))
         for name, side in sides.items()
     }
     known_cases = np.concatenate(list(defined.values())).any(axis=0)
-    arms = dict(cases.arms)
-    for name, side in sides.items():
-        missing = ~defined[name] & defined[name].any(axis=1, keepdims=True) & known_cases
-        extreme = _extreme_values(sides, score, worst=name == favoured, lower=lower)
-        filled = {one: np.where(missing, extreme[one], values) for one, values in side.items()}
-        arms[name] = replace(cases.arms[name], values={**cases.arms[name].values, **filled})
-    return replace(cases, arms=arms)
+    missing = ~defined[arm] & defined[arm].any(axis=1, keepdims=True) & known_cases
+    extreme = _extreme_values(sides, score, worst, lower)
+    filled = {name: np.where(missing, extreme[name], values) for name, values in sides[arm].items()}
+    found = replace(cases.arms[arm], values={**cases.arms[arm].values, **filled})
+    return replace(cases, arms={**cases.arms, arm: found})
 
 
 def _extreme_values(

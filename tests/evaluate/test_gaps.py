@@ -150,3 +150,23 @@ def test_few_wrong_gaps_and_most_planted_ones_are_found() -> None:
     sides = (Layout(12, 36, False), Layout(30, 60, False))
     assert share_found(sides, 3, 0.02, 0.0, 40) <= 10
     assert share_found(sides, 5, 0.01, 0.3, 20) >= 90
+
+
+@pytest.mark.parametrize(("score", "lower"), [("Dice", False), ("HD95 (pixels)", True)])
+def test_a_subgroup_is_not_better_for_having_no_value_in_some_cases(score: str, lower: bool) -> None:
+    """In 2 of 150 cases most models have no value: too few to be refused, and enough to hide total failures."""
+    sign = -1 if lower else 1
+    values = 0.5 + sign * np.random.default_rng(2).normal(0, 0.05, (5, 300))
+    values[:, :150] += 0.01 * sign
+    values[:, 299] = 0.5 - 0.49 * sign  # a failure is seen once
+    hidden = np.arange(300) < 2
+
+    def findings(missing: np.ndarray) -> list[tuple[str, str]]:
+        shown = values.copy()
+        shown[1:, missing] = np.nan
+        return [(one.finding, one.reason[:30]) for one in gaps_of(shown, 150, score=score)]
+
+    assert [one for one, _ in findings(hidden & False)] == ["better", "worse"]
+    assert findings(hidden) == [("cannot tell", "some cases are not defined for")] * 2
+    in_the_rest = np.roll(hidden, 200)  # failures there would only add to the gap
+    assert [one for one, _ in findings(in_the_rest)] == ["better", "worse"]
