@@ -22,3 +22,23 @@ DEFAULTS = (
     "downstream_classification",
 )
 """Metrics that are computed if the configuration names none, in this order."""
+
+ALL_FIGURES = ("",)
+SCORECARD: dict[str, dict[str, tuple[str, ...]]] = {
+    "Congruence": {
+        "quality": ("Fréchet distance", "KID", "precision"),
+        "cmmd": ALL_FIGURES,
+        "radiomics_distance": ALL_FIGURES,
+    },
+    "Coverage": {
+        "quality": ("recall",),
+        "perceptual_diversity": ALL_FIGURES,
+        "inception_score": ALL_FIGURES,
+        "authenticity": ALL_FIGURES,
+    },
+    "Constraint": {"faithfulness": ALL_FIGURES, "tumour_characteristics": ALL_FIGURES},
+    "Compliance": {"memorisation": ALL_FIGURES, "membership": ALL_FIGURES},
+    "Consistency": {"downstream_segmentation": (), "downstream_classification": ()},
+}
+"""Which metrics answer each criterion of the report's scorecard, with the beginnings of the names of
+their figures that do; an empty tuple: their tables of subgroups. The others have no metric."""

@@ -19,6 +19,7 @@ from maskloom.pipeline.report.curves import curve_description, line_chart, train
 from maskloom.pipeline.report.forest import forest_description, forest_plot
 from maskloom.pipeline.report.gallery import NEAREST_SIDE, image_grids
 from maskloom.pipeline.report.pictures import embedded_file, embedded_image, svg_uri
+from maskloom.pipeline.report.scorecard import scorecard
 from maskloom.pipeline.report.sources import Sources, Training, class_counts, rejection_counts
 from maskloom.pipeline.results import Interval, Table, cell_text
 from maskloom.pipeline.runs.answers import current_answers
@@ -137,6 +138,7 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
         "seeds": seeds_in_words(config, sources),
         "missing": [*sources.missing(), *stale_parts(sources), *remarks, *notices],
         "evaluations": evaluations,
+        "scorecard": scorecard(sources, evaluations),
         "evaluation_folder": sources.run.evaluation,
         "grids": image_grids(sources.real, sources.synthetic, config.report.images_per_class) if sources.real else {},
         "generators": list(sources.synthetic),
