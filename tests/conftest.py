@@ -44,6 +44,7 @@ SLOW = [
     "pipeline/test_extras.py",
     "pipeline/test_report.py",
     "pipeline/test_sweep.py",
+    "pipeline/test_sweep_sharing.py",
     "pipeline/training/test_loop_precision.py",
     "pipeline/training/test_ranks.py",
     "test_backbone_forms.py",

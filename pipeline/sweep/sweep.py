@@ -1,13 +1,12 @@
 """`sweep`: run an experiment, or several variants of it, and compare the results in one table.
 
 Each variant is a separate run in the sweep's run folder. Variants with the same data share the
-prepared dataset.
+prepared dataset, and those that also train alike share the trained weights.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_config, read_values, validated
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import LOCK_FILE, link_or_copy, value_digest
-from maskloom.pipeline.files.ownership import MANIFESTS, OwnedFolder, check_replaceable, whole_folder
+from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs.record import damaged_file, read_record
+from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
 from maskloom.pipeline.runs.runner import run_stages
 from maskloom.pipeline.sweep.page import PAGE, difference_lines, merged_forests, selection_warning, write_page
+from maskloom.pipeline.sweep.sharing import share_dataset, share_training
 from maskloom.pipeline.sweep.table import current_answers, print_table, variant_rows, write_table
 
 FOLDER = "sweep"
@@ -83,6 +83,22 @@ class Variant:
         """Key that is equal for variants with the same dataset."""
         return value_digest([self.config.data.model_dump(mode="json"), self.config.seed])
 
+    @property
+    def shared_keys(self) -> dict[str, str]:
+        """For each step that variants may share, a key that is equal where they compute the same."""
+        train = self.config.train
+        settings: dict[str, Any] = {} if train is None else {"train": train.model_dump(mode="json")}
+        settings |= {f"baselines/{name}": options for name, options in self.config.baselines.items()}
+        keys = {step: value_digest([self.data_key, step, values]) for step, values in settings.items()}
+        return {"prepare": self.data_key, **keys}
+
+    def steps(self, stage: str) -> list[str]:
+        """Return the commands that make up a stage.
+
+        Each architecture is trained in a separate process, so that its peak memory is its own.
+        """
+        return [*(f"{stage}/{name}" for name in self.config.baselines if stage == "baselines"), stage]
+
 
 def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path | None) -> None:
     """Run every variant, print the table, and write `sweep.html`, `table.md`, `table.csv` and `table.json`.
@@ -102,7 +118,7 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
     config = load_config(path, overrides, SweepConfig)
     variants = planned_variants(path, overrides, config)
     OwnedFolder(config.run_folder).mark()
-    prepared: dict[str, Variant] = {}
+    finished: dict[str, Variant] = {}
     failed = {}
     for number, variant in enumerate(variants, start=1):
         name = variant.path.relative_to(config.run_folder).as_posix()
@@ -110,7 +126,7 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
         OwnedFolder(config.run_folder).write_text(name, text)
         if variant.name:
             say(f"sweep: {variant.name} ({number} of {len(variants)})")
-        stage = run_variant(variant, prepared, force, accelerate_config)
+        stage = run_variant(variant, finished, force, accelerate_config)
         if stage:
             failed[variant.name] = stage
     rows = [row for variant in variants for row in variant_rows(variant.name, variant.run, variant.config)]
@@ -155,69 +171,54 @@ def _variant(name: str, run_dir: Path, values: dict[str, Any], where: str, sweep
     return Variant(name, sweep_folder / FOLDER / f"{name or config.experiment}.yaml", config)
 
 
-def run_variant(variant: Variant, prepared: dict[str, Variant], force: bool, accelerate_config: Path | None) -> str:
+def run_variant(variant: Variant, finished: dict[str, Variant], force: bool, accelerate_config: Path | None) -> str:
     """Run all stages of a variant.
 
     Args:
         variant: what to run.
-        prepared: variants whose dataset has been prepared, by `data_key`; this one is added.
-        force: also run stages that are up to date, except for datasets that this sweep has
-            prepared.
+        finished: variants that have finished a step, by its key (`Variant.shared_keys`); this one is
+            added. A later variant with the same key takes over what they have computed.
+        force: also run stages that are up to date, except for those that are taken over.
         accelerate_config: see `sweep`.
 
     Returns:
-        The stage that failed, or an empty string. The stage has printed its error.
+        The stage that failed, or an empty string. Its error has been printed.
     """
-    if variant.data_key in prepared:
-        share_dataset(prepared[variant.data_key].run, variant.run)
     for stage in STAGES:
-        again = force and not (stage == "prepare" and variant.data_key in prepared)
-        arguments = ["--config", str(variant.path), *(["--force"] if again else [])]
-        if stage == "baselines" and _train_architectures(variant, arguments, again, accelerate_config):
-            return stage
-        if run_stages([stage], arguments if stage != "baselines" else arguments[:2], accelerate_config):
-            return stage
-        if stage == "prepare":
-            prepared.setdefault(variant.data_key, variant)
+        if stage == "baselines" and force:  # this record includes the older ones of the architectures
+            (variant.run.logs(stage) / RECORD_FILE).unlink(missing_ok=True)
+        for step in variant.steps(stage):
+            if _run_step(variant, step, finished, force, accelerate_config):
+                return stage
     return ""
 
 
-def _train_architectures(variant: Variant, arguments: list[str], again: bool, accelerate_config: Path | None) -> int:
-    """Train each architecture in a separate process, so that its peak memory is its own.
+def _run_step(
+    variant: Variant, step: str, finished: dict[str, Variant], force: bool, accelerate_config: Path | None
+) -> int:
+    """Run a stage, or the training of one architecture; return the exit code."""
+    stage, _, architecture = step.partition("/")
+    key = variant.shared_keys.get(step, "")
+    try:
+        taken = key in finished and _take_over(finished[key], variant, step)
+    except MaskLoomError as error:
+        say(f"error: {error}")
+        return EXIT_CODE
+    again = force and not taken and step != "baselines"  # its architectures have been trained again already
+    arguments = ["--config", str(variant.path), *(["--force"] if again else [])]
+    arguments += ["--architecture", architecture] if architecture else []
+    code = run_stages([stage], arguments, accelerate_config)
+    if key and not code:
+        finished.setdefault(key, variant)
+    return code
 
-    Returns:
-        The first exit code that is not 0, or 0.
-    """
-    if again:  # this record includes the older ones of the architectures
-        (variant.run.logs("baselines") / RECORD_FILE).unlink(missing_ok=True)
-    codes = (
-        run_stages(["baselines"], [*arguments, "--architecture", architecture], accelerate_config)
-        for architecture in variant.config.baselines
-    )
-    return next((code for code in codes if code), 0)
 
-
-def share_dataset(source: Run, target: Run) -> None:
-    """Link the prepared dataset of a run into another run with the same data.
-
-    The `prepare` stage of the other run is then up to date. Does nothing if it has the dataset
-    already.
-
-    Raises:
-        MaskLoomError: the first run has no prepared dataset, or what exists in the other one is not
-            MaskLoom's.
-    """
-    record, own = read_record(source, "prepare"), read_record(target, "prepare")
-    if record is None:
-        raise MaskLoomError(f"{source.logs('prepare') / RECORD_FILE}: missing; run the sweep again")
-    if own is not None and own.key == record.key and damaged_file(target, own.files) is None:
-        return
-    check_replaceable(target.dataset)
-    target.mark()
-    (target.logs("prepare") / RECORD_FILE).unlink(missing_ok=True)  # invalid while the dataset is replaced
-    not_shared = shutil.ignore_patterns(LOCK_FILE, MANIFESTS)  # a linked lock would lock both runs
-    with whole_folder(target.dataset) as folder:
-        for name in OwnedFolder(source.dataset).files():  # without the user's own files
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(source.dataset / name, folder / name)
-    shutil.copytree(source.logs("prepare"), target.logs("prepare"), ignore=not_shared, dirs_exist_ok=True)
+def _take_over(source: Variant, variant: Variant, step: str) -> bool:
+    """Share what an earlier variant has computed; return whether this one has it now."""
+    if step == "prepare":
+        share_dataset(source.run, variant.run)
+        return True
+    taken = share_training(source.run, variant.run, step)
+    if taken:
+        say(f"sweep: {variant.name} has the same {step} as {source.name}, and shares its weights")
+    return taken

@@ -26,7 +26,8 @@ from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.sweep import sweep as sweeping
 from maskloom.pipeline.sweep.page import difference_lines, merged_forests, selection_warning, write_page
-from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, share_dataset, sweep
+from maskloom.pipeline.sweep.sharing import share_dataset
+from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, sweep
 from maskloom.pipeline.sweep.table import Column, Row, columns_of, print_table, variant_rows, write_table
 from maskloom.train_baselines.train import train_baselines
 from maskloom.train_controlnet.train import train_stage
