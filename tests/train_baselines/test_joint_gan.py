@@ -99,7 +99,7 @@ def test_the_defaults_are_the_published_settings():
 
 
 def test_the_full_configuration_says_the_defaults_and_the_published_counts():
-    config = load_experiment(ROOT / "configs/joint_gan_busi.yaml", [])
+    config = load_experiment(ROOT / "configs/joint_gan_busi_as_published.yaml", [])
     free = {"checkpoints_total_limit": None, "dataloader_num_workers": 2}
     assert checked_options(config, "joint_gan") == Options(**free)
     assert config.generate.images_per_class == {"benign": 175, "malignant": 89}
