@@ -96,6 +96,7 @@ def measured(folder: Path) -> dict[str, list[float]]:
     for name, options in config.evaluate.metrics.items():
         if not name.startswith(DOWNSTREAM):
             question = open_question(name, options)
+            inputs.release()
             costs[name] = measured_step(partial(question.module.evaluate, inputs, question.options))
     seconds, core_seconds, memory = zip(*costs.values(), strict=True)
     return costs | {"all": [sum(seconds), sum(core_seconds), max(memory)]}

@@ -60,10 +60,18 @@ class CopyJudge:
 
 
 def copy_judge(inputs: EvaluationInputs) -> CopyJudge:
-    """Return the judge of the real images, whatever the synthetic sets; made once."""
+    """Return the judge of the real images, whatever the synthetic sets.
+
+    It is calibrated once. The descriptors that it searches, 55 kB per image, are made again after a
+    release.
+    """
+    from maskloom.evaluate.scores.copies import CopySearch
+
     held_out = [one for one in (inputs.validation, inputs.test) if len(one)]
-    judge: CopyJudge = inputs.once("copy judge", lambda: calibrated_judge([inputs.train], held_out))
-    return judge
+    search: CopySearch = inputs.once("copy search", lambda: CopySearch(comparable(inputs.train)), large=True)
+    originals = inputs.train.columns["sample_id"]
+    thresholds, copies = inputs.once("copy thresholds", lambda: calibration(search, originals, held_out))
+    return CopyJudge(search, originals, thresholds, copies)
 
 
 def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
@@ -132,11 +140,33 @@ def calibrated_judge(
         read: returns the images of a set as they are compared; None: `comparable`.
         margin: see `copy_rows`; for the copies among the unseen images.
     """
-    from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch
+    from maskloom.evaluate.scores.copies import CopySearch
 
     read = read or comparable
     search = CopySearch(np.concatenate([read(one) for one in known]))
     originals = [sample for one in known for sample in one.columns["sample_id"]]
+    return CopyJudge(search, originals, *calibration(search, originals, unseen, read, margin))
+
+
+def calibration(
+    search: CopySearch,
+    originals: list[str],
+    unseen: Sequence[ImageSet],
+    read: Callable[[ImageSet], NDArray[np.uint8]] | None = None,
+    margin: float = 0.0,
+) -> tuple[dict[str, float], list[CopyRow]]:
+    """Return the thresholds of copies by measure, and the unseen images that are copies.
+
+    Args:
+        search: the search among the known images.
+        originals: their sample ids.
+        unseen: see `calibrated_judge`.
+        read: see `calibrated_judge`.
+        margin: see `calibrated_judge`.
+    """
+    from maskloom.evaluate.scores.copies import SIMILARITIES
+
+    read = read or comparable
     matches = [search.matches(read(one)) for one in unseen]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
     thresholds = {name: copy_threshold(values, len(originals)) for name, values in best.items()}
@@ -145,7 +175,7 @@ def calibrated_judge(
         for one, found in zip(unseen, matches, strict=True)
         for row in copy_rows(one.columns["sample_id"], originals, found, thresholds, margin)
     ]
-    return CopyJudge(search, originals, thresholds, copies)
+    return thresholds, copies
 
 
 def _judged(inputs: EvaluationInputs) -> CopyJudgement:

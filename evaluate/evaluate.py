@@ -154,6 +154,7 @@ def answer_all(
     with progress("evaluating", len(questions), "questions") as advance:
         for question in questions:
             advance(0, note=question.name)
+            inputs.release()
             kept = None if force else answers.kept(question, subject.key(question))
             verdicts[question.name] = (kept or subject.answered(answers, question, inputs)).verdict
             if inputs.model_cache is not None:

@@ -159,6 +159,14 @@ def in_batches(images: Images) -> Iterator[list[Images | None]]:
         yield list(single[start : start + BATCH])
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What was computed once, and whether it is large; see `EvaluationInputs.once`."""
+
+    value: Any
+    large: bool
+
+
 @dataclass
 class EvaluationInputs:
     """The data that a metric may use.
@@ -188,7 +196,7 @@ class EvaluationInputs:
     model_cache: ModelCache | None = None
     on_copies: OnCopies = "keep"
     config: ExperimentConfig | None = None
-    _memo: dict[Any, Any] = field(default_factory=dict)
+    _memo: dict[Any, Kept] = field(default_factory=dict)
 
     @cached_property
     def device(self) -> str:
@@ -210,15 +218,26 @@ class EvaluationInputs:
         sets = [self.train, self.validation, self.test, *self.synthetic.values()]
         return {image_set.name: len(image_set) for image_set in sets}
 
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return `compute()`, computed once per key and kept for later metrics."""
+    def once(self, key: Any, compute: Callable[[], Any], large: bool = False) -> Any:
+        """Return `compute()`, computed once per key and kept for later metrics.
+
+        Args:
+            key: what it is.
+            compute: computes it.
+            large: keep it only until `release`, as it is images or the like, and soon made again.
+        """
         if key not in self._memo:
-            self._memo[key] = compute()
-        return self._memo[key]
+            self._memo[key] = Kept(compute(), large)
+        return self._memo[key].value
 
     def made(self, key: Any) -> Any | None:
         """Return what `once` has computed for a key; None if it has not."""
-        return self._memo.get(key)
+        return self._memo[key].value if key in self._memo else None
+
+    def release(self) -> None:
+        """Let go of what is large, so that memory does not add up over metrics."""
+        for key in [key for key, kept in self._memo.items() if kept.large]:
+            del self._memo[key]
 
 
 def open_inputs(

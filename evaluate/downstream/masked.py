@@ -45,9 +45,9 @@ class MaskedImages:
 def masked_images(inputs: EvaluationInputs, image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
     """Return the images of a set that have a mask, at (height, width).
 
-    They are read once and kept for later metrics.
+    They are read once per metric.
     """
-    loaded: MaskedImages = inputs.once(("masked", image_set.name, size), lambda: _load(image_set, size))
+    loaded: MaskedImages = inputs.once(("masked", image_set.name, size), lambda: _load(image_set, size), large=True)
     return loaded
 
 

@@ -126,21 +126,30 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             "there is no synthetic image" if held_out else "there is no validation or test image to calibrate with",
         )
     extractor = load_extractor(inputs, options)
+    nearest = nearest_by_space(inputs, extractor, [*held_out, *generators])
     distances = {
-        space: np.concatenate([nearest.distance for nearest in found])
-        for space, found in _by_space(inputs, extractor, held_out).items()
+        space: np.concatenate([one.distance for one in found[: len(held_out)]]) for space, found in nearest.items()
     }
     groups = [group for one in held_out for group in one.groups]
     calibration = Calibration.of(distances, groups, options.percentile)
     judgement = judged_copies(inputs)
-    audits = [_audit(inputs, extractor, one, calibration, judgement.synthetic[one.name]) for one in generators]
+    audits = [
+        _audit(
+            inputs,
+            one,
+            {space: found[number] for space, found in nearest.items()},
+            calibration,
+            judgement.synthetic[one.name],
+        )
+        for number, one in enumerate(generators, len(held_out))
+    ]
     return _result(inputs, options, extractor, calibration, judgement, audits)
 
 
-def _by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSet]) -> dict[str, list[Nearest]]:
+def nearest_by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSet]) -> dict[str, list[Nearest]]:
     """Return, by space, the nearest training image of every image of each set."""
     train_features = set_features(inputs, extractor, inputs.train)
-    train_pixels = inputs.once("memorisation pixels", lambda: grey_images(inputs.train, SIDE))
+    train_pixels = grey_images(inputs.train, SIDE)
     return {
         FEATURES: [nearest_features(set_features(inputs, extractor, one), train_features) for one in sets],
         PIXELS: [nearest_pixels(grey_images(one, SIDE), train_pixels) for one in sets],
@@ -149,12 +158,11 @@ def _by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSe
 
 def _audit(
     inputs: EvaluationInputs,
-    extractor: Extractor,
     image_set: ImageSet,
+    nearest: dict[str, Nearest],
     calibration: Calibration,
     copies: list[CopyRow],
 ) -> Audit:
-    nearest = {space: found[0] for space, found in _by_space(inputs, extractor, [image_set]).items()}
     train_ids = np.asarray(inputs.train.columns["sample_id"], dtype=object)
     parents = np.asarray(image_set.parents, dtype=object)
     return Audit(

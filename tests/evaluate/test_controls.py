@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from maskloom.evaluate import controls
-from maskloom.evaluate.copies import CopyJudge
+from maskloom.evaluate.copies import CopyJudge, copy_judge
 from maskloom.evaluate.evaluate import evaluate
-from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.evaluate.metrics import faithfulness
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.audit import held_out
@@ -92,6 +92,19 @@ def test_the_search_of_the_evaluation_is_shared(
 ) -> None:
     monkeypatch.setattr("maskloom.evaluate.scores.copies.CopySearch", None)  # no other can be made
     assert controls.copy_controls(inputs, tmp_path)[0].found == result.values["copies of training images"]["found"]
+
+
+def test_a_released_search_is_made_again_and_not_calibrated_again(
+    inputs: EvaluationInputs, result: MetricResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = copy_judge(inputs)
+    monkeypatch.setattr("maskloom.evaluate.copies.calibration", None)
+    inputs.release()
+    again = copy_judge(inputs)
+    assert again.search is not first.search
+    assert (again.thresholds, again.held_out) == (first.thresholds, first.held_out)
+    shown = ImageSet("shown", inputs.real, "train")
+    assert again.copies_in(shown) == first.copies_in(shown) != []
 
 
 def test_blind_copy_detection_is_reported(

@@ -103,6 +103,19 @@ def test_interrupted_evaluation_keeps_finished_answers(run: Path, monkeypatch: p
     assert (run / "evaluation" / "faithfulness.json").is_file()
 
 
+def test_images_of_one_question_are_not_kept_for_the_next(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    release = EvaluationInputs.release
+
+    def counted(inputs: EvaluationInputs) -> None:
+        release(inputs)
+        held.append(sum(kept.large for kept in inputs._memo.values()))
+
+    monkeypatch.setattr(EvaluationInputs, "release", counted)
+    evaluate(config(run), force=False)
+    assert held == [0] * len(METRICS)
+
+
 def test_only_what_changed_is_computed_again(run: Path) -> None:
     evaluate(config(run), force=False)
     before = {name: (run / "evaluation" / f"{name}.json").stat().st_mtime_ns for name in METRICS}

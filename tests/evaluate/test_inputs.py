@@ -143,6 +143,20 @@ def test_images_without_mask_are_counted(samples_and_inputs: tuple[dict[str, lis
     assert masked_images(inputs, inputs.train, (32, 32)) is masked
 
 
+def test_what_is_large_is_kept_until_it_is_released(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs],
+) -> None:
+    _, inputs = samples_and_inputs
+    first, again = (masked_images(inputs, inputs.train, (16, 16)) for _ in range(2))
+    assert first is again
+    assert inputs.once("small", lambda: 1) == 1
+    inputs.release()
+    assert inputs.once("small", lambda: 2) == 1
+    other = masked_images(inputs, inputs.train, (16, 16))
+    assert other is not first
+    np.testing.assert_array_equal(other.images, first.images)
+
+
 def test_colour_images(tmp_path: Path) -> None:
     def colour(sample: Sample) -> None:
         sample.image = np.stack([sample.image] * 3, axis=2)
