@@ -379,3 +379,42 @@ def test_differences_of_all_variants_stand_in_one_plot_with_a_warning_of_the_cho
     assert "c failed at train." in page
     assert page.index("Do the synthetic images help?") < page.index("Figures of every generator")
     assert "1.500 [1.250,\u00a01.750]" in page
+
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_plans_its_variants_and_states_its_command(path: Path):
+    variants = variants_of(path)
+    assert len({variant.config.run_folder for variant in variants}) == len(variants)
+    command = "run" if path.stem == "trained_longer" else "sweep"
+    assert f"maskloom {command} --config configs/experiments/{path.name}" in path.read_text()
+
+
+def test_an_experiment_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its smallest form: a variant with a filter and all arms, and one that shares its weights."""
+    monkeypatch.setattr(sweeping, "run_stages", run_here)
+    (path,) = (path for path in EXPERIMENTS if path.stem == "controlnet")
+    left_out = [one.name for one in variants_of(path) if one.name not in ("both", "not_warped")]
+    arms = "sweep.variants.{}.evaluate.metrics.downstream_segmentation.{}"
+    small = [
+        f"run_dir={tmp_path}",
+        *(f"sweep.variants.{name}=false" for name in left_out),
+        *(arms.format(name, key) for name in ("both", "not_warped") for key in ("steps=1", "seeds=1")),
+        *(f"sweep.variants.both.filter.criteria.{name}.steps=1" for name in ("mask_match", "class_agreement")),
+        "sweep.variants.both.filter.rounds=0",
+        "data.options={patients: 14, views: 1}",
+        "train.max_train_steps=1",
+        "train.num_validation_images=1",
+        "generate.num_images=6",
+        "generate.num_inference_steps=1",
+        "evaluate.metrics.faithfulness.steps=1",
+        "evaluate.metrics.quality=false",
+    ]
+    sweep(path, small, False, None)
+    weights = [tmp_path / name / "generator" / "controlnet" / "config.json" for name in ("both", "not_warped")]
+    assert weights[0].samefile(weights[1])
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert {(row["variant"], row["of"]) for row in rows} >= {("both", "text_only"), ("not_warped", "controlnet")}
+    assert "| not_warped | real + synthetic |" in (tmp_path / "table.md").read_text()
