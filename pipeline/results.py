@@ -68,8 +68,13 @@ class Interval(Part):
         if self.value is None:
             return "not defined"
         if self.low is None or self.high is None:
-            return f"{self.value:+.3f} [no interval]"
-        return f"{self.value:+.3f} [{self.low:.3f}, {self.high:.3f}]"
+            return f"{_rounded(self.value):+.3f} [no interval]"
+        return f"{_rounded(self.value):+.3f} [{_rounded(self.low):.3f}, {_rounded(self.high):.3f}]"
+
+
+def _rounded(value: float) -> float:
+    """Return a value with three decimals; never a negative zero, which would look like a loss."""
+    return round(value, 3) + 0.0
 
 
 class Figure(Interval):

@@ -251,4 +251,6 @@ def _describe_guess(guess: Guess, raw_dir: Path, samples: int, page: Page) -> No
     page.section(f"Or without a file of your own: replace {MODALITY!r}, which prompts would say, by the imaging method")
     options = {"modality": MODALITY, **guess.options}
     size = {"image_size": data.image_size[0], "conditioning": data.conditioning}
-    page.command(command_line("configs/folder.yaml", raw_dir, options, **size))
+    page.command(
+        f"{command_line('configs/folder.yaml', raw_dir, options, **size)} experiment={experiment_name(raw_dir)}"
+    )

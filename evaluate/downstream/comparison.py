@@ -255,7 +255,7 @@ def _change_table(one: TestSetComparison) -> Table:
     note = (
         "Arm minus real, same test images. The 95 % interval covers other test groups and other trainings "
         "(groups and seeds, crossed). The finding rests on p, which is adjusted for the number of arms "
-        "(Holm). Smallest effect: found in about 70 to 80 % of studies with so many images and seeds; an estimate, with "
+        "(Holm); the interval is not, and may leave out 0 where the finding is no clear benefit. Smallest effect: found in about 70 to 80 % of studies with so many images and seeds; an estimate, with "
         "its 95 % interval. "
         f"Under {FEW_GROUPS} groups ({FEW_CLASS_GROUPS} of each class, for means over classes) or {FEW_SEEDS} seeds it "
         f"cannot be told. {ORDER}"

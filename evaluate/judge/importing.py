@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.evaluate.judge.remarks import mask_remark, transparency_remark
+from maskloom.evaluate.judge.remarks import classes_remark, mask_remark, transparency_remark
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.contract import Description, Parent
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -108,8 +108,12 @@ def import_set(
     stage = Stage(run, STAGE, {"dataset": real.digest, "images": given.digest}, [VERSION], [run.synthetic / NAME])
     if stage.skips(force):
         return
-    remarks = [mask_remark(real, given, where, stated), transparency_remark(real, given, where)]
-    remarks = [remark for remark in remarks if remark]
+    found = [
+        classes_remark(class_counts(real), class_counts(given)),
+        mask_remark(real, given, where, stated),
+        transparency_remark(real, given, where),
+    ]
+    remarks = [remark for remark in found if remark]
     for remark in remarks:
         say(f"judge: {remark}")
     shards = plan_shards({"train": given.num_rows}, ROWS_PER_SHARD)
@@ -210,8 +214,8 @@ def notes(real: MaskPromptDataset, given: MaskPromptDataset) -> list[str]:
         if of_real and of_given < count:
             which = f"{count - of_given} images have" if of_given else "No image has"
             found.append(f"{which} {'no' if of_given else 'a'} {name}: {questions[name]} them out.")
-        elif of_given and not of_real:
-            found.append(f"What they have beside a picture ({name}) is left out, because the real images have none.")
+        elif name == "mask" and of_given and not of_real:
+            found.append("Their masks are left out, because the real images have none.")
     if given.contract.rejected:
         found.append(f"{given.contract.rejected} files could not be used and are not judged.")
     return found

@@ -1,7 +1,8 @@
-"""What would mislead in the images to judge: few test groups, inverted masks, transparency that becomes black."""
+"""What would mislead in the images to judge: few test groups, classes of one side, inverted masks, transparency."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,21 @@ def few_groups_remark(real: MaskPromptDataset) -> str:
     return (
         f"{real.folder}: the test split has {len(test)} group(s); whether the synthetic images help a model cannot be told "
         f"from fewer than {FEW_GROUPS}: {needed}"
+    )
+
+
+def classes_remark(real: Collection[str], given: Collection[str]) -> str:
+    """Return that the images to judge have classes and the real ones have none; empty otherwise.
+
+    Args:
+        real: the classes of the real images.
+        given: those of the images to judge.
+    """
+    if real or not given:
+        return ""
+    return (
+        f"The classes of the synthetic images ({', '.join(given)}) are left out, because the real images have none; if they have "
+        "some, say where these are read from: data.options.label_from, label_pattern or label_column."
     )
 
 

@@ -428,10 +428,12 @@ def audit_verdict(audits: list[Audit], options: Options, too_few: str = "") -> s
         for one in audits
         if one.copies
     ]
+    if not copies:
+        copies = [f"{sum(len(one.image_set) for one in audits)} images, no copy of a training image. "]
     near = [_nearness(one) for one in audits if one.is_near]
     expected = f"{options.percentile:g} % of unseen real images would be; 95 % Wilson intervals"
     shares = f"Images suspiciously close to a training image ({expected}): {'; '.join(map(_share_text, audits))}."
-    if copies:
+    if any(one.copies for one in audits):
         shares += f" {_rules_text(audits)}"
     if near:
         finding = f" Finding: {'; '.join(near)}: inspect the pairs."
@@ -440,7 +442,7 @@ def audit_verdict(audits: list[Audit], options: Options, too_few: str = "") -> s
             f" Finding: cannot tell whether images are closer to training images than unseen real ones are: {too_few}."
         )
     else:
-        finding = "" if copies else " Finding: no sign of copying."
+        finding = "" if any(one.copies for one in audits) else " Finding: no sign of copying."
     return "".join(copies) + shares + finding
 
 

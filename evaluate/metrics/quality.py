@@ -211,10 +211,7 @@ def _table(rounds: list[Round], reference: str, extractor: Extractor, options: O
         named = {
             f"real train against {reference} (the floor)": one.floor.cells(),
             **{f"{name} against {reference}": found.cells(one.floor) for name, found in one.held_out.items()},
-            **{
-                f"{name} against real train (what it has learnt from)": found.cells()
-                for name, found in one.train.items()
-            },
+            **{f"{name} against real train (not held out)": found.cells() for name, found in one.train.items()},
         }
         rows += [[name, one.count, *cells] for name, cells in named.items()]
     note = (

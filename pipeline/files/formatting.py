@@ -8,6 +8,7 @@ from maskloom.pipeline.errors import one_line
 
 DIGITS = 3
 SMALLEST_SHOWN = 1e-6  # intervals closer to zero are rounding errors and are shown as zero
+ROUNDING = 1e-15  # differences closer to zero are sums of rounding errors
 MISSING, UNDEFINED = "–", "undefined"
 
 
@@ -25,7 +26,7 @@ def number_text(value: float) -> str:
 def interval_text(value: float, low: float | None, high: float | None) -> str:
     """Return `0.712 [0.690, 0.731]`, all three with the same number of decimals."""
     if low is None or high is None:
-        return number_text(value)
+        return number_text(value if abs(value) > ROUNDING else 0.0)
     numbers = (value, low, high)
     if not all(math.isfinite(number) for number in numbers):
         return f"{number_text(value)} [{number_text(low)}, {number_text(high)}]"

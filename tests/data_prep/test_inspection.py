@@ -790,7 +790,7 @@ def guessed_file(folder: Path, to: Path) -> dict:
         main(["inspect", str(folder), "--yaml", str(to)])
     assert not end.value.code
     written = to.read_text()
-    assert written.startswith("# written by MaskLoom: guessed configuration\n")
+    assert written.startswith("# written by MaskLoom: guessed configuration (content ")
     return yaml.safe_load(written)["data"]
 
 

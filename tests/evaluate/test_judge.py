@@ -250,6 +250,21 @@ def test_images_without_masks_and_of_another_size_and_colour(real: Path, tmp_pat
     assert "colours turned to luminance" in page
 
 
+def test_classes_that_no_real_image_has_are_said_to_be_left_out(
+    tmp_path: Path, quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat"
+    for path in sorted(write_classes(tmp_path / "real", 1, 24).glob("*/*.png")):
+        flat.mkdir(exist_ok=True)
+        path.rename(flat / path.name)
+    theirs = write_classes(tmp_path / "theirs", 2, 12)
+    _, synthetic = judged(flat, theirs, tmp_path / "out", quick)
+    told = "The classes of the synthetic images (benign, malignant) are left out, because the real images have none"
+    assert f"judge: {told}" in capsys.readouterr().err
+    assert any(one.startswith(told) for one in synthetic.description.preprocessing["generation"]["notes"])
+    assert set(classes_of(synthetic)) == {None}
+
+
 def test_a_single_class_folder_is_that_class(real: Path, tmp_path: Path, quick: Path) -> None:
     synthetic = write_classes(tmp_path / "vendor", 2, 16)
     shutil.rmtree(synthetic / "malignant")

@@ -75,7 +75,7 @@ def test_quality_ranks_noise_last_and_copies_at_the_floor(inputs: EvaluationInpu
     assert first[:2] == ["real train against real test (the floor)", 24]
     assert [row[0] for row in others] == [
         *(f"{name} against real test" for name in GENERATORS),
-        *(f"{name} against real train (what it has learnt from)" for name in GENERATORS),
+        *(f"{name} against real train (not held out)" for name in GENERATORS),
     ]
     assert {row[1] for row in others} == {24}
     assert f"The floor is {floor['frechet_distance']['value']:.1f}" in result.verdict

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.formatting import interval_text
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.results import (
     TUNED_VAE,
@@ -129,3 +130,9 @@ def test_an_evaluation_is_about_the_datasets_that_it_names() -> None:
     assert evaluation(inputs={"real": "r", TUNED_VAE: "v"}).is_about(digests)
     assert not evaluation(inputs={"real": "other"}).is_about(digests)
     assert not evaluation(inputs={TUNED_VAE: "v"}).is_about(digests)
+
+
+def test_a_negative_zero_is_shown_as_zero() -> None:
+    assert str(Interval(value=-1e-5)) == "+0.000 [no interval]"
+    assert str(Interval(value=-1e-5, low=-2e-4, high=0.1)) == "+0.000 [0.000, 0.100]"
+    assert interval_text(-9.5e-19, None, None) == interval_text(0.0, None, None)

@@ -3,6 +3,7 @@ or a run.
 """
 
 import json
+import re
 
 import pytest
 
@@ -16,15 +17,36 @@ from maskloom.pipeline.runs.named_files import NamedFile, named_file
 def test_only_its_own_earlier_file_is_replaced(tmp_path):
     for value in (1, 2):
         NamedFile("--json", tmp_path / "new" / "found.json", "plan").write_json({"figure": value})
-    assert json.loads((tmp_path / "new" / "found.json").read_text()) == {
-        "about": "written by MaskLoom: plan",
-        "figure": 2,
-    }
+    found = json.loads((tmp_path / "new" / "found.json").read_text())
+    assert re.fullmatch(r"written by MaskLoom: plan \(content [0-9a-f]{16}\)", found.pop("about"))
+    assert found == {"figure": 2}
     with pytest.raises(MaskLoomError, match=r"--json .*found\.json: exists, and is not an earlier audit"):
         NamedFile("--json", tmp_path / "new" / "found.json", "audit").write_json({})
     for text in ("<p>1</p>", "<p>2</p>"):
         NamedFile("--contact-sheet", tmp_path / "sheet.html", "contact sheet").write_page(text)
     assert (tmp_path / "sheet.html").read_text().startswith("<p>2</p>")
+
+
+@pytest.mark.parametrize("edit", ["changed", "without its digest"])
+@pytest.mark.parametrize("kind", ["json", "list", "yaml", "page"])
+def test_what_the_user_has_edited_is_kept(tmp_path, kind, edit):
+    file = NamedFile("--yaml", tmp_path / "mine", "plan")
+    write = {
+        "json": lambda: file.write_json({"modality": "TODO"}),
+        "list": lambda: file.write_json_list([{"modality": "TODO"}, {"modality": "none"}]),
+        "yaml": lambda: file.write_yaml({"modality": "TODO"}),
+        "page": lambda: file.write_page("<p>TODO</p>"),
+    }[kind]
+    write()
+    write()
+    text = file.path.read_text()
+    edited = text.replace("TODO", "MRI") if edit == "changed" else re.sub(r" \(content \w+\)", "", text)
+    file.path.write_text(edited)
+    with pytest.raises(
+        MaskLoomError, match=r"--yaml .*mine: has been edited since MaskLoom wrote it; nothing was changed"
+    ):
+        write()
+    assert file.path.read_text() == edited
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link to nowhere", "link"])
