@@ -132,11 +132,13 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
     digests = {name: dataset.digest for name, dataset in sources.synthetic.items()}
     digests |= {"real": sources.real.digest} if sources.real else {}
     evaluations, remarks = current_answers(sources.run, digests)
+    trains = config.train is not None or bool(config.baselines)
     return {
         "title": config.report.title or f"MaskLoom: {config.experiment}",
         "config": config,
         "seeds": seeds_in_words(config, sources),
-        "missing": [*sources.missing(), *stale_parts(sources), *remarks, *notices],
+        "trains": trains,
+        "missing": [*sources.missing(trains), *stale_parts(sources), *remarks, *notices],
         "evaluations": evaluations,
         "scorecard": scorecard(sources, evaluations),
         "evaluation_folder": sources.run.evaluation,

@@ -72,12 +72,16 @@ class Sources:
         evaluated = evaluation_files(self.run.evaluation)
         return not (self.real or self.synthetic or self.unfinished or self.trainings or self.records or evaluated)
 
-    def missing(self) -> list[str]:
-        """Return one sentence for each missing part."""
+    def missing(self, trains: bool) -> list[str]:
+        """Return one sentence for each missing part.
+
+        Args:
+            trains: whether the experiment trains a generator.
+        """
         parts = {
             "The dataset has not been prepared.": self.real,
             "No synthetic images have been generated.": self.synthetic,
-            "There is no training log.": any(one.metrics for one in self.trainings.values()),
+            "There is no training log.": not trains or any(one.metrics for one in self.trainings.values()),
             "Nothing has been evaluated.": evaluation_files(self.run.evaluation),
         }
         left_out = [f"{problem} and is left out." for problem in self.damaged]

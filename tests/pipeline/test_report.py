@@ -206,6 +206,14 @@ def test_an_almost_empty_run_says_what_is_missing(tmp_path):
         assert sentence in page.text
 
 
+def test_a_run_that_trains_nothing_lacks_no_training_log(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path, train=None), [])
+    fake_run.write_real(Run(config.run_folder))
+    text = _report(config)[1].text
+    assert "This run trains no generator." in text
+    assert "There is no training log" not in text
+
+
 def test_a_run_that_was_generated_but_not_evaluated_shows_its_images(tmp_path):
     config = load_experiment(fake_run.write_config(tmp_path), [])
     run = Run(config.run_folder)
