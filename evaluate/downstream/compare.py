@@ -30,10 +30,12 @@ from maskloom.evaluate.downstream.pairing import (
     TRUTH,
     Pair,
     contributions,
+    defined_contributions,
     paired_values,
     repeated_seeds,
     rests_on_classes,
     supporting_groups,
+    why_undefined,
     with_worst_values,
 )
 from maskloom.evaluate.scores.classification import CLASSIFICATION_SCORES, RECALL
@@ -180,7 +182,7 @@ def arm_scores(cases: ScoredTestSet, scores: Sequence[str]) -> list[ArmScore]:
 
 def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
     pair = paired_values(cases, arm, arm, score)
-    values = contributions(pair.arm).get(score)
+    values = defined_contributions(pair.arm, score)
     if values is None or not values.size:
         return ArmScore(arm, score, None, None, None, ())
     by_seed = tuple(values.mean(axis=1).tolist())
@@ -213,9 +215,10 @@ def with_findings(found: Sequence[tuple[ScoredTestSet, Comparison]]) -> list[Com
 def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, better: str) -> Comparison:
     """Return an arm's comparison with the baseline, without a finding and an adjusted p-value."""
     pair = paired_values(cases, arm, baseline, score)
-    left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
-    values = np.zeros((pair.seeds, 0)) if left is None or right is None else left - right
-    effect = _effect(pair, score, left, right)
+    left, right = (defined_contributions(side, score) for side in (pair.arm, pair.baseline))
+    values, effect = np.zeros((pair.seeds, 0)), None
+    if left is not None and right is not None:
+        values, effect = left - right, _effect(pair, score, left, right)
     return Comparison(
         metric=cases.metric,
         test_set=cases.test_set,
@@ -287,15 +290,17 @@ def _few_groups_oppose(cases: ScoredTestSet, one: Comparison) -> bool:
 
 def reason_not_to_tell(pair: Pair, values: Floats, score: str) -> str:
     """Return why the finding is `cannot tell`, or an empty text."""
-    groups, cases = supporting_groups(pair, score), values.shape[1] + pair.left_out_cases
+    groups, cases = supporting_groups(pair, score), len(pair.groups) + pair.left_out_cases
     of_class = rests_on_classes(pair, score)
     needed = FEW_CLASS_GROUPS if of_class else FEW_GROUPS
     where = "of the rarest class " if of_class else ""
+    undefined = why_undefined(pair, score)
     reasons = {
-        "no case is defined in both arms": not values.size,
+        "no case is defined in both arms": not values.size and not undefined,
         f"{pair.left_out_seeds} seed(s) have no result in one of the arms": pair.left_out_seeds > 0,
         f"{pair.partly_undefined} case(s) are defined for some models only": pair.partly_undefined
         > MISSING_SHARE * cases,
+        undefined: bool(undefined),
         f"the test images {where}are of {groups} group(s), fewer than {needed}": groups < needed,
         f"{pair.seeds} seed(s), fewer than {FEW_SEEDS}": pair.seeds < FEW_SEEDS,
         "two seeds of an arm score alike in every case": values.size > 0 and repeated_seeds(pair),

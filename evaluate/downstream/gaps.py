@@ -25,7 +25,7 @@ from maskloom.evaluate.downstream.directions import LOWER
 from maskloom.evaluate.downstream.pairing import (
     TRUTH,
     Pair,
-    contributions,
+    defined_contributions,
     paired_values,
     rests_on_classes,
     supporting_groups,
@@ -92,7 +92,7 @@ class _Side:
     @classmethod
     def of(cls, cases: ScoredTestSet, samples: Collection[str], arm: str, score: str) -> _Side:
         pair = paired_values(subset(cases, samples, [arm]), arm, arm, score)
-        values = contributions(pair.arm).get(score)
+        values = defined_contributions(pair.arm, score)
         return cls(pair, np.zeros((pair.seeds, 0)) if values is None else values)
 
     @property
@@ -179,7 +179,8 @@ def _effect(inside: _Side, outside: _Side, score: str) -> Effect | None:
     """Return the effect; None where the two sides lack common seeds, or one rests on one seed or group."""
     groups = min(supporting_groups(side.pair, score) for side in (inside, outside))
     complete = not (inside.pair.left_out_seeds or outside.pair.left_out_seeds)
-    if not complete or groups < 2 or inside.pair.seeds < 2:
+    defined = inside.values.size and outside.values.size
+    if not complete or not defined or groups < 2 or inside.pair.seeds < 2:
         return None
     return estimate_gap(inside.values, inside.pair.groups, outside.values, outside.pair.groups)
 
@@ -187,7 +188,7 @@ def _effect(inside: _Side, outside: _Side, score: str) -> Effect | None:
 def _reason(inside: _Side, outside: _Side, score: str) -> str:
     """Return why the finding is `cannot tell`, or an empty text."""
     for side, where in ((inside, "the subgroup"), (outside, "the rest")):
-        if not side.values.size:
+        if not side.pair.groups:
             return f"{where} has no case with this score"
         if reason := reason_not_to_tell(side.pair, side.values, score):
             return f"{where}: {reason}"

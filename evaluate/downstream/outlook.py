@@ -20,7 +20,7 @@ from maskloom.evaluate.downstream.compare import (
     NO_BENEFIT,
     Comparison,
 )
-from maskloom.evaluate.downstream.pairing import contributions, paired_values
+from maskloom.evaluate.downstream.pairing import defined_contributions, paired_values
 from maskloom.evaluate.scores.inference import Variance, critical_value, difference_variance
 
 MOST_TIMES = 1000
@@ -66,7 +66,7 @@ def smallest_effect(variance: Variance) -> float:
 def _variance(cases: ScoredTestSet, change: Comparison) -> tuple[Variance | None, int]:
     """Return the variance of a difference, None if unknown, and the number of groups behind it."""
     pair = paired_values(cases, change.arm, change.baseline, change.score)
-    left, right = (contributions(side).get(change.score) for side in (pair.arm, pair.baseline))
+    left, right = (defined_contributions(side, change.score) for side in (pair.arm, pair.baseline))
     if left is None or right is None or change.smallest_effect is None:
         return None, 0
     return difference_variance(left, pair.groups, right)[1], len(set(pair.groups))

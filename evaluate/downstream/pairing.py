@@ -203,6 +203,25 @@ def contributions(raw: Mapping[str, Floats]) -> dict[str, Floats]:
     return {score: np.stack([one[score] for one in by_seed]) for score in by_seed[0]}
 
 
+def defined_contributions(raw: Mapping[str, Floats], score: str) -> Floats | None:
+    """Return the contributions of one score, (S, N); None where the cases do not define it.
+
+    AUROC is not defined of cases of one class, nor the recall of a class without a case.
+    """
+    values = contributions(raw).get(score)
+    return None if values is None or not np.isfinite(values).all() else values
+
+
+def why_undefined(pair: Pair, score: str) -> str:
+    """Return why the cases that are there do not define a classifier's score, or an empty text."""
+    if not pair.groups or defined_contributions(pair.arm, score) is not None:
+        return ""
+    present = {name.removeprefix(TRUTH): values.any() for name, values in pair.arm.items() if name.startswith(TRUTH)}
+    if not present.get(score.removeprefix(RECALL), True):
+        return f"no test image is of class {score.removeprefix(RECALL)}"
+    return "the test images are of one class" if sum(present.values()) == 1 else ""
+
+
 def repeated_seeds(pair: Pair) -> bool:
     """Return whether two models of an arm have the same values in every case, though cases differ.
 

@@ -20,7 +20,7 @@ import numpy as np
 from maskloom.evaluate.downstream.arms import FIRST_SEEDS
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
 from maskloom.evaluate.downstream.compare import BASELINE, reason_not_to_tell
-from maskloom.evaluate.downstream.pairing import contributions, paired_values
+from maskloom.evaluate.downstream.pairing import defined_contributions, paired_values
 from maskloom.evaluate.scores.inference import (
     Variance,
     critical_value,
@@ -87,7 +87,7 @@ def _variances(cases: ScoredTestSet, score: str) -> Iterator[Variance]:
         if arm == BASELINE:
             continue
         pair = paired_values(cases, arm, BASELINE, score)
-        left, right = (contributions(side).get(score) for side in (pair.arm, pair.baseline))
+        left, right = (defined_contributions(side, score) for side in (pair.arm, pair.baseline))
         if left is None or right is None or reason_not_to_tell(pair, left - right, score):
             continue
         varying = [left - right] if seeds_are_paired(left, right) else [left, right]

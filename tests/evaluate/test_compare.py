@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from sklearn import metrics
 from benchmarks.verdict_simulation import skewed_scores
 from maskloom.evaluate.downstream import tables
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
-from maskloom.evaluate.downstream.compare import Comparison, arm_scores, compare, score_names
+from maskloom.evaluate.downstream.compare import Comparison, arm_scores, compare, compare_arm, score_names
+from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.directions import direction
 from maskloom.evaluate.scores.inference import holm_adjusted
 from maskloom.pipeline.errors import MaskLoomError
@@ -405,6 +407,40 @@ def test_a_class_whose_cases_lie_in_one_group_for_the_most_part_has_few_groups()
     cases = two_classes([0] * 300 + [1] * 52, [*groups, *["0"] * 40, *(f"{i}" for i in range(1, 13))])
     assert one(cases, score="AUROC").groups == 1
     assert one(cases, score="AUROC").finding == "cannot tell"
+
+
+def test_a_score_that_the_cases_do_not_define_is_said_and_stops_nothing(tmp_path: Path) -> None:
+    cases = replace(two_classes([0] * 30), test_set="external test set abroad")
+    found = one(cases, score="AUROC")
+    assert (found.difference, found.p, found.by_seed, found.cases) == (None, None, (), 0)
+    assert (found.finding, found.reason) == ("cannot tell", "the test images are of one class")
+    assert [each.value for each in arm_scores(cases, ["AUROC"])] == [None, None]
+    assert one(cases, score="accuracy").finding == one(cases, score="recall of common").finding == "no clear benefit"
+    missing = without_one_class_in_an_arm(two_classes([0, 1] * 30))
+    assert one(missing, score="AUROC").reason == "30 case(s) are defined for some models only"
+    found = compare_arm(cases, "real_synthetic", "real", "recall of rare", "higher")
+    assert (found.difference, found.reason) == (None, "no test image is of class rare")
+
+    own = two_classes([0, 1] * 30)
+    result = compare_test_sets([own, cases], "balanced accuracy", None, "controlnet")
+    json.dumps(result.values, allow_nan=False)
+    change = result.values["external"]["external test set abroad"]["differences"]["real_synthetic"]["AUROC"]
+    assert change["reason"] == "the test images are of one class"
+    result = compare_test_sets([cases, own], "AUROC", None, "controlnet")
+    assert result.would_change[0] == "Cannot be told now: the test images are of one class."
+    write_cases(tmp_path / "cases.parquet", [own, cases])
+    words = ["compare", str(tmp_path / "cases.parquet"), "--json", str(tmp_path / "out.json")]
+    code, text = finished("maskloom.evaluate", words)
+    assert (code, "AUROC: cannot tell, the test images are of one class" in text) == (0, True)
+    assert "NaN" not in (tmp_path / "out.json").read_text()
+
+
+def without_one_class_in_an_arm(cases: ScoredTestSet) -> ScoredTestSet:
+    """Return cases of two classes in turn, the second class without probabilities in one arm."""
+    values = dict(cases.arms["real_synthetic"].values)
+    for name in ("probability of common", "probability of rare"):
+        values[name] = np.where(np.arange(60) % 2, np.nan, values[name])
+    return replace(cases, arms={**cases.arms, "real_synthetic": ArmCases(tuple(range(5)), values)})
 
 
 @pytest.mark.parametrize(

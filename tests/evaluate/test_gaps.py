@@ -137,6 +137,15 @@ def test_a_mean_over_classes_needs_the_same_classes_on_both_sides() -> None:
         "cannot tell",
         "the subgroup and the rest have other classes, and this score is a mean over classes",
     )
+    found = subgroup_gaps(cases, "AUROC", "higher", even)[0]
+    assert (found.inside, found.gap, found.reason) == (None, None, "the subgroup: the test images are of one class")
+    (benign, rest) = subgroup_gaps(cases, "recall of malignant", "higher", even)
+    assert (benign.inside, benign.gap, benign.reason) == (
+        None,
+        None,
+        "the subgroup: no test image is of class malignant",
+    )
+    assert (rest.outside, rest.gap, rest.reason) == (None, None, "the rest: no test image is of class malignant")
     halves = {"scanner": {"A": cases.samples[:40], "B": cases.samples[40:]}}
     (found, _) = subgroup_gaps(cases, "balanced accuracy", "higher", halves)
     assert (found.groups, found.reason) == (20, "")
