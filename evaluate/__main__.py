@@ -106,6 +106,7 @@ def compare(
     from maskloom.evaluate.downstream.tables import (
         compare_files,
         compare_subgroup_files,
+        comparison_entry,
         print_comparisons,
         print_directions,
         print_subgroups,
@@ -119,12 +120,13 @@ def compare(
     request = subgroup_request(dataset, subgroup)
     found = compare_files(cases, baseline, score, *stated)
     within = compare_subgroup_files(cases, request, baseline, score, *stated) if request else []
+    print_directions({one.score for _, one in found}, *stated)
     print_comparisons(found)
     print_subgroups(within)
-    print_directions({one.score for _, one in found}, *stated)
     if output:
-        entries = [{"file": str(path), **one.as_json()} for path, one in found]
-        output.write_json_list([*entries, *(entry for path, one in within for entry in subgroup_entries(path, one))])
+        entries = [comparison_entry(path, one, *stated) for path, one in found]
+        entries += [entry for path, one in within for entry in subgroup_entries(path, one, *stated)]
+        output.write_json_list(entries)
 
 
 def import_predictions(

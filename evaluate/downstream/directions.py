@@ -1,8 +1,8 @@
 """Whether higher or lower values of a score are better.
 
 MaskLoom's own scores stand in one table. Scores of other software are judged by the words of their
-name. What follows ` of `, ` at `, a comma or a parenthesis names a class, a threshold or a unit, such as
-`Dice of bone loss`: it says nothing of the direction.
+name. What follows ` of `, ` at `, `@`, ` without `, ` given `, a comma or a parenthesis names a class, an
+operating point or a unit, such as `Dice of bone loss` or `TPR@FPR=0.05`: it says nothing of the direction.
 """
 
 from __future__ import annotations
@@ -27,28 +27,53 @@ OWN_SCORES = {
     **{name: LOWER if name == CALIBRATION_ERROR else HIGHER for name in CLASSIFICATION_SCORES},
 }
 """By whole name, or by what stands before a class, a threshold or a unit."""
-LOWER_WORDS = re.compile(
-    r"\b(errors?|loss(es)?|brier|entropy|perplexity|divergence|differences?|deviations?|failures?"
-    r"|miss(ed|es)?|misclassifi\w+|undetected|unfound|negative log likelihood"
-    r"|false (positives?|negatives?|alarms?|discover(y|ies))"
-    r"|(surface|boundary|contour|mean|average|median|wasserstein|fr[eé]chet|kernel) distances?"
-    r"|hausdorff\d*|\d*hd\d*|asd|msd|masd|assd"
-    r"|fps?|fns?|fpr|fnr|fdr|eer|mae|mape|mse|rmse|nrmse|ece|ace|mce|nll|bce|vd|avd|rvd|ravd|voe|tre|aurc"
-    r"|lpips|fid|kid)(mm|px|vox)?\b"
+TURNING = (
+    r"errors?|err|(log|dice|focal|hinge|ce)?loss(es)?|diffs?|differences?|deviations?|divergences?"
+    r"|failures?|drops?|uncertainty"
 )
-"""Whole words of names, in lower case, of which less is better."""
-OPPOSITE = re.compile(r"\b(free|reductions?|improvements?|decreases?|without (an )?(errors?|miss(es)?|failures?))\b")
-"""Words that turn it round: `error reduction`, `share of cases without error`."""
+"""Words that turn the score before them: `Dice loss`, `volume similarity error`."""
+LOWER_WORDS = re.compile(
+    rf"\b\d*({TURNING}|brier|(cross)?entropy|bce|perplexity|miss(ed|es|rate)?|misclassifi\w+|undetected|unfound"
+    r"|mistakes?|wrong|incorrect\w*|negative log likelihood|nll|time|latency|runtime|ranks?"
+    r"|false (positives?|negatives?|alarms?|discover(y|ies))|hausdorff"
+    r"|(surface|boundary|contour|mean|average|median|wasserstein|fr[eé]chet|kernel) distances?"
+    r"|m?hd|ahd|asd|absd|msd|masd|assd|mssd|rmssd|rmsd|rms|emd|mmd|kld?|jsd"
+    r"|fps?|fns?|fpr|fnr|fdr|fppi|fnpi|eer|n?mae|med ?ae|s?mape|[nr]*mse|rmsle|ece|ace|mce"
+    r"|vd|avd|rvd|ravd|voe|tre|aurc|lpips|fid|kid|l[12])\d*(mm|px|vox)?\b"
+)
+"""Whole words of names, in lower case, of which less is better; digits before and after are ignored."""
+HIGHER_WORDS = re.compile(
+    r"\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
+    r"|p?auc|auroc|auprc|au?froc|mfroc|cpm|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|kappa|mcc|nsd"
+    r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|overlap|agreement"
+    r"|concordance|correct|detected)\d*\b"
+)
+"""Likewise, of which more is better."""
+TURNED = re.compile(rf"\b({TURNING})\b")
+OPPOSITE = re.compile(r"\b(free|reductions?|improvements?|decreases?)\b")
+"""Words that turn an error round: `error reduction`, `miss-free rate`."""
+CONDITION = re.compile(r"(?<=\w)(\s*[@(\[]|[\s_](at|without|given|of|per|in|for|on|among)[\s_])", re.IGNORECASE)
+"""What stands before an operating point, a denominator or a subset: `TPR@FPR=0.05`, `sensitivity_at_2_fp`."""
 COUNTS = re.compile(
     r"(mean|average|median|total|sum|number|no\.|rate|share|percentage|fraction|count) of ", re.IGNORECASE
 )
-COMPLEMENT = re.compile(r"(neg|negated)\b|1 ?-|-", re.IGNORECASE)
+COMPLEMENT = re.compile(
+    r"(neg|negated|negative(?! (log|predictive|likelihood))|inverse|inverted)\b|1 ?-|-", re.IGNORECASE
+)
 """How the name of a negated score, or of one minus a score, begins."""
+CAMEL_CASE = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})"
+"""Where `meanError` and `MSELoss` have two words."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Which values of a score are better, and why: `own`, `stated`, `name` or `default`."""
+    """Which values of a score are better, and how that was found.
+
+    Attributes:
+        better: `higher` or `lower`.
+        source: `known` of MaskLoom's own scores, `stated` by the user, by its `name`, or `default` where
+            the name has no known word, or words of both directions.
+    """
 
     better: str
     source: str
@@ -67,15 +92,25 @@ def direction(score: str, lower: Collection[str] = (), higher: Collection[str] =
     head = subject(score)
     for name in (score, head):
         if name in OWN_SCORES:
-            return Direction(OWN_SCORES[name], "own")
+            return Direction(OWN_SCORES[name], "known")
     measured = re.sub("[\u2010-\u2015\u2212]", "-", head).replace("_", " ")  # any dash
     negated = COMPLEMENT.match(measured)
-    measured = measured[negated.end() :] if negated else measured
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", measured).strip().lower()
-    is_lower = bool(LOWER_WORDS.search(words)) and not OPPOSITE.search(words)
-    if negated and (is_lower or measured.strip().lower() in map(str.lower, OWN_SCORES)):
-        is_lower = not is_lower
-    return Direction(LOWER, "name") if is_lower else Direction(HIGHER, "default")
+    measured = CONDITION.split(measured[negated.end() :] if negated else measured, maxsplit=1)[0]
+    better = _named_direction(re.sub(rf"{CAMEL_CASE}|[\W_]+", " ", measured).strip().lower())
+    if better is None:
+        return Direction(HIGHER, "default")
+    return Direction(better if not negated else HIGHER if better == LOWER else LOWER, "name")
+
+
+def _named_direction(words: str) -> str | None:
+    """Return what the words of a name say, or None where they say nothing or both."""
+    higher, lower = list(HIGHER_WORDS.finditer(words)), LOWER_WORDS.search(words)
+    if OPPOSITE.search(words):
+        return HIGHER if lower and not higher else None
+    if higher and lower:
+        turned = TURNED.search(words, higher[-1].end())
+        return LOWER if turned and "minus" not in words else None
+    return HIGHER if higher else LOWER if lower else None
 
 
 def subject(score: str) -> str:

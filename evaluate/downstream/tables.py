@@ -147,9 +147,21 @@ def compare_subgroup_files(
     return found
 
 
-def subgroup_entries(path: Path, one: SubgroupComparison) -> list[dict[str, Any]]:
-    """Return the findings and gaps of a file's test set, one entry each."""
-    return [{"file": str(path), **entry} for kind in ("findings", "gaps") for entry in one.as_json()[kind]]
+def comparison_entry(path: Path, one: Comparison, lower: Collection[str], higher: Collection[str]) -> dict[str, Any]:
+    """Return a comparison of a file, ready for JSON, with how its score's direction was found."""
+    return {"file": str(path), **one.as_json(), "better_source": direction(one.score, lower, higher).source}
+
+
+def subgroup_entries(
+    path: Path, one: SubgroupComparison, lower: Collection[str], higher: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return the findings and gaps of a file's test set, one entry each; see `comparison_entry`."""
+    source = direction(one.score, lower, higher).source
+    return [
+        {"file": str(path), **entry, "better_source": source}
+        for kind in ("findings", "gaps")
+        for entry in one.as_json()[kind]
+    ]
 
 
 def print_subgroups(found: Sequence[tuple[Path, SubgroupComparison]]) -> None:

@@ -178,10 +178,11 @@ def test_an_answer_with_subgroups_is_the_one_without_and_more(
     assert (code, text.count("no subgroups there")) == (0, 2)
     assert "Gaps by scanner" in text
     entries = json.loads((tmp_path / "out.json").read_text())
+    assert {entry["better_source"] for entry in entries} == {"known"}
     for test_set, parts in added.items():
         for kind, key in (("gaps", "gap"), ("findings", "difference")):
             again = [
-                {name: value for name, value in entry.items() if name not in ("file", "about")}
+                {name: value for name, value in entry.items() if name not in ("file", "about", "better_source")}
                 for entry in entries
                 if entry["test_set"] == test_set and key in entry and "subgroup" in entry
             ]

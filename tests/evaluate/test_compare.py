@@ -78,6 +78,9 @@ CLASSES_OF_BAD_NAMES = ("bone loss", "refractive error", "missed by readers", "H
         "neg_mean_squared_error",
         *("1-FPR", "1 \u2212 HD95", "-HD95", "error-free cases", "share of cases without error", "miss-free rate"),
         *("error reduction", "HD95 improvement", "gain in Dice", "Dice improvement"),
+        *("TPR@FPR=0.05", "TPR@5%FPR", "sensitivity_at_2_fp", "Sensitivity @ 2 FPs/image", "recall@FPR 5%"),
+        *("pAUC@FPR<0.1", "partial AUC (FPR<0.1)", "PPV without false positives", "recall given false alarms"),
+        *("inverse HD95", "volume similarity", "clDice", "negative predictive value", "sensitivity_fp1"),
     ],
 )
 def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
@@ -93,11 +96,27 @@ def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
         *("number of false positives", "rate of missed lesions", "cross-entropy", "logLoss"),
         *("Hausdorff95", "HD95mm", "1-Dice", "1 - AUROC", "-dice", "neg_dice", "negative log likelihood", "perplexity"),
         *("TRE", "AURC", "FNs", "FPs per image", "undetected lesions", "no. of misses", "wasserstein distance"),
-        *("KL divergence", "HD95 without outliers"),
+        *("KL divergence", "HD95 without outliers", "Dice loss", "DiceLoss", "recall error rate", "Dice difference"),
+        *("NMSE", "logloss", "crossentropy", "FPR95", "FPR@95%TPR", "FPPI", "RMSD", "MSSD", "AHD", "MedAE"),
+        *("missrate", "volume_diff", "ECE15", "KL", "EMD", "MSELoss", "BCEWithLogits", "FN per detected lesion"),
+        *("negative Dice", "1-TPR"),
     ],
 )
 def test_less_is_better_of_errors_and_distances(score: str) -> None:
     assert direction(score).better == "lower"
+
+
+@pytest.mark.parametrize(
+    ("score", "source"),
+    [
+        *(("Dice", "known"), ("recall of bone loss", "known"), ("TPR@FPR=0.05", "name"), ("logloss", "name")),
+        *(("my score", "default"), ("sensitivity_fp1", "default"), ("accuracy minus error", "default")),
+    ],
+)
+def test_a_direction_says_how_it_was_found(score: str, source: str) -> None:
+    """Names with words of both directions say nothing."""
+    assert direction(score).source == source
+    assert direction(score, lower=[score]).source == "stated"
 
 
 def test_what_is_stated_overrides_the_name() -> None:
@@ -115,6 +134,9 @@ def test_the_command_prints_the_directions_that_it_assumed(tmp_path: Path) -> No
     words = ["compare", str(tmp_path / "cases.parquet"), "--json", str(tmp_path / "out.json")]
     code, text = finished("maskloom.evaluate", words)
     assumed = [line for line in text.splitlines() if line.startswith("Assumed")]
+    assert text.index("Assumed") < text.index("smallest effect")
+    sources = {entry["score"]: entry["better_source"] for entry in json.loads((tmp_path / "out.json").read_text())}
+    assert sources == {"Dice": "known", "ASD": "name", "my score": "default"}
     assert (code, assumed) == (
         0,
         [
