@@ -14,7 +14,7 @@ from typing import Any
 from maskloom.evaluate.downstream.arms import arm_title, grouped_arms
 from maskloom.evaluate.downstream.cases import ScoredTestSet, subset
 from maskloom.evaluate.downstream.columns import Subgroups
-from maskloom.evaluate.downstream.compare import BASELINE, ArmScore, Comparison, arm_scores, compare_arm, with_findings
+from maskloom.evaluate.downstream.compare import BASELINE, ArmScore, Comparison, arm_scores, compare_parts
 from maskloom.evaluate.downstream.comparison import change_cells, p_cell, shown_interval
 from maskloom.evaluate.downstream.gaps import Gap, subgroup_gaps
 from maskloom.evaluate.scores.segmentation import UNBOUNDED
@@ -115,12 +115,8 @@ def compare_subgroups(
         for column, found in present.items()
         for name, samples in found.items()
     }
-    others = [arm for arm in cases.arms if arm != baseline]
-    places = [(place, arm) for place in parts for arm in others]
-    compared = [(parts[place], compare_arm(parts[place], arm, baseline, score, better)) for place, arm in places]
-    findings: dict[tuple[str, str], list[Comparison]] = {place: [] for place in parts}
-    for (place, _), one in zip(places, with_findings(compared), strict=True):
-        findings[place].append(one)
+    others, changes = len(cases.arms) - 1, compare_parts(list(parts.values()), baseline, score, better)
+    findings = {place: changes[k * others :][:others] for k, place in enumerate(parts)}
     scores = {place: arm_scores(part, [score]) for place, part in parts.items()}
     gaps = subgroup_gaps(cases, score, better, present, baseline)
     return SubgroupComparison(cases.test_set, score, scores, findings, gaps)

@@ -10,6 +10,7 @@ which its scores follow, and rows of what it gets right at thresholds that valid
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,9 @@ LARGEST = 1e9
 NAMES = ("metric", "test_set", "arm", "score")
 KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
 REMEDY = "one row per metric, test_set, arm, seed, sample_id and score, with group_id and value"
+
+PART = re.compile(r"(?P<test_set>.+), [^ ,]+ of (?P<whole>the train groups( with .+)?)")
+"""The name of a test set as models of a part of the train images score it, see `part_name`."""
 
 Floats = NDArray[np.float64]
 
@@ -109,6 +113,23 @@ def subset(cases: ScoredTestSet, samples: Collection[str], arms: Collection[str]
             if name in arms
         },
     )
+
+
+def part_name(test_set: str, share: float, whole: str) -> str:
+    """Return the name of a test set as models of a part of the train images score it.
+
+    Args:
+        test_set: its own name.
+        share: the part.
+        whole: what it is a share of: `the train groups`, or `the train groups with CLASS`.
+    """
+    return f"{test_set}, {share:g} of {whole}"
+
+
+def learning_curve_of(test_set: str) -> tuple[str, str]:
+    """Return the test set and what the parts are shares of, by a name of `part_name`; `""` for all train images."""
+    found = PART.fullmatch(test_set)
+    return (found["test_set"], found["whole"]) if found else (test_set, "")
 
 
 class TestImages(Protocol):

@@ -161,8 +161,29 @@ def compare(
     return [
         one
         for score in chosen
-        for one in _compare_score(cases, baseline, score, direction(score, lower_is_better, higher_is_better).better)
+        for one in compare_parts([cases], baseline, score, direction(score, lower_is_better, higher_is_better).better)
     ]
+
+
+def compare_parts(parts: Sequence[ScoredTestSet], baseline: str, score: str, better: str) -> list[Comparison]:
+    """Return the comparisons of one score in parts that are judged together, part by part.
+
+    The p-values are adjusted for the number of arms and parts.
+
+    Args:
+        parts: subgroups of a test set, or shares of the train images; one: a whole test set.
+        baseline: the arm that others are compared with.
+        score: the score.
+        better: `higher` or `lower` values of it.
+    """
+    return with_findings(
+        [
+            (cases, compare_arm(cases, arm, baseline, score, better))
+            for cases in parts
+            for arm in cases.arms
+            if arm != baseline
+        ]
+    )
 
 
 def score_names(cases: ScoredTestSet) -> list[str]:
@@ -190,13 +211,6 @@ def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
     if effect is None:
         return ArmScore(arm, score, float(values.mean()), None, None, by_seed, groups)
     return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed, groups)
-
-
-def _compare_score(cases: ScoredTestSet, baseline: str, score: str, better: str) -> list[Comparison]:
-    """Return the comparisons of one score, their p-values adjusted for the number of arms."""
-    return with_findings(
-        [(cases, compare_arm(cases, arm, baseline, score, better)) for arm in cases.arms if arm != baseline]
-    )
 
 
 def with_findings(found: Sequence[tuple[ScoredTestSet, Comparison]]) -> list[Comparison]:

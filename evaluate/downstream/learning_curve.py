@@ -20,6 +20,7 @@ from maskloom.evaluate.downstream.cases import (
     ScoredTestSet,
     TestImages,
     TrainedModel,
+    part_name,
     trained_cases,
 )
 from maskloom.evaluate.downstream.compare import (
@@ -28,8 +29,7 @@ from maskloom.evaluate.downstream.compare import (
     Comparison,
     arm_scores,
     compare,
-    compare_arm,
-    with_findings,
+    compare_parts,
 )
 from maskloom.evaluate.downstream.comparison import change_cells, shown_interval
 from maskloom.evaluate.downstream.data import ComparisonData, Images
@@ -80,7 +80,7 @@ class Curriculum:
 
     def place(self, test_set: str, share: float) -> str:
         """Return the name of a test set in the table of cases, as models of a part score it."""
-        return f"{test_set}, {share:g} of {self.name}"
+        return part_name(test_set, share, self.name)
 
 
 class LearningOptions(ShareOptions, ArmOptions):
@@ -291,11 +291,10 @@ def _learning_curve(
     one: Curriculum, whole: ScoredTestSet, parts: Mapping[float, ScoredTestSet], score: str, seeds: Sequence[int]
 ) -> LearningCurve:
     """Return the learning curve on a test set: shares below 1 by ascending share, then all images."""
-    places = [(share, arm) for share, cases in parts.items() for arm in cases.arms if arm != BASELINE]
-    compared = [(parts[share], compare_arm(parts[share], arm, BASELINE, score, HIGHER)) for share, arm in places]
-    findings: dict[float, list[Comparison]] = {share: [] for share in parts}
-    for (share, _), change in zip(places, with_findings(compared), strict=True):
-        findings[share].append(change)
+    changes = compare_parts(list(parts.values()), BASELINE, score, HIGHER)
+    findings = {
+        share: [change for change in changes if change.test_set == cases.test_set] for share, cases in parts.items()
+    }
     findings[1.0] = compare(whole, scores=[score])
     scores = {share: arm_scores(cases, [score]) for share, cases in {**parts, 1.0: whole}.items()}
     images = {share: _mean_sizes([one.part(share, seed) for seed in seeds]) for share in scores}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,9 +17,9 @@ from rich.text import Text
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
 from maskloom.evaluate.downstream.by_column import SubgroupComparison, compare_subgroups
-from maskloom.evaluate.downstream.cases import ScoredTestSet, read_cases
+from maskloom.evaluate.downstream.cases import ScoredTestSet, learning_curve_of, read_cases
 from maskloom.evaluate.downstream.columns import Subgroups, split_of, split_subgroups, usable_subgroups
-from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, score_names
+from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, compare_parts, score_names
 from maskloom.evaluate.downstream.directions import HIGHER, LOWER, OWN_SCORES, direction, subject
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
@@ -57,7 +58,7 @@ def compare_files(
     if both := sorted(set(lower_is_better) & set(higher_is_better)):
         raise MaskLoomError(f"score {both[0]!r} is in --lower-is-better and in --higher-is-better; keep one of them")
     named = [*(scores or ()), *lower_is_better, *higher_is_better]
-    found = []
+    found, stated = [], (lower_is_better, higher_is_better)
     with progress("comparing", len(paths), "files") as advance:
         for path in paths:
             test_sets = read_cases(path)
@@ -65,15 +66,32 @@ def compare_files(
             if unknown := [name for name in named if name not in known]:
                 names = list(dict.fromkeys(known))
                 raise MaskLoomError(f"{path}: no score is called {unknown[0]!r}; {nearest_name(unknown[0], names)}")
-            compared = []
-            for cases in _with_baseline(path, test_sets, baseline):
-                own = [name for name in score_names(cases) if scores is None or name in scores]
-                try:
-                    compared += compare(cases, baseline, own, lower_is_better, higher_is_better)
-                except MaskLoomError as error:
-                    raise MaskLoomError(f"{path}: {error}") from error
+            try:
+                compared = _compare_all(_with_baseline(path, test_sets, baseline), baseline, scores, *stated)
+            except MaskLoomError as error:
+                raise MaskLoomError(f"{path}: {error}") from error
             found += [(path, one) for one in sorted(compared, key=_place)]
             advance()
+    return found
+
+
+def _compare_all(
+    test_sets: Sequence[ScoredTestSet],
+    baseline: str,
+    scores: Sequence[str] | None,
+    lower: Sequence[str],
+    higher: Sequence[str],
+) -> list[Comparison]:
+    """Return the comparisons of a file; the parts of a learning curve are judged together, as in the report."""
+    found, curves = [], defaultdict[tuple[str, ...], list[ScoredTestSet]](list)
+    for cases in test_sets:
+        test_set, whole = learning_curve_of(cases.test_set)
+        own = [name for name in score_names(cases) if scores is None or name in scores]
+        found += compare(cases, baseline, [] if whole else own, lower, higher)
+        for score in own if whole else ():
+            curves[cases.metric, test_set, whole, score].append(cases)
+    for (*_, score), parts in curves.items():
+        found += compare_parts(parts, baseline, score, direction(score, lower, higher).better)
     return found
 
 

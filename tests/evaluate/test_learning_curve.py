@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskloom.evaluate.downstream.cases import read_cases, write_cases
+from maskloom.evaluate.downstream.cases import learning_curve_of, read_cases, write_cases
 from maskloom.evaluate.downstream.columns import split_of
 from maskloom.evaluate.downstream.compare import compare
+from maskloom.evaluate.downstream.learning_curve import Curriculum
 from maskloom.evaluate.downstream.shares import (
     TrainSet,
     kept_groups,
@@ -17,6 +18,7 @@ from maskloom.evaluate.downstream.shares import (
     share_of_class,
     share_of_groups,
 )
+from maskloom.evaluate.downstream.tables import compare_files
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.metrics.downstream_segmentation import image_kinds
 from maskloom.evaluate.model_cache import ModelCache
@@ -24,6 +26,7 @@ from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.report.curves import line_chart
 from maskloom.pipeline.results import Curve
+from tests.evaluate.cases import dice_cases
 from tests.evaluate.runs import answer, faithful, tiny_inputs
 from tests.tiny_datasets import tiny_description, write_tiny_run
 
@@ -134,6 +137,39 @@ def test_an_answer_with_learning_curves_is_the_one_without_and_more(
     same = compare(places[place], scores=[score])[0]
     stated = curves["train_shares"]["external test set abroad"]["0.5"]["differences"]["real_synthetic"]
     assert (same.difference, same.p, same.seeds) == (stated["difference"], stated["p"], 3)
+    entries = {one.test_set: one.as_json() for _, one in compare_files([tmp_path / "cases.parquet"], "real", [score])}
+    for curve in curves.values():
+        for test_set, by_share in curve.items():
+            for share, part in by_share.items():
+                name = test_set if share == "1" else part["differences"]["real_synthetic"]["test_set"]
+                assert entries[name] == part["differences"]["real_synthetic"]
+    assert len(entries) == len(places)
+
+
+def test_compare_adjusts_over_the_shares_of_each_learning_curve(tmp_path: Path) -> None:
+    random, train = np.random.default_rng(3), TrainSet((np.zeros(1), np.zeros(1)), [], [], np.zeros(0), {}, {})
+    curves = [Curriculum("", (), train, None, name) for name in ("the train groups", "the train groups with a, b")]
+    names = [
+        curve.place(test_set, share)
+        for curve in curves
+        for test_set in ("real test", "abroad, west")
+        for share in (0.05, 1e-5)
+    ]
+    assert [learning_curve_of(name) for name in names[::2]] == [
+        (test_set, curve.name) for curve in curves for test_set in ("real test", "abroad, west")
+    ]
+    assert learning_curve_of("real test") == ("real test", "")
+    base = random.uniform(0.4, 0.6, (3, 30))
+    sets = [
+        dice_cases({"real": base, "real_synthetic": base + random.normal(0.01, 0.02, base.shape)}, test_set=name)
+        for name in [*names, "real test"]
+    ]
+    write_cases(tmp_path / "cases.parquet", sets)
+    found = {one.test_set: one for _, one in compare_files([tmp_path / "cases.parquet"], "real", None)}
+    assert len(found) == 9
+    assert found["real test"].p_holm == found["real test"].p
+    for first, second in zip(names[::2], names[1::2], strict=True):
+        assert min(found[first].p_holm, found[second].p_holm) == 2 * min(found[first].p, found[second].p)
 
 
 @pytest.mark.parametrize(
