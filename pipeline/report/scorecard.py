@@ -184,9 +184,8 @@ def completeness_table(sources: Sources) -> Table:
     for name, dataset in (real | dict(sources.synthetic)).items():
         counts = _by_class(dataset)
         present = sum(1 for label in wanted if counts[label])
-        rows.append(
-            [name, dataset.num_rows, counts.total() or None, f"{present} of {len(wanted)}", dataset.contract.rejected]
-        )
+        classes = f"{present} of {len(wanted)}" if wanted else None
+        rows.append([name, dataset.num_rows, counts.total() or None, classes, dataset.contract.rejected])
     columns = [
         "set",
         "images",

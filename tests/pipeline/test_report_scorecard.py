@@ -136,6 +136,14 @@ def test_what_datasets_state_is_counted(run_and_config):
     assert found["Comprehension"].tables[0].rows[0][:5] == ["first", None, None, None, None]
 
 
+def test_a_dataset_without_classes_has_none_to_count(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    fake_run.write_synthetic(run, "first", fake_run.write_real(run, labels=()))
+    (complete,) = scored_of(run)["Completeness"].tables
+    assert [row[:4] for row in complete.rows] == [["real images", 14, None, None], ["first", 8, None, None]]
+
+
 def test_the_page_shows_it_and_nothing_that_is_out_of_date(run_and_config):
     run, config, digests = run_and_config
 
