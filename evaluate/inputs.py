@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskloom.evaluate.feature_cache import FeatureCache
+from maskloom.evaluate.memory import return_freed_memory
 from maskloom.evaluate.model_cache import ModelCache
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.experiment import ExperimentConfig
@@ -238,6 +239,7 @@ class EvaluationInputs:
         """Let go of what is large, so that memory does not add up over metrics."""
         for key in [key for key, kept in self._memo.items() if kept.large]:
             del self._memo[key]
+        return_freed_memory()
 
 
 def open_inputs(

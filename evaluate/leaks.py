@@ -7,7 +7,11 @@ images, which are other groups than the held-out ones. The result is kept in
 `logs/audit/DIGEST-altered.json` of the run, so that the check runs once.
 """
 
+from __future__ import annotations
+
 import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +27,9 @@ from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_
 from maskloom.pipeline.runs.copies import REAL_FIX
 from maskloom.pipeline.runs.leaks import MAX_SHOWN, SYNTHETIC_FIX
 from maskloom.pipeline.runs.run import Run
+
+if TYPE_CHECKING:
+    from maskloom.evaluate.scores.copies import Matches
 
 VERSION = 1  # of this check; a new version makes every record stale
 # In Fisher's z. One image stops everything, and some sets have thousands: among real images that
@@ -50,8 +57,11 @@ def require_no_altered_held_out_images(run: Run, inputs: EvaluationInputs) -> No
         return
     found = [(inputs.train, row) for row in judge.held_out]
     fix = REAL_FIX if found else SYNTHETIC_FIX
-    for image_set in filter(len, inputs.synthetic.values()):
-        found += [(image_set, row) for row in leaked_in(inputs, judge, image_set)]
+    sets = [one for one in inputs.synthetic.values() if len(one)]
+    suspected = [suspects_in(judge, image_set) for image_set in sets]
+    del judge  # its descriptors need not lie in memory beside those of the train images
+    for image_set, suspects in zip(sets, suspected, strict=True):
+        found += [(image_set, row) for row in confirmed(inputs, suspects)]
     if found:
         raise LeakedImages(_in_words(inputs, found), fix)
     write_audit_record(record, VERSION, datasets, rows, True)
@@ -73,23 +83,53 @@ def held_out_judge(inputs: EvaluationInputs) -> CopyJudge | None:
     return calibrated_judge(known, [inputs.train], bare_images, MARGIN) if known else None
 
 
+@dataclass(frozen=True)
+class Suspects:
+    """Images of a set that resemble held-out ones, before they are compared with train images.
+
+    Attributes:
+        images: (S, side, side) uint8, as they are compared.
+        samples: id of each of them.
+        matches: what each resembles among the held-out images.
+        originals: ids of the held-out images.
+        thresholds: by measure.
+    """
+
+    images: NDArray[np.uint8]
+    samples: list[str]
+    matches: list[Matches]
+    originals: list[str]
+    thresholds: dict[str, float]
+
+
 def leaked_in(inputs: EvaluationInputs, judge: CopyJudge, image_set: ImageSet) -> list[CopyRow]:
-    """Return the images of a set that are altered held-out ones.
+    """Return the images of a set that are altered held-out ones; see `confirmed`."""
+    return confirmed(inputs, suspects_in(judge, image_set))
+
+
+def suspects_in(judge: CopyJudge, image_set: ImageSet) -> Suspects:
+    """Return the images of a set that resemble held-out ones."""
+    images, samples = bare_images(image_set), image_set.columns["sample_id"]
+    found = judge.search.matches(images)
+    names = {row.sample_id for row in copy_rows(samples, judge.originals, found, judge.thresholds, MARGIN)}
+    rows = [row for row, sample in enumerate(samples) if sample in names]
+    matches = [found.of(row) for row in rows]
+    return Suspects(images[rows], [samples[row] for row in rows], matches, judge.originals, judge.thresholds)
+
+
+def confirmed(inputs: EvaluationInputs, suspects: Suspects) -> list[CopyRow]:
+    """Return the suspects that are altered held-out images.
 
     Such an image also resembles its original by `MARGIN` more than any train image: one that shows
     little, as a smooth blob, resembles images of every split.
     """
-    images, samples = bare_images(image_set), image_set.columns["sample_id"]
-    found = judge.search.matches(images)
-    suspects = {row.sample_id for row in copy_rows(samples, judge.originals, found, judge.thresholds, MARGIN)}
-    indices = [index for index, sample in enumerate(samples) if sample in suspects]
-    if not indices:
+    if not suspects.samples:
         return []
-    known = copy_judge(inputs).search.matches(images[indices])
+    known = copy_judge(inputs).search.matches(suspects.images)
     rows = []
-    for number, index in enumerate(indices):
-        limits = {name: max(one, float(known.similarity[name][number])) for name, one in judge.thresholds.items()}
-        rows += copy_rows([samples[index]], judge.originals, found.of(index), limits, MARGIN)
+    for number, (sample, found) in enumerate(zip(suspects.samples, suspects.matches, strict=True)):
+        limits = {name: max(one, float(known.similarity[name][number])) for name, one in suspects.thresholds.items()}
+        rows += copy_rows([sample], suspects.originals, found, limits, MARGIN)
     return rows
 
 
