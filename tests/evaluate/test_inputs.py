@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -155,6 +156,18 @@ def test_what_is_large_is_kept_until_it_is_released(
     other = masked_images(inputs, inputs.train, (16, 16))
     assert other is not first
     np.testing.assert_array_equal(other.images, first.images)
+
+
+def test_released_memory_goes_back_to_the_system(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs],
+) -> None:
+    """Many small arrays, as decoded images are: the C library would keep their memory."""
+    _, inputs = samples_and_inputs
+    process = psutil.Process()
+    inputs.once("images", lambda: [np.ones(4000, np.uint8) for _ in range(25_000)], large=True)
+    held = process.memory_info().rss
+    inputs.release()
+    assert held - process.memory_info().rss > 50 * 2**20
 
 
 def test_colour_images(tmp_path: Path) -> None:
