@@ -18,7 +18,7 @@ of one split, such as `train`, splits are drawn.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -315,9 +315,16 @@ def _read_table(root: Path, file: str) -> Table:
             raise RejectedSample(f"more than {MAX_BYTES} bytes")
         if file.endswith(".csv"):
             header, *body = csv_table(path)
+            _check_columns(header)
             return Table(file, header, [dict(zip(header, row, strict=False)) for row in body if any(row)])
         rows = _json_lines(path)
         return Table(file, list(dict.fromkeys(key for row in rows for key in row)), rows)
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    """Refuse a column that stands there twice, as after a join: which one counts is unknown."""
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        raise RejectedSample(f"it has more than one column {repeated[0]!r}")
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -337,6 +344,7 @@ def _parquet_table(path: Path, file: str) -> Table:
     try:
         with path.open("rb") as opened, pq.ParquetFile(opened) as stored:
             schema = stored.schema_arrow
+            _check_columns(schema.names)
             plain = [one.name for one in schema if not (pa.types.is_nested(one.type) or _is_binary(one.type))]
             rows = stored.read(columns=plain).to_pylist() if plain else [{}] * stored.metadata.num_rows
     except (pa.ArrowException, OSError) as error:

@@ -245,8 +245,12 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
         columns = {name: np.asarray(table[name].to_pylist(), dtype=str) for name in TEXT_COLUMNS}
     except UnicodeDecodeError as error:
         raise MaskLoomError(f"{path}: a text is not UTF-8; write names and ids as UTF-8") from error
-    for name in (*NAMES, "group_id"):
-        _check_names(path, name, np.unique(columns[name]).tolist())
+    for name in NAMES:
+        _check_names(path, name, columns[name])
+    for test_set in np.unique(columns["test_set"]):
+        rows = columns["test_set"] == test_set
+        _check_names(path, "sample_id", columns["sample_id"][rows])
+        _check_names(path, "group_id", columns["group_id"][rows], case_counts=False)
     seeds = table["seed"].to_numpy()
     values = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
     values = np.where(np.isfinite(values), values, np.nan)
@@ -294,16 +298,30 @@ def _checked_table(path: Path) -> pa.Table:
     return table.select(list(COLUMNS))
 
 
-def _check_names(path: Path, column: str, names: Sequence[str]) -> None:
-    """Refuse names that differ by spaces or characters without width alone: they print alike."""
+def _check_names(path: Path, column: str, values: NDArray[np.str_], case_counts: bool = True) -> None:
+    """Refuse names that differ only by what cannot be seen: spaces, letters without width, composed accents.
+
+    Args:
+        path: the table, for errors.
+        column: the column.
+        values: its values.
+        case_counts: whether names are told apart by letter case. Groups are not, as in prepared datasets: one
+            patient in two groups would make intervals too short.
+    """
     printed: dict[str, str] = {}
-    for name in names:
-        seen = " ".join("".join(one for one in name if unicodedata.category(one) != "Cf").split())
+    for name in np.unique(values).tolist():
+        seen = as_printed(name) if case_counts else as_printed(as_printed(name).casefold())
         if seen in printed:
             raise MaskLoomError(
                 f"{path}: column {column!r} has {printed[seen]!a} and {name!a}, which look alike; rename one"
             )
         printed[seen] = name
+
+
+def as_printed(name: str) -> str:
+    """Return a name with composed accents, single spaces, and no letter without width."""
+    composed = unicodedata.normalize("NFC", " ".join(name.split()))
+    return " ".join("".join(one for one in composed if unicodedata.category(one) not in ("Cf", "Cc")).split())
 
 
 def _check_keys(path: Path, columns: Mapping[str, NDArray[np.str_]], seeds: NDArray[np.int64]) -> None:

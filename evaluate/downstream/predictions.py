@@ -5,7 +5,7 @@
 
 `ARM` is a name such as `real` or `real_synthetic`; `SEED` ends with a number, as in `0` or
 `fold_0`; `CASE` is the sample id, as `maskloom export --format nnunet` writes it. Masks are
-compared at their own size: the true ones are resized to it as for our own models.
+compared at their own size, one for all models: the true ones are resized to it as for our own models.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def read_predictions(folder: Path, dataset: Path, split: str, tolerance: float) 
 
     Raises:
         MaskLoomError: the tolerance is no number; the dataset is invalid or lacks the split;
-            the layout is another one; a case is missing, superfluous or unreadable; or a value is
-            no class index or probability.
+            the layout is another one; a case is missing, superfluous or unreadable; masks differ in
+            size; or a value is no class index or probability.
     """
     if not 0 <= tolerance < np.inf:
         raise MaskLoomError(f"--surface-tolerance {tolerance}: give a number of pixels, 0 or more")
@@ -143,13 +143,23 @@ def _cases(test: ImageSet, suffix: str) -> Cases:
 
 
 def _mask_scores(test: ImageSet, tolerance: float) -> Callable[[Path, Cases], dict[str, Floats]]:
-    """Return a function that scores a folder of predicted masks."""
+    """Return a function that scores a folder of predicted masks, and refuses one of another size than the first."""
     classes = test.dataset.description.mask_classes
     if len(classes) < 2:
         raise MaskLoomError(f"{test.dataset.folder}: its masks have no class besides the background")
+    known: dict[str, Path] = {}
 
     def score(folder: Path, cases: Cases) -> dict[str, Floats]:
         predictions = read_masks(folder, cases.samples, len(classes))
+        size = f"{predictions.shape[2]} x {predictions.shape[1]}"
+        if not known:
+            say(f"import-predictions: masks are compared at {size} pixels, the size of the predictions")
+        elif size not in known:  # distances are in pixels, and small masks lose detail
+            other, first = next(iter(known.items()))
+            raise MaskLoomError(
+                f"{folder}: its masks have {size} pixels, those of {first} {other}; write all models' masks at one size"
+            )
+        known.setdefault(size, folder)
         masks, present = test.masks((predictions.shape[1], predictions.shape[2]))
         scored = SegmentationScores.of(masks[present], classes, tolerance)
         return scored.scores(predictions, masks[present])
@@ -214,16 +224,21 @@ def read_probabilities(path: Path, samples: Sequence[str], labels: Sequence[str]
     """Return the probabilities of a table, (N, K), in the order of the samples and labels.
 
     Raises:
-        MaskLoomError: the file is unreadable; a column, a case or a number is missing; a case stands
-            there twice or is no test image; or its probabilities do not sum to 1.
+        MaskLoomError: the file is unreadable; a column, a case or a number is missing; a column or a case
+            stands there twice; a row is longer than the header; a case is no test image; or its probabilities
+            do not sum to 1.
     """
     rows: dict[str, Mapping[str, str]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
-            columns = table.fieldnames or []
+            columns = list(table.fieldnames or [])
+            if repeated := [name for name in ("sample_id", *labels) if columns.count(name) > 1]:
+                raise MaskLoomError(f"{path}: column {repeated[0]!r} stands there twice; keep one of them")
             for row in table:
                 sample = row.get("sample_id") or ""
+                if None in row:
+                    raise MaskLoomError(f"{path}: {sample!r}: its row has more values than there are columns")
                 if sample in rows:
                     raise MaskLoomError(f"{path}: two rows for sample_id {sample!r}")
                 rows[sample] = row

@@ -1,5 +1,6 @@
 """The table of cases on disk: what is written comes back, and what is no such table is refused."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,11 @@ def test_a_repeated_column_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "name"), [("arm", "real "), ("arm", "re\u200bal"), ("score", " Dice"), ("group_id", "g0 ")]
+    ("column", "name"),
+    [
+        *(("arm", "real "), ("arm", "re\u200bal"), ("score", " Dice"), ("group_id", "g0 "), ("group_id", "G0")),
+        *(("test_set", "real\u00a0 test"), ("metric", "downstream_segmentation\x01"), ("sample_id", "c1\u200f")),
+    ],
 )
 def test_names_that_print_alike_are_refused(tmp_path: Path, column: str, name: str) -> None:
     columns = rows()
@@ -130,6 +135,27 @@ def test_names_that_print_alike_are_refused(tmp_path: Path, column: str, name: s
     with pytest.raises(MaskLoomError, match=f"column '{column}' has .*, which look alike; rename one") as error:
         read_cases(written(tmp_path / "cases.parquet", columns))
     assert ascii(name) in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["metric", "test_set", "arm", "sample_id", "group_id", "score"])
+def test_composed_and_decomposed_accents_are_refused(tmp_path: Path, column: str) -> None:
+    """Otherwise a patient would be two groups, and the interval too short."""
+    columns = rows()
+    first, second = (unicodedata.normalize(form, "Jürgen 1") for form in ("NFC", "NFD"))
+    columns[column] = [first, second] * 6
+    with pytest.raises(MaskLoomError, match=f"column '{column}' has .*, which look alike; rename one") as error:
+        read_cases(written(tmp_path / "cases.parquet", columns))
+    assert ascii(first) in str(error.value) and ascii(second) in str(error.value)
+
+
+def test_groups_of_two_test_sets_may_differ_by_letter_case(tmp_path: Path) -> None:
+    first = rows()
+    second = rows(test_set=["external test set abroad"] * 12, group_id=[name.upper() for name in first["group_id"]])
+    table = {name: first[name] + second[name] for name in COLUMNS}
+    assert [one.groups for one in read_cases(written(tmp_path / "cases.parquet", table))] == [
+        ("g0", "g1", "g0"),
+        ("G0", "G1", "G0"),
+    ]
 
 
 def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_the_command_writes_a_table_and_compares_it(predictions: Path, run: Path
         shown = CliRunner().invoke(cli.app, arguments)
         assert shown.exit_code == 0
         assert "mine" in shown.stdout
+        assert "masks are compared at 32 x 32 pixels, the size of the predictions" in shown.stderr
     [cases] = read_cases(tmp_path / "own.parquet")
     assert set(cases.arms) == {"real", "mine"}
     assert len(cases.samples) == 13
@@ -213,6 +214,21 @@ def with_another_size(folder: Path) -> None:
     write_masks(folder / "mine/1", {"test-0002": np.zeros((32, 30), np.uint8)})
 
 
+def shrink(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            smaller = image.resize((16, 16), Image.Resampling.NEAREST)
+        smaller.save(path)
+
+
+def with_a_seed_of_another_size(folder: Path) -> None:
+    shrink(folder / "mine/1")
+
+
+def with_an_arm_of_another_size(folder: Path) -> None:
+    shrink(folder / "real")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -227,6 +243,8 @@ def with_another_size(folder: Path) -> None:
         (with_colours, r"mine/1/test-0002\.png: a colour image; write class indices"),
         (with_grey_levels, r"mine/1/test-0002\.png: holds the value 255; write class indices from 0 to 1"),
         (with_another_size, r"mine/1/test-0002\.png: 30 x 32 pixels, and .* has 32 x 32"),
+        (with_a_seed_of_another_size, r"mine/1: its masks have 16 x 16 pixels, those of \S+mine/0 32 x 32; write all"),
+        (with_an_arm_of_another_size, r"real/0: its masks have 16 x 16 pixels, those of \S+mine/0 32 x 32; write all"),
     ],
 )
 def test_a_mistake_in_the_masks_is_one_line(
@@ -255,6 +273,12 @@ ROWS = [f"test-{i:04},0.25,0.75" for i in range(14) if i != 7]
     ("lines", "message"),
     [
         (["sample_id,disc,squar", *ROWS], "column 'square' is missing; it needs sample_id, disc, square"),
+        (
+            ["sample_id,disc,square,disc,square", *(f"{row},0.5,0.5" for row in ROWS)],
+            r"0\.csv: column 'disc' stands there twice; keep one of them",
+        ),
+        (["sample_id,sample_id,disc,square", *ROWS], r"0\.csv: column 'sample_id' stands there twice"),
+        (["sample_id,disc,square", *ROWS[1:], "test-0000,0,5,0,5"], "'test-0000': its row has more values than there"),
         (["sample_id,disc,square", *ROWS[1:]], "no row for 'test-0000', and 0 more are missing"),
         (["sample_id,disc,square", *ROWS, "x,1,0"], "no test image is called 'x'"),
         (["sample_id,disc,square", *ROWS, ROWS[0]], "two rows for sample_id 'test-0000'"),

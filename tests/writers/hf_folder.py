@@ -142,6 +142,18 @@ def _names_a_file_outside(path: Path) -> None:
     path.write_text(path.read_text().replace("benign/0.png", "../../outside.png", 1))
 
 
+def _class_column_twice_in_csv(folder: Path) -> None:
+    _as_metadata("metadata.csv")(folder)
+    table = folder / "train" / "metadata.csv"
+    header, *body = table.read_text().splitlines()
+    table.write_text("\n".join([f"{header},label", *(f"{row},benign" for row in body)]) + "\n")
+
+
+def _class_column_twice_in_parquet(folder: Path) -> None:
+    table = pq.read_table(folder / file_of("train"))
+    pq.write_table(table.append_column(table.schema.field("label"), table["label"]), folder / file_of("train"))
+
+
 FLAWS = {
     "truncated image": Flaw(
         _changed(lambda row: row["image"].update(bytes=row["image"]["bytes"][:200])),
@@ -175,6 +187,8 @@ FLAWS = {
     "metadata of a file that is not there": Flaw(
         _metadata_damaged(lambda path: (path.parent / "benign" / "0.png").unlink()), "no such file"
     ),
+    "a column twice in a CSV": Flaw(_class_column_twice_in_csv, "more than one column 'label'"),
+    "a column twice in Parquet": Flaw(_class_column_twice_in_parquet, "more than one column 'label'"),
     "image files with lines of JSON": Flaw(_as_metadata("metadata.jsonl"), None),
     "image files with a CSV": Flaw(_as_metadata("metadata.csv"), None),
 }
