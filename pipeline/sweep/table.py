@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskloom.pipeline.config.experiment import ExperimentConfig
+from maskloom.pipeline.config.filter import FILTERED
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract
 from maskloom.pipeline.files.atomic import json_text
 from maskloom.pipeline.files.formatting import MISSING, markdown_table
@@ -95,10 +96,10 @@ def variant_rows(variant: str, run: Run, config: ExperimentConfig) -> list[Row]:
 
 
 def synthetic_contracts(run: Run, config: ExperimentConfig) -> dict[str, Contract]:
-    """Return the contract of each finished synthetic dataset, in the configuration's order."""
+    """Return the contract of each finished synthetic dataset, filtered ones too, in the configuration's order."""
     return {
         name: read_contract(run.synthetic / name)
-        for name in config.generate.generators
+        for name in config.synthetic_sets
         if (run.synthetic / name / CONTRACT_FILE).is_file()
     }
 
@@ -119,7 +120,7 @@ def current_answers(run: Run, config: ExperimentConfig) -> list[Evaluation]:
 
 
 def _cost(run: Run, name: str, contract: Contract) -> dict[str, float]:
-    stage = training_of(run, name, contract)
+    stage = training_of(run, name.removesuffix(FILTERED), contract)
     cost: dict[str, float] = training_cost(run, stage) if stage else {"trained parameters": 0}
     record = read_record(run, "generate")
     made = record.results.get(name, {}) if record else {}

@@ -381,6 +381,24 @@ def test_differences_of_all_variants_stand_in_one_plot_with_a_warning_of_the_cho
     assert "1.500 [1.250,\u00a01.750]" in page
 
 
+def test_filtered_sets_have_rows_and_their_answers_count(tmp_path: Path):
+    path = fake_run.write_config(
+        tmp_path, generate={"generators": {"gan": {}}}, filter={}, evaluate={"metrics": {"first": {}}}
+    )
+    config = load_config(path, [], SweepConfig)
+    run = Run(config.run_folder)
+    real = fake_run.write_real(run)
+    digests = {name: fake_run.write_synthetic(run, name, real).digest for name in ("gan", "gan-filtered")}
+    figures = [figure(name, "distance", 1.0) for name in digests]
+    answer = fake_run.evaluation("first", inputs={"real": real.digest, **digests}, figures=figures)
+    fake_run.write_evaluation(run, "first", answer)
+    rows = variant_rows("a", run, config)
+    assert [(row.of, [cell.value for cell in row.cells.values()]) for row in rows] == [
+        ("gan", [1.0, 0]),
+        ("gan-filtered", [1.0, 0]),
+    ]
+
+
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
 
 
