@@ -250,23 +250,29 @@ def arm_title(name: str) -> str:
     """Return an arm's name in the report.
 
     Args:
-        name: the arm's name, or `real_synthetic:GENERATOR` for one with another generator's images.
+        name: the arm's name, or `real_synthetic:GENERATOR` for one with another generator's images; arms of
+            other software keep their name.
     """
     kind, _, generator = name.partition(":")
+    if kind not in ARMS:
+        return name
     return f"{ARMS[kind].title} by {generator}" if generator else ARMS[kind].title
 
 
 def arm_group(name: str) -> str:
-    """Return what an arm trains on, one of `GROUPS`."""
-    arm, (real_only, synthetic_only, mixed) = ARMS[name.partition(":")[0]], GROUPS
+    """Return what an arm trains on, one of `GROUPS`; of arms of other software, whose groups are not known, `""`."""
+    arm, (real_only, synthetic_only, mixed) = ARMS.get(name.partition(":")[0]), GROUPS
+    if arm is None:
+        return ""
     if not arm.synthetic:
         return real_only
     return mixed if arm.real else synthetic_only
 
 
 def grouped_arms(names: Iterable[str]) -> list[str]:
-    """Return arms in the order of `GROUPS`; within a group in their own order, chance alone last."""
-    return sorted(names, key=lambda name: (GROUPS.index(arm_group(name)), name == NULL_ARM))
+    """Return arms in the order of `GROUPS`, others last; within a group in their own order, chance alone last."""
+    order = (*GROUPS, "")
+    return sorted(names, key=lambda name: (order.index(arm_group(name)), name == NULL_ARM))
 
 
 def limited_rows(real: int, synthetic: int, options: ArmOptions, seed: int) -> NDArray[np.int64]:

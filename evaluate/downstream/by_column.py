@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from maskloom.evaluate.downstream.arms import arm_title, grouped_arms
+from maskloom.evaluate.downstream.arms import GROUPS, arm_title, grouped_arms
 from maskloom.evaluate.downstream.cases import ScoredTestSet, subset
 from maskloom.evaluate.downstream.columns import Subgroups
 from maskloom.evaluate.downstream.compare import BASELINE, ArmScore, Comparison, arm_scores, compare_parts
-from maskloom.evaluate.downstream.comparison import change_cells, p_cell, shown_interval
+from maskloom.evaluate.downstream.comparison import change_cells, p_cell, shown_interval, widest_change
 from maskloom.evaluate.downstream.gaps import Gap, subgroup_gaps
-from maskloom.evaluate.scores.segmentation import UNBOUNDED
 from maskloom.pipeline.results import Cell, Interval, Table
 
 FINDING_NOTE = (
@@ -25,7 +24,7 @@ FINDING_NOTE = (
     "A column of more than 6 different numbers is cut into thirds of the images; images without a value are left out."
 )
 GAP_NOTE = (
-    "Score of the subgroup minus that of the other images, by models trained on real images only; other patients, same "
+    "Score of the subgroup minus that of the other images, by {models}; other patients, same "
     "models. p is adjusted for the number of gaps (Holm). A gap says that the models score otherwise there, not why: "
     "lesions and patients may differ, too."
 )
@@ -40,6 +39,7 @@ class SubgroupComparison:
         scores: every arm's score by column and subgroup.
         findings: every other arm's comparison with the baseline, likewise.
         gaps: of the baseline.
+        baseline: the arm that others are compared with.
     """
 
     test_set: str
@@ -47,6 +47,7 @@ class SubgroupComparison:
     scores: Mapping[tuple[str, str], Sequence[ArmScore]]
     findings: Mapping[tuple[str, str], Sequence[Comparison]]
     gaps: Sequence[Gap]
+    baseline: str = BASELINE
 
     def as_json(self) -> dict[str, list[dict[str, Any]]]:
         """Return all figures, ready for JSON."""
@@ -72,7 +73,16 @@ class SubgroupComparison:
             reached = {one.arm: one for one in scores}
             for arm in grouped_arms(reached) if name == column else ():
                 rows.append([subgroup, arm_title(arm), shown_interval(reached[arm]), *change_cells(changes.get(arm))])
-        columns = [column, "arm", self.score, "change against real", "finding", "p (Holm)", "cases", "groups"]
+        columns = [
+            column,
+            "arm",
+            self.score,
+            f"change against {self.baseline}",
+            "finding",
+            "p (Holm)",
+            "cases",
+            "groups",
+        ]
         title = f"Subgroups by {column}: {self.score} on the {self.test_set}"
         return Table(title=title, note=FINDING_NOTE, columns=columns, rows=rows)
 
@@ -93,8 +103,11 @@ class SubgroupComparison:
             if one.column == column
         ]
         columns = [column, self.score, "of the others", "gap", "finding", "p (Holm)", "smallest gap", "groups / others"]
-        title = f"Gaps by {column}: {self.score} on the {self.test_set}, real images only"
-        return Table(title=title, note=GAP_NOTE, columns=[*columns, "seeds"], rows=rows)
+        arm, models = GROUPS[0], f"models trained on {GROUPS[0]}"
+        if self.baseline != BASELINE:
+            arm, models = arm_title(self.baseline), f"models of the arm {arm_title(self.baseline)}"
+        title = f"Gaps by {column}: {self.score} on the {self.test_set}, {arm}"
+        return Table(title=title, note=GAP_NOTE.format(models=models), columns=[*columns, "seeds"], rows=rows)
 
 
 def compare_subgroups(
@@ -119,7 +132,7 @@ def compare_subgroups(
     findings = {place: changes[k * others :][:others] for k, place in enumerate(parts)}
     scores = {place: arm_scores(part, [score]) for place, part in parts.items()}
     gaps = subgroup_gaps(cases, score, better, present, baseline)
-    return SubgroupComparison(cases.test_set, score, scores, findings, gaps)
+    return SubgroupComparison(cases.test_set, score, scores, findings, gaps, baseline)
 
 
 def _with_cases(cases: ScoredTestSet, columns: Subgroups) -> dict[str, dict[str, list[str]]]:
@@ -139,7 +152,7 @@ def _entry(place: tuple[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gap_interval(one: Gap) -> Interval:
     """Return a gap with its interval, which ends where differences of shares do."""
-    most = float("inf") if one.score in UNBOUNDED else 1.0
     if one.low is None or one.high is None or one.low == one.high:
         return Interval(value=one.gap)
+    most = widest_change(one.score, one.gap)
     return Interval(value=one.gap, low=max(-most, one.low), high=min(most, one.high))

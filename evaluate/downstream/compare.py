@@ -233,13 +233,16 @@ def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bette
     values, effect = np.zeros((pair.seeds, 0)), None
     if left is not None and right is not None:
         values, effect = left - right, _effect(pair, score, left, right)
+    difference = float(values.mean()) if values.size else None
+    if effect is not None and effect.low == effect.high:
+        difference = effect.value  # rounding must not lie beside an interval without width
     return Comparison(
         metric=cases.metric,
         test_set=cases.test_set,
         arm=arm,
         baseline=baseline,
         score=score,
-        difference=float(values.mean()) if values.size else None,
+        difference=difference,
         low=effect.low if effect else None,
         high=effect.high if effect else None,
         p=effect.p if effect else None,

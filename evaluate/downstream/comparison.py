@@ -30,15 +30,15 @@ from maskloom.evaluate.downstream.compare import (
     compare,
     score_names,
 )
+from maskloom.evaluate.downstream.directions import known_bounds
 from maskloom.evaluate.downstream.outlook import what_would_change
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
-from maskloom.evaluate.scores.segmentation import UNBOUNDED
 from maskloom.evaluate.scores.statistics import saturated_interval
 from maskloom.pipeline.config.filter import FILTERED
 from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
 SMALLEST_P = 0.001
-NO_SHARES = ("AUROC", CALIBRATION_ERROR, *UNBOUNDED)
+NO_SHARES = ("AUROC", CALIBRATION_ERROR)
 """Scores that are no means of shares over cases: the best of them in every group says nothing of a share."""
 LUCK_RATIO = 2.0  # from which the null arm's half interval is out of line with the smallest effect
 
@@ -169,13 +169,24 @@ def shown_interval(one: ArmScore | Comparison) -> Interval:
     share that is 0 or 1 in every case and seed has the exact interval over groups. All else that is
     the same in every case and seed has none, as this proves no certainty.
     """
-    highest = np.inf if one.score in UNBOUNDED else 1.0
-    value, lowest = (one.value, 0.0) if isinstance(one, ArmScore) else (one.difference, -highest)
+    if isinstance(one, ArmScore):
+        value, (lowest, highest) = one.value, known_bounds(one.score)
+        if value is not None and value > highest:  # of another scale, such as percent
+            highest = np.inf
+    else:
+        value, highest = one.difference, widest_change(one.score, one.difference)
+        lowest = -highest
     if one.low is not None and one.high is not None and one.low != one.high:
         return Interval(value=value, low=max(lowest, one.low), high=min(highest, one.high))
-    if isinstance(one, ArmScore) and value in (0.0, 1.0) and one.groups and one.score not in NO_SHARES:
+    if isinstance(one, ArmScore) and value in (0.0, 1.0) and one.groups and highest == 1 and one.score not in NO_SHARES:
         return saturated_interval(value, one.groups)
     return Interval(value=value)
+
+
+def widest_change(score: str, change: float | None) -> float:
+    """Return how far a score can change; infinite where that is not known, or a change is of another scale."""
+    low, high = known_bounds(score)
+    return high - low if change is None or abs(change) <= high - low else np.inf
 
 
 def _values(one: TestSetComparison) -> dict[str, Any]:

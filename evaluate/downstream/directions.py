@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR, CLASSIFICATION_SCORES
-from maskloom.evaluate.scores.segmentation import DICE, FALSE_POSITIVES, HD95, IOU, SENSITIVITY
+from maskloom.evaluate.scores.segmentation import DICE, FALSE_POSITIVES, HD95, IOU, SENSITIVITY, UNBOUNDED
 
 HIGHER, LOWER = "higher", "lower"
 OWN_SCORES = {
@@ -26,7 +27,7 @@ OWN_SCORES = {
     "specificity": HIGHER,
     **{name: LOWER if name == CALIBRATION_ERROR else HIGHER for name in CLASSIFICATION_SCORES},
 }
-"""By whole name, or by what stands before a class, a threshold or a unit."""
+"""By whole name, or by what stands before a class, a threshold or a unit. All are from 0 to 1 but for `UNBOUNDED`."""
 TURNING = (
     r"errors?|err|(log|dice|focal|hinge|ce)?loss(es)?|diffs?|differences?|deviations?|divergences?"
     r"|failures?|drops?|uncertainty"
@@ -89,10 +90,9 @@ def direction(score: str, lower: Collection[str] = (), higher: Collection[str] =
     """
     if score in lower or score in higher:
         return Direction(LOWER if score in lower else HIGHER, "stated")
+    if (own := own_score(score)) is not None:
+        return Direction(OWN_SCORES[own], "known")
     head = subject(score)
-    for name in (score, head):
-        if name in OWN_SCORES:
-            return Direction(OWN_SCORES[name], "known")
     measured = re.sub("[\u2010-\u2015\u2212]", "-", head).replace("_", " ")  # any dash
     negated = COMPLEMENT.match(measured)
     measured = CONDITION.split(measured[negated.end() :] if negated else measured, maxsplit=1)[0]
@@ -111,6 +111,19 @@ def _named_direction(words: str) -> str | None:
         turned = TURNED.search(words, higher[-1].end())
         return LOWER if turned and "minus" not in words else None
     return HIGHER if higher else LOWER if lower else None
+
+
+def own_score(score: str) -> str | None:
+    """Return the name under which `OWN_SCORES` has a score; None where it is not MaskLoom's own."""
+    return next((name for name in (score, subject(score)) if name in OWN_SCORES), None)
+
+
+def known_bounds(score: str) -> tuple[float, float]:
+    """Return the lowest and the highest value that a score can have; infinite where that is not known."""
+    own = own_score(score)
+    if own is None:
+        return -inf, inf
+    return 0.0, inf if own in UNBOUNDED else 1.0
 
 
 def subject(score: str) -> str:

@@ -149,6 +149,9 @@ def _gap(
     """Return the gap of one subgroup, without a finding and an adjusted p-value."""
     inside, outside = _sides(cases, arm, score, name, parts)
     effect = _effect(inside, outside, score)
+    gap = inside.value - outside.value if inside.value is not None and outside.value is not None else None
+    if effect is not None and effect.low == effect.high:
+        gap = effect.value  # rounding must not lie beside an interval without width
     return Gap(
         metric=cases.metric,
         test_set=cases.test_set,
@@ -158,7 +161,7 @@ def _gap(
         subgroup=name,
         inside=inside.value,
         outside=outside.value,
-        gap=inside.value - outside.value if inside.value is not None and outside.value is not None else None,
+        gap=gap,
         low=effect.low if effect else None,
         high=effect.high if effect else None,
         p=effect.p if effect else None,
@@ -216,7 +219,7 @@ def _with_finding(one: Gap, cases: ScoredTestSet, columns: Subgroups) -> Gap:
 def _missing_values_oppose(
     one: Gap, cases: ScoredTestSet, parts: Mapping[str, Collection[str]], inside_is_worst: bool
 ) -> bool:
-    """Return whether undefined values would undo a gap, if they were as much against it as any value seen.
+    """Return whether undefined values would undo a gap, if they were as much against it as any value can be.
 
     Where a model fails in the hardest cases of a subgroup, it has no value there, and looks better for it.
     """

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
+from maskloom.evaluate.downstream.directions import known_bounds
 from maskloom.evaluate.scores.classification import (
     CALIBRATION_ERROR,
     RECALL,
@@ -22,7 +23,9 @@ PROBABILITY, TRUTH = "probability of ", "is "
 UNWEIGHTED = ("accuracy", CALIBRATION_ERROR)
 """Scores of a classifier that are not means over classes."""
 JITTER = 1e-3
-"""Two models are one training if no case differs by more than this share of the standard deviation over cases."""
+"""Two models are one training if no case differs by more than this share of the spread over cases."""
+OUTLIERS = 0.05
+"""Share of the cases that cannot widen the spread of the others to more than ten times theirs."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ def paired_values(cases: ScoredTestSet, arm: str, baseline: str, score: str) -> 
 
 
 def with_worst_values(cases: ScoredTestSet, favoured: str, other: str, score: str, lower: bool) -> ScoredTestSet:
-    """Return two arms whose undefined values speak against the favoured one as much as any value seen.
+    """Return two arms whose undefined values speak against the favoured one as much as any value can.
 
-    It gets the worst value of both arms, and the other one the best; see `with_extreme_values`.
+    It gets the worst value, and the other one the best seen; see `with_extreme_values`.
 
     Args:
         cases: of one test set.
@@ -102,10 +105,11 @@ def with_worst_values(cases: ScoredTestSet, favoured: str, other: str, score: st
 def with_extreme_values(
     cases: ScoredTestSet, arm: str, arms: Sequence[str], score: str, worst: bool, lower: bool
 ) -> ScoredTestSet:
-    """Return an arm whose undefined values are the worst or the best seen.
+    """Return an arm whose undefined values are the worst that the score can have, or the best seen.
 
-    Probabilities are those of a wrong or of the right class. A case without a value in any model stays undefined, and so does a model without a value in any
-    case (its training failed).
+    Where the worst is not known (`known_bounds`), it is the worst value seen. Probabilities are those of
+    a wrong or of the right class. A case without a value in any model stays undefined, and so does a model
+    without a value in any case (its training failed).
 
     Args:
         cases: of one test set.
@@ -134,6 +138,8 @@ def _extreme_values(
     """Return the worst or best raw values, by name: of a score over all cases, of a classifier for each, (N,)."""
     if all(score in side for side in sides.values()):
         seen = np.concatenate([side[score].ravel() for side in sides.values()])
+        if worst:  # what failed may be worse than all that was seen, but not better
+            seen = np.append(seen, [bound for bound in known_bounds(score)[lower : lower + 1] if np.isfinite(bound)])
         return {score: float(np.nanmax(seen) if worst == lower else np.nanmin(seen))}
     classes = sorted({name.removeprefix(TRUTH) for side in sides.values() for name in side if name.startswith(TRUTH)})
     truth = {
@@ -232,9 +238,20 @@ def repeated_seeds(pair: Pair) -> bool:
         stacked = np.concatenate([values for name, values in side.items() if not name.startswith(TRUTH)], axis=1)
         for number, one in enumerate(stacked):
             apart = np.abs(stacked[:number] - one).max(axis=1)
-            if (apart <= JITTER * one.std()).any() and one.std() > 0:
+            if (apart <= JITTER * case_spread(one)).any() and one.std() > 0:
                 return True
     return False
+
+
+def case_spread(values: Floats) -> float:
+    """Return the standard deviation of values, (N,), unless a few of them alone make it what it is.
+
+    A value such as -1e9 for a case that no model could score says nothing of how the other cases vary.
+    """
+    apart = np.abs(values - np.median(values))
+    if not apart.any():
+        return 0.0
+    return float(min(values.std(), 10 * np.quantile(apart[apart > 0], 1 - OUTLIERS, method="lower")))
 
 
 def supporting_groups(pair: Pair, score: str) -> int:

@@ -20,7 +20,7 @@ from maskloom.evaluate.downstream.by_column import SubgroupComparison, compare_s
 from maskloom.evaluate.downstream.cases import ScoredTestSet, learning_curve_of, read_cases
 from maskloom.evaluate.downstream.columns import Subgroups, split_of, split_subgroups, usable_subgroups
 from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, compare_parts, score_names
-from maskloom.evaluate.downstream.directions import HIGHER, LOWER, OWN_SCORES, direction, subject
+from maskloom.evaluate.downstream.directions import HIGHER, LOWER, OWN_SCORES, direction, own_score
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
@@ -211,8 +211,8 @@ def _with_baseline(path: Path, test_sets: Sequence[ScoredTestSet], baseline: str
 
 def _place(one: Comparison) -> tuple[Any, ...]:
     """Return what comparisons of a file are sorted by: the dataset's own test set and known scores first."""
-    own = list(OWN_SCORES)
-    head = next((own.index(name) for name in (one.score, subject(one.score)) if name in own), len(own))
+    own, name = list(OWN_SCORES), own_score(one.score)
+    head = len(own) if name is None else own.index(name)
     return one.metric, one.test_set != REAL_TEST, one.test_set, head, one.score, one.arm
 
 

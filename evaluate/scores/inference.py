@@ -41,7 +41,9 @@ QUANTILES = (np.arange(200) + 0.5) / 200
 ALIKE = 0.2
 """Seeds are paired if errors of equal seeds correlate by so much more than those of unequal seeds."""
 NEGLIGIBLE = 1e-9
-"""Differences and standard errors below this share of the largest value are rounding."""
+"""Differences and standard errors below this share of a typical value are rounding."""
+ROUNDINGS = 16
+"""So many times the floating-point error of the largest value is rounding, too."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,22 @@ def estimate_effect(values: Floats, groups: Sequence[str], baseline: Floats | No
     """
     by_case, variance, paired = difference_variance(values, groups, baseline)
     cases = len(by_case) if variance.groups == 0 else float(by_case.var(ddof=1) / variance.groups)
-    largest = max(np.abs(arm).max() for arm in (values, baseline) if arm is not None)
-    return _effect(float(by_case.mean()), variance, largest, cases, paired)
+    arms = [values] if baseline is None else [values, baseline]
+    return _effect(float(by_case.mean()), variance, rounding_error(arms), cases, paired)
 
 
-def _effect(value: float, variance: Variance, largest: float, cases: float, paired: bool) -> Effect:
-    """Return the effect of a mean or difference with this variance; `largest` is the largest value behind it."""
-    rounding = NEGLIGIBLE * largest
+def rounding_error(scores: Sequence[Floats]) -> float:
+    """Return the size up to which differences and standard errors of scores, each (S, N), are rounding.
+
+    A single value such as -1e9, which stands for a case that no model could score, does not hide the others.
+    """
+    largest = np.concatenate([np.abs(one).max(axis=0) for one in scores])  # of each case
+    typical = np.median(largest[largest > 0]) if largest.any() else 0.0
+    return float(max(NEGLIGIBLE * typical, ROUNDINGS * np.finfo(np.float64).eps * largest.max()))
+
+
+def _effect(value: float, variance: Variance, rounding: float, cases: float, paired: bool) -> Effect:
+    """Return the effect of a mean or difference with this variance; see `rounding_error`."""
     value = value if abs(value) > rounding else 0.0
     if np.sqrt(variance.total) <= rounding:
         return Effect(value, value, value, float(value == 0), 0.0, 0.0, 0.0, cases, paired)
@@ -207,8 +218,8 @@ def estimate_gap(values: Floats, groups: Sequence[str], rest: Floats, rest_group
         len(one) if side.variance == 0 else float(one.var(ddof=1) / side.variance)
         for one, side in zip(by_case, jackknives, strict=True)
     )
-    largest = max(np.abs(one).max() for one in (values, rest))
-    return _effect(float(by_case[0].mean() - by_case[1].mean()), variance, largest, cases, paired=True)
+    value, rounding = float(by_case[0].mean() - by_case[1].mean()), rounding_error([values, rest])
+    return _effect(value, variance, rounding, cases, paired=True)
 
 
 def _gap_variance(
@@ -252,7 +263,7 @@ def seeds_are_paired(values: Floats, baseline: Floats) -> bool:
     """
     sides = [_rest(one) for one in (values, baseline)]
     norms = [np.linalg.norm(one, axis=1) for one in sides]
-    if min(one.min() for one in norms) <= NEGLIGIBLE * np.abs(values).max():
+    if min(one.min() for one in norms) <= rounding_error([values, baseline]):
         return False
     correlations = sides[0] @ sides[1].T / np.outer(*norms)
     equal = np.eye(len(values), dtype=bool)

@@ -148,6 +148,28 @@ def test_findings_are_adjusted_for_subgroups_and_arms() -> None:
     ]
     assert [row[:2] for row in found.tables()[0].rows[:2]] == [["A", "real"], ["A", "real, other seeds"]]
     json.dumps(found.as_json())
+    note = found.tables()[1].note
+    assert "by models trained on real images only; other patients" in note
+    other = compare_subgroups(cases, "Dice", "higher", columns, "synthetic")
+    arms, gaps = other.tables()
+    assert {gap.arm for gap in other.gaps} == {"synthetic"}
+    assert gaps.title == "Gaps by scanner: Dice on the real test, synthetic only"
+    assert gaps.note == note.replace("models trained on real images only", "models of the arm synthetic only")
+    assert "change against synthetic" in arms.columns
+
+
+def test_subgroups_of_arms_and_scores_of_other_software() -> None:
+    random = np.random.default_rng(1)
+    values = {"nnU-Net": random.normal(3, 0.2, (3, 48)), "mine:v2": random.normal(7, 0.2, (3, 48))}
+    cases = dice_cases(values, score="ASD")
+    columns = {"scanner": {"A": cases.samples[:24], "B": cases.samples[24:]}}
+    found = compare_subgroups(cases, "ASD", "lower", columns, "nnU-Net")
+    arms, gaps = found.tables()
+    assert [row[1] for row in arms.rows] == ["nnU-Net", "mine:v2"] * 2
+    assert gaps.title == "Gaps by scanner: ASD on the real test, nnU-Net"
+    for row in arms.rows:
+        for cell in row[2:4]:
+            assert cell is None or cell.low < cell.value < cell.high
 
 
 @pytest.mark.parametrize("metric", METRICS)
