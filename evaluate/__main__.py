@@ -30,6 +30,8 @@ DESCRIPTION = (
 )
 LEAK_EXIT_CODE = 3
 """Of `judge`, where a leak or copies stopped it."""
+MOST_LEFT_OUT = 0.05
+"""Share of the synthetic files that may go unjudged before the exit code says so."""
 MEMORY_ADVICE = "lower batch_size or image_size in the options of the metric that was running (evaluate.metrics.NAME)"
 
 
@@ -191,17 +193,23 @@ def judge(
     Hugging Face folders, prepared datasets and runs.
 
     Exit code: 0 with a verdict; 3 where a leak or copies stopped it; 2 for a
-    mistake in what was given.
+    mistake in what was given, or where over 5 % of the synthetic files could not
+    be used: the verdict does not cover them.
     """
     from maskloom.evaluate.judge.judge import Request
     from maskloom.evaluate.judge.judge import judge as judging
-    from maskloom.pipeline.errors import LeakedImages
+    from maskloom.pipeline.errors import LeakedImages, MaskLoomError
 
     try:
-        judging(Request(real, synthetic, out, config, size, seeds, overrides or []), force)
+        left_out = judging(Request(real, synthetic, out, config, size, seeds, overrides or []), force)
     except LeakedImages as leak:
         print(f"stopped: {leak}", file=sys.stderr)
         raise typer.Exit(LEAK_EXIT_CODE) from None
+    if left_out > MOST_LEFT_OUT:
+        raise MaskLoomError(
+            f"--synthetic {synthetic}: {left_out:.0%} of its files could not be used and were not judged; repair them, or "
+            "copy linked files into the folder"
+        )
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -67,8 +67,11 @@ class Request:
     overrides: Sequence[str] = ()
 
 
-def judge(request: Request, force: bool) -> None:
+def judge(request: Request, force: bool) -> float:
     """Write `OUT`: the real dataset, the synthetic set, the evaluation and the report.
+
+    Returns:
+        The share of the synthetic files, from 0 to 1, that could not be used and were not judged.
 
     Raises:
         MaskLoomError: a folder or an option is wrong, or the folders do not fit each other.
@@ -101,7 +104,14 @@ def judge(request: Request, force: bool) -> None:
             remove_results(run)
             raise LeakedImages(leak.found, REMEDY if leak.remedy == SYNTHETIC_FIX else leak.remedy) from None
         write_report(config, force)
+    left_out = images.contract.rejected
+    if left_out:
+        print(f"{left_out} of {images.num_rows + left_out} synthetic files could not be used and were not judged:")
+        print(
+            f"  what follows says nothing about them, nor whether they are copies; why: {images.folder}/rejected.jsonl"
+        )
     print_verdicts(run)
+    return left_out / (images.num_rows + left_out)
 
 
 def experiment_values(request: Request, real: Given, out: Path, overrides: Sequence[str]) -> dict[str, Any]:

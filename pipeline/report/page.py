@@ -138,7 +138,7 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
         "config": config,
         "seeds": seeds_in_words(config, sources),
         "trains": trains,
-        "missing": [*sources.missing(trains), *stale_parts(sources), *remarks, *notices],
+        "missing": [*unjudged_parts(sources), *sources.missing(trains), *stale_parts(sources), *remarks, *notices],
         "evaluations": evaluations,
         "scorecard": scorecard(sources, evaluations),
         "evaluation_folder": sources.run.evaluation,
@@ -165,6 +165,19 @@ def seeds_in_words(config: ExperimentConfig, sources: Sources) -> str:
     if len(set(seeds.values())) < 2:
         return f"seed {next(iter(seeds.values()), config.seed)}"
     return f"seeds: {', '.join(f'{stage} {seed}' for stage, seed in seeds.items())}"
+
+
+def unjudged_parts(sources: Sources) -> list[str]:
+    """Return a sentence for each set made elsewhere of which files were left out: no question covers them."""
+    results = sources.records.get("generate", {}).get("results", {})
+    left_out = {
+        name: found["left_out"] for name, found in results.items() if isinstance(found, dict) and "left_out" in found
+    }
+    return [
+        f"synthetic/{name}: {count} of {results[name]['images'] + count} files could not be used and were not judged."
+        for name, count in left_out.items()
+        if count
+    ]
 
 
 def stale_parts(sources: Sources) -> list[str]:

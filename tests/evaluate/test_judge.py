@@ -31,6 +31,7 @@ from maskloom.pipeline.results import read_evaluations
 from maskloom.pipeline.runs.record import StageRecord, write_record
 from maskloom.pipeline.runs.run import Run
 from tests.evaluate.runs import faithful, small_options
+from tests.processes import finished
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset, write_tiny_run
 from tests.writers import hf_folder, nnunet_folder
 
@@ -645,7 +646,14 @@ def test_unreadable_images_are_left_out_and_counted(real: Path, tmp_path: Path, 
     )
     _, theirs = judged(real, synthetic, tmp_path / "out", quick, *overrides)
     assert theirs.num_rows == 10
-    assert "2 files could not be used and are not judged." in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 files could not be used and are not judged." in page
+    assert "synthetic/synthetic: 2 of 12 files could not be used and were not judged." in page
+    words = [f"--real={real}", f"--synthetic={synthetic}", f"--out={tmp_path / 'out'}", f"--config={quick}"]
+    code, text = finished("maskloom.evaluate", ["judge", *words, *overrides])
+    assert code == 2
+    assert text.index("2 of 12 synthetic files could not be used") < text.index("Report: ")
+    assert "17% of its files could not be used and were not judged; repair them" in text
 
 
 def test_a_folder_of_unreadable_images_ends_with_the_exit_code_of_prepare(
