@@ -234,6 +234,8 @@ def _smallest_interval(one: Comparison) -> Interval | None:
 
 def _change_sentence(one: Comparison) -> str:
     reason = f", {one.reason}" if one.reason else ""
+    if one.difference is None:
+        return f"{arm_title(one.arm)}: {one.score} is not defined: {one.finding}{reason}"
     return f"{arm_title(one.arm)} changed {one.score} by {shown_interval(one)}: {one.finding}{reason}"
 
 
@@ -242,6 +244,8 @@ def _external_sentence(external: TestSetComparison, own: TestSetComparison) -> s
     here, there = external.headline, own.headline
     conclusion = ", the same conclusion" if here.finding == there.finding else ", another conclusion"
     told = CANNOT_TELL not in (here.finding, there.finding)
+    if here.difference is None:
+        return f"On the {external.test_set}, {here.score} is not defined: {here.finding}, {here.reason}."
     return (
         f"On the {external.test_set} it changed {here.score} by {shown_interval(here)}: "
         f"{here.finding}{conclusion if told else ''}."

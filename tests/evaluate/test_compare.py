@@ -512,6 +512,10 @@ def test_a_score_that_the_cases_do_not_define_is_said_and_stops_nothing(tmp_path
     assert change["reason"] == "the test images are of one class"
     result = compare_test_sets([cases, own], "AUROC", None, "controlnet")
     assert result.would_change[0] == "Cannot be told now: the test images are of one class."
+    assert ": AUROC is not defined: cannot tell, the test images are of one class (" in result.verdict
+    result = compare_test_sets([own, cases], "AUROC", None, "controlnet")
+    told = "On the external test set abroad, AUROC is not defined: cannot tell, the test images are of one class."
+    assert told in result.verdict
     write_cases(tmp_path / "cases.parquet", [own, cases])
     words = ["compare", str(tmp_path / "cases.parquet"), "--json", str(tmp_path / "out.json")]
     code, text = finished("maskloom.evaluate", words)
