@@ -271,7 +271,9 @@ def test_a_single_class_folder_is_that_class(real: Path, tmp_path: Path, quick: 
     shutil.rmtree(synthetic / "malignant")
     _, theirs = judged(without_masks(real, tmp_path / "real"), synthetic, tmp_path / "out", quick)
     assert classes_of(theirs) == {"benign": 8} and masked(theirs) == 0
-    assert "(mask) is left out" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "Their masks are left out, because the real images have none." in (tmp_path / "out" / "report.html").read_text()
+    )
 
 
 def write_pairs(folder: Path, seed: int, count: int, table: bool) -> Path:

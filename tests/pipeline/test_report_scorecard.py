@@ -3,9 +3,11 @@
 import inspect
 import re
 
+import numpy as np
 import pytest
 
-from maskloom.evaluate.downstream import by_column, subgroups
+from maskloom.evaluate.downstream import subgroups
+from maskloom.evaluate.downstream.by_column import compare_subgroups
 from maskloom.evaluate.metrics import SCORECARD
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.plugins import plugin_names
@@ -14,6 +16,7 @@ from maskloom.pipeline.report.scorecard import CRITERIA, DIFFERENCE, METRICS, fi
 from maskloom.pipeline.report.sources import find_sources
 from maskloom.pipeline.results import Evaluation, Interval
 from maskloom.pipeline.runs.run import Run
+from tests.evaluate.cases import dice_cases
 from tests.pipeline import fake_run
 
 FIGURES = [
@@ -61,7 +64,10 @@ def test_metrics_and_criteria_are_those_that_exist():
 
 
 def test_the_tables_of_subgroups_have_the_column_that_is_read():
-    assert all(f'"{DIFFERENCE}"' in inspect.getsource(module) for module in (subgroups, by_column))
+    assert f'"{DIFFERENCE}"' in inspect.getsource(subgroups)
+    cases = dice_cases({arm: np.full((3, 12), 0.5) for arm in ("real", "real_synthetic")})
+    columns = {"scanner": {"A": cases.samples[:6], "B": cases.samples[6:]}}
+    assert DIFFERENCE in compare_subgroups(cases, "Dice", "higher", columns).tables()[0].columns
 
 
 def test_a_figure_stands_beside_that_of_real_images():
