@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from maskloom.evaluate.memory import return_freed_memory
 from maskloom.pipeline.parallel import available_cores
 
 Item = TypeVar("Item")
@@ -24,6 +25,7 @@ def thread_results(function: Callable[[Item], Result], items: Sequence[Item]) ->
     """
     import torch
 
+    return_freed_memory()  # the threads cannot use what others have freed: they allocate from arenas of their own
     before, cores = torch.get_num_threads(), available_cores()
     torch.set_num_threads(1)  # of every thread that starts from now on
     try:
