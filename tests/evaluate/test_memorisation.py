@@ -110,6 +110,7 @@ def test_a_generator_is_named_where_more_is_flagged_than_chance_explains(
     verdict = audit_verdict([audit], Options())
     assert ("copied is closer to training images" in verdict) == named
     assert ("no sign of copying" in verdict) != named
+    assert verdict.startswith("20 images, no copy of a training image. ")
     assert "chance reaches 20.0%" in verdict
     untold = audit_verdict([replace(audit, chance=None)], Options(), "7 held-out real images are fewer than 40")
     assert "Finding: cannot tell" in untold and "7 held-out real images are fewer than 40." in untold

@@ -112,15 +112,17 @@ def write_synthetic(
     parents: Sequence[int] = range(ROWS["train"]),
     warped: bool = False,
     own_masks: bool = False,
+    seeded: bool = True,
 ) -> Contract:
     """Write a synthetic dataset; `warped` gives each row another mask than its parent's,
-    `own_masks` one that has no parent.
+    `own_masks` one that has no parent. Without a seed, it was made elsewhere.
     """
     about = real.description.model_copy(update={"origin": "synthetic"})
     rows = []
     for i in parents:
         number = 100 * len("train") + i + (1000 if warped or own_masks else 0)
-        made = {"parent_id": None if own_masks else f"train-{i}", "generator": "f" * 64, "seed": 7000 + i}
+        made = {"parent_id": None if own_masks else f"train-{i}", "generator": "f" * 64}
+        made["seed"] = 7000 + i if seeded else None
         one = sample(f"{name}-{i}", number, about, **made)
         one.image = (
             np.ascontiguousarray(one.image[:, ::-1])

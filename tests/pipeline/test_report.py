@@ -488,6 +488,15 @@ def test_masks_that_a_generator_drew_are_told_from_those_it_was_given(tmp_path):
     assert "for this mask" not in text
 
 
+def test_images_made_elsewhere_are_not_said_to_follow_a_mask(tmp_path):
+    config = load_experiment(fake_run.write_config(tmp_path), [])
+    run = Run(config.run_folder)
+    fake_run.write_synthetic(run, "vendor", fake_run.write_real(run), own_masks=True, seeded=False)
+    text = _report(config)[1].text
+    assert "made elsewhere, for no image of this row" in text
+    assert "generated with this mask" not in text
+
+
 def test_a_step_that_was_logged_twice_keeps_the_later_value(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 5}\n{"step": 1, "loss": 2, "note": "x", "bad": NaN}\n[]\n')
