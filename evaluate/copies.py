@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_images
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_batches, grey_images
 from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.results import CopyRow, named_copies
 
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import CopySearch, Matches
+
+    Reader = Callable[[ImageSet], Iterator[NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class CopyJudge:
         """Return the images of a set that are copies of known images."""
         if not len(image_set):
             return []
-        found = self.search.matches(comparable(image_set))
+        found = self.search.matches_in(comparable_batches(image_set), len(image_set))
         return copy_rows(image_set.columns["sample_id"], self.originals, found, self.thresholds)
 
 
@@ -129,7 +131,7 @@ def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[st
 def calibrated_judge(
     known: Sequence[ImageSet],
     unseen: Sequence[ImageSet],
-    read: Callable[[ImageSet], NDArray[np.uint8]] | None = None,
+    read: Reader | None = None,
     margin: float = 0.0,
 ) -> CopyJudge:
     """Return a judge that finds copies of known images.
@@ -137,13 +139,13 @@ def calibrated_judge(
     Args:
         known: the image sets that are searched.
         unseen: real images of other groups, which set the thresholds.
-        read: returns the images of a set as they are compared; None: `comparable`.
+        read: yields the images of a set as they are compared; None: `comparable_batches`.
         margin: see `copy_rows`; for the copies among the unseen images.
     """
     from maskloom.evaluate.scores.copies import CopySearch
 
-    read = read or comparable
-    search = CopySearch(np.concatenate([read(one) for one in known]))
+    read = read or comparable_batches
+    search = CopySearch(np.concatenate([batch for one in known for batch in read(one)]))
     originals = [sample for one in known for sample in one.columns["sample_id"]]
     return CopyJudge(search, originals, *calibration(search, originals, unseen, read, margin))
 
@@ -152,7 +154,7 @@ def calibration(
     search: CopySearch,
     originals: list[str],
     unseen: Sequence[ImageSet],
-    read: Callable[[ImageSet], NDArray[np.uint8]] | None = None,
+    read: Reader | None = None,
     margin: float = 0.0,
 ) -> tuple[dict[str, float], list[CopyRow]]:
     """Return the thresholds of copies by measure, and the unseen images that are copies.
@@ -166,8 +168,8 @@ def calibration(
     """
     from maskloom.evaluate.scores.copies import SIMILARITIES
 
-    read = read or comparable
-    matches = [search.matches(read(one)) for one in unseen]
+    read = read or comparable_batches
+    matches = [search.matches_in(read(one), len(one)) for one in unseen]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
     thresholds = {name: copy_threshold(values, len(originals)) for name, values in best.items()}
     copies = [
@@ -180,7 +182,9 @@ def calibration(
 
 def _judged(inputs: EvaluationInputs) -> CopyJudgement:
     judge, labels = copy_judge(inputs), inputs.train.labels
-    averages = np.stack([judge.search.train[labels == one].mean(axis=0) for one in np.unique(labels)])
+    averages = np.stack(
+        [judge.search.train.mean(axis=0, where=(labels == one)[:, None, None]) for one in np.unique(labels)]
+    )
     of_averages = judge.search.matches(averages.round().astype(np.uint8)).similarity
     return CopyJudgement(
         judge.thresholds,
@@ -233,6 +237,13 @@ def comparable(image_set: ImageSet) -> NDArray[np.uint8]:
     from maskloom.evaluate.scores.descriptors import SIDE
 
     return grey_images(image_set, SIDE)
+
+
+def comparable_batches(image_set: ImageSet, rows: Sequence[int] | None = None) -> Iterator[NDArray[np.uint8]]:
+    """Yield what `comparable` returns, up to 64 images at a time; see `ImageSet.batches`."""
+    from maskloom.evaluate.scores.descriptors import SIDE
+
+    return grey_batches(image_set, SIDE, rows)
 
 
 def _z(similarity: NDArray[np.float64] | float) -> NDArray[np.float64]:

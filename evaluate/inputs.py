@@ -133,10 +133,16 @@ def grey_images(image_set: ImageSet, side: int) -> Images:
     """Return all images in grey and square, (N, side, side) uint8."""
     found = np.empty((len(image_set), side, side), dtype=np.uint8)
     start = 0
-    for batch in image_set.batches("image", (side, side)):
-        found[start : start + len(batch)] = [grey(image) for image in batch if image is not None]
+    for batch in grey_batches(image_set, side):
+        found[start : start + len(batch)] = batch
         start += len(batch)
     return found
+
+
+def grey_batches(image_set: ImageSet, side: int, rows: Sequence[int] | None = None) -> Iterator[Images]:
+    """Yield up to 64 images at a time in grey and square, (B, side, side) uint8; see `ImageSet.batches`."""
+    for batch in image_set.batches("image", (side, side), rows):
+        yield np.stack([grey(image) for image in batch if image is not None])
 
 
 def grey(image: Images) -> Images:

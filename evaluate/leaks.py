@@ -10,6 +10,7 @@ images, which are other groups than the held-out ones. The result is kept in
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.evaluate.copies import CopyJudge, calibrated_judge, comparable, copy_judge, copy_rows
+from maskloom.evaluate.copies import CopyJudge, calibrated_judge, comparable_batches, copy_judge, copy_rows
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.errors import LeakedImages
@@ -80,7 +81,7 @@ def held_out_judge(inputs: EvaluationInputs) -> CopyJudge | None:
     descriptors take 55 kB per held-out image.
     """
     known = held_out_sets(inputs)
-    return calibrated_judge(known, [inputs.train], bare_images, MARGIN) if known else None
+    return calibrated_judge(known, [inputs.train], bare_batches, MARGIN) if known else None
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,15 @@ class Suspects:
     """Images of a set that resemble held-out ones, before they are compared with train images.
 
     Attributes:
-        images: (S, side, side) uint8, as they are compared.
-        samples: id of each of them.
+        image_set: the set.
+        rows: (S,) row of each in it.
         matches: what each resembles among the held-out images.
         originals: ids of the held-out images.
         thresholds: by measure.
     """
 
-    images: NDArray[np.uint8]
-    samples: list[str]
+    image_set: ImageSet
+    rows: list[int]
     matches: list[Matches]
     originals: list[str]
     thresholds: dict[str, float]
@@ -109,12 +110,12 @@ def leaked_in(inputs: EvaluationInputs, judge: CopyJudge, image_set: ImageSet) -
 
 def suspects_in(judge: CopyJudge, image_set: ImageSet) -> Suspects:
     """Return the images of a set that resemble held-out ones."""
-    images, samples = bare_images(image_set), image_set.columns["sample_id"]
-    found = judge.search.matches(images)
+    samples = image_set.columns["sample_id"]
+    found = judge.search.matches_in(bare_batches(image_set), len(image_set))
     names = {row.sample_id for row in copy_rows(samples, judge.originals, found, judge.thresholds, MARGIN)}
     rows = [row for row, sample in enumerate(samples) if sample in names]
     matches = [found.of(row) for row in rows]
-    return Suspects(images[rows], [samples[row] for row in rows], matches, judge.originals, judge.thresholds)
+    return Suspects(image_set, rows, matches, judge.originals, judge.thresholds)
 
 
 def confirmed(inputs: EvaluationInputs, suspects: Suspects) -> list[CopyRow]:
@@ -123,22 +124,25 @@ def confirmed(inputs: EvaluationInputs, suspects: Suspects) -> list[CopyRow]:
     Such an image also resembles its original by `MARGIN` more than any train image: one that shows
     little, as a smooth blob, resembles images of every split.
     """
-    if not suspects.samples:
+    if not suspects.rows:
         return []
-    known = copy_judge(inputs).search.matches(suspects.images)
+    batches = bare_batches(suspects.image_set, suspects.rows)
+    known = copy_judge(inputs).search.matches_in(batches, len(suspects.rows))
+    samples = suspects.image_set.columns["sample_id"]
     rows = []
-    for number, (sample, found) in enumerate(zip(suspects.samples, suspects.matches, strict=True)):
+    for number, (row, found) in enumerate(zip(suspects.rows, suspects.matches, strict=True)):
         limits = {name: max(one, float(known.similarity[name][number])) for name, one in suspects.thresholds.items()}
-        rows += copy_rows([sample], suspects.originals, found, limits, MARGIN)
+        rows += copy_rows([samples[row]], suspects.originals, found, limits, MARGIN)
     return rows
 
 
-def bare_images(image_set: ImageSet) -> NDArray[np.uint8]:
-    """Return the images of a set as they are compared, (N, side, side), without grey borders."""
-    images = comparable(image_set)
-    for index, image in enumerate(images):
-        images[index] = without_grey_border(image)
-    return images
+def bare_batches(image_set: ImageSet, rows: Sequence[int] | None = None) -> Iterator[NDArray[np.uint8]]:
+    """Yield images of a set as they are compared, (B, side, side), without grey borders.
+
+    See `ImageSet.batches`.
+    """
+    for batch in comparable_batches(image_set, rows):
+        yield np.stack([without_grey_border(image) for image in batch])
 
 
 def without_grey_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ parts of both are compared at the displacement at which they agree (`overlap.py`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -140,9 +140,19 @@ class CopySearch:
 
     def matches(self, images: NDArray[np.uint8]) -> Matches:
         """Return the best matches of (N, 128, 128) uint8 grey images."""
+        return self.matches_in([images], len(images))
+
+    def matches_in(self, batches: Iterable[NDArray[np.uint8]], count: int) -> Matches:
+        """Return the best matches of images of which only a few are in memory at a time.
+
+        Args:
+            batches: (B, 128, 128) uint8 grey each.
+            count: the number of all images.
+        """
         found: list[dict[str, Match]] = []
-        with progress("searching copies", len(images), "images") as advance:
-            for block in thread_results(self._block_matches, in_blocks(images)):
+        blocks = chain.from_iterable(map(in_blocks, batches))
+        with progress("searching copies", count, "images") as advance:
+            for block in thread_results(self._block_matches, blocks):
                 found += block
                 advance(len(block))
         return Matches(

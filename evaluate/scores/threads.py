@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,12 +16,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def thread_results(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def thread_results(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `function(item)` for every item, in order, computed by as many threads as there are cores.
 
     Libraries may not split single operations between cores meanwhile: for small ones, the cores
-    would mostly wait for each other. Few results wait to be used, so memory does not grow with the
-    number of items.
+    would mostly wait for each other. Few items and results wait to be used, so memory does not grow
+    with their number.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """Copies of training images are found one by one, whatever was done to them, and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from maskloom.evaluate.scores.calibration import copy_threshold, held_out_share,
 from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches
 from maskloom.evaluate.scores.descriptors import SIDE, content_box, halved, without_padding
 from maskloom.evaluate.scores.overlap import largest_overlaps
+from maskloom.evaluate.scores.threads import thread_results
 from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.export import ExportOptions, export
@@ -127,6 +128,27 @@ def test_unseen_images_are_no_copies(held_out: Matches, thresholds: dict[str, fl
     others = search.matches(np.stack([picture(5000 + number) for number in range(20)]))
     for found in (held_out, others):
         assert not any((found.similarity[name] > thresholds[name]).any() for name in SIMILARITIES)
+
+
+def test_few_images_are_in_memory_at_a_time(search: CopySearch, held_out: Matches) -> None:
+    """Batches are read while others are compared, and give what all at once give."""
+    compared: list[int] = []
+    read: list[int] = []
+
+    def batches() -> Iterator[Picture]:
+        for start in range(0, 20, 4):
+            read.append(len(compared))
+            yield np.stack([picture(1000 + seed) for seed in range(start, start + 4)])
+
+    def counted(block: Picture) -> None:
+        compared.append(len(block))
+
+    assert len(list(thread_results(counted, batches()))) == 5
+    assert read[-1] > 0
+    found = search.matches_in(batches(), 20)
+    for name in SIMILARITIES:
+        assert found.similarity[name] == pytest.approx(held_out.similarity[name], abs=1e-5)
+        assert (found.index[name] == held_out.index[name]).all()
 
 
 def test_a_constant_image_matches_nothing(search: CopySearch) -> None:

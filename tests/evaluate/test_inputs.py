@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from maskloom.evaluate.downstream.masked import masked_images
-from maskloom.evaluate.inputs import EvaluationInputs, grey, grey_images, in_batches, resized_array
+from maskloom.evaluate.inputs import EvaluationInputs, grey, grey_batches, grey_images, in_batches, resized_array
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.results import Interval, MetricResult, skipped_result
 from tests.evaluate.runs import copied, tiny_inputs
@@ -53,6 +53,8 @@ def test_grey_is_the_mean_of_the_channels(
 ) -> None:
     train = samples_and_inputs[1].train
     assert (grey_images(train, 16) == train.images((16, 16))[..., 0]).all()
+    some = [69, 3, *range(70), 5]
+    assert (np.concatenate(list(grey_batches(train, 16, some))) == grey_images(train, 16)[some]).all()
     assert grey(np.array([[[1, 2, 5], [0, 0, 1]]], dtype=np.uint8)).tolist() == [[3, 0]]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.copies import comparable
+from maskloom.evaluate.copies import comparable, comparable_batches
 from maskloom.evaluate.filtering import criterion
 from maskloom.evaluate.filtering.criterion import Scores
 from maskloom.evaluate.inputs import ImageSet
@@ -54,6 +54,8 @@ class Criterion(criterion.Criterion):
         return {name: copy_threshold(values, train) for name, values in found.items()}
 
     def _similarities(self, image_set: ImageSet) -> dict[str, NDArray[np.float64]]:
-        matches = self.inputs.once(("copies", image_set.name), lambda: self._search.matches(comparable(image_set)))
+        matches = self.inputs.once(
+            ("copies", image_set.name), lambda: self._search.matches_in(comparable_batches(image_set), len(image_set))
+        )
         found: dict[str, NDArray[np.float64]] = matches.similarity
         return found
