@@ -1,10 +1,10 @@
 """How many planted bad images the filter rejects, and how many good ones.
 
-    python -m benchmarks.planted_bad_rows DATASET... [--json FILE --image-size 128 --steps 1000]
+    python -m benchmarks.planted_bad_rows DATASET... [--json FILE --seeds 1]
 
 DATASET is the folder of a prepared dataset. Real test images are passed off as synthetic: unchanged
 (good), with the mask of another test image, as noise, with noise on top, blurred, or with another
-class. Thresholds come from validation images alone, and no network sees a test image.
+class. Thresholds come from validation images alone, and no model sees a test image.
 """
 
 import json
@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
-from maskloom.evaluate.downstream.classifier import ClassifierOptions
 from maskloom.evaluate.filtering.filter import without_test
 from maskloom.evaluate.filtering.judge import Judge, open_criterion
 from maskloom.evaluate.inputs import ImageSet, open_inputs
@@ -43,8 +42,8 @@ def main(
     datasets: Annotated[list[Path], typer.Argument(help="folders of prepared datasets")],
     criteria: Annotated[list[str] | None, typer.Option("--criterion", help="default: those of the section")] = None,
     acceptance: Annotated[float, typer.Option(help="of real validation images")] = 0.95,
-    image_size: Annotated[int, typer.Option(help="side at which networks see images")] = 128,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps of each network; default: its own")] = None,
+    image_size: Annotated[int, typer.Option(help="side at which the segmentation model of faithfulness sees images")] = 128,
+    steps: Annotated[int | None, typer.Option(help="its optimizer steps; default: its own")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="repetitions with other networks and plants")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
 ) -> None:
@@ -70,7 +69,7 @@ def measured(
     plugins = []
     for name in criteria:
         plugin = open_criterion(name, {})
-        known = options if isinstance(plugin.options, ClassifierOptions | SegmenterOptions) else {}
+        known = options if isinstance(plugin.options, SegmenterOptions) else {}
         plugins.append(open_criterion(name, dict(known)))
     judge = Judge(inputs, plugins, acceptance)
     samples = [decoded_sample(row) for row in real.rows("test")]

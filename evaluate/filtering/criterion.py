@@ -25,9 +25,12 @@ class Criterion(ABC):
 
     Attributes:
         threshold: images below it are rejected; None: it is chosen on real validation images.
+        weight: its part of the real images that may be rejected, relative to the other criteria
+            whose thresholds are chosen.
     """
 
     threshold: ClassVar[float | None] = None
+    weight: ClassVar[float] = 1.0
 
     def __init__(self, inputs: EvaluationInputs, options: Any) -> None:
         """Store the inputs, which hold no test images, and the options; nothing is computed."""

@@ -7,7 +7,7 @@ fold too, rather than all networks, so that its score has the distribution of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,7 @@ from pydantic import Field
 from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.progress import progress
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    Trainer = Callable[[NDArray[np.int64], int], nn.Module]
-
+Trained = TypeVar("Trained")
 
 FoldsOption = Annotated[
     int, Field(ge=2, le=10, description="folds of the real groups; no network scores an image whose parent it has seen")
@@ -49,14 +45,14 @@ class Folds:
         hashed = (int(value_digest([self.seed, group])[:8], 16) % self.count for group in groups)
         return np.array([self._fold.get(group, other) for group, other in zip(groups, hashed, strict=True)], np.int64)
 
-    def train(self, what: str, trainer: Trainer) -> list[nn.Module]:
+    def train(self, what: str, trainer: Callable[[NDArray[np.int64], int], Trained]) -> list[Trained]:
         """Return one network per fold, each trained on the images of all other folds.
 
         Args:
             what: for the progress, such as `classifiers`.
             trainer: returns a network, trained on these train images with this seed.
         """
-        fold, networks = self.of(self.groups), []
+        fold, networks = self.of(self.groups), list[Trained]()
         with progress(f"filter: training {what} on real images", self.count, "models") as advance:
             for out in range(self.count):
                 kept = np.flatnonzero(fold != out) if self.count > 1 else np.arange(len(fold))

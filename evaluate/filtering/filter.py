@@ -185,7 +185,7 @@ class FilteredSet:
             refilled=int(kept.sum()) - at_once,
             draws=sum(len(draw.rows) for draw in draws[1:]),
             subsets=counts,
-            warnings=[*calibration.warnings(), *loss_warnings(first), *unfilled_warnings(counts)],
+            warnings=[*calibration.warnings, *loss_warnings(first), *unfilled_warnings(counts)],
         )
 
     def _write_dataset(

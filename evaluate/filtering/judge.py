@@ -135,7 +135,10 @@ class Judge:
         validation = self.inputs.validation
         scores = {one.name: self._scores(one, validation) for one in self.plugins}
         fixed = {name: one.threshold for name, one in self._criteria.items() if one.threshold is not None}
-        return calibrate(scores, fixed, validation.groups, self.acceptance)
+        free = [one for one in self.plugins if one.name not in fixed]
+        reference = {one.name: self._scores(one, self.inputs.train) for one in free}
+        weights = {one.name: self._criteria[one.name].weight for one in free}
+        return calibrate(scores, reference, weights, fixed, validation.groups, self.acceptance)
 
     def judge(self, image_set: ImageSet) -> Judgement:
         """Return what all criteria that apply to the dataset say about each image of a set."""

@@ -1,62 +1,59 @@
-"""Does the image show its class? Log odds of a classifier trained on real images."""
+"""Does the image show its class? Log odds of a linear probe trained on real images.
+
+It sees the features of a pretrained network over the whole image and, where there are masks, along
+the mask's border, and the mask's shape.
+"""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.downstream.augmentation import AugmentationOptions, standard_augmentation
-from maskloom.evaluate.downstream.classifier import ClassifierOptions, train_classifier
 from maskloom.evaluate.filtering import criterion
-from maskloom.evaluate.filtering.criterion import Scores
+from maskloom.evaluate.filtering.criterion import Scores, log_odds
 from maskloom.evaluate.filtering.crossfit import Folds, FoldsOption
-from maskloom.evaluate.filtering.views import mean_log_odds
+from maskloom.evaluate.filtering.mask_features import MaskFeatureOptions, mask_extractor, own_features
+from maskloom.evaluate.filtering.mask_shapes import mask_shapes
+from maskloom.evaluate.filtering.probe import LinearProbe
 from maskloom.evaluate.inputs import ImageSet
-from maskloom.pipeline.config.base import Size
-from maskloom.pipeline.config.bounds import BatchSize, Channels, Steps
+from maskloom.evaluate.scores.features import set_features
 
-if TYPE_CHECKING:
-    from torch import nn
-
-VERSION = 1
+VERSION = 2
 
 
-class Options(ClassifierOptions):
-    """Input size, architecture and training of the classifier."""
+class Options(MaskFeatureOptions):
+    """Input size of the network, the number of probes, and whether they see masks."""
 
-    image_size: Size = (128, 128)
-    architecture: str = "resnet10"
-    width: Channels = Field(16, ge=4)
-    steps: Steps = Field(500, ge=1)
-    batch_size: BatchSize = Field(32, ge=2)
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    folds: FoldsOption = 2
-    use_mask: bool = Field(True, description="show the classifier the mask beside the image, where there is one")
+    folds: FoldsOption = 5
+    use_mask: bool = Field(True, description="show the probe the mask beside the image, where there is one")
 
 
 class Criterion(criterion.Criterion):
     """Log odds of the image's own class; NaN for images without a class, or where there is only one."""
 
+    weight: ClassVar[float] = 5.0
     options: Options
 
     def scores(self, image_set: ImageSet) -> Scores:
         """Return the log odds of each image."""
-        labels = image_set.labels
+        labels, classes = image_set.labels, len(self.inputs.real.description.labels)
         scores = np.full(len(image_set), np.nan)
         known = np.flatnonzero(labels >= 0)
         if not len(known) or len(set(self._labels[self._labelled].tolist())) < 2:
             return scores
-        pixels, groups = self._pixels(image_set)[known], [image_set.groups[one] for one in known]
+        blocks, groups = [block[known] for block in self._blocks(image_set)], np.array(image_set.groups)[known]
 
         def score(fold: int, images: NDArray[np.int64]) -> Scores:
-            return mean_log_odds(self._networks[fold], pixels[images], labels[known[images]], self.inputs.device)
+            probe = self._probes[fold]
+            if probe is None:
+                return np.full(len(images), np.nan)
+            return log_odds(probe.probabilities([block[images] for block in blocks], classes), labels[known[images]])
 
-        scores[known] = self._folds.apply(groups, score)
+        scores[known] = self._folds.apply(groups.tolist(), score)
         return scores
 
     @cached_property
@@ -74,21 +71,23 @@ class Criterion(criterion.Criterion):
         return Folds([groups[one] for one in self._labelled], self.options.folds, self.inputs.seed)
 
     @cached_property
-    def _networks(self) -> list[nn.Module]:
-        pixels, labels = self._pixels(self.inputs.train)[self._labelled], self._labels[self._labelled]
-        classes, augment = len(self.inputs.real.description.labels), standard_augmentation(AugmentationOptions())
+    def _probes(self) -> list[LinearProbe | None]:
+        blocks, labels = self._blocks(self.inputs.train), self._labels
 
-        def trained(kept: NDArray[np.int64], seed: int) -> nn.Module:
-            device = self.inputs.device
-            return train_classifier(pixels[kept], labels[kept], classes, self.options, seed, device, augment)[0]
+        def trained(kept: NDArray[np.int64], seed: int) -> LinearProbe | None:
+            rows = self._labelled[kept]
+            if len(set(labels[rows].tolist())) < 2:
+                return None
+            return LinearProbe.fit([block[rows] for block in blocks], labels[rows])
 
-        return self._folds.train("classifiers", trained)
+        return self._folds.train("probes of the class", trained)
 
-    def _pixels(self, image_set: ImageSet) -> NDArray[np.uint8]:
-        """Return the images, (N, H, W, C), with the mask as further channels of 0 or 255."""
-        images = image_set.images(self.options.image_size)
+    def _blocks(self, image_set: ImageSet) -> list[NDArray[Any]]:
+        """Return blocks of features, (N, D) each; those of a mask are 0 where it is empty or missing."""
+        whole = set_features(self.inputs, mask_extractor(self.inputs, self.options), image_set)
         if not self.options.use_mask or len(self.inputs.classes) < 2:
-            return images
-        masks = image_set.masks(self.options.image_size)[0]
-        planes = masks[..., None] == np.arange(1, len(self.inputs.classes))
-        return np.concatenate([images, planes.astype(np.uint8) * 255], axis=3)
+            return [whole]
+        masks, _ = image_set.masks()
+        shown = masks.reshape(len(masks), -1).any(axis=1)
+        where = own_features(self.inputs, image_set, self.options) * shown[:, None]
+        return [whole, where, mask_shapes(masks, len(self.inputs.classes))]

@@ -1,129 +1,106 @@
-"""Does the image belong to its mask? A classifier compares both.
+"""Does the image belong to its mask? A linear probe compares both.
 
-It learns from real images to tell an image with its own mask from one with the mask of another image,
-or with its own one shifted. It finds a wrong mask where the Dice score of a segmentation model does
-not: that model misses some real lesions altogether, so that a threshold that accepts them accepts
+It learns from real train images to tell an image with its own mask from the same image with the mask
+of another one of its class. It sees feature maps of a pretrained network inside the mask, along its
+border and around it. It finds a wrong mask where the Dice score of a segmentation model does not:
+that model misses some real lesions altogether, so that a threshold that accepts them accepts
 everything (docs/filter.md has the figures).
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from maskloom.evaluate.downstream.augmentation import random_matrices, with_other_contrast
-from maskloom.evaluate.downstream.classifier import ClassifierOptions, train_classifier
-from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
 from maskloom.evaluate.filtering import criterion
-from maskloom.evaluate.filtering.criterion import Scores, spread
+from maskloom.evaluate.filtering.criterion import Scores, log_odds
 from maskloom.evaluate.filtering.crossfit import Folds, FoldsOption
-from maskloom.evaluate.filtering.views import MOVES, mean_log_odds
+from maskloom.evaluate.filtering.mask_features import MaskFeatureOptions, Pooled, mask_features, own_features
+from maskloom.evaluate.filtering.probe import LinearProbe
 from maskloom.evaluate.inputs import ImageSet
-from maskloom.pipeline.config.base import Size
-from maskloom.pipeline.config.bounds import BatchSize, Channels, Steps
-from maskloom.pipeline.training.fixed_steps import Augment
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-VERSION = 1
-OWN, SHIFTED = 0.5, 0.3  # shares of images with their own mask, and of the others with it shifted
-LEAST_SHIFT = 8  # images are shifted by at least the side divided by this
+VERSION = 2
+OTHERS = 8  # masks of other images per train image
+MOST = 1000  # train images, drawn at random: more make no better probe, and memory grows with them
 
 
-class Options(ClassifierOptions):
-    """Input size, architecture and training of the classifier."""
+class Options(MaskFeatureOptions):
+    """Input size of the network, and the number of probes."""
 
-    image_size: Size = (128, 128)
-    architecture: str = "resnet10"
-    width: Channels = Field(16, ge=4)
-    steps: Steps = Field(1000, ge=1)
-    batch_size: BatchSize = Field(32, ge=2)
-    learning_rate: float = Field(3e-3, gt=0)
-    folds: FoldsOption = 2
+    folds: FoldsOption = 5
 
 
 class Criterion(criterion.Criterion):
-    """Log odds that the mask is the image's own; NaN for images without a mask."""
+    """Log odds that the mask is the image's own; NaN for images without a mask or with an empty one."""
 
+    weight: ClassVar[float] = 4.0
     options: Options
 
     def scores(self, image_set: ImageSet) -> Scores:
         """Return the log odds of each image."""
-        masked = masked_images(self.inputs, image_set, self.options.image_size)
-        if not len(masked) or not len(self._train) or len(self.inputs.classes) < 2:
-            return np.full(len(image_set), np.nan)
-        pairs = self._pairs(masked)
+        scores = np.full(len(image_set), np.nan)
+        if len(self.inputs.classes) < 2 or not len(self._pairs[0]):
+            return scores
+        shown = shown_masks(image_set)
+        features, groups = own_features(self.inputs, image_set, self.options), np.array(image_set.groups)
 
         def score(fold: int, images: NDArray[np.int64]) -> Scores:
-            return mean_log_odds(self._networks[fold], pairs[images], 1, self.inputs.device)
+            probe = self._probes[fold]
+            if probe is None:
+                return np.full(len(images), np.nan)
+            return log_odds(probe.probabilities([features[shown[images]]], 2), 1)
 
-        return spread(image_set, masked.samples, self._folds.apply(masked.groups, score))
-
-    @cached_property
-    def _train(self) -> MaskedImages:
-        return masked_images(self.inputs, self.inputs.train, self.options.image_size)
+        scores[shown] = self._folds.apply(groups[shown].tolist(), score)
+        return scores
 
     @cached_property
     def _folds(self) -> Folds:
-        return Folds(self._train.groups, self.options.folds, self.inputs.seed)
+        return Folds(self.inputs.train.groups, self.options.folds, self.inputs.seed)
 
     @cached_property
-    def _networks(self) -> list[nn.Module]:
-        pairs = self._pairs(self._train)
-        channels = self._train.images.shape[3]
+    def _pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of train images, (N,), and of the masks that are laid on each, its own first, (N, 1 + `OTHERS`)."""
+        train = self.inputs.train
+        random = np.random.default_rng(self.inputs.seed)
+        rows = np.sort(random.permutation(shown_masks(train))[:MOST])
+        digests = np.array([hash(mask.tobytes()) for mask in train.masks()[0]])
+        groups, labels = np.array(train.groups), train.labels
+        pairs = []
+        for row in rows:
+            foreign = rows[(groups[rows] != groups[row]) & (digests[rows] != digests[row])]
+            alike = foreign[labels[foreign] == labels[row]]
+            drawn = random.permutation(alike if len(alike) else foreign)
+            if len(drawn):
+                pairs.append([row, *np.resize(drawn, OTHERS)])
+        found = np.array(pairs, dtype=np.int64).reshape(-1, 1 + OTHERS)
+        return found[:, 0], found
 
-        def trained(kept: NDArray[np.int64], seed: int) -> nn.Module:
-            labels, device = np.zeros(len(kept), np.int64), self.inputs.device
-            return train_classifier(pairs[kept], labels, 2, self.options, seed, device, mismatched(channels))[0]
+    @cached_property
+    def _probes(self) -> list[LinearProbe | None]:
+        rows, masks = self._pairs
+        features = mask_features(self.inputs, self.inputs.train, rows, masks, self.options)
+        fold = self._folds.of(self.inputs.train.groups)
 
-        return self._folds.train("classifiers of image and mask", trained)
+        def trained(kept: NDArray[np.int64], seed: int) -> LinearProbe | None:
+            return fitted(features, np.isin(rows, kept)[:, None] & np.isin(masks, kept))
 
-    def _pairs(self, masked: MaskedImages) -> NDArray[np.uint8]:
-        """Return each image with its mask, one channel of 0 or 255 per foreground class."""
-        planes = masked.masks[..., None] == np.arange(1, len(self.inputs.classes))
-        return np.concatenate([masked.images, planes.astype(np.uint8) * 255], axis=3)
+        return self._folds.train("probes of image and mask", trained)
 
 
-def mismatched(channels: int) -> Augment:
-    """Return a function (pairs, anything, generator) -> (pairs, whether each mask is its image's own).
+def shown_masks(image_set: ImageSet) -> NDArray[np.int64]:
+    """Return the rows whose mask shows something."""
+    return np.flatnonzero([mask.any() for mask in image_set.masks()[0]])
 
-    Half of the images get a wrong mask: that of the next image of the batch, or their own one shifted
-    around the border. Images and masks are moved together, and the images get another contrast.
+
+def fitted(features: Pooled, used: NDArray[np.bool_]) -> LinearProbe | None:
+    """Return a probe that tells the first mask of each image from the others; None if it lacks either.
 
     Args:
-        channels: number of channels of the image; those of the mask follow.
+        features: (N, M, D) of images with masks.
+        used: (N, M) pairs to train on.
     """
-    import torch
-
-    def augment(pairs: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        count, device = len(pairs), pairs.device
-        images, masks = pairs[:, :channels], pairs[:, channels:]
-        shifted = torch.stack([_shifted(mask, random) for mask in masks])
-        use_shifted, own = (
-            torch.rand(2, count, 1, 1, 1, generator=random) < torch.tensor([SHIFTED, OWN])[:, None, None, None, None]
-        ).to(device)
-        shown = torch.where(own, masks, torch.where(use_shifted, shifted, masks.roll(1, 0)))
-        labels = (shown == masks).flatten(1).all(dim=1).long()  # other images may have the same mask
-        matrices = random_matrices(count, images.shape[2] / images.shape[3], MOVES, random).to(device)
-        grid = torch.nn.functional.affine_grid(matrices, list(pairs.shape), align_corners=False)
-        both = torch.cat([with_other_contrast(images, MOVES, random), shown], dim=1)
-        return torch.nn.functional.grid_sample(both, grid, padding_mode="border", align_corners=False), labels
-
-    return augment
-
-
-def _shifted(mask: Tensor, random: torch.Generator) -> Tensor:
-    """Return a mask (K, H, W) shifted around the border, by an eighth of the side or more on each axis."""
-    import torch
-
-    sides = mask.shape[1:]
-    shifts = [
-        int(torch.randint(side // LEAST_SHIFT, side - side // LEAST_SHIFT, (1,), generator=random)) for side in sides
-    ]
-    return mask.roll(shifts, (1, 2))
+    own = np.broadcast_to(np.arange(features.shape[1]) == 0, used.shape)[used].astype(np.int64)
+    return LinearProbe.fit([features[used]], own) if len(set(own.tolist())) == 2 else None
