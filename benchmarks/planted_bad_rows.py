@@ -42,7 +42,9 @@ def main(
     datasets: Annotated[list[Path], typer.Argument(help="folders of prepared datasets")],
     criteria: Annotated[list[str] | None, typer.Option("--criterion", help="default: those of the section")] = None,
     acceptance: Annotated[float, typer.Option(help="of real validation images")] = 0.95,
-    image_size: Annotated[int, typer.Option(help="side at which the segmentation model of faithfulness sees images")] = 128,
+    image_size: Annotated[
+        int, typer.Option(help="side at which the segmentation model of faithfulness sees images")
+    ] = 128,
     steps: Annotated[int | None, typer.Option(help="its optimizer steps; default: its own")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="repetitions with other networks and plants")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,

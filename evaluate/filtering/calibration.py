@@ -23,6 +23,7 @@ from maskloom.evaluate.filtering.tails import LowerTail
 from maskloom.evaluate.scores.calibration import group_folds
 from maskloom.pipeline.errors import MaskLoomError
 
+VERSION = 2  # raised when thresholds are chosen in another way
 FEWEST = 100  # validation images below which the achieved acceptance is uncertain
 LEAST = float(np.finfo(np.float32).min)  # a threshold that no score is below
 ROUNDING = 1e-9  # relative; a level rounded up would reject the image that it is taken from

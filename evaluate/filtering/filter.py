@@ -24,6 +24,7 @@ import yaml
 
 from maskloom.evaluate.evaluate import verified_inputs
 from maskloom.evaluate.feature_cache import FeatureCache
+from maskloom.evaluate.filtering import calibration
 from maskloom.evaluate.filtering.card import dataset_card
 from maskloom.evaluate.filtering.judge import Judge, open_criteria, require_criteria
 from maskloom.evaluate.filtering.ledger import Draw, ledger_rows, loss_warnings, subset_counts, unfilled_warnings
@@ -67,7 +68,8 @@ def filter_synthetic(config: ExperimentConfig, force: bool) -> None:
     names = list(config.generate.generators)
     sets = {"real": run.dataset, **{name: run.synthetic / name for name in names}}
     digests = {name: MaskPromptDataset.open(folder).digest for name, folder in sets.items()}
-    settings = [config.seed, config.filter.acceptance, config.filter.rounds, [one.identity for one in plugins]]
+    identities = [one.identity for one in plugins]
+    settings = [config.seed, config.filter.acceptance, config.filter.rounds, identities, calibration.VERSION]
     outputs = [run.filter, *(run.synthetic / f"{name}{FILTERED}" for name in names)]
     stage = Stage(run, "filter", digests, settings, outputs)
     if stage.skips(force):
@@ -168,24 +170,24 @@ class FilteredSet:
         return drawn
 
     def _summary(self, draws: Sequence[Draw], kept: Any) -> FilterSummary:
-        calibration, first = self.judge.calibration, draws[0]
+        chosen, first = self.judge.calibration, draws[0]
         counts = subset_counts(first, kept)
         at_once = int(first.judgement.accepted.sum())
         return FilterSummary(
             generator=self.name,
             digest=first.image_set.dataset.digest,
             acceptance=self.judge.acceptance,
-            accepted=calibration.accepted,
-            accepted_unseen=calibration.accepted_unseen,
-            validation_images=calibration.images,
-            thresholds=calibration.thresholds,
-            not_applied=[one.name for one in self.judge.plugins if one.name not in calibration.thresholds],
+            accepted=chosen.accepted,
+            accepted_unseen=chosen.accepted_unseen,
+            validation_images=chosen.images,
+            thresholds=chosen.thresholds,
+            not_applied=[one.name for one in self.judge.plugins if one.name not in chosen.thresholds],
             images=len(first.rows),
             kept=at_once,
             refilled=int(kept.sum()) - at_once,
             draws=sum(len(draw.rows) for draw in draws[1:]),
             subsets=counts,
-            warnings=[*calibration.warnings, *loss_warnings(first), *unfilled_warnings(counts)],
+            warnings=[*chosen.warnings, *loss_warnings(first), *unfilled_warnings(counts)],
         )
 
     def _write_dataset(

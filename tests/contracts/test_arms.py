@@ -267,10 +267,10 @@ def test_options_of_arms_that_are_not_trained_leave_no_trace() -> None:
 
 def test_a_run_with_a_filter_reports_every_arm_and_the_ratio(tmp_path: Path) -> None:
     write_tiny_run(tmp_path, {"controlnet": faithful}, {"train": 16, "validation": 12, "test": 8})
-    metric, network = "downstream_segmentation", {"image_size": 32, "width": 4, "batch_size": 8, "steps": 4}
+    metric = "downstream_segmentation"
     values = small_options(metric, arms=NAMES, seeds=2, steps=4, synthetic_ratios=[0.5, 1])
     tiny = tiny_config(tmp_path, {metric: values}, ("controlnet",)).model_dump(mode="json")
-    rules = {"criteria": {"class_agreement": network}, "rounds": 0, "acceptance": 0.6}
+    rules = {"criteria": {"class_agreement": {"extractor_size": 32}}, "rounds": 0, "acceptance": 0.6}
     config = ExperimentConfig(**{**tiny, "filter": rules})
     with pytest.raises(MaskLoomError, match="controlnet-filtered"):
         evaluate(config, force=False)

@@ -420,7 +420,10 @@ def test_an_experiment_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.
         f"run_dir={tmp_path}",
         *(f"sweep.variants.{name}=false" for name in left_out),
         *(arms.format(name, key) for name in ("both", "not_warped") for key in ("steps=1", "seeds=1")),
-        *(f"sweep.variants.both.filter.criteria.{name}.steps=1" for name in ("mask_match", "class_agreement")),
+        *(
+            f"sweep.variants.both.filter.criteria.{name}.extractor_size=32"
+            for name in ("mask_match", "class_agreement")
+        ),
         "sweep.variants.both.filter.rounds=0",
         "data.options={patients: 14, views: 1}",
         "train.max_train_steps=1",

@@ -88,6 +88,6 @@ class Criterion(criterion.Criterion):
         if not self.options.use_mask or len(self.inputs.classes) < 2:
             return [whole]
         masks, _ = image_set.masks()
-        shown = masks.reshape(len(masks), -1).any(axis=1)
+        shown = np.array([mask.any() for mask in masks], dtype=bool)
         where = own_features(self.inputs, image_set, self.options) * shown[:, None]
         return [whole, where, mask_shapes(masks, len(self.inputs.classes))]

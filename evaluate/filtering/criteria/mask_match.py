@@ -82,7 +82,6 @@ class Criterion(criterion.Criterion):
     def _probes(self) -> list[LinearProbe | None]:
         rows, masks = self._pairs
         features = mask_features(self.inputs, self.inputs.train, rows, masks, self.options)
-        fold = self._folds.of(self.inputs.train.groups)
 
         def trained(kept: NDArray[np.int64], seed: int) -> LinearProbe | None:
             return fitted(features, np.isin(rows, kept)[:, None] & np.isin(masks, kept))

@@ -43,7 +43,7 @@ FILTER = {
         "mask_source": ["train"],
     },
     "filter": {
-        "criteria": {"class_agreement": {"image_size": 32, "width": 4, "steps": 2, "batch_size": 4}},
+        "criteria": {"class_agreement": {"extractor_size": 32}},
         "rounds": 0,
     },
 }
