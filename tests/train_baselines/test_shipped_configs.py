@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from maskloom.data_prep.datasets.medmnist import MedMNISTOptions
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.preflight import find_problems
 from maskloom.train_baselines.train import architecture_options, train_baselines
@@ -95,3 +96,11 @@ def test_only_settings_of_the_training_differ(name: str) -> None:
     differing = {key for key in ours if ours[key] != published[key]}
     assert differing == {"experiment", "baselines"}
     assert yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["extends"] == f"{name}_as_published.yaml"
+
+
+@pytest.mark.parametrize("form", ["class_gan_isic9", "class_gan_isic9_as_published"])
+def test_class_gan_trains_on_any_classes_by_overrides(form: str) -> None:
+    overridden = ["data.dataset=medmnist", "data.options.flag=pathmnist", "data.raw_dir=raw"]
+    config = load_experiment(ROOT / f"configs/{form}.yaml", overridden)
+    MedMNISTOptions.model_validate(config.data.options)
+    assert config.data.dataset == "medmnist"
