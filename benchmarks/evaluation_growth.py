@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maskloom.data_prep.prepare import prepare
+from maskloom.evaluate.feature_cache import FeatureCache
 from maskloom.evaluate.inputs import open_inputs
 from maskloom.evaluate.leaks import require_no_altered_held_out_images
 from maskloom.evaluate.questions import open_question
@@ -89,6 +90,7 @@ def measured(folder: Path) -> dict[str, list[float]]:
     assert config.train
     inputs = open_inputs(real, {"phantoms": synthetic}, BackboneSource.of(config.train), 0)
     run = Run(folder / "real")
+    inputs.feature_cache = FeatureCache(run.features)
     costs = {
         "held-out copies": measured_step(lambda: require_no_held_out_copies(run, real, [synthetic])),
         "altered held-out copies": measured_step(lambda: require_no_altered_held_out_images(run, inputs)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -107,10 +107,8 @@ class ImageSet:
             size: see `batches`.
             rows: the images to read, in this order; None: all.
         """
-        about = self.dataset.description
-        height, width = size or about.image_size
-        arrays = [array for batch in self.batches("image", size, rows) for array in batch]
-        return np.array(arrays, dtype=np.uint8).reshape(len(arrays), height, width, about.channels)
+        about, count = self.dataset.description, len(self) if rows is None else len(rows)
+        return filled(self.batches("image", size, rows), (count, *(size or about.image_size), about.channels))
 
     def masks(
         self, size: tuple[int, int] | None = None, rows: Sequence[int] | None = None
@@ -124,19 +122,29 @@ class ImageSet:
             rows: the masks to read, in this order; None: all.
         """
         blank = np.zeros(size or self.dataset.description.image_size, dtype=np.uint8)
-        arrays = [array for batch in self.batches("mask", size, rows) for array in batch]
-        stacked = np.array([blank if array is None else array for array in arrays], dtype=np.uint8)
-        return stacked.reshape(-1, *blank.shape), np.array([array is not None for array in arrays], dtype=bool)
+        present: list[bool] = []
+
+        def batches() -> Iterator[list[Images]]:
+            for batch in self.batches("mask", size, rows):
+                present.extend(array is not None for array in batch)
+                yield [blank if array is None else array for array in batch]
+
+        masks = filled(batches(), (len(self) if rows is None else len(rows), *blank.shape))
+        return masks, np.array(present, dtype=bool)
+
+
+def filled(batches: Iterable[Any], shape: tuple[int, ...]) -> Images:
+    """Return batches of images as one array, which is filled as they come: no second copy is in memory."""
+    found, start = np.empty(shape, dtype=np.uint8), 0
+    for batch in batches:
+        found[start : start + len(batch)] = np.reshape(batch, (len(batch), *shape[1:]))
+        start += len(batch)
+    return found
 
 
 def grey_images(image_set: ImageSet, side: int) -> Images:
     """Return all images in grey and square, (N, side, side) uint8."""
-    found = np.empty((len(image_set), side, side), dtype=np.uint8)
-    start = 0
-    for batch in grey_batches(image_set, side):
-        found[start : start + len(batch)] = batch
-        start += len(batch)
-    return found
+    return filled(grey_batches(image_set, side), (len(image_set), side, side))
 
 
 def grey_batches(image_set: ImageSet, side: int, rows: Sequence[int] | None = None) -> Iterator[Images]:

@@ -47,17 +47,19 @@ def masked_images(inputs: EvaluationInputs, image_set: ImageSet, size: tuple[int
 
     They are read once per metric.
     """
-    loaded: MaskedImages = inputs.once(("masked", image_set.name, size), lambda: _load(image_set, size), large=True)
+    key = ("masked", image_set.name, size)
+    loaded: MaskedImages = inputs.once(key, lambda: read_masked_images(image_set, size), large=True)
     return loaded
 
 
-def _load(image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
+def read_masked_images(image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
+    """Return the images of a set that have a mask, at (height, width), which nothing keeps."""
     masks, present = image_set.masks(size)
     kept = np.flatnonzero(present)
     samples, groups, parents = image_set.columns["sample_id"], image_set.groups, image_set.parents
     return MaskedImages(
-        image_set.images(size)[kept],
-        masks[kept],
+        image_set.images(size, kept.tolist()),
+        masks if present.all() else masks[kept],
         [samples[i] for i in kept],
         [groups[i] for i in kept],
         [parents[i] for i in kept],

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
+from maskloom.evaluate.downstream.masked import MaskedImages, read_masked_images
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.scores.statistics import Bootstrap, group_index, weighted_mean
 from maskloom.models.segmenter import (
@@ -89,13 +89,13 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     Raises:
         MaskLoomError: the training of the segmentation model failed.
     """
-    train = masked_images(inputs, inputs.train, options.image_size)
+    train = read_masked_images(inputs.train, options.image_size)
     if not len(train) or len(inputs.classes) < 2:
         return skipped_result(QUESTION, "the real train images have no masks")
     models = train_fold_models(inputs, train, options)
     scored_sets = []
     for image_set in (inputs.test, *inputs.synthetic.values()):
-        masked = masked_images(inputs, image_set, options.image_size)
+        masked = read_masked_images(image_set, options.image_size)
         if len(masked):
             scored_sets.append(score_set(image_set.name, masked, models, inputs, options))
     return _result(inputs, options, train, scored_sets)

@@ -125,7 +125,8 @@ def set_features(inputs: EvaluationInputs, extractor: Extractor, image_set: Imag
             return compute()
         return cache.features(image_set.dataset.digest, image_set.split, depends_on, compute)
 
-    features: Features = inputs.once(("features", *depends_on, image_set.name), cached)
+    key = ("features", *depends_on, image_set.name)
+    features: Features = inputs.once(key, cached, large=cache is not None)  # then soon read again
     return features
 
 
