@@ -125,6 +125,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
             QUESTION,
             "there is no synthetic image" if held_out else "there is no validation or test image to calibrate with",
         )
+    judgement = judged_copies(inputs)
+    inputs.release()  # the descriptors of that search need not lie in memory beside features
     extractor = load_extractor(inputs, options)
     nearest = nearest_by_space(inputs, extractor, [*held_out, *generators])
     distances = {
@@ -132,7 +134,6 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     }
     groups = [group for one in held_out for group in one.groups]
     calibration = Calibration.of(distances, groups, options.percentile)
-    judgement = judged_copies(inputs)
     audits = [
         _audit(
             inputs,
