@@ -47,6 +47,22 @@ def test_features_are_computed_once(tmp_path: Path) -> None:
     assert only_file(tmp_path / "new").name.startswith("aaaaaaaaaaaaaaaa-test-")
 
 
+def test_only_features_that_are_on_disk_are_let_go_of(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 3, "test": 3})
+    inputs = tiny_inputs(tmp_path, ("copied",))
+    extractor = load_extractor(inputs, ExtractorOptions(extractor_size=32))
+    first = set_features(inputs, extractor, inputs.test)
+    inputs.release()
+    assert set_features(inputs, extractor, inputs.test) is first
+    inputs.feature_cache = FeatureCache(tmp_path / "features")
+    kept = set_features(inputs, extractor, inputs.train)
+    assert set_features(inputs, extractor, inputs.train) is kept
+    inputs.release()
+    again = set_features(inputs, extractor, inputs.train)
+    assert again is not kept
+    assert (again == kept).all()
+
+
 @pytest.mark.parametrize(
     ("dataset", "split", "extractor"),
     [("b" * 64, "test", ["net", 32]), ("a" * 64, "train", ["net", 32]), ("a" * 64, "test", ["net", 64])],

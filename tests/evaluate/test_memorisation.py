@@ -28,7 +28,9 @@ Floats = NDArray[np.float64]
 
 def test_all_held_out_images_calibrate_the_threshold(tmp_path: Path) -> None:
     write_tiny_run(tmp_path, {"copied": copied}, {"train": 8, "validation": 4, "test": 6})
-    result = answer(tiny_inputs(tmp_path, ("copied",)), "memorisation")
+    inputs = tiny_inputs(tmp_path, ("copied",))
+    result = answer(inputs, "memorisation")
+    assert inputs.made("copy search") is None, "its descriptors lie in memory beside features"
     assert result.values["held_out"]["n"] == 10
     assert "calibrated on only 10 held-out real images: the threshold is imprecise" in result.warnings
 
