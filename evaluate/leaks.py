@@ -32,7 +32,7 @@ from maskloom.pipeline.runs.run import Run
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import Matches
 
-VERSION = 1  # of this check; a new version makes every record stale
+VERSION = 2  # of this check; a new version makes every record stale
 # In Fisher's z. One image stops everything, and some sets have thousands: among real images that
 # thresholds had not seen, none exceeded them by more than 0.25. Altered copies mostly exceed them by 0.7.
 MARGIN = 0.3
@@ -149,24 +149,33 @@ def without_grey_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return a square grey image without a uniform border on all sides, at its old size.
 
     Black and white borders stay: the search leaves them out itself, unless they belong to the images.
-    What is kept is square, so that proportions stay.
+    Where black bars made an image square, the border lies within them, and may be white. What is kept is
+    square, so that proportions stay.
     """
-    side = len(image)
-    grey = float(np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])))
-    if not UNIFORM < grey < 255 - UNIFORM:
+    side, (top, bottom, left, right) = len(image), _box(image > UNIFORM)
+    shown, barred = image[top:bottom, left:right], (top, bottom, left, right) != (0, side, 0, side)
+    if not shown.size:
         return image
-    differs = np.abs(image - np.float32(grey)) > UNIFORM
-    rows, columns = np.flatnonzero(differs.any(axis=1)), np.flatnonzero(differs.any(axis=0))
-    if not len(rows):
+    grey = float(np.median(np.concatenate([shown[0], shown[-1], shown[:, 0], shown[:, -1]])))
+    up, low, before, after = _box(np.abs(shown - np.float32(grey)) > UNIFORM)
+    least = min(up, before, shown.shape[0] - low, shown.shape[1] - after)
+    if not UNIFORM < grey < (256 if barred else 255 - UNIFORM) or low == 0 or least < LEAST_BORDER * side:
         return image
-    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    if min(top, left, side - bottom, side - right) < LEAST_BORDER * side:
-        return image
-    kept = max(bottom - top, right - left)
-    up, before = (min(max(0, (low + high - kept) // 2), side - kept) for low, high in ((top, bottom), (left, right)))
+    low, after, up, before = top + low, left + after, top + up, left + before
+    if barred:  # as the bars around the image without its border
+        bare = np.zeros_like(image)
+        bare[up:low, before:after] = image[up:low, before:after]
+        image = bare
+    kept = max(low - up, after - before)
+    y, x = (min(max(0, (start + end - kept) // 2), side - kept) for start, end in ((up, low), (before, after)))
     picture = Image.fromarray(image)
-    box = (before, up, before + kept, up + kept)
-    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + kept, y + kept)))
+
+
+def _box(shown: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Return top, bottom, left and right of the smallest box around all that is shown; zeros for nothing."""
+    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+    return (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
 def _in_words(inputs: EvaluationInputs, found: list[tuple[ImageSet, CopyRow]]) -> str:

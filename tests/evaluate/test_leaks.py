@@ -209,6 +209,19 @@ def test_only_uniform_grey_borders_are_cut() -> None:
     assert np.abs(leaks.without_grey_border(grey).astype(int) - whole).mean() < 1
 
 
+@pytest.mark.parametrize("grey", [128, 255])
+def test_a_border_within_the_bars_that_made_an_image_square_is_cut_off(grey: int) -> None:
+    wide = np.clip(picture([1], 128, 128)[24:104], 20, 230)  # (80, 128)
+    original = np.pad(wide, ((24, 24), (0, 0)))
+    assert leaks.without_grey_border(original) is original
+    small = np.asarray(Image.fromarray(wide).resize((108, 68), Image.Resampling.BICUBIC))
+    framed = np.pad(np.pad(small, ((6, 6), (10, 10)), constant_values=grey), ((24, 24), (0, 0)))
+    found = leaks.without_grey_border(framed)
+    assert found is not framed
+    assert np.corrcoef(found.ravel(), original.ravel())[0, 1] > 0.95
+    assert not found[:16].any()
+
+
 def test_train_images_that_only_the_search_for_copies_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(splits: Splits) -> None:
         for index in range(3):
