@@ -19,6 +19,7 @@ from maskloom.pipeline.results import Interval
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 
+ROUNDING = 1e-12  # relative difference of draws that are alike
 LEVEL = 0.95
 GROUPS_AT_A_TIME = 256  # left out; all at once take memory that grows with their square
 
@@ -101,15 +102,15 @@ class Bootstrap:
         point = estimate(statistic, self.count)
         if not np.isfinite(point):
             return Interval(value=None)
-        if share and point in (0.0, 1.0):
-            return saturated_interval(point, self.clusters)
+        if share and round(point, 12) in (0.0, 1.0):  # sums are rounded in another way on each kind of processor
+            return saturated_interval(round(point, 12), self.clusters)
         if self.weights is None or not self._is_defined_without_any_group(statistic):
             return Interval(value=point)
         replicates = statistic(self.weights)
         replicates = replicates[np.isfinite(replicates)]
         tail = expanded_tail(self.clusters)
         low, high = np.quantile(replicates, [tail, 1 - tail])
-        if low == high:
+        if np.isclose(low, high, rtol=ROUNDING, atol=0):
             return Interval(value=point)
         return Interval(value=point, low=float(low), high=float(high))
 
