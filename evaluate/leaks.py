@@ -10,9 +10,9 @@ images, which are other groups than the held-out ones. The result is kept in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.results import CopyRow
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
 from maskloom.pipeline.runs.copies import REAL_FIX
-from maskloom.pipeline.runs.leaks import MAX_SHOWN, SYNTHETIC_FIX
+from maskloom.pipeline.runs.leak_list import leaks_in_words
+from maskloom.pipeline.runs.leaks import SYNTHETIC_FIX
 from maskloom.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
@@ -64,7 +65,12 @@ def require_no_altered_held_out_images(run: Run, inputs: EvaluationInputs) -> No
     for image_set, suspects in zip(sets, suspected, strict=True):
         found += [(image_set, row) for row in confirmed(inputs, suspects)]
     if found:
-        raise LeakedImages(_in_words(inputs, found), fix)
+        split_of = {sample: one.split for one in held_out_sets(inputs) for sample in one.columns["sample_id"]}
+        leaks = [_as_row(*pair, split_of[pair[1].original]) for pair in found]
+        shown = leaks_in_words(record, list(map(_in_words, leaks)), leaks)
+        raise LeakedImages(
+            f"{inputs.real.folder}: {len(found)} image(s) are altered copies of held-out images: {shown}", fix
+        )
     write_audit_record(record, VERSION, datasets, rows, True)
     say(f"no altered held-out images among {rows} images ({time.monotonic() - start:.1f} s)")
 
@@ -178,12 +184,29 @@ def _box(shown: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
-def _in_words(inputs: EvaluationInputs, found: list[tuple[ImageSet, CopyRow]]) -> str:
-    split_of = {sample: one.split for one in held_out_sets(inputs) for sample in one.columns["sample_id"]}
-    first = "; ".join(
-        f"{row.sample_id} ({image_set.split} of {image_set.dataset.folder}) shows {row.original} ({split_of[row.original]}, "
-        f"{row.transformation}, {row.measure} {row.similarity:.2f} above {row.threshold:.2f})"
-        for image_set, row in found[:MAX_SHOWN]
+def _as_row(image_set: ImageSet, row: CopyRow, split: str) -> dict[str, Any]:
+    """Return a leak for the file of all leaks.
+
+    Args:
+        image_set: where the image is.
+        row: what it shows.
+        split: where that is.
+    """
+    return {
+        "image": row.sample_id,
+        "image_split": image_set.split,
+        "image_dataset": str(image_set.dataset.folder),
+        "shows": row.original,
+        "shows_split": split,
+        "problem": row.transformation,
+        "measure": row.measure,
+        "similarity": row.similarity,
+        "threshold": row.threshold,
+    }
+
+
+def _in_words(leak: Mapping[str, Any]) -> str:
+    return (
+        "{image} ({image_split} of {image_dataset}) shows {shows} ({shows_split}, {problem}, {measure} {similarity:.2f} "
+        "above {threshold:.2f})".format_map(leak)
     )
-    more = f"; and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
-    return f"{inputs.real.folder}: {len(found)} image(s) are altered copies of held-out images: {first}{more}"

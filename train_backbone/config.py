@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from maskloom.pipeline.config.base import MAX_NAME, NAME_PATTERN, Section
+from maskloom.pipeline.config.base import MAX_NAME, NAME_PATTERN, Section, UserPath
 from maskloom.pipeline.config.bounds import Channels, Copies, Layers, Side
 from maskloom.pipeline.config.train import LoopConfig
 
@@ -12,7 +12,7 @@ from maskloom.pipeline.config.train import LoopConfig
 class Source(Section):
     """A prepared mask-and-prompt dataset; its train split is the training data."""
 
-    path: Path
+    path: UserPath
     copies: Copies = Field(1, ge=1, description="copies of each image per epoch, each with its own augmentation")
     random_flip: bool = Field(
         False, description="flip half of the copies horizontally; `left` and `right` are swapped in their prompts"
@@ -71,8 +71,8 @@ class BackboneConfig(Section):
     """The whole recipe."""
 
     experiment: str = Field(pattern=NAME_PATTERN, max_length=MAX_NAME)
-    run_dir: Path | None = Field(None, description="folder of checkpoints and logs; by default runs/EXPERIMENT")
-    output_dir: Path = Field(description="StableDiffusionPipeline folder, written at the end")
+    run_dir: UserPath | None = Field(None, description="folder of checkpoints and logs; by default runs/EXPERIMENT")
+    output_dir: UserPath = Field(description="StableDiffusionPipeline folder, written at the end")
     seed: int = Field(0, ge=0, lt=2**31)
     sources: tuple[Source, ...] = Field(min_length=1)
     architecture: Architecture = Architecture()

@@ -34,6 +34,8 @@ CASES_FILE = "cases.parquet"
 TEXT_COLUMNS = ("metric", "test_set", "arm", "sample_id", "group_id", "score")
 COLUMNS = ("metric", "test_set", "arm", "seed", "sample_id", "group_id", "score", "value")
 LARGEST = 1e9
+PROBABILITY, TRUTH = "probability of ", "is "
+"""How the raw rows of a classifier begin; the class follows."""
 NAMES = ("metric", "test_set", "arm", "score")
 KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
 REMEDY = "one row per metric, test_set, arm, seed, sample_id and score, with group_id and value"
@@ -238,7 +240,8 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
     Raises:
         MaskLoomError: the file is missing, is not Parquet, lacks or repeats a column, has no row, repeats
             a row, has an id or a seed that is missing, a value above 1e9 in size, text that is not
-            UTF-8, two names that look alike, or a case lies in two groups (names the file and the value).
+            UTF-8, two names that look alike, a case lies in two groups, or a class has one of its two kinds
+            of rows (names the file and the value).
     """
     table = _checked_table(path)
     try:
@@ -262,8 +265,24 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
     for metric, test_set in dict.fromkeys(pairs):
         rows = np.flatnonzero((columns["metric"] == metric) & (columns["test_set"] == test_set))
         part = {name: column[rows] for name, column in columns.items()}
+        _check_classes(path, test_set, part["score"])
         found.append(_test_set_cases(metric, test_set, part, seeds[rows], values[rows]))
     return found
+
+
+def _check_classes(path: Path, test_set: str, scores: NDArray[np.str_]) -> None:
+    """Refuse rows of a classifier that lack the other kind of rows of their class."""
+    names = set(scores.tolist())
+    for name in sorted(names):
+        kind = next((one for one in (PROBABILITY, TRUTH) if name.startswith(one)), None)
+        if kind is None:
+            continue
+        lacking = (TRUTH if kind == PROBABILITY else PROBABILITY) + name.removeprefix(kind)
+        if lacking not in names:
+            raise MaskLoomError(
+                f"{path}: {test_set}: there are rows {name!r} and no rows {lacking!r}; a classifier needs both for each class "
+                f"(give another score a name that does not begin with {kind!r})"
+            )
 
 
 def _checked_table(path: Path) -> pa.Table:

@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
-from maskloom.evaluate.downstream.cases import ScoredTestSet
+from maskloom.evaluate.downstream.cases import PROBABILITY, TRUTH, ScoredTestSet
 from maskloom.evaluate.downstream.directions import LOWER, direction
 from maskloom.evaluate.downstream.pairing import (
-    PROBABILITY,
-    TRUTH,
     Pair,
     contributions,
     defined_contributions,
+    lacks_worst_values,
     paired_values,
     repeated_seeds,
     rests_on_classes,
@@ -57,6 +56,11 @@ MISSING_SHARE = 0.02
 """Share of cases that may be undefined for some models and defined for others."""
 MOST_SKEWNESS = 1.5
 """Skewness of the groups' differences, against their mean, from which a finding is not told."""
+UNDONE = "some cases are not defined for all models, and with the worst values there nothing is found"
+UNKNOWN_WORST = (
+    "some cases are not defined for all models, and how bad this score can be is not known: give them the value that "
+    "stands for a failure"
+)
 HELPED, HURT, NO_BENEFIT, CANNOT_TELL = "helped", "hurt", "no clear benefit", "cannot tell"
 
 
@@ -249,7 +253,7 @@ def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bette
         p_holm=None,
         better=better,
         finding=CANNOT_TELL,
-        reason=reason_not_to_tell(pair, values, score),
+        reason=reason_not_to_tell(pair, values, score, better),
         smallest_effect=effect.smallest if effect else None,
         smallest_effect_low=effect.smallest_low if effect else None,
         smallest_effect_high=effect.smallest_high if effect else None,
@@ -272,27 +276,28 @@ def _with_finding(cases: ScoredTestSet, one: Comparison) -> Comparison:
     if _few_groups_oppose(cases, one):
         return replace(one, reason="a few groups differ strongly the other way, and others like them may be missing")
     finding = HURT if (one.difference > 0) == (one.better == LOWER) else HELPED
-    if _missing_values_oppose(cases, one, favoured=one.arm if finding == HELPED else one.baseline):
-        return replace(
-            one, reason="some cases are not defined for all models, and with the worst values there nothing is found"
-        )
-    return replace(one, finding=finding)
+    reason = _missing_values_oppose(cases, one, favoured=one.arm if finding == HELPED else one.baseline)
+    return replace(one, reason=reason) if reason else replace(one, finding=finding)
 
 
-def _missing_values_oppose(cases: ScoredTestSet, one: Comparison, favoured: str) -> bool:
-    """Return whether values that are not defined, if they were the worst, would undo a finding.
+def _missing_values_oppose(cases: ScoredTestSet, one: Comparison, favoured: str) -> str:
+    """Return why values that are not defined may undo a finding, or an empty text.
 
     An arm that fails in the hardest cases has no value there, and looks better for it.
     """
     if not paired_values(cases, one.arm, one.baseline, one.score).partly_undefined:
-        return False
-    other = one.baseline if favoured == one.arm else one.arm
-    worst = with_worst_values(cases, favoured, other, one.score, one.better == LOWER)
-    again = compare_arm(worst, one.arm, one.baseline, one.score, one.better)
+        return ""
+    other, lower = one.baseline if favoured == one.arm else one.arm, one.better == LOWER
+    if lacks_worst_values(cases, favoured, (favoured, other), one.score, lower):
+        return UNKNOWN_WORST
+    again = compare_arm(
+        with_worst_values(cases, favoured, other, one.score, lower), one.arm, one.baseline, one.score, one.better
+    )
     if again.reason or again.p is None or again.difference is None:
-        return True
+        return UNDONE
     adjustment = one.p_holm / one.p if one.p and one.p_holm else 1.0
-    return again.p * adjustment > 1 - LEVEL or (again.difference > 0) != ((one.difference or 0.0) > 0)
+    stays = again.p * adjustment <= 1 - LEVEL and (again.difference > 0) == ((one.difference or 0.0) > 0)
+    return "" if stays else UNDONE
 
 
 def _few_groups_oppose(cases: ScoredTestSet, one: Comparison) -> bool:
@@ -305,8 +310,15 @@ def _few_groups_oppose(cases: ScoredTestSet, one: Comparison) -> bool:
     return group_skewness(arm - baseline, pair.groups) * np.sign(one.difference or 0.0) < -MOST_SKEWNESS
 
 
-def reason_not_to_tell(pair: Pair, values: Floats, score: str) -> str:
-    """Return why the finding is `cannot tell`, or an empty text."""
+def reason_not_to_tell(pair: Pair, values: Floats, score: str, better: str) -> str:
+    """Return why the finding is `cannot tell`, or an empty text.
+
+    Args:
+        pair: both arms.
+        values: (S, N) their difference.
+        score: the score.
+        better: `higher` or `lower` values of it.
+    """
     groups, cases = supporting_groups(pair, score), len(pair.groups) + pair.left_out_cases
     of_class = rests_on_classes(pair, score)
     needed = FEW_CLASS_GROUPS if of_class else FEW_GROUPS
@@ -320,7 +332,8 @@ def reason_not_to_tell(pair: Pair, values: Floats, score: str) -> str:
         undefined: bool(undefined),
         f"the test images {where}are of {groups} group(s), fewer than {needed}": groups < needed,
         f"{pair.seeds} seed(s), fewer than {FEW_SEEDS}": pair.seeds < FEW_SEEDS,
-        "two seeds of an arm score alike in every case": values.size > 0 and repeated_seeds(pair),
+        "two seeds of an arm score alike in every case": values.size > 0
+        and repeated_seeds(pair, score, better == LOWER),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -50,6 +50,11 @@ HIGHER_WORDS = re.compile(
     r"|concordance|correct|detected)\d*\b"
 )
 """Likewise, of which more is better."""
+SHARES = re.compile(
+    r"\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
+    r"|p?auc|auroc|auprc|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|nsd|overlap|detected|correct)\d*\b"
+)
+"""Those of `HIGHER_WORDS` that name shares, whatever their unit: none is below 0."""
 TURNED = re.compile(rf"\b({TURNING})\b")
 OPPOSITE = re.compile(r"\b(free|reductions?|improvements?|decreases?)\b")
 """Words that turn an error round: `error reduction`, `miss-free rate`."""
@@ -92,14 +97,19 @@ def direction(score: str, lower: Collection[str] = (), higher: Collection[str] =
         return Direction(LOWER if score in lower else HIGHER, "stated")
     if (own := own_score(score)) is not None:
         return Direction(OWN_SCORES[own], "known")
-    head = subject(score)
-    measured = re.sub("[\u2010-\u2015\u2212]", "-", head).replace("_", " ")  # any dash
-    negated = COMPLEMENT.match(measured)
-    measured = CONDITION.split(measured[negated.end() :] if negated else measured, maxsplit=1)[0]
-    better = _named_direction(re.sub(rf"{CAMEL_CASE}|[\W_]+", " ", measured).strip().lower())
+    words, negated = _measured(score)
+    better = _named_direction(words)
     if better is None:
         return Direction(HIGHER, "default")
     return Direction(better if not negated else HIGHER if better == LOWER else LOWER, "name")
+
+
+def _measured(score: str) -> tuple[str, bool]:
+    """Return the words that say what is measured, in lower case, and whether the score is its negative or one minus it."""
+    head = re.sub("[\u2010-\u2015\u2212]", "-", subject(score)).replace("_", " ")  # any dash
+    negated = COMPLEMENT.match(head)
+    measured = CONDITION.split(head[negated.end() :] if negated else head, maxsplit=1)[0]
+    return re.sub(rf"{CAMEL_CASE}|[\W_]+", " ", measured).strip().lower(), bool(negated)
 
 
 def _named_direction(words: str) -> str | None:
@@ -124,6 +134,20 @@ def known_bounds(score: str) -> tuple[float, float]:
     if own is None:
         return -inf, inf
     return 0.0, inf if own in UNBOUNDED else 1.0
+
+
+def worst_value(score: str, lower: bool) -> float:
+    """Return the worst value that a score can have; infinite where there is none, or it is not known.
+
+    Args:
+        score: its name; other software's names of shares, such as `dsc` or `NSD`, are known, too.
+        lower: whether lower values of it are better.
+    """
+    if own_score(score) is not None:
+        return known_bounds(score)[lower]
+    words, negated = _measured(score)
+    is_share = not (lower or negated) and _named_direction(words) == HIGHER and SHARES.search(words)
+    return 0.0 if is_share else inf if lower else -inf
 
 
 def subject(score: str) -> str:

@@ -13,19 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from maskloom.evaluate.downstream.cases import ScoredTestSet, subset
+from maskloom.evaluate.downstream.cases import TRUTH, ScoredTestSet, subset
 from maskloom.evaluate.downstream.columns import Subgroups
 from maskloom.evaluate.downstream.compare import (
     BASELINE,
     CANNOT_TELL,
     MOST_SKEWNESS,
+    UNDONE,
+    UNKNOWN_WORST,
     reason_not_to_tell,
 )
 from maskloom.evaluate.downstream.directions import LOWER
 from maskloom.evaluate.downstream.pairing import (
-    TRUTH,
     Pair,
     defined_contributions,
+    lacks_worst_values,
     paired_values,
     rests_on_classes,
     supporting_groups,
@@ -168,7 +170,7 @@ def _gap(
         p_holm=None,
         better=better,
         finding=CANNOT_TELL,
-        reason=_reason(inside, outside, score),
+        reason=_reason(inside, outside, score, better),
         smallest_effect=effect.smallest if effect else None,
         groups=supporting_groups(inside.pair, score),
         rest_groups=supporting_groups(outside.pair, score),
@@ -188,12 +190,12 @@ def _effect(inside: _Side, outside: _Side, score: str) -> Effect | None:
     return estimate_gap(inside.values, inside.pair.groups, outside.values, outside.pair.groups)
 
 
-def _reason(inside: _Side, outside: _Side, score: str) -> str:
+def _reason(inside: _Side, outside: _Side, score: str, better: str) -> str:
     """Return why the finding is `cannot tell`, or an empty text."""
     for side, where in ((inside, "the subgroup"), (outside, "the rest")):
         if not side.pair.groups:
             return f"{where} has no case with this score"
-        if reason := reason_not_to_tell(side.pair, side.values, score):
+        if reason := reason_not_to_tell(side.pair, side.values, score, better):
             return f"{where}: {reason}"
     if rests_on_classes(inside.pair, score) and inside.classes() != outside.classes():
         return "the subgroup and the rest have other classes, and this score is a mean over classes"
@@ -209,34 +211,35 @@ def _with_finding(one: Gap, cases: ScoredTestSet, columns: Subgroups) -> Gap:
     if _few_groups_oppose(one, *_sides(cases, one.arm, one.score, one.subgroup, parts)):
         return replace(one, reason="a few groups differ strongly the other way, and others like them may be missing")
     finding = WORSE if (one.gap > 0) == (one.better == LOWER) else BETTER
-    if _missing_values_oppose(one, cases, parts, inside_is_worst=finding == BETTER):
-        return replace(
-            one, reason="some cases are not defined for all models, and with the worst values there nothing is found"
-        )
-    return replace(one, finding=finding)
+    reason = _missing_values_oppose(one, cases, parts, inside_is_worst=finding == BETTER)
+    return replace(one, reason=reason) if reason else replace(one, finding=finding)
 
 
 def _missing_values_oppose(
     one: Gap, cases: ScoredTestSet, parts: Mapping[str, Collection[str]], inside_is_worst: bool
-) -> bool:
-    """Return whether undefined values would undo a gap, if they were as much against it as any value can be.
+) -> str:
+    """Return why undefined values may undo a gap, or an empty text.
 
     Where a model fails in the hardest cases of a subgroup, it has no value there, and looks better for it.
     """
     sides = _sides(cases, one.arm, one.score, one.subgroup, parts)
     if not any(side.pair.partly_undefined for side in sides):
-        return False
-    filled = {
-        worst: with_extreme_values(cases, one.arm, [one.arm], one.score, worst, one.better == LOWER)
-        for worst in (True, False)
-    }
+        return ""
+    lower = one.better == LOWER
+    favoured = [
+        sample for name, samples in parts.items() if (name == one.subgroup) == inside_is_worst for sample in samples
+    ]
+    if lacks_worst_values(subset(cases, favoured, [one.arm]), one.arm, [one.arm], one.score, lower):
+        return UNKNOWN_WORST
+    filled = {worst: with_extreme_values(cases, one.arm, [one.arm], one.score, worst, lower) for worst in (True, False)}
     inside, _ = _sides(filled[inside_is_worst], one.arm, one.score, one.subgroup, parts)
     _, outside = _sides(filled[not inside_is_worst], one.arm, one.score, one.subgroup, parts)
     effect = _effect(inside, outside, one.score)
     if effect is None or effect.p is None:
-        return True
+        return UNDONE
     adjustment = one.p_holm / one.p if one.p and one.p_holm else 1.0
-    return effect.p * adjustment > 1 - LEVEL or (effect.value > 0) != ((one.gap or 0.0) > 0)
+    stays = effect.p * adjustment <= 1 - LEVEL and (effect.value > 0) == ((one.gap or 0.0) > 0)
+    return "" if stays else UNDONE
 
 
 def _few_groups_oppose(one: Gap, inside: _Side, outside: _Side) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
-from maskloom.evaluate.downstream.directions import known_bounds
+from maskloom.evaluate.downstream.cases import PROBABILITY, TRUTH, ArmCases, ScoredTestSet
+from maskloom.evaluate.downstream.directions import worst_value
 from maskloom.evaluate.scores.classification import (
     CALIBRATION_ERROR,
     RECALL,
@@ -18,8 +18,6 @@ from maskloom.evaluate.scores.classification import (
 from maskloom.evaluate.scores.inference import Floats, group_numbers
 from maskloom.pipeline.errors import MaskLoomError
 
-PROBABILITY, TRUTH = "probability of ", "is "
-"""How the raw rows of a classifier begin; the class follows."""
 UNWEIGHTED = ("accuracy", CALIBRATION_ERROR)
 """Scores of a classifier that are not means over classes."""
 JITTER = 1e-3
@@ -107,29 +105,52 @@ def with_extreme_values(
 ) -> ScoredTestSet:
     """Return an arm whose undefined values are the worst that the score can have, or the best seen.
 
-    Where the worst is not known (`known_bounds`), it is the worst value seen. Probabilities are those of
-    a wrong or of the right class. A case without a value in any model stays undefined, and so does a model
-    without a value in any case (its training failed).
+    Probabilities are those of a wrong or of the right class. A case without a value in any model stays
+    undefined, and so does a model without a value in any case (its training failed).
 
     Args:
         cases: of one test set.
         arm: the arm.
         arms: the arms whose values have been seen.
         score: the score.
-        worst: whether the worst values are filled in, not the best.
+        worst: whether the worst values are filled in, not the best. Check `lacks_worst_values` first.
         lower: whether lower values of the score are better.
     """
     sides = {name: _raw_values(cases.arms[name], score) for name in arms}
+    missing = _missing(cases, arm, sides)
+    extreme = _extreme_values(sides, score, worst, lower)
+    filled = {name: np.where(missing, extreme[name], values) for name, values in sides[arm].items()}
+    found = replace(cases.arms[arm], values={**cases.arms[arm].values, **filled})
+    return replace(cases, arms={**cases.arms, arm: found})
+
+
+def lacks_worst_values(cases: ScoredTestSet, arm: str, arms: Sequence[str], score: str, lower: bool) -> bool:
+    """Return whether an arm has undefined values of which nobody can say how bad they are.
+
+    An infinite distance, for one, counts as undefined: it is worse than any that was seen.
+
+    Args:
+        cases: of one test set.
+        arm: the arm.
+        arms: the arms whose values have been seen.
+        score: the score.
+        lower: whether lower values of the score are better.
+    """
+    sides = {name: _raw_values(cases.arms[name], score) for name in arms}
+    if not _missing(cases, arm, sides).any() or score not in sides[arm]:
+        return False
+    seen, worst = np.concatenate([side[score].ravel() for side in sides.values()]), worst_value(score, lower)
+    return bool(np.isinf(worst) or (np.nanmax(seen) > worst if lower else np.nanmin(seen) < worst))
+
+
+def _missing(cases: ScoredTestSet, arm: str, sides: Mapping[str, Mapping[str, Floats]]) -> NDArray[np.bool_]:
+    """Return where an arm has no value though some model of `sides` and the same model elsewhere have one, (S, N)."""
     defined = {
         name: _defined(side, range(len(cases.arms[name].seeds)), (0, len(cases.samples)))
         for name, side in sides.items()
     }
     known_cases = np.concatenate(list(defined.values())).any(axis=0)
-    missing = ~defined[arm] & defined[arm].any(axis=1, keepdims=True) & known_cases
-    extreme = _extreme_values(sides, score, worst, lower)
-    filled = {name: np.where(missing, extreme[name], values) for name, values in sides[arm].items()}
-    found = replace(cases.arms[arm], values={**cases.arms[arm].values, **filled})
-    return replace(cases, arms={**cases.arms, arm: found})
+    return np.asarray(~defined[arm] & defined[arm].any(axis=1, keepdims=True) & known_cases)
 
 
 def _extreme_values(
@@ -137,10 +158,10 @@ def _extreme_values(
 ) -> Mapping[str, Floats | float]:
     """Return the worst or best raw values, by name: of a score over all cases, of a classifier for each, (N,)."""
     if all(score in side for side in sides.values()):
-        seen = np.concatenate([side[score].ravel() for side in sides.values()])
         if worst:  # what failed may be worse than all that was seen, but not better
-            seen = np.append(seen, [bound for bound in known_bounds(score)[lower : lower + 1] if np.isfinite(bound)])
-        return {score: float(np.nanmax(seen) if worst == lower else np.nanmin(seen))}
+            return {score: worst_value(score, lower)}
+        seen = np.concatenate([side[score].ravel() for side in sides.values()])
+        return {score: float(np.nanmin(seen) if lower else np.nanmax(seen))}
     classes = sorted({name.removeprefix(TRUTH) for side in sides.values() for name in side if name.startswith(TRUTH)})
     truth = {
         name: np.nanmax(np.concatenate([side[TRUTH + name] for side in sides.values()]), axis=0) for name in classes
@@ -228,19 +249,34 @@ def why_undefined(pair: Pair, score: str) -> str:
     return "the test images are of one class" if sum(present.values()) == 1 else ""
 
 
-def repeated_seeds(pair: Pair) -> bool:
-    """Return whether two models of an arm have the same values in every case, though cases differ.
+def repeated_seeds(pair: Pair, score: str, lower: bool) -> bool:
+    """Return whether two models of an arm have the same values in every case.
 
     That is one training under two seeds, or models that predict nothing. A network that is run again
-    on another machine differs by rounding, see `JITTER`.
+    on another machine differs by rounding, see `JITTER`. Models that are as good as any can be in every
+    case, such as a sensitivity of 1, tell nothing of the kind.
+
+    Args:
+        pair: both arms.
+        score: the score.
+        lower: whether lower values of it are better.
     """
     for side in (pair.arm, pair.baseline):
         stacked = np.concatenate([values for name, values in side.items() if not name.startswith(TRUTH)], axis=1)
         for number, one in enumerate(stacked):
             apart = np.abs(stacked[:number] - one).max(axis=1)
-            if (apart <= JITTER * case_spread(one)).any() and one.std() > 0:
+            if (apart <= JITTER * case_spread(one)).any() and not _all_at_best(one, pair, score, lower):
                 return True
     return False
+
+
+def _all_at_best(values: Floats, pair: Pair, score: str, lower: bool) -> bool:
+    """Return whether (N,) values are all alike, and the best that any model of a pair has."""
+    if np.ptp(values) > 0 or score not in pair.arm:
+        return False
+    seen = np.concatenate([side[score].ravel() for side in (pair.arm, pair.baseline)])
+    best = seen.min() if lower else seen.max()
+    return bool(values[0] == best != worst_value(score, lower))
 
 
 def case_spread(values: Floats) -> float:

@@ -20,9 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.evaluate.downstream.cases import ScoredTestSet, TrainedModel, trained_cases, write_cases
+from maskloom.evaluate.downstream.cases import (
+    PROBABILITY,
+    TRUTH,
+    ScoredTestSet,
+    TrainedModel,
+    trained_cases,
+    write_cases,
+)
 from maskloom.evaluate.downstream.compare import arm_scores, score_names
-from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
 from maskloom.evaluate.inputs import ImageSet
 from maskloom.evaluate.scores.segmentation import SegmentationScores
 from maskloom.pipeline.dataset.contract import EXTERNAL_PREFIX

@@ -20,6 +20,7 @@ import numpy as np
 from maskloom.evaluate.downstream.arms import FIRST_SEEDS
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet
 from maskloom.evaluate.downstream.compare import BASELINE, reason_not_to_tell
+from maskloom.evaluate.downstream.directions import direction
 from maskloom.evaluate.downstream.pairing import defined_contributions, paired_values
 from maskloom.evaluate.scores.inference import (
     Variance,
@@ -88,7 +89,7 @@ def _variances(cases: ScoredTestSet, score: str) -> Iterator[Variance]:
             continue
         pair = paired_values(cases, arm, BASELINE, score)
         left, right = (defined_contributions(side, score) for side in (pair.arm, pair.baseline))
-        if left is None or right is None or reason_not_to_tell(pair, left - right, score):
+        if left is None or right is None or reason_not_to_tell(pair, left - right, score, direction(score).better):
             continue
         varying = [left - right] if seeds_are_paired(left, right) else [left, right]
         yield variance_of_mean((left - right).mean(axis=0), varying, group_numbers(pair.groups))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from maskloom.pipeline.config.base import with_home
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import check_places
@@ -33,11 +34,14 @@ def given_folder(role: Role, path: Path) -> Given:
     """Return what lies at a path.
 
     Raises:
-        MaskLoomError: it is no folder, or a run without such a dataset, or with several.
+        MaskLoomError: it is no folder or holds no file, or is a run without such a dataset, or with several.
     """
+    path = with_home(path)
     if not path.is_dir():
         what = "is a file; give the folder that holds it" if path.exists() else "no such folder"
         raise MaskLoomError(f"--{role} {path}: {what}")
+    if not any(one.is_file() for one in path.rglob("*")):
+        raise MaskLoomError(f"--{role} {path}: the folder is empty, or holds empty folders only; give one with images")
     if (path / CONTRACT_FILE).is_file():
         return Given(role, path, prepared=True)
     run = Run(path)

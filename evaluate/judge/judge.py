@@ -22,6 +22,7 @@ from maskloom.evaluate.judge.importing import NAME, import_set
 from maskloom.evaluate.judge.reading import SYNTHETIC_KEY, guessed_data, prepare, read_synthetic, synthetic_values
 from maskloom.evaluate.judge.remarks import few_groups_remark
 from maskloom.evaluate.questions import open_question
+from maskloom.pipeline.config.base import with_home
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import merged, parsed_override, read_values, validated
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE
@@ -41,7 +42,7 @@ from maskloom.pipeline.runs.stage import Stage, open_run
 CONFIG = Path("configs/judge.yaml")
 REMEDY = (
     "take these images out of the synthetic folder, and ask who made them whether held-out images were among what they "
-    "trained on; then run the same command again"
+    "trained on; then run the same command again (altered copies are looked for once no identical ones are left)"
 )
 
 
@@ -81,7 +82,7 @@ def judge(request: Request, force: bool) -> float:
     real, synthetic = given_folder("real", request.real), given_folder("synthetic", request.synthetic)
     own = [one for one in request.overrides if not one.startswith(SYNTHETIC_KEY)]
     stated = read_values(request.config, own)
-    out = request.out or validated(stated, ExperimentConfig, str(request.config)).run_folder
+    out = with_home(request.out) if request.out else validated(stated, ExperimentConfig, str(request.config)).run_folder
     require_apart(real, synthetic, out)
     values = experiment_values(request, real, out, own)
     config = validated(values, ExperimentConfig, str(request.config))

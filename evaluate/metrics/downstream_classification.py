@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from maskloom.evaluate.downstream.arms import ARMS, chosen_generator, phase_augmentation, train_arms
-from maskloom.evaluate.downstream.cases import Outcomes, TrainedModel, trained_cases
+from maskloom.evaluate.downstream.cases import PROBABILITY, TRUTH, Outcomes, TrainedModel, trained_cases
 from maskloom.evaluate.downstream.classifier import (
     ClassifierOptions,
     build_classifier,
@@ -27,7 +27,6 @@ from maskloom.evaluate.downstream.columns import SubgroupOptions, subgroups_by_t
 from maskloom.evaluate.downstream.compare import BASELINE
 from maskloom.evaluate.downstream.data import ComparisonData, comparison_data
 from maskloom.evaluate.downstream.learning_curve import LearningOptions, curricula, train_curves
-from maskloom.evaluate.downstream.pairing import PROBABILITY, TRUTH
 from maskloom.evaluate.downstream.phases import Pair, Phase, trained_in_phases
 from maskloom.evaluate.downstream.ratios import VALIDATION, RatioChoice, choose_ratio
 from maskloom.evaluate.downstream.recipe import RecipeOptions, balanced_draw, phase_draw, training_recipe

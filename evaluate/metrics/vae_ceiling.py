@@ -8,7 +8,7 @@ whatever the generator learns. A run whose `generator/vae/` holds a fine-tuned d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,16 @@ from maskloom.evaluate.inputs import BATCH, EvaluationInputs, ImageSet, in_batch
 from maskloom.evaluate.scores.features import Extractor, ExtractorOptions, batch_features, load_extractor, set_features
 from maskloom.evaluate.scores.frechet import frechet_interval
 from maskloom.evaluate.scores.statistics import Bootstrap, difference, weighted_mean
-from maskloom.evaluate.scores.threads import thread_results
+from maskloom.evaluate.scores.threads import network_results, thread_results
 from maskloom.evaluate.thumbnails import image_grid
 from maskloom.models.stable_diffusion.source import BackboneSource
 from maskloom.pipeline.config.bounds import BatchSize, Shown
 from maskloom.pipeline.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.fixed_steps import normalised
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 2
 QUESTION = "What does the VAE destroy, whatever the generator learns?"
@@ -180,14 +183,12 @@ def through_vae(vae: Any, images: NDArray[np.uint8], batch_size: int, device: st
     """
     import torch
 
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            pixels = normalised(images[start : start + batch_size], device).expand(-1, 3, -1, -1)
-            output = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-            output = output.mean(dim=1, keepdim=True) if images.shape[3] == 1 else output
-            parts.append(((output + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(parts)
+    def decoded(pixels: Tensor) -> Tensor:
+        output = vae.decode(vae.encode(pixels.expand(-1, 3, -1, -1)).latent_dist.mode()).sample
+        output = output.mean(dim=1, keepdim=True) if images.shape[3] == 1 else output
+        return ((output + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    return network_results(decoded, normalised(images, device), batch_size).cpu().numpy()
 
 
 def reconstruct(

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from maskloom.evaluate.feature_cache import Features
 from maskloom.evaluate.inputs import EvaluationInputs, Images, ImageSet
+from maskloom.evaluate.scores.threads import network_results
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.bounds import Side
 from maskloom.pipeline.plugins import load_plugin
@@ -134,11 +135,13 @@ def batch_features(extractor: Extractor, batches: Iterable[list[Images | None]],
     """Return the features, (N, D) float32, of batches of (H, W) or (H, W, 3) uint8 images."""
     import torch
 
+    def features(pixels: Tensor) -> Tensor:
+        return extractor.features(as_rgb(pixels, extractor.side)).float()
+
     found = []
-    with torch.inference_mode():
-        for batch in batches:
-            pixels = torch.from_numpy(np.stack([array for array in batch if array is not None])).to(device)
-            found.append(extractor.features(as_rgb(pixels, extractor.side)).float().cpu().numpy())
+    for batch in batches:
+        pixels = torch.from_numpy(np.stack([array for array in batch if array is not None])).to(device)
+        found.append(network_results(features, pixels).cpu().numpy())
     return np.concatenate(found) if found else np.zeros((0, 1), dtype=np.float32)
 
 

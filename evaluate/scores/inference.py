@@ -44,6 +44,8 @@ NEGLIGIBLE = 1e-9
 """Differences and standard errors below this share of a typical value are rounding."""
 ROUNDINGS = 16
 """So many times the floating-point error of the largest value is rounding, too."""
+TINY = 1e-150
+"""Whatever is smaller is rounding, too: its square is 0."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def rounding_error(scores: Sequence[Floats]) -> float:
     """
     largest = np.concatenate([np.abs(one).max(axis=0) for one in scores])  # of each case
     typical = np.median(largest[largest > 0]) if largest.any() else 0.0
-    return float(max(NEGLIGIBLE * typical, ROUNDINGS * np.finfo(np.float64).eps * largest.max()))
+    return float(max(NEGLIGIBLE * typical, ROUNDINGS * np.finfo(np.float64).eps * largest.max(), TINY))
 
 
 def _effect(value: float, variance: Variance, rounding: float, cases: float, paired: bool) -> Effect:

@@ -1,9 +1,11 @@
 """The base class of all configuration sections, and the types that several sections share."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,6 +26,18 @@ contain a path."""
 
 Size = Annotated[tuple[Side, Side], BeforeValidator(lambda value: (value, value) if isinstance(value, int) else value)]
 """(height, width) in pixels; a single number means a square."""
+
+
+def with_home(path: Path) -> Path:
+    """Return a path with the home folder in place of a leading `~`, which shells leave in `key=~/folder`."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user: the name begins with ~
+        return path
+
+
+UserPath = Annotated[Path, AfterValidator(with_home)]
+"""A path as users write it."""
 
 # YAML reads an unquoted `no` as false.
 Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)]

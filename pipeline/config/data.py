@@ -1,11 +1,10 @@
 """The section `data`: the raw dataset and how it is prepared."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from maskloom.pipeline.config.base import NOTHING_TO_DROP, PluginName, Section, Size
+from maskloom.pipeline.config.base import NOTHING_TO_DROP, PluginName, Section, Size, UserPath
 from maskloom.pipeline.config.bounds import Rows, Workers
 
 
@@ -48,7 +47,7 @@ class StainConfig(Section):
     """Stain normalisation of H&E and similar images."""
 
     method: Literal["macenko", "reinhard"]
-    reference: Path | None = Field(
+    reference: UserPath | None = Field(
         None,
         description="image whose stains all others are normalised to; "
         "null: the published reference vectors (macenko only)",
@@ -66,7 +65,7 @@ class StainConfig(Section):
 class ExternalConfig(Section):
     """An external dataset that provides an additional test split."""
 
-    raw_dir: Path | None = None
+    raw_dir: UserPath | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the adapter's own options")
 
 
@@ -82,7 +81,7 @@ class DataConfig(Section):
     """`prepare`: raw dataset -> mask-and-prompt dataset."""
 
     dataset: PluginName = Field(description="file name in data_prep/datasets, without extension")
-    raw_dir: Path | None = None
+    raw_dir: UserPath | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the adapter's own options")
     image_size: Size = (512, 512)
     buckets: list[Size] = Field(

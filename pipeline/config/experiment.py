@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from maskloom.pipeline.config.base import MAX_NAME, NAME_PATTERN, Plugins, Section, plugin_options
+from maskloom.pipeline.config.base import MAX_NAME, NAME_PATTERN, Plugins, Section, UserPath, plugin_options
 from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.evaluate import EvaluateConfig, ReportConfig
 from maskloom.pipeline.config.filter import FILTERED, FilterConfig
@@ -18,7 +18,7 @@ class ExperimentConfig(Section):
     """The configuration of one experiment, one section per stage."""
 
     experiment: str = Field(pattern=NAME_PATTERN, max_length=MAX_NAME)
-    run_dir: Path | None = None
+    run_dir: UserPath | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig
     train: TrainConfig | None = Field(None, description="null: do not fine-tune a backbone")

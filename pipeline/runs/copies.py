@@ -4,16 +4,23 @@
 it. The result is kept in `logs/audit/DIGEST-copies.json` of the run, so that the check runs once.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
-from maskloom.pipeline.runs.leaks import MAX_SHOWN, SYNTHETIC_FIX
+from maskloom.pipeline.runs.leak_list import leaks_in_words
+from maskloom.pipeline.runs.leaks import SYNTHETIC_FIX
 from maskloom.pipeline.runs.run import Run
+
+if TYPE_CHECKING:
+    from maskloom.pipeline.dataset.audit.held_out import HeldOutCopy
 
 VERSION = 1  # of this check; a new version makes every record stale
 REAL_FIX = (
@@ -49,13 +56,29 @@ def require_no_held_out_copies(run: Run, real: MaskPromptDataset, synthetic: Seq
     start = time.monotonic()
     found = find_held_out_copies(real, synthetic)
     if found:
-        first = "; ".join(
-            f"{one.copy.sample_id} ({one.copy.split} of {one.copy.dataset}) shows {one.original.sample_id} "
-            f"({one.original.split}{', mirrored or turned' if one.turned else ''}, correlation {one.likeness:.2f})"
-            for one in found[:MAX_SHOWN]
-        )
-        more = f"; and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
+        shown = leaks_in_words(record, list(map(_in_words, found)), list(map(_as_row, found)))
         fix = REAL_FIX if any(one.copy.dataset == str(real.folder) for one in found) else SYNTHETIC_FIX
-        raise LeakedImages(f"{real.folder}: {len(found)} image(s) are copies of held-out images: {first}{more}", fix)
+        raise LeakedImages(f"{real.folder}: {len(found)} image(s) are copies of held-out images: {shown}", fix)
     write_audit_record(record, VERSION, datasets, rows, True)
     say(f"no copies of held-out images among {rows} images ({time.monotonic() - start:.1f} s)")
+
+
+def _in_words(one: HeldOutCopy) -> str:
+    turned = ", mirrored or turned" if one.turned else ""
+    return (
+        f"{one.copy.sample_id} ({one.copy.split} of {one.copy.dataset}) shows {one.original.sample_id} "
+        f"({one.original.split}{turned}, correlation {one.likeness:.2f})"
+    )
+
+
+def _as_row(one: HeldOutCopy) -> dict[str, object]:
+    return {
+        "image": one.copy.sample_id,
+        "image_split": one.copy.split,
+        "image_dataset": one.copy.dataset,
+        "shows": one.original.sample_id,
+        "shows_split": one.original.split,
+        "shows_dataset": one.original.dataset,
+        "problem": "mirrored or turned" if one.turned else "",
+        "similarity": round(one.likeness, 4),
+    }

@@ -18,17 +18,23 @@ from contextlib import contextmanager
 from tempfile import gettempdir
 from typing import Any
 
-from maskloom.pipeline.dataset.audit.findings import Finding, failure_text, identical_findings, near_correlation
+from maskloom.pipeline.dataset.audit.findings import (
+    Finding,
+    failure_row,
+    failure_text,
+    identical_findings,
+    near_correlation,
+)
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.audit.pixels import decoded_image, is_blank, pixel_digest
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import LeakedImages, MaskLoomError, one_line
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
+from maskloom.pipeline.runs.leak_list import leaks_in_words
 from maskloom.pipeline.runs.run import Run
 
 VERSION = 1  # of this check; a new version makes every record stale
-MAX_SHOWN = 3  # pairs of images in an error
 FIX = "prepare the dataset again with data.duplicates=identical or near, so that such images share a group or are left out"
 SYNTHETIC_FIX = (
     "no image may be trained on that measures the result: generate the set again from this dataset, "
@@ -62,12 +68,11 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
     if is_recorded(record, VERSION, datasets):
         return
     start = time.monotonic()
-    rows, failures, count = _failures(datasets)
+    rows, failures = _failures(datasets)
     if failures:
-        first = "; ".join(failure_text(finding) for finding in failures)
-        more = f"; and {count - len(failures)} more" if count > len(failures) else ""
+        found = leaks_in_words(record, list(map(failure_text, failures)), list(map(failure_row, failures)))
         fix = SYNTHETIC_FIX if all(finding.problem == "datasets" for finding in failures) else FIX
-        raise LeakedImages(f"{real.folder}: {count} pair(s) of images make results wrong: {first}{more}", fix)
+        raise LeakedImages(f"{real.folder}: {len(failures)} pair(s) of images make results wrong: {found}", fix)
     near = len(datasets) == 1 and looks_for_near_duplicates(real)
     if near:
         _require_no_near_duplicates(real)
@@ -84,20 +89,11 @@ def looks_for_near_duplicates(dataset: MaskPromptDataset) -> bool:
     return near_correlation(dataset) is not None and dataset.num_rows <= NEAR_LIMIT
 
 
-def _failures(datasets: Sequence[MaskPromptDataset]) -> tuple[int, list[Finding], int]:
-    """Return the number of images, the first failures, and the number of all failures.
-
-    Memory does not grow with the size of the datasets.
-    """
-    first: list[Finding] = []
-    count = 0
+def _failures(datasets: Sequence[MaskPromptDataset]) -> tuple[int, list[Finding]]:
+    """Return the number of images, and the failures; memory grows with the number of failures alone."""
     with _pixel_rows(datasets) as rows:
-        for finding in identical_findings(rows, datasets):
-            if finding.fails:
-                count += 1
-                first += [finding] if len(first) < MAX_SHOWN else []
-        total = rows.execute("SELECT COUNT(*) FROM images").fetchone()[0]
-    return total, first, count
+        failures = [finding for finding in identical_findings(rows, datasets) if finding.fails]
+        return rows.execute("SELECT COUNT(*) FROM images").fetchone()[0], failures
 
 
 @contextmanager

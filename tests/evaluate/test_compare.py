@@ -16,10 +16,19 @@ from sklearn import metrics
 from benchmarks.verdict_simulation import skewed_scores
 from maskloom.evaluate.downstream import tables
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
-from maskloom.evaluate.downstream.compare import Comparison, arm_scores, compare, compare_arm, score_names
+from maskloom.evaluate.downstream.compare import (
+    UNDONE,
+    UNKNOWN_WORST,
+    Comparison,
+    arm_scores,
+    compare,
+    compare_arm,
+    score_names,
+)
 from maskloom.evaluate.downstream.comparison import compare_test_sets
-from maskloom.evaluate.downstream.directions import direction, known_bounds
+from maskloom.evaluate.downstream.directions import direction, known_bounds, worst_value
 from maskloom.evaluate.downstream.gaps import subgroup_gaps
+from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
 from maskloom.evaluate.scores.inference import holm_adjusted
 from maskloom.pipeline.errors import MaskLoomError
 from tests.evaluate.cases import class_cases, dice_cases
@@ -316,13 +325,13 @@ def test_an_arm_is_not_better_for_having_no_value_in_some_cases(score: str, lowe
     of_better = dice_cases(arms | {better: np.where(hidden, np.nan, arms[better])}, score=score)
     found = one(of_better, score=score)
     assert (found.finding, found.left_out_cases) == ("cannot tell", 5)
-    assert found.reason.startswith("some cases are not defined for all models, and with the worst values there")
+    assert found.reason == (UNKNOWN_WORST if lower else UNDONE)
     (worse,) = arms.keys() - {better}
     of_worse = dice_cases(arms | {worse: np.where(hidden, np.nan, arms[worse])}, score=score)
     assert one(of_worse, score=score).finding == finding
 
 
-@pytest.mark.parametrize("score", ["Dice", "surface Dice at 2 pixels", "Dice in another software"])
+@pytest.mark.parametrize("score", ["Dice", "surface Dice at 2 pixels", "dsc", "NSD", "volume score"])
 @pytest.mark.parametrize("scale", [1, 100])
 def test_an_arm_that_fails_where_no_failure_was_seen_is_not_better(score: str, scale: int) -> None:
     """It is .012 better in 98 cases and has no value in the 2 hardest, which would cost .013 if they counted as 0."""
@@ -334,10 +343,64 @@ def test_an_arm_that_fails_where_no_failure_was_seen_is_not_better(score: str, s
     found = one(
         dice_cases(dict(zip(("real", "real_synthetic"), scale * values, strict=True)), score=score), score=score
     )
-    if score == "Dice in another software":  # nobody knows how bad it can be
-        assert found.finding == "helped"
-    else:
-        assert found.reason.startswith("some cases are not defined for all models, and with the worst values there")
+    assert found.reason == (UNKNOWN_WORST if score == "volume score" else UNDONE)
+
+
+@pytest.mark.parametrize(
+    ("score", "lower", "worst"),
+    [
+        *(
+            (score, False, 0)
+            for score in ("Dice", "dice", "DSC", "NSD", "jaccard", "mIoU", "F1", "TPR@FPR=0.05", "recall")
+        ),
+        *(
+            (score, False, -np.inf)
+            for score in ("kappa", "PSNR", "1 - error", "R2", "pearson", "my score", "-dice loss")
+        ),
+        *((score, True, np.inf) for score in ("HD95 (pixels)", "hd", "Dice loss", "1 - Dice", "FPR")),
+        (CALIBRATION_ERROR, True, 1),
+    ],
+)
+def test_worst_values_of_scores(score: str, lower: bool, worst: float) -> None:
+    assert worst_value(score, lower) == worst
+
+
+def test_nobody_knows_the_worst_where_a_value_beyond_it_was_seen() -> None:
+    arms = {"real": BASE - 1, "real_synthetic": changed_by(-0.9)}  # a logarithm of Dice
+    arms["real_synthetic"][:, 3] = np.nan
+    assert one(dice_cases(arms)).reason == UNKNOWN_WORST
+
+
+def test_an_infinite_distance_is_worse_than_any_other(tmp_path: Path) -> None:
+    """An arm is nearer in all cases but the one in which it finds nothing."""
+    arms = {"real": 20 * BASE, "real_synthetic": 20 * changed_by(-0.1)}
+    arms["real_synthetic"][:, 7] = np.inf
+    write_cases(tmp_path / "cases.parquet", [dice_cases(arms, score="HD95")])
+    ((_, found),) = tables.compare_files([tmp_path / "cases.parquet"], "real", None)
+    assert (found.finding, found.reason) == ("cannot tell", UNKNOWN_WORST)
+
+
+@pytest.mark.parametrize("arm", ["real", "real_synthetic"])
+@pytest.mark.parametrize("failed", [slice(0, 5), slice(1, 3)])
+def test_models_that_find_nothing_cannot_tell(arm: str, failed: slice) -> None:
+    for score, nothing in (("Dice", 0), ("distance", 40)):
+        arms = {"real": BASE.copy(), "real_synthetic": changed_by(0.1)}
+        arms[arm][failed] = nothing
+        assert one(dice_cases(arms, score=score), score=score).reason == "two seeds of an arm score alike in every case"
+    arms = {"real": np.zeros((3, 60)), "real_synthetic": np.zeros((3, 60))}
+    assert one(dice_cases(arms)).finding == "cannot tell"
+
+
+def test_models_without_a_fault_are_better() -> None:
+    for score, best in (("lesion sensitivity", 1), ("false positives per image", 0)):
+        arms = {"real": BASE, "real_synthetic": np.full_like(BASE, best)}
+        assert one(dice_cases(arms, score=score), score=score).finding == "helped"
+
+
+@pytest.mark.parametrize("size", [1e-160, 1e-300])
+def test_differences_whose_squares_vanish_are_rounding(size: float) -> None:
+    found = one(dice_cases({"real": BASE * size, "real_synthetic": changed_by(0.1) * size}))
+    assert (found.finding, found.difference) == ("no clear benefit", 0)
 
 
 @pytest.mark.parametrize(
@@ -555,6 +618,15 @@ def test_rows_of_classifiers_that_contradict_are_refused(change: Callable[[dict]
     change({name: arm.values for name, arm in cases.arms.items()})
     with pytest.raises(MaskLoomError, match=message):
         compare(cases)
+
+
+@pytest.mark.parametrize("kept", ["probability of a", "is a"])
+def test_a_classifier_without_one_kind_of_rows_is_refused(kept: str, tmp_path: Path) -> None:
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.1)}, score=kept)
+    write_cases(tmp_path / "cases.parquet", [cases])
+    lacking = {"probability of a": "is a"}.get(kept, "probability of a")
+    with pytest.raises(MaskLoomError, match=rf"cases.parquet: real test: .*'{kept}' and no rows '{lacking}'"):
+        tables.compare_files([tmp_path / "cases.parquet"], "real", None)
 
 
 def test_unknown_arms_and_scores_are_named() -> None:

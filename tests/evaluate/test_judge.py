@@ -695,10 +695,23 @@ def test_which_synthetic_set_of_a_run(tmp_path: Path) -> None:
 
 def test_the_result_lies_apart_from_what_is_read(tmp_path: Path) -> None:
     for name in ("real", "synthetic"):
-        (tmp_path / name).mkdir()
+        write_classes(tmp_path / name, 1, 1)
     given = given_folder("real", tmp_path / "real"), given_folder("synthetic", tmp_path / "synthetic")
     with pytest.raises(MaskLoomError, match=r"--synthetic=.*synthetic: holds .*result, which is written to"):
         require_apart(*given, tmp_path / "synthetic" / "result")
+
+
+@pytest.mark.parametrize("role", ["real", "synthetic"])
+def test_an_empty_folder_is_refused_before_anything_is_read(role: str, tmp_path: Path) -> None:
+    (tmp_path / "folder" / "benign").mkdir(parents=True)
+    with pytest.raises(MaskLoomError, match=rf"--{role} .*folder: the folder is empty"):
+        given_folder(role, tmp_path / "folder")
+
+
+def test_a_home_folder_that_the_shell_leaves_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_classes(tmp_path / "scans", 1, 1)
+    assert given_folder("real", Path("~/scans")).folder == tmp_path / "scans"
 
 
 def test_foreign_files_in_the_place_of_the_result_stay(real: Path, tmp_path: Path, quick: Path) -> None:

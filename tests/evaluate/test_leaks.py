@@ -2,6 +2,8 @@
 what the contracts and records say.
 """
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,7 +240,35 @@ def test_train_images_that_only_the_search_for_copies_finds(tmp_path: Path, caps
 def test_many_copies_are_counted_and_the_first_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = stopped(write_run(tmp_path, image=lambda _, index: recoded(picture_of("test", index % 12))), capsys)
     assert "24 image(s) are copies" in error and "made-0002" in error and "made-0003" not in error
-    assert "; and 21 more; " in error
+    listed = listed_leaks(error, 21)
+    assert [row["image"] for row in listed] == [f"made-{index:04}" for index in range(24)]
+    assert listed[13]["shows"] == "test-0001" and listed[13]["shows_split"] == "test" and listed[13]["similarity"] > 0.9
+
+
+def listed_leaks(error: str, more: int) -> list[dict[str, Any]]:
+    """Return the leaks in the file that an error names."""
+    found = re.search(rf"; and {more} more; all are listed in (.+?\.jsonl); ", error)
+    assert found
+    return [json.loads(line) for line in Path(found[1]).read_text().splitlines()]
+
+
+def test_every_identical_image_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = stopped(write_run(tmp_path, image=lambda _, index: picture_of("test", index % 12)), capsys)
+    listed = listed_leaks(error, 21)
+    assert sorted(row["image"] for row in listed) == [f"made-{index:04}" for index in range(24)]
+    assert {row["shows"] for row in listed} == {f"test-{index:04}" for index in range(12)}
+    made = str(tmp_path / "synthetic" / "pix2pix")
+    assert {(row["image_dataset"], row["shows_split"]) for row in listed} == {(made, "test")}
+
+
+def test_every_altered_image_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = stopped(
+        write_run(tmp_path, image=lambda _, index: with_border(picture_of("test", index % 12), 128)), capsys
+    )
+    assert "24 image(s) are altered copies" in error
+    listed = listed_leaks(error, 21)
+    assert [row["image"] for row in listed] == [f"made-{index:04}" for index in range(24)]
+    assert all(row["similarity"] > row["threshold"] for row in listed)
 
 
 def test_a_synthetic_dataset_without_a_parent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

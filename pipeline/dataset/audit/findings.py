@@ -133,13 +133,12 @@ def identical_findings(rows: sqlite3.Connection, datasets: Sequence[MaskPromptDa
 
 
 def _set_findings(datasets: Sequence[MaskPromptDataset], members: Iterable[Member]) -> Iterator[Finding]:
-    """Yield the findings in a set of identical images; keep one image of each kind in memory."""
+    """Yield the findings in a set of identical images: of a failure, every image that is in the second place."""
+    members = list(members)
     places: dict[tuple[int, str], Member] = {}
     labels: dict[tuple[int, str | None], Member] = {}
     masks: list[Member] = []
-    size = 0
     for member in members:
-        size += 1
         places.setdefault(member.where, member)
         labels.setdefault((member.dataset, member.label), member)
         if (
@@ -151,17 +150,32 @@ def _set_findings(datasets: Sequence[MaskPromptDataset], members: Iterable[Membe
             masks.append(member)
 
     def finding(problem: str, a: Member, b: Member, fails: bool) -> Finding:
-        return Finding(problem, "identical", 1.0, size, fails, place(datasets, a), place(datasets, b))
+        return Finding(problem, "identical", 1.0, len(members), fails, place(datasets, a), place(datasets, b))
 
     for a, b in combinations(places.values(), 2):
         problem = relation(a.where, b.where)
-        if problem:
-            yield finding(problem, a, b, measured_on_itself(a.where, b.where))
+        if problem and not measured_on_itself(a.where, b.where):
+            yield finding(problem, a, b, False)
+        elif problem:
+            for member in members:
+                if member.where == b.where:
+                    yield finding(problem, a, member, True)
     for a, b in combinations(labels.values(), 2):
         if contradicts(datasets, a, b):
             yield finding("labels", a, b, True)
     if len(masks) == 2:
         yield finding("masks", masks[0], masks[1], False)
+
+
+def failure_row(finding: Finding) -> dict[str, str]:
+    """Return a failure for a file."""
+    places = (("image", finding.second), ("shows", finding.first))
+    where = {
+        key: value
+        for name, one in places
+        for key, value in ((name, one.sample_id), (f"{name}_split", one.split), (f"{name}_dataset", one.dataset))
+    }
+    return {**where, "problem": failure_text(finding)}
 
 
 def failure_text(finding: Finding) -> str:

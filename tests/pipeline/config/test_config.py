@@ -157,6 +157,14 @@ def test_extends_may_be_anything_and_ends_in_one_line(tmp_path, extends, problem
     assert problem in _problem(_write(tmp_path, {**MINIMAL, "extends": extends}))
 
 
+def test_a_leading_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = ["run_dir=~/run", "data.raw_dir=~/raw"]
+    config = load_experiment(CONFIGS / "demo.yaml", overrides)
+    assert (config.run_folder, config.data.raw_dir) == (tmp_path / "run", tmp_path / "raw")
+    assert load_experiment(CONFIGS / "demo.yaml", ["run_dir=~no-such-user/run"]).run_folder == Path("~no-such-user/run")
+
+
 def _drops(tmp_path: Path, *overrides: str) -> ExperimentConfig:
     parent = {
         **MINIMAL,

@@ -1,0 +1,26 @@
+"""The first leaked images in words, and all of them in a file: `logs/audit/DIGEST-leaked.jsonl` of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from maskloom.pipeline.files.atomic import write_text
+
+MAX_SHOWN = 3  # leaks in an error
+
+
+def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
+    """Return the first leaks in words; where there are more, all are written to a file, which is named.
+
+    Args:
+        record: where the check keeps its record if it finds nothing; the file lies beside it.
+        texts: one per leak.
+        rows: the same leaks, for the file.
+    """
+    if len(texts) <= MAX_SHOWN:
+        return "; ".join(texts)
+    path = record.with_name(f"{record.stem}-leaked.jsonl")
+    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    return "; ".join([*texts[:MAX_SHOWN], f"and {len(texts) - MAX_SHOWN} more; all are listed in {path}"])
