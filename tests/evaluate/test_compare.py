@@ -383,7 +383,7 @@ def test_an_infinite_distance_is_worse_than_any_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arm", ["real", "real_synthetic"])
 @pytest.mark.parametrize("failed", [slice(0, 5), slice(1, 3)])
 def test_models_that_find_nothing_cannot_tell(arm: str, failed: slice) -> None:
-    for score, nothing in (("Dice", 0), ("distance", 40)):
+    for score, nothing in (("Dice", 0), ("HD95", 40)):
         arms = {"real": BASE.copy(), "real_synthetic": changed_by(0.1)}
         arms[arm][failed] = nothing
         assert one(dice_cases(arms, score=score), score=score).reason == "two seeds of an arm score alike in every case"

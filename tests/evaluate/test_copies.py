@@ -180,6 +180,25 @@ def test_the_threshold_of_copies_lies_beyond_chance_but_not_beyond_copies() -> N
     assert copy_threshold(np.zeros(0), 100) >= 0.95
 
 
+@pytest.mark.parametrize("count", [16, 32, 60])
+def test_thresholds_of_few_images_call_few_unrelated_ones_copies(count: int) -> None:
+    """Similarities have a longer tail than the normal distribution, which 16 to 60 images do not show."""
+    random = np.random.default_rng(count)
+    shares = []
+    for _ in range(40):
+        best = np.tanh(0.6 + 0.1 * random.standard_t(5, size=(count + 1000)))
+        shares.append(float((best[count:] > copy_threshold(best[:count], 100)).mean()))
+    assert np.mean(shares) < 0.002
+
+
+def test_the_margin_of_few_images_vanishes_with_many() -> None:
+    best = np.tanh(np.random.default_rng(0).normal(0.6, 0.1, 40))
+    few, many, more = (float(np.arctanh(copy_threshold(np.repeat(best, times), 100))) for times in (1, 10, 20))
+    assert few - many == pytest.approx(12 * (1 / 40 - 1 / 400), abs=0.1)
+    assert many == pytest.approx(more, abs=0.02)
+    assert np.arctanh(max(best)) < many < np.arctanh(max(best)) + 0.15
+
+
 def test_five_percent_of_unseen_images_are_flagged() -> None:
     """In any of two spaces together, whether they agree or not."""
     random = np.random.default_rng(0)
