@@ -330,6 +330,8 @@ def _check_names(path: Path, column: str, values: NDArray[np.str_], case_counts:
     printed: dict[str, str] = {}
     for name in np.unique(values).tolist():
         seen = as_printed(name) if case_counts else as_printed(as_printed(name).casefold())
+        if not seen:
+            raise MaskLoomError(f"{path}: column {column!r} has the name {name!a}, which shows nothing; give it one")
         if seen in printed:
             raise MaskLoomError(
                 f"{path}: column {column!r} has {printed[seen]!a} and {name!a}, which look alike; rename one"

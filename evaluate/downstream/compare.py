@@ -191,13 +191,23 @@ def compare_parts(parts: Sequence[ScoredTestSet], baseline: str, score: str, bet
 
 
 def score_names(cases: ScoredTestSet) -> list[str]:
-    """Return the scores of a test set: those of classifiers that follow from the table, and those in it."""
+    """Return the scores of a test set: those of classifiers that follow from the table, and those in it.
+
+    Raises:
+        MaskLoomError: a score stands in the table and follows from it, too.
+    """
     raw = list(dict.fromkeys(score for found in cases.arms.values() for score in found.values))
     names = [score for score in raw if not score.startswith((PROBABILITY, TRUTH))]
     first = next(iter(cases.arms.values()))
     present = [name for name, values in first.values.items() if name.startswith(TRUTH) and (values == 1).any()]
     recalls = [RECALL + name.removeprefix(TRUTH) for name in present]
-    return [*((*CLASSIFICATION_SCORES, *recalls) if recalls else ()), *names]
+    derived = [*CLASSIFICATION_SCORES, *recalls] if recalls else []
+    if twice := [name for name in names if name in derived]:
+        raise MaskLoomError(
+            f"{cases.test_set}: rows {twice[0]!r} beside rows {PROBABILITY!r}, from which that score follows; rename them, or "
+            "leave them out"
+        )
+    return [*derived, *names]
 
 
 def arm_scores(cases: ScoredTestSet, scores: Sequence[str]) -> list[ArmScore]:

@@ -35,7 +35,7 @@ TURNING = (
 """Words that turn the score before them: `Dice loss`, `volume similarity error`."""
 LOWER_WORDS = re.compile(
     rf"\b\d*({TURNING}|brier|(cross)?entropy|bce|perplexity|miss(ed|es|rate)?|misclassifi\w+|undetected|unfound"
-    r"|mistakes?|wrong|incorrect\w*|negative log likelihood|nll|time|latency|runtime|ranks?"
+    r"|mistakes?|wrong|incorrect\w*|not (detected|found|correct)|ce|negative log likelihood|nll|time|latency|runtime|ranks?"
     r"|false (positives?|negatives?|alarms?|discover(y|ies))|hausdorff"
     r"|(surface|boundary|contour|mean|average|median|wasserstein|fr[eé]chet|kernel) distances?"
     r"|m?hd|ahd|asd|absd|msd|masd|assd|mssd|rmssd|rmsd|rms|emd|mmd|kld?|jsd"
@@ -44,7 +44,7 @@ LOWER_WORDS = re.compile(
 )
 """Whole words of names, in lower case, of which less is better; digits before and after are ignored."""
 HIGHER_WORDS = re.compile(
-    r"\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
+    r"(?<!\bnot )\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
     r"|p?auc|auroc|auprc|au?froc|mfroc|cpm|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|kappa|mcc|nsd"
     r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|overlap|agreement"
     r"|concordance|correct|detected)\d*\b"
@@ -55,8 +55,8 @@ SHARES = re.compile(
     r"|p?auc|auroc|auprc|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|nsd|overlap|detected|correct)\d*\b"
 )
 """Those of `HIGHER_WORDS` that name shares, whatever their unit: none is below 0."""
-TURNED = re.compile(rf"\b({TURNING})\b")
-OPPOSITE = re.compile(r"\b(free|reductions?|improvements?|decreases?)\b")
+TURNED = re.compile(rf"\b({TURNING}|distances?|dissimilarity|complement|std|sd|variance)\b")
+OPPOSITE = re.compile(r"\b(free|skill|reductions?|improvements?|decreases?)\b")
 """Words that turn an error round: `error reduction`, `miss-free rate`."""
 CONDITION = re.compile(r"(?<=\w)(\s*[@(\[]|[\s_](at|without|given|of|per|in|for|on|among)[\s_])", re.IGNORECASE)
 """What stands before an operating point, a denominator or a subset: `TPR@FPR=0.05`, `sensitivity_at_2_fp`."""
@@ -64,7 +64,7 @@ COUNTS = re.compile(
     r"(mean|average|median|total|sum|number|no\.|rate|share|percentage|fraction|count) of ", re.IGNORECASE
 )
 COMPLEMENT = re.compile(
-    r"(neg|negated|negative(?! (log|predictive|likelihood))|inverse|inverted)\b|1 ?-|-", re.IGNORECASE
+    r"(neg|negated|negative(?! (log|predictive|likelihood))|inverse|inverted)\b|(1|one) minus\b|1 ?-|-", re.IGNORECASE
 )
 """How the name of a negated score, or of one minus a score, begins."""
 CAMEL_CASE = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})"
@@ -117,10 +117,9 @@ def _named_direction(words: str) -> str | None:
     higher, lower = list(HIGHER_WORDS.finditer(words)), LOWER_WORDS.search(words)
     if OPPOSITE.search(words):
         return HIGHER if lower and not higher else None
-    if higher and lower:
-        turned = TURNED.search(words, higher[-1].end())
-        return LOWER if turned and "minus" not in words else None
-    return HIGHER if higher else LOWER if lower else None
+    if higher and TURNED.search(words, higher[-1].end()):
+        return None if "minus" in words else LOWER
+    return None if higher and lower else HIGHER if higher else LOWER if lower else None
 
 
 def own_score(score: str) -> str | None:

@@ -4,7 +4,8 @@ Every image is compared with every training image by short descriptors (`descrip
 image in eight orientations with windows of the other (crops both ways), and patches of half the side
 with patches nearby. Their absolute cosine also finds inverted images. The best matches are then
 verified: both images are registered and compared by fine and coarse textures (`registration.py`), and
-parts of both are compared at the displacement at which they agree (`overlap.py`).
+parts of both are compared at the displacement at which they agree (`overlap.py`). The cosine of whole
+images alone decides nothing: a plain grey image between black bars resembles others between such bars.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ CANDIDATES = 8  # training images per image and kind of descriptor
 STORED = torch.float16  # rounding changes cosines by less than 1e-4
 FEW_PADDED = 0.05  # of the training images; where more have padding, it belongs to the images
 
-WHOLE_IMAGE, JOINT, PART, OVERLAP = "whole image", "whole and parts", "part", "displaced part"
+PART, OVERLAP = "part", "displaced part"
 FINE, COARSE = "fine details", "coarse details"  # after registration
 WHOLE_COARSE = "whole and coarse details"
-SIMILARITIES = (WHOLE_IMAGE, JOINT, FINE, COARSE, WHOLE_COARSE, PART, OVERLAP)
+SIMILARITIES = (FINE, COARSE, WHOLE_COARSE, PART, OVERLAP)
 COARSE_SHARE = 0.3  # of the two in Fisher's z; where noise covers the details, each alone falls short
 TURNS = (
     "",
@@ -165,8 +166,7 @@ class CopySearch:
         """Return the best match of each image by each measure."""
         block = self._described(images)
         whole, part = self._cosines(block.vectors)
-        joint = (whole + part) / 2
-        likeliest = joint.argmax(axis=1).tolist()
+        likeliest = (whole + part).argmax(axis=1).tolist()
         shown = [
             list(dict.fromkeys([*best_first(one, VERIFIED_WHOLES), two]))
             for one, two in zip(whole, likeliest, strict=True)
@@ -175,8 +175,6 @@ class CopySearch:
         registered, displaced = self._registered(block, pairs_of(shown)), self._displaced(block, pairs_of(parts))
         return [
             {
-                WHOLE_IMAGE: replace(registered[row, near[0]][0], similarity=float(whole[row].max())),
-                JOINT: replace(registered[row, likeliest[row]][0], similarity=float(joint[row].max())),
                 FINE: max(registered[row, index][0] for index in near),
                 COARSE: max(registered[row, index][1] for index in near),
                 WHOLE_COARSE: max(_with_whole(registered[row, index][1], whole[row, index]) for index in near),

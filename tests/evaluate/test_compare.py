@@ -90,6 +90,7 @@ CLASSES_OF_BAD_NAMES = ("bone loss", "refractive error", "missed by readers", "H
         *("error reduction", "HD95 improvement", "gain in Dice", "Dice improvement"),
         *("TPR@FPR=0.05", "TPR@5%FPR", "sensitivity_at_2_fp", "Sensitivity @ 2 FPs/image", "recall@FPR 5%"),
         *("pAUC@FPR<0.1", "partial AUC (FPR<0.1)", "PPV without false positives", "recall given false alarms"),
+        *("brier_skill_score", "distance correlation", "correctly detected lesions"),
         *("inverse HD95", "volume similarity", "clDice", "negative predictive value", "sensitivity_fp1"),
     ],
 )
@@ -109,7 +110,8 @@ def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
         *("KL divergence", "HD95 without outliers", "Dice loss", "DiceLoss", "recall error rate", "Dice difference"),
         *("NMSE", "logloss", "crossentropy", "FPR95", "FPR@95%TPR", "FPPI", "RMSD", "MSSD", "AHD", "MedAE"),
         *("missrate", "volume_diff", "ECE15", "KL", "EMD", "MSELoss", "BCEWithLogits", "FN per detected lesion"),
-        *("negative Dice", "1-TPR"),
+        *("negative Dice", "1-TPR", "1 minus Dice", "One minus recall", "Jaccard distance", "Dice distance"),
+        *("Dice complement", "lesions not detected", "correlation distance", "Dice std"),
     ],
 )
 def test_less_is_better_of_errors_and_distances(score: str) -> None:
@@ -120,7 +122,12 @@ def test_less_is_better_of_errors_and_distances(score: str) -> None:
     ("score", "source"),
     [
         *(("Dice", "known"), ("recall of bone loss", "known"), ("TPR@FPR=0.05", "name"), ("logloss", "name")),
-        *(("my score", "default"), ("sensitivity_fp1", "default"), ("accuracy minus error", "default")),
+        *(
+            ("my score", "default"),
+            ("DiceCE", "default"),
+            ("sensitivity_fp1", "default"),
+            ("accuracy minus error", "default"),
+        ),
     ],
 )
 def test_a_direction_says_how_it_was_found(score: str, source: str) -> None:
@@ -626,6 +633,22 @@ def test_a_classifier_without_one_kind_of_rows_is_refused(kept: str, tmp_path: P
     write_cases(tmp_path / "cases.parquet", [cases])
     lacking = {"probability of a": "is a"}.get(kept, "probability of a")
     with pytest.raises(MaskLoomError, match=rf"cases.parquet: real test: .*'{kept}' and no rows '{lacking}'"):
+        tables.compare_files([tmp_path / "cases.parquet"], "real", None)
+
+
+@pytest.mark.parametrize("score", ["accuracy", "recall of rare"])
+def test_a_score_that_follows_from_other_rows_stands_there_once(score: str) -> None:
+    cases = two_classes([0, 1] * 30)
+    for arm in cases.arms.values():
+        arm.values[score] = np.zeros((5, 60))
+    with pytest.raises(MaskLoomError, match=f"real test: rows '{score}' beside rows 'probability of '"):
+        compare(cases)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\u200b"])
+def test_a_score_needs_a_name(name: str, tmp_path: Path) -> None:
+    write_cases(tmp_path / "cases.parquet", [dice_cases({"real": BASE, "real_synthetic": BASE}, score=name)])
+    with pytest.raises(MaskLoomError, match=r"column 'score' has the name .* which shows nothing"):
         tables.compare_files([tmp_path / "cases.parquet"], "real", None)
 
 

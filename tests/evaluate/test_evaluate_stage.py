@@ -12,6 +12,7 @@ import yaml
 
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.inputs import EvaluationInputs
+from maskloom.evaluate.metrics.memorisation import VERSION
 from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
@@ -54,7 +55,7 @@ def test_answers_carry_what_a_reader_needs(run: Path) -> None:
     evaluate(config(run, "memorisation"), force=False)
     answer = json.loads((run / "evaluation" / "memorisation.json").read_text())
     assert answer["metric"] == "memorisation"
-    assert answer["version"] == 5
+    assert answer["version"] == VERSION
     assert set(answer["inputs"]) == {"real", "controlnet", "text_only"}
     assert answer["options"]["percentile"] == 5
     assert answer["n"]["real train"] == 24
