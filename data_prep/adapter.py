@@ -19,6 +19,9 @@ from pydantic import BaseModel
 from maskloom.data_prep.readers.file_names import comparable, is_text, is_visible, printable, subfolders
 from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import file_digest
+
+SMALL_FOLDER = 2**28  # bytes of raw files whose content is read to see whether they have changed
 
 
 class Options(Section):
@@ -227,15 +230,19 @@ class DatasetAdapter(ABC):
     def fingerprint(self) -> str:
         """Return a string that changes with the raw data.
 
-        By default a hash of path, size and modification time of every visible file.
+        By default a hash of path, size and modification time of every visible file; of small folders, also of
+        their content, as files unpacked from archives may keep size and time.
         """
         import hashlib
 
         if self.raw_dir is None:
             return "no raw folder"
         digest = hashlib.sha256()
-        for path in sorted(p for p in self.raw_dir.rglob("*") if is_visible(p, self.raw_dir) and p.is_file()):
-            stat = path.stat()
+        files = sorted(p for p in self.raw_dir.rglob("*") if is_visible(p, self.raw_dir) and p.is_file())
+        stats = [path.stat() for path in files]
+        small = sum(stat.st_size for stat in stats) <= SMALL_FOLDER
+        for path, stat in zip(files, stats, strict=True):
             name = os.fsencode(path.relative_to(self.raw_dir))  # not every file name is UTF-8
-            digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            content = file_digest(path) if small and os.access(path, os.R_OK) else ""
+            digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0{content}\n".encode())
         return digest.hexdigest()

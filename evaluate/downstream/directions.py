@@ -44,7 +44,7 @@ LOWER_WORDS = re.compile(
 )
 """Whole words of names, in lower case, of which less is better; digits before and after are ignored."""
 HIGHER_WORDS = re.compile(
-    r"(?<!\bnot )\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
+    r"(?<!\bnot )(?<!\bnon )(?<!\bun )(?<!\bfalse )\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
     r"|p?auc|auroc|auprc|au?froc|mfroc|cpm|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|kappa|mcc|nsd"
     r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|overlap|agreement"
     r"|concordance|correct|detected)\d*\b"
@@ -55,7 +55,7 @@ SHARES = re.compile(
     r"|p?auc|auroc|auprc|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|nsd|overlap|detected|correct)\d*\b"
 )
 """Those of `HIGHER_WORDS` that name shares, whatever their unit: none is below 0."""
-TURNED = re.compile(rf"\b({TURNING}|distances?|dissimilarity|complement|std|sd|variance)\b")
+TURNED = re.compile(rf"\b({TURNING}|distances?|dissimilarity|complement|gap|std|sd|variance)\b")
 OPPOSITE = re.compile(r"\b(free|skill|reductions?|improvements?|decreases?)\b")
 """Words that turn an error round: `error reduction`, `miss-free rate`."""
 CONDITION = re.compile(r"(?<=\w)(\s*[@(\[]|[\s_](at|without|given|of|per|in|for|on|among)[\s_])", re.IGNORECASE)

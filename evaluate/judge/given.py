@@ -40,7 +40,7 @@ def given_folder(role: Role, path: Path) -> Given:
     if not path.is_dir():
         what = "is a file; give the folder that holds it" if path.exists() else "no such folder"
         raise MaskLoomError(f"--{role} {path}: {what}")
-    if not any(one.is_file() for one in path.rglob("*")):
+    if not any(one.is_file() or one.is_symlink() for one in path.rglob("*")):
         raise MaskLoomError(f"--{role} {path}: the folder is empty, or holds empty folders only; give one with images")
     if (path / CONTRACT_FILE).is_file():
         return Given(role, path, prepared=True)

@@ -128,6 +128,7 @@ def test_less_is_better_of_errors_and_distances(score: str) -> None:
             ("sensitivity_fp1", "default"),
             ("accuracy minus error", "default"),
         ),
+        *((name, "default") for name in ("non-overlap", "false overlap", "unDetected")),
     ],
 )
 def test_a_direction_says_how_it_was_found(score: str, source: str) -> None:

@@ -119,6 +119,19 @@ def test_hidden_files_do_not_change_the_fingerprint(tmp_path):
     assert adapter.fingerprint() == before
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_other_content_of_the_same_size_and_time_changes_the_fingerprint(tmp_path, monkeypatch, small):
+    """As in two deliveries that are unpacked from archives with fixed times; large folders are not read for it."""
+    busi.write_raw(tmp_path)
+    if not small:
+        monkeypatch.setattr("maskloom.data_prep.adapter.SMALL_FOLDER", 100)
+    before, file = busi_adapter(tmp_path).fingerprint(), next(tmp_path.rglob("*.png"))
+    content, stat = file.read_bytes(), file.stat()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (busi_adapter(tmp_path).fingerprint() != before) == small
+
+
 def busi_adapter(raw):
     from maskloom.data_prep.datasets.busi import Adapter
 
