@@ -42,7 +42,7 @@ from maskloom.pipeline.runs.stage import Stage, open_run
 CONFIG = Path("configs/judge.yaml")
 REMEDY = (
     "take these images out of the synthetic folder, and ask who made them whether held-out images were among what they "
-    "trained on; then run the same command again (altered copies are looked for once no identical ones are left)"
+    "trained on; then run the same command again: a stronger search may follow that finds further ones"
 )
 
 
