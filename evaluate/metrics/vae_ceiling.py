@@ -7,6 +7,7 @@ whatever the generator learns. A run whose `generator/vae/` holds a fine-tuned d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from maskloom.evaluate.scores.statistics import Bootstrap, difference, weighted_
 from maskloom.evaluate.scores.threads import network_results, thread_results
 from maskloom.evaluate.thumbnails import image_grid
 from maskloom.models.stable_diffusion.source import BackboneSource
-from maskloom.pipeline.config.bounds import BatchSize, Shown
+from maskloom.pipeline.config.bounds import BatchSize, Rows, Shown
 from maskloom.pipeline.results import Cell, Interval, MetricResult, Picture, Table, skipped_result
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.fixed_steps import normalised
@@ -30,7 +31,7 @@ from maskloom.pipeline.training.fixed_steps import normalised
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 2
+VERSION = 3
 QUESTION = "What does the VAE destroy, whatever the generator learns?"
 FEWEST = 2
 JACKKNIFE_BLOCKS = 20
@@ -38,8 +39,9 @@ BACKBONE, TUNED = "the backbone's VAE", "fine-tuned decoder"
 
 
 class Options(ExtractorOptions):
-    """The feature extractor, and how the images are encoded and decoded."""
+    """The feature extractor, and how many images are encoded and decoded, and how."""
 
+    most_images: Rows = Field(500, ge=2, description="of the real test images, so many at most, spread evenly")
     batch_size: BatchSize = Field(8, ge=1)
     shown_images: Shown = Field(4, ge=0)
 
@@ -71,14 +73,15 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
         return skipped_result(QUESTION, "no backbone is fine-tuned, so no image passes through a VAE")
     if len(inputs.test) < FEWEST:
         return skipped_result(QUESTION, f"there are fewer than {FEWEST} real test images")
-    count, extractor = len(inputs.test), load_extractor(inputs, options)
-    shown = np.linspace(0, count - 1, min(options.shown_images, count)).round().astype(int).tolist()
+    extractor, rows = load_extractor(inputs, options), spread(len(inputs.test), options.most_images)
+    count, shown = len(rows), [rows[place] for place in spread(len(rows), options.shown_images)]
     reconstructions = {
-        name: reconstruct(vae, inputs.test, shown, extractor, options.batch_size, inputs.device)
+        name: reconstruct(vae, inputs.test, rows, shown, extractor, options.batch_size, inputs.device)
         for name, vae in _load_vaes(inputs, inputs.backbone).items()
     }
-    bootstrap = Bootstrap(inputs.test.groups, seed=inputs.seed)
-    figures = {name: _figures(inputs, extractor, bootstrap, one) for name, one in reconstructions.items()}
+    groups, originals = [inputs.test.groups[row] for row in rows], set_features(inputs, extractor, inputs.test)[rows]
+    bootstrap = Bootstrap(groups, seed=inputs.seed)
+    figures = {name: _figures(originals, groups, bootstrap, one) for name, one in reconstructions.items()}
     gain = _gain(bootstrap, reconstructions) if TUNED in reconstructions else {}
     return MetricResult(
         question=QUESTION,
@@ -121,13 +124,16 @@ def _load_vaes(inputs: EvaluationInputs, backbone: BackboneSource) -> dict[str, 
     return {name: vae.eval().to(inputs.device) for name, vae in vaes.items()}
 
 
+def spread(count: int, most: int) -> list[int]:
+    """Return at most so many rows of a set, spread evenly."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+
+
 def _figures(
-    inputs: EvaluationInputs, extractor: Extractor, bootstrap: Bootstrap, one: Reconstruction
+    originals: Features, groups: Sequence[str], bootstrap: Bootstrap, one: Reconstruction
 ) -> dict[str, Interval]:
-    groups = inputs.test.groups
-    reference = set_features(inputs, extractor, inputs.test)
     return {
-        "Fréchet distance": frechet_interval(one.features, reference, groups, groups, JACKKNIFE_BLOCKS),
+        "Fréchet distance": frechet_interval(one.features, originals, groups, groups, JACKKNIFE_BLOCKS),
         "PSNR in dB": bootstrap.interval(weighted_mean(one.psnr)),
         "SSIM": bootstrap.interval(weighted_mean(one.ssim)),
     }
@@ -192,23 +198,38 @@ def through_vae(vae: Any, images: NDArray[np.uint8], batch_size: int, device: st
 
 
 def reconstruct(
-    vae: Any, image_set: ImageSet, shown: list[int], extractor: Extractor, batch_size: int, device: str
+    vae: Any,
+    image_set: ImageSet,
+    rows: list[int],
+    shown: list[int],
+    extractor: Extractor,
+    batch_size: int,
+    device: str,
 ) -> Reconstruction:
     """Return the features of reconstructed images, with their PSNR and SSIM (Wang et al. 2004).
 
     A batch of images is in memory at a time, and the shown ones.
+
+    Args:
+        vae: the VAE.
+        image_set: the images.
+        rows: which of them are reconstructed.
+        shown: which of these rows are kept as images.
+        extractor: of the features.
+        batch_size: images that pass through the VAE at a time, at most.
+        device: where the networks are.
     """
     features, psnr, kept = [], [], []
     ssim: list[float] = []
-    for start in range(0, len(image_set), BATCH):
-        rows = range(start, min(start + BATCH, len(image_set)))
-        images = image_set.images(rows=rows)
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        images = image_set.images(rows=batch)
         decoded = through_vae(vae, images, batch_size, device)
         features.append(batch_features(extractor, in_batches(decoded), device))
         error = ((images.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
         psnr.append(10 * np.log10(255**2 / np.maximum(error, 1e-2)))  # at most 68 dB, for equal images
         ssim += thread_results(lambda pair: _ssim(*pair), list(zip(images, decoded, strict=True)))
-        kept += [decoded[place - start] for place in shown if place in rows]
+        kept += [decoded[batch.index(row)] for row in shown if row in batch]
     return Reconstruction(np.concatenate(features), np.concatenate(psnr), np.asarray(ssim), np.array(kept))
 
 

@@ -123,7 +123,7 @@ def test_a_few_images_are_in_memory_at_a_time(run: Path, backbone: Path, monkeyp
     inputs = tiny_inputs(run, (), pretrained_model_name_or_path=str(backbone))
     extractor = load_extractor(inputs, ExtractorOptions(extractor_size=32))
     vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae").eval()
-    whole = reconstruct(vae, inputs.test, [0, 4, 5, 11], extractor, 4, "cpu")
+    whole = reconstruct(vae, inputs.test, list(range(12)), [0, 4, 5, 11], extractor, 4, "cpu")
     monkeypatch.setattr(vae_ceiling, "BATCH", 5)
     read: list[int] = []
     original = vae_ceiling.through_vae
@@ -133,7 +133,7 @@ def test_a_few_images_are_in_memory_at_a_time(run: Path, backbone: Path, monkeyp
         return original(vae, images, batch_size, device)
 
     monkeypatch.setattr(vae_ceiling, "through_vae", noted)
-    parts = reconstruct(vae, inputs.test, [0, 4, 5, 11], extractor, 4, "cpu")
+    parts = reconstruct(vae, inputs.test, list(range(12)), [0, 4, 5, 11], extractor, 4, "cpu")
     assert read == [5, 5, 2]
     assert abs(whole.shown.astype(int) - parts.shown).max() <= 1
     assert whole.shown.shape == (4, 32, 32, 1)
@@ -144,3 +144,17 @@ def test_a_few_images_are_in_memory_at_a_time(run: Path, backbone: Path, monkeyp
     assert abs(decoded[[0, 4, 5, 11]].astype(int) - whole.shown).max() <= 1
     error = ((inputs.test.images().astype(float) - decoded) ** 2).mean(axis=(1, 2, 3))
     assert whole.psnr == pytest.approx(10 * np.log10(255**2 / error), abs=0.01)
+
+
+def test_of_many_images_some_spread_evenly_are_measured(run: Path, backbone: Path) -> None:
+    inputs = tiny_inputs(run, (), pretrained_model_name_or_path=str(backbone))
+    options = vae_ceiling.Options(extractor_size=32, most_images=5, shown_images=2)
+    result = vae_ceiling.evaluate(inputs, options)
+    assert (result.n, result.values["n"]) == ({"real test": 5}, 5)
+    images, rows = inputs.test.images(), [0, 3, 6, 8, 11]
+    vae = AutoencoderKL.from_pretrained(backbone, subfolder="vae").eval()
+    error = ((images[rows].astype(float) - through_vae(vae, images[rows], 8, "cpu")) ** 2).mean(axis=(1, 2, 3))
+    psnr = result.values[BACKBONE]["PSNR in dB"]["value"]
+    assert psnr == pytest.approx((10 * np.log10(255**2 / error)).mean(), abs=0.01)
+    every = vae_ceiling.evaluate(inputs, vae_ceiling.Options(extractor_size=32, most_images=12))
+    assert every.values[BACKBONE]["PSNR in dB"]["value"] != psnr
