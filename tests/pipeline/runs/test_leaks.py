@@ -96,7 +96,9 @@ def test_several_leaks_are_counted_and_the_first_named(run):
         for index in range(4):
             same_image("train", "test", index)(parts)
 
-    with pytest.raises(MaskLoomError, match=r"4 pair\(s\) of images .*; and 1 more; all are listed in .*-leaked\.jsonl; prepare"):
+    with pytest.raises(
+        MaskLoomError, match=r"4 pair\(s\) of images .*; and 1 more; all are listed in .*-leaked\.jsonl; prepare"
+    ):
         require_no_leaks(run, [planted(run, change)])
 
 
