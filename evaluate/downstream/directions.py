@@ -43,18 +43,17 @@ LOWER_WORDS = re.compile(
     r"|vd|avd|rvd|ravd|voe|tre|aurc|lpips|fid|kid|l[12])\d*(mm|px|vox)?\b"
 )
 """Whole words of names, in lower case, of which less is better; digits before and after are ignored."""
+SHARE_WORDS = (
+    r"(cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
+    r"|p?auc|auroc|auprc|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|nsd|overlap|correct|detected"
+)
+"""Words of names of shares, of which more is better; whatever their unit, none is below 0."""
+SHARES = re.compile(rf"\b\d*({SHARE_WORDS})\d*\b")
 HIGHER_WORDS = re.compile(
-    r"(?<!\bnot )(?<!\bnon )(?<!\bun )(?<!\bfalse )\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
-    r"|p?auc|auroc|auprc|au?froc|mfroc|cpm|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|kappa|mcc|nsd"
-    r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|overlap|agreement"
-    r"|concordance|correct|detected)\d*\b"
+    rf"(?<!\bnot )(?<!\bnon )(?<!\bun )(?<!\bfalse )\b\d*({SHARE_WORDS}|au?froc|mfroc|cpm|kappa|mcc"
+    r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|agreement|concordance)\d*\b"
 )
 """Likewise, of which more is better."""
-SHARES = re.compile(
-    r"\b\d*((cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
-    r"|p?auc|auroc|auprc|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|nsd|overlap|detected|correct)\d*\b"
-)
-"""Those of `HIGHER_WORDS` that name shares, whatever their unit: none is below 0."""
 TURNED = re.compile(rf"\b({TURNING}|distances?|dissimilarity|complement|gap|std|sd|variance)\b")
 OPPOSITE = re.compile(r"\b(free|skill|reductions?|improvements?|decreases?)\b")
 """Words that turn an error round: `error reduction`, `miss-free rate`."""

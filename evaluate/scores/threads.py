@@ -53,7 +53,7 @@ def network_results(function: Callable[[Tensor], Tensor], images: Tensor, batch_
     Args:
         function: from (B, ...) images to (B, ...) results; those of an image do not depend on the others.
         images: (N, ...), N at least 1.
-        batch_size: most images at a time; None: on a GPU all.
+        batch_size: most images at a time, on a CPU one per core at least; None: on a GPU all, on a CPU some per core.
     """
     import torch
 
@@ -63,4 +63,5 @@ def network_results(function: Callable[[Tensor], Tensor], images: Tensor, batch_
 
     if images.device.type != "cpu":
         return torch.cat([results(part) for part in images.split(batch_size or len(images))])
-    return torch.cat(list(thread_results(results, images.split(min(batch_size or CPU_BATCH, CPU_BATCH)))))
+    of_core = CPU_BATCH if batch_size is None else min(max(1, batch_size // available_cores()), CPU_BATCH)
+    return torch.cat(list(thread_results(results, images.split(of_core))))

@@ -27,14 +27,16 @@ def test_results_are_those_of_the_whole_batch_in_order(count: int, batch_size: i
     [
         ("cpu", None, [CPU_BATCH, CPU_BATCH, 4]),
         ("cpu", 100, [CPU_BATCH, CPU_BATCH, 4]),
-        ("cpu", 6, [6, 6, 6, 2]),
+        ("cpu", 6, [3, 3, 3, 3, 3, 3, 2]),
+        ("cpu", 1, [1] * 20),
         ("meta", None, [20]),
         ("meta", 6, [6, 6, 6, 2]),
     ],
 )
 def test_no_more_images_than_asked_are_computed_at_a_time(
-    device: str, batch_size: int | None, sizes: list[int]
+    device: str, batch_size: int | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("maskloom.evaluate.scores.threads.available_cores", lambda: 2)
     assert CPU_BATCH == 8
     seen: list[int] = []
 
