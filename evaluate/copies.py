@@ -140,7 +140,7 @@ def calibrated_judge(
         known: the image sets that are searched.
         unseen: real images of other groups, which set the thresholds.
         read: yields the images of a set as they are compared; None: `comparable_batches`.
-        margin: see `copy_rows`; for the copies among the unseen images.
+        margin: see `copy_threshold`.
     """
     from maskloom.evaluate.scores.copies import CopySearch
 
@@ -164,18 +164,18 @@ def calibration(
         originals: their sample ids.
         unseen: see `calibrated_judge`.
         read: see `calibrated_judge`.
-        margin: see `calibrated_judge`.
+        margin: see `copy_threshold`.
     """
     from maskloom.evaluate.scores.copies import SIMILARITIES
 
     read = read or comparable_batches
     matches = [search.matches_in(read(one), len(one)) for one in unseen]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
-    thresholds = {name: copy_threshold(values, len(originals)) for name, values in best.items()}
+    thresholds = {name: copy_threshold(values, len(originals), margin) for name, values in best.items()}
     copies = [
         row
         for one, found in zip(unseen, matches, strict=True)
-        for row in copy_rows(one.columns["sample_id"], originals, found, thresholds, margin)
+        for row in copy_rows(one.columns["sample_id"], originals, found, thresholds)
     ]
     return thresholds, copies
 
@@ -194,9 +194,7 @@ def _judged(inputs: EvaluationInputs) -> CopyJudgement:
     )
 
 
-def copy_rows(
-    samples: list[str], originals: list[str], found: Matches, thresholds: dict[str, float], margin: float = 0.0
-) -> list[CopyRow]:
+def copy_rows(samples: list[str], originals: list[str], found: Matches, thresholds: dict[str, float]) -> list[CopyRow]:
     """Return the images that exceed a threshold, each by the measure that exceeds its own most.
 
     The original is named by a measure that looks closer. Among images that resemble each other, such as
@@ -209,15 +207,14 @@ def copy_rows(
         originals: sample ids of the training images.
         found: the best matches of the images.
         thresholds: by measure.
-        margin: by how much an image must exceed one, in Fisher's z.
     """
     from maskloom.evaluate.scores.copies import OVERLAP, PART, SIMILARITIES, WHOLE_COARSE
 
-    excess = np.stack([_z(found.similarity[name]) - _z(thresholds[name]) for name in SIMILARITIES])
+    excess = np.stack([fisher_z(found.similarity[name]) - fisher_z(thresholds[name]) for name in SIMILARITIES])
     rows = []
-    for index in np.flatnonzero(excess.max(axis=0) > margin):
+    for index in np.flatnonzero(excess.max(axis=0) > 0):
         name = SIMILARITIES[int(excess[:, index].argmax())]
-        in_part = name in (PART, OVERLAP) and excess[SIMILARITIES.index(WHOLE_COARSE), index] <= margin
+        in_part = name in (PART, OVERLAP) and excess[SIMILARITIES.index(WHOLE_COARSE), index] <= 0
         closer = OVERLAP if in_part else WHOLE_COARSE
         rows.append(
             CopyRow(
@@ -246,6 +243,6 @@ def comparable_batches(image_set: ImageSet, rows: Sequence[int] | None = None) -
     return grey_batches(image_set, SIDE, rows)
 
 
-def _z(similarity: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """Return Fisher's z."""
+def fisher_z(similarity: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """Return Fisher's z of similarities in 0..1."""
     return np.asarray(np.arctanh(np.clip(similarity, 0, 0.999999)))

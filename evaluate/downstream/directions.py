@@ -127,10 +127,13 @@ def own_score(score: str) -> str | None:
 
 
 def known_bounds(score: str) -> tuple[float, float]:
-    """Return the lowest and the highest value that a score can have; infinite where that is not known."""
+    """Return the lowest and the highest value that a score can have; infinite where that is not known.
+
+    Other software writes shares, such as `dsc`, from 0 to 1 or in percent.
+    """
     own = own_score(score)
     if own is None:
-        return -inf, inf
+        return 0.0 if SHARES.fullmatch(_measured(score)[0]) and not _measured(score)[1] else -inf, inf
     return 0.0, inf if own in UNBOUNDED else 1.0
 
 

@@ -113,6 +113,7 @@ def _load_vaes(inputs: EvaluationInputs, backbone: BackboneSource) -> dict[str, 
     Raises:
         MaskLoomError: the files of a VAE are damaged.
     """
+    import torch
     from diffusers import AutoencoderKL
 
     from maskloom.models.stable_diffusion.loading import load_part, load_trained
@@ -121,7 +122,7 @@ def _load_vaes(inputs: EvaluationInputs, backbone: BackboneSource) -> dict[str, 
     folder = Run(inputs.real.folder.parent).generator / "vae"  # `train` writes it into the real dataset's run
     if folder.is_dir():
         vaes[TUNED] = load_trained(AutoencoderKL, folder, "run train again with --force")
-    return {name: vae.eval().to(inputs.device) for name, vae in vaes.items()}
+    return {name: vae.eval().to(inputs.device, memory_format=torch.channels_last) for name, vae in vaes.items()}
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -16,7 +16,7 @@ MARGIN = 1 / 3  # of the way from the most similar held-out image to the chance 
 LEAST = 0.6  # no image that is less similar is called a copy
 FEWEST = 16  # images needed to estimate chance
 LEAST_OF_FEW = 0.95  # lower limit of a threshold that rests on fewer
-# In Fisher's z: so much is added where a threshold rests on fewer than `MANY` images, in inverse proportion.
+# In Fisher's z: so much is added, at least, where a threshold rests on fewer than `MANY` images, in inverse proportion.
 # Measured on BUSI: of 300 unrelated images, thresholds of 32 images called 8 to 37 copies without it.
 FEW_MARGIN, MANY = 12.0, 400
 LARGEST_Z = float(np.arctanh(0.9995))  # where stored pixels end
@@ -28,7 +28,7 @@ CHANCE = 0.975  # one side of a 95 % interval
 Distances = dict[str, NDArray[np.float64]]
 
 
-def copy_threshold(best: NDArray[np.float64], train: int) -> float:
+def copy_threshold(best: NDArray[np.float64], train: int, margin: float = 0.0) -> float:
     """Return the similarity to training images above which an image is a copy of one.
 
     It lies beyond every held-out image but those that chance does not explain, which are copies
@@ -39,15 +39,17 @@ def copy_threshold(best: NDArray[np.float64], train: int) -> float:
     Args:
         best: (N,) similarity of each held-out real image to its most similar training image, 0..1.
         train: number of training images.
+        margin: how much farther the threshold lies, in Fisher's z; what few images need, if that is more.
     """
     z = np.minimum(np.arctanh(np.clip(best, 0, np.tanh(LARGEST_Z))), LARGEST_Z)
     limit = _chance_limit(z, train) if len(z) >= FEWEST else LARGEST_Z
     largest = z[z < limit].max(initial=0.0)
     threshold = max(largest + MARGIN * (limit - largest), float(np.arctanh(LEAST)))
     if len(z) < FEWEST:
-        return max(float(np.tanh(threshold)), LEAST_OF_FEW)
-    further = FEW_MARGIN * max(0.0, 1 / len(z) - 1 / MANY)
-    return float(np.tanh(min(threshold + further, LARGEST_Z)))
+        threshold = max(threshold, float(np.arctanh(LEAST_OF_FEW)))
+    else:
+        margin = max(margin, FEW_MARGIN * (1 / len(z) - 1 / MANY))
+    return float(np.tanh(min(threshold + margin, LARGEST_Z)))
 
 
 def _chance_limit(z: NDArray[np.float64], train: int) -> float:

@@ -33,14 +33,16 @@ from maskloom.evaluate.scores.descriptors import (
     content_box,
     halved,
     is_padded,
+    leading,
     oriented,
     part_cosines,
-    patch_pairs,
+    patch_neighbours,
     patch_places,
     patches_of,
-    rough_pairs,
+    rough_neighbours,
     second_moments,
     textures_of,
+    unit_vectors,
     whole_cosines,
     wholes_of,
     windows_of,
@@ -54,9 +56,9 @@ from maskloom.pipeline.progress import progress
 Pair = tuple[int, int]  # an image of a block, and a training image
 
 VERIFIED_WHOLES, VERIFIED_PARTS = 6, 3  # best matches that are verified
-BLOCK, COMPARED = 32, 128  # images compared at a time, with so many training images at a time
-EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with the candidates
-CANDIDATES = 8  # training images per image and kind of descriptor
+BLOCK, COMPARED = 32, 2048  # images described at a time, and pairs compared at a time
+EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with its candidates
+CANDIDATES = 48  # training images per image and kind of descriptor
 STORED = torch.float16  # rounding changes cosines by less than 1e-4
 FEW_PADDED = 0.05  # of the training images; where more have padding, it belongs to the images
 
@@ -203,21 +205,31 @@ class CopySearch:
         Of many training images, a rough look rules out most: their cosines are 0.
         """
         rows = np.arange(len(self.train))
-        if len(rows) > EXHAUSTIVE:
-            rough = self._compared(images.roughly(), rows, roughly=True)
-            rows = np.unique([np.argpartition(-one, CANDIDATES, axis=1)[:, :CANDIDATES] for one in rough])
-        return self._compared(images, rows, roughly=False)
+        if len(rows) <= EXHAUSTIVE:
+            return self._compared(images, rows, roughly=False)
+        rough = self._compared(images.roughly(), rows, roughly=True)
+        near = [np.argpartition(-one, CANDIDATES, axis=1)[:, :CANDIDATES] for one in rough]
+        likely = map(np.unique, np.concatenate(near, axis=1))
+        found = [self._compared(images.of(row), one, roughly=False) for row, one in enumerate(likely)]
+        whole, part = map(np.concatenate, zip(*found, strict=True))
+        return whole, part
 
     def _compared(self, images: Vectors, rows: NDArray[np.int64], roughly: bool) -> tuple[Floats, Floats]:
         """Return the best cosines with some training images, and 0 with all others, (N, T)."""
         whole, part = (np.zeros((len(images.wholes), len(self.train)), np.float32) for _ in range(2))
-        for start in range(0, len(rows), COMPARED):
-            chosen = rows[start : start + COMPARED]
-            others = Vectors(*(one[chosen].float().numpy() for one in (self.wholes, self.windows, self.patches)))
-            others = others.roughly() if roughly else others
-            pairs = rough_pairs() if roughly else patch_pairs()
-            whole[:, chosen], part[:, chosen] = whole_cosines(images, others), part_cosines(images, others, pairs)
+        neighbours, count = rough_neighbours() if roughly else patch_neighbours(), max(1, COMPARED // len(whole))
+        for start in range(0, len(rows), count):
+            chosen = rows[start : start + count]
+            others = self._vectors(chosen, roughly)
+            whole[:, chosen], part[:, chosen] = whole_cosines(images, others), part_cosines(images, others, neighbours)
         return whole, part
+
+    def _vectors(self, rows: NDArray[np.int64], roughly: bool) -> Vectors:
+        """Return the vectors of some training images, or what a rough look compares of them."""
+        stored = self.wholes[rows], self.windows[rows], self.patches[rows]
+        if not roughly:
+            return Vectors(*(one.float().numpy() for one in stored))
+        return Vectors(*(unit_vectors(one.float().numpy()) for one in leading(*stored)))
 
     def _placed(self, block: Described, pair: Pair) -> tuple[int, int, int]:
         """Return orientation, direction (1: the image shows more than the original) and window."""
@@ -257,7 +269,7 @@ class CopySearch:
 
     def _displaced(self, block: Described, pairs: Sequence[Pair]) -> dict[Pair, Match]:
         """Return how well a part of each pair agrees, at the displacement that phase correlation finds."""
-        mine, theirs = np.array(patch_pairs()).T
+        mine, theirs = np.array([(one, other) for one, near in patch_neighbours().items() for other in near]).T
         turns = []
         for row, index in pairs:
             cosines = (block.vectors.patches[row][:, mine] * self.patches[index, 0].float().numpy()[theirs]).sum(axis=2)

@@ -6,9 +6,10 @@ Chum, Negative Evidences and Co-occurences in Image Retrieval, ECCV 2012).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import scipy.ndimage
@@ -23,6 +24,7 @@ from maskloom.pipeline.dataset.near_duplicates import textures
 from maskloom.pipeline.dataset.near_duplicates.textures import Box
 
 Floats = NDArray[np.float32]
+Array = TypeVar("Array", Floats, torch.Tensor)
 
 SIDE = 128  # of the images that are compared
 HALF, WINDOW, PATCH = SIDE // 2, 32, 16  # sides of thumbnail, window and patch descriptors
@@ -50,13 +52,13 @@ class Vectors:
     windows: Floats
     patches: Floats
 
+    def of(self, row: int) -> Vectors:
+        """Return the vectors of one image."""
+        return Vectors(self.wholes[[row]], self.windows[[row]], self.patches[[row]])
+
     def roughly(self) -> Vectors:
         """Return the leading components of the vectors, and fewer windows."""
-        return Vectors(
-            unit_vectors(self.wholes[..., : WINDOW_DIMENSIONS // ROUGHNESS]),
-            unit_vectors(self.windows[:, rough_boxes(), : WINDOW_DIMENSIONS // ROUGHNESS]),
-            unit_vectors(self.patches[..., : PATCH_DIMENSIONS // ROUGHNESS]),
-        )
+        return Vectors(*map(unit_vectors, leading(self.wholes, self.windows, self.patches)))
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Described:
     plain: Floats
     textures: Floats
     vectors: Vectors
+
+
+def leading(wholes: Array, windows: Array, patches: Array) -> tuple[Array, Array, Array]:
+    """Return what a rough look compares of `Vectors`, not of length 1."""
+    few, fewer = WINDOW_DIMENSIONS // ROUGHNESS, PATCH_DIMENSIONS // ROUGHNESS
+    return wholes[..., :few], windows[:, rough_boxes(), :few], patches[..., :fewer]
 
 
 class Whitening:
@@ -98,27 +106,24 @@ def second_moments(vectors: Floats) -> NDArray[np.float64]:
 
 def whole_cosines(images: Vectors, others: Vectors) -> Floats:
     """Return the best cosine of N whole images with windows of T others, or the reverse, (N, T)."""
-    best = np.zeros((len(images.wholes), len(others.wholes)), np.float32)
-    for window in range(others.windows.shape[1]):
-        np.maximum(best, best_cosines(images.wholes, others.windows[:, window]), out=best)
-    for turn in range(ORIENTATIONS):
-        np.maximum(best, best_cosines(images.windows, others.wholes[:, turn]), out=best)
-    return best
+    return np.maximum(best_cosines(images.wholes, others.windows), best_cosines(images.windows, others.wholes))
 
 
-def part_cosines(images: Vectors, others: Vectors, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """Return the best cosine of N images' patches with T others', compared in `pairs`, (N, T)."""
+def part_cosines(images: Vectors, others: Vectors, neighbours: Mapping[int, Sequence[int]]) -> Floats:
+    """Return the best cosine of N images' patches with T others', each with its `neighbours`, (N, T)."""
     best = np.zeros((len(images.patches), len(others.patches)), np.float32)
-    for mine, theirs in pairs:
+    for mine, theirs in neighbours.items():
         np.maximum(best, best_cosines(images.patches[:, :, mine], others.patches[:, 0, theirs]), out=best)
     return best
 
 
 def best_cosines(vectors: Floats, others: Floats) -> Floats:
-    """Return the largest absolute cosine of any of an image's vectors, (N, V, D), with one each of T others, (N, T)."""
-    cosines = vectors.reshape(-1, vectors.shape[-1]) @ others.T  # one large product takes half as long as V small ones
+    """Return the largest absolute cosine of an image's vectors, (N, V, D), with those of others, (T, W, D), as (N, T)."""
+    cosines = (
+        vectors.reshape(-1, vectors.shape[-1]) @ others.reshape(-1, others.shape[-1]).T
+    )  # faster than V * W products
     np.abs(cosines, out=cosines)
-    return cosines.reshape(*vectors.shape[:2], -1).max(axis=1)
+    return cosines.reshape(*vectors.shape[:2], -1).max(axis=1).reshape(-1, *others.shape[:2]).max(axis=2)
 
 
 def without_padding(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -233,21 +238,23 @@ def patch_places() -> tuple[tuple[int, int], ...]:
 
 
 @cache
-def patch_pairs() -> tuple[tuple[int, int], ...]:
-    """Return which patches of two images to compare: every other one with its neighbours."""
-    return tuple(
-        (mine, theirs)
+def patch_neighbours() -> dict[int, list[int]]:
+    """Return which patches of two images to compare: every other one, and of the other image those nearby."""
+    return {
+        mine: [
+            theirs
+            for theirs, (down, right) in enumerate(patch_places())
+            if max(abs(top - down), abs(left - right)) <= STEP
+        ]
         for mine, (top, left) in enumerate(patch_places())
         if top % (2 * STEP) == 0 and left % (2 * STEP) == 0
-        for theirs, (down, right) in enumerate(patch_places())
-        if max(abs(top - down), abs(left - right)) <= STEP
-    )
+    }
 
 
 @cache
-def rough_pairs() -> tuple[tuple[int, int], ...]:
+def rough_neighbours() -> dict[int, list[int]]:
     """Return which patches a rough look compares: those of every second place, as on a chessboard."""
-    return tuple(pair for pair in patch_pairs() if sum(patch_places()[pair[0]]) % (4 * STEP) == 0)
+    return {mine: near for mine, near in patch_neighbours().items() if sum(patch_places()[mine]) % (4 * STEP) == 0}
 
 
 def centred(images: Floats) -> Floats:

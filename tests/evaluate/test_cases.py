@@ -84,12 +84,44 @@ def test_missing_rows_and_infinite_values_are_not_defined(tmp_path: Path) -> Non
     assert np.isnan(mixed.values["Dice"]).tolist() == [[False, False, False], [False, False, True]]
 
 
+@pytest.mark.parametrize("score", ["Dice", "HD95 (pixels)", "nsd"])
+def test_simulated_scores_below_zero_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str
+) -> None:
+    columns = rows(value=[-0.02, -0.01] + [0.5] * 10, score=[score] * 12)
+    read_cases(written(tmp_path / "cases.parquet", columns))
+    assert f"{score!r} of 'c0' is -0.02 (arm 'real', seed 0); it cannot be below 0, as 2 value(s) are" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("score", ["Dice change", "1 - Dice", "kappa", "net benefit"])
+def test_scores_that_may_be_negative_are_not_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str
+) -> None:
+    read_cases(written(tmp_path / "cases.parquet", rows(value=[-1.0] * 12, score=[score] * 12)))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [100.0, 87.5, 0.0, 1.0])
+def test_shares_may_be_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float) -> None:
+    read_cases(written(tmp_path / "cases.parquet", rows(value=[value] * 12)))
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"score": None}, "column 'score' is missing"),
         ({"value": ["high"] * 12}, "column 'value' is string, not double"),
         ({"value": [0.5] * 11 + [1e160]}, "a value is 1e\\+160; scores are at most 1e\\+09 in size"),
+        (
+            {"value": [0.5] * 11 + [-1.0]},
+            "'Dice' of 'c2' is -1 \\(arm 'real_synthetic', seed 1\\); it cannot be below 0. Leave the value empty",
+        ),
+        ({"value": [999.0] + [0.5] * 11}, "'Dice' of 'c0' is 999 .*; it cannot be above 1, or 100 %"),
+        ({"value": [-0.1, -1.0] + [0.5] * 10}, "'Dice' of 'c1' is -1 "),
+        ({"score": ["DSC"] * 12, "value": [-1.0] * 12}, "'DSC' of 'c0' is -1 .*; it cannot be below 0"),
         ({"seed": [0.5] * 12}, "column 'seed' is double, not int64"),
         ({"seed": [None, *[0] * 11]}, "column 'seed' has 1 empty cells"),
         ({"group_id": [None] * 12}, "column 'group_id' has 12 empty cells"),

@@ -124,6 +124,17 @@ def test_a_rough_look_at_many_training_images_keeps_every_original(
         assert all(found.similarity[name][0] <= full.similarity[name][one] + 1e-5 for name in SIMILARITIES)
 
 
+def test_what_is_found_does_not_depend_on_images_compared_beside(
+    search: CopySearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.stack([np.ascontiguousarray(change(picture(7))) for change in CHANGES.values()])
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.EXHAUSTIVE", 10)
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.CANDIDATES", 4)
+    together, alone = search.matches(images), [search.matches(image[None]) for image in images]
+    for name in SIMILARITIES:
+        np.testing.assert_allclose(together.similarity[name], [one.similarity[name][0] for one in alone], atol=1e-4)
+
+
 def test_unseen_images_are_no_copies(held_out: Matches, thresholds: dict[str, float], search: CopySearch) -> None:
     others = search.matches(np.stack([picture(5000 + number) for number in range(20)]))
     for found in (held_out, others):
@@ -178,6 +189,17 @@ def test_the_threshold_of_copies_lies_beyond_chance_but_not_beyond_copies() -> N
     assert copy_threshold(with_copies, 100) == pytest.approx(threshold, abs=0.02)
     assert copy_threshold(best[:8], 100) >= 0.95
     assert copy_threshold(np.zeros(0), 100) >= 0.95
+
+
+@pytest.mark.parametrize(("count", "added"), [(32, 0.0), (60, 0.13), (1000, 0.3)])
+def test_a_margin_that_few_images_need_anyway_is_not_added_twice(count: int, added: float) -> None:
+    best = np.tanh(np.random.default_rng(0).normal(0.6, 0.1, count))
+    plain, farther = (float(np.arctanh(copy_threshold(best, 100, margin))) for margin in (0.0, 0.3))
+    assert farther - plain == pytest.approx(added, abs=1e-9)
+
+
+def test_a_margin_also_holds_for_fewest_images() -> None:
+    assert copy_threshold(np.full(8, 0.5), 100, 0.3) == pytest.approx(np.tanh(np.arctanh(0.95) + 0.3))
 
 
 @pytest.mark.parametrize("count", [16, 32, 60])

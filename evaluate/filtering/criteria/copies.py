@@ -18,7 +18,7 @@ from maskloom.pipeline.config.base import Section
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import CopySearch
 
-VERSION = 2
+VERSION = 3
 LARGEST = 0.999999  # similarity, whose Fisher z is finite
 
 

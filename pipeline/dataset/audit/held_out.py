@@ -5,10 +5,14 @@ identical pixels (`findings.py`), this also finds copies that were encoded again
 cropped, mirrored or turned (`pipeline.dataset.near_duplicates.copies`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,10 +24,10 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.near_duplicates.copies import CopySearch, Match, copy_threshold
 from maskloom.pipeline.dataset.near_duplicates.textures import SIDE, signature
 from maskloom.pipeline.errors import MaskLoomError, one_line
-from maskloom.pipeline.parallel import worker_count
+from maskloom.pipeline.parallel import available_cores, worker_count
 from maskloom.pipeline.progress import progress
 
-IMAGES_PER_TASK = 400
+IMAGES_PER_TASK, READ_AT_ONCE = 400, 64
 # Two real images are copies from this likeness on. The closest neighbouring slices of the MNI152
 # template in two splits reach 0.79, different patients of PneumoniaMNIST 0.73.
 REAL_COPY = 0.9
@@ -85,19 +89,33 @@ def write_signatures(datasets: Sequence[MaskPromptDataset], file: Path) -> list[
     """
     places = []
     total = sum(dataset.num_rows for dataset in datasets)
-    with file.open("wb") as records, progress("reading textures", total, "images") as advance:
+    with (
+        file.open("wb") as records,
+        progress("reading textures", total, "images") as advance,
+        ThreadPoolExecutor(available_cores()) as threads,  # decoding and filters leave the interpreter free
+    ):
         for dataset in datasets:
             for split in dataset.contract.split_names:
-                for row in dataset.rows(split, ["image", "label", "sample_id", "group_id"]):
-                    image = decoded_image(dataset.folder, row)
-                    advance()
-                    if is_blank(image):
-                        continue
-                    grey = content_area(np.asarray(Image.fromarray(image).convert("L")))
-                    records.write(signature((grey / np.float32(255)).astype(np.float32)))
-                    label = dataset.description.label_name(row["label"])
-                    places.append(Place(str(dataset.folder), split, row["sample_id"], row["group_id"], label))
+                rows = dataset.rows(split, ["image", "label", "sample_id", "group_id"])
+                while batch := list(islice(rows, READ_AT_ONCE)):
+                    found = threads.map(partial(_signature_of, dataset.folder), batch)
+                    for row, texture in zip(batch, found, strict=True):
+                        advance()
+                        if texture is None:
+                            continue
+                        records.write(texture)
+                        label = dataset.description.label_name(row["label"])
+                        places.append(Place(str(dataset.folder), split, row["sample_id"], row["group_id"], label))
     return places
+
+
+def _signature_of(folder: Path, row: Mapping[str, Any]) -> bytes | None:
+    """Return the signature of a stored image; None if it is blank."""
+    image = decoded_image(folder, row)
+    if is_blank(image):
+        return None
+    grey = content_area(np.asarray(Image.fromarray(image).convert("L")))
+    return signature((grey / np.float32(255)).astype(np.float32))
 
 
 def content_area(grey: Pixels) -> Pixels:
