@@ -23,6 +23,7 @@ from maskloom.pipeline.results import OnCopies
 
 Images = NDArray[np.uint8]
 BATCH = 64
+BATCHES_PER_OPENING = 8  # pages of a memory-mapped file stay in memory as long as it is open
 
 
 @dataclass
@@ -93,10 +94,10 @@ class ImageSet:
             return
         if size is None and self.dataset.description.buckets:
             size = self.dataset.description.image_size
-        # Opened anew each time, in some milliseconds: pages of the mapped file stay in memory as long as it is open.
-        table = self.dataset.split(self.split).select_columns([column])
-        numbers = range(len(table)) if rows is None else rows
+        numbers = range(len(self)) if rows is None else rows
         for start in range(0, len(numbers), BATCH):
+            if start % (BATCH * BATCHES_PER_OPENING) == 0:
+                table = self.dataset.split(self.split).select_columns([column])
             pictures = table[numbers[start : start + BATCH]][column]
             yield [None if picture is None else resized_array(picture, size, column) for picture in pictures]
 

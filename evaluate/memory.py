@@ -8,7 +8,16 @@ import ctypes
 import sys
 
 
+M_MMAP_THRESHOLD = -3  # of `mallopt`
+LARGE = 12 << 20
+"""Bytes of an array from which it goes back to the system as soon as it is freed; glibc raises its own limit to 32 MiB."""
+
+
 def return_freed_memory() -> None:
-    """Give memory that was freed back to the system, where its C library can (glibc: `malloc_trim`)."""
+    """Give memory that was freed back to the system, now and as soon as a large array is freed.
+
+    Only where the C library can: glibc, with `malloc_trim` and `mallopt`.
+    """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.mallopt(M_MMAP_THRESHOLD, LARGE)
         library.malloc_trim(0)

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from maskloom.evaluate.downstream.masked import masked_images
 from maskloom.evaluate.inputs import EvaluationInputs, grey, grey_batches, grey_images, in_batches, resized_array
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.results import Interval, MetricResult, skipped_result
 from tests.evaluate.runs import copied, tiny_inputs
@@ -78,6 +80,23 @@ def test_batches_are_bounded(samples_and_inputs: tuple[dict[str, list[Sample]], 
     _, inputs = samples_and_inputs
     assert [len(batch) for batch in inputs.train.batches("image")] == [64, 6]
     assert [len(batch) for batch in in_batches(inputs.train.images())] == [64, 6]
+
+
+def test_a_file_is_opened_anew_so_that_its_pages_leave_memory(
+    samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, opened, split = samples_and_inputs[1].train, [], MaskPromptDataset.split
+    expected = train.images()
+
+    def counted(dataset: MaskPromptDataset, name: str) -> Dataset:
+        opened.append(name)
+        return split(dataset, name)
+
+    monkeypatch.setattr(MaskPromptDataset, "split", counted)
+    monkeypatch.setattr("maskloom.evaluate.inputs.BATCH", 8)
+    monkeypatch.setattr("maskloom.evaluate.inputs.BATCHES_PER_OPENING", 3)
+    assert (train.images() == expected).all()
+    assert opened == ["train"] * 3
 
 
 def test_missing_split_is_empty(samples_and_inputs: tuple[dict[str, list[Sample]], EvaluationInputs]) -> None:
