@@ -7,7 +7,6 @@ a long process would grow although it holds no more.
 import ctypes
 import sys
 
-
 M_MMAP_THRESHOLD = -3  # of `mallopt`
 LARGE = 12 << 20
 """Bytes of an array from which it goes back to the system as soon as it is freed; glibc raises its own limit to 32 MiB."""

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +191,24 @@ def test_released_memory_goes_back_to_the_system(
     held = process.memory_info().rss
     inputs.release()
     assert held - process.memory_info().rss > 50 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be told")
+def test_large_arrays_leave_memory_as_soon_as_they_are_freed() -> None:
+    """Once a larger one was freed, the C library would keep them, as what lies behind them is in use."""
+    code = """
+import numpy, psutil
+from maskloom.evaluate.memory import return_freed_memory
+return_freed_memory()
+larger = numpy.ones(30 << 20, numpy.uint8)
+del larger
+pairs = [[numpy.ones(size, numpy.uint8) for size in (20 << 20, 100_000)] for _ in range(5)]
+held = psutil.Process().memory_info().rss
+pairs = [small for _, small in pairs]
+print(held - psutil.Process().memory_info().rss)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(found.stdout) > 80 << 20
 
 
 def test_colour_images(tmp_path: Path) -> None:
