@@ -44,11 +44,13 @@ LOWER_WORDS = re.compile(
 )
 """Whole words of names, in lower case, of which less is better; digits before and after are ignored."""
 SHARE_WORDS = (
-    r"(cl)?dice|dsc|m?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
+    r"(cl)?dice|dsc|(m ?)?io ?u|jaccard|b?acc|accuracy|precision|recall|sens|sensitivity|spec|specificity"
     r"|p?auc|auroc|auprc|roc|m?ap|f(?=\d)|tpr|tnr|ppv|npv|predictive value|nsd|overlap|correct|detected"
 )
 """Words of names of shares, of which more is better; whatever their unit, none is below 0."""
 SHARES = re.compile(rf"\b\d*({SHARE_WORDS})\d*\b")
+DISTANCES = re.compile(r"\d*(m?hd|hausdorff( distance)?|m?as?sd|absd|rmssd)\d*( (mm|px|vox))?")
+"""Names of distances between surfaces, of which none is below 0 either."""
 HIGHER_WORDS = re.compile(
     rf"(?<!\bnot )(?<!\bnon )(?<!\bun )(?<!\bfalse )\b\d*({SHARE_WORDS}|au?froc|mfroc|cpm|kappa|mcc"
     r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|agreement|concordance)\d*\b"
@@ -129,11 +131,13 @@ def own_score(score: str) -> str | None:
 def known_bounds(score: str) -> tuple[float, float]:
     """Return the lowest and the highest value that a score can have; infinite where that is not known.
 
-    Other software writes shares, such as `dsc`, from 0 to 1 or in percent.
+    Other software writes shares, such as `dsc`, from 0 to 1 or in percent, and distances in any unit.
     """
     own = own_score(score)
     if own is None:
-        return 0.0 if SHARES.fullmatch(_measured(score)[0]) and not _measured(score)[1] else -inf, inf
+        words, negated = _measured(score)
+        is_known = not negated and (SHARES.fullmatch(words) or DISTANCES.fullmatch(words))
+        return 0.0 if is_known else -inf, inf
     return 0.0, inf if own in UNBOUNDED else 1.0
 
 

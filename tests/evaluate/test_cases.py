@@ -84,7 +84,7 @@ def test_missing_rows_and_infinite_values_are_not_defined(tmp_path: Path) -> Non
     assert np.isnan(mixed.values["Dice"]).tolist() == [[False, False, False], [False, False, True]]
 
 
-@pytest.mark.parametrize("score", ["Dice", "HD95 (pixels)", "nsd"])
+@pytest.mark.parametrize("score", ["Dice", "HD95 (pixels)", "nsd", "hd95", "mIoU"])
 def test_simulated_scores_below_zero_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str
 ) -> None:

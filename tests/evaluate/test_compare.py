@@ -412,7 +412,13 @@ def test_differences_whose_squares_vanish_are_rounding(size: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "bounds"), [("recall of a, b", (0, 1)), ("HD95 (pixels)", (0, np.inf)), ("ASD", (-np.inf, np.inf))]
+    ("score", "bounds"),
+    [
+        ("recall of a, b", (0, 1)),
+        ("HD95 (pixels)", (0, np.inf)),
+        *((name, (0, np.inf)) for name in ("ASD", "HD95", "hd95_mm", "Hausdorff distance", "mIoU", "DSC", "AP")),
+        *((name, (-np.inf, np.inf)) for name in ("1 - DSC", "Dice change", "volume difference", "kappa", "my score")),
+    ],
 )
 def test_bounds_of_scores(score: str, bounds: tuple[float, float]) -> None:
     assert known_bounds(score) == bounds
