@@ -124,7 +124,7 @@ class SameConv2d(nn.Conv2d):
             total = max((-(-side // stride) - 1) * stride + kernel_size - side, 0)
             padding += [total // 2, total - total // 2]
         left, right, top, bottom = padding
-        if (left, top) == (right, bottom):  # twice as fast as padding first
+        if (left, top) == (right, bottom):  # padding first would take a third more time
             return functional.conv2d(
                 inputs, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups
             )

@@ -1,4 +1,4 @@
-"""Runs independent tasks in several processes; decoding is CPU-bound, so threads would not help."""
+"""Runs independent tasks in several processes, where they keep the interpreter busy and threads would not help."""
 
 import os
 import sys
