@@ -180,7 +180,7 @@ class CopySearch:
                 FINE: max(registered[row, index][0] for index in near),
                 COARSE: max(registered[row, index][1] for index in near),
                 WHOLE_COARSE: max(_with_whole(registered[row, index][1], whole[row, index]) for index in near),
-                PART: replace(displaced[row, parts[row][0]], similarity=float(part[row].max())),
+                PART: replace(displaced[row, parts[row][0]], similarity=min(1.0, float(part[row].max()))),
                 OVERLAP: max(displaced[row, index] for index in parts[row]),
             }
             for row, near in enumerate(shown)

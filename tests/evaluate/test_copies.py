@@ -124,6 +124,12 @@ def test_a_rough_look_at_many_training_images_keeps_every_original(
         assert all(found.similarity[name][0] <= full.similarity[name][one] + 1e-5 for name in SIMILARITIES)
 
 
+def test_no_similarity_is_above_one(search: CopySearch) -> None:
+    """Rounded descriptors have cosines of up to 1.0001 with themselves."""
+    found = search.matches(search.train[:40])
+    assert max(values.max() for values in found.similarity.values()) <= 1
+
+
 def test_what_is_found_does_not_depend_on_images_compared_beside(
     search: CopySearch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
