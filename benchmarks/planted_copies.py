@@ -27,8 +27,8 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.inputs import EvaluationInputs, grey, in_batches, open_inputs
 from maskloom.evaluate.metrics.memorisation import Options
-from maskloom.evaluate.scores.calibration import copy_threshold, group_folds, held_out_share
-from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches
+from maskloom.evaluate.scores.calibration import group_folds, held_out_share
+from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches, copy_thresholds
 from maskloom.evaluate.scores.descriptors import SIDE
 from maskloom.evaluate.scores.features import batch_features, load_extractor
 from maskloom.evaluate.scores.nearest import SIDE as PIXELS_SIDE
@@ -91,7 +91,7 @@ def measured(
     described = time.process_time() - start
     of_unseen = search.matches(at_search_size(unseen.pixels))
     seconds = described + (time.process_time() - start - described) * 1000 / len(unseen.pixels)
-    thresholds = {name: copy_threshold(of_unseen.similarity[name], len(train.pixels)) for name in SIMILARITIES}
+    thresholds = copy_thresholds(of_unseen.similarity, len(train.pixels))
     originals = np.random.default_rng(seed).permutation(len(train.pixels))[:count]
     changes = {}
     for name in only or CHANGES:
@@ -144,7 +144,8 @@ def absolute_share(found: Matches, train: list[str], unseen: RealImages) -> floa
     fold, flagged = group_folds(unseen.groups), 0
     for one in np.unique(fold):
         judged = np.flatnonzero(fold == one)
-        thresholds = {name: copy_threshold(found.similarity[name][fold != one], len(train)) for name in SIMILARITIES}
+        others = {name: found.similarity[name][fold != one] for name in SIMILARITIES}
+        thresholds = copy_thresholds(others, len(train))
         part = Matches(
             {name: found.similarity[name][judged] for name in SIMILARITIES},
             {name: found.index[name][judged] for name in SIMILARITIES},

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_batches, grey_images
-from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.results import CopyRow, named_copies
 
@@ -82,8 +82,12 @@ def judged_copies(inputs: EvaluationInputs) -> CopyJudgement:
     return found
 
 
-def require_no_training_copies(inputs: EvaluationInputs) -> None:
+def require_no_training_copies(inputs: EvaluationInputs, listed: Path) -> None:
     """Check that no synthetic image is a copy, where copies are to stop the evaluation.
+
+    Args:
+        inputs: the sets.
+        listed: the file that lists all copies, for the error.
 
     Raises:
         LeakedImages: some are; names the first of each set with their originals.
@@ -97,7 +101,10 @@ def require_no_training_copies(inputs: EvaluationInputs) -> None:
         if copies
     ]
     if found:
-        raise LeakedImages(" | ".join(found), "delete them, or set evaluate.on_copies=drop to leave them out")
+        raise LeakedImages(
+            " | ".join(found),
+            f"{listed} lists all of them: delete them, or set evaluate.on_copies=drop to leave them out",
+        )
 
 
 def searched_sets(inputs: EvaluationInputs) -> dict[str, list[CopyRow]]:
@@ -166,12 +173,12 @@ def calibration(
         read: see `calibrated_judge`.
         margin: see `copy_threshold`.
     """
-    from maskloom.evaluate.scores.copies import SIMILARITIES
+    from maskloom.evaluate.scores.copies import SIMILARITIES, copy_thresholds
 
     read = read or comparable_batches
     matches = [search.matches_in(read(one), len(one)) for one in unseen]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
-    thresholds = {name: copy_threshold(values, len(originals), margin) for name, values in best.items()}
+    thresholds = copy_thresholds(best, len(originals), margin)
     copies = [
         row
         for one, found in zip(unseen, matches, strict=True)

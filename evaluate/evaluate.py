@@ -122,7 +122,7 @@ def evaluate(config: ExperimentConfig, force: bool, controls: bool = False) -> N
         inputs.on_copies = config.evaluate.on_copies
         answers.folder.claim()
         record_copies(answers.folder, searched_sets(inputs), subject.digests.values(), inputs.on_copies)
-        require_no_training_copies(inputs)
+        require_no_training_copies(inputs, answers.folder.path / COPIES_FILE)
         features.keep_only(subject.digests.values())
         if force:
             models.clear()

@@ -25,15 +25,14 @@ from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.results import CopyRow
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
-from maskloom.pipeline.runs.copies import REAL_FIX
+from maskloom.pipeline.runs.copies import leak_fix
 from maskloom.pipeline.runs.leak_list import leaks_in_words
-from maskloom.pipeline.runs.leaks import SYNTHETIC_FIX
 from maskloom.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import Matches
 
-VERSION = 4  # of this check; a new version makes every record stale
+VERSION = 5  # of this check; a new version makes every record stale
 # In Fisher's z. One image stops everything, and some sets have thousands: among real images that
 # thresholds had not seen, none exceeded them by more than 0.25. Altered copies mostly exceed them by 0.7.
 MARGIN = 0.3
@@ -57,19 +56,19 @@ def require_no_altered_held_out_images(run: Run, inputs: EvaluationInputs) -> No
     start, judge = time.monotonic(), held_out_judge(inputs)
     if judge is None:
         return
-    found = [(inputs.train, row) for row in judge.held_out]
-    fix = REAL_FIX if found else SYNTHETIC_FIX
+    real, found = [(inputs.train, row) for row in judge.held_out], []
     sets = [one for one in inputs.synthetic.values() if len(one)]
     suspected = [suspects_in(judge, image_set) for image_set in sets]
     del judge  # its descriptors need not lie in memory beside those of the train images
     for image_set, suspects in zip(sets, suspected, strict=True):
         found += [(image_set, row) for row in confirmed(inputs, suspects)]
-    if found:
+    if real or found:
         split_of = {sample: one.split for one in held_out_sets(inputs) for sample in one.columns["sample_id"]}
-        leaks = [_as_row(*pair, split_of[pair[1].original]) for pair in found]
+        leaks = [_as_row(*pair, split_of[pair[1].original]) for pair in real + found]
         shown = leaks_in_words(record, list(map(_in_words, leaks)), leaks)
         raise LeakedImages(
-            f"{inputs.real.folder}: {len(found)} image(s) are altered copies of held-out images: {shown}", fix
+            f"{inputs.real.folder}: {len(leaks)} image(s) are altered copies of held-out images: {shown}",
+            leak_fix(bool(real), bool(found)),
         )
     write_audit_record(record, VERSION, datasets, rows, True)
     say(f"no altered held-out images among {rows} images ({time.monotonic() - start:.1f} s)")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from maskloom.evaluate.downstream.directions import known_bounds
+from maskloom.evaluate.downstream.values import require_possible_values
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.progress import say
@@ -35,7 +35,6 @@ CASES_FILE = "cases.parquet"
 TEXT_COLUMNS = ("metric", "test_set", "arm", "sample_id", "group_id", "score")
 COLUMNS = ("metric", "test_set", "arm", "seed", "sample_id", "group_id", "score", "value")
 LARGEST = 1e9
-PERCENT = 100
 PROBABILITY, TRUTH = "probability of ", "is "
 """How the raw rows of a classifier begin; the class follows."""
 NAMES = ("metric", "test_set", "arm", "score")
@@ -241,8 +240,8 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
 
     Raises:
         MaskLoomError: the file is missing, is not Parquet, lacks or repeats a column, has no row, repeats
-            a row, has an id or a seed that is missing, a value above 1e9 in size or one that its score cannot have, text that is
-            not UTF-8, two names that look alike, a case lies in two groups, or a class has one of its two kinds
+            a row, has an id or a seed that is missing, a value above 1e9 in size or one that its score cannot have (`values.py`), text
+            that is not UTF-8, two names that look alike, a case lies in two groups, or a class has one of its two kinds
             of rows (names the file and the value).
     """
     table = _checked_table(path)
@@ -268,31 +267,9 @@ def read_cases(path: Path) -> list[ScoredTestSet]:
         rows = np.flatnonzero((columns["metric"] == metric) & (columns["test_set"] == test_set))
         part = {name: column[rows] for name, column in columns.items()}
         _check_classes(path, test_set, part["score"])
-        _check_values(path, part, seeds[rows], values[rows])
+        require_possible_values(path, part, seeds[rows], values[rows])
         found.append(_test_set_cases(metric, test_set, part, seeds[rows], values[rows]))
     return found
-
-
-def _check_values(path: Path, part: Mapping[str, NDArray[np.str_]], seeds: NDArray[np.int64], values: Floats) -> None:
-    """Refuse whole numbers that a score cannot be, as -1 for a case without one; report other such values.
-
-    Shares may be given in percent.
-    """
-    for score in np.unique(part["score"]).tolist():
-        low, high = known_bounds(score)
-        outside = (part["score"] == score) & ((values < low) | (values > PERCENT * high))
-        if not outside.any():
-            continue
-        codes = outside & (values == np.round(values))
-        row = int((codes if codes.any() else outside).argmax())
-        sample, arm = str(part["sample_id"][row]), str(part["arm"][row])
-        problem = (
-            f"{path}: {score!r} of {sample!r} is {values[row]:g} (arm {arm!r}, seed {seeds[row]}); "
-            f"it cannot be {f'below {low:g}' if values[row] < low else f'above {high:g}, or {PERCENT * high:g} %'}"
-        )
-        if codes.any():
-            raise MaskLoomError(f"{problem}. Leave the value empty where a case has none")
-        say(f"{problem}, as {outside.sum()} value(s) are; they are used as they are")
 
 
 def _check_classes(path: Path, test_set: str, scores: NDArray[np.str_]) -> None:

@@ -209,34 +209,41 @@ def _values(one: TestSetComparison) -> dict[str, Any]:
 
 
 def _verdict(own: TestSetComparison) -> str:
-    """Return the verdict, what it rests on, and what real images alone differ by."""
+    """Return the finding, what it rests on, what real images alone differ by, and what could have been found."""
     headline, null = own.headline, own.null
     basis = f"{headline.cases} test images in {own.scored[own.primary][1]} groups, {headline.seeds} seeds"
-    found = f"; {_smallest_effect(headline)}" if headline.smallest_effect else ""
-    by_chance = f"; real images with other seeds: {shown_interval(null)}" if null else ""
-    return f"{_change_sentence(headline)} ({basis}{found}{by_chance})."
+    by_chance = f" Real images with other seeds: {shown_interval(null)}." if null else ""
+    could = f" {_smallest_effect(headline)}." if headline.smallest_effect else ""
+    return f"{_change_sentence(headline)} ({basis}).{by_chance}{could}"
 
 
 def _smallest_effect(one: Comparison) -> str:
     """Return the smallest effect, and between which it lies, in words; of scores from 0 to 1."""
     effect, low, high = one.smallest_effect or 0.0, one.smallest_effect_low, one.smallest_effect_high
     if effect > 1:
-        return "no effect, however large, would be found"
-    between = "" if low is None or high is None else f", an estimate with the 95 % interval [{low:.3f}, {high:.3f}]"
-    return f"an effect of {effect:.3f} would be found in 70 to 80 % of such studies{between}"
+        return "No effect, however large, would be found"
+    highest = "" if high is None else f"{high:.3f}" if high <= 1 else "above 1"
+    between = "" if low is None or high is None else f", an estimate with the 95 % interval [{low:.3f}, {highest}]"
+    return f"An effect of {effect:.3f} would be found in 70 to 80 % of such studies{between}"
 
 
 def _smallest_interval(one: Comparison) -> Interval | None:
-    """Return the smallest effect with its interval; None where there is none."""
-    low, high = one.smallest_effect_low, one.smallest_effect_high
-    return Interval(value=one.smallest_effect, low=low, high=high) if one.smallest_effect else None
+    """Return the smallest effect with its interval, none of them larger than an effect can be; None where there is none."""
+    if not one.smallest_effect:
+        return None
+    widest = widest_change(one.score, one.difference)
+    ends = one.smallest_effect_low, one.smallest_effect_high
+    low, high = (None if end is None else min(end, widest) for end in ends)
+    return Interval(value=min(one.smallest_effect, widest), low=low, high=high)
 
 
 def _change_sentence(one: Comparison) -> str:
-    reason = f", {one.reason}" if one.reason else ""
+    finding = f"{one.finding}, {one.reason}." if one.reason else f"{one.finding}."
+    arm = arm_title(one.arm)
+    arm = arm[:1].upper() + arm[1:]
     if one.difference is None:
-        return f"{arm_title(one.arm)}: {one.score} is not defined: {one.finding}{reason}"
-    return f"{arm_title(one.arm)} changed {one.score} by {shown_interval(one)}: {one.finding}{reason}"
+        return f"{finding} {arm}: {one.score} is not defined"
+    return f"{finding} {arm} changed {one.score} by {shown_interval(one)}"
 
 
 def _external_sentence(external: TestSetComparison, own: TestSetComparison) -> str:

@@ -49,8 +49,14 @@ SHARE_WORDS = (
 )
 """Words of names of shares, of which more is better; whatever their unit, none is below 0."""
 SHARES = re.compile(rf"\b\d*({SHARE_WORDS})\d*\b")
-DISTANCES = re.compile(r"\d*(m?hd|hausdorff( distance)?|m?as?sd|absd|rmssd)\d*( (mm|px|vox))?")
-"""Names of distances between surfaces, of which none is below 0 either."""
+DISTANCES = re.compile(r"\b\d*(m?hd|hausdorff|m?as?sd|absd|rmssd)\d*\b")
+"""Words of names of distances between surfaces, of which none is below 0 either."""
+CHANGES = re.compile(
+    rf"\b({TURNING}|changes?|gains?|reductions?|improvements?|increases?|decreases?|deltas?|minus|skill|log|logit|z|relative|adjusted)\b"
+)
+"""Words of names of what may be negative although a share, or a distance, is in the name."""
+COUNTED = re.compile(r"\b(n|num|numbers?|counts?|sum|total|detected|correct|overlap|pixels?|voxels?|mm|px)\b")
+"""Words of names of what may be a number of things, or an area: above 1 without being percent."""
 HIGHER_WORDS = re.compile(
     rf"(?<!\bnot )(?<!\bnon )(?<!\bun )(?<!\bfalse )\b\d*({SHARE_WORDS}|au?froc|mfroc|cpm|kappa|mcc"
     r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|agreement|concordance)\d*\b"
@@ -136,9 +142,18 @@ def known_bounds(score: str) -> tuple[float, float]:
     own = own_score(score)
     if own is None:
         words, negated = _measured(score)
-        is_known = not negated and (SHARES.fullmatch(words) or DISTANCES.fullmatch(words))
+        is_known = not negated and (SHARES.search(words) or DISTANCES.search(words)) and not CHANGES.search(words)
         return 0.0 if is_known else -inf, inf
     return 0.0, inf if own in UNBOUNDED else 1.0
+
+
+def is_share(score: str) -> bool:
+    """Return whether a score is known to be a share: from 0 to 1, or 0 to 100 in percent."""
+    own = own_score(score)
+    if own is not None:
+        return own not in UNBOUNDED
+    words, negated = _measured(score)
+    return not negated and bool(SHARES.search(words)) and not CHANGES.search(words) and not COUNTED.search(words)
 
 
 def worst_value(score: str, lower: bool) -> float:

@@ -69,13 +69,16 @@ class LossCurves:
             },
         )
 
+    def unfinished(self) -> list[str]:
+        """Return the arms whose loss was still falling at the end."""
+        return [arm for arm in self.arms if still_falling(self.mean(arm))]
+
     def warnings(self) -> list[str]:
         """Return a warning that names the arms whose loss was still falling at the end."""
-        arms = [arm_title(arm) for arm in self.arms if still_falling(self.mean(arm))]
-        if not arms:
+        if not (arms := self.unfinished()):
             return []
         return [
-            f"still improving when training stopped: {', '.join(arms)} (loss of the last fifth of the steps over "
+            f"still improving when training stopped: {', '.join(map(arm_title, arms))} (loss of the last fifth of the steps over "
             f"{FALL:.0%} below that of the fifth before); harm and benefit may be hidden: raise steps"
         ]
 

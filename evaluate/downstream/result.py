@@ -20,6 +20,8 @@ from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.pipeline.dataset.groups import group_sentence, group_words
 
+UNFINISHED = " Models were still improving when training stopped, which may hide harm and benefit: raise steps."
+
 
 def interval_limit(dataset: str) -> str:
     """Return what the interval of a difference covers, and what it does not.
@@ -76,7 +78,7 @@ def downstream_result(
     comparison = compare_test_sets(cases, task.primary, task.hidden_prefix, data.generator)
     return DownstreamResult(
         question=task.question,
-        verdict=f"{task.title}: {comparison.verdict}",
+        verdict=f"{task.title}: {comparison.verdict}{UNFINISHED if losses.unfinished() else ''}",
         headline=True,
         tables=[*comparison.tables, *([ratio.table()] if ratio else [])],
         forests=comparison.forests,

@@ -38,7 +38,7 @@ NAME = "synthetic"
 """Name of the set, in the run and on the report."""
 ORIGIN = "made elsewhere: unknown training set"
 STAGE = "generate"  # whose output it is
-VERSION = 1  # of the rules by which rows are converted
+VERSION = 2  # of the rules by which rows are converted
 ROWS_PER_SHARD = 512
 Pixels = NDArray[np.uint8]
 
@@ -124,7 +124,13 @@ def import_set(
         "training": dict.fromkeys(("stage", "dataset", "weights")),
     }
     about = real.description.model_copy(
-        update={"origin": "synthetic", "preprocessing": {**real.description.preprocessing, "generation": generation}}
+        update={
+            "origin": "synthetic",
+            "licence": given.description.licence,
+            "citation": given.description.citation,
+            "homepage": given.description.homepage,
+            "preprocessing": {**real.description.preprocessing, "generation": generation},
+        }
     )
     writer = DatasetWriter(run.synthetic / NAME, about, shards, value_digest([VERSION, real.digest, given.digest]))
     with stage.recorded() as results:

@@ -103,7 +103,7 @@ def judge(request: Request, force: bool) -> float:
             evaluate(config, force)
         except LeakedImages as leak:
             remove_results(run)
-            raise LeakedImages(leak.found, REMEDY if leak.remedy == SYNTHETIC_FIX else leak.remedy) from None
+            raise LeakedImages(leak.found, leak.remedy.replace(SYNTHETIC_FIX, REMEDY)) from None
         write_report(config, force)
     left_out = images.contract.rejected
     if left_out:

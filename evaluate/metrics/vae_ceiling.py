@@ -31,7 +31,7 @@ from maskloom.pipeline.training.fixed_steps import normalised
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 3
+VERSION = 4
 QUESTION = "What does the VAE destroy, whatever the generator learns?"
 FEWEST = 2
 JACKKNIFE_BLOCKS = 20
@@ -41,7 +41,7 @@ BACKBONE, TUNED = "the backbone's VAE", "fine-tuned decoder"
 class Options(ExtractorOptions):
     """The feature extractor, and how many images are encoded and decoded, and how."""
 
-    most_images: Rows = Field(500, ge=2, description="of the real test images, so many at most, spread evenly")
+    most_images: Rows = Field(250, ge=2, description="of the real test images, so many at most, spread evenly")
     batch_size: BatchSize = Field(8, ge=1)
     shown_images: Shown = Field(4, ge=0)
 

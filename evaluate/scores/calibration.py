@@ -13,7 +13,7 @@ from maskloom.evaluate.scores.inference import intraclass_correlation
 QUANTILES = (0.5, 0.85)  # of the best similarities; the part above may contain copies
 EXPECTED = 0.05  # number of unrelated images, among as many again, expected beyond the chance limit
 MARGIN = 1 / 3  # of the way from the most similar held-out image to the chance limit
-LEAST = 0.6  # no image that is less similar is called a copy
+LEAST = 0.6  # no image that is less similar is called a copy, whatever the measure
 FEWEST = 16  # images needed to estimate chance
 LEAST_OF_FEW = 0.95  # lower limit of a threshold that rests on fewer
 # In Fisher's z: so much is added, at least, where a threshold rests on fewer than `MANY` images, in inverse proportion.
@@ -28,7 +28,7 @@ CHANCE = 0.975  # one side of a 95 % interval
 Distances = dict[str, NDArray[np.float64]]
 
 
-def copy_threshold(best: NDArray[np.float64], train: int, margin: float = 0.0) -> float:
+def copy_threshold(best: NDArray[np.float64], train: int, least: float = LEAST, margin: float = 0.0) -> float:
     """Return the similarity to training images above which an image is a copy of one.
 
     It lies beyond every held-out image but those that chance does not explain, which are copies
@@ -39,12 +39,13 @@ def copy_threshold(best: NDArray[np.float64], train: int, margin: float = 0.0) -
     Args:
         best: (N,) similarity of each held-out real image to its most similar training image, 0..1.
         train: number of training images.
+        least: the lowest threshold without a margin; unrelated images may reach it.
         margin: how much farther the threshold lies, in Fisher's z; what few images need, if that is more.
     """
     z = np.minimum(np.arctanh(np.clip(best, 0, np.tanh(LARGEST_Z))), LARGEST_Z)
     limit = _chance_limit(z, train) if len(z) >= FEWEST else LARGEST_Z
     largest = z[z < limit].max(initial=0.0)
-    threshold = max(largest + MARGIN * (limit - largest), float(np.arctanh(LEAST)))
+    threshold = max(largest + MARGIN * (limit - largest), float(np.arctanh(least)))
     if len(z) < FEWEST:
         threshold = max(threshold, float(np.arctanh(LEAST_OF_FEW)))
     else:

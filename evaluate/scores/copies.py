@@ -10,7 +10,7 @@ images alone decides nothing: a plain grey image between black bars resembles ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.evaluate.scores.descriptors import (
     LEAST_PADDING,
     ORIENTATIONS,
@@ -55,7 +56,7 @@ from maskloom.pipeline.progress import progress
 
 Pair = tuple[int, int]  # an image of a block, and a training image
 
-VERIFIED_WHOLES, VERIFIED_PARTS = 6, 3  # best matches that are verified
+VERIFIED_WHOLES, VERIFIED_PARTS = 12, 3  # best matches that are verified
 BLOCK, COMPARED = 32, 2048  # images described at a time, and pairs compared at a time
 EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with its candidates
 CANDIDATES = 48  # training images per image and kind of descriptor
@@ -66,6 +67,9 @@ PART, OVERLAP = "part", "displaced part"
 FINE, COARSE = "fine details", "coarse details"  # after registration
 WHOLE_COARSE = "whole and coarse details"
 SIMILARITIES = (FINE, COARSE, WHOLE_COARSE, PART, OVERLAP)
+# No image that is less similar is called a copy. Copies reach more in BUSI, by the measures that can find them: coarse
+# details .986, parts .92, displaced parts .94, the others .92. Unrelated images reach less, but for coarse details up to .9.
+LEAST = {FINE: 0.8, COARSE: 0.9, WHOLE_COARSE: 0.8, PART: 0.85, OVERLAP: 0.85}
 COARSE_SHARE = 0.3  # of the two in Fisher's z; where noise covers the details, each alone falls short
 TURNS = (
     "",
@@ -128,9 +132,10 @@ class CopySearch:
             moments = [total + one for total, one in zip(moments, found, strict=True)]
         self.whiten_windows = Whitening(moments[0] / (count * len(boxes())), WINDOW_DIMENSIONS)
         self.whiten_patches = Whitening(moments[1] / (count * len(patch_places())), PATCH_DIMENSIONS)
-        self.wholes = torch.empty((count, ORIENTATIONS, WINDOW_DIMENSIONS), dtype=STORED)
-        self.windows = torch.empty((count, len(boxes()), WINDOW_DIMENSIONS), dtype=STORED)
-        self.patches = torch.empty((count, 1, len(patch_places()), PATCH_DIMENSIONS), dtype=STORED)
+        of_windows, of_patches = (one.components.shape[1] for one in (self.whiten_windows, self.whiten_patches))
+        self.wholes = torch.empty((count, ORIENTATIONS, of_windows), dtype=STORED)
+        self.windows = torch.empty((count, len(boxes()), of_windows), dtype=STORED)
+        self.patches = torch.empty((count, 1, len(patch_places()), of_patches), dtype=STORED)
         list(thread_results(self._describe, range(0, count, BLOCK)))
 
     def _describe(self, start: int) -> None:
@@ -245,7 +250,9 @@ class CopySearch:
         placed = [self._placed(block, pair) for pair in pairs]
         starts = [self._starts(block, pair, place) for pair, place in zip(pairs, placed, strict=True)]
         fixed, moving, transforms = map(np.stack, zip(*chain.from_iterable(starts), strict=True))
-        reached = np.split(registered_similarities(fixed, moving, transforms), np.cumsum([len(one) for one in starts]))
+        counts = [len(one) for one in starts]
+        image = np.repeat([row for row, _ in pairs], counts)
+        reached = np.split(registered_similarities(fixed, moving, transforms, image), np.cumsum(counts))
         found = {}
         for pair, place, tried in zip(pairs, placed, reached[:-1], strict=True):
             fine, coarse = (Match(float(one), pair[1], _in_words(*place)) for one in tried.max(axis=0))
@@ -279,6 +286,17 @@ class CopySearch:
         overlaps = largest_overlaps(torch.from_numpy(turned), torch.from_numpy(originals)).tolist()
         words = [", ".join(filter(None, ["in part", TURNS[turn]])) for turn in turns]
         return {pair: Match(overlap, pair[1], word) for pair, overlap, word in zip(pairs, overlaps, words, strict=True)}
+
+
+def copy_thresholds(similarity: Mapping[str, NDArray[np.float64]], train: int, margin: float = 0.0) -> dict[str, float]:
+    """Return the similarities above which an image is a copy, by measure; see `copy_threshold`.
+
+    Args:
+        similarity: by measure, (N,) of each held-out real image to its most similar training image.
+        train: number of training images.
+        margin: see `copy_threshold`.
+    """
+    return {name: copy_threshold(similarity[name], train, LEAST[name], margin) for name in SIMILARITIES}
 
 
 def _with_whole(coarse: Match, whole: float) -> Match:

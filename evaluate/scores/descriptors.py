@@ -32,6 +32,7 @@ ORIENTATIONS = 8
 WINDOW_GRIDS = ((0.95, 3), (0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
 WINDOW_DIMENSIONS, PATCH_DIMENSIONS = 192, 96
 ROUGHNESS = 3  # of a rough look, which compares a third of the components
+EXPLAINED = 0.98  # share of the variance; images of few pixels have nothing but noise in the components after it
 REGULARISATION = 0.1  # share of the mean variance; keeps noise from being amplified
 STEP = 4  # of the grid of patches, in thumbnail pixels
 BLACK = 16  # grey levels that padding may differ from black or white
@@ -57,7 +58,7 @@ class Vectors:
         return Vectors(self.wholes[[row]], self.windows[[row]], self.patches[[row]])
 
     def roughly(self) -> Vectors:
-        """Return the leading components of the vectors, and fewer windows."""
+        """Return the leading components of the vectors."""
         return Vectors(*map(unit_vectors, leading(self.wholes, self.windows, self.patches)))
 
 
@@ -79,17 +80,23 @@ class Described:
 def leading(wholes: Array, windows: Array, patches: Array) -> tuple[Array, Array, Array]:
     """Return what a rough look compares of `Vectors`, not of length 1."""
     few, fewer = WINDOW_DIMENSIONS // ROUGHNESS, PATCH_DIMENSIONS // ROUGHNESS
-    return wholes[..., :few], windows[:, rough_boxes(), :few], patches[..., :fewer]
+    return wholes[..., :few], windows[..., :few], patches[..., :fewer]
 
 
 class Whitening:
-    """Principal components scaled to nearly equal variance, of vectors of unit length."""
+    """Principal components scaled to nearly equal variance, of vectors of unit length.
 
-    def __init__(self, second_moments: NDArray[np.float64], dimensions: int) -> None:
-        """Fit to the mean of v v' over vectors v, (D, D)."""
+    Attributes:
+        components: (D, dimensions).
+    """
+
+    def __init__(self, second_moments: NDArray[np.float64], most: int) -> None:
+        """Fit to the mean of v v' over vectors v, (D, D); of the components, at most `most` are kept."""
         with threadpool_limits(1):  # these threads would mostly wait for each other
             values, components = np.linalg.eigh(second_moments)
-        values, components = values[::-1][:dimensions], components[:, ::-1][:, :dimensions]
+        values = values[::-1]
+        kept = min(most, int(np.searchsorted(np.cumsum(values), EXPLAINED * values.sum())) + 1)
+        values, components = values[:kept], components[:, ::-1][:, :kept]
         scale = np.sqrt(np.maximum(values, 0) + REGULARISATION * values.mean() + 1e-12)
         self.components = (components / scale).astype(np.float32)
 
@@ -185,17 +192,6 @@ def boxes() -> tuple[Box, ...]:
         starts = np.linspace(0, 1 - side, count).tolist()
         found += [(top, left, top + side, left + side) for top in starts for left in starts]
     return tuple(found)
-
-
-@cache
-def rough_boxes() -> list[int]:
-    """Return which boxes a rough look compares: the whole image, and nine crops each of 90 and 80 %."""
-    found = []
-    for number, (top, left, bottom, _) in enumerate(boxes()):
-        side, *place = (round(20 * one) for one in (bottom - top, top, left))  # in twentieths of the side
-        if side in (20, 18) or (side == 16 and all(one % 2 == 0 for one in place)):
-            found.append(number)
-    return found
 
 
 @cache

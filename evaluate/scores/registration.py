@@ -10,8 +10,9 @@ Many pairs are registered at a time. What is found for a pair does not depend on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ Affine = NDArray[np.float64]
 
 SIDE = 64  # of the registered images
 PAIRS = 32  # registered at a time: their images fit into the cache of a core
-PASSES, STEPS = 2, 4  # textures are computed anew in each pass
+ROUGH_STEPS, STEPS = 1, 4  # of the first pass and of the others; textures are computed anew in each
+CONTINUED = 3  # pairs of an image that are registered to the end
 GAIN = 1e-4  # smaller gains of a step end a pass
 LEAST_OVERLAP = 0.4  # of the frame
 FINE, COARSE = (0.8, 4.0), (3.0, 16.0)  # bands: the sigmas of two Gaussians, in pixels
@@ -40,32 +42,61 @@ AXIS = (torch.arange(SIDE) - (SIDE - 1) / 2) / (SIDE / 2)
 IDENTITY = torch.eye(2, 3)
 
 
-def registered_similarities(fixed: Floats, moving: Floats, start: Affine) -> NDArray[np.float32]:
+def registered_similarities(
+    fixed: Floats, moving: Floats, start: Affine, image: NDArray[np.int64]
+) -> NDArray[np.float32]:
     """Return the absolute correlations of pairs after registration, (P, 2) in 0..1: fine, and coarse.
+
+    Of the pairs of each image, those that agree best after the first pass are registered to the end.
+    The others keep the fine correlation of that pass, and a coarse one of 0.
 
     Args:
         fixed: (P, 64, 64) grey, 0..255.
         moving: (P, 64, 64) grey; it may be inverted.
         start: (P, 2, 3), where the pixels of `fixed` lie in `moving`, about.
+        image: (P,), which image each pair is about.
     """
-    batches = [torch.from_numpy(one).float().split(PAIRS) for one in (fixed, moving, start)]
+    a, b, where = (torch.from_numpy(one).float() for one in (fixed, moving, start))
     with torch.inference_mode():
-        return np.concatenate([_similarities(*batch).numpy() for batch in zip(*batches, strict=True)])
+        reached, where = _in_batches(partial(_affine_pass, steps=ROUGH_STEPS), a, b, where)
+        found = torch.stack([reached.clamp(0, 1), torch.zeros(len(a))], dim=1)
+        if len(left := likeliest(reached, torch.from_numpy(image))):
+            (found[left],) = _in_batches(_final_similarities, a[left], b[left], where[left])
+    return found.numpy()
 
 
-def _similarities(fixed: Tensor, moving: Tensor, start: Tensor) -> Tensor:
-    """Return `registered_similarities` of one batch; pairs that cannot be copies are given up early."""
-    found, where, left = torch.zeros(len(fixed), 2), start.clone(), torch.arange(len(fixed))
-    for _ in range(PASSES):
-        a, b, shared = _in_one_frame(fixed[left], moving[left], where[left])
-        found[left, 0], correction = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, affine_basis())
-        where[left] = _composed(where[left], IDENTITY + correction)
-        left = left[found[left, 0] >= HOPELESS]
+def likeliest(reached: Tensor, image: Tensor) -> Tensor:
+    """Return the pairs that are registered to the end, ascending: of each image those that agree best, if at all."""
+    order = reached.argsort(descending=True, stable=True)
+    order = order[image[order].argsort(stable=True)]
+    first = torch.searchsorted(image[order], image[order])  # where the pairs of the same image begin
+    kept = order[(torch.arange(len(order)) - first < CONTINUED) & (reached[order] >= HOPELESS)]
+    return kept.sort().values
+
+
+def _in_batches(step: Callable[..., tuple[Tensor, ...]], *arguments: Tensor) -> tuple[Tensor, ...]:
+    """Return what a step returns of (P, ...) arguments, of which only a few are in the cache at a time."""
+    batches = zip(*(one.split(PAIRS) for one in arguments), strict=True)
+    return tuple(map(torch.cat, zip(*(step(*batch) for batch in batches), strict=True)))
+
+
+def _affine_pass(fixed: Tensor, moving: Tensor, where: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the fine correlations of pairs and the transforms that reach them."""
+    a, b, shared = _in_one_frame(fixed, moving, where)
+    reached, correction = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, affine_basis(), steps)
+    return reached, _composed(where, IDENTITY + correction)
+
+
+def _final_similarities(fixed: Tensor, moving: Tensor, where: Tensor) -> tuple[Tensor]:
+    """Return the fine and coarse correlations of pairs after a second pass and a smooth deformation, (P, 2)."""
+    found, left = torch.zeros(len(fixed), 2), torch.arange(len(fixed))
+    found[:, 0], where = _affine_pass(fixed, moving, where, STEPS)
+    left = left[found[:, 0] >= HOPELESS]
     a, b, shared = _in_one_frame(fixed[left], moving[left], where[left])
-    found[left, 0], _ = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, grid_basis())
+    found[left, 0], _ = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, grid_basis(), STEPS)
     coarse = correlation(texture(a, COARSE), texture(b, COARSE), shared).abs()
     found[left, 1] = torch.where(found[left, 0] > 0, coarse, 0)
-    return found.clamp(0, 1)
+    return (found.clamp(0, 1),)
 
 
 def box_transform(fixed: tuple[float, float, float, float], moving: tuple[float, float, float, float]) -> Affine:
@@ -129,7 +160,7 @@ def texture(images: Tensor, band: tuple[float, float]) -> Tensor:
     return passed / (contrast + contrast.mean(dim=(1, 2), keepdim=True) + NOISE)
 
 
-def maximised_correlation(a: Tensor, b: Tensor, shared: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+def maximised_correlation(a: Tensor, b: Tensor, shared: Tensor, basis: Basis, steps: int) -> tuple[Tensor, Tensor]:
     """Return the largest correlations that Gauss-Newton steps reach, (P,), and the displacements there.
 
     A correlation is -1 where too little is shared.
@@ -139,19 +170,20 @@ def maximised_correlation(a: Tensor, b: Tensor, shared: Tensor, basis: Basis) ->
         b: (P, 64, 64) textures in the frames of `a`.
         shared: (P, 64, 64), 1 where both are known, else 0.
         basis: the displacements, (P, 2, K), are those of rows and of columns.
+        steps: at most so many.
     """
     a = torch.where(correlation(a, b, shared) >= 0, 1.0, -1.0)[:, None, None] * a
     layers = torch.stack([b, *(slope * (SIDE / 2) for slope in torch.gradient(b, dim=(1, 2)))], dim=1)
     best, best_moved = torch.full((len(a),), -1.0), torch.zeros(len(a), 2, len(basis.kept))
     moved, left = best_moved.clone(), torch.arange(len(a))
-    for step in range(STEPS + 1):
+    for step in range(steps + 1):
         warped, inside = displaced(layers[left], moved[left], basis)
         inside = inside * shared[left]
         reached = correlation(a[left], warped[:, 0], inside)
         better = (inside.mean(dim=(1, 2)) >= LEAST_OVERLAP) & (reached > best[left] + GAIN)
         left, warped, inside = left[better], warped[better], inside[better]
         best[left], best_moved[left] = reached[better], moved[left]
-        if step < STEPS:
+        if step < steps:
             moved[left] += _step(a[left], warped[:, 0], warped[:, 1:], inside, basis)
     return best, best_moved
 

@@ -57,10 +57,21 @@ def require_no_held_out_copies(run: Run, real: MaskPromptDataset, synthetic: Seq
     found = find_held_out_copies(real, synthetic)
     if found:
         shown = leaks_in_words(record, list(map(_in_words, found)), list(map(_as_row, found)))
-        fix = REAL_FIX if any(one.copy.dataset == str(real.folder) for one in found) else SYNTHETIC_FIX
+        of_real = [one.copy.dataset == str(real.folder) for one in found]
+        fix = leak_fix(any(of_real), not all(of_real))
         raise LeakedImages(f"{real.folder}: {len(found)} image(s) are copies of held-out images: {shown}", fix)
     write_audit_record(record, VERSION, datasets, rows, True)
     say(f"no copies of held-out images among {rows} images ({time.monotonic() - start:.1f} s)")
+
+
+def leak_fix(real: bool, synthetic: bool) -> str:
+    """Return what to do about leaks.
+
+    Args:
+        real: whether real images are among them.
+        synthetic: whether synthetic images are.
+    """
+    return "; ".join([REAL_FIX] * real + [SYNTHETIC_FIX] * synthetic)
 
 
 def _in_words(one: HeldOutCopy) -> str:

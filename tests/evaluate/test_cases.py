@@ -95,7 +95,9 @@ def test_simulated_scores_below_zero_are_reported(
     )
 
 
-@pytest.mark.parametrize("score", ["Dice change", "1 - Dice", "kappa", "net benefit"])
+@pytest.mark.parametrize(
+    "score", ["Dice change", "delta_dice", "1 - Dice", "-HD95", "HD95 reduction", "kappa", "net benefit"]
+)
 def test_scores_that_may_be_negative_are_not_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str
 ) -> None:
@@ -103,10 +105,25 @@ def test_scores_that_may_be_negative_are_not_reported(
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [100.0, 87.5, 0.0, 1.0])
-def test_shares_may_be_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float) -> None:
-    read_cases(written(tmp_path / "cases.parquet", rows(value=[value] * 12)))
+@pytest.mark.parametrize("values", [[100.0], [87.5], [0.0], [1.0], [0.0, 0.4, 80.0], [1.0, 0.0, 0.2]])
+def test_shares_may_be_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str], values: list[float]) -> None:
+    """Single values of at most 1 % are a bad case, and models that find nothing have no unit."""
+    columns = rows(value=(values * 12)[:6] + [0.0] * 3 + [values[-1]] * 3)
+    read_cases(written(tmp_path / "cases.parquet", columns))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "score", ["detected lesions", "number of correct pixels", "volume", "HD95", "overlap (mm)", "my score"]
+)
+def test_what_is_no_share_may_have_any_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str) -> None:
+    read_cases(written(tmp_path / "cases.parquet", rows(value=[999.0, *[0.5] * 11], score=[score] * 12)))
+    assert not capsys.readouterr().err
+
+
+def test_shares_slightly_above_one_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read_cases(written(tmp_path / "cases.parquet", rows(value=[1.02, *[0.5] * 11])))
+    assert "'Dice' of 'c0' is 1.02 (arm 'real', seed 0); it cannot be above 1, or 100 %" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -121,7 +138,33 @@ def test_shares_may_be_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ),
         ({"value": [999.0] + [0.5] * 11}, "'Dice' of 'c0' is 999 .*; it cannot be above 1, or 100 %"),
         ({"value": [-0.1, -1.0] + [0.5] * 10}, "'Dice' of 'c1' is -1 "),
-        ({"score": ["DSC"] * 12, "value": [-1.0] * 12}, "'DSC' of 'c0' is -1 .*; it cannot be below 0"),
+        *(
+            ({"score": [name] * 12, "value": [-1.0] + [0.5] * 11}, f"'{name}' of 'c0' is -1 .*; it cannot be below 0")
+            for name in (
+                "DSC",
+                "mean_dice",
+                "lesion dice",
+                "Dice_liver",
+                "val_dsc",
+                "mean HD95",
+                "hausdorff_95_mm",
+                "mean IoU",
+            )
+        ),
+        *(
+            ({"score": [name] * 12, "value": [999.0] + [95.0] * 11}, f"'{name}' of 'c0' is 999 .*above 1, or 100 %")
+            for name in ("Dice", "dsc", "mean_dice", "F1")
+        ),
+        *(
+            (
+                {"value": [code] + [0.5] * 11, "score": [name] * 12},
+                f"'{name}' of 'c0' is {code:g} .*, but most .* arm 'real', seed 0,",
+            )
+            for code in (2, 99, 100)
+            for name in ("Dice", "dsc", "lesion dice")
+        ),
+        ({"value": [70.0] * 6 + [0.5] * 6}, "'Dice' of 'c0' is 70 .*most values of arm 'real_synthetic', seed 0, are"),
+        ({"value": [0.5] * 9 + [0.0, 55.5, 0.0]}, "'Dice' of 'c1' is 55.5 .*most values of arm 'real', seed 0, are"),
         ({"seed": [0.5] * 12}, "column 'seed' is double, not int64"),
         ({"seed": [None, *[0] * 11]}, "column 'seed' has 1 empty cells"),
         ({"group_id": [None] * 12}, "column 'group_id' has 12 empty cells"),

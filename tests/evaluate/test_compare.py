@@ -589,7 +589,7 @@ def test_a_score_that_the_cases_do_not_define_is_said_and_stops_nothing(tmp_path
     assert change["reason"] == "the test images are of one class"
     result = compare_test_sets([cases, own], "AUROC", None, "controlnet")
     assert result.would_change[0] == "Cannot be told now: the test images are of one class."
-    assert ": AUROC is not defined: cannot tell, the test images are of one class (" in result.verdict
+    assert "cannot tell, the test images are of one class. Real + synthetic: AUROC is not defined (" in result.verdict
     result = compare_test_sets([own, cases], "AUROC", None, "controlnet")
     told = "On the external test set abroad, AUROC is not defined: cannot tell, the test images are of one class."
     assert told in result.verdict

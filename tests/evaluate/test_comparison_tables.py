@@ -21,27 +21,27 @@ def compared(arms: dict[str, np.ndarray], groups: list[str] | None = None) -> Co
 def test_the_verdict_says_what_it_rests_on() -> None:
     groups = [f"{i // 3}" for i in range(60)]
     found = compared({"real": BASE, "real_synthetic": changed_by(0.1), "real_other_seeds": changed_by(0, 9)}, groups)
-    sentence, basis = found.verdict.split(": helped (")
-    assert sentence.startswith("real + synthetic changed Dice by +0.098 [")
+    sentence, basis = found.verdict.split("] (", 1)
+    assert sentence.startswith("helped. Real + synthetic changed Dice by +0.098 [")
     change = found.values["differences"]["real_synthetic"]["Dice"]
-    assert basis.startswith(f"60 test images in 20 groups, 5 seeds; an effect of {change['smallest_effect']:.3f} would")
+    assert basis.startswith("60 test images in 20 groups, 5 seeds). Real images with other seeds: ")
     low, high = change["smallest_effect_low"], change["smallest_effect_high"]
     assert 0 < low < change["smallest_effect"] < high
-    assert (
-        f" would be found in 70 to 80 % of such studies, an estimate with the 95 % interval [{low:.3f}, {high:.3f}]; "
-        in basis
+    assert basis.endswith(
+        f". An effect of {change['smallest_effect']:.3f} would be found in 70 to 80 % of such studies, an estimate with the "
+        f"95 % interval [{low:.3f}, {high:.3f}]."
     )
     cell = next(row for row in found.tables[0].rows if row[0] == "real + synthetic")[4]
     assert isinstance(cell, Interval) and (cell.value, cell.low, cell.high) == (change["smallest_effect"], low, high)
-    assert "; real images with other seeds: " in basis
     assert found.warnings == []
 
 
 def test_the_verdict_says_why_it_cannot_tell() -> None:
     found = compared({"real": BASE[:2], "real_synthetic": changed_by(0.1)[:2]}, [f"{i % 5}" for i in range(60)])
     assert (
-        ": cannot tell, the test images are of 5 group(s), fewer than 6 (60 test images in 5 groups, 2 seeds"
+        "cannot tell, the test images are of 5 group(s), fewer than 6. Real + synthetic changed Dice by "
         in found.verdict
+        and " (60 test images in 5 groups, 2 seeds)." in found.verdict
     )
     assert [text.partition(":")[0] for text in found.warnings] == [
         "the test images are of 5 group(s), fewer than 6",
@@ -86,7 +86,7 @@ def test_figures_tell_generators_and_real_images_apart() -> None:
 
 def test_the_verdict_is_about_the_first_arm_where_the_mixed_one_was_not_trained() -> None:
     found = compared({"real": BASE, "synthetic": changed_by(-0.2), "real_augmented": changed_by(0.1)})
-    assert found.verdict.startswith("synthetic only changed Dice by -0.2")
+    assert found.verdict.startswith("hurt. Synthetic only changed Dice by -0.2")
 
 
 def test_the_table_of_changes_hides_what_the_table_of_scores_has() -> None:
@@ -119,7 +119,7 @@ def test_the_interval_of_a_score_ends_where_scores_end(level: float) -> None:
 
 def test_a_difference_without_any_variance_has_no_interval_and_no_smallest_effect() -> None:
     found = compared({"real": BASE, "real_synthetic": BASE})
-    assert found.verdict.startswith("real + synthetic changed Dice by +0.000 [no interval]: no clear benefit (")
+    assert found.verdict.startswith("no clear benefit. Real + synthetic changed Dice by +0.000 [no interval] (")
     assert "would be found" not in found.verdict
     assert found.tables[0].rows[0][2:5] == [Interval(value=0.0), "no clear benefit", None]
     assert found.would_change == [
@@ -146,7 +146,19 @@ def test_differences_end_at_one() -> None:
     found = compared(arms, ["a"] * 5 + ["b"] * 5)
     (interval,) = [row[2] for row in found.tables[0].rows if row[0] == "real + synthetic"]
     assert (interval.low, interval.high) == (-1, 1)
-    assert "; no effect, however large, would be found" in found.verdict
+    assert "No effect, however large, would be found" in found.verdict
+    largest = next(row[4] for row in found.tables[0].rows if row[0] == "real + synthetic")
+    assert isinstance(largest, Interval) and (largest.value, largest.high) == (1, 1)
+
+
+def test_a_smallest_effect_is_not_said_to_be_above_one() -> None:
+    random = np.random.default_rng(3)
+    arms = {"real": random.uniform(0, 1, (3, 6)), "real_synthetic": random.uniform(0, 1, (3, 6))}
+    found = compared(arms)
+    change = found.values["differences"]["real_synthetic"]["Dice"]
+    assert change["smallest_effect"] < 1 < change["smallest_effect_high"]
+    assert f"[{change['smallest_effect_low']:.3f}, above 1]" in found.verdict
+    assert found.tables[0].rows[0][4].high == 1
 
 
 def test_arms_stand_in_groups_and_the_order_is_stated() -> None:
@@ -164,4 +176,4 @@ def test_arms_stand_in_groups_and_the_order_is_stated() -> None:
     assert all(
         "real images only, synthetic images only, real and synthetic images." in one.note for one in found.tables
     )
-    assert found.verdict.startswith("real + synthetic changed Dice")
+    assert ". Real + synthetic changed Dice" in found.verdict

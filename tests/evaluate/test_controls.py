@@ -119,10 +119,10 @@ def test_blind_copy_detection_is_reported(
 
 
 def test_a_detector_that_finds_no_crops_is_reported(inputs: EvaluationInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskloom.evaluate.copies.copy_threshold", lambda best, train, margin: 0.9995)
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.copy_threshold", lambda best, train, least, margin: 0.9995)
     monkeypatch.setattr(
         "maskloom.evaluate.scores.copies.registered_similarities",
-        lambda fixed, moving, start: np.zeros((len(fixed), 2)),
+        lambda fixed, moving, start, image: np.zeros((len(fixed), 2)),
     )
     result = controls.evaluate(replace(inputs, _memo={}), controls.Options())
     assert result.values["copies of training images"]["caught"]

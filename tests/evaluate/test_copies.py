@@ -14,7 +14,7 @@ from maskloom.data_prep.processing.phantom import LABELS, patient, render
 from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.scores.calibration import copy_threshold, held_out_share, joint_thresholds
-from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches
+from maskloom.evaluate.scores.copies import LEAST, SIMILARITIES, WHOLE_COARSE, CopySearch, Matches, copy_thresholds
 from maskloom.evaluate.scores.descriptors import SIDE, content_box, halved, without_padding
 from maskloom.evaluate.scores.overlap import largest_overlaps
 from maskloom.evaluate.scores.threads import thread_results
@@ -91,7 +91,7 @@ def held_out(search: CopySearch) -> Matches:
 
 @pytest.fixture(scope="module")
 def thresholds(held_out: Matches) -> dict[str, float]:
-    return {name: copy_threshold(held_out.similarity[name], COUNT) for name in SIMILARITIES}
+    return copy_thresholds(held_out.similarity, COUNT)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -122,6 +122,24 @@ def test_a_rough_look_at_many_training_images_keeps_every_original(
         flagged = [name for name in SIMILARITIES if found.similarity[name][0] > thresholds[name]]
         assert {int(found.index[name][0]) for name in flagged} == {7}, change
         assert all(found.similarity[name][0] <= full.similarity[name][one] + 1e-5 for name in SIMILARITIES)
+
+
+def slices(count: int) -> Picture:
+    """Return neighbouring slices of one volume, (count, 128, 128): each shares most of its details with the next."""
+    random = np.random.default_rng(3)
+    layers = [gaussian_filter(random.normal(size=(count, SIDE, SIDE)), (6, sigma, sigma)) for sigma in (1.5, 4, 10)]
+    return (128 + 45 * sum(one / one.std() for one in layers) / 1.7).clip(0, 255).astype(np.uint8)
+
+
+def test_a_rough_look_tells_neighbouring_slices_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has every window of the full comparison: with half of them, nine of these crops of 20 % lost their original."""
+    train, chosen = slices(160), np.arange(5, 160, 8)
+    crops = [train[row, y : y + 102, x : x + 102] for row, (y, x) in zip(chosen, [(6, 19), (19, 6)] * 10, strict=True)]
+    search = CopySearch(train)
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.EXHAUSTIVE", 10)
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.CANDIDATES", 1)
+    rough = search.matches(np.stack([resized(crop, SIDE) for crop in crops]))
+    assert (rough.index[WHOLE_COARSE] == chosen).all()
 
 
 def test_no_similarity_is_above_one(search: CopySearch) -> None:
@@ -200,12 +218,22 @@ def test_the_threshold_of_copies_lies_beyond_chance_but_not_beyond_copies() -> N
 @pytest.mark.parametrize(("count", "added"), [(32, 0.0), (60, 0.13), (1000, 0.3)])
 def test_a_margin_that_few_images_need_anyway_is_not_added_twice(count: int, added: float) -> None:
     best = np.tanh(np.random.default_rng(0).normal(0.6, 0.1, count))
-    plain, farther = (float(np.arctanh(copy_threshold(best, 100, margin))) for margin in (0.0, 0.3))
+    plain, farther = (float(np.arctanh(copy_threshold(best, 100, margin=margin))) for margin in (0.0, 0.3))
     assert farther - plain == pytest.approx(added, abs=1e-9)
 
 
 def test_a_margin_also_holds_for_fewest_images() -> None:
-    assert copy_threshold(np.full(8, 0.5), 100, 0.3) == pytest.approx(np.tanh(np.arctanh(0.95) + 0.3))
+    assert copy_threshold(np.full(8, 0.5), 100, margin=0.3) == pytest.approx(np.tanh(np.arctanh(0.95) + 0.3))
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_each_measure_has_a_lowest_threshold(name: str) -> None:
+    """Unrelated images reach .9 by coarse details, and .78 by the others, beside a few real ones."""
+    unlike = dict.fromkeys(SIMILARITIES, np.full(400, 0.1))
+    threshold = copy_thresholds(unlike, 100)[name]
+    assert threshold == pytest.approx(LEAST[name], abs=1e-6)
+    assert threshold >= (0.9 if name == "coarse details" else 0.8)
+    assert copy_thresholds(unlike, 100, 0.3)[name] == pytest.approx(np.tanh(np.arctanh(LEAST[name]) + 0.3))
 
 
 @pytest.mark.parametrize("count", [16, 32, 60])
@@ -273,7 +301,7 @@ def test_six_copies_of_medical_images_are_named_each_with_its_original(source: C
     copies = [change(train[10 * number]) for number, change in enumerate(list(CHANGES.values())[1:7])]
     search, numbers = CopySearch(train), [str(row) for row in range(150)]
     unseen = search.matches(held_out)
-    limits = {name: copy_threshold(unseen.similarity[name], len(train)) for name in SIMILARITIES}
+    limits = copy_thresholds(unseen.similarity, len(train))
     planted = np.stack([np.ascontiguousarray(one) for one in [*copies, *others]])
     rows = copy_rows(numbers, numbers, search.matches(planted), limits)
     assert [(row.sample_id, row.original) for row in rows[:6]] == [(str(row), str(10 * row)) for row in range(6)]
@@ -316,7 +344,7 @@ def test_images_that_show_nothing_but_bars_are_no_copies() -> None:
     real = np.stack([between_bars(phantom(one)[24:104]) if one < 6 else phantom(one) for one in range(90)])
     search, random = CopySearch(real[:60]), np.random.default_rng(0)
     unseen = search.matches(real[60:])
-    limits = {name: copy_threshold(unseen.similarity[name], 60) for name in SIMILARITIES}
+    limits = copy_thresholds(unseen.similarity, 60)
     rows, columns = np.mgrid[:80, :128]
     drawn = [np.full((80, 128), 255), np.full((80, 128), 120), 2 * columns, 255 - 3 * rows]
     drawn += [128 + 60 * np.sin(rows / period) + random.normal(0, 15, rows.shape) for period in (1.5, 2.5, 4, 7)]
@@ -397,7 +425,10 @@ def test_the_stage_records_copies_or_stops(tmp_path: Path) -> None:
         asked = config.evaluate.model_copy(update={"on_copies": on_copies})
         evaluate(config.model_copy(update={"evaluate": asked}), force=False)
 
-    with pytest.raises(MaskLoomError, match=r"6 of 18 images are copies of training images: third-0000 of train-0000"):
+    with pytest.raises(
+        MaskLoomError,
+        match=r"6 of 18 images are copies of training images: third-0000 of train-0000.*copies\.jsonl lists all of them",
+    ):
         evaluated("stop")
     for on_copies in ("drop", "keep"):
         evaluated(on_copies)

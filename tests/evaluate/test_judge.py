@@ -19,7 +19,7 @@ from PIL import Image
 from maskloom.data_prep.datasets.phantom_bus import _render
 from maskloom.evaluate.judge.given import given_folder, require_apart
 from maskloom.evaluate.judge.importing import ORIGIN, mask_class_table, resized
-from maskloom.evaluate.judge.judge import Request, judge
+from maskloom.evaluate.judge.judge import REMEDY, Request, judge
 from maskloom.evaluate.judge.reading import class_source, messages_about, options_like_real, real_mask_values
 from maskloom.evaluate.judge.remarks import few_groups_remark, mask_remark, transparency_remark
 from maskloom.pipeline.dataset.copies import found_copies
@@ -169,6 +169,36 @@ def test_the_set_is_one_of_the_real_dataset_and_says_that_it_was_made_elsewhere(
     evaluated = (tmp_path / "out" / "evaluation" / "quality.json").stat().st_mtime_ns
     judged(real, tmp_path / "vendor", tmp_path / "out", quick)  # nothing has changed
     assert (tmp_path / "out" / "evaluation" / "quality.json").stat().st_mtime_ns == evaluated
+
+
+def test_the_set_states_its_own_licence(real: Path, tmp_path: Path, quick: Path) -> None:
+    made = write_classes(tmp_path / "vendor", 2, 12)
+    own = ("data.options.licence=CC-BY-4.0", "data.options.citation=Ours 2020")
+    ours, theirs = judged(real, made, tmp_path / "out", quick, *own)
+    assert (ours.description.licence, ours.description.citation) == ("CC-BY-4.0", "Ours 2020")
+    given = MaskPromptDataset.open(next((tmp_path / "out" / "cache").glob("given-*/dataset")))
+    assert given.description.licence != "CC-BY-4.0"
+    for name in ("licence", "citation", "homepage"):
+        assert getattr(theirs.description, name) == getattr(given.description, name)
+
+
+def test_real_and_synthetic_leaks_have_a_remedy_each(tmp_path: Path, quick: Path) -> None:
+    """Nobody here can generate the set again."""
+    counts = {"train": 24, "validation": 8, "test": 12}
+    tests = tiny_samples("test", counts["test"])
+
+    def doubled(sample: Sample) -> None:
+        if sample.sample_id == "train-0002":
+            sample.image, sample.label = tests[4].image // 2 + 40, tests[4].label
+
+    run = tmp_path / "run"
+    leaking = {"a": lambda parent, index: tests[5].image // 2 + 40 if index == 3 else faithful(parent, index)}
+    write_tiny_run(run, leaking, counts, change=doubled)
+    with pytest.raises(LeakedImages) as leaked:
+        judged(run, run / "synthetic" / "a", tmp_path / "out", quick)
+    assert "train-0002" in leaked.value.found and "a-0003" in leaked.value.found
+    assert "prepare the dataset again" in leaked.value.remedy
+    assert leaked.value.remedy.endswith(f"; {REMEDY}")
 
 
 def test_a_planted_test_image_stops_with_exit_code_3_and_leaves_no_older_verdict(

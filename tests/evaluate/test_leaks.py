@@ -237,6 +237,25 @@ def test_train_images_that_only_the_search_for_copies_finds(tmp_path: Path, caps
     assert "; images of one patient must lie in one split" in error
 
 
+@pytest.mark.parametrize("how", ["recoded", "grey border"])
+def test_leaks_of_real_and_of_synthetic_images_have_a_remedy_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    change = (ALTERED | HIDDEN)[how]
+
+    def of_real(splits: Splits) -> None:
+        splits["train"][2].image = change(picture_of("test", 1))
+        splits["train"][2].label = splits["test"][1].label
+
+    def of_synthetic(_: Splits, index: int) -> Picture:
+        return change(picture_of("test", 5)) if index == 3 else picture_of("made", index)
+
+    error = stopped(write_run(tmp_path, of_real, of_synthetic), capsys)
+    assert "train-0002" in error and "made-0003" in error
+    assert "prepare the dataset again" in error
+    assert error.endswith("or leave it out with generate.generators.NAME=false")
+
+
 def test_many_copies_are_counted_and_the_first_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = stopped(write_run(tmp_path, image=lambda _, index: recoded(picture_of("test", index % 12))), capsys)
     assert "24 image(s) are copies" in error and "made-0002" in error and "made-0003" not in error

@@ -93,3 +93,6 @@ def test_a_result_has_the_losses_of_every_model(
         "real, other seeds",
     ]
     assert sum(text.startswith("still improving when training stopped: real, real + ") for text in result.warnings) == 1
+    assert result.verdict.endswith(
+        ". Models were still improving when training stopped, which may hide harm and benefit: raise steps."
+    )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
 
-from maskloom.evaluate.scores.registration import SIDE, box_transform, registered_similarities
+from maskloom.evaluate.scores.registration import CONTINUED, SIDE, box_transform, likeliest, registered_similarities
 from maskloom.evaluate.scores.threads import thread_results
 from maskloom.pipeline.parallel import available_cores
 
@@ -27,17 +27,18 @@ def moved(image: np.ndarray) -> np.ndarray:
 
 def similarities(fixed: np.ndarray, moving: np.ndarray, start: np.ndarray) -> tuple[float, float]:
     """Return those of one pair."""
-    fine, coarse = registered_similarities(fixed[None], moving[None], start[None])[0].tolist()
+    found = registered_similarities(fixed[None], moving[None], start[None], np.arange(1))
+    fine, coarse = found[0].tolist()
     return fine, coarse
 
 
-def pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return copies and unrelated pairs, plain and inverted, that start a little off."""
+def pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return copies and unrelated pairs, plain and inverted, that start a little off, each of another image."""
     random = np.random.default_rng(0)
     moving = [moved(picture(number if number % 3 else 100 + number)) for number in range(40)]
     inverted = [255 - image if number % 2 else image for number, image in enumerate(moving)]
     starts = IDENTITY + random.normal(0, 0.02, size=(40, 2, 3))
-    return np.stack([picture(number) for number in range(40)]), np.stack(inverted), starts
+    return np.stack([picture(number) for number in range(40)]), np.stack(inverted), starts, np.arange(40)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -69,8 +70,32 @@ def test_a_pair_depends_neither_on_its_batch_nor_on_the_number_of_threads() -> N
     assert torch.get_num_threads() == threads
 
 
+def test_the_likeliest_pairs_of_each_image_are_registered_to_the_end() -> None:
+    random = np.random.default_rng(0)
+    image, reached = random.integers(0, 7, 60), random.uniform(0, 1, 60).astype(np.float32)
+    expected = [
+        row
+        for row in range(60)
+        if reached[row] >= 0.4 and (reached[image == image[row]] > reached[row]).sum() < CONTINUED
+    ]
+    assert likeliest(torch.from_numpy(reached), torch.from_numpy(image)).tolist() == expected
+    assert likeliest(torch.zeros(3), torch.zeros(3)).tolist() == []
+
+
+def test_what_is_found_for_an_image_does_not_depend_on_other_images() -> None:
+    fixed, moving, starts, _ = pairs()
+    image = np.arange(40) // 8
+    together = registered_similarities(fixed, moving, starts, image)
+    alone = [
+        registered_similarities(*(one[image == row] for one in (fixed, moving, starts, image))) for row in range(5)
+    ]
+    assert np.abs(together - np.concatenate(alone)).max() < 1e-5
+    continued = [(together[image == row, 1] > 0).sum() for row in range(5)]
+    assert max(continued) == CONTINUED
+
+
 def test_every_pair_agrees_with_a_plain_registration_of_it() -> None:
-    expected = [plain_similarities(*pair) for pair in zip(*pairs(), strict=True)]
+    expected = [plain_similarities(*pair) for pair in zip(*pairs()[:3], strict=True)]
     difference = np.abs(registered_similarities(*pairs()) - expected).max(axis=1)
     assert np.quantile(difference, 0.95) < 1e-3
     assert {fine > 0.9 for fine, _ in expected} == {True, False}
@@ -81,12 +106,12 @@ def plain_similarities(fixed: np.ndarray, moving: np.ndarray, where: np.ndarray)
     affine = np.stack([*PLACES, np.ones((SIDE, SIDE))])
     hats = [np.maximum(0, 1 - np.abs(np.arange(SIDE) - 63 * knot / 4) / (63 / 4)) for knot in range(5)]
     smooth = np.stack([np.outer(down, across) for down in hats for across in hats])
-    for basis in (affine, affine, smooth):
+    for basis, steps in ((affine, 1), (affine, 4), (smooth, 4)):
         warped, shared = plain_warp(moving, np.tensordot(where, affine, 1))
         if shared.mean() < 0.4:
             return 0, 0
         a, b = (np.where(shared, one, one[shared].mean()) for one in (fixed, warped))
-        fine, change = plain_maximum(plain_texture(a, 0.8, 4), plain_texture(b, 0.8, 4), shared, basis)
+        fine, change = plain_maximum(plain_texture(a, 0.8, 4), plain_texture(b, 0.8, 4), shared, basis, steps)
         if basis is smooth:
             return fine, abs(np.corrcoef(plain_texture(a, 3, 16)[shared], plain_texture(b, 3, 16)[shared])[0, 1])
         if fine < 0.4:
@@ -95,12 +120,14 @@ def plain_similarities(fixed: np.ndarray, moving: np.ndarray, where: np.ndarray)
     raise AssertionError
 
 
-def plain_maximum(a: np.ndarray, b: np.ndarray, shared: np.ndarray, basis: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the largest correlation that at most four Gauss-Newton steps reach, and the displacement there."""
+def plain_maximum(
+    a: np.ndarray, b: np.ndarray, shared: np.ndarray, basis: np.ndarray, steps: int
+) -> tuple[float, np.ndarray]:
+    """Return the largest correlation that at most so many Gauss-Newton steps reach, and the displacement there."""
     sign = np.sign(np.corrcoef(a[shared], b[shared])[0, 1])
     moved = np.zeros((2, len(basis)))
     best, best_moved = -1.0, moved
-    for _ in range(5):
+    for _ in range(steps + 1):
         places = PLACES + np.tensordot(moved, basis, 1)
         warped, inside = plain_warp(b, places)
         inside &= shared

@@ -12,13 +12,12 @@ from maskloom.evaluate.copies import comparable, comparable_batches
 from maskloom.evaluate.filtering import criterion
 from maskloom.evaluate.filtering.criterion import Scores
 from maskloom.evaluate.inputs import ImageSet
-from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.pipeline.config.base import Section
 
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import CopySearch
 
-VERSION = 3
+VERSION = 4
 LARGEST = 0.999999  # similarity, whose Fisher z is finite
 
 
@@ -50,8 +49,9 @@ class Criterion(criterion.Criterion):
     @cached_property
     def _limits(self) -> dict[str, float]:
         """The threshold of each measure, from the validation images alone."""
-        found, train = self._similarities(self.inputs.validation), len(self.inputs.train)
-        return {name: copy_threshold(values, train) for name, values in found.items()}
+        from maskloom.evaluate.scores.copies import copy_thresholds
+
+        return copy_thresholds(self._similarities(self.inputs.validation), len(self.inputs.train))
 
     def _similarities(self, image_set: ImageSet) -> dict[str, NDArray[np.float64]]:
         matches = self.inputs.once(
