@@ -49,6 +49,11 @@ class Shown:
     nearest: Pixels | None = None
     correlation: float = -np.inf
 
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether nothing states from which mask and noise it was made."""
+        return self.made_mask and self.seed is None
+
 
 @dataclass(frozen=True)
 class GridRow:

@@ -133,6 +133,8 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
     digests |= {"real": sources.real.digest} if sources.real else {}
     evaluations, remarks = current_answers(sources.run, digests)
     trains = config.train is not None or bool(config.baselines)
+    grids = image_grids(sources.real, sources.synthetic, config.report.images_per_class) if sources.real else {}
+    shown = [one for rows in grids.values() for row in rows for one in row.shown.values() if one]
     return {
         "title": config.report.title or f"MaskLoom: {config.experiment}",
         "config": config,
@@ -142,7 +144,8 @@ def template_variables(config: ExperimentConfig, sources: Sources, notices: Sequ
         "evaluations": evaluations,
         "scorecard": scorecard(sources, evaluations),
         "evaluation_folder": sources.run.evaluation,
-        "grids": image_grids(sources.real, sources.synthetic, config.report.images_per_class) if sources.real else {},
+        "grids": grids,
+        "made_elsewhere": any(one.made_elsewhere for one in shown),
         "generators": list(sources.synthetic),
         "maskless": [name for name, settings in generation.items() if not settings.get("uses_mask", True)],
         "nearest_side": NEAREST_SIDE,

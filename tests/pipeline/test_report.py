@@ -87,6 +87,15 @@ def test_the_page_is_small(whole):
     assert len(whole[2].encode()) < PAGE_BYTES
 
 
+def test_the_finding_of_a_headline_stands_out_from_what_follows(tmp_path):
+    run, config = fake_run.whole_run(tmp_path)
+    verdict = "Task: helped. A changed Dice by +0.1 (9 images). An effect of 0.2 would be found."
+    fake_run.write_evaluation(run, "b_help", fake_run.evaluation("help", headline=True, verdict=verdict))
+    page = _report(config)[0]
+    assert '<p class="answer">Task: helped. A changed Dice by +0.1 (9 images).</p>' in page
+    assert "<p>An effect of 0.2 would be found.</p>" in page
+
+
 def test_verdicts_come_first_and_the_headline_before_the_others(whole):
     text = whole[3].text
     places = [
@@ -494,6 +503,7 @@ def test_images_made_elsewhere_are_not_said_to_follow_a_mask(tmp_path):
     fake_run.write_synthetic(run, "vendor", fake_run.write_real(run), own_masks=True, seeded=False)
     text = _report(config)[1].text
     assert "made elsewhere, for no image of this row" in text
+    assert "images of its class that were made elsewhere" in text and "The generators received" not in text
     assert "generated with this mask" not in text
 
 
