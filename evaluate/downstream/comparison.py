@@ -24,6 +24,7 @@ from maskloom.evaluate.downstream.compare import (
     FEW_CLASS_GROUPS,
     FEW_GROUPS,
     FEW_SEEDS,
+    HURT,
     ArmScore,
     Comparison,
     arm_scores,
@@ -33,7 +34,7 @@ from maskloom.evaluate.downstream.compare import (
 from maskloom.evaluate.downstream.directions import known_bounds
 from maskloom.evaluate.downstream.outlook import what_would_change
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
-from maskloom.evaluate.scores.statistics import saturated_interval
+from maskloom.evaluate.scores.statistics import LEVEL, saturated_interval
 from maskloom.pipeline.config.filter import FILTERED
 from maskloom.pipeline.results import REAL, Cell, Figure, Forest, ForestRow, Interval, Table
 
@@ -214,7 +215,19 @@ def _verdict(own: TestSetComparison) -> str:
     basis = f"{headline.cases} test images in {own.scored[own.primary][1]} groups, {headline.seeds} seeds"
     by_chance = f" Real images with other seeds: {shown_interval(null)}." if null else ""
     could = f" {_smallest_effect(headline)}." if headline.smallest_effect else ""
-    return f"{_change_sentence(headline)} ({basis}).{by_chance}{could}"
+    return f"{_change_sentence(headline)} ({basis}).{_harm(own)}{by_chance}{could}"
+
+
+def _harm(own: TestSetComparison) -> str:
+    """Return the sentence with the other scores that the arm of the verdict hurt; empty where there are none.
+
+    One of many scores is hurt by chance, so p is adjusted for their number (Bonferroni).
+    """
+    others = [one for name, one in own.changes[own.headline.arm].items() if name in own.shown and name != own.primary]
+    hurt = [one for one in others if one.finding == HURT and (one.p_holm or 0) * len(others) <= 1 - LEVEL]
+    if not hurt or own.headline.finding == HURT:
+        return ""
+    return f" But it hurt {', '.join(f'{one.score} ({shown_interval(one)})' for one in hurt)}."
 
 
 def _smallest_effect(one: Comparison) -> str:

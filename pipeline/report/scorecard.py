@@ -220,8 +220,9 @@ def documentation_table(sources: Sources) -> Table:
         weights = str(training.get("weights") or about.get("weights") or "")[:12] or None
         seed = str(about["seed"]) if "seed" in about else None
         written = f"MaskLoom {dataset.contract.producer.version}"
-        rows.append([name, about.get("generator"), training.get("stage"), weights, seed, written])
-    columns = ["set", "generator", "trained by", "digest of the weights", "seed", "written by"]
+        generator = about.get("origin", about.get("generator"))  # only sets made elsewhere state an origin
+        rows.append([name, generator, training.get("stage"), weights, seed, written])
+    columns = ["set", "generator", "trained by", "digest of the weights", "seed", "files written by"]
     return Table(title="What each set states of how it was made", columns=columns, rows=rows)
 
 

@@ -1,5 +1,7 @@
 """What the verdict, the tables and the warnings say of comparisons that are set by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,41 @@ def test_the_verdict_says_what_it_rests_on() -> None:
     cell = next(row for row in found.tables[0].rows if row[0] == "real + synthetic")[4]
     assert isinstance(cell, Interval) and (cell.value, cell.low, cell.high) == (change["smallest_effect"], low, high)
     assert found.warnings == []
+
+
+def with_false_positives(gain: float, more: float) -> ComparisonResult:
+    """Compare arms whose Dice and false positives per image differ so much, scored on the same cases."""
+    noise = np.random.default_rng(9).normal(0, 0.02, BASE.shape)
+    false = {"real": 4 * BASE, "real_synthetic": 4 * BASE + more + noise}
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(gain)})
+    for name, arm in dice_cases(false, score="false positives per image").arms.items():
+        cases = replace(cases, arms=cases.arms | {name: replace(arm, values=cases.arms[name].values | arm.values)})
+    return compare_test_sets([cases], "Dice", None, "controlnet")
+
+
+def test_the_verdict_names_other_scores_that_were_hurt() -> None:
+    found = with_false_positives(0.1, 0.5)
+    change = found.values["differences"]["real_synthetic"]["false positives per image"]
+    assert change["finding"] == "hurt"
+    between = f"[{change['low']:.3f}, {change['high']:.3f}]"
+    assert f"5 seeds). But it hurt false positives per image (+{change['difference']:.3f} {between})." in found.verdict
+    for gain, more in ((0.1, -0.5), (0.1, 0.0), (-0.1, 0.5)):
+        assert "But it hurt" not in with_false_positives(gain, more).verdict
+
+
+def test_one_of_many_scores_is_hurt_by_chance() -> None:
+    """A single score with p of 2 % among five others is not named."""
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.1)})
+    weak = BASE - 0.003 + np.random.default_rng(2).normal(0, 0.02, BASE.shape)
+    extra = {"lesion sensitivity": (BASE, weak)} | {f"volume {n}": (BASE, changed_by(0, n)) for n in range(3, 7)}
+    for score, pair in extra.items():
+        for name, values in zip(("real", "real_synthetic"), pair, strict=True):
+            arm = replace(cases.arms[name], values={**cases.arms[name].values, score: values})
+            cases = replace(cases, arms={**cases.arms, name: arm})
+    found = compare_test_sets([cases], "Dice", None, "controlnet")
+    change = found.values["differences"]["real_synthetic"]["lesion sensitivity"]
+    assert change["finding"] == "hurt" and 0.01 < change["p_holm"] < 0.05
+    assert "But it hurt" not in found.verdict
 
 
 def test_the_verdict_says_why_it_cannot_tell() -> None:

@@ -199,6 +199,6 @@ def test_the_verdict_says_whether_the_conclusion_holds_abroad(own: float, extern
 @pytest.mark.parametrize(("groups", "external_groups"), [(40, 1), (1, 40)])
 def test_no_conclusion_is_compared_where_one_side_cannot_tell(groups: int, external_groups: int) -> None:
     verdict = compared(0.05, 0.05, groups, external_groups).verdict
-    assert "cannot tell, the test images are of 1 group(s)" in verdict
+    assert "cannot tell" in verdict
     assert "conclusion" not in verdict
     assert verdict.endswith(("cannot tell.", "helped."))
