@@ -79,7 +79,7 @@ class Adapter(DatasetAdapter):
             mask_classes=options.mask_classes,
             palette=options.colours or distinct_palette(len(options.mask_classes)),
             labels=self._labels,
-            prompt_templates=options.prompts or _templates(bool(self._labels), options.has_masks),
+            prompt_templates=options.prompts or _templates(options.modality, bool(self._labels), options.has_masks),
             licence=options.licence,
             citation=options.citation,
             homepage="",
@@ -286,11 +286,12 @@ def _sample_id(file: str) -> str:
     return f"{portable}-{value_digest(as_seen(file))[:8]}".lstrip("-")
 
 
-def _templates(with_label: bool, with_masks: bool) -> tuple[str, ...]:
+def _templates(modality: str, with_label: bool, with_masks: bool) -> tuple[str, ...]:
     """Return generic prompt templates."""
+    image = "{modality}" if modality.endswith("image") else "{modality} image"
     if with_label:
         plain = (
-            "{modality} image, {label}",
+            f"{image}, {{label}}",
             "{label}, {modality}",
             "{modality} showing {label}",
             "{modality}: {label}",
@@ -300,9 +301,9 @@ def _templates(with_label: bool, with_masks: bool) -> tuple[str, ...]:
             "{label} in {modality}, {mask_classes}, {size}, {place}",
         )
     else:
-        plain = ("{modality}", "{modality} image", "an image of {modality}", "one {modality} image")
+        plain = ("{modality}", image, "an image of {modality}", f"one {image}")
         masked = (
             "{modality} with {mask_classes}, {size}, {shape}, {place}",
             "{size} {shape} {mask_classes} in {modality}, {place}",
         )
-    return plain + masked if with_masks else plain
+    return tuple(dict.fromkeys(plain + masked if with_masks else plain))

@@ -34,7 +34,7 @@ from maskloom.pipeline.results import REAL, Cell, Figure, MetricResult, Table, s
 if TYPE_CHECKING:
     from torch import nn
 
-VERSION = 1
+VERSION = 2
 QUESTION = "Does each synthetic image show the mask that it was made from?"
 FEW_GROUPS = 10
 MEAN = "mean of classes"
@@ -221,8 +221,18 @@ def _verdict(values: dict[str, dict[str, Any]], generators: list[str], test_name
     if not generators:
         return "No synthetic image has a mask, so faithfulness was not measured."
     parts = [f"{name} {dice(name):.2f} (chance {dice(name, 'chance_dice'):.2f})" for name in generators]
-    beside = f"; on real test images the same model reaches {dice(test_name):.2f}" if test_name in values else ""
-    return f"Mean Dice between the mask and the prediction of a segmentation model trained on real images: {', '.join(parts)}{beside}."
+    beside, easier = "", ""
+    if test_name in values:
+        beside = f"; on real test images the same model reaches {dice(test_name):.2f}"
+        most = values[test_name][MEAN]["dice"]["high"]
+        above = [
+            name for name in generators if (values[name][MEAN]["dice"]["low"] or 0) > (1 if most is None else most)
+        ]
+        easier = f" Lesions that are easier to find than real ones: {', '.join(above)}." if above else ""
+    return (
+        "Mean Dice between the mask and the prediction of a segmentation model trained on real images: "
+        f"{', '.join(parts)}{beside}.{easier}"
+    )
 
 
 def _warnings(inputs: EvaluationInputs, train: MaskedImages, scored_sets: list[SetScores]) -> list[str]:

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from maskloom.evaluate.downstream.masked import MaskedImages, masked_images
-from maskloom.evaluate.metrics.faithfulness import FoldModel, Options, SetScores, score_set, train_fold_models
+from maskloom.evaluate.metrics.faithfulness import (
+    MEAN,
+    FoldModel,
+    Options,
+    SetScores,
+    _verdict,
+    score_set,
+    train_fold_models,
+)
 from tests.evaluate.runs import answer, copied, small_options, tiny_inputs
 from tests.tiny_datasets import Sample, write_tiny_run
 
@@ -39,6 +47,18 @@ def test_masks_known_by_heart_do_not_pass_for_faithfulness(tmp_path: Path) -> No
     assert dice[1]["mean of classes"]["dice"]["value"] > 0.75
     found = dice[2]["mean of classes"]
     assert found["dice"]["value"] == pytest.approx(found["chance_dice"]["value"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "easier"), [(0.6, 0.5, True), (0.4, 0.5, False), (None, 0.5, False), (0.6, None, False)]
+)
+def test_the_verdict_says_where_masks_are_found_too_easily(low: float | None, high: float | None, easier: bool) -> None:
+    def scored(low: float | None, high: float | None) -> dict[str, Any]:
+        return {MEAN: {kind: {"value": 0.5, "low": low, "high": high} for kind in ("dice", "chance_dice")}}
+
+    verdict = _verdict({"made": scored(low, 0.9), "real test": scored(0.1, high)}, ["made"], "real test")
+    assert verdict.endswith(" easier to find than real ones: made.") == easier
+    assert "easier" not in _verdict({"made": scored(0.6, 0.9)}, ["made"], "real test")
 
 
 def test_segmenters_share_out_the_groups_and_each_leaves_its_own_out(tmp_path: Path) -> None:

@@ -165,6 +165,17 @@ def test_an_image_is_not_its_own_mask(tmp_path):
     }
 
 
+@pytest.mark.parametrize("label_from", ["parent", None])
+def test_prompts_say_image_once(tmp_path, label_from):
+    write_raw(tmp_path)
+    for modality, shown in (("medical image", "{modality}"), ("X-ray", "{modality} image")):
+        options = OPTIONS | {"modality": modality, "label_from": label_from}
+        templates = adapter(tmp_path, **options).info().prompt_templates
+        assert len(set(templates)) == len(templates)
+        assert any(text in (shown, f"{shown}, {{label}}") for text in templates)
+        assert modality == "X-ray" or not any("{modality} image" in text for text in templates)
+
+
 def test_without_masks(tmp_path):
     tree(tmp_path, "images/1.png", "images/2.png")
     folder = adapter(tmp_path)
