@@ -111,6 +111,11 @@ class Comparison:
     left_out_cases: int
     left_out_seeds: int
 
+    @property
+    def too_few(self) -> bool:
+        """Whether there are too few groups or seeds for a finding, whatever the effect."""
+        return self.finding == CANNOT_TELL and "fewer than" in self.reason
+
     def as_json(self) -> dict[str, Any]:
         """Return all attributes, ready for JSON."""
         return asdict(self)

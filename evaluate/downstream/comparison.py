@@ -214,7 +214,7 @@ def _verdict(own: TestSetComparison) -> str:
     headline, null = own.headline, own.null
     basis = f"{headline.cases} test images in {own.scored[own.primary][1]} groups, {headline.seeds} seeds"
     by_chance = f" Real images with other seeds: {shown_interval(null)}." if null else ""
-    could = f" {_smallest_effect(headline)}." if headline.smallest_effect else ""
+    could = f" {_smallest_effect(headline)}." if headline.smallest_effect and not headline.too_few else ""
     return f"{_change_sentence(headline)} ({basis}).{_harm(own)}{by_chance}{could}"
 
 

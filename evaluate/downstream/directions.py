@@ -55,8 +55,15 @@ CHANGES = re.compile(
     rf"\b({TURNING}|changes?|gains?|reductions?|improvements?|increases?|decreases?|deltas?|minus|skill|log|logit|z|relative|adjusted)\b"
 )
 """Words of names of what may be negative although a share, or a distance, is in the name."""
-COUNTED = re.compile(r"\b(n|num|numbers?|counts?|sum|total|detected|correct|overlap|pixels?|voxels?|mm|px)\b")
-"""Words of names of what may be a number of things, or an area: above 1 without being percent."""
+AT_MOST_ONE = re.compile(
+    rf"\b\d*({SHARE_WORDS}|f ?(score|beta|measure)|s[oø]rensen|tversky|g?dsc|s?dice(\dd)?|(hit|detection|success) rate"
+    r"|pq|top|ssim|c index|concordance|mcc|kappa|similarity|voe)\d*\b"
+)
+"""Words of names of what is at most 1, or 100 %; some, such as kappa, may be below 0."""
+COUNTED = re.compile(r"\b(n|num|numbers?|counts?|sum|total|detected|correct|mm|cm|ml)\b")
+"""Words of names of what may be a number of things, or a size: above 1 without being percent."""
+SIZED = re.compile(r"[(\[](mm|cm|ml|px|pixels?|vox(els?)?|n|count)\b")
+"""A unit in brackets, likewise."""
 HIGHER_WORDS = re.compile(
     rf"(?<!\bnot )(?<!\bnon )(?<!\bun )(?<!\bfalse )\b\d*({SHARE_WORDS}|au?froc|mfroc|cpm|kappa|mcc"
     r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|agreement|concordance)\d*\b"
@@ -148,12 +155,16 @@ def known_bounds(score: str) -> tuple[float, float]:
 
 
 def is_share(score: str) -> bool:
-    """Return whether a score is known to be a share: from 0 to 1, or 0 to 100 in percent."""
+    """Return whether a score is known to be at most 1, or 100 in percent."""
     own = own_score(score)
     if own is not None:
         return own not in UNBOUNDED
     words, negated = _measured(score)
-    return not negated and bool(SHARES.search(words)) and not CHANGES.search(words) and not COUNTED.search(words)
+    return (
+        not negated
+        and bool(AT_MOST_ONE.search(words))
+        and not (CHANGES.search(words) or COUNTED.search(words) or SIZED.search(score.lower()))
+    )
 
 
 def worst_value(score: str, lower: bool) -> float:

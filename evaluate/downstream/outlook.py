@@ -23,6 +23,10 @@ from maskloom.evaluate.downstream.compare import (
 from maskloom.evaluate.downstream.pairing import defined_contributions, paired_values
 from maskloom.evaluate.scores.inference import Variance, critical_value, difference_variance
 
+NEEDED = (
+    f"At least {FEW_GROUPS} test groups ({FEW_CLASS_GROUPS} of each class, for means over classes) and {FEW_SEEDS} "
+    "seeds are needed before any number can be given."
+)
 MOST_TIMES = 1000
 """Numbers beyond so many times the present one are not stated."""
 
@@ -35,15 +39,13 @@ def what_would_change(cases: ScoredTestSet, change: Comparison) -> list[str]:
         change: the comparison that the verdict is about.
     """
     found = [f"Cannot be told now: {change.reason}."] if change.finding == CANNOT_TELL else []
+    if change.too_few:
+        return [*found, NEEDED]
     variance, groups = _variance(cases, change)
     if variance is not None and variance.total == 0:
         return [*found, "The difference is the same in every case and seed: more of them would not tell more."]
     if variance is None:
-        needed = (
-            f"At least {FEW_GROUPS} test groups ({FEW_CLASS_GROUPS} of each class, for means over classes) and {FEW_SEEDS} "
-            "seeds are needed before any number can be given."
-        )
-        return [*found, needed]
+        return [*found, NEEDED]
     seeds = change.seeds
     now = smallest_effect(variance)
     basis = f"{groups} test groups and {seeds} seeds"
@@ -76,6 +78,8 @@ def _needed(variance: Variance, groups: int, seeds: int, effect: float) -> str:
     """Return how many groups, or how many seeds, make an effect the smallest that is found."""
     more_groups = number_needed(lambda count: smallest_effect(variance.with_groups(groups, count)), groups, effect)
     more_seeds = number_needed(lambda count: smallest_effect(variance.with_seeds(seeds, count)), seeds, effect)
+    if not more_groups and not more_seeds:
+        return f"neither more test groups with {seeds} seeds nor more seeds with {groups} test groups are enough: more of both"
     by_groups = f"about {more_groups} test groups" if more_groups else "no number of test groups is enough"
     by_seeds = f"about {more_seeds} seeds" if more_seeds else "no number of seeds is enough"
     return f"{by_groups} with {seeds} seeds; {by_seeds} with {groups} test groups"

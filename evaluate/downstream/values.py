@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.directions import is_share, known_bounds
+from maskloom.evaluate.downstream.directions import is_lower_better, is_share, known_bounds
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.progress import say
 
 PERCENT = 100.0
 LARGEST_SHARE = 1.5  # a share above it is in percent; rounding and smoothing explain smaller ones
+TOLERANCE = 0.3  # of a share's range: simulated scores may be that far off
+FEW_SMALL = 0.1  # of a model's values above 0: in percent, that many may be at most 1
 
 Columns = Mapping[str, NDArray[np.str_]]
 Floats = NDArray[np.float64]
@@ -23,7 +25,8 @@ def require_possible_values(path: Path, columns: Columns, seeds: NDArray[np.int6
     """Check that scores have values that they can have, in one unit.
 
     A whole number that is impossible, such as -1 or 999, stands for a case without a value, and is
-    refused. Other impossible values are reported. Shares may be given in percent, then by all models.
+    refused; so are shares that are far from possible. Other impossible values are reported. Shares may be
+    given in percent, then by all models.
 
     Args:
         path: the table, for messages.
@@ -38,23 +41,35 @@ def require_possible_values(path: Path, columns: Columns, seeds: NDArray[np.int6
         rows = np.flatnonzero((columns["score"] == score) & np.isfinite(values))
         own = {name: column[rows] for name, column in columns.items()}
         _require_bounds(path, score, own, seeds[rows], values[rows])
+        _report_signed(path, score, values[rows])
         if is_share(score):
             _require_one_unit(path, score, own, seeds[rows], values[rows])
 
 
 def _require_bounds(path: Path, score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats) -> None:
-    """Refuse whole numbers that a score cannot be; report other such values."""
+    """Refuse what a score cannot be, if it is a code or far off; report other such values."""
     low, high = known_bounds(score)[0], _largest(score, values)
-    outside = (values < low) | (values > high)
+    coded = low < 0 and _has_code(values)
+    outside = (values < (0.0 if coded else low)) | (values > high)
     if not outside.any():
         return
-    codes = outside & (values == np.round(values))
-    row = int((codes if codes.any() else outside).argmax())
-    limit = f"below {low:g}" if values[row] < low else f"above 1, or {PERCENT:g} %"
-    problem = f"{path}: {_in_words(score, columns, seeds, values, row)}; it cannot be {limit}"
-    if codes.any():
+    refused = outside & (values == np.round(values))
+    if is_share(score):
+        far = TOLERANCE * max(high, 1.0)
+        refused |= (values < low - far) | (values > high + far)
+    row = int((refused if refused.any() else outside).argmax())
+    limit = "it cannot be " + (f"below {low:g}" if values[row] < low else f"above 1, or {PERCENT:g} %")
+    limit = "no other value is below 0" if coded and values[row] < 0 else limit
+    problem = f"{path}: {_in_words(score, columns, seeds, values, row)}; {limit}"
+    if refused.any():
         raise MaskLoomError(f"{problem}. Leave the value empty where a case has none")
     say(f"{problem}, as {outside.sum()} value(s) are; they are used as they are")
+
+
+def _has_code(values: Floats) -> bool:
+    """Return whether one negative whole number stands among values that are not negative: a code, whatever the score."""
+    negative = np.unique(values[values < 0])
+    return len(negative) == 1 and negative[0] == np.round(negative[0]) and bool((values >= 0).any())
 
 
 def _largest(score: str, values: Floats) -> float:
@@ -71,12 +86,21 @@ def _require_one_unit(path: Path, score: str, columns: Columns, seeds: NDArray[n
     largest = _in_words(score, columns, seeds, values, int(values.argmax()))
     for arm, seed in sorted(set(zip(columns["arm"].tolist(), seeds.tolist(), strict=True))):
         known = values[(columns["arm"] == arm) & (seeds == seed) & (values > 0)]
-        if len(known) and np.median(known) <= 1:
+        if len(known) and (small := int((known <= 1).sum())) > FEW_SMALL * len(known):
             raise MaskLoomError(
-                f"{path}: {largest}, but most values of arm {arm!r}, seed {seed}, are at most 1; give all of them as "
-                "shares or all in percent, and leave the value empty where a case has none. If it is not a share, give "
-                "the score another name"
+                f"{path}: {largest}, but {small} of {len(known)} values above 0 of arm {arm!r}, seed {seed}, are at most 1; "
+                "give all of them as shares or all in percent, and leave the value empty where a case has none. If it is "
+                "not a share, give the score another name"
             )
+
+
+def _report_signed(path: Path, score: str, values: Floats) -> None:
+    """Report that a score of which less is better has values on both sides of 0."""
+    if (values < 0).any() and (values > 0).any() and is_lower_better(score):
+        say(
+            f"{path}: {score!r} has values below and above 0, and lower ones are taken as better; where 0 is best, as of "
+            "volume differences, give absolute values"
+        )
 
 
 def _in_words(score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats, row: int) -> str:

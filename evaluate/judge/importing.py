@@ -6,6 +6,7 @@ parents are in the very same real dataset.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ from maskloom.pipeline.dataset.images import png_array
 from maskloom.pipeline.dataset.licence import hub_identifier
 from maskloom.pipeline.dataset.masks import resize_mask
 from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, Shard, plan_shards
-from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.errors import LeakedImages, MaskLoomError, one_line
+from maskloom.pipeline.files.atomic import value_digest, write_text
 from maskloom.pipeline.files.formatting import markdown_cell
 from maskloom.pipeline.files.reading import row_attributes
 from maskloom.pipeline.progress import progress, say
@@ -38,6 +39,7 @@ NAME = "synthetic"
 """Name of the set, in the run and on the report."""
 ORIGIN = "made elsewhere: unknown training set"
 STAGE = "generate"  # whose output it is
+STOPS = "stopped.jsonl"
 VERSION = 2  # of the rules by which rows are converted
 ROWS_PER_SHARD = 512
 Pixels = NDArray[np.uint8]
@@ -84,7 +86,7 @@ class Conversion:
 
 
 def import_set(
-    run: Run, real: MaskPromptDataset, given: MaskPromptDataset, where: Path, force: bool, stated: bool = True
+    run: Run, real: MaskPromptDataset, given: MaskPromptDataset, where: Path, force: bool, masks_stated: bool = True
 ) -> None:
     """Write the rows of a given dataset to `RUN/synthetic/synthetic`.
 
@@ -94,7 +96,7 @@ def import_set(
         given: the images to judge, verified.
         where: the folder that the user gave, for errors.
         force: write them even if nothing has changed.
-        stated: see `mask_remark`.
+        masks_stated: see `mask_remark`.
 
     Raises:
         MaskLoomError: classes or mask classes differ from the real ones, masks are inverted, much of the images is
@@ -105,12 +107,15 @@ def import_set(
             f"--synthetic {where}: a combined dataset, with real images in it; give the synthetic ones alone"
         )
     conversion = conversion_of(real, given, where)
-    stage = Stage(run, STAGE, {"dataset": real.digest, "images": given.digest}, [VERSION], [run.synthetic / NAME])
+    stops = earlier_stops(run)
+    stage = Stage(
+        run, STAGE, {"dataset": real.digest, "images": given.digest}, [VERSION, *stops], [run.synthetic / NAME]
+    )
     if stage.skips(force):
         return
     found = [
         classes_remark(class_counts(real), class_counts(given)),
-        mask_remark(real, given, where, stated),
+        mask_remark(real, given, where, masks_stated),
         transparency_remark(real, given, where),
     ]
     remarks = [remark for remark in found if remark]
@@ -120,25 +125,47 @@ def import_set(
     settings = {"generator": NAME, "origin": ORIGIN, "uses_mask": conversion.classes is not None}
     generation = {
         **settings,
-        "notes": [*notes(real, given), *remarks],
+        "notes": [*notes(real, given), *remarks, *stops],
         "training": dict.fromkeys(("stage", "dataset", "weights")),
     }
     about = real.description.model_copy(
         update={
             "origin": "synthetic",
-            "licence": given.description.licence,
-            "citation": given.description.citation,
-            "homepage": given.description.homepage,
+            **{name: stated(getattr(given.description, name)) for name in ("licence", "citation", "homepage")},
             "preprocessing": {**real.description.preprocessing, "generation": generation},
         }
     )
-    writer = DatasetWriter(run.synthetic / NAME, about, shards, value_digest([VERSION, real.digest, given.digest]))
+    writer = DatasetWriter(
+        run.synthetic / NAME, about, shards, value_digest([VERSION, real.digest, given.digest, *stops])
+    )
     with stage.recorded() as results:
         writer.prepare_folder(from_scratch=force)
         _write_shards(writer, writer.missing_shards(), conversion, given)
         parent = Parent(path=os.path.relpath(run.dataset, writer.folder), digest=real.digest)
         writer.finish(dataset_card(about, given, settings), (), stage.config_hash, parent)
-        results[NAME] = {"images": given.num_rows, "left_out": given.contract.rejected}
+        results[NAME] = {"images": given.num_rows, "left_out": given.contract.rejected, "stops": stops}
+
+
+def earlier_stops(run: Run) -> list[str]:
+    """Return a sentence for each set that was given before and stopped.
+
+    Raises:
+        MaskLoomError: the list is damaged.
+    """
+    path = run.logs("audit") / STOPS
+    try:
+        return (
+            [str(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        )
+    except ValueError as error:
+        raise MaskLoomError(f"{path}: damaged ({one_line(error)}); judge into a new folder") from error
+
+
+def record_stop(run: Run, leak: LeakedImages) -> None:
+    """Keep what stopped a set, for the report on what remains: whoever made the images may have seen held-out ones."""
+    sentence = f"An earlier set was stopped, and these images may be what remained of it: {leak.found}."
+    stops = dict.fromkeys([*earlier_stops(run), sentence])
+    write_text(run.logs("audit") / STOPS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in stops))
 
 
 def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset, where: Path) -> Conversion:
@@ -224,7 +251,16 @@ def notes(real: MaskPromptDataset, given: MaskPromptDataset) -> list[str]:
             found.append("Their masks are left out, because the real images have none.")
     if given.contract.rejected:
         found.append(f"{given.contract.rejected} files could not be used and are not judged.")
+    if real.contract.rejected:
+        found.append(
+            f"{real.contract.rejected} real file(s) were left out (rejected.jsonl gives reasons); copies of them are not looked for."
+        )
     return found
+
+
+def stated(text: str) -> str:
+    """Return what a dataset states of its origin; a default says nothing of whose data these are."""
+    return "not stated" if text.startswith("not stated") else text
 
 
 def resized(image: Pixels, mask: Pixels | None, about: Description) -> tuple[Pixels, Pixels | None]:

@@ -18,7 +18,7 @@ import typer
 
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.judge.given import Given, given_folder, require_apart
-from maskloom.evaluate.judge.importing import NAME, import_set
+from maskloom.evaluate.judge.importing import NAME, import_set, record_stop
 from maskloom.evaluate.judge.reading import SYNTHETIC_KEY, guessed_data, prepare, read_synthetic, synthetic_values
 from maskloom.evaluate.judge.remarks import few_groups_remark
 from maskloom.evaluate.questions import open_question
@@ -103,6 +103,8 @@ def judge(request: Request, force: bool) -> float:
             evaluate(config, force)
         except LeakedImages as leak:
             remove_results(run)
+            if SYNTHETIC_FIX in leak.remedy:
+                record_stop(run, leak)
             raise LeakedImages(leak.found, leak.remedy.replace(SYNTHETIC_FIX, REMEDY)) from None
         write_report(config, force)
     left_out = images.contract.rejected

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 VERSION = 2
-QUESTION = "Does each synthetic image show the mask that it was made from?"
+QUESTION = "Does each synthetic image show its mask?"
 FEW_GROUPS = 10
 MEAN = "mean of classes"
 COLUMNS: tuple[tuple[str, str, Literal["higher"] | None], ...] = (
@@ -229,6 +229,9 @@ def _verdict(values: dict[str, dict[str, Any]], generators: list[str], test_name
             name for name in generators if (values[name][MEAN]["dice"]["low"] or 0) > (1 if most is None else most)
         ]
         easier = f" Lesions that are easier to find than real ones: {', '.join(above)}." if above else ""
+        real, by_chance = values[test_name][MEAN]["dice"]["low"], values[test_name][MEAN]["chance_dice"]["high"]
+        if real is None or by_chance is None or real <= 1.5 * by_chance:
+            easier += " The model segments real images hardly better than chance, so this says little."
     return (
         "Mean Dice between the mask and the prediction of a segmentation model trained on real images: "
         f"{', '.join(parts)}{beside}.{easier}"

@@ -318,7 +318,8 @@ def audit_table(options: Options, audits: list[Audit]) -> tuple[Table, dict[str,
         for space, flagged, parent in spaces:
             share = share_interval(int(flagged.sum()), total)
             of_parent = share_interval(int((flagged & parent).sum()), int(flagged.sum()))
-            rows.append([name, space, total, int(flagged.sum()), share, of_parent])
+            has_parents = any(audit.image_set.parents)  # images made elsewhere have none
+            rows.append([name, space, total, int(flagged.sum()), share, of_parent if has_parents else None])
             values[name][space] = {
                 "flagged": int(flagged.sum()),
                 "share": share.model_dump(),

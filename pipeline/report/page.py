@@ -171,7 +171,7 @@ def seeds_in_words(config: ExperimentConfig, sources: Sources) -> str:
 
 
 def unjudged_parts(sources: Sources) -> list[str]:
-    """Return a sentence for each set made elsewhere of which files were left out: no question covers them."""
+    """Return sentences on sets made elsewhere: files that no question covers, and sets that were stopped before."""
     results = sources.records.get("generate", {}).get("results", {})
     left_out = {
         name: found["left_out"] for name, found in results.items() if isinstance(found, dict) and "left_out" in found
@@ -180,7 +180,7 @@ def unjudged_parts(sources: Sources) -> list[str]:
         f"synthetic/{name}: {count} of {results[name]['images'] + count} files could not be used and were not judged."
         for name, count in left_out.items()
         if count
-    ]
+    ] + [stop for name in left_out for stop in results[name].get("stops", [])]
 
 
 def stale_parts(sources: Sources) -> list[str]:

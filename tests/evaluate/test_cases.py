@@ -63,7 +63,7 @@ def test_cases_come_back_as_written(tmp_path: Path) -> None:
 
 
 def test_rows_may_come_in_any_order_and_type(tmp_path: Path) -> None:
-    columns = rows(value=np.arange(12).astype(np.float32).tolist())
+    columns = rows(value=(np.arange(12) / 16).astype(np.float32).tolist())
     order = np.random.default_rng(0).permutation(12)
     table = pa.table({name: [values[i] for i in order] for name, values in columns.items()})
     table = table.set_column(3, "seed", table["seed"].cast(pa.int32()))
@@ -105,9 +105,9 @@ def test_scores_that_may_be_negative_are_not_reported(
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("values", [[100.0], [87.5], [0.0], [1.0], [0.0, 0.4, 80.0], [1.0, 0.0, 0.2]])
+@pytest.mark.parametrize("values", [[100.0], [87.5], [0.0], [1.0], [1.0, 0.0, 0.2]])
 def test_shares_may_be_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str], values: list[float]) -> None:
-    """Single values of at most 1 % are a bad case, and models that find nothing have no unit."""
+    """Models that find nothing have no unit."""
     columns = rows(value=(values * 12)[:6] + [0.0] * 3 + [values[-1]] * 3)
     read_cases(written(tmp_path / "cases.parquet", columns))
     assert not capsys.readouterr().err
@@ -119,6 +119,23 @@ def test_shares_may_be_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_what_is_no_share_may_have_any_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str) -> None:
     read_cases(written(tmp_path / "cases.parquet", rows(value=[999.0, *[0.5] * 11], score=[score] * 12)))
     assert not capsys.readouterr().err
+
+
+def test_single_cases_of_less_than_a_percent_are_bad_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = dice_cases({arm: np.full((2, 30), 80.5) for arm in ("real", "real_synthetic")})
+    for arm in cases.arms.values():
+        arm.values["Dice"][:, 3] = 0.4
+    write_cases(tmp_path / "cases.parquet", [cases])
+    read_cases(tmp_path / "cases.parquet")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("score", "told"), [("volume difference", True), ("RVD", True), ("Dice change", False)])
+def test_signed_differences_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str, told: bool
+) -> None:
+    read_cases(written(tmp_path / "cases.parquet", rows(value=[-0.3, 0.2] * 6, score=[score] * 12)))
+    assert ("where 0 is best, as of volume differences, give absolute values" in capsys.readouterr().err) == told
 
 
 def test_shares_slightly_above_one_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,13 +175,70 @@ def test_shares_slightly_above_one_are_reported(tmp_path: Path, capsys: pytest.C
         *(
             (
                 {"value": [code] + [0.5] * 11, "score": [name] * 12},
-                f"'{name}' of 'c0' is {code:g} .*, but most .* arm 'real', seed 0,",
+                f"'{name}' of 'c0' is {code:g} .*, but .* at most 1",
             )
             for code in (2, 99, 100)
             for name in ("Dice", "dsc", "lesion dice")
         ),
-        ({"value": [70.0] * 6 + [0.5] * 6}, "'Dice' of 'c0' is 70 .*most values of arm 'real_synthetic', seed 0, are"),
-        ({"value": [0.5] * 9 + [0.0, 55.5, 0.0]}, "'Dice' of 'c1' is 55.5 .*most values of arm 'real', seed 0, are"),
+        (
+            {"value": [70.0] * 6 + [0.5] * 6},
+            "'Dice' of 'c0' is 70 .*3 of 3 values above 0 of arm 'real_synthetic', seed 0, are",
+        ),
+        (
+            {"value": [0.5] * 9 + [0.0, 55.5, 0.0]},
+            "'Dice' of 'c1' is 55.5 .*3 of 3 values above 0 of arm 'real', seed 0, are",
+        ),
+        ({"value": [70.0, 70.5, 0.7] * 4}, "'Dice' of 'c1' is 70.5 .*1 of 3 values above 0 of arm 'real', seed 0, are"),
+        *(
+            (
+                {"value": [82.5] * 6 + [0.82] * 6, "score": [name] * 12},
+                f"'{name}' of 'c0' is 82.5 .*of arm 'real_synthetic'",
+            )
+            for name in (
+                "F-score",
+                "Fbeta",
+                "F beta",
+                "Sørensen",
+                "Tversky",
+                "GDSC",
+                "sdice",
+                "Dice3D",
+                "overlap",
+                "hit rate",
+                "detection_rate",
+                "success rate",
+                "kappa",
+                "MCC",
+                "PQ",
+                "Top-1",
+                "top1",
+                "SSIM",
+                "C-index",
+                "pixel accuracy",
+                "Acc_px",
+                "Dice pixels",
+                "volume similarity",
+                "VOE",
+            )
+        ),
+        *(
+            ({"value": [-1.0] + [0.5] * 11, "score": [name] * 12}, f"'{name}' of 'c0' is -1 .*(below 0)")
+            for name in (
+                "MSD",
+                "mean surface distance",
+                "FPR",
+                "ECE",
+                "AVD",
+                "RMSE",
+                "FID",
+                "misses",
+                "kappa",
+                "my score",
+            )
+        ),
+        ({"value": [-0.5] + [0.5] * 11}, "'Dice' of 'c0' is -0.5 .*; it cannot be below 0. Leave"),
+        ({"value": [1.4] + [0.5] * 11}, "'Dice' of 'c0' is 1.4 .*; it cannot be above 1, or 100 %. Leave"),
+        ({"value": [531.591] + [60.5] * 11}, "'Dice' of 'c0' is 531.591 .*above 1, or 100 %. Leave"),
         ({"seed": [0.5] * 12}, "column 'seed' is double, not int64"),
         ({"seed": [None, *[0] * 11]}, "column 'seed' has 1 empty cells"),
         ({"group_id": [None] * 12}, "column 'group_id' has 12 empty cells"),

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from maskloom.evaluate.downstream.comparison import ComparisonResult, compare_test_sets
+from maskloom.evaluate.downstream.compare import compare
+from maskloom.evaluate.downstream.comparison import ComparisonResult, _smallest_effect, compare_test_sets
 from maskloom.pipeline.results import REAL, Interval
 from tests.evaluate.cases import class_cases, dice_cases
 
@@ -80,6 +81,7 @@ def test_the_verdict_says_why_it_cannot_tell() -> None:
         in found.verdict
         and " (60 test images in 5 groups, 2 seeds)." in found.verdict
     )
+    assert "would be found" not in found.verdict
     assert [text.partition(":")[0] for text in found.warnings] == [
         "the test images are of 5 group(s), fewer than 6",
         "only 2 seed(s)",
@@ -183,9 +185,14 @@ def test_differences_end_at_one() -> None:
     found = compared(arms, ["a"] * 5 + ["b"] * 5)
     (interval,) = [row[2] for row in found.tables[0].rows if row[0] == "real + synthetic"]
     assert (interval.low, interval.high) == (-1, 1)
-    assert "No effect, however large, would be found" in found.verdict
     largest = next(row[4] for row in found.tables[0].rows if row[0] == "real + synthetic")
     assert isinstance(largest, Interval) and (largest.value, largest.high) == (1, 1)
+
+
+def test_effects_above_one_are_said_to_be_none() -> None:
+    (change,) = compare(dice_cases({"real": BASE, "real_synthetic": changed_by(0.1)}), "real", ["Dice"])
+    assert _smallest_effect(replace(change, smallest_effect=1.2)) == "No effect, however large, would be found"
+    assert _smallest_effect(change).startswith("An effect of 0.0")
 
 
 def test_a_smallest_effect_is_not_said_to_be_above_one() -> None:

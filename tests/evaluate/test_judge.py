@@ -178,8 +178,9 @@ def test_the_set_states_its_own_licence(real: Path, tmp_path: Path, quick: Path)
     assert (ours.description.licence, ours.description.citation) == ("CC-BY-4.0", "Ours 2020")
     given = MaskPromptDataset.open(next((tmp_path / "out" / "cache").glob("given-*/dataset")))
     assert given.description.licence != "CC-BY-4.0"
-    for name in ("licence", "citation", "homepage"):
-        assert getattr(theirs.description, name) == getattr(given.description, name)
+    assert given.description.licence == "not stated (the user's own data)"
+    assert (theirs.description.licence, theirs.description.citation) == ("not stated", "not stated")
+    assert theirs.description.homepage == given.description.homepage
 
 
 def test_real_and_synthetic_leaks_have_a_remedy_each(tmp_path: Path, quick: Path) -> None:
@@ -214,6 +215,15 @@ def test_a_planted_test_image_stops_with_exit_code_3_and_leaves_no_older_verdict
     assert told.startswith("stopped: ") and "-planted (train of" in told and "(test)" in told
     assert "take these images out of the synthetic folder" in told
     assert not (out / "report.html").exists() and not read_evaluations(out / "evaluation")
+    for file in synthetic.rglob("planted*.png"):
+        file.unlink()
+    judged(real, synthetic, out, quick)
+    page = (out / "report.html").read_text()
+    assert "An earlier set was stopped, and these images may be what remained of it: " in page
+    assert "-planted (train of" in page and str(tmp_path) not in page
+    (out / "logs" / "audit" / "stopped.jsonl").write_text("{")
+    with pytest.raises(MaskLoomError, match=r"stopped\.jsonl: damaged .*; judge into a new folder"):
+        judged(real, synthetic, out, quick)
 
 
 def test_an_altered_test_image_stops_too(real: Path, tmp_path: Path, quick: Path) -> None:

@@ -33,6 +33,21 @@ def test_what_cannot_be_told_says_why_and_what_is_needed() -> None:
     assert found[1].startswith("At least 6 test groups (10 of each class")
 
 
+def test_no_effect_is_stated_where_no_effect_could_be_found() -> None:
+    """Five groups never tell, however many seeds."""
+    found = outlook(BASE + 0.1 + RANDOM.normal(0, 0.02, BASE.shape), [f"{i // 12}" for i in range(60)])
+    assert found[0] == "Cannot be told now: the test images are of 5 group(s), fewer than 6."
+    assert found[1].startswith("At least 6 test groups (10 of each class") and len(found) == 2
+
+
+def test_where_both_are_needed_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskloom.evaluate.downstream.outlook.number_needed", lambda *arguments: None)
+    found = outlook(BASE + RANDOM.normal(0.005, 0.05, 60) + RANDOM.normal(0, 0.001, BASE.shape))
+    assert (
+        "neither more test groups with 4 seeds nor more seeds with 20 test groups are enough: more of both" in found[1]
+    )
+
+
 def test_models_that_score_alike_have_no_outlook() -> None:
     assert outlook(BASE) == ["The difference is the same in every case and seed: more of them would not tell more."]
 
