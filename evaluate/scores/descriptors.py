@@ -147,6 +147,22 @@ def without_padding(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=corners))
 
 
+def without_bars(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the content of a (128, 128) image, stretched to its size; itself if there are no bars around it."""
+    content = content_box(halved(image.astype(np.float32)))
+    if not has_bars(content):
+        return image
+    top, left, bottom, right = content
+    corners = SIDE * left, SIDE * top, SIDE * right, SIDE * bottom
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=corners))
+
+
+def has_bars(content: Box) -> bool:
+    """Return whether there is black or white on any side of an image's content."""
+    top, left, bottom, right = content
+    return max(top, left, 1 - bottom, 1 - right) > LEAST_PADDING
+
+
 def is_padded(content: Box) -> bool:
     """Return whether there is padding on all sides of an image's content."""
     top, left, bottom, right = content
