@@ -153,6 +153,8 @@ def without_bars(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if not has_bars(content):
         return image
     top, left, bottom, right = content
+    top, left = (start + (start > 0) / HALF for start in (top, left))  # the box is smooth, and a pixel too large
+    bottom, right = (stop - (stop < 1) / HALF for stop in (bottom, right))
     corners = SIDE * left, SIDE * top, SIDE * right, SIDE * bottom
     return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=corners))
 
