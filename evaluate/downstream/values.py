@@ -67,9 +67,13 @@ def _require_bounds(path: Path, score: str, columns: Columns, seeds: NDArray[np.
 
 
 def _has_code(values: Floats) -> bool:
-    """Return whether one negative whole number stands among values that are not negative: a code, whatever the score."""
-    negative = np.unique(values[values < 0])
-    return len(negative) == 1 and negative[0] == np.round(negative[0]) and bool((values >= 0).any())
+    """Return whether one negative whole number stands among values that are not negative: a code, whatever the score.
+
+    Of counts, all of which are whole, it may be one: a difference of numbers of lesions, for example.
+    """
+    negative, others = np.unique(values[values < 0]), values[values >= 0]
+    is_whole = len(negative) == 1 and negative[0] == np.round(negative[0])
+    return is_whole and bool((others != np.round(others)).any())
 
 
 def _largest(score: str, values: Floats) -> float:

@@ -30,6 +30,7 @@ from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, Shard, plan_
 from maskloom.pipeline.errors import LeakedImages, MaskLoomError, one_line
 from maskloom.pipeline.files.atomic import value_digest, write_text
 from maskloom.pipeline.files.formatting import markdown_cell
+from maskloom.pipeline.files.private_paths import without_known_places
 from maskloom.pipeline.files.reading import row_attributes
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import Run
@@ -163,7 +164,8 @@ def earlier_stops(run: Run) -> list[str]:
 
 def record_stop(run: Run, leak: LeakedImages) -> None:
     """Keep what stopped a set, for the report on what remains: whoever made the images may have seen held-out ones."""
-    sentence = f"An earlier set was stopped, and these images may be what remained of it: {leak.found}."
+    told = without_known_places(leak.found, [run.folder, Path.cwd(), Path.home()])  # contracts are published
+    sentence = f"An earlier set was stopped, and these images may be what remained of it: {told}."
     stops = dict.fromkeys([*earlier_stops(run), sentence])
     write_text(run.logs("audit") / STOPS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in stops))
 

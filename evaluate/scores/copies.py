@@ -129,7 +129,7 @@ class CopySearch:
     """
 
     def __init__(self, train: NDArray[np.uint8], parts: bool = True) -> None:
-        """Describe the training images; memory holds 55 kB per image, and 22 kB more where images have bars."""
+        """Describe the training images; memory holds 55 kB per image, and 40 kB more where images have bars."""
         self.train, count = train, len(train)
         self.contents = [content_box(halved(image.astype(np.float32))) for image in train]
         self.trims = sum(map(is_padded, self.contents)) < FEW_PADDED * count

@@ -130,6 +130,14 @@ def test_single_cases_of_less_than_a_percent_are_bad_ones(tmp_path: Path, capsys
     assert not capsys.readouterr().err
 
 
+def test_whole_differences_of_counts_may_be_negative(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = read_cases(
+        written(tmp_path / "cases.parquet", rows(value=[-1.0, 0.0, 2.0] * 4, score=["more lesions"] * 12))
+    )
+    assert found[0].arms["real"].values["more lesions"].min() == -1
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("score", "told"), [("volume difference", True), ("RVD", True), ("Dice change", False)])
 def test_signed_differences_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str, told: bool

@@ -221,6 +221,8 @@ def test_a_planted_test_image_stops_with_exit_code_3_and_leaves_no_older_verdict
     page = (out / "report.html").read_text()
     assert "An earlier set was stopped, and these images may be what remained of it: " in page
     assert "-planted (train of" in page and str(tmp_path) not in page
+    contract = (out / "synthetic" / "synthetic" / "contract.json").read_text()
+    assert "An earlier set was stopped" in contract and str(out) not in contract
     (out / "logs" / "audit" / "stopped.jsonl").write_text("{")
     with pytest.raises(MaskLoomError, match=r"stopped\.jsonl: damaged .*; judge into a new folder"):
         judged(real, synthetic, out, quick)

@@ -110,7 +110,7 @@ def test_useless_real_data_lets_synthetic_help(tmp_path: Path) -> None:
         seeds=5,
         arms=["real", "real_synthetic"],
     )
-    assert ": helped (" in result.verdict
+    assert ": helped. Real + synthetic changed Dice by " in result.verdict
     assert result.values["differences"]["real_synthetic"]["Dice"]["low"] > 0.1
 
 
