@@ -34,6 +34,7 @@ from maskloom.pipeline.files.ownership import OwnedFolder, check_places
 from maskloom.pipeline.parallel import parallel_results, worker_count
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import CONFIG_FILE
+from maskloom.pipeline.runs.sample_files import write_sample_files
 from maskloom.pipeline.runs.stage import Stage, open_run
 
 SCRATCH = ".prepare"
@@ -87,6 +88,8 @@ def prepare(config: ExperimentConfig, force: bool, shard: Shard | None = None, m
         contract = _write_dataset(stage, reading, description, splits, rejects, force)
         results.update(rows={split: part.rows for split, part in contract.splits.items()}, rejected=contract.rejected)
         write_item_log(logs / "items.jsonl", reading.folder, parts, sources)
+        kept = (row.item for rows in splits.values() for row in rows)
+        write_sample_files(run.dataset, ((one.sample_id, shown_path(one.path, sources)) for one in kept))
         _report_truncated_prompts(config, MaskPromptDataset(run.dataset, contract))
         small_classes = small_classes_summary(reading.folder, parts, config.data.resize_mode)
         transparent = transparent_images(reading.folder, parts, sources)

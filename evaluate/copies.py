@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_batches, grey_images
 from maskloom.pipeline.errors import LeakedImages
-from maskloom.pipeline.results import CopyRow, named_copies
+from maskloom.pipeline.results import NAMED_COPIES, CopyRow, named_copies
+from maskloom.pipeline.runs.sample_files import files_in_words
 
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import CopySearch, Matches
@@ -64,7 +65,7 @@ class CopyJudge:
 def copy_judge(inputs: EvaluationInputs) -> CopyJudge:
     """Return the judge of the real images, whatever the synthetic sets.
 
-    It is calibrated once. The descriptors that it searches, 55 kB per image, are made again after a
+    It is calibrated once. The descriptors that it searches, 36 kB per image, are made again after a
     release.
     """
     from maskloom.evaluate.scores.copies import CopySearch
@@ -94,16 +95,20 @@ def require_no_training_copies(inputs: EvaluationInputs, listed: Path) -> None:
     """
     if inputs.on_copies != "stop":
         return
-    found = [
-        f"{inputs.synthetic[name].dataset.folder}: {len(copies)} of {len(inputs.synthetic[name])} images are copies of training images: "
-        f"{named_copies(copies)}"
-        for name, copies in judged_copies(inputs).synthetic.items()
-        if copies
-    ]
+    found, named = [], []
+    for name, copies in judged_copies(inputs).synthetic.items():
+        folder, count = inputs.synthetic[name].dataset.folder, len(inputs.synthetic[name])
+        if copies:
+            found.append(
+                f"{folder}: {len(copies)} of {count} images are copies of training images: {named_copies(copies)}"
+            )
+        for row in copies[:NAMED_COPIES]:
+            named += [(folder, row.sample_id), (inputs.real.folder, row.original)]
     if found:
         raise LeakedImages(
             " | ".join(found),
             f"{listed} lists all of them: delete them, or set evaluate.on_copies=drop to leave them out",
+            files_in_words(named),
         )
 
 

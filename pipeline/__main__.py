@@ -79,11 +79,13 @@ def status(config: ConfigOption, overrides: OverridesArgument = None) -> None:
     from maskloom.pipeline.config.loading import load_experiment
     from maskloom.pipeline.progress import table_console
     from maskloom.pipeline.runs.differences import differences_text, differing_settings
+    from maskloom.pipeline.runs.judged import require_own_stages
     from maskloom.pipeline.runs.run import Run
     from maskloom.pipeline.runs.runner import stage_states
 
     loaded = load_experiment(config, overrides or [])
     run = Run(loaded.run_folder, loaded)
+    require_own_stages(run)
     states = stage_states(run, ["--config", str(config), *(overrides or [])])
     table_console().print(_status_table(run.folder, states))
     for one in states:

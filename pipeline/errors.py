@@ -35,10 +35,10 @@ class SeveralMistakes(MaskLoomError):
 class LeakedImages(MaskLoomError):
     """Images that shape a model are images that measure it, or copies of training images."""
 
-    def __init__(self, found: str, remedy: str) -> None:
-        """Store what was found where, and what to do; the error states both."""
-        super().__init__(f"{found}; {remedy}")
-        self.found, self.remedy = found, remedy
+    def __init__(self, found: str, remedy: str, files: str = "") -> None:
+        """Store what was found where, what to do, and the raw files of the images; the error states all of it."""
+        super().__init__("; ".join(filter(None, (found, files, remedy))))
+        self.found, self.remedy, self.files = found, remedy, files
 
 
 class RejectedSample(Exception):

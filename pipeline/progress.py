@@ -33,7 +33,7 @@ class _RateColumn(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:.1f} {self.unit}/s")
+        return Text(_rate(task.finished_speed or task.speed or 0, self.unit))
 
 
 def say(text: str) -> None:
@@ -90,4 +90,9 @@ def _lines(title: str, total: int, unit: str, done: int, show: bool) -> Iterator
     yield advance
     seconds = time.monotonic() - start
     if show:
-        say(f"{title}: {counted} {unit} in {seconds:.1f} s ({counted / max(seconds, 1e-9):.1f} {unit}/s)")
+        say(f"{title}: {counted} {unit} in {seconds:.1f} s ({_rate(counted / max(seconds, 1e-9), unit)})")
+
+
+def _rate(speed: float, unit: str) -> str:
+    """Return units per second in words; slow ones the other way round."""
+    return f"{speed:.1f} {unit}/s" if speed >= 0.1 or speed == 0 else f"{1 / speed:.0f} s each"

@@ -24,6 +24,7 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.leaks import FIX, NEAR_LIMIT
+from maskloom.pipeline.runs.sample_files import files_in_words
 
 KEPT_FINDINGS = 1000  # per kind; further findings are only counted
 REFERENCE = "train"
@@ -144,9 +145,10 @@ class Audit:
                 firsts.setdefault(finding.problem, finding)
         if firsts:
             failures = "; ".join(failure_text(finding) for finding in firsts.values())
-            raise MaskLoomError(
-                f"{self.datasets[0]}: {self.failed} pair(s) of images make results wrong: {failures}; {FIX}"
-            )
+            places = (place for finding in firsts.values() for place in (finding.first, finding.second))
+            files = files_in_words((Path(place.dataset), place.sample_id) for place in places)
+            wrong = f"{self.datasets[0]}: {self.failed} pair(s) of images make results wrong: {failures}"
+            raise MaskLoomError("; ".join(filter(None, (wrong, files, FIX))))
 
 
 def open_datasets(folders: Sequence[Path]) -> list[MaskPromptDataset]:

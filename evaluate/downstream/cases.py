@@ -292,7 +292,8 @@ def _checked_table(path: Path) -> pa.Table:
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise MaskLoomError(f"{path}: no such file; give a table of cases, such as RUN/evaluation/{CASES_FILE}")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise MaskLoomError(f"{path}: {what}; give a table of cases, such as RUN/evaluation/{CASES_FILE}")
     try:
         names = pq.read_schema(path).names
         if repeated := [name for name in COLUMNS if names.count(name) > 1]:

@@ -8,7 +8,7 @@ What is compared, for each arm, test set and score:
    out of all. Neither depends on an order.
 3. The difference, its interval and its p-value: see `scores/inference.py`.
 4. The finding. `helped` or `hurt` if the p-value, adjusted for the number of arms (Holm), is at
-   most 5 %, else `no clear benefit`; `cannot tell` under 6 groups (10 of each class, for means over
+   most 5 % (and the difference of shares not below 0.0005), else `no clear benefit`; `cannot tell` under 6 groups (10 of each class, for means over
    classes) or 3 seeds, where results are missing in a way that may hide the worst ones (more than 2 %
    of the cases, or the worst values there would undo the finding), where one training stands under
    two seeds, or where a few groups differ strongly the other way.
@@ -24,7 +24,7 @@ import numpy as np
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
 from maskloom.evaluate.downstream.cases import PROBABILITY, TRUTH, ScoredTestSet
-from maskloom.evaluate.downstream.directions import LOWER, direction
+from maskloom.evaluate.downstream.directions import LOWER, direction, is_share
 from maskloom.evaluate.downstream.pairing import (
     Pair,
     contributions,
@@ -56,6 +56,8 @@ MISSING_SHARE = 0.02
 """Share of cases that may be undefined for some models and defined for others."""
 MOST_SKEWNESS = 1.5
 """Skewness of the groups' differences, against their mean, from which a finding is not told."""
+NEGLIGIBLE = 0.0005
+"""Differences of shares that are printed as 0.000 are no benefit: rounding can cause them, and they are of no use."""
 UNDONE = "some cases are not defined for all models, and with the worst values there nothing is found"
 UNKNOWN_WORST = (
     "some cases are not defined for all models, and how bad this score can be is not known: give them the value that "
@@ -286,7 +288,7 @@ def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bette
 def _with_finding(cases: ScoredTestSet, one: Comparison) -> Comparison:
     if one.reason or one.p_holm is None or one.difference is None:
         return one
-    if one.p_holm > 1 - LEVEL:
+    if one.p_holm > 1 - LEVEL or (is_share(one.score) and abs(one.difference) < NEGLIGIBLE):
         return replace(one, finding=NO_BENEFIT)
     if _few_groups_oppose(cases, one):
         return replace(one, reason="a few groups differ strongly the other way, and others like them may be missing")

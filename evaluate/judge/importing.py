@@ -34,6 +34,7 @@ from maskloom.pipeline.files.private_paths import without_known_places
 from maskloom.pipeline.files.reading import row_attributes
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.sample_files import sample_files, write_sample_files
 from maskloom.pipeline.runs.stage import Stage
 
 NAME = "synthetic"
@@ -144,6 +145,7 @@ def import_set(
         _write_shards(writer, writer.missing_shards(), conversion, given)
         parent = Parent(path=os.path.relpath(run.dataset, writer.folder), digest=real.digest)
         writer.finish(dataset_card(about, given, settings), (), stage.config_hash, parent)
+        write_sample_files(writer.folder, sample_files(given.folder).items())
         results[NAME] = {"images": given.num_rows, "left_out": given.contract.rejected, "stops": stops}
 
 

@@ -37,6 +37,7 @@ from maskloom.pipeline.report.stage import write_report
 from maskloom.pipeline.results import read_evaluations
 from maskloom.pipeline.runs.leaks import SYNTHETIC_FIX
 from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.sample_files import sample_files, write_sample_files
 from maskloom.pipeline.runs.stage import Stage, open_run
 
 CONFIG = Path("configs/judge.yaml")
@@ -105,7 +106,7 @@ def judge(request: Request, force: bool) -> float:
             remove_results(run)
             if SYNTHETIC_FIX in leak.remedy:
                 record_stop(run, leak)
-            raise LeakedImages(leak.found, leak.remedy.replace(SYNTHETIC_FIX, REMEDY)) from None
+            raise LeakedImages(leak.found, leak.remedy.replace(SYNTHETIC_FIX, REMEDY), leak.files) from None
         write_report(config, force)
     left_out = images.contract.rejected
     if left_out:
@@ -165,6 +166,7 @@ def copy_real(run: Run, real: Given, force: bool) -> None:
             if (real.folder / name).is_file():  # rejected.jsonl is not published with a dataset
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(real.folder / name, folder / name)
+        write_sample_files(run.dataset, sample_files(real.folder).items())
         results["rows"] = {split: part.rows for split, part in dataset.contract.splits.items()}
 
 

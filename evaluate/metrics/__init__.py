@@ -42,3 +42,6 @@ SCORECARD: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Which metrics answer each criterion of the report's scorecard, with the beginnings of the names of
 their figures that do; an empty tuple: their tables of subgroups. The others have no metric."""
+
+OF_GENERATORS = ("membership",)
+"""Metrics of the generator itself: no images that something else made can answer them."""

@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maskloom.evaluate.scores.byte_vectors import ByteVectors
 from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.evaluate.scores.descriptors import (
+    FEW_WINDOW_DIMENSIONS,
+    LEADING,
     LEAST_PADDING,
     ORIENTATIONS,
     PATCH,
@@ -35,7 +38,6 @@ from maskloom.evaluate.scores.descriptors import (
     halved,
     has_bars,
     is_padded,
-    leading,
     oriented,
     part_cosines,
     patch_neighbours,
@@ -54,15 +56,15 @@ from maskloom.evaluate.scores.descriptors import (
 from maskloom.evaluate.scores.overlap import largest_overlaps
 from maskloom.evaluate.scores.registration import Affine, box_transform, registered_similarities
 from maskloom.evaluate.scores.threads import thread_results
+from maskloom.pipeline.dataset.near_duplicates.textures import Box
 from maskloom.pipeline.progress import progress
 
 Pair = tuple[int, int]  # an image of a block, and a training image
 
-VERIFIED_WHOLES, VERIFIED_BARE, VERIFIED_PARTS = 12, 6, 3  # best matches that are verified
+VERIFIED_WHOLES, VERIFIED_BARE, VERIFIED_PARTS = 10, 4, 3  # best matches that are verified
 BLOCK, COMPARED = 32, 2048  # images described at a time, and pairs compared at a time
 EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with its candidates
 CANDIDATES = 48  # training images per image and kind of descriptor
-STORED = torch.float16  # rounding changes cosines by less than 1e-4
 FEW_PADDED = 0.05  # of the training images; where more have padding, it belongs to the images
 
 PART, OVERLAP = "part", "displaced part"
@@ -125,37 +127,50 @@ class CopySearch:
 
     Args:
         train: (T, 128, 128) uint8 grey.
-        parts: whether to compare parts, and images without their bars.
+        bare: whether to compare whole images without their bars, and nothing else.
     """
 
-    def __init__(self, train: NDArray[np.uint8], parts: bool = True) -> None:
-        """Describe the training images; memory holds 55 kB per image, and 40 kB more where images have bars."""
-        self.train, count = train, len(train)
-        self.contents = [content_box(halved(image.astype(np.float32))) for image in train]
-        self.trims = sum(map(is_padded, self.contents)) < FEW_PADDED * count
-        moments = [np.zeros((side**2, side**2)) for side in (WINDOW, PATCH)]
-        for found in thread_results(_second_moments, in_blocks(train)):
+    def __init__(self, train: NDArray[np.uint8], bare: bool = False) -> None:
+        """Describe the training images; memory holds 36 kB per image, and 4 kB more where images have bars."""
+        self.train, self.parts, count = train, not bare, len(train)
+        starts = range(0, count, BLOCK)
+        self.contents, moments = [], [np.zeros((side**2, side**2)) for side in (WINDOW, PATCH)]
+        for contents, found in thread_results(self._surveyed, starts):
+            self.contents += contents
             moments = [total + one for total, one in zip(moments, found, strict=True)]
-        self.whiten_windows = Whitening(moments[0] / (count * len(boxes())), WINDOW_DIMENSIONS)
+        self.trims = sum(map(is_padded, self.contents)) < FEW_PADDED * count
+        dimensions = FEW_WINDOW_DIMENSIONS if bare else WINDOW_DIMENSIONS
+        self.whiten_windows = Whitening(moments[0] / (count * len(boxes())), dimensions)
         self.whiten_patches = Whitening(moments[1] / (count * len(patch_places())), PATCH_DIMENSIONS)
         of_windows, of_patches = (one.components.shape[1] for one in (self.whiten_windows, self.whiten_patches))
-        self.wholes = torch.empty((count, ORIENTATIONS, of_windows), dtype=STORED)
-        self.windows = torch.empty((count, len(boxes()), of_windows), dtype=STORED)
-        self.patches = torch.empty((count, 1, len(patch_places()) if parts else 0, of_patches), dtype=STORED)
-        self.parts = parts
-        list(thread_results(self._describe, range(0, count, BLOCK)))
-        self.bare: CopySearch | None = None
-        if parts and sum(map(has_bars, self.contents)) >= FEW_PADDED * count:
-            self.bare = CopySearch(np.stack([without_bars(image) for image in train]), parts=False)
+        self.wholes = ByteVectors(count, ORIENTATIONS, of_windows)
+        self.windows = ByteVectors(count, len(boxes()), of_windows)
+        self.patches = ByteVectors(count, len(patch_places()) if self.parts else 0, of_patches)
+        list(thread_results(self._describe, starts))
+        has_some = not bare and sum(map(has_bars, self.contents)) >= FEW_PADDED * count
+        self.bare = CopySearch(train, bare=True) if has_some else None
+
+    def _shown(self, rows: slice | list[int]) -> NDArray[np.uint8]:
+        """Return training images as they are compared."""
+        images = self.train[rows]
+        return images if self.parts else np.stack([without_bars(image) for image in images])
+
+    def _surveyed(self, start: int) -> tuple[list[Box], list[NDArray[np.float64]]]:
+        """Return the contents of a block of training images, and the second moments of their windows and patches."""
+        images = self._shown(slice(start, start + BLOCK))
+        plain = halved(images.astype(np.float32))
+        patches = patches_of(halved(textures_of(images))) if self.parts else np.zeros((0, PATCH**2), np.float32)
+        return [content_box(one) for one in plain], [second_moments(windows_of(plain)), second_moments(patches)]
 
     def _describe(self, start: int) -> None:
         """Fill in the descriptors of a block of training images."""
         rows = slice(start, start + BLOCK)
-        plain, textures = halved(self.train[rows].astype(np.float32)), textures_of(self.train[rows])
-        self.wholes[rows] = torch.from_numpy(self.whiten_windows(wholes_of(plain)))
-        self.windows[rows] = torch.from_numpy(self.whiten_windows(windows_of(plain)))
+        plain = halved(self._shown(rows).astype(np.float32))
+        self.wholes.put(rows, self.whiten_windows(wholes_of(plain)))
+        self.windows.put(rows, self.whiten_windows(windows_of(plain)))
         if self.parts:
-            self.patches[rows, 0] = torch.from_numpy(self.whiten_patches(patches_of(halved(textures))))
+            textures = halved(textures_of(self.train[rows]))
+            self.patches.put(rows, self.whiten_patches(patches_of(textures)))
 
     def matches(self, images: NDArray[np.uint8]) -> Matches:
         """Return the best matches of (N, 128, 128) uint8 grey images."""
@@ -212,14 +227,15 @@ class CopySearch:
         return self._registered(block, pairs_of([best_first(one, VERIFIED_BARE) for one in whole]), whole)
 
     def _described(self, images: NDArray[np.uint8]) -> Described:
-        """Return the descriptors of (N, 128, 128) uint8 images.
+        """Return the descriptors of (N, 128, 128) uint8 images; no textures and patches where parts are not compared.
 
         Padding is cut off first, unless training images have some.
         """
         if self.trims:
             images = np.stack([without_padding(image) for image in images])
-        textures, plain = textures_of(images), halved(images.astype(np.float32))
-        patches = np.zeros((len(images), ORIENTATIONS, *self.patches.shape[2:]), np.float32)
+        plain = halved(images.astype(np.float32))
+        textures = textures_of(images) if self.parts else np.zeros((len(images), 0, 0), np.float32)
+        patches = np.zeros((len(images), ORIENTATIONS, *self.patches.numbers.shape[1:]), np.float32)
         for turn in range(ORIENTATIONS if self.parts else 0):
             patches[:, turn] = self.whiten_patches(patches_of(oriented(halved(textures), turn)))
         wholes, windows = self.whiten_windows(wholes_of(plain)), self.whiten_windows(windows_of(plain))
@@ -231,10 +247,10 @@ class CopySearch:
         Of many training images, a rough look rules out most: their cosines are 0.
         """
         rows = np.arange(len(self.train))
-        if len(rows) <= EXHAUSTIVE:
+        if len(rows) <= EXHAUSTIVE or not self.parts:  # vectors without parts are short
             return self._compared(images, rows, roughly=False)
         rough = self._compared(images.roughly(), rows, roughly=True)
-        near = [np.argpartition(-one, CANDIDATES, axis=1)[:, :CANDIDATES] for one in rough[: 1 + self.parts]]
+        near = [np.argpartition(-one, CANDIDATES, axis=1)[:, :CANDIDATES] for one in rough]
         likely = map(np.unique, np.concatenate(near, axis=1))
         found = [self._compared(images.of(row), one, roughly=False) for row, one in enumerate(likely)]
         whole, part = map(np.concatenate, zip(*found, strict=True))
@@ -254,15 +270,17 @@ class CopySearch:
 
     def _vectors(self, rows: NDArray[np.int64], roughly: bool) -> Vectors:
         """Return the vectors of some training images, or what a rough look compares of them."""
-        stored = self.wholes[rows], self.windows[rows], self.patches[rows]
-        if not roughly:
-            return Vectors(*(one.float().numpy() for one in stored))
-        return Vectors(*(unit_vectors(one.float().numpy()) for one in leading(*stored)))
+        stored = self.wholes, self.windows, self.patches
+        if roughly:
+            found = [unit_vectors(one.directions(rows, count)) for one, count in zip(stored, LEADING, strict=True)]
+        else:
+            found = [one[rows] for one in stored]
+        return Vectors(found[0], found[1], found[2][:, None])
 
     def _placed(self, block: Described, pair: Pair) -> tuple[int, int, int]:
         """Return orientation, direction (1: the image shows more than the original) and window."""
         row, index = pair
-        wholes, windows = self.wholes[index].float().numpy(), self.windows[index].float().numpy()
+        wholes, windows = self.wholes[index], self.windows[index]
         mine = block.vectors
         cosines = np.abs(np.stack([mine.wholes[row] @ windows.T, wholes @ mine.windows[row].T], axis=1))
         turn, direction, box = np.unravel_index(int(cosines.argmax()), cosines.shape)
@@ -297,7 +315,7 @@ class CopySearch:
         padding need not be of the same width on all sides.
         """
         (row, index), (turn, direction, box) = pair, place
-        mine, original = oriented(block.plain[row], turn), halved(self.train[index].astype(np.float32))
+        mine, original = oriented(block.plain[row], turn), halved(self._shown([index])[0].astype(np.float32))
         start = box_transform(boxes()[0], boxes()[box])
         found = [(original, mine, start) if direction else (mine, original, start)]
         content, other = content_box(mine), self.contents[index]
@@ -310,7 +328,7 @@ class CopySearch:
         mine, theirs = np.array([(one, other) for one, near in patch_neighbours().items() for other in near]).T
         turns = []
         for row, index in pairs:
-            cosines = (block.vectors.patches[row][:, mine] * self.patches[index, 0].float().numpy()[theirs]).sum(axis=2)
+            cosines = (block.vectors.patches[row][:, mine] * self.patches[index][theirs]).sum(axis=2)
             turns.append(int(np.abs(cosines).max(axis=1).argmax()))
         turned = np.stack([oriented(block.textures[row], turn) for (row, _), turn in zip(pairs, turns, strict=True)])
         originals = textures_of(self.train[[index for _, index in pairs]])
@@ -350,12 +368,6 @@ def pairs_of(near: Sequence[Sequence[int]]) -> list[Pair]:
 def best_first(similarities: Floats, count: int) -> list[int]:
     """Return the training images to verify."""
     return [int(index) for index in np.argsort(-similarities, kind="stable")[:count]]
-
-
-def _second_moments(images: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
-    """Return those of the windows and of the patches of some images."""
-    windows, patches = windows_of(halved(images.astype(np.float32))), patches_of(halved(textures_of(images)))
-    return [second_moments(windows), second_moments(patches)]
 
 
 def _in_words(turn: int, direction: int, box: int) -> str:

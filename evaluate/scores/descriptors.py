@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
 import numpy as np
 import scipy.ndimage
@@ -24,14 +23,15 @@ from maskloom.pipeline.dataset.near_duplicates import textures
 from maskloom.pipeline.dataset.near_duplicates.textures import Box
 
 Floats = NDArray[np.float32]
-Array = TypeVar("Array", Floats, torch.Tensor)
 
 SIDE = 128  # of the images that are compared
 HALF, WINDOW, PATCH = SIDE // 2, 32, 16  # sides of thumbnail, window and patch descriptors
 ORIENTATIONS = 8
 WINDOW_GRIDS = ((0.95, 3), (0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
 WINDOW_DIMENSIONS, PATCH_DIMENSIONS = 192, 96
-ROUGHNESS = 3  # of a rough look, which compares a third of the components
+FEW_WINDOW_DIMENSIONS, FEW_PATCH_DIMENSIONS = WINDOW_DIMENSIONS // 3, PATCH_DIMENSIONS // 3
+LEADING = FEW_WINDOW_DIMENSIONS, FEW_WINDOW_DIMENSIONS, FEW_PATCH_DIMENSIONS
+"""Components of wholes, windows and patches that a rough look compares."""
 EXPLAINED = 0.98  # share of the variance; images of few pixels have nothing but noise in the components after it
 REGULARISATION = 0.1  # share of the mean variance; keeps noise from being amplified
 STEP = 4  # of the grid of patches, in thumbnail pixels
@@ -59,7 +59,8 @@ class Vectors:
 
     def roughly(self) -> Vectors:
         """Return the leading components of the vectors."""
-        return Vectors(*map(unit_vectors, leading(self.wholes, self.windows, self.patches)))
+        all_of_them = self.wholes, self.windows, self.patches
+        return Vectors(*(unit_vectors(one[..., :count]) for one, count in zip(all_of_them, LEADING, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,6 @@ class Described:
     plain: Floats
     textures: Floats
     vectors: Vectors
-
-
-def leading(wholes: Array, windows: Array, patches: Array) -> tuple[Array, Array, Array]:
-    """Return what a rough look compares of `Vectors`, not of length 1."""
-    few, fewer = WINDOW_DIMENSIONS // ROUGHNESS, PATCH_DIMENSIONS // ROUGHNESS
-    return wholes[..., :few], windows[..., :few], patches[..., :fewer]
 
 
 class Whitening:

@@ -97,6 +97,11 @@ class Description(Record):
         """Every (height, width) that a row may have, `image_size` first."""
         return (self.image_size, *self.buckets)
 
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether these are images that `judge` read and something else made."""
+        return "origin" in self.preprocessing.get("generation", {})
+
     def label_name(self, label: int | None) -> str | None:
         """Return the name of a row's class; None if the row or the dataset has none."""
         return None if label is None or not self.labels else self.labels[label]

@@ -22,8 +22,6 @@ METRICS = "maskloom.evaluate.metrics"
 """Package whose `SCORECARD` maps a criterion to metrics, and these to the beginnings of their figures' names."""
 FIGURE_COLUMNS = ["measure", "of", "figure", "real images", "better", "metric"]
 PART_COLUMNS = ["comparison", "lowest in", "lowest change", "highest in", "highest change", "metric"]
-TO_MEASURE = "add to evaluate.metrics and run maskloom evaluate"
-TO_SPLIT = "name columns in its option subgroups and run maskloom evaluate"
 DIFFERENCE = "change against real"
 """Column of the tables of subgroups: what synthetic images change there."""
 Metrics = dict[str, dict[str, tuple[str, ...]]]
@@ -239,15 +237,20 @@ def _gaps(metrics: Mapping[str, tuple[str, ...]], sources: Sources, shown: Mappi
     absent = [name for name in metrics if name not in shown]
     outdated = [name for name in absent if name in on_disk]
     missing = [name for name in absent if name not in on_disk]
+    judged = all(one.description.made_elsewhere for one in sources.synthetic.values())
+    closed = [name for name in missing if judged and name in importlib.import_module(METRICS).OF_GENERATORS]
+    missing = [name for name in missing if name not in closed]
+    again = "give the judge command again" if judged else "run maskloom evaluate"
     whole = [name for name, one in shown.items() if not (metrics[name] or one.skipped or one.subgroups)]
     left_out = {name: sorted(sources.synthetic.keys() - one.inputs.keys()) for name, one in shown.items() if one.inputs}
     return [
-        *([f"Out of date: {', '.join(outdated)}; run maskloom evaluate."] if outdated else []),
-        *([f"Not measured: {', '.join(missing)}; {TO_MEASURE}."] if missing else []),
-        *([f"Not measured in subgroups: {', '.join(whole)}; {TO_SPLIT}."] if whole else []),
+        *([f"Out of date: {', '.join(outdated)}; {again}."] if outdated else []),
+        *([f"Not measured: {', '.join(missing)}; add to evaluate.metrics and {again}."] if missing else []),
+        *([f"Not measured, because it needs the weights of the generator: {', '.join(closed)}."] if closed else []),
         *(
-            f"{name} does not cover {', '.join(sets)}; run maskloom evaluate."
-            for name, sets in left_out.items()
-            if sets
+            [f"Not measured in subgroups: {', '.join(whole)}; name columns in its option subgroups and {again}."]
+            if whole
+            else []
         ),
+        *(f"{name} does not cover {', '.join(sets)}; {again}." for name, sets in left_out.items() if sets),
     ]

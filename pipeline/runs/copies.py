@@ -15,7 +15,7 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
-from maskloom.pipeline.runs.leak_list import leaks_in_words
+from maskloom.pipeline.runs.leak_list import files_of_leaks, leaks_in_words
 from maskloom.pipeline.runs.leaks import SYNTHETIC_FIX
 from maskloom.pipeline.runs.run import Run
 
@@ -56,10 +56,12 @@ def require_no_held_out_copies(run: Run, real: MaskPromptDataset, synthetic: Seq
     start = time.monotonic()
     found = find_held_out_copies(real, synthetic)
     if found:
-        shown = leaks_in_words(record, list(map(_in_words, found)), list(map(_as_row, found)))
+        leaks = list(map(_as_row, found))
+        shown = leaks_in_words(record, list(map(_in_words, found)), leaks)
         of_real = [one.copy.dataset == str(real.folder) for one in found]
         fix = leak_fix(any(of_real), not all(of_real))
-        raise LeakedImages(f"{real.folder}: {len(found)} image(s) are copies of held-out images: {shown}", fix)
+        copies = f"{real.folder}: {len(found)} image(s) are copies of held-out images: {shown}"
+        raise LeakedImages(copies, fix, files_of_leaks(leaks))
     write_audit_record(record, VERSION, datasets, rows, True)
     say(f"no copies of held-out images among {rows} images ({time.monotonic() - start:.1f} s)")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskloom.pipeline.files.atomic import write_text
+from maskloom.pipeline.runs.sample_files import files_in_words
 
 MAX_SHOWN = 3  # leaks in an error
 
@@ -24,3 +25,10 @@ def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[st
     path = record.with_name(f"{record.stem}-leaked.jsonl")
     write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
     return "; ".join([*texts[:MAX_SHOWN], f"and {len(texts) - MAX_SHOWN} more; all are listed in {path}"])
+
+
+def files_of_leaks(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return the raw files of the first leaks in words; empty where none is known."""
+    return files_in_words(
+        (Path(str(row[f"{end}_dataset"])), str(row[end])) for row in rows[:MAX_SHOWN] for end in ("image", "shows")
+    )

@@ -31,7 +31,7 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import LeakedImages, MaskLoomError, one_line
 from maskloom.pipeline.progress import progress, say
 from maskloom.pipeline.runs.audit_record import is_recorded, record_path, write_audit_record
-from maskloom.pipeline.runs.leak_list import leaks_in_words
+from maskloom.pipeline.runs.leak_list import files_of_leaks, leaks_in_words
 from maskloom.pipeline.runs.run import Run
 
 VERSION = 1  # of this check; a new version makes every record stale
@@ -70,9 +70,11 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
     start = time.monotonic()
     rows, failures = _failures(datasets)
     if failures:
-        found = leaks_in_words(record, list(map(failure_text, failures)), list(map(failure_row, failures)))
+        leaks = list(map(failure_row, failures))
+        found = leaks_in_words(record, list(map(failure_text, failures)), leaks)
         fix = SYNTHETIC_FIX if all(finding.problem == "datasets" for finding in failures) else FIX
-        raise LeakedImages(f"{real.folder}: {len(failures)} pair(s) of images make results wrong: {found}", fix)
+        wrong = f"{real.folder}: {len(failures)} pair(s) of images make results wrong: {found}"
+        raise LeakedImages(wrong, fix, files_of_leaks(leaks))
     near = len(datasets) == 1 and looks_for_near_duplicates(real)
     if near:
         _require_no_near_duplicates(real)

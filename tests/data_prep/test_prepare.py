@@ -36,6 +36,7 @@ from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from maskloom.pipeline.files.atomic import TEMPORARY_SUFFIX
 from maskloom.pipeline.parallel import available_cores, worker_count
 from maskloom.pipeline.runs.command import EXIT_CODE
+from maskloom.pipeline.runs.sample_files import sample_files
 from tests.data_prep.experiment import BUSI, BUSI_ABSENT, dataset_bytes, experiment
 from tests.processes import Command, finished, limit_file_size, start_server
 from tests.tiny_datasets import tiny_description
@@ -91,6 +92,9 @@ def test_every_image_is_in_the_dataset_or_in_the_ledger(raw, prepared):
     rejected = set(ledger(prepared)) & images
     assert names | rejected == images and not names & rejected
     assert sum(len(split) for split in rows.values()) == len(ids) == read_rows(prepared)
+    files = sample_files(prepared / "dataset")
+    assert files.keys() == ids and {Path(path).name for path in files.values()} == names
+    assert all((raw / path).is_file() for path in files.values())
 
 
 def read_rows(run):

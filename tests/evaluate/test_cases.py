@@ -263,6 +263,10 @@ def test_what_is_no_table_of_cases_is_refused(tmp_path: Path, changed: dict[str,
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        MaskLoomError, match=r"is a folder; give a table of cases, such as RUN/evaluation/cases\.parquet"
+    ):
+        read_cases(tmp_path)
     with pytest.raises(MaskLoomError, match=r"missing\.parquet: no such file"):
         read_cases(tmp_path / "missing.parquet")
     (tmp_path / "text.parquet").write_text("arm,score\n")

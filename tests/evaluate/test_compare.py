@@ -55,6 +55,16 @@ def test_the_finding_is_what_was_planted(gain: float, finding: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gain", "finding"), [(4e-4, "no clear benefit"), (-4e-4, "no clear benefit"), (6e-4, "helped")]
+)
+def test_shares_that_differ_by_what_rounding_causes_are_no_benefit(gain: float, finding: str) -> None:
+    arm = BASE + gain + np.random.default_rng(1).normal(0, 1e-4, BASE.shape)
+    assert one(dice_cases({"real": BASE, "real_synthetic": arm})).finding == finding
+    distances = dice_cases({"real": BASE, "real_synthetic": arm}, score="HD95")
+    assert one(distances, score="HD95").finding == ("hurt" if gain > 0 else "helped")  # its unit may be anything
+
+
+@pytest.mark.parametrize(
     "score", ["Hausdorff distance", "hd95", "HD95 (mm)", "ASSD", "Brier score", "loss", "mean error"]
 )
 def test_lower_is_better_where_the_name_says_so(score: str) -> None:

@@ -213,6 +213,7 @@ def test_a_planted_test_image_stops_with_exit_code_3_and_leaves_no_older_verdict
     assert done.returncode == 3
     told = done.stderr.strip().splitlines()[-1]
     assert told.startswith("stopped: ") and "-planted (train of" in told and "(test)" in told
+    assert "/planted.png, " in told and "/scan_" in told.partition("files: ")[2]
     assert "take these images out of the synthetic folder" in told
     assert not (out / "report.html").exists() and not read_evaluations(out / "evaluation")
     for file in synthetic.rglob("planted*.png"):
@@ -220,9 +221,13 @@ def test_a_planted_test_image_stops_with_exit_code_3_and_leaves_no_older_verdict
     judged(real, synthetic, out, quick)
     page = (out / "report.html").read_text()
     assert "An earlier set was stopped, and these images may be what remained of it: " in page
-    assert "-planted (train of" in page and str(tmp_path) not in page
+    assert "-planted (train of" in page and str(tmp_path) not in page and "planted.png" not in page
     contract = (out / "synthetic" / "synthetic" / "contract.json").read_text()
     assert "An earlier set was stopped" in contract and str(out) not in contract
+    assert "it needs the weights of the generator: membership" in page and "run maskloom evaluate" not in page
+    words = ["-m", "maskloom.pipeline", "status", "--config", str(out / "config.yaml")]
+    status = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert status.returncode == 2 and "`maskloom judge` wrote this run, in stages of its own; give" in status.stderr
     (out / "logs" / "audit" / "stopped.jsonl").write_text("{")
     with pytest.raises(MaskLoomError, match=r"stopped\.jsonl: damaged .*; judge into a new folder"):
         judged(real, synthetic, out, quick)
@@ -236,7 +241,10 @@ def test_an_altered_test_image_stops_too(real: Path, tmp_path: Path, quick: Path
     for name, change in (("planted", lambda pixels: pixels // 2 + 40), ("planted_mask", lambda pixels: pixels)):
         file = synthetic / original.parent.name / f"{name}.png"
         Image.fromarray(change(np.asarray(Image.open(file))[:, ::-1])).save(file)
-    with pytest.raises(LeakedImages, match=r"-planted .* shows .*mirrored"):
+    with pytest.raises(
+        LeakedImages,
+        match=r"-planted .* shows .*mirrored.*; files: \S+-planted is \w+/planted\.png, .*-scan-?_?\d+ is \w+/scan_\d+\.png; take",
+    ):
         judged(real, synthetic, out, quick)
 
 
@@ -264,7 +272,8 @@ def test_copies_of_train_images_follow_on_copies(real: Path, tmp_path: Path, qui
     plant(held_out_file(out, real, "train"), synthetic)
     memorisation = f"evaluate.metrics.memorisation={json.dumps(small_options('memorisation'))}"
     with pytest.raises(
-        LeakedImages, match=r"images are copies of training images: .*-planted of .*evaluate\.on_copies"
+        LeakedImages,
+        match=r"images are copies of training images: .*-planted of .*files: .* is \w+/planted\.png, .* is \w+/scan_.*evaluate\.on_copies",
     ):
         judged(real, synthetic, out, quick, "evaluate.on_copies=stop", memorisation)
     stopped = found_copies(MaskPromptDataset.open(out / "synthetic/synthetic"))

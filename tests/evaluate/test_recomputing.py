@@ -17,14 +17,14 @@ from tests.evaluate.cases import dice_cases
 PAGE = Path(__file__).parents[2] / "docs/verdict.md"
 
 
-def recomputed(folder: Path, cases: ScoredTestSet) -> list[float]:
-    """Return what the script of the documentation prints."""
+def run_script(folder: Path, cases: ScoredTestSet) -> subprocess.CompletedProcess[str]:
+    """Run the script of the documentation."""
     (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert len(script.splitlines()) <= 60
     write_cases(folder / "cases.parquet", [cases])
     (folder / "recompute.py").write_text(script)
     words = [sys.executable, str(folder / "recompute.py"), str(folder / "cases.parquet")]
-    return [float(word) for word in subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()]
+    return subprocess.run(words, capture_output=True, text=True)
 
 
 def simulated(shared: float = 0.0) -> NDArray[np.float64]:
@@ -39,7 +39,9 @@ def check_headline(folder: Path, cases: ScoredTestSet) -> Comparison:
     """Compare what the script prints with `compare`."""
     (found,) = compare(cases)
     expected = [found.difference, found.low, found.high, found.p]
-    assert recomputed(folder, cases) == pytest.approx(expected, abs=1e-9)
+    done = run_script(folder, cases)
+    assert done.returncode == 0, done.stderr
+    assert [float(word) for word in done.stdout.split()] == pytest.approx(expected, abs=1e-9)
     return found
 
 
@@ -66,3 +68,9 @@ def test_the_script_matches_models_by_seed(tmp_path: Path, seeds: tuple[int, ...
     arm = replace(cases.arms["real_synthetic"], seeds=seeds)
     found = check_headline(tmp_path, replace(cases, arms=cases.arms | {"real_synthetic": arm}))
     assert found.seeds == (3 if seeds[0] == 1 else 4)
+
+
+def test_the_script_says_which_rows_are_missing(tmp_path: Path) -> None:
+    done = run_script(tmp_path, dice_cases({"real": simulated()[0], "real_oversampled": simulated()[1]}))
+    assert done.returncode == 1 and "no rows of 'real_synthetic' or of 'real' with score 'Dice'" in done.stderr
+    assert "Traceback" not in done.stderr

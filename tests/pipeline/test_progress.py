@@ -36,7 +36,7 @@ def test_elsewhere_a_long_step_tells_where_it_is_every_minute(capsys, monkeypatc
     assert capsys.readouterr().err.splitlines() == [
         "reading: 6 of 10 images, loss 61",
         "reading: 8 of 10 images, loss 125",
-        "reading: 4 images in 125.0 s (0.0 images/s)",
+        "reading: 4 images in 125.0 s (31 s each)",
     ]
 
 

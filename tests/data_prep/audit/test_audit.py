@@ -23,6 +23,7 @@ from maskloom.data_prep.audit.tables import print_audit
 from maskloom.pipeline.dataset.audit.pixels import without_padding
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.runs.command import EXIT_CODE
+from maskloom.pipeline.runs.sample_files import write_sample_files
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 
 SIZE = 64
@@ -99,17 +100,20 @@ def test_an_image_in_two_splits(tmp_path):
     splits["test"][2].image = splits["train"][1].image
     splits["test"][2].label = splits["train"][1].label
     splits["test"][2].mask = splits["train"][1].mask
-    found = audited(written(tmp_path / "shared", splits), near=False)
+    found = audited(written(tmp_path / "dataset", splits), near=False)
     (finding,) = found.findings
     assert (finding.problem, finding.likeness, finding.fails) == ("splits", "identical", True)
     assert finding.correlation == 1 and finding.images == 2
     assert [vars(place) for place in (finding.first, finding.second)] == [
-        {"dataset": str(tmp_path / "shared"), "split": split, "sample_id": f"{split}-{number:04d}",
+        {"dataset": str(tmp_path / "dataset"), "split": split, "sample_id": f"{split}-{number:04d}",
          "group_id": f"{split}-group-{number:04d}", "label": label}
         for split, number, label in (("train", 1, "square"), ("test", 2, "square"))
     ]  # fmt: skip
-    message = r"1 pair\(s\) of images make results wrong: identical images in two splits: train-0001 \(train\) and test-0002 \(test\)"
-    with pytest.raises(MaskLoomError, match=message):
+    message = r"1 pair\(s\) of images make results wrong: identical images in two splits: train-0001 \(train\) and test-0002 \(test\); "
+    with pytest.raises(MaskLoomError, match=message + "prepare"):
+        found.require_sound()
+    write_sample_files(tmp_path / "dataset", [("train-0001", "x/1.png"), ("test-0002", "y/2.png")])
+    with pytest.raises(MaskLoomError, match=message + r"files: train-0001 is x/1\.png, test-0002 is y/2\.png; prepare"):
         found.require_sound()
 
 
