@@ -127,48 +127,48 @@ class CopySearch:
 
     Args:
         train: (T, 128, 128) uint8 grey.
-        bare: whether to compare whole images without their bars, and nothing else.
+        crops_only: whether to look for crops alone, of images without their bars.
     """
 
-    def __init__(self, train: NDArray[np.uint8], bare: bool = False) -> None:
+    def __init__(self, train: NDArray[np.uint8], crops_only: bool = False) -> None:
         """Describe the training images; memory holds 36 kB per image, and 4 kB more where images have bars."""
-        self.train, self.parts, count = train, not bare, len(train)
+        self.train, self.crops_only, count = train, crops_only, len(train)
         starts = range(0, count, BLOCK)
         self.contents, moments = [], [np.zeros((side**2, side**2)) for side in (WINDOW, PATCH)]
         for contents, found in thread_results(self._surveyed, starts):
             self.contents += contents
             moments = [total + one for total, one in zip(moments, found, strict=True)]
         self.trims = sum(map(is_padded, self.contents)) < FEW_PADDED * count
-        dimensions = FEW_WINDOW_DIMENSIONS if bare else WINDOW_DIMENSIONS
+        dimensions = FEW_WINDOW_DIMENSIONS if crops_only else WINDOW_DIMENSIONS
         self.whiten_windows = Whitening(moments[0] / (count * len(boxes())), dimensions)
         self.whiten_patches = Whitening(moments[1] / (count * len(patch_places())), PATCH_DIMENSIONS)
         of_windows, of_patches = (one.components.shape[1] for one in (self.whiten_windows, self.whiten_patches))
-        self.wholes = ByteVectors(count, ORIENTATIONS, of_windows)
+        self.wholes = ByteVectors(count, 0 if crops_only else ORIENTATIONS, of_windows)
         self.windows = ByteVectors(count, len(boxes()), of_windows)
-        self.patches = ByteVectors(count, len(patch_places()) if self.parts else 0, of_patches)
+        self.patches = ByteVectors(count, 0 if crops_only else len(patch_places()), of_patches)
         list(thread_results(self._describe, starts))
-        has_some = not bare and sum(map(has_bars, self.contents)) >= FEW_PADDED * count
-        self.bare = CopySearch(train, bare=True) if has_some else None
+        barred = not crops_only and sum(map(has_bars, self.contents)) >= FEW_PADDED * count
+        self.bare = CopySearch(train, crops_only=True) if barred else None
 
     def _shown(self, rows: slice | list[int]) -> NDArray[np.uint8]:
         """Return training images as they are compared."""
         images = self.train[rows]
-        return images if self.parts else np.stack([without_bars(image) for image in images])
+        return np.stack([without_bars(image) for image in images]) if self.crops_only else images
 
     def _surveyed(self, start: int) -> tuple[list[Box], list[NDArray[np.float64]]]:
         """Return the contents of a block of training images, and the second moments of their windows and patches."""
         images = self._shown(slice(start, start + BLOCK))
         plain = halved(images.astype(np.float32))
-        patches = patches_of(halved(textures_of(images))) if self.parts else np.zeros((0, PATCH**2), np.float32)
+        patches = np.zeros((0, PATCH**2), np.float32) if self.crops_only else patches_of(halved(textures_of(images)))
         return [content_box(one) for one in plain], [second_moments(windows_of(plain)), second_moments(patches)]
 
     def _describe(self, start: int) -> None:
         """Fill in the descriptors of a block of training images."""
         rows = slice(start, start + BLOCK)
         plain = halved(self._shown(rows).astype(np.float32))
-        self.wholes.put(rows, self.whiten_windows(wholes_of(plain)))
         self.windows.put(rows, self.whiten_windows(windows_of(plain)))
-        if self.parts:
+        if not self.crops_only:
+            self.wholes.put(rows, self.whiten_windows(wholes_of(plain)))
             textures = halved(textures_of(self.train[rows]))
             self.patches.put(rows, self.whiten_patches(patches_of(textures)))
 
@@ -227,19 +227,22 @@ class CopySearch:
         return self._registered(block, pairs_of([best_first(one, VERIFIED_BARE) for one in whole]), whole)
 
     def _described(self, images: NDArray[np.uint8]) -> Described:
-        """Return the descriptors of (N, 128, 128) uint8 images; no textures and patches where parts are not compared.
+        """Return the descriptors of (N, 128, 128) uint8 images; of crops, those of whole images alone.
 
         Padding is cut off first, unless training images have some.
         """
         if self.trims:
             images = np.stack([without_padding(image) for image in images])
         plain = halved(images.astype(np.float32))
-        textures = textures_of(images) if self.parts else np.zeros((len(images), 0, 0), np.float32)
-        patches = np.zeros((len(images), ORIENTATIONS, *self.patches.numbers.shape[1:]), np.float32)
-        for turn in range(ORIENTATIONS if self.parts else 0):
+        wholes = self.whiten_windows(wholes_of(plain))
+        if self.crops_only:
+            nothing = np.zeros((len(images), 0, 0), np.float32)
+            return Described(plain, nothing, Vectors(wholes, nothing, nothing))
+        textures = textures_of(images)
+        patches = np.empty((len(images), ORIENTATIONS, *self.patches.numbers.shape[1:]), np.float32)
+        for turn in range(ORIENTATIONS):
             patches[:, turn] = self.whiten_patches(patches_of(oriented(halved(textures), turn)))
-        wholes, windows = self.whiten_windows(wholes_of(plain)), self.whiten_windows(windows_of(plain))
-        return Described(plain, textures, Vectors(wholes, windows, patches))
+        return Described(plain, textures, Vectors(wholes, self.whiten_windows(windows_of(plain)), patches))
 
     def _cosines(self, images: Vectors) -> tuple[Floats, Floats]:
         """Return the best cosines with every training image, (N, T): of whole images, and of patches.
@@ -247,7 +250,7 @@ class CopySearch:
         Of many training images, a rough look rules out most: their cosines are 0.
         """
         rows = np.arange(len(self.train))
-        if len(rows) <= EXHAUSTIVE or not self.parts:  # vectors without parts are short
+        if len(rows) <= EXHAUSTIVE or self.crops_only:  # whose vectors are short
             return self._compared(images, rows, roughly=False)
         rough = self._compared(images.roughly(), rows, roughly=True)
         near = [np.argpartition(-one, CANDIDATES, axis=1)[:, :CANDIDATES] for one in rough]
@@ -264,7 +267,7 @@ class CopySearch:
             chosen = rows[start : start + count]
             others = self._vectors(chosen, roughly)
             whole[:, chosen] = whole_cosines(images, others)
-            if self.parts:
+            if not self.crops_only:
                 part[:, chosen] = part_cosines(images, others, neighbours)
         return whole, part
 
@@ -280,9 +283,11 @@ class CopySearch:
     def _placed(self, block: Described, pair: Pair) -> tuple[int, int, int]:
         """Return orientation, direction (1: the image shows more than the original) and window."""
         row, index = pair
-        wholes, windows = self.wholes[index], self.windows[index]
-        mine = block.vectors
-        cosines = np.abs(np.stack([mine.wholes[row] @ windows.T, wholes @ mine.windows[row].T], axis=1))
+        mine, theirs = block.vectors, self.windows[index]
+        found = [mine.wholes[row] @ theirs.T]
+        if not self.crops_only:
+            found.append(self.wholes[index] @ mine.windows[row].T)
+        cosines = np.abs(np.stack(found, axis=1))
         turn, direction, box = np.unravel_index(int(cosines.argmax()), cosines.shape)
         return int(turn), int(direction), int(box)
 

@@ -107,8 +107,9 @@ def second_moments(vectors: Floats) -> NDArray[np.float64]:
 
 
 def whole_cosines(images: Vectors, others: Vectors) -> Floats:
-    """Return the best cosine of N whole images with windows of T others, or the reverse, (N, T)."""
-    return np.maximum(best_cosines(images.wholes, others.windows), best_cosines(images.windows, others.wholes))
+    """Return the best cosine of N whole images with windows of T others, or the reverse where both have them, (N, T)."""
+    crops = best_cosines(images.wholes, others.windows)
+    return np.maximum(crops, best_cosines(images.windows, others.wholes)) if images.windows.size else crops
 
 
 def part_cosines(images: Vectors, others: Vectors, neighbours: Mapping[int, Sequence[int]]) -> Floats:
