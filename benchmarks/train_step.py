@@ -46,7 +46,6 @@ from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.runs.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER = ROOT / "assets" / "nano-sd" / "tokenizer"
 RANDOM_BACKBONE = "sd15-random"
 REFERENCE, OURS = "reference", "MaskLoom"
 WARM_UP = 5
@@ -353,39 +352,12 @@ def write_plot(path: Path, runs: list[Measured]) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def write_random_sd15(folder: Path) -> None:
-    """Write a backbone with Stable Diffusion 1.5's architecture and random float32 weights.
-
-    It has 1.07 billion weights. The tokenizer is that of the bundled backbone: its token numbers
-    fit, and it pads to the 77 tokens of the original.
-    """
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    UNet2DConditionModel(cross_attention_dim=768, sample_size=64).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        sample_size=512,
-    ).save_pretrained(folder / "vae")
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77).save_pretrained(folder / "tokenizer")
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
-        folder / "scheduler"
-    )
-
-
 def backbone_folder(backbone: str, scratch: Path) -> str:
     """Return the backbone for both sides: an absolute path or a name on the Hub."""
     if backbone == RANDOM_BACKBONE:  # in a process of its own: a child's peak memory starts from its parent's
-        code = "import sys; from pathlib import Path; from benchmarks.train_step import write_random_sd15 as w; w(Path(sys.argv[1]))"
-        subprocess.run([sys.executable, "-c", code, str(scratch / RANDOM_BACKBONE)], check=True, cwd=ROOT)
-        return str(scratch / RANDOM_BACKBONE)
+        folder = scratch / RANDOM_BACKBONE
+        subprocess.run([sys.executable, "-m", "benchmarks.random_backbone", "sd15", str(folder)], check=True, cwd=ROOT)
+        return str(folder)
     return str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from maskloom.data_prep.prepare import prepare
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.generate.generate import generate
+from maskloom.models.stable_diffusion.original_layout import write_original
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment
 from maskloom.pipeline.dataset.contract import read_contract
@@ -28,7 +29,6 @@ from maskloom.pipeline.report import write_report
 from maskloom.pipeline.runs.run import Run
 from maskloom.train_controlnet.train import train_stage
 from tests.models.stable_diffusion.test_backbone_checks import half_precision
-from tests.original_layout import write_original
 from tests.tiny_backbone import build_tiny_backbone
 
 OWNER = "janeroe-of-ward-7"  # a folder of this name holds everything, so it must be in nothing that goes

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from maskloom.models.stable_diffusion.checks import check_backbone
 from maskloom.models.stable_diffusion.loading import KINDS, load_part, new_network
+from maskloom.models.stable_diffusion.original_layout import original_names, write_original
 from maskloom.models.stable_diffusion.single_file import PREFIXES, converted_names, generation_of
 from maskloom.models.stable_diffusion.source import ORIGINAL, WEIGHTS, BackboneSource
 from maskloom.models.stable_diffusion.text import load_tokenizer
 from maskloom.pipeline.errors import MaskLoomError
-from tests.original_layout import original_names, write_original
 from tests.tiny_backbone import build_tiny_backbone
 
 NANO = Path(__file__).parents[3] / "assets/nano-sd"

@@ -47,8 +47,10 @@ def _unet_name(key: str, layers: int, attentive: set[int]) -> str:
     if match := re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", key):
         kind, number, rest = match.groups()
         return f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}.{_inner(kind, rest)}"
-    side, level, kind, number, rest = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key).groups()
-    level, number = int(level), int(number)
+    if not (match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)):
+        return key
+    side, kind, rest = match[1], match[3], match[5]
+    level, number = int(match[2]), int(match[4])
     if side == "down":
         block = 1 + level * (layers + 1) + (layers if kind == "downsamplers" else number)
         place = "0.op" if kind == "downsamplers" else f"{int(kind == 'attentions')}"
