@@ -15,8 +15,10 @@ LARGE = 12 << 20
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system, now and as soon as a large array is freed.
 
-    Only where the C library can: glibc, with `malloc_trim` and `mallopt`.
+    Only where the C library can: glibc, with `malloc_trim` and `mallopt`. PyArrow, which reads rows, keeps its own.
     """
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.mallopt(M_MMAP_THRESHOLD, LARGE)
         library.malloc_trim(0)

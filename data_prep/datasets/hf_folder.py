@@ -32,9 +32,9 @@ from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, Ra
 from maskloom.data_prep.adapter import Options as BaseOptions
 from maskloom.data_prep.processing.label_maps import BACKGROUND, MaskValues, distinct_palette, label_map, read_mask
 from maskloom.data_prep.readers.common import portable_id, reject_as_error, require_same_size
-from maskloom.data_prep.readers.file_names import is_visible
-from maskloom.data_prep.readers.file_patterns import Confined
-from maskloom.data_prep.readers.image_files import image_pixels, read_picture
+from maskloom.data_prep.readers.file_names import as_seen, is_visible, names_a_mask
+from maskloom.data_prep.readers.file_patterns import Confined, FilePool
+from maskloom.data_prep.readers.image_files import READ_SUFFIXES, image_pixels, read_picture
 from maskloom.data_prep.readers.tables import csv_table
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample, one_line
 
@@ -159,6 +159,21 @@ class Adapter(DatasetAdapter):
                     yield self._item(table, number, row, place, confined)
                 except RejectedSample as error:
                     yield Reject(place, str(error))
+        yield from self._unlisted()
+
+    def _unlisted(self) -> Iterator[Reject]:
+        """Yield the pictures beside tables of metadata that no row names, but for those whose names say that they are masks."""
+        tables = [table for table in self._tables if not table.is_parquet]
+        cells = (
+            self._cell(table, number, row, meaning)
+            for table in tables
+            for number, row in enumerate(table.rows)
+            for meaning in ("image", "mask")
+        )
+        named = {as_seen(cell.file) for cell in cells if cell is not None}
+        for file in FilePool(self._root, "**/*").files if tables else ():
+            if file.lower().endswith(READ_SUFFIXES) and as_seen(file) not in named and not names_a_mask(file):
+                yield Reject(str(self._root / file), f"no row of {' or '.join(METADATA)} names this image")
 
     def load(self, item: RawItem) -> RawImage:
         """Decode an image and its mask.
@@ -202,7 +217,7 @@ class Adapter(DatasetAdapter):
             raise RejectedSample("the row has no patient")
         return RawItem(
             sample_id=portable_id(name.replace("/", "-")),
-            path=place,
+            path=place if table.is_parquet else str(self._root / image.file),
             label=label,
             group=None if group is None else str(group),
             split=table.split if self._is_divided else None,

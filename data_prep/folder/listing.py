@@ -8,6 +8,7 @@ from pathlib import Path
 from maskloom.data_prep.adapter import Reject
 from maskloom.data_prep.folder.options import FolderOptions
 from maskloom.data_prep.readers.common import reject_as_error
+from maskloom.data_prep.readers.file_names import names_a_mask
 from maskloom.data_prep.readers.file_patterns import Confined, FilePool, placeholder_values
 from maskloom.data_prep.readers.image_files import READ_SUFFIXES
 from maskloom.data_prep.readers.spreadsheets import xlsx_rows
@@ -50,9 +51,19 @@ def listed_candidates(root: Path, options: FolderOptions) -> tuple[list[Candidat
     if options.has_masks:
         pools = [FilePool(root, pattern) for pattern in options.mask_patterns]
         images = _with_masks(images, pools)
+        if options.keep_incomplete and images and not any(image.masks for image in images):
+            raise MaskLoomError(
+                f"data.options.masks={' and '.join(options.mask_patterns)}: no file in data.raw_dir={root} fits for any image; correct "
+                "it, or leave it out: the masks would be taken for images"
+            )
         if not options.table:
             images, alone = _without_masks_as_images(images, [file for pool in pools for file in pool.files])
             rejects += [Reject(shown_path(root, file), "a mask without an image") for file in alone]
+    if options.table:
+        rejects += [
+            Reject(shown_path(root, file), f"not in {options.table}")
+            for file in _unlisted(root, options, images, rejects)
+        ]
     if not images and not rejects:
         raise MaskLoomError(
             f"data.options.images={options.image_pattern!r}: no file in data.raw_dir={root} fits;"
@@ -143,6 +154,18 @@ def _table_images(root: Path, options: FolderOptions) -> tuple[list[Candidate], 
             reason = f"{options.table} has several rows for this image: {', '.join(str(row.number) for row in several)}"
             rejects.append(Reject(shown_path(root, file), reason))
     return [Candidate(file, first) for file, (first, *more) in rows_of.items() if not more], rejects
+
+
+def _unlisted(root: Path, options: FolderOptions, images: Sequence[Candidate], rejects: Sequence[Reject]) -> list[str]:
+    """Return the pictures that no row of the table names, but for those whose names say that they are masks."""
+    taken = {file for image in images for file in (image.file, *image.masks)}
+    told = {reject.path for reject in rejects}
+    files = FilePool(root, options.image_pattern).files
+    return [
+        file
+        for file in files
+        if is_read(file) and file not in taken and not names_a_mask(file) and shown_path(root, file) not in told
+    ]
 
 
 def _table_rows(root: Path, options: FolderOptions) -> list[TableRow]:

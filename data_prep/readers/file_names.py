@@ -17,6 +17,7 @@ from maskloom.pipeline.errors import MaskLoomError
 # Files created by file managers. Hidden files, such as `.DS_Store` and resource forks
 # `._image.png`, count as well.
 SYSTEM_NAMES = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin"})
+MASK_WORDS = re.compile(r"mask|label|segm|annot|ground.?truth|(?<![a-z])(seg|gt)(?![a-z])")
 NO_TEXT = "its name is not valid UTF-8; rename it"
 
 
@@ -130,3 +131,8 @@ def folder_named(folder: Path, *names: str) -> Path:
     for name in names:
         folder = entry_named(folder, name) or folder / name
     return folder
+
+
+def names_a_mask(file: str) -> bool:
+    """Return whether a path says that the picture is a mask."""
+    return MASK_WORDS.search(file.lower()) is not None

@@ -37,6 +37,7 @@ from maskloom.evaluate.downstream.pairing import (
     why_undefined,
     with_worst_values,
 )
+from maskloom.evaluate.downstream.values import LARGEST_SHARE, PERCENT
 from maskloom.evaluate.scores.classification import CLASSIFICATION_SCORES, RECALL
 from maskloom.evaluate.scores.inference import (
     LEVEL,
@@ -288,13 +289,22 @@ def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bette
 def _with_finding(cases: ScoredTestSet, one: Comparison) -> Comparison:
     if one.reason or one.p_holm is None or one.difference is None:
         return one
-    if one.p_holm > 1 - LEVEL or (is_share(one.score) and abs(one.difference) < NEGLIGIBLE):
+    if one.p_holm > 1 - LEVEL or abs(one.difference) < negligible_difference(cases, one.score):
         return replace(one, finding=NO_BENEFIT)
     if _few_groups_oppose(cases, one):
         return replace(one, reason="a few groups differ strongly the other way, and others like them may be missing")
     finding = HURT if (one.difference > 0) == (one.better == LOWER) else HELPED
     reason = _missing_values_oppose(cases, one, favoured=one.arm if finding == HELPED else one.baseline)
     return replace(one, reason=reason) if reason else replace(one, finding=finding)
+
+
+def negligible_difference(cases: ScoredTestSet, score: str) -> float:
+    """Return the difference below which there is no benefit; 0 unless the score is a share, which may be in percent."""
+    if not is_share(score):
+        return 0.0
+    raw = [arm.values[score] for arm in cases.arms.values() if score in arm.values]
+    typical = np.nanmedian(np.concatenate([values.ravel() for values in raw])) if raw else 0.0
+    return NEGLIGIBLE * (PERCENT if typical > LARGEST_SHARE else 1)
 
 
 def _missing_values_oppose(cases: ScoredTestSet, one: Comparison, favoured: str) -> str:

@@ -49,7 +49,7 @@ SHARE_WORDS = (
 )
 """Words of names of shares, of which more is better; whatever their unit, none is below 0."""
 SHARES = re.compile(rf"\b\d*({SHARE_WORDS})\d*\b")
-DISTANCES = re.compile(r"\b\d*(m?hd|hausdorff|m?as?sd|absd|rmssd)\d*\b")
+DISTANCES = re.compile(r"\b\d*(m?hd|hausdorff|m?as?sd|absd|rmssd|surface distance)\d*\b")
 """Words of names of distances between surfaces, of which none is below 0 either."""
 CHANGES = re.compile(
     rf"\b({TURNING}|changes?|gains?|reductions?|improvements?|increases?|decreases?|deltas?|minus|skill|log|logit|z|relative|adjusted)\b"
@@ -57,7 +57,7 @@ CHANGES = re.compile(
 """Words of names of what may be negative although a share, or a distance, is in the name."""
 AT_MOST_ONE = re.compile(
     rf"\b\d*({SHARE_WORDS}|f ?(score|beta|measure)|s[oø]rensen|tversky|g?dsc|s?dice(\dd)?|(hit|detection|success) rate"
-    r"|pq|top|ssim|c index|concordance|mcc|kappa|similarity|voe)\d*\b"
+    r"|pq|top|ssim|c index|concordance|mcc|kappa|icc|agreement|similarity|voe)\d*\b"
 )
 """Words of names of what is at most 1, or 100 %; some, such as kappa, may be below 0."""
 COUNTED = re.compile(r"\b(n|num|numbers?|counts?|sum|total|detected|correct|mm|cm|ml)\b")
@@ -81,8 +81,20 @@ COMPLEMENT = re.compile(
     r"(neg|negated|negative(?! (log|predictive|likelihood))|inverse|inverted)\b|(1|one) minus\b|1 ?-|-", re.IGNORECASE
 )
 """How the name of a negated score, or of one minus a score, begins."""
-CAMEL_CASE = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})"
-"""Where `meanError` and `MSELoss` have two words."""
+CAMEL_CASE = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})|(?<=[A-Z]\d)(?=[A-Z][a-z])"
+"""Where `meanError`, `MSELoss` and `F1Score` have two words."""
+RUN_TOGETHER = re.compile(
+    r"(?<=[a-z0-9])(?=(scores?|coeff?|coefficient|index|loss|distance|accuracy|entropy)\b)"
+    r"|(?<=[a-z])(?=(mm|px)\b)|(?<=[a-z]{3})(?=(dice|iou|jaccard|auroc|entropy)\b)",
+    re.IGNORECASE,
+)
+"""Where `f1score`, `softdice` and `hausdorffdistance` have two words."""
+SPELLED_OUT = {
+    r"\bnormali[sz]ed surface (distance|dice)\b": "nsd",
+    r"\b(true positive|tp) rate\b|\bltpr\b": "tpr",
+    r"\b(true negative|tn) rate\b": "tnr",
+}
+"""Names by their usual abbreviation, where their words would mislead."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,10 @@ def _measured(score: str) -> tuple[str, bool]:
     head = re.sub("[\u2010-\u2015\u2212]", "-", subject(score)).replace("_", " ")  # any dash
     negated = COMPLEMENT.match(head)
     measured = CONDITION.split(head[negated.end() :] if negated else head, maxsplit=1)[0]
-    return re.sub(rf"{CAMEL_CASE}|[\W_]+", " ", measured).strip().lower(), bool(negated)
+    words = re.sub(CAMEL_CASE, " ", RUN_TOGETHER.sub(" ", re.sub(r"[\W_]+", " ", measured))).strip().lower()
+    for name, abbreviation in SPELLED_OUT.items():
+        words = re.sub(name, abbreviation, words)
+    return words, bool(negated)
 
 
 def _named_direction(words: str) -> str | None:
@@ -165,6 +180,11 @@ def is_share(score: str) -> bool:
         and bool(AT_MOST_ONE.search(words))
         and not (CHANGES.search(words) or COUNTED.search(words) or SIZED.search(score.lower()))
     )
+
+
+def is_distance(score: str) -> bool:
+    """Return whether a score is known to be a distance, in any unit, or another of MaskLoom's own without a bound."""
+    return own_score(score) in UNBOUNDED or bool(DISTANCES.search(_measured(score)[0]))
 
 
 def worst_value(score: str, lower: bool) -> float:

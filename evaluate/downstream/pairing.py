@@ -20,6 +20,8 @@ from maskloom.pipeline.errors import MaskLoomError
 
 UNWEIGHTED = ("accuracy", CALIBRATION_ERROR)
 """Scores of a classifier that are not means over classes."""
+ROUNDING = 0.02
+"""By how much the probabilities of a case may miss a sum of 1."""
 JITTER = 1e-3
 """Two models are one training if no case differs by more than this share of the spread over cases."""
 OUTLIERS = 0.05
@@ -189,6 +191,13 @@ def _check_classes(cases: ScoredTestSet, arms: tuple[str, str], sides: Sequence[
         for name, values in side.items():
             if name.startswith(PROBABILITY) and values.size and not (0 <= values.min() <= values.max() <= 1):
                 raise MaskLoomError(f"{cases.test_set}: arm {arm!r}: a value of rows {name!r} is not between 0 and 1")
+        sums = np.sum([values for name, values in side.items() if name.startswith(PROBABILITY)], axis=0)
+        if sums.size and np.abs(sums - 1).max() > ROUNDING:
+            seed, case = np.unravel_index(int(np.abs(sums - 1).argmax()), sums.shape)
+            raise MaskLoomError(
+                f"{cases.test_set}: arm {arm!r}: the probabilities of a case sum to {sums[seed, case]:.3g}; they must sum to 1, and "
+                "stay empty where a model gave none"
+            )
     for name in sorted(truths):
         known = sides[1][name][:1]
         if any((side[name] != known).any() for side in sides):

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.downstream.directions import is_lower_better, is_share, known_bounds
+from maskloom.evaluate.downstream.directions import is_distance, is_lower_better, is_share, known_bounds, own_score
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.progress import say
 
 PERCENT = 100.0
 LARGEST_SHARE = 1.5  # a share above it is in percent; rounding and smoothing explain smaller ones
 TOLERANCE = 0.3  # of a share's range: simulated scores may be that far off
+LEAST_CODE = 9  # such as 9, 99 or 999
+MOST = 0.5  # of the values
+FACTOR = 3  # by which a hundredfold may be missed
 FEW_SMALL = 0.1  # of a model's values above 0: in percent, that many may be at most 1
 
 Columns = Mapping[str, NDArray[np.str_]]
@@ -44,6 +47,10 @@ def require_possible_values(path: Path, columns: Columns, seeds: NDArray[np.int6
         _report_signed(path, score, values[rows])
         if is_share(score):
             _require_one_unit(path, score, own, seeds[rows], values[rows])
+        elif own_score(score) is None:
+            _require_no_code_among_shares(path, score, own, seeds[rows], values[rows])
+            if not is_distance(score):
+                _require_one_scale(path, score, own, seeds[rows], values[rows])
 
 
 def _require_bounds(path: Path, score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats) -> None:
@@ -96,6 +103,39 @@ def _require_one_unit(path: Path, score: str, columns: Columns, seeds: NDArray[n
                 "give all of them as shares or all in percent, and leave the value empty where a case has none. If it is "
                 "not a share, give the score another name"
             )
+
+
+def _require_no_code_among_shares(
+    path: Path, score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats
+) -> None:
+    """Refuse one large whole number among values that otherwise are fractions of 1, whatever the score's name."""
+    large = values > LARGEST_SHARE
+    others, coded = values[~large], np.unique(values[large])
+    fractions = others.size and others.min() >= 0 and (others != np.round(others)).mean() > MOST
+    if len(coded) == 1 and coded[0] >= LEAST_CODE and coded[0] == np.round(coded[0]) and fractions:
+        told = _in_words(score, columns, seeds, values, int(large.argmax()))
+        raise MaskLoomError(
+            f"{path}: {told}, as {large.sum()} value(s) are, and no other is above {LARGEST_SHARE:g}: it looks like a code. Leave the "
+            "value empty where a case has none"
+        )
+
+
+def _require_one_scale(path: Path, score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats) -> None:
+    """Refuse a score whose name says nothing of its unit where some models seem to be in percent, and others not."""
+    models = sorted(set(zip(columns["arm"].tolist(), seeds.tolist(), strict=True)))
+    sizes = [np.abs(values[(columns["arm"] == arm) & (seeds == seed)]) for arm, seed in models]
+    middle = [float(np.median(one[one > 0])) if (one > 0).any() else 0.0 for one in sizes]
+    shares = [i for i, one in enumerate(sizes) if middle[i] and one.max() <= 1]
+    percent = [i for i, one in enumerate(sizes) if one.max() <= PERCENT and middle[i] > 1]
+    if not shares or not percent:
+        return
+    ratio = float(np.median([middle[i] for i in percent]) / np.median([middle[i] for i in shares]))
+    if PERCENT / FACTOR <= ratio <= PERCENT * FACTOR:
+        (arm, seed), (other, another) = models[percent[0]], models[shares[0]]
+        raise MaskLoomError(
+            f"{path}: {score!r} is about {ratio:.0f} times as large for arm {arm!r}, seed {seed}, as for arm {other!r}, seed {another}, "
+            "whose values are at most 1: give all of them as shares or all in percent"
+        )
 
 
 def _report_signed(path: Path, score: str, values: Floats) -> None:

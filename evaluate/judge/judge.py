@@ -19,7 +19,14 @@ import typer
 from maskloom.evaluate.evaluate import evaluate
 from maskloom.evaluate.judge.given import Given, given_folder, require_apart
 from maskloom.evaluate.judge.importing import NAME, import_set, record_stop
-from maskloom.evaluate.judge.reading import SYNTHETIC_KEY, guessed_data, prepare, read_synthetic, synthetic_values
+from maskloom.evaluate.judge.reading import (
+    SYNTHETIC_KEY,
+    check_keys,
+    guessed_data,
+    prepare,
+    read_synthetic,
+    synthetic_values,
+)
 from maskloom.evaluate.judge.remarks import few_groups_remark
 from maskloom.evaluate.questions import open_question
 from maskloom.pipeline.config.base import with_home
@@ -82,6 +89,7 @@ def judge(request: Request, force: bool) -> float:
     """
     real, synthetic = given_folder("real", request.real), given_folder("synthetic", request.synthetic)
     own = [one for one in request.overrides if not one.startswith(SYNTHETIC_KEY)]
+    check_keys([one for one in request.overrides if one.startswith(SYNTHETIC_KEY)])
     stated = read_values(request.config, own)
     out = with_home(request.out) if request.out else validated(stated, ExperimentConfig, str(request.config)).run_folder
     require_apart(real, synthetic, out)

@@ -25,7 +25,7 @@ from maskloom.pipeline.config.loading import merged
 from maskloom.pipeline.config.yaml_reading import read_yaml
 from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.errors import MaskLoomError, one_line
+from maskloom.pipeline.errors import MaskLoomError, nearest_name, one_line
 from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.runner import run_stages
@@ -37,6 +37,20 @@ RAW_DIR = re.compile(r"\bdata\.raw_dir=")
 DATA_KEY = re.compile(rf"(?<![\w./-])data\.(?=(?:{'|'.join(DataConfig.model_fields)})\b)")
 KEEP_INCOMPLETE = ("folder", "hf_folder", "nnunet_folder")
 """Datasets whose images may lack masks and classes: also such images are searched for leaks and copies."""
+
+
+def check_keys(overrides: Sequence[str]) -> None:
+    """Check that overrides for the synthetic images name keys of the section `data`.
+
+    Raises:
+        MaskLoomError: names the first that does not.
+    """
+    for one in overrides:
+        key = re.split(r"[.=]", one.removeprefix(SYNTHETIC_KEY), maxsplit=1)[0]
+        if key not in DataConfig.model_fields:
+            raise MaskLoomError(
+                f"{SYNTHETIC_KEY}{key}: no such key; {nearest_name(key, list(DataConfig.model_fields))} (the keys of data)"
+            )
 
 
 def guessed_data(given: Given, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +73,9 @@ def guessed_data(given: Given, stated: Mapping[str, Any]) -> dict[str, Any]:
             lines = answer.stderr.strip().splitlines() or [f"inspect ended with exit code {answer.returncode}"]
             raise MaskLoomError(f"--{given.role} {one_line(lines[-1]).removeprefix('error: ')}")
         data: dict[str, Any] = read_yaml(file)["data"]
-    shown = ", ".join(f"{key}={value}" for key, value in data["options"].items())
+    options = stated.get("options")
+    used = data["options"] | (options if isinstance(options, dict) else {})
+    shown = ", ".join(f"{key}={value}" for key, value in used.items() if value is not None)
     say(f"judge: --{given.role} {given.folder} is read as {data['dataset']}{shown and f' ({shown})'}")
     return {**data, "raw_dir": str(given.folder)}
 

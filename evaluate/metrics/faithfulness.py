@@ -223,15 +223,15 @@ def _verdict(values: dict[str, dict[str, Any]], generators: list[str], test_name
     parts = [f"{name} {dice(name):.2f} (chance {dice(name, 'chance_dice'):.2f})" for name in generators]
     beside, easier = "", ""
     if test_name in values:
-        beside = f"; on real test images the same model reaches {dice(test_name):.2f}"
+        beside = f"; on real test images the same model reaches {dice(test_name):.2f} (chance {dice(test_name, 'chance_dice'):.2f})"
         most = values[test_name][MEAN]["dice"]["high"]
         above = [
             name for name in generators if (values[name][MEAN]["dice"]["low"] or 0) > (1 if most is None else most)
         ]
         easier = f" Lesions that are easier to find than real ones: {', '.join(above)}." if above else ""
         real, by_chance = values[test_name][MEAN]["dice"]["low"], values[test_name][MEAN]["chance_dice"]["high"]
-        if real is None or by_chance is None or real <= 1.5 * by_chance:
-            easier += " The model segments real images hardly better than chance, so this says little."
+        if real is None or by_chance is None or real <= by_chance:
+            easier += " The model does not segment real images clearly better than chance, so this says little."
     return (
         "Mean Dice between the mask and the prediction of a segmentation model trained on real images: "
         f"{', '.join(parts)}{beside}.{easier}"

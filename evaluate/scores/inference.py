@@ -90,7 +90,7 @@ class Variance:
         share = tested / groups
         groups_df = max(self.groups_df * (groups - 1) / (tested - 1), 1.0)
         rest = self.rest * share  # single cases add less to the seeds' means; the seeds' own variance stays
-        seeds = max(self.seeds - self.rest, 0.0) + rest
+        seeds = max(self.seeds - self.rest, 0.0) + min(self.seeds, self.rest) * share
         return replace(self, groups=self.groups * share, groups_df=groups_df, seeds=seeds, rest=rest)
 
     def smallest_effect(self, reach: float) -> float:

@@ -206,12 +206,13 @@ def _heads(dataset: MaskPromptDataset, split: str | None = None) -> list[dict[st
 
 def _images(dataset: MaskPromptDataset, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return some rows by id, images decoded."""
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
 
     columns = ["sample_id", "parent_id", "seed", "text", "image", "conditioning_image"]
     files = ds.dataset([str(shard) for shard in dataset.shards()], format="parquet")
-    rows = files.to_table(columns=columns, filter=pc.field("sample_id").isin(list(ids))).to_pylist()
+    rows = files.to_table(columns=columns, filter=pc.field("sample_id").isin(pa.array(ids, pa.string()))).to_pylist()
     for row in rows:
         row.update({column: png_array(row[column]["bytes"]) for column in ("image", "conditioning_image")})
     return {row["sample_id"]: row for row in rows}

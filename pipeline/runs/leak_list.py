@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskloom.pipeline.files.atomic import write_text
-from maskloom.pipeline.runs.sample_files import files_in_words
+from maskloom.pipeline.runs.sample_files import files_in_words, sample_files
 
 MAX_SHOWN = 3  # leaks in an error
+ENDS = ("image", "shows")  # the image that leaks, and the one that it shows
 
 
 def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
@@ -23,12 +24,15 @@ def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[st
     if len(texts) <= MAX_SHOWN:
         return "; ".join(texts)
     path = record.with_name(f"{record.stem}-leaked.jsonl")
-    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    folders = {Path(str(row[f"{end}_dataset"])) for row in rows for end in ENDS}
+    files = {str(folder): sample_files(folder) for folder in folders}
+    named = [
+        {**row, **{f"{end}_file": files[str(row[f"{end}_dataset"])].get(str(row[end])) for end in ENDS}} for row in rows
+    ]
+    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in named))
     return "; ".join([*texts[:MAX_SHOWN], f"and {len(texts) - MAX_SHOWN} more; all are listed in {path}"])
 
 
 def files_of_leaks(rows: Sequence[Mapping[str, object]]) -> str:
     """Return the raw files of the first leaks in words; empty where none is known."""
-    return files_in_words(
-        (Path(str(row[f"{end}_dataset"])), str(row[end])) for row in rows[:MAX_SHOWN] for end in ("image", "shows")
-    )
+    return files_in_words((Path(str(row[f"{end}_dataset"])), str(row[end])) for row in rows[:MAX_SHOWN] for end in ENDS)

@@ -8,6 +8,7 @@ The result is kept in `logs/audit/DIGEST.json` of the run, under the digest of t
 the check runs once for all stages and resumed runs. Only a dataset without leaks has a record.
 """
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -15,11 +16,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from tempfile import gettempdir
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from maskloom.pipeline.dataset.audit.findings import (
     Finding,
+    Place,
     failure_row,
     failure_text,
     identical_findings,
@@ -36,6 +39,10 @@ from maskloom.pipeline.runs.run import Run
 
 VERSION = 1  # of this check; a new version makes every record stale
 FIX = "prepare the dataset again with data.duplicates=identical or near, so that such images share a group or are left out"
+NEAR_FIX = (
+    "near-duplicates share a group where data.duplicates=near finds them: the dataset has been changed since, or joined "
+    "from parts; prepare it again from the raw images, with the patient of each image as its group"
+)
 SYNTHETIC_FIX = (
     "no image may be trained on that measures the result: generate the set again from this dataset, "
     "or leave it out with generate.generators.NAME=false"
@@ -59,7 +66,7 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
         datasets: the real dataset, then any synthetic datasets made from it.
 
     Raises:
-        LeakedImages: an image leaks or has two labels; the error names the samples.
+        LeakedImages: an image leaks or has two labels; the error names the samples and their files.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -69,18 +76,28 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
         return
     start = time.monotonic()
     rows, failures = _failures(datasets)
-    if failures:
-        leaks = list(map(failure_row, failures))
-        found = leaks_in_words(record, list(map(failure_text, failures)), leaks)
-        fix = SYNTHETIC_FIX if all(finding.problem == "datasets" for finding in failures) else FIX
-        wrong = f"{real.folder}: {len(failures)} pair(s) of images make results wrong: {found}"
-        raise LeakedImages(wrong, fix, files_of_leaks(leaks))
+    _require_none(record, real, failures, FIX)
     near = len(datasets) == 1 and looks_for_near_duplicates(real)
     if near:
-        _require_no_near_duplicates(real)
+        _require_none(record, real, _near_duplicates(real), NEAR_FIX)
     write_audit_record(record, VERSION, datasets, rows, near)
     also = ", near-duplicates included" if near else ""
     say(f"audit: {rows} images in {time.monotonic() - start:.1f} s, none in two splits{also}")
+
+
+def _require_none(record: Path, real: MaskPromptDataset, failures: Sequence[Finding], fix: str) -> None:
+    """Check that there are no failures.
+
+    Raises:
+        LeakedImages: there are some; `fix` says what to do about real images.
+    """
+    if not failures:
+        return
+    leaks = list(map(failure_row, failures))
+    found = leaks_in_words(record, list(map(failure_text, failures)), leaks)
+    remedy = SYNTHETIC_FIX if all(finding.problem == "datasets" for finding in failures) else fix
+    wrong = f"{real.folder}: {len(failures)} pair(s) of images make results wrong: {found}"
+    raise LeakedImages(wrong, remedy, files_of_leaks(leaks))
 
 
 def looks_for_near_duplicates(dataset: MaskPromptDataset) -> bool:
@@ -138,14 +155,32 @@ def _image_values(number: int, dataset: MaskPromptDataset) -> Iterator[tuple[Any
             yield number, split, row["sample_id"], row["group_id"], label, pixel_digest(image), is_blank(image)
 
 
-def _require_no_near_duplicates(dataset: MaskPromptDataset) -> None:
-    """Run `verify --near` in a separate process: `data_prep` finds near-duplicates, and is a stage.
+def _near_duplicates(dataset: MaskPromptDataset) -> list[Finding]:
+    """Return the failures that `verify --near` finds, in a separate process: `data_prep` is a stage.
 
     Raises:
-        MaskLoomError: `verify` failed; with its own message.
+        MaskLoomError: `verify` failed for another reason; with its own message.
     """
-    command = [sys.executable, "-m", "maskloom.data_prep", "verify", str(dataset.folder), "--near"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
+    with TemporaryDirectory(prefix="maskloom-near-") as folder:
+        file = Path(folder) / "audit.json"
+        command = [
+            sys.executable,
+            "-m",
+            "maskloom.data_prep",
+            "verify",
+            str(dataset.folder),
+            "--near",
+            "--json",
+            str(file),
+        ]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        listed = json.loads(file.read_text(encoding="utf-8"))["findings"] if file.is_file() else []
+    failures = [
+        Finding(**{**one, "first": Place(**one["first"]), "second": Place(**one["second"])})
+        for one in listed
+        if one["fails"]
+    ]
+    if answer.returncode and not failures:
         lines = answer.stderr.strip().splitlines() or [f"{' '.join(command)}: exit code {answer.returncode}"]
         raise MaskLoomError(one_line(lines[-1]).removeprefix("error: "))
+    return failures

@@ -31,9 +31,10 @@ def dice_cases(
 def class_cases(
     arms: Mapping[str, np.ndarray], labels: Sequence[int], names: Sequence[str], groups: Sequence[str] | None = None
 ) -> ScoredTestSet:
-    """Return the cases of classifiers with the probabilities (S, N, K)."""
+    """Return the cases of classifiers with probabilities in proportion to (S, N, K)."""
     found = {}
     for name, values in arms.items():
+        values = values / values.sum(axis=-1, keepdims=True)
         truth = np.tile(np.asarray(labels) == np.arange(len(names))[:, None], (len(values), 1, 1)).astype(float)
         scores = {f"probability of {one}": values[..., k] for k, one in enumerate(names)}
         scores |= {f"is {one}": truth[:, k] for k, one in enumerate(names)}

@@ -117,8 +117,39 @@ def test_shares_may_be_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str
     "score", ["detected lesions", "number of correct pixels", "volume", "HD95", "overlap (mm)", "my score"]
 )
 def test_what_is_no_share_may_have_any_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str) -> None:
-    read_cases(written(tmp_path / "cases.parquet", rows(value=[999.0, *[0.5] * 11], score=[score] * 12)))
+    read_cases(written(tmp_path / "cases.parquet", rows(value=[417.3, *[0.5] * 11], score=[score] * 12)))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("score", ["my score", "percent detected", "HD95", "FPR", "calibration gap"])
+@pytest.mark.parametrize("code", [9.0, 99.0, 999.0])
+def test_a_code_among_fractions_is_refused_whatever_the_name(tmp_path: Path, score: str, code: float) -> None:
+    table = written(tmp_path / "cases.parquet", rows(value=[code, 0.2, code, *[0.5] * 9], score=[score] * 12))
+    with pytest.raises(MaskLoomError, match=r"as 2 value\(s\) are, and no other is above 1\.5: it looks like a code"):
+        read_cases(table)
+
+
+@pytest.mark.parametrize("values", [[9.0, 1.0, 0.0, 9.0], [9.0, 0.3, 12.0, 0.4], [9.5, 0.3, 0.2, 0.4]])
+def test_counts_and_measures_above_one_are_no_codes(tmp_path: Path, values: list[float]) -> None:
+    read_cases(written(tmp_path / "cases.parquet", rows(value=values * 3, score=["my score"] * 12)))
+
+
+@pytest.mark.parametrize(
+    "score", ["FPR", "miss rate", "my score", "Dice loss", "F1Score", "dicecoef", "true positive rate", "LTPR", "ICC"]
+)
+def test_one_arm_in_percent_is_refused_whatever_the_name(tmp_path: Path, score: str) -> None:
+    values = np.random.default_rng(0).uniform(0.2, 0.8, (2, 30))
+    cases = dice_cases({"real": values, "real_synthetic": 100 * values}, score=score)
+    write_cases(tmp_path / "cases.parquet", [cases])
+    with pytest.raises(MaskLoomError, match="give all of them as shares or all in percent"):
+        read_cases(tmp_path / "cases.parquet")
+
+
+@pytest.mark.parametrize(("score", "factor"), [("HD95 (mm)", 100.0), ("my score", 10.0), ("volume", 1000.0)])
+def test_other_scales_are_not_taken_for_percent(tmp_path: Path, score: str, factor: float) -> None:
+    values = np.random.default_rng(0).uniform(0.2, 0.8, (2, 30))
+    write_cases(tmp_path / "cases.parquet", [dice_cases({"real": values, "arm": factor * values}, score=score)])
+    read_cases(tmp_path / "cases.parquet")
 
 
 def test_single_cases_of_less_than_a_percent_are_bad_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,8 @@ def test_the_finding_is_what_was_planted(gain: float, finding: str) -> None:
 def test_shares_that_differ_by_what_rounding_causes_are_no_benefit(gain: float, finding: str) -> None:
     arm = BASE + gain + np.random.default_rng(1).normal(0, 1e-4, BASE.shape)
     assert one(dice_cases({"real": BASE, "real_synthetic": arm})).finding == finding
+    percent = dice_cases({"real": 100 * BASE, "real_synthetic": 100 * arm})
+    assert one(percent).finding == finding
     distances = dice_cases({"real": BASE, "real_synthetic": arm}, score="HD95")
     assert one(distances, score="HD95").finding == ("hurt" if gain > 0 else "helped")  # its unit may be anything
 
@@ -101,6 +103,23 @@ CLASSES_OF_BAD_NAMES = ("bone loss", "refractive error", "missed by readers", "H
         *("TPR@FPR=0.05", "TPR@5%FPR", "sensitivity_at_2_fp", "Sensitivity @ 2 FPs/image", "recall@FPR 5%"),
         *("pAUC@FPR<0.1", "partial AUC (FPR<0.1)", "PPV without false positives", "recall given false alarms"),
         *("brier_skill_score", "distance correlation", "correctly detected lesions"),
+        *(
+            "F1Score",
+            "f1score",
+            "IoUScore",
+            "dicecoef",
+            "dicecoefficient",
+            "softdice",
+            "AUROCscore",
+            "balancedaccuracy",
+        ),
+        *(
+            "normalized surface distance",
+            "Normalised_Surface_Distance_2mm",
+            "true positive rate",
+            "LTPR",
+            "jaccardindex",
+        ),
         *("inverse HD95", "volume similarity", "clDice", "negative predictive value", "sensitivity_fp1"),
     ],
 )
@@ -121,6 +140,7 @@ def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
         *("NMSE", "logloss", "crossentropy", "FPR95", "FPR@95%TPR", "FPPI", "RMSD", "MSSD", "AHD", "MedAE"),
         *("missrate", "volume_diff", "ECE15", "KL", "EMD", "MSELoss", "BCEWithLogits", "FN per detected lesion"),
         *("negative Dice", "1-TPR", "1 minus Dice", "One minus recall", "Jaccard distance", "Dice distance"),
+        *("hausdorffdistance", "ASSDmm", "crossentropyloss", "softdiceloss", "surface distance error"),
         *("Dice complement", "lesions not detected", "correlation distance", "Dice std"),
     ],
 )
@@ -632,6 +652,10 @@ def without_one_class_in_an_arm(cases: ScoredTestSet) -> ScoredTestSet:
             "'real_synthetic' has no rows 'probability of a'",
         ),
         (lambda arms: arms["real"]["probability of b"].__imul__(3), "'probability of b' is not between 0 and 1"),
+        (
+            lambda arms: arms["real"]["probability of b"].__imul__(0.5),
+            r"arm 'real': the probabilities of a case sum to 0\.\d+; they must sum to 1",
+        ),
         (lambda arms: [one["is a"].fill(1) for one in arms.values()], "a case needs the value 1 in one of the rows"),
     ],
 )

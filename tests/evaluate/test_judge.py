@@ -771,3 +771,43 @@ def test_foreign_files_in_the_place_of_the_result_stay(real: Path, tmp_path: Pat
     with pytest.raises(MaskLoomError, match=r"holds dataset, which MaskLoom did not write"):
         judged(real, write_classes(tmp_path / "vendor", 2, 4), tmp_path / "out", quick)
     assert (tmp_path / "out" / "dataset" / "mine.txt").read_text() == "mine"
+
+
+def test_images_without_classes_beside_classes_get_a_report(real: Path, tmp_path: Path, quick: Path) -> None:
+    synthetic, out = tmp_path / "vendor", tmp_path / "out"
+    synthetic.mkdir()
+    for number in range(12):
+        Image.fromarray(scan(2, number)[0]).save(synthetic / f"img{number}.png")
+    judged(real, synthetic, out, quick)
+    page = (out / "report.html").read_text()
+    assert "12 images have no class" in page or "No image has a class" in page
+
+
+def test_masks_that_fit_nothing_are_not_taken_for_images(real: Path, tmp_path: Path, quick: Path) -> None:
+    synthetic = write_classes(tmp_path / "vendor", 2, 12)
+    words = ["judge", "--real", real, "--synthetic", synthetic, "--out", tmp_path / "out", "--config", quick]
+    words += ["synthetic.options.masks='nope/{stem}.png'"]
+    done = subprocess.run([sys.executable, "-m", "maskloom.evaluate", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2 and "masks=nope/{stem}.png" in done.stdout + done.stderr
+    assert "synthetic.options.masks=nope/{stem}.png: no file in --synthetic" in done.stderr
+
+
+def test_an_image_that_the_table_does_not_list_is_counted_as_not_judged(
+    real: Path, tmp_path: Path, quick: Path
+) -> None:
+    synthetic, out = write_classes(tmp_path / "vendor", 2, 12, masks=False), tmp_path / "out"
+    files = sorted(path.relative_to(synthetic).as_posix() for path in synthetic.rglob("*.png"))
+    (synthetic / "list.csv").write_text(
+        "\n".join(["file,class", *(f"{file},{Path(file).parent}" for file in files[1:])])
+    )
+    given = judged(real, synthetic, out, quick)[1]
+    assert given.num_rows == 11
+    (place,) = (out / "cache").glob("given-*")
+    assert "not in list.csv" in (place / "dataset" / "rejected.jsonl").read_text()
+    assert "1 files could not be used" in (out / "report.html").read_text()
+
+
+def test_unknown_keys_of_the_synthetic_images_are_found_first(real: Path, tmp_path: Path, quick: Path) -> None:
+    with pytest.raises(MaskLoomError, match=r"^synthetic\.option: no such key; did you mean 'options'\?"):
+        judged(real, write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out", quick, "synthetic.option.masks=x")
+    assert not (tmp_path / "out").exists()

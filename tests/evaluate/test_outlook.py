@@ -1,5 +1,7 @@
 """What would change a verdict."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,16 @@ def test_the_least_number_is_found_or_none() -> None:
     assert number_needed(lambda count: 1 / count, 3, 0.05) == 20
     assert number_needed(lambda count: 0.1 + 1 / count, 3, 0.05) is None
     assert number_needed(lambda count: 0.0, 3, 0.05) == 2
+
+
+def test_as_many_groups_leave_everything_as_it_is() -> None:
+    """Also where the seeds' means vary less than single cases explain."""
+    for offsets in (0.0, 0.02):
+        arm = BASE + offsets * np.arange(4)[:, None] + np.random.default_rng(1).normal(0, 0.05, BASE.shape)
+        variance = difference_variance(arm, GROUPS, BASE)[1]
+        for one in (variance, replace(variance, seeds=variance.rest / 30)):
+            assert one.with_groups(20, 20) == one
+            assert one.with_groups(20, 80).draws().mean() < one.draws().mean()
 
 
 def test_four_times_the_groups_leave_the_variance_of_seeds() -> None:

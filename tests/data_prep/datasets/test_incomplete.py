@@ -35,12 +35,14 @@ def test_a_folder(tmp_path: Path) -> None:
 def test_a_table_with_an_empty_class(tmp_path: Path) -> None:
     folder.write_raw(tmp_path)
     files = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "images").rglob("*.png"))
+    unlisted = sum(1 for path in (tmp_path / "images").rglob("*.*") if path.suffix != ".png")
     rows = [f"{file},{'' if number == 0 else 'ab'[number % 2]}" for number, file in enumerate(files)]
     (tmp_path / "t.csv").write_text("\n".join(["file,class", *rows]))
     options = {"modality": "x", "table": "t.csv", "image_column": "file", "label_column": "class"}
-    assert len(entries(opened("folder", tmp_path, **options))[1]) == 1
+    assert [one.reason for one in entries(opened("folder", tmp_path, **options))[1]].count("not in t.csv") == unlisted
+    assert len(entries(opened("folder", tmp_path, **options))[1]) == 1 + unlisted
     items, rejects = entries(opened("folder", tmp_path, **options, keep_incomplete=True))
-    assert Counter(item.label for item in items)[None] == 1 and not rejects
+    assert Counter(item.label for item in items)[None] == 1 and len(rejects) == unlisted
     (tmp_path / "t.csv").write_text("\n".join(["file,class", *(f"{file}," for file in files)]))
     assert opened("folder", tmp_path, **options, keep_incomplete=True).info().labels == ()
 
@@ -75,6 +77,10 @@ def test_metadata_without_masks_and_classes(tmp_path: Path) -> None:
     assert len(entries(opened("hf_folder", tmp_path))[1]) == 1
     items, rejects = entries(opened("hf_folder", tmp_path, keep_incomplete=True))
     assert len(items) == 20 and not rejects
+    assert all(Path(item.path).is_file() and Path(item.path).suffix == ".png" for item in items)
+    shutil.copyfile(items[0].path, tmp_path / "train" / "unlisted.png")
+    (reject,) = entries(opened("hf_folder", tmp_path, keep_incomplete=True))[1]
+    assert reject.path.endswith("train/unlisted.png") and reject.reason.startswith("no row of metadata.jsonl or")
     assert [(item.label, item.group) for item in items if item.key[1] is None] == [(None, None)]
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from maskloom.pipeline.dataset.contract import Parent
 from maskloom.pipeline.dataset.verification import verify_quickly
-from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import LeakedImages, MaskLoomError
 from maskloom.pipeline.runs import leaks
 from maskloom.pipeline.runs.leaks import require_no_leaks
 from maskloom.pipeline.runs.run import Run
+from maskloom.pipeline.runs.sample_files import write_sample_files
 from tests.data_prep.audit.test_audit import darker, picture
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 
@@ -228,7 +229,8 @@ def near_copy(parts):
 def test_near_duplicates_stop_the_run_where_groups_were_meant_to_catch_them(run, monkeypatch):
     asked = planted(run, near_copy, preprocessing=NEAR)
     with pytest.raises(
-        MaskLoomError, match=r"near-duplicates in two splits: train-0001 \(train\) and test-0001 \(test\)"
+        LeakedImages,
+        match=r"1 pair\(s\) of .*near-duplicates in two splits: train-0001 \(train\) and test-0001 \(test\); near-dup.*raw images",
     ):
         require_no_leaks(run, [asked])
     monkeypatch.setattr(leaks, "NEAR_LIMIT", 17)
@@ -247,3 +249,27 @@ def test_memory_does_not_grow_with_the_dataset(run):
 
     peak(70)  # imports
     assert peak(640) < 1.2 * peak(160)
+
+
+def test_where_the_audit_itself_fails_its_message_is_passed_on(run):
+    dataset = planted(run, near_copy, preprocessing=NEAR)
+    shard = next((run.dataset / "data").glob("train-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(MaskLoomError, match=r"train-.*parquet") as error:
+        leaks._near_duplicates(dataset)
+    assert not isinstance(error.value, LeakedImages)
+
+
+def test_every_leak_is_listed_with_the_raw_files(run):
+    def leak(parts):
+        for number in range(4):
+            same_image("test", "train", number)(parts)
+
+    asked = planted(run, leak)
+    write_sample_files(run.dataset, [(f"train-{number:04d}", f"raw/{number}.png") for number in range(4)])
+    with pytest.raises(LeakedImages, match=r"4 pair\(s\).*files: train-000(\d) is raw/\1\.png"):
+        require_no_leaks(run, [asked])
+    (listed,) = run.logs("audit").glob("*-leaked.jsonl")
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [row["shows_file"] for row in rows] == [f"raw/{row['shows'][-1]}.png" for row in rows]
+    assert len(rows) == 4 and {row["image_file"] for row in rows} == {None}
