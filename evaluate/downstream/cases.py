@@ -36,6 +36,7 @@ TEXT_COLUMNS = ("metric", "test_set", "arm", "sample_id", "group_id", "score")
 COLUMNS = ("metric", "test_set", "arm", "seed", "sample_id", "group_id", "score", "value")
 LARGEST = 1e9
 PROBABILITY, TRUTH = "probability of ", "is "
+AGAIN = " (once more)"
 """How the raw rows of a classifier begin; the class follows."""
 NAMES = ("metric", "test_set", "arm", "score")
 KEY = ("metric", "test_set", "arm", "seed", "sample_id", "score")
@@ -101,6 +102,22 @@ class ScoredTestSet:
         """Yield the (S, N) values of every arm and score."""
         for arm in self.arms.values():
             yield from arm.values.values()
+
+
+def with_groups_again(cases: ScoredTestSet, again: Collection[str]) -> ScoredTestSet:
+    """Return the cases, and those of some groups once more, as if other patients were like these."""
+    rows = [row for row, group in enumerate(cases.groups) if group in again]
+    samples = (*cases.samples, *(f"{cases.samples[row]}{AGAIN}" for row in rows))
+    order = sorted(range(len(samples)), key=samples.__getitem__)
+    kept = [*range(len(cases.samples)), *rows]
+    groups = (*cases.groups, *(f"{cases.groups[row]}{AGAIN}" for row in rows))
+    arms = {
+        name: ArmCases(arm.seeds, {score: values[:, kept][:, order] for score, values in arm.values.items()})
+        for name, arm in cases.arms.items()
+    }
+    return replace(
+        cases, samples=tuple(samples[one] for one in order), groups=tuple(groups[one] for one in order), arms=arms
+    )
 
 
 def subset(cases: ScoredTestSet, samples: Collection[str], arms: Collection[str]) -> ScoredTestSet:

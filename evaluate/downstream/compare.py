@@ -11,7 +11,8 @@ What is compared, for each arm, test set and score:
    most 5 % (and the difference of shares not below 0.0005), else `no clear benefit`; `cannot tell` under 6 groups (10 of each class, for means over
    classes) or 3 seeds, where results are missing in a way that may hide the worst ones (more than 2 %
    of the cases, or the worst values there would undo the finding), where one training stands under
-   two seeds, or where a few groups differ strongly the other way.
+   two seeds, or where a few groups differ strongly the other way (of 30 groups or more, if two more like them
+   undo the finding).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from maskloom.evaluate.downstream.arms import NULL_ARM
-from maskloom.evaluate.downstream.cases import PROBABILITY, TRUTH, ScoredTestSet
+from maskloom.evaluate.downstream.cases import PROBABILITY, TRUTH, ScoredTestSet, with_groups_again
 from maskloom.evaluate.downstream.directions import LOWER, direction, is_share
 from maskloom.evaluate.downstream.pairing import (
     Pair,
@@ -57,6 +58,8 @@ MISSING_SHARE = 0.02
 """Share of cases that may be undefined for some models and defined for others."""
 MOST_SKEWNESS = 1.5
 """Skewness of the groups' differences, against their mean, from which a finding is not told."""
+ENOUGH_GROUPS, COUNTED_TWICE = 30, 2
+"""Groups from which on such a finding is told all the same if it stays when the most opposed groups are counted twice."""
 NEGLIGIBLE = 0.0005
 """Differences of shares that are printed as 0.000 are no benefit: rounding can cause them, and they are of no use."""
 UNDONE = "some cases are not defined for all models, and with the worst values there nothing is found"
@@ -320,21 +323,36 @@ def _missing_values_oppose(cases: ScoredTestSet, one: Comparison, favoured: str)
     again = compare_arm(
         with_worst_values(cases, favoured, other, one.score, lower), one.arm, one.baseline, one.score, one.better
     )
-    if again.reason or again.p is None or again.difference is None:
-        return UNDONE
-    adjustment = one.p_holm / one.p if one.p and one.p_holm else 1.0
-    stays = again.p * adjustment <= 1 - LEVEL and (again.difference > 0) == ((one.difference or 0.0) > 0)
-    return "" if stays else UNDONE
+    return "" if not again.reason and _stays(one, again) else UNDONE
 
 
 def _few_groups_oppose(cases: ScoredTestSet, one: Comparison) -> bool:
     """Return whether the groups' differences are strongly skewed against their mean.
 
-    A long tail that is barely sampled moves the mean away from it, and makes the interval too short.
+    A long tail that is barely sampled moves the mean away from it, and makes the interval too short. Of
+    `ENOUGH_GROUPS` or more, it does not matter if the finding stays when the groups that oppose most are
+    counted twice, as if others like them were missing.
     """
     pair = paired_values(cases, one.arm, one.baseline, one.score)
     arm, baseline = (contributions(side)[one.score].mean(axis=0) for side in (pair.arm, pair.baseline))
-    return group_skewness(arm - baseline, pair.groups) * np.sign(one.difference or 0.0) < -MOST_SKEWNESS
+    favour = (arm - baseline) * np.sign(one.difference or 0.0)
+    if group_skewness(favour, pair.groups) >= -MOST_SKEWNESS:
+        return False
+    names, numbers = np.unique(pair.groups, return_inverse=True)
+    if len(names) < ENOUGH_GROUPS:
+        return True
+    opposing = names[np.argsort(np.bincount(numbers, favour) / np.bincount(numbers), kind="stable")[:COUNTED_TWICE]]
+    more = with_groups_again(cases, set(opposing.tolist()))
+    again = compare_arm(more, one.arm, one.baseline, one.score, one.better)
+    return not _stays(one, again)
+
+
+def _stays(one: Comparison, again: Comparison) -> bool:
+    """Return whether a finding stays in another comparison of the same arms, with the same adjustment."""
+    if again.p is None or again.difference is None:
+        return False
+    adjustment = one.p_holm / one.p if one.p and one.p_holm else 1.0
+    return again.p * adjustment <= 1 - LEVEL and (again.difference > 0) == ((one.difference or 0.0) > 0)
 
 
 def reason_not_to_tell(pair: Pair, values: Floats, score: str, better: str) -> str:
