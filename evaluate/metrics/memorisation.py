@@ -273,6 +273,9 @@ def _limits(extractor: Extractor, judgement: CopyJudgement) -> list[str]:
     return [
         "Passing this audit does not guarantee privacy: it detects copies of whole images and of large parts, not of "
         "small parts or rare attributes.",
+        "Before an evaluation, held-out images are searched for among the synthetic ones in the same way, and stop it. "
+        "Copies and held-out images that are turned by other angles than 90 degrees, squeezed, strongly blurred, covered in "
+        "part or beside another image may pass both searches.",
         f"Features: Euclidean distance, {extractor.title}. Pixels: 1 - correlation at {SIDE} x {SIDE}, best over flips "
         f"and {CROP:.0%} crops of the synthetic image.",
         average_sentence(judgement),
