@@ -162,7 +162,7 @@ class Adapter(DatasetAdapter):
         yield from self._unlisted()
 
     def _unlisted(self) -> Iterator[Reject]:
-        """Yield the pictures beside tables of metadata that no row names, but for those whose names say that they are masks."""
+        """Yield the pictures that no table names, but for those whose names say that they are masks."""
         tables = [table for table in self._tables if not table.is_parquet]
         cells = (
             self._cell(table, number, row, meaning)
@@ -171,9 +171,9 @@ class Adapter(DatasetAdapter):
             for meaning in ("image", "mask")
         )
         named = {as_seen(cell.file) for cell in cells if cell is not None}
-        for file in FilePool(self._root, "**/*").files if tables else ():
+        for file in FilePool(self._root, "**/*").files:
             if file.lower().endswith(READ_SUFFIXES) and as_seen(file) not in named and not names_a_mask(file):
-                yield Reject(str(self._root / file), f"no row of {' or '.join(METADATA)} names this image")
+                yield Reject(str(self._root / file), f"no {' or '.join(METADATA)} names this image")
 
     def load(self, item: RawItem) -> RawImage:
         """Decode an image and its mask.

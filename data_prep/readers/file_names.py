@@ -17,7 +17,9 @@ from maskloom.pipeline.errors import MaskLoomError
 # Files created by file managers. Hidden files, such as `.DS_Store` and resource forks
 # `._image.png`, count as well.
 SYSTEM_NAMES = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin"})
-MASK_WORDS = re.compile(r"mask|label|segm|annot|ground.?truth|(?<![a-z])(seg|gt)(?![a-z])")
+MASK_WORDS = re.compile(
+    r"(?<!un)masks?(?!ed)|(?<![a-z])(labels?(tr|ts)?|seg|segm[a-z]*|annot[a-z]*|ground.?truth|gt)(?![a-z])"
+)
 NO_TEXT = "its name is not valid UTF-8; rename it"
 
 

@@ -21,9 +21,6 @@ class ByteVectors:
         self.numbers = np.zeros((count, *shape), np.int8)
         self.factors = np.zeros((count, *shape[:-1], 1), np.float32)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
     def put(self, rows: slice, vectors: Floats) -> None:
         """Store rows, (N, *shape)."""
         factors = np.abs(vectors).max(axis=-1, keepdims=True, initial=0) / LARGEST

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from maskloom.data_prep.parts import without_taken_ids
+from maskloom.data_prep.readers.file_names import names_a_mask
 from maskloom.data_prep.splitting.groups import Found, consistent_rows
 from maskloom.pipeline.errors import MaskLoomError, RejectedSample
 from tests.data_prep.datasets.test_folder import COLUMNS, adapter, listed, masks_of, save, square, table, tree
@@ -173,3 +174,19 @@ def test_a_jpeg_mask_is_read_as_one_whatever_its_ending(tmp_path):
     (tmp_path / "masks/1.jpg").rename(tmp_path / "masks/1.png")
     folder = adapter(tmp_path, masks="masks/{stem}.*")
     np.testing.assert_array_equal(folder.load(next(folder.scan())).mask, as_jpeg)
+
+
+@pytest.mark.parametrize(
+    "file", ["masks/1.png", "1_mask.png", "Mask_2.png", "labelsTr/1.png", "gt/1.png", "1-seg.png", "ground_truth/a.png"]
+)
+def test_names_of_masks(file):
+    assert names_a_mask(file)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["images/1.png", "unlabelled/1.png", "unlabeled.png", "unmasked/1.png", "masked/1.png", "segovia.png", "gtx.png"],
+)
+def test_names_of_other_pictures(file):
+    """A picture that is taken for a mask is not told where no table lists it."""
+    assert not names_a_mask(file)

@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from maskloom.data_prep.adapter import DatasetAdapter, RawItem, Reject
 from maskloom.data_prep.sources import load_adapter
 from tests.writers import folder, hf_folder, nnunet_folder
@@ -80,7 +82,7 @@ def test_metadata_without_masks_and_classes(tmp_path: Path) -> None:
     assert all(Path(item.path).is_file() and Path(item.path).suffix == ".png" for item in items)
     shutil.copyfile(items[0].path, tmp_path / "train" / "unlisted.png")
     (reject,) = entries(opened("hf_folder", tmp_path, keep_incomplete=True))[1]
-    assert reject.path.endswith("train/unlisted.png") and reject.reason.startswith("no row of metadata.jsonl or")
+    assert reject.path.endswith("train/unlisted.png") and reject.reason.startswith("no metadata.jsonl or")
     assert [(item.label, item.group) for item in items if item.key[1] is None] == [(None, None)]
 
 
@@ -89,3 +91,12 @@ def test_files_of_a_single_split_divide_nothing(tmp_path: Path) -> None:
     assert {item.split for item in entries(opened("hf_folder", tmp_path))[0]} == {None}
     hf_folder.write_rows(tmp_path / hf_folder.file_of("test"), hf_folder.rows_of("test"))
     assert {item.split for item in entries(opened("hf_folder", tmp_path))[0]} == {"train", "test"}
+
+
+def test_a_picture_beside_parquet_files_is_told(tmp_path: Path) -> None:
+    hf_folder.write_raw(tmp_path)
+    before = entries(opened("hf_folder", tmp_path))
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "stray.png")
+    items, rejects = entries(opened("hf_folder", tmp_path))
+    assert len(items) == len(before[0])
+    assert [one.path for one in rejects if one not in before[1]] == [str(tmp_path / "data" / "stray.png")]
