@@ -39,6 +39,7 @@ from maskloom.evaluate.scores.descriptors import (
     has_bars,
     is_padded,
     oriented,
+    oriented_box,
     part_cosines,
     patch_neighbours,
     patch_places,
@@ -234,15 +235,15 @@ class CopySearch:
         if self.trims:
             images = np.stack([without_padding(image) for image in images])
         plain = halved(images.astype(np.float32))
-        wholes = self.whiten_windows(wholes_of(plain))
+        contents, wholes = [content_box(one) for one in plain], self.whiten_windows(wholes_of(plain))
         if self.crops_only:
             nothing = np.zeros((len(images), 0, 0), np.float32)
-            return Described(plain, nothing, Vectors(wholes, nothing, nothing))
+            return Described(plain, nothing, contents, Vectors(wholes, nothing, nothing))
         textures = textures_of(images)
         patches = np.empty((len(images), ORIENTATIONS, *self.patches.numbers.shape[1:]), np.float32)
         for turn in range(ORIENTATIONS):
             patches[:, turn] = self.whiten_patches(patches_of(oriented(halved(textures), turn)))
-        return Described(plain, textures, Vectors(wholes, self.whiten_windows(windows_of(plain)), patches))
+        return Described(plain, textures, contents, Vectors(wholes, self.whiten_windows(windows_of(plain)), patches))
 
     def _cosines(self, images: Vectors) -> tuple[Floats, Floats]:
         """Return the best cosines with every training image, (N, T): of whole images, and of patches.
@@ -323,7 +324,7 @@ class CopySearch:
         mine, original = oriented(block.plain[row], turn), halved(self._shown([index])[0].astype(np.float32))
         start = box_transform(boxes()[0], boxes()[box])
         found = [(original, mine, start) if direction else (mine, original, start)]
-        content, other = content_box(mine), self.contents[index]
+        content, other = oriented_box(block.contents[row], turn), self.contents[index]
         if np.abs(np.subtract(content, other)).max() > LEAST_PADDING:
             found.append((original, mine, box_transform(other, content)))
         return found

@@ -70,11 +70,13 @@ class Described:
     Attributes:
         plain: (N, 64, 64) thumbnails.
         textures: (N, 128, 128).
+        contents: the area of each thumbnail without black or white rows and columns around it.
         vectors: the short descriptors.
     """
 
     plain: Floats
     textures: Floats
+    contents: list[Box]
     vectors: Vectors
 
 
@@ -190,6 +192,14 @@ def oriented(images: Floats, turn: int) -> Floats:
     """Return (..., H, H) images in one of the eight orientations; from 4 on also mirrored."""
     turned = np.rot90(images, turn % 4, axes=(-2, -1))
     return turned[..., ::-1] if turn >= 4 else turned
+
+
+def oriented_box(box: Box, turn: int) -> Box:
+    """Return where an area of an image lies in one of its eight orientations."""
+    top, left, bottom, right = box
+    for _ in range(turn % 4):
+        top, left, bottom, right = 1 - right, top, 1 - left, bottom
+    return (top, 1 - right, bottom, 1 - left) if turn >= 4 else (top, left, bottom, right)
 
 
 def halved(images: Floats) -> Floats:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
 KERNEL = 11
+PAIRS = 16  # compared at a time
 
 
 def usable_scales(size: tuple[int, int]) -> int:
@@ -48,11 +49,15 @@ def pair_similarities(images: NDArray[np.uint8], pairs: NDArray[np.int64]) -> ND
     import torch
     from monai.metrics.regression import MultiScaleSSIMMetric
 
+    from maskloom.evaluate.scores.threads import thread_results
+
     weights = SCALE_WEIGHTS[: usable_scales((images.shape[1], images.shape[2]))]
-    metric = MultiScaleSSIMMetric(2, data_range=255.0, kernel_size=KERNEL, weights=[w / sum(weights) for w in weights])
+    weights = [one / sum(weights) for one in weights]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    found = [
-        torch.as_tensor(metric(pixels[part[:, 0]].float(), pixels[part[:, 1]].float())).flatten()
-        for part in np.array_split(pairs, max(1, len(pairs) // 32))
-    ]
-    return np.asarray(torch.cat(found).double().numpy())
+
+    def similarities(part: NDArray[np.int64]) -> NDArray[np.float64]:
+        metric = MultiScaleSSIMMetric(2, data_range=255.0, kernel_size=KERNEL, weights=weights)
+        found = metric(pixels[part[:, 0]].float(), pixels[part[:, 1]].float())
+        return np.asarray(torch.as_tensor(found).flatten().double().numpy())
+
+    return np.concatenate(list(thread_results(similarities, np.array_split(pairs, max(1, len(pairs) // PAIRS)))))

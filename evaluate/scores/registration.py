@@ -161,9 +161,9 @@ def texture(images: Tensor, band: tuple[float, float]) -> Tensor:
 
 
 def maximised_correlation(a: Tensor, b: Tensor, shared: Tensor, basis: Basis, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the largest correlations that Gauss-Newton steps reach, (P,), and the displacements there.
+    """Return the largest absolute correlations that Gauss-Newton steps reach, (P,), and the displacements there.
 
-    A correlation is -1 where too little is shared.
+    It is -1 where too little is shared.
 
     Args:
         a: (P, 64, 64) textures.
@@ -172,19 +172,22 @@ def maximised_correlation(a: Tensor, b: Tensor, shared: Tensor, basis: Basis, st
         basis: the displacements, (P, 2, K), are those of rows and of columns.
         steps: at most so many.
     """
-    a = torch.where(correlation(a, b, shared) >= 0, 1.0, -1.0)[:, None, None] * a
     layers = torch.stack([b, *(slope * (SIDE / 2) for slope in torch.gradient(b, dim=(1, 2)))], dim=1)
     best, best_moved = torch.full((len(a),), -1.0), torch.zeros(len(a), 2, len(basis.kept))
     moved, left = best_moved.clone(), torch.arange(len(a))
     for step in range(steps + 1):
         warped, inside = displaced(layers[left], moved[left], basis)
         inside = inside * shared[left]
-        reached = correlation(a[left], warped[:, 0], inside)
+        (target, _), (current, length) = standardised(a[left], inside), standardised(warped[:, 0], inside)
+        agreement = (target * current).sum(dim=(1, 2))
+        reached = agreement.abs()
         better = (inside.mean(dim=(1, 2)) >= LEAST_OVERLAP) & (reached > best[left] + GAIN)
-        left, warped, inside = left[better], warped[better], inside[better]
+        left = left[better]
         best[left], best_moved[left] = reached[better], moved[left]
         if step < steps:
-            moved[left] += _step(a[left], warped[:, 0], warped[:, 1:], inside, basis)
+            target = torch.where(agreement < 0, -1.0, 1.0)[:, None, None] * target  # of inverted images
+            slopes = warped[:, 1:] * (inside / length)[:, None]
+            moved[left] += _step(target[better], current[better], slopes[better], inside[better], basis)
     return best, best_moved
 
 
@@ -192,14 +195,12 @@ def _step(target: Tensor, current: Tensor, slopes: Tensor, inside: Tensor, basis
     """Return the displacements that increase correlations the most, (P, 2, K).
 
     Args:
-        target: (P, 64, 64).
-        current: (P, 64, 64).
+        target: (P, 64, 64), standardised.
+        current: (P, 64, 64), standardised.
         slopes: (P, 2, 64, 64) derivatives of `current` along its axes.
         inside: (P, 64, 64), 1 where pixels count, else 0.
         basis: of the displacements.
     """
-    (target, _), (current, length) = standardised(target, inside), standardised(current, inside)
-    slopes = slopes * (inside / length)[:, None]
     residual = target - current * (target * current).sum(dim=(1, 2), keepdim=True)
     mean = inside / inside.sum(dim=(1, 2), keepdim=True).sqrt()
     fields = torch.stack([mean, current, residual], dim=1)[:, :, None] * slopes[:, None]
