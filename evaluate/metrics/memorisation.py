@@ -150,11 +150,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
 def nearest_by_space(inputs: EvaluationInputs, extractor: Extractor, sets: list[ImageSet]) -> dict[str, list[Nearest]]:
     """Return, by space, the nearest training image of every image of each set."""
     train_features = set_features(inputs, extractor, inputs.train)
+    by_features = [nearest_features(set_features(inputs, extractor, one), train_features) for one in sets]
+    del train_features
+    inputs.release()  # features need not lie in memory beside pixels
     train_pixels = grey_images(inputs.train, SIDE)
-    return {
-        FEATURES: [nearest_features(set_features(inputs, extractor, one), train_features) for one in sets],
-        PIXELS: [nearest_pixels(grey_images(one, SIDE), train_pixels) for one in sets],
-    }
+    by_pixels = [nearest_pixels(grey_images(one, SIDE), train_pixels) for one in sets]
+    return {FEATURES: by_features, PIXELS: by_pixels}
 
 
 def _audit(

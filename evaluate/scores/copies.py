@@ -63,7 +63,7 @@ from maskloom.pipeline.progress import progress
 Pair = tuple[int, int]  # an image of a block, and a training image
 
 VERIFIED_WHOLES, VERIFIED_BARE, VERIFIED_PARTS = 10, 4, 3  # best matches that are verified
-BLOCK, COMPARED = 32, 2048  # images described at a time, and pairs compared at a time
+BLOCK, COMPARED = 32, 1024  # images described at a time, and pairs compared at a time
 EXHAUSTIVE = 1000  # training images with which every image is compared fully; of more, with its candidates
 CANDIDATES = 48  # training images per image and kind of descriptor
 FEW_PADDED = 0.05  # of the training images; where more have padding, it belongs to the images

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Points = NDArray[np.floating]
 Floats = NDArray[np.float64]
-BLOCK = 512  # points of the left set per block
+BLOCK = 256  # points of the left set per block
 PAIRS = 4096  # pairs whose coordinates are subtracted at a time
 
 

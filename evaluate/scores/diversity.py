@@ -51,8 +51,8 @@ def pair_similarities(images: NDArray[np.uint8], pairs: NDArray[np.int64]) -> ND
 
     from maskloom.evaluate.scores.threads import thread_results
 
-    weights = SCALE_WEIGHTS[: usable_scales((images.shape[1], images.shape[2]))]
-    weights = [one / sum(weights) for one in weights]
+    usable = SCALE_WEIGHTS[: usable_scales((images.shape[1], images.shape[2]))]
+    weights = [one / sum(usable) for one in usable]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def similarities(part: NDArray[np.int64]) -> NDArray[np.float64]:

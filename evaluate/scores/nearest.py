@@ -13,7 +13,8 @@ from maskloom.evaluate.scores.distances import Points, nearest_points
 
 SIDE = 64
 CROP = 0.9  # side of the crops that are tried, as a share of the image's
-CHUNK = 128
+CHUNK = 128  # images whose pixels are in memory as floating-point numbers
+MIDDLE = 128  # grey level; smaller numbers are rounded less
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,34 @@ def nearest_pixels(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Neare
         images: (N, 64, 64) uint8 grey.
         train: (T, 64, 64) uint8 grey.
     """
-    targets = normalised_rows(train)
     index, distance = [], []
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK]
-        correlation = reduce(np.maximum, (normalised_rows(variant) @ targets.T for variant in variants(chunk)))
+    lengths = np.concatenate([_lengths(train[rows]) for rows in _chunks(len(train))])
+    for rows in _chunks(len(images)):
+        tried = [normalised_rows(variant) for variant in variants(images[rows])]
+        correlation = np.concatenate([_largest_products(tried, train[others]) for others in _chunks(len(train))], axis=1)
+        correlation /= lengths
         index.append(correlation.argmax(axis=1))
         distance.append(1 - correlation.max(axis=1))
     return Nearest(np.concatenate(index), np.concatenate(distance).astype(np.float64))
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+
+def _lengths(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the length of each image's row after its mean is subtracted, (N,); 1 for constant images."""
+    length = np.std(images.reshape(len(images), -1), axis=1) * np.sqrt(images[0].size)
+    return np.where(length > 0, length, 1).astype(np.float32)
+
+
+def _largest_products(tried: list[NDArray[np.float32]], train: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the largest product of any variant of N images with T training images, (N, T).
+
+    The variants' rows have a mean of 0, so the mean of a training image does not matter.
+    """
+    columns = (train.reshape(len(train), -1).astype(np.float32) - MIDDLE).T
+    return reduce(np.maximum, (rows @ columns for rows in tried))
 
 
 def variants(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
