@@ -10,7 +10,7 @@ images alone decides nothing: a plain grey image between black bars resembles ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from maskloom.evaluate.scores.byte_vectors import ByteVectors
 from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.evaluate.scores.descriptors import (
+    FEW_PATCH_DIMENSIONS,
     FEW_WINDOW_DIMENSIONS,
-    LEADING,
     LEAST_PADDING,
     ORIENTATIONS,
     PATCH,
@@ -251,35 +251,47 @@ class CopySearch:
         Of many training images, a rough look rules out most: their cosines are 0.
         """
         rows = np.arange(len(self.train))
-        if len(rows) <= EXHAUSTIVE or self.crops_only:  # whose vectors are short
-            return self._compared(images, rows, roughly=False)
-        rough = self._compared(images.roughly(), rows, roughly=True)
-        near = [np.argpartition(-one, CANDIDATES, axis=1)[:, :CANDIDATES] for one in rough]
-        likely = map(np.unique, np.concatenate(near, axis=1))
-        found = [self._compared(images.of(row), one, roughly=False) for row, one in enumerate(likely)]
-        whole, part = map(np.concatenate, zip(*found, strict=True))
-        return whole, part
+        if self.crops_only:  # whose vectors are short
+            whole = self._compared(images, rows, self._whole_cosines)
+            return whole, np.zeros_like(whole)
+        if len(rows) <= EXHAUSTIVE:
+            return self._compared(images, rows, self._whole_cosines), self._compared(images, rows, self._part_cosines)
+        rough, found = images.roughly(), []
+        for look, compare in (
+            (self._rough_whole_cosines, self._whole_cosines),
+            (self._rough_part_cosines, self._part_cosines),
+        ):
+            near = np.argpartition(-self._compared(rough, rows, look), CANDIDATES, axis=1)[:, :CANDIDATES]
+            found.append(np.concatenate([self._compared(images.of(row), one, compare) for row, one in enumerate(near)]))
+        return found[0], found[1]
 
-    def _compared(self, images: Vectors, rows: NDArray[np.int64], roughly: bool) -> tuple[Floats, Floats]:
+    def _compared(
+        self, images: Vectors, rows: NDArray[np.int64], compare: Callable[[Vectors, NDArray[np.int64]], Floats]
+    ) -> Floats:
         """Return the best cosines with some training images, and 0 with all others, (N, T)."""
-        whole, part = (np.zeros((len(images.wholes), len(self.train)), np.float32) for _ in range(2))
-        neighbours, count = rough_neighbours() if roughly else patch_neighbours(), max(1, COMPARED // len(whole))
+        found, count = (
+            np.zeros((len(images.wholes), len(self.train)), np.float32),
+            max(1, COMPARED // len(images.wholes)),
+        )
         for start in range(0, len(rows), count):
             chosen = rows[start : start + count]
-            others = self._vectors(chosen, roughly)
-            whole[:, chosen] = whole_cosines(images, others)
-            if not self.crops_only:
-                part[:, chosen] = part_cosines(images, others, neighbours)
-        return whole, part
+            found[:, chosen] = compare(images, chosen)
+        return found
 
-    def _vectors(self, rows: NDArray[np.int64], roughly: bool) -> Vectors:
-        """Return the vectors of some training images, or what a rough look compares of them."""
-        stored = self.wholes, self.windows, self.patches
-        if roughly:
-            found = [unit_vectors(one.directions(rows, count)) for one, count in zip(stored, LEADING, strict=True)]
-        else:
-            found = [one[rows] for one in stored]
-        return Vectors(found[0], found[1], found[2][:, None])
+    def _whole_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
+        return whole_cosines(images, self.wholes[rows], self.windows[rows])
+
+    def _part_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
+        return part_cosines(images, self.patches[rows], patch_neighbours())
+
+    def _rough_whole_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
+        stored = (one.directions(rows, FEW_WINDOW_DIMENSIONS) for one in (self.wholes, self.windows))
+        return whole_cosines(images, *map(unit_vectors, stored))
+
+    def _rough_part_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
+        return part_cosines(
+            images, unit_vectors(self.patches.directions(rows, FEW_PATCH_DIMENSIONS)), rough_neighbours()
+        )
 
     def _placed(self, block: Described, pair: Pair) -> tuple[int, int, int]:
         """Return orientation, direction (1: the image shows more than the original) and window."""

@@ -29,9 +29,7 @@ HALF, WINDOW, PATCH = SIDE // 2, 32, 16  # sides of thumbnail, window and patch 
 ORIENTATIONS = 8
 WINDOW_GRIDS = ((0.95, 3), (0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
 WINDOW_DIMENSIONS, PATCH_DIMENSIONS = 192, 96
-FEW_WINDOW_DIMENSIONS, FEW_PATCH_DIMENSIONS = WINDOW_DIMENSIONS // 3, PATCH_DIMENSIONS // 3
-LEADING = FEW_WINDOW_DIMENSIONS, FEW_WINDOW_DIMENSIONS, FEW_PATCH_DIMENSIONS
-"""Components of wholes, windows and patches that a rough look compares."""
+FEW_WINDOW_DIMENSIONS, FEW_PATCH_DIMENSIONS = WINDOW_DIMENSIONS // 3, PATCH_DIMENSIONS // 3  # of a rough look
 EXPLAINED = 0.98  # share of the variance; images of few pixels have nothing but noise in the components after it
 REGULARISATION = 0.1  # share of the mean variance; keeps noise from being amplified
 STEP = 4  # of the grid of patches, in thumbnail pixels
@@ -46,7 +44,7 @@ class Vectors:
     Attributes:
         wholes: (N, 8, dimensions), by orientation.
         windows: (N, windows, dimensions).
-        patches: (N, 8, patches, dimensions), by orientation; (N, 1, patches, dimensions) of training images.
+        patches: (N, 8, patches, dimensions), by orientation.
     """
 
     wholes: Floats
@@ -59,8 +57,8 @@ class Vectors:
 
     def roughly(self) -> Vectors:
         """Return the leading components of the vectors."""
-        all_of_them = self.wholes, self.windows, self.patches
-        return Vectors(*(unit_vectors(one[..., :count]) for one, count in zip(all_of_them, LEADING, strict=True)))
+        wholes, windows = (unit_vectors(one[..., :FEW_WINDOW_DIMENSIONS]) for one in (self.wholes, self.windows))
+        return Vectors(wholes, windows, unit_vectors(self.patches[..., :FEW_PATCH_DIMENSIONS]))
 
 
 @dataclass(frozen=True)
@@ -108,17 +106,23 @@ def second_moments(vectors: Floats) -> NDArray[np.float64]:
     return (rows.T @ rows).astype(np.float64)
 
 
-def whole_cosines(images: Vectors, others: Vectors) -> Floats:
-    """Return the best cosine of N whole images with windows of T others, or the reverse where both have them, (N, T)."""
-    crops = best_cosines(images.wholes, others.windows)
-    return np.maximum(crops, best_cosines(images.windows, others.wholes)) if images.windows.size else crops
+def whole_cosines(images: Vectors, wholes: Floats, windows: Floats) -> Floats:
+    """Return the best cosine of N whole images with windows of T others, or the reverse, (N, T).
+
+    Args:
+        images: those of which only wholes were computed are compared as crops alone.
+        wholes: (T, 8, dimensions) of the others; used where the images have windows.
+        windows: (T, windows, dimensions) of the others.
+    """
+    crops = best_cosines(images.wholes, windows)
+    return np.maximum(crops, best_cosines(images.windows, wholes)) if images.windows.size else crops
 
 
-def part_cosines(images: Vectors, others: Vectors, neighbours: Mapping[int, Sequence[int]]) -> Floats:
-    """Return the best cosine of N images' patches with T others', each with its `neighbours`, (N, T)."""
-    best = np.zeros((len(images.patches), len(others.patches)), np.float32)
+def part_cosines(images: Vectors, patches: Floats, neighbours: Mapping[int, Sequence[int]]) -> Floats:
+    """Return the best cosine of N images' patches with T others', (T, patches, dimensions), each with its `neighbours`."""
+    best = np.zeros((len(images.patches), len(patches)), np.float32)
     for mine, theirs in neighbours.items():
-        np.maximum(best, best_cosines(images.patches[:, :, mine], others.patches[:, 0, theirs]), out=best)
+        np.maximum(best, best_cosines(images.patches[:, :, mine], patches[:, theirs]), out=best)
     return best
 
 

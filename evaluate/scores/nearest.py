@@ -47,7 +47,9 @@ def nearest_pixels(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Neare
     lengths = np.concatenate([_lengths(train[rows]) for rows in _chunks(len(train))])
     for rows in _chunks(len(images)):
         tried = [normalised_rows(variant) for variant in variants(images[rows])]
-        correlation = np.concatenate([_largest_products(tried, train[others]) for others in _chunks(len(train))], axis=1)
+        correlation = np.concatenate(
+            [_largest_products(tried, train[others]) for others in _chunks(len(train))], axis=1
+        )
         correlation /= lengths
         index.append(correlation.argmax(axis=1))
         distance.append(1 - correlation.max(axis=1))
