@@ -28,6 +28,7 @@ from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.inputs import EvaluationInputs, grey, in_batches, open_inputs
 from maskloom.evaluate.metrics.memorisation import Options
 from maskloom.evaluate.scores.calibration import group_folds, held_out_share
+from maskloom.evaluate.scores.borders import without_border
 from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches, copy_thresholds
 from maskloom.evaluate.scores.descriptors import SIDE
 from maskloom.evaluate.scores.features import batch_features, load_extractor
@@ -205,8 +206,8 @@ def resized(pictures: Picture, side: int) -> Picture:
 
 
 def at_search_size(pictures: Picture) -> Picture:
-    """Return images at the size at which copies are searched."""
-    return resized(pictures, SIDE)
+    """Return images as the search for copies compares them."""
+    return np.stack([without_border(picture) for picture in resized(pictures, SIDE)])
 
 
 def cropped(picture: Picture, share: float, random: Random) -> Picture:
@@ -227,13 +228,15 @@ def shifted(picture: Picture, share: float, random: Random) -> Picture:
     return moved
 
 
-def padded(picture: Picture, share: float) -> Picture:
-    """Return an image shrunk to a share of its sides, on black."""
+def padded(picture: Picture, share: float, grey: int = 0, random: Random | None = None) -> Picture:
+    """Return an image shrunk to a share of its sides, in the middle of a uniform canvas or anywhere on it."""
     height, width = picture.shape
     rows, columns = round(height * share), round(width * share)
     small = np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC))
-    canvas = np.zeros_like(picture)
+    canvas = np.full_like(picture, grey)
     top, left = (height - rows) // 2, (width - columns) // 2
+    if random is not None:
+        top, left = int(random.integers(height - rows + 1)), int(random.integers(width - columns + 1))
     canvas[top : top + rows, left : left + columns] = small
     return canvas
 
@@ -279,6 +282,9 @@ CHANGES: dict[str, Callable[[Picture, Random], Picture]] = {
     "gamma": lambda picture, random: (255 * (picture / 255) ** random.choice([0.6, 1.6])).round().astype(np.uint8),
     "inversion": lambda picture, random: 255 - picture,
     "padding to 85 %": lambda picture, random: padded(picture, 0.85),
+    "on white": lambda picture, random: padded(picture, 0.85, 255, random),
+    "on grey": lambda picture, random: padded(picture, 0.85, 128, random),
+    "on black": lambda picture, random: padded(picture, 0.85, 0, random),
     "mild elastic": deformed,
     "half of the image": half_copied,
 }

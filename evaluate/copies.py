@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, grey_batches, grey_images
+from maskloom.evaluate.inputs import EvaluationInputs, ImageSet, filled, grey_batches
 from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.results import NAMED_COPIES, CopyRow, named_copies
 from maskloom.pipeline.runs.sample_files import files_in_words
 
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import CopySearch, Matches
-
-    Reader = Callable[[ImageSet], Iterator[NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,6 @@ def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[st
 def calibrated_judge(
     known: Sequence[ImageSet],
     unseen: Sequence[ImageSet],
-    read: Reader | None = None,
     margin: float = 0.0,
 ) -> CopyJudge:
     """Return a judge that finds copies of known images.
@@ -151,22 +148,19 @@ def calibrated_judge(
     Args:
         known: the image sets that are searched.
         unseen: real images of other groups, which set the thresholds.
-        read: yields the images of a set as they are compared; None: `comparable_batches`.
         margin: see `copy_threshold`.
     """
     from maskloom.evaluate.scores.copies import CopySearch
 
-    read = read or comparable_batches
-    search = CopySearch(np.concatenate([batch for one in known for batch in read(one)]))
+    search = CopySearch(np.concatenate([batch for one in known for batch in comparable_batches(one)]))
     originals = [sample for one in known for sample in one.columns["sample_id"]]
-    return CopyJudge(search, originals, *calibration(search, originals, unseen, read, margin))
+    return CopyJudge(search, originals, *calibration(search, originals, unseen, margin))
 
 
 def calibration(
     search: CopySearch,
     originals: list[str],
     unseen: Sequence[ImageSet],
-    read: Reader | None = None,
     margin: float = 0.0,
 ) -> tuple[dict[str, float], list[CopyRow]]:
     """Return the thresholds of copies by measure, and the unseen images that are copies.
@@ -175,13 +169,11 @@ def calibration(
         search: the search among the known images.
         originals: their sample ids.
         unseen: see `calibrated_judge`.
-        read: see `calibrated_judge`.
         margin: see `copy_threshold`.
     """
     from maskloom.evaluate.scores.copies import SIMILARITIES, copy_thresholds
 
-    read = read or comparable_batches
-    matches = [search.matches_in(read(one), len(one)) for one in unseen]
+    matches = [search.matches_in(comparable_batches(one), len(one)) for one in unseen]
     best = {name: np.concatenate([np.zeros(0), *(one.similarity[name] for one in matches)]) for name in SIMILARITIES}
     thresholds = copy_thresholds(best, len(originals), margin)
     copies = [
@@ -242,17 +234,19 @@ def copy_rows(samples: list[str], originals: list[str], found: Matches, threshol
 
 
 def comparable(image_set: ImageSet) -> NDArray[np.uint8]:
-    """Return the images of a set as the search for copies compares them, (N, side, side) grey."""
+    """Return the images of a set as the search for copies compares them, (N, side, side) uint8."""
     from maskloom.evaluate.scores.descriptors import SIDE
 
-    return grey_images(image_set, SIDE)
+    return filled(comparable_batches(image_set), (len(image_set), SIDE, SIDE))
 
 
 def comparable_batches(image_set: ImageSet, rows: Sequence[int] | None = None) -> Iterator[NDArray[np.uint8]]:
-    """Yield what `comparable` returns, up to 64 images at a time; see `ImageSet.batches`."""
+    """Yield images in grey without uniform borders, (B, side, side) uint8; see `ImageSet.batches`."""
+    from maskloom.evaluate.scores.borders import without_border
     from maskloom.evaluate.scores.descriptors import SIDE
 
-    return grey_batches(image_set, SIDE, rows)
+    for batch in grey_batches(image_set, SIDE, rows):
+        yield np.stack([without_border(image) for image in batch])
 
 
 def fisher_z(similarity: NDArray[np.float64] | float) -> NDArray[np.float64]:

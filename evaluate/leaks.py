@@ -10,13 +10,11 @@ images, which are other groups than the held-out ones. The result is kept in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from maskloom.evaluate.copies import CopyJudge, calibrated_judge, comparable_batches, copy_judge, copy_rows, fisher_z
 from maskloom.evaluate.inputs import EvaluationInputs, ImageSet
@@ -32,12 +30,10 @@ from maskloom.pipeline.runs.run import Run
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import Matches
 
-VERSION = 7  # of this check; a new version makes every record stale
+VERSION = 8  # of this check; a new version makes every record stale
 # In Fisher's z. One image stops everything, and some sets have thousands: among real images that
 # thresholds had not seen, none exceeded them by more than 0.25. Altered copies mostly exceed them by 0.7.
 MARGIN = 0.3
-UNIFORM = 8  # grey levels by which a border may vary, as after JPEG
-LEAST_BORDER = 0.03  # of the side
 
 
 def require_no_altered_held_out_images(run: Run, inputs: EvaluationInputs) -> None:
@@ -88,7 +84,7 @@ def held_out_judge(inputs: EvaluationInputs) -> CopyJudge | None:
     descriptors take 36 kB per held-out image.
     """
     known = held_out_sets(inputs)
-    return calibrated_judge(known, [inputs.train], bare_batches, MARGIN) if known else None
+    return calibrated_judge(known, [inputs.train], MARGIN) if known else None
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def leaked_in(inputs: EvaluationInputs, judge: CopyJudge, image_set: ImageSet) -
 def suspects_in(judge: CopyJudge, image_set: ImageSet) -> Suspects:
     """Return the images of a set that resemble held-out ones."""
     samples = image_set.columns["sample_id"]
-    found = judge.search.matches_in(bare_batches(image_set), len(image_set))
+    found = judge.search.matches_in(comparable_batches(image_set), len(image_set))
     names = {row.sample_id for row in copy_rows(samples, judge.originals, found, judge.thresholds)}
     rows = [row for row, sample in enumerate(samples) if sample in names]
     matches = [found.of(row) for row in rows]
@@ -133,7 +129,7 @@ def confirmed(inputs: EvaluationInputs, suspects: Suspects) -> list[CopyRow]:
     """
     if not suspects.rows:
         return []
-    batches = bare_batches(suspects.image_set, suspects.rows)
+    batches = comparable_batches(suspects.image_set, suspects.rows)
     known = copy_judge(inputs).search.matches_in(batches, len(suspects.rows))
     samples = suspects.image_set.columns["sample_id"]
     rows = []
@@ -144,48 +140,6 @@ def confirmed(inputs: EvaluationInputs, suspects: Suspects) -> list[CopyRow]:
         limits = {name: max(one, near_train[name]) for name, one in suspects.thresholds.items()}
         rows += copy_rows([samples[row]], suspects.originals, found, limits)
     return rows
-
-
-def bare_batches(image_set: ImageSet, rows: Sequence[int] | None = None) -> Iterator[NDArray[np.uint8]]:
-    """Yield images of a set as they are compared, (B, side, side), without grey borders.
-
-    See `ImageSet.batches`.
-    """
-    for batch in comparable_batches(image_set, rows):
-        yield np.stack([without_grey_border(image) for image in batch])
-
-
-def without_grey_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return a square grey image without a uniform border on all sides, at its old size.
-
-    Black and white borders stay: the search leaves them out itself, unless they belong to the images.
-    Where black bars made an image square, the border lies within them, and may be white. What is kept is
-    square, so that proportions stay.
-    """
-    side, (top, bottom, left, right) = len(image), _box(image > UNIFORM)
-    shown, barred = image[top:bottom, left:right], (top, bottom, left, right) != (0, side, 0, side)
-    if not shown.size:
-        return image
-    grey = float(np.median(np.concatenate([shown[0], shown[-1], shown[:, 0], shown[:, -1]])))
-    up, low, before, after = _box(np.abs(shown - np.float32(grey)) > UNIFORM)
-    least = min(up, before, shown.shape[0] - low, shown.shape[1] - after)
-    if not UNIFORM < grey < (256 if barred else 255 - UNIFORM) or low == 0 or least < LEAST_BORDER * side:
-        return image
-    low, after, up, before = top + low, left + after, top + up, left + before
-    if barred:  # as the bars around the image without its border
-        bare = np.zeros_like(image)
-        bare[up:low, before:after] = image[up:low, before:after]
-        image = bare
-    kept = max(low - up, after - before)
-    y, x = (min(max(0, (start + end - kept) // 2), side - kept) for start, end in ((up, low), (before, after)))
-    picture = Image.fromarray(image)
-    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + kept, y + kept)))
-
-
-def _box(shown: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Return top, bottom, left and right of the smallest box around all that is shown; zeros for nothing."""
-    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
-    return (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
 def _as_row(image_set: ImageSet, row: CopyRow, split: str, shows: str) -> dict[str, Any]:

@@ -195,35 +195,6 @@ def test_held_out_images_that_only_the_search_for_copies_finds(
     assert error.endswith("or leave it out with generate.generators.NAME=false")
 
 
-def test_only_uniform_grey_borders_are_cut() -> None:
-    image = picture([1], 128, 128)
-    assert leaks.without_grey_border(image) is image
-    black = np.pad(image[:100, :100], 14)
-    assert leaks.without_grey_border(black) is black
-    left = np.pad(image[:, :100], ((0, 0), (28, 0)), constant_values=128)
-    assert leaks.without_grey_border(left) is left
-    assert (leaks.without_grey_border(np.full((128, 128), 90, np.uint8)) == 90).all()
-    wide = np.pad(image[20:80, 14:114], ((34, 34), (14, 14)), constant_values=128)
-    assert leaks.without_grey_border(wide).shape == (128, 128)
-    assert (leaks.without_grey_border(wide)[:20] == 128).all()  # proportions stay
-    grey = np.pad(image[14:114, 14:114], 14, constant_values=128)
-    whole = np.asarray(Image.fromarray(image[14:114, 14:114]).resize((128, 128), Image.Resampling.BICUBIC))
-    assert np.abs(leaks.without_grey_border(grey).astype(int) - whole).mean() < 1
-
-
-@pytest.mark.parametrize("grey", [128, 255])
-def test_a_border_within_the_bars_that_made_an_image_square_is_cut_off(grey: int) -> None:
-    wide = np.clip(picture([1], 128, 128)[24:104], 20, 230)  # (80, 128)
-    original = np.pad(wide, ((24, 24), (0, 0)))
-    assert leaks.without_grey_border(original) is original
-    small = np.asarray(Image.fromarray(wide).resize((108, 68), Image.Resampling.BICUBIC))
-    framed = np.pad(np.pad(small, ((6, 6), (10, 10)), constant_values=grey), ((24, 24), (0, 0)))
-    found = leaks.without_grey_border(framed)
-    assert found is not framed
-    assert np.corrcoef(found.ravel(), original.ravel())[0, 1] > 0.95
-    assert not found[:16].any()
-
-
 def test_train_images_that_only_the_search_for_copies_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(splits: Splits) -> None:
         for index in range(3):

@@ -1,0 +1,43 @@
+"""Uniform borders are cut off before images are compared; black ones, and what belongs to an image, stay."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskloom.evaluate.scores.borders import without_border
+from tests.data_prep.audit.test_audit import picture
+
+
+def test_only_uniform_borders_are_cut() -> None:
+    image = picture([1], 128, 128)
+    assert without_border(image) is image
+    black = np.pad(image[:100, :100], 14)
+    assert without_border(black) is black
+    left = np.pad(image[:, :100], ((0, 0), (28, 0)), constant_values=128)
+    assert without_border(left) is left
+    assert (without_border(np.full((128, 128), 90, np.uint8)) == 90).all()
+    wide = np.pad(image[20:80, 14:114], ((34, 34), (14, 14)), constant_values=128)
+    assert without_border(wide).shape == (128, 128)
+    assert (without_border(wide)[:20] == 128).all()  # proportions stay
+
+
+@pytest.mark.parametrize("grey", [30, 128, 255])
+@pytest.mark.parametrize("place", [((14, 14), (14, 14)), ((28, 0), (0, 28)), ((0, 28), (3, 25))])
+def test_a_border_of_any_grey_and_place_is_cut(grey: int, place: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    image = picture([1], 128, 128)
+    padded = np.pad(image[14:114, 14:114], place, constant_values=grey)
+    whole = np.asarray(Image.fromarray(image[14:114, 14:114]).resize((128, 128), Image.Resampling.BICUBIC))
+    assert np.abs(without_border(padded).astype(int) - whole).mean() < 1
+
+
+@pytest.mark.parametrize("grey", [128, 255])
+def test_a_border_within_the_bars_that_made_an_image_square_is_cut_off(grey: int) -> None:
+    wide = np.clip(picture([1], 128, 128)[24:104], 20, 230)  # (80, 128)
+    original = np.pad(wide, ((24, 24), (0, 0)))
+    assert without_border(original) is original
+    small = np.asarray(Image.fromarray(wide).resize((108, 68), Image.Resampling.BICUBIC))
+    framed = np.pad(np.pad(small, ((6, 6), (10, 10)), constant_values=grey), ((24, 24), (0, 0)))
+    found = without_border(framed)
+    assert found is not framed
+    assert np.corrcoef(found.ravel(), original.ravel())[0, 1] > 0.95
+    assert not found[:16].any()
