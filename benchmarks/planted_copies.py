@@ -27,8 +27,8 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from maskloom.evaluate.copies import copy_rows
 from maskloom.evaluate.inputs import EvaluationInputs, grey, in_batches, open_inputs
 from maskloom.evaluate.metrics.memorisation import Options
-from maskloom.evaluate.scores.calibration import group_folds, held_out_share
 from maskloom.evaluate.scores.borders import without_border
+from maskloom.evaluate.scores.calibration import group_folds, held_out_share
 from maskloom.evaluate.scores.copies import SIMILARITIES, CopySearch, Matches, copy_thresholds
 from maskloom.evaluate.scores.descriptors import SIDE
 from maskloom.evaluate.scores.features import batch_features, load_extractor
