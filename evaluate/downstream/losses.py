@@ -78,7 +78,7 @@ class LossCurves:
         if not (arms := self.unfinished()):
             return []
         return [
-            f"still improving when training stopped: {', '.join(map(arm_title, arms))} (loss of the last fifth of the steps over "
+            f"training loss still falling when training stopped: {', '.join(map(arm_title, arms))} (mean of the last fifth of the steps over "
             f"{FALL:.0%} below that of the fifth before); harm and benefit may be hidden: raise steps"
         ]
 

@@ -20,7 +20,7 @@ from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.pipeline.dataset.groups import group_sentence, group_words
 
-UNFINISHED = " Models were still improving when training stopped, which may hide harm and benefit: raise steps."
+UNFINISHED = " The training loss was still falling when training stopped, which may hide harm and benefit: raise steps."
 
 
 def interval_limit(dataset: str) -> str:

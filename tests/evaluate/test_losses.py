@@ -59,10 +59,12 @@ def test_a_loss_still_falls_if_its_last_fifth_is_lower_by_5_percent(losses: list
     assert still_falling(losses) == expected
 
 
-def test_the_warning_names_the_arms_that_were_still_improving() -> None:
+def test_the_warning_names_the_arms_whose_loss_was_still_falling() -> None:
     curves = LossCurves.of(trained(real=[FALLING], real_augmented=[FLAT], synthetic=[FLAT, FALLING]))
     (warning,) = curves.warnings()
-    assert warning.startswith("still improving when training stopped: real, synthetic only (loss of the last fifth")
+    assert warning.startswith(
+        "training loss still falling when training stopped: real, synthetic only (mean of the last fifth"
+    )
     assert "harm and benefit may be hidden: raise steps" in warning
 
 
@@ -92,7 +94,13 @@ def test_a_result_has_the_losses_of_every_model(
         "synthetic only",
         "real, other seeds",
     ]
-    assert sum(text.startswith("still improving when training stopped: real, real + ") for text in result.warnings) == 1
+    assert (
+        sum(
+            text.startswith("training loss still falling when training stopped: real, real + ")
+            for text in result.warnings
+        )
+        == 1
+    )
     assert result.verdict.endswith(
-        ". Models were still improving when training stopped, which may hide harm and benefit: raise steps."
+        ". The training loss was still falling when training stopped, which may hide harm and benefit: raise steps."
     )
