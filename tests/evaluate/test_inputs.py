@@ -211,6 +211,23 @@ print(held - psutil.Process().memory_info().rss)
     assert int(found.stdout) > 80 << 20
 
 
+def test_memory_that_rows_were_read_into_goes_back_too() -> None:
+    """PyArrow keeps what it frees in a pool of its own."""
+    code = """
+import psutil, pyarrow
+from maskloom.evaluate.memory import return_freed_memory
+buffers = [pyarrow.allocate_buffer(1 << 20) for _ in range(100)]
+for one in buffers:
+    memoryview(one).cast("B")[:] = bytes(1 << 20)
+del buffers, one
+held = psutil.Process().memory_info().rss
+return_freed_memory()
+print(held - psutil.Process().memory_info().rss)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(found.stdout) > 80 << 20
+
+
 def test_colour_images(tmp_path: Path) -> None:
     def colour(sample: Sample) -> None:
         sample.image = np.stack([sample.image] * 3, axis=2)
