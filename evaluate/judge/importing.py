@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskloom.evaluate.judge.remarks import classes_remark, mask_remark, transparency_remark
+from maskloom.evaluate.judge.remarks import blank_remark, classes_remark, mask_remark, transparency_remark
 from maskloom.pipeline.dataset.conditioning import conditioning_image
 from maskloom.pipeline.dataset.contract import Description, Parent
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
@@ -119,6 +119,7 @@ def import_set(
         classes_remark(class_counts(real), class_counts(given)),
         mask_remark(real, given, where, masks_stated),
         transparency_remark(real, given, where),
+        blank_remark(given),
     ]
     remarks = [remark for remark in found if remark]
     for remark in remarks:
@@ -194,7 +195,9 @@ def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset, where: Path
     }
     parent, train = given.contract.parent, real.ids("train").get("train", [])
     parents = dict(train) if parent is not None and parent.digest == real.digest else {}
-    classes = mask_class_table(real.description, given.description, where) if mask_count(real) else None
+    classes = (
+        mask_class_table(real.description, given.description, where) if mask_count(real) and mask_count(given) else None
+    )
     return Conversion(real.description, labels, classes, parents)
 
 

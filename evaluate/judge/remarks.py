@@ -21,6 +21,7 @@ OUTLINE = 0.9  # of a bounding box: fraction of its border that is foreground if
 MOST, FEW = 0.5, 0.1  # fractions of the masks
 UNLIKE = 5.0  # ratio of the marked areas
 TOO_DARK = 0.25  # fraction of all pixels
+BLANK = 0.001, 0.999  # quantiles of the pixels that are equal where an image shows nothing
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,20 @@ def transparency_remark(real: MaskPromptDataset, given: MaskPromptDataset, where
             "transparency, on the background that they should have"
         )
     return f"{told}, which became black: {found['darkened']:.0%} of their pixels are darker."
+
+
+def blank_remark(given: MaskPromptDataset) -> str:
+    """Return a sentence about synthetic images that show next to nothing, as after a conversion; empty without any."""
+    pictures = (
+        (row["sample_id"], png_array(row["image"]["bytes"])) for row in given.rows(None, ["sample_id", "image"])
+    )
+    blank = [name for name, picture in pictures if np.ptp(np.quantile(picture, BLANK)) <= 1]
+    if not blank:
+        return ""
+    return (
+        f"{len(blank)} of {given.num_rows} synthetic images are of one grey level all over (such as {blank[0]}): were they "
+        "converted correctly? They are judged as they are."
+    )
 
 
 def transparent_images(dataset: MaskPromptDataset) -> dict[str, Any]:

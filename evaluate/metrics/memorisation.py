@@ -244,7 +244,7 @@ def _result(
         pictures=pictures,
         warnings=_warnings(inputs, len(calibration), judgement, copied),
         limits=_limits(extractor, judgement),
-        figures=_figures(options, audits),
+        figures=_figures(options, judgement, audits),
         values={"held_out": _held_out_values(options, calibration, judgement), **values},
         n=inputs.counts(),
         copies={audit.image_set.name: audit.copies for audit in audits},
@@ -258,8 +258,9 @@ def _warnings(inputs: EvaluationInputs, held_out: int, judgement: CopyJudgement,
         found.append(f"calibrated on only {held_out} held-out real images: the threshold is imprecise")
     if judgement.held_out:
         found.append(
-            f"{len(judgement.held_out)} of {held_out} held-out real images are copies of training images: "
-            f"{named_copies(judgement.held_out)}"
+            f"copies of training images among the {held_out} held-out real images: {len(judgement.held_out)} "
+            f"({named_copies(judgement.held_out)}). Scores on them are too good for every arm; if two images show one "
+            "patient, give the patient of each image as its group and prepare the dataset again"
         )
     if inputs.on_copies == "keep":
         found += [
@@ -355,10 +356,10 @@ def copies_table(audit: Audit) -> Table:
     )
 
 
-def _figures(options: Options, audits: list[Audit]) -> list[Figure]:
+def _figures(options: Options, judgement: CopyJudgement, audits: list[Audit]) -> list[Figure]:
     """Return the number of copies, the share flagged, and what is expected of real images."""
     copies, near = "copies of training images", "suspiciously close to a training image"
-    found = [Figure(of=REAL, name=copies, better="lower", value=0)]
+    found = [Figure(of=REAL, name=copies, better="lower", value=len(judgement.held_out))]
     found += [Figure(of=one.image_set.name, name=copies, better="lower", value=len(one.copies)) for one in audits]
     found.append(Figure(of=REAL, name=near, better="lower", value=options.percentile / 100))
     for audit in audits:

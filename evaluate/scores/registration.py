@@ -35,6 +35,7 @@ FINE, COARSE = (0.8, 4.0), (3.0, 16.0)  # bands: the sigmas of two Gaussians, in
 HOPELESS = 0.4  # copies correlate more after the first pass
 NOISE = 2.0  # grey levels of 255; areas with less contrast have no texture
 LEAST_LENGTH = 0.01  # of a texture; that of a constant image is rounding errors
+SAME_LEVEL = 0.01  # grey levels by which equal ones may differ after interpolation
 DAMPING = 1e-4
 KNOTS = 5  # control points per axis of the smooth deformation
 
@@ -93,6 +94,7 @@ def _final_similarities(fixed: Tensor, moving: Tensor, where: Tensor) -> tuple[T
     found[:, 0], where = _affine_pass(fixed, moving, where, STEPS)
     left = left[found[:, 0] >= HOPELESS]
     a, b, shared = _in_one_frame(fixed[left], moving[left], where[left])
+    b = with_levels_of(a, b)
     found[left, 0], _ = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, grid_basis(), STEPS)
     coarse = correlation(texture(a, COARSE), texture(b, COARSE), shared).abs()
     found[left, 1] = torch.where(found[left, 0] > 0, coarse, 0)
@@ -254,6 +256,25 @@ def _in_one_frame(fixed: Tensor, moving: Tensor, where: Tensor) -> tuple[Tensor,
 
 def _means(images: Tensor, inside: Tensor) -> Tensor:
     return (images * inside).sum(dim=(1, 2), keepdim=True) / inside.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+
+def with_levels_of(a: Tensor, b: Tensor) -> Tensor:
+    """Return `b` with the grey levels of `a`, in the order of its own, so that no gamma or contrast matters.
+
+    This is histogram specification (Gonzalez and Woods, Digital Image Processing). Where `b` is inverted,
+    so is the order. Equal levels of `b` get the mean of theirs, so that flat areas stay flat.
+
+    Args:
+        a: (P, 64, 64).
+        b: (P, 64, 64).
+    """
+    inverted = correlation(a, b, torch.ones_like(a)) < 0
+    levels, order = torch.where(inverted[:, None], -b.flatten(1), b.flatten(1)).sort(dim=1)
+    given = a.flatten(1).sort(dim=1).values
+    first = torch.cat([torch.ones(len(b), 1), levels.diff(dim=1) > SAME_LEVEL], dim=1)
+    level = first.flatten().cumsum(0).long() - 1  # which pixels share a level
+    means = torch.zeros(level.numel()).scatter_reduce(0, level, given.flatten(), "mean", include_self=False)
+    return torch.empty_like(given).scatter_(1, order, means[level].view_as(given)).view_as(b)
 
 
 def _composed(outer: Tensor, inner: Tensor) -> Tensor:

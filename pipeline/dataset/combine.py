@@ -16,6 +16,7 @@ from typing import Any
 
 from maskloom.pipeline.dataset.combining.card import combination_card
 from maskloom.pipeline.dataset.combining.choice import chosen_rows
+from maskloom.pipeline.dataset.combining.held_out import require_no_held_out_images
 from maskloom.pipeline.dataset.combining.plan import (
     Combination,
     CombineOptions,
@@ -52,8 +53,8 @@ def combine(real: Path, synthetic: Sequence[Path], options: CombineOptions) -> l
         The contracts, one per stage.
 
     Raises:
-        MaskLoomError: a dataset is damaged, of another origin, or of another real dataset; an
-            option makes no sense; there are not enough synthetic rows; the output folder holds
+        MaskLoomError: a dataset is damaged, of another origin, or of another real dataset; a
+            synthetic image is a copy of a held-out one; an option makes no sense; there are not enough synthetic rows; the output folder holds
             something else, or another process writes there.
     """
     check_options(options)
@@ -64,6 +65,7 @@ def combine(real: Path, synthetic: Sequence[Path], options: CombineOptions) -> l
     chosen = chosen_rows(real_labels, pool, source.description.labels, options.ratio, options.balance)
     plans = planned_datasets(source, sets, chosen, options)
     check_output([real, *synthetic], plans, options)
+    require_no_held_out_images(source, [one.dataset for one in sets])
     with sole_maker(options.output):
         leftovers = check_output([real, *synthetic], plans, options)  # again: another process may have been there
         contracts = [_written(plan, source, sets, real_labels) for plan in plans]

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of this check; a new version makes every record stale
 REAL_FIX = (
-    "images of one patient must lie in one split: set data.duplicates=near, or give the patient of each image as its "
-    "group, and prepare the dataset again"
+    "images of one patient must lie in one split: remove one of each pair from the raw folder, or give the patient of "
+    "each image as its group (data.duplicates=near puts near-duplicates into one group, but finds fewer pairs than "
+    "this search), and prepare the dataset again"
 )
 
 

@@ -18,10 +18,11 @@ from PIL import Image
 
 from maskloom.data_prep.datasets.phantom_bus import _render
 from maskloom.evaluate.judge.given import given_folder, require_apart
-from maskloom.evaluate.judge.importing import ORIGIN, mask_class_table, resized
+from maskloom.evaluate.judge.importing import ORIGIN, conversion_of, mask_class_table, resized
 from maskloom.evaluate.judge.judge import REMEDY, Request, judge
 from maskloom.evaluate.judge.reading import class_source, messages_about, options_like_real, real_mask_values
-from maskloom.evaluate.judge.remarks import few_groups_remark, mask_remark, transparency_remark
+from maskloom.evaluate.judge.remarks import blank_remark, few_groups_remark, mask_remark, transparency_remark
+from maskloom.pipeline.dataset.contract import Description
 from maskloom.pipeline.dataset.copies import found_copies
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
@@ -811,3 +812,31 @@ def test_unknown_keys_of_the_synthetic_images_are_found_first(real: Path, tmp_pa
     with pytest.raises(MaskLoomError, match=r"^synthetic\.option: no such key; did you mean 'options'\?"):
         judged(real, write_classes(tmp_path / "vendor", 2, 12), tmp_path / "out", quick, "synthetic.option.masks=x")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_that_show_nothing_are_told(tmp_path: Path) -> None:
+    samples = tiny_samples("train", 4)
+    assert blank_remark(dataset_of(tmp_path / "shown", samples)) == ""
+    spoilt = samples[1].image
+    samples[1].image = np.zeros_like(spoilt)
+    samples[1].image[3, 3] = 255  # an outlier that a window was set by
+    told = blank_remark(dataset_of(tmp_path / "blank", samples))
+    assert f"1 of 4 synthetic images are of one grey level all over (such as {samples[1].sample_id})" in told
+
+
+def test_images_without_masks_have_no_mask_classes(tmp_path: Path) -> None:
+    """A folder of plain images gets the class of any folder, which is none of several real ones."""
+    palette = (*tiny_description().palette, (0, 0, 255))
+    ours = tiny_description().model_copy(update={"mask_classes": ("background", "liver", "tumour"), "palette": palette})
+    real = dataset_of(tmp_path / "real", tiny_samples("train", 4), ours)
+    samples = tiny_samples("train", 4)
+    with pytest.raises(MaskLoomError, match="is none of the real ones"):
+        conversion_of(real, dataset_of(tmp_path / "masked", samples), tmp_path)
+    for sample in samples:
+        sample.mask = None
+    assert conversion_of(real, dataset_of(tmp_path / "plain", samples), tmp_path).classes is not None
+
+
+def dataset_of(folder: Path, samples: list[Sample], about: Description | None = None) -> MaskPromptDataset:
+    write_dataset(folder, about or tiny_description(), {"train": samples})
+    return MaskPromptDataset.open(folder)

@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
 
-from maskloom.evaluate.scores.registration import CONTINUED, SIDE, box_transform, likeliest, registered_similarities
+from maskloom.evaluate.scores.registration import (
+    CONTINUED,
+    SIDE,
+    box_transform,
+    likeliest,
+    registered_similarities,
+    with_levels_of,
+)
 from maskloom.evaluate.scores.threads import thread_results
 from maskloom.pipeline.parallel import available_cores
 
@@ -46,6 +53,29 @@ def test_a_moved_image_is_recognised_and_another_is_not(sign: int) -> None:
     copy, other = (128 + sign * (moved(picture(seed)) - 128) for seed in (0, 1))
     assert min(similarities(picture(0), copy, IDENTITY)) > 0.95
     assert similarities(picture(0), other, IDENTITY)[0] < 0.7
+
+
+@pytest.mark.parametrize("gamma", [0.4, 2.5])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_gamma_does_not_matter(gamma: float, inverted: bool) -> None:
+    image = picture(1)
+    darker = 255 * (moved(image).clip(0, 255) / 255) ** gamma
+    fine, coarse = similarities(image, 255 - darker if inverted else darker, IDENTITY)
+    assert (fine, coarse) == pytest.approx(similarities(image, moved(image), IDENTITY), abs=0.02)
+
+
+def test_grey_levels_are_those_of_the_other_image_in_the_same_order() -> None:
+    a, other = (torch.from_numpy(np.stack([picture(seed), picture(seed + 2)])).float() for seed in (1, 2))
+    b = torch.stack([other[0], -other[1]]) + torch.tensor([0.0, 255.0])[:, None, None]
+    b[0, :8] = 7.0
+    b[1] = 255 - (a[1] / 255) ** 2 * 255
+    found = with_levels_of(a, b)
+    assert found[0, :8].unique().numel() == 1
+    order = b[0].flatten().argsort()
+    assert (found[0].flatten()[order].diff() >= -1e-4).all()
+    assert found[0].mean() == pytest.approx(float(a[0].mean()), abs=0.01)
+    assert torch.allclose(found[1], a[1], atol=0.5)  # inverted, and of another gamma
+    assert torch.equal(with_levels_of(a[:1], b[:1]), found[:1])
 
 
 def test_nothing_agrees_without_overlap() -> None:

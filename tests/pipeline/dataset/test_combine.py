@@ -88,6 +88,23 @@ def test_everything_is_added_where_nothing_is_said(real: Path, made: Path, tmp_p
     assert ids(tmp_path / "out") == [row["sample_id"] for row in rows_of(made)]
 
 
+def test_held_out_images_among_synthetic_ones_are_refused(real: Path, tmp_path: Path):
+    """Mirrored, so that pixels alone do not tell; four are found, and three of them named."""
+    shown = [sample.image for sample in tiny_samples("test", 6)]
+    parents = tiny_samples("train", 8, per_group=1)
+    samples = synthetic_samples(
+        parents, "made", lambda sample, index: shown[index][:, ::-1] if index < 4 else np.asarray(sample.image) ^ 255
+    )
+    parent = Parent(path="../real", digest=read_contract(real).digest)
+    write_dataset(tmp_path / "made", tiny_description(origin="synthetic"), {"train": samples}, parent)
+    with pytest.raises(
+        MaskLoomError, match=r"real: 4 synthetic image\(s\) are copies of its held-out images: .+ shows test-"
+    ) as error:
+        combine(real, [tmp_path / "made"], CombineOptions(tmp_path / "out"))
+    assert ", and 1 more; " in str(error.value) and "or combine without the set" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_come_through_unchanged(real: Path, made: Path, tmp_path: Path):
     combine(real, [made], CombineOptions(tmp_path / "out", ratio=0.5))
     before = {row["sample_id"]: row for row in [*rows_of(real), *rows_of(made)]}

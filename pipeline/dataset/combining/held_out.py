@@ -1,0 +1,35 @@
+"""No held-out image, plain or altered, among the synthetic images that a combined dataset trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.errors import LeakedImages
+from maskloom.pipeline.progress import say
+
+SHOWN = 3  # images that the error names
+
+
+def require_no_held_out_images(real: MaskPromptDataset, synthetic: Sequence[MaskPromptDataset]) -> None:
+    """Check that no synthetic image is a copy of a validation, test or external image.
+
+    More than `NEAR_LIMIT` images are not compared, which is reported.
+
+    Raises:
+        LeakedImages: some are; names the first ones.
+    """
+    from maskloom.pipeline.dataset.audit.held_out import find_held_out_copies
+
+    if (rows := sum(dataset.num_rows for dataset in (real, *synthetic))) > NEAR_LIMIT:
+        say(f"{rows} images are more than {NEAR_LIMIT}: copies of held-out images were not looked for")
+        return
+    found = [one for one in find_held_out_copies(real, synthetic) if one.copy.dataset != str(real.folder)]
+    if found:
+        named = [f"{one.copy.sample_id} of {one.copy.dataset} shows {one.original.sample_id}" for one in found[:SHOWN]]
+        more = [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
+        raise LeakedImages(
+            f"{real.folder}: {len(found)} synthetic image(s) are copies of its held-out images: {', '.join(named + more)}",
+            "leave these images out where the set was made, and make it again; or combine without the set",
+        )
