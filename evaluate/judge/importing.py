@@ -195,9 +195,8 @@ def conversion_of(real: MaskPromptDataset, given: MaskPromptDataset, where: Path
     }
     parent, train = given.contract.parent, real.ids("train").get("train", [])
     parents = dict(train) if parent is not None and parent.digest == real.digest else {}
-    classes = (
-        mask_class_table(real.description, given.description, where) if mask_count(real) and mask_count(given) else None
-    )
+    described = given.description if mask_count(given) else real.description  # classes without masks say nothing
+    classes = mask_class_table(real.description, described, where) if mask_count(real) else None
     return Conversion(real.description, labels, classes, parents)
 
 
