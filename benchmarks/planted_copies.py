@@ -250,6 +250,11 @@ def deformed(picture: Picture, random: Random) -> Picture:
     return np.asarray(map_coordinates(picture, moved, order=1, mode="reflect"))
 
 
+def with_gamma(picture: Picture, gamma: float) -> Picture:
+    """Return an image that is brighter (a gamma below 1) or darker."""
+    return (255 * (picture / 255) ** gamma).round().astype(np.uint8)
+
+
 def noisy(picture: Picture, random: Random) -> Picture:
     """Return an image with Gaussian noise of 10 grey levels."""
     return (picture + random.normal(0, 10, picture.shape)).round().clip(0, 255).astype(np.uint8)
@@ -279,7 +284,9 @@ CHANGES: dict[str, Callable[[Picture, Random], Picture]] = {
     "shift 6 %": lambda picture, random: shifted(picture, 0.06, random),
     "noise": noisy,
     "blur": lambda picture, random: gaussian_filter(picture, max(0.7, 0.012 * picture.shape[0])),
-    "gamma": lambda picture, random: (255 * (picture / 255) ** random.choice([0.6, 1.6])).round().astype(np.uint8),
+    "gamma": lambda picture, random: with_gamma(picture, random.choice([0.6, 1.6])),
+    "strong gamma": lambda picture, random: with_gamma(picture, random.choice([0.5, 2.0])),
+    "crop 10 % and gamma": lambda picture, random: with_gamma(cropped(picture, 0.1, random), random.choice([0.6, 1.6])),
     "inversion": lambda picture, random: 255 - picture,
     "padding to 85 %": lambda picture, random: padded(picture, 0.85),
     "on white": lambda picture, random: padded(picture, 0.85, 255, random),

@@ -32,7 +32,7 @@ from maskloom.data_prep.adapter import DatasetAdapter, DatasetInfo, RawImage, Ra
 from maskloom.data_prep.adapter import Options as BaseOptions
 from maskloom.data_prep.processing.label_maps import BACKGROUND, MaskValues, distinct_palette, label_map, read_mask
 from maskloom.data_prep.readers.common import portable_id, reject_as_error, require_same_size
-from maskloom.data_prep.readers.file_names import as_seen, is_visible, names_a_mask
+from maskloom.data_prep.readers.file_names import as_seen, is_visible, names_a_mask, printable
 from maskloom.data_prep.readers.file_patterns import Confined, FilePool
 from maskloom.data_prep.readers.image_files import READ_SUFFIXES, image_pixels, read_picture
 from maskloom.data_prep.readers.tables import csv_table
@@ -89,12 +89,14 @@ class Table:
         columns: names of its columns.
         rows: the values of all columns but images, by row.
         names: class names by column, of `ClassLabel` columns.
+        pictures: columns that hold pictures, of a Parquet file.
     """
 
     file: str
     columns: list[str]
     rows: list[dict[str, Any]]
     names: dict[str, list[str]] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
 
     @property
     def is_parquet(self) -> bool:
@@ -162,7 +164,13 @@ class Adapter(DatasetAdapter):
         yield from self._unlisted()
 
     def _unlisted(self) -> Iterator[Reject]:
-        """Yield the pictures that no table names, but for those whose names say that they are masks."""
+        """Yield the pictures that are not read: in further columns, or files that no table names and no mask's name."""
+        for table in self._tables:
+            read = {self._column(table, meaning) for meaning in ("image", "mask")}
+            for column in table.pictures:
+                if column not in read:
+                    why = "its pictures are not read: choose a column with data.options.image_column"
+                    yield Reject(f"{self._root / table.file}#column={printable(column)}", why)
         tables = [table for table in self._tables if not table.is_parquet]
         cells = (
             self._cell(table, number, row, meaning)
@@ -364,7 +372,8 @@ def _parquet_table(path: Path, file: str) -> Table:
             rows = stored.read(columns=plain).to_pylist() if plain else [{}] * stored.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise RejectedSample(f"it is not a Parquet file ({one_line(error)[:200]})") from None
-    return Table(file, schema.names, rows, _class_names(schema.metadata or {}))
+    pictures = [one.name for one in schema if pa.types.is_struct(one.type) and one.type.get_field_index("bytes") >= 0]
+    return Table(file, schema.names, rows, _class_names(schema.metadata or {}), pictures)
 
 
 def _is_binary(kind: Any) -> bool:

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from PIL import Image
 
 from maskloom.data_prep.adapter import DatasetAdapter, RawItem, Reject
@@ -100,3 +101,15 @@ def test_a_picture_beside_parquet_files_is_told(tmp_path: Path) -> None:
     items, rejects = entries(opened("hf_folder", tmp_path))
     assert len(items) == len(before[0])
     assert [one.path for one in rejects if one not in before[1]] == [str(tmp_path / "data" / "stray.png")]
+
+
+def test_pictures_of_further_columns_are_told(tmp_path: Path) -> None:
+    hf_folder.write_raw(tmp_path)
+    path = tmp_path / hf_folder.file_of("train")
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("second", table["image"]), path)
+    items, rejects = entries(opened("hf_folder", tmp_path, modality="x"))
+    assert len(items) == sum(hf_folder.COUNTS.values())
+    (told,) = [one for one in rejects if "#column=second" in one.path]
+    assert told.reason == "its pictures are not read: choose a column with data.options.image_column"
+    assert not any("#column=mask" in one.path or "#column=image" in one.path for one in rejects)
