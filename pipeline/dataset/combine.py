@@ -16,7 +16,6 @@ from typing import Any
 
 from maskloom.pipeline.dataset.combining.card import combination_card
 from maskloom.pipeline.dataset.combining.choice import chosen_rows
-from maskloom.pipeline.dataset.combining.held_out import require_no_held_out_images
 from maskloom.pipeline.dataset.combining.plan import (
     Combination,
     CombineOptions,
@@ -28,6 +27,7 @@ from maskloom.pipeline.dataset.combining.plan import (
 from maskloom.pipeline.dataset.combining.sets import SyntheticSet, ordered_pool, positions_of, verified_sets
 from maskloom.pipeline.dataset.contract import Contract, Description, Parent
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
+from maskloom.pipeline.dataset.held_out_images import require_no_held_out_images
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, plan_shards
 from maskloom.pipeline.errors import MaskLoomError

@@ -101,7 +101,7 @@ def test_held_out_images_among_synthetic_ones_are_refused(real: Path, tmp_path: 
         MaskLoomError, match=r"real: 4 synthetic image\(s\) are copies of its held-out images: .+ shows test-"
     ) as error:
         combine(real, [tmp_path / "made"], CombineOptions(tmp_path / "out"))
-    assert ", and 1 more; " in str(error.value) and "or combine without the set" in str(error.value)
+    assert ", and 1 more; " in str(error.value) and "leave these images out" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

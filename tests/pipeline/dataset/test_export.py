@@ -57,6 +57,20 @@ def pixels(path: Path) -> np.ndarray:
 # --- busi_tree
 
 
+def test_held_out_images_of_the_real_dataset_do_not_leave_with_a_synthetic_one(tmp_path: Path):
+    splits = {"train": tiny_samples("train", 4), "test": tiny_samples("test", 4)}
+    digest = write_dataset(tmp_path / "real", tiny_description(), splits).digest
+    shown = [sample.image[::-1] for sample in splits["test"]]
+    samples = synthetic_samples(splits["train"], "made", lambda sample, index: shown[index])
+    about = tiny_description(origin="synthetic")
+    write_dataset(tmp_path / "made", about, {"train": samples}, Parent(path="../real", digest=digest))
+    with pytest.raises(
+        MaskLoomError, match=r"4 synthetic image\(s\) are copies of its held-out images: .+ shows test-"
+    ):
+        export(tmp_path / "made", ExportOptions("imagefolder", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_busi_tree_of_a_synthetic_dataset(synthetic: Path, tmp_path: Path):
     export(synthetic, ExportOptions("busi_tree", tmp_path / "out"))
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}

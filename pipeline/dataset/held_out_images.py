@@ -1,4 +1,4 @@
-"""No held-out image, plain or altered, among the synthetic images that a combined dataset trains on."""
+"""No held-out image, plain or altered, among the synthetic images that leave a run."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def require_no_held_out_images(real: MaskPromptDataset, synthetic: Sequence[Mask
         more = [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
         raise LeakedImages(
             f"{real.folder}: {len(found)} synthetic image(s) are copies of its held-out images: {', '.join(named + more)}",
-            "leave these images out where the set was made, and make it again; or combine without the set",
+            "leave these images out where the set was made, and make it again",
         )
