@@ -24,7 +24,7 @@ def differing_settings(run: Run) -> dict[str, tuple[Any, Any]]:
         kept = read_yaml(run.folder / CONFIG_FILE)
     except MaskLoomError:
         return {}
-    return dict(_differences(kept if isinstance(kept, dict) else {}, run.config.model_dump(mode="json")))
+    return dict(differences(kept if isinstance(kept, dict) else {}, run.config.model_dump(mode="json")))
 
 
 def differences_text(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
@@ -46,12 +46,12 @@ def differences_list(differing: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(shown) + (f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else "")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each differing key with both values; a section that one side lacks is one key."""
     for key in [*new, *(key for key in old if key not in new)]:
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict) and before and now:
-            yield from _differences(before, now, f"{place}{key}.")
+            yield from differences(before, now, f"{place}{key}.")
         elif before != now:
             yield f"{place}{key}", (before, now)
 

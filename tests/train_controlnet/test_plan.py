@@ -30,11 +30,13 @@ from maskloom.train_controlnet.memory_plan.memory import LiveMemory, OnGpu
 from maskloom.train_controlnet.memory_plan.networks import planned_networks
 from maskloom.train_controlnet.memory_plan.phases import step_memory
 from maskloom.train_controlnet.memory_plan.plan import GIB, Planner
+from maskloom.train_controlnet.memory_plan.prepared import differing_from
 from maskloom.train_controlnet.memory_plan.switches import cheapest_fit
 from maskloom.train_controlnet.memory_plan.text import overrides, plan_text
 from maskloom.train_controlnet.networks import load_networks
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task
+from tests.tiny_datasets import tiny_description
 from tests.train_controlnet.conftest import tiny_config, tiny_values, write_config
 
 CPU = torch.device("cpu")
@@ -337,6 +339,45 @@ def test_the_command_prints_the_same_twice_and_touches_nothing(
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["fits_gib"]["12"]["switches"] == {}
     assert written["plan"]["cache"]["views"] is None
+
+
+@pytest.mark.parametrize(
+    ("changed_data", "said"),
+    [
+        ({"image_size": 64}, "image_size (there [32, 32], now [64, 64])"),
+        ({"dataset": "busi"}, "dataset (there tiny, now busi)"),
+        ({"conditioning": "both"}, "conditioning (there mask, now both)"),
+    ],
+)
+def test_a_stale_dataset_is_left_out(
+    tmp_path: Path,
+    config: ExperimentConfig,
+    capsys: pytest.CaptureFixture[str],
+    changed_data: dict[str, Any],
+    said: str,
+) -> None:
+    values = config.model_dump(mode="json")
+    other = ExperimentConfig.model_validate({**values, "data": {**values["data"], **changed_data}})
+    planner = Planner(other)
+    assert planner.image_size == other.data.image_size and planner.dataset is None
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{config.run_folder}/dataset is stale ({said}): planned for the configuration" in told
+    assert Planner(config).dataset is not None and capsys.readouterr().err == ""
+
+
+def test_settings_that_a_dataset_states_are_compared(config: ExperimentConfig) -> None:
+    data = config.data.model_copy(update={"options": {"mask_values": {0: "background", 1: "lesion"}}})
+    mine = config.model_copy(update={"data": data})
+    stated = {
+        "options": {"mask_values": {"0": "background", "1": "lesion"}},
+        "splits": data.splits.model_dump(),
+        "resize_mode": "pad",
+        "seed": config.seed,
+    }
+    about = tiny_description()
+    assert differing_from(mine, about.model_copy(update={"preprocessing": stated})) == {}
+    other = about.model_copy(update={"preprocessing": {**stated, "seed": 7, "resize_mode": "crop"}})
+    assert differing_from(mine, other) == {"resize_mode": ("crop", "pad"), "seed": (7, config.seed)}
 
 
 def test_a_run_that_does_not_fit_says_so(config: ExperimentConfig) -> None:

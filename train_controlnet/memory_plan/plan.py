@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from maskloom.models.stable_diffusion.prompt_encoding import training_prompts
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.train import TrainConfig
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.training.precision import DTYPES
 from maskloom.train_controlnet.memory_plan.networks import planned_networks
 from maskloom.train_controlnet.memory_plan.phases import (
@@ -25,6 +23,7 @@ from maskloom.train_controlnet.memory_plan.phases import (
     step_memory,
     validation_peak,
 )
+from maskloom.train_controlnet.memory_plan.prepared import matching_dataset
 from maskloom.train_controlnet.networks import Networks
 
 if TYPE_CHECKING:
@@ -185,15 +184,14 @@ class Planner:
     """Plans trainings of one experiment with various settings; each plan is computed once."""
 
     def __init__(self, config: ExperimentConfig, processes: int = 1) -> None:
-        """Open the prepared dataset, if there is one.
+        """Open the prepared dataset, if there is one that matches the configuration.
 
         Args:
             config: the experiment.
             processes: number of GPUs, with one process each.
         """
         self.config, self.processes = config, processes
-        folder = Run(config.run_folder).dataset
-        self.dataset = MaskPromptDataset.open(folder) if (folder / CONTRACT_FILE).is_file() else None
+        self.dataset = matching_dataset(config)
         self.image_size = config.data.image_size if self.dataset is None else self.dataset.description.image_size
         self._last: tuple[TrainConfig, Networks] | None = None
         self._fixed: dict[str, Fixed] = {}
