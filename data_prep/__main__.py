@@ -6,6 +6,7 @@ Further commands: `inspect`, `merge` and `verify`.
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,9 @@ def inspect(
     if output is None:
         inspect_folder(raw_dir, samples)
     else:
-        output.write_yaml(guessed_configuration(raw_dir))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # decoder warnings about unusual files
+            output.write_yaml(guessed_configuration(raw_dir, samples))
         say(f"wrote {yaml}; check what was guessed, then: maskloom run --config {shlex.quote(str(yaml))}")
 
 

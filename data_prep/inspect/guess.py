@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from maskloom.data_prep.adapter import DatasetAdapter
+from maskloom.data_prep.inspect.advice import fitting_configuration
 from maskloom.data_prep.inspect.content import IMAGES, kinds_of
 from maskloom.data_prep.inspect.layout import guessed_options
-from maskloom.data_prep.inspect.observation import listing_of
+from maskloom.data_prep.inspect.observation import listing_of, sample_of
 from maskloom.data_prep.inspect.raw_tree import tables_of, tree_of
 from maskloom.data_prep.inspect.yaml_text import experiment_name
 from maskloom.data_prep.readers.file_names import is_text, printable
 from maskloom.data_prep.sources import PACKAGE
+from maskloom.pipeline.config.data import DataConfig
 from maskloom.pipeline.config.loading import read_values, validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.plugins import load_plugin, plugin_names
@@ -52,13 +54,19 @@ def guessed_data(raw_dir: Path) -> dict[str, Any]:
     }
 
 
-def guessed_configuration(raw_dir: Path) -> dict[str, Any]:
+def guessed_configuration(raw_dir: Path, samples: int) -> dict[str, Any]:
     """Return a configuration of all stages for a folder, which extends the one that ships for its dataset.
+
+    Args:
+        raw_dir: the folder.
+        samples: largest number of images to decode, for the size of the images of an unknown dataset.
 
     Raises:
         MaskLoomError: as for `guessed_data`.
     """
     data = guessed_data(raw_dir)
+    if data["dataset"] == "folder":
+        data |= fitting_settings(raw_dir, data["options"], samples)
     preset = Path(f"configs/{data['dataset']}.yaml")
     shipped = read_values(preset, [])
     guessed = {"dataset": data["dataset"], "raw_dir": str(raw_dir.resolve()), **data}
@@ -68,6 +76,24 @@ def guessed_configuration(raw_dir: Path) -> dict[str, Any]:
     if data["conditioning"] == "edges" and (shipped.get("train") or {}).get("adherence") is not None:
         values["train"] = {"adherence": None}  # which needs masks
     return values
+
+
+def fitting_settings(raw_dir: Path, options: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Return the keys of `data` that a sample of a folder's images decides, as the page of `inspect` prints them.
+
+    Args:
+        raw_dir: a folder of the dataset `folder`.
+        options: what was guessed of it.
+        samples: largest number of images to decode.
+    """
+    adapter: type[DatasetAdapter] = load_plugin(PACKAGE, "folder", "dataset").Adapter
+    data = DataConfig(dataset="folder")
+    try:
+        opened = adapter(raw_dir, validated(options, adapter.Options, "data.options"))
+        data = fitting_configuration(sample_of(opened, opened.info(), listing_of(opened), samples))
+    except MaskLoomError:
+        pass  # `prepare` says what is wrong with the folder, and the page of `inspect` keeps these values too
+    return {"image_size": data.image_size[0], "conditioning": data.conditioning}
 
 
 def recognised(raw_dir: Path) -> tuple[list[str], dict[str, str]]:

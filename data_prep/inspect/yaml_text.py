@@ -35,6 +35,7 @@ def configuration_text(guess: Guess, raw_dir: Path, data: DataConfig) -> str:
         "extends: folder.yaml",
         f"experiment: {_quoted(experiment_name(raw_dir))}",
         "data:",
+        "  dataset: folder",
         f"  raw_dir: {_quoted(str(raw_dir.resolve()))}",
         f"  image_size: {data.image_size[0]}",
         f"  conditioning: {data.conditioning}",

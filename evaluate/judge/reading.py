@@ -33,6 +33,7 @@ from maskloom.pipeline.runs.runner import run_stages
 SYNTHETIC_KEY = "synthetic."
 """Prefix of overrides of the section `data` with which the synthetic images are read."""
 
+SAMPLES = "20"  # images that `inspect` decodes; here they only tell whether there are masks
 RAW_DIR = re.compile(r"\bdata\.raw_dir=")
 DATA_KEY = re.compile(rf"(?<![\w./-])data\.(?=(?:{'|'.join(DataConfig.model_fields)})\b)")
 KEEP_INCOMPLETE = ("folder", "hf_folder", "nnunet_folder")
@@ -67,12 +68,23 @@ def guessed_data(given: Given, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"dataset": stated["dataset"], "options": {}, "raw_dir": str(given.folder)}
     with TemporaryDirectory(prefix="maskloom-judge-") as folder:
         file = Path(folder) / "data.yaml"
-        command = [sys.executable, "-m", "maskloom.data_prep", "inspect", str(given.folder), "--yaml", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "maskloom.data_prep",
+            "inspect",
+            str(given.folder),
+            "--yaml",
+            str(file),
+            "--samples",
+            SAMPLES,
+        ]
         answer = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if answer.returncode:
             lines = answer.stderr.strip().splitlines() or [f"inspect ended with exit code {answer.returncode}"]
             raise MaskLoomError(f"--{given.role} {one_line(lines[-1]).removeprefix('error: ')}")
         data: dict[str, Any] = read_yaml(file)["data"]
+    data.pop("image_size", None)  # suits a diffusion backbone; judge's own size is that of its configuration
     options = stated.get("options")
     used = data["options"] | (options if isinstance(options, dict) else {})
     shown = ", ".join(f"{key}={value}" for key, value in used.items() if value is not None)

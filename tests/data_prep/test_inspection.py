@@ -809,6 +809,21 @@ def test_the_guess_as_a_file(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("write", [only_images, a_folder_per_class, windows_table])
+def test_page_command_and_file_state_the_same(write, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write(raw)
+    text = inspected(capsys, raw)
+    printed = re.search(r"check what was guessed\n(.*?)\n\nThen\n", text, re.DOTALL)[1]
+    page = yaml.safe_load(printed.replace("TODO", "medical image"))
+    words = next(shlex.split(line) for line in text.splitlines() if "--config configs/folder.yaml" in line)
+    command = load_experiment(Path("configs/folder.yaml"), words[words.index("configs/folder.yaml") + 1 :])
+    data = guessed_file(raw, tmp_path / "mine.yaml")
+    assert data == page["data"] and data["image_size"] == 256
+    assert load_experiment(tmp_path / "mine.yaml", []) == command
+
+
 @pytest.mark.parametrize("name", WITH_WRITER)
 def test_the_guess_is_a_whole_configuration(name, tmp_path, capsys):
     raw = tmp_path / "raw"
