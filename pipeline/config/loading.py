@@ -1,7 +1,8 @@
 """Load configuration files: YAML -> `extends` -> command-line overrides -> validated models."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -133,9 +134,10 @@ def key_names(model: type[BaseModel] = ExperimentConfig, place: str = "") -> lis
 def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """Return the merged values of a file and of the files that it extends."""
     if not _is_file(path):
+        known = shipped_names("configs", "*.yaml")
         raise MaskLoomError(
-            f"{_shown(str(path))}: no such configuration file; give a path, or one that ships with MaskLoom: "
-            f"{', '.join(shipped_names('configs', '*.yaml'))}"
+            f"{_shown(str(path))}: no such configuration file; {_meant(path, known)}give a path, or one that ships with "
+            f"MaskLoom: {', '.join(known)}"
         )
     if path.resolve() in children:
         raise MaskLoomError(f"{path}: `extends` forms a cycle: {' -> '.join(p.name for p in (*children, path))}")
@@ -154,6 +156,17 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     candidates = (beside, shipped_only(Path(parent)), shipped_only(Path("configs", parent)))
     extended = next((file for file in candidates if file is not None and _is_file(file)), beside)
     return merged(_with_parents(extended, (*children, path.resolve())), values, str(path))
+
+
+def _meant(path: Path, known: Sequence[str]) -> str:
+    """Return a question that names the nearest configuration beside a missing one, or else the nearest shipped one."""
+    try:
+        beside = {file.name: str(file) for file in path.parent.glob("*.yaml")}
+    except (OSError, ValueError):  # as for `_is_file`
+        beside = {}
+    names = {Path(name).name: name for name in known} | beside
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f"did you mean {names[near[0]]}? Otherwise " if near else ""
 
 
 def _is_file(path: Path) -> bool:

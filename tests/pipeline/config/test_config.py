@@ -113,6 +113,15 @@ def test_a_missing_file(tmp_path):
     assert "gone.yaml: no such configuration file" in _problem(child)
 
 
+def test_a_mistyped_name_is_answered_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = _problem(Path("configs/bsui.yaml"))
+    assert "bsui.yaml: no such configuration file; did you mean configs/busi.yaml? Otherwise give a path" in told
+    _write(tmp_path, MINIMAL, "bsui_mine.yaml")  # the user's own come first
+    assert f"did you mean {tmp_path}/bsui_mine.yaml?" in _problem(tmp_path / "bsui_mien.yaml")
+    assert "did you mean" not in _problem(Path("configs/quite_another.yaml"))
+
+
 @pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\ta: 1"])
 def test_a_file_that_is_not_yaml(tmp_path, text):
     assert "one.yaml: not valid YAML" in _problem(_write(tmp_path, text))
