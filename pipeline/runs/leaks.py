@@ -82,7 +82,7 @@ def require_no_leaks(run: Run, datasets: Sequence[MaskPromptDataset]) -> None:
         _require_none(record, real, _near_duplicates(real), NEAR_FIX)
     write_audit_record(record, VERSION, datasets, rows, near)
     also = ", near-duplicates included" if near else ""
-    say(f"audit: {rows} images in {time.monotonic() - start:.1f} s, none in two splits{also}")
+    say(f"audit: {rows} images in {time.monotonic() - start:.1f} s, none found in two splits{also}")
 
 
 def _require_none(record: Path, real: MaskPromptDataset, failures: Sequence[Finding], fix: str) -> None:
