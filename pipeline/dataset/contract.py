@@ -7,6 +7,7 @@ dataset is unfinished. Nothing in this file imports torch.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -18,6 +19,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 from maskloom.pipeline.config.bounds import LARGEST_INT, Side
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import value_digest
+from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.files.reading import Record, checked, inside, read_object
 
 if TYPE_CHECKING:
@@ -194,6 +196,19 @@ def summarise_splits(ids: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, 
     }
 
 
+def _no_contract(folder: Path) -> str:
+    """Return what a folder without a contract is, as far as it tells, and what to do."""
+    dataset = folder / "dataset"
+    if (dataset / CONTRACT_FILE).is_file() or ((folder / "logs").is_dir() and OwnedFolder(folder).is_marked()):
+        return f"a run, not a mask-and-prompt dataset; give {dataset}"
+    if OwnedFolder(folder).is_marked():
+        return f"unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); run the stage that writes it again"
+    return (
+        f"not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); a raw folder? Run `maskloom inspect {shlex.quote(str(folder))}`, "
+        "then `maskloom prepare`"
+    )
+
+
 def read_contract(folder: Path) -> Contract:
     """Read `contract.json`.
 
@@ -211,10 +226,7 @@ def read_contract(folder: Path) -> Contract:
         raise MaskLoomError(f"{folder}: {what}")
     path = folder / CONTRACT_FILE
     if not path.is_file():
-        raise MaskLoomError(
-            f"{folder}: unfinished or not a mask-and-prompt dataset ({CONTRACT_FILE} is missing); "
-            "run the stage that writes it again"
-        )
+        raise MaskLoomError(f"{folder}: {_no_contract(folder)}")
     values = read_object(path, REMEDY)
     version = values.get("schema_version", SCHEMA_VERSION)
     if isinstance(version, int) and version != SCHEMA_VERSION:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, SPLITS, read_contract
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.ownership import OwnedFolder
 from tests.tiny_datasets import tiny_description, tiny_samples, write_dataset
 
 
@@ -133,7 +134,25 @@ def test_no_such_dataset(tmp_path):
 
 
 def test_a_folder_of_something_else(tmp_path):
-    with pytest.raises(MaskLoomError, match="not a mask-and-prompt dataset"):
+    with pytest.raises(MaskLoomError, match=r"not a mask-and-prompt dataset .*; a raw folder\? Run `maskloom inspect"):
+        read_contract(tmp_path)
+    (tmp_path / "logs").mkdir()  # a name that raw folders may hold too
+    with pytest.raises(MaskLoomError, match="a raw folder"):
+        read_contract(tmp_path)
+
+
+def test_a_folder_of_the_project_without_a_contract(tmp_path):
+    OwnedFolder(tmp_path).claim()
+    with pytest.raises(MaskLoomError, match="unfinished or not a mask-and-prompt dataset"):
+        read_contract(tmp_path)
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(MaskLoomError, match=rf"a run, not a mask-and-prompt dataset; give {tmp_path}/dataset$"):
+        read_contract(tmp_path)
+
+
+def test_a_run_instead_of_its_dataset(folder, tmp_path):
+    folder.rename(tmp_path / "dataset")
+    with pytest.raises(MaskLoomError, match=rf"a run, not a mask-and-prompt dataset; give {tmp_path}/dataset$"):
         read_contract(tmp_path)
 
 
