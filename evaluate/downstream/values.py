@@ -18,6 +18,7 @@ TOLERANCE = 0.3  # of a share's range: simulated scores may be that far off
 LEAST_CODE = 9  # such as 9, 99 or 999
 MOST = 0.5  # of the values
 FACTOR = 3  # by which a hundredfold may be missed
+MOST_CODES = 3  # different negative numbers of one column
 FEW_SMALL = 0.1  # of a model's values above 0: in percent, that many may be at most 1
 
 Columns = Mapping[str, NDArray[np.str_]]
@@ -66,7 +67,7 @@ def _require_bounds(path: Path, score: str, columns: Columns, seeds: NDArray[np.
         refused |= (values < low - far) | (values > high + far)
     row = int((refused if refused.any() else outside).argmax())
     limit = "it cannot be " + (f"below {low:g}" if values[row] < low else f"above 1, or {PERCENT:g} %")
-    limit = "no other value is below 0" if coded and values[row] < 0 else limit
+    limit = _code_in_words(values) if coded and values[row] < 0 else limit
     problem = f"{path}: {_in_words(score, columns, seeds, values, row)}; {limit}"
     if refused.any():
         raise MaskLoomError(f"{problem}. Leave the value empty where a case has none")
@@ -74,13 +75,22 @@ def _require_bounds(path: Path, score: str, columns: Columns, seeds: NDArray[np.
 
 
 def _has_code(values: Floats) -> bool:
-    """Return whether one negative whole number stands among values that are not negative: a code, whatever the score.
+    """Return whether a few negative whole numbers stand among values that are not negative: codes, whatever the score.
 
-    Of counts, all of which are whole, it may be one: a difference of numbers of lesions, for example.
+    There may be several, such as -1 (no lesion) and -2 (the model failed). Of counts, all of which are whole,
+    they may be values: differences of numbers of lesions, for example. So may they if there are more of them.
     """
     negative, others = np.unique(values[values < 0]), values[values >= 0]
-    is_whole = len(negative) == 1 and negative[0] == np.round(negative[0])
-    return is_whole and bool((others != np.round(others)).any())
+    few_whole = 0 < len(negative) <= MOST_CODES and bool((negative == np.round(negative)).all())
+    return few_whole and bool((others != np.round(others)).any())
+
+
+def _code_in_words(values: Floats) -> str:
+    """Return why negative values are taken for codes."""
+    codes = np.unique(values[values < 0])[::-1]
+    if len(codes) == 1:
+        return "no other value is below 0"
+    return f"the only values below 0 are {', '.join(f'{code:g}' for code in codes)}: they look like codes"
 
 
 def _largest(score: str, values: Floats) -> float:

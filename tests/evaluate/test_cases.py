@@ -129,6 +129,27 @@ def test_a_code_among_fractions_is_refused_whatever_the_name(tmp_path: Path, sco
         read_cases(table)
 
 
+@pytest.mark.parametrize("codes", [[-1.0, -2.0], [-9.0, -1.0, -99.0]])
+def test_a_few_negative_whole_numbers_of_one_arm_are_codes(tmp_path: Path, codes: list[float]) -> None:
+    table = rows(value=[0.5] * (12 - len(codes)) + codes, score=["my score"] * 12)
+    named = ", ".join(f"{code:g}" for code in sorted(codes, reverse=True))
+    with pytest.raises(MaskLoomError, match=f"the only values below 0 are {named}: they look like codes. Leave"):
+        read_cases(written(tmp_path / "cases.parquet", table))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [-1.0, -2.0, -3.0, -4.0, 0.5, 1.5],  # as many different ones as no program has codes
+        [-1.0, -2.5, 0.5, 1.5, 0.1, 0.2],
+        [-1.0, -2.0, 3.0, 0.0, 1.0, 2.0],  # differences of counts
+        [-1.0, -2.0, -1.0, -2.0, -1.0, -2.0],
+    ],
+)
+def test_signed_scores_have_no_codes(tmp_path: Path, values: list[float]) -> None:
+    read_cases(written(tmp_path / "cases.parquet", rows(value=values * 2, score=["my score"] * 12)))
+
+
 @pytest.mark.parametrize("values", [[9.0, 1.0, 0.0, 9.0], [9.0, 0.3, 12.0, 0.4], [9.5, 0.3, 0.2, 0.4]])
 def test_counts_and_measures_above_one_are_no_codes(tmp_path: Path, values: list[float]) -> None:
     read_cases(written(tmp_path / "cases.parquet", rows(value=values * 3, score=["my score"] * 12)))
