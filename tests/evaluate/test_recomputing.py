@@ -70,6 +70,12 @@ def test_the_script_matches_models_by_seed(tmp_path: Path, seeds: tuple[int, ...
     assert found.seeds == (3 if seeds[0] == 1 else 4)
 
 
+def test_the_script_without_a_table_prints_its_usage(tmp_path: Path) -> None:
+    run_script(tmp_path, dice_cases(dict(zip(("real", "real_synthetic"), simulated(), strict=True))))
+    done = subprocess.run([sys.executable, str(tmp_path / "recompute.py")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "usage: python recompute.py CASES.parquet\n")
+
+
 def test_the_script_says_which_rows_are_missing(tmp_path: Path) -> None:
     done = run_script(tmp_path, dice_cases({"real": simulated()[0], "real_oversampled": simulated()[1]}))
     assert done.returncode == 1 and "no rows of 'real_synthetic' or of 'real' with score 'Dice'" in done.stderr
