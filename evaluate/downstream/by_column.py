@@ -20,12 +20,13 @@ from maskloom.evaluate.downstream.gaps import Gap, subgroup_gaps
 from maskloom.pipeline.results import Cell, Interval, Table
 
 FINDING_NOTE = (
-    "Findings as in the verdict, on the subgroup's images; p is adjusted for the number of subgroups and arms (Holm). "
+    "Findings as in the verdict, on the subgroup's images; p is adjusted for the number of subgroups and arms (Holm); "
+    "the interval is not. "
     "A column of more than 6 different numbers is cut into thirds of the images; images without a value are left out."
 )
 GAP_NOTE = (
     "Score of the subgroup minus that of the other images, by {models}; other patients, same "
-    "models. p is adjusted for the number of gaps (Holm). A gap says that the models score otherwise there, not why: "
+    "models. p is adjusted for the number of gaps (Holm); the interval is not. A gap says that the models score otherwise there, not why: "
     "lesions and patients may differ, too."
 )
 
@@ -96,7 +97,7 @@ class SubgroupComparison:
                 one.finding + (f": {one.reason}" if one.reason else ""),
                 p_cell(one.p_holm),
                 one.smallest_effect,
-                f"{one.groups} / {one.rest_groups}",
+                one.group_words(),
                 one.seeds,
             ]
             for one in self.gaps

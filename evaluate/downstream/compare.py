@@ -29,9 +29,12 @@ from maskloom.evaluate.downstream.directions import LOWER, direction, is_share
 from maskloom.evaluate.downstream.pairing import (
     Pair,
     contributions,
+    counted_groups,
     defined_contributions,
+    group_words,
     lacks_worst_values,
     paired_values,
+    rarest_class_groups,
     repeated_seeds,
     rests_on_classes,
     supporting_groups,
@@ -80,13 +83,16 @@ class Comparison:
         low, high: ends of its 95 % interval; None where there are not two seeds and two groups.
         better: `higher` or `lower` values of the score.
         p, p_holm: p-value of no difference, alone and adjusted for the number of arms.
+        adjusted_for: number of comparisons that `p_holm` is adjusted for.
         finding: `helped`, `hurt`, `no clear benefit` or `cannot tell`.
         reason: why it cannot be told, else empty.
         smallest_effect: the smallest true effect that this test set finds with a power of about 70 to 80 %.
         smallest_effect_low, smallest_effect_high: ends of its 95 % interval.
         effective_cases: number of independent cases that would vary as much.
-        groups, cases, seeds: numbers that the figures rest on. For scores that average over
-            classes, `groups` is that of the class with the fewest.
+        groups, cases, seeds: numbers that the figures rest on. Of the recall of a class, `groups` are
+            those with a case of it.
+        effective_groups: of scores that average over classes, the effective number of groups of the class
+            with the fewest, on which the finding rests; else `groups`.
         paired_seeds: whether models of equal seeds err alike, so that seeds were paired.
         by_seed: the difference at each seed.
         left_out_cases, left_out_seeds: numbers of cases, and of pairs of seeds, that were not defined.
@@ -102,6 +108,7 @@ class Comparison:
     high: float | None
     p: float | None
     p_holm: float | None
+    adjusted_for: int
     better: str
     finding: str
     reason: str
@@ -110,12 +117,18 @@ class Comparison:
     smallest_effect_high: float | None
     effective_cases: float | None
     groups: int
+    effective_groups: int
     cases: int
     seeds: int
     paired_seeds: bool
     by_seed: tuple[float, ...]
     left_out_cases: int
     left_out_seeds: int
+
+    @property
+    def undone_by_adjustment(self) -> bool:
+        """Whether p alone would be low enough for a finding, as its interval shows, and is not after the adjustment."""
+        return self.finding == NO_BENEFIT and removed_by_adjustment(self.p, self.p_holm)
 
     @property
     def too_few(self) -> bool:
@@ -131,7 +144,7 @@ class Comparison:
 class ArmScore:
     """What one arm reached in one score on one test set: mean over its seeds and cases, 95 % interval.
 
-    `groups` is the number of groups behind it, see `Comparison`.
+    `groups` and `effective_groups` are the numbers of groups behind it, see `Comparison`.
     """
 
     arm: str
@@ -141,6 +154,7 @@ class ArmScore:
     high: float | None
     by_seed: tuple[float, ...]
     groups: int = 0
+    effective_groups: int = 0
 
 
 def compare(
@@ -232,10 +246,10 @@ def _arm_score(cases: ScoredTestSet, arm: str, score: str) -> ArmScore:
     if values is None or not values.size:
         return ArmScore(arm, score, None, None, None, ())
     by_seed = tuple(values.mean(axis=1).tolist())
-    effect, groups = _effect(pair, score, values), supporting_groups(pair, score)
+    effect, groups = _effect(pair, score, values), (counted_groups(pair, score), supporting_groups(pair, score))
     if effect is None:
-        return ArmScore(arm, score, float(values.mean()), None, None, by_seed, groups)
-    return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed, groups)
+        return ArmScore(arm, score, float(values.mean()), None, None, by_seed, *groups)
+    return ArmScore(arm, score, effect.value, effect.low, effect.high, by_seed, *groups)
 
 
 def with_findings(found: Sequence[tuple[ScoredTestSet, Comparison]]) -> list[Comparison]:
@@ -248,7 +262,17 @@ def with_findings(found: Sequence[tuple[ScoredTestSet, Comparison]]) -> list[Com
     """
     tested = [i for i, (_, one) in enumerate(found) if one.p is not None and one.arm != NULL_ARM]
     adjusted = dict(zip(tested, holm_adjusted([found[i][1].p or 0.0 for i in tested]), strict=True))
-    return [_with_finding(cases, replace(one, p_holm=adjusted.get(i, one.p))) for i, (cases, one) in enumerate(found)]
+    return [
+        _with_finding(
+            cases, replace(one, p_holm=adjusted.get(i, one.p), adjusted_for=len(tested) if i in adjusted else 1)
+        )
+        for i, (cases, one) in enumerate(found)
+    ]
+
+
+def removed_by_adjustment(p: float | None, p_holm: float | None) -> bool:
+    """Return whether a p-value is low enough for a finding only without its adjustment."""
+    return p is not None and p_holm is not None and p <= 1 - LEVEL < p_holm
 
 
 def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, better: str) -> Comparison:
@@ -272,6 +296,7 @@ def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bette
         high=effect.high if effect else None,
         p=effect.p if effect else None,
         p_holm=None,
+        adjusted_for=1,
         better=better,
         finding=CANNOT_TELL,
         reason=reason_not_to_tell(pair, values, score, better),
@@ -279,7 +304,8 @@ def compare_arm(cases: ScoredTestSet, arm: str, baseline: str, score: str, bette
         smallest_effect_low=effect.smallest_low if effect else None,
         smallest_effect_high=effect.smallest_high if effect else None,
         effective_cases=effect.effective_cases if effect else None,
-        groups=supporting_groups(pair, score),
+        groups=counted_groups(pair, score),
+        effective_groups=supporting_groups(pair, score),
         cases=values.shape[1],
         seeds=pair.seeds,
         paired_seeds=effect is not None and effect.paired_seeds,
@@ -368,6 +394,7 @@ def reason_not_to_tell(pair: Pair, values: Floats, score: str, better: str) -> s
     of_class = rests_on_classes(pair, score)
     needed = FEW_CLASS_GROUPS if of_class else FEW_GROUPS
     where = "of the rarest class " if of_class else ""
+    told = group_words(rarest_class_groups(pair, score), groups, " group(s)")
     undefined = why_undefined(pair, score)
     reasons = {
         "no case is defined in both arms": not values.size and not undefined,
@@ -375,7 +402,7 @@ def reason_not_to_tell(pair: Pair, values: Floats, score: str, better: str) -> s
         f"{pair.partly_undefined} case(s) are defined for some models only": pair.partly_undefined
         > MISSING_SHARE * cases,
         undefined: bool(undefined),
-        f"the test images {where}are of {groups} group(s), fewer than {needed}": groups < needed,
+        f"the test images {where}are of {told}, fewer than {needed}": groups < needed,
         f"{pair.seeds} seed(s), fewer than {FEW_SEEDS}": pair.seeds < FEW_SEEDS,
         "two seeds of an arm score alike in every case": values.size > 0
         and repeated_seeds(pair, score, better == LOWER),

@@ -33,6 +33,7 @@ from maskloom.evaluate.downstream.compare import (
 )
 from maskloom.evaluate.downstream.directions import known_bounds
 from maskloom.evaluate.downstream.outlook import what_would_change
+from maskloom.evaluate.downstream.pairing import group_words
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
 from maskloom.evaluate.scores.statistics import LEVEL, saturated_interval
 from maskloom.pipeline.config.filter import FILTERED
@@ -179,8 +180,9 @@ def shown_interval(one: ArmScore | Comparison) -> Interval:
         lowest = -highest
     if one.low is not None and one.high is not None and one.low != one.high:
         return Interval(value=value, low=max(lowest, one.low), high=min(highest, one.high))
-    if isinstance(one, ArmScore) and value in (0.0, 1.0) and one.groups and highest == 1 and one.score not in NO_SHARES:
-        return saturated_interval(value, one.groups)
+    is_share = highest == 1 and one.score not in NO_SHARES
+    if isinstance(one, ArmScore) and value in (0.0, 1.0) and one.effective_groups and is_share:
+        return saturated_interval(value, one.effective_groups)
     return Interval(value=value)
 
 
@@ -306,7 +308,12 @@ def change_cells(change: Comparison | None) -> list[Cell]:
     if change is None:
         return [None] * 5
     finding = change.finding + (f": {change.reason}" if change.reason else "")
-    return [shown_interval(change), finding, p_cell(change.p_holm), change.cases, change.groups]
+    return [shown_interval(change), finding, p_cell(change.p_holm), change.cases, groups_cell(change)]
+
+
+def groups_cell(one: Comparison) -> Cell:
+    """Return the number of groups, with the effective number where it is smaller."""
+    return group_words(one.groups, one.effective_groups) if one.effective_groups < one.groups else one.groups
 
 
 def p_cell(p: float | None) -> Cell:
@@ -330,7 +337,7 @@ def _forests(one: TestSetComparison) -> list[Forest]:
                         name=arm_title(change.arm),
                         **shown_interval(change).model_dump(),
                         finding=change.finding,
-                        basis=basis_of(change, one.scored[name][1]),
+                        basis=basis_of(change),
                         smallest=change.smallest_effect or None,
                         reference=change.arm == NULL_ARM,
                         group=arm_group(change.arm),
@@ -342,16 +349,9 @@ def _forests(one: TestSetComparison) -> list[Forest]:
     return found
 
 
-def basis_of(one: Comparison, groups: int) -> str:
-    """Return the numbers that a comparison rests on, in words.
-
-    Args:
-        one: the comparison.
-        groups: with a case in which the score is defined; a mean over classes rests on those of
-            the rarest class.
-    """
-    effective = f" ({one.groups} effective)" if one.groups < groups else ""
-    return f"{one.cases} cases, {groups} groups{effective}, {one.seeds} seeds"
+def basis_of(one: Comparison) -> str:
+    """Return the numbers that a comparison rests on, in words."""
+    return f"{one.cases} cases, {group_words(one.groups, one.effective_groups, ' groups')}, {one.seeds} seeds"
 
 
 def _score_table(one: TestSetComparison) -> Table:

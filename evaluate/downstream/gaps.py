@@ -22,11 +22,14 @@ from maskloom.evaluate.downstream.compare import (
     UNDONE,
     UNKNOWN_WORST,
     reason_not_to_tell,
+    removed_by_adjustment,
 )
 from maskloom.evaluate.downstream.directions import LOWER
 from maskloom.evaluate.downstream.pairing import (
     Pair,
+    counted_groups,
     defined_contributions,
+    group_words,
     lacks_worst_values,
     paired_values,
     rests_on_classes,
@@ -49,11 +52,13 @@ class Gap:
         gap: their difference; None where one of them is not defined.
         low, high: ends of its 95 % interval.
         p, p_holm: p-value of no gap, alone and adjusted for the number of gaps.
+        adjusted_for: number of gaps that `p_holm` is adjusted for.
         better: `higher` or `lower` values of the score.
         finding: `worse`, `better`, `no clear gap` or `cannot tell`.
         reason: why it cannot be told, else empty.
         smallest_effect: the smallest true gap that is found with a power of about 70 to 80 %.
         groups, rest_groups, cases, rest_cases, seeds: numbers that the figures rest on.
+        effective_groups, rest_effective_groups: effective numbers of groups, see `Comparison`.
     """
 
     metric: str
@@ -69,15 +74,28 @@ class Gap:
     high: float | None
     p: float | None
     p_holm: float | None
+    adjusted_for: int
     better: str
     finding: str
     reason: str
     smallest_effect: float | None
     groups: int
     rest_groups: int
+    effective_groups: int
+    rest_effective_groups: int
     cases: int
     rest_cases: int
     seeds: int
+
+    @property
+    def undone_by_adjustment(self) -> bool:
+        """Whether p alone would be low enough for a gap, as its interval shows, and is not after the adjustment."""
+        return self.finding == NO_GAP and removed_by_adjustment(self.p, self.p_holm)
+
+    def group_words(self) -> str:
+        """Return the numbers of groups in the subgroup and in the rest."""
+        own, rest = (self.groups, self.effective_groups), (self.rest_groups, self.rest_effective_groups)
+        return f"{group_words(*own)} / {group_words(*rest)}"
 
     def as_json(self) -> dict[str, Any]:
         """Return all attributes, ready for JSON."""
@@ -126,7 +144,9 @@ def subgroup_gaps(cases: ScoredTestSet, score: str, better: str, columns: Subgro
     p_of = {test: one.p for test, one in zip(tests, found, strict=True) if one.p is not None}
     adjusted = dict(zip(p_of, holm_adjusted(list(p_of.values())), strict=True))
     return [
-        _with_finding(replace(one, p_holm=adjusted.get(test)), cases, columns)
+        _with_finding(
+            replace(one, p_holm=adjusted.get(test), adjusted_for=len(p_of) if test in p_of else 1), cases, columns
+        )
         for test, one in zip(tests, found, strict=True)
     ]
 
@@ -168,12 +188,15 @@ def _gap(
         high=effect.high if effect else None,
         p=effect.p if effect else None,
         p_holm=None,
+        adjusted_for=1,
         better=better,
         finding=CANNOT_TELL,
         reason=_reason(inside, outside, score, better),
         smallest_effect=effect.smallest if effect else None,
-        groups=supporting_groups(inside.pair, score),
-        rest_groups=supporting_groups(outside.pair, score),
+        groups=counted_groups(inside.pair, score),
+        rest_groups=counted_groups(outside.pair, score),
+        effective_groups=supporting_groups(inside.pair, score),
+        rest_effective_groups=supporting_groups(outside.pair, score),
         cases=inside.values.shape[1],
         rest_cases=outside.values.shape[1],
         seeds=inside.pair.seeds,

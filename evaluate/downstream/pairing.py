@@ -299,22 +299,46 @@ def case_spread(values: Floats) -> float:
     return float(min(values.std(), 10 * np.quantile(apart[apart > 0], 1 - OUTLIERS, method="lower")))
 
 
+def counted_groups(pair: Pair, score: str) -> int:
+    """Return the number of groups whose cases count for a score: of a class's recall, those with a case of it."""
+    if not score.startswith(RECALL) or TRUTH + score.removeprefix(RECALL) not in pair.arm:
+        return len(set(pair.groups))
+    return sum(int(np.count_nonzero(sizes)) for sizes in _class_sizes(pair, score))
+
+
 def supporting_groups(pair: Pair, score: str) -> int:
     """Return the number of groups that a score rests on.
 
     Of a mean over classes, it is the effective number of the rarest class: groups that contain as
     many of its cases as each other would count fully (Kish 1965).
     """
-    if not pair.groups:
-        return 0
+    return min([counted_groups(pair, score), *map(_effective_number, _class_sizes(pair, score))])
+
+
+def rarest_class_groups(pair: Pair, score: str) -> int:
+    """Return the number of groups with a case of the class that `supporting_groups` rests on; all without classes."""
+    sizes = _class_sizes(pair, score)
+    return int(np.count_nonzero(min(sizes, key=_effective_number))) if sizes else len(set(pair.groups))
+
+
+def group_words(groups: int, effective: int, noun: str = "") -> str:
+    """Return a number of groups, and the effective number where it is smaller, such as `42 groups (18 effective)`."""
+    return f"{groups}{noun}" + (f" ({effective} effective)" if effective < groups else "")
+
+
+def _class_sizes(pair: Pair, score: str) -> list[NDArray[np.int64]]:
+    """Return the number of cases by group of each class that a score rests on; of classes without a case, nothing."""
+    if not pair.groups or not rests_on_classes(pair, score):
+        return []
+    own = TRUTH + score.removeprefix(RECALL) if score.startswith(RECALL) else None
     numbers = group_numbers(pair.groups)
-    truths = {name: values[0] == 1 for name, values in pair.arm.items() if name.startswith(TRUTH)}
-    if score.startswith(RECALL):
-        truths = {name: truth for name, truth in truths.items() if name == TRUTH + score.removeprefix(RECALL)}
-    elif score in UNWEIGHTED:
-        truths = {}
-    sizes = [np.bincount(numbers[truth]) for truth in truths.values() if truth.any()]
-    return min([len(np.unique(numbers)), *(int(one.sum() ** 2 / (one**2).sum() + 1e-9) for one in sizes)])
+    truths = [values[0] == 1 for name, values in pair.arm.items() if name.startswith(TRUTH) and own in (None, name)]
+    return [np.bincount(numbers[truth]) for truth in truths if truth.any()]
+
+
+def _effective_number(sizes: NDArray[np.int64]) -> int:
+    """Return the effective number of groups of these sizes."""
+    return int(sizes.sum() ** 2 / (sizes**2).sum() + 1e-9)
 
 
 def rests_on_classes(pair: Pair, score: str) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from maskloom.evaluate.downstream.arms import WITH_SYNTHETIC, arm_title
 from maskloom.evaluate.downstream.cases import ScoredTestSet, subset
 from maskloom.evaluate.downstream.compare import BASELINE, compare
+from maskloom.evaluate.downstream.comparison import groups_cell
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.evaluate.scores.segmentation import SIZES
 from maskloom.pipeline.results import Cell, Interval, Table
@@ -49,7 +50,7 @@ def subgroup_table(cases: ScoredTestSet, arm: str, score: str, parts: Mapping[st
         one = compare(part, scores=[score])[0] if part.samples else None
         if one is not None and one.cases:
             change = Interval(value=one.difference, low=one.low, high=one.high)
-            rows.append([name, change, one.finding, one.smallest_effect, one.cases, one.groups, one.seeds])
+            rows.append([name, change, one.finding, one.smallest_effect, one.cases, groups_cell(one), one.seeds])
     columns = ["part", "change against real", "finding", "smallest effect", "cases", "groups", "seeds"]
     title = f"Where it helps: {arm_title(arm)}, {score} on the {cases.test_set}"
     return Table(title=title, note=NOTE, columns=columns, rows=rows) if rows else None

@@ -20,7 +20,10 @@ from maskloom.evaluate.downstream.by_column import SubgroupComparison, compare_s
 from maskloom.evaluate.downstream.cases import ScoredTestSet, learning_curve_of, read_cases
 from maskloom.evaluate.downstream.columns import Subgroups, split_of, split_subgroups, usable_subgroups
 from maskloom.evaluate.downstream.compare import HELPED, HURT, Comparison, compare, compare_parts, score_names
+from maskloom.evaluate.downstream.comparison import basis_of
 from maskloom.evaluate.downstream.directions import HIGHER, LOWER, OWN_SCORES, direction, own_score
+from maskloom.evaluate.downstream.gaps import Gap
+from maskloom.evaluate.downstream.pairing import group_words
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
@@ -185,8 +188,11 @@ def subgroup_entries(
 def print_subgroups(found: Sequence[tuple[Path, SubgroupComparison]]) -> None:
     """Print the tables of subgroups, of the first files and scores."""
     console = table_console()
-    shown = [(path, table) for path, one in found for table in one.tables()]
-    for path, content in shown[:SHOWN_FILES]:
+    shown = []
+    for path, one in found:
+        told, tables = _told_subgroups(one), one.tables()
+        shown += [(path, table, told if table is tables[-1] else []) for table in tables]
+    for path, content, told in shown[:SHOWN_FILES]:
         table = Table(box=box.SIMPLE)
         for column in content.columns:
             table.add_column(Text(column))
@@ -194,8 +200,41 @@ def print_subgroups(found: Sequence[tuple[Path, SubgroupComparison]]) -> None:
             table.add_row(*(Text(cell_text(cell)) for cell in row))
         console.print(Text(f"{path}: {content.title}"))
         console.print(table)
+        for sentence in told:
+            console.print(Text(sentence))
     if len(shown) > SHOWN_FILES:
         console.print(Text(f"... and {len(shown) - SHOWN_FILES} further tables; --json FILE writes all"))
+
+
+def _told_subgroups(one: SubgroupComparison) -> list[str]:
+    """Return the sentences of `adjustment_notes` about findings and gaps in subgroups."""
+    findings = [
+        (f"{column} {subgroup}, {change.arm}", change)
+        for (column, subgroup), changes in one.findings.items()
+        for change in changes
+    ]
+    return adjustment_notes(findings) + adjustment_notes(
+        [(f"{gap.column} {gap.subgroup} (gap)", gap) for gap in one.gaps]
+    )
+
+
+def adjustment_notes(rows: Sequence[tuple[str, Comparison | Gap]]) -> list[str]:
+    """Return a sentence on intervals that leave out 0 where the adjusted p-value allows no finding.
+
+    It is one sentence per number of comparisons, which scores that are not defined may make differ.
+
+    Args:
+        rows: comparisons of a table, each with its name there.
+    """
+    names = defaultdict[tuple[str, int], list[str]](list)
+    for name, one in rows:
+        if one.undone_by_adjustment:
+            names[one.finding, one.adjusted_for].append(name)
+    return [
+        f"{'; '.join(found)}: {finding}, as p is adjusted for {count} comparisons (Holm's method); the 95 % interval "
+        "beside it is not adjusted, and leaves out 0"
+        for (finding, count), found in names.items()
+    ]
 
 
 def _with_baseline(path: Path, test_sets: Sequence[ScoredTestSet], baseline: str) -> list[ScoredTestSet]:
@@ -242,6 +281,8 @@ def print_comparisons(found: Sequence[tuple[Path, Comparison]]) -> None:
         table = _table(rows)
         fits = Measurement.get(console, console.options.update(width=ANY_WIDTH), table).maximum <= console.width
         console.print(table if fits else Text("\n".join(map(_stacked, rows))))
+        for sentence in adjustment_notes([(f"{one.arm}, {one.score}", one) for one in rows]):
+            console.print(Text(sentence))
         for one in rows:
             if one.reason:
                 console.print(Text(f"{one.arm}, {one.score}: cannot tell, {one.reason}"))
@@ -263,13 +304,9 @@ def _table(rows: Sequence[Comparison]) -> Table:
 
 
 def _stacked(one: Comparison) -> str:
-    """Return a comparison on three lines, for narrow terminals."""
-    arm, score, difference, finding, smallest, p, cases, groups, seeds = _cells(one)
-    return (
-        f"\n{arm}, {score}\n"
-        f"  {difference}: {finding}\n"
-        f"  p (Holm) {p}, smallest effect {smallest}; {cases} cases, {groups} groups, {seeds} seeds"
-    )
+    """Return a comparison on four lines, for narrow terminals."""
+    arm, score, difference, finding, smallest, p, *_ = _cells(one)
+    return f"\n{arm}, {score}\n  {difference}: {finding}\n  p (Holm) {p}, smallest effect {smallest}\n  {basis_of(one)}"
 
 
 def _cells(one: Comparison) -> tuple[str, ...]:
@@ -282,6 +319,6 @@ def _cells(one: Comparison) -> tuple[str, ...]:
         MISSING if one.smallest_effect is None else number_text(one.smallest_effect),
         MISSING if one.p_holm is None else number_text(one.p_holm),
         str(one.cases),
-        str(one.groups),
+        group_words(one.groups, one.effective_groups),
         str(one.seeds),
     )

@@ -15,6 +15,7 @@ from sklearn import metrics
 
 from benchmarks.verdict_simulation import skewed_scores
 from maskloom.evaluate.downstream import tables
+from maskloom.evaluate.downstream.by_column import compare_subgroups
 from maskloom.evaluate.downstream.cases import ArmCases, ScoredTestSet, write_cases
 from maskloom.evaluate.downstream.compare import (
     UNDONE,
@@ -28,6 +29,7 @@ from maskloom.evaluate.downstream.compare import (
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.directions import direction, known_bounds, worst_value
 from maskloom.evaluate.downstream.gaps import subgroup_gaps
+from maskloom.evaluate.downstream.subgroups import subgroup_table
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
 from maskloom.evaluate.scores.inference import holm_adjusted
 from maskloom.pipeline.errors import MaskLoomError
@@ -602,10 +604,12 @@ def two_classes(labels: list[int], groups: list[str] | None = None) -> ScoredTes
 
 def test_a_mean_over_classes_rests_on_the_groups_of_the_rarest() -> None:
     cases = two_classes([0] * 51 + [1] * 9)
-    assert one(cases, score="balanced accuracy").groups == 9
+    found = one(cases, score="balanced accuracy")
+    assert (found.groups, found.effective_groups) == (60, 9)
     reason = "the test images of the rarest class are of 9 group(s), fewer than 10"
     assert {one(cases, score=score).reason for score in ("balanced accuracy", "macro F1", "AUROC")} == {reason}
     assert one(cases, score="recall of common").groups == 51
+    assert one(cases, score="recall of rare").groups == 9
     assert one(cases, score="recall of common").finding == "no clear benefit"
     assert one(cases, score="accuracy").groups == 60
     assert one(two_classes([0] * 50 + [1] * 10), score="balanced accuracy").finding == "no clear benefit"
@@ -617,8 +621,106 @@ def test_a_class_whose_cases_lie_in_one_group_for_the_most_part_has_few_groups()
     """Most cases of one patient define the recall: a jackknife over all patients would not see it vary."""
     groups = [f"{i % 20}" for i in range(300)]
     cases = two_classes([0] * 300 + [1] * 52, [*groups, *["0"] * 40, *(f"{i}" for i in range(1, 13))])
-    assert one(cases, score="AUROC").groups == 1
-    assert one(cases, score="AUROC").finding == "cannot tell"
+    found = one(cases, score="AUROC")
+    assert (found.groups, found.effective_groups, found.finding) == (20, 1, "cannot tell")
+    assert found.reason == "the test images of the rarest class are of 13 group(s) (1 effective), fewer than 10"
+
+
+def unequal_classes() -> ScoredTestSet:
+    """Return 45 cases of 42 groups: 24 benign of 23 groups, 21 malignant of 19, of one of which there are 3."""
+    groups = [*(f"b{i}" for i in range(23)), "b0", *(f"m{i}" for i in range(19)), "m0", "m0"]
+    cases = two_classes([0] * 24 + [1] * 21, groups)
+    assert len(set(groups)) == 42
+    return cases
+
+
+def test_the_real_number_of_groups_is_shown_and_the_effective_one_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = unequal_classes()
+    expected = {
+        "balanced accuracy": (42, 16),
+        "AUROC": (42, 16),
+        "accuracy": (42, 42),
+        "recall of common": (23, 22),
+        "recall of rare": (19, 16),
+    }
+    for score, numbers in expected.items():
+        for found in (one(cases, score=score), *arm_scores(cases, [score])):
+            assert (found.groups, found.effective_groups) == numbers
+    write_cases(tmp_path / "cases.parquet", [cases])
+    words = ["compare", str(tmp_path / "cases.parquet"), "--json", str(tmp_path / "out.json")]
+    code, text = finished("maskloom.evaluate", words)
+    assert (code, "42 (16 effective)" in text, "19 (16 effective)" in text) == (0, True, True)
+    entries = {entry["score"]: entry for entry in json.loads((tmp_path / "out.json").read_text())}
+    assert {name: (entries[name]["groups"], entries[name]["effective_groups"]) for name in expected} == expected
+    monkeypatch.setattr(tables, "table_console", lambda: Console(file=sys.stdout, width=80, highlight=False))
+    tables.print_comparisons([(Path("cases.parquet"), one(cases, score="balanced accuracy"))])
+    assert "  45 cases, 42 groups (16 effective), 5 seeds" in capsys.readouterr().out.splitlines()
+
+    result = compare_test_sets([cases], "balanced accuracy", None, "controlnet")
+    bases = {forest.title.split(":")[0]: forest.rows[0].basis for forest in result.forests}
+    assert bases["recall of common"] == "45 cases, 23 groups (22 effective), 5 seeds"
+    assert bases["accuracy"] == "45 cases, 42 groups, 5 seeds"
+    table = subgroup_table(cases, "real_synthetic", "balanced accuracy", {"all": cases.samples})
+    assert table is not None and table.rows[0][4:] == [45, "42 (16 effective)", 5]
+
+
+def test_the_groups_of_a_gap_are_the_real_number() -> None:
+    cases = unequal_classes()
+    parts = {"scanner": {"A": cases.samples[::2], "B": cases.samples[1::2]}}
+    gap = subgroup_gaps(cases, "balanced accuracy", "higher", parts)[0]
+    numbers = [len({cases.groups[i] for i in range(start, 45, 2)}) for start in (0, 1)]
+    assert [gap.groups, gap.rest_groups] == numbers
+    assert gap.effective_groups < gap.groups
+    effective = (gap.effective_groups, gap.rest_effective_groups)
+    assert gap.group_words() == " / ".join(f"{a} ({b} effective)" for a, b in zip(numbers, effective, strict=True))
+
+
+def test_a_recall_of_other_software_rests_on_all_groups() -> None:
+    score = "recall of lesion"
+    found = one(dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score=score), score=score)
+    assert (found.groups, found.effective_groups, found.finding) == (60, 60, "helped")
+
+
+def test_a_finding_that_the_adjustment_removes_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(1).normal(0, 0.02, BASE.shape)
+    noise -= noise.mean()
+    arms = {"real": BASE, "a": BASE + noise + 0.0025, **{f"b{i}": BASE + noise for i in range(3)}}
+    cases = dice_cases({**arms, "real_other_seeds": BASE + noise})
+    found = one(cases, "a")
+    assert found.p is not None and found.p <= 0.05 and found.low is not None and found.low > 0
+    assert (found.finding, found.adjusted_for, found.undone_by_adjustment) == ("no clear benefit", 4, True)
+    write_cases(tmp_path / "cases.parquet", [cases])
+    monkeypatch.setattr(tables, "table_console", lambda: Console(file=sys.stdout, width=400, highlight=False))
+    tables.print_comparisons(tables.compare_files([tmp_path / "cases.parquet"], "real", None))
+    told = (
+        "a, Dice: no clear benefit, as p is adjusted for 4 comparisons (Holm's method); the 95 % interval beside it is "
+        "not adjusted, and leaves out 0"
+    )
+    text = capsys.readouterr().out
+    assert told in text.splitlines() and text.count("Holm's method") == 1
+    write_cases(tmp_path / "cases.parquet", [dice_cases({name: arms[name] for name in ("real", "a")})])
+    tables.print_comparisons(tables.compare_files([tmp_path / "cases.parquet"], "real", None))
+    assert "Holm's method" not in capsys.readouterr().out
+
+
+def test_findings_and_gaps_in_subgroups_that_the_adjustment_removes_are_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = dice_cases({"real": BASE, "a": changed_by(0.05)})
+    found = compare_subgroups(cases, "Dice", "higher", {"scanner": {"A": cases.samples[:30], "B": cases.samples[30:]}})
+    undone = {"p": 0.04, "p_holm": 0.08, "adjusted_for": 2}
+    change = replace(found.findings["scanner", "A"][0], finding="no clear benefit", **undone)
+    gap = replace(found.gaps[0], finding="no clear gap", **undone)
+    found = replace(found, findings={**found.findings, ("scanner", "A"): [change]}, gaps=[gap, *found.gaps[1:]])
+    monkeypatch.setattr(tables, "table_console", lambda: Console(file=sys.stdout, width=400, highlight=False))
+    tables.print_subgroups([(Path("cases.parquet"), found)])
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert told[0].startswith("scanner A, a: no clear benefit, as p is adjusted for 2 comparisons")
+    assert told[1].startswith("scanner A (gap): no clear gap, as p is adjusted for 2 comparisons")
 
 
 def test_a_score_that_the_cases_do_not_define_is_said_and_stops_nothing(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_mean_over_classes_needs_the_same_classes_on_both_sides() -> None:
     assert (rest.outside, rest.gap, rest.reason) == (None, None, "the rest: no test image is of class malignant")
     halves = {"scanner": {"A": cases.samples[:40], "B": cases.samples[40:]}}
     (found, _) = subgroup_gaps(cases, "balanced accuracy", "higher", halves)
-    assert (found.groups, found.reason) == (20, "")
+    assert (found.groups, found.effective_groups, found.reason) == (40, 20, "")
 
 
 def test_few_wrong_gaps_and_most_planted_ones_are_found() -> None:
