@@ -41,3 +41,14 @@ def test_a_border_within_the_bars_that_made_an_image_square_is_cut_off(grey: int
     assert found is not framed
     assert np.corrcoef(found.ravel(), original.ravel())[0, 1] > 0.95
     assert not found[:16].any()
+
+
+@pytest.mark.parametrize("light", [128, 255])
+def test_the_light_around_something_round_is_no_border(light: int) -> None:
+    """As around an inverted brain: other images of brains keep the black around them."""
+    rows, columns = np.mgrid[:128, :128] - 63.5
+    image = np.where(rows**2 + columns**2 < 45**2, picture([1], 128, 128) // 2, light).astype(np.uint8)
+    assert without_border(image) is image
+    on_black = np.where(image == light, 0, image)[14:114, 14:114]
+    canvas = np.pad(on_black, 14, constant_values=light)
+    assert without_border(canvas) is not canvas
