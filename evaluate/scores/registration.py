@@ -94,7 +94,7 @@ def _final_similarities(fixed: Tensor, moving: Tensor, where: Tensor) -> tuple[T
     found[:, 0], where = _affine_pass(fixed, moving, where, STEPS)
     left = left[found[:, 0] >= HOPELESS]
     a, b, shared = _in_one_frame(fixed[left], moving[left], where[left])
-    b = with_levels_of(a, b)
+    a, b = at_equal_levels(a, b)
     found[left, 0], _ = maximised_correlation(texture(a, FINE), texture(b, FINE), shared, grid_basis(), STEPS)
     coarse = correlation(texture(a, COARSE), texture(b, COARSE), shared).abs()
     found[left, 1] = torch.where(found[left, 0] > 0, coarse, 0)
@@ -258,8 +258,22 @@ def _means(images: Tensor, inside: Tensor) -> Tensor:
     return (images * inside).sum(dim=(1, 2), keepdim=True) / inside.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
+def at_equal_levels(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both images of each pair at the grey levels of one of them, so that no gamma or contrast matters.
+
+    These are the levels of the image that has more: with those of a flat one, any other would be flat, too.
+
+    Args:
+        a: (P, 64, 64).
+        b: (P, 64, 64); it may be inverted, and is not in the result.
+    """
+    poorer = (_level_count(a) < _level_count(b))[:, None, None]
+    changed = with_levels_of(torch.where(poorer, b, a), torch.where(poorer, a, b))
+    return torch.where(poorer, changed, a), torch.where(poorer, b, changed)
+
+
 def with_levels_of(a: Tensor, b: Tensor) -> Tensor:
-    """Return `b` with the grey levels of `a`, in the order of its own, so that no gamma or contrast matters.
+    """Return `b` with the grey levels of `a`, in the order of its own.
 
     This is histogram specification (Gonzalez and Woods, Digital Image Processing). Where `b` is inverted,
     so is the order. Equal levels of `b` get the mean of theirs, so that flat areas stay flat.
@@ -271,10 +285,18 @@ def with_levels_of(a: Tensor, b: Tensor) -> Tensor:
     inverted = correlation(a, b, torch.ones_like(a)) < 0
     levels, order = torch.where(inverted[:, None], -b.flatten(1), b.flatten(1)).sort(dim=1)
     given = a.flatten(1).sort(dim=1).values
-    first = torch.cat([torch.ones(len(b), 1), levels.diff(dim=1) > SAME_LEVEL], dim=1)
-    level = first.flatten().cumsum(0).long() - 1  # which pixels share a level
+    level = _first_of_level(levels).flatten().cumsum(0) - 1  # which pixels share a level
     means = torch.zeros(level.numel()).scatter_reduce(0, level, given.flatten(), "mean", include_self=False)
     return torch.empty_like(given).scatter_(1, order, means[level].view_as(given)).view_as(b)
+
+
+def _level_count(images: Tensor) -> Tensor:
+    return _first_of_level(images.flatten(1).sort(dim=1).values).sum(dim=1)
+
+
+def _first_of_level(ascending: Tensor) -> Tensor:
+    """Return whether each of (P, N) ascending grey levels differs from the one before."""
+    return torch.cat([torch.ones(len(ascending), 1, dtype=torch.bool), ascending.diff(dim=1) > SAME_LEVEL], dim=1)
 
 
 def _composed(outer: Tensor, inner: Tensor) -> Tensor:

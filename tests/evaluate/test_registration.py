@@ -8,6 +8,7 @@ from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
 from maskloom.evaluate.scores.registration import (
     CONTINUED,
     SIDE,
+    at_equal_levels,
     box_transform,
     likeliest,
     registered_similarities,
@@ -76,6 +77,16 @@ def test_grey_levels_are_those_of_the_other_image_in_the_same_order() -> None:
     assert found[0].mean() == pytest.approx(float(a[0].mean()), abs=0.01)
     assert torch.allclose(found[1], a[1], atol=0.5)  # inverted, and of another gamma
     assert torch.equal(with_levels_of(a[:1], b[:1]), found[:1])
+
+
+def test_a_flat_image_between_bars_does_not_make_others_flat() -> None:
+    shown = torch.from_numpy(np.stack([picture(1)] * 2)).float()
+    shown[:, :12] = shown[:, -12:] = 0
+    flat = torch.where(shown > 0, 120.0, 0.0)
+    a, b = at_equal_levels(torch.stack([shown[0], flat[0]]), torch.stack([flat[0], shown[0]]))
+    assert torch.equal(a[0], shown[0]) and torch.equal(b[1], shown[1])
+    for one in (b[0], a[1]):
+        assert one[12:-12].std() < 20 < shown[0, 12:-12].std()
 
 
 def test_nothing_agrees_without_overlap() -> None:
