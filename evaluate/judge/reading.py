@@ -122,7 +122,10 @@ def messages_about(section: str) -> Iterator[int | None]:
     def pass_on() -> None:
         with os.fdopen(reading, encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
-                about_images = RAW_DIR.sub("--synthetic ", line).replace("data.raw_dir", "--synthetic")
+                judged = line.replace(
+                    "a larger data.image_size", "a larger --size"
+                )  # images become as large as real ones
+                about_images = RAW_DIR.sub("--synthetic ", judged).replace("data.raw_dir", "--synthetic")
                 print(DATA_KEY.sub(section, about_images), end="", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(max_workers=1) as pool:

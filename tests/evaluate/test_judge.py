@@ -595,9 +595,11 @@ def test_transparent_images_are_a_remark_or_refused(tmp_path: Path) -> None:
 def test_messages_about_synthetic_images_name_its_option_and_keys(capfd: pytest.CaptureFixture[str]) -> None:
     with messages_about("synthetic.") as messages:
         line = "a/data.options.x: data.options.mask_values; data.image_size, data.other; data.raw_dir=/x: no; check data.raw_dir"
+        line += "; a larger data.image_size keeps them"
         subprocess.run([sys.executable, "-c", f"import sys; print({line!r}, file=sys.stderr)"], stderr=messages)
     assert capfd.readouterr().err == (
-        "a/data.options.x: synthetic.options.mask_values; synthetic.image_size, data.other; --synthetic /x: no; check --synthetic\n"
+        "a/data.options.x: synthetic.options.mask_values; synthetic.image_size, data.other; --synthetic /x: no; check --synthetic"
+        "; a larger --size keeps them\n"
     )
     with messages_about("data.") as messages:
         assert messages is None
