@@ -265,7 +265,7 @@ def at_equal_levels(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         a: (P, 64, 64).
-        b: (P, 64, 64); it may be inverted, and is not in the result.
+        b: (P, 64, 64). Where it is inverted, one of both is turned around in the result.
     """
     poorer = (_level_count(a) < _level_count(b))[:, None, None]
     changed = with_levels_of(torch.where(poorer, b, a), torch.where(poorer, a, b))

@@ -173,6 +173,24 @@ def test_images_of_a_group_count_as_fewer() -> None:
     assert effective_count(apart, ["one"] * 100) == 100
 
 
+def test_pixels_are_as_far_apart_as_plain_correlations_say() -> None:
+    """A constant training image resembles nothing."""
+    random = np.random.default_rng(0)
+    images, train = (random.integers(0, 256, (count, 64, 64), dtype=np.uint8) for count in (4, 6))
+    train[2] = 255
+    found = nearest_pixels(images, train)
+    varied = [row for row in range(6) if row != 2]
+    expected = np.max(
+        [
+            [[np.corrcoef(one.ravel(), train[row].ravel())[0, 1] for row in varied] for one in variant]
+            for variant in nearest.variants(images)
+        ],
+        axis=0,
+    )
+    assert found.index.tolist() == [varied[column] for column in expected.argmax(axis=1)]
+    assert found.distance == pytest.approx(1 - expected.max(axis=1), abs=1e-5)
+
+
 def test_every_image_is_compared_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     features, train = random.normal(size=(7, 4)), random.normal(size=(5, 4))
