@@ -13,7 +13,7 @@ from maskloom.pipeline.config.loading import validated
 from maskloom.pipeline.dataset.copies import copies_handed_on
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.exporter import DatasetExporter, ExportSource
-from maskloom.pipeline.dataset.held_out_images import require_no_held_out_images
+from maskloom.pipeline.dataset.held_out_images import require_none_of_its_parent
 from maskloom.pipeline.dataset.verification import verify_fully
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json, write_json
@@ -62,8 +62,7 @@ def export(dataset: Path, options: ExportOptions) -> dict[str, Any]:
     """
     exporter = open_exporter(options.format, options.values)
     verified = verify_fully(dataset)
-    if verified.description.origin == "synthetic" and (parent := verified.contract.parent):
-        require_no_held_out_images(MaskPromptDataset.open((dataset / parent.path).resolve()), [verified])
+    require_none_of_its_parent(verified)
     copies = copies_handed_on(verified)
     source = ExportSource.surveyed(verified, _chosen_splits(verified, options.splits), copies.left_out)
     if not source.counts:

@@ -33,3 +33,15 @@ def require_no_held_out_images(real: MaskPromptDataset, synthetic: Sequence[Mask
             f"{real.folder}: {len(found)} synthetic image(s) are copies of its held-out images: {', '.join(named + more)}",
             "leave these images out where the set was made, and make it again",
         )
+
+
+def require_none_of_its_parent(dataset: MaskPromptDataset) -> None:
+    """Check the same of one synthetic dataset and the real one that it was made from; others pass.
+
+    Raises:
+        MaskLoomError: the real dataset is not there; or as for `require_no_held_out_images`.
+    """
+    parent = dataset.contract.parent
+    if dataset.description.origin == "synthetic" and parent is not None:
+        real = MaskPromptDataset.open((dataset.folder / parent.path).resolve())
+        require_no_held_out_images(real, [dataset])

@@ -15,6 +15,7 @@ from typing import Literal
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.dataset.contract import CONTRACT_FILE, Contract, read_contract
 from maskloom.pipeline.dataset.copies import require_no_copies
+from maskloom.pipeline.dataset.held_out_images import require_none_of_its_parent
 from maskloom.pipeline.dataset.licence import OPEN_LICENCE
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
@@ -134,7 +135,7 @@ def pack(run: Run, target: Target, repo_id: str) -> Upload:
     """Return the checked files of a part.
 
     Raises:
-        MaskLoomError: it is unfinished or damaged, or holds copies of training images.
+        MaskLoomError: it is unfinished or damaged, or holds copies of training or held-out images.
     """
     return (_packed_weights if target.repo_type == "model" else _packed_dataset)(run, target, repo_id)
 
@@ -144,6 +145,7 @@ def _packed_dataset(run: Run, target: Target, repo_id: str) -> Upload:
     if target.part != "dataset":  # the real one may be shared between runs by a link
         _check_place(folder, run)
     dataset = verify_quickly(folder)
+    require_none_of_its_parent(dataset)
     require_no_copies(dataset)
     names = [name for name in (*dataset.contract.files, CONTRACT_FILE) if SENT["dataset"].fullmatch(name)]
     for name in names:

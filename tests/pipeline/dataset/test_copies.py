@@ -15,7 +15,7 @@ from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.hub.uploads import Target, pack
 from maskloom.pipeline.results import CopyRow, Evaluation, OnCopies, write_evaluation
 from maskloom.pipeline.runs.run import Run
-from tests.tiny_datasets import write_tiny_run
+from tests.tiny_datasets import tiny_samples, write_tiny_run
 
 COPIES = {"some-0001": "train-0001", "some-0004": "train-0009"}
 NAMED = "2 rows are copies of training images: some-0001 of train-0001 (mirrored up-down)"
@@ -91,6 +91,18 @@ def test_copies_stop_every_way_out(run: Path) -> None:
     for way_out in (combined, exported, lambda one: pack(Run(one), Target("synthetic", "some"), "a/b")):
         with pytest.raises(MaskLoomError, match=rf"{NAMED[:50]}.*evaluate\.on_copies=drop"):
             way_out(run)
+
+
+def test_held_out_images_stop_every_way_out(tmp_path: Path) -> None:
+    """Turned upside down, so that identical pixels alone do not tell."""
+    shown = [sample.image for sample in tiny_samples("test", 2)]
+    write_tiny_run(tmp_path, {"some": lambda parent, index: shown[index % 2][::-1]}, {"train": 6, "test": 2})
+    for way_out in (combined, exported, lambda one: pack(Run(one), Target("synthetic", "some"), "a/b")):
+        with pytest.raises(
+            MaskLoomError, match=r"6 synthetic image\(s\) are copies of its held-out images: some-0000 "
+        ):
+            way_out(tmp_path)
+    assert not (tmp_path / "combined").exists() and not (tmp_path / "exported").exists()
 
 
 def test_kept_copies_are_stated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
