@@ -113,7 +113,8 @@ def test_no_points_have_no_nearest() -> None:
     assert index.shape == squared.shape == (0,)
 
 
-def test_blocks_are_bounded_and_their_error_is_within_the_tolerance() -> None:
+def test_blocks_are_bounded_and_their_error_is_within_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "BLOCK", 512)
     real, fake = sets(far_from_zero, 24)
     real[:5] = fake[:5]
     blocks = list(distance_blocks(np.concatenate([real] * 4), fake))
