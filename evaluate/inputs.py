@@ -264,6 +264,7 @@ def open_inputs(
     seed: int,
 ) -> EvaluationInputs:
     """Return the inputs of a real dataset and synthetic ones by generator name, all verified."""
+    return_freed_memory()  # also tells the C library how to deal with it, before threads start
     splits = {split: ImageSet(f"real {split}", real, split) for split in ("train", "validation", "test")}
     group_of = {
         sample: group

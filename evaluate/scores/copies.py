@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from maskloom.evaluate.scores.byte_vectors import ByteVectors
 from maskloom.evaluate.scores.calibration import copy_threshold
 from maskloom.evaluate.scores.descriptors import (
-    FEW_PATCH_DIMENSIONS,
-    FEW_WINDOW_DIMENSIONS,
+    BARE_DIMENSIONS,
     LEAST_PADDING,
     ORIENTATIONS,
     PATCH,
     PATCH_DIMENSIONS,
+    ROUGH_DIMENSIONS,
     WINDOW,
     WINDOW_DIMENSIONS,
     Described,
@@ -140,7 +140,7 @@ class CopySearch:
             self.contents += contents
             moments = [total + one for total, one in zip(moments, found, strict=True)]
         self.trims = sum(map(is_padded, self.contents)) < FEW_PADDED * count
-        dimensions = FEW_WINDOW_DIMENSIONS if crops_only else WINDOW_DIMENSIONS
+        dimensions = BARE_DIMENSIONS if crops_only else WINDOW_DIMENSIONS
         self.whiten_windows = Whitening(moments[0] / (count * len(boxes())), dimensions)
         self.whiten_patches = Whitening(moments[1] / (count * len(patch_places())), PATCH_DIMENSIONS)
         of_windows, of_patches = (one.components.shape[1] for one in (self.whiten_windows, self.whiten_patches))
@@ -285,13 +285,11 @@ class CopySearch:
         return part_cosines(images, self.patches[rows], patch_neighbours())
 
     def _rough_whole_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
-        stored = (one.directions(rows, FEW_WINDOW_DIMENSIONS) for one in (self.wholes, self.windows))
+        stored = (one.directions(rows, ROUGH_DIMENSIONS) for one in (self.wholes, self.windows))
         return whole_cosines(images, *map(unit_vectors, stored))
 
     def _rough_part_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
-        return part_cosines(
-            images, unit_vectors(self.patches.directions(rows, FEW_PATCH_DIMENSIONS)), rough_neighbours()
-        )
+        return part_cosines(images, unit_vectors(self.patches.directions(rows, ROUGH_DIMENSIONS)), rough_neighbours())
 
     def _placed(self, block: Described, pair: Pair) -> tuple[int, int, int]:
         """Return orientation, direction (1: the image shows more than the original) and window."""

@@ -29,7 +29,7 @@ HALF, WINDOW, PATCH = SIDE // 2, 32, 16  # sides of thumbnail, window and patch 
 ORIENTATIONS = 8
 WINDOW_GRIDS = ((0.95, 3), (0.9, 3), (0.85, 3), (0.8, 5))  # side of the crops, and how many start along an axis
 WINDOW_DIMENSIONS, PATCH_DIMENSIONS = 192, 96
-FEW_WINDOW_DIMENSIONS, FEW_PATCH_DIMENSIONS = WINDOW_DIMENSIONS // 3, PATCH_DIMENSIONS // 3  # of a rough look
+BARE_DIMENSIONS, ROUGH_DIMENSIONS = 64, 32  # of windows of images without bars, and of a rough look
 EXPLAINED = 0.98  # share of the variance; images of few pixels have nothing but noise in the components after it
 REGULARISATION = 0.1  # share of the mean variance; keeps noise from being amplified
 STEP = 4  # of the grid of patches, in thumbnail pixels
@@ -57,8 +57,8 @@ class Vectors:
 
     def roughly(self) -> Vectors:
         """Return the leading components of the vectors."""
-        wholes, windows = (unit_vectors(one[..., :FEW_WINDOW_DIMENSIONS]) for one in (self.wholes, self.windows))
-        return Vectors(wholes, windows, unit_vectors(self.patches[..., :FEW_PATCH_DIMENSIONS]))
+        stored = self.wholes, self.windows, self.patches
+        return Vectors(*(unit_vectors(one[..., :ROUGH_DIMENSIONS]) for one in stored))
 
 
 @dataclass(frozen=True)
@@ -276,8 +276,9 @@ def patch_neighbours() -> dict[int, list[int]]:
 
 @cache
 def rough_neighbours() -> dict[int, list[int]]:
-    """Return which patches a rough look compares: those of every second place, as on a chessboard."""
-    return {mine: near for mine, near in patch_neighbours().items() if sum(patch_places()[mine]) % (4 * STEP) == 0}
+    """Return which patches a rough look compares: those of every second row and column."""
+    starts = {mine: np.array(patch_places()[mine]) for mine in patch_neighbours()}
+    return {mine: near for mine, near in patch_neighbours().items() if not (starts[mine] % (4 * STEP)).any()}
 
 
 def centred(images: Floats) -> Floats:

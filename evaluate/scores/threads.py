@@ -29,7 +29,7 @@ def thread_results(function: Callable[[Item], Result], items: Iterable[Item]) ->
     """
     import torch
 
-    return_freed_memory()  # the threads cannot use what others have freed: they allocate from arenas of their own
+    return_freed_memory()
     before, cores = torch.get_num_threads(), available_cores()
     torch.set_num_threads(1)  # of every thread that starts from now on
     try:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -209,6 +210,43 @@ print(held - psutil.Process().memory_info().rss)
 """
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(found.stdout) > 80 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be told")
+def test_threads_share_one_heap(tmp_path: Path) -> None:
+    """What one thread has freed, others can use."""
+    code = f"""
+import ctypes, threading
+import numpy
+from maskloom.evaluate.memory import return_freed_memory
+return_freed_memory()
+threads = [threading.Thread(target=lambda: numpy.ones(100_000)) for _ in range(4)]
+[one.start() for one in threads], [one.join() for one in threads]
+library = ctypes.CDLL(None)
+library.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(library.fopen({os.fsencode(tmp_path / "heaps.xml")!r}, b"w"))
+library.malloc_info(0, file), library.fclose(file)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "heaps.xml").read_text().count("<heap nr=") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be told")
+def test_memory_that_is_soon_used_again_is_kept() -> None:
+    """The C library would return it, and the system would clear its pages each time."""
+    code = """
+import resource
+import numpy
+from maskloom.evaluate.memory import return_freed_memory
+return_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(50):
+    numpy.ones(8 << 20, numpy.uint8)
+print(faults() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(found.stdout) < 10_000  # 2,048 pages each time would be 100,000
 
 
 def test_memory_that_rows_were_read_into_goes_back_too() -> None:
