@@ -26,7 +26,8 @@ from maskloom.evaluate.scores.descriptors import (
     ORIENTATIONS,
     PATCH,
     PATCH_DIMENSIONS,
-    ROUGH_DIMENSIONS,
+    ROUGH_PATCH_DIMENSIONS,
+    ROUGH_WINDOW_DIMENSIONS,
     WINDOW,
     WINDOW_DIMENSIONS,
     Described,
@@ -61,6 +62,7 @@ from maskloom.pipeline.dataset.near_duplicates.textures import Box
 from maskloom.pipeline.progress import progress
 
 Pair = tuple[int, int]  # an image of a block, and a training image
+Comparison = Callable[[Vectors, NDArray[np.int64]], Floats]  # from N images and rows of T training images to (N, T)
 
 VERIFIED_WHOLES, VERIFIED_BARE, VERIFIED_PARTS = 10, 4, 3  # best matches that are verified
 BLOCK, COMPARED = 32, 1024  # images described at a time, and pairs compared at a time
@@ -250,24 +252,21 @@ class CopySearch:
 
         Of many training images, a rough look rules out most: their cosines are 0.
         """
-        rows = np.arange(len(self.train))
-        if self.crops_only:  # whose vectors are short
-            whole = self._compared(images, rows, self._whole_cosines)
+        whole = self._looked_up(images, self._rough_whole_cosines, self._whole_cosines)
+        if self.crops_only:
             return whole, np.zeros_like(whole)
-        if len(rows) <= EXHAUSTIVE:
-            return self._compared(images, rows, self._whole_cosines), self._compared(images, rows, self._part_cosines)
-        rough, found = images.roughly(), []
-        for look, compare in (
-            (self._rough_whole_cosines, self._whole_cosines),
-            (self._rough_part_cosines, self._part_cosines),
-        ):
-            near = np.argpartition(-self._compared(rough, rows, look), CANDIDATES, axis=1)[:, :CANDIDATES]
-            found.append(np.concatenate([self._compared(images.of(row), one, compare) for row, one in enumerate(near)]))
-        return found[0], found[1]
+        return whole, self._looked_up(images, self._rough_part_cosines, self._part_cosines)
 
-    def _compared(
-        self, images: Vectors, rows: NDArray[np.int64], compare: Callable[[Vectors, NDArray[np.int64]], Floats]
-    ) -> Floats:
+    def _looked_up(self, images: Vectors, look: Comparison, compare: Comparison) -> Floats:
+        """Return the best cosines with every training image, (N, T); see `_cosines`."""
+        rows = np.arange(len(self.train))
+        if len(rows) <= EXHAUSTIVE:
+            return self._compared(images, rows, compare)
+        roughly = self._compared(images.roughly(), rows, look)
+        near = np.argpartition(-roughly, CANDIDATES, axis=1)[:, :CANDIDATES]
+        return np.concatenate([self._compared(images.of(row), one, compare) for row, one in enumerate(near)])
+
+    def _compared(self, images: Vectors, rows: NDArray[np.int64], compare: Comparison) -> Floats:
         """Return the best cosines with some training images, and 0 with all others, (N, T)."""
         found, count = (
             np.zeros((len(images.wholes), len(self.train)), np.float32),
@@ -285,11 +284,12 @@ class CopySearch:
         return part_cosines(images, self.patches[rows], patch_neighbours())
 
     def _rough_whole_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
-        stored = (one.directions(rows, ROUGH_DIMENSIONS) for one in (self.wholes, self.windows))
+        stored = (one.directions(rows, ROUGH_WINDOW_DIMENSIONS) for one in (self.wholes, self.windows))
         return whole_cosines(images, *map(unit_vectors, stored))
 
     def _rough_part_cosines(self, images: Vectors, rows: NDArray[np.int64]) -> Floats:
-        return part_cosines(images, unit_vectors(self.patches.directions(rows, ROUGH_DIMENSIONS)), rough_neighbours())
+        patches = unit_vectors(self.patches.directions(rows, ROUGH_PATCH_DIMENSIONS))
+        return part_cosines(images, patches, rough_neighbours())
 
     def _placed(self, block: Described, pair: Pair) -> tuple[int, int, int]:
         """Return orientation, direction (1: the image shows more than the original) and window."""
