@@ -62,7 +62,7 @@ from maskloom.pipeline.dataset.near_duplicates.textures import Box
 from maskloom.pipeline.progress import progress
 
 Pair = tuple[int, int]  # an image of a block, and a training image
-Comparison = Callable[[Vectors, NDArray[np.int64]], Floats]  # from N images and rows of T training images to (N, T)
+Cosines = Callable[[Vectors, NDArray[np.int64]], Floats]  # from N images and rows of T training images to (N, T)
 
 VERIFIED_WHOLES, VERIFIED_BARE, VERIFIED_PARTS = 10, 4, 3  # best matches that are verified
 BLOCK, COMPARED = 32, 1024  # images described at a time, and pairs compared at a time
@@ -257,7 +257,7 @@ class CopySearch:
             return whole, np.zeros_like(whole)
         return whole, self._looked_up(images, self._rough_part_cosines, self._part_cosines)
 
-    def _looked_up(self, images: Vectors, look: Comparison, compare: Comparison) -> Floats:
+    def _looked_up(self, images: Vectors, look: Cosines, compare: Cosines) -> Floats:
         """Return the best cosines with every training image, (N, T); see `_cosines`."""
         rows = np.arange(len(self.train))
         if len(rows) <= EXHAUSTIVE:
@@ -266,12 +266,10 @@ class CopySearch:
         near = np.argpartition(-roughly, CANDIDATES, axis=1)[:, :CANDIDATES]
         return np.concatenate([self._compared(images.of(row), one, compare) for row, one in enumerate(near)])
 
-    def _compared(self, images: Vectors, rows: NDArray[np.int64], compare: Comparison) -> Floats:
+    def _compared(self, images: Vectors, rows: NDArray[np.int64], compare: Cosines) -> Floats:
         """Return the best cosines with some training images, and 0 with all others, (N, T)."""
-        found, count = (
-            np.zeros((len(images.wholes), len(self.train)), np.float32),
-            max(1, COMPARED // len(images.wholes)),
-        )
+        found = np.zeros((len(images.wholes), len(self.train)), np.float32)
+        count = max(1, COMPARED // len(images.wholes))
         for start in range(0, len(rows), count):
             chosen = rows[start : start + count]
             found[:, chosen] = compare(images, chosen)

@@ -361,9 +361,14 @@ def test_images_that_show_nothing_but_bars_are_no_copies() -> None:
     assert not copy_rows([str(row) for row in range(len(drawn))], [str(row) for row in range(60)], found, limits)
 
 
+@pytest.mark.parametrize("exhaustive", [1000, 10])
 @pytest.mark.parametrize("change", ["cropped", "cropped and mirrored", "stretched to a square"])
-def test_crops_of_an_image_between_bars_get_bars_of_their_own(change: str) -> None:
+def test_crops_of_an_image_between_bars_get_bars_of_their_own(
+    change: str, exhaustive: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bars of the copy are not those of the original, so the square images are no crops of each other."""
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.EXHAUSTIVE", exhaustive)
+    monkeypatch.setattr("maskloom.evaluate.scores.copies.CANDIDATES", 4)
 
     def grey(seed: int) -> Picture:
         return picture(seed)[24:104] // 2 + 60
