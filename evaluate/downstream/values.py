@@ -18,6 +18,7 @@ TOLERANCE = 0.3  # of a share's range: simulated scores may be that far off
 LEAST_CODE = 9  # such as 9, 99 or 999
 MOST = 0.5  # of the values
 FACTOR = 3  # by which a hundredfold may be missed
+ALMOST_ALL = 0.95  # of a model's values; the others may be rounded up
 MOST_CODES = 3  # different negative numbers of one column
 FEW_SMALL = 0.1  # of a model's values above 0: in percent, that many may be at most 1
 
@@ -135,8 +136,9 @@ def _require_one_scale(path: Path, score: str, columns: Columns, seeds: NDArray[
     models = sorted(set(zip(columns["arm"].tolist(), seeds.tolist(), strict=True)))
     sizes = [np.abs(values[(columns["arm"] == arm) & (seeds == seed)]) for arm, seed in models]
     middle = [float(np.median(one[one > 0])) if (one > 0).any() else 0.0 for one in sizes]
-    shares = [i for i, one in enumerate(sizes) if middle[i] and one.max() <= 1]
-    percent = [i for i, one in enumerate(sizes) if one.max() <= PERCENT and middle[i] > 1]
+    most = [float(np.quantile(one, ALMOST_ALL, method="lower")) for one in sizes]
+    shares = [i for i, one in enumerate(most) if middle[i] and one <= 1]
+    percent = [i for i, one in enumerate(most) if one <= PERCENT and middle[i] > 1]
     if not shares or not percent:
         return
     ratio = float(np.median([middle[i] for i in percent]) / np.median([middle[i] for i in shares]))

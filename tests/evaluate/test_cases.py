@@ -166,6 +166,16 @@ def test_one_arm_in_percent_is_refused_whatever_the_name(tmp_path: Path, score: 
         read_cases(tmp_path / "cases.parquet")
 
 
+@pytest.mark.parametrize("arm", ["real", "real_synthetic"])
+def test_one_value_beyond_the_unit_hides_no_arm_in_percent(tmp_path: Path, arm: str) -> None:
+    values = np.random.default_rng(0).uniform(0.2, 0.8, (2, 30))
+    scores = {"real": values.copy(), "real_synthetic": 100 * values}
+    scores[arm][0, 4] = {"real": 1.0000001, "real_synthetic": 100.0000001}[arm]
+    write_cases(tmp_path / "cases.parquet", [dice_cases(scores, score="my score")])
+    with pytest.raises(MaskLoomError, match="give all of them as shares or all in percent"):
+        read_cases(tmp_path / "cases.parquet")
+
+
 @pytest.mark.parametrize(("score", "factor"), [("HD95 (mm)", 100.0), ("my score", 10.0), ("volume", 1000.0)])
 def test_other_scales_are_not_taken_for_percent(tmp_path: Path, score: str, factor: float) -> None:
     values = np.random.default_rng(0).uniform(0.2, 0.8, (2, 30))
