@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
@@ -10,29 +11,49 @@ from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.progress import say
 
 SHOWN = 3  # images that the error names
+LISTS = "logs/audit/*-leaked.jsonl"  # of a run: what stopped its training or evaluation
 
 
 def require_no_held_out_images(real: MaskPromptDataset, synthetic: Sequence[MaskPromptDataset]) -> None:
     """Check that no synthetic image is a copy of a validation, test or external image.
 
-    More than `NEAR_LIMIT` images are not compared, which is reported.
+    What stopped an evaluation counts, as it looks closer than this check does. More than `NEAR_LIMIT` images are not compared, which is reported.
 
     Raises:
         LeakedImages: some are; names the first ones.
     """
     from maskloom.pipeline.dataset.audit.held_out import find_held_out_copies
 
+    for dataset in synthetic:
+        _require_no_listed_leak(real, dataset)
     if (rows := sum(dataset.num_rows for dataset in (real, *synthetic))) > NEAR_LIMIT:
         say(f"{rows} images are more than {NEAR_LIMIT}: copies of held-out images were not looked for")
         return
     found = [one for one in find_held_out_copies(real, synthetic) if one.copy.dataset != str(real.folder)]
     if found:
-        named = [f"{one.copy.sample_id} of {one.copy.dataset} shows {one.original.sample_id}" for one in found[:SHOWN]]
-        more = [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
-        raise LeakedImages(
-            f"{real.folder}: {len(found)} synthetic image(s) are copies of its held-out images: {', '.join(named + more)}",
-            "leave these images out where the set was made, and make it again",
+        raise _leaked(
+            real, [f"{one.copy.sample_id} of {one.copy.dataset} shows {one.original.sample_id}" for one in found]
         )
+
+
+def _require_no_listed_leak(real: MaskPromptDataset, synthetic: MaskPromptDataset) -> None:
+    """Check that no list of leaks, of the run of either dataset, names an image of a synthetic one."""
+    runs = dict.fromkeys([real.folder.parent, synthetic.folder.parent.parent])
+    lists = [path for run in runs for path in sorted(run.glob(LISTS))]
+    rows = [json.loads(line) for path in lists for line in path.read_text(encoding="utf-8").splitlines()]
+    digests = synthetic.digest, real.digest
+    found = [row for row in rows if (row.get("image_digest"), row.get("shows_digest")) == digests]
+    if found:
+        raise _leaked(real, [f"{row['image']} of {synthetic.folder} shows {row['shows']}" for row in found])
+
+
+def _leaked(real: MaskPromptDataset, texts: list[str]) -> LeakedImages:
+    more = [f"and {len(texts) - SHOWN} more"] * (len(texts) > SHOWN)
+    return LeakedImages(
+        f"{real.folder}: {len(texts)} synthetic image(s) are copies of its held-out images: "
+        f"{', '.join(texts[:SHOWN] + more)}",
+        "leave these images out where the set was made, and make it again",
+    )
 
 
 def require_none_of_its_parent(dataset: MaskPromptDataset) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from maskloom.pipeline.dataset.contract import read_contract
 from maskloom.pipeline.files.atomic import write_text
 from maskloom.pipeline.runs.sample_files import files_in_words, sample_files
 
@@ -14,22 +15,28 @@ ENDS = ("image", "shows")  # the image that leaks, and the one that it shows
 
 
 def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
-    """Return the first leaks in words; where there are more, all are written to a file, which is named.
+    """Return the first leaks in words, and write all of them to a file, which is named where there are more.
+
+    The file states the digests of the datasets: what leaves a run is looked up in it
+    (`pipeline.dataset.held_out_images`).
 
     Args:
         record: where the check keeps its record if it finds nothing; the file lies beside it.
         texts: one per leak.
         rows: the same leaks, for the file.
     """
-    if len(texts) <= MAX_SHOWN:
-        return "; ".join(texts)
     path = record.with_name(f"{record.stem}-leaked.jsonl")
     folders = {Path(str(row[f"{end}_dataset"])) for row in rows for end in ENDS}
     files = {str(folder): sample_files(folder) for folder in folders}
-    named = [
-        {**row, **{f"{end}_file": files[str(row[f"{end}_dataset"])].get(str(row[end])) for end in ENDS}} for row in rows
-    ]
+    digests = {str(folder): read_contract(folder).digest for folder in folders}
+    named = []
+    for row in rows:
+        folder_of = {end: str(row[f"{end}_dataset"]) for end in ENDS}
+        more = {f"{end}_file": files[folder_of[end]].get(str(row[end])) for end in ENDS}
+        named.append({**row, **more, **{f"{end}_digest": digests[folder_of[end]] for end in ENDS}})
     write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in named))
+    if len(texts) <= MAX_SHOWN:
+        return "; ".join(texts)
     return "; ".join([*texts[:MAX_SHOWN], f"and {len(texts) - MAX_SHOWN} more; all are listed in {path}"])
 
 

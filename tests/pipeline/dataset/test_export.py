@@ -21,9 +21,10 @@ from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.export import PROVENANCE_FILE, ExportOptions, export, open_exporter
 from maskloom.pipeline.dataset.exporter import safe_name, write_new
 from maskloom.pipeline.dataset.exporters.coco import mask_regions, run_lengths
-from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.errors import LeakedImages, MaskLoomError
 from maskloom.pipeline.files.atomic import sole_maker
 from maskloom.pipeline.runs.command import run_command
+from maskloom.pipeline.runs.leak_list import leaks_in_words
 from tests.data_prep.experiment import experiment
 from tests.tiny_datasets import synthetic_samples, tiny_description, tiny_samples, write_dataset
 
@@ -69,6 +70,21 @@ def test_held_out_images_of_the_real_dataset_do_not_leave_with_a_synthetic_one(t
     ):
         export(tmp_path / "made", ExportOptions("imagefolder", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_whose_leaks_stopped_an_evaluation_does_not_leave_the_run(real: Path, synthetic: Path, tmp_path: Path):
+    """Evaluation looks closer than an export does; its list counts for the very images that it is about."""
+    leak = {"image": "made-0", "image_dataset": str(synthetic), "shows": "test-0000", "shows_dataset": str(real)}
+    options = ExportOptions("imagefolder", tmp_path / "out")
+    leaks_in_words(tmp_path / "logs" / "audit" / "0.json", ["one leak"], [leak])
+    with pytest.raises(LeakedImages, match=r"1 synthetic image\(s\) are copies .+ made-0 of .+ shows test-0000"):
+        export(synthetic, options)
+    assert not options.output.exists()
+    samples = synthetic_samples(tiny_samples("train", 6), "again", lambda sample, index: 254 - sample.image)
+    parent = Parent(path="../real", digest=read_contract(real).digest)
+    write_dataset(tmp_path / "corrected", tiny_description(origin="synthetic"), {"train": samples}, parent)
+    export(tmp_path / "corrected", options)
+    assert options.output.exists()
 
 
 def test_the_busi_tree_of_a_synthetic_dataset(synthetic: Path, tmp_path: Path):
