@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-ABSOLUTE_PATH = re.compile(r"(?<![\w:/.<~)\]}*?+-])/[\w.@+-]+(?:/[\w.@+-]+)+|\b[A-Za-z]:\\+\w+|file://")
+ABSOLUTE_PATH = re.compile(r"(?<![\w:/.<~)\]}*?+…-])/[\w.@+-]+(?:/[\w.@+-]+)+|\b[A-Za-z]:\\+\w+|file://")
 HIDDEN = "…"
 LEAST_PARTS = 3  # a shorter path, such as /tmp, says nothing about its owner
 

@@ -551,6 +551,7 @@ def test_no_path_of_this_machine_goes(hub, tmp_path, capsys):
         (r"C:\\Users\\anna", True),
         ("https://example.org/a/b/c and doi 10.1016/j.media/2", False),
         ("masks/{stem}.png, {grandparent}/masks/a.png, (p\\d+)/images/.*, **/masks/a.png", False),
+        ("notes: …/synthetic/synthetic was stopped", False),
         ("T1/T2/FLAIR and/or </td></tr>, ../../dataset, ./a/b", False),
     ],
 )
