@@ -138,6 +138,18 @@ def left_out_warnings(inputs: EvaluationInputs, names: Iterable[str]) -> list[st
     ]
 
 
+def left_out_words(inputs: EvaluationInputs, names: Iterable[str]) -> str:
+    """Return how many images downstream models do not see, for the end of a verdict."""
+    if inputs.on_copies != "drop":
+        return ""
+    counts = {name: (len(judged_copies(inputs).synthetic[name]), len(inputs.synthetic[name])) for name in names}
+    return "".join(
+        f" {copies} of {total} {name} images were left out, as they are copies of training images."
+        for name, (copies, total) in counts.items()
+        if copies
+    )
+
+
 def calibrated_judge(
     known: Sequence[ImageSet],
     unseen: Sequence[ImageSet],

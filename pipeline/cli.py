@@ -31,7 +31,7 @@ def check_overrides(context: typer.Context, words: list[str] | None) -> list[str
     """
     for word in words or ():
         if "=" not in word:
-            near = _suggestion(context, word)
+            near = "; folders come with an option, see --help" if Path(word).exists() else _suggestion(context, word)
             raise MaskLoomError(
                 f"override {word[:SHOWN]!r}: write key=value, for example train.learning_rate=1e-5{near}"
             )

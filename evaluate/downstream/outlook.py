@@ -25,7 +25,7 @@ from maskloom.evaluate.scores.inference import Variance, critical_value, differe
 
 NEEDED = (
     f"At least {FEW_GROUPS} test groups ({FEW_CLASS_GROUPS} of each class, for means over classes) and {FEW_SEEDS} "
-    "seeds are needed before any number can be given."
+    "seeds are needed before a finding can be told."
 )
 MOST_TIMES = 1000
 """Numbers beyond so many times the present one are not stated."""

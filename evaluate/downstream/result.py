@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from maskloom.evaluate.copies import left_out_warnings
+from maskloom.evaluate.copies import left_out_warnings, left_out_words
 from maskloom.evaluate.downstream.arms import ARMS, AUTO, ArmOptions, arm_title
 from maskloom.evaluate.downstream.by_column import compare_subgroups
 from maskloom.evaluate.downstream.cases import DownstreamResult, Outcomes, trained_cases
@@ -20,7 +20,7 @@ from maskloom.evaluate.downstream.seeds import seed_plan
 from maskloom.evaluate.inputs import EvaluationInputs
 from maskloom.pipeline.dataset.groups import group_sentence, group_words
 
-UNFINISHED = " The training loss was still falling when training stopped, which may hide harm and benefit: raise steps."
+UNFINISHED = " The training loss was still falling when training stopped, which may hide harm and benefit: raise evaluate.metrics.{}.steps."
 
 
 def interval_limit(dataset: str) -> str:
@@ -76,9 +76,10 @@ def downstream_result(
     cases, losses = trained_cases(task.metric, trained, data.tests), LossCurves.of(trained)
     plan = seed_plan(cases[0], task.primary, options.max_seeds) if options.seeds == AUTO else None
     comparison = compare_test_sets(cases, task.primary, task.hidden_prefix, data.generator)
+    remarks = left_out_words(inputs, data.generated) + UNFINISHED.format(task.metric) * bool(losses.unfinished())
     return DownstreamResult(
         question=task.question,
-        verdict=f"{task.title}: {comparison.verdict}{UNFINISHED if losses.unfinished() else ''}",
+        verdict=f"{task.title}: {comparison.verdict}{remarks}",
         headline=True,
         tables=[*comparison.tables, *([ratio.table()] if ratio else [])],
         forests=comparison.forests,

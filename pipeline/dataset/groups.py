@@ -24,8 +24,8 @@ def group_sentence(dataset: str) -> str:
         return f"Groups of {dataset} are patients: all images of a patient lie in one split."
     if words == UNKNOWN:
         return (
-            f"Groups of {dataset} are what was kept in one split: patients where the source names them, otherwise single "
-            "images or clusters of near-duplicates. Intervals cover other patients only in the first case."
+            "Groups are what was kept in one split: patients where the source names them, otherwise single images or "
+            "clusters of near-duplicates. Intervals cover other patients only if it names them."
         )
     return (
         f"Groups of {dataset} are {words}. They are not patients: intervals cover other slices of that brain, and "

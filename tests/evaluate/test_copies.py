@@ -445,6 +445,7 @@ def test_downstream_models_do_not_train_on_copies(tmp_path: Path, metric: str) -
         result = answer(inputs, metric, arms=("real", "real_synthetic"))
         seen[on_copies] = result.n["third"]
         assert any("third: 6 images are left out" in text for text in result.warnings) == (on_copies == "drop")
+        assert ("third images were left out, as they are copies" in result.verdict) == (on_copies == "drop")
     assert seen == {"drop": 12, "keep": 18}
 
 

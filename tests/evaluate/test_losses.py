@@ -102,5 +102,6 @@ def test_a_result_has_the_losses_of_every_model(
         == 1
     )
     assert result.verdict.endswith(
-        ". The training loss was still falling when training stopped, which may hide harm and benefit: raise steps."
+        ". The training loss was still falling when training stopped, which may hide harm and benefit: "
+        f"raise evaluate.metrics.{metric}.steps."
     )

@@ -168,6 +168,10 @@ def test_a_sweep_is_not_taken_for_an_experiment(tmp_path, command):
     [
         (["seeed=1"], "unknown key 'seeed': did you mean 'seed'?"),
         (["seed"], "override 'seed': write key=value"),
+        (
+            ["."],
+            "override '.': write key=value, for example train.learning_rate=1e-5; folders come with an option, see --help",
+        ),
         (["seed=-1"], "seed=-1"),
         (["--from", "trayn"], "unknown stage"),
     ],

@@ -29,7 +29,8 @@ def test_slabs_of_one_brain_are_not_patients() -> None:
 def test_groups_are_called_patients_only_where_they_are(dataset: str, words: str) -> None:
     assert group_words(dataset) == words
     assert f"covers other test {words} and other seeds" in interval_limit(dataset)
-    assert group_sentence(dataset).startswith(f"Groups of {dataset} are ")
+    start = {"patients": "Groups of acdc are patients: ", "groups": "Groups are what was kept in one split: "}[words]
+    assert group_sentence(dataset).startswith(start)
 
 
 def test_the_report_says_below_its_verdict_what_a_group_is(tmp_path) -> None:
