@@ -87,6 +87,16 @@ def test_a_set_whose_leaks_stopped_an_evaluation_does_not_leave_the_run(real: Pa
     assert options.output.exists()
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"image": "made-0"}', "3"])
+def test_a_damaged_list_of_leaks_is_no_pass(synthetic: Path, tmp_path: Path, content: str):
+    listed = tmp_path / "logs" / "audit" / "0-leaked.jsonl"
+    listed.parent.mkdir(parents=True)
+    listed.write_text(content)
+    with pytest.raises(MaskLoomError, match=r"0-leaked\.jsonl: damaged .+; delete it, and evaluate again"):
+        export(synthetic, ExportOptions("imagefolder", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_busi_tree_of_a_synthetic_dataset(synthetic: Path, tmp_path: Path):
     export(synthetic, ExportOptions("busi_tree", tmp_path / "out"))
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}

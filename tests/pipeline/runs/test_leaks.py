@@ -91,6 +91,9 @@ def test_an_image_that_shapes_a_model_and_measures_it_stops_the_run(run, split, 
     with pytest.raises(MaskLoomError, match=message):
         require_no_leaks(run, [dataset])
     assert records(run) == []
+    (listed,) = run.logs("audit").glob("*-leaked.jsonl")
+    (row,) = map(json.loads, listed.read_text().splitlines())
+    assert row["image_digest"] == row["shows_digest"] == dataset.digest
 
 
 def test_several_leaks_are_counted_and_the_first_named(run):
