@@ -57,7 +57,9 @@ def test_a_leak_stops_the_training_before_anything_is_touched(tmp_path: Path, ar
         MaskLoomError, match=r"identical images in two splits: train-0002 \(train\) and test-0003 \(test\)"
     ):
         train_baselines(tiny_config(tmp_path, BOTH), force=True, architectures=architectures)
-    assert {path.name for path in tmp_path.iterdir()} <= {"dataset", "config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"dataset", "config.yaml", "logs"}
+    written = [path.name for path in (tmp_path / "logs").rglob("*") if path.is_file()]
+    assert [name[64:] for name in written] == ["-leaked.jsonl"]  # the list of leaks, and nothing else
 
 
 def test_nothing_is_trained_again_where_nothing_changed(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

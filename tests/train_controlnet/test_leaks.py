@@ -38,6 +38,8 @@ def test_a_leak_stops_the_training_before_anything_is_touched(
     assert exit_.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "identical images in two splits: train-0002 (train) and test-0003 (test)" in errors[0]
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [path.name[64:] for path in after if path not in before] == ["-leaked.jsonl"]  # the list, and nothing else
+    assert {path: after.get(path) for path in before} == before
     with pytest.raises(MaskLoomError):  # and again: a leak is not recorded as looked at
         train_stage(config, force=force)
