@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -260,6 +261,13 @@ def noisy(picture: Picture, random: Random) -> Picture:
     return (picture + random.normal(0, 10, picture.shape)).round().clip(0, 255).astype(np.uint8)
 
 
+def as_jpeg(picture: Picture, quality: int = 75) -> Picture:
+    """Return an image as it is read from a JPEG file."""
+    file = BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
 def half_copied(picture: Picture, random: Random) -> Picture:
     """Return one half of an image beside smooth noise of the same grey levels."""
     other = gaussian_filter(random.normal(size=picture.shape), picture.shape[0] / 40)
@@ -292,6 +300,8 @@ CHANGES: dict[str, Callable[[Picture, Random], Picture]] = {
     "on white": lambda picture, random: padded(picture, 0.85, 255, random),
     "on grey": lambda picture, random: padded(picture, 0.85, 128, random),
     "on black": lambda picture, random: padded(picture, 0.85, 0, random),
+    "mirrored on grey, as JPEG": lambda picture, random: as_jpeg(padded(picture[:, ::-1], 0.85, 150, random)),
+    "on grey, as JPEG": lambda picture, random: as_jpeg(padded(picture, 0.85, 150, random)),
     "mild elastic": deformed,
     "half of the image": half_copied,
 }

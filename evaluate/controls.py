@@ -34,7 +34,7 @@ from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, plan_shards
 from maskloom.pipeline.errors import MaskLoomError, one_line
 from maskloom.pipeline.results import MetricResult, Table, cell_text
 
-VERSION = 7
+VERSION = 8
 QUESTION = "Do the checks of this evaluation notice what they are meant to find, in this dataset?"
 PLANTED = 20  # images per control
 FEWEST_FOUND = 0.95  # share of the planted images from which a control is caught

@@ -30,7 +30,7 @@ from maskloom.pipeline.runs.run import Run
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import Matches
 
-VERSION = 9  # of this check; a new version makes every record stale
+VERSION = 10  # of this check; a new version makes every record stale
 # In Fisher's z. One image stops everything, and some sets have thousands: among real images that
 # thresholds had not seen, none exceeded them by more than 0.25. Altered copies mostly exceed them by 0.7.
 MARGIN = 0.3

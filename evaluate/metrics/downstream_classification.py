@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 NAME = "downstream_classification"
-VERSION = 9
+VERSION = 10
 QUESTION = "Does the synthetic data help a classification model on real test images?"
 PRIMARY = "balanced accuracy"
 TASK = Task(NAME, "Classification", QUESTION, PRIMARY, hidden_prefix=(RECALL, SPECIFICITY))

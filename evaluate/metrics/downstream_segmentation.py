@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "downstream_segmentation"
-VERSION = 9
+VERSION = 10
 QUESTION = "Does the synthetic data help a segmentation model on real test images?"
 PRIMARY = DICE
 TASK = Task(NAME, "Segmentation", QUESTION, PRIMARY, hidden_prefix=f"{SENSITIVITY} (")

@@ -44,7 +44,7 @@ from maskloom.pipeline.results import (
     skipped_result,
 )
 
-VERSION = 12
+VERSION = 13
 QUESTION = "Does the generator repeat its training images?"
 FEATURES, PIXELS = "features", "pixels"
 FEW_HELD_OUT = 100

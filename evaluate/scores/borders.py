@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import uniform_filter
 
-UNIFORM = 8  # grey levels by which a border may vary, as after JPEG
+UNIFORM = 8  # grey levels by which a border may vary, on average over WINDOW x WINDOW pixels
+WINDOW = 7  # so that neither noise nor JPEG roughens a border
+BLURRED = 8  # pixels over which the change from a border to what lies within it may stretch: a block of JPEG
+RISEN = 0.3  # of this change, where a border ends
 LEAST_BORDER = 0.03  # of the side
-MOST = 0.5  # of the edges of what lies within: where they look like the border, it is no rectangle
+LEAST_SIDE = 16  # pixels of what lies within
+MOST = 0.35  # of the edges of what lies within, near its corners: more border, and it is no rectangle
+INSET = 5  # pixels, which smoothing may have made of a border and its end
+
+Box: TypeAlias = tuple[int, int, int, int]  # top, bottom, left, right
 
 
 def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -23,19 +33,18 @@ def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Args:
         image: (H, H) uint8.
     """
-    side, (top, bottom, left, right) = len(image), _box(image > UNIFORM)
-    shown, barred = image[top:bottom, left:right], (top, bottom, left, right) != (0, side, 0, side)
-    if not shown.size:
+    side, bars = len(image), _within(image, 0)
+    if bars is None:
         return image
-    grey = float(np.median(shown[[0, 0, -1, -1], [0, -1, 0, -1]]))  # of three corners, at least
-    up, low, before, after = _box(np.abs(shown - np.float32(grey)) > UNIFORM)
-    least = min(max(up, shown.shape[0] - low), max(before, shown.shape[1] - after))
-    if grey <= UNIFORM or low == 0 or least < LEAST_BORDER * side:
+    top, bottom, left, right = bars
+    grey = _grey_of_corners(image[top:bottom, left:right])
+    within = _within(image[top:bottom, left:right], grey) if grey > UNIFORM else None
+    if within is None:
         return image
-    if np.mean(np.abs(_edges(shown[up:low, before:after]) - np.float32(grey)) <= UNIFORM) > MOST:
+    up, low, before, after = (edge + start for edge, start in zip(within, (top, top, left, left), strict=True))
+    if min(max(up - top, bottom - low), max(before - left, right - after)) < LEAST_BORDER * side:
         return image
-    low, after, up, before = top + low, left + after, top + up, left + before
-    if barred:  # as the bars around the image without its border
+    if bars != (0, side, 0, side):  # as the bars around the image without its border
         bare = np.zeros_like(image)
         bare[up:low, before:after] = image[up:low, before:after]
         image = bare
@@ -45,11 +54,47 @@ def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + kept, y + kept)))
 
 
-def _edges(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+def _grey_of_corners(image: NDArray[np.uint8]) -> float:
+    """Return the median grey of the corners: that of three, at least, where a border lies on two sides."""
+    corners = [part[:, columns] for part in (image[:4], image[-4:]) for columns in (slice(4), slice(-4, None))]
+    return float(np.median([corner.mean() for corner in corners]))
 
 
-def _box(shown: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Return top, bottom, left and right of the smallest box around all that is shown; zeros for nothing."""
-    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
-    return (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1) if len(rows) else (0, 0, 0, 0)
+def _within(image: NDArray[np.uint8], grey: float) -> Box | None:
+    """Return the rectangle within a border of a grey level; none where there is no rectangle.
+
+    A smoothed image shows about where it lies. Its sides lie where rows and columns of the image itself,
+    on average, differ from the border by `RISEN` of what they differ further in.
+    """
+    border = np.abs(uniform_filter(image.astype(np.float32), WINDOW) - grey) <= UNIFORM
+    rows, columns = np.flatnonzero(~border.all(axis=1)), np.flatnonzero(~border.all(axis=0))
+    if min(len(rows), len(columns)) < LEAST_SIDE:
+        return None
+    (top, bottom), (left, right) = ((int(axis[0]), int(axis[-1]) + 1) for axis in (rows, columns))
+    if grey and _share_of_edges(border[top:bottom, left:right]) > MOST:
+        return None
+    change = np.abs(image - np.float32(grey))
+    return *_risen(change[:, left:right].mean(axis=1), top, bottom), *_risen(change[top:bottom].mean(axis=0), left, right)
+
+
+def _share_of_edges(border: NDArray[np.bool_]) -> float:
+    """Return how much of the edges is border without a gap from a corner on, within a quarter of each side.
+
+    What smoothing made of the edges does not count.
+    """
+    inner = border[INSET:-INSET, INSET:-INSET]
+    edges = [edge[::step] for edge in (inner[0], inner[-1], inner[:, 0], inner[:, -1]) for step in (1, -1)]
+    return float(np.mean([np.logical_and.accumulate(edge[: len(edge) // 4]).mean() for edge in edges]))
+
+
+def _risen(change: NDArray[np.float32], start: int, end: int) -> tuple[int, int]:
+    """Return where rows or columns begin and end to differ from the border, close to a rough start and end."""
+    border = np.concatenate([change[:start], change[end:]])
+    if not len(border):
+        return start, end
+    return start + _rise(change[start:end], np.median(border)), end - _rise(change[start:end][::-1], np.median(border))
+
+
+def _rise(change: NDArray[np.float32], low: np.float32) -> int:
+    high = change[BLURRED : 2 * BLURRED].mean()
+    return int(np.argmax(change[: BLURRED + 1] >= low + RISEN * (high - low)))

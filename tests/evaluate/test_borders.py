@@ -1,7 +1,10 @@
 """Uniform borders are cut off before images are compared; black ones, and what belongs to an image, stay."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from maskloom.evaluate.scores.borders import without_border
@@ -28,6 +31,32 @@ def test_a_border_of_any_grey_and_place_is_cut(grey: int, place: tuple[tuple[int
     padded = np.pad(image[14:114, 14:114], place, constant_values=grey)
     whole = np.asarray(Image.fromarray(image[14:114, 14:114]).resize((128, 128), Image.Resampling.BICUBIC))
     assert np.abs(without_border(padded).astype(int) - whole).mean() < 1
+
+
+def as_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    file = BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def noisy(image: NDArray[np.uint8], deviation: float) -> NDArray[np.uint8]:
+    noise = np.random.default_rng(0).normal(0, deviation, image.shape)
+    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("place", [((14, 14), (14, 14)), ((28, 0), (0, 28)), ((2, 26), (26, 2))])
+@pytest.mark.parametrize("grey", [60, 150, 255])
+@pytest.mark.parametrize("rough", ["JPEG 75", "JPEG 40", "noise 3", "noise 8"])
+def test_a_border_that_jpeg_or_noise_roughens_is_cut(
+    rough: str, grey: int, place: tuple[tuple[int, int], tuple[int, int]]
+) -> None:
+    """Where it was sharp in a file of the size that is compared, the hardest case for JPEG."""
+    image = picture([1], 128, 128)[14:114, 14:114]
+    kind, number = rough.split()
+    roughen = as_jpeg if kind == "JPEG" else noisy
+    whole = Image.fromarray(roughen(image, int(number))).resize((128, 128), Image.Resampling.BICUBIC)
+    found = without_border(roughen(np.pad(image, place, constant_values=grey), int(number)))
+    assert np.corrcoef(found.ravel(), np.asarray(whole).ravel())[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("grey", [128, 255])

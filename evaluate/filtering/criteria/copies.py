@@ -17,7 +17,7 @@ from maskloom.pipeline.config.base import Section
 if TYPE_CHECKING:
     from maskloom.evaluate.scores.copies import CopySearch
 
-VERSION = 8
+VERSION = 9
 LARGEST = 0.999999  # similarity, whose Fisher z is finite
 
 
