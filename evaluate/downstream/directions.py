@@ -35,7 +35,7 @@ TURNING = (
 """Words that turn the score before them: `Dice loss`, `volume similarity error`."""
 LOWER_WORDS = re.compile(
     rf"\b\d*({TURNING}|brier|(cross)?entropy|bce|perplexity|miss(ed|es|rate)?|misclassifi\w+|undetected|unfound"
-    r"|mistakes?|wrong|incorrect\w*|not (detected|found|correct)|ce|negative log likelihood|nll|time|latency|runtime|ranks?"
+    r"|mistakes?|wrong|incorrect\w*|not (detected|found|correct)|ce|neg(ative)? log likelihood|nll|time|latency|runtime|ranks?"
     r"|false (positives?|negatives?|alarms?|discover(y|ies))|hausdorff"
     r"|(surface|boundary|contour|mean|average|median|wasserstein|fr[eé]chet|kernel) distances?"
     r"|m?hd|ahd|asd|absd|msd|masd|assd|mssd|rmssd|rmsd|rms|emd|mmd|kld?|jsd"
@@ -78,7 +78,7 @@ COUNTS = re.compile(
     r"(mean|average|median|total|sum|number|no\.|rate|share|percentage|fraction|count) of ", re.IGNORECASE
 )
 COMPLEMENT = re.compile(
-    r"(neg|negated|negative(?! (log|predictive|likelihood))|inverse|inverted)\b|(1|one) minus\b|1 ?-|-", re.IGNORECASE
+    r"(negated|neg(ative)?(?! (log|predictive|likelihood))|inverse|inverted)\b|(1|one) minus\b|1 ?-|-", re.IGNORECASE
 )
 """How the name of a negated score, or of one minus a score, begins."""
 CAMEL_CASE = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})|(?<=[A-Z]\d)(?=[A-Z][a-z])"
@@ -93,6 +93,7 @@ SPELLED_OUT = {
     r"\bnormali[sz]ed surface (distance|dice)\b": "nsd",
     r"\b(true positive|tp) rate\b|\bltpr\b": "tpr",
     r"\b(true negative|tn) rate\b": "tnr",
+    r"\b(in ?accuracy|im ?precision|dis ?agreement|nonoverlap|mis ?match(es)?)\b": "error",
 }
 """Names by their usual abbreviation, where their words would mislead."""
 
@@ -133,8 +134,9 @@ def direction(score: str, lower: Collection[str] = (), higher: Collection[str] =
 def _measured(score: str) -> tuple[str, bool]:
     """Return the words that say what is measured, in lower case, and whether the score is its negative or one minus it."""
     head = re.sub("[\u2010-\u2015\u2212]", "-", subject(score)).replace("_", " ")  # any dash
-    negated = COMPLEMENT.match(head)
-    measured = CONDITION.split(head[negated.end() :] if negated else head, maxsplit=1)[0]
+    spaced = re.sub(CAMEL_CASE, " ", head)
+    negated = COMPLEMENT.match(spaced)
+    measured = CONDITION.split(spaced[negated.end() :] if negated else head, maxsplit=1)[0]
     words = re.sub(CAMEL_CASE, " ", RUN_TOGETHER.sub(" ", re.sub(r"[\W_]+", " ", measured))).strip().lower()
     for name, abbreviation in SPELLED_OUT.items():
         words = re.sub(name, abbreviation, words)

@@ -24,6 +24,7 @@ from maskloom.evaluate.downstream.comparison import basis_of
 from maskloom.evaluate.downstream.directions import HIGHER, LOWER, OWN_SCORES, direction, own_score
 from maskloom.evaluate.downstream.gaps import Gap
 from maskloom.evaluate.downstream.pairing import group_words
+from maskloom.evaluate.downstream.repeated import with_repeats_in_one_group
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError, nearest_name
 from maskloom.pipeline.files.formatting import MISSING, interval_text, number_text
@@ -64,7 +65,7 @@ def compare_files(
     found, stated = [], (lower_is_better, higher_is_better)
     with progress("comparing", len(paths), "files") as advance:
         for path in paths:
-            test_sets = read_cases(path)
+            test_sets = _distinct_cases(path)
             known = [name for cases in test_sets for name in score_names(cases)]
             if unknown := [name for name in named if name not in known]:
                 names = list(dict.fromkeys(known))
@@ -76,6 +77,10 @@ def compare_files(
             found += [(path, one) for one in sorted(compared, key=_place)]
             advance()
     return found
+
+
+def _distinct_cases(path: Path) -> list[ScoredTestSet]:
+    return [with_repeats_in_one_group(path, cases) for cases in read_cases(path)]
 
 
 def _compare_all(
@@ -160,7 +165,7 @@ def compare_subgroup_files(
     """
     found = []
     for path in paths:
-        for cases in _with_baseline(path, read_cases(path), baseline):
+        for cases in _with_baseline(path, _distinct_cases(path), baseline):
             columns = request.subgroups(path, cases)
             for score in [name for name in score_names(cases) if scores is None or name in scores]:
                 better = direction(score, lower_is_better, higher_is_better).better

@@ -74,7 +74,9 @@ def _within(image: NDArray[np.uint8], grey: float) -> Box | None:
     if grey and _share_of_edges(border[top:bottom, left:right]) > MOST:
         return None
     change = np.abs(image - np.float32(grey))
-    return *_risen(change[:, left:right].mean(axis=1), top, bottom), *_risen(change[top:bottom].mean(axis=0), left, right)
+    return *_risen(change[:, left:right].mean(axis=1), top, bottom), *_risen(
+        change[top:bottom].mean(axis=0), left, right
+    )
 
 
 def _share_of_edges(border: NDArray[np.bool_]) -> float:

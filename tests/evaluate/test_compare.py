@@ -29,6 +29,7 @@ from maskloom.evaluate.downstream.compare import (
 from maskloom.evaluate.downstream.comparison import compare_test_sets
 from maskloom.evaluate.downstream.directions import direction, known_bounds, worst_value
 from maskloom.evaluate.downstream.gaps import subgroup_gaps
+from maskloom.evaluate.downstream.repeated import with_repeats_in_one_group
 from maskloom.evaluate.downstream.subgroups import subgroup_table
 from maskloom.evaluate.scores.classification import CALIBRATION_ERROR
 from maskloom.evaluate.scores.inference import holm_adjusted
@@ -144,6 +145,7 @@ def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
         *("negative Dice", "1-TPR", "1 minus Dice", "One minus recall", "Jaccard distance", "Dice distance"),
         *("hausdorffdistance", "ASSDmm", "crossentropyloss", "softdiceloss", "surface distance error"),
         *("Dice complement", "lesions not detected", "correlation distance", "Dice std"),
+        *("inaccuracy", "oneMinusDice", "meanInaccuracy", "imprecision", "negDice", "NegLogLikelihood"),
     ],
 )
 def test_less_is_better_of_errors_and_distances(score: str) -> None:
@@ -439,6 +441,31 @@ def test_an_infinite_distance_is_worse_than_any_other(tmp_path: Path) -> None:
     write_cases(tmp_path / "cases.parquet", [dice_cases(arms, score="HD95")])
     ((_, found),) = tables.compare_files([tmp_path / "cases.parquet"], "real", None)
     assert (found.finding, found.reason) == ("cannot tell", UNKNOWN_WORST)
+
+
+@pytest.mark.parametrize(("decimals", "groups"), [(6, 10), (0, 60)])
+def test_one_image_under_several_ids_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], decimals: int, groups: int
+) -> None:
+    """Whole numbers may be equal by chance."""
+    arms = {name: np.tile(values[:, :10], 6) for name, values in {"real": BASE, "b": changed_by(0.05)}.items()}
+    scaled = {name: np.round(10 * values, decimals) for name, values in arms.items()}
+    write_cases(tmp_path / "cases.parquet", [dice_cases(scaled, score="rank")])
+    ((_, found),) = tables.compare_files([tmp_path / "cases.parquet"], "real", None)
+    assert (found.groups, found.cases) == (groups, 60)
+    told = (
+        "'case-0000' (group 'group-0000') and 'case-0010' (group 'group-0010') have equal values for all models, as 60 "
+    )
+    assert (told in capsys.readouterr().err) == (groups == 10)
+
+
+def test_groups_that_share_images_in_a_chain_are_one(tmp_path: Path) -> None:
+    values = np.concatenate([BASE, BASE[:, :2], BASE[:, 1:3]], axis=1)
+    groups = [*(f"patient-{i}" for i in range(BASE.shape[1])), "x", "x", "y", "y"]  # 0, 1, 2, x and y are one
+    cases = dice_cases({"real": values, "b": values + 0.01}, groups)
+    found = with_repeats_in_one_group(tmp_path / "cases.parquet", cases)
+    assert len(set(found.groups)) == BASE.shape[1] - 2
+    assert len({found.groups[i] for i in (0, 1, 2, -1, -2, -3, -4)}) == 1
 
 
 @pytest.mark.parametrize("arm", ["real", "real_synthetic"])
