@@ -73,13 +73,17 @@ class LossCurves:
         """Return the arms whose loss was still falling at the end."""
         return [arm for arm in self.arms if still_falling(self.mean(arm))]
 
-    def warnings(self) -> list[str]:
-        """Return a warning that names the arms whose loss was still falling at the end."""
+    def warnings(self, metric: str) -> list[str]:
+        """Return a warning that names the arms whose loss was still falling at the end.
+
+        Args:
+            metric: file name of the metric that trained the models, whose key it names.
+        """
         if not (arms := self.unfinished()):
             return []
         return [
             f"training loss still falling when training stopped: {', '.join(map(arm_title, arms))} (mean of the last fifth of the steps over "
-            f"{FALL:.0%} below that of the fifth before); harm and benefit may be hidden: raise steps"
+            f"{FALL:.0%} below that of the fifth before); harm and benefit may be hidden: raise evaluate.metrics.{metric}.steps"
         ]
 
 

@@ -86,7 +86,7 @@ def downstream_result(
         curves=[losses.chart()],
         figures=comparison.figures,
         would_change=comparison.would_change,
-        warnings=[*comparison.warnings, *losses.warnings(), *left_out_warnings(inputs, data.generated)],
+        warnings=[*comparison.warnings, *losses.warnings(task.metric), *left_out_warnings(inputs, data.generated)],
         limits=[
             interval_limit(inputs.real.description.dataset),
             *([one.sentence for one in (plan, ratio) if one]),

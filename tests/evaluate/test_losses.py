@@ -31,7 +31,7 @@ def test_losses_are_kept_as_means_of_equal_bins() -> None:
 def test_every_step_is_a_bin_where_there_are_few() -> None:
     curves = LossCurves.of(trained(real=[[3.0, 2.0, 1.0]]))
     assert (curves.steps, curves.mean("real")) == ([1, 2, 3], [3.0, 2.0, 1.0])
-    assert curves.warnings() == []
+    assert curves.warnings("downstream_segmentation") == []
 
 
 def test_the_chart_has_a_line_for_each_arm() -> None:
@@ -61,11 +61,11 @@ def test_a_loss_still_falls_if_its_last_fifth_is_lower_by_5_percent(losses: list
 
 def test_the_warning_names_the_arms_whose_loss_was_still_falling() -> None:
     curves = LossCurves.of(trained(real=[FALLING], real_augmented=[FLAT], synthetic=[FLAT, FALLING]))
-    (warning,) = curves.warnings()
+    (warning,) = curves.warnings("downstream_segmentation")
     assert warning.startswith(
         "training loss still falling when training stopped: real, synthetic only (mean of the last fifth"
     )
-    assert "harm and benefit may be hidden: raise steps" in warning
+    assert "harm and benefit may be hidden: raise evaluate.metrics.downstream_segmentation.steps" in warning
 
 
 @pytest.mark.parametrize(
