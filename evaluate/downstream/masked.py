@@ -41,6 +41,14 @@ class MaskedImages:
         """Return the number of images."""
         return len(self.images)
 
+    def with_foreground(self) -> MaskedImages:
+        """Return the images whose mask is not empty."""
+        kept = np.flatnonzero(self.masks.any(axis=(1, 2)))
+        if len(kept) == len(self):
+            return self
+        samples, groups, parents = ([column[i] for i in kept] for column in (self.samples, self.groups, self.parents))
+        return MaskedImages(self.images[kept], self.masks[kept], samples, groups, parents, self.without_mask)
+
 
 def masked_images(inputs: EvaluationInputs, image_set: ImageSet, size: tuple[int, int]) -> MaskedImages:
     """Return the images of a set that have a mask, at (height, width).

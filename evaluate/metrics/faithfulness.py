@@ -4,11 +4,13 @@ A segmentation model trained on real images only segments each synthetic image. 
 compare its prediction with the mask that the image was conditioned on; the same model on real test
 images gives the reference. The masks come from the train split, and a model may memorise its
 training masks. The real groups are therefore split into folds, and each synthetic image is
-segmented by the models that were not trained on its parent's group.
+segmented by the models that were not trained on its parent's group. Images with an empty mask are
+left out: their Dice is 1 or 0, and a set with more of them would seem better or worse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +36,7 @@ from maskloom.pipeline.results import REAL, Cell, Figure, MetricResult, Table, s
 if TYPE_CHECKING:
     from torch import nn
 
-VERSION = 2
+VERSION = 3
 QUESTION = "Does each synthetic image show its mask?"
 FEW_GROUPS = 10
 MEAN = "mean of classes"
@@ -93,12 +95,13 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> MetricResult:
     if not len(train) or len(inputs.classes) < 2:
         return skipped_result(QUESTION, "the real train images have no masks")
     models = train_fold_models(inputs, train, options)
-    scored_sets = []
+    scored_sets, empty = [], {}
     for image_set in (inputs.test, *inputs.synthetic.values()):
         masked = read_masked_images(image_set, options.image_size)
-        if len(masked):
-            scored_sets.append(score_set(image_set.name, masked, models, inputs, options))
-    return _result(inputs, options, train, scored_sets)
+        if len(shown := masked.with_foreground()):
+            scored_sets.append(score_set(image_set.name, shown, models, inputs, options))
+            empty[image_set.name] = len(masked) - len(shown)
+    return _result(inputs, options, train, scored_sets, empty)
 
 
 def train_fold_models(inputs: EvaluationInputs, train: MaskedImages, options: Options) -> list[FoldModel]:
@@ -154,9 +157,13 @@ def derangement(count: int, random: np.random.Generator) -> NDArray[np.int64]:
 
 
 def _result(
-    inputs: EvaluationInputs, options: Options, train: MaskedImages, scored_sets: list[SetScores]
+    inputs: EvaluationInputs,
+    options: Options,
+    train: MaskedImages,
+    scored_sets: list[SetScores],
+    empty: Mapping[str, int],
 ) -> MetricResult:
-    table, values = _table(inputs, options, scored_sets)
+    table, values = _table(inputs, options, scored_sets, empty)
     synthetic = [scored for scored in scored_sets if scored.name in inputs.synthetic]
     return MetricResult(
         question=QUESTION,
@@ -175,7 +182,7 @@ def _result(
 
 
 def _table(
-    inputs: EvaluationInputs, options: Options, scored_sets: list[SetScores]
+    inputs: EvaluationInputs, options: Options, scored_sets: list[SetScores], empty: Mapping[str, int]
 ) -> tuple[Table, dict[str, dict[str, Any]]]:
     """Return one row per set and class, and the same figures as values."""
     names = [MEAN, *inputs.classes[1:]]
@@ -183,7 +190,11 @@ def _table(
     values: dict[str, dict[str, Any]] = {}
     for scored in scored_sets:
         bootstrap = Bootstrap(scored.groups, options.resamples, inputs.seed)
-        values[scored.name] = {"n": len(scored.groups), "groups": len(set(scored.groups))}
+        values[scored.name] = {
+            "n": len(scored.groups),
+            "groups": len(set(scored.groups)),
+            "empty_masks": empty[scored.name],
+        }
         for column, class_name in enumerate(names):
             figures = {
                 kind: bootstrap.interval(
@@ -193,7 +204,8 @@ def _table(
             }
             values[scored.name][class_name] = {kind: interval.model_dump() for kind, interval in figures.items()}
             rows.append([scored.name, class_name, len(scored.groups), *figures.values()])
-    note = f"Means over images with 95 % intervals clustered by group (bootstrap; exact, Clopper-Pearson, where all are 0 or 1). Chance: Dice with the mask of another image of the same set. {EMPTY_RULE}"
+    left_out = ", ".join(f"{count} of {name}" for name, count in empty.items() if count)
+    note = f"Means over images with 95 % intervals clustered by group (bootstrap; exact, Clopper-Pearson, where all are 0 or 1). Chance: Dice with the mask of another image of the same set. {EMPTY_RULE}{f' Images with an empty mask are left out: {left_out}.' if left_out else ''}"
     return Table(
         title="Mask faithfulness", note=note, columns=["set", "class", "n", "Dice", "IoU", "Dice by chance"], rows=rows
     ), values
@@ -245,7 +257,7 @@ def _warnings(inputs: EvaluationInputs, train: MaskedImages, scored_sets: list[S
         if len(set(scored.groups)) < FEW_GROUPS
     ]
     if inputs.test.name not in {scored.name for scored in scored_sets}:
-        found.append("no real test image has a mask: there is no real score to compare with")
+        found.append("no real test image has a mask that is not empty: there is no real score to compare with")
     if train.without_mask:
         found.append(f"{train.without_mask} real train images have no mask and were left out")
     return found

@@ -126,3 +126,30 @@ def test_chance_is_the_mask_of_another_image(tmp_path: Path) -> None:
     found = read(tmp_path, ["a", "b"], [FoldModel(Constant(1), frozenset())], masks)
     assert found.dice[:, 0].tolist() == [1, 0]
     assert found.chance[:, 0].tolist() == [0, 1]
+
+
+def test_images_with_an_empty_mask_are_left_out(tmp_path: Path) -> None:
+    """Of a set with more of them, Dice would be higher or lower for no reason."""
+    masks = np.stack([np.full((8, 8), value, np.uint8) for value in (0, 1, 0, 2)])
+    names = ["a", "b", "c", "d"]
+    found = MaskedImages(
+        np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1), masks, names, names, ["p", "q", "r", "s"], 3
+    )
+    kept = found.with_foreground()
+    assert (kept.samples, kept.groups, kept.parents, kept.without_mask) == (["b", "d"], ["b", "d"], ["q", "s"], 3)
+    assert (kept.images[:, 0, 0, 0].tolist(), kept.masks[:, 0, 0].tolist()) == ([64, 192], [1, 2])
+    assert kept.with_foreground() is kept
+
+
+def partly_empty(sample: Sample) -> None:
+    """Empty every fourth mask, and so every fourth mask of what is made from it."""
+    if int(sample.sample_id[-4:]) % 4 == 0 and sample.mask is not None:
+        sample.mask = np.zeros_like(sample.mask)
+
+
+def test_the_table_says_how_many_images_with_an_empty_mask_are_left_out(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, {"copied": copied}, {"train": 16, "test": 4}, change=partly_empty)
+    result = answer(tiny_inputs(tmp_path, ("copied",)), "faithfulness", steps=1)
+    assert [result.values[name]["empty_masks"] for name in ("real test", "copied")] == [1, 4]
+    assert (result.values["copied"]["n"], result.n["copied"]) == (12, 12)
+    assert "Images with an empty mask are left out: 1 of real test, 4 of copied." in str(result.tables[0].note)
