@@ -157,7 +157,9 @@ def copies_handed_on(dataset: MaskPromptDataset) -> HandedOn:
         return HandedOn({}, {})
     found = found_copies(dataset) if origin == "synthetic" else _found_in_combined(dataset)
     if found is None:
-        say(f"{dataset.folder}: not searched for copies of training images; run evaluate first to leave them out")
+        say(
+            f"{dataset.folder}: not searched for copies of training images, nor for altered held-out ones; run evaluate first to leave them out"
+        )
         return HandedOn({}, {})
     if not found.rows:
         return HandedOn({}, {})

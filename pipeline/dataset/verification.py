@@ -148,7 +148,12 @@ def _check_parents(dataset: MaskPromptDataset) -> None:
     import pyarrow.parquet as pq
 
     assert dataset.contract.parent is not None
-    parent = MaskPromptDataset.open((dataset.folder / dataset.contract.parent.path).resolve())
+    place = (dataset.folder.resolve() / dataset.contract.parent.path).resolve()
+    if not place.is_dir():
+        raise MaskLoomError(
+            f"{dataset.folder}: the real dataset that it was made from is not at {place}; keep it in its run, or move the whole run"
+        )
+    parent = MaskPromptDataset.open(place)
     if parent.digest != dataset.contract.parent.digest:
         again = "combine" if dataset.description.origin == "combined" else "generate"
         raise MaskLoomError(f"{dataset.folder}: made from another version of {parent.folder}; run {again} again")

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from maskloom.pipeline.dataset.contract import read_contract
+from maskloom.pipeline.dataset.audit.pixels import decoded_image, pixel_digest
+from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.files.atomic import write_text
 from maskloom.pipeline.runs.sample_files import files_in_words, sample_files
 
@@ -17,8 +18,8 @@ ENDS = ("image", "shows")  # the image that leaks, and the one that it shows
 def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
     """Return the first leaks in words, and write all of them to a file, which is named where there are more.
 
-    The file states the digests of the datasets: what leaves a run is looked up in it
-    (`pipeline.dataset.held_out_images`).
+    The file states the digest of the pixels of each image that leaks: what leaves a run is looked up in it
+    (`pipeline.dataset.leak_lists`).
 
     Args:
         record: where the check keeps its record if it finds nothing; the file lies beside it.
@@ -28,16 +29,24 @@ def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[st
     path = record.with_name(f"{record.stem}-leaked.jsonl")
     folders = {Path(str(row[f"{end}_dataset"])) for row in rows for end in ENDS}
     files = {str(folder): sample_files(folder) for folder in folders}
-    digests = {str(folder): read_contract(folder).digest for folder in folders}
+    pixels = {str(folder): _pixel_digests(folder, rows) for folder in folders}
     named = []
     for row in rows:
-        folder_of = {end: str(row[f"{end}_dataset"]) for end in ENDS}
-        more = {f"{end}_file": files[folder_of[end]].get(str(row[end])) for end in ENDS}
-        named.append({**row, **more, **{f"{end}_digest": digests[folder_of[end]] for end in ENDS}})
+        more: dict[str, object] = {f"{end}_file": files[str(row[f"{end}_dataset"])].get(str(row[end])) for end in ENDS}
+        named.append({**row, **more, "image_pixels": pixels[str(row["image_dataset"])][str(row["image"])]})
     write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in named))
     if len(texts) <= MAX_SHOWN:
         return "; ".join(texts)
     return "; ".join([*texts[:MAX_SHOWN], f"and {len(texts) - MAX_SHOWN} more; all are listed in {path}"])
+
+
+def _pixel_digests(folder: Path, rows: Sequence[Mapping[str, object]]) -> dict[str, str]:
+    """Return the digest of the pixels of each image of a dataset that leaks, by sample id."""
+    leaking = {str(row["image"]) for row in rows if Path(str(row["image_dataset"])) == folder}
+    read = MaskPromptDataset.open(folder).rows(columns=["sample_id", "image"]) if leaking else []
+    return {
+        row["sample_id"]: pixel_digest(decoded_image(folder, row)).hex() for row in read if row["sample_id"] in leaking
+    }
 
 
 def files_of_leaks(rows: Sequence[Mapping[str, object]]) -> str:

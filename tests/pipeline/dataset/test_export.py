@@ -72,12 +72,20 @@ def test_held_out_images_of_the_real_dataset_do_not_leave_with_a_synthetic_one(t
     assert not (tmp_path / "out").exists()
 
 
+def stopped(real: Path, synthetic: Path, tmp_path: Path) -> str:
+    """List an image of a set as what stopped an evaluation, and return its id."""
+    sample = next(MaskPromptDataset.open(synthetic).rows("train", ["sample_id"]))["sample_id"]
+    leak = {"image": sample, "image_dataset": str(synthetic), "shows": "test-0000", "shows_split": "test"}
+    leaks_in_words(tmp_path / "logs" / "audit" / "0.json", ["one leak"], [{**leak, "shows_dataset": str(real)}])
+    return sample
+
+
 def test_a_set_whose_leaks_stopped_an_evaluation_does_not_leave_the_run(real: Path, synthetic: Path, tmp_path: Path):
     """Evaluation looks closer than an export does; its list counts for the very images that it is about."""
-    leak = {"image": "made-0", "image_dataset": str(synthetic), "shows": "test-0000", "shows_dataset": str(real)}
     options = ExportOptions("imagefolder", tmp_path / "out")
-    leaks_in_words(tmp_path / "logs" / "audit" / "0.json", ["one leak"], [leak])
-    with pytest.raises(LeakedImages, match=r"1 synthetic image\(s\) are copies .+ made-0 of .+ shows test-0000"):
+    leaking = stopped(real, synthetic, tmp_path)
+    message = rf"1 synthetic image\(s\) stopped an evaluation .+: {leaking} shows test-0000 \(test\); .+0-leaked\.jsonl lists them"
+    with pytest.raises(LeakedImages, match=message):
         export(synthetic, options)
     assert not options.output.exists()
     samples = synthetic_samples(tiny_samples("train", 6), "again", lambda sample, index: 254 - sample.image)
@@ -87,14 +95,43 @@ def test_a_set_whose_leaks_stopped_an_evaluation_does_not_leave_the_run(real: Pa
     assert options.output.exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"image": "made-0"}', "3"])
+def test_what_was_made_with_a_leaking_image_does_not_leave_the_run_either(real: Path, synthetic: Path, tmp_path: Path):
+    """Combined before the evaluation, a part of the set as of a filter, and through links."""
+    options = ExportOptions("imagefolder", tmp_path / "out")
+    combine(real, [synthetic], CombineOptions(tmp_path / "combined"))
+    part = synthetic_samples(tiny_samples("train", 6), "made", lambda sample, index: 255 - sample.image)[:2]
+    parent = Parent(path="../real", digest=read_contract(real).digest)
+    write_dataset(tmp_path / "part", tiny_description(origin="synthetic"), {"train": part}, parent)
+    links = tmp_path / "elsewhere" / "run"
+    links.mkdir(parents=True)
+    (links / "real").symlink_to(real)
+    (links / "synthetic").symlink_to(synthetic)
+    stopped(real, synthetic, tmp_path)
+    for folder in (tmp_path / "combined", tmp_path / "part", links / "synthetic"):
+        with pytest.raises(LeakedImages, match=r"1 synthetic image\(s\) stopped an evaluation"):
+            export(folder, options)
+    with pytest.raises(LeakedImages, match=r"1 synthetic image\(s\) stopped an evaluation"):
+        combine(links / "real", [links / "synthetic"], CombineOptions(tmp_path / "out"))
+    assert not options.output.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"image_pixels": "0"}', "3", ""])
 def test_a_damaged_list_of_leaks_is_no_pass(synthetic: Path, tmp_path: Path, content: str):
     listed = tmp_path / "logs" / "audit" / "0-leaked.jsonl"
     listed.parent.mkdir(parents=True)
     listed.write_text(content)
-    with pytest.raises(MaskLoomError, match=r"0-leaked\.jsonl: damaged .+; delete it, and evaluate again"):
+    with pytest.raises(
+        MaskLoomError, match=r"0-leaked\.jsonl: damaged, or written by an earlier .+; delete it, and evaluate"
+    ):
         export(synthetic, ExportOptions("imagefolder", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_away_from_its_real_dataset_says_why_that_is_needed(synthetic: Path, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    synthetic.rename(tmp_path / "elsewhere" / "synthetic")
+    with pytest.raises(MaskLoomError, match=r"the real dataset that it was made from is not at .+; keep it in its run"):
+        export(tmp_path / "elsewhere" / "synthetic", ExportOptions("imagefolder", tmp_path / "out"))
 
 
 def test_the_busi_tree_of_a_synthetic_dataset(synthetic: Path, tmp_path: Path):

@@ -217,5 +217,5 @@ def test_a_parent_dataset_that_changed(synthetic):
 def test_a_parent_dataset_that_is_gone(synthetic, folder):
     made = synthetic(tiny_samples("train", 4))
     folder.rename(folder.with_name("moved"))
-    with pytest.raises(MaskLoomError, match="no such dataset"):
+    with pytest.raises(MaskLoomError, match="the real dataset that it was made from is not at"):
         verify_quickly(made)

@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from maskloom.pipeline.dataset.audit.pixels import decoded_image, pixel_digest
 from maskloom.pipeline.dataset.contract import Parent
 from maskloom.pipeline.dataset.verification import verify_quickly
 from maskloom.pipeline.errors import LeakedImages, MaskLoomError
@@ -93,7 +94,8 @@ def test_an_image_that_shapes_a_model_and_measures_it_stops_the_run(run, split, 
     assert records(run) == []
     (listed,) = run.logs("audit").glob("*-leaked.jsonl")
     (row,) = map(json.loads, listed.read_text().splitlines())
-    assert row["image_digest"] == row["shows_digest"] == dataset.digest
+    (leaking,) = (one for one in dataset.rows(split, ["sample_id", "image"]) if one["sample_id"] == f"{split}-0001")
+    assert row["image_pixels"] == pixel_digest(decoded_image(dataset.folder, leaking)).hex()
 
 
 def test_several_leaks_are_counted_and_the_first_named(run):
