@@ -69,16 +69,19 @@ HIGHER_WORDS = re.compile(
     r"|ssim|psnr|snr|correlation|pearson|spearman|icc|ccc|r(?=2)|youden|similarity|agreement|concordance)\d*\b"
 )
 """Likewise, of which more is better."""
-TURNED = re.compile(rf"\b({TURNING}|distances?|dissimilarity|complement|gap|std|sd|variance)\b")
+TURNED = re.compile(rf"\b({TURNING}|distances?|dissimilarity|complement|gap|std|sd|var(iance)?)\b")
 OPPOSITE = re.compile(r"\b(free|skill|reductions?|improvements?|decreases?)\b")
 """Words that turn an error round: `error reduction`, `miss-free rate`."""
+STATED = re.compile(r"\b(higher|lower) (?:is )?better\b")
+"""What the name itself says of its direction."""
 CONDITION = re.compile(r"(?<=\w)(\s*[@(\[]|[\s_](at|without|given|of|per|in|for|on|among)[\s_])", re.IGNORECASE)
 """What stands before an operating point, a denominator or a subset: `TPR@FPR=0.05`, `sensitivity_at_2_fp`."""
 COUNTS = re.compile(
     r"(mean|average|median|total|sum|number|no\.|rate|share|percentage|fraction|count) of ", re.IGNORECASE
 )
 COMPLEMENT = re.compile(
-    r"(negated|neg(ative)?(?! (log|predictive|likelihood))|inverse|inverted)\b|(1|one) minus\b|1 ?-|-", re.IGNORECASE
+    r"(negated|neg(ative)?(?! (log|predictive|likelihood))|inv(erse|erted)?|minus)\b|(1|one) minus\b|1 ?[-/]|-",
+    re.IGNORECASE,
 )
 """How the name of a negated score, or of one minus a score, begins."""
 CAMEL_CASE = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})|(?<=[A-Z]\d)(?=[A-Z][a-z])"
@@ -91,6 +94,7 @@ RUN_TOGETHER = re.compile(
 """Where `f1score`, `softdice` and `hausdorffdistance` have two words."""
 SPELLED_OUT = {
     r"\bnormali[sz]ed surface (distance|dice)\b": "nsd",
+    r"\b(cmc )?rank ?\d+\b|\b(mean )?reciprocal rank\b": "accuracy",
     r"\b(true positive|tp) rate\b|\bltpr\b": "tpr",
     r"\b(true negative|tn) rate\b": "tnr",
     r"\b(in ?accuracy|im ?precision|dis ?agreement|nonoverlap|mis ?match(es)?)\b": "error",
@@ -124,6 +128,8 @@ def direction(score: str, lower: Collection[str] = (), higher: Collection[str] =
         return Direction(LOWER if score in lower else HIGHER, "stated")
     if (own := own_score(score)) is not None:
         return Direction(OWN_SCORES[own], "known")
+    if told := STATED.search(re.sub(r"[\W_]+", " ", score).lower()):
+        return Direction(told[1], "name")
     words, negated = _measured(score)
     better = _named_direction(words)
     if better is None:

@@ -14,6 +14,7 @@ WINDOW = 7  # so that neither noise nor JPEG roughens a border
 BLURRED = 8  # pixels over which the change from a border to what lies within it may stretch: a block of JPEG
 RISEN = 0.3  # of this change, where a border ends
 LEAST_BORDER = 0.03  # of the side
+SEAM = 2  # pixels
 LEAST_SIDE = 16  # pixels of what lies within
 MOST = 0.35  # of the edges of what lies within, near its corners: more border, and it is no rectangle
 INSET = 5  # pixels, which smoothing may have made of a border and its end
@@ -24,11 +25,13 @@ Box: TypeAlias = tuple[int, int, int, int]  # top, bottom, left, right
 def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return a square grey image without a uniform border, grey or white, at its old size.
 
-    What lies within the border is a rectangle. The light around an inverted brain is no border.
+    What lies within the border is a rectangle. The light around an inverted brain is no border, unless
+    it is thin at the corners.
 
-    The border covers at least one side of each axis, so that the image was padded in both directions.
-    A black one stays: the search leaves it out itself, unless it belongs to the images. Where black bars
-    made an image square, the border lies within them. What is kept is square, so that proportions stay.
+    The border covers at least one side of each axis, as an image was padded in both directions. Bars of one
+    axis become black, as those that make an image square. A black border stays: the search leaves it out
+    itself, unless it belongs to the images. Where black bars made an image square, the border lies within
+    them. What is kept is square, so that proportions stay.
 
     Args:
         image: (H, H) uint8.
@@ -37,14 +40,18 @@ def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if bars is None:
         return image
     top, bottom, left, right = bars
-    grey = _grey_of_corners(image[top:bottom, left:right])
-    within = _within(image[top:bottom, left:right], grey) if grey > UNIFORM else None
+    barred = bars != (0, side, 0, side)
+    inner = image[_seamless(top, bottom, side), _seamless(left, right, side)]
+    grey = _grey_of_corners(inner)
+    within = _within(inner, grey) if grey > UNIFORM else None
     if within is None:
         return image
-    up, low, before, after = (edge + start for edge, start in zip(within, (top, top, left, left), strict=True))
-    if min(max(up - top, bottom - low), max(before - left, right - after)) < LEAST_BORDER * side:
+    (up, low), (before, after) = _moved(within[:2], top), _moved(within[2:], left)
+    rows, columns = (up - top, bottom - low), (before - left, right - after)
+    padded = min(max(rows), max(columns)) >= LEAST_BORDER * side
+    if not padded and max(min(rows), min(columns)) < LEAST_BORDER * side:
         return image
-    if bars != (0, side, 0, side):  # as the bars around the image without its border
+    if barred or not padded:  # as the bars around the image without its border
         bare = np.zeros_like(image)
         bare[up:low, before:after] = image[up:low, before:after]
         image = bare
@@ -54,10 +61,20 @@ def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + kept, y + kept)))
 
 
+def _seamless(start: int, end: int, side: int) -> slice:
+    """Return what lies between bars, without the rows that a resized image shares with them."""
+    return slice(start + SEAM * (start > 0), end - SEAM * (end < side))
+
+
+def _moved(ends: tuple[int, int], start: int) -> tuple[int, int]:
+    offset = start + SEAM * (start > 0)
+    return ends[0] + offset, ends[1] + offset
+
+
 def _grey_of_corners(image: NDArray[np.uint8]) -> float:
     """Return the median grey of the corners: that of three, at least, where a border lies on two sides."""
     corners = [part[:, columns] for part in (image[:4], image[-4:]) for columns in (slice(4), slice(-4, None))]
-    return float(np.median([corner.mean() for corner in corners]))
+    return float(np.median([np.median(corner) for corner in corners]))
 
 
 def _within(image: NDArray[np.uint8], grey: float) -> Box | None:

@@ -123,6 +123,7 @@ CLASSES_OF_BAD_NAMES = ("bone loss", "refractive error", "missed by readers", "H
             "LTPR",
             "jaccardindex",
         ),
+        *("rank1", "CMC rank-1", "mean reciprocal rank", "HD95 score (higher better)"),
         *("inverse HD95", "volume similarity", "clDice", "negative predictive value", "sensitivity_fp1"),
     ],
 )
@@ -146,6 +147,7 @@ def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
         *("hausdorffdistance", "ASSDmm", "crossentropyloss", "softdiceloss", "surface distance error"),
         *("Dice complement", "lesions not detected", "correlation distance", "Dice std"),
         *("inaccuracy", "oneMinusDice", "meanInaccuracy", "imprecision", "negDice", "NegLogLikelihood"),
+        *("1/Dice", "minus dice", "dice_var", "inv_acc", "lower_is_better_dice", "quality (lower better)"),
     ],
 )
 def test_less_is_better_of_errors_and_distances(score: str) -> None:
