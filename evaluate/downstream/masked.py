@@ -46,7 +46,8 @@ class MaskedImages:
         kept = np.flatnonzero(self.masks.any(axis=(1, 2)))
         if len(kept) == len(self):
             return self
-        samples, groups, parents = ([column[i] for i in kept] for column in (self.samples, self.groups, self.parents))
+        samples, groups = ([column[i] for i in kept] for column in (self.samples, self.groups))
+        parents = [self.parents[i] for i in kept]
         return MaskedImages(self.images[kept], self.masks[kept], samples, groups, parents, self.without_mask)
 
 
