@@ -35,7 +35,7 @@ TURNING = (
 """Words that turn the score before them: `Dice loss`, `volume similarity error`."""
 LOWER_WORDS = re.compile(
     rf"\b\d*({TURNING}|brier|(cross)?entropy|bce|perplexity|miss(ed|es|rate)?|misclassifi\w+|undetected|unfound"
-    r"|mistakes?|wrong|incorrect\w*|not (detected|found|correct)|ce|neg(ative)? log likelihood|nll|time|latency|runtime|ranks?"
+    r"|mistakes?|wrong|incorrect\w*|not (detected|found|correct)|ce|(negative|neg) log likelihood|nll|time|latency|runtime|ranks?"
     r"|false (positives?|negatives?|alarms?|discover(y|ies))|hausdorff"
     r"|(surface|boundary|contour|mean|average|median|wasserstein|fr[eé]chet|kernel) distances?"
     r"|m?hd|ahd|asd|absd|msd|masd|assd|mssd|rmssd|rmsd|rms|emd|mmd|kld?|jsd"
@@ -80,7 +80,7 @@ COUNTS = re.compile(
     r"(mean|average|median|total|sum|number|no\.|rate|share|percentage|fraction|count) of ", re.IGNORECASE
 )
 COMPLEMENT = re.compile(
-    r"(negated|neg(ative)?(?! (log|predictive|likelihood))|inv(erse|erted)?|minus)\b|(1|one) minus\b|1 ?[-/]|-",
+    r"(negated|(negative|neg)(?! (log|predictive|likelihood))|inv(erse|erted)?|minus)\b|(1|one) minus\b|1 ?[-/]|-",
     re.IGNORECASE,
 )
 """How the name of a negated score, or of one minus a score, begins."""
@@ -97,7 +97,7 @@ SPELLED_OUT = {
     r"\b(cmc )?rank ?\d+\b|\b(mean )?reciprocal rank\b": "accuracy",
     r"\b(true positive|tp) rate\b|\bltpr\b": "tpr",
     r"\b(true negative|tn) rate\b": "tnr",
-    r"\b(in ?accuracy|im ?precision|dis ?agreement|nonoverlap|mis ?match(es)?)\b": "error",
+    r"\b(in ?accuracy|im ?precision|dis ?agreement|nonoverlap|mismatch(es)?)\b": "error",
 }
 """Names by their usual abbreviation, where their words would mislead."""
 
