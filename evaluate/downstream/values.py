@@ -17,9 +17,11 @@ LARGEST_SHARE = 1.5  # a share above it is in percent; rounding and smoothing ex
 TOLERANCE = 0.3  # of a share's range: simulated scores may be that far off
 LEAST_CODE = 9  # such as 9, 99 or 999
 MOST = 0.5  # of the values
-FACTOR = 3  # by which a hundredfold may be missed
+FACTOR = 3  # by which a hundredfold may be missed, and a code is above all that are none
+REPEATED = 3  # times that codes stand among values that may have outliers
 ALMOST_ALL = 0.95  # of a model's values; the others may be rounded up
 MOST_CODES = 3  # different negative numbers of one column
+FEW_CODED = 0.3  # of all values: different numbers that stand for more of them are measures
 FEW_SMALL = 0.1  # of a model's values above 0: in percent, that many may be at most 1
 
 Columns = Mapping[str, NDArray[np.str_]]
@@ -50,7 +52,7 @@ def require_possible_values(path: Path, columns: Columns, seeds: NDArray[np.int6
         if is_share(score):
             _require_one_unit(path, score, own, seeds[rows], values[rows])
         elif own_score(score) is None:
-            _require_no_code_among_shares(path, score, own, seeds[rows], values[rows])
+            _require_no_code(path, score, own, seeds[rows], values[rows])
             if not is_distance(score):
                 _require_one_scale(path, score, own, seeds[rows], values[rows])
 
@@ -116,19 +118,33 @@ def _require_one_unit(path: Path, score: str, columns: Columns, seeds: NDArray[n
             )
 
 
-def _require_no_code_among_shares(
-    path: Path, score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats
-) -> None:
-    """Refuse one large whole number among values that otherwise are fractions of 1, whatever the score's name."""
-    large = values > LARGEST_SHARE
-    others, coded = values[~large], np.unique(values[large])
-    fractions = others.size and others.min() >= 0 and (others != np.round(others)).mean() > MOST
-    if len(coded) == 1 and coded[0] >= LEAST_CODE and coded[0] == np.round(coded[0]) and fractions:
-        told = _in_words(score, columns, seeds, values, int(large.argmax()))
+def _require_no_code(path: Path, score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats) -> None:
+    """Refuse a few large whole numbers among values that otherwise are fractions, whatever the score's name."""
+    if (least := _least_code(values, is_distance(score))) is not None:
+        coded = values >= least
+        told = _in_words(score, columns, seeds, values, int(coded.argmax()))
         raise MaskLoomError(
-            f"{path}: {told}, as {large.sum()} value(s) are, and no other is above {LARGEST_SHARE:g}: it looks like a code. Leave the "
-            "value empty where a case has none"
+            f"{path}: {told}, as {coded.sum()} value(s) are {least:g} or more, and no other is above {values[~coded].max():g}: it looks "
+            "like a code. Leave the value empty where a case has none"
         )
+
+
+def _least_code(values: Floats, unbounded: bool) -> float | None:
+    """Return the smallest of the numbers that look like codes: far above all others, and whole; None without any.
+
+    One alone may be an outlier, and a distance the worst there is, unless the others are fractions of 1.
+    """
+    distinct = np.unique(values)
+    for number in range(1, min(MOST_CODES, len(distinct) - 1) + 1):
+        least, others = distinct[-number], values[values < distinct[-number]]
+        codes = values[values >= least]
+        few = number == 1 or len(codes) <= FEW_CODED * len(values)
+        is_far = least >= FACTOR * max(1.0, others.max()) and bool((codes == np.round(codes)).all())
+        are_fractions = others.min() >= 0 and bool((others != np.round(others)).mean() > MOST)
+        of_one = others.max() <= LARGEST_SHARE and least >= LEAST_CODE
+        if few and is_far and are_fractions and (of_one or (len(codes) >= REPEATED and not unbounded)):
+            return float(least)
+    return None
 
 
 def _require_one_scale(path: Path, score: str, columns: Columns, seeds: NDArray[np.int64], values: Floats) -> None:
