@@ -36,9 +36,9 @@ TURNING = (
 LOWER_WORDS = re.compile(
     rf"\b\d*({TURNING}|brier|(cross)?entropy|bce|perplexity|miss(ed|es|rate)?|misclassifi\w+|undetected|unfound"
     r"|mistakes?|wrong|incorrect\w*|not (detected|found|correct)|ce|(negative|neg) log likelihood|nll|time|latency|runtime|ranks?"
-    r"|false (positives?|negatives?|alarms?|discover(y|ies))|hausdorff"
-    r"|(surface|boundary|contour|mean|average|median|wasserstein|fr[eé]chet|kernel) distances?"
-    r"|m?hd|ahd|asd|absd|msd|masd|assd|mssd|rmssd|rmsd|rms|emd|mmd|kld?|jsd"
+    r"|false (positives?|negatives?|pos|neg|alarms?|discover(y|ies))|fall ?out|(?<!non )fail(ed|s)?|outliers?|hausdorff"
+    r"|distances?|dist|dissimilarity|bias"
+    r"|m?hd|h(?=95)|hd ?max|hter|acer|ber|dssim|xent|ahd|asd|absd|msd|masd|assd|mssd|rmssd|rmsd|rms|emd|mmd|kld?|jsd"
     r"|fps?|fns?|fpr|fnr|fdr|fppi|fnpi|eer|n?mae|med ?ae|s?mape|[nr]*mse|rmsle|ece|ace|mce"
     r"|vd|avd|rvd|ravd|voe|tre|aurc|lpips|fid|kid|l[12])\d*(mm|px|vox)?\b"
 )

@@ -149,7 +149,9 @@ def test_numbers_far_above_all_others_are_codes(tmp_path: Path, score: str, valu
 @pytest.mark.parametrize("code", [9.0, 99.0, 999.0])
 def test_a_code_among_fractions_is_refused_whatever_the_name(tmp_path: Path, score: str, code: float) -> None:
     table = written(tmp_path / "cases.parquet", rows(value=[code, 0.2, code, *[0.5] * 9], score=[score] * 12))
-    with pytest.raises(MaskLoomError, match=r"as 2 value\(s\) are 9+ or more, and no other is above 0\.5: it looks like a code"):
+    with pytest.raises(
+        MaskLoomError, match=r"as 2 value\(s\) are 9+ or more, and no other is above 0\.5: it looks like a code"
+    ):
         read_cases(table)
 
 

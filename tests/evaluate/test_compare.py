@@ -80,9 +80,9 @@ def test_lower_is_better_where_the_name_says_so(score: str) -> None:
 def test_lower_is_better_where_it_is_said() -> None:
     cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="HD95")
     assert one(cases, score="HD95").finding == "hurt"
-    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="distance")
-    assert one(cases, score="distance").finding == "helped"
-    assert one(cases, score="distance", lower_is_better={"distance"}).finding == "hurt"
+    cases = dice_cases({"real": BASE, "real_synthetic": changed_by(0.05)}, score="my measure")
+    assert one(cases, score="my measure").finding == "helped"
+    assert one(cases, score="my measure", lower_is_better={"my measure"}).finding == "hurt"
 
 
 CLASSES_OF_BAD_NAMES = ("bone loss", "refractive error", "missed by readers", "HD", "false positive")
@@ -148,6 +148,8 @@ def test_what_a_score_is_of_does_not_turn_its_direction(score: str) -> None:
         *("Dice complement", "lesions not detected", "correlation distance", "Dice std"),
         *("inaccuracy", "oneMinusDice", "meanInaccuracy", "imprecision", "negDice", "NegLogLikelihood"),
         *("1/Dice", "minus dice", "dice_var", "inv_acc", "lower_is_better_dice", "quality (lower better)"),
+        *("n_false_pos", "false neg", "fall-out", "mean dist", "dist_mm", "centroid distance", "HDmax", "H95", "HTER"),
+        *("fail rate", "outlier_rate", "bias", "dissimilarity", "DSSIM", "xent", "BER", "cosine distance"),
     ],
 )
 def test_less_is_better_of_errors_and_distances(score: str) -> None:
