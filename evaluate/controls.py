@@ -158,16 +158,17 @@ def mask_control(inputs: EvaluationInputs, options: FaithfulnessOptions | None) 
     """Return whether faithfulness falls where real images get the masks of others.
 
     The images are those of the test split, or of the train split, segmented by the models that were
-    not trained on their groups, where no test image has a mask. The fall is caught if its interval
+    not trained on their groups, where no test image has a mask with a foreground. As in `faithfulness`,
+    images with an empty mask are left out. The fall is caught if its interval
     over groups lies above 0.
     """
     name = "masks shuffled"
     if options is None:
         return Control(name, "not applicable: faithfulness is not among evaluate.metrics", None)
     train, test = (masked_images(inputs, one, options.image_size) for one in (inputs.train, inputs.test))
-    masked = test if len(test) else train
+    masked = (test if len(test.with_foreground()) else train).with_foreground()
     if len(train) < 2 or len(masked) < 2 or len(inputs.classes) < 2:
-        return Control(name, "not applicable: fewer than two images have masks", None)
+        return Control(name, "not applicable: fewer than two images have masks with a foreground", None)
     partner = derangement(len(masked), np.random.default_rng(inputs.seed))
     models = train_fold_models(inputs, train, options)
     own, other = (

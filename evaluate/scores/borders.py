@@ -37,21 +37,15 @@ def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         image: (H, H) uint8.
     """
     side, bars = len(image), _within(image, 0)
-    if bars is None:
+    within = None if bars is None else _within_border(image, bars)
+    if bars is None or within is None:
         return image
-    top, bottom, left, right = bars
-    barred = bars != (0, side, 0, side)
-    inner = image[_seamless(top, bottom, side), _seamless(left, right, side)]
-    grey = _grey_of_corners(inner)
-    within = _within(inner, grey) if grey > UNIFORM else None
-    if within is None:
-        return image
-    (up, low), (before, after) = _moved(within[:2], top), _moved(within[2:], left)
+    (top, bottom, left, right), (up, low, before, after) = bars, within
     rows, columns = (up - top, bottom - low), (before - left, right - after)
     padded = min(max(rows), max(columns)) >= LEAST_BORDER * side
     if not padded and max(min(rows), min(columns)) < LEAST_BORDER * side:
         return image
-    if barred or not padded:  # as the bars around the image without its border
+    if bars != (0, side, 0, side) or not padded:  # as the bars around the image without its border
         bare = np.zeros_like(image)
         bare[up:low, before:after] = image[up:low, before:after]
         image = bare
@@ -61,14 +55,17 @@ def without_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + kept, y + kept)))
 
 
-def _seamless(start: int, end: int, side: int) -> slice:
-    """Return what lies between bars, without the rows that a resized image shares with them."""
-    return slice(start + SEAM * (start > 0), end - SEAM * (end < side))
-
-
-def _moved(ends: tuple[int, int], start: int) -> tuple[int, int]:
-    offset = start + SEAM * (start > 0)
-    return ends[0] + offset, ends[1] + offset
+def _within_border(image: NDArray[np.uint8], bars: Box) -> Box | None:
+    """Return the rectangle within the border that lies within black bars, if there are any; none without a border."""
+    side, (top, bottom, left, right) = len(image), bars
+    top, left = (start + SEAM * (start > 0) for start in (top, left))
+    bottom, right = (end - SEAM * (end < side) for end in (bottom, right))
+    inner = image[top:bottom, left:right]
+    grey = _grey_of_corners(inner)
+    within = _within(inner, grey) if grey > UNIFORM else None
+    if within is None:
+        return None
+    return within[0] + top, within[1] + top, within[2] + left, within[3] + left
 
 
 def _grey_of_corners(image: NDArray[np.uint8]) -> float:

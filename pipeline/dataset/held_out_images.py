@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from maskloom.pipeline.dataset.audit.limits import NEAR_LIMIT
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.dataset.leak_lists import SHOWN, require_no_listed_leak
+from maskloom.pipeline.dataset.listed_leaks import SHOWN, require_no_listed_leak
 from maskloom.pipeline.errors import LeakedImages
 from maskloom.pipeline.progress import say
 
@@ -30,10 +30,10 @@ def require_no_held_out_images(real: MaskPromptDataset, synthetic: Sequence[Mask
         return
     found = [one for one in find_held_out_copies(real, synthetic) if one.copy.dataset != str(real.folder)]
     if found:
-        texts = [f"{one.copy.sample_id} of {one.copy.dataset} shows {one.original.sample_id}" for one in found[:SHOWN]]
+        named = [f"{one.copy.sample_id} of {one.copy.dataset} shows {one.original.sample_id}" for one in found[:SHOWN]]
         more = [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
         raise LeakedImages(
-            f"{real.folder}: {len(found)} synthetic image(s) are copies of its held-out images: {', '.join(texts + more)}",
+            f"{real.folder}: {len(found)} synthetic image(s) are copies of its held-out images: {', '.join(named + more)}",
             "leave these images out where the set was made, and make it again",
         )
 

@@ -19,7 +19,7 @@ def leaks_in_words(record: Path, texts: Sequence[str], rows: Sequence[Mapping[st
     """Return the first leaks in words, and write all of them to a file, which is named where there are more.
 
     The file states the digest of the pixels of each image that leaks: what leaves a run is looked up in it
-    (`pipeline.dataset.leak_lists`).
+    (`pipeline.dataset.listed_leaks`).
 
     Args:
         record: where the check keeps its record if it finds nothing; the file lies beside it.

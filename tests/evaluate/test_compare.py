@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -461,6 +462,15 @@ def test_one_image_under_several_ids_counts_once(
         "'case-0000' (group 'group-0000') and 'case-0010' (group 'group-0010') have equal values for all models, as 60 "
     )
     assert (told in capsys.readouterr().err) == (groups == 10)
+
+
+def test_subgroups_are_compared_with_such_groups_merged_too(tmp_path: Path) -> None:
+    seen: list[ScoredTestSet] = []
+    request = SimpleNamespace(subgroups=lambda path, cases: seen.append(cases) or {})
+    arms = {"real": np.tile(BASE[:, :10], 2), "b": np.tile(BASE[:, :10] + 0.01, 2)}
+    write_cases(tmp_path / "cases.parquet", [dice_cases(arms)])
+    tables.compare_subgroup_files([tmp_path / "cases.parquet"], request, "real", None)
+    assert [len(set(cases.groups)) for cases in seen] == [10]
 
 
 def test_groups_that_share_images_in_a_chain_are_one(tmp_path: Path) -> None:

@@ -150,15 +150,38 @@ def test_blind_faithfulness_is_reported(
     assert "goes from 0.70 to 0.70, a fall of " in result.verdict
 
 
+def half_empty(sample: Sample) -> None:
+    if int(sample.sample_id[-4:]) % 2 and sample.mask is not None:
+        sample.mask = np.zeros_like(sample.mask)
+
+
+def test_empty_masks_are_not_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their Dice is 1 or 0, which faithfulness leaves out as well."""
+    write_tiny_run(tmp_path, {"some": faithful}, {"train": 8, "test": 8}, change=half_empty)
+    scored = []
+    own = controls.score_set
+    monkeypatch.setattr(
+        controls, "score_set", lambda name, one, *more: scored.append(one.masks) or own(name, one, *more)
+    )
+    options = faithfulness.Options(**small_options("faithfulness", steps=1))
+    controls.mask_control(tiny_inputs(tmp_path, ("some",)), options)
+    assert [(len(masks), bool(masks.any(axis=(1, 2)).all())) for masks in scored] == [(4, True), (4, True)]
+
+
 def test_controls_that_do_not_apply_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_run(tmp_path, {"some": faithful}, {"train": 40, "validation": 20}, size=64, change=without_mask)
     inputs = tiny_inputs(tmp_path, ("some",))
     maskless = controls.Options(faithfulness=faithfulness.Options(**small_options("faithfulness")))
     result = controls.evaluate(inputs, maskless)
     assert result.values["masks shuffled"]["caught"] is None
-    assert "Masks shuffled: not applicable: fewer than two images have masks." in result.verdict
+    assert "Masks shuffled: not applicable: fewer than two images have masks with a foreground." in result.verdict
     assert result.values["held-out images among synthetic ones"]["found"] == 20  # those of validation
-    assert result.tables[0].rows[-1] == ["masks shuffled", "fewer than two images have masks", None, "not applicable"]
+    assert result.tables[0].rows[-1] == [
+        "masks shuffled",
+        "fewer than two images have masks with a foreground",
+        None,
+        "not applicable",
+    ]
     monkeypatch.setattr(controls, "NEAR_LIMIT", 99)
     unasked = controls.evaluate(inputs, controls.Options())
     assert "not applicable: faithfulness is not among evaluate.metrics." in unasked.verdict

@@ -84,7 +84,7 @@ def test_a_set_whose_leaks_stopped_an_evaluation_does_not_leave_the_run(real: Pa
     """Evaluation looks closer than an export does; its list counts for the very images that it is about."""
     options = ExportOptions("imagefolder", tmp_path / "out")
     leaking = stopped(real, synthetic, tmp_path)
-    message = rf"1 synthetic image\(s\) stopped an evaluation .+: {leaking} shows test-0000 \(test\); .+0-leaked\.jsonl lists them"
+    message = rf"1 image\(s\) stopped a training or an evaluation .+: {leaking} shows test-0000 \(test\); .+0-leaked\.jsonl lists them"
     with pytest.raises(LeakedImages, match=message):
         export(synthetic, options)
     assert not options.output.exists()
@@ -108,20 +108,36 @@ def test_what_was_made_with_a_leaking_image_does_not_leave_the_run_either(real: 
     (links / "synthetic").symlink_to(synthetic)
     stopped(real, synthetic, tmp_path)
     for folder in (tmp_path / "combined", tmp_path / "part", links / "synthetic"):
-        with pytest.raises(LeakedImages, match=r"1 synthetic image\(s\) stopped an evaluation"):
+        with pytest.raises(LeakedImages, match=r"1 image\(s\) stopped a training or an evaluation"):
             export(folder, options)
-    with pytest.raises(LeakedImages, match=r"1 synthetic image\(s\) stopped an evaluation"):
+    with pytest.raises(LeakedImages, match=r"1 image\(s\) stopped a training or an evaluation"):
         combine(links / "real", [links / "synthetic"], CombineOptions(tmp_path / "out"))
     assert not options.output.exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"image_pixels": "0"}', "3", ""])
+def test_the_list_lies_in_the_run_that_evaluated_the_set(real: Path, tmp_path: Path):
+    """Its real dataset may be that of another run, and may have stopped a training there."""
+    samples = synthetic_samples(tiny_samples("train", 6), "made", lambda sample, index: 255 - sample.image)
+    parent = Parent(path="../../../real", digest=read_contract(real).digest)
+    made = tmp_path / "run" / "synthetic" / "made"
+    write_dataset(made, tiny_description(origin="synthetic"), {"train": samples}, parent)
+    stopped(real, made, tmp_path / "run")
+    with pytest.raises(LeakedImages, match=r"1 image\(s\) stopped a training or an evaluation"):
+        export(made, ExportOptions("imagefolder", tmp_path / "out"))
+    (tmp_path / "run" / "logs").rename(tmp_path / "logs")
+    with pytest.raises(LeakedImages, match=r"1 image\(s\) stopped a training or an evaluation"):
+        export(made, ExportOptions("imagefolder", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"image_pixels": "0"}', "3", "", '{"image_pixels": "0", "shows": "a", "shows_spl']
+)
 def test_a_damaged_list_of_leaks_is_no_pass(synthetic: Path, tmp_path: Path, content: str):
     listed = tmp_path / "logs" / "audit" / "0-leaked.jsonl"
     listed.parent.mkdir(parents=True)
     listed.write_text(content)
     with pytest.raises(
-        MaskLoomError, match=r"0-leaked\.jsonl: damaged, or written by an earlier .+; delete it, and evaluate"
+        MaskLoomError, match=r"0-leaked\.jsonl:.+ damaged, or written by an earlier .+: delete it, and evaluate"
     ):
         export(synthetic, ExportOptions("imagefolder", tmp_path / "out"))
     assert not (tmp_path / "out").exists()

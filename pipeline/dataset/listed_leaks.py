@@ -6,21 +6,39 @@ that they are known in every dataset that was made with them: filtered, combined
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from maskloom.pipeline.dataset.audit.pixels import decoded_image, pixel_digest
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
-from maskloom.pipeline.errors import LeakedImages, MaskLoomError, one_line
+from maskloom.pipeline.errors import LeakedImages, MaskLoomError
+from maskloom.pipeline.files.reading import read_line
 
 SHOWN = 3  # images that the error names
 LISTS = "logs/audit/*-leaked.jsonl"  # of a run
+REMEDY = (
+    "damaged, or written by an earlier version, so nothing says which synthetic images show held-out ones: delete it, and evaluate "
+    "again before images leave the run"
+)
+
+
+class ListedLeak(BaseModel):
+    """What a line of a list says that is needed here.
+
+    Attributes:
+        image_pixels: digest of the pixels of the image that leaks.
+        shows, shows_split: sample id and split of the image that it shows.
+    """
+
+    image_pixels: str
+    shows: str
+    shows_split: str
 
 
 def require_no_listed_leak(dataset: MaskPromptDataset, folders: Iterable[Path]) -> None:
-    """Check that no synthetic image of a dataset is in a list of leaks.
+    """Check that no train image of a dataset is in a list of leaks.
 
     Args:
         dataset: a synthetic or combined one.
@@ -34,19 +52,18 @@ def require_no_listed_leak(dataset: MaskPromptDataset, folders: Iterable[Path]) 
     runs = dict.fromkeys(run for place in places for run in (place.parent, place.parent.parent))
     lists = [path for run in runs for path in sorted(run.glob(LISTS)) if path.is_file()]
     shows = {pixels: (text, path) for path in lists for pixels, text in _listed(path).items()}
-    rows = dataset.rows("train", ["sample_id", "image", "origin"]) if shows else []
+    rows = dataset.rows("train", ["sample_id", "image"]) if shows else []
     found = [
         (row["sample_id"], *shows[pixels])
         for row in rows
-        if row["origin"] == "synthetic" and (pixels := pixel_digest(decoded_image(dataset.folder, row)).hex()) in shows
+        if (pixels := pixel_digest(decoded_image(dataset.folder, row)).hex()) in shows
     ]
     if found:
-        texts = [f"{sample} shows {text}" for sample, text, _ in found[:SHOWN]] + [f"and {len(found) - SHOWN} more"] * (
-            len(found) > SHOWN
-        )
+        named = [f"{sample} shows {text}" for sample, text, _ in found[:SHOWN]]
+        more = [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
         raise LeakedImages(
-            f"{dataset.folder}: {len(found)} synthetic image(s) stopped an evaluation as copies of held-out images: "
-            f"{', '.join(texts)}; {found[0][2]} lists them",
+            f"{dataset.folder}: {len(found)} image(s) stopped a training or an evaluation as copies of held-out images: "
+            f"{', '.join(named + more)}; {found[0][2]} lists them",
             "leave these images out where the set was made, and make it again",
         )
 
@@ -57,18 +74,10 @@ def _listed(path: Path) -> dict[str, str]:
     Raises:
         MaskLoomError: it is damaged, empty, or of an earlier version.
     """
-    try:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = {str(row["image_pixels"]): f"{row['shows']} ({row['shows_split']})" for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        raise _damaged(path, one_line(error)) from error
-    if not found:
-        raise _damaged(path, "it is empty")
-    return found
-
-
-def _damaged(path: Path, why: str) -> MaskLoomError:
-    return MaskLoomError(
-        f"{path}: damaged, or written by an earlier version ({why}), so nothing says which synthetic images show held-out ones; "
-        "delete it, and evaluate again before images leave the run"
-    )
+    lines = [
+        read_line(line, ListedLeak, f"{path}:{number}", REMEDY)
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+    ]
+    if not lines:
+        raise MaskLoomError(f"{path}: empty: {REMEDY}")
+    return {line.image_pixels: f"{line.shows} ({line.shows_split})" for line in lines}
