@@ -1,16 +1,18 @@
 """A Stable Diffusion pipeline of full size with random weights: what it costs to train and sample is real.
 
-    python -m benchmarks.random_backbone sd15 OUT [--form fp16] [--seed 0]
+    python -m benchmarks.random_backbone sd15 OUT [--form fp16] [--seed 0] [--tiny]
 
 OUT becomes a folder that `StableDiffusionPipeline.from_pretrained` opens (`--form folder`, or `fp16`: weights of
 half precision, as the variant of that name), or a file in Stable Diffusion's original layout (`single-file`, for
 `sd15`). The architecture is that of `models/stable_diffusion/settings`, which ship with the project; the tokenizer is
 that of the bundled backbone, whose token numbers fit, and pads to the 77 tokens of the original. Nothing is downloaded.
+`--tiny` keeps the kinds of all layers and makes them a few channels wide, to try a command on before a GPU is at hand.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +29,14 @@ from maskloom.pipeline.runs.command import run_command
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "assets" / "nano-sd" / "tokenizer"
 TOKENS = 77  # of a prompt
+TINY: dict[str, dict[str, Any]] = {
+    "unet": {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    | {"attention_head_dim": 2, "cross_attention_dim": 32},
+    "vae": {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4},
+    "text_encoder": {"hidden_size": 32, "intermediate_size": 32, "projection_dim": 32}
+    | {"num_attention_heads": 4, "num_hidden_layers": 2},
+}
+"""What `--tiny` changes in the settings of each part."""
 ABSENT = {
     "requires_safety_checker": False,
     **{name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")},
@@ -75,12 +85,25 @@ def main(
     out: Annotated[Path, typer.Argument(help="folder, or .safetensors file, that does not exist yet")],
     form: Annotated[Form, typer.Option(help="what is written")] = Form.FOLDER,
     seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="layers a few channels wide")] = False,
 ) -> None:
     """Write a pipeline."""
     if out.exists():
         raise MaskLoomError(f"{out}: exists; name a new place")
-    write_random_backbone(ARCHITECTURES[name], out, form, seed)
+    with TemporaryDirectory() as scratch:
+        settings = write_tiny_settings(Path(scratch)) if tiny else ORIGINAL
+        write_random_backbone(ARCHITECTURES[name], out, form, seed, settings)
     say(f"wrote {out}")
+
+
+def write_tiny_settings(folder: Path) -> Path:
+    """Write the settings of each generation with layers a few channels wide, and return the folder."""
+    for generation in {one.generation for one in ARCHITECTURES.values()}:
+        shutil.copytree(ORIGINAL / generation, folder / generation)
+        for part, changes in TINY.items():
+            file = folder / generation / part / SETTINGS[part]
+            write_json(file, read_settings(file) | changes)
+    return folder
 
 
 def write_random_backbone(

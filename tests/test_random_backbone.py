@@ -1,33 +1,22 @@
 """Random pipelines of a known architecture: diffusers and every stage's loading code open all forms of them."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from benchmarks.random_backbone import ARCHITECTURES, Form, main, write_random_backbone
+from benchmarks.random_backbone import ARCHITECTURES, Form, Name, main, write_random_backbone, write_tiny_settings
 from maskloom.models.stable_diffusion.checks import check_backbone
 from maskloom.models.stable_diffusion.loading import load_part
-from maskloom.models.stable_diffusion.source import INDEX, ORIGINAL, SETTINGS, WEIGHTS, BackboneSource
+from maskloom.models.stable_diffusion.source import INDEX, WEIGHTS, BackboneSource
 from maskloom.pipeline.errors import MaskLoomError
-from tests.tiny_backbone import build_tiny_backbone
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return settings of both generations whose networks are tiny."""
-    folder = tmp_path_factory.mktemp("settings")
-    tiny = build_tiny_backbone(folder / "tiny")
-    for generation in ("sd1", "sd2"):
-        shutil.copytree(ORIGINAL / generation, folder / generation)
-        for part in WEIGHTS:
-            shutil.copyfile(tiny / part / SETTINGS[part], folder / generation / part / SETTINGS[part])
-        text = folder / generation / "text_encoder" / "config.json"
-        text.write_text(json.dumps(json.loads(text.read_text()) | {"max_position_embeddings": 77, "vocab_size": 49408}))
-    return folder
+    return write_tiny_settings(tmp_path_factory.mktemp("settings"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -72,5 +61,11 @@ def test_weights_follow_the_seed(settings: Path, tmp_path: Path) -> None:
 
 def test_what_exists_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(MaskLoomError, match="exists; name a new place"):
-        main("sd15", tmp_path)
+        main(Name.SD15, tmp_path)
     assert not (tmp_path / INDEX).exists()
+
+
+def test_the_command_writes_a_tiny_pipeline(tmp_path: Path) -> None:
+    main(Name.SD21, tmp_path / "new", Form.FP16, tiny=True)
+    check_backbone(BackboneSource(str(tmp_path / "new"), variant="fp16"))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) < 20e6

