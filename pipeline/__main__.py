@@ -60,13 +60,19 @@ def sweep(
     overrides: OverridesArgument = None,
     force: ForceOption = False,
     accelerate_config: AccelerateConfigOption = None,
+    submit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="run the variants as jobs of SLURM with these resources: configs/slurm/sweep.yaml"
+        ),
+    ] = None,
 ) -> None:
     """Run all generators, or all variants of `sweep.variants`, and compare them in one table."""
     from maskloom.pipeline.runs.runner import check_accelerate_config
     from maskloom.pipeline.sweep import sweep as sweeping
 
     check_accelerate_config(accelerate_config)
-    sweeping.sweep(config, overrides or [], force, accelerate_config)
+    sweeping.sweep(config, overrides or [], force, accelerate_config, submit)
 
 
 @app.command(cls=Command)

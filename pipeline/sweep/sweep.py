@@ -7,7 +7,7 @@ prepared dataset, and those that also train alike share the trained weights.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,15 @@ from maskloom.pipeline.config.base import Section
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_config, read_values, validated
 from maskloom.pipeline.errors import MaskLoomError
-from maskloom.pipeline.files.atomic import value_digest
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.runs.command import EXIT_CODE
-from maskloom.pipeline.runs.run import RECORD_FILE, STAGES, Run
-from maskloom.pipeline.runs.runner import run_stages
+from maskloom.pipeline.sweep.jobs import open_cluster, read_jobs_file, run_as_jobs
 from maskloom.pipeline.sweep.page import PAGE, difference_lines, merged_forests, selection_warning, write_page
-from maskloom.pipeline.sweep.sharing import share_dataset, share_training
 from maskloom.pipeline.sweep.table import current_answers, print_table, variant_rows, write_table
+from maskloom.pipeline.sweep.variant import Variant, run_variant
 
 FOLDER = "sweep"
+JOBS = "jobs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -59,48 +57,9 @@ class SweepConfig(ExperimentConfig):
     sweep: SweepSection = SweepSection()
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One run of a sweep.
-
-    Attributes:
-        name: name of the variant; empty if the sweep has no variants and is one run.
-        path: its configuration file, written by the sweep.
-        config: content of that file.
-    """
-
-    name: str
-    path: Path
-    config: ExperimentConfig
-
-    @property
-    def run(self) -> Run:
-        """Run of the variant."""
-        return Run(self.config.run_folder)
-
-    @property
-    def data_key(self) -> str:
-        """Key that is equal for variants with the same dataset."""
-        return value_digest([self.config.data.model_dump(mode="json"), self.config.seed])
-
-    @property
-    def shared_keys(self) -> dict[str, str]:
-        """For each step that variants may share, a key that is equal where they compute the same."""
-        train = self.config.train
-        settings: dict[str, Any] = {} if train is None else {"train": train.model_dump(mode="json")}
-        settings |= {f"baselines/{name}": options for name, options in self.config.baselines.items()}
-        keys = {step: value_digest([self.data_key, step, values]) for step, values in settings.items()}
-        return {"prepare": self.data_key, **keys}
-
-    def steps(self, stage: str) -> list[str]:
-        """Return the commands that make up a stage.
-
-        Each architecture is trained in a separate process, so that its peak memory is its own.
-        """
-        return [*(f"{stage}/{name}" for name in self.config.baselines if stage == "baselines"), stage]
-
-
-def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path | None) -> None:
+def sweep(
+    path: Path, overrides: list[str], force: bool, accelerate_config: Path | None, submit: Path | None = None
+) -> None:
     """Run every variant, print the table, and write `sweep.html`, `table.md`, `table.csv` and `table.json`.
 
     The sweep continues after a failed variant. The same command, run again, resumes the sweep.
@@ -110,25 +69,25 @@ def sweep(path: Path, overrides: list[str], force: bool, accelerate_config: Path
         overrides: `key=value`, for all variants.
         force: run stages that are up to date as well.
         accelerate_config: a file for `accelerate launch --config_file`, or None.
+        submit: a file with the resources of a job, to run the variants as jobs; None: here, one after the other.
 
     Raises:
-        MaskLoomError: the configuration of a variant is invalid (raised before anything starts), or
+        MaskLoomError: the configuration of a variant or of the jobs is invalid (raised before anything starts), or
             a variant has failed (raised at the end).
     """
     config = load_config(path, overrides, SweepConfig)
     variants = planned_variants(path, overrides, config)
+    resources = None if submit is None else read_jobs_file(submit)
     OwnedFolder(config.run_folder).mark()
-    finished: dict[str, Variant] = {}
-    failed = {}
-    for number, variant in enumerate(variants, start=1):
+    for variant in variants:
         name = variant.path.relative_to(config.run_folder).as_posix()
         text = yaml.safe_dump(variant.config.model_dump(mode="json"), sort_keys=False)
         OwnedFolder(config.run_folder).write_text(name, text)
-        if variant.name:
-            say(f"sweep: {variant.name} ({number} of {len(variants)})")
-        stage = run_variant(variant, finished, force, accelerate_config)
-        if stage:
-            failed[variant.name] = stage
+    if resources is None:
+        failed = run_in_turn(variants, force, accelerate_config)
+    else:
+        cluster = open_cluster(resources, config.run_folder / FOLDER / JOBS)
+        failed = run_as_jobs(variants, cluster, force, accelerate_config)
     rows = [row for variant in variants for row in variant_rows(variant.name, variant.run, variant.config)]
     forests = merged_forests({variant.name: current_answers(variant.run, variant.config) for variant in variants})
     lines = [line for forest in forests for line in difference_lines(forest)]
@@ -171,54 +130,14 @@ def _variant(name: str, run_dir: Path, values: dict[str, Any], where: str, sweep
     return Variant(name, sweep_folder / FOLDER / f"{name or config.experiment}.yaml", config)
 
 
-def run_variant(variant: Variant, finished: dict[str, Variant], force: bool, accelerate_config: Path | None) -> str:
-    """Run all stages of a variant.
-
-    Args:
-        variant: what to run.
-        finished: variants that have finished a step, by its key (`Variant.shared_keys`); this one is
-            added. A later variant with the same key takes over what they have computed.
-        force: also run stages that are up to date, except for those that are taken over.
-        accelerate_config: see `sweep`.
-
-    Returns:
-        The stage that failed, or an empty string. Its error has been printed.
-    """
-    for stage in STAGES:
-        if stage == "baselines" and force:  # this record includes the older ones of the architectures
-            (variant.run.logs(stage) / RECORD_FILE).unlink(missing_ok=True)
-        for step in variant.steps(stage):
-            if _run_step(variant, step, finished, force, accelerate_config):
-                return stage
-    return ""
-
-
-def _run_step(
-    variant: Variant, step: str, finished: dict[str, Variant], force: bool, accelerate_config: Path | None
-) -> int:
-    """Run a stage, or the training of one architecture; return the exit code."""
-    stage, _, architecture = step.partition("/")
-    key = variant.shared_keys.get(step, "")
-    try:
-        taken = key in finished and _take_over(finished[key], variant, step)
-    except MaskLoomError as error:
-        say(f"error: {error}")
-        return EXIT_CODE
-    again = force and not taken and step != "baselines"  # its architectures have been trained again already
-    arguments = ["--config", str(variant.path), *(["--force"] if again else [])]
-    arguments += ["--architecture", architecture] if architecture else []
-    code = run_stages([stage], arguments, accelerate_config)
-    if key and not code:
-        finished.setdefault(key, variant)
-    return code
-
-
-def _take_over(source: Variant, variant: Variant, step: str) -> bool:
-    """Share what an earlier variant has computed; return whether this one has it now."""
-    if step == "prepare":
-        share_dataset(source.run, variant.run)
-        return True
-    taken = share_training(source.run, variant.run, step)
-    if taken:
-        say(f"sweep: {variant.name} has the same {step} as {source.name}, and shares its weights")
-    return taken
+def run_in_turn(variants: Sequence[Variant], force: bool, accelerate_config: Path | None) -> dict[str, str]:
+    """Run the variants one after the other; return the stage at which each failed one failed, by its name."""
+    finished: dict[str, Variant] = {}
+    failed = {}
+    for number, variant in enumerate(variants, start=1):
+        if variant.name:
+            say(f"sweep: {variant.name} ({number} of {len(variants)})")
+        stage = run_variant(variant, finished, force, accelerate_config)
+        if stage:
+            failed[variant.name] = stage
+    return failed

@@ -33,6 +33,7 @@ OPTIONAL = {
     "comet_ml": ("track", "train.report_to=comet_ml"),
     "torch_fidelity": ("fid", "the extractor inception"),
     "einops": ("swin", "the segmentation network swin_unetr"),
+    "submitit": ("slurm", "`sweep --submit`, jobs on SLURM"),
     "timm": ("", "vision models of timm as extractor"),
 }
 """Optional packages: the extra that installs each, and what needs it."""

@@ -24,11 +24,12 @@ from maskloom.pipeline.report import write_report
 from maskloom.pipeline.results import Evaluation, Forest, ForestRow, Interval
 from maskloom.pipeline.runs.command import EXIT_CODE
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.sweep import sweep as sweeping
+from maskloom.pipeline.sweep import variant as variants_module
 from maskloom.pipeline.sweep.page import difference_lines, merged_forests, selection_warning, write_page
 from maskloom.pipeline.sweep.sharing import share_dataset
-from maskloom.pipeline.sweep.sweep import SweepConfig, Variant, planned_variants, sweep
+from maskloom.pipeline.sweep.sweep import SweepConfig, planned_variants, sweep
 from maskloom.pipeline.sweep.table import Column, Row, columns_of, print_table, variant_rows, write_table
+from maskloom.pipeline.sweep.variant import Variant
 from maskloom.train_baselines.train import train_baselines
 from maskloom.train_controlnet.train import train_stage
 from tests.pipeline import fake_run
@@ -102,7 +103,7 @@ def test_two_variants_run_side_by_side_and_share_their_dataset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """The whole of it; the second variant fails, and is told of at the end."""
-    monkeypatch.setattr(sweeping, "run_stages", run_here)
+    monkeypatch.setattr(variants_module, "run_stages", run_here)
     path = write_sweep(tmp_path, {"trained": {}, "broken": {"baselines": {"pix2pix": {"l1_weight": -1}}}})
     with pytest.raises(MaskLoomError, match=r"^1 of 2 runs failed \(broken at baselines\); fix them and run"):
         sweep(path, [], False, None)
@@ -166,14 +167,14 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[list[st
         calls.append([*stages, *arguments[2:]])
         return 3 if stages == [failing] else 0
 
-    monkeypatch.setattr(sweeping, "run_stages", write_down)
+    monkeypatch.setattr(variants_module, "run_stages", write_down)
     return calls
 
 
 def test_every_architecture_is_trained_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = calls_of(monkeypatch)
     path = write_sweep(tmp_path, {}, baselines={"pix2pix": {}, "class_gan": {}})
-    assert sweeping.run_variant(variants_of(path)[0], {}, True, None) == ""
+    assert variants_module.run_variant(variants_of(path)[0], {}, True, None) == ""
     assert calls == [
         ["prepare", "--force"],
         ["train", "--force"],
@@ -194,7 +195,7 @@ def test_a_variant_ends_at_the_stage_that_fails(
     calls = calls_of(monkeypatch, failing)
     prepared: dict[str, Variant] = {}
     variant = variants_of(write_sweep(tmp_path, {}))[0]
-    assert sweeping.run_variant(variant, prepared, False, None) == failing
+    assert variants_module.run_variant(variant, prepared, False, None) == failing
     assert len(calls) == count
     assert bool(prepared) == (failing != "prepare")
 
@@ -412,7 +413,7 @@ def test_every_experiment_plans_its_variants_and_states_its_command(path: Path):
 
 def test_an_experiment_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its smallest form: a variant with a filter and all arms, and one that shares its weights."""
-    monkeypatch.setattr(sweeping, "run_stages", run_here)
+    monkeypatch.setattr(variants_module, "run_stages", run_here)
     (path,) = (path for path in EXPERIMENTS if path.stem == "controlnet")
     left_out = [one.name for one in variants_of(path) if one.name not in ("both", "not_warped")]
     arms = "sweep.variants.{}.evaluate.metrics.downstream_segmentation.{}"

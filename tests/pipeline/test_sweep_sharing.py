@@ -21,7 +21,7 @@ from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import Run
 from maskloom.pipeline.runs.runner import run_stages
 from maskloom.pipeline.sweep import sharing
-from maskloom.pipeline.sweep import sweep as sweeping
+from maskloom.pipeline.sweep import variant as variants_module
 from maskloom.pipeline.sweep.sharing import share_training
 from maskloom.pipeline.sweep.sweep import sweep
 from maskloom.pipeline.training import loop
@@ -72,7 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         return run_here(stages, arguments, accelerate)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "run_stages", run)
+        patch.setattr(variants_module, "run_stages", run)
         sweep(trained_sweep(folder), [], False, None)
     return folder / "run", trainings
 
@@ -85,7 +85,7 @@ def test_a_shared_training_gives_what_the_variant_would_have_trained(
     first, more = Run(run / "first"), Run(run / "more")
     model = "pix2pix/weights/generator/diffusion_pytorch_model.safetensors"
     assert (first.baselines / model).samefile(more.baselines / model)
-    monkeypatch.setattr(sweeping, "run_stages", run_here)
+    monkeypatch.setattr(variants_module, "run_stages", run_here)
     sweep(trained_sweep(tmp_path, {"more": VARIANTS["more"]}), [], False, None)
     alone = Run(tmp_path / "run" / "more")
     assert weights(more) == weights(alone)
@@ -111,7 +111,7 @@ def killed_at(place: str, path: Path) -> None:
 
         return call
 
-    sweeping.run_stages = run_here  # type: ignore[assignment]
+    variants_module.run_stages = run_here  # type: ignore[assignment]
     if place == "training":
         loop.save_checkpoint = die_in_second_call(loop.save_checkpoint)
     elif place == "links":  # the first folder is the dataset
@@ -131,7 +131,7 @@ def test_a_killed_sweep_is_resumed_to_the_same_table(
     process.join(200)
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "run" / "table.json").exists()
-    monkeypatch.setattr(sweeping, "run_stages", run_here)
+    monkeypatch.setattr(variants_module, "run_stages", run_here)
     sweep(path, [], False, None)
     assert figures(tmp_path / "run") == figures(whole[0])
     assert weights(Run(tmp_path / "run" / "more")) == weights(Run(whole[0] / "more"))
@@ -162,11 +162,11 @@ def test_a_killed_stage_fails_its_variant_alone_and_is_resumed(
             return code
         return run_here(stages, arguments, accelerate)
 
-    monkeypatch.setattr(sweeping, "run_stages", run)
+    monkeypatch.setattr(variants_module, "run_stages", run)
     with pytest.raises(MaskLoomError, match=r"^1 of 2 runs failed \(first at baselines\)"):
         sweep(path, [], False, None)
     assert set(figures(tmp_path / "run")) == {"more pix2pix", "more real images"}
-    monkeypatch.setattr(sweeping, "run_stages", run_here)
+    monkeypatch.setattr(variants_module, "run_stages", run_here)
     sweep(path, [], False, None)
     assert figures(tmp_path / "run") == figures(whole[0])
 
@@ -232,12 +232,12 @@ def test_a_training_of_its_own_and_the_users_files_stay(tmp_path: Path):
 @pytest.mark.parametrize("taken", [True, False])
 def test_what_is_taken_over_is_not_run_again_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool):
     calls = calls_of(monkeypatch)
-    monkeypatch.setattr(sweeping, "share_dataset", lambda *_: None)
-    monkeypatch.setattr(sweeping, "share_training", lambda *_: taken)
+    monkeypatch.setattr(variants_module, "share_dataset", lambda *_: None)
+    monkeypatch.setattr(variants_module, "share_training", lambda *_: taken)
     finished: dict[str, Any] = {}
     for variant in variants_of(write_sweep(tmp_path, {"a": {}, "b": {"generate": {"num_images": 5}}})):
         calls.clear()
-        assert sweeping.run_variant(variant, finished, True, None) == ""
+        assert variants_module.run_variant(variant, finished, True, None) == ""
     training = ["baselines", *([] if taken else ["--force"]), "--architecture", "pix2pix"]
     assert [["prepare"], ["train", "--force"], training, ["baselines"], ["generate", "--force"]] == calls[:5]
 
@@ -267,6 +267,6 @@ def test_a_variant_that_cannot_take_over_fails_alone(
     calls_of(monkeypatch)  # nothing is written, so there is nothing to take over
     first, second = variants_of(write_sweep(tmp_path, {"a": {}, "b": {}}))
     finished: dict[str, Any] = {}
-    assert sweeping.run_variant(first, finished, False, None) == ""
-    assert sweeping.run_variant(second, finished, False, None) == "prepare"
+    assert variants_module.run_variant(first, finished, False, None) == ""
+    assert variants_module.run_variant(second, finished, False, None) == "prepare"
     assert "error: " in (printed := capsys.readouterr()).err + printed.out

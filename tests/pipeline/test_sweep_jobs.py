@@ -1,0 +1,189 @@
+"""Variants of a sweep as jobs: submitit's processes on this machine stand for those of SLURM."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from maskloom.pipeline.errors import MaskLoomError
+from maskloom.pipeline.files.atomic import read_json
+from maskloom.pipeline.sweep import jobs, variant
+from maskloom.pipeline.sweep.jobs import (
+    PrepareJob,
+    VariantsJob,
+    answers_of,
+    open_cluster,
+    read_jobs_file,
+    training_groups,
+)
+from maskloom.pipeline.sweep.sweep import sweep
+from tests.pipeline.test_sweep import PIX2PIX, run_here, variants_of, write_sweep
+
+BROKEN = {"baselines": {"pix2pix": {"l1_weight": -1}}}
+LONGER = {"baselines": {"pix2pix": {"max_train_steps": 3}}}
+MORE = {"generate": {"num_images": 6}}
+
+
+def submit_file(folder: Path, **values: object) -> Path:
+    file = folder / "submit.yaml"
+    file.write_text(yaml.safe_dump({"cluster": "local", "timeout_min": 10, **values}), encoding="utf-8")
+    return file
+
+
+def test_jobs_give_the_table_of_a_sweep_here(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job prepares, two run a variant each, one of which fails."""
+    for name in ("jobs", "here"):
+        (tmp_path / name).mkdir()
+    paths = [write_sweep(tmp_path / name, {"trained": {}, "broken": BROKEN}) for name in ("jobs", "here")]
+    with pytest.raises(MaskLoomError, match=r"^1 of 2 runs failed \(broken at baselines\)"):
+        sweep(paths[0], [], False, None, submit_file(tmp_path))
+    printed = capfd.readouterr().err
+    assert [printed.count(f": {title}; log: ") for title in ("prepare trained", "trained", "broken")] == [1] * 3
+    monkeypatch.setattr(variant, "run_stages", run_here)
+    with pytest.raises(MaskLoomError, match=r"^1 of 2 runs failed \(broken at baselines\)"):
+        sweep(paths[1], [], False, None)
+    tables = [read_json(tmp_path / name / "run" / "table.json", "") for name in ("jobs", "here")]
+    assert without_costs(tables[0]) == without_costs(tables[1])
+
+
+def test_variants_of_one_job_share_their_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variant, "run_stages", run_here)
+    first, more = variants_of(write_sweep(tmp_path, {"first": {}, "more": MORE}))
+    first.path.parent.mkdir(parents=True)
+    for one in (first, more):
+        one.path.write_text(yaml.safe_dump(one.config.model_dump(mode="json")), encoding="utf-8")
+    assert PrepareJob(first, False)() == 0
+    assert VariantsJob([first, more], {first.data_key: first}, False, None)() == {}
+    weights = "pix2pix/weights/generator/diffusion_pytorch_model.safetensors"
+    assert (first.run.baselines / weights).samefile(more.run.baselines / weights)
+    assert more.run.report.is_file()
+
+
+def without_costs(table: dict[str, Any]) -> dict[str, Any]:
+    for row in table["rows"]:
+        row["figures"].pop("cost", None)
+    return table
+
+
+def test_a_failed_preparation_fails_every_variant_of_its_data(tmp_path: Path) -> None:
+    broken = {"data": {"dataset": "busi", "raw_dir": str(tmp_path / "nowhere"), "options": {}}}
+    path = write_sweep(tmp_path, {"a": broken, "b": broken | LONGER})
+    with pytest.raises(MaskLoomError, match=r"2 of 2 runs failed \(a at prepare, b at prepare\)"):
+        sweep(path, [], False, None, submit_file(tmp_path))
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_variant_does_not_prepare_what_its_job_has_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    commands: list[list[str]] = []
+
+    def note(stages: Sequence[str], arguments: Sequence[str], _: Path | None) -> int:
+        commands.append([*stages, *arguments])
+        return 0
+
+    monkeypatch.setattr(variant, "run_stages", note)
+    [only] = variants_of(write_sweep(tmp_path, {"a": {}}))
+    assert PrepareJob(only, force)() == 0
+    assert VariantsJob([only], {only.data_key: only}, force, None)() == {}
+    assert [command[0] for command in commands].count("prepare") == 1
+    assert ("--force" in commands[-1]) == force
+
+
+def test_variants_that_share_a_training_run_in_one_job(tmp_path: Path) -> None:
+    shared = {"a": {}, "b": LONGER, "c": MORE, "d": LONGER | MORE, "e": {"seed": 1}}
+    groups = training_groups(variants_of(write_sweep(tmp_path, shared)))
+    assert [[one.name for one in group] for group in groups] == [["a", "c"], ["b", "d"], ["e"]]
+    gan = {"class_gan": {"max_train_steps": 1}}
+    linked = {
+        "a": LONGER,
+        "b": {"baselines": {**gan, "pix2pix": PIX2PIX}},
+        "c": {"baselines": LONGER["baselines"] | gan},
+    }
+    groups = training_groups(variants_of(write_sweep(tmp_path, linked)))
+    assert [[one.name for one in group] for group in groups] == [["a", "b", "c"]]
+
+
+def test_a_preempted_job_is_submitted_again_without_force(tmp_path: Path) -> None:
+    [only] = variants_of(write_sweep(tmp_path, {"a": {}}))
+    assert PrepareJob(only, True).checkpoint().function == PrepareJob(only, True)
+    again = VariantsJob([only], {}, True, None).checkpoint().function
+    assert again == VariantsJob([only], {}, False, None)
+
+
+def ended() -> None:
+    os._exit(3)
+
+
+def test_a_job_that_ends_without_an_answer_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cluster = open_cluster(read_jobs_file(submit_file(tmp_path)), tmp_path / "jobs")
+    assert answers_of(cluster, {"lost": ended, "fine": os.getpid})["lost"] is None
+    assert "ended without an answer" in capfd.readouterr().err
+
+
+def test_jobs_are_cancelled_when_the_sweep_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    cluster = open_cluster(read_jobs_file(submit_file(tmp_path)), tmp_path / "jobs")
+    monkeypatch.setattr(jobs.time, "sleep", stop)
+    children = set(psutil.Process().children())
+    with pytest.raises(KeyboardInterrupt):
+        answers_of(cluster, {"long": Sleep(600)})
+    monkeypatch.undo()
+    started = set(psutil.Process().children()) - children
+    gone, alive = psutil.wait_procs(started, timeout=60)
+    assert gone and not alive
+
+
+class Sleep:
+    """A job that lasts."""
+
+    def __init__(self, seconds: float) -> None:
+        """Store the seconds."""
+        self.seconds = seconds
+
+    def __call__(self) -> None:
+        """Wait."""
+        time.sleep(self.seconds)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cluster: slurm\n", "submitit cannot use it .*its keys are `cluster`"),
+        ("cluster: local\ngpus: 3\n", "submitit cannot use it .*gpus"),
+        ("cluster: cloud\n", "cluster='cloud': Input should be 'slurm' or 'local'"),
+        ("timeout_min: 0\n", "timeout_min=0: Input should be greater than or equal to 1"),
+        ("[1]\n", "--submit"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_an_error_before_anything_starts(
+    tmp_path: Path, content: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no srun
+    path, file = write_sweep(tmp_path, {"a": {}}), tmp_path / "submit.yaml"
+    file.write_text(content)
+    with pytest.raises(MaskLoomError, match=message):
+        sweep(path, [], False, None, file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MaskLoomError, match=r"no such file; configs/slurm/sweep\.yaml is an example"):
+        sweep(write_sweep(tmp_path, {"a": {}}), [], False, None, tmp_path / "nothing.yaml")
+
+
+def test_the_shipped_file_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    import submitit
+
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda _: 2))
+    resources = read_jobs_file(Path("configs/slurm/sweep.yaml"))
+    assert resources["cluster"] == "slurm" and resources["gpus_per_node"] == 1
