@@ -175,6 +175,23 @@ def test_the_same_command_again_measures_nothing_that_is_there(
     assert asked[-7:] == [part.name for part in parts(some_setup(out))]
 
 
+def test_a_named_part_is_measured_with_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "benchmarks.gpu.__main__.run_part", lambda results, part, *rest: asked.append(part.name) or results
+    )
+    assert main(words(tmp_path, "features")) == 2
+    assert asked == ["versions", "inputs", "features"]
+    results = filled(some_setup(tmp_path))
+    results.forget("training")
+    results.save()
+    assert main(words(tmp_path, "features")) == 0
+    assert main(words(tmp_path, "feature")) == 2
+    assert "error: no part feature: versions, inputs, training," in capsys.readouterr().err
+
+
 def test_inputs_are_made_again_where_their_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(some_setup(tmp_path)).setup.work.rmdir()
     asked = []
@@ -243,12 +260,31 @@ def test_only_what_is_missing_is_measured_again(tmp_path: Path) -> None:
 
 def test_a_part_that_takes_too_long_is_killed_with_all_it_started(tmp_path: Path) -> None:
     results = Results.opened(some_setup(tmp_path), again=False)
-    part = parts(results.setup)[0]
-    start = time.monotonic()
-    after = run_part(results, part, 0.3, environment(results.setup, []))
-    assert time.monotonic() - start < 20
-    assert after.parts["versions"]["error"] == "stopped after 0 s"
+    started = tmp_path / "started"
+    packages = package_of(
+        tmp_path / "packages",
+        f"import subprocess; child = subprocess.Popen(['sleep', '600']); open({str(started)!r}, 'w').write(str(child.pid)); child.wait()",
+    )
+    after = run_part(results, features_part(results), 10, environment(results.setup, [packages]))
+    assert after.parts["features"]["error"] == "stopped after 10 s"
     assert not processes_of(results.path)
+    assert has_ended(int(started.read_text()))
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended, even if nobody has asked for its exit code yet."""
+    try:
+        process = psutil.Process(pid)
+        process.wait(5)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.TimeoutExpired:
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def features_part(results: Results) -> Part:
+    return next(part for part in parts(results.setup) if part.name == "features")
 
 
 def test_a_command_that_is_ended_ends_its_part(tmp_path: Path) -> None:
@@ -283,17 +319,17 @@ def test_sizes_do_not_share_inputs(tmp_path: Path) -> None:
 
 def test_a_part_whose_file_cannot_be_imported_is_an_error_of_its_own(tmp_path: Path) -> None:
     results = Results.opened(some_setup(tmp_path), again=False)
-    variables = environment(results.setup, [broken_package(tmp_path / "packages")])
-    part = next(part for part in parts(results.setup) if part.name == "features")
+    packages = package_of(tmp_path / "packages", "raise ImportError('a broken package')")
+    variables, part = environment(results.setup, [packages]), features_part(results)
     after = run_part(results, part, 60, variables)
     assert after.parts["features"]["error"] == "exit code 1: ImportError: a broken package"
     assert after.unfinished(part) == ["efficientnet_lite0"]
 
 
-def broken_package(folder: Path) -> Path:
-    """Return a folder of packages in which numpy cannot be imported."""
+def package_of(folder: Path, code: str) -> Path:
+    """Return a folder of packages in which numpy is some other code."""
     folder.mkdir()
-    (folder / "numpy.py").write_text("raise ImportError('a broken package')")
+    (folder / "numpy.py").write_text(code)
     return folder
 
 

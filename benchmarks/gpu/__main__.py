@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command of at most nine minutes.
 
-    python -m benchmarks.gpu --out FOLDER [--reference train_controlnet.py] [--packages FOLDER]
+    python -m benchmarks.gpu --out FOLDER [--reference train_controlnet.py] [--packages FOLDER] [PART ...]
 
 Needs no network. Each part runs in a process of its own with a time limit, and every figure is
 written to FOLDER/results.json as soon as it is known. The same command again measures only what is
@@ -26,30 +26,36 @@ from benchmarks.gpu.results import FILE, LEFT_OUT, OtherSettings, Results
 from benchmarks.gpu.setup import ROOT, Setup
 
 LEAST_SECONDS = 15  # a part is not started for less
+NEEDED = ("versions", "inputs")
+
+
+class UnknownPart(Exception):
+    """The command names a part that does not exist."""
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the parts whose figures are missing; return 2 if any figure is still missing, otherwise 0."""
+    """Run the parts whose figures are missing; return 2 if one of them still lacks a figure, otherwise 0."""
     given = options(words)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C, ends the part as well
     setup = setup_of(given)
     setup.out.mkdir(parents=True, exist_ok=True)
     try:
+        chosen = chosen_parts(setup, given.parts)
         results = Results.opened(setup, given.again)
-    except OtherSettings as error:
+    except (UnknownPart, OtherSettings) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not setup.work.is_dir():
         results.forget("inputs")
     end = time.monotonic() + 60 * given.minutes
-    for part in parts(setup):
+    for part in chosen:
         left = end - time.monotonic()
         if results.missing(part) and left >= LEAST_SECONDS:
             results = run_part(results, part, min(part.seconds, left), environment(setup, given.packages))
         print("\n".join(lines(results, part)), flush=True)
         if results.has_no_device():
             break
-    unfinished = [part.name for part in parts(setup) if results.unfinished(part)]
+    unfinished = [part.name for part in chosen if results.unfinished(part)]
     if unfinished:
         print(f"without all figures: {', '.join(unfinished)}; the same command again measures only what is missing")
     print(f"{setup.out / FILE} has all figures, {setup.work} what they were measured on")
@@ -61,6 +67,7 @@ def options(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these parts, besides {' and '.join(NEEDED)}")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for results.json and the logs")
     parser.add_argument(
         "--work", type=Path, metavar="FOLDER", help="for backbone, dataset and trainings, 15 GB; by default OUT/work"
@@ -75,6 +82,18 @@ def options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes that run every line")
     parser.add_argument("--again", action="store_true", help="drop earlier figures")
     return parser.parse_args(words)
+
+
+def chosen_parts(setup: Setup, names: list[str]) -> list[Part]:
+    """Return the named parts and those that they need; without names, all.
+
+    Raises:
+        UnknownPart: there is no part of a name.
+    """
+    listed = parts(setup)
+    if unknown := set(names) - {part.name for part in listed}:
+        raise UnknownPart(f"no part {min(unknown)}: {', '.join(part.name for part in listed)}")
+    return [part for part in listed if not names or part.name in (*NEEDED, *names)]
 
 
 def setup_of(given: argparse.Namespace) -> Setup:

@@ -91,6 +91,9 @@ def peak_mib(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float(peak_memory_mb())
 
 
-def reserved_mib(device: str) -> float:
-    """Return the peak memory that torch has taken from a GPU; on a CPU as `peak_mib`."""
-    return torch.cuda.max_memory_reserved() / 2**20 if device == "cuda" else float(peak_memory_mb())
+def device_mib(device: str) -> float:
+    """Return the peak memory that a GPU shows in use, CUDA's own included; on a CPU as `peak_mib`."""
+    if device != "cuda":
+        return float(peak_memory_mb())
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()) / 2**20

@@ -44,7 +44,7 @@ class Scale:
     resumed_steps: int
 
 
-FULL = Scale("sd15", 512, 24, (4, 8, 1), 4, 10, 20, 3, 128, 40)
+FULL = Scale("sd15", 512, 24, (4, 8, 1), 4, 10, 20, 3, 128, 24)
 TINY = Scale("nano-sd", 32, 5, (2,), 2, 1, 2, 1, 4, 8)
 
 

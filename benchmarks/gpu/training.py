@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from benchmarks.gpu.experiment import experiment, forget_accelerator, forget_memory, new_run, peak_mib, reserved_mib
+from benchmarks.gpu.experiment import device_mib, experiment, forget_accelerator, forget_memory, new_run, peak_mib
 from benchmarks.gpu.setup import LeftOut, Setup
 from benchmarks.gpu.versions import version
 from maskloom.pipeline.config.experiment import ExperimentConfig
@@ -82,7 +82,7 @@ def trained(setup: Setup, config: ExperimentConfig) -> dict[str, Any]:
         **({"flops_utilisation": statistics.median(shares)} if shares else {}),
         "caching_mib": caching,
         "training_mib": peak_mib(device),
-        "reserved_mib": reserved_mib(device),
+        "device_mib": device_mib(device),
         "loss": others[-1]["loss"],
     }
 
@@ -103,5 +103,5 @@ def planned(config: ExperimentConfig, figures: dict[str, Any]) -> dict[str, Any]
         "planned_need_mib": plan.needed / 2**20,
         "training_to_plan": figures["training_mib"] / step,
         "caching_to_plan": figures["caching_mib"] / caching,
-        "reserved_to_need": figures["reserved_mib"] / (plan.needed / 2**20),
+        "device_to_need": figures["device_mib"] / (plan.needed / 2**20),
     }
