@@ -9,13 +9,16 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.gpu import versions
 from benchmarks.gpu.__main__ import environment, last_line, lines, main, options, run_part, setup_of
+from benchmarks.gpu.experiment import device_mib, forget_memory, peak_mib, synchronise
 from benchmarks.gpu.parts import CPU_PATIENCE, OVERFLOWS, Part, parts
 from benchmarks.gpu.results import FILE, Results
 from benchmarks.gpu.run_part import empty, found
@@ -396,6 +399,30 @@ def test_a_cpu_has_more_time(tmp_path: Path) -> None:
     assert kills == ("kill, fp16", "kill, bf16", "kill, no")
     wide = next(part for part in parts(some_setup(tmp_path, device="cuda", tiny=False)) if part.name == "train_step")
     assert wide.items == tuple(f"{name} batch {size}" for size in (4, 8, 1) for name in ("fp16", "bf16"))
+
+
+def test_the_counters_of_a_gpu_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numbers in place of a GPU's; the names are those of torch."""
+    mib = 2**20
+    numbers = {
+        "mem_get_info": (60 * mib, 100 * mib),
+        "memory_reserved": 30 * mib,
+        "max_memory_reserved": 50 * mib,
+        "max_memory_allocated": 45 * mib,
+        "get_device_name": "a GPU",
+        "get_device_properties": SimpleNamespace(total_memory=2**31),
+    }
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    called = []
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: called.append(name))
+    forget_memory("cuda")
+    synchronise("cuda")
+    assert called == ["empty_cache", "reset_peak_memory_stats", "synchronize"]
+    assert (peak_mib("cuda"), device_mib("cuda")) == (45, 100 - 60 - 30 + 50)
+    setup = some_setup(tmp_path, device="cuda")
+    assert (versions.device_name(setup), versions.memory_gib(setup)) == ("a GPU", 2)
 
 
 def test_every_part_has_a_file(tmp_path: Path) -> None:
