@@ -27,6 +27,7 @@ from benchmarks.gpu.setup import ROOT, Setup
 
 LEAST_SECONDS = 15  # a part is not started for less
 NEEDED = ("versions", "inputs")
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}  # compiling takes many minutes there
 
 
 class UnknownPart(Exception):
@@ -118,7 +119,7 @@ def environment(setup: Setup, packages: list[Path]) -> dict[str, str]:
         "OMP_NUM_THREADS": str(setup.threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **({} if setup.on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+        **({} if setup.on_gpu else ON_CPU),
     }
 
 

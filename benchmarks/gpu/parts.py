@@ -1,4 +1,4 @@
-"""The parts in the order in which they run: the shortest answers first, the longest comparison last."""
+"""The parts in the order in which they run: the shortest answers first, the longest waits last."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def parts(setup: Setup) -> tuple[Part, ...]:
     listed = (
         Part("versions", 90, ("versions", "packages", "imports", "device")),
         Part("inputs", 150, ("backbone", "dataset", "controlnet")),
-        Part("training", 210, ("plain", "cache_latents=false", "xformers", "use_8bit_adam", "torch_compile")),
+        Part("training", 150, ("plain", "cache_latents=false", "xformers", "use_8bit_adam")),
         Part("recovery", 210, (*kills, *OVERFLOWS)),
         Part("generation", 90, ("plain loop", "generate")),  # `generate` makes cuDNN deterministic, for good
         Part("features", 45, ("efficientnet_lite0",)),
         Part("train_step", 540, tuple(sizes)),
+        Part("compilation", 240, ("torch_compile",)),
     )
     return listed if setup.on_gpu else tuple(replace(part, seconds=CPU_PATIENCE * part.seconds) for part in listed)
