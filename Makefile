@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch
 
-.PHONY: help demo test test-fast lint format prepare train baselines generate evaluate report all sweep status plan push backbone bench rehearsal clean
+.PHONY: help demo test test-fast lint format prepare train baselines generate evaluate report all sweep status plan push backbone bench bench-gpu rehearsal clean
 
 help: ## list the targets
 	@echo "make TARGET [CONFIG=configs/demo.yaml] [ARGS='--force KEY=VALUE ...']"
@@ -68,6 +68,9 @@ bench: $(READY) ## the measured comparisons
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.caching
 	$(BIN)/python -m benchmarks.data_prep
+
+bench-gpu: $(READY) ## what only a GPU can show, minutes; ARGS="--reference FILE --packages FOLDER"
+	$(BIN)/python -m benchmarks.gpu --out runs/bench-gpu $(ARGS)
 
 rehearsal: $(READY) ## the configurations for 24 GB at full size, without a GPU and with random weights; resumable
 	$(BIN)/python -m benchmarks.rehearsal runs/rehearsal $(ARGS)

@@ -5,7 +5,8 @@
 OUT becomes a folder that `StableDiffusionPipeline.from_pretrained` opens (`--form folder`, or `fp16`: weights of
 half precision, as the variant of that name), or a file in Stable Diffusion's original layout (`single-file`, for
 `sd15`). The architecture is that of `models/stable_diffusion/settings`, which ship with the project; the tokenizer is
-that of the bundled backbone, whose token numbers fit, and pads to the 77 tokens of the original. Nothing is downloaded.
+that of the bundled backbone, whose token numbers fit, and pads to as many tokens as the text encoder takes. Nothing is
+downloaded.
 `--tiny` keeps the kinds of all layers and makes them a few channels wide, to try a command on before a GPU is at hand.
 """
 
@@ -28,7 +29,6 @@ from maskloom.pipeline.progress import say
 from maskloom.pipeline.runs.command import run_command
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "assets" / "nano-sd" / "tokenizer"
-TOKENS = 77  # of a prompt
 TINY: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
     | {"attention_head_dim": 2, "cross_attention_dim": 32},
@@ -148,7 +148,8 @@ def _write_folder(architecture: Architecture, folder: Path, variant: str | None,
         network = network.half() if variant else network
         network.save_pretrained(folder / part, variant=variant)
         del network
-    CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=TOKENS).save_pretrained(folder / "tokenizer")
+    tokens = read_settings(original / "text_encoder" / SETTINGS["text_encoder"])["max_position_embeddings"]
+    CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=tokens).save_pretrained(folder / "tokenizer")
     scheduler = Path("scheduler") / SETTINGS["scheduler"]
     write_json(
         folder / scheduler, read_settings(original / scheduler) | {"prediction_type": architecture.prediction_type}

@@ -49,6 +49,7 @@ SLOW = [
     "pipeline/training/test_ranks.py",
     "test_backbone_forms.py",
     "test_command.py",
+    "test_gpu_benchmark.py",
     "test_package.py",
     "train_backbone",
     "train_baselines",
