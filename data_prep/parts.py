@@ -26,6 +26,7 @@ from maskloom.data_prep.sources import Source
 from maskloom.data_prep.splitting.groups import Found, Row
 from maskloom.data_prep.survey import PreparedSample, prepared_sample
 from maskloom.pipeline.config.data import DataConfig
+from maskloom.pipeline.cpu_memory import keep_freed_memory
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import RejectedSample
@@ -108,6 +109,7 @@ def read_part(reading: Reading, part: Part) -> tuple[int, int]:
     Raises:
         MaskLoomError: the configuration does not fit the dataset.
     """
+    keep_freed_memory()
     usable = 0
     with ExitStack() as files:
         records, pictures, signatures = (
