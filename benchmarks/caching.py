@@ -19,9 +19,9 @@ from rich.table import Table
 from torch.utils.data import default_collate
 
 from maskloom.pipeline.config.loading import load_experiment
+from maskloom.pipeline.cpu_memory import keep_freed_memory
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.runs.run import Run
-from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 from maskloom.pipeline.training.randomness import Draws
 from maskloom.train_controlnet.task import DiffusionTask
 from maskloom.train_controlnet.train import build_task

@@ -8,6 +8,9 @@ the records of a part appear on disk at once when it is complete. Each part has 
                        its reason
     part-00012.bin     the images of the samples as PNG, concatenated
     part-00012.near    their near-duplicate signatures, concatenated
+
+They are not flushed to the disk: a part that a crash of the machine has damaged does not match its
+seal (`part-00012.sha256`) and is read again.
 """
 
 import json
@@ -26,6 +29,7 @@ from maskloom.data_prep.sources import Source
 from maskloom.data_prep.splitting.groups import Found, Row
 from maskloom.data_prep.survey import PreparedSample, prepared_sample
 from maskloom.pipeline.config.data import DataConfig
+from maskloom.pipeline.cpu_memory import keep_freed_memory
 from maskloom.pipeline.dataset.images import png_bytes
 from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import RejectedSample
@@ -108,10 +112,13 @@ def read_part(reading: Reading, part: Part) -> tuple[int, int]:
     Raises:
         MaskLoomError: the configuration does not fit the dataset.
     """
+    keep_freed_memory()
     usable = 0
     with ExitStack() as files:
         records, pictures, signatures = (
-            files.enter_context(files.enter_context(atomic_path(part.path(reading.folder, suffix))).open("wb"))
+            files.enter_context(
+                files.enter_context(atomic_path(part.path(reading.folder, suffix), flush=False)).open("wb")
+            )
             for suffix in SUFFIXES
         )
         for entry in _samples(reading, part):
@@ -123,7 +130,7 @@ def read_part(reading: Reading, part: Part) -> tuple[int, int]:
                 signatures.write(sample.signature)
                 record = _record(item, sample, pictures)
             records.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-    with atomic_path(part.path(reading.folder, SEAL)) as temporary:
+    with atomic_path(part.path(reading.folder, SEAL), flush=False) as temporary:
         temporary.write_bytes(_digests(part, reading.folder))
     return len(part.entries), usable
 

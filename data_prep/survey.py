@@ -145,7 +145,9 @@ def _lost_classes(before: Picture | None, after: Picture | None, names: tuple[st
 
 def raw_digest(raw: RawImage) -> str:
     """Return the SHA-256 of shape, dtype and pixels of a raw image."""
-    return hashlib.sha256(repr((raw.image.shape, raw.image.dtype)).encode() + raw.image.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr((raw.image.shape, raw.image.dtype)).encode())
+    digest.update(np.ascontiguousarray(raw.image).data)
+    return digest.hexdigest()
 
 
 def id_problem(item: RawItem) -> str | None:

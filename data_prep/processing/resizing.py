@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskloom.data_prep.adapter import RawImage
-from maskloom.pipeline.dataset.components import EIGHT_NEIGHBOURS
+from maskloom.pipeline.dataset.components import EIGHT_NEIGHBOURS, content_slices
 from maskloom.pipeline.dataset.masks import class_counts, resize_mask
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
@@ -66,9 +66,8 @@ def resized(raw: RawImage, size: tuple[int, int], mode: str, channels: int) -> R
     proportions = true_proportions(raw)
     geometry = _in_pixels(fitted_geometry(proportions, size, mode), proportions, raw.image.shape)
     planes = _planes(unit_range(raw.image, raw.value_range), channels)
-    image = np.stack([_placed(_resampled(plane, geometry), geometry, size) for plane in planes], axis=-1)
-    image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    image = image[..., 0] if channels == 1 else image
+    placed = [_placed(_eight_bit(_resampled(plane, geometry)), geometry, size) for plane in planes]
+    image = placed[0] if channels == 1 else np.stack(placed * (channels // len(placed)), axis=-1)
     if raw.mask is None:
         return Resized(image, None, ())
     mask, kept = resize_mask(raw.mask, geometry.size, geometry.box)
@@ -93,10 +92,13 @@ def vanished_areas(raw: RawImage, size: tuple[int, int], mode: str) -> dict[int,
     geometry = _in_pixels(fitted_geometry(proportions, size, mode), proportions, raw.image.shape)
     gone = {}
     for index in np.flatnonzero(class_counts(raw.mask)[1:]) + 1:
-        areas, count = label(raw.mask == index, connectivity=EIGHT_NEIGHBOURS, return_num=True)
+        of_class = raw.mask == index
+        content = content_slices(of_class)
+        found, count = label(of_class[content], connectivity=EIGHT_NEIGHBOURS, return_num=True)
         if count > 1:
-            small = Image.fromarray(areas.astype(np.int32))
-            small = small.resize(geometry.size[::-1], Image.Resampling.NEAREST, box=geometry.box)
+            areas = np.zeros(raw.mask.shape, dtype=np.int32)
+            areas[content] = found
+            small = Image.fromarray(areas).resize(geometry.size[::-1], Image.Resampling.NEAREST, box=geometry.box)
             left = int(np.count_nonzero(np.unique(np.asarray(small))))
             gone[int(index)] = count - max(1, left)  # a class that would vanish keeps one pixel
     return {index: areas for index, areas in gone.items() if areas}
@@ -172,7 +174,7 @@ def unit_range(image: NDArray[Any], value_range: tuple[float, float] | None) -> 
         value_range: (black, white); None: the minimum and maximum of the image.
     """
     if image.dtype == np.uint8 and value_range is None:
-        return (image / np.float32(255)).astype(np.float32)
+        return np.divide(image, np.float32(255), dtype=np.float32)
     black, white = value_range or (float(image.min()), float(image.max()))
     values = (image.astype(np.float64) - black) / max(white - black, 1e-12)
     return np.clip(values, 0, 1).astype(np.float32)
@@ -184,9 +186,9 @@ def grey(raw: RawImage) -> NDArray[np.float32]:
 
 
 def _planes(image: NDArray[np.float32], channels: int) -> list[NDArray[np.float32]]:
-    """Return the image as 1 or 3 planes of (H, W)."""
+    """Return the planes of an image for a result of 1 or 3 channels, each (H, W); a grey image has one."""
     if image.ndim == 2:
-        return [image] * channels
+        return [image]
     return [image @ LUMINANCE] if channels == 1 else [image[..., i] for i in range(3)]
 
 
@@ -194,6 +196,11 @@ def _resampled(plane: NDArray[np.float32], geometry: Geometry) -> NDArray[np.flo
     height, width = geometry.size
     picture = Image.fromarray(np.ascontiguousarray(plane))
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=geometry.box))
+
+
+def _eight_bit(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return values of 0..1 as the nearest of 0..255; bicubic resampling overshoots, so they are clipped."""
+    return np.rint(np.clip(plane, 0, 1) * 255).astype(np.uint8)
 
 
 def _placed(plane: NDArray[Any], geometry: Geometry, size: tuple[int, int]) -> NDArray[Any]:

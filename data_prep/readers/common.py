@@ -108,9 +108,12 @@ def eight_bit(image: DecodedImage, mode: Literal["L", "RGB"]) -> Picture:
     Raises:
         RejectedSample: the image has more than 8 bits per channel, so values would be clipped.
     """
-    _require_eight_bits(image)
-    pixels, darkened = image.over_black()
-    return Picture(np.array(Image.fromarray(pixels).convert(mode)), darkened)
+    picture, darkened = image.stored, 0.0
+    if image.alpha is not None or not isinstance(picture, Image.Image):
+        _require_eight_bits(image)
+        pixels, darkened = image.over_black()
+        picture = Image.fromarray(pixels)
+    return Picture(np.asarray(picture if picture.mode == mode else picture.convert(mode)), darkened)
 
 
 def _require_eight_bits(image: DecodedImage) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,18 +69,23 @@ class DecodedImage:
     """The content of an image file.
 
     Attributes:
-        pixels: (H, W) grey or (H, W, 3) RGB: uint8, or the dtype of the file if that is deeper, in
-            native byte order.
+        stored: its pixels as an array, or as an image of Pillow of mode L or RGB, whose conversion to an
+            array would be wasted where it is made grey first.
         alpha: (H, W) uint8 or of the dtype of `pixels`, 0 = transparent; None without an alpha
             channel or if it is constant.
         indices: (H, W) uint8 palette indices, else None.
         lossy: whether the compression changes values, as JPEG does.
     """
 
-    pixels: NDArray[Any]
+    stored: NDArray[Any] | Image.Image
     alpha: NDArray[Any] | None = None
     indices: NDArray[np.uint8] | None = None
     lossy: bool = False
+
+    @cached_property
+    def pixels(self) -> NDArray[Any]:
+        """(H, W) grey or (H, W, 3) RGB: uint8, or the dtype of the file if that is deeper, in native byte order."""
+        return np.asarray(self.stored)
 
     def over_black(self) -> Picture:
         """Return the image composited over black; unchanged without an alpha channel.
@@ -134,13 +140,15 @@ def _decoded(path: Path, head: bytes, turn: bool) -> DecodedImage:
         pictures = getattr(image, "n_frames", 1)
         if pictures > 1:
             raise RejectedSample(f"{path.name} has {pictures} pages; save each as a file of its own")
-        if image.getexif().get(ORIENTATION, 1) not in UPRIGHT and not turn:
+        upright = image.getexif().get(ORIENTATION, 1) in UPRIGHT
+        if not (upright or turn):
             raise _turned(path.name)
         _require_depth_kept(path, image)
         if head[:8] == PNG_MAGIC and _needs_libpng(image, *head[PNG_DEPTH:]):
             return _decoded_png(path, image)
         image.load()
-        return decoded_picture(ImageOps.exif_transpose(image), lossy=image.format in LOSSY_FORMATS)
+        picture = image if upright else ImageOps.exif_transpose(image)
+        return decoded_picture(picture, lossy=image.format in LOSSY_FORMATS)
 
 
 def decoded_picture(image: Image.Image, lossy: bool = False) -> DecodedImage:
@@ -159,7 +167,7 @@ def decoded_picture(image: Image.Image, lossy: bool = False) -> DecodedImage:
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         alpha = _varying(np.asarray(image.convert("RGBA"))[..., 3])
     kind = "L" if image.mode in GREY_MODES else "RGB"
-    return DecodedImage(np.array(image.convert(kind)), alpha, indices, lossy)
+    return DecodedImage(image if image.mode == kind else image.convert(kind), alpha, indices, lossy)
 
 
 def _turned(name: str) -> RejectedSample:

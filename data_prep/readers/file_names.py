@@ -35,7 +35,7 @@ def is_visible(path: Path, root: Path) -> bool:
 
 def is_text(name: str) -> bool:
     """Whether a name is valid text, without the surrogates that stand for undecodable bytes."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def as_seen(name: str) -> str:

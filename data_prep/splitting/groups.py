@@ -4,8 +4,6 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from scipy.cluster.hierarchy import DisjointSet
-
 from maskloom.data_prep.adapter import Reject
 from maskloom.data_prep.readers.file_names import comparable
 from maskloom.pipeline.dataset.contract import SPLITS
@@ -116,6 +114,8 @@ def joined(keys: Sequence[tuple[Hashable, ...]]) -> list[int]:
 
     A component is named by one of its rows.
     """
+    from scipy.cluster.hierarchy import DisjointSet  # here, as processes that read parts need none of it
+
     sets = DisjointSet(range(len(keys)))
     first: dict[Hashable, int] = {}
     for row, of_row in enumerate(keys):

@@ -80,7 +80,7 @@ def load_backbone(
 
     from maskloom.models.stable_diffusion.loading import load_part, use_xformers
     from maskloom.models.stable_diffusion.text import load_tokenizer
-    from maskloom.pipeline.training.cpu_memory import keep_freed_memory
+    from maskloom.pipeline.cpu_memory import keep_freed_memory
 
     source, dtype, trained = (
         BackboneSource.of(config.fine_tuning),

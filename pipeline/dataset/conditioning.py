@@ -52,7 +52,7 @@ def conditioning_image(
             f"data.conditioning={mode} needs masks and this dataset has none; set data.conditioning=edges or "
             "data.conditioning=foreground, which are drawn from the image"
         )
-    coloured = np.asarray(palette, dtype=np.uint8)[mask]
+    coloured = np.take(np.asarray(palette, dtype=np.uint8), mask, axis=0)
     if mode == "both":
         coloured[edge_map(image) > 0] = 255
     return coloured

@@ -7,6 +7,7 @@ dataset is unfinished. Nothing in this file imports torch.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from maskloom.pipeline.files.reading import Record, checked, inside, read_object
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 
 SCHEMA_VERSION = 1
@@ -151,25 +153,39 @@ ImageData = NDArray[np.uint8] | bytes
 
 def features(description: Description) -> datasets.Features:
     """Return the columns of the contract as Hugging Face features."""
-    from datasets import ClassLabel, Features, Image, Value
+    from datasets import Features
 
-    return Features(
-        {
-            "image": Image(),
-            "mask": Image(),
-            "conditioning_image": Image(),
-            "text": Value("string"),
-            "label": ClassLabel(names=list(description.labels)) if description.labels else Value("int64"),
-            "sample_id": Value("string"),
-            "group_id": Value("string"),
-            "source": Value("string"),
-            "origin": Value("string"),
-            "attributes": Value("string"),
-            "parent_id": Value("string"),
-            "generator": Value("string"),
-            "seed": Value("int64"),
-        }
-    )
+    return Features.from_arrow_schema(arrow_schema(description))
+
+
+def arrow_schema(description: Description) -> pyarrow.Schema:
+    """Return the columns of the contract as an Arrow schema, with the metadata from which `datasets` reads `features`.
+
+    It is spelt out because importing `datasets` takes as long as preparing dozens of images.
+    """
+    import pyarrow as pa
+
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"_type": "Image"}
+    text = pa.string(), {"dtype": "string", "_type": "Value"}
+    number = pa.int64(), {"dtype": "int64", "_type": "Value"}
+    label = pa.int64(), {"names": list(description.labels), "_type": "ClassLabel"}
+    columns = {
+        "image": image,
+        "mask": image,
+        "conditioning_image": image,
+        "text": text,
+        "label": label if description.labels else number,
+        "sample_id": text,
+        "group_id": text,
+        "source": text,
+        "origin": text,
+        "attributes": text,
+        "parent_id": text,
+        "generator": text,
+        "seed": number,
+    }
+    described = {"info": {"features": {name: feature for name, (_, feature) in columns.items()}}}
+    return pa.schema({name: kind for name, (kind, _) in columns.items()}, {"huggingface": json.dumps(described)})
 
 
 def split_order(split: str) -> tuple[int, str]:

@@ -69,7 +69,12 @@ def resize_mask(mask: Mask, size: tuple[int, int], box: Box | None = None) -> Re
 
 def class_counts(mask: Mask) -> NDArray[np.int64]:
     """Return the number of pixels of each of the 256 possible classes, (256,) int64."""
-    return np.bincount(mask.ravel(), minlength=256)
+    if mask.max(initial=0) > 1:
+        return np.array(Image.fromarray(mask).histogram(), dtype=np.int64)
+    counts = np.zeros(256, dtype=np.int64)
+    counts[1] = np.count_nonzero(mask)
+    counts[0] = mask.size - counts[1]
+    return counts
 
 
 def _target(centres: NDArray[np.floating[Any]], begin: float, end: float, length: int) -> NDArray[np.int64]:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from maskloom.pipeline.dataset.components import centroid, ellipse_axes, largest_region, solidity
+from maskloom.pipeline.dataset.masks import class_counts
 from maskloom.pipeline.errors import MaskLoomError
 
 SMALL_SHARE, LARGE_SHARE = 0.03, 0.12  # of the image's area
@@ -35,8 +36,8 @@ def mask_attributes(mask: NDArray[np.uint8] | None, mask_classes: Sequence[str])
     if mask is None or not mask.any():
         return {}
     foreground = mask > 0
-    share = float(foreground.mean())
-    present = [mask_classes[index] for index in np.unique(mask) if index > 0]
+    share = np.count_nonzero(foreground) / foreground.size
+    present = [mask_classes[index] for index in np.flatnonzero(class_counts(mask)).tolist() if index > 0]
     return {
         "size": "small" if share < SMALL_SHARE else "large" if share > LARGE_SHARE else "medium",
         "place": _place_words(foreground),
@@ -68,19 +69,16 @@ def template_keys(template: str) -> set[str]:
 
 
 def _place_words(foreground: NDArray[np.bool_]) -> str:
-    row, column = (
-        float(c) / side for c, side in zip(ndimage.center_of_mass(foreground), foreground.shape, strict=True)
-    )
+    row, column = (place / side for place, side in zip(centroid(foreground), foreground.shape, strict=True))
     vertical, horizontal = ROWS[min(int(row * 3), 2)], COLUMNS[min(int(column * 3), 2)]
     return "central" if (vertical, horizontal) == ("central", "middle") else f"{vertical} {horizontal}"
 
 
 def _shape_word(foreground: NDArray[np.bool_]) -> str:
     """Return the shape of the largest connected component, from its solidity and its axes."""
-    from skimage.measure import label, regionprops
-
-    largest = max(regionprops(label(foreground)), key=lambda region: region.area)
-    if largest.solidity < IRREGULAR_SOLIDITY:
+    largest = largest_region(foreground)
+    if solidity(largest) < IRREGULAR_SOLIDITY:
         return "irregular"
-    ratio = largest.axis_major_length / max(largest.axis_minor_length, 1e-6)
+    major, minor = ellipse_axes(largest)
+    ratio = major / max(minor, 1e-6)
     return "round" if ratio < ROUND_RATIO else "oval" if ratio < OVAL_RATIO else "elongated"

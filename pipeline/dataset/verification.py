@@ -14,7 +14,7 @@ from maskloom.pipeline.dataset.contract import (
     LEDGER_FILE,
     SPLITS,
     Description,
-    features,
+    arrow_schema,
     summarise_splits,
 )
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset, shard_rows
@@ -108,7 +108,7 @@ def _check_schema(dataset: MaskPromptDataset) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    expected = features(dataset.description).arrow_schema
+    expected = arrow_schema(dataset.description)
     for shard in dataset.shards():
         try:
             schema = pq.read_schema(shard)

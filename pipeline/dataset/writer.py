@@ -24,7 +24,7 @@ from maskloom.pipeline.dataset.contract import (
     ImageData,
     Parent,
     Producer,
-    features,
+    arrow_schema,
     staging_folder,
     summarise_splits,
 )
@@ -190,7 +190,7 @@ class DatasetWriter:
         """
         import pyarrow.parquet as pq
 
-        schema = features(self.description).arrow_schema
+        schema = arrow_schema(self.description)
         written = 0
         with self._owned.writing(shard.file) as temporary:
             with pq.ParquetWriter(temporary, schema) as writer:

@@ -23,17 +23,23 @@ PIECE_BYTES = 64 << 20  # larger files are hashed in pieces of this size, on sev
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary file beside `path`, which is renamed to `path` if the block succeeds.
 
     The content is flushed to the disk before the rename, so that a crash leaves the old file, the
     new one, or none.
+
+    Args:
+        path: the file.
+        flush: false for a file that is compared with its digest before it is used and can be made
+            again: waiting for the disk would gain nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        flush_files([temporary])
+        if flush:
+            flush_files([temporary])
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

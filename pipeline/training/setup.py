@@ -17,9 +17,9 @@ from accelerate.utils import (
 from torch import nn
 
 from maskloom.pipeline.config.train import LoopConfig
+from maskloom.pipeline.cpu_memory import keep_freed_memory
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.plugins import install_command, require
-from maskloom.pipeline.training.cpu_memory import keep_freed_memory
 from maskloom.pipeline.training.distributed import fill_deepspeed_settings
 
 # The other processes wait while the main process generates validation samples, which may take

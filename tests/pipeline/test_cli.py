@@ -70,6 +70,12 @@ def test_the_spine_imports_no_torch(module):
     assert done.stdout.strip() == "set()"
 
 
+def test_processes_that_read_parts_start_without_scientific_packages():
+    code = "import sys, maskloom.data_prep.parts; print({'scipy', 'sklearn', 'skimage', 'pandas', 'pyarrow', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_help_names_every_command():
     text = _pipeline("--help").stdout
     assert all(word in text for word in ("run", "status", "report", "verify", "push"))

@@ -7,7 +7,6 @@ extrapolated to all pairs of the dataset.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from maskloom.pipeline.dataset.near_duplicates.neighbours import WindowIndex
 
@@ -42,6 +41,8 @@ def chance_threshold(best: NDArray[np.float64], draw: int, count: int) -> float:
         draw: number of scores in a draw.
         count: number of images.
     """
+    from scipy.stats import norm
+
     low, high = np.quantile(np.arctanh(np.clip(best, -0.999, 0.999)), QUANTILES)
     z_low, z_high = (norm.ppf(share ** (1 / draw)) for share in QUANTILES)
     deviation = (high - low) / (z_high - z_low)

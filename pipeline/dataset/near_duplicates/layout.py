@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sklearn.utils.extmath import randomized_svd
 
 from maskloom.pipeline.dataset.near_duplicates.textures import SIDE, Floats, read_texture, unit, window_vector, windows
 
@@ -51,6 +50,8 @@ def principal_components(signatures: Path, count: int, side: int, number: int) -
     """
     if number == 0:
         return np.zeros((0, side * side), np.float32)
+    from sklearn.utils.extmath import randomized_svd
+
     random, boxes = np.random.default_rng(0), windows()
     sample = np.stack(
         [

@@ -11,6 +11,8 @@
    al., Data in Brief 48, 109247, 2023) and the correlation of the details reaches that threshold.
 
 Mirrored and rotated copies are not found. Identical pixels are always joined.
+
+scipy and scikit-learn are imported where they are used: `prepare` starts without them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import DisjointSet
 
 from maskloom.pipeline.dataset.near_duplicates.alignment import ALIGNED_SIDE, align_pairs
 from maskloom.pipeline.dataset.near_duplicates.chance import FEWEST, chance_threshold, draw_size, drawn_pairs
@@ -86,6 +87,8 @@ class NearDuplicates:
 
     def clusters(self, margin: float = 0.0) -> list[int]:
         """Return the cluster of each image, named by the index of its first member."""
+        from scipy.cluster.hierarchy import DisjointSet
+
         sets = DisjointSet(range(len(self.identical)))
         for a, b in [*enumerate(self.identical), *self.joined(margin).tolist()]:
             sets.merge(a, b)

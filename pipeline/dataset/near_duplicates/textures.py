@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 Floats = NDArray[np.float32]
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of the side
@@ -40,6 +39,8 @@ def signature(image: Floats) -> bytes:
 
 def texture(thumbnail: Floats) -> Floats:
     """Return the band-passed, locally contrast-normalised thumbnail, (128, 128), about -1..1."""
+    from scipy.ndimage import gaussian_filter
+
     band = gaussian_filter(thumbnail, FINE, truncate=3) - gaussian_filter(thumbnail, COARSE, truncate=3)
     contrast = np.sqrt(gaussian_filter(band * band, COARSE, truncate=3))
     return np.asarray(band / (contrast + NOISE), dtype=np.float32)

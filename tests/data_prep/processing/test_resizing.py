@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from skimage.measure import label
 
 from maskloom.data_prep.adapter import RawImage
-from maskloom.data_prep.processing.resizing import fitted_geometry, resized, unit_range
+from maskloom.data_prep.processing.resizing import fitted_geometry, resized, unit_range, vanished_areas
 
 SIDES = st.integers(1, 90)
 TARGETS = st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda size: (size[0] * 8, size[1] * 8))
@@ -92,3 +94,42 @@ def test_grey_to_colour_and_back():
     assert mask is None and (colour == grey[..., None]).all()
     back, *_ = resized(RawImage(colour, None), (16, 16), "pad", 1)
     np.testing.assert_array_equal(back, grey)
+
+
+def resized_at_once(image, size, mode):
+    """The definition of `resized` for a grey image of 8 bits, step by step in floating point."""
+    box, (height, width), (top, left) = fitted_geometry(image.shape, size, mode)
+    picture = Image.fromarray((image / np.float32(255)).astype(np.float32))
+    found = np.zeros(size, np.float32)
+    found[top : top + height, left : left + width] = np.asarray(
+        picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    )
+    return np.rint(np.clip(found, 0, 1) * 255).astype(np.uint8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(SIDES, SIDES, TARGETS, MODES, st.integers(0, 99))
+def test_eight_bits_are_resampled_in_floating_point_and_rounded_once(height, width, target, mode, seed):
+    image = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
+    expected = resized_at_once(image, target, mode)
+    np.testing.assert_array_equal(resized(RawImage(image, None), target, mode, 1).image, expected)
+    np.testing.assert_array_equal(
+        resized(RawImage(image, None), target, mode, 3).image, expected[..., None].repeat(3, 2)
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(SIDES, SIDES, TARGETS, MODES, st.integers(0, 99))
+def test_areas_are_counted_as_on_the_whole_mask(height, width, target, mode, seed):
+    random = np.random.default_rng(seed)
+    mask = np.where(random.random((height, width)) < 0.1, random.integers(1, 3, (height, width)), 0).astype(np.uint8)
+    raw = RawImage(np.zeros((height, width), np.uint8), mask)
+    box, (rows, columns), _ = fitted_geometry(mask.shape, target, mode)
+    expected = {}
+    for index in (1, 2):
+        areas, count = label(mask == index, connectivity=2, return_num=True)
+        small = Image.fromarray(areas.astype(np.int32)).resize((columns, rows), Image.Resampling.NEAREST, box=box)
+        left = max(1, len(np.setdiff1d(np.asarray(small), [0])))
+        if count > left:
+            expected[index] = count - left
+    assert vanished_areas(raw, target, mode) == expected

@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from maskloom.data_prep.adapter import RawImage
@@ -15,7 +17,7 @@ from maskloom.data_prep.prepare import prepare
 from maskloom.data_prep.rows import duplicate_clusters
 from maskloom.data_prep.splitting.groups import Found
 from maskloom.data_prep.survey import raw_digest
-from maskloom.pipeline.dataset.audit.pixels import is_blank
+from maskloom.pipeline.dataset.audit.pixels import is_blank, without_padding
 from maskloom.pipeline.dataset.contract import LEDGER_FILE
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.errors import MaskLoomError
@@ -149,6 +151,25 @@ def test_none_looks_for_nothing_and_says_so(raw, capsys):
 )
 def test_blank_images(image, blank):
     assert is_blank(image) == blank
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([None, 3]),
+    st.sampled_from(["uint8", "float32"]),
+    st.integers(0, 999),
+)
+def test_an_image_is_blank_where_nothing_but_one_colour_lies_in_its_padding(height, width, channels, dtype, seed):
+    random = np.random.default_rng(seed)
+    shape = (height, width) if channels is None else (height, width, channels)
+    image = random.choice(
+        np.array([0, 7, np.nan if dtype == "float32" else 9], dtype), shape, p=random.dirichlet([0.2] * 3)
+    )
+    whole = bool((image == image[:1, :1]).all())
+    inner = without_padding(image, 0)
+    assert is_blank(image) == (whole or (dtype == "uint8" and bool((inner == inner[:1, :1]).all())))
 
 
 def test_raw_pixels_of_another_type_or_shape_have_another_digest():

@@ -8,13 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from skimage.measure import label, regionprops
 
 from maskloom.pipeline.dataset.components import (
     EIGHT_NEIGHBOURS,
     FOUR_NEIGHBOURS,
+    centroid,
+    content_slices,
     count_components,
+    ellipse_axes,
     largest_components,
+    largest_region,
     small_holes,
+    solidity,
     without_specks,
 )
 
@@ -97,3 +105,38 @@ def test_specks_go_and_parts_stay_whole(connectivity: int):
     np.testing.assert_array_equal(without_specks(mask, 4, connectivity), mask)
     assert not without_specks(np.zeros((3, 3), bool), 2, connectivity).any()
     assert without_specks(np.ones((3, 3), bool), 2, connectivity).all()
+
+
+@given(regions)
+def test_the_box_of_a_region_holds_it_and_no_empty_border(region: Region) -> None:
+    content = region[content_slices(region)]
+    assert content.sum() == region.sum()
+    assert not content.size or all(side.any() for side in (content[0], content[-1], content[:, 0], content[:, -1]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 30), st.floats(-1.5, 1.5), st.integers(0, 999))
+def test_the_largest_region_is_measured_bit_for_bit_as_regionprops_does(
+    height: int, width: int, grain: int, level: float, seed: int
+) -> None:
+    coarse = np.random.default_rng(seed).normal(size=(1 + height // grain, 1 + width // grain)).astype(np.float32)
+    region = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) > level
+    if not region.any():
+        return
+    assert centroid(region) == ndimage.center_of_mass(region)
+    expected = max(regionprops(label(region)), key=lambda component: component.area)
+    largest = largest_region(region)
+    np.testing.assert_array_equal(largest, expected.image)
+    assert solidity(largest) == expected.solidity
+    assert ellipse_axes(largest) == (expected.axis_major_length, expected.axis_minor_length)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2), (40, 30)])
+def test_a_rectangle_is_its_own_hull(shape: tuple[int, int]) -> None:
+    assert solidity(np.ones(shape, np.bool_)) == 1.0
+
+
+def test_a_hollow_shape_is_less_solid_than_its_hull() -> None:
+    angle = np.ones((10, 10), np.bool_)
+    angle[:9, 1:] = False
+    assert solidity(angle) == regionprops(angle.astype(np.uint8))[0].solidity < 0.5

@@ -2,11 +2,18 @@ import json
 
 import numpy as np
 import pytest
-from datasets import load_dataset
+from datasets import ClassLabel, Image, Value, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskloom.pipeline.dataset.contract import CONTRACT_FILE, LEDGER_FILE, SPLITS, read_contract
+from maskloom.pipeline.dataset.contract import (
+    CONTRACT_FILE,
+    LEDGER_FILE,
+    SPLITS,
+    arrow_schema,
+    features,
+    read_contract,
+)
 from maskloom.pipeline.dataset.writer import DatasetWriter, plan_shards
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
@@ -175,3 +182,13 @@ def test_a_contract_that_is_not_json(folder):
     (folder / CONTRACT_FILE).write_text("{")
     with pytest.raises(MaskLoomError, match=r"contract\.json: not valid JSON.*--force"):
         read_contract(folder)
+
+
+@pytest.mark.parametrize("labels", [(), ("disc", 'a "quoted" Ünit')])
+def test_the_schema_that_is_spelt_out_is_the_one_that_datasets_writes(labels):
+    description = tiny_description(labels=labels)
+    found, schema = features(description), arrow_schema(description)
+    assert schema.equals(found.arrow_schema, check_metadata=True)
+    assert found["image"] == found["mask"] == found["conditioning_image"] == Image()
+    assert found["label"] == (ClassLabel(names=list(labels)) if labels else Value("int64"))
+    assert {name for name, kind in found.items() if kind == Value("int64")} - {"label"} == {"seed"}

@@ -85,3 +85,12 @@ def test_the_same_size_is_a_copy():
     np.testing.assert_array_equal(resized, mask)
     resized[0, 0] = 9
     assert mask[0, 0] == 1 and kept == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9), st.integers(0, 9), st.sampled_from([1, 2, 256]), st.integers(0, 99))
+def test_classes_are_counted_as_numpy_counts_them(height, width, classes, seed):
+    mask = np.random.default_rng(seed).integers(0, classes, (height + 1, width + 1), dtype=np.uint8)[1:, 1:]
+    counts = class_counts(mask)
+    assert counts.dtype == np.int64
+    np.testing.assert_array_equal(counts, np.bincount(mask.ravel(), minlength=256))

@@ -34,6 +34,15 @@ def test_a_file_appears_whole(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.txt"]
 
 
+def test_a_file_is_flushed_unless_it_can_be_made_again(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("maskloom.pipeline.files.atomic.flush_files", flushed.extend)
+    for flush in (True, False):
+        with atomic_path(tmp_path / "a.txt", flush) as temporary:
+            temporary.write_text(str(flush))
+        assert (tmp_path / "a.txt").read_text() == str(flush) and len(flushed) == 1
+
+
 def _write_and_fail(path):
     path.write_text("new")
     raise RuntimeError

@@ -1,4 +1,4 @@
-"""Memory settings for torch on a CPU."""
+"""Memory settings for work that allocates large arrays again and again on a CPU."""
 
 import ctypes
 import sys
@@ -9,10 +9,10 @@ LARGEST_HEAP_BLOCK = 32 << 20  # the largest value that glibc accepts
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensors.
+    """Make glibc keep freed memory for the next arrays and tensors.
 
-    By default it returns large blocks to the kernel after every step, and the next step has to map
-    them again page by page. Does nothing on systems without glibc.
+    By default it returns large blocks to the kernel after every image or step, and the next one has
+    to map them again page by page. Does nothing on systems without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
