@@ -138,6 +138,7 @@ def share_found(sides: Sequence[Layout], seeds: int, seed_sd: float, gap: float,
 @app.command()
 def trainings(
     datasets: Annotated[int, typer.Option(min=1, help="phantom datasets, each with patients of its own")] = 20,
+    first: Annotated[int, typer.Option(min=0, help="number of the first one, to add to those of an earlier call")] = 0,
     darker: Annotated[float, typer.Option(help="dB by which the gain of scanner B is lower; 0: no gap")] = 45.0,
     patients: Annotated[int, typer.Option(min=20, help="patients per dataset")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="trainings per dataset")] = 3,
@@ -147,7 +148,7 @@ def trainings(
     found: list[str] = []
     again: list[str] = []
     print("| dataset | Dice on scanner B | on scanner A | gap | finding | patients B / A |\n|---|---|---|---|---|---|")
-    for seed in range(datasets):
+    for seed in range(first, first + datasets):
         cases, columns = trained_scores(seed, darker, patients, seeds)
         one = dark_gap(cases, columns)
         found.append(one.finding)
