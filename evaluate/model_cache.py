@@ -97,7 +97,7 @@ class ModelCache:
     def finish(self, metric: str) -> None:
         """Say how many models of a metric were read back, and delete its models."""
         if self._read_back:
-            say(f"{metric}: {self._read_back} model(s) of an interrupted evaluation read back, not trained again")
+            say(f"{metric}: {self._read_back} model(s) that are already trained read back, not trained again")
         self._read_back = 0
         self._owned.remove([name for name in self._owned.files() if name.rpartition("-")[0] == metric])
 

@@ -96,7 +96,7 @@ def find_models(folder: Path) -> tuple[dict[str, dict[int, Path]], str]:
     kinds = set()
     for arm in sorted(path for path in folder.iterdir() if path.is_dir()):
         for path in sorted(arm.iterdir()):
-            if not path.is_dir() and path.suffix != ".csv":
+            if not path.is_dir() and path.suffix.lower() != ".csv":
                 continue
             kinds.add(".png" if path.is_dir() else ".csv")
             seed = _seed_of(path)
@@ -105,6 +105,8 @@ def find_models(folder: Path) -> tuple[dict[str, dict[int, Path]], str]:
                     f"{path}: arm {arm.name!r} has another model of seed {seed}; give each its own number"
                 )
             models[arm.name][seed] = path
+        if arm.name not in models:
+            raise MaskLoomError(f"{arm}: no predictions in it; remove it, or {LAYOUT}")
     if not models:
         raise MaskLoomError(f"{folder}: no predictions in it; {LAYOUT}")
     if len(kinds) > 1:
@@ -113,7 +115,7 @@ def find_models(folder: Path) -> tuple[dict[str, dict[int, Path]], str]:
 
 
 def _seed_of(path: Path) -> int:
-    number = re.search(r"(\d{1,9})$", path.stem if path.suffix == ".csv" else path.name)
+    number = re.search(r"(\d{1,9})$", path.stem if path.suffix.lower() == ".csv" else path.name)
     if number is None:
         raise MaskLoomError(f"{path}: its name must end with the model's seed, such as 0 or fold_0; {LAYOUT}")
     return int(number[1])
@@ -200,7 +202,7 @@ def read_masks(folder: Path, samples: Sequence[str], classes: int) -> NDArray[np
 
 def _read_mask(path: Path, classes: int) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:  # other formats may be lossy, or hold fractions
             mask = np.asarray(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise MaskLoomError(f"{path}: not a readable PNG file ({excerpt(error)})") from error
@@ -241,6 +243,10 @@ def read_probabilities(path: Path, samples: Sequence[str], labels: Sequence[str]
             columns = list(table.fieldnames or [])
             if repeated := [name for name in ("sample_id", *labels) if columns.count(name) > 1]:
                 raise MaskLoomError(f"{path}: column {repeated[0]!r} stands there twice; keep one of them")
+            if lacking := [name for name in ("sample_id", *labels) if name not in columns]:
+                raise MaskLoomError(
+                    f"{path}: column {lacking[0]!r} is missing; it needs sample_id, {', '.join(labels)}, with commas between"
+                )
             for row in table:
                 sample = row.get("sample_id") or ""
                 if None in row:
@@ -250,8 +256,6 @@ def read_probabilities(path: Path, samples: Sequence[str], labels: Sequence[str]
                 rows[sample] = row
     except (OSError, ValueError, csv.Error) as error:
         raise MaskLoomError(f"{path}: not a readable CSV file ({excerpt(error)})") from error
-    if lacking := [name for name in ("sample_id", *labels) if name not in columns]:
-        raise MaskLoomError(f"{path}: column {lacking[0]!r} is missing; it needs sample_id, {', '.join(labels)}")
     if missing := [sample for sample in samples if sample not in rows]:
         raise MaskLoomError(f"{path}: no row for {missing[0]!r}, and {len(missing) - 1} more are missing")
     if others := sorted(rows.keys() - set(samples)):

@@ -20,7 +20,7 @@ from maskloom.pipeline.config.loading import load_config, read_values, validated
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.ownership import OwnedFolder
 from maskloom.pipeline.progress import say
-from maskloom.pipeline.sweep.jobs import open_cluster, read_jobs_file, run_as_jobs
+from maskloom.pipeline.sweep.jobs import check_no_job_runs, open_cluster, read_jobs_file, run_as_jobs
 from maskloom.pipeline.sweep.page import PAGE, difference_lines, merged_forests, selection_warning, write_page
 from maskloom.pipeline.sweep.table import current_answers, print_table, variant_rows, write_table
 from maskloom.pipeline.sweep.variant import Variant, run_variant
@@ -77,7 +77,15 @@ def sweep(
     """
     config = load_config(path, overrides, SweepConfig)
     variants = planned_variants(path, overrides, config)
-    resources = None if submit is None else read_jobs_file(submit)
+    jobs, resources = config.run_folder / FOLDER / JOBS, None
+    if submit is not None:
+        if force:
+            raise MaskLoomError(
+                f"--force: not together with --submit, because a job that SLURM starts again would begin anew; "
+                f"delete {config.run_folder}, or give another run_dir"
+            )
+        resources = read_jobs_file(submit)
+        check_no_job_runs(resources, jobs)
     OwnedFolder(config.run_folder).mark()
     for variant in variants:
         name = variant.path.relative_to(config.run_folder).as_posix()
@@ -86,8 +94,7 @@ def sweep(
     if resources is None:
         failed = run_in_turn(variants, force, accelerate_config)
     else:
-        cluster = open_cluster(resources, config.run_folder / FOLDER / JOBS)
-        failed = run_as_jobs(variants, cluster, force, accelerate_config)
+        failed = run_as_jobs(variants, open_cluster(resources, jobs), accelerate_config)
     rows = [row for variant in variants for row in variant_rows(variant.name, variant.run, variant.config)]
     forests = merged_forests({variant.name: current_answers(variant.run, variant.config) for variant in variants})
     lines = [line for forest in forests for line in difference_lines(forest)]

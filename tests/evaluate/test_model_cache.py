@@ -78,7 +78,7 @@ def test_an_interrupted_evaluation_trains_only_what_is_missing(
     with counted(metric) as seeds:
         evaluate(parts, force=False)
     assert len(seeds) == total - 5
-    assert f"{metric}: 5 model(s) of an interrupted evaluation read back" in capsys.readouterr().err
+    assert f"{metric}: 5 model(s) that are already trained read back" in capsys.readouterr().err
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert not Run(tmp_path / "parts").downstream_models.exists()
 

@@ -14,7 +14,7 @@ from maskloom import cli
 from maskloom.evaluate.downstream.cases import ScoredTestSet, read_cases
 from maskloom.evaluate.downstream.classifier import predicted_probabilities
 from maskloom.evaluate.downstream.compare import compare
-from maskloom.evaluate.downstream.predictions import read_predictions
+from maskloom.evaluate.downstream.predictions import find_models, read_masks, read_predictions
 from maskloom.evaluate.metrics import downstream_classification, downstream_segmentation
 from maskloom.models.segmenter import predicted_masks
 from maskloom.pipeline.errors import MaskLoomError
@@ -273,6 +273,7 @@ ROWS = [f"test-{i:04},0.25,0.75" for i in range(14) if i != 7]
     ("lines", "message"),
     [
         (["sample_id,disc,squar", *ROWS], "column 'square' is missing; it needs sample_id, disc, square"),
+        (["sample_id;disc;square", "a;0;1", "b;0;1"], "column 'sample_id' is missing; .* with commas between"),
         (
             ["sample_id,disc,square,disc,square", *(f"{row},0.5,0.5" for row in ROWS)],
             r"0\.csv: column 'disc' stands there twice; keep one of them",
@@ -324,3 +325,24 @@ def test_a_dataset_with_nothing_to_predict(tmp_path: Path) -> None:
     (tmp_path / "tables/real/0.csv").write_text("sample_id\n")
     with pytest.raises(MaskLoomError, match="it has no image-level classes to distinguish"):
         read_predictions(tmp_path / "tables", tmp_path / "dataset", "test", 2.0)
+
+
+def test_tables_are_found_whatever_the_case_of_their_ending(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/0.CSV").touch()
+    assert find_models(tmp_path) == ({"real": {0: tmp_path / "real/0.CSV"}}, ".csv")
+
+
+def test_an_arm_without_predictions_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "real/0").mkdir(parents=True)
+    (tmp_path / "synthetic").mkdir()
+    with pytest.raises(MaskLoomError, match=r"synthetic: no predictions in it; remove it, or give a folder ARM/SEED"):
+        find_models(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_a_mask_must_be_a_png(tmp_path: Path, kind: str) -> None:
+    pixels = np.zeros((8, 8), np.float32 if kind == "TIFF" else np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(MaskLoomError, match=r"a\.png: not a readable PNG file"):
+        read_masks(tmp_path, ["a"], 2)

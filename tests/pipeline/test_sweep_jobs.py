@@ -1,8 +1,12 @@
 """Variants of a sweep as jobs: submitit's processes on this machine stand for those of SLURM."""
 
+import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,14 @@ import yaml
 
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.files.atomic import read_json
-from maskloom.pipeline.sweep import jobs, variant
+from maskloom.pipeline.runs import runner
+from maskloom.pipeline.runs.interruption import handled_signals
+from maskloom.pipeline.sweep import variant
 from maskloom.pipeline.sweep.jobs import (
     PrepareJob,
     VariantsJob,
     answers_of,
+    check_no_job_runs,
     open_cluster,
     read_jobs_file,
     training_groups,
@@ -24,6 +31,7 @@ from maskloom.pipeline.sweep.jobs import (
 from maskloom.pipeline.sweep.sweep import sweep
 from tests.pipeline.test_sweep import PIX2PIX, run_here, variants_of, write_sweep
 
+FORKS = multiprocessing.get_context("fork")
 BROKEN = {"baselines": {"pix2pix": {"l1_weight": -1}}}
 LONGER = {"baselines": {"pix2pix": {"max_train_steps": 3}}}
 MORE = {"generate": {"num_images": 6}}
@@ -59,8 +67,8 @@ def test_variants_of_one_job_share_their_training(tmp_path: Path, monkeypatch: p
     first.path.parent.mkdir(parents=True)
     for one in (first, more):
         one.path.write_text(yaml.safe_dump(one.config.model_dump(mode="json")), encoding="utf-8")
-    assert PrepareJob(first, False)() == 0
-    assert VariantsJob([first, more], {first.data_key: first}, False, None)() == {}
+    assert PrepareJob(first)() == 0
+    assert VariantsJob([first, more], {first.data_key: first}, None)() == {}
     weights = "pix2pix/weights/generator/diffusion_pytorch_model.safetensors"
     assert (first.run.baselines / weights).samefile(more.run.baselines / weights)
     assert more.run.report.is_file()
@@ -79,22 +87,25 @@ def test_a_failed_preparation_fails_every_variant_of_its_data(tmp_path: Path) ->
         sweep(path, [], False, None, submit_file(tmp_path))
 
 
-@pytest.mark.parametrize("force", [True, False])
-def test_a_variant_does_not_prepare_what_its_job_has_prepared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
-) -> None:
-    commands: list[list[str]] = []
+def test_a_variant_does_not_prepare_what_its_job_has_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[str] = []
 
-    def note(stages: Sequence[str], arguments: Sequence[str], _: Path | None) -> int:
-        commands.append([*stages, *arguments])
+    def note(stages: Sequence[str], _: Sequence[str], __: Path | None) -> int:
+        commands.extend(stages)
         return 0
 
     monkeypatch.setattr(variant, "run_stages", note)
     [only] = variants_of(write_sweep(tmp_path, {"a": {}}))
-    assert PrepareJob(only, force)() == 0
-    assert VariantsJob([only], {only.data_key: only}, force, None)() == {}
-    assert [command[0] for command in commands].count("prepare") == 1
-    assert ("--force" in commands[-1]) == force
+    assert PrepareJob(only)() == 0
+    assert VariantsJob([only], {only.data_key: only}, None)() == {}
+    assert commands.count("prepare") == 1 and commands[-1] == "report"
+
+
+def test_force_is_refused_with_jobs(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, {"a": {}})
+    with pytest.raises(MaskLoomError, match="--force: not together with --submit"):
+        sweep(path, [], True, None, submit_file(tmp_path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_variants_that_share_a_training_run_in_one_job(tmp_path: Path) -> None:
@@ -111,11 +122,10 @@ def test_variants_that_share_a_training_run_in_one_job(tmp_path: Path) -> None:
     assert [[one.name for one in group] for group in groups] == [["a", "b", "c"]]
 
 
-def test_a_preempted_job_is_submitted_again_without_force(tmp_path: Path) -> None:
+def test_a_preempted_job_is_submitted_again_as_it_was(tmp_path: Path) -> None:
     [only] = variants_of(write_sweep(tmp_path, {"a": {}}))
-    assert PrepareJob(only, True).checkpoint().function == PrepareJob(only, True)
-    again = VariantsJob([only], {}, True, None).checkpoint().function
-    assert again == VariantsJob([only], {}, False, None)
+    for job in (PrepareJob(only), VariantsJob([only], {}, None)):
+        assert job.checkpoint().function == job
 
 
 def ended() -> None:
@@ -128,31 +138,77 @@ def test_a_job_that_ends_without_an_answer_is_reported(tmp_path: Path, capfd: py
     assert "ended without an answer" in capfd.readouterr().err
 
 
-def test_jobs_are_cancelled_when_the_sweep_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(_: float) -> None:
-        raise KeyboardInterrupt
+STAGE = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    time.sleep(1)
+    (folder / "saved").touch()
+    sys.exit(1)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+(folder / "started").touch()
+time.sleep(300)
+"""
 
-    cluster = open_cluster(read_jobs_file(submit_file(tmp_path)), tmp_path / "jobs")
-    monkeypatch.setattr(jobs.time, "sleep", stop)
-    children = set(psutil.Process().children())
-    with pytest.raises(KeyboardInterrupt):
-        answers_of(cluster, {"long": Sleep(600)})
-    monkeypatch.undo()
-    started = set(psutil.Process().children()) - children
-    gone, alive = psutil.wait_procs(started, timeout=60)
-    assert gone and not alive
 
+@dataclass
+class StageJob:
+    """A job whose stage takes a second to save its checkpoint."""
 
-class Sleep:
-    """A job that lasts."""
-
-    def __init__(self, seconds: float) -> None:
-        """Store the seconds."""
-        self.seconds = seconds
+    folder: Path
 
     def __call__(self) -> None:
-        """Wait."""
-        time.sleep(self.seconds)
+        """Run it as `VariantsJob` does."""
+        with handled_signals():
+            runner._run([sys.executable, "-c", STAGE, str(self.folder)], False, None)
+
+
+def stopped_sweep(folder: Path, file: Path) -> None:
+    with handled_signals():
+        answers_of(open_cluster(read_jobs_file(file), folder / "jobs"), {"stage": StageJob(folder)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_waits_until_its_jobs_have_saved(tmp_path: Path, number: int) -> None:
+    process = FORKS.Process(target=stopped_sweep, args=(tmp_path, submit_file(tmp_path)))
+    process.start()
+    wait_for(tmp_path / "started")
+    os.kill(process.pid or 0, number)
+    process.join(60)
+    assert process.exitcode not in (0, None)
+    assert (tmp_path / "saved").exists()
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(600):
+        if file.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{file} did not appear within a minute")
+
+
+def killed_sweep(folder: Path, file: Path) -> None:
+    answers_of(open_cluster(read_jobs_file(file), folder / "run" / "sweep" / "jobs"), {"stage": StageJob(folder)})
+
+
+def test_jobs_of_a_killed_sweep_are_named_and_nothing_changes(tmp_path: Path) -> None:
+    path, file = write_sweep(tmp_path, {"a": {}}), submit_file(tmp_path)
+    process = FORKS.Process(target=killed_sweep, args=(tmp_path, file))
+    process.start()
+    wait_for(tmp_path / "started")
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join(60)
+    with pytest.raises(
+        MaskLoomError, match=r"processes (\d+) of an earlier call are still at work; .*`kill \1`"
+    ) as error:
+        sweep(path, [], False, None, file)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["sweep"]
+    controller = psutil.Process(int(str(error.value).split("processes ")[1].split()[0]))
+    controller.send_signal(signal.SIGINT)
+    controller.wait(60)
+    check_no_job_runs({"cluster": "local"}, tmp_path / "run" / "sweep" / "jobs")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +218,9 @@ class Sleep:
         ("cluster: local\ngpus: 3\n", "submitit cannot use it .*gpus"),
         ("cluster: cloud\n", "cluster='cloud': Input should be 'slurm' or 'local'"),
         ("timeout_min: 0\n", "timeout_min=0: Input should be greater than or equal to 1"),
-        ("[1]\n", "--submit"),
+        ("[1]\n", "gives no KEY: VALUE lines"),
+        ("", "gives no KEY: VALUE lines"),
+        ("cluster: local\ntasks_per_node: 2\n", "tasks_per_node=2: Input should be 1"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_before_anything_starts(
