@@ -206,8 +206,10 @@ def test_jobs_of_a_killed_sweep_are_named_and_nothing_changes(tmp_path: Path) ->
         sweep(path, [], False, None, file)
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["sweep"]
     controller = psutil.Process(int(str(error.value).split("processes ")[1].split()[0]))
-    controller.send_signal(signal.SIGINT)
-    controller.wait(60)
+    processes = [controller, *controller.children(recursive=True)]
+    for one in processes:
+        one.kill()
+    psutil.wait_procs(processes, timeout=60)
     check_no_job_runs({"cluster": "local"}, tmp_path / "run" / "sweep" / "jobs")
 
 
