@@ -19,13 +19,13 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import typer
 import yaml
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._processes import resident_memory
 from maskloom.pipeline.runs.record import read_record
 from maskloom.pipeline.runs.run import Run
 
@@ -131,27 +131,13 @@ def watched(command: list[str]) -> float:
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
-        root = psutil.Process(process.pid)
         while process.poll() is None:
-            held = 0
-            for one in [root, *_children(root)]:
-                try:
-                    held += one.memory_info().rss
-                except psutil.Error:
-                    continue
-            peak = max(peak, held)
+            peak = max(peak, resident_memory(process.pid))
             time.sleep(SAMPLE_SECONDS)
         errors = process.stderr.read() if process.stderr else ""
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: {errors[-500:]}")
     return peak / 2**20
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
 
 
 def measured_prepare(raw: Path, run: Path, workers: int, dataset: str, **data: Any) -> Measured:

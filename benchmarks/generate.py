@@ -5,8 +5,8 @@
 The run of the configuration must hold a prepared dataset and a trained ControlNet. The plain loop is the example in
 diffusers' documentation: `StableDiffusionControlNetPipeline`, one image per call, 50 steps of the backbone's own
 scheduler, each image saved as PNG. `generate` is the stage's own code with the configuration as it is, checks and
-Parquet files included. Both use the same weights, prompts, conditioning images, seeds, guidance and ControlNet scale, and
-run in turn; loading is not timed. Quality is what the project's own metrics `quality` and `faithfulness` find for both sets,
+Parquet files included. Both use the same weights, precision, prompts, conditioning images, seeds, guidance and ControlNet
+scale, and run in turn; loading is not timed. Quality is what the project's own metrics `quality` and `faithfulness` find for both sets,
 on the same masks.
 """
 
@@ -26,15 +26,19 @@ import typer
 from PIL import Image
 from rich.table import Table
 
+from benchmarks._plain_pipeline import plain_pipeline
+from benchmarks.planted_bad_rows import decoded_sample, written
 from maskloom.evaluate.inputs import open_inputs
 from maskloom.evaluate.metrics import faithfulness, quality
 from maskloom.generate.generate import GenerationJob, join_processes, open_generator, real_dataset
 from maskloom.models.stable_diffusion.source import BackboneSource
+from maskloom.models.stable_diffusion.trained_parts import exported_names
+from maskloom.models.stable_diffusion.trained_pipeline import weight_dtype
 from maskloom.pipeline.config.experiment import ExperimentConfig
 from maskloom.pipeline.config.loading import load_experiment, validated
 from maskloom.pipeline.dataset.dataset import MaskPromptDataset
 from maskloom.pipeline.dataset.images import png_array
-from maskloom.pipeline.dataset.writer import DatasetWriter, Sample, plan_shards
+from maskloom.pipeline.dataset.writer import Sample
 from maskloom.pipeline.errors import MaskLoomError
 from maskloom.pipeline.progress import progress, table_console
 from maskloom.pipeline.runs.command import run_command
@@ -92,7 +96,7 @@ def timed_parts(experiment: ExperimentConfig, run: Run, rounds: int, steps: int,
     job = GenerationJob.planned(experiment, run, dataset, "benchmark", join_processes())
     if rounds > len(job.rows):
         raise MaskLoomError(f"--rounds {rounds}: more than the {len(job.rows)} images")
-    pipe = plain_pipeline(experiment, run)
+    pipe = open_plain_pipeline(experiment, run)
     parts = []
     with progress("comparing", rounds, "rounds") as advance:
         for number in range(-1, rounds):
@@ -100,9 +104,9 @@ def timed_parts(experiment: ExperimentConfig, run: Run, rounds: int, steps: int,
             folder = scratch / str(number)
             part = replace(job, folder=folder, rows=rows)
             made = part.write_set(GENERATOR, generator, force=True)
-            written = list(MaskPromptDataset.open(folder / GENERATOR).rows("train"))
+            ours = list(MaskPromptDataset.open(folder / GENERATOR).rows("train"))
             start = time.perf_counter()
-            plain_images(pipe, written, experiment, steps, folder)
+            plain_images(pipe, ours, experiment, steps, folder)
             seconds = {PLAIN: time.perf_counter() - start, OURS: len(rows) / made["images_per_second"]}
             if number >= 0:
                 parts.append(Part(folder, seconds, len(rows)))
@@ -110,22 +114,19 @@ def timed_parts(experiment: ExperimentConfig, run: Run, rounds: int, steps: int,
     return parts
 
 
-def plain_pipeline(experiment: ExperimentConfig, run: Run) -> Any:
-    """Return diffusers' pipeline with the trained ControlNet, as its documentation builds it."""
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+def open_plain_pipeline(experiment: ExperimentConfig, run: Run) -> Any:
+    """Return diffusers' pipeline with the ControlNet of the run.
 
-    train = experiment.fine_tuning
-    controlnet = ControlNetModel.from_pretrained(run.generator / "controlnet", local_files_only=True)
-    backbone = (
-        str(BackboneSource.of(train).path)
-        if BackboneSource.of(train).is_folder
-        else train.pretrained_model_name_or_path
-    )
-    pipe = StableDiffusionControlNetPipeline.from_pretrained(
-        backbone, controlnet=controlnet, safety_checker=None, variant=train.variant, revision=train.revision
-    ).to(join_processes().device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    Raises:
+        MaskLoomError: more than a ControlNet was trained, which this pipeline would not use.
+    """
+    train, source = experiment.fine_tuning, BackboneSource.of(experiment.fine_tuning)
+    if others := [name for name in exported_names(train) if name != GENERATOR]:
+        raise MaskLoomError(f"the run trains {', '.join(others)} as well; give one that trains a ControlNet alone")
+    backbone = str(source.path) if source.is_folder else source.name
+    dtype, device = weight_dtype(experiment.generate), str(join_processes().device)
+    options = {"variant": train.variant, "revision": train.revision}
+    return plain_pipeline(backbone, run.generator / GENERATOR, dtype, device, **options)
 
 
 def plain_images(
@@ -158,7 +159,8 @@ def compared_quality(experiment: ExperimentConfig, run: Run, parts: Sequence[Par
             picture = Image.open(part.folder / f"{row['sample_id']}.png")
             image = np.asarray(picture.convert("L") if real.description.channels == 1 else picture)
             sides[PLAIN].append(replace(ours, image=image))
-    sets = {side: written(scratch / side, parts[0], samples) for side, samples in sides.items()}
+    about = MaskPromptDataset.open(parts[0].folder / GENERATOR)
+    sets = {side: written(scratch / side, about, samples) for side, samples in sides.items()}
     found: dict[str, Any] = {}
     for name, metric in QUALITIES:
         options = validated(
@@ -169,30 +171,15 @@ def compared_quality(experiment: ExperimentConfig, run: Run, parts: Sequence[Par
     return found
 
 
-def decoded_sample(row: dict[str, Any]) -> Sample:
-    """Return a stored row with decoded pixels."""
-    names = ("image", "mask", "conditioning_image")
-    pixels = {name: None if row[name] is None else png_array(row[name]["bytes"]) for name in names}
-    return Sample(**{**row, **pixels, "attributes": {}})
-
-
-def written(folder: Path, part: Part, samples: Sequence[Sample]) -> MaskPromptDataset:
-    """Write the images of one side as a dataset and return it."""
-    description = MaskPromptDataset.open(part.folder / GENERATOR).description
-    shards = plan_shards({"train": len(samples)}, len(samples))
-    writer = DatasetWriter(folder, description, shards, "benchmark")
-    writer.prepare_folder()
-    writer.write_shard(shards[0], samples)
-    writer.finish("benchmark\n", [], "none", None)
-    return MaskPromptDataset.open(folder)
-
-
 def result_table(rates: dict[str, list[float]], ratios: list[float], found: dict[str, Any]) -> Table:
     """Return rates with their spread, and the quality of both sides."""
     table = Table("", PLAIN, OURS, f"{OURS} : {PLAIN}")
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     table.add_row("images/s", *(f"{statistics.median(one):.3f}" for one in rates.values()), spread)
     for name, sides in found.items():
+        if not {PLAIN, OURS} <= sides.keys():
+            table.add_row(name, "not measured", "not measured", "")
+            continue
         values = [sides[side] for side in (PLAIN, OURS)]
         cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in values]
         difference = values[1][0] - values[0][0]

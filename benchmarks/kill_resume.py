@@ -23,12 +23,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import psutil
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._processes import kill_process_tree
 from maskloom.pipeline.runs.training_log import METRICS_FILE, read_metrics
 from maskloom.pipeline.training.checkpoints import LOOP_FILE, checkpoint_steps
 
@@ -253,19 +253,6 @@ def killed(training: Training, moment: Moment, complete_cache: set[str]) -> Kill
         lost=max(step - newest, 0),
         damaged=sum(not is_whole(folder) for folder in checkpoints.values()),
     )
-
-
-def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGKILL to a process and all its descendants, as if the machine went down."""
-    parent = psutil.Process(process.pid)
-    processes = [parent, *parent.children(recursive=True)]
-    for member in processes:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes)
-    process.wait()
 
 
 def _phase(left: set[str], began: bool, cached: bool) -> str:

@@ -24,12 +24,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
 
-import psutil
 import typer
 import yaml
 from rich.table import Table
 
-from benchmarks.kill_resume import kill_process_tree
+from benchmarks._processes import kill_process_tree, resident_memory
 from benchmarks.random_backbone import ARCHITECTURES, Form, write_random_backbone, write_tiny_settings
 from maskloom.data_prep.datasets.phantom_bus import write_raw
 from maskloom.models.stable_diffusion.source import ORIGINAL
@@ -233,17 +232,6 @@ def watched(words: Sequence[str], until: Callable[[], bool]) -> dict[str, Any]:
         "peak_mib": round(peak / 2**20),
         "killed": stopped,
     }
-
-
-def resident_memory(pid: int) -> int:
-    """Return the resident memory of a process and its children, in bytes."""
-    total = 0
-    try:
-        for one in (parent := psutil.Process(pid), *parent.children(recursive=True)):
-            total += one.memory_info().rss
-    except psutil.NoSuchProcess:  # it ended in between; the next look sees the others
-        pass
-    return total
 
 
 def result_table(results: Sequence[dict[str, Any]]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks._plain_pipeline import plain_pipeline
 from benchmarks.gpu.experiment import experiment, forget_memory, peak_mib, synchronise
 from benchmarks.gpu.setup import Setup
 from maskloom.generate.conditions import ConditionReader
@@ -62,17 +63,12 @@ def our_generator(setup: Setup, config: ExperimentConfig) -> Callable[[Batch], A
 
 def plain_loop(setup: Setup, config: ExperimentConfig) -> Callable[[Batch], Any]:
     """Return what one would write by hand with diffusers."""
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
+    from diffusers import UniPCMultistepScheduler
 
-    how, dtype = config.generate, DTYPES[config.generate.mixed_precision]
-    controlnet = ControlNetModel.from_pretrained(
-        setup.run / "generator" / "controlnet", torch_dtype=dtype, local_files_only=True
-    )
-    pipe = StableDiffusionControlNetPipeline.from_pretrained(
-        setup.backbone, controlnet=controlnet, torch_dtype=dtype, safety_checker=None, local_files_only=True
-    ).to(setup.device)
+    how = config.generate
+    controlnet, dtype = setup.run / "generator" / "controlnet", DTYPES[how.mixed_precision]
+    pipe = plain_pipeline(str(setup.backbone), controlnet, dtype, setup.device, local_files_only=True)
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
 
     def images(batch: Batch) -> Any:
         return pipe(

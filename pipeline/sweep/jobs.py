@@ -29,6 +29,8 @@ from maskloom.pipeline.sweep.variant import Variant, run_step, run_variant
 OPTION = "--submit"
 POLL_SECONDS = 1.0
 SUBMITTED, ANSWERED = "_submitted.pkl", "_0_result.pkl"  # submitit's files of a job
+AT_WORK = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED"})
+"""States of SLURM; of jobs that have ended or that SLURM has forgotten, others are reported."""
 LOST = "its job"
 """In place of the stage that failed: the job ended without saying."""
 
@@ -138,7 +140,7 @@ def check_no_job_runs(resources: dict[str, Any], folder: Path) -> None:
     ids = [file.name.removesuffix(SUBMITTED) for file in sorted(folder.glob(f"*{SUBMITTED}"))]
     begun = [one for one in ids if not (folder / f"{one}{ANSWERED}").exists()]
     local = resources["cluster"] == "local"
-    running = [one for one in begun if (runs_here(one) if local else not submitit.SlurmJob(folder, one).done())]
+    running = [one for one in begun if (runs_here(one) if local else submitit.SlurmJob(folder, one).state in AT_WORK)]
     if running:
         raise MaskLoomError(
             f"{folder}: {'processes' if local else 'jobs'} {', '.join(running)} of an earlier call are still at work; "

@@ -6,12 +6,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import submitit
 import yaml
 
 from maskloom.pipeline.errors import MaskLoomError
@@ -214,6 +216,19 @@ def test_jobs_of_a_killed_sweep_are_named_and_nothing_changes(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("state", "at_work"), [("RUNNING", True), ("PENDING", True), ("FAILED", False), ("UNKNOWN", False)]
+)
+def test_jobs_that_slurm_has_forgotten_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, at_work: bool
+) -> None:
+    monkeypatch.setattr(submitit.SlurmJob, "state", state)
+    for name in ("7_submitted.pkl", "8_submitted.pkl", "8_0_result.pkl"):
+        (tmp_path / name).touch()
+    with pytest.raises(MaskLoomError, match=r"jobs 7 of .* `scancel 7`") if at_work else nullcontext():
+        check_no_job_runs({"cluster": "slurm"}, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("cluster: slurm\n", "submitit cannot use it .*its keys are `cluster`"),
@@ -242,8 +257,6 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_shipped_file_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    import submitit
-
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda _: 2))
     resources = read_jobs_file(Path("configs/slurm/sweep.yaml"))
     assert resources["cluster"] == "slurm" and resources["gpus_per_node"] == 1
